@@ -1,0 +1,84 @@
+# Everything happens in .venv, which the first target that needs it makes. Wanted of the machine:
+# Python 3.11 or newer with venv and headers, a C compiler, make. Nothing needs root.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+
+# The first Python that is new enough and whole; make PYTHON=/path/to/python3.x names another.
+PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$candidate" -c 'import ensurepip, os, sys, sysconfig, venv; \
+	header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
+	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \
+	&& echo "$$candidate" && break; done)
+
+CREATED := $(VENV)/.created
+BUILT := $(VENV)/.built
+
+# Two pips at once in one environment would break it.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help build demo test lint format bench bench-smoke clean
+
+help:
+	@echo "make demo         the main job on a private server, with measured records per second"
+	@echo "make test         the whole suite, on both backends and every server found"
+	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
+	@echo "make format       let ruff format the code"
+	@echo "make bench        the benchmarks"
+	@echo "make bench-smoke  each benchmark once, unmeasured, to see that it runs"
+	@echo "make build        $(VENV), with the compiled core built in place"
+	@echo "make clean        remove $(VENV) and everything built"
+	@echo "ARGS='...' goes to what demo, test, bench and bench-smoke run, such as ARGS='-k name'."
+
+$(CREATED):
+	@test -n "$(PYTHON)" || { echo "make: no Python found that is 3.11 or newer and has venv" \
+		"and its headers (in Debian: python3-venv, python3-dev); install one, or name one with" \
+		"make PYTHON=/path/to/python3.x" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: dscache" \
+		"needs Python 3.11 or newer, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1)" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(PIP) 'setuptools>=77' 'cython>=3.1'
+	@touch $@
+
+# One stamp for each extra that a target needs. The package is installed as a link to this
+# folder, and without the compiled core, which the next rule builds in place.
+$(VENV)/.installed-demo: EXTRAS := embedded,uvloop
+$(VENV)/.installed-%: EXTRAS = $*
+$(VENV)/.installed-%: pyproject.toml $(CREATED)
+	DSCACHE_NO_EXTENSIONS=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+# By force, as neither Cython nor setuptools sees that an option in setup.py has changed.
+$(BUILT): setup.py $(wildcard dscache/*.pyx dscache/*.pxd) $(CREATED)
+	CYTHON_FORCE_REGEN=1 $(PY) setup.py -q build_ext --inplace --force
+	@touch $@
+
+build: $(VENV)/.installed-demo $(BUILT)
+
+demo: $(VENV)/.installed-demo $(BUILT)
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed-test $(BUILT)
+	$(PY) -m pytest -p no:benchmark $(ARGS)
+
+lint: $(VENV)/.installed-lint $(BUILT)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict dscache
+	$(VENV)/bin/cython-lint dscache/_fast.pyx
+	$(PY) -m mypy.stubtest dscache._fast
+
+format: $(VENV)/.installed-lint
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.installed-bench $(BUILT)
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+bench-smoke: $(VENV)/.installed-bench $(BUILT)
+	$(PY) -m pytest bench --benchmark-disable $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f dscache/*.so dscache/_fast.c dscache/_fast.html
+	find dscache tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,332 @@
+"""What both cores share: the constants of the wire, the scripts, and everything off the hot path.
+
+The twins ``_fast`` and ``_pure`` import this module and nothing of each other, so that no
+constant and no error text stands twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from . import _json
+from .errors import (
+    BulkError,
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    ProtocolError,
+    RecordError,
+    ReplyError,
+    shorten,
+)
+
+VERSION_SUFFIX: Final = b"_v"
+DATA_SUFFIX: Final = b"_d"
+
+# Under the key layout "hashtag" a record's keys are {<name>}_v and {<name>}_d. A name that
+# begins with "}" would make the tag empty, and its two keys would lie in different slots: its
+# keys start with "}" instead, which no other key of the layout does, and share one fixed tag.
+TAG_OPEN: Final = b"{"
+TAG_CLOSE: Final = b"}"
+TAG_FOR_BRACE: Final = b"}{0}"
+
+MAX_VERSION: Final = 2**63 - 1
+# Redis counts a lifetime in milliseconds in 64 bits; this is 317 years.
+MAX_TTL: Final = 10**10
+
+# Records in one MGET or MSET. Beyond some hundred the cost per record stays flat, while the
+# server answers nobody else until the command is done.
+COMMAND_RECORDS: Final = 512
+# A script costs the server two to three times as much per record.
+SCRIPT_RECORDS: Final = 128
+# Text in one write command; also what one flush hands to the transport before it looks up.
+COMMAND_BYTES: Final = 1024 * 1024
+# Records sent and not yet answered. At three million records a second it covers a round trip
+# of 5 ms, and it bounds what a bulk of any size has under way.
+WINDOW_RECORDS: Final = 16_384
+READ_BUFFER_BYTES: Final = 256 * 1024
+
+# The kinds of batch. Those below SET read and may be repeated at will.
+GET: Final = 0
+HEAD: Final = 1
+SET: Final = 2
+SET_TTL: Final = 3
+SET_IF_NEWER: Final = 4
+DELETE: Final = 5
+COMMAND: Final = 6
+OPERATIONS: Final = ("get", "head", "set", "set", "set", "delete", "command")
+
+# What the set script gets as the guard of each record.
+UNGUARDED: Final = b"0"
+GUARDED: Final = b"1"
+# A repeated guarded write finds its own first attempt and must not take it for somebody else's.
+GUARDED_REPEAT: Final = b"2"
+
+NOT_NEWER: Final = 0
+WRITTEN: Final = 1
+DAMAGED: Final = -1
+
+# KEYS: _v, _d of each record. Answers with the version, nil for a miss, 0 for half a record.
+# The data is never copied: a head of a large record costs what a head of a small one does.
+HEAD_SCRIPT: Final = b"""
+local answers = {}
+for k = 1, #KEYS, 2 do
+  local version = redis.pcall('GET', KEYS[k])
+  local length = redis.pcall('STRLEN', KEYS[k + 1])
+  local has_version = type(version) == 'string'
+  local has_data = type(length) == 'number'
+      and (length > 0 or redis.call('EXISTS', KEYS[k + 1]) == 1)
+  local answer = false
+  if has_version and has_data then answer = version
+  elseif has_version or has_data then answer = 0 end
+  answers[(k + 1) / 2] = answer
+end
+return answers
+"""
+
+# KEYS: _v, _d of each record. ARGV: version, data, ttl in seconds or 0, guard.
+# Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
+SET_SCRIPT: Final = b"""
+local answers = {}
+local function present(key)
+  local length = redis.pcall('STRLEN', key)
+  return type(length) == 'number' and (length > 0 or redis.call('EXISTS', key) == 1)
+end
+local function check(k, version, data, guard)
+  local stored = redis.pcall('GET', KEYS[k])
+  if type(stored) == 'table' then return stored end
+  if not stored or not present(KEYS[k + 1]) then return 1 end
+  local digits = string.match(stored, '^0*(%d+)$')
+  if not digits or #digits > 19 or (#digits == 19 and digits > '9223372036854775807') then
+    return -1
+  end
+  if #digits < #version or (#digits == #version and digits < version) then return 1 end
+  if guard == '2' and digits == version and redis.call('GET', KEYS[k + 1]) == data then
+    return 1
+  end
+  return 0
+end
+for k = 1, #KEYS, 2 do
+  local a = 2 * k - 1
+  local version, data, ttl, guard = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
+  local answer = 1
+  if guard ~= '0' then answer = check(k, version, data, guard) end
+  if answer == 1 then
+    if ttl == '0' then
+      redis.call('MSET', KEYS[k], version, KEYS[k + 1], data)
+    else
+      redis.call('SET', KEYS[k], version, 'EX', ttl)
+      redis.call('SET', KEYS[k + 1], data, 'EX', ttl)
+    end
+  end
+  answers[(k + 1) / 2] = answer
+end
+return answers
+"""
+
+HEAD_SCRIPT_SHA: Final = hashlib.sha1(HEAD_SCRIPT, usedforsecurity=False).hexdigest().encode()
+SET_SCRIPT_SHA: Final = hashlib.sha1(SET_SCRIPT, usedforsecurity=False).hexdigest().encode()
+
+
+class Waiter(Protocol):
+    """What an operation's outcome is given to: ``asyncio.Future``, or anything like it."""
+
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
+
+
+ErrorOf = Callable[[str], Exception]
+"""Makes an operation's error from its description: every waiter gets an error of its own."""
+
+
+# -- errors of the caller
+
+
+def bad_name(name: object) -> RecordError:
+    """Return the error for a name that can't be a record's name."""
+    if not isinstance(name, str):
+        why = f"a name must be a str, not {type(name).__name__}"
+    elif not name:
+        why = "a name must not be empty"
+    else:
+        why = "a name must be valid Unicode, and this one has a lone surrogate"
+    return RecordError(f"record {shorten(name)}: {why}", name=name)
+
+
+def bad_names(operation: str, names: object) -> RecordError:
+    """Return the error for names that are one text, which would be read letter by letter."""
+    return RecordError(
+        f"{operation} takes an iterable of names, not one {type(names).__name__}; "
+        f"write {operation}([{shorten(names)}])"
+    )
+
+
+def bad_records(records: object) -> RecordError:
+    """Return the error for a ``set_bulk`` of something that is no mapping."""
+    return RecordError(
+        f"set_bulk takes a mapping of name to (version, data), not {type(records).__name__}"
+    )
+
+
+def bad_pair(name: str, pair: object) -> RecordError:
+    """Return the error for an item of ``set_bulk`` that is no (version, data)."""
+    return RecordError(
+        f"record {shorten(name)}: set_bulk takes (version, data) for each name, "
+        f"not {shorten(pair)}",
+        name=name,
+    )
+
+
+def bad_version(name: str, version: object) -> RecordError:
+    """Return the error for a version that is no integer from 0 to 2^63-1."""
+    return RecordError(
+        f"record {shorten(name)}: version must be an int from 0 to {MAX_VERSION}, "
+        f"not {shorten(version)}",
+        name=name,
+    )
+
+
+def check_ttl(name: str, ttl: object) -> int:
+    """Return a ttl that is whole seconds, or raise RecordError."""
+    if not isinstance(ttl, int) or isinstance(ttl, bool) or not 0 <= ttl <= MAX_TTL:
+        raise RecordError(
+            f"record {shorten(name)}: ttl must be whole seconds from 1 to {MAX_TTL}, 0 for none "
+            f"or None for the configured default, not {shorten(ttl)}",
+            name=name,
+        )
+    return int(ttl)
+
+
+# -- JSON where msgspec alone does not do
+
+
+def encode_tolerantly(name: str, data: object) -> bytes:
+    """Return the JSON text of data that msgspec's encoder refused.
+
+    Raises RecordError that names the record and the path of what can't be encoded.
+    """
+    try:
+        return _json.encode(data)
+    except Exception as error:  # whatever a user's own type raises belongs to this record
+        raise RecordError(
+            f"record {shorten(name)}: data can't be encoded: {error}", name=name
+        ) from error
+
+
+def empty_raw(name: str) -> RecordError:
+    """Return the error for a ``msgspec.Raw`` without text."""
+    return RecordError(f"record {shorten(name)}: data is an empty msgspec.Raw", name=name)
+
+
+def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
+    """Return the value of JSON text that msgspec's decoder refused.
+
+    Raises RecordError if it is no JSON.
+    """
+    try:
+        return _json.decode(raw)
+    except ValueError as error:
+        raise RecordError(
+            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
+            name=name,
+        ) from error
+
+
+@lru_cache(maxsize=256)
+def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(type_)
+
+
+def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
+    """Return JSON text decoded into ``type_``, which msgspec knows.
+
+    Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+    """
+    try:
+        return _decoder(type_).decode(raw)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        value = decode_tolerantly(name, version, raw)
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        raise RecordError(
+            f"record {shorten(name)}, version {version}: {error}", name=name
+        ) from error
+
+
+# -- outcomes
+
+
+def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
+    """Return the error for a stored version that is no integer from 0 to 2^63-1."""
+    found = f", but {shorten(stored)}" if stored is not None else ""
+    return RecordError(
+        f"record {shorten(name)}: its stored version is no integer from 0 to {MAX_VERSION}"
+        f"{found}; set or delete the record to repair it",
+        name=name,
+    )
+
+
+def bulk_failure(
+    operation: str, errors: Mapping[str, Exception], total: int, result: object
+) -> Exception:
+    """Return what a bulk operation raises, of whose ``total`` records some failed.
+
+    If Redis refused every single one, that is no partial failure but its refusal.
+    """
+    first = next(iter(errors.values()))
+    if len(errors) == total and all(isinstance(error, ReplyError) for error in errors.values()):
+        return first
+    return BulkError(operation, errors, result)
+
+
+def describe(kind: int, name: str) -> str:
+    """Return an operation as error messages show it, such as ``get 'user/1'``."""
+    return f"{OPERATIONS[kind]} {shorten(name)}"
+
+
+def too_late(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
+    """Return the error of an operation that was sent and not answered in time."""
+    written = "" if operation.startswith(("get", "head")) else "; the write may have happened"
+    return DeadlineExceeded(
+        f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
+        f"(sent; {in_flight} records in flight){written}"
+    )
+
+
+def never_sent(
+    address: str, timeout: float, in_flight: int, down: Exception | None, operation: str
+) -> Exception:
+    """Return the error of an operation that could not be sent in time, and now never will.
+
+    ``down`` is why there is no connection, or None if there is one.
+    """
+    limit = f"within {timeout * 1000:.0f} ms"
+    error: Exception
+    if isinstance(down, ReplyError):
+        error = ReplyError(down.message, context=f"{operation} at {address}, {limit}")
+    elif down is not None:
+        error = ConnectError(f"{operation}: no connection to {address} {limit}: {down}")
+    else:
+        error = DeadlineExceeded(
+            f"{operation}: not sent to {address} {limit} "
+            f"({in_flight} records in flight before it); nothing was done"
+        )
+    error.__cause__ = down
+    return error
+
+
+def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:
+    """Return the error of an operation whose connection ended before the answer.
+
+    ``reason`` is a ProtocolError if dscache ended it, else what ended it.
+    """
+    written = "; the write may have happened" if SET <= kind <= DELETE else ""
+    if isinstance(reason, ProtocolError):
+        return ProtocolError(f"{operation}: {reason}{written}")
+    return ConnectionLost(f"{operation}: connection to {address} lost: {reason}{written}")

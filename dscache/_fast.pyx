@@ -1,0 +1,1191 @@
+# cython: language_level=3
+"""The core, compiled: what ``_pure.py`` does, with the same names, results and errors.
+
+Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
+is no socket, event loop or configuration here. The theory of operation stands at the top of
+``_pure.py``; here are only the reasons for what is done otherwise:
+
+* Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
+* ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
+  each collection that they would trigger looks at all of them.
+"""
+
+import time
+from asyncio import InvalidStateError
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+
+cimport cython
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_CheckExact,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
+from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from libc.string cimport memcpy
+
+import hiredis
+import msgspec
+
+from . import _common as c
+from .errors import ProtocolError, ReplyError, shorten
+
+cdef extern from "Python.h":
+    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
+    PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
+
+cdef enum Kind:
+    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND
+
+if (GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND) != (
+    c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND
+):
+    raise ImportError("dscache._fast was built for another dscache._common; build it again")
+
+cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
+cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
+cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
+cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
+cdef long long MAX_VERSION = c.MAX_VERSION
+cdef bytes VERSION_SUFFIX = c.VERSION_SUFFIX
+cdef bytes DATA_SUFFIX = c.DATA_SUFFIX
+cdef bytes GUARDED = c.GUARDED
+cdef bytes UNGUARDED = c.UNGUARDED
+cdef bytes GUARDED_REPEAT = c.GUARDED_REPEAT
+cdef long NOT_NEWER = c.NOT_NEWER
+cdef long WRITTEN = c.WRITTEN
+cdef long DAMAGED = c.DAMAGED
+
+cdef object _UNDECODED = object()
+cdef object _INCOMPLETE = object()
+cdef object _PUSH = hiredis.PushNotification
+cdef object _encode_json = msgspec.json.Encoder().encode
+cdef object _decode_json = msgspec.json.Decoder().decode
+cdef object _monotonic = time.monotonic
+
+
+@cython.final
+@cython.no_gc  # the only way into a cycle is a caller's own, by putting a record into its data
+@cython.freelist(1024)
+cdef class Record:
+    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
+
+    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
+    stored, and ``stale`` true only for a last known record served while Redis is away.
+    It unpacks: ``version, data = record``.
+    """
+
+    cdef readonly str name
+    cdef readonly long long version
+    cdef readonly bytes raw
+    cdef readonly bint stale
+    cdef object _data
+
+    def __init__(self, str name not None, long long version, bytes raw not None, bint stale=False):
+        self.name = name
+        self.version = version
+        self.raw = raw
+        self.stale = stale
+        self._data = _UNDECODED
+
+    @property
+    def data(self):
+        """The decoded JSON: decoded at first access, kept, and shared with no other call.
+
+        Raises RecordError if the stored text is no JSON.
+        """
+        if self._data is _UNDECODED:
+            try:
+                self._data = _decode_json(self.raw)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                self._data = c.decode_tolerantly(self.name, self.version, self.raw)
+        return self._data
+
+    def decode(self, type, /):
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+
+        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+        """
+        return c.decode_as(self.name, self.version, self.raw, type)
+
+    def __iter__(self):
+        return iter((self.version, self.data))
+
+    def __eq__(self, other):
+        if not isinstance(other, Record):
+            return NotImplemented
+        cdef Record record = other
+        return (
+            self.version == record.version
+            and self.name == record.name
+            and self.raw == record.raw
+        )
+
+    def __hash__(self):
+        return hash((self.version, self.name, self.raw))
+
+    def __repr__(self):
+        stale = ", stale=True" if self.stale else ""
+        return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
+
+    def __reduce__(self):
+        return (Record, (self.name, self.version, self.raw, self.stale))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a Record is immutable: {name} can't be set")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"a Record is immutable: {name} can't be deleted")
+
+
+cdef inline Record _record(str name, long long version, bytes raw):
+    cdef Record record = Record.__new__(Record)
+    record.name = name
+    record.version = version
+    record.raw = raw
+    record.stale = False
+    record._data = _UNDECODED
+    return record
+
+
+# -- checks and texts
+
+
+cpdef str check_name(name):
+    """Return the name as an exact str, or raise RecordError."""
+    cdef Py_ssize_t size = 0
+    if not isinstance(name, str):
+        raise c.bad_name(name)
+    if type(name) is not str:
+        name = str.__str__(name)
+    try:
+        PyUnicode_AsUTF8AndSize(name, &size)
+    except UnicodeEncodeError:
+        raise c.bad_name(name) from None
+    if size == 0:
+        raise c.bad_name(name)
+    return name
+
+
+cpdef long long check_version(str name, version) except -1:
+    """Return the version as an int, or raise RecordError."""
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise c.bad_version(name, version)
+    if not 0 <= version <= MAX_VERSION:
+        raise c.bad_version(name, version)
+    return version
+
+
+cpdef bytes encode_data(str name, data):
+    """Return the JSON text of a record's data, or raise RecordError."""
+    cdef bytes text
+    try:
+        text = _encode_json(data)
+    except Exception:  # msgspec raises whatever a user's own type raises
+        return c.encode_tolerantly(name, data)
+    if not text:
+        raise c.empty_raw(name)
+    return text
+
+
+cpdef long long parse_version(bytes text) noexcept:
+    """Return the version that decimal digits state, or -1 if they state none."""
+    cdef const unsigned char* digits = <const unsigned char*>PyBytes_AS_STRING(text)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
+    cdef unsigned long long version = 0
+    cdef unsigned int digit
+    cdef Py_ssize_t i
+    if size == 0:
+        return -1
+    for i in range(size):
+        digit = <unsigned int>digits[i] - 48
+        # 922337203685477580 is MAX_VERSION // 10, and the last digit may be up to 7.
+        if digit > 9 or version > 922337203685477580 or (
+            version == 922337203685477580 and digit > 7
+        ):
+            return -1
+        version = version * 10 + digit
+    return <long long>version
+
+
+@cython.final
+@cython.freelist(256)
+cdef class _Write:
+    """The content of one record to be written, and who waits for it."""
+
+    cdef long long version
+    cdef long long ttl
+    cdef bytes text
+    cdef bytes guard
+    cdef object waiter  # a waiter, a list of them, or None in a bulk
+
+
+@cython.final
+cdef class _Bulk:
+    """The outcome of one bulk operation, gathered from its slots."""
+
+    cdef str operation
+    cdef object waiter
+    cdef object result
+    cdef Py_ssize_t total
+    cdef Py_ssize_t remaining
+    cdef dict errors
+    cdef list missing  # names to take out of a result that began as all names
+    cdef bint over  # the waiter has its outcome
+
+    def __cinit__(self, str operation, waiter, result, Py_ssize_t total):
+        self.operation = operation
+        self.waiter = waiter
+        self.result = result
+        self.total = total
+        self.remaining = total
+        self.errors = {}
+        self.missing = []
+
+    cdef int settle(self, Py_ssize_t count) except -1:
+        """Count records that have their outcome; the last one settles the waiter."""
+        self.remaining -= count
+        if self.remaining or self.over:
+            return 0
+        self.over = True
+        for name in self.missing:
+            del self.result[name]
+        if self.errors:
+            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
+            _fail(self.waiter, lambda: error)
+        else:
+            _tell(self.waiter, self.result)
+        return 0
+
+
+@cython.final
+cdef class _Batch:
+    """Records of one kind that go out together: the operations of a tick, or one bulk.
+
+    ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
+    lists when the first of it is sent. Records before ``answered`` are settled, those from
+    there to ``sent`` are in flight, the others wait.
+    """
+
+    cdef int kind
+    cdef double deadline
+    cdef dict records
+    cdef list names
+    cdef list entries
+    cdef Py_ssize_t sent
+    cdef Py_ssize_t answered
+    cdef _Bulk bulk
+    cdef bint expired  # its waiters have been told; the replies are dropped
+    cdef bint repeated  # it was sent before, on a connection that was lost
+    cdef bint whole_script  # Redis has lost the script: send its text
+    cdef bint alone  # one record a command, to find the one that is refused
+
+    def __cinit__(self, int kind, double deadline, dict records):
+        self.kind = kind
+        self.deadline = deadline
+        self.records = records
+
+    cdef int freeze(self) except -1:
+        if self.names is None:
+            self.names = list(self.records)
+            self.entries = list(self.records.values())
+        return 0
+
+    cdef inline bint over(self) noexcept:
+        """Return whether nobody waits for it any more."""
+        return self.expired or (self.bulk is not None and self.bulk.over)
+
+    cdef inline Py_ssize_t waiting(self) noexcept:
+        return PyDict_Size(self.records) - self.sent
+
+
+@cython.final
+cdef class Pipeline:
+    """The operations of one node on their way to Redis and their replies on the way back.
+
+    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
+    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
+    queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    seconds, 0 for none. ``address`` is for messages.
+    """
+
+    cdef public str address
+    cdef public object down
+    cdef readonly Py_ssize_t in_flight
+    cdef readonly Py_ssize_t queued
+    cdef object _create_waiter
+    cdef object _wake
+    cdef bytes _prefix
+    cdef bint _hash_tag
+    cdef long long _ttl
+    cdef double _timeout
+    cdef bint _awake
+    cdef list _open
+    cdef object _queue
+    cdef object _slots
+    cdef list _returned
+    cdef object _buffer
+    cdef object _reader
+    cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
+    cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
+    cdef char* _out
+    cdef Py_ssize_t _size
+    cdef Py_ssize_t _capacity
+
+    def __cinit__(self):
+        self._out = NULL
+
+    def __init__(
+        self,
+        create_waiter,
+        wake,
+        *,
+        str address="",
+        str key_prefix="",
+        bint hash_tag=False,
+        long long ttl=0,
+        double timeout=1.0,
+    ):
+        self.address = address
+        self.down = None
+        self._create_waiter = create_waiter
+        self._wake = wake
+        self._prefix = key_prefix.encode()
+        self._hash_tag = hash_tag
+        self._ttl = ttl
+        self._timeout = timeout
+        self._open = []
+        self._queue = deque()
+        self._slots = deque()
+        self._returned = []
+        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self.reset_reader()
+
+    def __dealloc__(self):
+        PyMem_Free(self._out)
+
+    # -- operations on one record
+
+    def get(self, name):
+        """Queue a read; its waiter gets the Record, or None."""
+        return self._join(GET, check_name(name))
+
+    def head(self, name):
+        """Queue a read of the version; its waiter gets the int, or None."""
+        return self._join(HEAD, check_name(name))
+
+    def set(self, name, version, data, ttl=None, if_newer=False):
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        cdef str key = check_name(name)
+        cdef _Write write = self._write(key, version, data, ttl, if_newer)
+        cdef _Batch batch = self._batch_for(_kind_of(write.ttl, if_newer), key)
+        cdef object waiter = self._create_waiter()
+        cdef PyObject* earlier = PyDict_GetItem(batch.records, key)
+        if earlier == NULL:
+            write.waiter = waiter
+            self.queued += 1
+        else:
+            write.waiter = _with((<_Write>earlier).waiter, waiter)
+        PyDict_SetItem(batch.records, key, write)
+        return waiter
+
+    def delete(self, name):
+        """Queue a removal; its waiter gets whether there was such a record."""
+        return self._join(DELETE, check_name(name))
+
+    # -- bulk operations
+
+    def get_bulk(self, names):
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._add_bulk(GET, _unique("get_bulk", names))
+
+    def head_bulk(self, names):
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._add_bulk(HEAD, _unique("head_bulk", names))
+
+    def set_bulk(self, records, ttl=None, if_newer=False):
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        cdef dict writes = {}
+        cdef long long write_ttl = 0
+        cdef str key
+        cdef _Write write
+        if not isinstance(records, (dict, Mapping)):
+            raise c.bad_records(records)
+        for name, pair in records.items():
+            key = check_name(name)
+            try:
+                version, data = pair
+            except (TypeError, ValueError):
+                raise c.bad_pair(key, pair) from None
+            write = self._write(key, version, data, ttl, if_newer)
+            PyDict_SetItem(writes, key, write)
+            write_ttl = write.ttl
+        return self._add_bulk(_kind_of(write_ttl, if_newer), writes)
+
+    def delete_bulk(self, names):
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._add_bulk(DELETE, _unique("delete_bulk", names))
+
+    # -- any other command
+
+    def command(self, *parts):
+        """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        cdef _Batch batch = self._new_batch(COMMAND, {str(parts[0]): self._create_waiter()})
+        batch.freeze()
+        batch.sent = 1
+        self._slots.append((batch, 1))
+        self.in_flight += 1
+        return hiredis.pack_command(parts), batch.entries[0]
+
+    # -- output
+
+    cpdef end_tick(self):
+        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        self._open.clear()
+        self._awake = False
+
+    def take_output(self):
+        """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        cdef _Batch batch
+        cdef Py_ssize_t count
+        self.end_tick()
+        self._size = 0
+        while self._queue and self.in_flight < WINDOW_RECORDS and self._size < COMMAND_BYTES:
+            batch = self._queue[0]
+            if batch.over() or not batch.records:
+                self.queued -= batch.waiting()
+                self._queue.popleft()
+                continue
+            batch.freeze()
+            count = self._encode(batch)
+            batch.sent += count
+            self.queued -= count
+            self.in_flight += count
+            if batch.kind == DELETE:
+                self._slots.extend([(batch, 1)] * count)
+                self._commands += count
+            else:
+                self._slots.append((batch, count))
+                self._commands += 1
+            if not batch.waiting():
+                self._queue.popleft()
+        if not self._size:
+            return b""
+        self._flushes += 1
+        self._bytes_out += self._size
+        output = PyBytes_FromStringAndSize(self._out, self._size)
+        if self._capacity > 4 * COMMAND_BYTES:  # one huge record must not keep its room for ever
+            PyMem_Free(self._out)
+            self._out = NULL
+            self._capacity = 0
+        return output
+
+    # -- input
+
+    def get_buffer(self, size_hint):
+        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        return self._buffer
+
+    def buffer_updated(self, Py_ssize_t size):
+        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += size
+        self._reader.feed(self._buffer, 0, size)
+        self._parse()
+
+    def feed(self, bytes data not None):
+        """Take bytes that arrived, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += len(data)
+        self._reader.feed(data)
+        self._parse()
+
+    cpdef reset_reader(self):
+        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- time and failure
+
+    def expire(self, double now):
+        """Fail every operation whose deadline is past; return the next deadline, or None."""
+        cdef _Batch batch
+        cdef Py_ssize_t pending = self.in_flight
+        next_deadline = None
+        for slot in self._slots:
+            batch = slot[0]
+            if batch.over():
+                continue
+            if batch.deadline > now:
+                next_deadline = batch.deadline
+                break
+            self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+        while self._queue:
+            batch = self._queue[0]
+            if not batch.over() and batch.deadline > now:
+                break
+            self._queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
+            if not batch.over():
+                make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
+                self._fail_batch(batch, make)
+        if self._queue:
+            batch = self._queue[0]
+            if next_deadline is None or batch.deadline < next_deadline:
+                next_deadline = batch.deadline
+        return next_deadline
+
+    def connection_lost(self, reason, bint retry):
+        """Settle the slots of a connection that ended.
+
+        With ``retry``, reads and guarded writes wait for the next connection, in their order
+        and before anything newer; without it, they fail as the other writes do, which may or
+        may not have happened. What was not sent yet stays queued.
+        """
+        cdef _Batch batch
+        cdef dict kept = {}
+        for batch in dict.fromkeys([slot[0] for slot in self._slots]):
+            if batch.over():
+                continue
+            if retry and batch.kind in (GET, HEAD, SET_IF_NEWER):
+                self.queued += batch.sent - batch.answered
+                batch.sent = batch.answered
+                batch.repeated = True
+                kept[batch] = None
+            else:
+                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+        for batch in self._queue:
+            if batch.over():
+                self.queued -= batch.waiting()
+            else:
+                kept[batch] = None
+        self._slots.clear()
+        self._queue = deque(kept)
+        self.in_flight = 0
+        self.end_tick()
+        self.reset_reader()
+
+    def fail_all(self, error_of):
+        """Fail every operation that is queued or in flight, with an error of its own each."""
+        cdef _Batch batch
+        batches = dict.fromkeys([slot[0] for slot in self._slots])
+        batches.update(dict.fromkeys(self._queue))
+        self._slots.clear()
+        self._queue.clear()
+        self.in_flight = self.queued = 0
+        self.end_tick()
+        for batch in batches:
+            if not batch.over():
+                self._fail_batch(batch, error_of)
+
+    def stats(self):
+        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        return {
+            "reads": self._reads,
+            "hits": self._hits,
+            "halves": self._halves,
+            "damaged": self._damages,
+            "writes": self._writes,
+            "not_newer": self._not_newer,
+            "deletes": self._deletes,
+            "commands": self._commands,
+            "flushes": self._flushes,
+            "bytes_out": self._bytes_out,
+            "bytes_in": self._bytes_in,
+            "queued": self.queued,
+            "in_flight": self.in_flight,
+            "pending": self.queued + self.in_flight,
+        }
+
+    # -- building batches
+
+    cdef _Write _write(self, str name, version, data, ttl, guard):
+        cdef _Write write = _Write.__new__(_Write)
+        write.version = check_version(name, version)
+        write.ttl = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        write.text = encode_data(name, data)
+        write.guard = GUARDED if guard else UNGUARDED
+        return write
+
+    cdef _Batch _new_batch(self, int kind, dict records):
+        return _Batch.__new__(_Batch, kind, <double>_monotonic() + self._timeout, records)
+
+    cdef int _enqueue(self, _Batch batch) except -1:
+        if not self._awake:
+            self._wake()
+            self._awake = True
+        self._queue.append(batch)
+        return 0
+
+    cdef _Batch _batch_for(self, int kind, str name):
+        """Return the batch that an operation on ``name`` may join by rule 1."""
+        cdef _Batch batch
+        cdef _Batch found = None
+        cdef bint free = True
+        for batch in self._open:
+            if batch.kind == kind:
+                found = batch
+                # Two removals, or two guarded writes, of one name have each its own result.
+                free = kind not in (SET_IF_NEWER, DELETE) or name not in batch.records
+            elif found is not None and name in batch.records:
+                free = False
+        if found is not None and free:
+            return found
+        batch = self._new_batch(kind, {})
+        self._enqueue(batch)
+        if found is not None:
+            self._open.clear()
+        self._open.append(batch)
+        return batch
+
+    cdef object _join(self, int kind, str name):
+        cdef _Batch batch = self._batch_for(kind, name)
+        cdef object waiter = self._create_waiter()
+        cdef Py_ssize_t before = PyDict_Size(batch.records)
+        cdef object entry = <object>PyDict_SetDefault(batch.records, name, waiter)
+        if PyDict_Size(batch.records) == before:
+            PyDict_SetItem(batch.records, name, _with(entry, waiter))
+        else:
+            self.queued += 1
+        return waiter
+
+    cdef object _add_bulk(self, int kind, dict records):
+        cdef object waiter = self._create_waiter()
+        cdef object result
+        cdef _Batch batch
+        if kind == GET:
+            result = records  # filled in place: the names are in their order already
+        elif kind == HEAD:
+            result = {}
+        elif kind == DELETE:
+            result = 0
+        else:
+            result = set()
+        if not records:
+            waiter.set_result(result)
+            return waiter
+        batch = self._new_batch(kind, records)
+        batch.bulk = _Bulk.__new__(
+            _Bulk, f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records)
+        )
+        self._enqueue(batch)
+        self._open.clear()
+        self.queued += len(records)
+        return waiter
+
+    # -- encoding
+
+    cdef Py_ssize_t _encode(self, _Batch batch) except -1:
+        """Append the next command of a batch (a removal: commands); return its record count."""
+        cdef int kind = batch.kind
+        cdef Py_ssize_t first = batch.sent
+        cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
+        cdef Py_ssize_t limit = SCRIPT_RECORDS
+        cdef Py_ssize_t i, size = 0
+        if kind == GET or kind == SET or kind == DELETE:
+            limit = COMMAND_RECORDS
+        if batch.alone:
+            limit = 1
+        if last > first + limit:
+            last = first + limit
+        if SET <= kind <= SET_IF_NEWER:
+            for i in range(first, last):
+                size += PyBytes_GET_SIZE((<_Write>PyList_GET_ITEM(batch.entries, i)).text)
+                if size > COMMAND_BYTES:
+                    last = i if i > first else first + 1
+                    break
+        cdef Py_ssize_t count = last - first
+        if kind == GET:
+            self._put_header(1 + 2 * count, b"$4\r\nMGET\r\n")
+            for i in range(first, last):
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        elif kind == SET:
+            self._put_header(1 + 4 * count, b"$4\r\nMSET\r\n")
+            for i in range(first, last):
+                self._put_record(
+                    <str>PyList_GET_ITEM(batch.names, i),
+                    <_Write>PyList_GET_ITEM(batch.entries, i),
+                )
+        elif kind == DELETE:
+            for i in range(first, last):
+                self._put_header(3, b"$3\r\nDEL\r\n")
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        else:
+            self._put_script(batch, count)
+            for i in range(first, last):
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+            if kind != HEAD:
+                for i in range(first, last):
+                    self._put_arguments(
+                        <_Write>PyList_GET_ITEM(batch.entries, i), batch.repeated
+                    )
+        return count
+
+    cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
+        cdef bint head = batch.kind == HEAD
+        self._put_header(3 + (2 if head else 6) * count, b"")
+        if batch.whole_script:
+            self._put_bulk(b"EVAL")
+            self._put_bulk(c.HEAD_SCRIPT if head else c.SET_SCRIPT)
+        else:
+            self._put_bulk(b"EVALSHA")
+            self._put_bulk(c.HEAD_SCRIPT_SHA if head else c.SET_SCRIPT_SHA)
+        self._reserve(64)
+        self._put_number(2 * count)
+        return 0
+
+    cdef int _put_record(self, str name, _Write write) except -1:
+        """Append both keys of a record, each followed by its value."""
+        cdef Py_ssize_t size = 0
+        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        self._put_key(text, size, VERSION_SUFFIX)
+        self._put_number(write.version)
+        self._put_key(text, size, DATA_SUFFIX)
+        self._put_bulk(write.text)
+        return 0
+
+    cdef int _put_arguments(self, _Write write, bint repeated) except -1:
+        self._reserve(64)
+        self._put_number(write.version)
+        self._put_bulk(write.text)
+        self._reserve(64)
+        self._put_number(write.ttl)
+        self._put_bulk(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
+        return 0
+
+    cdef int _put_keys(self, str name) except -1:
+        cdef Py_ssize_t size = 0
+        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        self._put_key(text, size, VERSION_SUFFIX)
+        self._put_key(text, size, DATA_SUFFIX)
+        return 0
+
+    cdef int _put_key(self, const char* text, Py_ssize_t size, bytes suffix) except -1:
+        """Append one key; leaves room for a number behind it."""
+        cdef bytes opening = b""
+        cdef bytes closing = b""
+        if self._hash_tag:
+            if text[0] == 125:  # "}"
+                opening = c.TAG_FOR_BRACE
+            else:
+                opening = c.TAG_OPEN
+                closing = c.TAG_CLOSE
+        cdef Py_ssize_t length = (
+            PyBytes_GET_SIZE(self._prefix)
+            + PyBytes_GET_SIZE(opening)
+            + size
+            + PyBytes_GET_SIZE(closing)
+            + PyBytes_GET_SIZE(suffix)
+        )
+        self._reserve(length + 96)
+        self._put_length(36, length)  # "$"
+        self._put_bytes(self._prefix)
+        self._put_bytes(opening)
+        memcpy(self._out + self._size, text, size)
+        self._size += size
+        self._put_bytes(closing)
+        self._put_bytes(suffix)
+        self._put_end()
+        return 0
+
+    cdef int _put_header(self, Py_ssize_t length, bytes command) except -1:
+        self._reserve(64 + PyBytes_GET_SIZE(command))
+        self._put_length(42, length)  # "*"
+        self._put_bytes(command)
+        return 0
+
+    cdef int _put_bulk(self, bytes text) except -1:
+        self._reserve(PyBytes_GET_SIZE(text) + 64)
+        self._put_length(36, PyBytes_GET_SIZE(text))
+        self._put_bytes(text)
+        self._put_end()
+        return 0
+
+    # The four below write without a check: their callers have reserved the room.
+
+    cdef inline void _put_number(self, long long number) noexcept:
+        """Append a bulk string of the number's digits; takes up to 26 bytes."""
+        cdef char digits[20]
+        cdef int size = _digits(number, digits)
+        self._put_length(36, size)
+        memcpy(self._out + self._size, digits, size)
+        self._size += size
+        self._put_end()
+
+    cdef inline void _put_length(self, char mark, Py_ssize_t length) noexcept:
+        cdef char digits[20]
+        cdef int size = _digits(length, digits)
+        self._out[self._size] = mark
+        memcpy(self._out + self._size + 1, digits, size)
+        self._size += 1 + size
+        self._put_end()
+
+    cdef inline void _put_bytes(self, bytes text) noexcept:
+        memcpy(self._out + self._size, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        self._size += PyBytes_GET_SIZE(text)
+
+    cdef inline void _put_end(self) noexcept:
+        self._out[self._size] = 13
+        self._out[self._size + 1] = 10
+        self._size += 2
+
+    cdef inline int _reserve(self, Py_ssize_t size) except -1:
+        if self._size + size <= self._capacity:
+            return 0
+        cdef Py_ssize_t capacity = max(2 * self._capacity, self._size + size, 4096)
+        cdef char* out = <char*>PyMem_Realloc(self._out, capacity)
+        if out == NULL:
+            raise MemoryError
+        self._out = out
+        self._capacity = capacity
+        return 0
+
+    # -- replies
+
+    cdef int _parse(self) except -1:
+        cdef object gets = self._reader.gets
+        cdef object reply
+        try:
+            while True:
+                try:
+                    reply = gets()
+                except Exception as error:  # hiredis says in several ways that it is no RESP
+                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                if reply is _INCOMPLETE:
+                    break
+                if type(reply) is not _PUSH:
+                    self._answer(reply)
+        finally:
+            if self._returned:
+                self._queue.extendleft(reversed(self._returned))
+                self._returned.clear()
+        return 0
+
+    cdef int _answer(self, reply) except -1:
+        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
+        if the reply turns out to be of the wrong shape."""
+        if not self._slots:
+            raise ProtocolError(
+                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
+            )
+        cdef tuple slot = self._slots[0]
+        cdef _Batch batch = slot[0]
+        cdef Py_ssize_t count = slot[1]
+        if batch.over():
+            batch.answered += count
+        elif type(reply) is ReplyError:
+            self._refused(batch, count, reply)
+        elif batch.kind == GET:
+            self._answer_get(batch, count, self._array(reply, 2 * count, "MGET"))
+        elif batch.kind == HEAD:
+            self._answer_head(batch, count, self._array(reply, count, "the head script"))
+        elif batch.kind == SET:
+            self._answer_set(batch, count, reply)
+        elif batch.kind == DELETE:
+            self._answer_delete(batch, reply)
+        elif batch.kind == COMMAND:
+            batch.answered = 1
+            _tell(batch.entries[0], reply)
+        else:
+            self._answer_script(batch, count, self._array(reply, count, "the set script"))
+        self._slots.popleft()
+        self.in_flight -= count
+        return 0
+
+    cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
+        cdef _Bulk bulk = batch.bulk
+        cdef dict result = None if bulk is None else bulk.result
+        cdef Py_ssize_t i
+        cdef object stored, raw, entry
+        cdef str name
+        cdef long long version
+        for i in range(count):
+            stored = <object>PyList_GET_ITEM(reply, 2 * i)
+            raw = <object>PyList_GET_ITEM(reply, 2 * i + 1)
+            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
+            entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
+            if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
+                version = parse_version(<bytes>stored)
+                if version < 0:
+                    self._damaged(batch, name, entry, stored)
+                else:
+                    self._hits += 1
+                    if bulk is not None:
+                        PyDict_SetItem(result, name, _record(name, version, <bytes>raw))
+                    elif type(entry) is list:
+                        for waiter in <list>entry:
+                            _tell(waiter, _record(name, version, <bytes>raw))
+                    else:
+                        _tell(entry, _record(name, version, <bytes>raw))
+            else:
+                for value in (stored, raw):
+                    if value is not None and type(value) is not bytes:
+                        raise self._wrong_shape("MGET", value)
+                if stored is not None or raw is not None:
+                    self._halves += 1
+                if bulk is not None:
+                    bulk.missing.append(name)
+                else:
+                    _tell(entry, None)
+            self._reads += 1
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+        return 0
+
+    cdef int _answer_head(self, _Batch batch, Py_ssize_t count, list reply) except -1:
+        cdef _Bulk bulk = batch.bulk
+        cdef object value, entry
+        cdef str name
+        cdef long long version
+        for value in reply:
+            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
+            entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
+            if type(value) is bytes:
+                version = parse_version(<bytes>value)
+                if version < 0:
+                    self._damaged(batch, name, entry, value)
+                else:
+                    self._hits += 1
+                    if bulk is None:
+                        _tell(entry, version)
+                    else:
+                        bulk.result[name] = version
+            else:
+                if type(value) is int and value == 0:
+                    self._halves += 1
+                elif value is not None:
+                    raise self._wrong_shape("the head script", value)
+                if bulk is None:
+                    _tell(entry, None)
+            self._reads += 1
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+        return 0
+
+    cdef int _answer_set(self, _Batch batch, Py_ssize_t count, reply) except -1:
+        cdef Py_ssize_t i
+        if reply != b"OK":
+            raise self._wrong_shape("MSET", reply)
+        if batch.bulk is None:
+            for i in range(batch.answered, batch.answered + count):
+                _tell((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
+        self._writes += count
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(count)
+        return 0
+
+    cdef int _answer_script(self, _Batch batch, Py_ssize_t count, list reply) except -1:
+        cdef _Bulk bulk = batch.bulk
+        cdef _Write entry
+        cdef str name
+        for value in reply:
+            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
+            entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
+            if type(value) is ReplyError:
+                self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+            elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
+                raise self._wrong_shape("the set script", value)
+            elif value == DAMAGED:
+                self._damaged(batch, name, entry, None)
+            else:
+                if value == WRITTEN:
+                    self._writes += 1
+                else:
+                    self._not_newer += 1
+                if bulk is None:
+                    _tell(entry.waiter, value == WRITTEN)
+                elif value == NOT_NEWER:
+                    bulk.result.add(name)
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+        return 0
+
+    cdef int _answer_delete(self, _Batch batch, reply) except -1:
+        if type(reply) is not int or not 0 <= reply <= 2:
+            raise self._wrong_shape("DEL", reply)
+        if reply == 1:
+            self._halves += 1
+        entry = batch.entries[batch.answered]
+        self._deletes += 1
+        batch.answered += 1
+        if batch.bulk is None:
+            _tell(entry, reply == 2)
+        else:
+            batch.bulk.result += reply == 2
+            batch.bulk.settle(1)
+        return 0
+
+    cdef list _array(self, reply, Py_ssize_t length, str command):
+        if type(reply) is not list or PyList_GET_SIZE(reply) != length:
+            raise self._wrong_shape(command, reply)
+        return reply
+
+    cdef object _wrong_shape(self, str command, reply):
+        return ProtocolError(
+            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
+        )
+
+    cdef int _damaged(self, _Batch batch, str name, entry, stored) except -1:
+        self._damages += 1
+        return self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
+
+    # -- refusals
+
+    cdef int _refused(self, _Batch batch, Py_ssize_t count, error) except -1:
+        """Give an error reply to the records it belongs to, or send them once more.
+
+        An error reply to a whole command says that nothing of it was done.
+        """
+        cdef bint lost_script = error.code == "NOSCRIPT" and not batch.whole_script
+        cdef bint mixed = error.code == "NOPERM" and count > 1
+        cdef set overtaken = set()
+        cdef dict again = {}
+        cdef _Batch repeat
+        cdef str name
+        if (lost_script or mixed) and batch.kind >= SET:
+            overtaken = self._written_after(batch)
+        for _ in range(count):
+            name = batch.names[batch.answered]
+            entry = batch.entries[batch.answered]
+            batch.answered += 1
+            if not (lost_script or mixed) or (mixed and name in overtaken):
+                self._give_error(batch, name, entry, self._refusal(error, batch.kind, name))
+            elif name not in overtaken:
+                again[name] = entry
+            elif batch.bulk is None:
+                # A later write of this name is on its way already, and a repeat would undo it.
+                # In the order they were issued, this one was overwritten at once.
+                _tell((<_Write?>entry).waiter, True)
+        if again:
+            repeat = _Batch.__new__(_Batch, batch.kind, batch.deadline, again)
+            repeat.bulk = batch.bulk
+            repeat.repeated = batch.repeated
+            repeat.whole_script = lost_script or batch.whole_script
+            repeat.alone = mixed or batch.alone
+            self.queued += len(again)
+            self._returned.append(repeat)
+        if batch.bulk is not None:
+            batch.bulk.settle(count - len(again))
+        return 0
+
+    cdef set _written_after(self, _Batch batch):
+        """Return the names that plain writes and removals in flight behind ``batch`` change."""
+        cdef set names = set()
+        cdef _Batch later
+        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+            if later is not batch and later.kind in (SET, DELETE):
+                names.update(later.names[later.answered : later.sent])
+        return names
+
+    cdef object _refusal(self, error, int kind, str name):
+        context = f"{c.describe(kind, name)} at {self.address}"
+        return lambda: ReplyError(error.message, context=context)
+
+    cdef int _give_error(self, _Batch batch, str name, entry, make) except -1:
+        """Give one record its error: to its waiters, or into its bulk's."""
+        if batch.bulk is None:
+            return _fail((<_Write>entry).waiter if type(entry) is _Write else entry, make)
+        batch.bulk.errors[name] = make()
+        if batch.kind == GET:
+            batch.bulk.missing.append(name)
+        return 0
+
+    cdef int _fail_batch(self, _Batch batch, error_of) except -1:
+        """Tell all who still wait for a batch that it failed."""
+        cdef Py_ssize_t i
+        batch.freeze()
+        batch.expired = True
+        if batch.bulk is not None:
+            operation = batch.bulk.operation
+            batch.bulk.over = True
+            return _fail(batch.bulk.waiter, lambda: error_of(operation))
+        for i in range(batch.answered, PyList_GET_SIZE(batch.names)):
+            entry = batch.entries[i]
+            waiter = (<_Write>entry).waiter if type(entry) is _Write else entry
+            _fail(waiter, partial(error_of, c.describe(batch.kind, batch.names[i])))
+        return 0
+
+
+# -- waiters
+
+
+cdef list _with(earlier, waiter):
+    """Return the waiters of one record, to which one more comes."""
+    if type(earlier) is not list:
+        return [earlier, waiter]
+    (<list>earlier).append(waiter)
+    return earlier
+
+
+cdef int _tell(waiter, result) except -1:
+    """Give a waiter, or each of a list, its result, unless it was cancelled."""
+    if type(waiter) is list:
+        for one in <list>waiter:
+            _tell(one, result)
+        return 0
+    try:
+        waiter.set_result(result)
+    except InvalidStateError:
+        pass
+    return 0
+
+
+cdef int _fail(waiter, make) except -1:
+    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
+    if type(waiter) is list:
+        for one in <list>waiter:
+            _fail(one, make)
+        return 0
+    try:
+        waiter.set_exception(make())
+    except InvalidStateError:
+        pass
+    return 0
+
+
+# -- small things
+
+
+cdef inline int _kind_of(long long ttl, if_newer) except -1:
+    if if_newer:
+        return SET_IF_NEWER
+    return SET_TTL if ttl else SET
+
+
+cdef dict _unique(str operation, names):
+    """Return the names as keys, each once and checked."""
+    cdef dict unique = {}
+    if isinstance(names, (str, bytes)):
+        raise c.bad_names(operation, names)
+    for name in names:
+        PyDict_SetItem(unique, check_name(name), None)
+    return unique
+
+
+cdef inline int _digits(unsigned long long number, char* out) noexcept:
+    """Write the decimal digits of a number (at most 20), and return how many they are."""
+    cdef char reversed_digits[20]
+    cdef int size = 0
+    cdef int i
+    while True:
+        reversed_digits[size] = <char>(48 + number % 10)
+        size += 1
+        number //= 10
+        if number == 0:
+            break
+    for i in range(size):
+        out[i] = reversed_digits[size - 1 - i]
+    return size

@@ -1,0 +1,946 @@
+"""The core in plain Python: what ``_fast.pyx`` does, line for line where it can be.
+
+Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
+is no socket, event loop or configuration here.
+
+Theory of operation
+-------------------
+An operation joins a **batch**: the records of one kind (reads, writes, ...) issued in one tick
+of the event loop, or one bulk operation. ``take_output`` turns waiting batches into commands of
+up to some hundred records each. A command in flight is a **slot**, and replies come in the
+order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late is
+merely not told, while its reply is parsed and dropped as any other.
+
+Two rules keep the order of operations on one name:
+
+1. An operation joins an open batch only if no later batch of the tick holds its name; else
+   all open batches are closed and it begins a new one. A bulk closes them all.
+2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
+   that was answered before the new read was issued.
+
+Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.finish``.
+"""
+
+from __future__ import annotations
+
+import time
+from asyncio import InvalidStateError
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, NoReturn
+
+import hiredis
+import msgspec
+
+from . import _common as c
+from ._common import ErrorOf, Waiter
+from .errors import ProtocolError, ReplyError, shorten
+
+_UNDECODED: Final = object()
+_INCOMPLETE: Final = object()
+
+# hiredis's stub gives these narrower types than they have.
+_pack_command: Any = hiredis.pack_command
+_Reader: Any = hiredis.Reader
+
+_encode_json = msgspec.json.Encoder().encode
+_decode_json = msgspec.json.Decoder().decode
+
+
+class Record:
+    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
+
+    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
+    stored, and ``stale`` true only for a last known record served while Redis is away.
+    It unpacks: ``version, data = record``.
+    """
+
+    __slots__ = ("_data", "name", "raw", "stale", "version")
+
+    name: str
+    version: int
+    raw: bytes
+    stale: bool
+    _data: Any
+
+    def __init__(self, name: str, version: int, raw: bytes, stale: bool = False) -> None:
+        set_field = object.__setattr__
+        set_field(self, "name", name)
+        set_field(self, "version", version)
+        set_field(self, "raw", raw)
+        set_field(self, "stale", stale)
+        set_field(self, "_data", _UNDECODED)
+
+    @property
+    def data(self) -> Any:
+        """The decoded JSON: decoded at first access, kept, and shared with no other call.
+
+        Raises RecordError if the stored text is no JSON.
+        """
+        data = self._data
+        if data is _UNDECODED:
+            try:
+                data = _decode_json(self.raw)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                data = c.decode_tolerantly(self.name, self.version, self.raw)
+            object.__setattr__(self, "_data", data)
+        return data
+
+    def decode(self, type: Any, /) -> Any:
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+
+        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+        """
+        return c.decode_as(self.name, self.version, self.raw, type)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.version, self.data))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record):
+            return NotImplemented
+        return (self.version, self.name, self.raw) == (other.version, other.name, other.raw)
+
+    def __hash__(self) -> int:
+        return hash((self.version, self.name, self.raw))
+
+    def __repr__(self) -> str:
+        stale = ", stale=True" if self.stale else ""
+        return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Record, (self.name, self.version, self.raw, self.stale))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a Record is immutable: {name} can't be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Record is immutable: {name} can't be deleted")
+
+
+# -- checks and texts
+
+
+def check_name(name: object) -> str:
+    """Return the name as an exact str, or raise RecordError."""
+    if not isinstance(name, str) or not name:
+        raise c.bad_name(name)
+    if type(name) is not str:
+        name = str.__str__(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise c.bad_name(name) from None
+    return name
+
+
+def check_version(name: str, version: object) -> int:
+    """Return the version as an int, or raise RecordError."""
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise c.bad_version(name, version)
+    if not 0 <= version <= c.MAX_VERSION:
+        raise c.bad_version(name, version)
+    return int(version)
+
+
+def encode_data(name: str, data: object) -> bytes:
+    """Return the JSON text of a record's data, or raise RecordError."""
+    try:
+        text = _encode_json(data)
+    except Exception:  # msgspec raises whatever a user's own type raises
+        return c.encode_tolerantly(name, data)
+    if not text:
+        raise c.empty_raw(name)
+    return text
+
+
+def parse_version(text: bytes) -> int:
+    """Return the version that decimal digits state, or -1 if they state none."""
+    if not text.isdigit():
+        return -1
+    digits = text.lstrip(b"0")
+    if len(digits) > 19:
+        return -1
+    version = int(digits or b"0")
+    return version if version <= c.MAX_VERSION else -1
+
+
+class _Write:
+    """The content of one record to be written, and who waits for it."""
+
+    __slots__ = ("guard", "text", "ttl", "version", "waiter")
+
+    def __init__(self, version: int, text: bytes, ttl: int, guard: bytes) -> None:
+        self.version = version
+        self.text = text
+        self.ttl = ttl
+        self.guard = guard
+        self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
+
+
+class _Bulk:
+    """The outcome of one bulk operation, gathered from its slots."""
+
+    __slots__ = ("errors", "missing", "operation", "over", "remaining", "result", "total", "waiter")
+
+    def __init__(self, operation: str, waiter: Waiter, result: Any, total: int) -> None:
+        self.operation = operation
+        self.waiter = waiter
+        self.result = result
+        self.total = total
+        self.remaining = total
+        self.errors: dict[str, Exception] = {}
+        self.missing: list[str] = []  # names to take out of a result that began as all names
+        self.over = False  # the waiter has its outcome
+
+    def settle(self, count: int) -> None:
+        """Count records that have their outcome; the last one settles the waiter."""
+        self.remaining -= count
+        if self.remaining or self.over:
+            return
+        self.over = True
+        for name in self.missing:
+            del self.result[name]
+        if self.errors:
+            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
+            _fail(self.waiter, lambda: error)
+        else:
+            _tell(self.waiter, self.result)
+
+
+class _Batch:
+    """Records of one kind that go out together: the operations of a tick, or one bulk.
+
+    ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
+    lists when the first of it is sent. Records before ``answered`` are settled, those from
+    there to ``sent`` are in flight, the others wait.
+    """
+
+    __slots__ = (
+        "alone",
+        "answered",
+        "bulk",
+        "deadline",
+        "entries",
+        "expired",
+        "kind",
+        "names",
+        "records",
+        "repeated",
+        "sent",
+        "whole_script",
+    )
+
+    def __init__(self, kind: int, deadline: float, records: dict[str, Any]) -> None:
+        self.kind = kind
+        self.deadline = deadline
+        self.records = records
+        self.names: list[str] = []
+        self.entries: list[Any] = []
+        self.sent = 0
+        self.answered = 0
+        self.bulk: _Bulk | None = None
+        self.expired = False  # its waiters have been told; the replies are dropped
+        self.repeated = False  # it was sent before, on a connection that was lost
+        self.whole_script = False  # Redis has lost the script: send its text
+        self.alone = False  # one record a command, to find the one that is refused
+
+    def freeze(self) -> None:
+        if not self.names:
+            self.names = list(self.records)
+            self.entries = list(self.records.values())
+
+    def over(self) -> bool:
+        """Return whether nobody waits for it any more."""
+        return self.expired or (self.bulk is not None and self.bulk.over)
+
+    def waiting(self) -> int:
+        return len(self.records) - self.sent
+
+
+class Pipeline:
+    """The operations of one node on their way to Redis and their replies on the way back.
+
+    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
+    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
+    queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    seconds, 0 for none. ``address`` is for messages.
+    """
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        wake: Callable[[], object],
+        *,
+        address: str = "",
+        key_prefix: str = "",
+        hash_tag: bool = False,
+        ttl: int = 0,
+        timeout: float = 1.0,
+    ) -> None:
+        self.address = address
+        self.down: Exception | None = None
+        self.in_flight = 0
+        self.queued = 0
+        self._create_waiter = create_waiter
+        self._wake = wake
+        self._prefix = key_prefix.encode()
+        self._hash_tag = hash_tag
+        self._ttl = ttl
+        self._timeout = timeout
+        self._awake = False
+        self._open: list[_Batch] = []
+        self._queue: deque[_Batch] = deque()
+        self._slots: deque[tuple[_Batch, int]] = deque()
+        self._returned: list[_Batch] = []
+        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self._counts = dict.fromkeys(
+            ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
+        )
+        self._commands = 0
+        self._flushes = 0
+        self._bytes_out = 0
+        self._bytes_in = 0
+        self.reset_reader()
+
+    # -- operations on one record
+
+    def get(self, name: str) -> Any:
+        """Queue a read; its waiter gets the Record, or None."""
+        name = check_name(name)
+        return self._join(self._batch_for(c.GET, name), name)
+
+    def head(self, name: str) -> Any:
+        """Queue a read of the version; its waiter gets the int, or None."""
+        name = check_name(name)
+        return self._join(self._batch_for(c.HEAD, name), name)
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        name = check_name(name)
+        write = self._write(name, version, data, ttl, if_newer)
+        batch = self._batch_for(_kind_of(write.ttl, if_newer), name)
+        waiter = self._create_waiter()
+        earlier: _Write | None = batch.records.get(name)
+        if earlier is None:
+            write.waiter = waiter
+            self.queued += 1
+        else:
+            write.waiter = _with(earlier.waiter, waiter)
+        batch.records[name] = write
+        return waiter
+
+    def delete(self, name: str) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record."""
+        name = check_name(name)
+        return self._join(self._batch_for(c.DELETE, name), name)
+
+    # -- bulk operations
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._add_bulk(c.GET, _unique("get_bulk", names))
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._add_bulk(c.HEAD, _unique("head_bulk", names))
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        if not isinstance(records, Mapping):
+            raise c.bad_records(records)
+        writes: dict[str, Any] = {}
+        write_ttl = 0
+        for name, pair in records.items():
+            name = check_name(name)
+            try:
+                version, data = pair
+            except (TypeError, ValueError):
+                raise c.bad_pair(name, pair) from None
+            write = writes[name] = self._write(name, version, data, ttl, if_newer)
+            write_ttl = write.ttl
+        return self._add_bulk(_kind_of(write_ttl, if_newer), writes)
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._add_bulk(c.DELETE, _unique("delete_bulk", names))
+
+    # -- any other command
+
+    def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
+        """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        batch = self._new_batch(c.COMMAND, {str(parts[0]): self._create_waiter()})
+        batch.freeze()
+        batch.sent = 1
+        self._slots.append((batch, 1))
+        self.in_flight += 1
+        return _pack_command(parts), batch.entries[0]
+
+    # -- output
+
+    def end_tick(self) -> None:
+        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        self._open.clear()
+        self._awake = False
+
+    def take_output(self) -> bytes:
+        """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        self.end_tick()
+        out: list[bytes] = []
+        size = 0
+        queue = self._queue
+        while queue and self.in_flight < c.WINDOW_RECORDS and size < c.COMMAND_BYTES:
+            batch = queue[0]
+            if batch.over() or not batch.records:
+                self.queued -= batch.waiting()
+                queue.popleft()
+                continue
+            batch.freeze()
+            text, count = self._encode(batch)
+            out.append(text)
+            size += len(text)
+            batch.sent += count
+            self.queued -= count
+            self.in_flight += count
+            if batch.kind == c.DELETE:
+                self._slots.extend([(batch, 1)] * count)
+                self._commands += count
+            else:
+                self._slots.append((batch, count))
+                self._commands += 1
+            if not batch.waiting():
+                queue.popleft()
+        if out:
+            self._flushes += 1
+            self._bytes_out += size
+        return b"".join(out)
+
+    # -- input
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += size
+        self._reader.feed(self._buffer, 0, size)
+        self._parse()
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that arrived, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += len(data)
+        self._reader.feed(data)
+        self._parse()
+
+    def reset_reader(self) -> None:
+        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- time and failure
+
+    def expire(self, now: float) -> float | None:
+        """Fail every operation whose deadline is past; return the next deadline, or None."""
+        pending = self.in_flight
+        next_deadline: float | None = None
+        for batch, _count in self._slots:
+            if batch.over():
+                continue
+            if batch.deadline > now:
+                next_deadline = batch.deadline
+                break
+            self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+        queue = self._queue
+        while queue and (queue[0].over() or queue[0].deadline <= now):
+            batch = queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
+            if not batch.over():
+                make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
+                self._fail_batch(batch, make)
+        if queue and (next_deadline is None or queue[0].deadline < next_deadline):
+            next_deadline = queue[0].deadline
+        return next_deadline
+
+    def connection_lost(self, reason: Exception, retry: bool) -> None:
+        """Settle the slots of a connection that ended.
+
+        With ``retry``, reads and guarded writes wait for the next connection, in their order
+        and before anything newer; without it, they fail as the other writes do, which may or
+        may not have happened. What was not sent yet stays queued.
+        """
+        kept: dict[_Batch, None] = {}
+        for batch in dict.fromkeys(batch for batch, _count in self._slots):
+            if batch.over():
+                continue
+            if retry and batch.kind in (c.GET, c.HEAD, c.SET_IF_NEWER):
+                self.queued += batch.sent - batch.answered
+                batch.sent = batch.answered
+                batch.repeated = True
+                kept[batch] = None
+            else:
+                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+        for batch in self._queue:
+            if batch.over():
+                self.queued -= batch.waiting()
+            else:
+                kept[batch] = None
+        self._slots.clear()
+        self._queue = deque(kept)
+        self.in_flight = 0
+        self.end_tick()
+        self.reset_reader()
+
+    def fail_all(self, error_of: ErrorOf) -> None:
+        """Fail every operation that is queued or in flight, with an error of its own each."""
+        batches = dict.fromkeys(batch for batch, _count in self._slots)
+        batches.update(dict.fromkeys(self._queue))
+        self._slots.clear()
+        self._queue.clear()
+        self.in_flight = self.queued = 0
+        self.end_tick()
+        for batch in batches:
+            if not batch.over():
+                self._fail_batch(batch, error_of)
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        return {
+            **self._counts,
+            "commands": self._commands,
+            "flushes": self._flushes,
+            "bytes_out": self._bytes_out,
+            "bytes_in": self._bytes_in,
+            "queued": self.queued,
+            "in_flight": self.in_flight,
+            "pending": self.queued + self.in_flight,
+        }
+
+    # -- building batches
+
+    def _write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> _Write:
+        number = check_version(name, version)
+        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        text = encode_data(name, data)
+        return _Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
+
+    def _new_batch(self, kind: int, records: dict[str, Any]) -> _Batch:
+        return _Batch(kind, time.monotonic() + self._timeout, records)
+
+    def _enqueue(self, batch: _Batch) -> None:
+        if not self._awake:
+            self._wake()
+            self._awake = True
+        self._queue.append(batch)
+
+    def _batch_for(self, kind: int, name: str) -> _Batch:
+        """Return the batch that an operation on ``name`` may join by rule 1."""
+        found: _Batch | None = None
+        free = True
+        for batch in self._open:
+            if batch.kind == kind:
+                found = batch
+                # Two removals, or two guarded writes, of one name have each its own result.
+                free = kind not in (c.SET_IF_NEWER, c.DELETE) or name not in batch.records
+            elif found is not None and name in batch.records:
+                free = False
+        if found is not None and free:
+            return found
+        batch = self._new_batch(kind, {})
+        self._enqueue(batch)
+        if found is not None:
+            self._open.clear()
+        self._open.append(batch)
+        return batch
+
+    def _join(self, batch: _Batch, name: str) -> Any:
+        waiter = self._create_waiter()
+        if name in batch.records:
+            batch.records[name] = _with(batch.records[name], waiter)
+        else:
+            batch.records[name] = waiter
+            self.queued += 1
+        return waiter
+
+    def _add_bulk(self, kind: int, records: dict[str, Any]) -> Any:
+        waiter = self._create_waiter()
+        result: Any
+        if kind == c.GET:
+            result = records  # filled in place: the names are in their order already
+        elif kind == c.HEAD:
+            result = {}
+        elif kind == c.DELETE:
+            result = 0
+        else:
+            result = set()
+        if not records:
+            waiter.set_result(result)
+            return waiter
+        batch = self._new_batch(kind, records)
+        batch.bulk = _Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records))
+        self._enqueue(batch)
+        self._open.clear()
+        self.queued += len(records)
+        return waiter
+
+    # -- encoding
+
+    def _keys(self, name: str) -> tuple[bytes, bytes]:
+        text = name.encode()
+        if not self._hash_tag:
+            stem = self._prefix + text
+        elif text.startswith(c.TAG_CLOSE):
+            stem = self._prefix + c.TAG_FOR_BRACE + text
+        else:
+            stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
+        return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
+
+    def _encode(self, batch: _Batch) -> tuple[bytes, int]:
+        """Return the next command of a batch (a removal: commands), and its record count."""
+        pack = _pack_command
+        first = batch.sent
+        kind = batch.kind
+        limit = c.COMMAND_RECORDS if kind in (c.GET, c.SET, c.DELETE) else c.SCRIPT_RECORDS
+        last = min(first + (1 if batch.alone else limit), len(batch.names))
+        if c.SET <= kind <= c.SET_IF_NEWER:
+            size = 0
+            for i in range(first, last):
+                size += len(batch.entries[i].text)
+                if size > c.COMMAND_BYTES:
+                    last = max(i, first + 1)
+                    break
+        keys: list[bytes] = []
+        for i in range(first, last):
+            keys.extend(self._keys(batch.names[i]))
+        entries = batch.entries[first:last]
+        if kind == c.GET:
+            return pack((b"MGET", *keys)), last - first
+        if kind == c.DELETE:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            return b"".join(pack((b"DEL", *pair)) for pair in pairs), last - first
+        if kind == c.SET:
+            values = (value for w in entries for value in (b"%d" % w.version, w.text))
+            pairs_of = zip(keys, values, strict=True)
+            flat = [part for pair in pairs_of for part in pair]
+            return pack((b"MSET", *flat)), last - first
+        count = b"%d" % len(keys)
+        if kind == c.HEAD:
+            script = _script(batch, c.HEAD_SCRIPT, c.HEAD_SCRIPT_SHA)
+            return pack((*script, count, *keys)), last - first
+        script = _script(batch, c.SET_SCRIPT, c.SET_SCRIPT_SHA)
+        arguments: list[bytes] = []
+        for write in entries:
+            guard = write.guard
+            if batch.repeated and guard == c.GUARDED:
+                guard = c.GUARDED_REPEAT
+            arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
+        return pack((*script, count, *keys, *arguments)), last - first
+
+    # -- replies
+
+    def _parse(self) -> None:
+        gets = self._reader.gets
+        try:
+            while True:
+                try:
+                    reply = gets()
+                except Exception as error:  # hiredis says in several ways that it is no RESP
+                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                if reply is _INCOMPLETE:
+                    break
+                if type(reply) is not hiredis.PushNotification:
+                    self._answer(reply)
+        finally:
+            if self._returned:
+                self._queue.extendleft(reversed(self._returned))
+                self._returned.clear()
+
+    def _answer(self, reply: Any) -> None:
+        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
+        if the reply turns out to be of the wrong shape."""
+        if not self._slots:
+            raise ProtocolError(
+                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
+            )
+        batch, count = self._slots[0]
+        if batch.over():
+            batch.answered += count
+        elif type(reply) is ReplyError:
+            self._refused(batch, count, reply)
+        elif batch.kind == c.GET:
+            self._answer_get(batch, count, reply)
+        elif batch.kind == c.HEAD:
+            self._answer_head(batch, count, reply)
+        elif batch.kind == c.SET:
+            self._answer_set(batch, count, reply)
+        elif batch.kind == c.DELETE:
+            self._answer_delete(batch, reply)
+        elif batch.kind == c.COMMAND:
+            batch.answered = 1
+            _tell(batch.entries[0], reply)
+        else:
+            self._answer_script(batch, count, reply)
+        self._slots.popleft()
+        self.in_flight -= count
+
+    def _answer_get(self, batch: _Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, 2 * count, "MGET")
+        bulk = batch.bulk
+        for i in range(0, 2 * count, 2):
+            stored, raw = reply[i], reply[i + 1]
+            name = batch.names[batch.answered]
+            entry = batch.entries[batch.answered]
+            if type(stored) is bytes and type(raw) is bytes:
+                version = parse_version(stored)
+                if version < 0:
+                    self._damaged(batch, name, entry, stored)
+                else:
+                    self._counts["hits"] += 1
+                    if bulk is not None:
+                        bulk.result[name] = Record(name, version, raw)
+                    elif type(entry) is list:
+                        for waiter in entry:
+                            _tell(waiter, Record(name, version, raw))
+                    else:
+                        _tell(entry, Record(name, version, raw))
+            else:
+                for value in (stored, raw):
+                    if value is not None and type(value) is not bytes:
+                        raise self._wrong_shape("MGET", value)
+                if stored is not None or raw is not None:
+                    self._counts["halves"] += 1
+                if bulk is not None:
+                    bulk.missing.append(name)
+                else:
+                    _tell(entry, None)
+            self._counts["reads"] += 1
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+
+    def _answer_head(self, batch: _Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, count, "the head script")
+        bulk = batch.bulk
+        for value in reply:
+            name = batch.names[batch.answered]
+            entry = batch.entries[batch.answered]
+            version: int | None = None
+            if type(value) is bytes:
+                version = parse_version(value)
+            elif type(value) is int and value == 0:
+                self._counts["halves"] += 1
+            elif value is not None:
+                raise self._wrong_shape("the head script", value)
+            if version is None:
+                if bulk is None:
+                    _tell(entry, None)
+            elif version < 0:
+                self._damaged(batch, name, entry, value)
+            else:
+                self._counts["hits"] += 1
+                if bulk is None:
+                    _tell(entry, version)
+                else:
+                    bulk.result[name] = version
+            self._counts["reads"] += 1
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+
+    def _answer_set(self, batch: _Batch, count: int, reply: Any) -> None:
+        if reply != b"OK":
+            raise self._wrong_shape("MSET", reply)
+        if batch.bulk is None:
+            for write in batch.entries[batch.answered : batch.answered + count]:
+                _tell(write.waiter, True)
+        self._counts["writes"] += count
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(count)
+
+    def _answer_script(self, batch: _Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, count, "the set script")
+        bulk = batch.bulk
+        for value in reply:
+            name = batch.names[batch.answered]
+            entry = batch.entries[batch.answered]
+            if type(value) is ReplyError:
+                self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+            elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
+                raise self._wrong_shape("the set script", value)
+            elif value == c.DAMAGED:
+                self._damaged(batch, name, entry, None)
+            else:
+                self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
+                if bulk is None:
+                    _tell(entry.waiter, value == c.WRITTEN)
+                elif value == c.NOT_NEWER:
+                    bulk.result.add(name)
+            batch.answered += 1
+        if bulk is not None:
+            bulk.settle(count)
+
+    def _answer_delete(self, batch: _Batch, reply: Any) -> None:
+        if type(reply) is not int or not 0 <= reply <= 2:
+            raise self._wrong_shape("DEL", reply)
+        if reply == 1:
+            self._counts["halves"] += 1
+        entry = batch.entries[batch.answered]
+        self._counts["deletes"] += 1
+        batch.answered += 1
+        if batch.bulk is None:
+            _tell(entry, reply == 2)
+        else:
+            batch.bulk.result += reply == 2
+            batch.bulk.settle(1)
+
+    def _check_array(self, reply: Any, length: int, command: str) -> None:
+        if type(reply) is not list or len(reply) != length:
+            raise self._wrong_shape(command, reply)
+
+    def _wrong_shape(self, command: str, reply: Any) -> ProtocolError:
+        return ProtocolError(
+            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
+        )
+
+    def _damaged(self, batch: _Batch, name: str, entry: Any, stored: bytes | None) -> None:
+        self._counts["damaged"] += 1
+        self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
+
+    # -- refusals
+
+    def _refused(self, batch: _Batch, count: int, error: ReplyError) -> None:
+        """Give an error reply to the records it belongs to, or send them once more.
+
+        An error reply to a whole command says that nothing of it was done.
+        """
+        lost_script = error.code == "NOSCRIPT" and not batch.whole_script
+        mixed = error.code == "NOPERM" and count > 1
+        overtaken: frozenset[str] = frozenset()
+        if (lost_script or mixed) and batch.kind >= c.SET:
+            overtaken = self._written_after(batch)
+        again: dict[str, Any] = {}
+        for _ in range(count):
+            name = batch.names[batch.answered]
+            entry = batch.entries[batch.answered]
+            batch.answered += 1
+            if not (lost_script or mixed) or (mixed and name in overtaken):
+                self._give_error(batch, name, entry, self._refusal(error, batch.kind, name))
+            elif name not in overtaken:
+                again[name] = entry
+            elif batch.bulk is None:
+                # A later write of this name is on its way already, and a repeat would undo it.
+                # In the order they were issued, this one was overwritten at once.
+                _tell(entry.waiter, True)
+        if again:
+            repeat = _Batch(batch.kind, batch.deadline, again)
+            repeat.bulk = batch.bulk
+            repeat.repeated = batch.repeated
+            repeat.whole_script = lost_script or batch.whole_script
+            repeat.alone = mixed or batch.alone
+            self.queued += len(again)
+            self._returned.append(repeat)
+        if batch.bulk is not None:
+            batch.bulk.settle(count - len(again))
+
+    def _written_after(self, batch: _Batch) -> frozenset[str]:
+        """Return the names that plain writes and removals in flight behind ``batch`` change."""
+        names: set[str] = set()
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            if later is not batch and later.kind in (c.SET, c.DELETE):
+                names.update(later.names[later.answered : later.sent])
+        return frozenset(names)
+
+    def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
+        context = f"{c.describe(kind, name)} at {self.address}"
+        return lambda: ReplyError(error.message, context=context)
+
+    def _give_error(
+        self, batch: _Batch, name: str, entry: Any, make: Callable[[], Exception]
+    ) -> None:
+        """Give one record its error: to its waiters, or into its bulk's."""
+        if batch.bulk is None:
+            _fail(entry.waiter if type(entry) is _Write else entry, make)
+            return
+        batch.bulk.errors[name] = make()
+        if batch.kind == c.GET:
+            batch.bulk.missing.append(name)
+
+    def _fail_batch(self, batch: _Batch, error_of: ErrorOf) -> None:
+        """Tell all who still wait for a batch that it failed."""
+        batch.freeze()
+        batch.expired = True
+        if batch.bulk is not None:
+            operation = batch.bulk.operation
+            batch.bulk.over = True
+            _fail(batch.bulk.waiter, lambda: error_of(operation))
+            return
+        for i in range(batch.answered, len(batch.names)):
+            entry = batch.entries[i]
+            waiter = entry.waiter if type(entry) is _Write else entry
+            _fail(waiter, partial(error_of, c.describe(batch.kind, batch.names[i])))
+
+
+# -- waiters
+
+
+def _with(earlier: Any, waiter: Any) -> list[Any]:
+    """Return the waiters of one record, to which one more comes."""
+    if type(earlier) is not list:
+        return [earlier, waiter]
+    earlier.append(waiter)
+    return earlier
+
+
+def _tell(waiter: Any, result: object) -> None:
+    """Give a waiter, or each of a list, its result, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_result(result)
+
+
+def _fail(waiter: Any, make: Callable[[], Exception]) -> None:
+    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_exception(make())
+
+
+# -- small things
+
+
+def _kind_of(ttl: int, if_newer: bool) -> int:
+    if if_newer:
+        return c.SET_IF_NEWER
+    return c.SET_TTL if ttl else c.SET
+
+
+def _unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return the names as keys, each once and checked."""
+    if isinstance(names, (str, bytes)):
+        raise c.bad_names(operation, names)
+    return dict.fromkeys(map(check_name, names))
+
+
+def _script(batch: _Batch, text: bytes, sha: bytes) -> tuple[bytes, bytes]:
+    return (b"EVAL", text) if batch.whole_script else (b"EVALSHA", sha)

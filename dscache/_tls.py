@@ -1,0 +1,129 @@
+"""TLS of the configuration: what verifies the server, and the client's own certificate."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from msgspec.structs import replace
+
+from ._typed import Place, Secret, Written
+from .errors import ConfigError
+
+
+class Tls(Written, frozen=True, kw_only=True):
+    """How the server is verified and the client shows who it is.
+
+    ``ca``, ``cert`` and ``key`` are PEM text, or the path of a PEM file.
+    """
+
+    wanted: ClassVar[str] = "true, false or a mapping of options"
+
+    ca: str | None = None
+    cert: Secret | None = None
+    key: Secret | None = None
+    passphrase: Secret | None = None
+    servername: str | None = None
+    reject_unauthorized: bool = True
+    check_hostname: bool = True
+
+    @classmethod
+    def spelled_out(cls, written: object) -> object:
+        if isinstance(written, bool):
+            return {} if written else None
+        return written
+
+    def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
+        """Return a new context; files are read again, so that renewed ones take effect.
+
+        Raises ConfigError, which begins with ``where``, if a file or PEM text is bad.
+        """
+        context = _trusting(self.ca, f"{where}.ca")
+        if not (self.reject_unauthorized and self.check_hostname):
+            context.check_hostname = False
+        if not self.reject_unauthorized:
+            context.verify_mode = ssl.CERT_NONE
+        if self.key and not self.cert:
+            raise ConfigError(f"{where}.cert: is missing; a key needs its certificate")
+        if self.cert:
+            with (
+                _as_file(self.cert, f"{where}.cert") as cert,
+                _as_file(self.key or self.cert, f"{where}.key") as key,
+            ):
+                try:
+                    context.load_cert_chain(cert, key, self.passphrase or _no_passphrase(where))
+                except ssl.SSLError as error:
+                    raise ConfigError(
+                        f"{where}.{'key' if self.key else 'cert'}: certificate and key are no PEM, "
+                        f"don't belong together, or the passphrase is wrong ({error.reason})"
+                    ) from None
+        return context
+
+    def located(self, folder: str, place: Place) -> Tls:
+        """Return the same with absolute paths, which are relative to ``folder``.
+
+        Raises ConfigError if no context can be made of it.
+        """
+        files = {
+            name: os.path.join(folder, value)
+            for name in ("ca", "cert", "key")
+            if (value := getattr(self, name)) and not _is_pem(value)
+        }
+        located = replace(self, **files)
+        located.context(str(place))
+        return located
+
+
+def _is_pem(value: str) -> bool:
+    return "-----BEGIN " in value
+
+
+def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
+    """Return a context that trusts the certificates of ``ca``, or the system's if it is None."""
+    if ca is None:
+        return ssl.create_default_context()
+    try:
+        if not _is_pem(ca):
+            with open(ca, encoding="ascii", errors="ignore") as file:
+                ca = file.read()
+        # Comments between certificates may be of any alphabet, which OpenSSL is not asked to read.
+        ca = ca.encode("ascii", "ignore").decode()
+        # Without a certificate Python would quietly trust the system's.
+        if _is_pem(ca):
+            return ssl.create_default_context(cadata=ca)
+        problem = "no certificate in it"
+    except ssl.SSLError as error:
+        problem = str(error.reason)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise ConfigError(f"{where}: must be PEM text or a PEM file of certificates: {problem}")
+
+
+@contextmanager
+def _as_file(pem: str, where: str) -> Iterator[str]:
+    """Give the path of a file with ``pem``, which OpenSSL's loading of keys asks for."""
+    if _is_pem(pem):
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".pem") as file:
+            file.write(pem)
+            file.flush()
+            yield file.name
+        return
+    try:
+        open(pem, "rb").close()
+    except (OSError, ValueError) as error:
+        # A key without its PEM frame looks like a path: don't show it.
+        problem = getattr(error, "strerror", None) or "it is no path"
+        raise ConfigError(f"{where}: must be PEM text or a PEM file: {problem}") from None
+    yield pem
+
+
+def _no_passphrase(where: str) -> Callable[[], str]:
+    # Without this, OpenSSL asks at the terminal and blocks.
+    def refuse() -> str:
+        raise ConfigError(f"{where}.passphrase: is missing; the key is encrypted")
+
+    return refuse

