@@ -81,4 +81,4 @@ bench-smoke: $(VENV)/.installed-bench $(BUILT)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f dscache/*.so dscache/_fast.c dscache/_fast.html
-	find dscache tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

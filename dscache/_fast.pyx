@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, auto_pickle=False, autotestdict=False
 """The core, compiled: what ``_pure.py`` does, with the same names, results and errors.
 
 Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
@@ -25,7 +25,7 @@ from cpython.bytes cimport (
 )
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
 from libc.string cimport memcpy
 
@@ -42,9 +42,10 @@ cdef extern from "Python.h":
 cdef enum Kind:
     GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND
 
-if (GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND) != (
-    c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND
-):
+if (
+    (GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND)
+    != (c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND)
+) or (c.VERSION_SUFFIX, c.DATA_SUFFIX) != (b"_v", b"_d"):
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
 cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
@@ -52,8 +53,11 @@ cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
 cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
 cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
 cdef long long MAX_VERSION = c.MAX_VERSION
-cdef bytes VERSION_SUFFIX = c.VERSION_SUFFIX
-cdef bytes DATA_SUFFIX = c.DATA_SUFFIX
+# The suffixes are an underscore and one letter, which lets the second key be made of the first.
+cdef enum:
+    SUFFIX_SIZE = 2
+    SUFFIX_OF_VERSION = 118
+    SUFFIX_OF_DATA = 100
 cdef bytes GUARDED = c.GUARDED
 cdef bytes UNGUARDED = c.UNGUARDED
 cdef bytes GUARDED_REPEAT = c.GUARDED_REPEAT
@@ -304,6 +308,45 @@ cdef class _Batch:
         return PyDict_Size(self.records) - self.sent
 
 
+# -- writing into the output buffer: each returns where the next byte goes
+
+# The mark, up to 20 digits and the two line ends around a text.
+cdef enum:
+    ROOM_AROUND = 32
+
+
+cdef inline char* put_bytes(char* at, const char* text, Py_ssize_t size) noexcept:
+    memcpy(at, text, size)
+    return at + size
+
+
+cdef inline char* put_end(char* at) noexcept:
+    at[0] = 13
+    at[1] = 10
+    return at + 2
+
+
+cdef inline char* put_digits(char* at, unsigned long long number) noexcept:
+    cdef char backwards[20]
+    cdef int size = 0
+    while number > 9:
+        backwards[size] = <char>(48 + number % 10)
+        number //= 10
+        size += 1
+    at[0] = <char>(48 + number)
+    at += 1
+    while size:
+        size -= 1
+        at[0] = backwards[size]
+        at += 1
+    return at
+
+
+cdef inline char* put_length(char* at, char mark, Py_ssize_t length) noexcept:
+    at[0] = mark
+    return put_end(put_digits(at + 1, length))
+
+
 @cython.final
 cdef class Pipeline:
     """The operations of one node on their way to Redis and their replies on the way back.
@@ -320,8 +363,9 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
     cdef object _wake
-    cdef bytes _prefix
-    cdef bint _hash_tag
+    cdef bytes _opening  # what stands before a name in its keys
+    cdef bytes _opening_for_brace  # the same, before a name that begins with "}"
+    cdef bytes _closing  # what stands between a name and the suffix
     cdef long long _ttl
     cdef double _timeout
     cdef bint _awake
@@ -355,8 +399,10 @@ cdef class Pipeline:
         self.down = None
         self._create_waiter = create_waiter
         self._wake = wake
-        self._prefix = key_prefix.encode()
-        self._hash_tag = hash_tag
+        prefix = key_prefix.encode()
+        self._opening = prefix + c.TAG_OPEN if hash_tag else prefix
+        self._opening_for_brace = prefix + c.TAG_FOR_BRACE if hash_tag else prefix
+        self._closing = c.TAG_CLOSE if hash_tag else b""
         self._ttl = ttl
         self._timeout = timeout
         self._open = []
@@ -734,113 +780,94 @@ cdef class Pipeline:
         cdef bint head = batch.kind == HEAD
         self._put_header(3 + (2 if head else 6) * count, b"")
         if batch.whole_script:
-            self._put_bulk(b"EVAL")
-            self._put_bulk(c.HEAD_SCRIPT if head else c.SET_SCRIPT)
+            self._put_text(b"EVAL")
+            self._put_text(c.HEAD_SCRIPT if head else c.SET_SCRIPT)
         else:
-            self._put_bulk(b"EVALSHA")
-            self._put_bulk(c.HEAD_SCRIPT_SHA if head else c.SET_SCRIPT_SHA)
-        self._reserve(64)
+            self._put_text(b"EVALSHA")
+            self._put_text(c.HEAD_SCRIPT_SHA if head else c.SET_SCRIPT_SHA)
         self._put_number(2 * count)
         return 0
 
     cdef int _put_record(self, str name, _Write write) except -1:
         """Append both keys of a record, each followed by its value."""
-        cdef Py_ssize_t size = 0
-        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
-        self._put_key(text, size, VERSION_SUFFIX)
+        self._put_key(name, SUFFIX_OF_VERSION)
         self._put_number(write.version)
-        self._put_key(text, size, DATA_SUFFIX)
-        self._put_bulk(write.text)
+        self._put_key(name, SUFFIX_OF_DATA)
+        self._put_text(write.text)
         return 0
 
     cdef int _put_arguments(self, _Write write, bint repeated) except -1:
-        self._reserve(64)
         self._put_number(write.version)
-        self._put_bulk(write.text)
-        self._reserve(64)
+        self._put_text(write.text)
         self._put_number(write.ttl)
-        self._put_bulk(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
+        self._put_text(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
         return 0
 
     cdef int _put_keys(self, str name) except -1:
+        """Append both keys of a record: the second is the first with another last letter."""
+        cdef Py_ssize_t start = self._size
+        cdef Py_ssize_t size = self._put_key(name, SUFFIX_OF_VERSION)
+        self._reserve(size)
+        memcpy(self._out + self._size, self._out + start, size)
+        self._size += size
+        self._out[self._size - 3] = SUFFIX_OF_DATA
+        return 0
+
+    cdef Py_ssize_t _put_key(self, str name, char suffix) except -1:
+        """Append one key of a record, and return how many bytes it took."""
         cdef Py_ssize_t size = 0
         cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
-        self._put_key(text, size, VERSION_SUFFIX)
-        self._put_key(text, size, DATA_SUFFIX)
-        return 0
-
-    cdef int _put_key(self, const char* text, Py_ssize_t size, bytes suffix) except -1:
-        """Append one key; leaves room for a number behind it."""
-        cdef bytes opening = b""
-        cdef bytes closing = b""
-        if self._hash_tag:
-            if text[0] == 125:  # "}"
-                opening = c.TAG_FOR_BRACE
-            else:
-                opening = c.TAG_OPEN
-                closing = c.TAG_CLOSE
+        cdef bytes opening = self._opening
+        cdef bytes closing = self._closing
+        if text[0] == 125:  # "}"
+            opening = self._opening_for_brace
+            closing = b""
         cdef Py_ssize_t length = (
-            PyBytes_GET_SIZE(self._prefix)
-            + PyBytes_GET_SIZE(opening)
-            + size
-            + PyBytes_GET_SIZE(closing)
-            + PyBytes_GET_SIZE(suffix)
+            PyBytes_GET_SIZE(opening) + size + PyBytes_GET_SIZE(closing) + SUFFIX_SIZE
         )
-        self._reserve(length + 96)
-        self._put_length(36, length)  # "$"
-        self._put_bytes(self._prefix)
-        self._put_bytes(opening)
-        memcpy(self._out + self._size, text, size)
-        self._size += size
-        self._put_bytes(closing)
-        self._put_bytes(suffix)
-        self._put_end()
-        return 0
+        cdef char* start = self._reserve(length + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, length)  # "$"
+        at = put_bytes(at, PyBytes_AS_STRING(opening), PyBytes_GET_SIZE(opening))
+        at = put_bytes(at, text, size)
+        at = put_bytes(at, PyBytes_AS_STRING(closing), PyBytes_GET_SIZE(closing))
+        at[0] = 95  # "_"
+        at[1] = suffix
+        at = put_end(at + SUFFIX_SIZE)
+        self._size += at - start
+        return at - start
 
     cdef int _put_header(self, Py_ssize_t length, bytes command) except -1:
-        self._reserve(64 + PyBytes_GET_SIZE(command))
-        self._put_length(42, length)  # "*"
-        self._put_bytes(command)
+        """Append the beginning of a command: the number of its parts, and the first of them."""
+        cdef char* start = self._reserve(PyBytes_GET_SIZE(command) + ROOM_AROUND)
+        cdef char* at = put_length(start, 42, length)  # "*"
+        at = put_bytes(at, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
+        self._size += at - start
         return 0
 
-    cdef int _put_bulk(self, bytes text) except -1:
-        self._reserve(PyBytes_GET_SIZE(text) + 64)
-        self._put_length(36, PyBytes_GET_SIZE(text))
-        self._put_bytes(text)
-        self._put_end()
+    cdef int _put_text(self, bytes text) except -1:
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
+        cdef char* start = self._reserve(size + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, size)
+        at = put_end(put_bytes(at, PyBytes_AS_STRING(text), size))
+        self._size += at - start
         return 0
 
-    # The four below write without a check: their callers have reserved the room.
-
-    cdef inline void _put_number(self, long long number) noexcept:
-        """Append a bulk string of the number's digits; takes up to 26 bytes."""
+    cdef int _put_number(self, unsigned long long number) except -1:
         cdef char digits[20]
-        cdef int size = _digits(number, digits)
-        self._put_length(36, size)
-        memcpy(self._out + self._size, digits, size)
-        self._size += size
-        self._put_end()
+        cdef int size = put_digits(digits, number) - digits
+        cdef char* start = self._reserve(size + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, size)
+        at = put_end(put_bytes(at, digits, size))
+        self._size += at - start
+        return 0
 
-    cdef inline void _put_length(self, char mark, Py_ssize_t length) noexcept:
-        cdef char digits[20]
-        cdef int size = _digits(length, digits)
-        self._out[self._size] = mark
-        memcpy(self._out + self._size + 1, digits, size)
-        self._size += 1 + size
-        self._put_end()
+    cdef inline char* _reserve(self, Py_ssize_t size) except NULL:
+        """Return where to write the next ``size`` bytes."""
+        if self._size + size > self._capacity:
+            self._grow(size)
+        return self._out + self._size
 
-    cdef inline void _put_bytes(self, bytes text) noexcept:
-        memcpy(self._out + self._size, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
-        self._size += PyBytes_GET_SIZE(text)
-
-    cdef inline void _put_end(self) noexcept:
-        self._out[self._size] = 13
-        self._out[self._size + 1] = 10
-        self._size += 2
-
-    cdef inline int _reserve(self, Py_ssize_t size) except -1:
-        if self._size + size <= self._capacity:
-            return 0
+    cdef int _grow(self, Py_ssize_t size) except -1:
         cdef Py_ssize_t capacity = max(2 * self._capacity, self._size + size, 4096)
         cdef char* out = <char*>PyMem_Realloc(self._out, capacity)
         if out == NULL:
@@ -1173,19 +1200,3 @@ cdef dict _unique(str operation, names):
     for name in names:
         PyDict_SetItem(unique, check_name(name), None)
     return unique
-
-
-cdef inline int _digits(unsigned long long number, char* out) noexcept:
-    """Write the decimal digits of a number (at most 20), and return how many they are."""
-    cdef char reversed_digits[20]
-    cdef int size = 0
-    cdef int i
-    while True:
-        reversed_digits[size] = <char>(48 + number % 10)
-        size += 1
-        number //= 10
-        if number == 0:
-            break
-    for i in range(size):
-        out[i] = reversed_digits[size - 1 - i]
-    return size

@@ -6,7 +6,7 @@ a double, nesting beyond any recursion limit. ``decode`` reads what ``JSON.parse
 same bytes and refuses what it refuses; integers alone stay exact where JavaScript rounds them.
 ``encode`` writes such text, and is where a refusal gets its path and its reason.
 
-Neither recurses, and both take time in proportion to their input, whatever it holds.
+Both take time in proportion to their input, whatever it holds, and no depth of it harms them.
 """
 
 from __future__ import annotations

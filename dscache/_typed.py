@@ -62,9 +62,9 @@ class Scalar(msgspec.Struct, frozen=True):
 class Written(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Base of the typed configuration: Structs whose ``repr`` shows no secret.
 
-    ``wanted`` says what it is written as, ``consumed`` names options that are used up before the Struct is read, ``no_effect`` says of
-    options why they are accepted and have no effect, ``unsupported`` what to write instead of
-    options that can't be ignored.
+    ``wanted`` says what one is written as. ``consumed`` names options that are used up before
+    the Struct is read, ``no_effect`` says of options why they are accepted and have no effect,
+    ``unsupported`` what to write instead of options that can't be passed over.
     """
 
     wanted: ClassVar[str] = "a mapping of options"

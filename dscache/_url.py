@@ -1,8 +1,8 @@
 """Read a URL such as ``redis://user:password@host:6379/0`` into options of the configuration.
 
-The rules are redis-py's. It passes over what it doesn't understand, such as a database that is
-no number, or reads ``http://``'s neighbours by guess; here that is an error, and no error shows
-a password, wherever a forgotten ``%``-escape has put it.
+The rules are redis-py's, with one difference: it passes over what it doesn't understand, such as
+a database that is no number, while here that is an error. No error shows a password, wherever a
+forgotten percent-escape has put it.
 """
 
 from __future__ import annotations

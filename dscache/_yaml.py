@@ -57,9 +57,11 @@ class _Loader(yaml.SafeLoader):
     """
 
     def compose_scalar_node(self, anchor: dict[str, Node]) -> ScalarNode:
-        plain = self.peek_event().implicit[0]  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         node = super().compose_scalar_node(anchor)
-        if plain:
+        if event.tag == "!":
+            node.tag = _STR
+        elif event.implicit[0]:
             node.tag = _PLAIN
         return node
 

@@ -1,7 +1,7 @@
 """Fixtures: every server found, both cores, caches that must be drained at the end.
 
-``DSCACHE_TEST_URL`` names a server of one's own to test on instead; its database is emptied
-before each test.
+``DSCACHE_TEST_URL=redis://host:port/db`` names a server of one's own to test on instead; that
+database is emptied before each test.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ def _where(module: str) -> str:
 
 
 def pytest_configure() -> None:
+    scheme = urlsplit(os.environ.get("DSCACHE_TEST_URL") or "redis:").scheme
+    if scheme != "redis":
+        raise pytest.UsageError(
+            f"DSCACHE_TEST_URL begins with {scheme!r}: it must be redis://host:port/db, "
+            "as tests put a proxy in front of the server"
+        )
     if not SERVERS:
         try:
             find_server()
@@ -187,6 +193,7 @@ async def make_cache(
     yield open_cache
     for cache in opened:
         await cache.close()
+    for cache in opened:
         counters = {name: cache.stats()[name] for name in DRAINED}
         assert not any(counters.values()), f"{cache.description}: not drained: {counters}"
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import ssl
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
@@ -199,7 +200,7 @@ def test_cache_entry_alone_in_a_file(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "source, address",
+    ("source", "address"),
     [
         ("127.0.0.1:6380", "127.0.0.1:6380"),
         ("[::1]:6380", "[::1]:6380"),
@@ -214,7 +215,7 @@ def test_address(source: str, address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source, message",
+    ("source", "message"),
     [
         (5, "the configuration must be a path, a mapping or a URL, not int"),
         ({}, f"mapping: no section cache, the sections are: none; write {EXAMPLE}"),
@@ -296,7 +297,7 @@ QUOTES = "; text with special characters must stand in quotes"
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    ("line", "message"),
     [
         (f"password: *{SECRET}", "line 4, column 15: no valid YAML: found undefined alias"),
         (
@@ -326,18 +327,15 @@ def test_broken_yaml(line: str, message: str, read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ('{"cache": ', "line 1, column 11: no valid JSON: Expecting value"),
         ('{\n"cache": {"name": NaN}}', "line 2, column 19: no valid JSON: NaN is no JSON"),
-        (
-            '{"cache": {"name": "redis",}}',
-            "line 1, column 27: no valid JSON: Illegal trailing comma",
-        ),
+        ('{"cache" 1}', "line 1, column 10: no valid JSON: Expecting ':' delimiter"),
     ],
 )
 def test_broken_json(text: str, message: str, write: Callable[..., Path]) -> None:
-    assert refusal(load, write(text, "config.json")).startswith(f"config.json: {message[:40]}")
+    assert refusal(load, write(text, "config.json")) == f"config.json: {message}{QUOTES}"
 
 
 def test_two_documents_are_refused(write: Callable[..., Path]) -> None:
@@ -372,17 +370,16 @@ def test_keys_that_stand_twice(write: Callable[..., Path], read: Read) -> None:
 
 def test_merge_keys_and_aliases_across_sections(write: Callable[..., Path]) -> None:
     text = """\
-defaults: &defaults {host: "${HOST}", port: 1, db: 1}
-more: &more {port: 2, ttl: 5}
+defaults: &defaults {host: "${HOST}", port: 1}
+more: &more {port: 2, ttl: 5, db: 6}
 unset: ${NO}
 cache:
   name: redis
   options:
     <<: [*defaults, *more]
     db: 7
-    nodes: [&node {<<: *defaults, db: 1}, *node]
+    nodes: [&node {<<: *defaults}, *node]
 """
-    text = text.replace(", db: 1}", "}").replace("db: 7", "db: 7")
     found = load(write(text), environ={"HOST": "h"}).options
     assert (found.host, found.port, found.db, found.ttl) == ("h", 1, 7, 5)
     assert found.nodes == (Node(host="h", port=1),) * 2
@@ -392,7 +389,7 @@ cache:
 
 
 @pytest.mark.parametrize(
-    "line, place",
+    ("line", "place"),
     [
         ("nodes: &a [*a]", "cache.options.nodes[0]"),
         ("redisOptions: &a {tls: *a}", "cache.options.redisOptions.tls"),
@@ -454,7 +451,7 @@ INTEGERS = [
 ]
 
 
-@pytest.mark.parametrize("line, expected", INTEGERS)
+@pytest.mark.parametrize(("line", "expected"), INTEGERS)
 def test_numbers(line: str, expected: int | None, read: Read) -> None:
     assert field(read(line), line) == expected
 
@@ -466,7 +463,7 @@ def field(found: Options, line: str) -> object:
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    ("line", "message"),
     [
         ("port: abc", f"port: {PORT}, not 'abc'"),
         ("port: 0", f"port: {PORT}, not 0"),
@@ -569,7 +566,7 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    "written, expected",
+    ("written", "expected"),
     [
         ("012345", "012345"),
         ("1e5", "1e5"),
@@ -616,7 +613,7 @@ def test_values_of_a_mapping() -> None:
     assert options(nodes=({"port": 1},)).nodes == (Node(port=1),)
     for wrong, kind in ((True, "a boolean"), (1.5, "a number"), (b"x", "bytes")):
         assert refusal(options, password=wrong) == (
-            f"mapping: cache.options.password: must be text, not {kind}".replace("cache.", "")
+            f"mapping: options.password: must be text, not {kind}"
         )
     assert refusal(options, port=True) == f"mapping: options.port: {PORT}, not True"
     assert "can be encoded as UTF-8" in refusal(options, password="\udcff")
@@ -637,8 +634,10 @@ def test_json_keeps_text_as_text(write: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["a: b", "#a", "a #b", "'", '"', "a\nb", "{}", "[", "*a", "!a", "${P}", "~", "null"]
-    + ["true", "012345", "1e5", "\t a ", "%", "file(x)", "fileLoad(x)", "\U00100000", "<<"],
+    [
+        *("a: b", "#a", "a #b", "'", '"', "a\nb", "{}", "[", "*a", "!a", "%", "\t a ", "<<"),
+        *("~", "null", "true", "012345", "1e5", "${P}", "file(x)", "fileLoad(x)", "\U00100000"),
+    ],
 )
 @pytest.mark.parametrize("written", ["${P}", "'${P}'", '"${P}"', "${Q:-x}"])
 def test_environment_arrives_unchanged(written: str, value: str, read: Read) -> None:
@@ -649,7 +648,7 @@ def test_environment_arrives_unchanged(written: str, value: str, read: Read) -> 
 
 
 @pytest.mark.parametrize(
-    "line, environ, expected",
+    ("line", "environ", "expected"),
     [
         ("port: ${X}", "6380", 6380),
         ("port: ${X}", "", 6379),
@@ -708,7 +707,7 @@ def test_file_and_file_load(tmp_path: Path, read: Read, write: Callable[..., Pat
         "connectionName: file(${D}/y)",
         "password: fileLoad(sub/word.txt)",
         "nodes: fileLoad(nodes.yml)",
-        "{redisOptions: fileLoad(${D}/../shared.json)}".strip("{}"),
+        "redisOptions: fileLoad(${D}/../shared.json)",
         H="h",
         D="sub",
     )
@@ -742,12 +741,26 @@ def test_file_load_of_a_bad_file(tmp_path: Path, read: Read, write: Callable[...
 
 def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dscache")
-    ignored = (
-        "enableReadyCheck enableOfflineQueue autoResendUnfulfilledCommands lazyConnect keepAlive "
-        "noDelay maxRetriesPerRequest dropBufferSupport enableAutoPipelining stringNumbers "
-        "retryStrategy maxLoadingRetryTime serverName showFriendlyErrorStack autoResubscribe "
-        "readOnly disconnectTimeout reconnectOnError"
-    ).split()
+    ignored = [
+        "enableReadyCheck",
+        "enableOfflineQueue",
+        "autoResendUnfulfilledCommands",
+        "lazyConnect",
+        "keepAlive",
+        "noDelay",
+        "maxRetriesPerRequest",
+        "dropBufferSupport",
+        "enableAutoPipelining",
+        "stringNumbers",
+        "retryStrategy",
+        "maxLoadingRetryTime",
+        "serverName",
+        "showFriendlyErrorStack",
+        "autoResubscribe",
+        "readOnly",
+        "disconnectTimeout",
+        "reconnectOnError",
+    ]
     on_clusters = ["scaleReads", "slotsRefreshTimeout", "retryDelayOnMoved", "role"]
     shared = ", ".join(f"{name}: 1" for name in (*ignored, "db", "keyPrefix"))
     found = read(
@@ -773,7 +786,7 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    "url, expected",
+    ("url", "expected"),
     [
         ("redis://", {}),
         ("redis://h", {"host": "h"}),
@@ -814,8 +827,9 @@ def test_url(url: str, expected: dict[str, Any]) -> None:
     config = load(url)
     assert (config.name, config.options) == ("redis", Options(**expected))
     assert options(url=url) == config.options
-    assert "pw" not in config.source
-    assert "ss" not in config.source.removeprefix("rediss")
+    for secret in filter(None, (config.options.username, config.options.password)):
+        assert f"{secret}@" not in config.source
+        assert f"={secret}" not in config.source
 
 
 ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
@@ -825,11 +839,12 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
 
 
 @pytest.mark.parametrize(
-    "url, message",
+    ("url", "message"),
     [
         (f"http://:{SECRET}@h", "must begin with redis://, rediss:// or unix://, not http://"),
         (f"{SECRET}://h", "must begin with redis://, rediss:// or unix://"),
         (f"redis://{SECRET}:x", UNREADABLE),
+        (f"unix://:{SECRET}/run/x", UNREADABLE),
         ("redis://h:99999", UNREADABLE),
         ("redis://[::1", UNREADABLE),
         (f"redis://:{SECRET}/x@h:1", UNREADABLE),
@@ -874,7 +889,7 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
         ),
         ("redis://h?ssl_cert_reqs=none", "the ssl_ options need a URL that begins with rediss://"),
         (
-            f"unix://:{SECRET}/run/x",
+            f"unix://{SECRET}/run/x",
             "a socket's path begins with a third slash: unix:///run/redis.sock",
         ),
         ("unix://", "a socket's path begins with a third slash: unix:///run/redis.sock"),
@@ -926,16 +941,21 @@ def test_url_option() -> None:
 # TLS
 
 
-def encrypted(key: str, tmp_path: Path) -> str:
+def encrypted(key: str) -> str:
     """Return a key encrypted with the passphrase "open"."""
-    command = ["openssl", "rsa", "-aes256", "-passout", "pass:open"]
-    return subprocess.run(
-        command, input=key, capture_output=True, text=True, check=True, timeout=30, cwd=tmp_path
-    ).stdout
+    return (
+        serialization.load_pem_private_key(key.encode(), None)
+        .private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"open"),
+        )
+        .decode()
+    )
 
 
 @pytest.mark.parametrize(
-    "line, expected",
+    ("line", "expected"),
     [
         ("tls: true", Tls()),
         ("tls: {}", Tls()),
@@ -973,17 +993,15 @@ def handshake(client: ssl.SSLContext, certificates: TLSFiles, name: str) -> dict
         client.wrap_bio(to_client, to_server, server_hostname=name),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
-    while pending := [end for end in ends if end.version() is None or not done(end)]:
-        assert pending
+    for _ in range(4):
+        for end in ends:
+            advance(end)
     return ends[1].getpeercert() or {}
 
 
-def done(end: ssl.SSLObject) -> bool:
-    try:
+def advance(end: ssl.SSLObject) -> None:
+    with contextlib.suppress(ssl.SSLWantReadError):
         end.do_handshake()
-    except ssl.SSLWantReadError:
-        return False
-    return True
 
 
 def test_handshake(certificates: TLSFiles, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -991,7 +1009,7 @@ def test_handshake(certificates: TLSFiles, write: Callable[..., Path], tmp_path:
         write(Path(getattr(certificates, source)).read_text(), f"{name}.pem")
     (tmp_path / "ca.pem").write_bytes("# Autorité\n".encode() + (tmp_path / "ca.pem").read_bytes())
     key = (tmp_path / "key.pem").read_text()
-    write(encrypted(key, tmp_path), "locked.pem")
+    write(encrypted(key), "locked.pem")
     write((tmp_path / "cert.pem").read_text() + key, "both.pem")
     forms = {
         "paths": "ca: ca.pem, cert: cert.pem, key: key.pem",
@@ -1013,19 +1031,17 @@ def test_handshake(certificates: TLSFiles, write: Callable[..., Path], tmp_path:
     assert handshake(anonymous.context(), certificates, "localhost") == {}
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         handshake(anonymous.context(), certificates, "elsewhere")
-    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
+    with pytest.raises(ssl.SSLCertVerificationError, match="certificate verify failed"):
         handshake(Tls().context(), certificates, "localhost")
     unverified = replace(anonymous, ca=None, reject_unauthorized=False)
     assert handshake(unverified.context(), certificates, "elsewhere") == {}
 
 
-def test_bad_pem(
-    certificates: TLSFiles, read: Read, write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_bad_pem(certificates: TLSFiles, read: Read, write: Callable[..., Path]) -> None:
     place = "config.yml: cache.options.tls"
     write("nothing", "empty.pem")
     write("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "bad.pem")
-    write(encrypted(Path(certificates.key).read_text(), tmp_path), "locked.pem")
+    write(encrypted(Path(certificates.key).read_text()), "locked.pem")
     other = write(Path(certificates.authority).read_text(), "other.pem")
     cert, key = certificates.certificate, certificates.key
 

@@ -295,7 +295,7 @@ MOMENT = datetime.datetime(2020, 2, 29, 12, 30, 15, tzinfo=datetime.UTC)
         ('a\udfffé\n"\\/\x1f\x7f', rb'"a\udfff' + 'é\\n\\"\\\\/\\u001f\x7f"'.encode()),
         ("\\\ud800", rb'"\\\ud800"'),
         ("\ud800\U0001f600", rb'"\ud800' + "\U0001f600".encode() + b'"'),
-        ({"\ud800": 1, "\udfff": "é"}, rb'{"\ud800":1,"\udfff":"' + 'é"}'.encode()),
+        ({"\ud800": 1, "é": "\udfff"}, rb'{"\ud800":1,"' + 'é":"'.encode() + rb'\udfff"}'),
         (["\ud800", [], {}, (), [[]], {"a": {}}], rb'["\ud800",[],{},[],[[]],{"a":{}}]'),
         (["\ud800", math.nan, math.inf, -math.inf], rb'["\ud800",null,null,null]'),
         ({"\ud800": math.nan, "b": [math.inf]}, rb'{"\ud800":null,"b":[null]}'),

@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
 FOLDERS = ("dscache", "tests")
 MODULES = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("dscache/*.py")}
-PROBE = "import sys; sys.path.insert(0, sys.argv[1]); import dscache; print(dscache.BACKEND)"
+PROBE = "import sys; sys.path[:0] = sys.argv[1:]; import dscache; print(dscache.BACKEND)"
 PATIENCE = 300
 
 
@@ -69,6 +69,16 @@ def unpack(wheel: Path, target: Path) -> Path:
     return target
 
 
+def backend_of(installed: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask a fresh interpreter that finds dscache there alone.
+
+    Without ``site``, as an editable install hooks itself in there and would lend the unpacked
+    package the modules that it lacks.
+    """
+    others = [path for path in sys.path if Path(path).resolve() not in (PROJECT, PROJECT / "tests")]
+    return run("-I", "-S", "-c", PROBE, str(installed), *others, **environment)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_sources(tmp_path_factory.mktemp("compiled") / "sources")
@@ -111,10 +121,10 @@ def test_the_metadata_say_what_it_needs(wheel: Path) -> None:
 def test_the_wheel_takes_the_compiled_core_and_obeys_the_variable(
     wheel: Path, tmp_path: Path
 ) -> None:
-    installed = str(unpack(wheel, tmp_path))
-    assert run("-I", "-c", PROBE, installed).stdout == "fast\n"
-    assert run("-I", "-c", PROBE, installed, DSCACHE_BACKEND="fast").stdout == "fast\n"
-    assert run("-I", "-c", PROBE, installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
+    installed = unpack(wheel, tmp_path)
+    assert backend_of(installed).stdout == "fast\n"
+    assert backend_of(installed, DSCACHE_BACKEND="fast").stdout == "fast\n"
+    assert backend_of(installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
 
 
 def test_the_pure_wheel_is_for_any_machine(pure_wheel: Path) -> None:
@@ -123,12 +133,12 @@ def test_the_pure_wheel_is_for_any_machine(pure_wheel: Path) -> None:
 
 
 def test_the_pure_wheel_takes_the_pure_core_and_says_so(pure_wheel: Path, tmp_path: Path) -> None:
-    installed = str(unpack(pure_wheel, tmp_path))
-    by_default = run("-I", "-c", PROBE, installed)
+    installed = unpack(pure_wheel, tmp_path)
+    by_default = backend_of(installed)
     assert by_default.stdout.splitlines()[-1] == "pure"
     assert by_default.stdout.count("the compiled core can't be loaded") == 1
-    assert run("-I", "-c", PROBE, installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
-    refused = run("-I", "-c", PROBE, installed, DSCACHE_BACKEND="fast")
+    assert backend_of(installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
+    refused = backend_of(installed, DSCACHE_BACKEND="fast")
     assert refused.returncode != 0
     assert (
         "ImportError: DSCACHE_BACKEND=fast: dscache._fast can't be loaded: "
@@ -137,8 +147,8 @@ def test_the_pure_wheel_takes_the_pure_core_and_says_so(pure_wheel: Path, tmp_pa
 
 
 def test_an_unknown_backend_is_refused(pure_wheel: Path, tmp_path: Path) -> None:
-    installed = str(unpack(pure_wheel, tmp_path))
-    refused = run("-I", "-c", PROBE, installed, DSCACHE_BACKEND="fats")
+    installed = unpack(pure_wheel, tmp_path)
+    refused = backend_of(installed, DSCACHE_BACKEND="fats")
     assert refused.returncode != 0
     assert 'DSCACHE_BACKEND=\'fats\': must be "fast" or "pure"' in refused.stdout
 
