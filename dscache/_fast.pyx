@@ -354,11 +354,13 @@ cdef class Pipeline:
     ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
-    seconds, 0 for none. ``address`` is for messages.
+    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
+    connection. ``has_msetex`` tells of a server that knows MSETEX.
     """
 
     cdef public str address
     cdef public object down
+    cdef public bint has_msetex
     cdef readonly Py_ssize_t in_flight
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
@@ -375,6 +377,7 @@ cdef class Pipeline:
     cdef list _returned
     cdef object _buffer
     cdef object _reader
+    cdef object _version_reply  # of a head: its first reply, until the second one comes
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
     cdef char* _out
@@ -512,9 +515,9 @@ cdef class Pipeline:
             batch.sent += count
             self.queued -= count
             self.in_flight += count
-            if batch.kind == DELETE:
+            if batch.kind == DELETE or batch.kind == HEAD:
                 self._slots.extend([(batch, 1)] * count)
-                self._commands += count
+                self._commands += count if batch.kind == DELETE else 2 * count
             else:
                 self._slots.append((batch, count))
                 self._commands += 1
@@ -557,6 +560,7 @@ cdef class Pipeline:
 
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._version_reply = _INCOMPLETE
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -731,22 +735,28 @@ cdef class Pipeline:
     # -- encoding
 
     cdef Py_ssize_t _encode(self, _Batch batch) except -1:
-        """Append the next command of a batch (a removal: commands); return its record count."""
+        """Append the next command of a batch and return its record count; or, of removals and
+        heads, the commands for so many records."""
         cdef int kind = batch.kind
         cdef Py_ssize_t first = batch.sent
         cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
-        cdef Py_ssize_t limit = SCRIPT_RECORDS
+        cdef Py_ssize_t limit = COMMAND_RECORDS
         cdef Py_ssize_t i, size = 0
-        if kind == GET or kind == SET or kind == DELETE:
-            limit = COMMAND_RECORDS
+        cdef bint msetex = kind == SET_TTL and self.has_msetex
+        cdef _Write write
+        if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
+            limit = SCRIPT_RECORDS
         if batch.alone:
             limit = 1
         if last > first + limit:
             last = first + limit
         if SET <= kind <= SET_IF_NEWER:
             for i in range(first, last):
-                size += PyBytes_GET_SIZE((<_Write>PyList_GET_ITEM(batch.entries, i)).text)
-                if size > COMMAND_BYTES:
+                write = <_Write>PyList_GET_ITEM(batch.entries, i)
+                size += PyBytes_GET_SIZE(write.text)
+                if size > COMMAND_BYTES or (
+                    msetex and write.ttl != (<_Write>PyList_GET_ITEM(batch.entries, first)).ttl
+                ):
                     last = i if i > first else first + 1
                     break
         cdef Py_ssize_t count = last - first
@@ -754,13 +764,26 @@ cdef class Pipeline:
             self._put_header(1 + 2 * count, b"$4\r\nMGET\r\n")
             for i in range(first, last):
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-        elif kind == SET:
-            self._put_header(1 + 4 * count, b"$4\r\nMSET\r\n")
+        elif kind == HEAD:
+            for i in range(first, last):
+                self._put_header(2, b"$3\r\nGET\r\n")
+                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_VERSION)
+                self._put_header(2, b"$4\r\nTYPE\r\n")
+                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
+        elif kind == SET or msetex:
+            if msetex:
+                self._put_header(4 + 4 * count, b"$6\r\nMSETEX\r\n")
+                self._put_number(2 * count)
+            else:
+                self._put_header(1 + 4 * count, b"$4\r\nMSET\r\n")
             for i in range(first, last):
                 self._put_record(
                     <str>PyList_GET_ITEM(batch.names, i),
                     <_Write>PyList_GET_ITEM(batch.entries, i),
                 )
+            if msetex:
+                self._put_text(b"EX")
+                self._put_number((<_Write>PyList_GET_ITEM(batch.entries, first)).ttl)
         elif kind == DELETE:
             for i in range(first, last):
                 self._put_header(3, b"$3\r\nDEL\r\n")
@@ -769,22 +792,17 @@ cdef class Pipeline:
             self._put_script(batch, count)
             for i in range(first, last):
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-            if kind != HEAD:
-                for i in range(first, last):
-                    self._put_arguments(
-                        <_Write>PyList_GET_ITEM(batch.entries, i), batch.repeated
-                    )
+            for i in range(first, last):
+                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), batch.repeated)
         return count
 
     cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
-        cdef bint head = batch.kind == HEAD
-        self._put_header(3 + (2 if head else 6) * count, b"")
         if batch.whole_script:
-            self._put_text(b"EVAL")
-            self._put_text(c.HEAD_SCRIPT if head else c.SET_SCRIPT)
+            self._put_header(3 + 6 * count, b"$4\r\nEVAL\r\n")
+            self._put_text(c.SET_SCRIPT)
         else:
-            self._put_text(b"EVALSHA")
-            self._put_text(c.HEAD_SCRIPT_SHA if head else c.SET_SCRIPT_SHA)
+            self._put_header(3 + 6 * count, b"$7\r\nEVALSHA\r\n")
+            self._put_text(c.SET_SCRIPT_SHA)
         self._put_number(2 * count)
         return 0
 
@@ -907,6 +925,14 @@ cdef class Pipeline:
         cdef tuple slot = self._slots[0]
         cdef _Batch batch = slot[0]
         cdef Py_ssize_t count = slot[1]
+        cdef object stored = None
+        if batch.kind == HEAD:
+            if self._version_reply is _INCOMPLETE:
+                self._version_reply = reply
+                return 0
+            stored, self._version_reply = self._version_reply, _INCOMPLETE
+            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
+                reply = stored
         if batch.over():
             batch.answered += count
         elif type(reply) is ReplyError:
@@ -914,9 +940,11 @@ cdef class Pipeline:
         elif batch.kind == GET:
             self._answer_get(batch, count, self._array(reply, 2 * count, "MGET"))
         elif batch.kind == HEAD:
-            self._answer_head(batch, count, self._array(reply, count, "the head script"))
+            self._answer_head(batch, stored, reply)
         elif batch.kind == SET:
-            self._answer_set(batch, count, reply)
+            self._answer_set(batch, count, reply == b"OK", reply)
+        elif batch.kind == SET_TTL and self.has_msetex:
+            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
         elif batch.kind == DELETE:
             self._answer_delete(batch, reply)
         elif batch.kind == COMMAND:
@@ -969,41 +997,41 @@ cdef class Pipeline:
             bulk.settle(count)
         return 0
 
-    cdef int _answer_head(self, _Batch batch, Py_ssize_t count, list reply) except -1:
-        cdef _Bulk bulk = batch.bulk
-        cdef object value, entry
-        cdef str name
-        cdef long long version
-        for value in reply:
-            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-            entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
-            if type(value) is bytes:
-                version = parse_version(<bytes>value)
-                if version < 0:
-                    self._damaged(batch, name, entry, value)
-                else:
-                    self._hits += 1
-                    if bulk is None:
-                        _tell(entry, version)
-                    else:
-                        bulk.result[name] = version
+    cdef int _answer_head(self, _Batch batch, stored, reply) except -1:
+        cdef str name = batch.names[batch.answered]
+        cdef object entry = batch.entries[batch.answered]
+        cdef bint has_data = reply == c.STRING
+        cdef bint has_version = type(stored) is bytes
+        cdef long long version = -1
+        if not has_data and reply not in c.NO_STRING:
+            raise self._wrong_shape("TYPE", reply)
+        if not has_version and stored is not None and type(stored) is not ReplyError:
+            raise self._wrong_shape("GET", stored)
+        self._reads += 1
+        if has_version and has_data:
+            version = parse_version(<bytes>stored)
+            if version < 0:
+                self._damaged(batch, name, entry, stored)
             else:
-                if type(value) is int and value == 0:
-                    self._halves += 1
-                elif value is not None:
-                    raise self._wrong_shape("the head script", value)
-                if bulk is None:
-                    _tell(entry, None)
-            self._reads += 1
-            batch.answered += 1
-        if bulk is not None:
-            bulk.settle(count)
+                self._hits += 1
+                if batch.bulk is None:
+                    _tell(entry, version)
+                else:
+                    batch.bulk.result[name] = version
+        else:
+            if has_version or has_data:
+                self._halves += 1
+            if batch.bulk is None:
+                _tell(entry, None)
+        batch.answered += 1
+        if batch.bulk is not None:
+            batch.bulk.settle(1)
         return 0
 
-    cdef int _answer_set(self, _Batch batch, Py_ssize_t count, reply) except -1:
+    cdef int _answer_set(self, _Batch batch, Py_ssize_t count, bint done, reply) except -1:
         cdef Py_ssize_t i
-        if reply != b"OK":
-            raise self._wrong_shape("MSET", reply)
+        if not done:
+            raise self._wrong_shape("MSET or MSETEX", reply)
         if batch.bulk is None:
             for i in range(batch.answered, batch.answered + count):
                 _tell((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
@@ -1109,11 +1137,15 @@ cdef class Pipeline:
         return 0
 
     cdef set _written_after(self, _Batch batch):
-        """Return the names that plain writes and removals in flight behind ``batch`` change."""
+        """Return the names that later commands in flight write, other than by script."""
         cdef set names = set()
         cdef _Batch later
+        cdef bint by_script
         for later in dict.fromkeys([slot[0] for slot in self._slots]):
-            if later is not batch and later.kind in (SET, DELETE):
+            by_script = later.kind == SET_IF_NEWER or (
+                later.kind == SET_TTL and not self.has_msetex
+            )
+            if later is not batch and later.kind >= SET and not by_script:
                 names.update(later.names[later.answered : later.sent])
         return names
 

@@ -18,6 +18,9 @@ Two rules keep the order of operations on one name:
 2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
    that was answered before the new read was issued.
 
+A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
+size of the data, and a third of what a script costs the server per record. They share a slot.
+
 Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.finish``.
 """
 
@@ -266,7 +269,8 @@ class Pipeline:
     ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
-    seconds, 0 for none. ``address`` is for messages.
+    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
+    connection. ``has_msetex`` tells of a server that knows MSETEX.
     """
 
     def __init__(
@@ -282,6 +286,7 @@ class Pipeline:
     ) -> None:
         self.address = address
         self.down: Exception | None = None
+        self.has_msetex = False
         self.in_flight = 0
         self.queued = 0
         self._create_waiter = create_waiter
@@ -416,9 +421,9 @@ class Pipeline:
             batch.sent += count
             self.queued -= count
             self.in_flight += count
-            if batch.kind == c.DELETE:
+            if batch.kind == c.DELETE or batch.kind == c.HEAD:
                 self._slots.extend([(batch, 1)] * count)
-                self._commands += count
+                self._commands += count if batch.kind == c.DELETE else 2 * count
             else:
                 self._slots.append((batch, count))
                 self._commands += 1
@@ -455,6 +460,7 @@ class Pipeline:
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._version_reply: Any = _INCOMPLETE
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -616,17 +622,21 @@ class Pipeline:
         return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
 
     def _encode(self, batch: _Batch) -> tuple[bytes, int]:
-        """Return the next command of a batch (a removal: commands), and its record count."""
+        """Return the next command of a batch and its record count; or, of removals and heads,
+        the commands for so many records."""
         pack = _pack_command
         first = batch.sent
         kind = batch.kind
-        limit = c.COMMAND_RECORDS if kind in (c.GET, c.SET, c.DELETE) else c.SCRIPT_RECORDS
+        msetex = kind == c.SET_TTL and self.has_msetex
+        script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
+        limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
         last = min(first + (1 if batch.alone else limit), len(batch.names))
         if c.SET <= kind <= c.SET_IF_NEWER:
             size = 0
             for i in range(first, last):
                 size += len(batch.entries[i].text)
-                if size > c.COMMAND_BYTES:
+                other_ttl = msetex and batch.entries[i].ttl != batch.entries[first].ttl
+                if size > c.COMMAND_BYTES or other_ttl:
                     last = max(i, first + 1)
                     break
         keys: list[bytes] = []
@@ -638,23 +648,27 @@ class Pipeline:
         if kind == c.DELETE:
             pairs = zip(keys[::2], keys[1::2], strict=True)
             return b"".join(pack((b"DEL", *pair)) for pair in pairs), last - first
-        if kind == c.SET:
+        if kind == c.HEAD:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
+            return b"".join(out), last - first
+        count = b"%d" % len(keys)
+        if kind == c.SET or msetex:
             values = (value for w in entries for value in (b"%d" % w.version, w.text))
             pairs_of = zip(keys, values, strict=True)
             flat = [part for pair in pairs_of for part in pair]
+            if msetex:
+                lifetime = (b"EX", b"%d" % entries[0].ttl)
+                return pack((b"MSETEX", count, *flat, *lifetime)), last - first
             return pack((b"MSET", *flat)), last - first
-        count = b"%d" % len(keys)
-        if kind == c.HEAD:
-            script = _script(batch, c.HEAD_SCRIPT, c.HEAD_SCRIPT_SHA)
-            return pack((*script, count, *keys)), last - first
-        script = _script(batch, c.SET_SCRIPT, c.SET_SCRIPT_SHA)
+        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
         arguments: list[bytes] = []
         for write in entries:
             guard = write.guard
             if batch.repeated and guard == c.GUARDED:
                 guard = c.GUARDED_REPEAT
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
-        return pack((*script, count, *keys, *arguments)), last - first
+        return pack((*how, count, *keys, *arguments)), last - first
 
     # -- replies
 
@@ -683,6 +697,14 @@ class Pipeline:
                 f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
             )
         batch, count = self._slots[0]
+        stored: Any = None
+        if batch.kind == c.HEAD:
+            if self._version_reply is _INCOMPLETE:
+                self._version_reply = reply
+                return
+            stored, self._version_reply = self._version_reply, _INCOMPLETE
+            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
+                reply = stored
         if batch.over():
             batch.answered += count
         elif type(reply) is ReplyError:
@@ -690,9 +712,11 @@ class Pipeline:
         elif batch.kind == c.GET:
             self._answer_get(batch, count, reply)
         elif batch.kind == c.HEAD:
-            self._answer_head(batch, count, reply)
+            self._answer_head(batch, stored, reply)
         elif batch.kind == c.SET:
-            self._answer_set(batch, count, reply)
+            self._answer_set(batch, count, reply == b"OK", reply)
+        elif batch.kind == c.SET_TTL and self.has_msetex:
+            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
         elif batch.kind == c.DELETE:
             self._answer_delete(batch, reply)
         elif batch.kind == c.COMMAND:
@@ -738,38 +762,37 @@ class Pipeline:
         if bulk is not None:
             bulk.settle(count)
 
-    def _answer_head(self, batch: _Batch, count: int, reply: Any) -> None:
-        self._check_array(reply, count, "the head script")
-        bulk = batch.bulk
-        for value in reply:
-            name = batch.names[batch.answered]
-            entry = batch.entries[batch.answered]
-            version: int | None = None
-            if type(value) is bytes:
-                version = parse_version(value)
-            elif type(value) is int and value == 0:
-                self._counts["halves"] += 1
-            elif value is not None:
-                raise self._wrong_shape("the head script", value)
-            if version is None:
-                if bulk is None:
-                    _tell(entry, None)
-            elif version < 0:
-                self._damaged(batch, name, entry, value)
+    def _answer_head(self, batch: _Batch, stored: Any, reply: Any) -> None:
+        if reply != c.STRING and reply not in c.NO_STRING:
+            raise self._wrong_shape("TYPE", reply)
+        name = batch.names[batch.answered]
+        entry = batch.entries[batch.answered]
+        has_version = type(stored) is bytes
+        if not has_version and stored is not None and type(stored) is not ReplyError:
+            raise self._wrong_shape("GET", stored)
+        self._counts["reads"] += 1
+        if has_version and reply == c.STRING:
+            version = parse_version(stored)
+            if version < 0:
+                self._damaged(batch, name, entry, stored)
             else:
                 self._counts["hits"] += 1
-                if bulk is None:
+                if batch.bulk is None:
                     _tell(entry, version)
                 else:
-                    bulk.result[name] = version
-            self._counts["reads"] += 1
-            batch.answered += 1
-        if bulk is not None:
-            bulk.settle(count)
+                    batch.bulk.result[name] = version
+        else:
+            if has_version or reply == c.STRING:
+                self._counts["halves"] += 1
+            if batch.bulk is None:
+                _tell(entry, None)
+        batch.answered += 1
+        if batch.bulk is not None:
+            batch.bulk.settle(1)
 
-    def _answer_set(self, batch: _Batch, count: int, reply: Any) -> None:
-        if reply != b"OK":
-            raise self._wrong_shape("MSET", reply)
+    def _answer_set(self, batch: _Batch, count: int, done: bool, reply: Any) -> None:
+        if not done:
+            raise self._wrong_shape("MSET or MSETEX", reply)
         if batch.bulk is None:
             for write in batch.entries[batch.answered : batch.answered + count]:
                 _tell(write.waiter, True)
@@ -864,10 +887,13 @@ class Pipeline:
             batch.bulk.settle(count - len(again))
 
     def _written_after(self, batch: _Batch) -> frozenset[str]:
-        """Return the names that plain writes and removals in flight behind ``batch`` change."""
+        """Return the names that later commands in flight write, other than by script."""
         names: set[str] = set()
         for later in dict.fromkeys(later for later, _count in self._slots):
-            if later is not batch and later.kind in (c.SET, c.DELETE):
+            by_script = later.kind == c.SET_IF_NEWER or (
+                later.kind == c.SET_TTL and not self.has_msetex
+            )
+            if later is not batch and later.kind >= c.SET and not by_script:
                 names.update(later.names[later.answered : later.sent])
         return frozenset(names)
 
@@ -940,7 +966,3 @@ def _unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
     if isinstance(names, (str, bytes)):
         raise c.bad_names(operation, names)
     return dict.fromkeys(map(check_name, names))
-
-
-def _script(batch: _Batch, text: bytes, sha: bytes) -> tuple[bytes, bytes]:
-    return (b"EVAL", text) if batch.whole_script else (b"EVALSHA", sha)

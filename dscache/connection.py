@@ -253,12 +253,12 @@ class Connection:
         commands = [hello]
         if options.db:
             commands.append(["SELECT", str(options.db)])
-        # Loaded here, a script is missing only after SCRIPT FLUSH.
-        scripts: list[list[str | bytes]] = [
-            ["SCRIPT", "LOAD", _common.HEAD_SCRIPT],
+        questions: list[list[str | bytes]] = [
+            # Loaded here, the script is missing only after SCRIPT FLUSH.
             ["SCRIPT", "LOAD", _common.SET_SCRIPT],
+            ["COMMAND", "INFO", "MSETEX"],
         ]
-        greeting, *others = await self._ask(link, *commands, *scripts)
+        greeting, *others = await self._ask(link, *commands, *questions)
         if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
             commands[0] = ["PING"]
             if options.password is not None:
@@ -266,8 +266,8 @@ class Connection:
                 commands[0] = ["AUTH", *user, options.password]
             if options.connection_name:
                 commands.append(["CLIENT", "SETNAME", options.connection_name])
-            greeting, *others = await self._ask(link, *commands, *scripts)
-        *consents, loaded, _ = [greeting, *others]
+            greeting, *others = await self._ask(link, *commands, *questions)
+        *consents, loaded, known = [greeting, *others]
         for reply in consents:
             if isinstance(reply, ReplyError):
                 raise reply
@@ -275,6 +275,7 @@ class Connection:
         # its data may do nothing.
         if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
             raise loaded
+        self.pipeline.has_msetex = isinstance(known, list) and any(known)
         if isinstance(greeting, dict):
             facts = (greeting.get(b"server"), greeting.get(b"version"))
             self.server = " ".join(fact.decode() for fact in facts if isinstance(fact, bytes))
