@@ -19,6 +19,7 @@ from .errors import (
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
+    Overloaded,
     ProtocolError,
     RecordError,
     ReplyError,
@@ -50,6 +51,10 @@ COMMAND_BYTES: Final = 1024 * 1024
 # of 5 ms, and it bounds what a bulk of any size has under way.
 WINDOW_RECORDS: Final = 16_384
 READ_BUFFER_BYTES: Final = 256 * 1024
+# What one reply may take, unless configured: a Redis value ends at 512 MiB.
+MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
+MAX_PENDING: Final = 10_000
+MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
 # The kinds of batch. Those below SET read and may be repeated at will.
 GET: Final = 0
@@ -140,6 +145,11 @@ ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
 
 
+def join_address(host: str, port: int) -> str:
+    """Return ``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 # -- errors of the caller
 
 
@@ -196,6 +206,14 @@ def check_ttl(name: str, ttl: object) -> int:
             name=name,
         )
     return int(ttl)
+
+
+def full(address: str, operations: int, size: int) -> Overloaded:
+    """Return the error for an operation that a full pipeline refuses."""
+    return Overloaded(
+        f"{address}: {operations} operations and {size} bytes of writes are pending, which is "
+        "all that maxPending and maxPendingBytes allow; the operation was not sent"
+    )
 
 
 # -- JSON where msgspec alone does not do

@@ -34,6 +34,7 @@ class Pipeline:
     address: str
     down: Exception | None
     has_msetex: bool
+    read_only: bool
     def __init__(
         self,
         create_waiter: Callable[[], Any],
@@ -44,11 +45,19 @@ class Pipeline:
         hash_tag: bool = False,
         ttl: int = 0,
         timeout: float = 1.0,
+        max_pending: int = ...,
+        max_pending_bytes: int = ...,
+        refuse_when_full: bool = False,
+        max_reply_bytes: int = ...,
     ) -> None: ...
     @property
     def in_flight(self) -> int: ...
     @property
     def queued(self) -> int: ...
+    @property
+    def operations(self) -> int: ...
+    @property
+    def pending_bytes(self) -> int: ...
     def get(self, name: str) -> Any: ...
     def head(self, name: str) -> Any: ...
     def set(

@@ -27,6 +27,7 @@ from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
+from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 import hiredis
@@ -355,12 +356,23 @@ cdef class Pipeline:
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
-    connection. ``has_msetex`` tells of a server that knows MSETEX.
+    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
+    server has refused a write for being a replica.
+
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
+    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
+    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
+    a reply end the connection.
     """
 
     cdef public str address
     cdef public object down
     cdef public bint has_msetex
+    cdef public bint read_only
+    cdef readonly Py_ssize_t operations
+    cdef readonly Py_ssize_t pending_bytes
+    cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window, _partial
+    cdef bint _refuse_when_full
     cdef readonly Py_ssize_t in_flight
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
@@ -397,6 +409,10 @@ cdef class Pipeline:
         bint hash_tag=False,
         long long ttl=0,
         double timeout=1.0,
+        Py_ssize_t max_pending=c.MAX_PENDING,
+        Py_ssize_t max_pending_bytes=c.MAX_PENDING_BYTES,
+        bint refuse_when_full=False,
+        Py_ssize_t max_reply_bytes=c.MAX_REPLY_BYTES,
     ):
         self.address = address
         self.down = None
@@ -408,6 +424,11 @@ cdef class Pipeline:
         self._closing = c.TAG_CLOSE if hash_tag else b""
         self._ttl = ttl
         self._timeout = timeout
+        self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
+        self._refuse_when_full = refuse_when_full
+        self._max_reply_bytes = max_reply_bytes
+        self._window = max(1, min(WINDOW_RECORDS, max_pending))
         self._open = []
         self._queue = deque()
         self._slots = deque()
@@ -432,14 +453,18 @@ cdef class Pipeline:
         """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
         cdef str key = check_name(name)
         cdef _Write write = self._write(key, version, data, ttl, if_newer)
+        self._admit(PyBytes_GET_SIZE(write.text))
         cdef _Batch batch = self._batch_for(_kind_of(write.ttl, if_newer), key)
         cdef object waiter = self._create_waiter()
         cdef PyObject* earlier = PyDict_GetItem(batch.records, key)
         if earlier == NULL:
             write.waiter = waiter
             self.queued += 1
+            self.operations += 1
         else:
             write.waiter = _with((<_Write>earlier).waiter, waiter)
+            self.pending_bytes -= PyBytes_GET_SIZE((<_Write>earlier).text)
+        self.pending_bytes += PyBytes_GET_SIZE(write.text)
         PyDict_SetItem(batch.records, key, write)
         return waiter
 
@@ -461,6 +486,7 @@ cdef class Pipeline:
         """Queue a write of many records; its waiter gets the set of names not written."""
         cdef dict writes = {}
         cdef long long write_ttl = 0
+        cdef Py_ssize_t size = 0
         cdef str key
         cdef _Write write
         if not isinstance(records, (dict, Mapping)):
@@ -474,7 +500,8 @@ cdef class Pipeline:
             write = self._write(key, version, data, ttl, if_newer)
             PyDict_SetItem(writes, key, write)
             write_ttl = write.ttl
-        return self._add_bulk(_kind_of(write_ttl, if_newer), writes)
+            size += PyBytes_GET_SIZE(write.text)
+        return self._add_bulk(_kind_of(write_ttl, if_newer), writes, size)
 
     def delete_bulk(self, names):
         """Queue a removal of many records; its waiter gets how many there were."""
@@ -484,11 +511,14 @@ cdef class Pipeline:
 
     def command(self, *parts):
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
-        cdef _Batch batch = self._new_batch(COMMAND, {str(parts[0]): self._create_waiter()})
+        # No deadline of its own: what bounds a handshake is connectTimeout.
+        cdef dict records = {str(parts[0]): self._create_waiter()}
+        cdef _Batch batch = _Batch.__new__(_Batch, COMMAND, INFINITY, records)
         batch.freeze()
         batch.sent = 1
         self._slots.append((batch, 1))
         self.in_flight += 1
+        self.operations += 1
         return hiredis.pack_command(parts), batch.entries[0]
 
     # -- output
@@ -504,7 +534,7 @@ cdef class Pipeline:
         cdef Py_ssize_t count
         self.end_tick()
         self._size = 0
-        while self._queue and self.in_flight < WINDOW_RECORDS and self._size < COMMAND_BYTES:
+        while self._queue and self.in_flight < self._window and self._size < COMMAND_BYTES:
             batch = self._queue[0]
             if batch.over() or not batch.records:
                 self.queued -= batch.waiting()
@@ -546,6 +576,7 @@ cdef class Pipeline:
         Raises ProtocolError if they are not what Redis would send.
         """
         self._bytes_in += size
+        self._partial += size
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -555,12 +586,14 @@ cdef class Pipeline:
         Raises ProtocolError if they are not what Redis would send.
         """
         self._bytes_in += len(data)
+        self._partial += len(data)
         self._reader.feed(data)
         self._parse()
 
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
+        self._partial = 0
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -592,6 +625,7 @@ cdef class Pipeline:
             batch = self._queue[0]
             if next_deadline is None or batch.deadline < next_deadline:
                 next_deadline = batch.deadline
+        self._recount()
         return next_deadline
 
     def connection_lost(self, reason, bint retry):
@@ -621,6 +655,7 @@ cdef class Pipeline:
         self._slots.clear()
         self._queue = deque(kept)
         self.in_flight = 0
+        self._recount()
         self.end_tick()
         self.reset_reader()
 
@@ -631,7 +666,7 @@ cdef class Pipeline:
         batches.update(dict.fromkeys(self._queue))
         self._slots.clear()
         self._queue.clear()
-        self.in_flight = self.queued = 0
+        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
         self.end_tick()
         for batch in batches:
             if not batch.over():
@@ -653,7 +688,8 @@ cdef class Pipeline:
             "bytes_in": self._bytes_in,
             "queued": self.queued,
             "in_flight": self.in_flight,
-            "pending": self.queued + self.in_flight,
+            "pending": self.operations,
+            "pending_bytes": self.pending_bytes,
         }
 
     # -- building batches
@@ -669,10 +705,14 @@ cdef class Pipeline:
     cdef _Batch _new_batch(self, int kind, dict records):
         return _Batch.__new__(_Batch, kind, <double>_monotonic() + self._timeout, records)
 
-    cdef int _enqueue(self, _Batch batch) except -1:
+    cdef int _rouse(self) except -1:
         if not self._awake:
             self._wake()
             self._awake = True
+        return 0
+
+    cdef int _enqueue(self, _Batch batch) except -1:
+        self._rouse()
         self._queue.append(batch)
         return 0
 
@@ -697,7 +737,18 @@ cdef class Pipeline:
         self._open.append(batch)
         return batch
 
+    cdef inline int _admit(self, Py_ssize_t size) except -1:
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
+        if self._refuse_when_full and (
+            self.operations >= self._max_pending
+            # One write that is larger than the limit may go alone.
+            or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
+        ):
+            raise c.full(self.address, self.operations, self.pending_bytes)
+        return 0
+
     cdef object _join(self, int kind, str name):
+        self._admit(0)
         cdef _Batch batch = self._batch_for(kind, name)
         cdef object waiter = self._create_waiter()
         cdef Py_ssize_t before = PyDict_Size(batch.records)
@@ -706,9 +757,11 @@ cdef class Pipeline:
             PyDict_SetItem(batch.records, name, _with(entry, waiter))
         else:
             self.queued += 1
+            self.operations += 1
         return waiter
 
-    cdef object _add_bulk(self, int kind, dict records):
+    cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0):
+        self._admit(size)
         cdef object waiter = self._create_waiter()
         cdef object result
         cdef _Batch batch
@@ -721,6 +774,7 @@ cdef class Pipeline:
         else:
             result = set()
         if not records:
+            self._rouse()
             waiter.set_result(result)
             return waiter
         batch = self._new_batch(kind, records)
@@ -730,6 +784,8 @@ cdef class Pipeline:
         self._enqueue(batch)
         self._open.clear()
         self.queued += len(records)
+        self.operations += 1
+        self.pending_bytes += size
         return waiter
 
     # -- encoding
@@ -907,8 +963,14 @@ cdef class Pipeline:
                     raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
                 if reply is _INCOMPLETE:
                     break
+                self._partial = 0
                 if type(reply) is not _PUSH:
                     self._answer(reply)
+            if self._partial > self._max_reply_bytes:
+                raise ProtocolError(
+                    f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
+                    "without the end of a reply"
+                )
         finally:
             if self._returned:
                 self._queue.extendleft(reversed(self._returned))
@@ -933,7 +995,9 @@ cdef class Pipeline:
             stored, self._version_reply = self._version_reply, _INCOMPLETE
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
-        if batch.over():
+        cdef Py_ssize_t i, first = batch.answered
+        cdef bint was_over = batch.over()
+        if was_over:
             batch.answered += count
         elif type(reply) is ReplyError:
             self._refused(batch, count, reply)
@@ -954,6 +1018,15 @@ cdef class Pipeline:
             self._answer_script(batch, count, self._array(reply, count, "the set script"))
         self._slots.popleft()
         self.in_flight -= count
+        if batch.bulk is None:
+            self.operations -= count
+        elif batch.bulk.over and not was_over:
+            self.operations -= 1
+        if SET <= batch.kind <= SET_IF_NEWER:
+            for i in range(first, first + count):
+                self.pending_bytes -= PyBytes_GET_SIZE(
+                    (<_Write>PyList_GET_ITEM(batch.entries, i)).text
+                )
         return 0
 
     cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
@@ -1104,6 +1177,8 @@ cdef class Pipeline:
 
         An error reply to a whole command says that nothing of it was done.
         """
+        if error.code == "READONLY":
+            self.read_only = True
         cdef bint lost_script = error.code == "NOSCRIPT" and not batch.whole_script
         cdef bint mixed = error.code == "NOPERM" and count > 1
         cdef set overtaken = set()
@@ -1131,9 +1206,32 @@ cdef class Pipeline:
             repeat.whole_script = lost_script or batch.whole_script
             repeat.alone = mixed or batch.alone
             self.queued += len(again)
+            if batch.bulk is None:
+                self.operations += len(again)
+            if SET <= batch.kind <= SET_IF_NEWER:
+                self.pending_bytes += sum([len((<_Write?>write).text) for write in again.values()])
             self._returned.append(repeat)
         if batch.bulk is not None:
             batch.bulk.settle(count - len(again))
+        return 0
+
+    cdef int _recount(self) except -1:
+        """Count what is pending anew, after batches were dropped."""
+        cdef _Batch batch
+        cdef set bulks = set()
+        pending = dict.fromkeys([slot[0] for slot in self._slots])
+        pending.update(dict.fromkeys(self._queue))
+        self.operations = 0
+        self.pending_bytes = 0
+        for batch in pending:
+            if batch.bulk is None:
+                self.operations += len(batch.records) - batch.answered
+            elif not batch.bulk.over:
+                bulks.add(id(batch.bulk))
+            if SET <= batch.kind <= SET_IF_NEWER:
+                for write in list(batch.records.values())[batch.answered :]:
+                    self.pending_bytes += len((<_Write?>write).text)
+        self.operations += len(bulks)
         return 0
 
     cdef set _written_after(self, _Batch batch):

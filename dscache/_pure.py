@@ -26,6 +26,7 @@ Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.finis
 
 from __future__ import annotations
 
+import math
 import time
 from asyncio import InvalidStateError
 from collections import deque
@@ -270,7 +271,13 @@ class Pipeline:
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
-    connection. ``has_msetex`` tells of a server that knows MSETEX.
+    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
+    server has refused a write for being a replica.
+
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
+    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
+    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
+    a reply end the connection.
     """
 
     def __init__(
@@ -283,10 +290,17 @@ class Pipeline:
         hash_tag: bool = False,
         ttl: int = 0,
         timeout: float = 1.0,
+        max_pending: int = c.MAX_PENDING,
+        max_pending_bytes: int = c.MAX_PENDING_BYTES,
+        refuse_when_full: bool = False,
+        max_reply_bytes: int = c.MAX_REPLY_BYTES,
     ) -> None:
         self.address = address
         self.down: Exception | None = None
         self.has_msetex = False
+        self.read_only = False
+        self.operations = 0
+        self.pending_bytes = 0
         self.in_flight = 0
         self.queued = 0
         self._create_waiter = create_waiter
@@ -295,6 +309,11 @@ class Pipeline:
         self._hash_tag = hash_tag
         self._ttl = ttl
         self._timeout = timeout
+        self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
+        self._refuse_when_full = refuse_when_full
+        self._max_reply_bytes = max_reply_bytes
+        self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
         self._awake = False
         self._open: list[_Batch] = []
         self._queue: deque[_Batch] = deque()
@@ -314,13 +333,11 @@ class Pipeline:
 
     def get(self, name: str) -> Any:
         """Queue a read; its waiter gets the Record, or None."""
-        name = check_name(name)
-        return self._join(self._batch_for(c.GET, name), name)
+        return self._join(c.GET, check_name(name))
 
     def head(self, name: str) -> Any:
         """Queue a read of the version; its waiter gets the int, or None."""
-        name = check_name(name)
-        return self._join(self._batch_for(c.HEAD, name), name)
+        return self._join(c.HEAD, check_name(name))
 
     def set(
         self,
@@ -333,21 +350,24 @@ class Pipeline:
         """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
         name = check_name(name)
         write = self._write(name, version, data, ttl, if_newer)
+        self._admit(len(write.text))
         batch = self._batch_for(_kind_of(write.ttl, if_newer), name)
         waiter = self._create_waiter()
         earlier: _Write | None = batch.records.get(name)
         if earlier is None:
             write.waiter = waiter
             self.queued += 1
+            self.operations += 1
         else:
             write.waiter = _with(earlier.waiter, waiter)
+            self.pending_bytes -= len(earlier.text)
+        self.pending_bytes += len(write.text)
         batch.records[name] = write
         return waiter
 
     def delete(self, name: str) -> Any:
         """Queue a removal; its waiter gets whether there was such a record."""
-        name = check_name(name)
-        return self._join(self._batch_for(c.DELETE, name), name)
+        return self._join(c.DELETE, check_name(name))
 
     # -- bulk operations
 
@@ -369,7 +389,7 @@ class Pipeline:
         if not isinstance(records, Mapping):
             raise c.bad_records(records)
         writes: dict[str, Any] = {}
-        write_ttl = 0
+        write_ttl = size = 0
         for name, pair in records.items():
             name = check_name(name)
             try:
@@ -378,7 +398,8 @@ class Pipeline:
                 raise c.bad_pair(name, pair) from None
             write = writes[name] = self._write(name, version, data, ttl, if_newer)
             write_ttl = write.ttl
-        return self._add_bulk(_kind_of(write_ttl, if_newer), writes)
+            size += len(write.text)
+        return self._add_bulk(_kind_of(write_ttl, if_newer), writes, size)
 
     def delete_bulk(self, names: Iterable[str]) -> Any:
         """Queue a removal of many records; its waiter gets how many there were."""
@@ -388,11 +409,13 @@ class Pipeline:
 
     def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
-        batch = self._new_batch(c.COMMAND, {str(parts[0]): self._create_waiter()})
+        # No deadline of its own: what bounds a handshake is connectTimeout.
+        batch = _Batch(c.COMMAND, math.inf, {str(parts[0]): self._create_waiter()})
         batch.freeze()
         batch.sent = 1
         self._slots.append((batch, 1))
         self.in_flight += 1
+        self.operations += 1
         return _pack_command(parts), batch.entries[0]
 
     # -- output
@@ -408,7 +431,7 @@ class Pipeline:
         out: list[bytes] = []
         size = 0
         queue = self._queue
-        while queue and self.in_flight < c.WINDOW_RECORDS and size < c.COMMAND_BYTES:
+        while queue and self.in_flight < self._window and size < c.COMMAND_BYTES:
             batch = queue[0]
             if batch.over() or not batch.records:
                 self.queued -= batch.waiting()
@@ -446,6 +469,7 @@ class Pipeline:
         Raises ProtocolError if they are not what Redis would send.
         """
         self._bytes_in += size
+        self._partial += size
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -455,12 +479,14 @@ class Pipeline:
         Raises ProtocolError if they are not what Redis would send.
         """
         self._bytes_in += len(data)
+        self._partial += len(data)
         self._reader.feed(data)
         self._parse()
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
+        self._partial = 0
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -486,6 +512,7 @@ class Pipeline:
                 self._fail_batch(batch, make)
         if queue and (next_deadline is None or queue[0].deadline < next_deadline):
             next_deadline = queue[0].deadline
+        self._recount()
         return next_deadline
 
     def connection_lost(self, reason: Exception, retry: bool) -> None:
@@ -514,6 +541,7 @@ class Pipeline:
         self._slots.clear()
         self._queue = deque(kept)
         self.in_flight = 0
+        self._recount()
         self.end_tick()
         self.reset_reader()
 
@@ -523,7 +551,7 @@ class Pipeline:
         batches.update(dict.fromkeys(self._queue))
         self._slots.clear()
         self._queue.clear()
-        self.in_flight = self.queued = 0
+        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
         self.end_tick()
         for batch in batches:
             if not batch.over():
@@ -539,7 +567,8 @@ class Pipeline:
             "bytes_in": self._bytes_in,
             "queued": self.queued,
             "in_flight": self.in_flight,
-            "pending": self.queued + self.in_flight,
+            "pending": self.operations,
+            "pending_bytes": self.pending_bytes,
         }
 
     # -- building batches
@@ -553,10 +582,13 @@ class Pipeline:
     def _new_batch(self, kind: int, records: dict[str, Any]) -> _Batch:
         return _Batch(kind, time.monotonic() + self._timeout, records)
 
-    def _enqueue(self, batch: _Batch) -> None:
+    def _rouse(self) -> None:
         if not self._awake:
             self._wake()
             self._awake = True
+
+    def _enqueue(self, batch: _Batch) -> None:
+        self._rouse()
         self._queue.append(batch)
 
     def _batch_for(self, kind: int, name: str) -> _Batch:
@@ -579,16 +611,29 @@ class Pipeline:
         self._open.append(batch)
         return batch
 
-    def _join(self, batch: _Batch, name: str) -> Any:
+    def _admit(self, size: int) -> None:
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
+        if self._refuse_when_full and (
+            self.operations >= self._max_pending
+            # One write that is larger than the limit may go alone.
+            or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
+        ):
+            raise c.full(self.address, self.operations, self.pending_bytes)
+
+    def _join(self, kind: int, name: str) -> Any:
+        self._admit(0)
+        batch = self._batch_for(kind, name)
         waiter = self._create_waiter()
         if name in batch.records:
             batch.records[name] = _with(batch.records[name], waiter)
         else:
             batch.records[name] = waiter
             self.queued += 1
+            self.operations += 1
         return waiter
 
-    def _add_bulk(self, kind: int, records: dict[str, Any]) -> Any:
+    def _add_bulk(self, kind: int, records: dict[str, Any], size: int = 0) -> Any:
+        self._admit(size)
         waiter = self._create_waiter()
         result: Any
         if kind == c.GET:
@@ -600,6 +645,7 @@ class Pipeline:
         else:
             result = set()
         if not records:
+            self._rouse()
             waiter.set_result(result)
             return waiter
         batch = self._new_batch(kind, records)
@@ -607,6 +653,8 @@ class Pipeline:
         self._enqueue(batch)
         self._open.clear()
         self.queued += len(records)
+        self.operations += 1
+        self.pending_bytes += size
         return waiter
 
     # -- encoding
@@ -682,8 +730,14 @@ class Pipeline:
                     raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
                 if reply is _INCOMPLETE:
                     break
+                self._partial = 0
                 if type(reply) is not hiredis.PushNotification:
                     self._answer(reply)
+            if self._partial > self._max_reply_bytes:
+                raise ProtocolError(
+                    f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
+                    "without the end of a reply"
+                )
         finally:
             if self._returned:
                 self._queue.extendleft(reversed(self._returned))
@@ -705,7 +759,9 @@ class Pipeline:
             stored, self._version_reply = self._version_reply, _INCOMPLETE
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
-        if batch.over():
+        first = batch.answered
+        was_over = batch.over()
+        if was_over:
             batch.answered += count
         elif type(reply) is ReplyError:
             self._refused(batch, count, reply)
@@ -726,6 +782,13 @@ class Pipeline:
             self._answer_script(batch, count, reply)
         self._slots.popleft()
         self.in_flight -= count
+        if batch.bulk is None:
+            self.operations -= count
+        elif batch.bulk.over and not was_over:
+            self.operations -= 1
+        if c.SET <= batch.kind <= c.SET_IF_NEWER:
+            for i in range(first, first + count):
+                self.pending_bytes -= len(batch.entries[i].text)
 
     def _answer_get(self, batch: _Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
@@ -857,6 +920,8 @@ class Pipeline:
 
         An error reply to a whole command says that nothing of it was done.
         """
+        if error.code == "READONLY":
+            self.read_only = True
         lost_script = error.code == "NOSCRIPT" and not batch.whole_script
         mixed = error.code == "NOPERM" and count > 1
         overtaken: frozenset[str] = frozenset()
@@ -882,9 +947,27 @@ class Pipeline:
             repeat.whole_script = lost_script or batch.whole_script
             repeat.alone = mixed or batch.alone
             self.queued += len(again)
+            if batch.bulk is None:
+                self.operations += len(again)
+            if c.SET <= batch.kind <= c.SET_IF_NEWER:
+                self.pending_bytes += sum(len(write.text) for write in again.values())
             self._returned.append(repeat)
         if batch.bulk is not None:
             batch.bulk.settle(count - len(again))
+
+    def _recount(self) -> None:
+        """Count what is pending anew, after batches were dropped."""
+        pending = dict.fromkeys(batch for batch, _count in self._slots)
+        pending.update(dict.fromkeys(self._queue))
+        bulks = {id(batch.bulk) for batch in pending if batch.bulk and not batch.bulk.over}
+        self.operations = len(bulks)
+        self.pending_bytes = 0
+        for batch in pending:
+            if batch.bulk is None:
+                self.operations += len(batch.records) - batch.answered
+            if c.SET <= batch.kind <= c.SET_IF_NEWER:
+                for write in list(batch.records.values())[batch.answered :]:
+                    self.pending_bytes += len(write.text)
 
     def _written_after(self, batch: _Batch) -> frozenset[str]:
         """Return the names that later commands in flight write, other than by script."""

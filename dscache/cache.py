@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import topology
-from ._backend import BACKEND
+from . import _backend, topology
 from .config import Config, load
 from .errors import ConnectionLost
 from .topology import Topology
 
 if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
     from ._pure import Record
 
 
@@ -32,22 +33,30 @@ class AsyncCache:
     is stored is no record), or for the bulk forms BulkError, which holds the others' result.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
         topology.check_supported(config)
         self._config = config
+        self._credentials = credentials
         self._topology: Topology | None = None
         self._pipeline: Any = None
         self._closed = False
 
     @classmethod
-    def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        credentials: CredentialProvider | None = None,
+    ) -> Self:
         """Return a cache as a file, a mapping or a URL configures it.
 
         ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
         URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. It connects when it is
-        first used, or entered by ``async with``. Raises ConfigError.
+        first used, or entered by ``async with``. ``credentials`` is a provider as redis-py has
+        them, asked before each connection, and in place of the configured username and
+        password. Raises ConfigError.
         """
-        return cls(load(source))
+        return cls(load(source), credentials)
 
     def get(self, name: str) -> asyncio.Future[Record | None]:
         """Return the Record of that name, or None if there is none."""
@@ -119,7 +128,8 @@ class AsyncCache:
         """What this cache is and where its records are, in one line and without passwords."""
         server = self._topology.server if self._topology is not None else ""
         known = f" ({server})" if server else ""
-        return f"dscache {self._config.name} cache at {self._config.address}{known}, {BACKEND} core"
+        core = _backend.BACKEND
+        return f"dscache {self._config.name} cache at {self._config.address}{known}, {core} core"
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the cache was opened; before that, nothing.
@@ -167,7 +177,7 @@ class AsyncCache:
         """Bind the cache to the running event loop, and begin to connect."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        self._topology = Topology(self._config)
+        self._topology = Topology(self._config, self._credentials)
         return self._topology
 
     def _open(self) -> Any:

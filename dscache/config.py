@@ -14,13 +14,22 @@ from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
 from . import _url
-from ._common import MAX_TTL
+from ._common import MAX_PENDING, MAX_PENDING_BYTES, MAX_REPLY_BYTES, MAX_TTL, join_address
 from ._tls import Tls
 from ._typed import Place, Secret, Written, nearest, presentable, read, text
 from ._yaml import SUFFIXES, Document
 from .errors import ConfigError, shorten
 
-__all__ = ["Config", "Node", "Options", "RedisOptions", "Tls", "load"]
+__all__ = [
+    "Config",
+    "Node",
+    "Options",
+    "RedisOptions",
+    "RetryStrategy",
+    "SentinelNode",
+    "Tls",
+    "load",
+]
 
 T = TypeVar("T")
 
@@ -31,6 +40,7 @@ Host = Annotated[
 Port = Annotated[int, Meta(ge=1, le=65535)]
 # What a 32-bit timer holds, as in JavaScript: 24 days.
 Milliseconds = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**40)]
 # A falsy ttl is none, as in deepstream's connector.
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"zero_is_none": True})]
 
@@ -39,7 +49,7 @@ _REDIS_PLUGINS = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 _BUILT_IN = "it is part of how dscache works and can't be switched"
 _OWN_RETRY = "dscache retries until commandTimeout, by rules of its own"
-_ONLY_SENTINEL = "it only matters with Sentinel"
+_NOT_FOR_SENTINEL = "the Sentinels are asked again before every connection, in the plain"
 
 # Options of ioredis that an existing file may have: why each can be passed over.
 _NO_EFFECT = {
@@ -57,7 +67,6 @@ _NO_EFFECT = {
     "noDelay": "Nagle's algorithm is always off",
     "readOnly": "records are read from the primary",
     "reconnectOnError": _OWN_RETRY,
-    "retryStrategy": _OWN_RETRY,
     "serverName": "no version of deepstream's connector reads it",
     "showFriendlyErrorStack": "errors name the operation that failed",
     "stringNumbers": "versions are always exact integers",
@@ -72,20 +81,16 @@ _NO_EFFECT_ON_CLUSTERS = {
     "slotsRefreshInterval": "the topology is refreshed when something tells of a change",
     "slotsRefreshTimeout": "commandTimeout bounds the refresh",
 }
-_NO_EFFECT_WITHOUT_SENTINEL = {
-    "enableTLSForSentinelMode": _ONLY_SENTINEL,
-    "failoverDetector": _ONLY_SENTINEL,
-    "role": _ONLY_SENTINEL,
-    "sentinelMaxConnections": _ONLY_SENTINEL,
-    "sentinelPassword": _ONLY_SENTINEL,
-    "sentinelRetryStrategy": _ONLY_SENTINEL,
-    "updateSentinels": _ONLY_SENTINEL,
+_NO_EFFECT_WITH_SENTINEL = {
+    "failoverDetector": _NOT_FOR_SENTINEL,
+    "sentinelMaxConnections": _NOT_FOR_SENTINEL,
+    "sentinelRetryStrategy": _NOT_FOR_SENTINEL,
+    "updateSentinels": _NOT_FOR_SENTINEL,
 }
 # Options that would lead to another server if they were passed over: what to write instead.
 _UNSUPPORTED = {
-    "name": "it is the group of a Sentinel; the cache's own name stands above options",
+    "enableTLSForSentinelMode": "the Sentinels are asked without TLS",
     "natMap": "let the nodes announce addresses that can be reached from here",
-    "sentinels": "give the primary's host and port",
     "useSRVRecords": "give the nodes' own hosts and ports",
 }
 
@@ -105,7 +110,30 @@ class Node(Written, frozen=True, kw_only=True):
     @property
     def address(self) -> str:
         """Return ``host:port`` for messages."""
-        return _address(self.host, self.port)
+        return join_address(self.host, self.port)
+
+
+class SentinelNode(Written, frozen=True, kw_only=True):
+    """One Sentinel."""
+
+    host: Host = "127.0.0.1"
+    port: Port = 26379
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` for messages."""
+        return join_address(self.host, self.port)
+
+
+class RetryStrategy(Written, frozen=True, kw_only=True):
+    """How long to wait before each attempt to connect.
+
+    A random time of up to ``first`` milliseconds, and up to twice as long after each failure,
+    but never more than ``cap``.
+    """
+
+    first: Milliseconds = 50
+    cap: Milliseconds = 5000
 
 
 class RedisOptions(Written, frozen=True, kw_only=True):
@@ -115,6 +143,7 @@ class RedisOptions(Written, frozen=True, kw_only=True):
         **_NO_EFFECT,
         "db": "a cluster has database 0 alone",
         "keyPrefix": "it belongs beside redisOptions, as with ioredis",
+        "retryStrategy": "it belongs beside redisOptions",
     }
 
     username: str | None = None
@@ -133,7 +162,7 @@ class Options(Written, frozen=True, kw_only=True):
     no_effect: ClassVar[Mapping[str, str]] = {
         **_NO_EFFECT,
         **_NO_EFFECT_ON_CLUSTERS,
-        **_NO_EFFECT_WITHOUT_SENTINEL,
+        **_NO_EFFECT_WITH_SENTINEL,
     }
     unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED
 
@@ -151,7 +180,17 @@ class Options(Written, frozen=True, kw_only=True):
     connect_timeout: Milliseconds = 2000
     command_timeout: Milliseconds = 1000
     close_timeout: Milliseconds = 2000
+    retry_strategy: RetryStrategy = field(default_factory=RetryStrategy)
+    max_pending: Count = MAX_PENDING
+    max_pending_bytes: Count = MAX_PENDING_BYTES
+    when_full: Literal["wait", "error"] = "wait"
+    max_reply_bytes: Count = MAX_REPLY_BYTES
     tls: Tls | None = None
+    sentinels: tuple[SentinelNode, ...] | None = None
+    name: str | None = None
+    role: Literal["master", "slave"] = "master"
+    sentinel_username: str | None = None
+    sentinel_password: Secret | None = None
     nodes: tuple[Node, ...] | None = None
     max_redirections: Annotated[int, Meta(ge=0, le=1000)] = 16
     redis_options: RedisOptions = field(default_factory=RedisOptions)
@@ -172,7 +211,10 @@ class Config(Written, frozen=True, kw_only=True):
             return "memory"
         if options.nodes:
             return ",".join(node.address for node in options.nodes)
-        return options.path or _address(options.host, options.port)
+        if options.sentinels:
+            sentinels = ",".join(one.address for one in options.sentinels)
+            return f'"{options.name}" of the Sentinels {sentinels}'
+        return options.path or join_address(options.host, options.port)
 
 
 class _Entry(Written, frozen=True, kw_only=True):
@@ -301,8 +343,13 @@ def _config(
     if shared.tls:
         tls = shared.tls.located(folder, place.at("redisOptions").at("tls"))
         options = replace(options, redis_options=replace(shared, tls=tls))
+    if options.sentinels and not options.name:
+        raise place.at("name").error("is missing; it is the group that the Sentinels watch")
+    if options.sentinels and options.nodes:
+        raise place.at("nodes").error("a cluster has no Sentinels; leave either of them out")
+    if options.name and not options.sentinels:
+        raise place.at("name").error(
+            "is the group that Sentinels watch, and there are no sentinels; the cache's own name "
+            "stands above options"
+        )
     return Config(name=name, options=options, source=place.source)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,7 +1,7 @@
-"""One node's connection: the socket's life, and the operations that wait for it.
+"""One node's connection: made, watched, made again, and the operations that wait for it.
 
-A Connection owns the Pipeline of its node, which outlives every socket. Each socket is a
-``_Link``: a new protocol object, so that the last words of an old socket reach nobody.
+A Connection owns the Pipeline of its node, which outlives every socket. How a socket is opened
+and the server greeted stands in ``endpoint.py``, what a socket is in ``link.py``.
 
 States: *connecting* (operations wait until their deadline), *ready*, *refused* (the server said
 no to the handshake: operations fail at once with what it said, while attempts go on, since a
@@ -14,14 +14,14 @@ import asyncio
 import logging
 import os
 import random
-import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from . import _backend, _common
+from . import _backend
 from .config import Options
+from .endpoint import Endpoint, Greeting
 from .errors import (
     ConnectError,
     ConnectionLost,
@@ -30,47 +30,72 @@ from .errors import (
     ReplyError,
     UsageError,
 )
+from .link import Link
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
 
 _logger = logging.getLogger("dscache")
 
-_FIRST_DELAY = 0.05
-_LONGEST_DELAY = 5.0
-# The finest step of the timer that enforces deadlines.
+# The finest step of the timer that enforces deadlines, in seconds as all below.
 _TIMER_STEP = 0.005
-# A connection that lasted so many seconds was a good one: the next attempt comes soon.
+# A connection that lasted so long was a good one: the next attempt comes soon.
 _STEADY_AFTER = 1.0
-_FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
+# While operations wait for a connection, attempts are no further apart.
+_WANTED_DELAY = 0.25
+# A PING goes out on a link that was idle for so long, and must be answered within the other.
+# Together they find a dead peer within 10 s although nothing is asked of it.
+_PING_AFTER = 5.0
+_PING_ANSWER = 4.0
 
 
 class Connection:
     """The connection to one node: made, kept, made again, and closed."""
 
-    def __init__(self, options: Options, address: str, hash_tag: bool) -> None:
-        self.address = address
+    def __init__(
+        self, options: Options, hash_tag: bool, credentials: CredentialProvider | None = None
+    ) -> None:
         self.server = ""
         self._options = options
+        self._endpoint = Endpoint(options, credentials)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self.pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
-            address=address,
+            address=self._endpoint.address,
             key_prefix=options.key_prefix,
             hash_tag=hash_tag,
             ttl=options.ttl or 0,
             timeout=options.command_timeout / 1000,
+            max_pending=options.max_pending,
+            max_pending_bytes=options.max_pending_bytes,
+            refuse_when_full=options.when_full == "error",
+            max_reply_bytes=options.max_reply_bytes,
         )
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
+        self._attempting = False
         # Set while the state is ready, refused or closed: when there is something to tell.
         self._decided = asyncio.Event()
         self._flush_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.TimerHandle | None = None
+        # Set when an operation finds no connection.
+        self._wanted = asyncio.Event()
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self._last_loss = ""
-        self._task = self._loop.create_task(self._run(), name=f"dscache {address}")
+        # A streaming provider of redis-py says when it has a new token.
+        if (on_next := getattr(credentials, "on_next", None)) is not None:
+            on_next(self._credentials_renewed)
+        self._task = self._loop.create_task(self._run(), name=f"dscache {self.address}")
+
+    @property
+    def address(self) -> str:
+        """Where the server is: of a discovered one, where it was last."""
+        return self._endpoint.address
 
     @property
     def is_ready(self) -> bool:
@@ -83,6 +108,7 @@ class Connection:
         Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
         says if it refuses the handshake.
         """
+        self._check_owner()
         timeout = self._options.connect_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
@@ -101,8 +127,10 @@ class Connection:
         """Finish what was issued, within ``closeTimeout``, and end the connection."""
         if self._closed:
             return
+        self._check_owner()
         self._closed = True
         timeout = self._options.close_timeout / 1000
+        end = self._loop.time() + timeout
         link = self._link
         try:
             self._flush()
@@ -113,8 +141,8 @@ class Connection:
             self._task.cancel()
         await asyncio.wait([self._task])
         if link is not None:
-            await asyncio.wait([link.lost], timeout=timeout)
-            link.abort()
+            await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
+            link.cut(ConnectionLost("it was closed"))
 
     def stats(self) -> dict[str, Any]:
         """Return the pipeline's counters, and what became of the connection."""
@@ -128,9 +156,7 @@ class Connection:
 
     def _wake(self) -> None:
         """Schedule this tick's flush; the pipeline calls it before the first operation of one."""
-        check_loop(self._loop)
-        if os.getpid() != self._pid:
-            raise UsageError("an AsyncCache can't be used after a fork; open one in the child")
+        self._check_owner()
         self._check_open()
         if not self._flush_due:
             self._flush_due = True
@@ -139,13 +165,16 @@ class Connection:
             self._timer = self._loop.call_later(
                 self._options.command_timeout / 1000, self._enforce_deadlines
             )
+        if self._link is None:
+            self._wanted.set()
 
     def _flush(self) -> None:
         self._flush_due = False
         link = self._link
         self.pipeline.end_tick()
         if link is None:
-            if self._refusal is not None:
+            # An attempt under way may end the refusal, and has slots of its own in the pipeline.
+            if self._refusal is not None and not self._attempting:
                 self.pipeline.fail_all(self._refusal)
             return
         while not link.paused and (output := self.pipeline.take_output()):
@@ -155,6 +184,11 @@ class Connection:
 
     def answered(self) -> None:
         """Go on after replies: what the window held back may go, and a close may end."""
+        if self.pipeline.read_only:
+            self.pipeline.read_only = False
+            if self._endpoint.is_discovered and self._link is not None:
+                self._link.cut(ConnectionLost("the server has become a replica"))
+                return
         if self.pipeline.queued and not self._flush_due:
             self._flush()
         self._note_drained()
@@ -174,6 +208,9 @@ class Connection:
         now = time.monotonic()
         deadline = self.pipeline.expire(now)
         self._timer = None
+        timeout = self._options.command_timeout / 1000
+        if self._link is not None and self._link.silence() >= timeout:
+            self._link.cut(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
         if deadline is not None:
             self._timer = self._loop.call_later(
                 max(deadline - now, _TIMER_STEP), self._enforce_deadlines
@@ -185,34 +222,55 @@ class Connection:
     async def _run(self) -> None:
         """Keep a connection until cancelled: by ``close``, or by a loop that ends."""
         failures = 0
+        retry = self._options.retry_strategy
         try:
             while True:
                 if await self._live():
                     failures = 0
                 # Full jitter: the clients of a server that restarts must not come all at once.
-                longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**failures)
+                longest = min(retry.cap, retry.first * 2**failures) / 1000
                 shortest = longest / 2 if self._refusal else 0
-                await asyncio.sleep(random.uniform(shortest, longest))
-                failures = min(failures + 1, 10)
+                await self._pause(random.uniform(shortest, longest))
+                failures = min(failures + 1, 30)
         finally:
             self._closed = True
             self._give_up("the cache was closed before the answer came")
 
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt, and not for long if operations wait as well."""
+        # Of a server that refuses, nobody waits for the next refusal.
+        hurried = min(seconds, random.uniform(0, _WANTED_DELAY))
+        if self._refusal is not None or hurried == seconds:
+            await asyncio.sleep(seconds)
+            return
+        await asyncio.sleep(hurried)
+        if not self.pipeline.queued:
+            self._wanted.clear()
+            try:
+                async with asyncio.timeout(seconds - hurried):
+                    await self._wanted.wait()
+            except TimeoutError:
+                return
+
     async def _live(self) -> bool:
         """Live through one socket; return whether it was of use for a while."""
-        link = _Link(self)
+        link = Link(self, self.pipeline)
+        self._attempting = True
         try:
             async with asyncio.timeout(self._options.connect_timeout / 1000):
-                await self._connect(link)
-        except (OSError, DscacheError) as error:  # a TimeoutError is an OSError
-            link.abort()
+                await self._endpoint.open(link)
+                self.pipeline.address = self.address
+                greeting = await self._endpoint.greet(lambda *commands: self._ask(link, *commands))
+        except (OSError, ValueError, DscacheError) as error:
+            # Among OSErrors is TimeoutError; a host that can be no name is a ValueError.
+            link.cut(error)
             self._failed(error)
             return False
         except BaseException:
-            link.abort()
+            link.cut(ConnectionLost("it was closed"))
             raise
         began = self._loop.time()
-        self._became_ready(link)
+        self._became_ready(link, greeting)
         try:
             reason = await asyncio.shield(link.lost)
         except BaseException:
@@ -221,66 +279,7 @@ class Connection:
         self._became_lost(reason)
         return self._loop.time() - began > _STEADY_AFTER
 
-    async def _connect(self, link: _Link) -> None:
-        """Open a socket for ``link`` and get the server's consent to work with it."""
-        options = self._options
-        context = options.tls.context() if options.tls else None
-        if options.path:
-            await self._loop.create_unix_connection(
-                lambda: link,
-                options.path,
-                ssl=context,
-                server_hostname=(options.tls.servername or "localhost") if options.tls else None,
-            )
-        else:
-            await self._loop.create_connection(
-                lambda: link,
-                options.host,
-                options.port,
-                family=_FAMILIES[options.family],
-                ssl=context,
-                server_hostname=(options.tls.servername or options.host) if options.tls else None,
-            )
-        await self._shake_hands(link)
-
-    async def _shake_hands(self, link: _Link) -> None:
-        options = self._options
-        hello: list[str] = ["HELLO", "3"]
-        if options.password is not None or options.username is not None:
-            hello += ["AUTH", options.username or "default", options.password or ""]
-        if options.connection_name:
-            hello += ["SETNAME", options.connection_name]
-        commands = [hello]
-        if options.db:
-            commands.append(["SELECT", str(options.db)])
-        questions: list[list[str | bytes]] = [
-            # Loaded here, the script is missing only after SCRIPT FLUSH.
-            ["SCRIPT", "LOAD", _common.SET_SCRIPT],
-            ["COMMAND", "INFO", "MSETEX"],
-        ]
-        greeting, *others = await self._ask(link, *commands, *questions)
-        if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
-            commands[0] = ["PING"]
-            if options.password is not None:
-                user = [options.username] if options.username else []
-                commands[0] = ["AUTH", *user, options.password]
-            if options.connection_name:
-                commands.append(["CLIENT", "SETNAME", options.connection_name])
-            greeting, *others = await self._ask(link, *commands, *questions)
-        *consents, loaded, known = [greeting, *others]
-        for reply in consents:
-            if isinstance(reply, ReplyError):
-                raise reply
-        # A user who may not load scripts may do all the rest; a server that is still loading
-        # its data may do nothing.
-        if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
-            raise loaded
-        self.pipeline.has_msetex = isinstance(known, list) and any(known)
-        if isinstance(greeting, dict):
-            facts = (greeting.get(b"server"), greeting.get(b"version"))
-            self.server = " ".join(fact.decode() for fact in facts if isinstance(fact, bytes))
-
-    async def _ask(self, link: _Link, *commands: list[Any]) -> list[Any]:
+    async def _ask(self, link: Link, *commands: list[Any]) -> list[Any]:
         """Send commands at once; return the replies, errors of Redis among them."""
         asked = [self.pipeline.command(*command) for command in commands]
         link.write(b"".join(output for output, _ in asked))
@@ -295,19 +294,63 @@ class Connection:
                 raise reply
         return replies
 
+    def _watch(self) -> None:
+        """Look after an idle link: ask for a sign of life, and cut it if none comes."""
+        link = self._link
+        if link is None:
+            return
+        wait = _PING_AFTER - link.idle()
+        if wait <= 0:
+            silence = link.silence()
+            if silence >= _PING_ANSWER:
+                link.cut(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
+                return
+            if not silence:
+                self._say(link, "PING")
+            wait = _PING_ANSWER - silence
+        self._watcher = self._loop.call_later(wait, self._watch)
+
+    def _say(self, link: Link, *command: str) -> None:
+        """Send a command whose refusal ends the link, and whose reply says nothing else."""
+
+        def settled(waiter: asyncio.Future[Any]) -> None:
+            error = None if waiter.cancelled() else waiter.exception()
+            if isinstance(error, ReplyError):
+                link.cut(ConnectionLost(f"{command[0]} was refused: {error}"))
+
+        output, waiter = self.pipeline.command(*command)
+        waiter.add_done_callback(settled)
+        link.write(output)
+
+    # -- credentials that are renewed
+
+    def _credentials_renewed(self, token: Any) -> None:
+        """Take a new token, in whatever thread its provider has it from."""
+        if not (self._closed or self._loop.is_closed()):
+            self._loop.call_soon_threadsafe(self._log_in_again, token)
+
+    def _log_in_again(self, token: Any) -> None:
+        if self._link is not None:
+            self._say(self._link, "AUTH", token.try_get("oid"), token.get_value())
+
     # -- changes of state
 
-    def _became_ready(self, link: _Link) -> None:
+    def _became_ready(self, link: Link, greeting: Greeting) -> None:
         self._link = link
+        self.server = greeting.server
+        self.pipeline.has_msetex = greeting.has_msetex
+        self._attempting = False
         self._connects += 1
         self._refusal = None
         self.pipeline.down = None
         self._decided.set()
+        self._watch()
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
 
     def _became_lost(self, reason: Exception) -> None:
         self._link = None
+        self._stop_watching()
         self._decided.clear()
         self._last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
@@ -317,6 +360,7 @@ class Connection:
 
     def _failed(self, error: Exception) -> None:
         """Note that an attempt to connect failed."""
+        self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
         said = self._explain(error)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
@@ -340,7 +384,7 @@ class Connection:
             return ConnectError(f"the server's certificate is refused: {error.verify_message}")
         if isinstance(error, OSError) and not isinstance(error, DscacheError):
             return ConnectError(error.strerror or str(error) or type(error).__name__)
-        return error
+        return error if isinstance(error, DscacheError) else ConnectError(str(error))
 
     def _refusal_of(self, error: Exception, said: Exception) -> Callable[[str], Exception] | None:
         """Return how to fail operations at once, if waiting for the next attempt is no use."""
@@ -352,6 +396,11 @@ class Connection:
             return lambda operation: kind(f"{operation}: {self.address}: {said}")
         return None
 
+    def _check_owner(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError("an AsyncCache can't be used after a fork; open one in the child")
+        check_loop(self._loop)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ConnectionLost("the cache is closed")
@@ -359,10 +408,16 @@ class Connection:
     def _give_up(self, reason: str) -> None:
         self._link = None
         self._decided.set()
+        self._stop_watching()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
+
+    def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
 
 
 def check_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -376,75 +431,3 @@ def check_loop(loop: asyncio.AbstractEventLoop) -> None:
             "an AsyncCache belongs to the event loop it was opened on, and was used from "
             f"{'another one' if running else 'outside of it'}; open one in each loop"
         )
-
-
-def _is_without_resp3(error: ReplyError) -> bool:
-    """Whether HELLO was refused by a server before Redis 6, or to a user who may not say it."""
-    return error.code in ("NOPROTO", "NOPERM") or "unknown command" in error.message.lower()
-
-
-class _Link(asyncio.BufferedProtocol):
-    """One socket of a Connection."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._pipeline = connection.pipeline
-        self._transport: asyncio.Transport | None = None
-        self._reason: Exception | None = None
-        self.paused = False
-        self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-
-    def write(self, output: bytes) -> None:
-        """Hand bytes to the transport; a lost one drops them, and has told so."""
-        if self._transport is not None:
-            self._transport.write(output)
-
-    def abort(self) -> None:
-        """End the socket without another word; nothing more is heard of it."""
-        self._reason = self._reason or ConnectionLost("it was cut")
-        if self._transport is not None:
-            self._transport.abort()
-
-    def close(self) -> None:
-        """End the socket after what was written is sent."""
-        if self._transport is not None:
-            self._transport.close()
-
-    # -- called by the event loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        # One flush of a bulk is more than the default of 64 KiB.
-        self._transport.set_write_buffer_limits(high=2 * _common.COMMAND_BYTES)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        buffer: memoryview = self._pipeline.get_buffer(sizehint)
-        return buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._reason is not None:
-            return
-        try:
-            self._pipeline.buffer_updated(nbytes)
-        except ProtocolError as error:
-            self._reason = error
-            self.abort()
-        else:
-            self._connection.answered()
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        self._connection.resumed()
-
-    def eof_received(self) -> None:
-        if self._reason is None:
-            self._reason = ConnectionLost("the server closed it")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self.paused = False
-        if not self.lost.done():
-            self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import Config
 from .connection import Connection
 from .errors import ConfigError
 from .memory import MemoryNode
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
 
 
 def check_supported(config: Config) -> None:
@@ -22,14 +25,14 @@ def check_supported(config: Config) -> None:
 class Topology:
     """The nodes that hold a cache's records, opened on the running event loop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, credentials: CredentialProvider | None) -> None:
         self.node: Connection | MemoryNode
         if config.name == "memory":
             self.node = MemoryNode(config.options)
         else:
             # "auto" is deepstream's own layout wherever that is atomic.
             hash_tag = config.options.key_layout == "hashtag"
-            self.node = Connection(config.options, config.address, hash_tag)
+            self.node = Connection(config.options, hash_tag, credentials)
 
     def pipeline_of(self, name: str) -> Any:
         """Return the pipeline of the node that serves ``name``."""

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from dscache.config import Config, Node, Options, RedisOptions, Tls, load
+from dscache.config import Config, Node, Options, RedisOptions, RetryStrategy, Tls, load
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 
@@ -24,7 +24,9 @@ DATA = Path(__file__).parent / "data"
 EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
-    "connectTimeout, commandTimeout, closeTimeout, tls, nodes, maxRedirections, redisOptions, url"
+    "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
+    "whenFull, maxReplyBytes, tls, sentinels, name, role, sentinelUsername, sentinelPassword, "
+    "nodes, maxRedirections, redisOptions, url"
 )
 PORT = "must be a whole number from 1 to 65535"
 # Appears in tests as a password, and must never appear in a text.
@@ -447,6 +449,12 @@ INTEGERS = [
     ("connectTimeout: 1", 1),
     ("commandTimeout: '1500'", 1500),
     ("closeTimeout: 2147483647", 2147483647),
+    ("retryStrategy: {first: 10, cap: 200}", RetryStrategy(first=10, cap=200)),
+    ("retryStrategy: {cap: 200}", RetryStrategy(first=50, cap=200)),
+    ("maxPending: 1", 1),
+    ("maxPendingBytes: 1099511627776", 2**40),
+    ("maxReplyBytes: '4096'", 4096),
+    ("whenFull: error", "error"),
     ("maxRedirections: 0", 0),
 ]
 
@@ -548,12 +556,21 @@ def field(found: Options, line: str) -> object:
         ("HOST: a", 'HOST: unknown option, did you mean "host"?'),
         ("uri: a", 'uri: unknown option, did you mean "url"?'),
         ("lazyConect: true", 'lazyConect: unknown option, did you mean "lazyConnect"?'),
+        ("retryStrategy: 500", "retryStrategy: must be a mapping of options, not a number"),
+        ("retryStrategy: {first: 0}", None),
+        ("whenFull: drop", 'whenFull: must be "error" or "wait", not \'drop\''),
+        ("maxPending: 0", None),
         ("zzz: 1", f"zzz: unknown option; there are {OPTIONS}"),
         ("nodes: [{}, {prot: 1}]", 'nodes[1].prot: unknown option, did you mean "port"?'),
         ("nodes: [{lazyConnect: 1}]", None),
         ("redisOptions: {ttl: 1}", None),
         ("tls: {CA: x}", 'tls.CA: unknown option, did you mean "ca"?'),
-        ("sentinels: [{host: a}]", "sentinels: isn't supported: give the primary's host and port"),
+        ("sentinels: [{host: a}]", "name: is missing; it is the group that the Sentinels watch"),
+        ("sentinels: null", "sentinels: must be a list, not null"),
+        ("sentinels: [{prot: 1}]", 'sentinels[0].prot: unknown option, did you mean "port"?'),
+        ("role: primary", 'role: must be "master" or "slave", not \'primary\''),
+        ("name: mymaster", None),
+        ("enableTLSForSentinelMode: true", None),
         ("? [a]\n    : b", ": the name of an option must be text"),
     ],
 )
@@ -752,7 +769,6 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "dropBufferSupport",
         "enableAutoPipelining",
         "stringNumbers",
-        "retryStrategy",
         "maxLoadingRetryTime",
         "serverName",
         "showFriendlyErrorStack",
@@ -761,18 +777,17 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "disconnectTimeout",
         "reconnectOnError",
     ]
-    on_clusters = ["scaleReads", "slotsRefreshTimeout", "retryDelayOnMoved", "role"]
-    shared = ", ".join(f"{name}: 1" for name in (*ignored, "db", "keyPrefix"))
+    on_clusters = ["scaleReads", "slotsRefreshTimeout", "retryDelayOnMoved", "updateSentinels"]
+    shared = ", ".join(f"{name}: 1" for name in (*ignored, "db", "keyPrefix", "retryStrategy"))
     found = read(
         *(f"{name}: [any, value]" for name in ignored + on_clusters),
         f"redisOptions: {{{shared}}}",
-        "sentinels: null",
         "useSRVRecords: false",
     )
     assert found == Options()
     messages = [record.getMessage() for record in caplog.records]
     assert {record.levelname for record in caplog.records} == {"INFO"}
-    assert len(messages) == len(ignored) * 2 + len(on_clusters) + 2
+    assert len(messages) == len(ignored) * 2 + len(on_clusters) + 3
     assert (
         "config.yml: cache.options.lazyConnect has no effect: "
         "the connection is made when the cache is opened"

@@ -1,0 +1,104 @@
+"""One socket of a Connection, as a protocol of the event loop.
+
+Each socket has a Link of its own, so that the last words of an old one reach nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol, cast
+
+from . import _common
+from .errors import ConnectionLost, ProtocolError
+
+
+class Owner(Protocol):
+    """What a Link tells its Connection."""
+
+    def answered(self) -> None:
+        """Replies came, and were given to whom they belong."""
+
+    def resumed(self) -> None:
+        """The transport takes bytes again."""
+
+
+class Link(asyncio.BufferedProtocol):
+    """A socket: it hands what arrives to the pipeline, and knows for how long nothing did."""
+
+    def __init__(self, owner: Owner, pipeline: Any) -> None:
+        self._owner = owner
+        self._pipeline = pipeline
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._reason: Exception | None = None
+        self._heard = self._loop.time()
+        self._due_since: float | None = None
+        self.paused = False
+        self.lost: asyncio.Future[Exception] = self._loop.create_future()
+
+    def write(self, output: bytes) -> None:
+        """Hand bytes to the transport; a lost one drops them, and has told so."""
+        if self._due_since is None:
+            self._due_since = self._loop.time()
+        if self._transport is not None:
+            self._transport.write(output)
+
+    def idle(self) -> float:
+        """Return the seconds since anything arrived."""
+        return self._loop.time() - self._heard
+
+    def silence(self) -> float:
+        """Return the seconds for which an answer is due and nothing arrived."""
+        return 0.0 if self._due_since is None else self._loop.time() - self._due_since
+
+    def cut(self, reason: Exception) -> None:
+        """End the socket without another word; nothing more is heard of it."""
+        self._reason = self._reason or reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """End the socket after what was written is sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- called by the event loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        # One flush of a bulk is more than the default of 64 KiB.
+        self._transport.set_write_buffer_limits(high=2 * _common.COMMAND_BYTES)
+        if self._reason is not None:  # cut before it was there
+            self._transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        buffer: memoryview = self._pipeline.get_buffer(sizehint)
+        return buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._reason is not None:
+            return
+        self._heard = self._loop.time()
+        try:
+            self._pipeline.buffer_updated(nbytes)
+        except ProtocolError as error:
+            self.cut(error)
+            return
+        self._due_since = self._heard if self._pipeline.in_flight else None
+        self._owner.answered()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self._owner.resumed()
+
+    def eof_received(self) -> None:
+        self._reason = self._reason or ConnectionLost("the server closed it")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self.paused = False
+        if not self.lost.done():
+            self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))
