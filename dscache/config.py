@@ -195,6 +195,16 @@ class Options(Written, frozen=True, kw_only=True):
     max_redirections: Annotated[int, Meta(ge=0, le=1000)] = 16
     redis_options: RedisOptions = field(default_factory=RedisOptions)
 
+    @property
+    def address(self) -> str:
+        """Return where the server is, for messages: never with a password."""
+        if self.nodes:
+            return ",".join(node.address for node in self.nodes)
+        if self.sentinels:
+            sentinels = ",".join(one.address for one in self.sentinels)
+            return f'"{self.name}" of the Sentinels {sentinels}'
+        return self.path or join_address(self.host, self.port)
+
 
 class Config(Written, frozen=True, kw_only=True):
     """A checked configuration: which cache, its options, and where they were read."""
@@ -206,15 +216,7 @@ class Config(Written, frozen=True, kw_only=True):
     @property
     def address(self) -> str:
         """Return where the records are, for messages: never with a password."""
-        options = self.options
-        if self.name == "memory":
-            return "memory"
-        if options.nodes:
-            return ",".join(node.address for node in options.nodes)
-        if options.sentinels:
-            sentinels = ",".join(one.address for one in options.sentinels)
-            return f'"{options.name}" of the Sentinels {sentinels}'
-        return options.path or join_address(options.host, options.port)
+        return "memory" if self.name == "memory" else self.options.address
 
 
 class _Entry(Written, frozen=True, kw_only=True):

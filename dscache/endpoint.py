@@ -45,7 +45,7 @@ class Endpoint:
     def __init__(self, options: Options, credentials: CredentialProvider | None) -> None:
         self._options = options
         self._credentials = credentials
-        self.address = options.path or _common.join_address(options.host, options.port)
+        self.address = options.address
 
     @property
     def is_discovered(self) -> bool:

@@ -18,6 +18,7 @@ GROUP = "records"
 DOWN_AFTER_MS = 500
 FAILOVER_TIMEOUT_MS = 3000
 _PATIENCE_SECONDS = 30
+_AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
 
 class SentinelGroup:
@@ -31,7 +32,8 @@ class SentinelGroup:
         self._folder = tempfile.TemporaryDirectory(prefix="dscache-sentinels-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ports: list[int] = []
-        self.servers = [EmbeddedServer(binary)]
+        # Else a primary waits 5 s for further replicas before it serves the first.
+        self.servers = [EmbeddedServer(binary, args=_AT_ONCE)]
         self._replicas = replicas
         self._sentinels = sentinels
 
@@ -76,6 +78,22 @@ class SentinelGroup:
             _wait(lambda port=port: self._named(port) != old.port, "the Sentinels did not agree")
         return time.monotonic()
 
+    def heal(self) -> None:
+        """Start what was killed, and wait until all replicas follow the primary."""
+        for server in self.servers:
+            if not server.is_running:
+                server.start()
+                # The Sentinels would say so too, in their own time of ten seconds.
+                with self.ask(server.port) as client:
+                    client.replicaof("127.0.0.1", str(self.primary().port))
+        with self.ask(self.primary().port) as client:
+            _wait(
+                lambda: int(client.info("replication")["connected_slaves"]) == self._replicas,
+                "a replica did not come back",
+            )
+        for port in self.ports:
+            _wait(lambda port=port: self._knows_all(port), "a Sentinel takes a server for down")
+
     def close(self) -> None:
         """Stop everything."""
         for process in self._processes:
@@ -89,8 +107,8 @@ class SentinelGroup:
         first = self.servers[0]
         first.start()
         for _ in range(self._replicas):
-            arguments = ("--replicaof", first.host, str(first.port), "--repl-diskless-sync-delay")
-            replica = EmbeddedServer(self._binary, args=(*arguments, "0"))
+            follow = ("--replicaof", first.host, str(first.port))
+            replica = EmbeddedServer(self._binary, args=(*follow, *_AT_ONCE))
             self.servers.append(replica)
             replica.start()
         for replica in self.servers[1:]:
@@ -146,7 +164,8 @@ class SentinelGroup:
             return False
         others = self._sentinels - 1
         return (
-            int(state["num-slaves"]) == self._replicas
+            state["flags"] == "master"
+            and int(state["num-slaves"]) == self._replicas
             and int(state["num-other-sentinels"]) == others
         )
 
