@@ -53,6 +53,11 @@ WINDOW_RECORDS: Final = 16_384
 READ_BUFFER_BYTES: Final = 256 * 1024
 # What one reply may take, unless configured: a Redis value ends at 512 MiB.
 MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
+# The elements of one array that a server may announce; hiredis makes room for all of them at
+# once. The longest that is wanted has 1024, and an invalidation of many keys some thousands.
+MAX_ELEMENTS: Final = 2**20
+# A length has at most 19 digits; what is longer is no length.
+HEADER_BYTES: Final = 64
 MAX_PENDING: Final = 10_000
 MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
@@ -213,6 +218,14 @@ def full(address: str, operations: int, size: int) -> Overloaded:
     return Overloaded(
         f"{address}: {operations} operations and {size} bytes of writes are pending, which is "
         "all that maxPending and maxPendingBytes allow; the operation was not sent"
+    )
+
+
+def too_long(address: str, announced: int, limit: int) -> ProtocolError:
+    """Return the error for a text or array that is announced as longer than allowed."""
+    return ProtocolError(
+        f"{address} announced a reply of length {announced}, and {limit} is allowed"
+        f"{' (maxReplyBytes)' if limit != MAX_ELEMENTS else ''}"
     )
 
 

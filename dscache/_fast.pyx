@@ -14,9 +14,12 @@ import time
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
+from operator import attrgetter
 
 cimport cython
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_CheckExact,
@@ -28,7 +31,7 @@ from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
 from libc.math cimport INFINITY
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcpy
 
 import hiredis
 import msgspec
@@ -53,6 +56,8 @@ cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
 cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
 cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
 cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
+cdef long long MAX_ELEMENTS = c.MAX_ELEMENTS
+cdef int HEADER_BYTES = c.HEADER_BYTES
 cdef long long MAX_VERSION = c.MAX_VERSION
 # The suffixes are an underscore and one letter, which lets the second key be made of the first.
 cdef enum:
@@ -68,6 +73,9 @@ cdef long DAMAGED = c.DAMAGED
 
 cdef object _UNDECODED = object()
 cdef object _INCOMPLETE = object()
+# The waiters of a record that is read again: nobody is told what the first reply says of it.
+cdef list _NOBODY = []
+cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 cdef object _encode_json = msgspec.json.Encoder().encode
 cdef object _decode_json = msgspec.json.Decoder().decode
@@ -231,6 +239,33 @@ cdef class _Write:
 
 
 @cython.final
+cdef class _Overtaken:
+    """The waiters of a refused write, as waiters of the write that overtook it.
+
+    In the order they were issued the first was overwritten at once: it is done if the later one
+    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
+    """
+
+    cdef object _waiter
+    cdef object _refusal
+    cdef bint _always
+
+    def __cinit__(self, waiter, refusal, bint always):
+        self._waiter = waiter
+        self._refusal = refusal
+        self._always = always
+
+    def set_result(self, done, /):
+        if done or self._always:
+            _tell(self._waiter, True)
+        else:
+            _fail(self._waiter, self._refusal)
+
+    def set_exception(self, error, /):
+        _fail(self._waiter, partial(copy, error))
+
+
+@cython.final
 cdef class _Bulk:
     """The outcome of one bulk operation, gathered from its slots."""
 
@@ -274,11 +309,13 @@ cdef class _Batch:
 
     ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
     lists when the first of it is sent. Records before ``answered`` are settled, those from
-    there to ``sent`` are in flight, the others wait.
+    there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the batches;
+    a repeat has its original's.
     """
 
     cdef int kind
     cdef double deadline
+    cdef readonly long long serial
     cdef dict records
     cdef list names
     cdef list entries
@@ -286,13 +323,14 @@ cdef class _Batch:
     cdef Py_ssize_t answered
     cdef _Bulk bulk
     cdef bint expired  # its waiters have been told; the replies are dropped
-    cdef bint repeated  # it was sent before, on a connection that was lost
+    cdef Py_ssize_t repeated  # records before it were sent before, on a connection that was lost
     cdef bint whole_script  # Redis has lost the script: send its text
     cdef bint alone  # one record a command, to find the one that is refused
 
-    def __cinit__(self, int kind, double deadline, dict records):
+    def __cinit__(self, int kind, double deadline, long long serial, dict records):
         self.kind = kind
         self.deadline = deadline
+        self.serial = serial
         self.records = records
 
     cdef int freeze(self) except -1:
@@ -383,11 +421,20 @@ cdef class Pipeline:
     cdef long long _ttl
     cdef double _timeout
     cdef bint _awake
+    cdef long long _serial
     cdef list _open
     cdef object _queue
     cdef object _slots
     cdef list _returned
+    cdef bytearray _storage
     cdef object _buffer
+    cdef Py_ssize_t _skip  # what is left of a text that began earlier, and of its line end
+    cdef unsigned char _mark  # the first byte of a line that began earlier, else 0
+    cdef int _header_size
+    cdef int _digits
+    cdef bint _is_length
+    cdef bint _ends
+    cdef long long _announced
     cdef object _reader
     cdef object _version_reply  # of a head: its first reply, until the second one comes
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
@@ -433,7 +480,8 @@ cdef class Pipeline:
         self._queue = deque()
         self._slots = deque()
         self._returned = []
-        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self._storage = bytearray(c.READ_BUFFER_BYTES)
+        self._buffer = memoryview(self._storage)
         self.reset_reader()
 
     def __dealloc__(self):
@@ -513,7 +561,7 @@ cdef class Pipeline:
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
         # No deadline of its own: what bounds a handshake is connectTimeout.
         cdef dict records = {str(parts[0]): self._create_waiter()}
-        cdef _Batch batch = _Batch.__new__(_Batch, COMMAND, INFINITY, records)
+        cdef _Batch batch = _Batch.__new__(_Batch, COMMAND, INFINITY, 0, records)
         batch.freeze()
         batch.sent = 1
         self._slots.append((batch, 1))
@@ -577,6 +625,7 @@ cdef class Pipeline:
         """
         self._bytes_in += size
         self._partial += size
+        self._inspect(<const unsigned char*>PyByteArray_AS_STRING(self._storage), size)
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -587,6 +636,7 @@ cdef class Pipeline:
         """
         self._bytes_in += len(data)
         self._partial += len(data)
+        self._inspect(<const unsigned char*>PyBytes_AS_STRING(data), len(data))
         self._reader.feed(data)
         self._parse()
 
@@ -594,6 +644,8 @@ cdef class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
         self._partial = 0
+        self._skip = 0
+        self._mark = 0
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -602,15 +654,15 @@ cdef class Pipeline:
         """Fail every operation whose deadline is past; return the next deadline, or None."""
         cdef _Batch batch
         cdef Py_ssize_t pending = self.in_flight
-        next_deadline = None
-        for slot in self._slots:
+        cdef double next_deadline = INFINITY
+        for slot in self._slots:  # all of them: a repeat may be behind younger ones
             batch = slot[0]
             if batch.over():
                 continue
             if batch.deadline > now:
-                next_deadline = batch.deadline
-                break
-            self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+                next_deadline = min(next_deadline, batch.deadline)
+            else:
+                self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
         while self._queue:
             batch = self._queue[0]
             if not batch.over() and batch.deadline > now:
@@ -623,10 +675,9 @@ cdef class Pipeline:
                 self._fail_batch(batch, make)
         if self._queue:
             batch = self._queue[0]
-            if next_deadline is None or batch.deadline < next_deadline:
-                next_deadline = batch.deadline
+            next_deadline = min(next_deadline, batch.deadline)
         self._recount()
-        return next_deadline
+        return None if next_deadline == INFINITY else next_deadline
 
     def connection_lost(self, reason, bint retry):
         """Settle the slots of a connection that ended.
@@ -642,8 +693,8 @@ cdef class Pipeline:
                 continue
             if retry and batch.kind in (GET, HEAD, SET_IF_NEWER):
                 self.queued += batch.sent - batch.answered
+                batch.repeated = max(batch.repeated, batch.sent)
                 batch.sent = batch.answered
-                batch.repeated = True
                 kept[batch] = None
             else:
                 self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
@@ -653,7 +704,7 @@ cdef class Pipeline:
             else:
                 kept[batch] = None
         self._slots.clear()
-        self._queue = deque(kept)
+        self._queue = deque(sorted(kept, key=_serial_of))
         self.in_flight = 0
         self._recount()
         self.end_tick()
@@ -703,7 +754,9 @@ cdef class Pipeline:
         return write
 
     cdef _Batch _new_batch(self, int kind, dict records):
-        return _Batch.__new__(_Batch, kind, <double>_monotonic() + self._timeout, records)
+        cdef double deadline = <double>_monotonic() + self._timeout
+        self._serial += 1
+        return _Batch.__new__(_Batch, kind, deadline, self._serial, records)
 
     cdef int _rouse(self) except -1:
         if not self._awake:
@@ -849,7 +902,7 @@ cdef class Pipeline:
             for i in range(first, last):
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
             for i in range(first, last):
-                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), batch.repeated)
+                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), i < batch.repeated)
         return count
 
     cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
@@ -952,6 +1005,76 @@ cdef class Pipeline:
 
     # -- replies
 
+    cdef int _inspect(self, const unsigned char* at, Py_ssize_t size) except -1:
+        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+
+        A few bytes of a hostile server could take all memory otherwise.
+        """
+        cdef const unsigned char* end = at + size
+        cdef const unsigned char* ahead
+        cdef long long length
+        cdef unsigned char byte
+        while at < end:
+            if self._skip:
+                size = min(self._skip, end - at)
+                self._skip -= size
+                at += size
+                continue
+            byte = at[0]
+            # Nearly everything is a text whose header and body are here in one piece.
+            if byte == 36 and not self._mark and end - at > 8:
+                ahead = at + 1
+                length = 0
+                while 48 <= ahead[0] <= 57 and ahead - at < 6:
+                    length = length * 10 + ahead[0] - 48
+                    ahead += 1
+                if ahead > at + 1 and ahead[0] == 13 and ahead[1] == 10:
+                    if length + 4 <= end - ahead and length <= self._max_reply_bytes:
+                        at = ahead + length + 4
+                        continue
+            if not self._mark:
+                at += 1
+                if byte != 10:
+                    self._mark = byte
+                    self._header_size = self._digits = 0
+                    self._announced = 0
+                    self._is_length = is_text(byte) or is_aggregate(byte)
+                    self._ends = False
+            elif not self._is_length:
+                at = <const unsigned char*>memchr(at, 10, end - at)
+                if at == NULL:
+                    break
+                at += 1
+                self._mark = 0
+            else:
+                at += 1
+                self._header_size += 1
+                if byte == 10:
+                    self._check_length()
+                    self._mark = 0
+                elif byte == 13:
+                    self._ends = True
+                elif self._ends or not 48 <= byte <= 57 or self._header_size > HEADER_BYTES:
+                    self._is_length = False  # hiredis refuses what is no RESP
+                else:
+                    self._digits += 1
+                    if self._digits <= 18:
+                        self._announced = self._announced * 10 + byte - 48
+                    else:
+                        self._announced = 1_000_000_000_000_000_000
+        return 0
+
+    cdef int _check_length(self) except -1:
+        cdef bint text = is_text(self._mark)
+        cdef long long limit = self._max_reply_bytes if text else MAX_ELEMENTS
+        if self._digits == 0 or self._header_size - 1 > HEADER_BYTES:
+            return 0
+        if self._announced > limit:
+            raise c.too_long(self.address, self._announced, limit)
+        if text:
+            self._skip = self._announced + 2
+        return 0
+
     cdef int _parse(self) except -1:
         cdef object gets = self._reader.gets
         cdef object reply
@@ -973,7 +1096,7 @@ cdef class Pipeline:
                 )
         finally:
             if self._returned:
-                self._queue.extendleft(reversed(self._returned))
+                self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
                 self._returned.clear()
         return 0
 
@@ -1032,7 +1155,7 @@ cdef class Pipeline:
     cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
         cdef _Bulk bulk = batch.bulk
         cdef dict result = None if bulk is None else bulk.result
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, settled = count
         cdef object stored, raw, entry
         cdef str name
         cdef long long version
@@ -1041,6 +1164,10 @@ cdef class Pipeline:
             raw = <object>PyList_GET_ITEM(reply, 2 * i + 1)
             name = <str>PyList_GET_ITEM(batch.names, batch.answered)
             entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
+            if entry is _NOBODY:
+                settled -= 1
+                batch.answered += 1
+                continue
             if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
                 version = parse_version(<bytes>stored)
                 if version < 0:
@@ -1067,7 +1194,7 @@ cdef class Pipeline:
             self._reads += 1
             batch.answered += 1
         if bulk is not None:
-            bulk.settle(count)
+            bulk.settle(settled)
         return 0
 
     cdef int _answer_head(self, _Batch batch, stored, reply) except -1:
@@ -1080,6 +1207,9 @@ cdef class Pipeline:
             raise self._wrong_shape("TYPE", reply)
         if not has_version and stored is not None and type(stored) is not ReplyError:
             raise self._wrong_shape("GET", stored)
+        if entry is _NOBODY:
+            batch.answered += 1
+            return 0
         self._reads += 1
         if has_version and has_data:
             version = parse_version(<bytes>stored)
@@ -1179,73 +1309,153 @@ cdef class Pipeline:
         """
         if error.code == "READONLY":
             self.read_only = True
-        cdef bint lost_script = error.code == "NOSCRIPT" and not batch.whole_script
+        cdef bint by_script = batch.kind == SET_TTL or batch.kind == SET_IF_NEWER
+        cdef bint lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
         cdef bint mixed = error.code == "NOPERM" and count > 1
-        cdef set overtaken = set()
+        cdef bint writes = SET <= batch.kind <= DELETE
+        cdef dict later = {}
         cdef dict again = {}
-        cdef _Batch repeat
+        cdef Py_ssize_t i, settled = count, repeated = 0
         cdef str name
-        if (lost_script or mixed) and batch.kind >= SET:
-            overtaken = self._written_after(batch)
-        for _ in range(count):
-            name = batch.names[batch.answered]
-            entry = batch.entries[batch.answered]
-            batch.answered += 1
-            if not (lost_script or mixed) or (mixed and name in overtaken):
-                self._give_error(batch, name, entry, self._refusal(error, batch.kind, name))
-            elif name not in overtaken:
+        cdef bint hung
+        if lost_script or mixed:
+            later = self._written_after(batch, mixed)
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is _NOBODY:
+                settled -= 1
+            elif (lost_script or mixed) and name not in later:
                 again[name] = entry
-            elif batch.bulk is None:
-                # A later write of this name is on its way already, and a repeat would undo it.
-                # In the order they were issued, this one was overwritten at once.
-                _tell((<_Write?>entry).waiter, True)
+                repeated += i < batch.repeated
+            else:
+                refusal = self._refusal(error, batch.kind, name)
+                hung = False
+                if name in later:
+                    overtaking, at = later[name]
+                    hung = self._hang(batch, entry, overtaking, at, refusal)
+                if not hung:
+                    self._give_error(batch, name, entry, refusal)
+        batch.answered += count
         if again:
-            repeat = _Batch.__new__(_Batch, batch.kind, batch.deadline, again)
-            repeat.bulk = batch.bulk
-            repeat.repeated = batch.repeated
-            repeat.whole_script = lost_script or batch.whole_script
-            repeat.alone = mixed or batch.alone
-            self.queued += len(again)
-            if batch.bulk is None:
-                self.operations += len(again)
-            if SET <= batch.kind <= SET_IF_NEWER:
-                self.pending_bytes += sum([len((<_Write?>write).text) for write in again.values()])
-            self._returned.append(repeat)
+            self._send_again(batch, again, repeated, lost_script, mixed)
+            if writes:
+                self._read_again(batch, again)
         if batch.bulk is not None:
-            batch.bulk.settle(count - len(again))
+            batch.bulk.settle(settled - len(again))
         return 0
+
+    cdef int _send_again(
+        self, _Batch batch, dict again, Py_ssize_t repeated, bint lost_script, bint alone
+    ) except -1:
+        """Queue records of a batch once more, in the batch's place."""
+        cdef _Batch repeat = _Batch.__new__(
+            _Batch, batch.kind, batch.deadline, batch.serial, again
+        )
+        repeat.bulk = batch.bulk
+        repeat.repeated = repeated
+        repeat.whole_script = lost_script or batch.whole_script
+        repeat.alone = alone or batch.alone
+        self.queued += len(again)
+        if batch.bulk is None:
+            self.operations += len(again)
+        if SET <= batch.kind <= SET_IF_NEWER:
+            self.pending_bytes += sum([len((<_Write?>write).text) for write in again.values()])
+        self._returned.append(repeat)
+        return 0
+
+    cdef list _later(self, _Batch batch):
+        """Return the batches in flight that were issued after ``batch``."""
+        cdef _Batch later
+        cdef list found = []
+        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+            if later.serial > batch.serial:
+                found.append(later)
+        return found
+
+    cdef int _read_again(self, _Batch batch, dict names) except -1:
+        """Let reads in flight behind a write that is repeated be read again behind it."""
+        cdef _Batch later
+        cdef dict again
+        cdef Py_ssize_t i
+        for later in self._later(batch):
+            if later.kind > HEAD or later.over():
+                continue
+            again = {}
+            for i in range(later.answered, later.sent):
+                if later.names[i] in names and later.entries[i] is not _NOBODY:
+                    again[later.names[i]] = later.entries[i]
+                    later.entries[i] = _NOBODY
+            if again:
+                self._send_again(later, again, 0, False, False)
+        return 0
+
+    cdef dict _written_after(self, _Batch batch, bint mixed):
+        """Return where the first later write of each name is that a repeat could undo or see.
+
+        Those by script are refused too if a script is lost, and come back in their order. A
+        repeat that is guarded can't undo another guarded write.
+        """
+        cdef _Batch later
+        cdef dict found = {}
+        cdef bint guarded, by_script
+        cdef Py_ssize_t i
+        for later in self._later(batch):
+            if not SET <= later.kind <= DELETE:
+                continue
+            guarded = later.kind == SET_IF_NEWER
+            by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
+            if (guarded and batch.kind == SET_IF_NEWER) if mixed else by_script:
+                continue
+            for i in range(later.answered, later.sent):
+                found.setdefault(later.names[i], (later, i))
+        return found
+
+    cdef bint _hang(
+        self, _Batch batch, entry, _Batch later, Py_ssize_t i, refusal
+    ) except -1:
+        """Let the waiters of a refused write wait for the one that overtook it.
+
+        Returns False if its outcome can't be told from that of the later one, as a read's never.
+        """
+        cdef _Write write
+        cdef _Write there
+        if batch.kind not in (SET, SET_TTL) or batch.bulk is not None:
+            return False
+        if later.bulk is not None or later.over():
+            return False
+        write = entry
+        if later.kind == DELETE:
+            removal = _Overtaken(later.entries[i], refusal, True)
+            later.entries[i] = [removal, _Overtaken(write.waiter, refusal, True)]
+            return True
+        there = later.entries[i]
+        if later.kind == SET_IF_NEWER and there.version <= write.version:
+            return False
+        there.waiter = _with(there.waiter, _Overtaken(write.waiter, refusal, False))
+        return True
 
     cdef int _recount(self) except -1:
         """Count what is pending anew, after batches were dropped."""
         cdef _Batch batch
+        cdef Py_ssize_t last
         cdef set bulks = set()
         pending = dict.fromkeys([slot[0] for slot in self._slots])
         pending.update(dict.fromkeys(self._queue))
         self.operations = 0
         self.pending_bytes = 0
         for batch in pending:
+            # What is over and was not sent will never be.
+            last = batch.sent if batch.over() else len(batch.records)
             if batch.bulk is None:
-                self.operations += len(batch.records) - batch.answered
+                self.operations += last - batch.answered
             elif not batch.bulk.over:
                 bulks.add(id(batch.bulk))
             if SET <= batch.kind <= SET_IF_NEWER:
-                for write in list(batch.records.values())[batch.answered :]:
+                for write in list(batch.records.values())[batch.answered : last]:
                     self.pending_bytes += len((<_Write?>write).text)
         self.operations += len(bulks)
         return 0
-
-    cdef set _written_after(self, _Batch batch):
-        """Return the names that later commands in flight write, other than by script."""
-        cdef set names = set()
-        cdef _Batch later
-        cdef bint by_script
-        for later in dict.fromkeys([slot[0] for slot in self._slots]):
-            by_script = later.kind == SET_IF_NEWER or (
-                later.kind == SET_TTL and not self.has_msetex
-            )
-            if later is not batch and later.kind >= SET and not by_script:
-                names.update(later.names[later.answered : later.sent])
-        return names
 
     cdef object _refusal(self, error, int kind, str name):
         context = f"{c.describe(kind, name)} at {self.address}"
@@ -1314,6 +1524,14 @@ cdef int _fail(waiter, make) except -1:
 
 
 # -- small things
+
+
+cdef inline bint is_text(unsigned char mark) noexcept:
+    return mark == 36 or mark == 61 or mark == 33  # $ = !
+
+
+cdef inline bint is_aggregate(unsigned char mark) noexcept:
+    return mark == 42 or mark == 126 or mark == 62 or mark == 37 or mark == 124  # * ~ > % |
 
 
 cdef inline int _kind_of(long long ttl, if_newer) except -1:

@@ -21,7 +21,14 @@ Two rules keep the order of operations on one name:
 A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
 size of the data, and a third of what a script costs the server per record. They share a slot.
 
-Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.finish``.
+A command that is refused for want of its script, or for one of its records, is sent again, and
+keeps its place: the queue is in the order in which the batches were issued. What was sent behind
+it is done first, though. Reads of the names that it writes are therefore read again behind the
+repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
+that one: its waiters hang on the later one's (``_Overtaken``), or get the refusal where that would
+tell an untruth. A read that a write has overtaken gets it too: what it would have read is gone.
+
+Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.settle``.
 """
 
 from __future__ import annotations
@@ -32,7 +39,9 @@ from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from functools import partial
+from operator import attrgetter
 from typing import Any, Final, NoReturn
 
 import hiredis
@@ -44,6 +53,8 @@ from .errors import ProtocolError, ReplyError, shorten
 
 _UNDECODED: Final = object()
 _INCOMPLETE: Final = object()
+# The waiters of a record that is read again: nobody is told what the first reply says of it.
+_NOBODY: Final[list[Any]] = []
 
 # hiredis's stub gives these narrower types than they have.
 _pack_command: Any = hiredis.pack_command
@@ -129,7 +140,7 @@ class Record:
 
 def check_name(name: object) -> str:
     """Return the name as an exact str, or raise RecordError."""
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str):
         raise c.bad_name(name)
     if type(name) is not str:
         name = str.__str__(name)
@@ -137,6 +148,8 @@ def check_name(name: object) -> str:
         name.encode()
     except UnicodeEncodeError:
         raise c.bad_name(name) from None
+    if not name:
+        raise c.bad_name(name)
     return name
 
 
@@ -184,6 +197,30 @@ class _Write:
         self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
 
 
+class _Overtaken:
+    """The waiters of a refused write, as waiters of the write that overtook it.
+
+    In the order they were issued the first was overwritten at once: it is done if the later one
+    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
+    """
+
+    __slots__ = ("_always", "_refusal", "_waiter")
+
+    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
+        self._waiter = waiter
+        self._refusal = refusal
+        self._always = always
+
+    def set_result(self, done: bool, /) -> None:
+        if done or self._always:
+            _tell(self._waiter, True)
+        else:
+            _fail(self._waiter, self._refusal)
+
+    def set_exception(self, error: Exception, /) -> None:
+        _fail(self._waiter, partial(copy, error))
+
+
 class _Bulk:
     """The outcome of one bulk operation, gathered from its slots."""
 
@@ -219,7 +256,8 @@ class _Batch:
 
     ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
     lists when the first of it is sent. Records before ``answered`` are settled, those from
-    there to ``sent`` are in flight, the others wait.
+    there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the batches;
+    a repeat has its original's.
     """
 
     __slots__ = (
@@ -234,12 +272,14 @@ class _Batch:
         "records",
         "repeated",
         "sent",
+        "serial",
         "whole_script",
     )
 
-    def __init__(self, kind: int, deadline: float, records: dict[str, Any]) -> None:
+    def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
         self.kind = kind
         self.deadline = deadline
+        self.serial = serial
         self.records = records
         self.names: list[str] = []
         self.entries: list[Any] = []
@@ -247,7 +287,7 @@ class _Batch:
         self.answered = 0
         self.bulk: _Bulk | None = None
         self.expired = False  # its waiters have been told; the replies are dropped
-        self.repeated = False  # it was sent before, on a connection that was lost
+        self.repeated = 0  # records before it were sent before, on a connection that was lost
         self.whole_script = False  # Redis has lost the script: send its text
         self.alone = False  # one record a command, to find the one that is refused
 
@@ -315,6 +355,7 @@ class Pipeline:
         self._max_reply_bytes = max_reply_bytes
         self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
         self._awake = False
+        self._serial = 0
         self._open: list[_Batch] = []
         self._queue: deque[_Batch] = deque()
         self._slots: deque[tuple[_Batch, int]] = deque()
@@ -410,7 +451,7 @@ class Pipeline:
     def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
         # No deadline of its own: what bounds a handshake is connectTimeout.
-        batch = _Batch(c.COMMAND, math.inf, {str(parts[0]): self._create_waiter()})
+        batch = _Batch(c.COMMAND, math.inf, 0, {str(parts[0]): self._create_waiter()})
         batch.freeze()
         batch.sent = 1
         self._slots.append((batch, 1))
@@ -470,6 +511,7 @@ class Pipeline:
         """
         self._bytes_in += size
         self._partial += size
+        self._inspect(bytes(self._buffer[:size]))
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -480,6 +522,7 @@ class Pipeline:
         """
         self._bytes_in += len(data)
         self._partial += len(data)
+        self._inspect(data)
         self._reader.feed(data)
         self._parse()
 
@@ -487,6 +530,8 @@ class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._partial = 0
+        self._skip = 0
+        self._header = b""
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -494,14 +539,14 @@ class Pipeline:
     def expire(self, now: float) -> float | None:
         """Fail every operation whose deadline is past; return the next deadline, or None."""
         pending = self.in_flight
-        next_deadline: float | None = None
-        for batch, _count in self._slots:
+        next_deadline = math.inf
+        for batch, _count in self._slots:  # all of them: a repeat may be behind younger ones
             if batch.over():
                 continue
             if batch.deadline > now:
-                next_deadline = batch.deadline
-                break
-            self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+                next_deadline = min(next_deadline, batch.deadline)
+            else:
+                self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
         queue = self._queue
         while queue and (queue[0].over() or queue[0].deadline <= now):
             batch = queue.popleft()
@@ -510,10 +555,10 @@ class Pipeline:
             if not batch.over():
                 make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
                 self._fail_batch(batch, make)
-        if queue and (next_deadline is None or queue[0].deadline < next_deadline):
-            next_deadline = queue[0].deadline
+        if queue:
+            next_deadline = min(next_deadline, queue[0].deadline)
         self._recount()
-        return next_deadline
+        return None if next_deadline == math.inf else next_deadline
 
     def connection_lost(self, reason: Exception, retry: bool) -> None:
         """Settle the slots of a connection that ended.
@@ -528,8 +573,8 @@ class Pipeline:
                 continue
             if retry and batch.kind in (c.GET, c.HEAD, c.SET_IF_NEWER):
                 self.queued += batch.sent - batch.answered
+                batch.repeated = max(batch.repeated, batch.sent)
                 batch.sent = batch.answered
-                batch.repeated = True
                 kept[batch] = None
             else:
                 self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
@@ -539,7 +584,7 @@ class Pipeline:
             else:
                 kept[batch] = None
         self._slots.clear()
-        self._queue = deque(kept)
+        self._queue = deque(sorted(kept, key=_serial_of))
         self.in_flight = 0
         self._recount()
         self.end_tick()
@@ -580,7 +625,8 @@ class Pipeline:
         return _Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
 
     def _new_batch(self, kind: int, records: dict[str, Any]) -> _Batch:
-        return _Batch(kind, time.monotonic() + self._timeout, records)
+        self._serial += 1
+        return _Batch(kind, time.monotonic() + self._timeout, self._serial, records)
 
     def _rouse(self) -> None:
         if not self._awake:
@@ -711,14 +757,39 @@ class Pipeline:
             return pack((b"MSET", *flat)), last - first
         how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
         arguments: list[bytes] = []
-        for write in entries:
+        for i, write in enumerate(entries, first):
             guard = write.guard
-            if batch.repeated and guard == c.GUARDED:
+            if i < batch.repeated and guard == c.GUARDED:
                 guard = c.GUARDED_REPEAT
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
         return pack((*how, count, *keys, *arguments)), last - first
 
     # -- replies
+
+    def _inspect(self, data: bytes) -> None:
+        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+
+        A few bytes of a hostile server could take all memory otherwise.
+        """
+        at = self._skip  # the rest of a text, and of its line end, is passed over
+        data = self._header + data
+        while at < len(data):
+            end = data.find(b"\n", at)
+            if end < 0:
+                break
+            mark = data[at : at + 1]
+            if mark in _LENGTHS:
+                length = _announced(data[at + 1 : end])
+                of_text = mark in _TEXTS
+                limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
+                if length > limit:
+                    raise c.too_long(self.address, length, limit)
+                if of_text and length >= 0:
+                    end += length + 2
+            at = end + 1
+        self._skip = max(at - len(data), 0)
+        # Of a line that goes on, a header or not, no more than a header may have.
+        self._header = data[at : at + 2 * c.HEADER_BYTES]
 
     def _parse(self) -> None:
         gets = self._reader.gets
@@ -740,7 +811,7 @@ class Pipeline:
                 )
         finally:
             if self._returned:
-                self._queue.extendleft(reversed(self._returned))
+                self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
                 self._returned.clear()
 
     def _answer(self, reply: Any) -> None:
@@ -793,10 +864,15 @@ class Pipeline:
     def _answer_get(self, batch: _Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
         bulk = batch.bulk
+        settled = count
         for i in range(0, 2 * count, 2):
             stored, raw = reply[i], reply[i + 1]
             name = batch.names[batch.answered]
             entry = batch.entries[batch.answered]
+            if entry is _NOBODY:
+                settled -= 1
+                batch.answered += 1
+                continue
             if type(stored) is bytes and type(raw) is bytes:
                 version = parse_version(stored)
                 if version < 0:
@@ -823,7 +899,7 @@ class Pipeline:
             self._counts["reads"] += 1
             batch.answered += 1
         if bulk is not None:
-            bulk.settle(count)
+            bulk.settle(settled)
 
     def _answer_head(self, batch: _Batch, stored: Any, reply: Any) -> None:
         if reply != c.STRING and reply not in c.NO_STRING:
@@ -833,6 +909,9 @@ class Pipeline:
         has_version = type(stored) is bytes
         if not has_version and stored is not None and type(stored) is not ReplyError:
             raise self._wrong_shape("GET", stored)
+        if entry is _NOBODY:
+            batch.answered += 1
+            return
         self._counts["reads"] += 1
         if has_version and reply == c.STRING:
             version = parse_version(stored)
@@ -922,38 +1001,109 @@ class Pipeline:
         """
         if error.code == "READONLY":
             self.read_only = True
-        lost_script = error.code == "NOSCRIPT" and not batch.whole_script
+        by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
+        lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
         mixed = error.code == "NOPERM" and count > 1
-        overtaken: frozenset[str] = frozenset()
-        if (lost_script or mixed) and batch.kind >= c.SET:
-            overtaken = self._written_after(batch)
+        writes = c.SET <= batch.kind <= c.DELETE
+        later: dict[str, tuple[_Batch, int]] = {}
+        if lost_script or mixed:
+            later = self._written_after(batch, mixed)
         again: dict[str, Any] = {}
-        for _ in range(count):
-            name = batch.names[batch.answered]
-            entry = batch.entries[batch.answered]
-            batch.answered += 1
-            if not (lost_script or mixed) or (mixed and name in overtaken):
-                self._give_error(batch, name, entry, self._refusal(error, batch.kind, name))
-            elif name not in overtaken:
+        settled = count
+        repeated = 0
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is _NOBODY:
+                settled -= 1
+            elif (lost_script or mixed) and name not in later:
                 again[name] = entry
-            elif batch.bulk is None:
-                # A later write of this name is on its way already, and a repeat would undo it.
-                # In the order they were issued, this one was overwritten at once.
-                _tell(entry.waiter, True)
+                repeated += i < batch.repeated
+            else:
+                refusal = self._refusal(error, batch.kind, name)
+                if name not in later or not self._hang(batch, entry, *later[name], refusal):
+                    self._give_error(batch, name, entry, refusal)
+        batch.answered += count
         if again:
-            repeat = _Batch(batch.kind, batch.deadline, again)
-            repeat.bulk = batch.bulk
-            repeat.repeated = batch.repeated
-            repeat.whole_script = lost_script or batch.whole_script
-            repeat.alone = mixed or batch.alone
-            self.queued += len(again)
-            if batch.bulk is None:
-                self.operations += len(again)
-            if c.SET <= batch.kind <= c.SET_IF_NEWER:
-                self.pending_bytes += sum(len(write.text) for write in again.values())
-            self._returned.append(repeat)
+            self._send_again(batch, again, repeated, lost_script, mixed)
+            if writes:
+                self._read_again(batch, again)
         if batch.bulk is not None:
-            batch.bulk.settle(count - len(again))
+            batch.bulk.settle(settled - len(again))
+
+    def _send_again(
+        self, batch: _Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
+    ) -> None:
+        """Queue records of a batch once more, in the batch's place."""
+        repeat = _Batch(batch.kind, batch.deadline, batch.serial, again)
+        repeat.bulk = batch.bulk
+        repeat.repeated = repeated
+        repeat.whole_script = lost_script or batch.whole_script
+        repeat.alone = alone or batch.alone
+        self.queued += len(again)
+        if batch.bulk is None:
+            self.operations += len(again)
+        if c.SET <= batch.kind <= c.SET_IF_NEWER:
+            self.pending_bytes += sum(len(write.text) for write in again.values())
+        self._returned.append(repeat)
+
+    def _later(self, batch: _Batch) -> Iterator[_Batch]:
+        """Yield the batches in flight that were issued after ``batch``."""
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            if later.serial > batch.serial:
+                yield later
+
+    def _read_again(self, batch: _Batch, names: Mapping[str, Any]) -> None:
+        """Let reads in flight behind a write that is repeated be read again behind it."""
+        for later in self._later(batch):
+            if later.kind > c.HEAD or later.over():
+                continue
+            again: dict[str, Any] = {}
+            for i in range(later.answered, later.sent):
+                if later.names[i] in names and later.entries[i] is not _NOBODY:
+                    again[later.names[i]] = later.entries[i]
+                    later.entries[i] = _NOBODY
+            if again:
+                self._send_again(later, again, 0, False, False)
+
+    def _written_after(self, batch: _Batch, mixed: bool) -> dict[str, tuple[_Batch, int]]:
+        """Return where the first later write of each name is that a repeat could undo or see.
+
+        Those by script are refused too if a script is lost, and come back in their order. A
+        repeat that is guarded can't undo another guarded write.
+        """
+        found: dict[str, tuple[_Batch, int]] = {}
+        for later in self._later(batch):
+            if not c.SET <= later.kind <= c.DELETE:
+                continue
+            guarded = later.kind == c.SET_IF_NEWER
+            by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
+            if (guarded and batch.kind == c.SET_IF_NEWER) if mixed else by_script:
+                continue
+            for i in range(later.answered, later.sent):
+                found.setdefault(later.names[i], (later, i))
+        return found
+
+    def _hang(
+        self, batch: _Batch, entry: Any, later: _Batch, i: int, refusal: Callable[[], Exception]
+    ) -> bool:
+        """Let the waiters of a refused write wait for the one that overtook it.
+
+        Returns False if its outcome can't be told from that of the later one, as a read's never.
+        """
+        if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
+            return False
+        if later.bulk is not None or later.over():
+            return False
+        there = later.entries[i]
+        if later.kind == c.DELETE:
+            removal = _Overtaken(there, refusal, True)
+            later.entries[i] = [removal, _Overtaken(entry.waiter, refusal, True)]
+        elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
+            return False
+        else:
+            there.waiter = _with(there.waiter, _Overtaken(entry.waiter, refusal, False))
+        return True
 
     def _recount(self) -> None:
         """Count what is pending anew, after batches were dropped."""
@@ -963,22 +1113,13 @@ class Pipeline:
         self.operations = len(bulks)
         self.pending_bytes = 0
         for batch in pending:
+            # What is over and was not sent will never be.
+            last = batch.sent if batch.over() else len(batch.records)
             if batch.bulk is None:
-                self.operations += len(batch.records) - batch.answered
+                self.operations += last - batch.answered
             if c.SET <= batch.kind <= c.SET_IF_NEWER:
-                for write in list(batch.records.values())[batch.answered :]:
+                for write in list(batch.records.values())[batch.answered : last]:
                     self.pending_bytes += len(write.text)
-
-    def _written_after(self, batch: _Batch) -> frozenset[str]:
-        """Return the names that later commands in flight write, other than by script."""
-        names: set[str] = set()
-        for later in dict.fromkeys(later for later, _count in self._slots):
-            by_script = later.kind == c.SET_IF_NEWER or (
-                later.kind == c.SET_TTL and not self.has_msetex
-            )
-            if later is not batch and later.kind >= c.SET and not by_script:
-                names.update(later.names[later.answered : later.sent])
-        return frozenset(names)
 
     def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
         context = f"{c.describe(kind, name)} at {self.address}"
@@ -1036,6 +1177,21 @@ def _fail(waiter: Any, make: Callable[[], Exception]) -> None:
 
 
 # -- small things
+
+# What RESP2 and RESP3 announce with a length: texts in bytes, and the others in elements.
+_TEXTS: Final = (b"$", b"=", b"!")
+_LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
+
+
+def _announced(header: bytes) -> int:
+    """Return the length in a header, or -1 if it states none (hiredis refuses what is no RESP)."""
+    digits = header.rstrip(b"\r")
+    if not digits.isdigit() or len(header) > c.HEADER_BYTES:
+        return -1
+    return int(digits) if len(digits) <= 18 else 10**18
+
+
+_serial_of = attrgetter("serial")
 
 
 def _kind_of(ttl: int, if_newer: bool) -> int:

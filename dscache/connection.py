@@ -73,6 +73,7 @@ class Connection:
             refuse_when_full=options.when_full == "error",
             max_reply_bytes=options.max_reply_bytes,
         )
+        self.pipeline.down = ConnectError("still connecting")
         self._link: Link | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
