@@ -25,8 +25,8 @@ help:
 	@echo "make test         the whole suite, on both backends and every server found"
 	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
 	@echo "make format       let ruff format the code"
-	@echo "make bench        the benchmarks"
-	@echo "make bench-smoke  each benchmark once, unmeasured, to see that it runs"
+	@echo "make bench        the benchmarks, and a comparison with redis-py in interleaved rounds"
+	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove $(VENV) and everything built"
 	@echo "ARGS='...' goes to what demo, test, bench and bench-smoke run, such as ARGS='-k name'."
@@ -73,10 +73,12 @@ format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.installed-bench $(BUILT)
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
+	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	$(PY) bench/compare.py
 
 bench-smoke: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench --benchmark-disable $(ARGS)
+	$(PY) bench/compare.py --rounds 1 --seconds 0.01
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

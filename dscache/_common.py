@@ -348,6 +348,34 @@ def never_sent(
     return error
 
 
+def not_sent_again(
+    address: str, timeout: float, down: Exception | None, operation: str
+) -> Exception:
+    """Return the error of a write that was sent, and in time neither answered nor sent again."""
+    limit = f"within {timeout * 1000:.0f} ms"
+    error: Exception
+    if down is not None:
+        error = ConnectionLost(
+            f"{operation}: connection to {address} lost, and no other {limit}: {down}"
+            "; the write may have happened"
+        )
+    else:
+        error = DeadlineExceeded(
+            f"{operation}: no answer from {address} {limit} (sent in part, or on a connection "
+            "that was lost); the write may have happened"
+        )
+    error.__cause__ = down
+    return error
+
+
+def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
+    """Return the error of a write that was sent, in place of one that says nothing of that."""
+    said = error_of(operation)
+    error = ConnectionLost(f"{said}; the write may have happened")
+    error.__cause__ = said
+    return error
+
+
 def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:
     """Return the error of an operation whose connection ended before the answer.
 

@@ -672,7 +672,8 @@ cdef class Pipeline:
             self._open.clear()
             if not batch.over():
                 make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
-                self._fail_batch(batch, make)
+                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._fail_batch(batch, make, doubt)
         if self._queue:
             batch = self._queue[0]
             next_deadline = min(next_deadline, batch.deadline)
@@ -721,7 +722,7 @@ cdef class Pipeline:
         self.end_tick()
         for batch in batches:
             if not batch.over():
-                self._fail_batch(batch, error_of)
+                self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -1332,8 +1333,8 @@ cdef class Pipeline:
                 refusal = self._refusal(error, batch.kind, name)
                 hung = False
                 if name in later:
-                    overtaking, at = later[name]
-                    hung = self._hang(batch, entry, overtaking, at, refusal)
+                    overtaking, at, read = later[name]
+                    hung = self._hang(batch, entry, overtaking, at, read, refusal)
                 if not hung:
                     self._give_error(batch, name, entry, refusal)
         batch.answered += count
@@ -1364,22 +1365,13 @@ cdef class Pipeline:
         self._returned.append(repeat)
         return 0
 
-    cdef list _later(self, _Batch batch):
-        """Return the batches in flight that were issued after ``batch``."""
-        cdef _Batch later
-        cdef list found = []
-        for later in dict.fromkeys([slot[0] for slot in self._slots]):
-            if later.serial > batch.serial:
-                found.append(later)
-        return found
-
     cdef int _read_again(self, _Batch batch, dict names) except -1:
         """Let reads in flight behind a write that is repeated be read again behind it."""
         cdef _Batch later
         cdef dict again
         cdef Py_ssize_t i
-        for later in self._later(batch):
-            if later.kind > HEAD or later.over():
+        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+            if later.serial <= batch.serial or later.kind > HEAD or later.over():
                 continue
             again = {}
             for i in range(later.answered, later.sent):
@@ -1391,28 +1383,40 @@ cdef class Pipeline:
         return 0
 
     cdef dict _written_after(self, _Batch batch, bint mixed):
-        """Return where the first later write of each name is that a repeat could undo or see.
+        """Return where the first later write of each name is that a repeat could undo or see,
+        and whether the name is read between the two.
 
-        Those by script are refused too if a script is lost, and come back in their order. A
-        repeat that is guarded can't undo another guarded write.
+        If a script is lost, those by script are refused too, and come back in their order, unless
+        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
+        write.
         """
         cdef _Batch later
         cdef dict found = {}
-        cdef bint guarded, by_script
+        cdef set read = set()
+        cdef bint loaded = mixed
+        cdef bint newer, guarded, by_script
         cdef Py_ssize_t i
-        for later in self._later(batch):
-            if not SET <= later.kind <= DELETE:
-                continue
+        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+            newer = later.serial > batch.serial
             guarded = later.kind == SET_IF_NEWER
             by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
-            if (guarded and batch.kind == SET_IF_NEWER) if mixed else by_script:
-                continue
-            for i in range(later.answered, later.sent):
-                found.setdefault(later.names[i], (later, i))
+            if newer and later.kind <= HEAD:
+                for i in range(later.answered, later.sent):
+                    if later.entries[i] is not _NOBODY:
+                        read.add(later.names[i])
+            elif (
+                newer
+                and (loaded or not by_script)
+                and not (guarded and batch.kind == SET_IF_NEWER)
+            ):
+                for i in range(later.answered, later.sent):
+                    name = later.names[i]
+                    found.setdefault(name, (later, i, name in read))
+            loaded = loaded or later.whole_script
         return found
 
     cdef bint _hang(
-        self, _Batch batch, entry, _Batch later, Py_ssize_t i, refusal
+        self, _Batch batch, entry, _Batch later, Py_ssize_t i, bint read, refusal
     ) except -1:
         """Let the waiters of a refused write wait for the one that overtook it.
 
@@ -1422,7 +1426,7 @@ cdef class Pipeline:
         cdef _Write there
         if batch.kind not in (SET, SET_TTL) or batch.bulk is not None:
             return False
-        if later.bulk is not None or later.over():
+        if later.bulk is not None or later.over() or read:
             return False
         write = entry
         if later.kind == DELETE:
@@ -1470,19 +1474,33 @@ cdef class Pipeline:
             batch.bulk.missing.append(name)
         return 0
 
-    cdef int _fail_batch(self, _Batch batch, error_of) except -1:
-        """Tell all who still wait for a batch that it failed."""
+    cdef int _fail_batch(self, _Batch batch, error_of, error_of_doubt=None) except -1:
+        """Tell all who still wait for a batch that it failed.
+
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened.
+        """
         cdef Py_ssize_t i
+        cdef Py_ssize_t doubtful = 0
+        cdef _Bulk bulk = batch.bulk
         batch.freeze()
         batch.expired = True
-        if batch.bulk is not None:
-            operation = batch.bulk.operation
-            batch.bulk.over = True
-            return _fail(batch.bulk.waiter, lambda: error_of(operation))
+        if error_of_doubt is not None and SET <= batch.kind <= DELETE:
+            doubtful = max(batch.sent, batch.repeated)
+        if bulk is not None:
+            make = error_of
+            if error_of_doubt is not None and (
+                doubtful or (batch.kind >= SET and bulk.remaining < bulk.total)
+            ):
+                make = error_of_doubt
+            bulk.over = True
+            return _fail(bulk.waiter, partial(make, bulk.operation))
         for i in range(batch.answered, PyList_GET_SIZE(batch.names)):
             entry = batch.entries[i]
             waiter = (<_Write>entry).waiter if type(entry) is _Write else entry
-            _fail(waiter, partial(error_of, c.describe(batch.kind, batch.names[i])))
+            make = error_of
+            if error_of_doubt is not None and i < doubtful:
+                make = error_of_doubt
+            _fail(waiter, partial(make, c.describe(batch.kind, batch.names[i])))
         return 0
 
 

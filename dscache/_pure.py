@@ -554,7 +554,8 @@ class Pipeline:
             self._open.clear()
             if not batch.over():
                 make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
-                self._fail_batch(batch, make)
+                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._fail_batch(batch, make, doubt)
         if queue:
             next_deadline = min(next_deadline, queue[0].deadline)
         self._recount()
@@ -600,7 +601,7 @@ class Pipeline:
         self.end_tick()
         for batch in batches:
             if not batch.over():
-                self._fail_batch(batch, error_of)
+                self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
 
     def stats(self) -> dict[str, int]:
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -1005,7 +1006,7 @@ class Pipeline:
         lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
         mixed = error.code == "NOPERM" and count > 1
         writes = c.SET <= batch.kind <= c.DELETE
-        later: dict[str, tuple[_Batch, int]] = {}
+        later: dict[str, tuple[_Batch, int, bool]] = {}
         if lost_script or mixed:
             later = self._written_after(batch, mixed)
         again: dict[str, Any] = {}
@@ -1047,16 +1048,10 @@ class Pipeline:
             self.pending_bytes += sum(len(write.text) for write in again.values())
         self._returned.append(repeat)
 
-    def _later(self, batch: _Batch) -> Iterator[_Batch]:
-        """Yield the batches in flight that were issued after ``batch``."""
-        for later in dict.fromkeys(later for later, _count in self._slots):
-            if later.serial > batch.serial:
-                yield later
-
     def _read_again(self, batch: _Batch, names: Mapping[str, Any]) -> None:
         """Let reads in flight behind a write that is repeated be read again behind it."""
-        for later in self._later(batch):
-            if later.kind > c.HEAD or later.over():
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
                 continue
             again: dict[str, Any] = {}
             for i in range(later.answered, later.sent):
@@ -1066,26 +1061,44 @@ class Pipeline:
             if again:
                 self._send_again(later, again, 0, False, False)
 
-    def _written_after(self, batch: _Batch, mixed: bool) -> dict[str, tuple[_Batch, int]]:
-        """Return where the first later write of each name is that a repeat could undo or see.
+    def _written_after(self, batch: _Batch, mixed: bool) -> dict[str, tuple[_Batch, int, bool]]:
+        """Return where the first later write of each name is that a repeat could undo or see,
+        and whether the name is read between the two.
 
-        Those by script are refused too if a script is lost, and come back in their order. A
-        repeat that is guarded can't undo another guarded write.
+        If a script is lost, those by script are refused too, and come back in their order, unless
+        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
+        write.
         """
-        found: dict[str, tuple[_Batch, int]] = {}
-        for later in self._later(batch):
-            if not c.SET <= later.kind <= c.DELETE:
-                continue
+        found: dict[str, tuple[_Batch, int, bool]] = {}
+        read: set[str] = set()
+        loaded = mixed
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            newer = later.serial > batch.serial
             guarded = later.kind == c.SET_IF_NEWER
             by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
-            if (guarded and batch.kind == c.SET_IF_NEWER) if mixed else by_script:
-                continue
-            for i in range(later.answered, later.sent):
-                found.setdefault(later.names[i], (later, i))
+            if newer and later.kind <= c.HEAD:
+                for i in range(later.answered, later.sent):
+                    if later.entries[i] is not _NOBODY:
+                        read.add(later.names[i])
+            elif (
+                newer
+                and (loaded or not by_script)
+                and not (guarded and batch.kind == c.SET_IF_NEWER)
+            ):
+                for i in range(later.answered, later.sent):
+                    name = later.names[i]
+                    found.setdefault(name, (later, i, name in read))
+            loaded = loaded or later.whole_script
         return found
 
     def _hang(
-        self, batch: _Batch, entry: Any, later: _Batch, i: int, refusal: Callable[[], Exception]
+        self,
+        batch: _Batch,
+        entry: Any,
+        later: _Batch,
+        i: int,
+        read: bool,
+        refusal: Callable[[], Exception],
     ) -> bool:
         """Let the waiters of a refused write wait for the one that overtook it.
 
@@ -1093,7 +1106,7 @@ class Pipeline:
         """
         if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
             return False
-        if later.bulk is not None or later.over():
+        if later.bulk is not None or later.over() or read:
             return False
         there = later.entries[i]
         if later.kind == c.DELETE:
@@ -1136,19 +1149,35 @@ class Pipeline:
         if batch.kind == c.GET:
             batch.bulk.missing.append(name)
 
-    def _fail_batch(self, batch: _Batch, error_of: ErrorOf) -> None:
-        """Tell all who still wait for a batch that it failed."""
+    def _fail_batch(
+        self, batch: _Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
+    ) -> None:
+        """Tell all who still wait for a batch that it failed.
+
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened.
+        """
         batch.freeze()
         batch.expired = True
-        if batch.bulk is not None:
-            operation = batch.bulk.operation
-            batch.bulk.over = True
-            _fail(batch.bulk.waiter, lambda: error_of(operation))
+        doubtful = 0
+        if error_of_doubt is not None and c.SET <= batch.kind <= c.DELETE:
+            doubtful = max(batch.sent, batch.repeated)
+        bulk = batch.bulk
+        if bulk is not None:
+            make = error_of
+            if error_of_doubt is not None and (
+                doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
+            ):
+                make = error_of_doubt
+            bulk.over = True
+            _fail(bulk.waiter, partial(make, bulk.operation))
             return
         for i in range(batch.answered, len(batch.names)):
             entry = batch.entries[i]
             waiter = entry.waiter if type(entry) is _Write else entry
-            _fail(waiter, partial(error_of, c.describe(batch.kind, batch.names[i])))
+            make = error_of
+            if error_of_doubt is not None and i < doubtful:
+                make = error_of_doubt
+            _fail(waiter, partial(make, c.describe(batch.kind, batch.names[i])))
 
 
 # -- waiters

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend, topology
 from .config import Config, load
-from .errors import ConnectionLost
+from .errors import ConnectionLost, UsageError
 from .topology import Topology
 
 if TYPE_CHECKING:
@@ -177,6 +177,12 @@ class AsyncCache:
         """Bind the cache to the running event loop, and begin to connect."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise UsageError(
+                "an AsyncCache opens on the event loop that runs, and none does"
+            ) from None
         self._topology = Topology(self._config, self._credentials)
         return self._topology
 

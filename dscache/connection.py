@@ -18,6 +18,7 @@ import ssl
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from . import _backend
 from .config import Options
@@ -47,6 +48,19 @@ _WANTED_DELAY = 0.25
 # Together they find a dead peer within 10 s although nothing is asked of it.
 _PING_AFTER = 5.0
 _PING_ANSWER = 4.0
+
+
+_alive: WeakSet[Connection] = WeakSet()
+
+
+def _end_ticks() -> None:
+    # Else an operation of the child could join a batch of its parent's unfinished tick, without
+    # asking whether it may.
+    for connection in _alive:
+        connection.pipeline.end_tick()
+
+
+os.register_at_fork(after_in_child=_end_ticks)
 
 
 class Connection:
@@ -92,6 +106,7 @@ class Connection:
         if (on_next := getattr(credentials, "on_next", None)) is not None:
             on_next(self._credentials_renewed)
         self._task = self._loop.create_task(self._run(), name=f"dscache {self.address}")
+        _alive.add(self)
 
     @property
     def address(self) -> str:
@@ -235,7 +250,9 @@ class Connection:
                 failures = min(failures + 1, 30)
         finally:
             self._closed = True
-            self._give_up("the cache was closed before the answer came")
+            # A loop that was closed has left this task behind, and nobody can be told any more.
+            if not self._loop.is_closed():
+                self._give_up("the cache was closed before the answer came")
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next attempt, and not for long if operations wait as well."""

@@ -54,12 +54,13 @@ class Link(asyncio.BufferedProtocol):
     def cut(self, reason: Exception) -> None:
         """End the socket without another word; nothing more is heard of it."""
         self._reason = self._reason or reason
-        if self._transport is not None:
+        # On a closed loop nothing can be ended: the transport's own end closes its socket.
+        if self._transport is not None and not self._loop.is_closed():
             self._transport.abort()
 
     def close(self) -> None:
         """End the socket after what was written is sent."""
-        if self._transport is not None:
+        if self._transport is not None and not self._loop.is_closed():
             self._transport.close()
 
     # -- called by the event loop

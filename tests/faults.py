@@ -197,7 +197,7 @@ class FaultProxy:
                 await self._send(chunk, writer, way)
                 if ending:
                     link.end(ending)
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             pass
         finally:
             link.end("fin")
@@ -259,7 +259,8 @@ class _Link:
 
     async def finished(self) -> None:
         for writer in self._writers:
-            with contextlib.suppress(ConnectionError):
+            # What arrives behind the end of a TLS connection is an SSLError.
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
                 await writer.wait_closed()
 
 

@@ -1134,21 +1134,72 @@ def test_everybody_gets_an_error_of_their_own(exchange: Exchange) -> None:
 
 
 def test_fail_all(exchange: Exchange) -> None:
+    """What was sent and writes may have happened, which no other word may hide."""
     sent = exchange.issue(*_steps("a", 0))
     exchange.take()
     waiting = exchange.issue(*_steps("a", 1))
     exchange.pipeline.fail_all(lambda operation: ConnectError(f"{operation}: closed"))
     exchange.assert_drained()
     assert exchange.pipeline.take_output() == b""
-    assert [str(waiter.error) for waiter in sent] == [str(waiter.error) for waiter in waiting]
-    assert {str(waiter.error) for waiter in sent} == {
-        f"{operation}: closed"
-        for operation in (
-            *("get 'a'", "head 'a'", "set 'a'", "delete 'a'"),
-            *("get_bulk", "head_bulk", "set_bulk", "delete_bulk"),
-        )
+    reads = {f"{read}: closed" for read in ("get 'a'", "head 'a'", "get_bulk", "head_bulk")}
+    writes = {f"{write}: closed" for write in ("set 'a'", "delete 'a'", "set_bulk", "delete_bulk")}
+    assert {(type(waiter.error), str(waiter.error)) for waiter in waiting} == {
+        (ConnectError, text) for text in reads | writes
     }
-    assert all(type(waiter.error) is ConnectError for waiter in sent)
+    assert {(type(waiter.error), str(waiter.error)) for waiter in sent} == {
+        *((ConnectError, text) for text in reads),
+        *((ConnectionLost, f"{text}; the write may have happened") for text in writes),
+    }
+
+
+@pytest.mark.parametrize(
+    ("down", "kind", "text"),
+    [
+        (None, DeadlineExceeded, r"no answer from .* within 1000 ms .*; the write may have happen"),
+        (
+            ConnectionLost("connection lost: cut"),
+            ConnectionLost,
+            r"lost, and no other within 1000 ms: .* cut; the write may have happened$",
+        ),
+        (
+            ReplyError("WRONGPASS no"),
+            ConnectionLost,
+            r"no other within 1000 ms: WRONGPASS no; the write may have happened$",
+        ),
+    ],
+    ids=["up", "down", "refused"],
+)
+@pytest.mark.parametrize("bulk", [False, True], ids=["set", "bulk"])
+def test_a_repeat_that_was_not_sent_in_time_may_have_happened(
+    exchange: Exchange, bulk: bool, down: Exception | None, kind: type[Exception], text: str
+) -> None:
+    guarded = (0, True)
+    first = Op("set_bulk", {"a": (1, 1)}, guarded) if bulk else Op("set", "a", (1, 1, *guarded))
+    [write, read] = exchange.issue(first, Op("get", "b"))
+    exchange.take()
+    exchange.pipeline.connection_lost(OSError("cut"), True)
+    exchange.pipeline.down = down
+    [later] = exchange.issue(Op("set", "c", (1, 1)))
+    exchange.pipeline.expire(math.inf)
+    assert type(write.error) is kind
+    with pytest.raises(kind, match=text):
+        write.result()
+    # Neither a read nor what never was sent is in doubt.
+    assert "may have happened" not in f"{read.error} {later.error}"
+    exchange.assert_drained()
+
+
+def test_a_bulk_of_which_a_part_was_written_may_have_happened(exchange: Exchange) -> None:
+    records = {f"n{i}": (1, "x") for i in range(WINDOW + 1500)}
+    [bulk] = exchange.issue(Op("set_bulk", records))
+    output = exchange.pipeline.take_output()
+    while more := exchange.pipeline.take_output():
+        output += more
+    exchange.pipeline.feed(exchange.server.answer(output))
+    exchange.pipeline.expire(math.inf)
+    with pytest.raises(DeadlineExceeded, match=r"in part.*; the write may have happened$"):
+        bulk.result()
+    exchange.assert_drained()
 
 
 # -- refusals
