@@ -16,7 +16,8 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -102,9 +103,11 @@ class Connection:
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self._last_loss = ""
-        # A streaming provider of redis-py says when it has a new token.
+        # A streaming provider of redis-py says when it has a new token, or could get none.
         if (on_next := getattr(credentials, "on_next", None)) is not None:
             on_next(self._credentials_renewed)
+        if (on_error := getattr(credentials, "on_error", None)) is not None:
+            on_error(self._credentials_not_renewed)
         self._task = self._loop.create_task(self._run(), name=f"dscache {self.address}")
         _alive.add(self)
 
@@ -279,8 +282,9 @@ class Connection:
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
                 greeting = await self._endpoint.greet(lambda *commands: self._ask(link, *commands))
-        except (OSError, ValueError, DscacheError) as error:
-            # Among OSErrors is TimeoutError; a host that can be no name is a ValueError.
+        except Exception as error:
+            # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
+            # a next one the cache would never be well again.
             link.cut(error)
             self._failed(error)
             return False
@@ -342,14 +346,30 @@ class Connection:
 
     # -- credentials that are renewed
 
-    def _credentials_renewed(self, token: Any) -> None:
+    def _credentials_renewed(self, token: Any) -> Awaitable[None]:
         """Take a new token, in whatever thread its provider has it from."""
-        if not (self._closed or self._loop.is_closed()):
-            self._loop.call_soon_threadsafe(self._log_in_again, token)
+        if not self._closed:
+            # The loop may be closed at any moment, and the cache with it.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._log_in_again, token)
+        return _NOTHING_TO_AWAIT
+
+    def _credentials_not_renewed(self, error: Exception) -> Awaitable[None]:
+        # Its words are not ours, and may hold a token.
+        _logger.warning("no new credentials for %s: %s", self.address, type(error).__name__)
+        return _NOTHING_TO_AWAIT
 
     def _log_in_again(self, token: Any) -> None:
-        if self._link is not None:
-            self._say(self._link, "AUTH", token.try_get("oid"), token.get_value())
+        link = self._link
+        if link is None:
+            return  # whoever connects asks for what is valid then
+        try:
+            username = token.try_get("oid")
+            words = [*([username] if username else []), token.get_value()]
+        except Exception as error:
+            self._credentials_not_renewed(error)
+            return
+        self._say(link, "AUTH", *words)
 
     # -- changes of state
 
@@ -402,7 +422,9 @@ class Connection:
             return ConnectError(f"the server's certificate is refused: {error.verify_message}")
         if isinstance(error, OSError) and not isinstance(error, DscacheError):
             return ConnectError(error.strerror or str(error) or type(error).__name__)
-        return error if isinstance(error, DscacheError) else ConnectError(str(error))
+        if isinstance(error, DscacheError):
+            return error
+        return ConnectError(f"{type(error).__name__}: {error}")
 
     def _refusal_of(self, error: Exception, said: Exception) -> Callable[[str], Exception] | None:
         """Return how to fail operations at once, if waiting for the next attempt is no use."""
@@ -436,6 +458,16 @@ class Connection:
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
+
+
+class _Nothing:
+    """What may be awaited, and need not be: providers call back in both ways."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
+_NOTHING_TO_AWAIT = _Nothing()
 
 
 def check_loop(loop: asyncio.AbstractEventLoop) -> None:

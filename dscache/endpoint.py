@@ -45,6 +45,7 @@ class Endpoint:
     def __init__(self, options: Options, credentials: CredentialProvider | None) -> None:
         self._options = options
         self._credentials = credentials
+        self._asked: asyncio.Future[Any] | None = None
         self.address = options.address
 
     @property
@@ -133,18 +134,44 @@ class Endpoint:
         return Greeting(server, isinstance(known, list) and any(known))
 
     async def credentials(self) -> tuple[str | None, str | None]:
-        """Return the username and password to log in with."""
+        """Return the username and password to log in with.
+
+        Raises ConnectError if the provider fails, which says how but not with what words: they
+        are not ours, and may hold a token.
+        """
         provider = self._credentials
         if provider is None:
             return self._options.username, self._options.password
+        try:
+            given = tuple(await self._ask_provider(provider))
+            if len(given) not in (1, 2) or not all(type(part) is str for part in given):
+                raise ValueError("it must return (password,) or (username, password)")
+        except Exception as error:  # whatever it raises, the next attempt may succeed
+            raise ConnectError(
+                f"the credential provider failed: {type(error).__name__}"
+            ) from error
+        return (None, given[0]) if len(given) == 1 else (given[0], given[1])
+
+    async def _ask_provider(self, provider: CredentialProvider) -> tuple[str, ...]:
         from redis.credentials import CredentialProvider
 
-        if type(provider).get_credentials_async is CredentialProvider.get_credentials_async:
-            # It knows the blocking way alone, which may ask a service elsewhere.
-            given: tuple[str, ...] = await asyncio.to_thread(provider.get_credentials)
-        else:
-            given = await provider.get_credentials_async()
-        return (None, given[0]) if len(given) == 1 else (given[0], given[1])
+        if type(provider).get_credentials_async is not CredentialProvider.get_credentials_async:
+            given: tuple[str, ...] = await provider.get_credentials_async()
+            return given
+        # It knows the blocking way alone, which may ask a service elsewhere. A call that takes
+        # longer than one attempt to connect is waited for in the next: a second one beside it
+        # would take one more thread of those that also look up hosts.
+        if self._asked is None:
+            loop = asyncio.get_running_loop()
+            self._asked = loop.run_in_executor(None, provider.get_credentials)
+            self._asked.add_done_callback(_retrieve)
+        asked = self._asked
+        try:
+            given = await asyncio.shield(asked)
+        finally:
+            if asked.done():
+                self._asked = None
+        return given
 
     def _check_role(self, role: object) -> None:
         """Raise ConnectError if a Sentinel named a server that has another role by now."""
@@ -155,6 +182,12 @@ class Endpoint:
             raise ConnectError(
                 f"the Sentinels name {self.address} as {wanted.decode()}, but it is {role.decode()}"
             )
+
+
+def _retrieve(asked: asyncio.Future[Any]) -> None:
+    """Look at the outcome of what nobody may wait for any more, so that nobody complains."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _is_without_resp3(error: ReplyError) -> bool:
