@@ -50,7 +50,7 @@ $(VENV)/.installed-%: pyproject.toml $(CREATED)
 	@touch $@
 
 # By force, as neither Cython nor setuptools sees that an option in setup.py has changed.
-$(BUILT): setup.py $(wildcard dscache/*.pyx dscache/*.pxd) $(CREATED)
+$(BUILT): setup.py $(wildcard dscache/*.pyx dscache/*.pxi) $(CREATED)
 	CYTHON_FORCE_REGEN=1 $(PY) setup.py -q build_ext --inplace --force
 	@touch $@
 
@@ -66,7 +66,7 @@ lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict dscache
-	$(VENV)/bin/cython-lint dscache/_fast.pyx
+	$(VENV)/bin/cython-lint dscache/_fast.pyx dscache/*.pxi
 	$(PY) -m mypy.stubtest dscache._fast
 
 format: $(VENV)/.installed-lint

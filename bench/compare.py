@@ -265,10 +265,15 @@ def as_markdown(groups: list[Group]) -> list[str]:
     lines = ["", "| thousand records per second | fast | pure | redis-py | fast / redis-py |"]
     lines.append("|---|--:|--:|--:|--:|")
     for group in groups:
-        fast, pure, *_, peer = (row.median / 1000 for row in group.rows)
-        cells = [group.title, f"{fast:,.0f}", f"{pure:,.0f}", f"{peer:,.0f}", f"{fast / peer:.1f}"]
+        fast, pure, *_, peer = (row.median for row in group.rows)
+        cells = [group.title, *map(thousands, (fast, pure, peer)), f"{fast / peer:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def thousands(number: float) -> str:
+    """Return a number in thousands, with three digits where it has no more."""
+    return f"{number / 1000:,.{0 if number >= 100_000 else 1}f}"
 
 
 async def run(

@@ -82,308 +82,9 @@ cdef object _decode_json = msgspec.json.Decoder().decode
 cdef object _monotonic = time.monotonic
 
 
-@cython.final
-@cython.no_gc  # the only way into a cycle is a caller's own, by putting a record into its data
-@cython.freelist(1024)
-cdef class Record:
-    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
-
-    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
-    stored, and ``stale`` true only for a last known record served while Redis is away.
-    It unpacks: ``version, data = record``.
-    """
-
-    cdef readonly str name
-    cdef readonly long long version
-    cdef readonly bytes raw
-    cdef readonly bint stale
-    cdef object _data
-
-    def __init__(self, str name not None, long long version, bytes raw not None, bint stale=False):
-        self.name = name
-        self.version = version
-        self.raw = raw
-        self.stale = stale
-        self._data = _UNDECODED
-
-    @property
-    def data(self):
-        """The decoded JSON: decoded at first access, kept, and shared with no other call.
-
-        Raises RecordError if the stored text is no JSON.
-        """
-        if self._data is _UNDECODED:
-            try:
-                self._data = _decode_json(self.raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
-                self._data = c.decode_tolerantly(self.name, self.version, self.raw)
-        return self._data
-
-    def decode(self, type, /):
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
-
-        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
-        """
-        return c.decode_as(self.name, self.version, self.raw, type)
-
-    def __iter__(self):
-        return iter((self.version, self.data))
-
-    def __eq__(self, other):
-        if not isinstance(other, Record):
-            return NotImplemented
-        cdef Record record = other
-        return (
-            self.version == record.version
-            and self.name == record.name
-            and self.raw == record.raw
-        )
-
-    def __hash__(self):
-        return hash((self.version, self.name, self.raw))
-
-    def __repr__(self):
-        stale = ", stale=True" if self.stale else ""
-        return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
-
-    def __reduce__(self):
-        return (Record, (self.name, self.version, self.raw, self.stale))
-
-    def __setattr__(self, name, value):
-        raise AttributeError(f"a Record is immutable: {name} can't be set")
-
-    def __delattr__(self, name):
-        raise AttributeError(f"a Record is immutable: {name} can't be deleted")
-
-
-cdef inline Record _record(str name, long long version, bytes raw):
-    cdef Record record = Record.__new__(Record)
-    record.name = name
-    record.version = version
-    record.raw = raw
-    record.stale = False
-    record._data = _UNDECODED
-    return record
-
-
-# -- checks and texts
-
-
-cpdef str check_name(name):
-    """Return the name as an exact str, or raise RecordError."""
-    cdef Py_ssize_t size = 0
-    if not isinstance(name, str):
-        raise c.bad_name(name)
-    if type(name) is not str:
-        name = str.__str__(name)
-    try:
-        PyUnicode_AsUTF8AndSize(name, &size)
-    except UnicodeEncodeError:
-        raise c.bad_name(name) from None
-    if size == 0:
-        raise c.bad_name(name)
-    return name
-
-
-cpdef long long check_version(str name, version) except -1:
-    """Return the version as an int, or raise RecordError."""
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise c.bad_version(name, version)
-    if not 0 <= version <= MAX_VERSION:
-        raise c.bad_version(name, version)
-    return version
-
-
-cpdef bytes encode_data(str name, data):
-    """Return the JSON text of a record's data, or raise RecordError."""
-    cdef bytes text
-    try:
-        text = _encode_json(data)
-    except Exception:  # msgspec raises whatever a user's own type raises
-        return c.encode_tolerantly(name, data)
-    if not text:
-        raise c.empty_raw(name)
-    return text
-
-
-cpdef long long parse_version(bytes text) noexcept:
-    """Return the version that decimal digits state, or -1 if they state none."""
-    cdef const unsigned char* digits = <const unsigned char*>PyBytes_AS_STRING(text)
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
-    cdef unsigned long long version = 0
-    cdef unsigned int digit
-    cdef Py_ssize_t i
-    if size == 0:
-        return -1
-    for i in range(size):
-        digit = <unsigned int>digits[i] - 48
-        # 922337203685477580 is MAX_VERSION // 10, and the last digit may be up to 7.
-        if digit > 9 or version > 922337203685477580 or (
-            version == 922337203685477580 and digit > 7
-        ):
-            return -1
-        version = version * 10 + digit
-    return <long long>version
-
-
-@cython.final
-@cython.freelist(256)
-cdef class _Write:
-    """The content of one record to be written, and who waits for it."""
-
-    cdef long long version
-    cdef long long ttl
-    cdef bytes text
-    cdef bytes guard
-    cdef object waiter  # a waiter, a list of them, or None in a bulk
-
-
-@cython.final
-cdef class _Overtaken:
-    """The waiters of a refused write, as waiters of the write that overtook it.
-
-    In the order they were issued the first was overwritten at once: it is done if the later one
-    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
-    """
-
-    cdef object _waiter
-    cdef object _refusal
-    cdef bint _always
-
-    def __cinit__(self, waiter, refusal, bint always):
-        self._waiter = waiter
-        self._refusal = refusal
-        self._always = always
-
-    def set_result(self, done, /):
-        if done or self._always:
-            _tell(self._waiter, True)
-        else:
-            _fail(self._waiter, self._refusal)
-
-    def set_exception(self, error, /):
-        _fail(self._waiter, partial(copy, error))
-
-
-@cython.final
-cdef class _Bulk:
-    """The outcome of one bulk operation, gathered from its slots."""
-
-    cdef str operation
-    cdef object waiter
-    cdef object result
-    cdef Py_ssize_t total
-    cdef Py_ssize_t remaining
-    cdef dict errors
-    cdef list missing  # names to take out of a result that began as all names
-    cdef bint over  # the waiter has its outcome
-
-    def __cinit__(self, str operation, waiter, result, Py_ssize_t total):
-        self.operation = operation
-        self.waiter = waiter
-        self.result = result
-        self.total = total
-        self.remaining = total
-        self.errors = {}
-        self.missing = []
-
-    cdef int settle(self, Py_ssize_t count) except -1:
-        """Count records that have their outcome; the last one settles the waiter."""
-        self.remaining -= count
-        if self.remaining or self.over:
-            return 0
-        self.over = True
-        for name in self.missing:
-            del self.result[name]
-        if self.errors:
-            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            _fail(self.waiter, lambda: error)
-        else:
-            _tell(self.waiter, self.result)
-        return 0
-
-
-@cython.final
-cdef class _Batch:
-    """Records of one kind that go out together: the operations of a tick, or one bulk.
-
-    ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
-    lists when the first of it is sent. Records before ``answered`` are settled, those from
-    there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the batches;
-    a repeat has its original's.
-    """
-
-    cdef int kind
-    cdef double deadline
-    cdef readonly long long serial
-    cdef dict records
-    cdef list names
-    cdef list entries
-    cdef Py_ssize_t sent
-    cdef Py_ssize_t answered
-    cdef _Bulk bulk
-    cdef bint expired  # its waiters have been told; the replies are dropped
-    cdef Py_ssize_t repeated  # records before it were sent before, on a connection that was lost
-    cdef bint whole_script  # Redis has lost the script: send its text
-    cdef bint alone  # one record a command, to find the one that is refused
-
-    def __cinit__(self, int kind, double deadline, long long serial, dict records):
-        self.kind = kind
-        self.deadline = deadline
-        self.serial = serial
-        self.records = records
-
-    cdef int freeze(self) except -1:
-        if self.names is None:
-            self.names = list(self.records)
-            self.entries = list(self.records.values())
-        return 0
-
-    cdef inline bint over(self) noexcept:
-        """Return whether nobody waits for it any more."""
-        return self.expired or (self.bulk is not None and self.bulk.over)
-
-    cdef inline Py_ssize_t waiting(self) noexcept:
-        return PyDict_Size(self.records) - self.sent
-
-
-# -- writing into the output buffer: each returns where the next byte goes
-
-# The mark, up to 20 digits and the two line ends around a text.
-cdef enum:
-    ROOM_AROUND = 32
-
-
-cdef inline char* put_bytes(char* at, const char* text, Py_ssize_t size) noexcept:
-    memcpy(at, text, size)
-    return at + size
-
-
-cdef inline char* put_end(char* at) noexcept:
-    at[0] = 13
-    at[1] = 10
-    return at + 2
-
-
-cdef inline char* put_digits(char* at, unsigned long long number) noexcept:
-    cdef char backwards[20]
-    cdef int size = 0
-    while number > 9:
-        backwards[size] = <char>(48 + number % 10)
-        number //= 10
-        size += 1
-    at[0] = <char>(48 + number)
-    at += 1
-    while size:
-        size -= 1
-        at[0] = backwards[size]
-        at += 1
-    return at
-
-
-cdef inline char* put_length(char* at, char mark, Py_ssize_t length) noexcept:
-    at[0] = mark
-    return put_end(put_digits(at + 1, length))
+include "_fast_record.pxi"
+include "_fast_batch.pxi"
+include "_fast_wire.pxi"
 
 
 @cython.final
@@ -415,9 +116,8 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
     cdef object _wake
-    cdef bytes _opening  # what stands before a name in its keys
-    cdef bytes _opening_for_brace  # the same, before a name that begins with "}"
-    cdef bytes _closing  # what stands between a name and the suffix
+    cdef _Encoder _encoder
+    cdef _LengthGuard _guard
     cdef long long _ttl
     cdef double _timeout
     cdef bint _awake
@@ -428,23 +128,10 @@ cdef class Pipeline:
     cdef list _returned
     cdef bytearray _storage
     cdef object _buffer
-    cdef Py_ssize_t _skip  # what is left of a text that began earlier, and of its line end
-    cdef unsigned char _mark  # the first byte of a line that began earlier, else 0
-    cdef int _header_size
-    cdef int _digits
-    cdef bint _is_length
-    cdef bint _ends
-    cdef long long _announced
     cdef object _reader
     cdef object _version_reply  # of a head: its first reply, until the second one comes
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
-    cdef char* _out
-    cdef Py_ssize_t _size
-    cdef Py_ssize_t _capacity
-
-    def __cinit__(self):
-        self._out = NULL
 
     def __init__(
         self,
@@ -465,10 +152,7 @@ cdef class Pipeline:
         self.down = None
         self._create_waiter = create_waiter
         self._wake = wake
-        prefix = key_prefix.encode()
-        self._opening = prefix + c.TAG_OPEN if hash_tag else prefix
-        self._opening_for_brace = prefix + c.TAG_FOR_BRACE if hash_tag else prefix
-        self._closing = c.TAG_CLOSE if hash_tag else b""
+        self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
         self._ttl = ttl
         self._timeout = timeout
         self._max_pending = max_pending
@@ -483,9 +167,6 @@ cdef class Pipeline:
         self._storage = bytearray(c.READ_BUFFER_BYTES)
         self._buffer = memoryview(self._storage)
         self.reset_reader()
-
-    def __dealloc__(self):
-        PyMem_Free(self._out)
 
     # -- operations on one record
 
@@ -578,18 +259,19 @@ cdef class Pipeline:
 
     def take_output(self):
         """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        cdef _Encoder encoder = self._encoder
         cdef _Batch batch
         cdef Py_ssize_t count
         self.end_tick()
-        self._size = 0
-        while self._queue and self.in_flight < self._window and self._size < COMMAND_BYTES:
+        encoder.begin()
+        while self._queue and self.in_flight < self._window and encoder.size() < COMMAND_BYTES:
             batch = self._queue[0]
             if batch.over() or not batch.records:
                 self.queued -= batch.waiting()
                 self._queue.popleft()
                 continue
             batch.freeze()
-            count = self._encode(batch)
+            count = encoder.encode(batch, self.has_msetex)
             batch.sent += count
             self.queued -= count
             self.in_flight += count
@@ -601,16 +283,11 @@ cdef class Pipeline:
                 self._commands += 1
             if not batch.waiting():
                 self._queue.popleft()
-        if not self._size:
+        if not encoder.size():
             return b""
         self._flushes += 1
-        self._bytes_out += self._size
-        output = PyBytes_FromStringAndSize(self._out, self._size)
-        if self._capacity > 4 * COMMAND_BYTES:  # one huge record must not keep its room for ever
-            PyMem_Free(self._out)
-            self._out = NULL
-            self._capacity = 0
-        return output
+        self._bytes_out += encoder.size()
+        return encoder.take()
 
     # -- input
 
@@ -625,7 +302,9 @@ cdef class Pipeline:
         """
         self._bytes_in += size
         self._partial += size
-        self._inspect(<const unsigned char*>PyByteArray_AS_STRING(self._storage), size)
+        self._guard.inspect(
+            <const unsigned char*>PyByteArray_AS_STRING(self._storage), size, self.address
+        )
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -636,7 +315,9 @@ cdef class Pipeline:
         """
         self._bytes_in += len(data)
         self._partial += len(data)
-        self._inspect(<const unsigned char*>PyBytes_AS_STRING(data), len(data))
+        self._guard.inspect(
+            <const unsigned char*>PyBytes_AS_STRING(data), len(data), self.address
+        )
         self._reader.feed(data)
         self._parse()
 
@@ -644,8 +325,7 @@ cdef class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
         self._partial = 0
-        self._skip = 0
-        self._mark = 0
+        self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -842,239 +522,7 @@ cdef class Pipeline:
         self.pending_bytes += size
         return waiter
 
-    # -- encoding
-
-    cdef Py_ssize_t _encode(self, _Batch batch) except -1:
-        """Append the next command of a batch and return its record count; or, of removals and
-        heads, the commands for so many records."""
-        cdef int kind = batch.kind
-        cdef Py_ssize_t first = batch.sent
-        cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
-        cdef Py_ssize_t limit = COMMAND_RECORDS
-        cdef Py_ssize_t i, size = 0
-        cdef bint msetex = kind == SET_TTL and self.has_msetex
-        cdef _Write write
-        if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
-            limit = SCRIPT_RECORDS
-        if batch.alone:
-            limit = 1
-        if last > first + limit:
-            last = first + limit
-        if SET <= kind <= SET_IF_NEWER:
-            for i in range(first, last):
-                write = <_Write>PyList_GET_ITEM(batch.entries, i)
-                size += PyBytes_GET_SIZE(write.text)
-                if size > COMMAND_BYTES or (
-                    msetex and write.ttl != (<_Write>PyList_GET_ITEM(batch.entries, first)).ttl
-                ):
-                    last = i if i > first else first + 1
-                    break
-        cdef Py_ssize_t count = last - first
-        if kind == GET:
-            self._put_header(1 + 2 * count, b"$4\r\nMGET\r\n")
-            for i in range(first, last):
-                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-        elif kind == HEAD:
-            for i in range(first, last):
-                self._put_header(2, b"$3\r\nGET\r\n")
-                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_VERSION)
-                self._put_header(2, b"$4\r\nTYPE\r\n")
-                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
-        elif kind == SET or msetex:
-            if msetex:
-                self._put_header(4 + 4 * count, b"$6\r\nMSETEX\r\n")
-                self._put_number(2 * count)
-            else:
-                self._put_header(1 + 4 * count, b"$4\r\nMSET\r\n")
-            for i in range(first, last):
-                self._put_record(
-                    <str>PyList_GET_ITEM(batch.names, i),
-                    <_Write>PyList_GET_ITEM(batch.entries, i),
-                )
-            if msetex:
-                self._put_text(b"EX")
-                self._put_number((<_Write>PyList_GET_ITEM(batch.entries, first)).ttl)
-        elif kind == DELETE:
-            for i in range(first, last):
-                self._put_header(3, b"$3\r\nDEL\r\n")
-                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-        else:
-            self._put_script(batch, count)
-            for i in range(first, last):
-                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-            for i in range(first, last):
-                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), i < batch.repeated)
-        return count
-
-    cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
-        if batch.whole_script:
-            self._put_header(3 + 6 * count, b"$4\r\nEVAL\r\n")
-            self._put_text(c.SET_SCRIPT)
-        else:
-            self._put_header(3 + 6 * count, b"$7\r\nEVALSHA\r\n")
-            self._put_text(c.SET_SCRIPT_SHA)
-        self._put_number(2 * count)
-        return 0
-
-    cdef int _put_record(self, str name, _Write write) except -1:
-        """Append both keys of a record, each followed by its value."""
-        self._put_key(name, SUFFIX_OF_VERSION)
-        self._put_number(write.version)
-        self._put_key(name, SUFFIX_OF_DATA)
-        self._put_text(write.text)
-        return 0
-
-    cdef int _put_arguments(self, _Write write, bint repeated) except -1:
-        self._put_number(write.version)
-        self._put_text(write.text)
-        self._put_number(write.ttl)
-        self._put_text(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
-        return 0
-
-    cdef int _put_keys(self, str name) except -1:
-        """Append both keys of a record: the second is the first with another last letter."""
-        cdef Py_ssize_t start = self._size
-        cdef Py_ssize_t size = self._put_key(name, SUFFIX_OF_VERSION)
-        self._reserve(size)
-        memcpy(self._out + self._size, self._out + start, size)
-        self._size += size
-        self._out[self._size - 3] = SUFFIX_OF_DATA
-        return 0
-
-    cdef Py_ssize_t _put_key(self, str name, char suffix) except -1:
-        """Append one key of a record, and return how many bytes it took."""
-        cdef Py_ssize_t size = 0
-        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
-        cdef bytes opening = self._opening
-        cdef bytes closing = self._closing
-        if text[0] == 125:  # "}"
-            opening = self._opening_for_brace
-            closing = b""
-        cdef Py_ssize_t length = (
-            PyBytes_GET_SIZE(opening) + size + PyBytes_GET_SIZE(closing) + SUFFIX_SIZE
-        )
-        cdef char* start = self._reserve(length + ROOM_AROUND)
-        cdef char* at = put_length(start, 36, length)  # "$"
-        at = put_bytes(at, PyBytes_AS_STRING(opening), PyBytes_GET_SIZE(opening))
-        at = put_bytes(at, text, size)
-        at = put_bytes(at, PyBytes_AS_STRING(closing), PyBytes_GET_SIZE(closing))
-        at[0] = 95  # "_"
-        at[1] = suffix
-        at = put_end(at + SUFFIX_SIZE)
-        self._size += at - start
-        return at - start
-
-    cdef int _put_header(self, Py_ssize_t length, bytes command) except -1:
-        """Append the beginning of a command: the number of its parts, and the first of them."""
-        cdef char* start = self._reserve(PyBytes_GET_SIZE(command) + ROOM_AROUND)
-        cdef char* at = put_length(start, 42, length)  # "*"
-        at = put_bytes(at, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
-        self._size += at - start
-        return 0
-
-    cdef int _put_text(self, bytes text) except -1:
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
-        cdef char* start = self._reserve(size + ROOM_AROUND)
-        cdef char* at = put_length(start, 36, size)
-        at = put_end(put_bytes(at, PyBytes_AS_STRING(text), size))
-        self._size += at - start
-        return 0
-
-    cdef int _put_number(self, unsigned long long number) except -1:
-        cdef char digits[20]
-        cdef int size = put_digits(digits, number) - digits
-        cdef char* start = self._reserve(size + ROOM_AROUND)
-        cdef char* at = put_length(start, 36, size)
-        at = put_end(put_bytes(at, digits, size))
-        self._size += at - start
-        return 0
-
-    cdef inline char* _reserve(self, Py_ssize_t size) except NULL:
-        """Return where to write the next ``size`` bytes."""
-        if self._size + size > self._capacity:
-            self._grow(size)
-        return self._out + self._size
-
-    cdef int _grow(self, Py_ssize_t size) except -1:
-        cdef Py_ssize_t capacity = max(2 * self._capacity, self._size + size, 4096)
-        cdef char* out = <char*>PyMem_Realloc(self._out, capacity)
-        if out == NULL:
-            raise MemoryError
-        self._out = out
-        self._capacity = capacity
-        return 0
-
     # -- replies
-
-    cdef int _inspect(self, const unsigned char* at, Py_ssize_t size) except -1:
-        """Look at the announced lengths in what arrived, before hiredis makes room for them.
-
-        A few bytes of a hostile server could take all memory otherwise.
-        """
-        cdef const unsigned char* end = at + size
-        cdef const unsigned char* ahead
-        cdef long long length
-        cdef unsigned char byte
-        while at < end:
-            if self._skip:
-                size = min(self._skip, end - at)
-                self._skip -= size
-                at += size
-                continue
-            byte = at[0]
-            # Nearly everything is a text whose header and body are here in one piece.
-            if byte == 36 and not self._mark and end - at > 8:
-                ahead = at + 1
-                length = 0
-                while 48 <= ahead[0] <= 57 and ahead - at < 6:
-                    length = length * 10 + ahead[0] - 48
-                    ahead += 1
-                if ahead > at + 1 and ahead[0] == 13 and ahead[1] == 10:
-                    if length + 4 <= end - ahead and length <= self._max_reply_bytes:
-                        at = ahead + length + 4
-                        continue
-            if not self._mark:
-                at += 1
-                if byte != 10:
-                    self._mark = byte
-                    self._header_size = self._digits = 0
-                    self._announced = 0
-                    self._is_length = is_text(byte) or is_aggregate(byte)
-                    self._ends = False
-            elif not self._is_length:
-                at = <const unsigned char*>memchr(at, 10, end - at)
-                if at == NULL:
-                    break
-                at += 1
-                self._mark = 0
-            else:
-                at += 1
-                self._header_size += 1
-                if byte == 10:
-                    self._check_length()
-                    self._mark = 0
-                elif byte == 13:
-                    self._ends = True
-                elif self._ends or not 48 <= byte <= 57 or self._header_size > HEADER_BYTES:
-                    self._is_length = False  # hiredis refuses what is no RESP
-                else:
-                    self._digits += 1
-                    if self._digits <= 18:
-                        self._announced = self._announced * 10 + byte - 48
-                    else:
-                        self._announced = 1_000_000_000_000_000_000
-        return 0
-
-    cdef int _check_length(self) except -1:
-        cdef bint text = is_text(self._mark)
-        cdef long long limit = self._max_reply_bytes if text else MAX_ELEMENTS
-        if self._digits == 0 or self._header_size - 1 > HEADER_BYTES:
-            return 0
-        if self._announced > limit:
-            raise c.too_long(self.address, self._announced, limit)
-        if text:
-            self._skip = self._announced + 2
-        return 0
 
     cdef int _parse(self) except -1:
         cdef object gets = self._reader.gets
@@ -1504,52 +952,7 @@ cdef class Pipeline:
         return 0
 
 
-# -- waiters
-
-
-cdef list _with(earlier, waiter):
-    """Return the waiters of one record, to which one more comes."""
-    if type(earlier) is not list:
-        return [earlier, waiter]
-    (<list>earlier).append(waiter)
-    return earlier
-
-
-cdef int _tell(waiter, result) except -1:
-    """Give a waiter, or each of a list, its result, unless it was cancelled."""
-    if type(waiter) is list:
-        for one in <list>waiter:
-            _tell(one, result)
-        return 0
-    try:
-        waiter.set_result(result)
-    except InvalidStateError:
-        pass
-    return 0
-
-
-cdef int _fail(waiter, make) except -1:
-    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
-    if type(waiter) is list:
-        for one in <list>waiter:
-            _fail(one, make)
-        return 0
-    try:
-        waiter.set_exception(make())
-    except InvalidStateError:
-        pass
-    return 0
-
-
 # -- small things
-
-
-cdef inline bint is_text(unsigned char mark) noexcept:
-    return mark == 36 or mark == 61 or mark == 33  # $ = !
-
-
-cdef inline bint is_aggregate(unsigned char mark) noexcept:
-    return mark == 42 or mark == 126 or mark == 62 or mark == 37 or mark == 124  # * ~ > % |
 
 
 cdef inline int _kind_of(long long ttl, if_newer) except -1:

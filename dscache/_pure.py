@@ -25,283 +25,45 @@ A command that is refused for want of its script, or for one of its records, is 
 keeps its place: the queue is in the order in which the batches were issued. What was sent behind
 it is done first, though. Reads of the names that it writes are therefore read again behind the
 repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
-that one: its waiters hang on the later one's (``_Overtaken``), or get the refusal where that would
+that one: its waiters hang on the later one's (``Overtaken``), or get the refusal where that would
 tell an untruth. A read that a write has overtaken gets it too: what it would have read is gone.
 
-Every waiter is settled by ``_tell`` or ``_fail``, and a bulk's by ``_Bulk.settle``.
+Every waiter is settled by ``tell`` or ``fail``, and a bulk's by ``Bulk.settle``.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from asyncio import InvalidStateError
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from copy import copy
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import hiredis
-import msgspec
 
 from . import _common as c
-from ._common import ErrorOf, Waiter
+from ._common import ErrorOf
+from ._pure_batch import NOBODY, Batch, Bulk, Overtaken, Write, fail, tell, with_waiter
+from ._pure_record import Record, check_name, check_version, encode_data, parse_version
+from ._pure_wire import Encoder, LengthGuard, pack_command
 from .errors import ProtocolError, ReplyError, shorten
 
-_UNDECODED: Final = object()
+__all__ = [
+    "Pipeline",
+    "Record",
+    "check_name",
+    "check_version",
+    "encode_data",
+    "parse_version",
+]
+
 _INCOMPLETE: Final = object()
-# The waiters of a record that is read again: nobody is told what the first reply says of it.
-_NOBODY: Final[list[Any]] = []
 
-# hiredis's stub gives these narrower types than they have.
-_pack_command: Any = hiredis.pack_command
+# hiredis's stub gives it a narrower type than it has.
 _Reader: Any = hiredis.Reader
-
-_encode_json = msgspec.json.Encoder().encode
-_decode_json = msgspec.json.Decoder().decode
-
-
-class Record:
-    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
-
-    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
-    stored, and ``stale`` true only for a last known record served while Redis is away.
-    It unpacks: ``version, data = record``.
-    """
-
-    __slots__ = ("_data", "name", "raw", "stale", "version")
-
-    name: str
-    version: int
-    raw: bytes
-    stale: bool
-    _data: Any
-
-    def __init__(self, name: str, version: int, raw: bytes, stale: bool = False) -> None:
-        set_field = object.__setattr__
-        set_field(self, "name", name)
-        set_field(self, "version", version)
-        set_field(self, "raw", raw)
-        set_field(self, "stale", stale)
-        set_field(self, "_data", _UNDECODED)
-
-    @property
-    def data(self) -> Any:
-        """The decoded JSON: decoded at first access, kept, and shared with no other call.
-
-        Raises RecordError if the stored text is no JSON.
-        """
-        data = self._data
-        if data is _UNDECODED:
-            try:
-                data = _decode_json(self.raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
-                data = c.decode_tolerantly(self.name, self.version, self.raw)
-            object.__setattr__(self, "_data", data)
-        return data
-
-    def decode(self, type: Any, /) -> Any:
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
-
-        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
-        """
-        return c.decode_as(self.name, self.version, self.raw, type)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.version, self.data))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Record):
-            return NotImplemented
-        return (self.version, self.name, self.raw) == (other.version, other.name, other.raw)
-
-    def __hash__(self) -> int:
-        return hash((self.version, self.name, self.raw))
-
-    def __repr__(self) -> str:
-        stale = ", stale=True" if self.stale else ""
-        return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Record, (self.name, self.version, self.raw, self.stale))
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"a Record is immutable: {name} can't be set")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"a Record is immutable: {name} can't be deleted")
-
-
-# -- checks and texts
-
-
-def check_name(name: object) -> str:
-    """Return the name as an exact str, or raise RecordError."""
-    if not isinstance(name, str):
-        raise c.bad_name(name)
-    if type(name) is not str:
-        name = str.__str__(name)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise c.bad_name(name) from None
-    if not name:
-        raise c.bad_name(name)
-    return name
-
-
-def check_version(name: str, version: object) -> int:
-    """Return the version as an int, or raise RecordError."""
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise c.bad_version(name, version)
-    if not 0 <= version <= c.MAX_VERSION:
-        raise c.bad_version(name, version)
-    return int(version)
-
-
-def encode_data(name: str, data: object) -> bytes:
-    """Return the JSON text of a record's data, or raise RecordError."""
-    try:
-        text = _encode_json(data)
-    except Exception:  # msgspec raises whatever a user's own type raises
-        return c.encode_tolerantly(name, data)
-    if not text:
-        raise c.empty_raw(name)
-    return text
-
-
-def parse_version(text: bytes) -> int:
-    """Return the version that decimal digits state, or -1 if they state none."""
-    if not text.isdigit():
-        return -1
-    digits = text.lstrip(b"0")
-    if len(digits) > 19:
-        return -1
-    version = int(digits or b"0")
-    return version if version <= c.MAX_VERSION else -1
-
-
-class _Write:
-    """The content of one record to be written, and who waits for it."""
-
-    __slots__ = ("guard", "text", "ttl", "version", "waiter")
-
-    def __init__(self, version: int, text: bytes, ttl: int, guard: bytes) -> None:
-        self.version = version
-        self.text = text
-        self.ttl = ttl
-        self.guard = guard
-        self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
-
-
-class _Overtaken:
-    """The waiters of a refused write, as waiters of the write that overtook it.
-
-    In the order they were issued the first was overwritten at once: it is done if the later one
-    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
-    """
-
-    __slots__ = ("_always", "_refusal", "_waiter")
-
-    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
-        self._waiter = waiter
-        self._refusal = refusal
-        self._always = always
-
-    def set_result(self, done: bool, /) -> None:
-        if done or self._always:
-            _tell(self._waiter, True)
-        else:
-            _fail(self._waiter, self._refusal)
-
-    def set_exception(self, error: Exception, /) -> None:
-        _fail(self._waiter, partial(copy, error))
-
-
-class _Bulk:
-    """The outcome of one bulk operation, gathered from its slots."""
-
-    __slots__ = ("errors", "missing", "operation", "over", "remaining", "result", "total", "waiter")
-
-    def __init__(self, operation: str, waiter: Waiter, result: Any, total: int) -> None:
-        self.operation = operation
-        self.waiter = waiter
-        self.result = result
-        self.total = total
-        self.remaining = total
-        self.errors: dict[str, Exception] = {}
-        self.missing: list[str] = []  # names to take out of a result that began as all names
-        self.over = False  # the waiter has its outcome
-
-    def settle(self, count: int) -> None:
-        """Count records that have their outcome; the last one settles the waiter."""
-        self.remaining -= count
-        if self.remaining or self.over:
-            return
-        self.over = True
-        for name in self.missing:
-            del self.result[name]
-        if self.errors:
-            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            _fail(self.waiter, lambda: error)
-        else:
-            _tell(self.waiter, self.result)
-
-
-class _Batch:
-    """Records of one kind that go out together: the operations of a tick, or one bulk.
-
-    ``records`` maps each name to its waiter, list of waiters or _Write. It is frozen into two
-    lists when the first of it is sent. Records before ``answered`` are settled, those from
-    there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the batches;
-    a repeat has its original's.
-    """
-
-    __slots__ = (
-        "alone",
-        "answered",
-        "bulk",
-        "deadline",
-        "entries",
-        "expired",
-        "kind",
-        "names",
-        "records",
-        "repeated",
-        "sent",
-        "serial",
-        "whole_script",
-    )
-
-    def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
-        self.kind = kind
-        self.deadline = deadline
-        self.serial = serial
-        self.records = records
-        self.names: list[str] = []
-        self.entries: list[Any] = []
-        self.sent = 0
-        self.answered = 0
-        self.bulk: _Bulk | None = None
-        self.expired = False  # its waiters have been told; the replies are dropped
-        self.repeated = 0  # records before it were sent before, on a connection that was lost
-        self.whole_script = False  # Redis has lost the script: send its text
-        self.alone = False  # one record a command, to find the one that is refused
-
-    def freeze(self) -> None:
-        if not self.names:
-            self.names = list(self.records)
-            self.entries = list(self.records.values())
-
-    def over(self) -> bool:
-        """Return whether nobody waits for it any more."""
-        return self.expired or (self.bulk is not None and self.bulk.over)
-
-    def waiting(self) -> int:
-        return len(self.records) - self.sent
+_serial_of = attrgetter("serial")
 
 
 class Pipeline:
@@ -345,8 +107,7 @@ class Pipeline:
         self.queued = 0
         self._create_waiter = create_waiter
         self._wake = wake
-        self._prefix = key_prefix.encode()
-        self._hash_tag = hash_tag
+        self._encoder = Encoder(key_prefix, hash_tag)
         self._ttl = ttl
         self._timeout = timeout
         self._max_pending = max_pending
@@ -356,10 +117,10 @@ class Pipeline:
         self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
         self._awake = False
         self._serial = 0
-        self._open: list[_Batch] = []
-        self._queue: deque[_Batch] = deque()
-        self._slots: deque[tuple[_Batch, int]] = deque()
-        self._returned: list[_Batch] = []
+        self._open: list[Batch] = []
+        self._queue: deque[Batch] = deque()
+        self._slots: deque[tuple[Batch, int]] = deque()
+        self._returned: list[Batch] = []
         self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
         self._counts = dict.fromkeys(
             ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
@@ -394,13 +155,13 @@ class Pipeline:
         self._admit(len(write.text))
         batch = self._batch_for(_kind_of(write.ttl, if_newer), name)
         waiter = self._create_waiter()
-        earlier: _Write | None = batch.records.get(name)
+        earlier: Write | None = batch.records.get(name)
         if earlier is None:
             write.waiter = waiter
             self.queued += 1
             self.operations += 1
         else:
-            write.waiter = _with(earlier.waiter, waiter)
+            write.waiter = with_waiter(earlier.waiter, waiter)
             self.pending_bytes -= len(earlier.text)
         self.pending_bytes += len(write.text)
         batch.records[name] = write
@@ -451,13 +212,13 @@ class Pipeline:
     def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
         # No deadline of its own: what bounds a handshake is connectTimeout.
-        batch = _Batch(c.COMMAND, math.inf, 0, {str(parts[0]): self._create_waiter()})
+        batch = Batch(c.COMMAND, math.inf, 0, {str(parts[0]): self._create_waiter()})
         batch.freeze()
         batch.sent = 1
         self._slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
-        return _pack_command(parts), batch.entries[0]
+        return pack_command(parts), batch.entries[0]
 
     # -- output
 
@@ -479,7 +240,7 @@ class Pipeline:
                 queue.popleft()
                 continue
             batch.freeze()
-            text, count = self._encode(batch)
+            text, count = self._encoder.encode(batch, self.has_msetex)
             out.append(text)
             size += len(text)
             batch.sent += count
@@ -511,7 +272,7 @@ class Pipeline:
         """
         self._bytes_in += size
         self._partial += size
-        self._inspect(bytes(self._buffer[:size]))
+        self._guard.inspect(bytes(self._buffer[:size]), self.address)
         self._reader.feed(self._buffer, 0, size)
         self._parse()
 
@@ -522,7 +283,7 @@ class Pipeline:
         """
         self._bytes_in += len(data)
         self._partial += len(data)
-        self._inspect(data)
+        self._guard.inspect(data, self.address)
         self._reader.feed(data)
         self._parse()
 
@@ -530,8 +291,7 @@ class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._partial = 0
-        self._skip = 0
-        self._header = b""
+        self._guard = LengthGuard(self._max_reply_bytes)
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
     # -- time and failure
@@ -568,7 +328,7 @@ class Pipeline:
         and before anything newer; without it, they fail as the other writes do, which may or
         may not have happened. What was not sent yet stays queued.
         """
-        kept: dict[_Batch, None] = {}
+        kept: dict[Batch, None] = {}
         for batch in dict.fromkeys(batch for batch, _count in self._slots):
             if batch.over():
                 continue
@@ -619,28 +379,28 @@ class Pipeline:
 
     # -- building batches
 
-    def _write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> _Write:
+    def _write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> Write:
         number = check_version(name, version)
         seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
         text = encode_data(name, data)
-        return _Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
+        return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
 
-    def _new_batch(self, kind: int, records: dict[str, Any]) -> _Batch:
+    def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
         self._serial += 1
-        return _Batch(kind, time.monotonic() + self._timeout, self._serial, records)
+        return Batch(kind, time.monotonic() + self._timeout, self._serial, records)
 
     def _rouse(self) -> None:
         if not self._awake:
             self._wake()
             self._awake = True
 
-    def _enqueue(self, batch: _Batch) -> None:
+    def _enqueue(self, batch: Batch) -> None:
         self._rouse()
         self._queue.append(batch)
 
-    def _batch_for(self, kind: int, name: str) -> _Batch:
+    def _batch_for(self, kind: int, name: str) -> Batch:
         """Return the batch that an operation on ``name`` may join by rule 1."""
-        found: _Batch | None = None
+        found: Batch | None = None
         free = True
         for batch in self._open:
             if batch.kind == kind:
@@ -672,7 +432,7 @@ class Pipeline:
         batch = self._batch_for(kind, name)
         waiter = self._create_waiter()
         if name in batch.records:
-            batch.records[name] = _with(batch.records[name], waiter)
+            batch.records[name] = with_waiter(batch.records[name], waiter)
         else:
             batch.records[name] = waiter
             self.queued += 1
@@ -696,7 +456,7 @@ class Pipeline:
             waiter.set_result(result)
             return waiter
         batch = self._new_batch(kind, records)
-        batch.bulk = _Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records))
+        batch.bulk = Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records))
         self._enqueue(batch)
         self._open.clear()
         self.queued += len(records)
@@ -704,93 +464,7 @@ class Pipeline:
         self.pending_bytes += size
         return waiter
 
-    # -- encoding
-
-    def _keys(self, name: str) -> tuple[bytes, bytes]:
-        text = name.encode()
-        if not self._hash_tag:
-            stem = self._prefix + text
-        elif text.startswith(c.TAG_CLOSE):
-            stem = self._prefix + c.TAG_FOR_BRACE + text
-        else:
-            stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
-        return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
-
-    def _encode(self, batch: _Batch) -> tuple[bytes, int]:
-        """Return the next command of a batch and its record count; or, of removals and heads,
-        the commands for so many records."""
-        pack = _pack_command
-        first = batch.sent
-        kind = batch.kind
-        msetex = kind == c.SET_TTL and self.has_msetex
-        script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
-        limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
-        last = min(first + (1 if batch.alone else limit), len(batch.names))
-        if c.SET <= kind <= c.SET_IF_NEWER:
-            size = 0
-            for i in range(first, last):
-                size += len(batch.entries[i].text)
-                other_ttl = msetex and batch.entries[i].ttl != batch.entries[first].ttl
-                if size > c.COMMAND_BYTES or other_ttl:
-                    last = max(i, first + 1)
-                    break
-        keys: list[bytes] = []
-        for i in range(first, last):
-            keys.extend(self._keys(batch.names[i]))
-        entries = batch.entries[first:last]
-        if kind == c.GET:
-            return pack((b"MGET", *keys)), last - first
-        if kind == c.DELETE:
-            pairs = zip(keys[::2], keys[1::2], strict=True)
-            return b"".join(pack((b"DEL", *pair)) for pair in pairs), last - first
-        if kind == c.HEAD:
-            pairs = zip(keys[::2], keys[1::2], strict=True)
-            out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
-            return b"".join(out), last - first
-        count = b"%d" % len(keys)
-        if kind == c.SET or msetex:
-            values = (value for w in entries for value in (b"%d" % w.version, w.text))
-            pairs_of = zip(keys, values, strict=True)
-            flat = [part for pair in pairs_of for part in pair]
-            if msetex:
-                lifetime = (b"EX", b"%d" % entries[0].ttl)
-                return pack((b"MSETEX", count, *flat, *lifetime)), last - first
-            return pack((b"MSET", *flat)), last - first
-        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
-        arguments: list[bytes] = []
-        for i, write in enumerate(entries, first):
-            guard = write.guard
-            if i < batch.repeated and guard == c.GUARDED:
-                guard = c.GUARDED_REPEAT
-            arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
-        return pack((*how, count, *keys, *arguments)), last - first
-
     # -- replies
-
-    def _inspect(self, data: bytes) -> None:
-        """Look at the announced lengths in what arrived, before hiredis makes room for them.
-
-        A few bytes of a hostile server could take all memory otherwise.
-        """
-        at = self._skip  # the rest of a text, and of its line end, is passed over
-        data = self._header + data
-        while at < len(data):
-            end = data.find(b"\n", at)
-            if end < 0:
-                break
-            mark = data[at : at + 1]
-            if mark in _LENGTHS:
-                length = _announced(data[at + 1 : end])
-                of_text = mark in _TEXTS
-                limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
-                if length > limit:
-                    raise c.too_long(self.address, length, limit)
-                if of_text and length >= 0:
-                    end += length + 2
-            at = end + 1
-        self._skip = max(at - len(data), 0)
-        # Of a line that goes on, a header or not, no more than a header may have.
-        self._header = data[at : at + 2 * c.HEADER_BYTES]
 
     def _parse(self) -> None:
         gets = self._reader.gets
@@ -849,7 +523,7 @@ class Pipeline:
             self._answer_delete(batch, reply)
         elif batch.kind == c.COMMAND:
             batch.answered = 1
-            _tell(batch.entries[0], reply)
+            tell(batch.entries[0], reply)
         else:
             self._answer_script(batch, count, reply)
         self._slots.popleft()
@@ -862,7 +536,7 @@ class Pipeline:
             for i in range(first, first + count):
                 self.pending_bytes -= len(batch.entries[i].text)
 
-    def _answer_get(self, batch: _Batch, count: int, reply: Any) -> None:
+    def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
         bulk = batch.bulk
         settled = count
@@ -870,7 +544,7 @@ class Pipeline:
             stored, raw = reply[i], reply[i + 1]
             name = batch.names[batch.answered]
             entry = batch.entries[batch.answered]
-            if entry is _NOBODY:
+            if entry is NOBODY:
                 settled -= 1
                 batch.answered += 1
                 continue
@@ -884,9 +558,9 @@ class Pipeline:
                         bulk.result[name] = Record(name, version, raw)
                     elif type(entry) is list:
                         for waiter in entry:
-                            _tell(waiter, Record(name, version, raw))
+                            tell(waiter, Record(name, version, raw))
                     else:
-                        _tell(entry, Record(name, version, raw))
+                        tell(entry, Record(name, version, raw))
             else:
                 for value in (stored, raw):
                     if value is not None and type(value) is not bytes:
@@ -896,13 +570,13 @@ class Pipeline:
                 if bulk is not None:
                     bulk.missing.append(name)
                 else:
-                    _tell(entry, None)
+                    tell(entry, None)
             self._counts["reads"] += 1
             batch.answered += 1
         if bulk is not None:
             bulk.settle(settled)
 
-    def _answer_head(self, batch: _Batch, stored: Any, reply: Any) -> None:
+    def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
         if reply != c.STRING and reply not in c.NO_STRING:
             raise self._wrong_shape("TYPE", reply)
         name = batch.names[batch.answered]
@@ -910,7 +584,7 @@ class Pipeline:
         has_version = type(stored) is bytes
         if not has_version and stored is not None and type(stored) is not ReplyError:
             raise self._wrong_shape("GET", stored)
-        if entry is _NOBODY:
+        if entry is NOBODY:
             batch.answered += 1
             return
         self._counts["reads"] += 1
@@ -921,30 +595,30 @@ class Pipeline:
             else:
                 self._counts["hits"] += 1
                 if batch.bulk is None:
-                    _tell(entry, version)
+                    tell(entry, version)
                 else:
                     batch.bulk.result[name] = version
         else:
             if has_version or reply == c.STRING:
                 self._counts["halves"] += 1
             if batch.bulk is None:
-                _tell(entry, None)
+                tell(entry, None)
         batch.answered += 1
         if batch.bulk is not None:
             batch.bulk.settle(1)
 
-    def _answer_set(self, batch: _Batch, count: int, done: bool, reply: Any) -> None:
+    def _answer_set(self, batch: Batch, count: int, done: bool, reply: Any) -> None:
         if not done:
             raise self._wrong_shape("MSET or MSETEX", reply)
         if batch.bulk is None:
             for write in batch.entries[batch.answered : batch.answered + count]:
-                _tell(write.waiter, True)
+                tell(write.waiter, True)
         self._counts["writes"] += count
         batch.answered += count
         if batch.bulk is not None:
             batch.bulk.settle(count)
 
-    def _answer_script(self, batch: _Batch, count: int, reply: Any) -> None:
+    def _answer_script(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, count, "the set script")
         bulk = batch.bulk
         for value in reply:
@@ -959,14 +633,14 @@ class Pipeline:
             else:
                 self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
                 if bulk is None:
-                    _tell(entry.waiter, value == c.WRITTEN)
+                    tell(entry.waiter, value == c.WRITTEN)
                 elif value == c.NOT_NEWER:
                     bulk.result.add(name)
             batch.answered += 1
         if bulk is not None:
             bulk.settle(count)
 
-    def _answer_delete(self, batch: _Batch, reply: Any) -> None:
+    def _answer_delete(self, batch: Batch, reply: Any) -> None:
         if type(reply) is not int or not 0 <= reply <= 2:
             raise self._wrong_shape("DEL", reply)
         if reply == 1:
@@ -975,7 +649,7 @@ class Pipeline:
         self._counts["deletes"] += 1
         batch.answered += 1
         if batch.bulk is None:
-            _tell(entry, reply == 2)
+            tell(entry, reply == 2)
         else:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
@@ -989,13 +663,13 @@ class Pipeline:
             f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
         )
 
-    def _damaged(self, batch: _Batch, name: str, entry: Any, stored: bytes | None) -> None:
+    def _damaged(self, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
         self._counts["damaged"] += 1
         self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
 
     # -- refusals
 
-    def _refused(self, batch: _Batch, count: int, error: ReplyError) -> None:
+    def _refused(self, batch: Batch, count: int, error: ReplyError) -> None:
         """Give an error reply to the records it belongs to, or send them once more.
 
         An error reply to a whole command says that nothing of it was done.
@@ -1006,7 +680,7 @@ class Pipeline:
         lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
         mixed = error.code == "NOPERM" and count > 1
         writes = c.SET <= batch.kind <= c.DELETE
-        later: dict[str, tuple[_Batch, int, bool]] = {}
+        later: dict[str, tuple[Batch, int, bool]] = {}
         if lost_script or mixed:
             later = self._written_after(batch, mixed)
         again: dict[str, Any] = {}
@@ -1015,7 +689,7 @@ class Pipeline:
         for i in range(batch.answered, batch.answered + count):
             name = batch.names[i]
             entry = batch.entries[i]
-            if entry is _NOBODY:
+            if entry is NOBODY:
                 settled -= 1
             elif (lost_script or mixed) and name not in later:
                 again[name] = entry
@@ -1033,10 +707,10 @@ class Pipeline:
             batch.bulk.settle(settled - len(again))
 
     def _send_again(
-        self, batch: _Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
+        self, batch: Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
     ) -> None:
         """Queue records of a batch once more, in the batch's place."""
-        repeat = _Batch(batch.kind, batch.deadline, batch.serial, again)
+        repeat = Batch(batch.kind, batch.deadline, batch.serial, again)
         repeat.bulk = batch.bulk
         repeat.repeated = repeated
         repeat.whole_script = lost_script or batch.whole_script
@@ -1048,20 +722,20 @@ class Pipeline:
             self.pending_bytes += sum(len(write.text) for write in again.values())
         self._returned.append(repeat)
 
-    def _read_again(self, batch: _Batch, names: Mapping[str, Any]) -> None:
+    def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
         """Let reads in flight behind a write that is repeated be read again behind it."""
         for later in dict.fromkeys(later for later, _count in self._slots):
             if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
                 continue
             again: dict[str, Any] = {}
             for i in range(later.answered, later.sent):
-                if later.names[i] in names and later.entries[i] is not _NOBODY:
+                if later.names[i] in names and later.entries[i] is not NOBODY:
                     again[later.names[i]] = later.entries[i]
-                    later.entries[i] = _NOBODY
+                    later.entries[i] = NOBODY
             if again:
                 self._send_again(later, again, 0, False, False)
 
-    def _written_after(self, batch: _Batch, mixed: bool) -> dict[str, tuple[_Batch, int, bool]]:
+    def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
         """Return where the first later write of each name is that a repeat could undo or see,
         and whether the name is read between the two.
 
@@ -1069,7 +743,7 @@ class Pipeline:
         a repeat has brought it before them. A repeat that is guarded can't undo another guarded
         write.
         """
-        found: dict[str, tuple[_Batch, int, bool]] = {}
+        found: dict[str, tuple[Batch, int, bool]] = {}
         read: set[str] = set()
         loaded = mixed
         for later in dict.fromkeys(later for later, _count in self._slots):
@@ -1078,7 +752,7 @@ class Pipeline:
             by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
             if newer and later.kind <= c.HEAD:
                 for i in range(later.answered, later.sent):
-                    if later.entries[i] is not _NOBODY:
+                    if later.entries[i] is not NOBODY:
                         read.add(later.names[i])
             elif (
                 newer
@@ -1093,9 +767,9 @@ class Pipeline:
 
     def _hang(
         self,
-        batch: _Batch,
+        batch: Batch,
         entry: Any,
-        later: _Batch,
+        later: Batch,
         i: int,
         read: bool,
         refusal: Callable[[], Exception],
@@ -1110,12 +784,12 @@ class Pipeline:
             return False
         there = later.entries[i]
         if later.kind == c.DELETE:
-            removal = _Overtaken(there, refusal, True)
-            later.entries[i] = [removal, _Overtaken(entry.waiter, refusal, True)]
+            removal = Overtaken(there, refusal, True)
+            later.entries[i] = [removal, Overtaken(entry.waiter, refusal, True)]
         elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
             return False
         else:
-            there.waiter = _with(there.waiter, _Overtaken(entry.waiter, refusal, False))
+            there.waiter = with_waiter(there.waiter, Overtaken(entry.waiter, refusal, False))
         return True
 
     def _recount(self) -> None:
@@ -1139,18 +813,18 @@ class Pipeline:
         return lambda: ReplyError(error.message, context=context)
 
     def _give_error(
-        self, batch: _Batch, name: str, entry: Any, make: Callable[[], Exception]
+        self, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
     ) -> None:
         """Give one record its error: to its waiters, or into its bulk's."""
         if batch.bulk is None:
-            _fail(entry.waiter if type(entry) is _Write else entry, make)
+            fail(entry.waiter if type(entry) is Write else entry, make)
             return
         batch.bulk.errors[name] = make()
         if batch.kind == c.GET:
             batch.bulk.missing.append(name)
 
     def _fail_batch(
-        self, batch: _Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
+        self, batch: Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
     ) -> None:
         """Tell all who still wait for a batch that it failed.
 
@@ -1169,58 +843,18 @@ class Pipeline:
             ):
                 make = error_of_doubt
             bulk.over = True
-            _fail(bulk.waiter, partial(make, bulk.operation))
+            fail(bulk.waiter, partial(make, bulk.operation))
             return
         for i in range(batch.answered, len(batch.names)):
             entry = batch.entries[i]
-            waiter = entry.waiter if type(entry) is _Write else entry
+            waiter = entry.waiter if type(entry) is Write else entry
             make = error_of
             if error_of_doubt is not None and i < doubtful:
                 make = error_of_doubt
-            _fail(waiter, partial(make, c.describe(batch.kind, batch.names[i])))
-
-
-# -- waiters
-
-
-def _with(earlier: Any, waiter: Any) -> list[Any]:
-    """Return the waiters of one record, to which one more comes."""
-    if type(earlier) is not list:
-        return [earlier, waiter]
-    earlier.append(waiter)
-    return earlier
-
-
-def _tell(waiter: Any, result: object) -> None:
-    """Give a waiter, or each of a list, its result, unless it was cancelled."""
-    for one in waiter if type(waiter) is list else (waiter,):
-        with suppress(InvalidStateError):
-            one.set_result(result)
-
-
-def _fail(waiter: Any, make: Callable[[], Exception]) -> None:
-    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
-    for one in waiter if type(waiter) is list else (waiter,):
-        with suppress(InvalidStateError):
-            one.set_exception(make())
+            fail(waiter, partial(make, c.describe(batch.kind, batch.names[i])))
 
 
 # -- small things
-
-# What RESP2 and RESP3 announce with a length: texts in bytes, and the others in elements.
-_TEXTS: Final = (b"$", b"=", b"!")
-_LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
-
-
-def _announced(header: bytes) -> int:
-    """Return the length in a header, or -1 if it states none (hiredis refuses what is no RESP)."""
-    digits = header.rstrip(b"\r")
-    if not digits.isdigit() or len(header) > c.HEADER_BYTES:
-        return -1
-    return int(digits) if len(digits) <= 18 else 10**18
-
-
-_serial_of = attrgetter("serial")
 
 
 def _kind_of(ttl: int, if_newer: bool) -> int:

@@ -16,13 +16,13 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from . import _backend
 from .config import Options
+from .credentials import Credentials
 from .endpoint import Endpoint, Greeting
 from .errors import (
     ConnectError,
@@ -72,7 +72,9 @@ class Connection:
     ) -> None:
         self.server = ""
         self._options = options
-        self._endpoint = Endpoint(options, credentials)
+        login = Credentials(options, credentials)
+        self._endpoint = Endpoint(options, login)
+        login.listen(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self.pipeline = _backend.core.Pipeline(
@@ -103,11 +105,6 @@ class Connection:
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self._last_loss = ""
-        # A streaming provider of redis-py says when it has a new token, or could get none.
-        if (on_next := getattr(credentials, "on_next", None)) is not None:
-            on_next(self._credentials_renewed)
-        if (on_error := getattr(credentials, "on_error", None)) is not None:
-            on_error(self._credentials_not_renewed)
         self._task = self._loop.create_task(self._run(), name=f"dscache {self.address}")
         _alive.add(self)
 
@@ -344,32 +341,10 @@ class Connection:
         waiter.add_done_callback(settled)
         link.write(output)
 
-    # -- credentials that are renewed
-
-    def _credentials_renewed(self, token: Any) -> Awaitable[None]:
-        """Take a new token, in whatever thread its provider has it from."""
-        if not self._closed:
-            # The loop may be closed at any moment, and the cache with it.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._log_in_again, token)
-        return _NOTHING_TO_AWAIT
-
-    def _credentials_not_renewed(self, error: Exception) -> Awaitable[None]:
-        # Its words are not ours, and may hold a token.
-        _logger.warning("no new credentials for %s: %s", self.address, type(error).__name__)
-        return _NOTHING_TO_AWAIT
-
-    def _log_in_again(self, token: Any) -> None:
-        link = self._link
-        if link is None:
-            return  # whoever connects asks for what is valid then
-        try:
-            username = token.try_get("oid")
-            words = [*([username] if username else []), token.get_value()]
-        except Exception as error:
-            self._credentials_not_renewed(error)
-            return
-        self._say(link, "AUTH", *words)
+    def _log_in_again(self, words: list[str]) -> None:
+        """Tell the server of renewed credentials; who connects just now has asked for them."""
+        if self._link is not None:
+            self._say(self._link, "AUTH", *words)
 
     # -- changes of state
 
@@ -458,16 +433,6 @@ class Connection:
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
-
-
-class _Nothing:
-    """What may be awaited, and need not be: providers call back in both ways."""
-
-    def __await__(self) -> Iterator[None]:
-        return iter(())
-
-
-_NOTHING_TO_AWAIT = _Nothing()
 
 
 def check_loop(loop: asyncio.AbstractEventLoop) -> None:

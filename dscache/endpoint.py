@@ -11,14 +11,12 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _common
 from .config import Options
+from .credentials import Credentials
 from .errors import ConnectError, ReplyError
-
-if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
 
 Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (lists) at once and returns the replies; error replies are among them."""
@@ -42,10 +40,9 @@ class Greeting:
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels."""
 
-    def __init__(self, options: Options, credentials: CredentialProvider | None) -> None:
+    def __init__(self, options: Options, credentials: Credentials) -> None:
         self._options = options
         self._credentials = credentials
-        self._asked: asyncio.Future[Any] | None = None
         self.address = options.address
 
     @property
@@ -97,7 +94,7 @@ class Endpoint:
         Raises ReplyError if it refuses (WRONGPASS, NOAUTH, no such database) or is loading.
         """
         options = self._options
-        username, password = await self.credentials()
+        username, password = await self._credentials.current()
         hello: list[str] = ["HELLO", "3"]
         if username is not None or password is not None:
             hello += ["AUTH", username or "default", password or ""]
@@ -133,46 +130,6 @@ class Endpoint:
         server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
         return Greeting(server, isinstance(known, list) and any(known))
 
-    async def credentials(self) -> tuple[str | None, str | None]:
-        """Return the username and password to log in with.
-
-        Raises ConnectError if the provider fails, which says how but not with what words: they
-        are not ours, and may hold a token.
-        """
-        provider = self._credentials
-        if provider is None:
-            return self._options.username, self._options.password
-        try:
-            given = tuple(await self._ask_provider(provider))
-            if len(given) not in (1, 2) or not all(type(part) is str for part in given):
-                raise ValueError("it must return (password,) or (username, password)")
-        except Exception as error:  # whatever it raises, the next attempt may succeed
-            raise ConnectError(
-                f"the credential provider failed: {type(error).__name__}"
-            ) from error
-        return (None, given[0]) if len(given) == 1 else (given[0], given[1])
-
-    async def _ask_provider(self, provider: CredentialProvider) -> tuple[str, ...]:
-        from redis.credentials import CredentialProvider
-
-        if type(provider).get_credentials_async is not CredentialProvider.get_credentials_async:
-            given: tuple[str, ...] = await provider.get_credentials_async()
-            return given
-        # It knows the blocking way alone, which may ask a service elsewhere. A call that takes
-        # longer than one attempt to connect is waited for in the next: a second one beside it
-        # would take one more thread of those that also look up hosts.
-        if self._asked is None:
-            loop = asyncio.get_running_loop()
-            self._asked = loop.run_in_executor(None, provider.get_credentials)
-            self._asked.add_done_callback(_retrieve)
-        asked = self._asked
-        try:
-            given = await asyncio.shield(asked)
-        finally:
-            if asked.done():
-                self._asked = None
-        return given
-
     def _check_role(self, role: object) -> None:
         """Raise ConnectError if a Sentinel named a server that has another role by now."""
         if not self.is_discovered or not isinstance(role, bytes):
@@ -182,12 +139,6 @@ class Endpoint:
             raise ConnectError(
                 f"the Sentinels name {self.address} as {wanted.decode()}, but it is {role.decode()}"
             )
-
-
-def _retrieve(asked: asyncio.Future[Any]) -> None:
-    """Look at the outcome of what nobody may wait for any more, so that nobody complains."""
-    if not asked.cancelled():
-        asked.exception()
 
 
 def _is_without_resp3(error: ReplyError) -> bool:

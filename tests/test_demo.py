@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from markdown import PROJECT
+from documents import PROJECT
 
 RECORDS = 200
 PATIENCE = 120

@@ -13,9 +13,9 @@ import yaml
 from msgspec.inspect import Field, StructType, Type, UnionType, VarTupleType, type_info
 
 import dscache
+from documents import DOCUMENTS, PROJECT, anchors, code, links, prose, section, table
 from dscache import _url, config, errors
 from dscache._typed import Written
-from markdown import DOCUMENTS, PROJECT, anchors, code, links, prose, section, table
 
 README = PROJECT / "README.md"
 CONFIGURATION = PROJECT / "docs" / "configuration.md"
@@ -58,7 +58,7 @@ def inner(name: str, kind: Type, listed: bool = False) -> Iterator[Part]:
             yield from inner(name, one, listed)
     elif isinstance(kind, VarTupleType):
         yield from inner(name, kind.item_type, listed=True)
-    elif isinstance(kind, StructType):
+    elif isinstance(kind, StructType) and issubclass(kind.cls, Written):
         yield Part(name, kind.cls, listed)
 
 

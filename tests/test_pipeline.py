@@ -1472,19 +1472,21 @@ def test_an_overtaken_write_fails_if_the_later_one_does(
     assert len({id(error) for error in errors}) == 3
 
 
-def test_nobody_waits_for_a_write_that_is_over(exchange: Exchange) -> None:
+def test_a_write_read_before_it_was_overtaken_is_refused(exchange: Exchange) -> None:
+    """Who reads between the two has seen that it was not done."""
     exchange.server.refused = {*keys_of("no")}
+    exchange.server.put("a", 7, b'"stored"')
     _, first = exchange.issue(Op("set", "no", (1, 1)), Op("set", "a", (1, "old")))
     output = exchange.pipeline.take_output()
-    deadline = exchange.pipeline.expire(0)
+    [read] = exchange.issue(Op("get", "a"))
+    output += exchange.pipeline.take_output()
     [later] = exchange.issue(Op("set", "a", (2, "new")))
     output += exchange.pipeline.take_output()
-    late = exchange.pipeline.expire(deadline)
-    assert isinstance(first.error, DeadlineExceeded)
-    exchange.pipeline.expire(late)
-    assert isinstance(later.error, DeadlineExceeded)
     exchange.pipeline.feed(exchange.server.answer(output))
     exchange.run()
+    assert isinstance(first.error, ReplyError)
+    assert plain(read.result()) == (7, "stored")
+    assert later.result() is True
     assert exchange.server.values[b"a_d"] == b'"new"'
 
 
@@ -1637,6 +1639,41 @@ def test_a_repeat_does_not_undo_a_later_write(exchange: Exchange) -> None:
     assert [waiter.result() for waiter in (first, other, later)] == [True] * 3
     assert exchange.server.values[b"a_d"] == b'"new"'
     assert exchange.server.values[b"b_d"] == b'"b"'
+
+
+def test_a_repeat_that_loads_the_script_lets_later_writes_overtake(exchange: Exchange) -> None:
+    """A write behind it is done by script, and one before it, refused, comes too late."""
+    refused = resp(Refusal(NOSCRIPT))
+    [loads] = exchange.issue(Op("set", "z", (1, 1), {"ttl": 9}))
+    exchange.take()
+    [first] = exchange.issue(Op("set", "a", (1, "old"), {"ttl": 9}))
+    exchange.take()
+    exchange.pipeline.feed(refused)
+    [later] = exchange.issue(Op("set", "a", (2, "new"), {"ttl": 9}))
+    output = exchange.pipeline.take_output()
+    assert verbs(commands(output)) == ["EVAL", "EVALSHA"]
+    exchange.pipeline.feed(refused + exchange.server.answer(output))
+    exchange.run()
+    assert [waiter.result() for waiter in (loads, first, later)] == [True] * 3
+    assert exchange.server.values[b"a_d"] == b'"new"'
+
+
+@pytest.mark.parametrize("versions", [(1, 2), (2, 1), (2, 2)])
+def test_guarded_writes_that_change_places_guard_themselves(
+    exchange: Exchange, versions: tuple[int, int]
+) -> None:
+    """A repeat of one is harmless to the other: both have a result, and none is refused."""
+    exchange.server.refused = {*keys_of("no")}
+    guard = {"if_newer": True}
+    no, first = exchange.issue(
+        Op("set", "no", (1, 1), guard), Op("set", "a", (versions[0], "first"), guard)
+    )
+    [second] = exchange.issue(Op("set", "a", (versions[1], "second"), guard))
+    exchange.run()
+    assert isinstance(no.error, ReplyError)
+    assert second.result() is True
+    assert first.result() is (versions[0] > versions[1])
+    assert exchange.server.values[b"a_v"] == b"2"
 
 
 def test_a_repeat_does_not_bring_back_what_was_deleted(exchange: Exchange) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
@@ -41,8 +41,7 @@ def blocks(document: Path) -> list[Block]:
     source = document.read_text(encoding="utf-8")
     matches = list(_FENCE.finditer(source))
     found = []
-    for match, after in pairwise([*matches, None]):
-        assert match is not None
+    for match, after in zip_longest(matches, matches[1:]):
         line = source.count("\n", 0, match.start(2)) + 1
         prints = after is not None and after[1] == "text" and match[1] == "python"
         found.append(Block(document, line, match[1], match[2], after[2] if prints else None))

@@ -1,0 +1,337 @@
+# RESP of the way out and of the way back; the compiled twin of ``_pure_wire.py``.
+
+
+# -- writing into the output buffer: each returns where the next byte goes
+
+# The mark, up to 20 digits and the two line ends around a text.
+cdef enum:
+    ROOM_AROUND = 32
+
+
+cdef inline char* put_bytes(char* at, const char* text, Py_ssize_t size) noexcept:
+    memcpy(at, text, size)
+    return at + size
+
+
+cdef inline char* put_end(char* at) noexcept:
+    at[0] = 13
+    at[1] = 10
+    return at + 2
+
+
+cdef inline char* put_digits(char* at, unsigned long long number) noexcept:
+    cdef char backwards[20]
+    cdef int size = 0
+    while number > 9:
+        backwards[size] = <char>(48 + number % 10)
+        number //= 10
+        size += 1
+    at[0] = <char>(48 + number)
+    at += 1
+    while size:
+        size -= 1
+        at[0] = backwards[size]
+        at += 1
+    return at
+
+
+cdef inline char* put_length(char* at, char mark, Py_ssize_t length) noexcept:
+    at[0] = mark
+    return put_end(put_digits(at + 1, length))
+
+
+@cython.final
+cdef class _Encoder:
+    """Writes the commands of batches, with the keys of one layout."""
+
+    cdef bytes _opening  # what stands before a name in its keys
+    cdef bytes _opening_for_brace  # the same, before a name that begins with "}"
+    cdef bytes _closing  # what stands between a name and the suffix
+    cdef char* _out
+    cdef Py_ssize_t _size
+    cdef Py_ssize_t _capacity
+
+    def __cinit__(self, str key_prefix, bint hash_tag):
+        cdef bytes prefix = key_prefix.encode()
+        self._out = NULL
+        self._opening = prefix + c.TAG_OPEN if hash_tag else prefix
+        self._opening_for_brace = prefix + c.TAG_FOR_BRACE if hash_tag else prefix
+        self._closing = c.TAG_CLOSE if hash_tag else b""
+
+    def __dealloc__(self):
+        PyMem_Free(self._out)
+
+    cdef inline void begin(self) noexcept:
+        """Forget what was written and not taken."""
+        self._size = 0
+
+    cdef inline Py_ssize_t size(self) noexcept:
+        """Return how many bytes were written so far."""
+        return self._size
+
+    cdef bytes take(self):
+        """Return what was written."""
+        cdef bytes output = PyBytes_FromStringAndSize(self._out, self._size)
+        if self._capacity > 4 * COMMAND_BYTES:  # one huge record must not keep its room for ever
+            PyMem_Free(self._out)
+            self._out = NULL
+            self._capacity = 0
+        return output
+
+    cdef Py_ssize_t encode(self, _Batch batch, bint has_msetex) except -1:
+        """Append the next command of a batch and return its record count; or, of removals and
+        heads, the commands for so many records."""
+        cdef int kind = batch.kind
+        cdef Py_ssize_t first = batch.sent
+        cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
+        cdef Py_ssize_t limit = COMMAND_RECORDS
+        cdef Py_ssize_t i, size = 0
+        cdef bint msetex = kind == SET_TTL and has_msetex
+        cdef _Write write
+        if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
+            limit = SCRIPT_RECORDS
+        if batch.alone:
+            limit = 1
+        if last > first + limit:
+            last = first + limit
+        if SET <= kind <= SET_IF_NEWER:
+            for i in range(first, last):
+                write = <_Write>PyList_GET_ITEM(batch.entries, i)
+                size += PyBytes_GET_SIZE(write.text)
+                if size > COMMAND_BYTES or (
+                    msetex and write.ttl != (<_Write>PyList_GET_ITEM(batch.entries, first)).ttl
+                ):
+                    last = i if i > first else first + 1
+                    break
+        cdef Py_ssize_t count = last - first
+        if kind == GET:
+            self._put_header(1 + 2 * count, b"$4\r\nMGET\r\n")
+            for i in range(first, last):
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        elif kind == HEAD:
+            for i in range(first, last):
+                self._put_header(2, b"$3\r\nGET\r\n")
+                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_VERSION)
+                self._put_header(2, b"$4\r\nTYPE\r\n")
+                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
+        elif kind == SET or msetex:
+            if msetex:
+                self._put_header(4 + 4 * count, b"$6\r\nMSETEX\r\n")
+                self._put_number(2 * count)
+            else:
+                self._put_header(1 + 4 * count, b"$4\r\nMSET\r\n")
+            for i in range(first, last):
+                self._put_record(
+                    <str>PyList_GET_ITEM(batch.names, i),
+                    <_Write>PyList_GET_ITEM(batch.entries, i),
+                )
+            if msetex:
+                self._put_text(b"EX")
+                self._put_number((<_Write>PyList_GET_ITEM(batch.entries, first)).ttl)
+        elif kind == DELETE:
+            for i in range(first, last):
+                self._put_header(3, b"$3\r\nDEL\r\n")
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        else:
+            self._put_script(batch, count)
+            for i in range(first, last):
+                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+            for i in range(first, last):
+                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), i < batch.repeated)
+        return count
+
+    cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
+        if batch.whole_script:
+            self._put_header(3 + 6 * count, b"$4\r\nEVAL\r\n")
+            self._put_text(c.SET_SCRIPT)
+        else:
+            self._put_header(3 + 6 * count, b"$7\r\nEVALSHA\r\n")
+            self._put_text(c.SET_SCRIPT_SHA)
+        self._put_number(2 * count)
+        return 0
+
+    cdef int _put_record(self, str name, _Write write) except -1:
+        """Append both keys of a record, each followed by its value."""
+        self._put_key(name, SUFFIX_OF_VERSION)
+        self._put_number(write.version)
+        self._put_key(name, SUFFIX_OF_DATA)
+        self._put_text(write.text)
+        return 0
+
+    cdef int _put_arguments(self, _Write write, bint repeated) except -1:
+        self._put_number(write.version)
+        self._put_text(write.text)
+        self._put_number(write.ttl)
+        self._put_text(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
+        return 0
+
+    cdef int _put_keys(self, str name) except -1:
+        """Append both keys of a record: the second is the first with another last letter."""
+        cdef Py_ssize_t start = self._size
+        cdef Py_ssize_t size = self._put_key(name, SUFFIX_OF_VERSION)
+        self._reserve(size)
+        memcpy(self._out + self._size, self._out + start, size)
+        self._size += size
+        self._out[self._size - 3] = SUFFIX_OF_DATA
+        return 0
+
+    cdef Py_ssize_t _put_key(self, str name, char suffix) except -1:
+        """Append one key of a record, and return how many bytes it took."""
+        cdef Py_ssize_t size = 0
+        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        cdef bytes opening = self._opening
+        cdef bytes closing = self._closing
+        if text[0] == 125:  # "}"
+            opening = self._opening_for_brace
+            closing = b""
+        cdef Py_ssize_t length = (
+            PyBytes_GET_SIZE(opening) + size + PyBytes_GET_SIZE(closing) + SUFFIX_SIZE
+        )
+        cdef char* start = self._reserve(length + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, length)  # "$"
+        at = put_bytes(at, PyBytes_AS_STRING(opening), PyBytes_GET_SIZE(opening))
+        at = put_bytes(at, text, size)
+        at = put_bytes(at, PyBytes_AS_STRING(closing), PyBytes_GET_SIZE(closing))
+        at[0] = 95  # "_"
+        at[1] = suffix
+        at = put_end(at + SUFFIX_SIZE)
+        self._size += at - start
+        return at - start
+
+    cdef int _put_header(self, Py_ssize_t length, bytes command) except -1:
+        """Append the beginning of a command: the number of its parts, and the first of them."""
+        cdef char* start = self._reserve(PyBytes_GET_SIZE(command) + ROOM_AROUND)
+        cdef char* at = put_length(start, 42, length)  # "*"
+        at = put_bytes(at, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
+        self._size += at - start
+        return 0
+
+    cdef int _put_text(self, bytes text) except -1:
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
+        cdef char* start = self._reserve(size + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, size)
+        at = put_end(put_bytes(at, PyBytes_AS_STRING(text), size))
+        self._size += at - start
+        return 0
+
+    cdef int _put_number(self, unsigned long long number) except -1:
+        cdef char digits[20]
+        cdef int size = put_digits(digits, number) - digits
+        cdef char* start = self._reserve(size + ROOM_AROUND)
+        cdef char* at = put_length(start, 36, size)
+        at = put_end(put_bytes(at, digits, size))
+        self._size += at - start
+        return 0
+
+    cdef inline char* _reserve(self, Py_ssize_t size) except NULL:
+        """Return where to write the next ``size`` bytes."""
+        if self._size + size > self._capacity:
+            self._grow(size)
+        return self._out + self._size
+
+    cdef int _grow(self, Py_ssize_t size) except -1:
+        cdef Py_ssize_t capacity = max(2 * self._capacity, self._size + size, 4096)
+        cdef char* out = <char*>PyMem_Realloc(self._out, capacity)
+        if out == NULL:
+            raise MemoryError
+        self._out = out
+        self._capacity = capacity
+        return 0
+
+
+# -- reading the lengths of what arrives
+
+
+cdef inline bint is_text(unsigned char mark) noexcept:
+    return mark == 36 or mark == 61 or mark == 33  # $ = !
+
+
+cdef inline bint is_aggregate(unsigned char mark) noexcept:
+    return mark == 42 or mark == 126 or mark == 62 or mark == 37 or mark == 124  # * ~ > % |
+
+
+@cython.final
+cdef class _LengthGuard:
+    """Follows the lengths that a server announces, over however many pieces."""
+
+    cdef long long _max_reply_bytes
+    cdef Py_ssize_t _skip  # what is left of a text that began earlier, and of its line end
+    cdef unsigned char _mark  # the first byte of a line that began earlier, else 0
+    cdef int _header_size
+    cdef int _digits
+    cdef bint _is_length
+    cdef bint _ends
+    cdef long long _announced
+
+    def __cinit__(self, long long max_reply_bytes):
+        self._max_reply_bytes = max_reply_bytes
+
+    cdef int inspect(self, const unsigned char* at, Py_ssize_t size, str address) except -1:
+        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+
+        A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
+        """
+        cdef const unsigned char* end = at + size
+        cdef const unsigned char* ahead
+        cdef long long length
+        cdef unsigned char byte
+        while at < end:
+            if self._skip:
+                size = min(self._skip, end - at)
+                self._skip -= size
+                at += size
+                continue
+            byte = at[0]
+            # Nearly everything is a text whose header and body are here in one piece.
+            if byte == 36 and not self._mark and end - at > 8:
+                ahead = at + 1
+                length = 0
+                while 48 <= ahead[0] <= 57 and ahead - at < 6:
+                    length = length * 10 + ahead[0] - 48
+                    ahead += 1
+                if ahead > at + 1 and ahead[0] == 13 and ahead[1] == 10:
+                    if length + 4 <= end - ahead and length <= self._max_reply_bytes:
+                        at = ahead + length + 4
+                        continue
+            if not self._mark:
+                at += 1
+                if byte != 10:
+                    self._mark = byte
+                    self._header_size = self._digits = 0
+                    self._announced = 0
+                    self._is_length = is_text(byte) or is_aggregate(byte)
+                    self._ends = False
+            elif not self._is_length:
+                at = <const unsigned char*>memchr(at, 10, end - at)
+                if at == NULL:
+                    break
+                at += 1
+                self._mark = 0
+            else:
+                at += 1
+                self._header_size += 1
+                if byte == 10:
+                    self._check_length(address)
+                    self._mark = 0
+                elif byte == 13:
+                    self._ends = True
+                elif self._ends or not 48 <= byte <= 57 or self._header_size > HEADER_BYTES:
+                    self._is_length = False  # hiredis refuses what is no RESP
+                else:
+                    self._digits += 1
+                    if self._digits <= 18:
+                        self._announced = self._announced * 10 + byte - 48
+                    else:
+                        self._announced = 1_000_000_000_000_000_000
+        return 0
+
+    cdef int _check_length(self, str address) except -1:
+        cdef bint text = is_text(self._mark)
+        cdef long long limit = self._max_reply_bytes if text else MAX_ELEMENTS
+        if self._digits == 0 or self._header_size - 1 > HEADER_BYTES:
+            return 0
+        if self._announced > limit:
+            raise c.too_long(address, self._announced, limit)
+        if text:
+            self._skip = self._announced + 2
+        return 0

@@ -1,0 +1,161 @@
+"""Batches, bulks and those who wait for them; the pure twin of ``_fast_batch.pxi``."""
+
+from __future__ import annotations
+
+from asyncio import InvalidStateError
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
+from functools import partial
+from typing import Any, Final
+
+from . import _common as c
+from ._common import Waiter
+
+# The waiters of a record that is read again: nobody is told what the first reply says of it.
+NOBODY: Final[list[Any]] = []
+
+
+class Write:
+    """The content of one record to be written, and who waits for it."""
+
+    __slots__ = ("guard", "text", "ttl", "version", "waiter")
+
+    def __init__(self, version: int, text: bytes, ttl: int, guard: bytes) -> None:
+        self.version = version
+        self.text = text
+        self.ttl = ttl
+        self.guard = guard
+        self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
+
+
+class Overtaken:
+    """The waiters of a refused write, as waiters of the write that overtook it.
+
+    In the order they were issued the first was overwritten at once: it is done if the later one
+    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
+    """
+
+    __slots__ = ("_always", "_refusal", "_waiter")
+
+    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
+        self._waiter = waiter
+        self._refusal = refusal
+        self._always = always
+
+    def set_result(self, done: bool, /) -> None:
+        if done or self._always:
+            tell(self._waiter, True)
+        else:
+            fail(self._waiter, self._refusal)
+
+    def set_exception(self, error: Exception, /) -> None:
+        fail(self._waiter, partial(copy, error))
+
+
+class Bulk:
+    """The outcome of one bulk operation, gathered from its slots."""
+
+    __slots__ = ("errors", "missing", "operation", "over", "remaining", "result", "total", "waiter")
+
+    def __init__(self, operation: str, waiter: Waiter, result: Any, total: int) -> None:
+        self.operation = operation
+        self.waiter = waiter
+        self.result = result
+        self.total = total
+        self.remaining = total
+        self.errors: dict[str, Exception] = {}
+        self.missing: list[str] = []  # names to take out of a result that began as all names
+        self.over = False  # the waiter has its outcome
+
+    def settle(self, count: int) -> None:
+        """Count records that have their outcome; the last one settles the waiter."""
+        self.remaining -= count
+        if self.remaining or self.over:
+            return
+        self.over = True
+        for name in self.missing:
+            del self.result[name]
+        if self.errors:
+            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
+            fail(self.waiter, lambda: error)
+        else:
+            tell(self.waiter, self.result)
+
+
+class Batch:
+    """Records of one kind that go out together: the operations of a tick, or one bulk.
+
+    ``records`` maps each name to its waiter, list of waiters or Write. It is frozen into two
+    lists when the first of it is sent. Records before ``answered`` are settled, those from
+    there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the batches;
+    a repeat has its original's.
+    """
+
+    __slots__ = (
+        "alone",
+        "answered",
+        "bulk",
+        "deadline",
+        "entries",
+        "expired",
+        "kind",
+        "names",
+        "records",
+        "repeated",
+        "sent",
+        "serial",
+        "whole_script",
+    )
+
+    def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
+        self.kind = kind
+        self.deadline = deadline
+        self.serial = serial
+        self.records = records
+        self.names: list[str] = []
+        self.entries: list[Any] = []
+        self.sent = 0
+        self.answered = 0
+        self.bulk: Bulk | None = None
+        self.expired = False  # its waiters have been told; the replies are dropped
+        self.repeated = 0  # records before it were sent before, on a connection that was lost
+        self.whole_script = False  # Redis has lost the script: send its text
+        self.alone = False  # one record a command, to find the one that is refused
+
+    def freeze(self) -> None:
+        if not self.names:
+            self.names = list(self.records)
+            self.entries = list(self.records.values())
+
+    def over(self) -> bool:
+        """Return whether nobody waits for it any more."""
+        return self.expired or (self.bulk is not None and self.bulk.over)
+
+    def waiting(self) -> int:
+        return len(self.records) - self.sent
+
+
+# -- waiters
+
+
+def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
+    """Return the waiters of one record, to which one more comes."""
+    if type(earlier) is not list:
+        return [earlier, waiter]
+    earlier.append(waiter)
+    return earlier
+
+
+def tell(waiter: Any, result: object) -> None:
+    """Give a waiter, or each of a list, its result, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_result(result)
+
+
+def fail(waiter: Any, make: Callable[[], Exception]) -> None:
+    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_exception(make())

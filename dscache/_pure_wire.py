@@ -1,0 +1,127 @@
+"""RESP of the way out and of the way back; the pure twin of ``_fast_wire.pxi``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import hiredis
+
+from . import _common as c
+from ._pure_batch import Batch
+
+# hiredis's stub gives it a narrower type than it has.
+pack_command: Any = hiredis.pack_command
+
+# What RESP2 and RESP3 announce with a length: texts in bytes, and the others in elements.
+_TEXTS: Final = (b"$", b"=", b"!")
+_LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
+
+
+def _announced(header: bytes) -> int:
+    """Return the length in a header, or -1 if it states none (hiredis refuses what is no RESP)."""
+    digits = header.rstrip(b"\r")
+    if not digits.isdigit() or len(header) > c.HEADER_BYTES:
+        return -1
+    return int(digits) if len(digits) <= 18 else 10**18
+
+
+class Encoder:
+    """Writes the commands of batches, with the keys of one layout."""
+
+    def __init__(self, key_prefix: str, hash_tag: bool) -> None:
+        self._prefix = key_prefix.encode()
+        self._hash_tag = hash_tag
+
+    def keys(self, name: str) -> tuple[bytes, bytes]:
+        """Return the keys of a record: of its version, and of its data."""
+        text = name.encode()
+        if not self._hash_tag:
+            stem = self._prefix + text
+        elif text.startswith(c.TAG_CLOSE):
+            stem = self._prefix + c.TAG_FOR_BRACE + text
+        else:
+            stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
+        return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
+
+    def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
+        """Return the next command of a batch and its record count; or, of removals and heads,
+        the commands for so many records."""
+        pack = pack_command
+        first = batch.sent
+        kind = batch.kind
+        msetex = kind == c.SET_TTL and has_msetex
+        script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
+        limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
+        last = min(first + (1 if batch.alone else limit), len(batch.names))
+        if c.SET <= kind <= c.SET_IF_NEWER:
+            size = 0
+            for i in range(first, last):
+                size += len(batch.entries[i].text)
+                other_ttl = msetex and batch.entries[i].ttl != batch.entries[first].ttl
+                if size > c.COMMAND_BYTES or other_ttl:
+                    last = max(i, first + 1)
+                    break
+        keys: list[bytes] = []
+        for i in range(first, last):
+            keys.extend(self.keys(batch.names[i]))
+        entries = batch.entries[first:last]
+        if kind == c.GET:
+            return pack((b"MGET", *keys)), last - first
+        if kind == c.DELETE:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            return b"".join(pack((b"DEL", *pair)) for pair in pairs), last - first
+        if kind == c.HEAD:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
+            return b"".join(out), last - first
+        count = b"%d" % len(keys)
+        if kind == c.SET or msetex:
+            values = (value for w in entries for value in (b"%d" % w.version, w.text))
+            pairs_of = zip(keys, values, strict=True)
+            flat = [part for pair in pairs_of for part in pair]
+            if msetex:
+                lifetime = (b"EX", b"%d" % entries[0].ttl)
+                return pack((b"MSETEX", count, *flat, *lifetime)), last - first
+            return pack((b"MSET", *flat)), last - first
+        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
+        arguments: list[bytes] = []
+        for i, write in enumerate(entries, first):
+            guard = write.guard
+            if i < batch.repeated and guard == c.GUARDED:
+                guard = c.GUARDED_REPEAT
+            arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
+        return pack((*how, count, *keys, *arguments)), last - first
+
+
+class LengthGuard:
+    """Follows the lengths that a server announces, over however many pieces."""
+
+    def __init__(self, max_reply_bytes: int) -> None:
+        self._max_reply_bytes = max_reply_bytes
+        self._skip = 0
+        self._header = b""
+
+    def inspect(self, data: bytes, address: str) -> None:
+        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+
+        A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
+        """
+        at = self._skip  # the rest of a text, and of its line end, is passed over
+        data = self._header + data
+        while at < len(data):
+            end = data.find(b"\n", at)
+            if end < 0:
+                break
+            mark = data[at : at + 1]
+            if mark in _LENGTHS:
+                length = _announced(data[at + 1 : end])
+                of_text = mark in _TEXTS
+                limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
+                if length > limit:
+                    raise c.too_long(address, length, limit)
+                if of_text and length >= 0:
+                    end += length + 2
+            at = end + 1
+        self._skip = max(at - len(data), 0)
+        # Of a line that goes on, a header or not, no more than a header may have.
+        self._header = data[at : at + 2 * c.HEADER_BYTES]
