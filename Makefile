@@ -66,7 +66,7 @@ lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict dscache
-	$(VENV)/bin/cython-lint dscache/_fast.pyx dscache/*.pxi
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint dscache/_fast.pyx dscache/*.pxi
 	$(PY) -m mypy.stubtest dscache._fast
 
 format: $(VENV)/.installed-lint
