@@ -18,18 +18,20 @@ BUILT := $(VENV)/.built
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test lint format bench bench-smoke clean
+.PHONY: help build demo test soak sanitize lint format bench bench-smoke clean
 
 help:
 	@echo "make demo         the main job on a private server, with measured records per second"
 	@echo "make test         the whole suite, on both backends and every server found"
+	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
+	@echo "make sanitize     the compiled core under AddressSanitizer, fed with a million bad replies"
 	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
 	@echo "make format       let ruff format the code"
 	@echo "make bench        the benchmarks, and a comparison with redis-py in interleaved rounds"
 	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove $(VENV) and everything built"
-	@echo "ARGS='...' goes to what demo, test, bench and bench-smoke run, such as ARGS='-k name'."
+	@echo "ARGS='...' goes to what demo, test, soak, bench... run, such as ARGS='-k name'."
 
 $(CREATED):
 	@test -n "$(PYTHON)" || { echo "make: no Python found that is 3.11 or newer and has venv" \
@@ -61,6 +63,22 @@ demo: $(VENV)/.installed-demo $(BUILT)
 
 test: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m pytest -p no:benchmark $(ARGS)
+
+soak: $(VENV)/.installed-test $(BUILT)
+	$(PY) tests/soak.py $(ARGS)
+
+# In a copy, as the core that is built here must stay what it is.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed-test
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r dscache tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/dscache/*.so
+	cd $(SANITIZED) && CFLAGS='-fsanitize=address -g -O1' LDFLAGS=-fsanitize=address \
+		"$(CURDIR)/$(PY)" setup.py -q build_ext --inplace --force
+	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
+		"$(CURDIR)/$(PY)" tests/soak.py fuzz $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .

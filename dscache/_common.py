@@ -376,6 +376,19 @@ def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
     return error
 
 
+def is_push(push: list[Any]) -> bool:
+    """Return whether a push begins with its kind, as each does.
+
+    An array with one wrong bit looks like a push, and all replies behind it would be others'.
+    """
+    return bool(push) and type(push[0]) is bytes and push[0][:1].isalpha()
+
+
+def no_push(address: str, push: list[Any]) -> ProtocolError:
+    """Return the error for a push that has no kind."""
+    return ProtocolError(f"{address} sent a push without a kind: {shorten(push)}")
+
+
 def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:
     """Return the error of an operation whose connection ended before the answer.
 

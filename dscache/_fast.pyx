@@ -538,6 +538,8 @@ cdef class Pipeline:
                 self._partial = 0
                 if type(reply) is not _PUSH:
                     self._answer(reply)
+                elif not c.is_push(reply):
+                    raise c.no_push(self.address, reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -836,13 +838,13 @@ cdef class Pipeline:
 
         If a script is lost, those by script are refused too, and come back in their order, unless
         a repeat has brought it before them. A repeat that is guarded can't undo another guarded
-        write.
+        write, though a read between them would see the wrong one.
         """
         cdef _Batch later
         cdef dict found = {}
         cdef set read = set()
         cdef bint loaded = mixed
-        cdef bint newer, guarded, by_script
+        cdef bint newer, guarded, by_script, harmless
         cdef Py_ssize_t i
         for later in dict.fromkeys([slot[0] for slot in self._slots]):
             newer = later.serial > batch.serial
@@ -852,14 +854,12 @@ cdef class Pipeline:
                 for i in range(later.answered, later.sent):
                     if later.entries[i] is not _NOBODY:
                         read.add(later.names[i])
-            elif (
-                newer
-                and (loaded or not by_script)
-                and not (guarded and batch.kind == SET_IF_NEWER)
-            ):
+            elif newer and (loaded or not by_script):
+                harmless = guarded and batch.kind == SET_IF_NEWER
                 for i in range(later.answered, later.sent):
                     name = later.names[i]
-                    found.setdefault(name, (later, i, name in read))
+                    if name in read or not harmless:
+                        found.setdefault(name, (later, i, name in read))
             loaded = loaded or later.whole_script
         return found
 

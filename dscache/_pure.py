@@ -479,6 +479,8 @@ class Pipeline:
                 self._partial = 0
                 if type(reply) is not hiredis.PushNotification:
                     self._answer(reply)
+                elif not c.is_push(reply):
+                    raise c.no_push(self.address, reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -741,7 +743,7 @@ class Pipeline:
 
         If a script is lost, those by script are refused too, and come back in their order, unless
         a repeat has brought it before them. A repeat that is guarded can't undo another guarded
-        write.
+        write, though a read between them would see the wrong one.
         """
         found: dict[str, tuple[Batch, int, bool]] = {}
         read: set[str] = set()
@@ -754,14 +756,12 @@ class Pipeline:
                 for i in range(later.answered, later.sent):
                     if later.entries[i] is not NOBODY:
                         read.add(later.names[i])
-            elif (
-                newer
-                and (loaded or not by_script)
-                and not (guarded and batch.kind == c.SET_IF_NEWER)
-            ):
+            elif newer and (loaded or not by_script):
+                harmless = guarded and batch.kind == c.SET_IF_NEWER
                 for i in range(later.answered, later.sent):
                     name = later.names[i]
-                    found.setdefault(name, (later, i, name in read))
+                    if name in read or not harmless:
+                        found.setdefault(name, (later, i, name in read))
             loaded = loaded or later.whole_script
         return found
 

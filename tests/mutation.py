@@ -151,6 +151,7 @@ class Fuzzer:
         probe = pipeline.get("probe")
         while output := pipeline.take_output():
             pipeline.feed(server.answer(output))
+        server.executed.clear()
         counters = pipeline.stats()
         pending = [counters[name] for name in ("pending", "pending_bytes", "in_flight", "queued")]
         if any(pending):

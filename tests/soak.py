@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> int:
     if unknown := set(options.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     # Losses are what is done here; the figures tell of them.
-    logging.getLogger("dscache").setLevel(logging.ERROR)
+    for name in ("dscache", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     binary = find_server()
     held = True
     for name in _cores(options.backend):

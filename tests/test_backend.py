@@ -15,12 +15,11 @@ FOLDER = str(Path(dscache.__file__).parents[1])
 SHOW = """
 import dscache
 from dscache import _backend
-print(dscache.BACKEND, _backend.BACKEND, _backend.core.__name__, dscache.Record.__module__)
-print(_backend.core.Pipeline.__module__)
+print(dscache.BACKEND, _backend.BACKEND, _backend.core.__name__)
+print(_backend.core.Pipeline.__module__, dscache.Record is _backend.core.Record)
 """
 EXPECTED = {
-    name: f"{name} {name} dscache._{name} dscache._{name}\ndscache._{name}\n"
-    for name in ("fast", "pure")
+    name: f"{name} {name} dscache._{name}\ndscache._{name} True\n" for name in ("fast", "pure")
 }
 # Stands in for an extension that was not built, or that fails as it is loaded.
 SABOTAGE = """
@@ -143,11 +142,11 @@ async def main():
     async with dscache.AsyncCache.from_config({"name": "memory"}) as cache:
         await cache.set("a", 1, [1])
         record = await cache.get("a")
-        print(type(record).__module__, cache.description)
+        print(type(record) is dscache.Record, cache.description)
 asyncio.run(main())
 """
     for name in ("fast", "pure"):
         ended = run(code, name)
         assert ended.stderr == ""
-        assert ended.stdout.startswith(f"dscache._{name} ")
+        assert ended.stdout.startswith("True dscache memory cache")
         assert ended.stdout.endswith(f"{name} core\n")

@@ -737,6 +737,20 @@ def test_pushes_answer_nothing(exchange: Exchange) -> None:
     assert waiter.result().version == 1
 
 
+@pytest.mark.parametrize(
+    "push", [[], [None, None], [1], [b"7", b"{}"], [b"", b""], [[b"a"]]], ids=repr
+)
+def test_a_push_without_a_kind_is_an_array_gone_wrong(exchange: Exchange, push: list[Any]) -> None:
+    """If it were passed over, the next reply would go to whom this one belongs to."""
+    waiters = exchange.issue(Op("get", "a"))
+    exchange.take()
+    waiters += exchange.issue(Op("get", "b"))
+    exchange.take()
+    with pytest.raises(ProtocolError, match=rf"^{ADDRESS} sent a push without a kind"):
+        exchange.reply(Push(push), [b"1", b'"of b"'])
+    assert not any(waiter.done for waiter in waiters)
+
+
 @pytest.mark.parametrize("reply", ["OK", b"x", None, 1, [], Refusal("ERR no"), {}, True], ids=repr)
 def test_a_reply_without_a_slot(exchange: Exchange, reply: object) -> None:
     with pytest.raises(ProtocolError, match=rf"^{ADDRESS} sent a reply that no operation waits"):
@@ -1656,6 +1670,19 @@ def test_a_repeat_that_loads_the_script_lets_later_writes_overtake(exchange: Exc
     exchange.run()
     assert [waiter.result() for waiter in (loads, first, later)] == [True] * 3
     assert exchange.server.values[b"a_d"] == b'"new"'
+
+
+def test_guarded_writes_with_a_read_between_do_not_change_places(exchange: Exchange) -> None:
+    """The read has seen that the first was not done, and must not see the second."""
+    exchange.server.refused = {*keys_of("no")}
+    exchange.server.put("a", 1, b'"stored"')
+    guard = {"if_newer": True}
+    _, first = exchange.issue(Op("set", "no", (1, 1), guard), Op("set", "a", (2, "first"), guard))
+    [read, second] = exchange.issue(Op("get", "a"), Op("set", "a", (3, "second"), guard))
+    exchange.run()
+    assert isinstance(first.error, ReplyError)
+    assert plain(read.result()) == (1, "stored")
+    assert second.result() is True
 
 
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1), (2, 2)])

@@ -1,0 +1,44 @@
+"""The short form of the soak test: every row with small sizes, and what must hold at any speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import rows
+from conftest import SERVERS
+from dscache import connection as connection_module
+from dscache.embedded import ServerBinary, find_server
+
+# The rows start servers of their own, to kill them.
+BINARY = SERVERS[0] if SERVERS and isinstance(SERVERS[0], ServerBinary) else find_server()
+
+SIZES: dict[str, dict[str, Any]] = {
+    "kill": {"rounds": 3},
+    "storm": {"operations": 6000, "delays": (0.0, 0.02, 0.2)},
+    "blackhole": {"seconds": 3.0},
+    "freeze": {"seconds": 1.5},
+    "cut": {"step": 1},
+    "fuzz": {"cases": 5000},
+    "failover": {"rounds": 1},
+    "refused": {"seconds": 2.0},
+    "away": {"operations": 15_000},
+    "silent": {},
+    "mixed": {"minutes": 4 / 60},
+}
+
+
+@pytest.mark.parametrize("row", SIZES)
+async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if row == "silent":
+        monkeypatch.setattr(connection_module, "_PING_AFTER", 0.2)
+        monkeypatch.setattr(connection_module, "_PING_ANSWER", 0.2)
+    figures = await rows.run(row, BINARY, **SIZES[row])
+    print(figures.line())
+    assert figures.problems == []
+    assert figures.operations > 0
+
+
+def test_every_row_is_here() -> None:
+    assert list(SIZES) == list(rows.ROWS)
