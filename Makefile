@@ -75,10 +75,10 @@ sanitize: $(VENV)/.installed-test
 	cp -r dscache tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/dscache/*.so
 	cd $(SANITIZED) && CFLAGS='-fsanitize=address -g -O1' LDFLAGS=-fsanitize=address \
-		"$(CURDIR)/$(PY)" setup.py -q build_ext --inplace --force
-	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
+	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
-		"$(CURDIR)/$(PY)" tests/soak.py fuzz $(ARGS)
+		"$(abspath $(PY))" tests/soak.py fuzz $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .
