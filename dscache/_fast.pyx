@@ -263,6 +263,13 @@ cdef class Pipeline:
         cdef _Batch batch
         cdef Py_ssize_t count
         self.end_tick()
+        cdef double now = _monotonic()
+        if self._queue:
+            batch = self._queue[0]
+            if batch.deadline <= now:
+                # The caller was too busy to say so by ``expire``; it must not be sent all the same.
+                self._drop_late(now)
+                self._recount()
         encoder.begin()
         while self._queue and self.in_flight < self._window and encoder.size() < COMMAND_BYTES:
             batch = self._queue[0]
@@ -343,6 +350,16 @@ cdef class Pipeline:
                 next_deadline = min(next_deadline, batch.deadline)
             else:
                 self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+        self._drop_late(now)
+        if self._queue:
+            batch = self._queue[0]
+            next_deadline = min(next_deadline, batch.deadline)
+        self._recount()
+        return None if next_deadline == INFINITY else next_deadline
+
+    cdef int _drop_late(self, double now) except -1:
+        """Fail what waits at the head of the queue and whose deadline is past."""
+        cdef _Batch batch
         while self._queue:
             batch = self._queue[0]
             if not batch.over() and batch.deadline > now:
@@ -351,14 +368,11 @@ cdef class Pipeline:
             self.queued -= batch.waiting()
             self._open.clear()
             if not batch.over():
+                pending = self.in_flight
                 make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
                 self._fail_batch(batch, make, doubt)
-        if self._queue:
-            batch = self._queue[0]
-            next_deadline = min(next_deadline, batch.deadline)
-        self._recount()
-        return None if next_deadline == INFINITY else next_deadline
+        return 0
 
     def connection_lost(self, reason, bint retry):
         """Settle the slots of a connection that ended.

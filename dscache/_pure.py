@@ -230,9 +230,14 @@ class Pipeline:
     def take_output(self) -> bytes:
         """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
         self.end_tick()
+        queue = self._queue
+        now = time.monotonic()
+        if queue and queue[0].deadline <= now:
+            # The caller was too busy to say so by ``expire``; it must not be sent all the same.
+            self._drop_late(now)
+            self._recount()
         out: list[bytes] = []
         size = 0
-        queue = self._queue
         while queue and self.in_flight < self._window and size < c.COMMAND_BYTES:
             batch = queue[0]
             if batch.over() or not batch.records:
@@ -307,19 +312,24 @@ class Pipeline:
                 next_deadline = min(next_deadline, batch.deadline)
             else:
                 self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+        self._drop_late(now)
+        if self._queue:
+            next_deadline = min(next_deadline, self._queue[0].deadline)
+        self._recount()
+        return None if next_deadline == math.inf else next_deadline
+
+    def _drop_late(self, now: float) -> None:
+        """Fail what waits at the head of the queue and whose deadline is past."""
         queue = self._queue
         while queue and (queue[0].over() or queue[0].deadline <= now):
             batch = queue.popleft()
             self.queued -= batch.waiting()
             self._open.clear()
             if not batch.over():
+                pending = self.in_flight
                 make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
                 self._fail_batch(batch, make, doubt)
-        if queue:
-            next_deadline = min(next_deadline, queue[0].deadline)
-        self._recount()
-        return None if next_deadline == math.inf else next_deadline
 
     def connection_lost(self, reason: Exception, retry: bool) -> None:
         """Settle the slots of a connection that ended.

@@ -899,6 +899,17 @@ def test_an_expired_operation_that_was_not_sent_is_never_sent(exchange: Exchange
     assert later.result() is None
 
 
+def test_what_expired_while_nobody_looked_is_not_sent(core: Any) -> None:
+    """An event loop that was busy for long flushes before its timers get to run."""
+    exchange = Exchange(core, timeout=0.0)
+    waiters = exchange.issue(*_steps("a", 0))
+    assert exchange.pipeline.take_output() == b""
+    assert exchange.pipeline.stats()["pending"] == exchange.pipeline.queued == 0
+    for waiter in waiters:
+        with pytest.raises(DeadlineExceeded, match=r"not sent to .* nothing was done$"):
+            waiter.result()
+
+
 def test_nothing_joins_an_expired_batch(exchange: Exchange) -> None:
     exchange.issue(Op("get", "a"))
     exchange.pipeline.expire(math.inf)
