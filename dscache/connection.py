@@ -41,6 +41,8 @@ _logger = logging.getLogger("dscache")
 
 # The finest step of the timer that enforces deadlines, in seconds as all below.
 _TIMER_STEP = 0.005
+# Operations of one tick expire together, up to this much before their time.
+_DEADLINE_GRAIN = 0.02
 # A connection that lasted so long was a good one: the next attempt comes soon.
 _STEADY_AFTER = 1.0
 # While operations wait for a connection, attempts are no further apart.
@@ -226,6 +228,8 @@ class Connection:
         self._timer = None
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.silence() >= timeout:
+            # What is about to expire as well must not be told of the connection that ends here.
+            deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
             self._link.cut(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
         if deadline is not None:
             self._timer = self._loop.call_later(
