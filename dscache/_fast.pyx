@@ -263,9 +263,10 @@ cdef class Pipeline:
         cdef _Batch batch
         cdef Py_ssize_t count
         self.end_tick()
-        cdef double now = _monotonic()
+        cdef double now
         if self._queue:
             batch = self._queue[0]
+            now = _monotonic()
             if batch.deadline <= now:
                 # The caller was too busy to say so by ``expire``; it must not be sent all the same.
                 self._drop_late(now)

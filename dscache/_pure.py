@@ -231,8 +231,7 @@ class Pipeline:
         """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
         self.end_tick()
         queue = self._queue
-        now = time.monotonic()
-        if queue and queue[0].deadline <= now:
+        if queue and queue[0].deadline <= (now := time.monotonic()):
             # The caller was too busy to say so by ``expire``; it must not be sent all the same.
             self._drop_late(now)
             self._recount()
