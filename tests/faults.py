@@ -64,13 +64,13 @@ class FaultProxy:
 
     async def __aexit__(self, *_: object) -> None:
         await self.refuse()
-        if self._reservation is not None:
-            self._reservation.close()
-            self._reservation = None
         links = list(self._links)
         for link in links:
             link.abort()
         await asyncio.gather(*(link.task for link in links))
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
 
     def heal(self) -> None:
         """Forward everything unchanged and at once again.
@@ -133,18 +133,16 @@ class FaultProxy:
             self._listener.close()
             self._listener = None
             await asyncio.sleep(0)
-            # Bound and not listening, the port refuses and nobody else can be given it. Without
-            # this, a client that tries often enough may even be connected to itself.
-            self._reservation = _bound_socket(self.port)
 
     async def listen(self) -> None:
         """Listen, always on the same port."""
+        if self._reservation is None:
+            # Bound and not listening, a port refuses, and nobody else can be given it: neither
+            # a server in between, nor a client that tries so often that it meets itself.
+            self._reservation = _bound_socket(0)
+            self.port = self._reservation.getsockname()[1]
         if self._listener is None:
-            if self._reservation is not None:
-                self._reservation.close()
-                self._reservation = None
             bound = _bound_socket(self.port)
-            self.port = bound.getsockname()[1]
             self._listener = await asyncio.start_server(self._accept, sock=bound, ssl=self._tls)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
