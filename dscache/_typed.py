@@ -41,6 +41,10 @@ class Place(NamedTuple):
         """Return the place of an entry of this list."""
         return Place(self.source, f"{self.path}[{index}]")
 
+    def entry(self, name: str) -> Place:
+        """Return the place of an entry of this mapping whose names are no options."""
+        return Place(self.source, f'{self.path}["{name}"]')
+
     def __str__(self) -> str:
         return f"{self.source}: {self.path}" if self.path else self.source
 
@@ -98,7 +102,7 @@ T = TypeVar("T", bound=Written)
 def read(struct: type[T], written: object, place: Place) -> T:
     """Return ``struct`` filled from a mapping of options.
 
-    Raises ConfigError for an unknown option, a wrong type and a value out of range.
+    Raises ConfigError for an unknown or missing option, a wrong type and a value out of range.
     """
     if not isinstance(written, Mapping):
         raise place.error(f"must be {struct.wanted}, not {_kind(written)}")
@@ -121,7 +125,15 @@ def read(struct: type[T], written: object, place: Place) -> T:
             raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
         elif not _is_off(value):
             raise here.error(f"isn't supported: {struct.unsupported[key]}")
+    for name, field in fields.items():
+        if field.required and field.name not in values:
+            raise place.at(name).error("is missing")
     return struct(**values)
+
+
+def is_null(written: object) -> bool:
+    """Return whether a value is null, which is "not given"."""
+    return _plain(written) is None
 
 
 def text(written: object, place: Place, *, secret: bool = False) -> str:
@@ -181,6 +193,8 @@ def _value(kind: inspect.Type, written: object, place: Place) -> object:
         # Null is refused too: a list whose entries are all commented out must not quietly
         # become another server.
         return _list(kind, plain, place)
+    if isinstance(kind, inspect.DictType):
+        return _entries(kind, plain, place)
     if plain is None:
         return None
     if isinstance(kind, inspect.StructType):
@@ -232,6 +246,23 @@ def _list(kind: inspect.VarTupleType, written: object, place: Place) -> tuple[ob
     return tuple(
         _value(kind.item_type, item, place.item(index)) for index, item in enumerate(written)
     )
+
+
+def _entries(kind: inspect.DictType, written: object, place: Place) -> Mapping[str, object] | None:
+    """Return a mapping whose names are no options; a falsy one is none, as in ioredis."""
+    if not written:
+        return None
+    if not isinstance(written, Mapping):
+        raise place.error(f"must be a mapping, not {_kind(written)}")
+    key_type, extra, _ = _unwrap(kind.key_type)
+    assert isinstance(key_type, inspect.StrType)
+    assert key_type.pattern is not None
+    for name, value in written.items():
+        if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
+            raise place.error(f"each name in it must be {extra['wanted']}, not {_shown(name)}")
+        if is_null(value):
+            raise place.entry(name).error("must be a mapping of options, not null")
+    return {name: _value(kind.value_type, one, place.entry(name)) for name, one in written.items()}
 
 
 def _choice(values: tuple[Any, ...], written: object, place: Place) -> object:

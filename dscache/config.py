@@ -6,6 +6,7 @@ camelCase, as ioredis has it. Times are in milliseconds, ``ttl`` in seconds.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -13,15 +14,17 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
-from . import _url
+from . import _ioredis, _url
 from ._common import MAX_PENDING, MAX_PENDING_BYTES, MAX_REPLY_BYTES, MAX_TTL, join_address
 from ._tls import Tls
-from ._typed import Place, Secret, Written, nearest, presentable, read, text
+from ._typed import Place, Secret, Written, is_null, nearest, presentable, read, text
 from ._yaml import SUFFIXES, Document
 from .errors import ConfigError, shorten
 
 __all__ = [
+    "ClusterRetryStrategy",
     "Config",
+    "NatTarget",
     "Node",
     "Options",
     "RedisOptions",
@@ -38,61 +41,24 @@ Host = Annotated[
     Meta(pattern=r"[^\s/@\[\]]+", extra={"wanted": "a host name or an address (a URL is for url)"}),
 ]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+_PORT = r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+HostAndPort = Annotated[
+    str,
+    Meta(
+        pattern=rf"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):{_PORT}",
+        extra={"wanted": "host:port, with brackets around an IPv6 address"},
+    ),
+]
 # What a 32-bit timer holds, as in JavaScript: 24 days.
-Milliseconds = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_MOST = 2**31 - 1
+Milliseconds = Annotated[int, Meta(ge=1, le=_MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**40)]
-# A falsy ttl is none, as in deepstream's connector.
+# A falsy interval is never, as in ioredis, and a falsy ttl is none, as in deepstream's connector.
+Interval = Annotated[int, Meta(ge=1, le=_MOST, extra={"zero_is_none": True})]
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"zero_is_none": True})]
 
 _EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _REDIS_PLUGINS = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
-
-_BUILT_IN = "it is part of how dscache works and can't be switched"
-_OWN_RETRY = "dscache retries until commandTimeout, by rules of its own"
-_NOT_FOR_SENTINEL = "the Sentinels are asked again before every connection, in the plain"
-
-# Options of ioredis that an existing file may have: why each can be passed over.
-_NO_EFFECT = {
-    "autoResendUnfulfilledCommands": _OWN_RETRY,
-    "autoResubscribe": "a cache subscribes to nothing",
-    "disconnectTimeout": "closeTimeout bounds the closing",
-    "dropBufferSupport": "replies are always decoded as they are needed",
-    "enableAutoPipelining": "operations of one tick always share a pipeline",
-    "enableOfflineQueue": _BUILT_IN,
-    "enableReadyCheck": _BUILT_IN,
-    "keepAlive": "the system's own setting is used",
-    "lazyConnect": "the connection is made when the cache is opened",
-    "maxLoadingRetryTime": _OWN_RETRY,
-    "maxRetriesPerRequest": _OWN_RETRY,
-    "noDelay": "Nagle's algorithm is always off",
-    "readOnly": "records are read from the primary",
-    "reconnectOnError": _OWN_RETRY,
-    "serverName": "no version of deepstream's connector reads it",
-    "showFriendlyErrorStack": "errors name the operation that failed",
-    "stringNumbers": "versions are always exact integers",
-}
-_NO_EFFECT_ON_CLUSTERS = {
-    "clusterRetryStrategy": _OWN_RETRY,
-    "retryDelayOnClusterDown": _OWN_RETRY,
-    "retryDelayOnFailover": _OWN_RETRY,
-    "retryDelayOnMoved": _OWN_RETRY,
-    "retryDelayOnTryAgain": _OWN_RETRY,
-    "scaleReads": "records are read from the primary",
-    "slotsRefreshInterval": "the topology is refreshed when something tells of a change",
-    "slotsRefreshTimeout": "commandTimeout bounds the refresh",
-}
-_NO_EFFECT_WITH_SENTINEL = {
-    "failoverDetector": _NOT_FOR_SENTINEL,
-    "sentinelMaxConnections": _NOT_FOR_SENTINEL,
-    "sentinelRetryStrategy": _NOT_FOR_SENTINEL,
-    "updateSentinels": _NOT_FOR_SENTINEL,
-}
-# Options that would lead to another server if they were passed over: what to write instead.
-_UNSUPPORTED = {
-    "enableTLSForSentinelMode": "the Sentinels are asked without TLS",
-    "natMap": "let the nodes announce addresses that can be reached from here",
-    "useSRVRecords": "give the nodes' own hosts and ports",
-}
 
 
 class Node(Written, frozen=True, kw_only=True):
@@ -136,11 +102,29 @@ class RetryStrategy(Written, frozen=True, kw_only=True):
     cap: Milliseconds = 5000
 
 
+class ClusterRetryStrategy(Written, frozen=True, kw_only=True):
+    """How long to wait before a cluster's slots are asked for again, if no node tells them.
+
+    A random time of up to ``first`` milliseconds, and up to twice as long after each failure,
+    but never more than ``cap``.
+    """
+
+    first: Milliseconds = 100
+    cap: Milliseconds = 2000
+
+
+class NatTarget(Written, frozen=True, kw_only=True):
+    """Where a node is reached from here that announces another address."""
+
+    host: Host
+    port: Port
+
+
 class RedisOptions(Written, frozen=True, kw_only=True):
     """What holds for every node of a cluster; None is not given."""
 
     no_effect: ClassVar[Mapping[str, str]] = {
-        **_NO_EFFECT,
+        **_ioredis.NO_EFFECT,
         "db": "a cluster has database 0 alone",
         "keyPrefix": "it belongs beside redisOptions, as with ioredis",
         "retryStrategy": "it belongs beside redisOptions",
@@ -160,11 +144,11 @@ class Options(Written, frozen=True, kw_only=True):
 
     consumed: ClassVar[tuple[str, ...]] = ("url",)
     no_effect: ClassVar[Mapping[str, str]] = {
-        **_NO_EFFECT,
-        **_NO_EFFECT_ON_CLUSTERS,
-        **_NO_EFFECT_WITH_SENTINEL,
+        **_ioredis.NO_EFFECT,
+        **_ioredis.NO_EFFECT_ON_CLUSTERS,
+        **_ioredis.NO_EFFECT_WITH_SENTINEL,
     }
-    unsupported: ClassVar[Mapping[str, str]] = _UNSUPPORTED
+    unsupported: ClassVar[Mapping[str, str]] = _ioredis.UNSUPPORTED
 
     host: Host = "localhost"
     port: Port = 6379
@@ -185,6 +169,7 @@ class Options(Written, frozen=True, kw_only=True):
     max_pending_bytes: Count = MAX_PENDING_BYTES
     when_full: Literal["wait", "error"] = "wait"
     max_reply_bytes: Count = MAX_REPLY_BYTES
+    max_connections: Annotated[int, Meta(ge=1, le=65535)] = 64
     tls: Tls | None = None
     sentinels: tuple[SentinelNode, ...] | None = None
     name: str | None = None
@@ -193,6 +178,11 @@ class Options(Written, frozen=True, kw_only=True):
     sentinel_password: Secret | None = None
     nodes: tuple[Node, ...] | None = None
     max_redirections: Annotated[int, Meta(ge=0, le=1000)] = 16
+    scale_reads: Literal["master", "slave", "all"] = "master"
+    nat_map: Mapping[HostAndPort, NatTarget] | None = None
+    slots_refresh_timeout: Milliseconds = 1000
+    slots_refresh_interval: Interval | None = 5000
+    cluster_retry_strategy: ClusterRetryStrategy = field(default_factory=ClusterRetryStrategy)
     redis_options: RedisOptions = field(default_factory=RedisOptions)
 
     @property
@@ -204,6 +194,59 @@ class Options(Written, frozen=True, kw_only=True):
             sentinels = ",".join(one.address for one in self.sentinels)
             return f'"{self.name}" of the Sentinels {sentinels}'
         return self.path or join_address(self.host, self.port)
+
+    @property
+    def hash_tag(self) -> bool:
+        """Whether a record's keys are ``{<name>}_v`` and ``{<name>}_d``."""
+        # "auto" is deepstream's own layout wherever that is atomic.
+        return self.key_layout == "hashtag" or (self.key_layout == "auto" and bool(self.nodes))
+
+    @property
+    def seeds(self) -> tuple[Node, ...]:
+        """The configured nodes in their order, each once; of those that stand twice the last."""
+        return tuple({_same(node.host, node.port): node for node in self.nodes or ()}.values())
+
+    def mapped(self, host: str, port: int) -> tuple[str, int]:
+        """Return where a node is reached that announces this address: ``natMap`` may tell."""
+        wanted = _same(host, port)
+        for announced, target in (self.nat_map or {}).items():
+            its_host, _, its_port = announced.rpartition(":")
+            if _same(its_host.strip("[]"), int(its_port)) == wanted:
+                return target.host, target.port
+        return host, port
+
+    def for_node(self, host: str, port: int, node: Node | None = None) -> Options:
+        """Return the options of the connection to one node of a cluster.
+
+        They are those of a single server. ``node`` is the configured node that it is; without
+        it, the one with the same address, if there is one.
+        """
+        if node is None:
+            here = _same(host, port)
+            node = next((one for one in self.seeds if _same(one.host, one.port) == here), Node())
+        shared = self.redis_options
+        username = shared.username if node.username is UNSET else node.username
+        password = shared.password if node.password is UNSET else node.password
+        if node.password is None and node.username is UNSET:
+            # A name without its password would be refused.
+            username = None
+        return replace(
+            self,
+            host=host,
+            port=port,
+            username=username,
+            password=password,
+            tls=shared.tls,
+            family=self.family if shared.family is None else shared.family,
+            connect_timeout=shared.connect_timeout or self.connect_timeout,
+            command_timeout=shared.command_timeout or self.command_timeout,
+            connection_name=shared.connection_name or self.connection_name,
+            # Here "auto" would be another one than on the cluster.
+            key_layout="hashtag" if self.hash_tag else "deepstream",
+            nodes=None,
+            nat_map=None,
+            redis_options=RedisOptions(),
+        )
 
 
 class Config(Written, frozen=True, kw_only=True):
@@ -295,9 +338,15 @@ def _from_entry(entry: object, place: Place, folder: str) -> Config:
         raise place.error(f"must be a mapping; write {_EXAMPLE}")
     place_of_options = place.at("options")
     options = entry.get("options")
+    of_url: dict[str, object] = {}
     if isinstance(options, Mapping):
-        entry = {**entry, "options": _with_url(options, place_of_options.at("url"))}
+        of_url = _stated_by_url(options, place_of_options.at("url"))
+        entry = {**entry, "options": _with_url(options, of_url)}
     read_entry = read(_Entry, entry, place)
+    if isinstance(options, Mapping):
+        places = {name: place_of_options.at(name) for name in options if not is_null(options[name])}
+        places.update(dict.fromkeys(of_url, place_of_options.at("url")))
+        _ioredis.check_cluster(read_entry.options, places)
     return _config(_name(read_entry, place), read_entry.options, place_of_options, folder)
 
 
@@ -322,18 +371,30 @@ def _name(entry: _Entry, place: Place) -> Literal["redis", "memory"]:
     raise place.at("name").error(f'must be "redis" or "memory", not {shown}')
 
 
-def _with_url(options: Mapping[str, object], place: Place) -> Mapping[str, object]:
-    """Return ``options`` with what their ``url`` states in place of their own."""
+def _stated_by_url(options: Mapping[str, object], place: Place) -> dict[str, object]:
+    """Return the options that the ``url`` among them states."""
     url = options.get("url")
     if url is None or url == "":
-        return options
-    stated = _url.parse(text(url, place, secret=True), place).options
+        return {}
+    return _url.parse(text(url, place, secret=True), place).options
+
+
+def _with_url(options: Mapping[str, object], stated: dict[str, object]) -> Mapping[str, object]:
+    """Return ``options`` with what their ``url`` states in place of their own."""
     tls = options.get("tls")
     if "tls" in stated and isinstance(tls, Mapping):
-        stated["tls"] = {**tls, **cast(dict[str, object], stated["tls"])}
+        stated = {**stated, "tls": {**tls, **cast(dict[str, object], stated["tls"])}}
     # A server that the URL names is not the one behind the socket.
     without = {"path"} if "host" in stated else set()
     return {**{name: options[name] for name in options if name not in without}, **stated}
+
+
+def _same(host: str, port: int) -> tuple[str, int]:
+    """Return what is equal for two spellings of one address."""
+    try:
+        return str(ipaddress.ip_address(host)), port
+    except ValueError:
+        return host.lower(), port
 
 
 def _config(

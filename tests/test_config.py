@@ -16,7 +16,18 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from dscache.config import Config, Node, Options, RedisOptions, RetryStrategy, Tls, load
+from documents import PROJECT, code, table
+from dscache.config import (
+    ClusterRetryStrategy,
+    Config,
+    NatTarget,
+    Node,
+    Options,
+    RedisOptions,
+    RetryStrategy,
+    Tls,
+    load,
+)
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 
@@ -25,9 +36,11 @@ EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
     "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
-    "whenFull, maxReplyBytes, tls, sentinels, name, role, sentinelUsername, sentinelPassword, "
-    "nodes, maxRedirections, redisOptions, url"
+    "whenFull, maxReplyBytes, maxConnections, tls, sentinels, name, role, sentinelUsername, "
+    "sentinelPassword, nodes, maxRedirections, scaleReads, natMap, slotsRefreshTimeout, "
+    "slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
+NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
 PORT = "must be a whole number from 1 to 65535"
 # Appears in tests as a password, and must never appear in a text.
 SECRET = "hunter2-secret"
@@ -99,6 +112,11 @@ def test_defaults() -> None:
         tls=None,
         nodes=None,
         max_redirections=16,
+        scale_reads="master",
+        nat_map=None,
+        slots_refresh_timeout=1000,
+        slots_refresh_interval=5000,
+        cluster_retry_strategy=ClusterRetryStrategy(first=100, cap=2000),
         redis_options=RedisOptions(),
     )
 
@@ -373,17 +391,17 @@ def test_keys_that_stand_twice(write: Callable[..., Path], read: Read) -> None:
 def test_merge_keys_and_aliases_across_sections(write: Callable[..., Path]) -> None:
     text = """\
 defaults: &defaults {host: "${HOST}", port: 1}
-more: &more {port: 2, ttl: 5, db: 6}
+more: &more {port: 2, ttl: 5, closeTimeout: 6}
 unset: ${NO}
 cache:
   name: redis
   options:
     <<: [*defaults, *more]
-    db: 7
+    closeTimeout: 7
     nodes: [&node {<<: *defaults}, *node]
 """
     found = load(write(text), environ={"HOST": "h"}).options
-    assert (found.host, found.port, found.db, found.ttl) == ("h", 1, 7, 5)
+    assert (found.host, found.port, found.close_timeout, found.ttl) == ("h", 1, 7, 5)
     assert found.nodes == (Node(host="h", port=1),) * 2
     assert refusal(load, write("cache: {name: redis, options: {<<: 5}}")) == (
         "config.yml: cache.options: << must be followed by a mapping or a list of them"
@@ -454,8 +472,34 @@ INTEGERS = [
     ("maxPending: 1", 1),
     ("maxPendingBytes: 1099511627776", 2**40),
     ("maxReplyBytes: '4096'", 4096),
+    ("maxConnections: 65535", 65535),
     ("whenFull: error", "error"),
     ("maxRedirections: 0", 0),
+    ("scaleReads: slave", "slave"),
+    ("scaleReads: all", "all"),
+    ("scaleReads: null", "master"),
+    ("slotsRefreshTimeout: '500'", 500),
+    ("slotsRefreshTimeout: null", 1000),
+    ("slotsRefreshInterval: 1", 1),
+    ("slotsRefreshInterval: 0", None),
+    ("slotsRefreshInterval: '0'", None),
+    ("slotsRefreshInterval: false", None),
+    ("slotsRefreshInterval: null", None),
+    ("slotsRefreshInterval:", None),
+    ("clusterRetryStrategy: {first: 10}", ClusterRetryStrategy(first=10, cap=2000)),
+    ("clusterRetryStrategy: {cap: '50'}", ClusterRetryStrategy(first=100, cap=50)),
+    ("clusterRetryStrategy: null", ClusterRetryStrategy(first=100, cap=2000)),
+    ("natMap: null", None),
+    ("natMap: {}", None),
+    ("natMap: false", None),
+    ("natMap: {h:1: {host: i, port: '2'}}", {"h:1": NatTarget(host="i", port=2)}),
+    (
+        "natMap: {10.0.1.1:70: {host: a, port: 65535}, '[fd00::1]:65535': {host: '::1', port: 1}}",
+        {
+            "10.0.1.1:70": NatTarget(host="a", port=65535),
+            "[fd00::1]:65535": NatTarget(host="::1", port=1),
+        },
+    ),
 ]
 
 
@@ -571,6 +615,54 @@ def field(found: Options, line: str) -> object:
         ("role: primary", 'role: must be "master" or "slave", not \'primary\''),
         ("name: mymaster", None),
         ("enableTLSForSentinelMode: true", None),
+        ("scaleReads: primary", 'scaleReads: must be "all", "master" or "slave", not \'primary\''),
+        ("scaleReads: [slave]", "scaleReads: must be text, not a list"),
+        (
+            "slotsRefreshTimeout: 0",
+            "slotsRefreshTimeout: must be a whole number from 1 to 2147483647, not 0",
+        ),
+        (
+            "slotsRefreshInterval: -1",
+            "slotsRefreshInterval: must be a whole number from 1 to 2147483647, not -1",
+        ),
+        (
+            "slotsRefreshInterval: true",
+            "slotsRefreshInterval: must be a whole number from 1 to 2147483647, not true",
+        ),
+        (
+            "clusterRetryStrategy: 100",
+            "clusterRetryStrategy: must be a mapping of options, not a number",
+        ),
+        (
+            "clusterRetryStrategy: {cap: 2s}",
+            "clusterRetryStrategy.cap: must be a whole number from 1 to 2147483647, not '2s'",
+        ),
+        (
+            "clusterRetryStrategy: {frist: 1}",
+            'clusterRetryStrategy.frist: unknown option, did you mean "first"?',
+        ),
+        ("natMap: 5", "natMap: must be a mapping, not a number"),
+        ("natMap: [{host: h, port: 1}]", "natMap: must be a mapping, not a list"),
+        ("natMap: {10.0.0.1: {}}", f"natMap: {NAT_NAME}, not '10.0.0.1'"),
+        ("natMap: {'10.0.0.1:': {}}", f"natMap: {NAT_NAME}, not '10.0.0.1:'"),
+        ("natMap: {'h:0': {}}", f"natMap: {NAT_NAME}, not 'h:0'"),
+        ("natMap: {'h:65536': {}}", f"natMap: {NAT_NAME}, not 'h:65536'"),
+        ("natMap: {'h:99999': {}}", f"natMap: {NAT_NAME}, not 'h:99999'"),
+        ("natMap: {'h:x': {}}", f"natMap: {NAT_NAME}, not 'h:x'"),
+        ("natMap: {'fd00::1:7000': {}}", f"natMap: {NAT_NAME}, not 'fd00::1:7000'"),
+        ("natMap: {'redis://h:1': {}}", f"natMap: {NAT_NAME}, not 'redis://h:1'"),
+        (f"natMap: {{'{SECRET}@h:1': {{}}}}", f"natMap: {NAT_NAME}, not text"),
+        ("natMap: {'h:1': null}", 'natMap["h:1"]: must be a mapping of options, not null'),
+        ("natMap: {'h:1': 'i:2'}", 'natMap["h:1"]: must be a mapping of options, not text'),
+        ("natMap: {'h:1': {port: 2}}", 'natMap["h:1"].host: is missing'),
+        ("natMap: {'h:1': {host: i}}", 'natMap["h:1"].port: is missing'),
+        ("natMap: {'h:1': {host: i, port: }}", 'natMap["h:1"].port: is missing'),
+        (
+            "natMap: {'h:1': {host: i, prot: 2}}",
+            'natMap["h:1"].prot: unknown option, did you mean "port"?',
+        ),
+        ("natMap: {'h:1': {host: i, port: 0}}", f'natMap["h:1"].port: {PORT}, not 0'),
+        ("natMap: {'h:1': {host: a b, port: 1}}", None),
         ("? [a]\n    : b", ": the name of an option must be text"),
     ],
 )
@@ -692,8 +784,10 @@ def test_substitution(line: str, environ: str | None, expected: object, read: Re
 
 
 def test_substitution_in_keys_and_flow_mappings(read: Read) -> None:
-    found = read("${K}: 1", "nodes: [{host: ${H}, port: ${P}}, {host: ${H}}]", K="db", H="h", P="5")
-    assert found == Options(db=1, nodes=(Node(host="h", port=5), Node(host="h")))
+    found = read(
+        "${K}: 1", "nodes: [{host: ${H}, port: ${P}}, {host: ${H}}]", K="ttl", H="h", P="5"
+    )
+    assert found == Options(ttl=1, nodes=(Node(host="h", port=5), Node(host="h")))
     assert refusal(read, "{host: ${H}, ttl: x}", H="h").startswith(
         "config.yml: cache.options.ttl: must be"
     )
@@ -718,8 +812,8 @@ def test_file_and_file_load(tmp_path: Path, read: Read, write: Callable[..., Pat
     write(f"{SECRET} ${{NO}}\n", "sub/word.txt")
     write("[{host: ${H}, port: 012, password: file(x)}]", "nodes.yml")
     write('{"password": "${H}", "connectTimeout": 7}', "shared.json")
+    assert read("path: file(./run/../redis.sock)").path == str(tmp_path / "redis.sock")
     found = read(
-        "path: file(./run/../redis.sock)",
         "keyPrefix: 'file(/abs/x)'",
         "connectionName: file(${D}/y)",
         "password: fileLoad(sub/word.txt)",
@@ -729,7 +823,6 @@ def test_file_and_file_load(tmp_path: Path, read: Read, write: Callable[..., Pat
         D="sub",
     )
     assert found == Options(
-        path=str(tmp_path / "redis.sock"),
         key_prefix="/abs/x",
         connection_name=str(tmp_path / "sub/y"),
         password=f"{SECRET} ${{NO}}\n",
@@ -777,17 +870,24 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "disconnectTimeout",
         "reconnectOnError",
     ]
-    on_clusters = ["scaleReads", "slotsRefreshTimeout", "retryDelayOnMoved", "updateSentinels"]
+    elsewhere = [
+        "retryDelayOnMoved",
+        "retryDelayOnFailover",
+        "retryDelayOnClusterDown",
+        "retryDelayOnTryAgain",
+        "updateSentinels",
+    ]
     shared = ", ".join(f"{name}: 1" for name in (*ignored, "db", "keyPrefix", "retryStrategy"))
     found = read(
-        *(f"{name}: [any, value]" for name in ignored + on_clusters),
+        "nodes: [{}]",
+        *(f"{name}: [any, value]" for name in ignored + elsewhere),
         f"redisOptions: {{{shared}}}",
         "useSRVRecords: false",
     )
-    assert found == Options()
+    assert found == Options(nodes=(Node(),))
     messages = [record.getMessage() for record in caplog.records]
     assert {record.levelname for record in caplog.records} == {"INFO"}
-    assert len(messages) == len(ignored) * 2 + len(on_clusters) + 3
+    assert len(messages) == len(ignored) * 2 + len(elsewhere) + 3
     assert (
         "config.yml: cache.options.lazyConnect has no effect: "
         "the connection is made when the cache is opened"
@@ -795,6 +895,323 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
     assert (
         "config.yml: cache.options.redisOptions.db has no effect: a cluster has database 0 alone"
     ) in messages
+
+
+# Clusters
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
+    """Return a function that gives the level and text of what was logged since the last call."""
+    caplog.set_level(logging.INFO, "dscache")
+
+    def logged() -> list[tuple[str, str]]:
+        found = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return logged
+
+
+Notes = Callable[[], list[tuple[str, str]]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "maxRedirections: 16",
+        "scaleReads: slave",
+        "natMap: {h:1: {host: i, port: 2}}",
+        "slotsRefreshTimeout: 1",
+        "slotsRefreshInterval: 0",
+        "clusterRetryStrategy: {first: 1}",
+        "redisOptions: {connectTimeout: 1}",
+    ],
+)
+def test_what_is_for_clusters_alone(line: str, read: Read, notes: Notes) -> None:
+    name = line.partition(":")[0]
+    found = read(line)
+    assert notes() == [
+        (
+            "INFO",
+            f"config.yml: cache.options.{name} has no effect: there are no nodes of a cluster",
+        )
+    ]
+    assert field(read("nodes: [{}]", line), line) == field(found, line)
+    read("nodes: [{}]", line)
+    read(f"{name}: null")
+    assert notes() == []
+
+
+def test_nothing_is_noted_that_is_not_given(notes: Notes) -> None:
+    options()
+    options(nodes=[{}])
+    options(nodes=[{}], host=None, port=None, password=None, username=None, tls=None, db=None)
+    options(nodes=[{}], url="", path="", db=0, connectionName="", ttl=5)
+    load({"name": "redis", "options": None})
+    load("redis://h/1")
+    assert notes() == []
+
+
+def test_what_has_no_effect_beside_nodes(read: Read, notes: Notes) -> None:
+    cluster = "nodes: [{host: a, port: 7000}]"
+    found = read(cluster, "host: h", "port: 1", "role: slave", "tls: false")
+    place = "config.yml: cache.options"
+    assert notes() == [
+        ("INFO", f"{place}.host has no effect on a cluster: the servers are those of nodes"),
+        ("INFO", f"{place}.port has no effect on a cluster: the servers are those of nodes"),
+        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds"),
+        (
+            "INFO",
+            f"{place}.role has no effect on a cluster: "
+            "scaleReads tells where a cluster's records are read",
+        ),
+    ]
+    assert found.address == "a:7000"
+    assert (found.for_node("a", 7000).host, found.for_node("a", 7000).port) == ("a", 7000)
+    read(cluster, "tls: true", "redisOptions: {tls: {servername: s}}")
+    assert notes() == [("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds")]
+
+
+@pytest.mark.parametrize("name", ["username", "password"])
+def test_a_login_beside_nodes_is_told_of(name: str, read: Read, notes: Notes) -> None:
+    line = f"{name}: {SECRET}"
+    note = (
+        f"config.yml: cache.options.{name} has no effect on a cluster: "
+        f"a node's own holds, or redisOptions.{name}; write it there"
+    )
+    found = read("nodes: [{}]", line)
+    assert notes() == [("WARNING", note)]
+    assert getattr(found.for_node("127.0.0.1", 6379), name) is None
+    read("nodes: [{}]", line, f"redisOptions: {{{name}: its-own}}")
+    assert notes() == [("INFO", note)]
+
+
+def test_url_beside_nodes(notes: Notes) -> None:
+    found = options(nodes=[{"port": 7000}], url=f"redis://u:{SECRET}@h:1", path="/own")
+    place = "mapping: options.url has no effect on a cluster"
+    assert notes() == [
+        ("INFO", f"{place}: the servers are those of nodes"),
+        ("WARNING", f"{place}: a node's own holds, or redisOptions.username; write it there"),
+        ("WARNING", f"{place}: a node's own holds, or redisOptions.password; write it there"),
+    ]
+    assert (found.address, found.path) == ("127.0.0.1:7000", None)
+    for url, message in (
+        (
+            "redis://h/3",
+            f"{DATABASE_ZERO}, not 3; leave it out, and let keyPrefix keep records apart",
+        ),
+        ("rediss://h", "on a cluster redisOptions.tls holds; write it there"),
+        ("unix:///run/redis.sock", "a cluster has no socket; leave it out, or nodes"),
+    ):
+        assert refusal(options, nodes=[{}], url=url) == f"mapping: options.url: {message}"
+
+
+DATABASE_ZERO = "a cluster has database 0 alone"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (code(row[0])[0], row[1])
+        for row in table(PROJECT / "docs" / "configuration.md", "Refused on a cluster")
+    ],
+)
+def test_refused_on_a_cluster(written: str, message: str, read: Read) -> None:
+    name = written.partition(":")[0]
+    # What is wrong with Sentinels is that there are nodes.
+    place = "nodes" if name == "sentinels" else name
+    beside = ["name: group"] if name == "sentinels" else []
+    assert refusal(read, "nodes: [{}]", written, *beside) == (
+        f"config.yml: cache.options.{place}: {message}"
+    )
+    if name != "keyPrefix":
+        assert refusal(read, "nodes: [{}]", written, "keyLayout: deepstream", *beside)
+    read(written, *beside)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layout", "fits"),
+    [
+        ("{}", "auto", False),
+        ("a{}b:", "hashtag", False),
+        ("{}", "deepstream", True),
+        ("{app}", "auto", True),
+        ("{app}{}", "auto", True),
+        ("}{", "auto", False),
+        ("{", "auto", False),
+        ("{a", "auto", True),
+        ("}{}", "auto", False),
+    ],
+)
+def test_prefixes_of_a_cluster(prefix: str, layout: str, fits: bool) -> None:
+    written = {"keyPrefix": prefix, "keyLayout": layout}
+    if fits:
+        key = f"{prefix}{{name}}" if layout != "deepstream" else None
+        assert options(nodes=[{}], **written).key_prefix == prefix
+        # Redis hashes what stands between the first { and the first } after it, unless nothing.
+        assert key is None or key.partition("{")[2].partition("}")[0]
+    else:
+        assert refusal(options, nodes=[{}], **written).startswith(
+            "mapping: options.keyPrefix: the { in it begins an empty hash tag"
+        )
+    assert options(**written).key_prefix == prefix
+
+
+def test_nat_map_of_a_mapping() -> None:
+    assert refusal(options, natMap={7000: {}}) == f"mapping: options.natMap: {NAT_NAME}, not 7000"
+    given = {"h:1": {"host": "i", "port": 2}}
+    found = options(nodes=({},), natMap=given)
+    given.clear()
+    assert found.nat_map == {"h:1": NatTarget(host="i", port=2)}
+
+
+def test_nat_map_without_nodes() -> None:
+    mapping = {"h:1": {"host": "i", "port": 2}}
+    sentinels = {"sentinels": [{}], "name": "group"}
+    assert refusal(options, natMap=mapping, **sentinels) == (
+        "mapping: options.natMap: is for the nodes of a cluster; let the Sentinels tell addresses "
+        "that can be reached from here"
+    )
+    assert options(natMap={}, **sentinels).nat_map is None
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, False),
+        ({"keyLayout": "deepstream"}, False),
+        ({"keyLayout": "hashtag"}, True),
+        ({"nodes": [{}]}, True),
+        ({"nodes": [{}], "keyLayout": "deepstream"}, False),
+        ({"nodes": [{}], "keyLayout": "hashtag"}, True),
+        ({"sentinels": [{}], "name": "group"}, False),
+    ],
+)
+def test_hash_tag(written: dict[str, Any], expected: bool) -> None:
+    found = options(**written)
+    assert found.hash_tag is expected
+    # The options of a node alone say the same as those of its cluster.
+    assert found.for_node("h", 1).hash_tag is expected
+
+
+def test_seeds() -> None:
+    assert options().seeds == ()
+    found = options(
+        nodes=[
+            {"host": "A", "port": 1, "password": "first"},
+            {"host": "b", "port": 1},
+            {"host": "a", "port": 1, "password": "last"},
+            {"host": "a", "port": 2},
+            {"host": "::1", "port": 1},
+            {"host": "0:0:0:0:0:0:0:1", "port": 1},
+            {"host": "b", "port": 1},
+        ]
+    )
+    assert found.seeds == (
+        Node(host="a", port=1, password="last"),
+        Node(host="b", port=1),
+        Node(host="a", port=2),
+        Node(host="0:0:0:0:0:0:0:1", port=1),
+    )
+    assert found.for_node("A", 1).password == "last"
+
+
+def test_mapped() -> None:
+    found = options(
+        nodes=[{}],
+        natMap={
+            "10.0.1.230:30001": {"host": "203.0.113.73", "port": 1},
+            "Inside.Example:7000": {"host": "outside.example", "port": 2},
+            "[FD00::0:1]:7000": {"host": "2001:db8::1", "port": 3},
+        },
+    )
+    assert found.mapped("10.0.1.230", 30001) == ("203.0.113.73", 1)
+    assert found.mapped("inside.EXAMPLE", 7000) == ("outside.example", 2)
+    assert found.mapped("fd00::1", 7000) == ("2001:db8::1", 3)
+    for unmapped in (("10.0.1.230", 30002), ("10.0.1.23", 30001), ("203.0.113.73", 1)):
+        assert found.mapped(*unmapped) == unmapped
+    assert options(nodes=[{}]).mapped("H", 1) == ("H", 1)
+
+
+def login(found: Options, host: str, node: Node | None = None) -> tuple[str | None, str | None]:
+    """Return the username and password for the node on port 7000 of a host."""
+    options_of_node = found.for_node(host, 7000, node)
+    return options_of_node.username, options_of_node.password
+
+
+NODES = """nodes:
+      - {host: a, port: 7000, password: own-secret}
+      - {host: b, port: 7000}
+      - {host: c, port: 7000, password: null}
+      - {host: d, port: 7000, password: ''}
+      - {host: e, port: 7000, username: own, password: null}
+      - {host: f, port: 7000, username: own}
+      - {host: g, port: 7000, username: null, password: own-secret}
+      - {host: h, port: 7000, username: own, password: own-secret}
+      - {host: '::1', port: 7000, password: own-secret}"""
+
+
+def test_logins_of_nodes(read: Read) -> None:
+    found = read(NODES, "redisOptions: {username: app, password: shared}")
+    assert login(found, "a") == ("app", "own-secret")
+    assert login(found, "b") == ("app", "shared")
+    assert login(found, "c") == (None, None)
+    assert login(found, "d") == (None, None)
+    assert login(found, "e") == ("own", None)
+    assert login(found, "f") == ("own", "shared")
+    assert login(found, "g") == (None, "own-secret")
+    assert login(found, "h") == ("own", "own-secret")
+    # Discovered, at another address or that of a configured node in another spelling.
+    assert login(found, "z") == ("app", "shared")
+    assert login(found, "A") == ("app", "own-secret")
+    assert login(found, "0:0:0:0:0:0:0:1") == ("app", "own-secret")
+    assert found.for_node("a", 7001).password == "shared"
+    # Discovered at an address of which the caller knows whose it is.
+    assert found.nodes is not None
+    assert login(found, "10.0.0.1", found.nodes[0]) == ("app", "own-secret")
+    assert login(found, "a", found.nodes[2]) == (None, None)
+    without = read(NODES)
+    assert login(without, "a") == (None, "own-secret")
+    assert login(without, "b") == login(without, "z") == (None, None)
+
+
+def test_options_of_nodes() -> None:
+    tls = Tls(servername="s")
+    beside = Options(
+        host="elsewhere",
+        port=1,
+        key_prefix="p:",
+        ttl=5,
+        close_timeout=7,
+        retry_strategy=RetryStrategy(first=1, cap=2),
+        max_pending=3,
+        max_pending_bytes=4,
+        when_full="error",
+        max_reply_bytes=5,
+        max_connections=6,
+        connect_timeout=11,
+        command_timeout=12,
+        connection_name="top",
+        family=4,
+        nodes=(Node(host="a", port=7000),),
+        nat_map={"h:1": NatTarget(host="i", port=2)},
+    )
+    single = replace(beside, host="a", port=7000, key_layout="hashtag", nodes=None, nat_map=None)
+    assert beside.for_node("a", 7000) == single
+    assert beside.for_node("a", 7000).address == "a:7000"
+    shared = RedisOptions(
+        tls=tls, connect_timeout=21, command_timeout=22, connection_name="shared", family=0
+    )
+    assert replace(beside, redis_options=shared).for_node("a", 7000) == replace(
+        single,
+        tls=tls,
+        connect_timeout=21,
+        command_timeout=22,
+        connection_name="shared",
+        family=0,
+    )
+    assert beside.for_node("a", 7000).for_node("a", 7000) == single
 
 
 # URLs
@@ -1106,14 +1523,16 @@ def test_no_repr_shows_a_secret() -> None:
             "name": "redis",
             "options": {
                 "password": SECRET,
-                "url": f"rediss://u:{SECRET}@h/1",
+                "url": f"rediss://u:{SECRET}@h",
                 "nodes": [{"password": SECRET}, {"password": None}, {}],
-                "redisOptions": {"password": SECRET},
+                "redisOptions": {"password": SECRET, "tls": True},
             },
         }
     )
     tls = Tls(cert=SECRET, key=SECRET, passphrase=SECRET)
-    values = [config, config.options, *(config.options.nodes or ()), config.options.redis_options]
+    found = config.options
+    node = found.for_node("127.0.0.1", 6379)
+    values = [config, found, *(found.nodes or ()), found.redis_options, node]
     for value in [*values, tls]:
         for shown in (repr(value), str(value), f"{value}", repr(value.__rich_repr__())):
             assert SECRET not in shown
