@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
+import hiredis
 import msgspec
 
 from . import _json
@@ -58,6 +59,9 @@ MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
 MAX_ELEMENTS: Final = 2**20
 # A length has at most 19 digits; what is longer is no length.
 HEADER_BYTES: Final = 64
+# The ways in which hiredis says that it is no RESP: the last ones for a map or a set with a member
+# that no dict takes, and for numbers that are none. What a signal handler raises is none of them.
+NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
 MAX_PENDING: Final = 10_000
 MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
@@ -69,7 +73,19 @@ SET_TTL: Final = 3
 SET_IF_NEWER: Final = 4
 DELETE: Final = 5
 COMMAND: Final = 6
-OPERATIONS: Final = ("get", "head", "set", "set", "set", "delete", "command")
+# One key of a record whose two keys lie on different nodes.
+READ_KEY: Final = 7
+WRITE_KEY: Final = 8
+OPERATIONS: Final = ("get", "head", "set", "set", "set", "delete", "command", "read", "write")
+
+MAX_REDIRECTIONS: Final = 16
+# The slots of a cluster: CRC16 of a key's hash tag, in 14 bits.
+SLOTS: Final = 16384
+ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
+# What a node of a cluster answers if another one, or a later moment, is right.
+REDIRECTIONS: Final = frozenset(
+    ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING")
+)
 
 # What the set script gets as the guard of each record.
 UNGUARDED: Final = b"0"
@@ -312,6 +328,20 @@ def bulk_failure(
     return BulkError(operation, errors, result)
 
 
+def led_astray(message: str, trail: tuple[str, ...], limit: int, context: str) -> ReplyError:
+    """Return the error of an operation that was redirected too often."""
+    path = "; ".join(trail)
+    return ReplyError(
+        f"{message} (redirected {len(trail)} times, and maxRedirections is {limit}: {path})",
+        context=context,
+    )
+
+
+def is_write(kind: int) -> bool:
+    """Return whether a batch of that kind changes records."""
+    return SET <= kind <= DELETE or kind == WRITE_KEY
+
+
 def describe(kind: int, name: str) -> str:
     """Return an operation as error messages show it, such as ``get 'user/1'``."""
     return f"{OPERATIONS[kind]} {shorten(name)}"
@@ -319,7 +349,8 @@ def describe(kind: int, name: str) -> str:
 
 def too_late(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
     """Return the error of an operation that was sent and not answered in time."""
-    written = "" if operation.startswith(("get", "head")) else "; the write may have happened"
+    harmless = operation.startswith(("get", "head", "read"))
+    written = "" if harmless else "; the write may have happened"
     return DeadlineExceeded(
         f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
         f"(sent; {in_flight} records in flight){written}"
@@ -327,13 +358,20 @@ def too_late(address: str, timeout: float, in_flight: int, operation: str) -> Ex
 
 
 def never_sent(
-    address: str, timeout: float, in_flight: int, down: Exception | None, operation: str
+    address: str,
+    timeout: float,
+    in_flight: int,
+    down: Exception | None,
+    trail: tuple[str, ...],
+    operation: str,
 ) -> Exception:
     """Return the error of an operation that could not be sent in time, and now never will.
 
-    ``down`` is why there is no connection, or None if there is one.
+    ``down`` is why there is no connection, or None if there is one; ``trail`` who sent it there.
     """
     limit = f"within {timeout * 1000:.0f} ms"
+    if trail:
+        limit += f" (redirected: {'; '.join(trail)})"
     error: Exception
     if isinstance(down, ReplyError):
         error = ReplyError(down.message, context=f"{operation} at {address}, {limit}")
@@ -394,7 +432,7 @@ def lost(address: str, reason: Exception, kind: int, operation: str) -> Exceptio
 
     ``reason`` is a ProtocolError if dscache ended it, else what ended it.
     """
-    written = "; the write may have happened" if SET <= kind <= DELETE else ""
+    written = "; the write may have happened" if is_write(kind) else ""
     if isinstance(reason, ProtocolError):
         return ProtocolError(f"{operation}: {reason}{written}")
     return ConnectionLost(f"{operation}: connection to {address} lost: {reason}{written}")

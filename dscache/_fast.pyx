@@ -3,7 +3,7 @@
 
 Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
 is no socket, event loop or configuration here. The theory of operation stands at the top of
-``_pure.py``; here are only the reasons for what is done otherwise:
+``_pure_pipeline.py``; here are only the reasons for what is done otherwise:
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
 * ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
@@ -28,10 +28,10 @@ from cpython.bytes cimport (
 )
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from libc.math cimport INFINITY
-from libc.string cimport memchr, memcpy
+from libc.string cimport memchr, memcpy, memset
 
 import hiredis
 import msgspec
@@ -44,12 +44,18 @@ cdef extern from "Python.h":
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
 
 cdef enum Kind:
-    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND
+    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND, READ_KEY, WRITE_KEY
+
+cdef enum:
+    SLOTS = 16384
 
 if (
-    (GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND)
-    != (c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND)
-) or (c.VERSION_SUFFIX, c.DATA_SUFFIX) != (b"_v", b"_d"):
+    *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND),
+    *(READ_KEY, WRITE_KEY, SLOTS, b"_v", b"_d"),
+) != (
+    *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND),
+    *(c.READ_KEY, c.WRITE_KEY, c.SLOTS, c.VERSION_SUFFIX, c.DATA_SUFFIX),
+):
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
 cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
@@ -64,6 +70,7 @@ cdef enum:
     SUFFIX_SIZE = 2
     SUFFIX_OF_VERSION = 118
     SUFFIX_OF_DATA = 100
+cdef bytes ASKING = c.ASKING
 cdef bytes GUARDED = c.GUARDED
 cdef bytes UNGUARDED = c.UNGUARDED
 cdef bytes GUARDED_REPEAT = c.GUARDED_REPEAT
@@ -81,6 +88,8 @@ cdef object _encode_json = msgspec.json.Encoder().encode
 cdef object _decode_json = msgspec.json.Decoder().decode
 cdef object _monotonic = time.monotonic
 
+
+cdef class _Encoder  # of _fast_wire.pxi, for the batches before it
 
 include "_fast_record.pxi"
 include "_fast_batch.pxi"
@@ -102,16 +111,22 @@ cdef class Pipeline:
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
     written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
     a reply end the connection.
+
+    On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
+    batch); what was redirected more than ``max_redirections`` times fails.
     """
 
     cdef public str address
     cdef public object down
     cdef public bint has_msetex
     cdef public bint read_only
+    cdef public list redirected
+    cdef readonly Py_ssize_t settled
     cdef readonly Py_ssize_t operations
     cdef readonly Py_ssize_t pending_bytes
     cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window, _partial
-    cdef bint _refuse_when_full
+    cdef Py_ssize_t _max_redirections
+    cdef bint _refuse_when_full, _clustered
     cdef readonly Py_ssize_t in_flight
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
@@ -121,7 +136,6 @@ cdef class Pipeline:
     cdef long long _ttl
     cdef double _timeout
     cdef bint _awake
-    cdef long long _serial
     cdef list _open
     cdef object _queue
     cdef object _slots
@@ -130,6 +144,7 @@ cdef class Pipeline:
     cdef object _buffer
     cdef object _reader
     cdef object _version_reply  # of a head: its first reply, until the second one comes
+    cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
 
@@ -147,9 +162,12 @@ cdef class Pipeline:
         Py_ssize_t max_pending_bytes=c.MAX_PENDING_BYTES,
         bint refuse_when_full=False,
         Py_ssize_t max_reply_bytes=c.MAX_REPLY_BYTES,
+        bint clustered=False,
+        Py_ssize_t max_redirections=c.MAX_REDIRECTIONS,
     ):
         self.address = address
         self.down = None
+        self.redirected = []
         self._create_waiter = create_waiter
         self._wake = wake
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
@@ -159,6 +177,8 @@ cdef class Pipeline:
         self._max_pending_bytes = max_pending_bytes
         self._refuse_when_full = refuse_when_full
         self._max_reply_bytes = max_reply_bytes
+        self._clustered = clustered
+        self._max_redirections = max_redirections
         self._window = max(1, min(WINDOW_RECORDS, max_pending))
         self._open = []
         self._queue = deque()
@@ -180,22 +200,7 @@ cdef class Pipeline:
 
     def set(self, name, version, data, ttl=None, if_newer=False):
         """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
-        cdef str key = check_name(name)
-        cdef _Write write = self._write(key, version, data, ttl, if_newer)
-        self._admit(PyBytes_GET_SIZE(write.text))
-        cdef _Batch batch = self._batch_for(_kind_of(write.ttl, if_newer), key)
-        cdef object waiter = self._create_waiter()
-        cdef PyObject* earlier = PyDict_GetItem(batch.records, key)
-        if earlier == NULL:
-            write.waiter = waiter
-            self.queued += 1
-            self.operations += 1
-        else:
-            write.waiter = _with((<_Write>earlier).waiter, waiter)
-            self.pending_bytes -= PyBytes_GET_SIZE((<_Write>earlier).text)
-        self.pending_bytes += PyBytes_GET_SIZE(write.text)
-        PyDict_SetItem(batch.records, key, write)
-        return waiter
+        return self._put(check_name(name), version, data, ttl, if_newer)
 
     def delete(self, name):
         """Queue a removal; its waiter gets whether there was such a record."""
@@ -216,20 +221,7 @@ cdef class Pipeline:
         cdef dict writes = {}
         cdef long long write_ttl = 0
         cdef Py_ssize_t size = 0
-        cdef str key
-        cdef _Write write
-        if not isinstance(records, (dict, Mapping)):
-            raise c.bad_records(records)
-        for name, pair in records.items():
-            key = check_name(name)
-            try:
-                version, data = pair
-            except (TypeError, ValueError):
-                raise c.bad_pair(key, pair) from None
-            write = self._write(key, version, data, ttl, if_newer)
-            PyDict_SetItem(writes, key, write)
-            write_ttl = write.ttl
-            size += PyBytes_GET_SIZE(write.text)
+        self.make_writes(records, ttl, if_newer, writes, &write_ttl, &size)
         return self._add_bulk(_kind_of(write_ttl, if_newer), writes, size)
 
     def delete_bulk(self, names):
@@ -249,6 +241,81 @@ cdef class Pipeline:
         self.in_flight += 1
         self.operations += 1
         return hiredis.pack_command(parts), batch.entries[0]
+
+    def key_command(self, int kind, str key not None, waiter, *parts):
+        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        cdef bytes text = hiredis.pack_command(parts)
+        cdef _Batch batch = self._batch_for(kind, key)
+        PyDict_SetItem(batch.records, key, _Command.__new__(_Command, text, waiter))
+        self.queued += 1
+        self.operations += 1
+        self.pending_bytes += PyBytes_GET_SIZE(text)
+
+    # -- what changes nodes
+
+    def fence(self):
+        """Return how far ``settled`` will be when all that is in flight now has been answered."""
+        return self.settled + len(self._slots)
+
+    def release(self, target_of):
+        """Give away what waits and belongs to another pipeline now, each with that pipeline."""
+        cdef _Batch batch
+        cdef list released = []
+        kept = deque()
+        for batch in self._queue:
+            if batch.target is not None:
+                released.append((batch.target, batch))
+                batch.target = None
+            elif batch.asking and not batch.over():
+                kept.append(batch)  # it was sent here, although the slot is another node's
+            elif not batch.over():
+                self._release_batch(batch, target_of, kept, released)
+        self._queue = kept
+        self._open.clear()
+        self._count_queued()
+        self._recount()
+        return released
+
+    cdef int _release_batch(self, _Batch batch, target_of, kept, list released) except -1:
+        cdef dict parts = {}  # of each target: the records, and how many of them are repeated
+        cdef dict records
+        cdef _Batch part
+        cdef Py_ssize_t i
+        batch.freeze()
+        for i in range(batch.sent, PyList_GET_SIZE(batch.names)):
+            name = batch.names[i]
+            target = target_of(batch.kind, name)
+            records, repeated = parts.get(target, ({}, 0))
+            records[name] = batch.entries[i]
+            parts[target] = (records, repeated + (i < batch.repeated))
+        if not parts or (len(parts) == 1 and self in parts):
+            kept.append(batch)
+            return 0
+        batch.names = batch.names[: batch.sent]
+        batch.entries = batch.entries[: batch.sent]
+        batch.records = dict(zip(batch.names, batch.entries))
+        for target, (records, repeated) in parts.items():
+            part = batch.part(records, repeated)
+            if target is self:
+                kept.append(part)
+            else:
+                released.append((target, part))
+        return 0
+
+    def adopt(self, batches):
+        """Queue what another pipeline gave away, each in the place of its age."""
+        self.rouse()
+        self._queue = deque(sorted((*self._queue, *batches), key=_serial_of))
+        self._open.clear()
+        self._count_queued()
+        self._recount()
+
+    cdef int _count_queued(self) except -1:
+        cdef _Batch batch
+        self.queued = 0
+        for batch in self._queue:
+            self.queued += batch.waiting()
+        return 0
 
     # -- output
 
@@ -279,13 +346,15 @@ cdef class Pipeline:
                 self._queue.popleft()
                 continue
             batch.freeze()
+            if self._clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
+                batch.group(encoder)
             count = encoder.encode(batch, self.has_msetex)
             batch.sent += count
             self.queued -= count
             self.in_flight += count
-            if batch.kind == DELETE or batch.kind == HEAD:
+            if is_one_by_one(batch.kind):
                 self._slots.extend([(batch, 1)] * count)
-                self._commands += count if batch.kind == DELETE else 2 * count
+                self._commands += 2 * count if batch.kind == HEAD else count
             else:
                 self._slots.append((batch, count))
                 self._commands += 1
@@ -332,6 +401,7 @@ cdef class Pipeline:
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
+        self._asked = False
         self._partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
@@ -370,7 +440,9 @@ cdef class Pipeline:
             self._open.clear()
             if not batch.over():
                 pending = self.in_flight
-                make = partial(c.never_sent, self.address, self._timeout, pending, self.down)
+                make = partial(
+                    c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
+                )
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
                 self._fail_batch(batch, make, doubt)
         return 0
@@ -387,7 +459,7 @@ cdef class Pipeline:
         for batch in dict.fromkeys([slot[0] for slot in self._slots]):
             if batch.over():
                 continue
-            if retry and batch.kind in (GET, HEAD, SET_IF_NEWER):
+            if retry and batch.kind in (GET, HEAD, SET_IF_NEWER, READ_KEY):
                 self.queued += batch.sent - batch.answered
                 batch.repeated = max(batch.repeated, batch.sent)
                 batch.sent = batch.answered
@@ -399,6 +471,7 @@ cdef class Pipeline:
                 self.queued -= batch.waiting()
             else:
                 kept[batch] = None
+        self.settled += len(self._slots)
         self._slots.clear()
         self._queue = deque(sorted(kept, key=_serial_of))
         self.in_flight = 0
@@ -411,6 +484,7 @@ cdef class Pipeline:
         cdef _Batch batch
         batches = dict.fromkeys([slot[0] for slot in self._slots])
         batches.update(dict.fromkeys(self._queue))
+        self.settled += len(self._slots)
         self._slots.clear()
         self._queue.clear()
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
@@ -441,7 +515,8 @@ cdef class Pipeline:
 
     # -- building batches
 
-    cdef _Write _write(self, str name, version, data, ttl, guard):
+    cdef _Write make_write(self, str name, version, data, ttl, guard):
+        """Return the checked and encoded content of a record; raises RecordError."""
         cdef _Write write = _Write.__new__(_Write)
         write.version = check_version(name, version)
         write.ttl = self._ttl if ttl is None else c.check_ttl(name, ttl)
@@ -449,19 +524,43 @@ cdef class Pipeline:
         write.guard = GUARDED if guard else UNGUARDED
         return write
 
-    cdef _Batch _new_batch(self, int kind, dict records):
-        cdef double deadline = <double>_monotonic() + self._timeout
-        self._serial += 1
-        return _Batch.__new__(_Batch, kind, deadline, self._serial, records)
+    cdef int make_writes(
+        self, records, ttl, guard, dict writes, long long* write_ttl, Py_ssize_t* size
+    ) except -1:
+        """Fill ``writes`` with the content of records; raises RecordError."""
+        cdef str key
+        cdef _Write write = None
+        cdef Py_ssize_t total = 0
+        if not isinstance(records, (dict, Mapping)):
+            raise c.bad_records(records)
+        for name, pair in records.items():
+            key = check_name(name)
+            try:
+                version, data = pair
+            except (TypeError, ValueError):
+                raise c.bad_pair(key, pair) from None
+            write = self.make_write(key, version, data, ttl, guard)
+            PyDict_SetItem(writes, key, write)
+            total += PyBytes_GET_SIZE(write.text)
+        size[0] = total
+        write_ttl[0] = 0 if write is None else write.ttl
+        return 0
 
-    cdef int _rouse(self) except -1:
+    cdef _Batch _new_batch(self, int kind, dict records):
+        global last_serial
+        cdef double deadline = <double>_monotonic() + self._timeout
+        last_serial += 1
+        return _Batch.__new__(_Batch, kind, deadline, last_serial, records)
+
+    cdef inline int rouse(self) except -1:
+        """Tell whoever flushes that something is about to be queued; raises if it must not."""
         if not self._awake:
             self._wake()
             self._awake = True
         return 0
 
     cdef int _enqueue(self, _Batch batch) except -1:
-        self._rouse()
+        self.rouse()
         self._queue.append(batch)
         return 0
 
@@ -474,7 +573,7 @@ cdef class Pipeline:
             if batch.kind == kind:
                 found = batch
                 # Two removals, or two guarded writes, of one name have each its own result.
-                free = kind not in (SET_IF_NEWER, DELETE) or name not in batch.records
+                free = not is_unshared(kind) or name not in batch.records
             elif found is not None and name in batch.records:
                 free = False
         if found is not None and free:
@@ -486,7 +585,7 @@ cdef class Pipeline:
         self._open.append(batch)
         return batch
 
-    cdef inline int _admit(self, Py_ssize_t size) except -1:
+    cdef inline int admit(self, Py_ssize_t size) except -1:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
         if self._refuse_when_full and (
             self.operations >= self._max_pending
@@ -496,8 +595,25 @@ cdef class Pipeline:
             raise c.full(self.address, self.operations, self.pending_bytes)
         return 0
 
+    cdef object _put(self, str name, version, data, ttl, guard):
+        cdef _Write write = self.make_write(name, version, data, ttl, guard)
+        self.admit(PyBytes_GET_SIZE(write.text))
+        cdef _Batch batch = self._batch_for(_kind_of(write.ttl, guard), name)
+        cdef object waiter = self._create_waiter()
+        cdef PyObject* earlier = PyDict_GetItem(batch.records, name)
+        if earlier == NULL:
+            write.waiter = waiter
+            self.queued += 1
+            self.operations += 1
+        else:
+            write.waiter = _with((<_Write>earlier).waiter, waiter)
+            self.pending_bytes -= PyBytes_GET_SIZE((<_Write>earlier).text)
+        self.pending_bytes += PyBytes_GET_SIZE(write.text)
+        PyDict_SetItem(batch.records, name, write)
+        return waiter
+
     cdef object _join(self, int kind, str name):
-        self._admit(0)
+        self.admit(0)
         cdef _Batch batch = self._batch_for(kind, name)
         cdef object waiter = self._create_waiter()
         cdef Py_ssize_t before = PyDict_Size(batch.records)
@@ -510,32 +626,27 @@ cdef class Pipeline:
         return waiter
 
     cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0):
-        self._admit(size)
+        self.admit(size)
         cdef object waiter = self._create_waiter()
-        cdef object result
-        cdef _Batch batch
-        if kind == GET:
-            result = records  # filled in place: the names are in their order already
-        elif kind == HEAD:
-            result = {}
-        elif kind == DELETE:
-            result = 0
+        cdef _Bulk bulk = _new_bulk(kind, records, waiter, False)
+        if records:
+            self.add_part(bulk, kind, records, size)
         else:
-            result = set()
-        if not records:
-            self._rouse()
-            waiter.set_result(result)
-            return waiter
-        batch = self._new_batch(kind, records)
-        batch.bulk = _Bulk.__new__(
-            _Bulk, f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records)
-        )
+            self.rouse()
+            waiter.set_result(bulk.result)
+        return waiter
+
+    cdef int add_part(self, _Bulk bulk, int kind, dict records, Py_ssize_t size) except -1:
+        """Queue those records of a bulk that this node serves."""
+        cdef _Batch batch = self._new_batch(kind, records)
+        batch.bulk = bulk
         self._enqueue(batch)
         self._open.clear()
-        self.queued += len(records)
+        batch.counted = True
+        self.queued += PyDict_Size(records)
         self.operations += 1
         self.pending_bytes += size
-        return waiter
+        return 0
 
     # -- replies
 
@@ -546,7 +657,7 @@ cdef class Pipeline:
             while True:
                 try:
                     reply = gets()
-                except Exception as error:  # hiredis says in several ways that it is no RESP
+                except c.NO_RESP as error:
                     raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
                 if reply is _INCOMPLETE:
                     break
@@ -577,16 +688,21 @@ cdef class Pipeline:
         cdef _Batch batch = slot[0]
         cdef Py_ssize_t count = slot[1]
         cdef object stored = None
+        if batch.asking and not self._asked:
+            self._asked = True
+            return 0
+        self._asked = False
         if batch.kind == HEAD:
             if self._version_reply is _INCOMPLETE:
                 self._version_reply = reply
                 return 0
             stored, self._version_reply = self._version_reply, _INCOMPLETE
+            if batch.asking:
+                stored, reply = reply, stored
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
         cdef Py_ssize_t i, first = batch.answered
-        cdef bint was_over = batch.over()
-        if was_over:
+        if batch.over():
             batch.answered += count
         elif type(reply) is ReplyError:
             self._refused(batch, count, reply)
@@ -603,69 +719,77 @@ cdef class Pipeline:
         elif batch.kind == COMMAND:
             batch.answered = 1
             _tell(batch.entries[0], reply)
+        elif batch.kind >= READ_KEY:
+            self._answer_key(batch, reply)
         else:
             self._answer_script(batch, count, self._array(reply, count, "the set script"))
         self._slots.popleft()
+        self.settled += 1
         self.in_flight -= count
         if batch.bulk is None:
             self.operations -= count
-        elif batch.bulk.over and not was_over:
+        elif batch.counted and (
+            batch.answered == PyList_GET_SIZE(batch.names) or batch.over()
+        ):
+            batch.counted = False
             self.operations -= 1
-        if SET <= batch.kind <= SET_IF_NEWER:
+        if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
             for i in range(first, first + count):
-                self.pending_bytes -= PyBytes_GET_SIZE(
-                    (<_Write>PyList_GET_ITEM(batch.entries, i)).text
-                )
+                self.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
         return 0
 
     cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
         cdef _Bulk bulk = batch.bulk
         cdef dict result = None if bulk is None else bulk.result
-        cdef Py_ssize_t i, settled = count
+        cdef Py_ssize_t i, settled = 0
         cdef object stored, raw, entry
         cdef str name
         cdef long long version
-        for i in range(count):
-            stored = <object>PyList_GET_ITEM(reply, 2 * i)
-            raw = <object>PyList_GET_ITEM(reply, 2 * i + 1)
-            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-            entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
-            if entry is _NOBODY:
-                settled -= 1
-                batch.answered += 1
-                continue
-            if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
-                version = parse_version(<bytes>stored)
-                if version < 0:
-                    self._damaged(batch, name, entry, stored)
-                else:
-                    self._hits += 1
-                    if bulk is not None:
-                        PyDict_SetItem(result, name, _record(name, version, <bytes>raw))
-                    elif type(entry) is list:
-                        for waiter in <list>entry:
-                            _tell(waiter, _record(name, version, <bytes>raw))
+        try:
+            for i in range(count):
+                stored = <object>PyList_GET_ITEM(reply, 2 * i)
+                raw = <object>PyList_GET_ITEM(reply, 2 * i + 1)
+                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
+                entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
+                if entry is _NOBODY:
+                    batch.answered += 1
+                    continue
+                if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
+                    version = parse_version(<bytes>stored)
+                    if version < 0:
+                        self._damaged(batch, name, entry, stored)
                     else:
-                        _tell(entry, _record(name, version, <bytes>raw))
-            else:
-                for value in (stored, raw):
-                    if value is not None and type(value) is not bytes:
-                        raise self._wrong_shape("MGET", value)
-                if stored is not None or raw is not None:
-                    self._halves += 1
-                if bulk is not None:
-                    bulk.missing.append(name)
+                        self._hits += 1
+                        if bulk is not None:
+                            PyDict_SetItem(result, name, _record(name, version, <bytes>raw))
+                        elif type(entry) is list:
+                            for waiter in <list>entry:
+                                _tell(waiter, _record(name, version, <bytes>raw))
+                        else:
+                            _tell(entry, _record(name, version, <bytes>raw))
                 else:
-                    _tell(entry, None)
-            self._reads += 1
-            batch.answered += 1
-        if bulk is not None:
-            bulk.settle(settled)
+                    for value in (stored, raw):
+                        if value is not None and type(value) is not bytes:
+                            raise self._wrong_shape("MGET", value)
+                    if stored is not None or raw is not None:
+                        self._halves += 1
+                    if bulk is not None:
+                        bulk.missing.append(name)
+                    else:
+                        _tell(entry, None)
+                self._reads += 1
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
         return 0
 
     cdef int _answer_head(self, _Batch batch, stored, reply) except -1:
         cdef str name = batch.names[batch.answered]
         cdef object entry = batch.entries[batch.answered]
+        if batch.asking and type(reply) is int:  # how many of both keys there are
+            reply = c.STRING if reply == 2 else c.NO_STRING[0]
         cdef bint has_data = reply == c.STRING
         cdef bint has_version = type(stored) is bytes
         cdef long long version = -1
@@ -712,29 +836,33 @@ cdef class Pipeline:
 
     cdef int _answer_script(self, _Batch batch, Py_ssize_t count, list reply) except -1:
         cdef _Bulk bulk = batch.bulk
+        cdef Py_ssize_t settled = 0
         cdef _Write entry
         cdef str name
-        for value in reply:
-            name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-            entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
-            if type(value) is ReplyError:
-                self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
-            elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
-                raise self._wrong_shape("the set script", value)
-            elif value == DAMAGED:
-                self._damaged(batch, name, entry, None)
-            else:
-                if value == WRITTEN:
-                    self._writes += 1
+        try:
+            for value in reply:
+                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
+                entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
+                if type(value) is ReplyError:
+                    self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+                elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
+                    raise self._wrong_shape("the set script", value)
+                elif value == DAMAGED:
+                    self._damaged(batch, name, entry, None)
                 else:
-                    self._not_newer += 1
-                if bulk is None:
-                    _tell(entry.waiter, value == WRITTEN)
-                elif value == NOT_NEWER:
-                    bulk.result.add(name)
-            batch.answered += 1
-        if bulk is not None:
-            bulk.settle(count)
+                    if value == WRITTEN:
+                        self._writes += 1
+                    else:
+                        self._not_newer += 1
+                    if bulk is None:
+                        _tell(entry.waiter, value == WRITTEN)
+                    elif value == NOT_NEWER:
+                        bulk.result.add(name)
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
         return 0
 
     cdef int _answer_delete(self, _Batch batch, reply) except -1:
@@ -751,6 +879,18 @@ cdef class Pipeline:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
         return 0
+
+    cdef int _answer_key(self, _Batch batch, reply) except -1:
+        cdef bint fits
+        if batch.kind == READ_KEY:
+            fits = reply is None or type(reply) is bytes
+        else:
+            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
+        if not fits:
+            raise self._wrong_shape("a command of one key", reply)
+        cdef _Command entry = <_Command>PyList_GET_ITEM(batch.entries, batch.answered)
+        batch.answered += 1
+        return _tell(entry.waiter, reply)
 
     cdef list _array(self, reply, Py_ssize_t length, str command):
         if type(reply) is not list or PyList_GET_SIZE(reply) != length:
@@ -773,6 +913,8 @@ cdef class Pipeline:
 
         An error reply to a whole command says that nothing of it was done.
         """
+        if self._clustered and batch.kind != COMMAND and error.code in c.REDIRECTIONS:
+            return self._redirected(batch, count, error)
         if error.code == "READONLY":
             self.read_only = True
         cdef bint by_script = batch.kind == SET_TTL or batch.kind == SET_IF_NEWER
@@ -811,22 +953,73 @@ cdef class Pipeline:
             batch.bulk.settle(settled - len(again))
         return 0
 
+    cdef int _redirected(self, _Batch batch, Py_ssize_t count, error) except -1:
+        """Give away the records of a command that another node, or a later moment, is right for.
+
+        Behind it, commands may be in flight that write the same names. They are redirected as
+        well and follow in their order; or they were done, if the node changed its mind meanwhile,
+        and this must not undo them: a plain write hangs on the one that overtook it.
+        """
+        cdef dict later = {}
+        cdef dict again = {}
+        cdef tuple trail = (*batch.trail, f"{self.address}: {error.message}")
+        cdef Py_ssize_t limit = self._max_redirections
+        cdef Py_ssize_t i, failed = 0, repeated = 0
+        cdef str name
+        cdef _Batch part, overtaking
+        if SET <= batch.kind <= DELETE:
+            later = self._written_after(batch, True)
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is _NOBODY:
+                continue
+            if len(trail) > limit:
+                context = f"{c.describe(batch.kind, name)} at {self.address}"
+                make = partial(c.led_astray, error.message, trail, limit, context)
+                self._give_error(batch, name, entry, make)
+                failed += 1
+                continue
+            if name in later:
+                overtaking, at, read = later[name]
+                if overtaking.kind != SET_IF_NEWER:
+                    refusal = self._refusal(error, batch.kind, name)
+                    if self._hang(batch, entry, overtaking, at, read, refusal):
+                        continue
+                    if error.code == "CLUSTERDOWN" and batch.kind != SET_IF_NEWER:
+                        self._give_error(batch, name, entry, refusal)
+                        failed += 1
+                        continue
+            again[name] = entry
+            repeated += i < batch.repeated
+        batch.answered += count
+        if again:
+            part = batch.part(again, repeated)
+            part.trail = trail
+            part.asking = False
+            # One whose keys are on their way holds up no other of its slot a second time.
+            part.alone = batch.alone or error.code == "TRYAGAIN"
+            slot = self.slot_of(batch.kind, next(iter(again)))
+            self.redirected.append((error.message, slot, part))
+        if batch.bulk is not None:
+            batch.bulk.settle(failed)
+        return 0
+
+    cpdef int slot_of(self, int kind, str name) except -2:
+        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        return self._encoder.slot_of(kind, name)
+
     cdef int _send_again(
         self, _Batch batch, dict again, Py_ssize_t repeated, bint lost_script, bint alone
     ) except -1:
         """Queue records of a batch once more, in the batch's place."""
-        cdef _Batch repeat = _Batch.__new__(
-            _Batch, batch.kind, batch.deadline, batch.serial, again
-        )
-        repeat.bulk = batch.bulk
-        repeat.repeated = repeated
+        cdef _Batch repeat = batch.part(again, repeated)
         repeat.whole_script = lost_script or batch.whole_script
         repeat.alone = alone or batch.alone
+        repeat.counted = batch.bulk is not None
         self.queued += len(again)
-        if batch.bulk is None:
-            self.operations += len(again)
-        if SET <= batch.kind <= SET_IF_NEWER:
-            self.pending_bytes += sum([len((<_Write?>write).text) for write in again.values()])
+        self.operations += 1 if repeat.counted else len(again)
+        self.pending_bytes += repeat.text_size()
         self._returned.append(repeat)
         return 0
 
@@ -862,7 +1055,7 @@ cdef class Pipeline:
         cdef bint newer, guarded, by_script, harmless
         cdef Py_ssize_t i
         for later in dict.fromkeys([slot[0] for slot in self._slots]):
-            newer = later.serial > batch.serial
+            newer = batch.serial < later.serial and later.kind < COMMAND
             guarded = later.kind == SET_IF_NEWER
             by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
             if newer and later.kind <= HEAD:
@@ -906,22 +1099,19 @@ cdef class Pipeline:
         """Count what is pending anew, after batches were dropped."""
         cdef _Batch batch
         cdef Py_ssize_t last
-        cdef set bulks = set()
         pending = dict.fromkeys([slot[0] for slot in self._slots])
         pending.update(dict.fromkeys(self._queue))
         self.operations = 0
         self.pending_bytes = 0
         for batch in pending:
-            # What is over and was not sent will never be.
-            last = batch.sent if batch.over() else len(batch.records)
             if batch.bulk is None:
+                # What is over and was not sent will never be.
+                last = batch.sent if batch.over() else PyDict_Size(batch.records)
                 self.operations += last - batch.answered
-            elif not batch.bulk.over:
-                bulks.add(id(batch.bulk))
-            if SET <= batch.kind <= SET_IF_NEWER:
-                for write in list(batch.records.values())[batch.answered : last]:
-                    self.pending_bytes += len((<_Write?>write).text)
-        self.operations += len(bulks)
+            else:
+                batch.counted = not batch.over() and batch.answered < PyDict_Size(batch.records)
+                self.operations += batch.counted
+            self.pending_bytes += batch.text_size()
         return 0
 
     cdef object _refusal(self, error, int kind, str name):
@@ -931,7 +1121,7 @@ cdef class Pipeline:
     cdef int _give_error(self, _Batch batch, str name, entry, make) except -1:
         """Give one record its error: to its waiters, or into its bulk's."""
         if batch.bulk is None:
-            return _fail((<_Write>entry).waiter if type(entry) is _Write else entry, make)
+            return _fail(_waiter_of(entry), make)
         batch.bulk.errors[name] = make()
         if batch.kind == GET:
             batch.bulk.missing.append(name)
@@ -944,12 +1134,14 @@ cdef class Pipeline:
         """
         cdef Py_ssize_t i
         cdef Py_ssize_t doubtful = 0
+        cdef Py_ssize_t failed = 0
         cdef _Bulk bulk = batch.bulk
+        cdef str name
         batch.freeze()
         batch.expired = True
-        if error_of_doubt is not None and SET <= batch.kind <= DELETE:
+        if error_of_doubt is not None and c.is_write(batch.kind):
             doubtful = max(batch.sent, batch.repeated)
-        if bulk is not None:
+        if bulk is not None and not bulk.shared:
             make = error_of
             if error_of_doubt is not None and (
                 doubtful or (batch.kind >= SET and bulk.remaining < bulk.total)
@@ -958,16 +1150,49 @@ cdef class Pipeline:
             bulk.over = True
             return _fail(bulk.waiter, partial(make, bulk.operation))
         for i in range(batch.answered, PyList_GET_SIZE(batch.names)):
+            name = batch.names[i]
             entry = batch.entries[i]
-            waiter = (<_Write>entry).waiter if type(entry) is _Write else entry
+            if entry is _NOBODY:
+                continue
             make = error_of
             if error_of_doubt is not None and i < doubtful:
                 make = error_of_doubt
-            _fail(waiter, partial(make, c.describe(batch.kind, batch.names[i])))
+            self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
+            failed += 1
+        if bulk is not None:
+            bulk.settle(failed)
         return 0
 
 
 # -- small things
+
+
+cdef _Bulk _new_bulk(int kind, dict records, waiter, bint shared):
+    """Return the bulk operation of that kind; the names of a read get their records in place."""
+    cdef object result
+    if kind == GET:
+        result = records  # the names are in their order already
+    elif kind == HEAD:
+        result = {}
+    elif kind == DELETE:
+        result = 0
+    else:
+        result = set()
+    cdef str operation = f"{c.OPERATIONS[kind]}_bulk"
+    return _Bulk.__new__(_Bulk, operation, waiter, result, PyDict_Size(records), shared)
+
+
+# The kinds of which records of one slot share a command, and those that have one for each.
+cdef inline bint is_grouped(int kind) noexcept:
+    return kind == GET or SET <= kind <= SET_IF_NEWER
+
+
+cdef inline bint is_one_by_one(int kind) noexcept:
+    return kind == HEAD or kind == DELETE or kind >= READ_KEY
+
+
+cdef inline bint is_unshared(int kind) noexcept:
+    return kind == SET_IF_NEWER or kind == DELETE or kind >= READ_KEY
 
 
 cdef inline int _kind_of(long long ttl, if_newer) except -1:
@@ -984,3 +1209,6 @@ cdef dict _unique(str operation, names):
     for name in names:
         PyDict_SetItem(unique, check_name(name), None)
     return unique
+
+
+include "_fast_router.pxi"

@@ -1,6 +1,77 @@
 # RESP of the way out and of the way back; the compiled twin of ``_pure_wire.py``.
 
 
+# -- slots of a cluster
+
+
+# CRC16 of the XMODEM kind, of each byte.
+cdef unsigned short CRC[256]
+
+
+cdef void fill_crc() noexcept:
+    cdef unsigned int byte, bit, crc
+    for byte in range(256):
+        crc = byte << 8
+        for bit in range(8):
+            crc = (crc << 1) ^ (0x1021 if crc & 0x8000 else 0)
+        CRC[byte] = crc & 0xFFFF
+
+
+fill_crc()
+
+
+cdef inline unsigned short add_to_crc(unsigned short crc, unsigned char byte) noexcept:
+    return <unsigned short>(crc << 8) ^ CRC[(crc >> 8) ^ byte]
+
+
+cdef int slot_of_text(const char* key, Py_ssize_t size) noexcept:
+    """Return the slot of a key, of which there may be nothing."""
+    cdef const char* start = <const char*>memchr(key, 123, size)  # "{"
+    cdef const char* end
+    cdef unsigned short crc = 0
+    cdef Py_ssize_t i
+    if start != NULL:
+        start += 1
+        end = <const char*>memchr(start, 125, key + size - start)  # "}"
+        if end != NULL and end > start:
+            key = start
+            size = end - start
+    for i in range(size):
+        crc = add_to_crc(crc, key[i])
+    return crc % SLOTS
+
+
+def slot_of_key(bytes key not None):
+    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
+    return slot_of_text(PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+
+
+# What the text before a name makes of the hash tag of its keys: if it ``is_over``, they have the
+# slot ``slot`` whatever the name, or -1 each its own. Else it ``is_open`` and goes on in the name,
+# where it may be empty or not, or it may begin there.
+cdef struct Opening:
+    bint is_over
+    int slot
+    bint is_open
+    bint is_empty
+    unsigned short crc  # of what is in it so far
+
+
+cdef Opening opening_of(bytes text):
+    cdef Opening opening
+    before, brace, tag = text.partition(c.TAG_OPEN)
+    opening.is_over = c.TAG_CLOSE in tag
+    opening.slot = -1
+    opening.is_open = brace != b""
+    opening.is_empty = tag == b""
+    opening.crc = 0
+    if opening.is_over and not tag.startswith(c.TAG_CLOSE):
+        opening.slot = slot_of_key(text)
+    for byte in <bytes>tag:
+        opening.crc = add_to_crc(opening.crc, byte)
+    return opening
+
+
 # -- writing into the output buffer: each returns where the next byte goes
 
 # The mark, up to 20 digits and the two line ends around a text.
@@ -47,6 +118,8 @@ cdef class _Encoder:
     cdef bytes _opening  # what stands before a name in its keys
     cdef bytes _opening_for_brace  # the same, before a name that begins with "}"
     cdef bytes _closing  # what stands between a name and the suffix
+    cdef Opening _tag
+    cdef Opening _tag_for_brace
     cdef char* _out
     cdef Py_ssize_t _size
     cdef Py_ssize_t _capacity
@@ -57,9 +130,45 @@ cdef class _Encoder:
         self._opening = prefix + c.TAG_OPEN if hash_tag else prefix
         self._opening_for_brace = prefix + c.TAG_FOR_BRACE if hash_tag else prefix
         self._closing = c.TAG_CLOSE if hash_tag else b""
+        self._tag = opening_of(self._opening)
+        self._tag_for_brace = opening_of(self._opening_for_brace)
 
     def __dealloc__(self):
         PyMem_Free(self._out)
+
+    cdef int slot(self, str name) except -2:
+        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        cdef Py_ssize_t size = 0
+        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        cdef bint with_brace = text[0] == 125  # "}"
+        cdef Opening* tag = &self._tag_for_brace if with_brace else &self._tag
+        if tag.is_over:
+            return tag.slot
+        cdef Py_ssize_t i = 0
+        cdef const char* brace
+        if not tag.is_open:
+            brace = <const char*>memchr(text, 123, size)  # "{"
+            if brace == NULL:
+                return -1
+            i = brace + 1 - text
+        cdef Py_ssize_t start = i
+        cdef unsigned short crc = tag.crc
+        while i < size and text[i] != 125:
+            crc = add_to_crc(crc, text[i])
+            i += 1
+        if i == size and (with_brace or PyBytes_GET_SIZE(self._closing) == 0):
+            return -1  # it has no end, or
+        if i == start and tag.is_empty:
+            return -1  # nothing in it
+        return crc % SLOTS
+
+    cdef inline int slot_of(self, int kind, str name) except -2:
+        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        cdef Py_ssize_t size = 0
+        if kind < READ_KEY:
+            return self.slot(name)
+        cdef const char* key = PyUnicode_AsUTF8AndSize(name, &size)
+        return slot_of_text(key, size)
 
     cdef inline void begin(self) noexcept:
         """Forget what was written and not taken."""
@@ -103,18 +212,35 @@ cdef class _Encoder:
                 ):
                     last = i if i > first else first + 1
                     break
+        if batch.hash_slots != NULL:
+            for i in range(first + 1, last):
+                if batch.hash_slots[i] != batch.hash_slots[first]:
+                    last = i
+                    break
         cdef Py_ssize_t count = last - first
+        cdef bint asking = batch.asking
         if kind == GET:
+            self._put_asking(asking)
             self._put_header(1 + 2 * count, b"$4\r\nMGET\r\n")
             for i in range(first, last):
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
         elif kind == HEAD:
             for i in range(first, last):
+                if asking:
+                    # On the way from one node to another, a key that has not arrived looks like
+                    # one that isn't there. A command of both keys is refused instead; if it is
+                    # served, they are both here for what comes next.
+                    self._put_asking(True)
+                    self._put_header(3, b"$6\r\nEXISTS\r\n")
+                    self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+                    self._put_asking(True)
                 self._put_header(2, b"$3\r\nGET\r\n")
                 self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_VERSION)
-                self._put_header(2, b"$4\r\nTYPE\r\n")
-                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
+                if not asking:
+                    self._put_header(2, b"$4\r\nTYPE\r\n")
+                    self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
         elif kind == SET or msetex:
+            self._put_asking(asking)
             if msetex:
                 self._put_header(4 + 4 * count, b"$6\r\nMSETEX\r\n")
                 self._put_number(2 * count)
@@ -130,9 +256,15 @@ cdef class _Encoder:
                 self._put_number((<_Write>PyList_GET_ITEM(batch.entries, first)).ttl)
         elif kind == DELETE:
             for i in range(first, last):
+                self._put_asking(asking)
                 self._put_header(3, b"$3\r\nDEL\r\n")
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        elif kind >= READ_KEY:
+            for i in range(first, last):
+                self._put_asking(asking)
+                self._put_bytes((<_Command>PyList_GET_ITEM(batch.entries, i)).text)
         else:
+            self._put_asking(asking)
             self._put_script(batch, count)
             for i in range(first, last):
                 self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
@@ -204,6 +336,16 @@ cdef class _Encoder:
         cdef char* at = put_length(start, 42, length)  # "*"
         at = put_bytes(at, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
         self._size += at - start
+        return 0
+
+    cdef inline int _put_asking(self, bint asking) except -1:
+        return self._put_bytes(ASKING) if asking else 0
+
+    cdef int _put_bytes(self, bytes text) except -1:
+        """Append what is RESP already."""
+        cdef char* start = self._reserve(PyBytes_GET_SIZE(text))
+        put_bytes(start, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        self._size += PyBytes_GET_SIZE(text)
         return 0
 
     cdef int _put_text(self, bytes text) except -1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from binascii import crc_hqx
 from typing import Any, Final
 
 import hiredis
@@ -25,6 +26,13 @@ def _announced(header: bytes) -> int:
     return int(digits) if len(digits) <= 18 else 10**18
 
 
+def slot_of_key(key: bytes) -> int:
+    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
+    start = key.find(c.TAG_OPEN) + 1
+    end = key.find(c.TAG_CLOSE, start) if start else -1
+    return crc_hqx(key[start:end] if end > start else key, 0) % c.SLOTS
+
+
 class Encoder:
     """Writes the commands of batches, with the keys of one layout."""
 
@@ -42,6 +50,11 @@ class Encoder:
         else:
             stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
         return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
+
+    def slot(self, name: str) -> int:
+        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        version, data = map(slot_of_key, self.keys(name))
+        return version if version == data else -1
 
     def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
         """Return the next command of a batch and its record count; or, of removals and heads,
@@ -61,17 +74,30 @@ class Encoder:
                 if size > c.COMMAND_BYTES or other_ttl:
                     last = max(i, first + 1)
                     break
+        if batch.hash_slots:
+            slot = batch.hash_slots[first]
+            last = next((i for i in range(first + 1, last) if batch.hash_slots[i] != slot), last)
+        ask = c.ASKING if batch.asking else b""
+        if kind >= c.READ_KEY:
+            commands = (ask + entry.text for entry in batch.entries[first:last])
+            return b"".join(commands), last - first
         keys: list[bytes] = []
         for i in range(first, last):
             keys.extend(self.keys(batch.names[i]))
         entries = batch.entries[first:last]
         if kind == c.GET:
-            return pack((b"MGET", *keys)), last - first
+            return ask + pack((b"MGET", *keys)), last - first
         if kind == c.DELETE:
             pairs = zip(keys[::2], keys[1::2], strict=True)
-            return b"".join(pack((b"DEL", *pair)) for pair in pairs), last - first
+            return b"".join(ask + pack((b"DEL", *pair)) for pair in pairs), last - first
         if kind == c.HEAD:
             pairs = zip(keys[::2], keys[1::2], strict=True)
+            if ask:
+                # On the way from one node to another, a key that has not arrived looks like one
+                # that isn't there. A command of both keys is refused instead; if it is served,
+                # they are both here for what comes next.
+                asked = (ask + pack((b"EXISTS", v, d)) + ask + pack((b"GET", v)) for v, d in pairs)
+                return b"".join(asked), last - first
             out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
             return b"".join(out), last - first
         count = b"%d" % len(keys)
@@ -81,8 +107,8 @@ class Encoder:
             flat = [part for pair in pairs_of for part in pair]
             if msetex:
                 lifetime = (b"EX", b"%d" % entries[0].ttl)
-                return pack((b"MSETEX", count, *flat, *lifetime)), last - first
-            return pack((b"MSET", *flat)), last - first
+                return ask + pack((b"MSETEX", count, *flat, *lifetime)), last - first
+            return ask + pack((b"MSET", *flat)), last - first
         how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
         arguments: list[bytes] = []
         for i, write in enumerate(entries, first):
@@ -90,7 +116,7 @@ class Encoder:
             if i < batch.repeated and guard == c.GUARDED:
                 guard = c.GUARDED_REPEAT
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
-        return pack((*how, count, *keys, *arguments)), last - first
+        return ask + pack((*how, count, *keys, *arguments)), last - first
 
 
 class LengthGuard:

@@ -15,6 +15,7 @@ import fractions
 import inspect
 import itertools
 import math
+import random
 import types
 import uuid
 from collections.abc import Callable
@@ -24,11 +25,25 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from redis.crc import key_slot
 
 from dscache import _common as c
 from dscache import _fast, _pure
 from dscache.errors import BulkError, ConnectionLost, ProtocolError, RecordError, ReplyError
-from wire import NOPERM, NOSCRIPT, WRONGTYPE, Exchange, Operation, Push, Refusal, resp
+from wire import (
+    NOPERM,
+    NOSCRIPT,
+    WRONGTYPE,
+    ClusterExchange,
+    Exchange,
+    ModelServer,
+    Operation,
+    Push,
+    Refusal,
+    commands,
+    keys_of,
+    resp,
+)
 
 TWINS = (_fast, _pure)
 
@@ -73,7 +88,12 @@ def members(thing: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(thing).items() if not name.startswith("_")}
 
 
-PUBLIC = ("Pipeline", "Record", "check_name", "check_version", "encode_data", "parse_version")
+PUBLIC = (
+    *("Pipeline", "Record", "Router"),
+    *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
+)
+# What a Router does with a Pipeline is in C there, and the same names in Python here.
+IN_C = {"add_part", "admit", "make_write", "rouse"}
 
 
 def test_public_names() -> None:
@@ -85,17 +105,20 @@ def test_public_names() -> None:
         }
         # The one in Python is made of several modules, and says what of them is its own.
         assert set(getattr(twin, "__all__", own)) == set(PUBLIC), twin.__name__
-    for name in ("Pipeline", "Record"):
+    for name in ("Pipeline", "Record", "Router"):
         fast, pure = (set(members(getattr(twin, name))) for twin in TWINS)
-        if name == "Pipeline":  # plain attributes there, descriptors of the class here
-            pure |= {
-                attribute for attribute in vars(pipeline(_pure)) if not attribute.startswith("_")
-            }
-        assert fast == pure
+        if name != "Record":  # plain attributes there, descriptors of the class here
+            made = pipeline(_pure) if name == "Pipeline" else router(_pure)
+            pure |= {attribute for attribute in vars(made) if not attribute.startswith("_")}
+        assert fast == pure - IN_C
 
 
 def pipeline(core: Any) -> Any:
     return core.Pipeline(object, int)
+
+
+def router(core: Any) -> Any:
+    return core.Router(object, pipeline(core), None)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -106,6 +129,7 @@ def test_docstrings(name: str) -> None:
     for member, value in members(pure).items():
         if callable(value) or isinstance(value, property):
             assert inspect.getdoc(value), member
+        if (callable(value) or isinstance(value, property)) and member not in IN_C:
             assert inspect.getdoc(getattr(fast, member)) == inspect.getdoc(value), member
 
 
@@ -124,12 +148,12 @@ def test_signatures() -> None:
             pairs = [
                 (getattr(fast, member), value)
                 for member, value in members(pure).items()
-                if isinstance(value, types.FunctionType)
+                if isinstance(value, types.FunctionType) and member not in IN_C
             ]
         for one, other in pairs:
             assert parameters(one) == parameters(other), other
             compared += 1
-    assert compared >= 22
+    assert compared >= 42
 
 
 @pytest.mark.parametrize(
@@ -140,6 +164,7 @@ def test_signatures() -> None:
         ((object, int, "address"), {}),
         ((object, int), {"adress": "x"}),
         ((object, int), {"create_waiter": object}),
+        ((object, int), {"clustered": True, "max_redirection": 1}),
     ],
 )
 def test_constructor_refuses_the_same(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -148,8 +173,23 @@ def test_constructor_refuses_the_same(arguments: tuple[Any, ...], options: dict[
             twin.Pipeline(*arguments, **options)
 
 
+@pytest.mark.parametrize(
+    "arguments", [(), (object,), (object, "p"), (object, "p", None, "x", True)]
+)
+def test_constructor_of_a_router_refuses_the_same(arguments: tuple[Any, ...]) -> None:
+    for twin in TWINS:
+        given = (pipeline(twin) if one == "p" else one for one in arguments)
+        with pytest.raises(TypeError):
+            twin.Router(*given)
+
+
 def test_constructor_defaults() -> None:
     for twin in TWINS:
+        one = router(twin)
+        assert len(one.owners) == len(one.readers) == c.SLOTS
+        assert len({*one.owners, *one.readers}) == 1
+        one = pipeline(twin)
+        assert (one.redirected, one.settled, one.fence()) == ([], 0, 0)
         one = pipeline(twin)
         assert (one.address, one.down, one.in_flight, one.queued) == ("", None, 0, 0)
         assert (one.has_msetex, one.read_only, one.operations, one.pending_bytes) == (
@@ -607,6 +647,331 @@ def test_replies(
     twins.expire(True)
     for exchange in twins.both:
         exchange.assert_drained()
+
+
+# -- the same nodes
+
+
+def routers(**options: Any) -> list[ClusterExchange]:
+    return [ClusterExchange(twin, **options) for twin in TWINS]
+
+
+prefixes = st.sampled_from(["", "app:", "{app}:", "{", "{}", "{a", "}{", "a}{b"]) | st.text(
+    "{}ab:é", max_size=5
+)
+# Names of which the braces matter, and any names there are.
+some_names = st.text("{}0_vdé", min_size=1, max_size=8) | st.text(st.characters(), min_size=1)
+
+
+def is_unicode(name: str) -> bool:
+    return outcome(name.encode)[0] is not UnicodeEncodeError
+
+
+@given(some_names, prefixes, st.booleans())
+@example("}", "", True)
+@example("}", "{", True)
+@example("a}b", "{", True)
+@example("{}{a}", "", False)
+@example("a}", "{", False)
+def test_slots(name: str, prefix: str, hash_tag: bool) -> None:
+    """Both say the slot that redis-py computes of the keys that are really sent."""
+    for twin in TWINS:
+        nodes = ClusterExchange(twin, 1, key_prefix=prefix, hash_tag=hash_tag)
+        if not is_unicode(name):
+            with pytest.raises(RecordError):
+                nodes.router.slot_of(name)
+            continue
+        one = nodes.router.slot_of(name)
+        nodes.pipelines[0].delete(name)
+        [[_, *keys]] = commands(nodes.pipelines[0].take_output())
+        slots = [key_slot(key) for key in keys]
+        assert one == (slots[0] if slots[0] == slots[1] else -1)
+        assert [twin.slot_of_key(key) for key in keys] == slots
+        assert nodes.pipelines[0].slot_of(c.GET, name) == one
+        assert nodes.pipelines[0].slot_of(c.READ_KEY, name) == key_slot(name.encode())
+
+
+@given(
+    st.lists(some_names.filter(is_unicode), min_size=2, max_size=30, unique=True),
+    st.sampled_from(["", "app:"]),
+)
+def test_no_two_records_share_a_key(names: list[str], prefix: str) -> None:
+    """Under the layout hashtag: both keys lie in one slot, and no other record has them."""
+    sent = []
+    for twin in TWINS:
+        pipeline = twin.Pipeline(object, int, key_prefix=prefix, hash_tag=True)
+        for name in names:
+            pipeline.delete(name)
+        sent.append(commands(pipeline.take_output()))
+    assert sent[0] == sent[1]
+    keys = [key for _, *both in sent[0] for key in both]
+    assert len(set(keys)) == len(keys) == 2 * len(names)
+    assert all(key_slot(one) == key_slot(other) for _, one, other in sent[0])
+
+
+@given(st.binary())
+@example(b"{}a{b}")
+@example(b"a{b{c}d}")
+def test_slots_of_keys(key: bytes) -> None:
+    assert {twin.slot_of_key(key) for twin in TWINS} == {key_slot(key)}
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=HOSTILE_IDS)
+def test_arguments_of_a_router(value: Any) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda r: r.get(value),
+        lambda r: r.head(value),
+        lambda r: r.delete(value),
+        lambda r: r.set(value, 1, 1),
+        lambda r: r.set("{a}", value, 1),
+        lambda r: r.set("{a}", 1, value),
+        lambda r: r.set("{a}", 1, 1, value),
+        lambda r: r.set("{a}", 1, 1, 5, value),
+        lambda r: r.set("apart", value, 1),
+        lambda r: r.set("apart", 1, value),
+        lambda r: r.set("apart", 1, 1, value, value),
+        lambda r: r.get_bulk(value),
+        lambda r: r.head_bulk(value),
+        lambda r: r.delete_bulk(value),
+        lambda r: r.get_bulk(["{fine}", value]),
+        lambda r: r.set_bulk(value),
+        lambda r: r.set_bulk({"{fine}": (1, 1), "apart": value}),
+        lambda r: r.set_bulk({"{fine}": (1, 1), "{a}": (value, value)}),
+        lambda r: r.set_bulk({"{a}": (1, 1), "{b}": (1, 1)}, value, value),
+        lambda r: r.slot_of(value),
+    ]
+    for call in calls:
+        answers = []
+        for nodes in routers():
+            answer = outcome(lambda r=nodes.router, call=call: type(call(r)).__name__)
+            stats = [pipeline.stats() for pipeline in nodes.pipelines]
+            output = [pipeline.take_output() for pipeline in nodes.pipelines]
+            answers.append((answer, nodes.wakes, stats, output, nodes.apart.stats()))
+        assert answers[0] == answers[1]
+
+
+@given(
+    st.lists(some_names.filter(is_unicode), max_size=20, unique=True),
+    st.sampled_from(["get_bulk", "head_bulk", "delete_bulk", "set_bulk", "guarded"]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_bulks_are_divided_alike(names: list[str], method: str, hash_tag: bool, seed: int) -> None:
+    """The same names to the same nodes, in the same order, and joined to the same result."""
+    rnd = random.Random(seed)
+    names += [f"{{{i % 40}}}{i}" for i in range(rnd.choice([0, 5, 2000]))]
+    names = list(dict.fromkeys(names))
+    if method == "guarded" and not hash_tag:
+        names = [name for name in names if len({key_slot(key) for key in keys_of(name)}) == 1]
+    owners = [rnd.randrange(3) for _ in range(c.SLOTS)]
+    refusals = {rnd.randrange(50): rnd.choice([NOPERM, "OOM x", "MOVED 1 a:1"]) for _ in range(3)}
+    seen: list[Any] = []
+    for nodes in routers(hash_tag=hash_tag):
+        nodes.router.owners[:] = nodes.router.readers[:] = [nodes.pipelines[i] for i in owners]
+        match method:
+            case "set_bulk":
+                operation = Operation(method, {name: (len(name), name) for name in names})
+            case "guarded":
+                records = {name: (len(name), name) for name in names}
+                operation = Operation("set_bulk", records, (), {"if_newer": True})
+            case _:
+                operation = Operation(method, names)
+        [waiter] = nodes.issue(operation)
+        server = ModelServer()
+        for name in names[::2]:
+            server.values.update(dict.fromkeys(_keys_of(name, hash_tag), b"5"))
+        steps: list[Any] = []
+        for pipeline in nodes.pipelines:
+            while output := pipeline.take_output():
+                steps.append(output)
+                for at, command in enumerate(commands(output)):
+                    refusal = refusals.get(at)
+                    reply = Refusal(refusal) if refusal else server.execute(command)
+                    pipeline.feed(resp(reply))
+                    steps.append(pipeline.stats())
+            steps.append([(words, at, list(b.records)) for words, at, b in pipeline.redirected])
+        assert waiter.done is not any(pipeline.redirected for pipeline in nodes.pipelines)
+        seen.append((steps, shown(waiter.error), shown(waiter.value), nodes.apart.stats()))
+    assert seen[0] == seen[1]
+
+
+def _keys_of(name: str, hash_tag: bool) -> tuple[bytes, bytes]:
+    if not hash_tag:
+        return keys_of(name)
+    return keys_of(f"}}{{0}}{name}" if name.startswith("}") else f"{{{name}}}")
+
+
+class ClusterTwins:
+    """Both cores, each with a Router and three nodes, led through the same steps."""
+
+    def __init__(self, **options: Any) -> None:
+        self.both = routers(**options)
+        self.server = ModelServer()
+
+    def same(self, call: Callable[[ClusterExchange], Any]) -> Any:
+        fast, pure = (outcome(call, nodes) for nodes in self.both)
+        assert fast == pure
+        fast, pure = (self.state(nodes) for nodes in self.both)
+        assert fast == pure
+
+    @staticmethod
+    def state(nodes: ClusterExchange) -> Any:
+        """Return all that can be seen."""
+        return [
+            nodes.wakes,
+            nodes.apart.stats(),
+            [(waiter.done, shown(waiter.error), shown(waiter.value)) for waiter in nodes.waiters],
+            [
+                (
+                    pipeline.stats(),
+                    *(pipeline.settled, pipeline.fence(), pipeline.read_only),
+                    [(words, at, told(batch)) for words, at, batch in pipeline.redirected],
+                )
+                for pipeline in nodes.pipelines
+            ],
+        ]
+
+    def issue(self, operation: Operation) -> None:
+        self.same(lambda nodes: bool(operation.on(nodes.router)))
+
+    def key(self, kind: int, key: str) -> None:
+        verb = "GET" if kind == c.READ_KEY else "DEL"
+        self.same(lambda nodes: nodes.router.key_command(kind, key, nodes._waiter(), verb, key))
+
+    def answer(self, at: int, refusals: list[str | None]) -> None:
+        """Flush a node and let it answer, with a refusal here and there."""
+        fast, pure = (nodes.pipelines[at].take_output() for nodes in self.both)
+        assert fast == pure
+        for command, refusal in zip(commands(fast), itertools.cycle(refusals)):
+            if command == [b"ASKING"]:
+                reply: Any = "OK"
+            else:
+                reply = Refusal(refusal) if refusal else self.server.execute(command)
+            self.same(lambda nodes, reply=reply: nodes.pipelines[at].feed(resp(reply)))
+
+    def send(self, at: int) -> None:
+        fast, pure = (nodes.pipelines[at].take_output() for nodes in self.both)
+        assert fast == pure
+
+    def follow(self, at: int, to: int, ask: bool) -> None:
+        """Hand over what a node has redirected."""
+
+        def follow(nodes: ClusterExchange) -> None:
+            for _, _, batch in nodes.redirected(at):
+                if ask:
+                    batch.ask(nodes.pipelines[to])
+                nodes.pipelines[to].adopt([batch])
+
+        self.same(follow)
+
+    def assign(self, tag: int, to: int) -> None:
+        self.same(lambda nodes: nodes.assign(key_slot(b"%d" % tag), to))
+
+    def move(self, at: int) -> None:
+        def move(nodes: ClusterExchange) -> Any:
+            released = nodes.pipelines[at].release(nodes.router.target_of)
+            for target, batch in released:
+                target.adopt([batch])
+            return [(nodes.pipelines.index(target), told(batch)) for target, batch in released]
+
+        self.same(move)
+
+    def lose(self, at: int, retry: bool) -> None:
+        reason = ConnectionLost("cut")
+        self.same(lambda nodes: nodes.pipelines[at].connection_lost(reason, retry))
+
+    def expire(self, at: int) -> None:
+        self.same(lambda nodes: nodes.pipelines[at].expire(math.inf))
+
+    def fail_all(self, at: int) -> None:
+        self.lose(at, True)
+        self.same(lambda nodes: nodes.pipelines[at].fail_all(ConnectionLost))
+
+
+def told(batch: Any) -> Any:
+    """Return what a batch says of itself."""
+    return (batch.kind, list(batch.records), batch.trail, batch.asking, batch.settled())
+
+
+tagged = st.sampled_from([*(f"{{{i % 4}}}{i}" for i in range(10)), "apart", "}"])
+at = st.integers(0, 2)
+tagged_operations = st.one_of(
+    st.builds(Operation, st.sampled_from(["get", "head", "delete"]), tagged),
+    st.builds(
+        lambda name, version, options: Operation("set", name, (version, "x" * version), options),
+        tagged,
+        st.integers(0, 5),
+        options,
+    ),
+    st.builds(
+        Operation,
+        st.sampled_from(["get_bulk", "head_bulk", "delete_bulk"]),
+        st.lists(tagged, max_size=12),
+    ),
+    st.builds(
+        lambda names, options: Operation(
+            "set_bulk", {name: (len(name), "y" * i) for i, name in enumerate(names)}, (), options
+        ),
+        st.lists(tagged, max_size=12),
+        options,
+    ),
+)
+cluster_refusals = st.sampled_from(
+    [
+        *([None] * 5),
+        *("MOVED 1 a:1", "ASK 1 a:1", "TRYAGAIN x", "CLUSTERDOWN x", "READONLY x"),
+        *(NOSCRIPT, NOPERM, "OOM x", WRONGTYPE),
+    ]
+)
+cluster_steps = st.one_of(
+    st.tuples(st.just("issue"), tagged_operations),
+    st.tuples(st.just("issue"), tagged_operations),
+    st.tuples(st.just("issue"), tagged_operations),
+    st.tuples(st.just("answer"), at, st.lists(cluster_refusals, min_size=1, max_size=5)),
+    st.tuples(st.just("answer"), at, st.lists(cluster_refusals, min_size=1, max_size=5)),
+    st.tuples(st.just("follow"), at, at, st.booleans()),
+    st.tuples(st.just("follow"), at, at, st.booleans()),
+    st.tuples(st.just("assign"), st.integers(0, 3), at),
+    st.tuples(st.just("move"), at),
+    st.tuples(st.just("send"), at),
+    st.tuples(st.just("lose"), at, st.booleans()),
+    st.tuples(st.just("expire"), at),
+    st.tuples(
+        st.just("key"), st.sampled_from([c.READ_KEY, c.WRITE_KEY]), st.sampled_from(["k", "l"])
+    ),
+)
+
+
+@settings(max_examples=400)
+@given(
+    steps=st.lists(cluster_steps, min_size=3, max_size=30),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "hash_tag": st.booleans(),
+            "key_prefix": st.sampled_from(["", "p:", "{", "{p}"]),
+            "ttl": st.sampled_from([0, 7]),
+            "max_pending": st.sampled_from([1, 3, 1000]),
+            "max_pending_bytes": st.sampled_from([1, 10, 1000]),
+            "refuse_when_full": st.booleans(),
+            "max_redirections": st.sampled_from([0, 1, 16]),
+        },
+    ),
+    has_script=st.booleans(),
+)
+def test_outcomes_on_a_cluster(
+    steps: list[tuple[Any, ...]], options: dict[str, Any], has_script: bool
+) -> None:
+    twins = ClusterTwins(**options)
+    twins.server.has_script = has_script
+    for step, *arguments in steps:
+        getattr(twins, step)(*arguments)
+    for node in (0, 1, 2):
+        twins.follow(node, 0, False)
+    for node in (2, 1, 0):
+        twins.fail_all(node)
+    for nodes in twins.both:
+        nodes.assert_drained()
 
 
 def test_records_of_both_behave_alike() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from asyncio import InvalidStateError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -17,6 +18,8 @@ import pytest
 
 from dscache import _common as c
 from dscache import _fast, _pure
+from dscache._apart import RecordsApart
+from dscache.errors import ConnectionLost
 
 ADDRESS = "node.test:6379"
 CORES = [pytest.param(_fast, id="fast"), pytest.param(_pure, id="pure")]
@@ -270,6 +273,15 @@ class ModelServer:
             self._store(key, value, int(seconds))
         return 1
 
+    def _exists(self, *keys: bytes) -> Any:
+        return self._refuse(*keys) or sum(key in self.values for key in keys)
+
+    def _set(self, key: bytes, value: bytes, *lifetime: bytes) -> Any:
+        if refusal := self._refuse(key):
+            return refusal
+        self._store(key, value, int(lifetime[1]) if lifetime else 0)
+        return "OK"
+
     def _del(self, *keys: bytes) -> Any:
         if refusal := self._refuse(*keys):
             return refusal
@@ -380,3 +392,108 @@ class Exchange:
 
     def _wake(self) -> None:
         self.wakes += 1
+
+
+class ClusterExchange:
+    """The Router of one of the cores, the pipelines of some nodes, and their waiters.
+
+    Node ``i`` of ``n`` serves the slots that leave ``i`` when divided by ``n``; reads go there too.
+    """
+
+    def __init__(
+        self,
+        core: Any,
+        nodes: int = 3,
+        *,
+        key_prefix: str = "",
+        hash_tag: bool = False,
+        ttl: int = 0,
+        **options: Any,
+    ) -> None:
+        self.waiters: list[Waiter] = []
+        self.wakes = [0] * nodes
+        self.closed: set[int] = set()
+        layout: dict[str, Any] = {"key_prefix": key_prefix, "hash_tag": hash_tag}
+        self.pipelines = [
+            core.Pipeline(
+                self._waiter,
+                partial(self._wake, node),
+                address=self.address(node),
+                ttl=ttl,
+                clustered=True,
+                **layout,
+                **options,
+            )
+            for node in range(nodes)
+        ]
+        self.apart = RecordsApart(core, self._waiter, key_prefix=key_prefix, ttl=ttl)
+        self.router = core.Router(self._waiter, self.pipelines[0], self.apart, **layout)
+        self.apart.router = self.router
+        table = [self.pipelines[slot % nodes] for slot in range(c.SLOTS)]
+        self.router.owners[:] = self.router.readers[:] = table
+
+    @staticmethod
+    def address(node: int) -> str:
+        """Return where a node is, for messages."""
+        return f"node{node}.test:6379"
+
+    def assign(self, slot: int, node: int) -> None:
+        """Give a slot to a node, from now on."""
+        self.router.owners[slot] = self.router.readers[slot] = self.pipelines[node]
+
+    def issue(self, *operations: Operation) -> list[Waiter]:
+        """Issue operations in this tick."""
+        return [operation.on(self.router) for operation in operations]
+
+    def take(self, node: int = 0) -> list[list[bytes]]:
+        """Flush a node once, and return the commands, which no server sees."""
+        return commands(self.pipelines[node].take_output())
+
+    def reply(self, node: int, *values: object) -> None:
+        """Let values arrive as replies of a node, all at once."""
+        self.pipelines[node].feed(b"".join(map(resp, values)))
+
+    def redirected(self, node: int) -> list[tuple[str, int, Any]]:
+        """Take what a node has sent away."""
+        pipeline = self.pipelines[node]
+        taken: list[tuple[str, int, Any]] = pipeline.redirected
+        pipeline.redirected = []
+        return taken
+
+    def move(self, node: int) -> None:
+        """Hand over what waits for a node and belongs to another one by now."""
+        for target, batch in self.pipelines[node].release(self.router.target_of):
+            target.adopt([batch])
+
+    def serve(self, node: int, server: ModelServer) -> list[list[bytes]]:
+        """Let a server answer all that a node is given; return the commands."""
+        before = len(server.executed)
+        while output := self.pipelines[node].take_output():
+            self.pipelines[node].feed(server.answer(output))
+        return server.executed[before:]
+
+    def counters(self, node: int) -> tuple[int, int, int, int]:
+        """Return what waits for a node, is in flight, is pending, and has how many bytes."""
+        pipeline = self.pipelines[node]
+        return (
+            pipeline.queued,
+            pipeline.in_flight,
+            pipeline.operations,
+            pipeline.pending_bytes,
+        )
+
+    def assert_drained(self) -> None:
+        """Assert that nothing is pending and everybody was told."""
+        for node, pipeline in enumerate(self.pipelines):
+            assert self.counters(node) == (0, 0, 0, 0)
+            assert not pipeline.redirected
+        assert all(waiter.done or waiter.cancelled for waiter in self.waiters), self.waiters
+
+    def _waiter(self) -> Waiter:
+        self.waiters.append(Waiter())
+        return self.waiters[-1]
+
+    def _wake(self, node: int) -> None:
+        if node in self.closed:
+            raise ConnectionLost(f"{self.address(node)} is closed")
+        self.wakes[node] += 1

@@ -1,0 +1,1079 @@
+"""The operations of one node on their way to Redis and back; the pure twin of ``_fast.pyx``.
+
+Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
+is no socket, event loop or configuration here.
+
+Theory of operation
+-------------------
+An operation joins a **batch**: the records of one kind (reads, writes, ...) issued in one tick
+of the event loop, or one bulk operation. ``take_output`` turns waiting batches into commands of
+up to some hundred records each. A command in flight is a **slot**, and replies come in the
+order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late is
+merely not told, while its reply is parsed and dropped as any other.
+
+Two rules keep the order of operations on one name:
+
+1. An operation joins an open batch only if no later batch of the tick holds its name; else
+   all open batches are closed and it begins a new one. A bulk closes them all.
+2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
+   that was answered before the new read was issued.
+
+A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
+size of the data, and a third of what a script costs the server per record. They share a slot.
+
+A command that is refused for want of its script, or for one of its records, is sent again, and
+keeps its place: the queue is in the order in which the batches were issued. What was sent behind
+it is done first, though. Reads of the names that it writes are therefore read again behind the
+repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
+that one: its waiters hang on the later one's (``Overtaken``), or get the refusal where that would
+tell an untruth. A read that a write has overtaken gets it too: what it would have read is gone.
+
+On a cluster each node has its pipeline, and the ``Router`` gives it what it serves. Records of
+one slot share a command. A command that the node redirects leaves the pipeline, by ``redirected``,
+for whoever knows the nodes; what waits can be taken away by ``release``, and ``adopt`` takes it
+over on another node, in the order in which it was issued. ``fence`` tells when all is answered
+that was in flight at some moment, so that nothing newer overtakes it on another node.
+
+Every waiter is settled by ``tell`` or ``fail``, and a bulk's by ``Bulk.settle``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import Any, Final
+
+import hiredis
+
+from . import _common as c
+from ._common import ErrorOf
+from ._pure_batch import (
+    NOBODY,
+    Batch,
+    Bulk,
+    Command,
+    Overtaken,
+    Write,
+    fail,
+    serials,
+    tell,
+    waiter_of,
+    with_waiter,
+)
+from ._pure_record import Record, check_name, check_version, encode_data, parse_version
+from ._pure_wire import Encoder, LengthGuard, pack_command, slot_of_key
+from .errors import ProtocolError, ReplyError, shorten
+
+_INCOMPLETE: Final = object()
+
+# hiredis's stub gives it a narrower type than it has.
+_Reader: Any = hiredis.Reader
+_serial_of = attrgetter("serial")
+
+# The kinds of which records of one slot share a command, and those that have one for each.
+_GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER)
+_ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY)
+_UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
+_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
+
+
+class Pipeline:
+    """The operations of one node on their way to Redis and their replies on the way back.
+
+    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
+    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
+    queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
+    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
+    server has refused a write for being a replica.
+
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
+    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
+    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
+    a reply end the connection.
+
+    On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
+    batch); what was redirected more than ``max_redirections`` times fails.
+    """
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        wake: Callable[[], object],
+        *,
+        address: str = "",
+        key_prefix: str = "",
+        hash_tag: bool = False,
+        ttl: int = 0,
+        timeout: float = 1.0,
+        max_pending: int = c.MAX_PENDING,
+        max_pending_bytes: int = c.MAX_PENDING_BYTES,
+        refuse_when_full: bool = False,
+        max_reply_bytes: int = c.MAX_REPLY_BYTES,
+        clustered: bool = False,
+        max_redirections: int = c.MAX_REDIRECTIONS,
+    ) -> None:
+        self.address = address
+        self.down: Exception | None = None
+        self.has_msetex = False
+        self.read_only = False
+        self.redirected: list[tuple[str, int, Batch]] = []
+        self.settled = 0
+        self.operations = 0
+        self.pending_bytes = 0
+        self.in_flight = 0
+        self.queued = 0
+        self._create_waiter = create_waiter
+        self._wake = wake
+        self._encoder = Encoder(key_prefix, hash_tag)
+        self._ttl = ttl
+        self._timeout = timeout
+        self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
+        self._refuse_when_full = refuse_when_full
+        self._max_reply_bytes = max_reply_bytes
+        self._clustered = clustered
+        self._max_redirections = max_redirections
+        self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
+        self._awake = False
+        self._open: list[Batch] = []
+        self._queue: deque[Batch] = deque()
+        self._slots: deque[tuple[Batch, int]] = deque()
+        self._returned: list[Batch] = []
+        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self._counts = dict.fromkeys(
+            ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
+        )
+        self._commands = 0
+        self._flushes = 0
+        self._bytes_out = 0
+        self._bytes_in = 0
+        self.reset_reader()
+
+    # -- operations on one record
+
+    def get(self, name: str) -> Any:
+        """Queue a read; its waiter gets the Record, or None."""
+        return self._join(c.GET, check_name(name))
+
+    def head(self, name: str) -> Any:
+        """Queue a read of the version; its waiter gets the int, or None."""
+        return self._join(c.HEAD, check_name(name))
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        name = check_name(name)
+        write = self.make_write(name, version, data, ttl, if_newer)
+        self.admit(len(write.text))
+        batch = self._batch_for(kind_of(write.ttl, if_newer), name)
+        waiter = self._create_waiter()
+        earlier: Write | None = batch.records.get(name)
+        if earlier is None:
+            write.waiter = waiter
+            self.queued += 1
+            self.operations += 1
+        else:
+            write.waiter = with_waiter(earlier.waiter, waiter)
+            self.pending_bytes -= len(earlier.text)
+        self.pending_bytes += len(write.text)
+        batch.records[name] = write
+        return waiter
+
+    def delete(self, name: str) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record."""
+        return self._join(c.DELETE, check_name(name))
+
+    # -- bulk operations
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._add_bulk(c.GET, unique("get_bulk", names))
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._add_bulk(c.HEAD, unique("head_bulk", names))
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        if not isinstance(records, Mapping):
+            raise c.bad_records(records)
+        writes: dict[str, Any] = {}
+        write_ttl = size = 0
+        for name, pair in records.items():
+            name = check_name(name)
+            version, data = check_pair(name, pair)
+            write = writes[name] = self.make_write(name, version, data, ttl, if_newer)
+            write_ttl = write.ttl
+            size += len(write.text)
+        return self._add_bulk(kind_of(write_ttl, if_newer), writes, size)
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._add_bulk(c.DELETE, unique("delete_bulk", names))
+
+    # -- any other command
+
+    def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
+        """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        # No deadline of its own: what bounds a handshake is connectTimeout.
+        batch = Batch(c.COMMAND, math.inf, 0, {str(parts[0]): self._create_waiter()})
+        batch.freeze()
+        batch.sent = 1
+        self._slots.append((batch, 1))
+        self.in_flight += 1
+        self.operations += 1
+        return pack_command(parts), batch.entries[0]
+
+    def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
+        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        text = pack_command(parts)
+        self._batch_for(kind, key).records[key] = Command(text, waiter)
+        self.queued += 1
+        self.operations += 1
+        self.pending_bytes += len(text)
+
+    # -- what changes nodes
+
+    def fence(self) -> int:
+        """Return how far ``settled`` will be when all that is in flight now has been answered."""
+        return self.settled + len(self._slots)
+
+    def release(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
+        """Give away what waits and belongs to another pipeline now, each with that pipeline."""
+        kept: deque[Batch] = deque()
+        released: list[tuple[Any, Batch]] = []
+        for batch in self._queue:
+            if batch.target is not None:
+                released.append((batch.target, batch))
+                batch.target = None
+            elif batch.asking and not batch.over():
+                kept.append(batch)  # it was sent here, although the slot is another node's
+            elif not batch.over():
+                self._release_batch(batch, target_of, kept, released)
+        self._queue = kept
+        self._open.clear()
+        self.queued = sum(batch.waiting() for batch in kept)
+        self._recount()
+        return released
+
+    def _release_batch(
+        self,
+        batch: Batch,
+        target_of: Callable[[int, str], Any],
+        kept: deque[Batch],
+        released: list[tuple[Any, Batch]],
+    ) -> None:
+        batch.freeze()
+        parts: dict[Any, tuple[dict[str, Any], int]] = {}
+        for i in range(batch.sent, len(batch.names)):
+            name = batch.names[i]
+            target = target_of(batch.kind, name)
+            records, repeated = parts.get(target, ({}, 0))
+            records[name] = batch.entries[i]
+            parts[target] = records, repeated + (i < batch.repeated)
+        if parts.keys() <= {self}:
+            kept.append(batch)
+            return
+        batch.names = batch.names[: batch.sent]
+        batch.entries = batch.entries[: batch.sent]
+        batch.records = dict(zip(batch.names, batch.entries, strict=True))
+        for target, (records, repeated) in parts.items():
+            part = batch.part(records, repeated)
+            if target is self:
+                kept.append(part)
+            else:
+                released.append((target, part))
+
+    def adopt(self, batches: Iterable[Batch]) -> None:
+        """Queue what another pipeline gave away, each in the place of its age."""
+        self.rouse()
+        merged = (*self._queue, *batches)
+        self._queue = deque(sorted(merged, key=_serial_of))
+        self._open.clear()
+        self.queued = sum(batch.waiting() for batch in merged)
+        self._recount()
+
+    # -- output
+
+    def end_tick(self) -> None:
+        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        self._open.clear()
+        self._awake = False
+
+    def take_output(self) -> bytes:
+        """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        self.end_tick()
+        queue = self._queue
+        if queue and queue[0].deadline <= (now := time.monotonic()):
+            # The caller was too busy to say so by ``expire``; it must not be sent all the same.
+            self._drop_late(now)
+            self._recount()
+        out: list[bytes] = []
+        size = 0
+        while queue and self.in_flight < self._window and size < c.COMMAND_BYTES:
+            batch = queue[0]
+            if batch.over() or not batch.records:
+                self.queued -= batch.waiting()
+                queue.popleft()
+                continue
+            batch.freeze()
+            if self._clustered and not batch.hash_slots and batch.kind in _GROUPED:
+                batch.group(self._encoder.slot)
+            text, count = self._encoder.encode(batch, self.has_msetex)
+            out.append(text)
+            size += len(text)
+            batch.sent += count
+            self.queued -= count
+            self.in_flight += count
+            if batch.kind in _ONE_BY_ONE:
+                self._slots.extend([(batch, 1)] * count)
+                self._commands += 2 * count if batch.kind == c.HEAD else count
+            else:
+                self._slots.append((batch, count))
+                self._commands += 1
+            if not batch.waiting():
+                queue.popleft()
+        if out:
+            self._flushes += 1
+            self._bytes_out += size
+        return b"".join(out)
+
+    # -- input
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += size
+        self._partial += size
+        self._guard.inspect(bytes(self._buffer[:size]), self.address)
+        self._reader.feed(self._buffer, 0, size)
+        self._parse()
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that arrived, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        self._bytes_in += len(data)
+        self._partial += len(data)
+        self._guard.inspect(data, self.address)
+        self._reader.feed(data)
+        self._parse()
+
+    def reset_reader(self) -> None:
+        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._version_reply: Any = _INCOMPLETE
+        self._asked = False  # the reply to an ASKING was read, and what was asked comes next
+        self._partial = 0
+        self._guard = LengthGuard(self._max_reply_bytes)
+        self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- time and failure
+
+    def expire(self, now: float) -> float | None:
+        """Fail every operation whose deadline is past; return the next deadline, or None."""
+        pending = self.in_flight
+        next_deadline = math.inf
+        for batch, _count in self._slots:  # all of them: a repeat may be behind younger ones
+            if batch.over():
+                continue
+            if batch.deadline > now:
+                next_deadline = min(next_deadline, batch.deadline)
+            else:
+                self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
+        self._drop_late(now)
+        if self._queue:
+            next_deadline = min(next_deadline, self._queue[0].deadline)
+        self._recount()
+        return None if next_deadline == math.inf else next_deadline
+
+    def _drop_late(self, now: float) -> None:
+        """Fail what waits at the head of the queue and whose deadline is past."""
+        queue = self._queue
+        while queue and (queue[0].over() or queue[0].deadline <= now):
+            batch = queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
+            if not batch.over():
+                pending = self.in_flight
+                make = partial(
+                    c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
+                )
+                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._fail_batch(batch, make, doubt)
+
+    def connection_lost(self, reason: Exception, retry: bool) -> None:
+        """Settle the slots of a connection that ended.
+
+        With ``retry``, reads and guarded writes wait for the next connection, in their order
+        and before anything newer; without it, they fail as the other writes do, which may or
+        may not have happened. What was not sent yet stays queued.
+        """
+        kept: dict[Batch, None] = {}
+        for batch in dict.fromkeys(batch for batch, _count in self._slots):
+            if batch.over():
+                continue
+            if retry and batch.kind in _REPEATABLE:
+                self.queued += batch.sent - batch.answered
+                batch.repeated = max(batch.repeated, batch.sent)
+                batch.sent = batch.answered
+                kept[batch] = None
+            else:
+                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+        for batch in self._queue:
+            if batch.over():
+                self.queued -= batch.waiting()
+            else:
+                kept[batch] = None
+        self.settled += len(self._slots)
+        self._slots.clear()
+        self._queue = deque(sorted(kept, key=_serial_of))
+        self.in_flight = 0
+        self._recount()
+        self.end_tick()
+        self.reset_reader()
+
+    def fail_all(self, error_of: ErrorOf) -> None:
+        """Fail every operation that is queued or in flight, with an error of its own each."""
+        batches = dict.fromkeys(batch for batch, _count in self._slots)
+        batches.update(dict.fromkeys(self._queue))
+        self.settled += len(self._slots)
+        self._slots.clear()
+        self._queue.clear()
+        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
+        self.end_tick()
+        for batch in batches:
+            if not batch.over():
+                self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        return {
+            **self._counts,
+            "commands": self._commands,
+            "flushes": self._flushes,
+            "bytes_out": self._bytes_out,
+            "bytes_in": self._bytes_in,
+            "queued": self.queued,
+            "in_flight": self.in_flight,
+            "pending": self.operations,
+            "pending_bytes": self.pending_bytes,
+        }
+
+    # -- building batches
+
+    def make_write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> Write:
+        """Return the checked and encoded content of a record; raises RecordError."""
+        number = check_version(name, version)
+        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        text = encode_data(name, data)
+        return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
+
+    def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
+        return Batch(kind, time.monotonic() + self._timeout, next(serials), records)
+
+    def rouse(self) -> None:
+        """Tell whoever flushes that something is about to be queued; raises if it must not."""
+        if not self._awake:
+            self._wake()
+            self._awake = True
+
+    def _enqueue(self, batch: Batch) -> None:
+        self.rouse()
+        self._queue.append(batch)
+
+    def _batch_for(self, kind: int, name: str) -> Batch:
+        """Return the batch that an operation on ``name`` may join by rule 1."""
+        found: Batch | None = None
+        free = True
+        for batch in self._open:
+            if batch.kind == kind:
+                found = batch
+                # Two removals, or two guarded writes, of one name have each its own result.
+                free = kind not in _UNSHARED or name not in batch.records
+            elif found is not None and name in batch.records:
+                free = False
+        if found is not None and free:
+            return found
+        batch = self._new_batch(kind, {})
+        self._enqueue(batch)
+        if found is not None:
+            self._open.clear()
+        self._open.append(batch)
+        return batch
+
+    def admit(self, size: int) -> None:
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
+        if self._refuse_when_full and (
+            self.operations >= self._max_pending
+            # One write that is larger than the limit may go alone.
+            or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
+        ):
+            raise c.full(self.address, self.operations, self.pending_bytes)
+
+    def _join(self, kind: int, name: str) -> Any:
+        self.admit(0)
+        batch = self._batch_for(kind, name)
+        waiter = self._create_waiter()
+        if name in batch.records:
+            batch.records[name] = with_waiter(batch.records[name], waiter)
+        else:
+            batch.records[name] = waiter
+            self.queued += 1
+            self.operations += 1
+        return waiter
+
+    def _add_bulk(self, kind: int, records: dict[str, Any], size: int = 0) -> Any:
+        self.admit(size)
+        waiter = self._create_waiter()
+        if records:
+            self.add_part(new_bulk(kind, records, waiter), kind, records, size)
+        else:
+            self.rouse()
+            waiter.set_result(new_bulk(kind, records, waiter).result)
+        return waiter
+
+    def add_part(self, bulk: Bulk, kind: int, records: dict[str, Any], size: int) -> None:
+        """Queue those records of a bulk that this node serves."""
+        batch = self._new_batch(kind, records)
+        batch.bulk = bulk
+        self._enqueue(batch)
+        self._open.clear()
+        batch.counted = True
+        self.queued += len(records)
+        self.operations += 1
+        self.pending_bytes += size
+
+    # -- replies
+
+    def _parse(self) -> None:
+        gets = self._reader.gets
+        try:
+            while True:
+                try:
+                    reply = gets()
+                except c.NO_RESP as error:
+                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                if reply is _INCOMPLETE:
+                    break
+                self._partial = 0
+                if type(reply) is not hiredis.PushNotification:
+                    self._answer(reply)
+                elif not c.is_push(reply):
+                    raise c.no_push(self.address, reply)
+            if self._partial > self._max_reply_bytes:
+                raise ProtocolError(
+                    f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
+                    "without the end of a reply"
+                )
+        finally:
+            if self._returned:
+                self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
+                self._returned.clear()
+
+    def _answer(self, reply: Any) -> None:
+        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
+        if the reply turns out to be of the wrong shape."""
+        if not self._slots:
+            raise ProtocolError(
+                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
+            )
+        batch, count = self._slots[0]
+        if batch.asking and not self._asked:
+            self._asked = True
+            return
+        self._asked = False
+        stored: Any = None
+        if batch.kind == c.HEAD:
+            if self._version_reply is _INCOMPLETE:
+                self._version_reply = reply
+                return
+            stored, self._version_reply = self._version_reply, _INCOMPLETE
+            if batch.asking:
+                stored, reply = reply, stored
+            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
+                reply = stored
+        first = batch.answered
+        was_over = batch.over()
+        if was_over:
+            batch.answered += count
+        elif type(reply) is ReplyError:
+            self._refused(batch, count, reply)
+        elif batch.kind == c.GET:
+            self._answer_get(batch, count, reply)
+        elif batch.kind == c.HEAD:
+            self._answer_head(batch, stored, reply)
+        elif batch.kind == c.SET:
+            self._answer_set(batch, count, reply == b"OK", reply)
+        elif batch.kind == c.SET_TTL and self.has_msetex:
+            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
+        elif batch.kind == c.DELETE:
+            self._answer_delete(batch, reply)
+        elif batch.kind == c.COMMAND:
+            batch.answered = 1
+            tell(batch.entries[0], reply)
+        elif batch.kind >= c.READ_KEY:
+            self._answer_key(batch, reply)
+        else:
+            self._answer_script(batch, count, reply)
+        self._slots.popleft()
+        self.settled += 1
+        self.in_flight -= count
+        if batch.bulk is None:
+            self.operations -= count
+        elif batch.counted and (batch.answered == len(batch.names) or batch.over()):
+            batch.counted = False
+            self.operations -= 1
+        if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
+            for i in range(first, first + count):
+                self.pending_bytes -= len(batch.entries[i].text)
+
+    def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, 2 * count, "MGET")
+        bulk = batch.bulk
+        settled = 0
+        try:
+            for i in range(0, 2 * count, 2):
+                stored, raw = reply[i], reply[i + 1]
+                name = batch.names[batch.answered]
+                entry = batch.entries[batch.answered]
+                if entry is NOBODY:
+                    batch.answered += 1
+                    continue
+                if type(stored) is bytes and type(raw) is bytes:
+                    version = parse_version(stored)
+                    if version < 0:
+                        self._damaged(batch, name, entry, stored)
+                    else:
+                        self._counts["hits"] += 1
+                        if bulk is not None:
+                            bulk.result[name] = Record(name, version, raw)
+                        elif type(entry) is list:
+                            for waiter in entry:
+                                tell(waiter, Record(name, version, raw))
+                        else:
+                            tell(entry, Record(name, version, raw))
+                else:
+                    for value in (stored, raw):
+                        if value is not None and type(value) is not bytes:
+                            raise self._wrong_shape("MGET", value)
+                    if stored is not None or raw is not None:
+                        self._counts["halves"] += 1
+                    if bulk is not None:
+                        bulk.missing.append(name)
+                    else:
+                        tell(entry, None)
+                self._counts["reads"] += 1
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
+
+    def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
+        if batch.asking and type(reply) is int:  # how many of both keys there are
+            reply = c.STRING if reply == 2 else c.NO_STRING[0]
+        if reply != c.STRING and reply not in c.NO_STRING:
+            raise self._wrong_shape("TYPE", reply)
+        name = batch.names[batch.answered]
+        entry = batch.entries[batch.answered]
+        has_version = type(stored) is bytes
+        if not has_version and stored is not None and type(stored) is not ReplyError:
+            raise self._wrong_shape("GET", stored)
+        if entry is NOBODY:
+            batch.answered += 1
+            return
+        self._counts["reads"] += 1
+        if has_version and reply == c.STRING:
+            version = parse_version(stored)
+            if version < 0:
+                self._damaged(batch, name, entry, stored)
+            else:
+                self._counts["hits"] += 1
+                if batch.bulk is None:
+                    tell(entry, version)
+                else:
+                    batch.bulk.result[name] = version
+        else:
+            if has_version or reply == c.STRING:
+                self._counts["halves"] += 1
+            if batch.bulk is None:
+                tell(entry, None)
+        batch.answered += 1
+        if batch.bulk is not None:
+            batch.bulk.settle(1)
+
+    def _answer_set(self, batch: Batch, count: int, done: bool, reply: Any) -> None:
+        if not done:
+            raise self._wrong_shape("MSET or MSETEX", reply)
+        if batch.bulk is None:
+            for write in batch.entries[batch.answered : batch.answered + count]:
+                tell(write.waiter, True)
+        self._counts["writes"] += count
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(count)
+
+    def _answer_script(self, batch: Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, count, "the set script")
+        bulk = batch.bulk
+        settled = 0
+        try:
+            for value in reply:
+                name = batch.names[batch.answered]
+                entry = batch.entries[batch.answered]
+                if type(value) is ReplyError:
+                    self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+                elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
+                    raise self._wrong_shape("the set script", value)
+                elif value == c.DAMAGED:
+                    self._damaged(batch, name, entry, None)
+                else:
+                    self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
+                    if bulk is None:
+                        tell(entry.waiter, value == c.WRITTEN)
+                    elif value == c.NOT_NEWER:
+                        bulk.result.add(name)
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
+
+    def _answer_delete(self, batch: Batch, reply: Any) -> None:
+        if type(reply) is not int or not 0 <= reply <= 2:
+            raise self._wrong_shape("DEL", reply)
+        if reply == 1:
+            self._counts["halves"] += 1
+        entry = batch.entries[batch.answered]
+        self._counts["deletes"] += 1
+        batch.answered += 1
+        if batch.bulk is None:
+            tell(entry, reply == 2)
+        else:
+            batch.bulk.result += reply == 2
+            batch.bulk.settle(1)
+
+    def _answer_key(self, batch: Batch, reply: Any) -> None:
+        if batch.kind == c.READ_KEY:
+            fits = reply is None or type(reply) is bytes
+        else:
+            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
+        if not fits:
+            raise self._wrong_shape("a command of one key", reply)
+        entry = batch.entries[batch.answered]
+        batch.answered += 1
+        tell(entry.waiter, reply)
+
+    def _check_array(self, reply: Any, length: int, command: str) -> None:
+        if type(reply) is not list or len(reply) != length:
+            raise self._wrong_shape(command, reply)
+
+    def _wrong_shape(self, command: str, reply: Any) -> ProtocolError:
+        return ProtocolError(
+            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
+        )
+
+    def _damaged(self, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
+        self._counts["damaged"] += 1
+        self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
+
+    # -- refusals
+
+    def _refused(self, batch: Batch, count: int, error: ReplyError) -> None:
+        """Give an error reply to the records it belongs to, or send them once more.
+
+        An error reply to a whole command says that nothing of it was done.
+        """
+        if self._clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
+            self._redirected(batch, count, error)
+            return
+        if error.code == "READONLY":
+            self.read_only = True
+        by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
+        lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
+        mixed = error.code == "NOPERM" and count > 1
+        writes = c.SET <= batch.kind <= c.DELETE
+        later: dict[str, tuple[Batch, int, bool]] = {}
+        if lost_script or mixed:
+            later = self._written_after(batch, mixed)
+        again: dict[str, Any] = {}
+        settled = count
+        repeated = 0
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is NOBODY:
+                settled -= 1
+            elif (lost_script or mixed) and name not in later:
+                again[name] = entry
+                repeated += i < batch.repeated
+            else:
+                refusal = self._refusal(error, batch.kind, name)
+                if name not in later or not self._hang(batch, entry, *later[name], refusal):
+                    self._give_error(batch, name, entry, refusal)
+        batch.answered += count
+        if again:
+            self._send_again(batch, again, repeated, lost_script, mixed)
+            if writes:
+                self._read_again(batch, again)
+        if batch.bulk is not None:
+            batch.bulk.settle(settled - len(again))
+
+    def _redirected(self, batch: Batch, count: int, error: ReplyError) -> None:
+        """Give away the records of a command that another node, or a later moment, is right for.
+
+        Behind it, commands may be in flight that write the same names. They are redirected as
+        well and follow in their order; or they were done, if the node changed its mind meanwhile,
+        and this must not undo them: a plain write hangs on the one that overtook it.
+        """
+        later = self._written_after(batch, True) if c.SET <= batch.kind <= c.DELETE else {}
+        trail = (*batch.trail, f"{self.address}: {error.message}")
+        limit = self._max_redirections
+        again: dict[str, Any] = {}
+        failed = repeated = 0
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is NOBODY:
+                continue
+            refusal = self._refusal(error, batch.kind, name)
+            if len(trail) > limit:
+                context = f"{c.describe(batch.kind, name)} at {self.address}"
+                make = partial(c.led_astray, error.message, trail, limit, context)
+                self._give_error(batch, name, entry, make)
+                failed += 1
+            elif name not in later or later[name][0].kind == c.SET_IF_NEWER:
+                again[name] = entry
+                repeated += i < batch.repeated
+            elif self._hang(batch, entry, *later[name], refusal):
+                continue
+            elif error.code == "CLUSTERDOWN" and batch.kind != c.SET_IF_NEWER:
+                self._give_error(batch, name, entry, refusal)
+                failed += 1
+            else:
+                again[name] = entry
+                repeated += i < batch.repeated
+        batch.answered += count
+        if again:
+            part = batch.part(again, repeated)
+            part.trail = trail
+            part.asking = False
+            # One whose keys are on their way holds up no other of its slot a second time.
+            part.alone = batch.alone or error.code == "TRYAGAIN"
+            self.redirected.append(
+                (error.message, self.slot_of(batch.kind, next(iter(again))), part)
+            )
+        if batch.bulk is not None:
+            batch.bulk.settle(failed)
+
+    def slot_of(self, kind: int, name: str) -> int:
+        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        return slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
+
+    def _send_again(
+        self, batch: Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
+    ) -> None:
+        """Queue records of a batch once more, in the batch's place."""
+        repeat = batch.part(again, repeated)
+        repeat.whole_script = lost_script or batch.whole_script
+        repeat.alone = alone or batch.alone
+        repeat.counted = batch.bulk is not None
+        self.queued += len(again)
+        self.operations += 1 if repeat.counted else len(again)
+        self.pending_bytes += repeat.text_size()
+        self._returned.append(repeat)
+
+    def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
+        """Let reads in flight behind a write that is repeated be read again behind it."""
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
+                continue
+            again: dict[str, Any] = {}
+            for i in range(later.answered, later.sent):
+                if later.names[i] in names and later.entries[i] is not NOBODY:
+                    again[later.names[i]] = later.entries[i]
+                    later.entries[i] = NOBODY
+            if again:
+                self._send_again(later, again, 0, False, False)
+
+    def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
+        """Return where the first later write of each name is that a repeat could undo or see,
+        and whether the name is read between the two.
+
+        If a script is lost, those by script are refused too, and come back in their order, unless
+        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
+        write, though a read between them would see the wrong one.
+        """
+        found: dict[str, tuple[Batch, int, bool]] = {}
+        read: set[str] = set()
+        loaded = mixed
+        for later in dict.fromkeys(later for later, _count in self._slots):
+            newer = batch.serial < later.serial and later.kind < c.COMMAND
+            guarded = later.kind == c.SET_IF_NEWER
+            by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
+            if newer and later.kind <= c.HEAD:
+                for i in range(later.answered, later.sent):
+                    if later.entries[i] is not NOBODY:
+                        read.add(later.names[i])
+            elif newer and (loaded or not by_script):
+                harmless = guarded and batch.kind == c.SET_IF_NEWER
+                for i in range(later.answered, later.sent):
+                    name = later.names[i]
+                    if name in read or not harmless:
+                        found.setdefault(name, (later, i, name in read))
+            loaded = loaded or later.whole_script
+        return found
+
+    def _hang(
+        self,
+        batch: Batch,
+        entry: Any,
+        later: Batch,
+        i: int,
+        read: bool,
+        refusal: Callable[[], Exception],
+    ) -> bool:
+        """Let the waiters of a refused write wait for the one that overtook it.
+
+        Returns False if its outcome can't be told from that of the later one, as a read's never.
+        """
+        if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
+            return False
+        if later.bulk is not None or later.over() or read:
+            return False
+        there = later.entries[i]
+        if later.kind == c.DELETE:
+            removal = Overtaken(there, refusal, True)
+            later.entries[i] = [removal, Overtaken(entry.waiter, refusal, True)]
+        elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
+            return False
+        else:
+            there.waiter = with_waiter(there.waiter, Overtaken(entry.waiter, refusal, False))
+        return True
+
+    def _recount(self) -> None:
+        """Count what is pending anew, after batches were dropped."""
+        pending = dict.fromkeys(batch for batch, _count in self._slots)
+        pending.update(dict.fromkeys(self._queue))
+        self.operations = 0
+        self.pending_bytes = 0
+        for batch in pending:
+            if batch.bulk is None:
+                # What is over and was not sent will never be.
+                last = batch.sent if batch.over() else len(batch.records)
+                self.operations += last - batch.answered
+            else:
+                batch.counted = not batch.over() and batch.answered < len(batch.records)
+                self.operations += batch.counted
+            self.pending_bytes += batch.text_size()
+
+    def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
+        context = f"{c.describe(kind, name)} at {self.address}"
+        return lambda: ReplyError(error.message, context=context)
+
+    def _give_error(
+        self, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
+    ) -> None:
+        """Give one record its error: to its waiters, or into its bulk's."""
+        if batch.bulk is None:
+            fail(waiter_of(entry), make)
+            return
+        batch.bulk.errors[name] = make()
+        if batch.kind == c.GET:
+            batch.bulk.missing.append(name)
+
+    def _fail_batch(
+        self, batch: Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
+    ) -> None:
+        """Tell all who still wait for a batch that it failed.
+
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened.
+        """
+        batch.freeze()
+        batch.expired = True
+        doubtful = 0
+        if error_of_doubt is not None and c.is_write(batch.kind):
+            doubtful = max(batch.sent, batch.repeated)
+        bulk = batch.bulk
+        if bulk is not None and not bulk.shared:
+            make = error_of
+            if error_of_doubt is not None and (
+                doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
+            ):
+                make = error_of_doubt
+            bulk.over = True
+            fail(bulk.waiter, partial(make, bulk.operation))
+            return
+        failed = 0
+        for i in range(batch.answered, len(batch.names)):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is NOBODY:
+                continue
+            make = error_of
+            if error_of_doubt is not None and i < doubtful:
+                make = error_of_doubt
+            self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
+            failed += 1
+        if bulk is not None:
+            bulk.settle(failed)
+
+
+# -- small things
+
+
+def new_bulk(kind: int, records: dict[str, Any], waiter: Any, shared: bool = False) -> Bulk:
+    """Return the bulk operation of that kind; the names of a read get their records in place."""
+    result: Any = set()
+    if kind == c.GET:
+        result = records  # the names are in their order already
+    elif kind == c.HEAD:
+        result = {}
+    elif kind == c.DELETE:
+        result = 0
+    return Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records), shared)
+
+
+def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Return the version and data of an item of ``set_bulk``, or raise RecordError."""
+    try:
+        version, data = pair
+    except (TypeError, ValueError):
+        raise c.bad_pair(name, pair) from None
+    return version, data
+
+
+def kind_of(ttl: int, if_newer: bool) -> int:
+    if if_newer:
+        return c.SET_IF_NEWER
+    return c.SET_TTL if ttl else c.SET
+
+
+def unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return the names as keys, each once and checked."""
+    if isinstance(names, (str, bytes)):
+        raise c.bad_names(operation, names)
+    return dict.fromkeys(map(check_name, names))
