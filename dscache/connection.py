@@ -14,24 +14,23 @@ import asyncio
 import logging
 import os
 import random
-import ssl
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 from . import _backend
 from .config import Options
 from .credentials import Credentials
-from .endpoint import Endpoint, Greeting
+from .endpoint import Endpoint
 from .errors import (
     ConnectError,
     ConnectionLost,
-    DscacheError,
     ProtocolError,
     ReplyError,
     UsageError,
 )
+from .greeting import Greeting, explain, refusal_of
 from .link import Link
 
 if TYPE_CHECKING:
@@ -66,16 +65,45 @@ def _end_ticks() -> None:
 os.register_at_fork(after_in_child=_end_ticks)
 
 
+class Observer(Protocol):
+    """What the connection to a node of a cluster tells the cluster."""
+
+    def redirected(self, source: Connection, /) -> None:
+        """The node has sent operations away: they are in ``pipeline.redirected``."""
+
+    def progressed(self, source: Connection, /) -> None:
+        """The node has answered something, while it was ``watched``."""
+
+    def became_ready(self, node: Connection, /) -> None:
+        """The node can be asked."""
+
+    def became_lost(self, node: Connection, /) -> None:
+        """The node was lost, or could not be reached."""
+
+
 class Connection:
-    """The connection to one node: made, kept, made again, and closed."""
+    """The connection to one node: made, kept, made again, and closed.
+
+    With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
+    a replica.
+    """
 
     def __init__(
-        self, options: Options, hash_tag: bool, credentials: CredentialProvider | None = None
+        self,
+        options: Options,
+        hash_tag: bool,
+        credentials: CredentialProvider | None = None,
+        *,
+        cluster: Observer | None = None,
+        read_only: bool = False,
     ) -> None:
         self.server = ""
+        self.watched = False
+        """Whether the cluster wants to know of every answer."""
         self._options = options
+        self._cluster = cluster
         login = Credentials(options, credentials)
-        self._endpoint = Endpoint(options, login)
+        self._endpoint = Endpoint(options, login, read_only=read_only)
         login.listen(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -91,6 +119,8 @@ class Connection:
             max_pending_bytes=options.max_pending_bytes,
             refuse_when_full=options.when_full == "error",
             max_reply_bytes=options.max_reply_bytes,
+            clustered=cluster is not None,
+            max_redirections=options.max_redirections,
         )
         self.pipeline.down = ConnectError("still connecting")
         self._link: Link | None = None
@@ -106,8 +136,13 @@ class Connection:
         self._wanted = asyncio.Event()
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
-        self._last_loss = ""
-        self._task = self._loop.create_task(self._run(), name=f"dscache {self.address}")
+        self.last_loss = ""
+        works = [self._run()]
+        if self._endpoint.may_move:
+            works.append(self._endpoint.follow(self._check_place))
+        self._tasks = [
+            self._loop.create_task(work, name=f"dscache {self.address}") for work in works
+        ]
         _alive.add(self)
 
     @property
@@ -119,6 +154,27 @@ class Connection:
     def is_ready(self) -> bool:
         """Whether operations go to the server at once."""
         return self._link is not None
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What the server said if it refuses the handshake."""
+        return None if self._refusal is None else self._refusal("connect")
+
+    def adopt(self, batches: Iterable[Any]) -> None:
+        """Take over operations that another node has given away, with the time they have left."""
+        self.pipeline.adopt(batches)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._enforce_deadlines()
+
+    async def ask(self, *commands: list[Any]) -> list[Any]:
+        """Return the replies to some commands, errors of Redis among them.
+
+        Raises ConnectionLost if the node is not ready, or is lost before it answers.
+        """
+        if self._link is None:
+            raise ConnectionLost(f"no connection to {self.address}")
+        return await self._ask(self._link, *commands)
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -156,8 +212,9 @@ class Connection:
                 self._drained = self._loop.create_future()
                 await asyncio.wait([self._drained], timeout=timeout)
         finally:
-            self._task.cancel()
-        await asyncio.wait([self._task])
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.wait(self._tasks)
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.cut(ConnectionLost("it was closed"))
@@ -167,7 +224,7 @@ class Connection:
         return {
             **self.pipeline.stats(),
             "connects": self._connects,
-            "last_loss": self._last_loss,
+            "last_loss": self.last_loss,
         }
 
     # -- the way out
@@ -202,6 +259,11 @@ class Connection:
 
     def answered(self) -> None:
         """Go on after replies: what the window held back may go, and a close may end."""
+        if self._cluster is not None:
+            if self.pipeline.redirected:
+                self._cluster.redirected(self)
+            elif self.watched:
+                self._cluster.progressed(self)
         if self.pipeline.read_only:
             self.pipeline.read_only = False
             if self._endpoint.is_discovered and self._link is not None:
@@ -350,12 +412,21 @@ class Connection:
         if self._link is not None:
             self._say(self._link, "AUTH", *words)
 
+    def _check_place(self) -> None:
+        """Leave a server that is no longer the one which the Sentinels name."""
+        if self._link is not None and self._endpoint.has_moved:
+            self._link.cut(
+                ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
+            )
+
     # -- changes of state
 
     def _became_ready(self, link: Link, greeting: Greeting) -> None:
         self._link = link
         self.server = greeting.server
-        self.pipeline.has_msetex = greeting.has_msetex
+        # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
+        # where it redirects every other command: a record would be in two places.
+        self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
         self._attempting = False
         self._connects += 1
         self._refusal = None
@@ -364,27 +435,31 @@ class Connection:
         self._watch()
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
+        if self._cluster is not None:
+            self._cluster.became_ready(self)
 
     def _became_lost(self, reason: Exception) -> None:
         self._link = None
         self._stop_watching()
         self._decided.clear()
-        self._last_loss = str(reason)
+        self.last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
         self.pipeline.connection_lost(reason, retry=not isinstance(reason, ProtocolError))
         _logger.warning("connection to %s lost: %s", self.address, reason)
         self._note_drained()
+        if self._cluster is not None:
+            self._cluster.became_lost(self)
 
     def _failed(self, error: Exception) -> None:
         """Note that an attempt to connect failed."""
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = self._explain(error)
+        said = explain(error, self._options.connect_timeout)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said
-        self._last_loss = str(said)
-        refusal = self._refusal_of(error, said)
+        self.last_loss = str(said)
+        refusal = refusal_of(error, said, self.address)
         self._refusal = refusal
         if refusal is None:
             self._decided.clear()
@@ -392,28 +467,8 @@ class Connection:
             self._decided.set()
             self.pipeline.fail_all(refusal)
         self._note_drained()
-
-    def _explain(self, error: Exception) -> Exception:
-        """Return what to tell of a failed attempt."""
-        if isinstance(error, TimeoutError) and not isinstance(error, DscacheError):
-            return ConnectError(f"no answer within {self._options.connect_timeout} ms")
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return ConnectError(f"the server's certificate is refused: {error.verify_message}")
-        if isinstance(error, OSError) and not isinstance(error, DscacheError):
-            return ConnectError(error.strerror or str(error) or type(error).__name__)
-        if isinstance(error, DscacheError):
-            return error
-        return ConnectError(f"{type(error).__name__}: {error}")
-
-    def _refusal_of(self, error: Exception, said: Exception) -> Callable[[str], Exception] | None:
-        """Return how to fail operations at once, if waiting for the next attempt is no use."""
-        if isinstance(error, ReplyError) and error.code != "LOADING":
-            message = error.message
-            return lambda operation: ReplyError(message, context=f"{operation} at {self.address}")
-        if isinstance(error, (ssl.SSLError, ProtocolError)):
-            kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
-            return lambda operation: kind(f"{operation}: {self.address}: {said}")
-        return None
+        if self._cluster is not None:
+            self._cluster.became_lost(self)
 
     def _check_owner(self) -> None:
         if os.getpid() != self._pid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 _logger = logging.getLogger("dscache")
+
+
+def checked(given: Iterable[Any]) -> tuple[str | None, str]:
+    """Return the username and password that a provider has given; raises TypeError."""
+    words = tuple(given)
+    if len(words) not in (1, 2) or not all(type(word) is str for word in words):
+        raise TypeError("it must return (password,) or (username, password)")
+    return (None, words[0]) if len(words) == 1 else (words[0], words[1])
+
+
+def failed(error: Exception) -> ConnectError:
+    """Return what to tell of a provider that raised ``error``."""
+    return ConnectError(f"the credential provider failed: {type(error).__name__}")
 
 
 class Credentials:
@@ -39,12 +52,9 @@ class Credentials:
         if provider is None:
             return self._options.username, self._options.password
         try:
-            given = tuple(await self._ask(provider))
-            if len(given) not in (1, 2) or not all(type(part) is str for part in given):
-                raise TypeError("it must return (password,) or (username, password)")
+            return checked(await self._ask(provider))
         except Exception as error:  # whatever it raises, the next attempt may succeed
-            raise ConnectError(f"the credential provider failed: {type(error).__name__}") from error
-        return (None, given[0]) if len(given) == 1 else (given[0], given[1])
+            raise failed(error) from error
 
     def listen(self, renewed: Callable[[list[str]], None], address: str) -> None:
         """Call ``renewed`` with the words of an AUTH, on the loop, whenever there is a new token.
@@ -62,11 +72,11 @@ class Credentials:
             # the loop may be closed by now, and the cache with it.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(lambda: renewed(words))
-            return _NOTHING
+            return NOTHING
 
         def on_error(error: Exception) -> Awaitable[None]:
             _logger.warning("no new credentials for %s: %s", address, type(error).__name__)
-            return _NOTHING
+            return NOTHING
 
         if (tell := getattr(self._provider, "on_next", None)) is not None:
             tell(on_next)
@@ -100,7 +110,7 @@ class _Nothing:
         yield from ()
 
 
-_NOTHING = _Nothing()
+NOTHING = _Nothing()
 
 
 def _retrieve(asked: asyncio.Future[Any]) -> None:

@@ -10,45 +10,63 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _common
 from .config import Options
 from .credentials import Credentials
-from .errors import ConnectError, ReplyError
+from .errors import ConnectError
+from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
+
+if TYPE_CHECKING:
+    from .sentinel import Sentinels
+
+__all__ = ["Ask", "Endpoint", "Greeting"]
 
 Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (lists) at once and returns the replies; error replies are among them."""
 
-_FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
-
-# The system's own watch over a link: it is dead when for 10 s nothing was acknowledged. The
-# names that a platform doesn't have are left out.
-_TCP_OPTIONS = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
-
-
-@dataclass(frozen=True, slots=True)
-class Greeting:
-    """What a server said of itself."""
-
-    server: str
-    """Its kind and version, such as ``redis 7.0.15``; empty if it didn't say."""
-    has_msetex: bool
-
 
 class Endpoint:
-    """One server as the configuration names it: by address, by path, or by its Sentinels."""
+    """One server as the configuration names it: by address, by path, or by its Sentinels.
 
-    def __init__(self, options: Options, credentials: Credentials) -> None:
+    With ``read_only``, a replica of a cluster is told that it may answer reads.
+    """
+
+    def __init__(
+        self, options: Options, credentials: Credentials, *, read_only: bool = False
+    ) -> None:
+        self._read_only = read_only
         self._options = options
         self._credentials = credentials
+        self._sentinels: Sentinels | None = None
         self.address = options.address
+        self.named = options.address
+        """The address that the Sentinels named last."""
 
     @property
     def is_discovered(self) -> bool:
         """Whether the address may be another one at the next attempt."""
         return self._options.sentinels is not None
+
+    @property
+    def may_move(self) -> bool:
+        """Whether the server may be replaced while it is connected to and well."""
+        return self.is_discovered and self._options.role == "master"
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the Sentinels have named another server since the last socket was opened."""
+        return self.named != self.address
+
+    async def follow(self, told: Callable[[], None]) -> None:
+        """Keep ``named`` up to date, and call ``told`` after each time, until cancelled."""
+
+        def moved(host: str, port: int) -> None:
+            self.named = _common.join_address(host, port)
+            told()
+
+        await self._group().follow(moved)
 
     async def open(self, protocol: asyncio.BufferedProtocol) -> None:
         """Open a socket for ``protocol``, with TLS if so configured.
@@ -69,78 +87,44 @@ class Endpoint:
             return
         host, port = options.host, options.port
         if options.sentinels is not None:
-            # redis-py takes longer to import than all of dscache, and is only used here.
-            from . import sentinel
-
-            host, port = await sentinel.locate(options)
-            self.address = _common.join_address(host, port)
+            host, port = await self._group().locate()
+            self.address = self.named = _common.join_address(host, port)
         transport, _ = await loop.create_connection(
             lambda: protocol,
             host,
             port,
-            family=_FAMILIES[options.family],
+            family=FAMILIES[options.family],
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
         link = transport.get_extra_info("socket")
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _TCP_OPTIONS.items():
-            if hasattr(socket, name):
-                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        for option, value in TCP_OPTIONS.items():
+            link.setsockopt(socket.IPPROTO_TCP, option, value)
 
     async def greet(self, ask: Ask) -> Greeting:
         """Get the server's consent to work with it.
 
-        Raises ReplyError if it refuses (WRONGPASS, NOAUTH, no such database) or is loading.
+        Raises ReplyError if it refuses (WRONGPASS, NOAUTH, no such database) or is loading, and
+        ConnectError if it isn't, or is no more, what the Sentinels named it for.
         """
-        options = self._options
-        username, password = await self._credentials.current()
-        hello: list[str] = ["HELLO", "3"]
-        if username is not None or password is not None:
-            hello += ["AUTH", username or "default", password or ""]
-        if options.connection_name:
-            hello += ["SETNAME", options.connection_name]
-        commands = [hello]
-        if options.db:
-            commands.append(["SELECT", str(options.db)])
-        questions: list[list[str | bytes]] = [
-            # Loaded here, the script is missing only after SCRIPT FLUSH.
-            ["SCRIPT", "LOAD", _common.SET_SCRIPT],
-            ["COMMAND", "INFO", "MSETEX"],
-        ]
-        greeting, *others = await ask(*commands, *questions)
-        if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
-            commands[0] = ["PING"]
-            if password is not None:
-                commands[0] = ["AUTH", *([username] if username else []), password]
-            if options.connection_name:
-                commands.append(["CLIENT", "SETNAME", options.connection_name])
-            greeting, *others = await ask(*commands, *questions)
-        *consents, loaded, known = [greeting, *others]
-        for reply in consents:
-            if isinstance(reply, ReplyError):
-                raise reply
-        # A user who may not load scripts may do all the rest; a server that is still loading
-        # its data may do nothing.
-        if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
-            raise loaded
-        said = greeting if isinstance(greeting, dict) else {}
-        self._check_role(said.get(b"role"))
-        facts = (said.get(b"server"), said.get(b"version"))
-        server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
-        return Greeting(server, isinstance(known, list) and any(known))
+        login = await self._credentials.current()
+        words = introduce(self._options, login, self.address, read_only=self._read_only)
+        commands = next(words)
+        while True:
+            try:
+                commands = words.send(await ask(*commands))
+            except StopIteration as consent:
+                greeting: Greeting = consent.value
+                break
+        if self.has_moved:
+            raise ConnectError(f"the Sentinels name another primary by now, {self.named}")
+        return greeting
 
-    def _check_role(self, role: object) -> None:
-        """Raise ConnectError if a Sentinel named a server that has another role by now."""
-        if not self.is_discovered or not isinstance(role, bytes):
-            return
-        wanted = b"master" if self._options.role == "master" else b"replica"
-        if role != wanted:
-            raise ConnectError(
-                f"the Sentinels name {self.address} as {wanted.decode()}, but it is {role.decode()}"
-            )
+    def _group(self) -> Sentinels:
+        if self._sentinels is None:
+            # redis-py takes longer to import than all of dscache, and is only used here.
+            from .sentinel import Sentinels
 
-
-def _is_without_resp3(error: ReplyError) -> bool:
-    """Whether HELLO was refused by a server before Redis 6, or to a user who may not say it."""
-    return error.code in ("NOPROTO", "NOPERM") or "unknown command" in error.message.lower()
+            self._sentinels = Sentinels(self._options)
+        return self._sentinels

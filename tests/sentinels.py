@@ -1,7 +1,11 @@
-"""A primary, replicas and Sentinels of our own, for tests of what happens when one fails over."""
+"""A primary, replicas and Sentinels of our own, for tests of what happens when one fails over.
+
+And a Sentinel that says what a test tells it to.
+"""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import tempfile
 import time
@@ -12,6 +16,7 @@ from typing import Self
 import redis
 
 from dscache.embedded import EmbeddedServer, ServerBinary
+from faults import FakeServer
 
 GROUP = "records"
 # How long a primary must be silent to be called down, and how long a failover may take.
@@ -60,11 +65,10 @@ class SentinelGroup:
         secret = {"sentinelPassword": self._password} if self._password else {}
         return {"sentinels": nodes, "name": GROUP, **secret}
 
-    def primary(self) -> EmbeddedServer:
-        """Return the server that the first Sentinel takes for the primary."""
-        with self.ask(self.ports[0]) as client:
-            _, port = client.sentinel_get_master_addr_by_name(GROUP)
-        return next(server for server in self.servers if server.port == int(port))
+    def primary(self, sentinel: int = 0) -> EmbeddedServer:
+        """Return the server that a Sentinel takes for the primary."""
+        port = self._named(self.ports[sentinel])
+        return next(server for server in self.servers if server.port == port)
 
     def ask(self, port: int) -> redis.Redis:
         """Return a client of the server or Sentinel at ``port``."""
@@ -78,21 +82,43 @@ class SentinelGroup:
             _wait(lambda port=port: self._named(port) != old.port, "the Sentinels did not agree")
         return time.monotonic()
 
+    def fail_over(self, sentinel: int = 0) -> EmbeddedServer:
+        """Have a Sentinel replace the primary, which is well; return the old one.
+
+        That goes on being a primary until ``heal()``, as it would behind a partition.
+        """
+        old = self.primary(sentinel)
+        with self.ask(old.port) as client:
+            client.execute_command("ACL", "SETUSER", "default", "-replicaof", "-slaveof")
+        with self.ask(self.ports[sentinel]) as client:
+            _wait(lambda: _accepted(client), "the Sentinel has no replica to promote")
+        return old
+
+    def pause_sentinel(self, number: int) -> None:
+        """Freeze a Sentinel: its connections stay open and it learns nothing."""
+        self._processes[number].send_signal(signal.SIGSTOP)
+
+    def resume_sentinel(self, number: int) -> None:
+        """Let a paused Sentinel go on."""
+        self._processes[number].send_signal(signal.SIGCONT)
+
+    def restart_sentinel(self, number: int) -> None:
+        """Kill a Sentinel and start it again, with all it knew."""
+        self._processes[number].kill()
+        self._processes[number].wait()
+        self._processes[number] = self._spawn(number)
+        _wait(lambda: self._knows_all(self.ports[number]), "the Sentinel did not come back")
+
     def heal(self) -> None:
         """Start what was killed, and wait until all replicas follow the primary."""
+        for number in range(self._sentinels):
+            self.resume_sentinel(number)
         for server in self.servers:
             if not server.is_running:
                 server.start()
-                # The Sentinels would say so too, in their own time of ten seconds.
-                with self.ask(server.port) as client:
-                    client.replicaof("127.0.0.1", str(self.primary().port))
-        with self.ask(self.primary().port) as client:
-            _wait(
-                lambda: int(client.info("replication")["connected_slaves"]) == self._replicas,
-                "a replica did not come back",
-            )
-        for port in self.ports:
-            _wait(lambda port=port: self._knows_all(port), "a Sentinel takes a server for down")
+            with self.ask(server.port) as client:
+                client.execute_command("ACL", "SETUSER", "default", "+@all")
+        _wait(self._is_whole, "the group did not become whole again")
 
     def close(self) -> None:
         """Stop everything."""
@@ -126,7 +152,7 @@ class SentinelGroup:
         probe.start()  # finds a free port, as a server does
         port = probe.port
         probe.close()
-        path = Path(self._folder.name, f"sentinel-{number}.conf")
+        path = self._config(number)
         quorum = self._sentinels // 2 + 1
         lines = [
             f"port {port}",
@@ -140,21 +166,38 @@ class SentinelGroup:
         if self._password:
             lines += [f"requirepass {self._password}", f"sentinel sentinel-pass {self._password}"]
         path.write_text("\n".join(lines) + "\n")
-        with Path(self._folder.name, f"sentinel-{number}.log").open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    [self._binary.path, str(path), "--sentinel"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+        self._processes.append(self._spawn(number))
         self.ports.append(port)
+
+    def _config(self, number: int) -> Path:
+        return Path(self._folder.name, f"sentinel-{number}.conf")
+
+    def _spawn(self, number: int) -> subprocess.Popen[bytes]:
+        with Path(self._folder.name, f"sentinel-{number}.log").open("ab") as log:
+            return subprocess.Popen(
+                [self._binary.path, str(self._config(number)), "--sentinel"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _named(self, port: int) -> int:
         with self.ask(port) as client:
             return int(client.sentinel_get_master_addr_by_name(GROUP)[1])
+
+    def _is_whole(self) -> bool:
+        primary = self.primary()
+        if any(self._named(port) != primary.port for port in self.ports):
+            return False
+        for server in self.servers:
+            with self.ask(server.port) as client:
+                # The Sentinels would say so too, in their own time of ten seconds.
+                if server is not primary and client.role()[2] != primary.port:
+                    client.replicaof("127.0.0.1", str(primary.port))
+        with self.ask(primary.port) as client:
+            following = int(client.info("replication")["connected_slaves"])
+        return following == self._replicas and all(map(self._knows_all, self.ports))
 
     def _knows_all(self, port: int) -> bool:
         try:
@@ -168,6 +211,60 @@ class SentinelGroup:
             and int(state["num-slaves"]) == self._replicas
             and int(state["num-other-sentinels"]) == others
         )
+
+
+class FakeSentinel(FakeServer):
+    """Say that the group has its primary at ``port``, by a configuration of ``epoch``."""
+
+    def __init__(self, port: int, epoch: int = 1) -> None:
+        super().__init__({"SENTINEL": self._say, "SUBSCRIBE": self._subscribe})
+        self.primary = port
+        self.epoch = epoch
+
+    @property
+    def questions(self) -> int:
+        """How often it was asked for the primary."""
+        return sum(command[1:2] == [b"GET-MASTER-ADDR-BY-NAME"] for command in self.commands)
+
+    @property
+    def subscriptions(self) -> int:
+        """How often somebody has subscribed to its news."""
+        return sum(command[0] == b"SUBSCRIBE" for command in self.commands)
+
+    def announce(self, old: int, group: str = GROUP) -> None:
+        """Say to everybody who is connected that the primary is no longer at ``old``."""
+        words = f"{group} 127.0.0.1 {old} 127.0.0.1 {self.primary}"
+        self.push(_array("message", "+switch-master", words))
+
+    def _say(self, command: list[bytes]) -> bytes:
+        if command[1] == b"MASTER":
+            return _array("name", GROUP, "config-epoch", str(self.epoch), "flags", "master")
+        return _array("127.0.0.1", str(self.primary))
+
+    def _subscribe(self, command: list[bytes]) -> bytes:
+        channels = [channel.decode() for channel in command[1:]]
+        return b"".join(
+            b"*3\r\n" + _bulk("subscribe") + _bulk(channel) + b":%d\r\n" % count
+            for count, channel in enumerate(channels, 1)
+        )
+
+
+def _array(*words: str) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(map(_bulk, words))
+
+
+def _bulk(word: str) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(word), word.encode())
+
+
+def _accepted(sentinel: redis.Redis) -> bool:
+    try:
+        sentinel.execute_command("SENTINEL FAILOVER", GROUP)
+    except redis.ResponseError as error:
+        if "NOGOODSLAVE" in str(error):  # it takes a replica's word for some seconds only
+            return False
+        raise
+    return True
 
 
 def _wait(condition: object, complaint: str) -> None:

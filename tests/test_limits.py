@@ -311,7 +311,7 @@ async def test_refused_writes_are_counted_out(
 async def test_a_bulk_of_any_size_streams_through_a_bounded_window(make_cache: MakeCache) -> None:
     count = 100_000
     cache = await make_cache(commandTimeout=LONG)
-    pipeline = cache._topology.pipeline_of("")  # type: ignore[union-attr]
+    pipeline = cache._topology.pipeline  # type: ignore[union-attr]
     most = 0
     taken = 0
     stop = asyncio.Event()
@@ -362,7 +362,7 @@ async def test_what_waits_for_a_full_window_is_not_held_as_bytes(
         writes.append(cache.set(f"w{n}", n, text))
         await asyncio.sleep(0)
         held = max(held, cache.stats()["in_flight"])
-    link = cache._topology.node._link  # type: ignore[union-attr]
+    link = cache._topology._link  # type: ignore[union-attr]
     assert link.paused
     assert cache.stats()["queued"] > 300
     assert held < 300

@@ -1,0 +1,137 @@
+"""What is said on a fresh connection, sans-IO, and what a failed attempt to connect means."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from . import _common
+from .config import Options
+from .errors import ConnectError, DscacheError, ProtocolError, ReplyError
+
+FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
+
+# The system's own watch over a link: it is dead when for 10 s nothing was acknowledged. The
+# names that a platform doesn't have are left out.
+TCP_OPTIONS = {
+    getattr(socket, name): value
+    for name, value in {
+        "TCP_KEEPIDLE": 4,
+        "TCP_KEEPINTVL": 2,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 10_000,
+    }.items()
+    if hasattr(socket, name)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a server said of itself."""
+
+    server: str
+    """Its kind and version, such as ``redis 7.0.15``; empty if it didn't say."""
+    has_msetex: bool
+
+
+def introduce(
+    options: Options, login: tuple[str | None, str | None], address: str, *, read_only: bool = False
+) -> Generator[list[list[Any]], list[Any], Greeting]:
+    """Get a server's consent to work with it; yields commands, and wants their replies sent.
+
+    They are to be sent at once; errors of Redis are among their replies. ``login`` is username
+    and password. Returns the Greeting. Raises ReplyError if the server refuses (WRONGPASS,
+    NOAUTH, no such database) or is loading, and ConnectError if it isn't what the Sentinels
+    named it for.
+    """
+    username, password = login
+    hello: list[str] = ["HELLO", "3"]
+    if username is not None or password is not None:
+        hello += ["AUTH", username or "default", password or ""]
+    if options.connection_name:
+        hello += ["SETNAME", options.connection_name]
+    commands = [hello]
+    if options.db:
+        commands.append(["SELECT", str(options.db)])
+    questions: list[list[str | bytes]] = [
+        # Loaded here, the script is missing only after SCRIPT FLUSH.
+        ["SCRIPT", "LOAD", _common.SET_SCRIPT],
+        ["COMMAND", "INFO", "MSETEX"],
+    ]
+    if read_only:
+        questions.append(["READONLY"])  # a server that is no cluster says so elsewhere
+    greeting, *others = yield [*commands, *questions]
+    if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
+        commands[0] = ["PING"]
+        if password is not None:
+            commands[0] = ["AUTH", *([username] if username else []), password]
+        if options.connection_name:
+            commands.append(["CLIENT", "SETNAME", options.connection_name])
+        greeting, *others = yield [*commands, *questions]
+    answers = [greeting, *others]
+    consents, (loaded, known) = answers[: len(commands)], answers[len(commands) :][:2]
+    for reply in consents:
+        if isinstance(reply, ReplyError):
+            raise reply
+    # A user who may not load scripts may do all the rest; a server that is still loading
+    # its data may do nothing.
+    if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
+        raise loaded
+    said = greeting if isinstance(greeting, dict) else {}
+    if options.sentinels is not None:
+        _check_role(options, said.get(b"role"), address)
+    facts = (said.get(b"server"), said.get(b"version"))
+    server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
+    return Greeting(server, isinstance(known, list) and any(known))
+
+
+def explain(error: Exception, connect_timeout: int) -> Exception:
+    """Return what to tell of an attempt to connect that failed."""
+    if isinstance(error, DscacheError):
+        return error
+    if isinstance(error, TimeoutError):
+        return ConnectError(f"no answer within {connect_timeout} ms")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConnectError(f"the server's certificate is refused: {error.verify_message}")
+    if isinstance(error, OSError):
+        said = error.strerror
+        if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):
+            said = os.strerror(error.errno)  # asyncio has words of its own
+        return ConnectError(said or str(error) or type(error).__name__)
+    return ConnectError(f"{type(error).__name__}: {error}")
+
+
+def refusal_of(
+    error: Exception, said: Exception, address: str
+) -> Callable[[str], Exception] | None:
+    """Return how to fail operations at once, if waiting for the next attempt is no use.
+
+    ``said`` is what ``explain`` made of the error.
+    """
+    if isinstance(error, ReplyError) and error.code != "LOADING":
+        message = error.message
+        return lambda operation: ReplyError(message, context=f"{operation} at {address}")
+    if isinstance(error, (ssl.SSLError, ProtocolError)):
+        kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
+        return lambda operation: kind(f"{operation}: {address}: {said}")
+    return None
+
+
+def _check_role(options: Options, role: object, address: str) -> None:
+    """Raise ConnectError if a Sentinel named a server that has another role by now."""
+    if not isinstance(role, bytes):
+        return
+    wanted = b"master" if options.role == "master" else b"replica"
+    if role != wanted:
+        raise ConnectError(
+            f"the Sentinels name {address} as {wanted.decode()}, but it is {role.decode()}"
+        )
+
+
+def _is_without_resp3(error: ReplyError) -> bool:
+    """Whether HELLO was refused by a server before Redis 6, or to a user who may not say it."""
+    return error.code in ("NOPROTO", "NOPERM") or "unknown command" in error.message.lower()
