@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import _backend, topology
+from . import _backend
 from .config import Config, load
 from .errors import ConnectionLost, UsageError
-from .topology import Topology
+from .topology import Topology, open_topology
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -34,7 +34,6 @@ class AsyncCache:
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        topology.check_supported(config)
         self._config = config
         self._credentials = credentials
         self._topology: Topology | None = None
@@ -151,8 +150,13 @@ class AsyncCache:
     async def close(self) -> None:
         """Finish what was issued, within ``closeTimeout``, and close; the second time, nothing."""
         self._closed = True
-        if self._topology is not None:
-            await self._topology.close()
+        self._pipeline = None
+        try:
+            if self._topology is not None:
+                await self._topology.close()
+        except UsageError:
+            self._closed = False  # another loop, or process, has closed nothing
+            raise
 
     async def __aenter__(self) -> Self:
         try:
@@ -183,9 +187,11 @@ class AsyncCache:
             raise UsageError(
                 "an AsyncCache opens on the event loop that runs, and none does"
             ) from None
-        self._topology = Topology(self._config, self._credentials)
+        self._topology = open_topology(self._config, self._credentials)
         return self._topology
 
     def _open(self) -> Any:
-        self._pipeline = (self._topology or self._begin()).pipeline_of("")
+        if self._closed:
+            raise ConnectionLost("the cache is closed")
+        self._pipeline = (self._topology or self._begin()).pipeline
         return self._pipeline

@@ -1,0 +1,169 @@
+"""What routing costs, in one run: dscache on clusters beside redis-py's, and beside one server.
+
+``python bench/compare_cluster.py`` starts two clusters and a plain server of its own. On a cluster
+records of different slots can't share a command, so one server is also measured with one record a
+command: by the same core, which is told that its server is a node of a cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Awaitable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio
+import uvloop
+
+import dscache
+from compare import Goal, Group, as_text, facts, in_bulk, measure, one_by_one
+from dscache.cluster import Cluster
+from dscache.config import load
+from dscache.connection import Connection
+from dscache.embedded import EmbeddedServer
+from workload import DOCUMENT, NAMES, VERSION, apart, chosen, encode
+
+# The clusters are those of the tests.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from clusters import ClusterGroup
+
+TASKS = 100
+
+
+class Dscache:
+    """An AsyncCache with the fast core, on whatever its options name."""
+
+    def __init__(self, label: str, options: dict[str, object]) -> None:
+        self.label = label
+        self._options = options | {"commandTimeout": 60_000}
+
+    async def connect(self) -> None:
+        with chosen("fast"):
+            self._cache = dscache.AsyncCache.from_config(
+                {"name": "redis", "options": self._options}
+            )
+            self._open()
+            await self._cache.when_ready()
+        self.get = self._cache.get
+        self.get_bulk = self._cache.get_bulk
+        await self._cache.set_bulk(dict.fromkeys(NAMES, (VERSION, DOCUMENT)))
+
+    async def close(self) -> None:
+        await self._cache.close()
+
+    def _open(self) -> None:
+        """Do what has to be done before the cache connects."""
+
+
+class OneRecordACommand(Dscache):
+    """The same on one server, whose connection is made as one to a node of a cluster."""
+
+    def _open(self) -> None:
+        config = load({"name": "redis", "options": self._options})
+        # It redirects nothing, and so no cluster has to be there.
+        nobody: Any = object.__new__(Cluster)
+        nobody.became_ready = nobody.became_lost = lambda node: None
+        connection = Connection(config.options, hash_tag=True, cluster=nobody)
+        self._cache._topology = connection
+
+
+class RedisPyCluster:
+    """redis-py's asyncio client of clusters, reading both keys of a record by MGET."""
+
+    label = "redis-py RedisCluster: MGET"
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def connect(self) -> None:
+        self._redis: Any = redis.asyncio.RedisCluster(host="127.0.0.1", port=self._port)
+        await self._redis.initialize()
+        for name in NAMES:
+            await self._redis.mset({f"{{{name}}}_v": VERSION, f"{{{name}}}_d": encode(DOCUMENT)})
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def get(self, name: str) -> tuple[int, bytes]:
+        version, text = await self._redis.mget(f"{{{name}}}_v", f"{{{name}}}_d")
+        return int(version), text
+
+    def get_bulk(self, names: Sequence[str]) -> Awaitable[Any]:
+        raise NotImplementedError("it has no read of many slots at once")
+
+
+@contextlib.contextmanager
+def pinned(groups: Sequence[ClusterGroup]) -> Iterator[None]:
+    """Put all nodes on the core of the plain server."""
+    if hasattr(os, "sched_setaffinity") and len(allowed := os.sched_getaffinity(0)) > 1:
+        for group in groups:
+            for node in group.nodes:
+                os.sched_setaffinity(node.server.pid, {sorted(allowed)[1]})
+    yield
+
+
+async def run(
+    three: ClusterGroup, one: ClusterGroup, server: EmbeddedServer, rounds: int, seconds: float
+) -> tuple[list[Group], list[Goal]]:
+    plain = {"host": server.host, "port": server.port, "keyLayout": "hashtag"}
+    on_three = Dscache("dscache, 3 primaries", three.options)
+    on_one = Dscache("dscache, 1 primary", one.options)
+    batched = Dscache("dscache, one server", plain)
+    single = OneRecordACommand("dscache, one server, 1 record a command", plain)
+    peer = RedisPyCluster(three.nodes[0].port)
+    clients = [on_three, on_one, batched, single, peer]
+    for client in clients:
+        await client.connect()
+    try:
+        get = Group(
+            f"await get, {TASKS} tasks",
+            [
+                one_by_one(client.label, client.get, TASKS)
+                for client in (batched, single, on_one, on_three, peer)
+            ],
+        )
+        bulk = Group(
+            "1000 names in bulk, raw",
+            [
+                in_bulk(client.label, client.get_bulk)
+                for client in (batched, on_three, on_one, single)
+            ],
+        )
+        goals = [
+            Goal(f"{get.title}, three primaries, to redis-py", get.rows[3], get.rows[4], 10),
+            Goal(
+                f"{bulk.title}, one primary, to 1 record a command",
+                bulk.rows[2],
+                bulk.rows[3],
+                0.55,
+            ),
+        ]
+        await measure([get, bulk], rounds, seconds)
+    finally:
+        for client in clients:
+            await client.close()
+    return [get, bulk], goals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one measurement (0.3)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds above 0")
+    with EmbeddedServer() as server, contextlib.ExitStack() as stack:
+        three = stack.enter_context(ClusterGroup(server.binary, primaries=3, replicas=0))
+        one = stack.enter_context(ClusterGroup(server.binary, primaries=1, replicas=0))
+        stack.enter_context(pinned([three, one]))
+        placing = stack.enter_context(apart(server))
+        groups, goals = uvloop.run(run(three, one, server, options.rounds, options.seconds))
+        header = facts(server, f"{placing}, nodes beside it", options.rounds)
+    print(*header, *as_text(groups, []), "", *goals, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

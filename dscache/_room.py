@@ -1,0 +1,169 @@
+"""Where operations wait that no node may have yet."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from . import _backend
+from .config import Options
+from .errors import ConnectionLost
+
+# The finest step of the timer that enforces deadlines, in seconds as all below.
+_TIMER_STEP = 0.005
+# How soon to look whether what is asked elsewhere has ended by its deadline, which nobody tells.
+_LOOK_AGAIN = 0.05
+
+
+_alive: WeakSet[Room] = WeakSet()
+
+
+def _end_ticks() -> None:
+    # Else an operation of the child could join one of its parent's unfinished tick.
+    for room in _alive:
+        room.pipeline.end_tick()
+
+
+os.register_at_fork(after_in_child=_end_ticks)
+
+
+class Source(Protocol):
+    """A node from whose commands in flight a room keeps its distance."""
+
+    pipeline: Any
+    watched: bool
+
+
+class Room:
+    """Operations on some slots of a cluster, which wait until it is certain who serves them.
+
+    What a node has redirected waits here, with everything that is issued on the same slots since,
+    until the node has answered all that was in flight when the room was entered (``fence``): of
+    that, more may be redirected. Then all of it goes on, oldest first, and nothing has overtaken
+    anything. The pipeline is one without a connection: it enforces deadlines.
+
+    What is to ask another node goes in turns. That node may refuse an operation, because a key is
+    still on its way, and serve the next one; so the slot stays shut until those asked are settled,
+    and no two of them are on the same record.
+    """
+
+    def __init__(
+        self, options: Options, hash_tag: bool, check_usable: Callable[[], None], address: str
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._check_usable = check_usable
+        self._timer: asyncio.Handle | None = None
+        self._adopting = False
+        self._fences: dict[Source, int] = {}
+        self._redirected: dict[int, list[tuple[Any, Source | None]]] = {}
+        self._asked: list[tuple[Any, Source]] = []
+        self.slots: set[int] = set()
+        self.not_before = 0.0
+        self.pipeline = _backend.core.Pipeline(
+            self._loop.create_future,
+            self._wake,
+            address=address,
+            key_prefix=options.key_prefix,
+            hash_tag=hash_tag,
+            ttl=options.ttl or 0,
+            timeout=options.command_timeout / 1000,
+            max_pending=options.max_pending,
+            max_pending_bytes=options.max_pending_bytes,
+            refuse_when_full=options.when_full == "error",
+            clustered=True,
+            max_redirections=options.max_redirections,
+        )
+        _alive.add(self)
+
+    @property
+    def sources(self) -> list[Source]:
+        """Return the nodes whose answers it waits for."""
+        return [*self._fences, *(target for _, target in self._asked)]
+
+    @property
+    def due(self) -> float | None:
+        """Return when to look whether it may open, or None if a node's answer will tell."""
+        if self._fences:
+            return None
+        return self._loop.time() + _LOOK_AGAIN if self._asked else self.not_before
+
+    def fence(self, source: Source) -> None:
+        """Stay shut until ``source`` has answered what is in flight now."""
+        self._fences[source] = source.pipeline.fence()
+
+    def wait(self, seconds: float) -> None:
+        """Stay shut for so long."""
+        self.not_before = max(self.not_before, self._loop.time() + seconds)
+
+    def may_open(self) -> bool:
+        """Return whether what waits here may go on."""
+        for source, end in list(self._fences.items()):
+            if source.pipeline.settled >= end:
+                del self._fences[source]
+        self._asked = [one for one in self._asked if not one[0].settled()]
+        return not self._fences and not self._asked and self._loop.time() >= self.not_before
+
+    def note(self, slot: int, batch: Any, target: Source | None) -> None:
+        """Note that a batch on ``slot`` was redirected, and which node it is to ask, if any."""
+        self._redirected.setdefault(slot, []).append((batch, target))
+
+    def next_turn(self, slot: int) -> bool:
+        """Let operations on ``slot`` go to the nodes that they are to ask.
+
+        Returns False if there are none: then all that waits is for the node which serves the slot.
+        """
+        waiting = [one for one in self._redirected.pop(slot, ()) if not one[0].settled()]
+        waiting.sort(key=lambda one: one[0].serial)
+        names: set[str] = set()
+        later = []
+        asked = []
+        for batch, target in waiting:
+            if target is not None and names.isdisjoint(batch.records):
+                batch.ask(target.pipeline)
+                target.watched = True
+                asked.append((batch, target))
+            else:
+                later.append((batch, target))
+            names.update(batch.records)
+        if asked:
+            self._redirected[slot] = later
+            self._asked += asked
+        return bool(asked)
+
+    def adopt(self, batches: Iterable[Any]) -> None:
+        """Take over what another pipeline gave away, even while the cache is closing."""
+        self._adopting = True
+        try:
+            self.pipeline.adopt(batches)
+        finally:
+            self._adopting = False
+        self._enforce_deadlines()
+
+    def fail(self, reason: str) -> None:
+        """Fail everything that waits here."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
+
+    def _wake(self) -> None:
+        if not self._adopting:
+            self._check_usable()
+        # What joins an operation of this tick must be checked no more, that of the next again.
+        self._loop.call_soon(self.pipeline.end_tick)
+        if self._timer is None:
+            self._timer = self._loop.call_soon(self._enforce_deadlines)
+
+    def _enforce_deadlines(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = time.monotonic()
+        deadline = self.pipeline.expire(now)
+        if deadline is not None:
+            wait = max(deadline - now, _TIMER_STEP)
+            self._timer = self._loop.call_later(wait, self._enforce_deadlines)

@@ -1,0 +1,817 @@
+"""A Redis Cluster of our own, for tests of resharding, failover, lost nodes and new addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.retry import Retry
+
+from dscache.embedded import EmbeddedServer, ServerBinary
+from dscache.errors import DscacheError, UsageError
+
+SLOTS = 16384
+
+_HOST = "127.0.0.1"
+_PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+_PORT_TRIES = 5
+# A server gives up a handshake after the node timeout, and at the earliest after one second.
+_MEET_AGAIN_SECONDS = 1.5
+# A server gives up a manual failover that did not come about after five.
+_FAILOVER_AGAIN_SECONDS = 5.5
+_KEYS_AT_ONCE = 100
+_SLOTS_AT_ONCE = 16
+# To one node; fewer than redis-py allows by default, as several threads may need some.
+_CONNECTIONS = 32
+# Where files are in memory. Servers wait for the disk with each change of a slot.
+_MEMORY = Path("/dev/shm")
+_MIGRATE_MS = 5000
+_PORTS = re.compile(r"^([0-9a-f]{40})( [^ ,:]*):\d+@\d+", re.MULTILINE)
+# How nodes log in to each other when each has a password of its own: which of them is the
+# primary changes, and a server has room for a single password of its primary.
+_REPLICATION_USER = "replication"
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What one node says of another, or of itself, in CLUSTER NODES."""
+
+    id: str
+    address: str
+    flags: frozenset[str]
+    primary: str
+    """The id of its primary; "" of one that is none's replica."""
+    epoch: int
+    """The higher, the later it came by its slots."""
+    is_linked: bool
+    ranges: tuple[str, ...]
+
+    @property
+    def is_primary(self) -> bool:
+        return "master" in self.flags
+
+    @property
+    def is_down(self) -> bool:
+        return "fail" in self.flags
+
+    def slots(self) -> Iterator[int]:
+        for text in self.ranges:
+            first, _, last = text.partition("-")
+            yield from range(int(first), int(last or first) + 1)
+
+
+class ClusterNode:
+    """One server of a cluster. Its id and data stay; start_all() may give it other ports.
+
+    ``server`` is then another one, so keep the node and not its server.
+    """
+
+    def __init__(
+        self,
+        binary: ServerBinary,
+        folder: Path,
+        known: Path,
+        args: Sequence[str],
+        password: str | None,
+    ) -> None:
+        self.host = _HOST
+        self.port = 0
+        self.bus_port = 0
+        self.id = ""
+        self.password = password
+        self.is_paused = False
+        self.server = EmbeddedServer(binary)
+        self._binary = binary
+        self._folder = folder
+        self._known = known
+        self._args = args
+        self._held: list[socket.socket] = []
+        self._control: redis.Redis | None = None
+        folder.mkdir()
+
+    @property
+    def address(self) -> str:
+        """Host, port and the port of the cluster bus, as CLUSTER NODES has them."""
+        return f"{self.host}:{self.ports}"
+
+    @property
+    def ports(self) -> str:
+        """The port, and that of the cluster bus."""
+        return f"{self.port}@{self.bus_port}"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs and is not paused."""
+        return self.server.is_running and not self.is_paused
+
+    def __repr__(self) -> str:
+        return f"<node {self.id[:8]} at {self.address}>"
+
+    def role(self) -> Literal["primary", "replica"]:
+        """Return what the node takes itself for."""
+        return "primary" if self.ask("ROLE")[0] == "master" else "replica"
+
+    def client(self) -> redis.Redis:
+        """Return a new redis-py client of this one node, that follows no redirection."""
+        return redis.Redis(
+            self.host,
+            self.port,
+            password=self.password,
+            decode_responses=True,
+            # Keys need not be UTF-8, and must come through.
+            encoding_errors="surrogateescape",
+            socket_timeout=2 * _MIGRATE_MS / 1000,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def ask(self, *words: bytes | str | int) -> Any:
+        """Send one command and return its answer. Raises redis.RedisError."""
+        if self._control is None:
+            raise redis.ConnectionError(f"{self!r} was never started")
+        return self._control.execute_command(*words)
+
+    def ask_all(self, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any]:
+        """Send commands over several connections at once, and return all answers in order.
+
+        Raises redis.RedisError, of the first that failed, when all have been answered.
+        """
+        if self._control is None:
+            raise redis.ConnectionError(f"{self!r} was never started")
+        # One connection would do, had not some servers each change of a slot wait there until
+        # the replicas have it too.
+        pool = self._control.connection_pool
+        taken = []
+        answers: list[Any] = []
+        try:
+            for _ in commands[:_CONNECTIONS]:
+                taken.append(pool.get_connection())
+            for number, command in enumerate(commands):
+                taken[number % _CONNECTIONS].send_command(*command)
+            for number in range(len(commands)):
+                try:
+                    answers.append(taken[number % _CONNECTIONS].read_response())
+                except redis.ResponseError as error:
+                    answers.append(error)
+        except BaseException:
+            for connection in taken:
+                connection.disconnect()  # or its answer would be taken for the next one's
+            raise
+        finally:
+            for connection in taken:
+                pool.release(connection)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def view(self) -> dict[str, _Line]:
+        """Return what the node knows of the cluster, by node id. Raises redis.RedisError."""
+        lines = {}
+        for text in self.ask("CLUSTER", "NODES").splitlines():
+            name, address, flags, primary, _, _, epoch, link, *ranges = text.split()
+            lines[name] = _Line(
+                name,
+                address.partition(",")[0],
+                frozenset(flags.split(",")),
+                primary.strip("-"),
+                int(epoch),
+                link == "connected",
+                # "[" begins a slot that is being moved.
+                tuple(one for one in ranges if not one.startswith("[")),
+            )
+        return lines
+
+    def launch(self) -> None:
+        """Start the server, on free ports if it had none. Raises DscacheError."""
+        fixed = self.port != 0
+        for attempt in range(1, _PORT_TRIES + 1):
+            if not fixed:
+                self.choose_ports()
+            try:
+                self.server.start()
+            except DscacheError as error:
+                if fixed or attempt == _PORT_TRIES or "in use" not in str(error):
+                    raise
+            else:
+                break
+        self.is_paused = False
+        self._control = self._control or self.client()
+        self.id = self.id or self.ask("CLUSTER", "MYID")
+
+    def choose_ports(self) -> None:
+        """Take other ports, from the next launch on; nobody gets the former ones."""
+        self.server.close()
+        held = [_hold_port(), _hold_port()]
+        self.port, self.bus_port = (one.getsockname()[1] for one in held)
+        self._held += held
+        if sys.platform != "linux":
+            self._release()
+        self.server = EmbeddedServer(self._binary, args=self._arguments())
+        self.server.port = self.port
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    def rewrite_ports(self, ports: dict[str, str]) -> None:
+        """Put each node's new ports into the file in which a stopped one keeps what it knows."""
+        text = self._known.read_text()
+        self._known.write_text(_PORTS.sub(lambda one: f"{one[1]}{one[2]}:{ports[one[1]]}", text))
+
+    def end(self) -> None:
+        """Ask the server to end, and don't wait for it."""
+        with contextlib.suppress(UsageError, ProcessLookupError):
+            os.kill(self.server.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the server, and let its ports go."""
+        self.server.close()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._release()
+
+    def _arguments(self) -> list[str]:
+        options = {
+            "--cluster-enabled": "yes",
+            "--cluster-config-file": str(self._known),
+            "--cluster-port": str(self.bus_port),
+            # Not the server's own folder, which goes when a start fails.
+            "--dir": str(self._folder),
+            "--appendonly": "yes",
+            # A killed process loses nothing that it wrote; only a machine's crash would.
+            "--appendfsync": "no",
+            # Else a primary waits 5 s for further replicas before it serves the first.
+            "--repl-diskless-sync-delay": "0",
+            # Else a primary that is to stop waits up to 10 s for a paused replica.
+            "--shutdown-timeout": "0",
+            # Else a replica that was paused for long is never promoted.
+            "--cluster-replica-validity-factor": "0",
+        }
+        return [*(word for option in options.items() for word in option), *self._args]
+
+    def _release(self) -> None:
+        while self._held:
+            self._held.pop().close()
+
+
+Failover = Literal["", "FORCE", "TAKEOVER"]
+
+
+class ClusterGroup:
+    """Primaries with replicas that form a cluster, all started and stopped together.
+
+    Replicas are spread over the primaries in turn. ``passwords`` is one for all nodes, or a
+    list of each node's own, primaries first, where None stands for a node without. ``args`` are
+    further options of each server, and win over those set here. Calls block, and may come from
+    several threads. What is waited for in vain raises TimeoutError, saying what was missing.
+    """
+
+    def __init__(
+        self,
+        binary: ServerBinary,
+        *,
+        primaries: int = 3,
+        replicas: int = 3,
+        node_timeout_ms: int = 1000,
+        passwords: str | Sequence[str | None] | None = None,
+        args: Sequence[str] = (),
+        full_coverage: bool = True,
+    ) -> None:
+        count = primaries + replicas
+        self._own: list[str | None]
+        if passwords is None or isinstance(passwords, str):
+            self._shared, self._own = passwords, [passwords] * count
+        else:
+            self._shared, self._own = None, list(passwords)
+        if len(self._own) != count:
+            raise ValueError(f"ClusterGroup: {len(self._own)} passwords for {count} nodes")
+        if not primaries:
+            raise ValueError("ClusterGroup: a cluster needs a primary")
+        if binary.version < (7,):
+            raise ValueError(f"{binary.name} has no cluster-port: a cluster needs version 7")
+        self.nodes: list[ClusterNode] = []
+        self._binary = binary
+        self._primaries = primaries
+        coverage = "yes" if full_coverage else "no"
+        self._args = (
+            *("--cluster-node-timeout", str(node_timeout_ms)),
+            *("--cluster-require-full-coverage", coverage),
+            *self._logins(),
+            *args,
+        )
+        self._folders = contextlib.ExitStack()
+        self._left: list[ClusterNode] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop everything and remove all data; a second call does nothing."""
+        for node in (*self.nodes, *self._left):
+            node.end()
+        with self._folders:
+            for node in (*self.nodes, *self._left):
+                self._folders.callback(node.close)
+
+    # -- what there is
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of a cache on this cluster."""
+        nodes: list[dict[str, object]] = [
+            {"host": node.host, "port": node.port} for node in self.nodes
+        ]
+        if self._shared:
+            return {"nodes": nodes, "redisOptions": {"password": self._shared}}
+        for node, entry in zip(self.nodes, nodes, strict=True):
+            if node.password:
+                entry["password"] = node.password
+        return {"nodes": nodes}
+
+    def primaries(self) -> list[ClusterNode]:
+        """Return the primaries, also those without slots, but none that is taken for down."""
+        view = self._view()
+        return [one for one in self.nodes if (line := view[one.id]).is_primary and not line.is_down]
+
+    def replicas(self) -> list[ClusterNode]:
+        """Return the replicas, but none that is taken for down."""
+        view = self._view()
+        return [
+            one for one in self.nodes if not (line := view[one.id]).is_primary and not line.is_down
+        ]
+
+    def primary_of(self, slot: int) -> ClusterNode:
+        """Return the node that owns a slot, be it down. Raises LookupError when none does."""
+        view = self._view()
+        for node in self.nodes:
+            if slot in view[node.id].slots():
+                return node
+        raise LookupError(f"no node owns slot {slot}")
+
+    def replica_of(self, node: ClusterNode) -> ClusterNode:
+        """Return the first replica of ``node`` that is up. Raises LookupError when none is."""
+        for replica in self._replicas_of(node, self._view()):
+            if replica.is_alive:
+                return replica
+        raise LookupError(f"{node!r} has no replica that is up")
+
+    def slots_of(self, node: ClusterNode) -> list[int]:
+        """Return the slots that a node owns, in order."""
+        return list(self._view()[node.id].slots())
+
+    def owner(self, key: str | bytes) -> ClusterNode:
+        """Return the node that owns a key's slot. Raises LookupError when none does."""
+        return self.primary_of(key_slot(key.encode() if isinstance(key, str) else key))
+
+    def wait_until_ok(self) -> None:
+        """Wait until all that run serve, agree about each other, and have been replicated to.
+
+        Nodes that were killed or paused must have been noticed, and own no slots any more: who
+        is not replicated must be started again before.
+        """
+        self._wait(self._missing)
+
+    def wait_until_noticed(self) -> None:
+        """Wait until all that run know where the others are, and which of them are down."""
+        self._wait(self._unacquainted)
+
+    # -- slots that move
+
+    def migrate(
+        self,
+        slots: Iterable[int],
+        source: ClusterNode,
+        target: ClusterNode,
+        *,
+        pause: float = 0.0,
+        at_once: int = _SLOTS_AT_ONCE,
+    ) -> None:
+        """Move slots with their keys, ``at_once`` of them at a time, while clients go on.
+
+        With ``pause``, these stay for so many seconds where half of each one's keys have moved.
+        A primary that loses its last slot becomes a replica, as servers have it by default; the
+        option ``--cluster-allow-replica-migration no`` keeps it what it is.
+        """
+        todo = list(slots)
+        for first in range(0, len(todo), at_once):
+            some = todo[first : first + at_once]
+            self._begin(some, source, target)
+            if pause:
+                counts = source.ask_all([("CLUSTER", "COUNTKEYSINSLOT", slot) for slot in some])
+                for slot, count in zip(some, counts, strict=True):
+                    self.move_keys(slot, source, target, count // 2)
+                time.sleep(pause)
+            self._move(some, source, target)
+            self._end(some, source, target)
+        self._wait(lambda: self._disowned(set(todo), target))
+
+    def begin_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
+        """Open a slot: from now on ``source`` sends whoever wants a key it lacks to ``target``."""
+        self._begin([slot], source, target)
+
+    def move_keys(
+        self, slot: int, source: ClusterNode, target: ClusterNode, limit: int | None = None
+    ) -> int:
+        """Move the keys of an open slot, at most ``limit``; return how many were moved."""
+        moved = 0
+        while limit is None or moved < limit:
+            count = _KEYS_AT_ONCE if limit is None else min(limit - moved, _KEYS_AT_ONCE)
+            keys = source.ask("CLUSTER", "GETKEYSINSLOT", slot, count)
+            if not keys:
+                break
+            source.ask(*_migration(target, keys))
+            moved += len(keys)
+        return moved
+
+    def end_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
+        """Give an open slot whose keys have all been moved to ``target``."""
+        self._end([slot], source, target)
+
+    def cancel_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
+        """Let an open slot be the source's again, with all its keys.
+
+        Keys that were moved can't be moved back within an open slot: clients would miss them
+        meanwhile. When there are any, the slot goes to ``target`` in full and then comes back.
+        """
+        # The source first: from then on no client is sent to the target any more.
+        if not target.ask("CLUSTER", "COUNTKEYSINSLOT", slot):
+            source.ask("CLUSTER", "SETSLOT", slot, "STABLE")
+            # A client that was sent there just before may have written.
+            if not target.ask("CLUSTER", "COUNTKEYSINSLOT", slot):
+                target.ask("CLUSTER", "SETSLOT", slot, "STABLE")
+                return
+            source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.id)
+        self.move_keys(slot, source, target)
+        self.end_migration(slot, source, target)
+        self.migrate([slot], target, source)
+
+    def _begin(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
+        # The target first, as the source may send a client there at once.
+        for node, state, other in (target, "IMPORTING", source), (source, "MIGRATING", target):
+            node.ask_all([("CLUSTER", "SETSLOT", slot, state, other.id) for slot in slots])
+
+    def _move(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
+        ask = [("CLUSTER", "GETKEYSINSLOT", slot, _KEYS_AT_ONCE) for slot in slots]
+        while found := [keys for keys in source.ask_all(ask) if keys]:
+            source.ask_all([_migration(target, keys) for keys in found])
+
+    def _end(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
+        others = [one for one in self.primaries() if one not in (source, target) and one.is_alive]
+        commands = [("CLUSTER", "SETSLOT", slot, "NODE", target.id) for slot in slots]
+        # The target first: were it lost in between, the source would still own the slots.
+        target.ask_all(commands)
+        source.ask_all(commands)
+        for other in others:
+            # One that goes down meanwhile, or is no primary any more, hears it from the others.
+            with contextlib.suppress(redis.RedisError):
+                other.ask_all(commands)
+
+    # -- nodes that come and go
+
+    def failover(self, replica: ClusterNode, kind: Failover = "") -> None:
+        """Make a replica the primary, and wait until all that run see it.
+
+        Raises redis.ResponseError when the server refuses.
+        """
+        view = self._view()
+        line = view[replica.id]
+        if line.is_primary or not replica.is_alive:
+            raise ValueError(f"{replica!r} can't be promoted: it is no replica, or is down")
+        old = self._node(line.primary)
+        if not kind and old.is_alive:
+            # A server refuses while the link is being made.
+            self._wait(lambda: self._unlinked(replica, old))
+        again = 0.0
+
+        def missing() -> str:
+            nonlocal again
+            if time.monotonic() > again and replica.role() == "replica":
+                replica.ask("CLUSTER", "FAILOVER", *([kind] if kind else ()))
+                again = time.monotonic() + _FAILOVER_AGAIN_SECONDS
+            return self._unpromoted(replica, old)
+
+        self._wait(missing)
+
+    def kill(self, node: ClusterNode) -> None:
+        """End a node at once, as a crash would."""
+        node.server.kill()
+
+    def start(self, node: ClusterNode) -> None:
+        """Start a node that was killed or stopped, where it was and with its data."""
+        if node not in self.nodes:
+            raise ValueError(f"{node!r} has left the cluster")
+        node.launch()
+
+    def pause(self, node: ClusterNode) -> None:
+        """Freeze a node: its connections stay open and nothing answers."""
+        node.is_paused = True
+        node.server.pause()
+
+    def resume(self, node: ClusterNode) -> None:
+        """Let a paused node go on."""
+        node.server.resume()
+        node.is_paused = False
+
+    def stop_all(self) -> None:
+        """Stop all nodes; what they store stays."""
+        replicas = self.replicas() if any(node.is_alive for node in self.nodes) else []
+        # Replicas first, as they would else be promoted by the primaries that are still there.
+        for node in sorted(self.nodes, key=lambda one: one not in replicas):
+            node.server.stop()
+            node.is_paused = False
+
+    def start_all(self, on_new_ports: bool = True) -> None:
+        """Start all nodes, by default at other addresses, and wait until all is well."""
+        for attempt in range(1, _PORT_TRIES + 1):
+            if on_new_ports:
+                for node in self.nodes:
+                    node.choose_ports()
+                ports = {node.id: node.ports for node in self.nodes}
+                for node in self.nodes:
+                    node.rewrite_ports(ports)
+            try:
+                for node in self.nodes:
+                    if not node.server.is_running:
+                        node.launch()
+                break
+            except DscacheError as error:
+                if not on_new_ports or attempt == _PORT_TRIES or "in use" not in str(error):
+                    raise
+                for node in self.nodes:
+                    node.server.kill()
+        self.wait_until_ok()
+
+    def forget(self, node: ClusterNode) -> None:
+        """Remove a node without slots from the cluster; its replicas go to another primary.
+
+        Its server runs on, alone, until the end. All others must be running, as who misses the
+        news brings the node back.
+        """
+        view = self._view()
+        if view[node.id].ranges:
+            raise ValueError(f"{node!r} still owns slots: move them away first")
+        others = [one for one in self.nodes if one is not node]
+        for other in others:
+            if not other.is_alive:
+                raise ValueError(f"{other!r} is down: start it first")
+        for replica in self._replicas_of(node, view):
+            fewest = min(
+                (one for one in self.primaries() if one is not node),
+                key=lambda one: len(self._replicas_of(one, self._view())),
+            )
+            replica.ask("CLUSTER", "REPLICATE", fewest.id)
+            self._wait(lambda r=replica, p=fewest: self._unlinked(r, p))
+        for other in others:
+            # Later servers pass it on, so that one may have heard of it already.
+            try:
+                other.ask("CLUSTER", "FORGET", node.id)
+            except redis.ResponseError as error:
+                if "Unknown node" not in str(error):
+                    raise
+        if node.is_alive:
+            node.ask("CLUSTER", "RESET", "SOFT")
+        self.nodes.remove(node)
+        self._left.append(node)
+        self.wait_until_ok()
+
+    # -- how it begins
+
+    def _logins(self) -> tuple[str, ...]:
+        """How replicas log in to primaries."""
+        if self._shared:
+            return ("--masterauth", self._shared)
+        if not any(self._own):
+            return ()
+        secret = secrets.token_hex(16)
+        return (
+            *("--masteruser", _REPLICATION_USER, "--masterauth", secret),
+            *("--user", _REPLICATION_USER, "on", f">{secret}", "+psync", "+replconf", "+ping"),
+        )
+
+    def _start(self) -> None:
+        in_memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+        data, known = self._make_folder(None), self._make_folder(in_memory)
+        for number, password in enumerate(self._own):
+            required = ("--requirepass", password) if password else ()
+            node = ClusterNode(
+                self._binary,
+                data / f"node-{number}",
+                known / f"nodes-{number}.conf",
+                (*required, *self._args),
+                password,
+            )
+            self.nodes.append(node)
+            node.launch()
+        for number, node in enumerate(self.nodes):
+            # All different, or nodes would have to find out who gives way.
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        primaries = self.nodes[: self._primaries]
+        for number, node in enumerate(primaries):
+            first, end = (SLOTS * one // self._primaries for one in (number, number + 1))
+            node.ask("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+        self._meet()
+        for number, node in enumerate(self.nodes[self._primaries :]):
+            node.ask("CLUSTER", "REPLICATE", primaries[number % self._primaries].id)
+        self.wait_until_ok()
+
+    def _make_folder(self, parent: Path | None) -> Path:
+        folder = tempfile.TemporaryDirectory(
+            prefix="dscache-cluster-",
+            dir=parent,
+            # A killed server's child may still be writing there.
+            ignore_cleanup_errors=True,
+        )
+        self._folders.callback(folder.cleanup)
+        return Path(folder.name)
+
+    def _meet(self) -> None:
+        again = 0.0
+
+        def missing() -> str:
+            nonlocal again
+            # Each is told of each: that is quicker than gossip.
+            strangers = [
+                (node, other)
+                for number, node in enumerate(self.nodes)
+                for view in [node.view()]
+                for other in self.nodes[number + 1 :]
+                if other.id not in view
+            ]
+            if strangers and time.monotonic() > again:
+                for node, other in strangers:
+                    address = (other.host, other.port, other.bus_port)
+                    node.ask("CLUSTER", "MEET", *address)
+                again = time.monotonic() + _MEET_AGAIN_SECONDS
+            return self._unacquainted()
+
+        self._wait(missing)
+
+    # -- what is waited for: each returns what is missing, "" when nothing is
+
+    def _missing(self) -> str:
+        alive = [node for node in self.nodes if node.is_alive]
+        if not alive:
+            return "no node runs"
+        if complaint := self._unacquainted():
+            return complaint
+        views = [(node, node.view()) for node in alive]
+        first, view = views[0]
+        for node, other in views:
+            state = node.ask("CLUSTER", "INFO").split()[0]
+            if state != "cluster_state:ok":
+                return f"{node!r} has {state}"
+            if _shape(other) != _shape(view):
+                return f"{node!r} and {first!r} see different slots or replicas"
+        owned = 0
+        for node in self.nodes:
+            line = view[node.id]
+            owned += sum(1 for _ in line.slots())
+            if line.ranges and not node.is_alive:
+                return f"{node!r} is down and owns slots"
+            follows = node.is_alive and not line.is_primary
+            if follows and (complaint := self._unlinked(node, self._node(line.primary))):
+                return complaint
+        return "" if owned == SLOTS else f"{SLOTS - owned} slots are nobody's"
+
+    def _unacquainted(self) -> str:
+        ids = {node.id for node in self.nodes}
+        for node in self.nodes:
+            if not node.is_alive:
+                continue
+            view = node.view()
+            for other in self.nodes:
+                line = view.get(other.id)
+                if line is None:
+                    return f"{node!r} does not know {other!r}"
+                if not other.is_alive:
+                    if not line.is_down:
+                        return f"{node!r} has not noticed that {other!r} is down"
+                    continue
+                odd = line.flags & {"fail", "fail?", "handshake", "noaddr"}
+                # A lone node has nobody who would tell it its host.
+                expected = (other.address, f":{other.ports}")[: 1 + (len(ids) == 1)]
+                if odd or not line.is_linked or line.address not in expected:
+                    flags = ",".join(sorted(line.flags))
+                    return f"{node!r} has {other!r} as {line.address!r}, {flags}, or no link to it"
+            if strangers := view.keys() - ids:
+                return f"{node!r} knows {len(strangers)} nodes that are not of this cluster"
+        return ""
+
+    def _unlinked(self, replica: ClusterNode, primary: ClusterNode) -> str:
+        role = replica.ask("ROLE")
+        if role[0] != "slave" or int(role[2]) != primary.port or role[3] != "connected":
+            return f"{replica!r} does not replicate {primary!r}: it says {role!r}"
+        role = primary.ask("ROLE")
+        if role[0] != "master" or str(replica.port) not in [one[1] for one in role[2]]:
+            return f"{primary!r} does not serve its replica {replica!r}: it says {role!r}"
+        return ""
+
+    def _unpromoted(self, new: ClusterNode, old: ClusterNode) -> str:
+        for node in self.nodes:
+            if not node.is_alive:
+                continue
+            view = node.view()
+            if not view[new.id].is_primary or view[old.id].ranges:
+                return f"{node!r} does not take {new!r} for the primary of its shard"
+            if old.is_alive and view[old.id].primary != new.id:
+                return f"{node!r} does not take {old!r} for a replica of {new!r}"
+        return ""
+
+    def _disowned(self, slots: set[int], owner: ClusterNode) -> str:
+        for node in self.nodes:
+            if node.is_alive and (rest := slots.difference(node.view()[owner.id].slots())):
+                return f"{node!r} does not know that {owner!r} owns slot {min(rest)}"
+        return ""
+
+    def _wait(self, missing: Callable[[], str]) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                complaint = missing()
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                complaint = f"a node does not answer: {error}"
+            if not complaint:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {_PATIENCE_SECONDS:g} s: {complaint}")
+            time.sleep(_POLL_SECONDS)
+
+    # -- looking things up
+
+    def _view(self) -> dict[str, _Line]:
+        """What the node knows that has heard the latest news."""
+        views = []
+        last: redis.RedisError | None = None
+        for node in self.nodes:
+            if node.is_alive:
+                try:
+                    views.append(node.view())
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    last = error
+        if not views:
+            raise redis.ConnectionError("no node of the cluster answers") from last
+        # One that has just come back believes for a moment in what was before.
+        return max(views, key=lambda view: max(line.epoch for line in view.values()))
+
+    def _node(self, name: str) -> ClusterNode:
+        for node in self.nodes:
+            if node.id == name:
+                return node
+        raise LookupError(f"no node of this cluster has the id {name!r}")
+
+    def _replicas_of(self, node: ClusterNode, view: dict[str, _Line]) -> list[ClusterNode]:
+        return [one for one in self.nodes if view[one.id].primary == node.id]
+
+
+def _shape(view: dict[str, _Line]) -> dict[str, tuple[bool, str, tuple[str, ...]]]:
+    return {name: (line.is_primary, line.primary, line.ranges) for name, line in view.items()}
+
+
+def _migration(target: ClusterNode, keys: Sequence[str]) -> tuple[bytes | str | int, ...]:
+    password = ("AUTH", target.password) if target.password else ()
+    to = (target.host, target.port, "", 0, _MIGRATE_MS)
+    # Here, as redis-py with hiredis packs what is no UTF-8 in no other form.
+    encoded = (key.encode(errors="surrogateescape") for key in keys)
+    return ("MIGRATE", *to, *password, "KEYS", *encoded)
+
+
+def _hold_port() -> socket.socket:
+    """Bind a free port without listening, so that a server can have it and nobody else.
+
+    A server binds it a second time, which Linux allows because both say so and only one of
+    them listens. While a killed node is away nobody is given its port, and none of the nodes
+    that keep trying to reach it can be connected to itself.
+    """
+    held = socket.socket()
+    held.bind((_HOST, 0))
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return held
