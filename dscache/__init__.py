@@ -1,6 +1,6 @@
 """Versioned JSON records in Redis, as deepstream.io keeps them, for fast Python servers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._backend import BACKEND, core
 from .cache import AsyncCache
@@ -21,13 +21,25 @@ from .errors import (
 if TYPE_CHECKING:
     # The twins have one interface; type checkers read the one written in Python.
     from ._pure import Record
+    from .sync import Cache
 else:
     Record = core.Record
+
+    def __getattr__(name: str) -> Any:
+        # With it comes redis-py, whose import takes longer than that of all of dscache.
+        if name == "Cache":
+            from .sync import Cache
+
+            globals()["Cache"] = Cache
+            return Cache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BACKEND",
     "AsyncCache",
     "BulkError",
+    "Cache",
     "ConfigError",
     "ConnectError",
     "ConnectionLost",

@@ -1,6 +1,6 @@
 """The cache ``name: memory``: records in this process, with the API and results of the others.
 
-It is for tests and a first try, and has the life of its AsyncCache. Operations take effect at
+It is for tests and a first try, and has the life of its cache. Operations take effect at
 the call, so that their order is the order of the calls; what they return is done already.
 """
 
@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from . import _backend, _common
 from .config import Options
 from .connection import check_loop
 from .errors import ConnectionLost
+from .outcome import Outcome
+
+_pools: WeakSet[MemoryPool] = WeakSet()
+
+
+def _leave_parent() -> None:
+    for pool in _pools:
+        pool.leave_parent()
+
+
+os.register_at_fork(after_in_child=_leave_parent)
 
 
 class MemoryNode:
@@ -213,3 +227,43 @@ class MemoryPipeline:
         there = self._stored(name) is not None
         self._records.pop(name, None)
         return there
+
+
+class MemoryPool:
+    """In the place of a Pool: for any number of threads, and always ready until it is closed."""
+
+    server = ""
+
+    def __init__(self, options: Options) -> None:
+        self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
+        # A signal handler may use the cache in the middle of an operation of its own thread.
+        self._lock = threading.RLock()
+        _pools.add(self)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was not closed yet."""
+        return not self._pipeline.closed
+
+    def run(self, operation: str, *arguments: Any) -> Any:
+        """Do one operation of a Pipeline, by its name; return its result or raise its error."""
+        with self._lock:
+            outcome: Outcome = getattr(self._pipeline, operation)(*arguments)
+        return outcome.take()
+
+    def when_ready(self) -> None:
+        """Return at once; raises ConnectionLost if it was closed."""
+        self._pipeline.check_open()
+
+    def close(self) -> None:
+        """Forget all records."""
+        with self._lock:
+            self._pipeline.close()
+
+    def leave_parent(self) -> None:
+        """Begin anew in a forked child: the thread that held the lock is not there."""
+        self._lock = threading.RLock()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, named as those of a pool."""
+        return {**self._pipeline.stats(), "connections": 0, "connects": 0, "last_loss": ""}

@@ -172,8 +172,14 @@ MakeCache = Callable[..., Awaitable["dscache.AsyncCache"]]
 
 
 @pytest.fixture
+def cache_class() -> Any:
+    """What ``make_cache`` makes: a module may put another class with that interface here."""
+    return dscache.AsyncCache
+
+
+@pytest.fixture
 async def make_cache(
-    server: EmbeddedServer | NamedServer, backend: str, redis: redis_py.Redis
+    server: EmbeddedServer | NamedServer, backend: str, redis: redis_py.Redis, cache_class: Any
 ) -> AsyncIterator[MakeCache]:
     """Open caches on ``server``, closed at the end, when each must be drained.
 
@@ -185,7 +191,7 @@ async def make_cache(
     async def open_cache(*, name: str = "redis", **options: Any) -> dscache.AsyncCache:
         if name == "redis" and not options.keys() & {"url", "path", "host", "port"}:
             options["url"] = server.url
-        cache = dscache.AsyncCache.from_config({"name": name, "options": options})
+        cache: dscache.AsyncCache = cache_class.from_config({"name": name, "options": options})
         opened.append(cache)
         await cache.when_ready()
         return cache

@@ -1,4 +1,7 @@
-"""The public API: its methods and results are the same on every server, core and in memory."""
+"""The public API: its methods and results are the same on every server, core and in memory.
+
+Most tests run with both classes; ``BlockingCache`` gives a Cache the shape of an AsyncCache.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ import uvloop
 from redis.cluster import key_slot
 
 import dscache
+from blocking import BlockingCache
 from conftest import SERVERS, _server_id
 from dscache.embedded import EmbeddedServer, TLSFiles
 from faults import FaultProxy
@@ -48,6 +52,17 @@ everywhere = pytest.mark.parametrize(
 )
 # What costs much and can't depend on the server's version.
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
+
+# What concerns futures, or needs the event loop while an operation is under way.
+async_only = pytest.mark.parametrize(
+    "cache_class", [dscache.AsyncCache], indirect=True, ids=["async"]
+)
+
+
+@pytest.fixture(params=[dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+def cache_class(request: pytest.FixtureRequest) -> Any:
+    """The class that is tested, in the shape of an AsyncCache."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -839,9 +854,9 @@ def config(server: EmbeddedServer, kind: str, **options: Any) -> dict[str, Any]:
 
 @everywhere
 async def test_from_nothing_to_closed(
-    server: EmbeddedServer, kind: str, backend: str, redis: redis_py.Redis
+    server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
-    cache = dscache.AsyncCache.from_config(config(server, kind))
+    cache = cache_class.from_config(config(server, kind))
     assert not cache.is_ready
     assert cache.stats() == {}
     for text in (cache.description, repr(cache)):
@@ -881,9 +896,14 @@ OPERATIONS: list[Call] = [
 @everywhere
 @pytest.mark.parametrize("opened", [True, False], ids=["opened", "never opened"])
 async def test_a_closed_cache_refuses_at_the_call(
-    server: EmbeddedServer, kind: str, backend: str, redis: redis_py.Redis, opened: bool
+    server: EmbeddedServer,
+    kind: str,
+    cache_class: Any,
+    backend: str,
+    redis: redis_py.Redis,
+    opened: bool,
 ) -> None:
-    cache = dscache.AsyncCache.from_config(config(server, kind))
+    cache = cache_class.from_config(config(server, kind))
     if opened:
         await cache.set("a", 1, [])
     await cache.close()
@@ -900,9 +920,9 @@ async def test_a_closed_cache_refuses_at_the_call(
 
 @everywhere
 async def test_it_opens_at_its_first_use(
-    server: EmbeddedServer, kind: str, backend: str, redis: redis_py.Redis
+    server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
-    cache = dscache.AsyncCache.from_config(config(server, kind))
+    cache = cache_class.from_config(config(server, kind))
     written, found = cache.set("a", 1, [1]), cache.get("a")
     assert await written is True
     assert tuple(await found) == (1, [1])
@@ -911,14 +931,14 @@ async def test_it_opens_at_its_first_use(
 
 @everywhere
 async def test_a_block_closes_it_however_it_ends(
-    server: EmbeddedServer, kind: str, backend: str, redis: redis_py.Redis
+    server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
-    async with dscache.AsyncCache.from_config(config(server, kind)) as cache:
+    async with cache_class.from_config(config(server, kind)) as cache:
         assert cache.is_ready
         written = cache.set("a", 1, [1])
     assert not cache.is_ready
     assert await written is True
-    other = dscache.AsyncCache.from_config(config(server, kind))
+    other = cache_class.from_config(config(server, kind))
 
     async def fail() -> None:
         async with other:
@@ -964,6 +984,7 @@ async def test_two_caches_in_one_process(open_cache: MakeCache, kind: str) -> No
 # -- what an operation returns is a future
 
 
+@async_only
 @everywhere
 async def test_futures_work_as_futures_do(cache: dscache.AsyncCache) -> None:
     future = cache.set("a", 1, [1])
@@ -997,6 +1018,7 @@ async def test_what_nobody_awaits_is_done_all_the_same(cache: dscache.AsyncCache
     assert await cache.head_bulk(["a", "b"]) == {"a": 4, "b": 4}
 
 
+@async_only
 @everywhere
 async def test_a_cancelled_waiter_is_nobody_elses_business(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 1, [1])
@@ -1024,6 +1046,7 @@ async def test_a_cancelled_waiter_is_nobody_elses_business(cache: dscache.AsyncC
     assert await cache.head("d") == 1
 
 
+@async_only
 async def test_cancelling_keeps_the_connection(cache: dscache.AsyncCache) -> None:
     for _ in range(50):
         tasks = [asyncio.ensure_future(as_coroutine(cache.get(f"r{n}"))) for n in range(20)]
@@ -1240,7 +1263,7 @@ async def test_over_a_unix_socket(
 
 @on_one_server
 async def test_every_kind_of_source(
-    server: EmbeddedServer, redis: redis_py.Redis, backend: str, tmp_path: Path
+    server: EmbeddedServer, redis: redis_py.Redis, cache_class: Any, backend: str, tmp_path: Path
 ) -> None:
     options = {"host": server.host, "port": server.port}
     mapping = {"cache": {"name": "redis", "options": options}}
@@ -1248,7 +1271,7 @@ async def test_every_kind_of_source(
     path.write_text(f"cache:\n  name: redis\n  options: {json.dumps(options)}\n")
     address = f"{server.host}:{server.port}"
     for source in (mapping, mapping["cache"], path, str(path), f"redis://{address}", address):
-        async with dscache.AsyncCache.from_config(source) as cache:
+        async with cache_class.from_config(source) as cache:
             await cache.set("a", 1, [1])
             assert address in cache.description
 
@@ -1296,6 +1319,7 @@ def authority(certificates: TLSFiles) -> str:
     return Path(certificates.authority).read_text()
 
 
+@async_only
 @on_one_server
 @pytest.mark.parametrize("how", ["path", "text", "URL", "plain URL", "other name"])
 async def test_a_certificate_is_verified(
@@ -1338,6 +1362,7 @@ async def test_a_refused_certificate_is_said_at_once(
     assert not cache.is_ready
 
 
+@async_only
 @on_one_server
 @pytest.mark.parametrize(
     "tls",
@@ -1355,6 +1380,7 @@ async def test_verification_can_be_switched_off(
     assert await by_url.head("a") == 1
 
 
+@async_only
 @on_one_server
 async def test_a_client_shows_its_certificate(
     make_cache: MakeCache, server: EmbeddedServer, certificates: TLSFiles

@@ -1,0 +1,180 @@
+"""The blocking Cache beside redis-py in one run: interleaved rounds, medians, and the limit.
+
+``python bench/compare_sync.py`` prints the table, and which of the wanted ratios are reached. For a
+single read the limit is ``redis-benchmark -c 1``, a C program that throws the answers away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import redis
+
+import dscache
+from compare import LIMIT, facts
+from dscache.embedded import EmbeddedServer
+from workload import (
+    CORES,
+    DOCUMENT,
+    NAMES,
+    RECORDS,
+    VERSION,
+    apart,
+    chosen,
+    decode,
+    encode,
+    keys_of,
+)
+
+NAME = NAMES[1]
+PAIRS = dict.fromkeys(NAMES, (VERSION, DOCUMENT))
+FAST, PURE, PEER = "fast", "pure", "redis-py"
+
+
+@dataclass
+class Row:
+    """One thing measured, and the seconds that one call took in each round."""
+
+    label: str
+    call: Callable[[], object] | None
+    """What is called; None for what another program measures."""
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class RedisPy:
+    """redis-py's blocking client with hiredis: the fastest way that it has for each."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._redis = redis.Redis(host=server.host, port=server.port, protocol=3)
+
+    def get(self) -> object:
+        version, text = self._redis.mget(NAME + "_v", NAME + "_d")
+        return int(version), decode(text)
+
+    def get_bulk(self) -> object:
+        values = self._redis.mget(keys_of(NAMES))
+        return {
+            name: (int(version), decode(text))
+            for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
+        }
+
+    def set_bulk(self) -> object:
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in NAMES:
+            pipeline.mset({name + "_v": VERSION, name + "_d": encode(DOCUMENT)})
+        return pipeline.execute()
+
+
+def limit(server: EmbeddedServer, calls: int) -> float:
+    """Return how many seconds redis-benchmark takes for one read of a record, one at a time."""
+    program = shutil.which(LIMIT)
+    assert program is not None
+    where = ("-h", server.host, "-p", str(server.port))
+    how = ("-c", "1", "-n", str(calls), "--csv")
+    done = subprocess.run(
+        [program, *where, *how, "MGET", *keys_of([NAME])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    *_, values = csv.reader(done.stdout.splitlines())
+    return 1 / float(values[1])
+
+
+def took(call: Callable[[], object], calls: int) -> float:
+    """Return the seconds of one call."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="of each measurement (15)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of one measurement (0.2)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds above 0")
+    with EmbeddedServer() as server, apart(server) as placing:
+        caches = {}
+        for core in CORES:
+            with chosen(core):
+                caches[core] = dscache.Cache.from_config(
+                    {"options": {"url": server.url, "commandTimeout": 60_000}, "name": "redis"}
+                )
+                caches[core].set_bulk(PAIRS)
+        peer = RedisPy(server)
+        fast, pure = caches[FAST], caches[PURE]
+        groups = {
+            "get, one after the other": [
+                Row("dscache, fast core", lambda: fast.get(NAME)),
+                Row("dscache, pure core", lambda: pure.get(NAME)),
+                Row("redis-py, hiredis: mget, decoded", peer.get),
+                *([Row(f"{LIMIT} -c 1: MGET", None)] if shutil.which(LIMIT) else []),
+            ],
+            f"{RECORDS} names in bulk, raw": [
+                Row("dscache, fast core", lambda: fast.get_bulk(NAMES)),
+                Row("dscache, pure core", lambda: pure.get_bulk(NAMES)),
+                Row("redis-py, hiredis: one MGET, decoded", peer.get_bulk),
+            ],
+            f"{RECORDS} records written in bulk": [
+                Row("dscache, fast core", lambda: fast.set_bulk(PAIRS)),
+                Row("dscache, pure core", lambda: pure.set_bulk(PAIRS)),
+                Row("redis-py, hiredis: a pipeline of MSET", peer.set_bulk),
+            ],
+        }
+        rows = [row for group in groups.values() for row in group]
+        sizes = [1 if row.call is None else _size(row.call, options.seconds) for row in rows]
+        for _ in range(options.rounds):
+            for row, size in zip(rows, sizes, strict=True):
+                if row.call is None:
+                    row.seconds.append(limit(server, sizes[0]))
+                else:
+                    row.seconds.append(took(row.call, size))
+        header = facts(server, placing, options.rounds)
+        for cache in caches.values():
+            cache.close()
+    print(*header, sep="\n")
+    for title, group in groups.items():
+        print(f"\n{title:44}{'median, us':>12}{'best round':>12}{'ratio':>9}")
+        for row in group:
+            ratio = row.median / group[0].median
+            print(
+                f"  {row.label:42}{row.median * 1e6:12,.1f}{min(row.seconds) * 1e6:12,.1f}"
+                f"{ratio:7.2f} x"
+            )
+    get, bulk, written = groups.values()
+    print()
+    if len(get) == 4:
+        _judge("get, fast core to the limit", get[0].median / get[3].median, at_most=1.25)
+    _judge("get, redis-py to fast core", get[2].median / get[0].median, at_least=1)
+    _judge("get_bulk, redis-py to fast core", bulk[2].median / bulk[0].median, at_least=6)
+    _judge("set_bulk, redis-py to fast core", written[2].median / written[0].median, at_least=4)
+
+
+def _size(call: Callable[[], object], seconds: float) -> int:
+    took(call, 5)
+    return max(1, round(seconds / took(call, 5)))
+
+
+def _judge(text: str, ratio: float, at_least: float = 0, at_most: float = 1e9) -> None:
+    wanted = f"at least {at_least:g}" if at_least else f"at most {at_most:g}"
+    verdict = "reached" if at_least <= ratio <= at_most else "MISSED"
+    print(f"{text}: {ratio:.2f} x, wanted {wanted}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Cache: the public API for servers with threads, or with greenlets."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
+
+from . import _backend
+from .config import Config, load
+from .errors import ConfigError, ConnectionLost
+from .memory import MemoryPool
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+    from ._pure import Record
+
+_alive: WeakSet[Cache] = WeakSet()
+
+
+def _renew_locks() -> None:
+    # The thread that held one may not be in the child.
+    for cache in _alive:
+        cache._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
+class Cache:
+    """Records in Redis, for any number of threads.
+
+    An operation has ended when its call returns: the calling thread sends it over a connection
+    of its own, borrowed from at most ``maxConnections``, and waits for the answer.
+
+    It raises RecordError for a bad name, version, ttl or data, or if what is stored is no
+    record, ConnectionLost if the cache is closed, ReplyError (Redis said no), DeadlineExceeded
+    (``commandTimeout`` is over), ConnectError or ConnectionLost (no connection, or lost before
+    the answer), Overloaded (all connections are in use, and ``whenFull`` is error),
+    ProtocolError, or in the bulk forms BulkError, which holds the others' result.
+    """
+
+    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
+        if config.name == "redis" and config.options.nodes:
+            raise ConfigError(
+                f"{config.source}: cache.options.nodes: a Cache serves one server, or a primary "
+                "that Sentinels name; use an AsyncCache for a cluster"
+            )
+        self._config = config
+        self._credentials = credentials
+        self._pool: Pool | MemoryPool | None = None
+        self._run: Callable[..., Any] | None = None
+        self._closed = False
+        # A signal handler may use the cache while its thread is in the middle of anything.
+        self._lock = threading.RLock()
+        _alive.add(self)
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        credentials: CredentialProvider | None = None,
+    ) -> Self:
+        """Return a cache as a file, a mapping or a URL configures it.
+
+        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
+        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. It connects when it is
+        first used, or entered by ``with``. ``credentials`` is a provider as redis-py has them,
+        asked before each connection, and in place of the configured username and password.
+        Raises ConfigError.
+        """
+        return cls(load(source), credentials)
+
+    def get(self, name: str) -> Record | None:
+        """Return the Record of that name, or None if there is none."""
+        return (self._run or self._open())("get", name)  # type: ignore[no-any-return]
+
+    def head(self, name: str) -> int | None:
+        """Return the version of the record of that name, or None if there is none."""
+        return (self._run or self._open())("head", name)  # type: ignore[no-any-return]
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        *,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> bool:
+        """Write a record: version and data in one atomic step. Returns True.
+
+        ``data`` is anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already.
+        ``ttl`` is the record's lifetime in seconds: None for the configured default, 0 for none.
+        With ``if_newer``, returns False and writes nothing if Redis holds that version or a
+        higher one.
+        """
+        return (self._run or self._open())(  # type: ignore[no-any-return]
+            "set", name, version, data, ttl, if_newer
+        )
+
+    def delete(self, name: str) -> bool:
+        """Remove a record; return whether there was one."""
+        return (self._run or self._open())("delete", name)  # type: ignore[no-any-return]
+
+    def get_bulk(self, names: Iterable[str]) -> dict[str, Record]:
+        """Return the records found, by name, in the order of ``names``."""
+        return (self._run or self._open())("get_bulk", names)  # type: ignore[no-any-return]
+
+    def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the versions of the records found, by name, in the order of ``names``."""
+        return (self._run or self._open())("head_bulk", names)  # type: ignore[no-any-return]
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        *,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> builtins.set[str]:
+        """Write records, given as ``{name: (version, data)}``; return the names not written.
+
+        Each record is atomic, the bulk is not: it goes out in commands of some hundred records.
+        Without ``if_newer`` all are written, and the set is empty.
+        """
+        return (self._run or self._open())(  # type: ignore[no-any-return]
+            "set_bulk", records, ttl, if_newer
+        )
+
+    def delete_bulk(self, names: Iterable[str]) -> int:
+        """Remove records; return how many there were."""
+        return (self._run or self._open())("delete_bulk", names)  # type: ignore[no-any-return]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a connection to the server."""
+        return self._pool is not None and self._pool.is_ready
+
+    @property
+    def description(self) -> str:
+        """What this cache is and where its records are, in one line and without passwords."""
+        server = self._pool.server if self._pool is not None else ""
+        known = f" ({server})" if server else ""
+        core = _backend.BACKEND
+        return f"dscache {self._config.name} cache at {self._config.address}{known}, {core} core"
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters since the cache was opened; before that, nothing.
+
+        Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
+        which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
+        ``queued in_flight pending`` (their sum), ``connections``. Connections so far:
+        ``connects last_loss``.
+        """
+        return {} if self._pool is None else self._pool.stats()
+
+    def when_ready(self) -> None:
+        """Wait until the cache is ready to serve.
+
+        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
+        says if it refuses (ReplyError: WRONGPASS, NOAUTH, no such database).
+        """
+        self._open()
+        assert self._pool is not None
+        self._pool.when_ready()
+
+    def close(self) -> None:
+        """Let other threads finish, within ``closeTimeout``, and close; the second time, nothing.
+
+        What begins after this call is refused.
+        """
+        with self._lock:
+            already, self._closed = self._closed, True
+            self._run = None
+        if self._pool is not None and not already:
+            self._pool.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.when_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Cache {self._config.name} at {self._config.address}>"
+
+    def _open(self) -> Callable[..., Any]:
+        """Return what does the operations."""
+        with self._lock:
+            if self._closed:
+                raise ConnectionLost("the cache is closed")
+            if self._pool is None:
+                options = self._config.options
+                if self._config.name == "memory":
+                    self._pool = MemoryPool(options)
+                else:
+                    self._pool = Pool(options, options.hash_tag, self._credentials)
+            self._run = self._pool.run
+            return self._run
