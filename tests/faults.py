@@ -1,15 +1,20 @@
 """A TCP proxy that fails on command, and a server that answers what a test tells it to.
 
-Both live in the event loop that starts them and end with their ``async with`` block.
+Both live in the event loop that starts them and end with their ``async with`` block; the proxy
+can live in a process of its own instead.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
+import inspect
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Literal, Self, cast
 
@@ -57,6 +62,10 @@ class FaultProxy:
     def connections(self) -> int:
         """How many connections are open now."""
         return len(self._links)
+
+    def retarget(self, host: str, port: int) -> None:
+        """Forward new connections elsewhere, as a name does whose server has moved."""
+        self._target = host, port
 
     async def __aenter__(self) -> Self:
         await self.listen()
@@ -122,6 +131,10 @@ class FaultProxy:
     def duplicate(self, direction: Direction = "replies") -> None:
         """Send the next chunk twice."""
         self.corrupt(lambda chunk: chunk + chunk, direction)
+
+    def garble(self, direction: Direction = "replies") -> None:
+        """Send what is no RESP in front of the next chunk."""
+        self.corrupt(lambda chunk: b"?!" + chunk, direction)
 
     def split(self, size: int, direction: Direction = "replies") -> None:
         """Send at most so many bytes at a time."""
@@ -223,6 +236,67 @@ class FaultProxy:
         return chunk[:left], ending
 
 
+class ProxyProcess:
+    """A FaultProxy in a process of its own, which takes nothing of this one's time and memory.
+
+    asyncio's streams receive into objects of 256 KiB each, which leaves the heap of a process in
+    pieces: under faults its memory grows by the minute, although nothing is kept.
+    """
+
+    def __init__(self, target_host: str, target_port: int) -> None:
+        self.host = _HOST
+        self.port = 0
+        self._target = target_host, target_port
+
+    async def __aenter__(self) -> Self:
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
+        with theirs:
+            number = theirs.fileno()
+            command = [sys.executable, __file__, *map(str, (*self._target, number))]
+            self._process = subprocess.Popen(command, pass_fds=(number,))  # noqa: ASYNC220
+        try:
+            self.port = await self._answer()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._control.close()
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+
+    async def do(self, action: str, *arguments: object) -> None:
+        """Call the proxy's method of this name, and return when it has returned."""
+        call = f"{(action, *arguments)!r}\n".encode()
+        await asyncio.get_running_loop().sock_sendall(self._control, call)
+        await self._answer()
+
+    async def _answer(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            piece = await asyncio.get_running_loop().sock_recv(self._control, 100)
+            if not piece:
+                raise AssertionError("the process of the proxy has ended")
+            line += piece
+        return int(line)
+
+
+async def _obey(host: str, port: int, control: int) -> None:
+    """Be the process of a ProxyProcess: do what it says until it ends, in whatever way."""
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control))
+    async with FaultProxy(host, port) as proxy:
+        writer.write(b"%d\n" % proxy.port)
+        while line := await reader.readline():
+            action, *arguments = ast.literal_eval(line.decode())
+            result = getattr(proxy, action)(*arguments)
+            if inspect.isawaitable(result):
+                await result
+            writer.write(b"%d\n" % proxy.port)
+    writer.close()
+
+
 class _Link:
     """The two sockets of one forwarded connection, which end together."""
 
@@ -285,9 +359,11 @@ class FakeServer:
     every other command; what a client says to introduce itself is answered as Redis would.
     """
 
-    def __init__(self, answers: Mapping[str, Answer] | None = None) -> None:
-        self.host = _HOST
-        self.port = 0
+    def __init__(
+        self, answers: Mapping[str, Answer] | None = None, *, host: str = _HOST, port: int = 0
+    ) -> None:
+        self.host = host
+        self.port = port
         self.accepted = 0
         self.commands: list[list[bytes]] = []
         """Every command received, in order, with its arguments."""
@@ -308,7 +384,7 @@ class FakeServer:
         return len(self._tasks)
 
     async def __aenter__(self) -> Self:
-        bound = _bound_socket(0)
+        bound = _bound_socket(self.port, self.host)
         self.port = bound.getsockname()[1]
         self._listener = await asyncio.start_server(self._serve, sock=bound)
         return self
@@ -352,10 +428,10 @@ class FakeServer:
         return answer(command) if callable(answer) else answer
 
 
-def _bound_socket(port: int) -> socket.socket:
-    bound = socket.socket()
+def _bound_socket(port: int, host: str = _HOST) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((_HOST, port))
+    bound.bind((host, port))
     return bound
 
 
@@ -370,3 +446,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_nothing)
     writer.transport.abort()
+
+
+if __name__ == "__main__":
+    asyncio.run(_obey(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

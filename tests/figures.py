@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import math
 import os
+import statistics
 import subprocess
+import sys
 import time
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,12 +28,81 @@ LATENESS = 0.050
 RECOVERY = 1.0
 DEAD_PEER = 10.0
 MEMORY = 16 * 1024 * 1024
-SLOPE = 1024 * 1024
 ATTEMPTS_A_MINUTE = 25
+
+# A warm process under load holds the same from minute to minute: bytes, and Python objects, of
+# which a few hundred more or less are under way.
+WARM_AFTER = 300.0
+PLATEAU = 64 * 1024
+OBJECTS = 300
+OBJECTS_A_FAULT = 0.25
 
 # How long anything may take that depends on the other side coming back.
 PATIENCE = 60.0
 COUNTERS = ("pending", "pending_bytes", "in_flight", "queued")
+
+
+class Samples:
+    """What this process holds from fault to fault, in room that is there from the beginning.
+
+    Else what is measured would grow by being measured.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.count = 0
+        self._times = array("d", [0.0]) * room
+        self._memory = array("q", [0]) * room
+        self._objects = array("q", [0]) * room
+
+    def take(self) -> None:
+        """Take a sample, after what was garbage is gone; beyond the room, none."""
+        if self.count < len(self._times):
+            gc.collect()
+            self._times[self.count] = time.monotonic()
+            self._memory[self.count] = resident()
+            self._objects[self.count] = sys.getallocatedblocks()
+            self.count += 1
+
+    def plateau(self) -> Plateau | None:
+        """Compare the samples of a process that is warm; None if there are too few.
+
+        Of those, the first and the last third are compared: by their medians, as what is under
+        way differs from one moment to the next.
+        """
+        if not self.count:
+            return None
+        begun, ended = self._times[0], self._times[self.count - 1]
+        warm = begun + max(WARM_AFTER, (ended - begun) / 3)
+        first = bisect_left(self._times, warm, 0, self.count)
+        third = (self.count - first) // 3
+        if third < 3:
+            return None
+        early, late = slice(first, first + third), slice(self.count - third, self.count)
+        kept = slice(first, self.count)
+        fit = statistics.linear_regression(self._times[kept], self._memory[kept])
+        return Plateau(
+            memory=(_median(self._memory[early]), _median(self._memory[late])),
+            memory_a_minute=fit.slope * 60,
+            objects=_median(self._objects[late]) - _median(self._objects[early]),
+            faults=self.count - first - third,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """How far a warm process went up: its memory, by a line through it, and its objects.
+
+    ``faults`` is how many there were between the two times that are compared.
+    """
+
+    memory: tuple[int, int]
+    memory_a_minute: float
+    objects: int
+    faults: int
+
+
+def _median(values: array[int]) -> int:
+    return int(statistics.median(values))
 
 
 @dataclass
@@ -63,6 +137,19 @@ class Figures:
         counters = {name: cache.stats()[name] for name in COUNTERS}
         if any(counters.values()):
             self.problems.append(f"not drained: {counters}")
+
+    def grew(self, samples: Samples) -> None:
+        """Check that a process which has been through many faults holds what it held before."""
+        plateau = samples.plateau()
+        if plateau is None:
+            return
+        self.memory = plateau.memory
+        slope = f"RSS {plateau.memory_a_minute / 1024:+.1f} KiB/min"
+        self.notes.append(f"{slope}, {plateau.objects:+d} objects over {plateau.faults} faults")
+        if plateau.memory[1] - plateau.memory[0] > PLATEAU:
+            self.slow.append(f"memory grows: {slope}")
+        if plateau.objects > max(OBJECTS, OBJECTS_A_FAULT * plateau.faults):
+            self.slow.append(f"{plateau.objects} objects were left by {plateau.faults} faults")
 
     def judge(self) -> None:
         """Compare what was measured with what it may be."""
@@ -99,18 +186,17 @@ HEADING = (
 async def measured(figures: Figures) -> AsyncIterator[None]:
     """Measure what is around: time, memory and open files, and judge it at the end."""
     await _warm_up()
-    gc.collect()
+    memory = held()
     # As servers do: a collection that walks all that was imported takes 100 ms of its own.
     gc.freeze()
-    memory, files, began = resident(), open_files(), time.monotonic()
+    files, began = open_files(), time.monotonic()
     try:
         yield
     finally:
         gc.unfreeze()
     figures.seconds = time.monotonic() - began
     await asyncio.sleep(0.05)
-    gc.collect()
-    figures.memory = figures.memory if figures.memory != (0, 0) else (memory, resident())
+    figures.memory = figures.memory if figures.memory != (0, 0) else (memory, held())
     figures.files = (files, open_files())
     figures.judge()
 
@@ -136,6 +222,17 @@ def resident() -> int:
         )
         return int(shown.stdout) * 1024
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def held() -> int:
+    """Return how many bytes this process holds once it has given back what is free.
+
+    The many proxies of a row leave its heap in pieces of tens of MiB, with nothing in them.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc alone can be asked to
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident()
 
 
 def open_files() -> int:

@@ -135,6 +135,11 @@ class Load:
         self._of = {ledger.name: ledger for ledger in self._ledgers}
 
     @property
+    def names(self) -> list[str]:
+        """The names that it writes and reads."""
+        return list(self._of)
+
+    @property
     def operations(self) -> int:
         """How many operations have ended."""
         return self.outcomes.total()

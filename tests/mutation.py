@@ -19,6 +19,8 @@ from wire import ADDRESS, Exchange, ModelServer, Operation, Push, Refusal, Waite
 _NAMES = [f"n{i}" for i in range(12)]
 _TEMPLATES = 400
 _EXAMPLES = 20
+# Seconds: no operation may expire only because the machine did something else for a while.
+_TIMEOUT = 3600.0
 # Bytes that mean something in RESP, which random ones seldom hit.
 _TOKENS = (b"*", b"$", b"%", b"~", b">", b"_", b":", b"+", b"-", b"#", b",", b"(", b"=", b"|", b"!")
 _TOKENS += (b"\r\n", b"\r", b"\n", b"-1", b"0", b"9", b"\x00", b"\xff", b"$-1\r\n", b"*0\r\n")
@@ -63,7 +65,7 @@ class Fuzzer:
         self._core = core
         self._waiters: list[Waiter] = []
         self._templates = [self._template() for _ in range(_TEMPLATES)]
-        self._pipeline = core.Pipeline(self._waiter, lambda: None, address=ADDRESS)
+        self._pipeline = self._new_pipeline()
 
     def run(self, cases: int) -> None:
         """Run so many cases more."""
@@ -75,7 +77,10 @@ class Fuzzer:
                 self._run(template, bad)
             except Exception as error:  # whatever it is, it must not be
                 self._note(f"{error!r} from {bad!r} to {template.operations}")
-                self._pipeline = self._core.Pipeline(self._waiter, lambda: None, address=ADDRESS)
+                self._pipeline = self._new_pipeline()
+
+    def _new_pipeline(self) -> Any:
+        return self._core.Pipeline(self._waiter, lambda: None, address=ADDRESS, timeout=_TIMEOUT)
 
     def _run(self, template: _Template, bad: bytes) -> None:
         pipeline = self._pipeline
@@ -234,7 +239,7 @@ class Fuzzer:
     def _template(self) -> _Template:
         chance = self._random
         msetex = chance.random() < 0.5
-        exchange = Exchange(self._core, msetex=msetex)
+        exchange = Exchange(self._core, msetex=msetex, timeout=_TIMEOUT)
         server = exchange.server
         for name in [*_NAMES[:8], "probe"]:
             server.put(name, 7, _encoded(_data(name, 7)))

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import ssl
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -21,18 +19,20 @@ from typing import Any, Protocol
 import redis as redis_py
 import trustme
 
+import cluster_rows
 import dscache
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
-from faults import FaultProxy
+from faults import FaultProxy, ProxyProcess
 from figures import (
     ATTEMPTS_A_MINUTE,
     DEAD_PEER,
     LATENESS,
     MEMORY,
     PATIENCE,
-    SLOPE,
     Figures,
+    Samples,
+    held,
     measured,
     open_files,
     resident,
@@ -53,7 +53,7 @@ def open_cache(**options: Any) -> dscache.AsyncCache:
     return dscache.AsyncCache.from_config({"name": "redis", "options": options})
 
 
-def _behind(proxy: FaultProxy, **options: Any) -> dscache.AsyncCache:
+def _behind(proxy: FaultProxy | ProxyProcess, **options: Any) -> dscache.AsyncCache:
     return open_cache(host=proxy.host, port=proxy.port, **options)
 
 
@@ -190,10 +190,8 @@ async def _storm(
             elif outcome is not None:
                 figures.problems.append(repr(outcome))
         if figures.memory == (0, 0):  # what so many tasks take once, they take again
-            gc.collect()
-            figures.memory = (resident(), 0)
-    gc.collect()
-    figures.memory = (figures.memory[0], resident())
+            figures.memory = (held(), 0)
+    figures.memory = (figures.memory[0], held())
 
 
 async def blackhole(
@@ -264,8 +262,8 @@ async def cut(figures: Figures, binary: ServerBinary, *, step: int = 1) -> None:
             await asyncio.gather(*(one(count, f"cut/{number}/{count}") for count in cuts))
             figures.notes.append(f"{len(cuts)} cuts of {direction} by {ending}")
             # What so many proxies at once take, the next ones take again.
-            gc.collect()
-            figures.memory = (figures.memory[0] or resident(), resident())
+            now = held()
+            figures.memory = (figures.memory[0] or now, now)
 
 
 async def _exchanged(server: EmbeddedServer, direction: Any) -> int:
@@ -327,12 +325,11 @@ async def fuzz(
     """Feed mutated replies to the core: an error at worst, and nobody gets another's."""
     fuzzer = Fuzzer(_backend.core, seed)
     fuzzer.run(100)
-    gc.collect()
-    before, began = resident(), time.monotonic()
+    before, began = held(), time.monotonic()
     while fuzzer.cases < cases:
         fuzzer.run(min(100, cases - fuzzer.cases))
         await asyncio.sleep(0)
-    figures.memory = (before, resident())
+    figures.memory = (before, held())
     figures.operations = fuzzer.cases
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems
@@ -531,13 +528,14 @@ async def silent(figures: Figures, binary: ServerBinary) -> None:
 
 
 async def failover(figures: Figures, binary: ServerBinary, *, rounds: int = 3) -> None:
-    """Kill the primary behind Sentinels, under load of guarded writes."""
+    """Kill the primary behind Sentinels, or replace it, under load of guarded writes."""
     for _ in range(rounds):
-        # A group of its own each time: Sentinels that have just failed over may do so once more
-        # of themselves, and what a primary acknowledges that is none any more is lost.
-        with SentinelGroup(binary) as group:
-            async with open_cache(**group.options) as cache:
-                await _fail_over(figures, group, cache)
+        for happen in (_fail_over, _replace):
+            # A group of its own each time: Sentinels that have just failed over may do so once
+            # more of themselves, and what a primary acknowledges that is none any more is lost.
+            with SentinelGroup(binary) as group:
+                async with open_cache(**group.options) as cache:
+                    await happen(figures, group, cache)
 
 
 async def _fail_over(figures: Figures, group: SentinelGroup, cache: dscache.AsyncCache) -> None:
@@ -560,104 +558,124 @@ async def _fail_over(figures: Figures, group: SentinelGroup, cache: dscache.Asyn
     figures.drained(cache)
 
 
+async def _replace(figures: Figures, group: SentinelGroup, cache: dscache.AsyncCache) -> None:
+    # What the old primary acknowledges last is lost: it answers before it replicates, and the
+    # replica leaves it before the Sentinels say so. Hence two loads.
+    before = Load(cache, timeout=1.0, guarded_only=True, prefix="before")
+    after = Load(cache, timeout=1.0, guarded_only=True, prefix="after")
+    connects = cache.stats()["connects"]
+    async with before:
+        await asyncio.sleep(0.5)
+        began = time.monotonic()
+        old = await asyncio.to_thread(group.fail_over)
+        waiting = asyncio.create_task(asyncio.to_thread(group.wait_for_primary, old))
+        await until(
+            lambda: cache.is_ready and cache.stats()["connects"] > connects, "a replaced primary"
+        )
+        moved = time.monotonic()
+        async with after:
+            await until(lambda: after.acknowledged > 0, "writes to the new primary")
+            agreed = await waiting
+            await asyncio.sleep(0.5)
+    figures.recovered(max(moved - agreed, 0.0))
+    figures.notes.append(f"replaced within {moved - began:.2f} s, agreed {agreed - began:.2f} s")
+    if "name another primary" not in (loss := cache.stats()["last_loss"]):
+        figures.problems.append(f"lost because {loss}")
+    await after.verify()
+    with group.ask(old.port) as client:
+        if client.role()[0] != "master":
+            figures.problems.append("the old primary was told that it is none")
+        if misled := client.keys("after/*"):
+            figures.problems.append(f"{len(misled)} keys were written to the old primary")
+    figures.take(after)
+    figures.operations += before.operations
+    figures.outcomes += before.outcomes
+    figures.drained(cache)
+
+
 async def mixed(figures: Figures, binary: ServerBinary, *, minutes: float = 30.0) -> None:
     """Load of every kind, and one fault after the other, at random."""
     with EmbeddedServer(binary) as server:
-        async with FaultProxy(server.host, server.port) as proxy, _behind(proxy) as cache:
+        async with ProxyProcess(server.host, server.port) as proxy, _behind(proxy) as cache:
             await _mixed(figures, cache, proxy, server, minutes * 60)
 
 
 async def _mixed(
     figures: Figures,
     cache: dscache.AsyncCache,
-    proxy: FaultProxy,
+    proxy: ProxyProcess,
     server: EmbeddedServer,
     seconds: float,
 ) -> None:
     load = Load(cache, timeout=1.0, late=True)
-    faults = _faults(proxy, server)
     counts: Counter[str] = Counter()
-    samples: list[tuple[float, int]] = []
-    files: list[int] = []
+    samples = Samples(int(seconds / 0.35) + 1)  # no fault takes less
     end = time.monotonic() + seconds
-    async with load:
-        while time.monotonic() < end:
-            name = random.choice(list(faults))
-            counts[name] += 1
-            await faults[name]()
-            await asyncio.sleep(random.uniform(0.05, 0.5))
-            proxy.heal()
-            await proxy.listen()
-            await until(lambda at=load.last_success: load.last_success > at, f"life after {name}")
-            await asyncio.sleep(0.3)
-            samples.append((time.monotonic(), resident()))
-            files.append(open_files())
+    # One client for all: redis-py keeps a little of each.
+    with redis_py.Redis(port=server.port) as admin:
+        faults = _faults(proxy, server, admin)
+        admin.ping()
+        fewest = most = open_files()
+        async with load:
+            while time.monotonic() < end:
+                name = random.choice(list(faults))
+                counts[name] += 1
+                await faults[name]()
+                await asyncio.sleep(random.uniform(0.05, 0.5))
+                await proxy.do("heal")
+                await proxy.do("listen")
+                served = load.last_success
+                await until(lambda at=served: load.last_success > at, f"life after {name}")
+                await asyncio.sleep(0.3)
+                samples.take()
+                fewest, most = min(fewest, open_files()), max(most, open_files())
     await load.verify()
     figures.take(load)
     figures.drained(cache)
-    kept = samples[len(samples) // 3 :]
-    if len(kept) > 9:
-        third = len(kept) // 3
-        early = statistics.median(size for _, size in kept[:third])
-        late = statistics.median(size for _, size in kept[-third:])
-        figures.memory = (int(early), int(late))
-        slope, _ = statistics.linear_regression(*zip(*kept, strict=True))
-        figures.notes.append(f"RSS {slope * 60 / 1024:+.1f} KiB/min")
-        if late - early > SLOPE:
-            figures.slow.append(f"memory grows by {slope * 60 / 1024:.0f} KiB a minute")
-        figures.notes.append(f"files {min(files)} to {max(files)}, {files[-1]} at the end")
+    figures.grew(samples)
+    figures.notes.append(f"files {fewest} to {most}")
     figures.notes.append(", ".join(f"{name} {count}" for name, count in counts.most_common()))
 
 
 def _faults(
-    proxy: FaultProxy, server: EmbeddedServer
+    proxy: ProxyProcess, server: EmbeddedServer, admin: redis_py.Redis
 ) -> dict[str, Callable[[], Awaitable[object]]]:
     """Return what can go wrong, by name. None of it duplicates or alters what is delivered."""
 
-    async def now(action: Callable[..., object], *arguments: Any) -> None:
-        action(*arguments)
-
-    async def ask(*command: Any) -> None:
-        def talk() -> None:
-            with redis_py.Redis(port=server.port) as client:
-                client.execute_command(*command)
-
-        await asyncio.to_thread(talk)
+    def ask(*command: str) -> Awaitable[object]:
+        return asyncio.to_thread(admin.execute_command, *command)
 
     async def pause() -> None:
         server.pause()
         await asyncio.sleep(random.uniform(0, 2))
         server.resume()
 
-    async def garbage() -> None:
-        proxy.corrupt(lambda chunk: b"?!" + chunk)
-
     async def stall() -> None:
-        proxy.stall()
+        await proxy.do("stall")
         await asyncio.sleep(random.uniform(0, 3))
+
+    async def refuse_and_cut() -> None:
+        await proxy.do("refuse")
+        await proxy.do("cut")
+
+    def either_way() -> str:
+        return random.choice(("requests", "replies"))
 
     return {
         "nothing": lambda: asyncio.sleep(0.1),
-        "delay": lambda: now(proxy.delay, random.uniform(0, 0.1)),
+        "delay": lambda: proxy.do("delay", random.uniform(0, 0.1)),
         "stall": stall,
-        "half stall": lambda: now(proxy.stall, random.choice(("requests", "replies"))),
-        "deaf": lambda: now(proxy.deaf),
-        "cut": lambda: now(proxy.cut, random.choice(("fin", "rst"))),
-        "cut after": lambda: now(
-            proxy.cut_after, random.randrange(3000), random.choice(("requests", "replies"))
-        ),
-        "refuse and cut": lambda: _refuse_and_cut(proxy),
-        "split": lambda: now(proxy.split, random.randrange(1, 50)),
-        "garbage": garbage,
+        "half stall": lambda: proxy.do("stall", either_way()),
+        "deaf": lambda: proxy.do("deaf"),
+        "cut": lambda: proxy.do("cut", random.choice(("fin", "rst"))),
+        "cut after": lambda: proxy.do("cut_after", random.randrange(3000), either_way()),
+        "refuse and cut": refuse_and_cut,
+        "split": lambda: proxy.do("split", random.randrange(1, 50)),
+        "garbage": lambda: proxy.do("garble"),
         "pause": pause,
         "no script": lambda: ask("SCRIPT", "FLUSH"),
         "client kill": lambda: ask("CLIENT", "KILL", "TYPE", "normal"),
     }
-
-
-async def _refuse_and_cut(proxy: FaultProxy) -> None:
-    await proxy.refuse()
-    proxy.cut()
 
 
 # -- all of them
@@ -674,6 +692,10 @@ ROWS: dict[str, Row] = {
     "away": away,
     "silent": silent,
     "mixed": mixed,
+    "cluster-records": cluster_rows.records,
+    "reshard": cluster_rows.reshard,
+    "cluster-kill": cluster_rows.kill,
+    "cluster-failover": cluster_rows.failover,
 }
 
 

@@ -44,6 +44,10 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "away": {"operations": scaled(100_000)},
         "silent": {},
         "mixed": {"minutes": minutes * scale},
+        "cluster-records": {"count": scaled(100_000), "reads": scaled(1_000_000)},
+        "reshard": {"slots": scaled(4000)},
+        "cluster-kill": {"rounds": scaled(3)},
+        "cluster-failover": {"rounds": scaled(3)},
     }[row]
 
 
