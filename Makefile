@@ -93,10 +93,14 @@ format: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS)
 	$(PY) bench/compare.py
+	$(PY) bench/compare_cluster.py
+	$(PY) bench/compare_sync.py
 
 bench-smoke: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench --benchmark-disable $(ARGS)
 	$(PY) bench/compare.py --rounds 1 --seconds 0.01
+	$(PY) bench/compare_cluster.py --rounds 1 --seconds 0.01
+	$(PY) bench/compare_sync.py --rounds 1 --seconds 0.01
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

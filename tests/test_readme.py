@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_group
 
 import dscache
 from documents import DOCUMENTS, PROJECT, Block, blocks
 from dscache import _backend, config
+from dscache._cli_app import app
 from dscache.embedded import EmbeddedServer
 
 README = PROJECT / "README.md"
@@ -54,7 +56,7 @@ def private_server() -> Iterator[EmbeddedServer]:
 @pytest.fixture
 def folder(private_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the README's config.yml in it; the server is the README's."""
-    (text,) = (block.text for block in blocks(README) if block.language == "yaml")
+    text = next(block.text for block in blocks(README) if block.language == "yaml")
     (tmp_path / "config.yml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REDIS_PORT", str(private_server.port))
@@ -205,10 +207,17 @@ def check_python(words: list[str], folder: Path) -> None:
     run(folder, sys.executable, *words)
 
 
+def check_dscache(words: list[str], folder: Path) -> None:
+    """Check that there is such a command with such options, without running it."""
+    name, *arguments = words
+    get_group(app).commands[name].make_context(name, arguments)
+
+
 CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "pip": check_pip,
     "make": check_make,
     "python": check_python,
+    "dscache": check_dscache,
 }
 
 

@@ -28,6 +28,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mixed": {"minutes": 4 / 60},
 }
 
+# Their short form is in test_cluster.py, where tests share a cluster.
+ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
+
 
 @pytest.mark.parametrize("row", SIZES)
 async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,4 +44,4 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_row_is_here() -> None:
-    assert list(SIZES) == list(rows.ROWS)
+    assert [*SIZES, *ON_CLUSTERS] == list(rows.ROWS)
