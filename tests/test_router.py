@@ -830,7 +830,7 @@ def test_nothing_joins_what_was_handed_over(nodes: ClusterExchange) -> None:
 
 def test_deadlines_are_kept(core: Any) -> None:
     """An operation has no longer for having been handed over."""
-    nodes = ClusterExchange(core, timeout=5)
+    nodes = ClusterExchange(core)
     [tag] = tags_of(0, 1)
     nodes.issue(Op("get", tag))
     before = nodes.pipelines[0].expire(-math.inf)

@@ -408,6 +408,7 @@ class ClusterExchange:
         key_prefix: str = "",
         hash_tag: bool = False,
         ttl: int = 0,
+        timeout: float = 3600,  # nothing expires because a machine is slow
         **options: Any,
     ) -> None:
         self.waiters: list[Waiter] = []
@@ -420,6 +421,7 @@ class ClusterExchange:
                 partial(self._wake, node),
                 address=self.address(node),
                 ttl=ttl,
+                timeout=timeout,
                 clustered=True,
                 **layout,
                 **options,
