@@ -83,9 +83,9 @@ MAX_REDIRECTIONS: Final = 16
 SLOTS: Final = 16384
 ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
 # What a node of a cluster answers if another one, or a later moment, is right.
-REDIRECTIONS: Final = frozenset(
-    ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING")
-)
+# The fleeting ones may be over by the very next command; a slot that has left stays away.
+FLEETING: Final = frozenset(("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING"))
+REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
 
 # What the set script gets as the guard of each record.
 UNGUARDED: Final = b"0"

@@ -958,7 +958,8 @@ cdef class Pipeline:
 
         Behind it, commands may be in flight that write the same names. They are redirected as
         well and follow in their order; or they were done, if the node changed its mind meanwhile,
-        and this must not undo them: a plain write hangs on the one that overtook it.
+        and this must not undo them: a plain write hangs on the one that overtook it, or fails
+        where that would tell an untruth. A guarded one undoes nothing.
         """
         cdef dict later = {}
         cdef dict again = {}
@@ -980,16 +981,17 @@ cdef class Pipeline:
                 self._give_error(batch, name, entry, make)
                 failed += 1
                 continue
-            if name in later:
+            if name in later and batch.kind != SET_IF_NEWER:
                 overtaking, at, read = later[name]
-                if overtaking.kind != SET_IF_NEWER:
-                    refusal = self._refusal(error, batch.kind, name)
-                    if self._hang(batch, entry, overtaking, at, read, refusal):
-                        continue
-                    if error.code == "CLUSTERDOWN" and batch.kind != SET_IF_NEWER:
-                        self._give_error(batch, name, entry, refusal)
-                        failed += 1
-                        continue
+                refusal = self._refusal(error, batch.kind, name)
+                if overtaking.kind != SET_IF_NEWER and self._hang(
+                    batch, entry, overtaking, at, read, refusal
+                ):
+                    continue
+                if error.code in c.FLEETING:
+                    self._give_error(batch, name, entry, refusal)
+                    failed += 1
+                    continue
             again[name] = entry
             repeated += i < batch.repeated
         batch.answered += count

@@ -847,7 +847,8 @@ class Pipeline:
 
         Behind it, commands may be in flight that write the same names. They are redirected as
         well and follow in their order; or they were done, if the node changed its mind meanwhile,
-        and this must not undo them: a plain write hangs on the one that overtook it.
+        and this must not undo them: a plain write hangs on the one that overtook it, or fails
+        where that would tell an untruth. A guarded one undoes nothing.
         """
         later = self._written_after(batch, True) if c.SET <= batch.kind <= c.DELETE else {}
         trail = (*batch.trail, f"{self.address}: {error.message}")
@@ -865,12 +866,14 @@ class Pipeline:
                 make = partial(c.led_astray, error.message, trail, limit, context)
                 self._give_error(batch, name, entry, make)
                 failed += 1
-            elif name not in later or later[name][0].kind == c.SET_IF_NEWER:
+            elif name not in later or batch.kind == c.SET_IF_NEWER:
                 again[name] = entry
                 repeated += i < batch.repeated
-            elif self._hang(batch, entry, *later[name], refusal):
+            elif later[name][0].kind != c.SET_IF_NEWER and self._hang(
+                batch, entry, *later[name], refusal
+            ):
                 continue
-            elif error.code == "CLUSTERDOWN" and batch.kind != c.SET_IF_NEWER:
+            elif error.code in c.FLEETING:
                 self._give_error(batch, name, entry, refusal)
                 failed += 1
             else:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from . import _backend
+from ._common import ErrorOf
 from .config import Options
 from .errors import ConnectionLost
 
@@ -58,6 +59,7 @@ class Room:
         self._check_usable = check_usable
         self._timer: asyncio.Handle | None = None
         self._adopting = False
+        self._refusal: ErrorOf | None = None
         self._fences: dict[Source, int] = {}
         self._redirected: dict[int, list[tuple[Any, Source | None]]] = {}
         self._asked: list[tuple[Any, Source]] = []
@@ -143,6 +145,12 @@ class Room:
             self._adopting = False
         self._enforce_deadlines()
 
+    def refuse(self, error_of: ErrorOf | None) -> None:
+        """Fail what waits here, and at once what will come; None ends that."""
+        self._refusal = error_of
+        if error_of is not None:
+            self.pipeline.fail_all(error_of)
+
     def fail(self, reason: str) -> None:
         """Fail everything that waits here."""
         if self._timer is not None:
@@ -154,9 +162,14 @@ class Room:
         if not self._adopting:
             self._check_usable()
         # What joins an operation of this tick must be checked no more, that of the next again.
-        self._loop.call_soon(self.pipeline.end_tick)
+        self._loop.call_soon(self._end_tick)
         if self._timer is None:
             self._timer = self._loop.call_soon(self._enforce_deadlines)
+
+    def _end_tick(self) -> None:
+        self.pipeline.end_tick()
+        if self._refusal is not None:
+            self.pipeline.fail_all(self._refusal)
 
     def _enforce_deadlines(self) -> None:
         if self._timer is not None:

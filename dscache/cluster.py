@@ -271,6 +271,8 @@ class Cluster:
         """Note that a node was lost: another one may have its slots by now."""
         self._last_loss = node.last_loss
         self._stale.set()
+        if node.refusal is not None:
+            self._node_ready.set()  # to tell of it, if all refuse
         if self._options.scale_reads != "master":
             self._assign_readers()
             self._move(node.pipeline)
@@ -511,9 +513,10 @@ class Cluster:
         if refusing:
             self._discovered.set()
             message = str(error)
-            self._limbo.pipeline.fail_all(lambda operation: ConnectError(f"{operation}: {message}"))
+            self._limbo.refuse(lambda operation: ConnectError(f"{operation}: {message}"))
         else:
             self._discovered.clear()
+            self._limbo.refuse(None)
 
     def _apply(self, view: list[SlotRange]) -> None:
         """Take over a view: open nodes, give slots their owners, and let nodes leave."""
@@ -549,6 +552,7 @@ class Cluster:
             self._move(self._limbo.pipeline if node is None else node.pipeline)
         self._open_rooms()
         self._refusal = None
+        self._limbo.refuse(None)
         self._discovered.set()
         self._let_leave(present)
 

@@ -719,6 +719,23 @@ def test_an_overtaken_write_is_not_repeated(
     assert [waiter.result() for waiter in one + two] == [True, True]
 
 
+@pytest.mark.parametrize("words", [CLUSTERDOWN, "LOADING x", "MASTERDOWN x", "READONLY x"])
+@pytest.mark.parametrize("first", ["set", "delete"])
+def test_what_is_over_at_once_undoes_no_guarded_write(
+    node: ClusterExchange, words: str, first: str
+) -> None:
+    """The node may serve the next command already: then a repeat would come behind it."""
+    [one] = node.issue(Op("delete", "{t}") if first == "delete" else Op("set", "{t}", (1, 1)))
+    node.take()
+    [two] = node.issue(Op("set", "{t}", (2, 2), GUARDED))
+    node.take()
+    node.reply(0, Refusal(words), [1])
+    assert node.redirected(0) == []
+    assert one.error.message == words
+    assert two.result() is True
+    node.assert_drained()
+
+
 def test_the_error_of_the_later_write_is_the_first_ones_as_well(node: ClusterExchange) -> None:
     one = node.issue(Op("set", "{t}", (1, 1)))
     node.take()
