@@ -16,7 +16,8 @@ SHOW = """
 import dscache
 from dscache import _backend
 print(dscache.BACKEND, _backend.BACKEND, _backend.core.__name__)
-print(_backend.core.Pipeline.__module__, dscache.Record is _backend.core.Record)
+module = _backend.core.Pipeline.__module__.removesuffix("_pipeline")
+print(module, dscache.Record is _backend.core.Record)
 """
 EXPECTED = {
     name: f"{name} {name} dscache._{name}\ndscache._{name} True\n" for name in ("fast", "pure")
