@@ -91,25 +91,26 @@ async def test_records_are_where_they_belong(
 ) -> None:
     figures = Figures("cluster-records")
     async with opened(group, keyLayout=layout, **SLOW) as cache:
-        await cluster_rows.keep_records(figures, group, cache, layout, 2000, single)
+        await cluster_rows.keep_records(figures, group, cache, layout, 1000, single)
         assert figures.problems == []
         stats = cache.stats()
         assert stats["redirections"] == 0
-        assert (stats["hits"], stats["halves"], stats["damaged"]) == (4000, 0, 0)
-        assert (stats["writes"], stats["deletes"]) == (2000, 2000)
+        assert (stats["hits"], stats["halves"], stats["damaged"]) == (2000, 0, 0)
+        assert (stats["writes"], stats["deletes"]) == (1000, 1000)
 
 
 async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-records")
     async with opened(group, **SLOW) as cache:
-        await cluster_rows.tear_none(figures, cache, 20_000)
+        await cluster_rows.tear_none(figures, cache, 10_000)
     assert figures.problems == []
-    assert figures.operations >= 20_000
+    assert figures.operations >= 10_000
 
 
 async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) -> None:
     """The default layout, a prefix, lifetimes, guarded writes, and what the cache says of it."""
-    async with opened(group, keyPrefix="app/", **SLOW) as cache:
+    primaries = {f"127.0.0.1:{one.port}" for one in group.primaries()}
+    async with opened(group, keyPrefix="app/", **SLOW, **CURIOUS) as cache:
         assert cache.is_ready
         server = group.nodes[0].server.binary.name.replace("-", " ")
         assert f"cluster of {server}" in cache.description
@@ -130,9 +131,10 @@ async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: s
         }
         assert await cache.delete_bulk([*names, "none"]) == 300
         assert await cache.get_bulk([]) == {}
+        # No replica is needed, though it is a configured node.
+        await until(lambda: set(cache.stats()["nodes"]) == primaries)
         stats = cache.stats()
         assert (stats["not_newer"], stats["last_loss"]) == (181, "")
-        assert set(stats["nodes"]) == {f"127.0.0.1:{one.port}" for one in group.primaries()}
         assert stats["connects"] >= 3
         for counter in ("reads", "writes", "commands", "bytes_in", "bytes_out"):
             assert stats[counter] >= sum(one[counter] for one in stats["nodes"].values()) > 0
@@ -288,14 +290,14 @@ async def test_who_leaves_is_closed(backend: str) -> None:
 async def test_failover_under_load(kind: Failover, group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-failover")
     async with opened(group, **SLOW) as cache:
-        await cluster_rows.fail_over(figures, group, cache, kind, random.randrange(3), 20.0)
+        await cluster_rows.fail_over(figures, group, cache, kind, KINDS.index(kind), 20.0)
     assert figures.problems == []
 
 
 async def test_a_killed_primary(group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-kill")
     async with opened(group) as cache:
-        await cluster_rows.kill_primary(figures, group, cache, random.randrange(3))
+        await cluster_rows.kill_primary(figures, group, cache, 2)
         assert cache.stats()["last_loss"]
     print(figures.line())
     assert figures.problems == []
