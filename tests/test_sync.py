@@ -769,10 +769,14 @@ def test_a_failover(open_cache: OpenCache, server: EmbeddedServer) -> None:
         old = group.primary()
         assert f":{old.port}" in cache._pool.address  # type: ignore[union-attr]
         with redis_py.Redis(port=old.port) as client:
-            client.execute_command("WAIT", 1, PATIENCE * 1000)
+            # WAIT is for the writes of its own connection, and so for all before them.
+            client.set("marker", "1")
+            replicas = len(group.servers) - 1
+            assert client.wait(replicas, PATIENCE * 1000) == replicas
         old.kill()
         assert cache.head("r2") == 2
         assert cache.set("a", 1, [1]) is True
+        group.wait_for_primary(old)
         new = group.primary()
         assert new.port != old.port
         assert f":{new.port}" in cache._pool.address  # type: ignore[union-attr]
