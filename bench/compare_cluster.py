@@ -66,7 +66,7 @@ class OneRecordACommand(Dscache):
         # It redirects nothing, and so no cluster has to be there.
         nobody: Any = object.__new__(Cluster)
         nobody.became_ready = nobody.became_lost = lambda node: None
-        connection = Connection(config.options, hash_tag=True, cluster=nobody)
+        connection = Connection(config.options, cluster=nobody)
         self._cache._topology = connection
 
 

@@ -211,16 +211,7 @@ class Pipeline:
         if_newer: bool = False,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
-        if not isinstance(records, Mapping):
-            raise c.bad_records(records)
-        writes: dict[str, Any] = {}
-        write_ttl = size = 0
-        for name, pair in records.items():
-            name = check_name(name)
-            version, data = check_pair(name, pair)
-            write = writes[name] = self.make_write(name, version, data, ttl, if_newer)
-            write_ttl = write.ttl
-            size += len(write.text)
+        writes, write_ttl, size = self.make_writes(records, ttl, if_newer)
         return self._add_bulk(kind_of(write_ttl, if_newer), writes, size)
 
     def delete_bulk(self, names: Iterable[str]) -> Any:
@@ -483,6 +474,22 @@ class Pipeline:
         }
 
     # -- building batches
+
+    def make_writes(
+        self, records: Mapping[str, tuple[int, Any]], ttl: int | None, guard: bool
+    ) -> tuple[dict[str, Any], int, int]:
+        """Return the contents of a ``set_bulk``, their ttl, and how much text they are."""
+        if not isinstance(records, Mapping):
+            raise c.bad_records(records)
+        writes: dict[str, Any] = {}
+        write_ttl = size = 0
+        for name, pair in records.items():
+            name = check_name(name)
+            version, data = check_pair(name, pair)
+            write = writes[name] = self.make_write(name, version, data, ttl, guard)
+            write_ttl = write.ttl
+            size += len(write.text)
+        return writes, write_ttl, size
 
     def make_write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> Write:
         """Return the checked and encoded content of a record; raises RecordError."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _common as c
 from ._pure_batch import Write
-from ._pure_pipeline import Pipeline, check_pair, kind_of, new_bulk, unique
+from ._pure_pipeline import Pipeline, kind_of, new_bulk, unique
 from ._pure_record import check_name
 from ._pure_wire import Encoder, slot_of_key
 
@@ -87,16 +87,8 @@ class Router:
         if_newer: bool = False,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
-        if not isinstance(records, Mapping):
-            raise c.bad_records(records)
-        writes: dict[str, Any] = {}
-        write_ttl = 0
-        pipeline = self.owners[0]  # they all have the same limits and the same default
-        for name, pair in records.items():
-            name = check_name(name)
-            version, data = check_pair(name, pair)
-            write = writes[name] = pipeline.make_write(name, version, data, ttl, if_newer)
-            write_ttl = write.ttl
+        # They all have the same limits and the same default.
+        writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer)
         return self._bulk(kind_of(write_ttl, if_newer), writes)
 
     def delete_bulk(self, names: Iterable[str]) -> Any:

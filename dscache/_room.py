@@ -52,9 +52,7 @@ class Room:
     and no two of them are on the same record.
     """
 
-    def __init__(
-        self, options: Options, hash_tag: bool, check_usable: Callable[[], None], address: str
-    ) -> None:
+    def __init__(self, options: Options, check_usable: Callable[[], None], address: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._check_usable = check_usable
         self._timer: asyncio.Handle | None = None
@@ -69,15 +67,9 @@ class Room:
             self._loop.create_future,
             self._wake,
             address=address,
-            key_prefix=options.key_prefix,
-            hash_tag=hash_tag,
-            ttl=options.ttl or 0,
-            timeout=options.command_timeout / 1000,
-            max_pending=options.max_pending,
-            max_pending_bytes=options.max_pending_bytes,
             refuse_when_full=options.when_full == "error",
             clustered=True,
-            max_redirections=options.max_redirections,
+            **options.for_pipeline(),
         )
         _alive.add(self)
 

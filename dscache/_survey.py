@@ -277,9 +277,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
         return _unreached(report, "no node knows its address")
     options = cluster._options.for_node(*member.place, cluster._named.get(member.place))
     attempt = _Attempt()
-    node = Connection(
-        replace(options, close_timeout=_CLOSE_MS), cluster._options.hash_tag, cluster=attempt
-    )
+    node = Connection(replace(options, close_timeout=_CLOSE_MS), cluster=attempt)
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
             if (error := await attempt.outcome) is not None:

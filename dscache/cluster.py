@@ -330,7 +330,7 @@ class Cluster:
         return self._spare_rooms.pop() if self._spare_rooms else self._new_room()
 
     def _new_room(self) -> Room:
-        room = Room(self._shared, self._options.hash_tag, self._check_usable, self._options.address)
+        room = Room(self._shared, self._check_usable, self._options.address)
         self._holders[room.pipeline] = room
         return room
 
@@ -374,7 +374,6 @@ class Cluster:
             options = self._options.for_node(host, port, self._named.get(address))
             node = Connection(
                 options,
-                self._options.hash_tag,
                 self._credentials,
                 cluster=self,
                 read_only=self._options.scale_reads != "master",

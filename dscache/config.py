@@ -201,6 +201,19 @@ class Options(Written, frozen=True, kw_only=True):
         # "auto" is deepstream's own layout wherever that is atomic.
         return self.key_layout == "hashtag" or (self.key_layout == "auto" and bool(self.nodes))
 
+    def for_pipeline(self) -> dict[str, Any]:
+        """Return what a Pipeline is given of these options."""
+        return {
+            "key_prefix": self.key_prefix,
+            "hash_tag": self.hash_tag,
+            "ttl": self.ttl or 0,
+            "timeout": self.command_timeout / 1000,
+            "max_pending": self.max_pending,
+            "max_pending_bytes": self.max_pending_bytes,
+            "max_reply_bytes": self.max_reply_bytes,
+            "max_redirections": self.max_redirections,
+        }
+
     @property
     def seeds(self) -> tuple[Node, ...]:
         """The configured nodes in their order, each once; of those that stand twice the last."""

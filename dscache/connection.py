@@ -91,7 +91,6 @@ class Connection:
     def __init__(
         self,
         options: Options,
-        hash_tag: bool,
         credentials: CredentialProvider | None = None,
         *,
         cluster: Observer | None = None,
@@ -111,16 +110,9 @@ class Connection:
             self._loop.create_future,
             self._wake,
             address=self._endpoint.address,
-            key_prefix=options.key_prefix,
-            hash_tag=hash_tag,
-            ttl=options.ttl or 0,
-            timeout=options.command_timeout / 1000,
-            max_pending=options.max_pending,
-            max_pending_bytes=options.max_pending_bytes,
             refuse_when_full=options.when_full == "error",
-            max_reply_bytes=options.max_reply_bytes,
             clustered=cluster is not None,
-            max_redirections=options.max_redirections,
+            **options.for_pipeline(),
         )
         self.pipeline.down = ConnectError("still connecting")
         self._link: Link | None = None

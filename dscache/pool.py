@@ -83,9 +83,7 @@ os.register_at_fork(after_in_child=_leave_parent)
 class Pool:
     """The connections to one server. ``provider`` is asked before each, if there is one."""
 
-    def __init__(
-        self, options: Options, hash_tag: bool, provider: CredentialProvider | None = None
-    ) -> None:
+    def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
         self.server = ""
         self.address = options.address
         self._options = options
@@ -95,13 +93,7 @@ class Pool:
             Outcome,
             _nobody_sleeps,
             address=options.address,
-            key_prefix=options.key_prefix,
-            hash_tag=hash_tag,
-            ttl=options.ttl or 0,
-            timeout=options.command_timeout / 1000,
-            max_pending=options.max_pending,
-            max_pending_bytes=options.max_pending_bytes,
-            max_reply_bytes=options.max_reply_bytes,
+            **options.for_pipeline(),
         )
         self._dialer = Dialer(options, provider, self._renew)
         self._idle: deque[Line] = deque()

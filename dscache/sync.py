@@ -211,6 +211,6 @@ class Cache:
                 if self._config.name == "memory":
                     self._pool = MemoryPool(options)
                 else:
-                    self._pool = Pool(options, options.hash_tag, self._credentials)
+                    self._pool = Pool(options, self._credentials)
             self._run = self._pool.run
             return self._run

@@ -45,4 +45,4 @@ def open_topology(config: Config, credentials: CredentialProvider | None) -> Top
         from .cluster import Cluster  # of no use to most, and it takes its time to import
 
         return Cluster(config, credentials)
-    return Connection(config.options, config.options.hash_tag, credentials)
+    return Connection(config.options, credentials)

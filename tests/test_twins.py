@@ -93,7 +93,7 @@ PUBLIC = (
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
 # What a Router does with a Pipeline is in C there, and the same names in Python here.
-IN_C = {"add_part", "admit", "make_write", "rouse"}
+IN_C = {"add_part", "admit", "make_write", "make_writes", "rouse"}
 
 
 def test_public_names() -> None:
