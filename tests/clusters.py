@@ -432,7 +432,6 @@ class ClusterGroup:
                 time.sleep(pause)
             self._move(some, source, target)
             self._end(some, source, target)
-        self._wait(lambda: self._disowned(set(todo), target))
 
     def begin_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
         """Open a slot: from now on ``source`` sends whoever wants a key it lacks to ``target``."""
@@ -485,15 +484,13 @@ class ClusterGroup:
             source.ask_all([_migration(target, keys) for keys in found])
 
     def _end(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
-        others = [one for one in self.primaries() if one not in (source, target) and one.is_alive]
         commands = [("CLUSTER", "SETSLOT", slot, "NODE", target.id) for slot in slots]
         # The target first: were it lost in between, the source would still own the slots.
         target.ask_all(commands)
+        # Then all shall hear it from the target. Redis 7.0 gives a slot to whoever claims it,
+        # in however old a message, if it was told of an owner from whom it hears too late.
+        self._wait(lambda: self._disowned(set(slots), target))
         source.ask_all(commands)
-        for other in others:
-            # One that goes down meanwhile, or is no primary any more, hears it from the others.
-            with contextlib.suppress(redis.RedisError):
-                other.ask_all(commands)
 
     # -- nodes that come and go
 
@@ -747,9 +744,17 @@ class ClusterGroup:
         return ""
 
     def _disowned(self, slots: set[int], owner: ClusterNode) -> str:
+        epoch = owner.view()[owner.id].epoch
         for node in self.nodes:
-            if node.is_alive and (rest := slots.difference(node.view()[owner.id].slots())):
+            if not node.is_alive:
+                continue
+            view = node.view()
+            if rest := slots.difference(view[owner.id].slots()):
                 return f"{node!r} does not know that {owner!r} owns slot {min(rest)}"
+            # A new owner takes a new epoch unless it knows of none above its own. Before it has
+            # heard of the last owner's, it would keep one that others hold to be outdated.
+            if view[owner.id].epoch != epoch:
+                return f"{node!r} does not know the epoch of {owner!r}"
         return ""
 
     def _wait(self, missing: Callable[[], str]) -> None:
