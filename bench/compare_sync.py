@@ -1,19 +1,24 @@
 """The blocking Cache beside redis-py in one run: interleaved rounds, medians, and the limit.
 
 ``python bench/compare_sync.py`` prints the table, and which of the wanted ratios are reached. For a
-single read the limit is ``redis-benchmark -c 1``, a C program that throws the answers away.
+single read the limit is ``redis-benchmark -c 1``, a C program that throws the answers away. On a
+cluster of three primaries both read the same records, which lie in slots of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import shutil
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -32,6 +37,10 @@ from workload import (
     encode,
     keys_of,
 )
+
+# The clusters of the tests.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from clusters import ClusterGroup
 
 NAME = NAMES[1]
 PAIRS = dict.fromkeys(NAMES, (VERSION, DOCUMENT))
@@ -76,6 +85,40 @@ class RedisPy:
         return pipeline.execute()
 
 
+class RedisPyCluster:
+    """redis-py's blocking client of a cluster, on the keys that dscache has there."""
+
+    def __init__(self, port: int) -> None:
+        self._redis: Any = redis.RedisCluster(host="127.0.0.1", port=port)
+        self._keys = [f"{{{name}}}{half}" for name in NAMES for half in ("_v", "_d")]
+        self._key = [f"{{{NAME}}}_v", f"{{{NAME}}}_d"]
+
+    def get(self) -> object:
+        version, text = self._redis.mget(*self._key)
+        return int(version), decode(text)
+
+    def get_bulk(self) -> object:
+        values = self._redis.mget_nonatomic(self._keys)
+        return {
+            name: (int(version), decode(text))
+            for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
+        }
+
+
+@contextlib.contextmanager
+def caches_on(options: dict[str, Any]) -> Iterator[dict[str, dscache.Cache]]:
+    """Open a cache with each core, which has the records."""
+    with contextlib.ExitStack() as stack:
+        caches = {}
+        for core in CORES:
+            with chosen(core):
+                config = {"name": "redis", "options": options | {"commandTimeout": 60_000}}
+                cache = stack.enter_context(dscache.Cache.from_config(config))
+                cache.set_bulk(PAIRS)
+            caches[core] = cache
+        yield caches
+
+
 def limit(server: EmbeddedServer, calls: int) -> float:
     """Return how many seconds redis-benchmark takes for one read of a record, one at a time."""
     program = shutil.which(LIMIT)
@@ -108,14 +151,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds must be at least 1, --seconds above 0")
-    with EmbeddedServer() as server, apart(server) as placing:
-        caches = {}
-        for core in CORES:
-            with chosen(core):
-                caches[core] = dscache.Cache.from_config(
-                    {"options": {"url": server.url, "commandTimeout": 60_000}, "name": "redis"}
-                )
-                caches[core].set_bulk(PAIRS)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(EmbeddedServer())
+        placing = stack.enter_context(apart(server))
+        three = stack.enter_context(ClusterGroup(server.binary, primaries=3, replicas=0))
+        caches = stack.enter_context(caches_on({"url": server.url}))
+        spread = stack.enter_context(caches_on(dict(three.options)))
+        on_cluster = RedisPyCluster(three.nodes[0].port)
         peer = RedisPy(server)
         fast, pure = caches[FAST], caches[PURE]
         groups = {
@@ -135,6 +177,16 @@ def main() -> None:
                 Row("dscache, pure core", lambda: pure.set_bulk(PAIRS)),
                 Row("redis-py, hiredis: a pipeline of MSET", peer.set_bulk),
             ],
+            "on a cluster: get, one after the other": [
+                Row("dscache, fast core", lambda: spread[FAST].get(NAME)),
+                Row("dscache, pure core", lambda: spread[PURE].get(NAME)),
+                Row("redis-py RedisCluster: mget, decoded", on_cluster.get),
+            ],
+            f"on a cluster: {RECORDS} names in bulk, raw": [
+                Row("dscache, fast core", lambda: spread[FAST].get_bulk(NAMES)),
+                Row("dscache, pure core", lambda: spread[PURE].get_bulk(NAMES)),
+                Row("redis-py RedisCluster: mget_nonatomic", on_cluster.get_bulk),
+            ],
         }
         rows = [row for group in groups.values() for row in group]
         sizes = [1 if row.call is None else _size(row.call, options.seconds) for row in rows]
@@ -145,8 +197,6 @@ def main() -> None:
                 else:
                     row.seconds.append(took(row.call, size))
         header = facts(server, placing, options.rounds)
-        for cache in caches.values():
-            cache.close()
     print(*header, sep="\n")
     for title, group in groups.items():
         print(f"\n{title:44}{'median, us':>12}{'best round':>12}{'ratio':>9}")
@@ -156,13 +206,18 @@ def main() -> None:
                 f"  {row.label:42}{row.median * 1e6:12,.1f}{min(row.seconds) * 1e6:12,.1f}"
                 f"{ratio:7.2f} x"
             )
-    get, bulk, written = groups.values()
+    get, bulk, written, get_there, bulk_there = groups.values()
     print()
-    if len(get) == 4:
+    # A round that is too short is told as one of no time.
+    if len(get) == 4 and get[3].median:
         _judge("get, fast core to the limit", get[0].median / get[3].median, at_most=1.25)
     _judge("get, redis-py to fast core", get[2].median / get[0].median, at_least=1)
     _judge("get_bulk, redis-py to fast core", bulk[2].median / bulk[0].median, at_least=6)
     _judge("set_bulk, redis-py to fast core", written[2].median / written[0].median, at_least=4)
+    there = get_there[2].median / get_there[0].median
+    _judge("get on a cluster, redis-py to fast core", there, at_least=1)
+    there = bulk_there[2].median / bulk_there[0].median
+    _judge("get_bulk on a cluster, redis-py to fast core", there, at_least=4)
 
 
 def _size(call: Callable[[], object], seconds: float) -> int:

@@ -25,27 +25,32 @@ from ._room import Room
 from .config import Config, Node
 from .connection import Connection, check_loop
 from .errors import ConfigError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
-from .slots import Address, SlotRange, parse_epoch, parse_redirection, parse_slots
+from .slots import (
+    ASKED,
+    GAP,
+    GAP_CAP,
+    GAP_GROWTH,
+    NAMES_LAST,
+    QUESTIONS,
+    RETRY_CAP,
+    RETRY_FIRST,
+    VIEWS_TO_LEAVE,
+    Address,
+    SlotRange,
+    View,
+    newest,
+    parse_redirection,
+    read_view,
+)
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 _logger = logging.getLogger("dscache")
 
-# Two refreshes are at least so far apart, in seconds as all below. While a node is down, a
-# replica may take over at any moment and nobody will tell: then they go on, ever more slowly.
-_GAP, _GAP_GROWTH, _GAP_CAP = 0.1, 1.3, 0.5
-# How many nodes are asked for their view; the newest counts.
-_ASKED = 3
-# A node that two views in a row leave out has left.
-_VIEWS_TO_LEAVE = 2
-# How long to wait before an operation is sent again that a node can't serve yet: up to twice as
-# long each time. A slot's keys take milliseconds to move, a failover takes a second.
-_RETRY_FIRST, _RETRY_CAP = 0.01, 0.25
+# How often a cache that closes looks whether all is done, in seconds.
 _DRAIN_STEP = 0.005
 _CLOSED = "the cache was closed before the answer came"
-# How long to believe which addresses the names of nodes have.
-_NAMES_LAST = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class Cluster:
         self._masters: list[Connection | None] = [None] * _common.SLOTS
         # Slots of which a node has told the owner since the view was asked for.
         self._moved: set[int] = set()
-        self._view: list[SlotRange] = []
+        self._view: tuple[SlotRange, ...] = ()
         self._rooms: dict[int, Room] = {}
         self._opener: asyncio.TimerHandle | None = None
         self._shut: set[Room] = set()
@@ -246,7 +251,7 @@ class Cluster:
                     self._stale.set()
             else:
                 tries = len(batch.trail)
-                room.wait(random.uniform(0.5, 1) * min(_RETRY_FIRST * 2**tries, _RETRY_CAP))
+                room.wait(random.uniform(0.5, 1) * min(RETRY_FIRST * 2**tries, RETRY_CAP))
                 if code != "TRYAGAIN":
                     self._stale.set()
             room.note(slot, batch, target)
@@ -431,7 +436,7 @@ class Cluster:
                     await self._pause(random.uniform(0, longest))
                     continue
                 failures = 0
-                gap = min(_GAP * _GAP_GROWTH**unready, _GAP_CAP)
+                gap = min(GAP * GAP_GROWTH**unready, GAP_CAP)
                 await asyncio.sleep(random.uniform(gap / 2, gap))
                 unready = 0 if self.is_ready else min(unready + 1, 30)
                 if unready:
@@ -453,7 +458,7 @@ class Cluster:
         except TimeoutError:
             return
 
-    async def _look(self) -> list[SlotRange]:
+    async def _look(self) -> tuple[SlotRange, ...]:
         """Return the newest view that some nodes have; raises what keeps all of them from it."""
         await self._name_seeds()
         if not self._ready_nodes():
@@ -462,39 +467,28 @@ class Cluster:
         ready = self._ready_nodes()
         if not ready:
             raise ConnectError(f"no node can be reached: {self._troubles()}")
-        asked = random.sample(ready, min(_ASKED, len(ready)))
+        asked = random.sample(ready, min(ASKED, len(ready)))
         self._moved.clear()
         answers = await asyncio.gather(*map(self._view_of, asked), return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         views = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not views:
             raise failures[0]
-        # A node that has left keeps its epoch, and knows of few slots or none.
-        _, covered, view = max(views, key=lambda answer: answer[:2])
-        if not covered:
-            raise ConnectError("no node of the cluster serves any slot")
+        view = newest(views).ranges
         self._refreshes += 1
         return view
 
-    async def _view_of(self, node: Connection) -> tuple[int, int, list[SlotRange]]:
-        """Return a node's epoch, of how many slots it knows who serves them, and its view."""
+    async def _view_of(self, node: Connection) -> View:
+        """Return what a node knows of the cluster."""
         timeout = self._options.slots_refresh_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
-                slots, info = await node.ask(["CLUSTER", "SLOTS"], ["CLUSTER", "INFO"])
+                slots, info = await node.ask(*map(list, QUESTIONS))
         except TimeoutError:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        if isinstance(slots, ReplyError):
-            if "cluster support disabled" in slots.message.lower():
-                raise ConfigError(
-                    f"{self._config.source}: cache.options.nodes: {node.address} is no node of a "
-                    f'cluster (it says "{slots.message}"); give host and port instead of nodes'
-                )
-            raise slots
-        view = parse_slots(slots, self._addresses[node])
-        return parse_epoch(info), sum(one.last - one.first + 1 for one in view), view
+        return read_view(slots, info, self._addresses[node], self._config.source)
 
     def _note_failure(self, error: Exception) -> None:
         """Tell those who wait for the slots why there are none."""
@@ -517,7 +511,7 @@ class Cluster:
             self._discovered.clear()
             self._limbo.refuse(None)
 
-    def _apply(self, view: list[SlotRange]) -> None:
+    def _apply(self, view: tuple[SlotRange, ...]) -> None:
         """Take over a view: open nodes, give slots their owners, and let nodes leave."""
         mapped = self._options.mapped
         masters: list[Connection | None] = [None] * _common.SLOTS
@@ -563,7 +557,7 @@ class Cluster:
                 self._absences.pop(node, None)
                 continue
             self._absences[node] += 1
-            if self._absences[node] >= _VIEWS_TO_LEAVE:
+            if self._absences[node] >= VIEWS_TO_LEAVE:
                 self._leave(node)
             else:
                 self._stale.set()
@@ -604,7 +598,7 @@ class Cluster:
         now = self._loop.time()
         if now < self._name_again_at:
             return
-        self._name_again_at = now + _NAMES_LAST
+        self._name_again_at = now + NAMES_LAST
         for seed in self._options.seeds:
             if seed.password is UNSET and seed.username is UNSET:
                 continue

@@ -10,7 +10,6 @@ import inspect
 import math
 import random
 import select
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
@@ -24,6 +23,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from . import _common
+from .attempt import handshake
 from .config import Options, SentinelNode
 from .credentials import NOTHING, checked, failed
 from .errors import ConnectError, DscacheError
@@ -31,6 +31,7 @@ from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
 
 if TYPE_CHECKING:
     import socket
+    import ssl
 
     from redis.credentials import CredentialProvider
 
@@ -152,21 +153,14 @@ class Dialer:
     """One server, or the primary or replicas of a group, as the configuration names it.
 
     It begins from nothing each time: hosts, certificates, Sentinels and credentials may all have
-    changed. ``renewed`` is called, in any thread, when a provider has new credentials.
+    changed.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        provider: CredentialProvider | None,
-        renewed: Callable[[], None],
-    ) -> None:
+    def __init__(self, options: Options, provider: CredentialProvider | None) -> None:
         self._options = options
         self._provider = provider
         # The newest that any Sentinel said: its epoch, host and port.
         self._newest: tuple[int, str, int] = (-1, "", 0)
-        if (tell := getattr(provider, "on_next", None)) is not None:
-            tell(_reminder(renewed))
 
     def call(self, deadline: float) -> Call:
         """Prepare an attempt. Raises ConnectError if the Sentinels or the provider fail."""
@@ -191,17 +185,9 @@ class Dialer:
         return Call(
             connection,
             address,
-            lambda: introduce(options, self._login(), address),
+            lambda: introduce(options, login_of(options, self._provider), address),
             lambda connection: self._secure(connection, name, deadline),
         )
-
-    def _login(self) -> tuple[str | None, str | None]:
-        if self._provider is None:
-            return self._options.username, self._options.password
-        try:
-            return checked(self._provider.get_credentials())
-        except Exception as error:  # whatever it raises, the next attempt may succeed
-            raise failed(error) from error
 
     def _secure(self, connection: Any, name: str, deadline: float) -> None:
         """Put TLS on a connection's socket, if so configured."""
@@ -214,14 +200,7 @@ class Dialer:
             do_handshake_on_connect=False,
         )
         connection._sock = sock
-        while True:
-            try:
-                sock.do_handshake()
-                return
-            except ssl.SSLWantReadError:
-                events = select.POLLIN
-            except ssl.SSLWantWriteError:
-                events = select.POLLOUT
+        for events in handshake(sock):
             poller = select.poll()
             poller.register(sock.fileno(), events)
             wait = deadline - time.monotonic()
@@ -323,6 +302,24 @@ class Dialer:
 
 def _pairs(flat: list[str]) -> dict[str, str]:
     return dict(zip(flat[::2], flat[1::2], strict=False))
+
+
+def login_of(
+    options: Options, provider: CredentialProvider | None
+) -> tuple[str | None, str | None]:
+    """Return the username and password to log in with. Raises ConnectError if a provider fails."""
+    if provider is None:
+        return options.username, options.password
+    try:
+        return checked(provider.get_credentials())
+    except Exception as error:  # whatever it raises, the next attempt may succeed
+        raise failed(error) from error
+
+
+def listen(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:
+    """Have a method called, in any thread, when a provider has new credentials."""
+    if (tell := getattr(provider, "on_next", None)) is not None:
+        tell(_reminder(renewed))
 
 
 def _reminder(renewed: Callable[[], None]) -> Callable[[Any], Awaitable[None]]:

@@ -16,13 +16,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
+from ._common import ErrorOf
 from .dial import Dialer, TooLate, is_foreign
 from .errors import ConnectionLost, ProtocolError
 from .outcome import Outcome
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
-_NOTHING: Final = memoryview(b"")
+# The counters that tell of what is under way.
+OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
+NOTHING: Final = memoryview(b"")
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -34,8 +37,9 @@ def _always(timeout: int) -> bool:
 class Line:
     """A pipeline and, most of the time, a socket.
 
-    ``admitted`` tells that it counts as one of its pool's, ``retired`` that nobody is to get it
-    again, ``gone`` that its socket was ended for good. ``loss`` is why its last socket was lost.
+    ``admitted`` tells that it counts as one of its pool's, ``ready`` that it may be lent again as
+    it is, ``retired`` that nobody is to get it again, ``gone`` that its socket was ended for good.
+    ``loss`` is why its last socket was lost.
     """
 
     __slots__ = (
@@ -51,6 +55,7 @@ class Line:
         "is_readable",
         "loss",
         "pipeline",
+        "ready",
         "retired",
         "sock",
     )
@@ -59,6 +64,7 @@ class Line:
         self.pipeline = pipeline
         self.sock: socket.socket | None = None
         self.admitted = False
+        self.ready = False
         self.retired = False
         self.gone = False
         self.is_readable: Callable[[int], object] = _always
@@ -107,10 +113,24 @@ class Line:
             self._lose(error)
         return outcome.done
 
+    def expire(self, now: float) -> float | None:
+        """Fail an operation whose deadline is past; return the deadline of one under way."""
+        deadline: float | None = self.pipeline.expire(now)
+        return deadline
+
+    def fail_all(self, error_of: ErrorOf) -> None:
+        """Fail the operation that is under way."""
+        self.pipeline.fail_all(error_of)
+
+    def take_over(self, spare: Line) -> None:
+        """Go on with the operation of a line that has no place."""
+        given = spare.pipeline.release(lambda kind, name: self.pipeline)
+        self.pipeline.adopt([batch for _, batch in given])
+
     def stream(self, outcome: Outcome) -> None:
         """Go on with an operation until it has its outcome or the socket is lost."""
         try:
-            self._flow(outcome, _NOTHING)
+            self._flow(outcome, NOTHING)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
@@ -155,8 +175,12 @@ class Line:
         if events != IN:
             self._poller.modify(self._fd, IN)
             self._events = IN
-        if not ready or ready[0][1] == OUT:
-            return
+        if ready and ready[0][1] != OUT:
+            self._take()
+
+    def _take(self) -> None:
+        """Take what has come, if anything has."""
+        assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
         except _NOT_NOW:
@@ -171,7 +195,7 @@ class Line:
             raise reason
         reason = self._reason or reason
         self.hang_up()
-        self.loss = str(reason)
+        self._note_loss(str(reason))
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
         self.pipeline.connection_lost(reason, not isinstance(reason, ProtocolError))
 
@@ -190,9 +214,12 @@ class Line:
             if is_foreign(error):
                 raise
             loss = str(error)
-        self.loss = loss
         self.hang_up()
+        self._note_loss(loss)
         return True
+
+    def _note_loss(self, reason: str) -> None:
+        self.loss = reason
 
     # -- the socket
 
@@ -204,15 +231,7 @@ class Line:
         call = dialer.call(deadline)
         # From here on it is found when this thread is interrupted, or the process forks.
         self._connection = call.connection
-        sock = call.connect()
-        self.sock = sock
-        self._fd = sock.fileno()
-        self._poller = select.poll()
-        self._poller.register(self._fd, IN)
-        self._events = IN
-        genuine = type(self._poller).__module__ == "select"
-        # gevent's poll of no time sees nothing.
-        self.is_readable = self._poller.poll if genuine else _always
+        self._attach(call.connect())
         pipeline = self.pipeline
         pipeline.address = call.address
         words = call.introduction()
@@ -225,8 +244,19 @@ class Line:
                 break
         pipeline.has_msetex = greeting.has_msetex
         pipeline.down = None
+        self.ready = True
         server: str = greeting.server
         return server
+
+    def _attach(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._fd = sock.fileno()
+        self._poller = select.poll()
+        self._poller.register(self._fd, IN)
+        self._events = IN
+        genuine = type(self._poller).__module__ == "select"
+        # gevent's poll of no time sees nothing.
+        self.is_readable = self._poller.poll if genuine else _always
 
     def _ask(self, commands: list[list[Any]], deadline: float) -> list[Any]:
         """Return the replies to some commands, errors of Redis among them."""
@@ -243,6 +273,7 @@ class Line:
 
     def hang_up(self) -> None:
         """End the socket, if there is one."""
+        self.ready = False
         self.sock = None
         self.is_readable = _always
         connection = self._connection
@@ -260,7 +291,7 @@ class Line:
     def leave(self) -> None:
         """Close the socket without a word to the server: it is another process's as well."""
         connection, sock = self._connection, self.sock
-        self.admitted = False
+        self.admitted = self.ready = False
         self.sock = self._connection = None
         if connection is not None:
             sock, connection._sock = connection._sock, None

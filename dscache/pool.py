@@ -35,7 +35,7 @@ from redis.exceptions import RedisError
 from . import _backend
 from ._common import ErrorOf
 from .config import Options
-from .dial import Dialer, is_foreign
+from .dial import Dialer, is_foreign, listen
 from .errors import (
     ConnectError,
     ConnectionLost,
@@ -47,7 +47,7 @@ from .errors import (
     ReplyError,
 )
 from .greeting import explain, refusal_of
-from .line import Line
+from .line import OF_THE_MOMENT, Line
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -66,9 +66,6 @@ _GLANCE: Final = 0.05
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (RedisError, OSError, ReplyError, ProtocolError, UnicodeError)
-# The counters that tell of what is under way.
-_OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
-
 _alive: WeakSet[Pool] = WeakSet()
 
 
@@ -84,7 +81,7 @@ class Pool:
     """The connections to one server. ``provider`` is asked before each, if there is one."""
 
     def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
-        self.server = ""
+        self._server = ""
         self.address = options.address
         self._options = options
         self._limit = options.max_connections
@@ -95,8 +92,10 @@ class Pool:
             address=options.address,
             **options.for_pipeline(),
         )
-        self._dialer = Dialer(options, provider, self._renew)
+        self._dialer = Dialer(options, provider)
         self._idle: deque[Line] = deque()
+        # Lines without a place, from which others have taken over.
+        self._spares: deque[Line] = deque(maxlen=self._limit)
         self._turns: deque[queue.SimpleQueue[Line | None]] = deque()
         self._lines: list[ref[Line]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
@@ -108,8 +107,9 @@ class Pool:
         self._complained = ""
         # What lines that are no more have counted.
         self._counts = {
-            name: 0 for name in self._new_pipeline().stats() if name not in _OF_THE_MOMENT
+            name: 0 for name in self._new_pipeline().stats() if name not in OF_THE_MOMENT
         }
+        listen(provider, self._renew)
         _alive.add(self)
 
     # -- operations
@@ -133,9 +133,9 @@ class Pool:
         except BaseException:
             self._drop(line)
             raise
-        if outcome.error is not None and line.pipeline.read_only:
-            self._note_replica(line)
-        if line.sock is None or line.retired or self._turns:
+        if outcome.error is not None:
+            self._note_error(line)
+        if not line.ready or line.retired or self._turns:
             self._put_back(line)
         else:
             idle.append(line)
@@ -146,7 +146,7 @@ class Pool:
         pipeline = line.pipeline
         while not outcome.done:
             if self._closing:
-                pipeline.fail_all(_closed_meanwhile)
+                pipeline.fail_all(closed_meanwhile)
             elif line.sock is not None:
                 line.stream(outcome)
             else:
@@ -163,6 +163,16 @@ class Pool:
         """Return a line that has no place yet."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
+        while self._spares:
+            try:
+                line = self._spares.pop()
+            except IndexError:
+                break  # another thread was quicker
+            if not line.gone:
+                return line
+        return self._new_line()
+
+    def _new_line(self) -> Line:
         return Line(self._new_pipeline(), self._options.command_timeout)
 
     def _admit(self, spare: Line) -> Line:
@@ -178,17 +188,14 @@ class Pool:
                 f"{self.address}: all {self._limit} connections are in use, which is all that "
                 "maxConnections allows; the operation was not sent"
             )
-        pipeline = spare.pipeline
-        deadline = pipeline.expire(time.monotonic())
+        deadline = spare.expire(time.monotonic())
         line = None if deadline is None else self._wait(spare, deadline)
         if line is None:
-            pipeline.fail_all(_closed_meanwhile if self._closing else self._none_free)
+            spare.fail_all(closed_meanwhile if self._closing else self._none_free)
             return spare
         if line is not spare:
-            self._count(line)
-            pipeline.address, pipeline.has_msetex = line.pipeline.address, line.pipeline.has_msetex
-            pipeline.down = line.pipeline.down
-            line.pipeline = pipeline
+            line.take_over(spare)
+            self._spares.append(spare)
         return line
 
     def _enter(self, line: Line) -> bool:
@@ -259,11 +266,13 @@ class Pool:
 
     def _put_back(self, line: Line) -> None:
         self._note_loss(line)
-        if line.retired or self._closing or not line.admitted:
+        if line.retired or self._closing:
             self._drop(line)
+        elif not line.admitted:
+            self._spares.append(line)
         elif self._turns and self._call_next(line):
             return
-        elif line.sock is None:
+        elif not line.ready:
             self._idle.appendleft(line)
         else:
             self._idle.append(line)
@@ -338,13 +347,13 @@ class Pool:
                 time.sleep(max(rest, 0))
                 break
             time.sleep(pause)
-        return _closed_meanwhile if self._closing else None
+        return closed_meanwhile if self._closing else None
 
     def _note_success(self, line: Line, server: str) -> None:
         address = line.pipeline.address
         with self._lock:
             self._connects += 1
-            self.server = server
+            self._server = server
             self._complained = ""
             moved = address != self.address and self._options.sentinels is not None
             self.address = address
@@ -363,11 +372,12 @@ class Pool:
             self._last_loss, line.loss = line.loss, ""
             _logger.info("connection to %s lost: %s", line.pipeline.address, self._last_loss)
 
-    def _note_replica(self, line: Line) -> None:
+    def _note_error(self, line: Line) -> None:
         """Leave a server that has refused a write for being a replica, if there is another."""
-        line.pipeline.read_only = False
-        if self._options.sentinels is not None:
-            self._retire(lambda other: other.pipeline.address == line.pipeline.address)
+        if line.pipeline.read_only:
+            line.pipeline.read_only = False
+            if self._options.sentinels is not None:
+                self._retire(lambda other: other.pipeline.address == line.pipeline.address)
 
     def _renew(self) -> None:
         """Let new connections replace the others, as there are new credentials."""
@@ -385,6 +395,11 @@ class Pool:
                 self._drop(line)
 
     # -- the life of the pool
+
+    @property
+    def server(self) -> str:
+        """The server's kind and version, as far as it is known."""
+        return self._server
 
     @property
     def is_ready(self) -> bool:
@@ -410,16 +425,7 @@ class Pool:
                 "(maxConnections) are in use"
             )
         try:
-            refusal = None
-            if not line.is_open():
-                refusal = self._connect(line, deadline)
-            if refusal is not None:
-                raise refusal("connect")
-            if line.sock is None:
-                down = line.pipeline.down
-                raise ConnectError(
-                    f"no connection to {self.address} within {timeout} ms: {down}"
-                ) from down
+            self._make_ready(line, deadline)
         except DscacheError:
             self._put_back(line)
             raise
@@ -428,9 +434,22 @@ class Pool:
             raise
         self._put_back(line)
 
+    def _make_ready(self, line: Line, deadline: float) -> None:
+        """Connect a line that has a place; raises what keeps it from that until the deadline."""
+        if line.is_open():
+            return
+        refusal = self._connect(line, deadline)
+        if refusal is not None:
+            raise refusal("connect")
+        if line.sock is None:
+            down = line.pipeline.down
+            raise ConnectError(
+                f"no connection to {self.address} within {self._options.connect_timeout} ms: {down}"
+            ) from down
+
     def stats(self) -> dict[str, Any]:
         """Return the pipelines' counters, and what became of the connections."""
-        total = {**self._counts, **dict.fromkeys(_OF_THE_MOMENT, 0)}
+        total = {**self._counts, **dict.fromkeys(OF_THE_MOMENT, 0)}
         present = self._present()
         for line in present:
             for name, number in line.pipeline.stats().items():
@@ -461,6 +480,7 @@ class Pool:
         lines = [it() for it in self._lines]
         self._lock = threading.RLock()
         self._idle = deque()
+        self._spares.clear()
         self._turns = deque()
         self._lines = []
         for line in lines:
@@ -472,5 +492,5 @@ def _nobody_sleeps() -> None:
     """Do nothing when an operation is queued: its thread is about to send it."""
 
 
-def _closed_meanwhile(operation: str) -> Exception:
+def closed_meanwhile(operation: str) -> Exception:
     return ConnectionLost(f"{operation}: the cache was closed before the answer came")

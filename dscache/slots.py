@@ -1,15 +1,33 @@
-"""What a cluster says of its slots: the reply to CLUSTER SLOTS, and redirections.
+"""What a cluster says of its slots: the replies to its questions, and redirections.
 
 Source: the Redis Cluster specification and the pages of CLUSTER SLOTS and CLUSTER INFO.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ._common import SLOTS
-from .errors import ProtocolError, shorten
+from ._common import SLOTS, join_address
+from .errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
+
+# What a node is asked for its view, and how many are asked at a time: the newest view counts.
+QUESTIONS: Final = (("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
+ASKED: Final = 3
+# A node that two views in a row leave out has left.
+VIEWS_TO_LEAVE: Final = 2
+# Two refreshes are at least so far apart, in seconds as all below. While a node is down, a
+# replica may take over at any moment and nobody will tell: then they go on, ever more slowly.
+GAP: Final = 0.1
+GAP_GROWTH: Final = 1.3
+GAP_CAP: Final = 0.5
+# How long to wait before an operation is sent again that a node can't serve yet: up to twice as
+# long each time. A slot's keys take milliseconds to move, a failover takes a second.
+RETRY_FIRST: Final = 0.01
+RETRY_CAP: Final = 0.25
+# How long to believe which addresses the names of nodes have.
+NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
@@ -23,6 +41,44 @@ class SlotRange:
     last: int
     primary: Address
     replicas: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one node knows of the cluster: the slots in ranges, as of an epoch."""
+
+    epoch: int
+    ranges: tuple[SlotRange, ...]
+
+    @property
+    def covered(self) -> int:
+        """Of how many slots it knows who serves them."""
+        return sum(one.last - one.first + 1 for one in self.ranges)
+
+
+def read_view(slots: Any, info: Any, asked: Address, source: str) -> View:
+    """Return the view that a node's replies to both questions state.
+
+    ``source`` is the configuration's. Raises ConfigError if the node is of no cluster, ReplyError
+    if it refuses, and ProtocolError if it gives no such reply.
+    """
+    if isinstance(slots, ReplyError):
+        if "cluster support disabled" in slots.message.lower():
+            raise ConfigError(
+                f"{source}: cache.options.nodes: {join_address(*asked)} is no node of a "
+                f'cluster (it says "{slots.message}"); give host and port instead of nodes'
+            )
+        raise slots
+    return View(parse_epoch(info), tuple(parse_slots(slots, asked)))
+
+
+def newest(views: Iterable[View]) -> View:
+    """Return the view that counts; raises ConnectError if none knows of any slot."""
+    # A node that has left keeps its epoch, and knows of few slots or none.
+    view = max(views, key=lambda one: (one.epoch, one.covered))
+    if not view.ranges:
+        raise ConnectError("no node of the cluster serves any slot")
+    return view
 
 
 def parse_slots(reply: Any, asked: Address) -> list[SlotRange]:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from . import _backend
 from .config import Config, load
-from .errors import ConfigError, ConnectionLost
+from .errors import ConnectionLost
 from .memory import MemoryPool
 from .pool import Pool
 
@@ -37,7 +37,8 @@ class Cache:
     """Records in Redis, for any number of threads.
 
     An operation has ended when its call returns: the calling thread sends it over a connection
-    of its own, borrowed from at most ``maxConnections``, and waits for the answer.
+    of its own, borrowed from at most ``maxConnections``, and waits for the answer. On a cluster
+    it has one to each node, as far as it needs them.
 
     It raises RecordError for a bad name, version, ttl or data, or if what is stored is no
     record, ConnectionLost if the cache is closed, ReplyError (Redis said no), DeadlineExceeded
@@ -47,11 +48,6 @@ class Cache:
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        if config.name == "redis" and config.options.nodes:
-            raise ConfigError(
-                f"{config.source}: cache.options.nodes: a Cache serves one server, or a primary "
-                "that Sentinels name; use an AsyncCache for a cluster"
-            )
         self._config = config
         self._credentials = credentials
         self._pool: Pool | MemoryPool | None = None
@@ -140,7 +136,7 @@ class Cache:
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is a connection to the server."""
+        """Whether there is a connection to the server, or on a cluster to all primaries."""
         return self._pool is not None and self._pool.is_ready
 
     @property
@@ -157,15 +153,17 @@ class Cache:
         Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
         which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
         ``queued in_flight pending`` (their sum), ``connections``. Connections so far:
-        ``connects last_loss``.
+        ``connects last_loss``. On a cluster also ``redirections refreshes``, and the counters of
+        each node under ``nodes``.
         """
         return {} if self._pool is None else self._pool.stats()
 
     def when_ready(self) -> None:
         """Wait until the cache is ready to serve.
 
-        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
-        says if it refuses (ReplyError: WRONGPASS, NOAUTH, no such database).
+        Raises ConnectError if it isn't within ``connectTimeout``, at once what the server says if
+        it refuses (ReplyError: WRONGPASS, NOAUTH, no such database), and ConfigError if ``nodes``
+        are configured and of no cluster.
         """
         self._open()
         assert self._pool is not None
@@ -210,6 +208,10 @@ class Cache:
                 options = self._config.options
                 if self._config.name == "memory":
                     self._pool = MemoryPool(options)
+                elif options.nodes:
+                    from .cluster_pool import ClusterPool  # of no use to most
+
+                    self._pool = ClusterPool(self._config, self._credentials)
                 else:
                     self._pool = Pool(options, self._credentials)
             self._run = self._pool.run

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,6 +24,42 @@ T = TypeVar("T")
 
 # Until something must have ended: far more than any machine needs, as it is no measurement.
 PATIENCE = 60
+
+
+def until(condition: Callable[[], object], what: str = "it") -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.001)
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Return what ``work`` returns in so many threads, which run at once."""
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(work, range(count)))
+
+
+def run_child(
+    script: str, *arguments: str, backend: str, seconds: float = 5.0 * PATIENCE
+) -> dict[str, Any]:
+    """Return the JSON that a program beside this file prints, within so many seconds."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+        env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def options_of(where: str) -> dict[str, Any]:
+    """Return the options that lead to a URL, or that are written as JSON."""
+    options: dict[str, Any] = json.loads(where) if where.startswith("{") else {"url": where}
+    return options
 
 
 class BlockingCache:
@@ -77,6 +122,37 @@ class BlockingCache:
 
     def __repr__(self) -> str:
         return repr(self._cache)
+
+
+class ThreadedCache:
+    """A Cache with the methods of an AsyncCache, each done by one of several threads.
+
+    So what drives an AsyncCache drives a Cache, from as many threads at once.
+    """
+
+    def __init__(self, cache: dscache.Cache, threads: int) -> None:
+        self.cache = cache
+        self._threads = ThreadPoolExecutor(threads)
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self.cache, name)
+
+        def call(*args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+            loop = asyncio.get_running_loop()
+            return loop.run_in_executor(self._threads, partial(operation, *args, **kwargs))
+
+        return call
+
+    def stats(self) -> dict[str, Any]:
+        return self.cache.stats()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self.cache.__enter__)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self.cache.close)
 
 
 class LoopThread:
@@ -142,3 +218,44 @@ class ProxyThread:
     def __exit__(self, *_: object) -> None:
         self._thread.run(self.proxy.__aexit__())
         self._thread.close()
+
+
+class Model:
+    """What one thread's records must be, none of which anybody else writes."""
+
+    def __init__(self, number: int) -> None:
+        self.random = random.Random(number)
+        self.names = [f"thread {number} record {n}" for n in range(5)]
+        self.records: dict[str, tuple[int, Any]] = {}
+
+    def step(self, cache: dscache.Cache) -> None:
+        name = self.random.choice(self.names)
+        version = self.random.randrange(10)
+        data = [name, version]
+        known = self.records.get(name)
+        match self.random.randrange(10):
+            case 0:
+                assert cache.set(name, version, data) is True
+                self.records[name] = version, data
+            case 1:
+                newer = known is None or version > known[0]
+                assert cache.set(name, version, data, if_newer=True) is newer
+                if newer:
+                    self.records[name] = version, data
+            case 2:
+                assert cache.delete(name) is (self.records.pop(name, None) is not None)
+            case 3:
+                assert cache.head(name) == (None if known is None else known[0])
+            case 4:
+                found = {name: tuple(it) for name, it in cache.get_bulk(self.names).items()}
+                assert found == self.records
+            case 5:
+                news = {name: (version, [name, version]) for name in self.names[:3]}
+                assert cache.set_bulk(news, ttl=1000) == set()
+                self.records |= news
+            case 6:
+                heads = {name: version for name, (version, _) in self.records.items()}
+                assert cache.head_bulk(self.names) == heads
+            case _:
+                record = cache.get(name)
+                assert (None if record is None else tuple(record)) == known

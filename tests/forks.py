@@ -1,6 +1,7 @@
 """Fork while threads use a blocking cache: ``python tests/forks.py URL COUNT`` prints JSON.
 
-Each child uses the cache that it inherited, in several threads, while the parent goes on.
+In place of the URL may stand options, as JSON. Each child uses the cache that it inherited, in
+several threads, while the parent goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from typing import Any
 
 import dscache
+from blocking import options_of
 
 THREADS = 4
 OPERATIONS = 100
@@ -67,9 +69,9 @@ def child(cache: dscache.Cache, number: int, inherited: set[tuple[int, int]]) ->
     }
 
 
-def main(url: str, count: int) -> dict[str, Any]:
+def main(where: str, count: int) -> dict[str, Any]:
     cache = dscache.Cache.from_config(
-        {"name": "redis", "options": {"url": url, "commandTimeout": 60_000}}
+        {"name": "redis", "options": options_of(where) | {"commandTimeout": 60_000}}
     )
     memory = dscache.Cache.from_config({"name": "memory"})
     memory.set("a", 1, [1])
@@ -111,9 +113,15 @@ def main(url: str, count: int) -> dict[str, Any]:
     stop.set()
     for thread in threads:
         thread.join()
-    again = cache.stats()["connects"]
+    stats = cache.stats()
     cache.close()
-    return {"children": results, "wrong": wrong[:3], "connects": connects, "again": again}
+    return {
+        "children": results,
+        "wrong": wrong[:3],
+        "connects": connects,
+        "again": stats["connects"],
+        "last_loss": stats["last_loss"],
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Use a blocking cache in gevent's greenlets: ``python tests/greenlets.py URL OTHER_URL``.
+"""Use a blocking cache in gevent's greenlets: ``python tests/greenlets.py URL OTHER_URL KILLS``.
 
-OTHER_URL is a server that accepts and never answers. Prints what happened as JSON.
+OTHER_URL is a server that accepts and never answers. In place of each may stand options, as JSON.
+Prints what happened as JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any  # noqa: E402
 import gevent  # noqa: E402
 
 import dscache  # noqa: E402
+from blocking import options_of  # noqa: E402
 
 GREENLETS = 50
 ROUNDS = 40
 
 
-def main(url: str, silent_url: str) -> dict[str, Any]:
+def main(where: str, silent_where: str, kills: int) -> dict[str, Any]:
     wrong: list[str] = []
     ticks = 0
 
@@ -41,13 +43,14 @@ def main(url: str, silent_url: str) -> dict[str, Any]:
                 wrong.append(f"{name} {version}: {record!r}")
         return number
 
-    options = {"url": url, "maxConnections": 8, "commandTimeout": 60_000}
+    options = options_of(where) | {"maxConnections": 8, "commandTimeout": 60_000}
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     large = {f"large/{n}": (n, "x" * 1000) for n in range(3000)}
     gevent.spawn(tick)
     done = gevent.joinall([gevent.spawn(work, number) for number in range(GREENLETS)], timeout=60)
     finished = sorted(one.value for one in done if one.value is not None)
-    connections = cache.stats()["connections"]
+    nodes = cache.stats().get("nodes", {"": cache.stats()})
+    connections = max(node["connections"] for node in nodes.values())
 
     # A bulk that fills the buffers, beside single reads.
     bulk = gevent.spawn(cache.set_bulk, large)
@@ -59,7 +62,7 @@ def main(url: str, silent_url: str) -> dict[str, Any]:
 
     # Killed in the middle of an exchange, and limited by a Timeout.
     killed = 0
-    for _ in range(100):
+    for _ in range(kills):
         reader = gevent.spawn(cache.get_bulk, large)
         gevent.sleep(0.001)
         killed += not reader.dead
@@ -69,7 +72,7 @@ def main(url: str, silent_url: str) -> dict[str, Any]:
             wrong.append(f"after a greenlet was killed: {record!r}")
     limited = ""
     silent = dscache.Cache.from_config(
-        {"name": "redis", "options": {"url": silent_url, "commandTimeout": 60_000}}
+        {"name": "redis", "options": options_of(silent_where) | {"commandTimeout": 60_000}}
     )
     try:
         with gevent.Timeout(0.05):
@@ -77,7 +80,7 @@ def main(url: str, silent_url: str) -> dict[str, Any]:
     except gevent.Timeout:
         limited = "gevent.Timeout"
     impatient = dscache.Cache.from_config(
-        {"name": "redis", "options": {"url": silent_url, "commandTimeout": 100}}
+        {"name": "redis", "options": options_of(silent_where) | {"commandTimeout": 100}}
     )
     before, began = ticks, time.monotonic()
     try:
@@ -100,4 +103,4 @@ def main(url: str, silent_url: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2])))
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -21,6 +21,7 @@ import trustme
 
 import cluster_rows
 import dscache
+import thread_rows
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import FaultProxy, ProxyProcess
@@ -696,6 +697,10 @@ ROWS: dict[str, Row] = {
     "reshard": cluster_rows.reshard,
     "cluster-kill": cluster_rows.kill,
     "cluster-failover": cluster_rows.failover,
+    "sync-threads": thread_rows.threads,
+    "sync-interrupts": thread_rows.interrupts,
+    "sync-kill": thread_rows.kill,
+    "sync-reshard": thread_rows.reshard,
 }
 
 

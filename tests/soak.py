@@ -48,6 +48,10 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "reshard": {"slots": scaled(4000)},
         "cluster-kill": {"rounds": scaled(3)},
         "cluster-failover": {"rounds": scaled(3)},
+        "sync-threads": {"operations": scaled(1_000_000)},
+        "sync-interrupts": {"count": scaled(10_000)},
+        "sync-kill": {"rounds": scaled(20)},
+        "sync-reshard": {"slots": scaled(4000)},
     }[row]
 
 

@@ -26,7 +26,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "away": {"operations": 15_000},
     "silent": {},
     "mixed": {"minutes": 4 / 60},
+    "sync-kill": {"rounds": 2},
 }
+
+# Their short form is in test_sync.py and test_sync_cluster.py.
+OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 
 # Their short form is in test_cluster.py, where tests share a cluster.
 ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
@@ -44,4 +48,4 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_row_is_here() -> None:
-    assert [*SIZES, *ON_CLUSTERS] == list(rows.ROWS)
+    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS} == rows.ROWS.keys()

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
-import random
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +23,7 @@ import redis as redis_py
 from redis.credentials import CredentialProvider
 
 import dscache
-from blocking import PATIENCE, LoopThread, ProxyThread
+from blocking import PATIENCE, LoopThread, Model, ProxyThread, in_threads, run_child, until
 from conftest import SERVERS, _server_id
 from dscache import pool as pool_module
 from dscache.embedded import EmbeddedServer, TLSFiles
@@ -37,7 +33,6 @@ from sentinels import SentinelGroup
 MakeServer = Callable[..., EmbeddedServer]
 Call = Callable[[dscache.Cache], Any]
 
-HERE = Path(__file__).parent
 # For what must not end by a time limit, and for what can end by nothing else.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 IMPATIENT = {"connectTimeout": 200, "commandTimeout": 200}
@@ -95,76 +90,7 @@ def proxy(server: EmbeddedServer) -> Iterator[ProxyThread]:
         yield started
 
 
-def until(condition: Callable[[], object], what: str = "it") -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.001)
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """Return what ``work`` returns in so many threads, which run at once."""
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(work, range(count)))
-
-
-def run_child(script: str, *arguments: str, backend: str) -> dict[str, Any]:
-    """Return the JSON that a program beside this file prints."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
-        env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE * 5,
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
 # -- threads
-
-
-class Model:
-    """What one thread's records must be, none of which anybody else writes."""
-
-    def __init__(self, number: int) -> None:
-        self.random = random.Random(number)
-        self.names = [f"thread {number} record {n}" for n in range(5)]
-        self.records: dict[str, tuple[int, Any]] = {}
-
-    def step(self, cache: dscache.Cache) -> None:
-        name = self.random.choice(self.names)
-        version = self.random.randrange(10)
-        data = [name, version]
-        known = self.records.get(name)
-        match self.random.randrange(10):
-            case 0:
-                assert cache.set(name, version, data) is True
-                self.records[name] = version, data
-            case 1:
-                newer = known is None or version > known[0]
-                assert cache.set(name, version, data, if_newer=True) is newer
-                if newer:
-                    self.records[name] = version, data
-            case 2:
-                assert cache.delete(name) is (self.records.pop(name, None) is not None)
-            case 3:
-                assert cache.head(name) == (None if known is None else known[0])
-            case 4:
-                found = {name: tuple(it) for name, it in cache.get_bulk(self.names).items()}
-                assert found == self.records
-            case 5:
-                news = {name: (version, [name, version]) for name in self.names[:3]}
-                assert cache.set_bulk(news, ttl=1000) == set()
-                self.records |= news
-            case 6:
-                heads = {name: version for name, (version, _) in self.records.items()}
-                assert cache.head_bulk(self.names) == heads
-            case _:
-                record = cache.get(name)
-                assert (None if record is None else tuple(record)) == known
 
 
 @on_one_server
@@ -422,7 +348,7 @@ def test_a_fork_with_connections_open(server: EmbeddedServer, backend: str) -> N
 def test_greenlets(server: EmbeddedServer, backend: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
         silent_url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
-        result = run_child("greenlets.py", server.url, silent_url, backend=backend)
+        result = run_child("greenlets.py", server.url, silent_url, "100", backend=backend)
     assert result["wrong"] == []
     assert result["finished"]
     assert result["connections"] == 8
@@ -694,11 +620,6 @@ def test_credentials_are_asked_for_before_each_connection(
         assert SECRET not in str(caught.value)
         provider.given = ("default", SECRET)
         assert tuple(cache.get("a")) == (1, [1])
-
-
-def test_a_cluster_is_refused(backend: str) -> None:
-    with pytest.raises(dscache.ConfigError, match="nodes: a Cache serves one server"):
-        dscache.Cache.from_config({"name": "redis", "options": {"nodes": [{"port": 7000}]}})
 
 
 # -- TLS

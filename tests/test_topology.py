@@ -271,9 +271,9 @@ def nodes_of(cache: dscache.AsyncCache) -> set[str]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the slots be asked for again soon, and operations be tried again soon."""
-    monkeypatch.setattr(cluster, "_GAP", 0.002)
-    monkeypatch.setattr(cluster, "_GAP_CAP", 0.02)
-    monkeypatch.setattr(cluster, "_RETRY_CAP", 0.01)
+    monkeypatch.setattr(cluster, "GAP", 0.002)
+    monkeypatch.setattr(cluster, "GAP_CAP", 0.02)
+    monkeypatch.setattr(cluster, "RETRY_CAP", 0.01)
 
 
 OPERATIONS = {
