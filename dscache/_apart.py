@@ -41,10 +41,14 @@ class RecordsApart:
 
     def get(self, name: str) -> Any:
         """Read both keys; the waiter gets the Record, or None."""
-        self._admit(c.READ_KEY, {name: 0})
         waiter = self._create_waiter()
-        self._read(name, waiter)
+        self.read(name, waiter)
         return waiter
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Read both keys for ``waiter``, which gets the Record, or None."""
+        self._admit(c.READ_KEY, {name: 0})
+        self._read(name, waiter)
 
     def head(self, name: str) -> Any:
         """Read the version, and whether there is data; the waiter gets the int, or None."""
