@@ -64,7 +64,7 @@ Milliseconds = Annotated[int, Meta(ge=1, le=_MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 # A falsy interval is never, as in ioredis, and a falsy ttl is none, as in deepstream's connector.
 Interval = Annotated[int, Meta(ge=1, le=_MOST, extra={"zero_is_none": True})]
-NamePrefix = Annotated[str, Meta(min_length=1)]
+NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"wanted": "the beginning of names"})]
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"zero_is_none": True})]
 
 _EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
@@ -145,6 +145,14 @@ class NearCacheOptions(Written, frozen=True, kw_only=True):
     prefixes: tuple[NamePrefix, ...] = ()
     serve_stale: bool = False
     required: bool = True
+
+    wanted: ClassVar[str] = "true, false or a mapping of options"
+
+    @classmethod
+    def spelled_out(cls, written: object) -> object:
+        if isinstance(written, bool):
+            return {} if written else None
+        return written
 
 
 class RedisOptions(Written, frozen=True, kw_only=True):
