@@ -17,6 +17,7 @@ cdef extern from *:
 
 cdef long NEAR_ENTRY_BYTES = c.NEAR_ENTRY_BYTES
 cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
+cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
 cdef object _UNKNOWN = object()
 cdef object _AWAY = c.AWAY
 
@@ -380,29 +381,36 @@ cdef class NearCache:
 
     cdef object _read(self, str name):
         cdef double now = dscache_now()
-        cdef _Flight flight = self._flights.get(name)
-        if flight is not None and now < flight.boarding_ends and self._live:
-            waiter = self._create_waiter()
-            flight.waiters.append(waiter)
+        cdef _Flight flight = self._boarding_flight(name, now)
+        if flight is None:
+            flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
+            self._inner.read(name, flight)
+            PyDict_SetItem(self._flights, name, flight)
+            self._misses += 1
+        else:
             self._joins += 1
-            return waiter
-        flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
-        self._inner.read(name, flight)
         waiter = self._create_waiter()
         flight.waiters.append(waiter)
-        PyDict_SetItem(self._flights, name, flight)
-        self._misses += 1
         return waiter
 
+    cdef _Flight _boarding_flight(self, str name, double now):
+        """Return the read of a name that is under way and may be joined."""
+        cdef PyObject* found = PyDict_GetItem(self._flights, name) if self._live else NULL
+        if found == NULL or now >= (<_Flight>found).boarding_ends:
+            return None
+        return <_Flight>found
+
     cdef object _bulk(self, int kind, names):
-        cdef str operation = f"{c.OPERATIONS[kind]}_bulk"
         cdef dict found = {}
         cdef list missing = []
+        cdef list flights = []
+        cdef double now = dscache_now()
         cdef bint stale
         cdef _Entry entry
+        cdef _Flight flight
         cdef str key
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(operation, names)
+            raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:
             key = check_name(name)
             if key in found:
@@ -411,18 +419,32 @@ cdef class NearCache:
             entry = self._look(key, &stale)
             if entry is None or (stale and kind == HEAD):
                 PyDict_SetItem(found, key, _UNKNOWN)
-                missing.append(key)
+                flight = self._boarding_flight(key, now) if kind == GET else None
+                if flight is None:
+                    missing.append(key)
+                else:
+                    flights.append(flight)
             elif kind == GET:
                 PyDict_SetItem(found, key, _record_of(entry, stale))
             else:
                 PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
-        self._misses += PyList_GET_SIZE(missing)
         waiter = self._create_waiter()
         cdef _Gathering gathering = _Gathering.__new__(_Gathering, self, kind, found, waiter)
         if missing or not found:
+            gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
-        else:
-            gathering.set_result({})
+        self._misses += PyList_GET_SIZE(missing)
+        self._joins += PyList_GET_SIZE(flights)
+        for flight in flights:
+            gathering.awaited += 1
+            flight.waiters.append(_Part.__new__(_Part, gathering, flight.name))
+        if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
+            for key in missing:
+                flight = _Flight.__new__(_Flight, self, key, now + self._boarding)
+                PyDict_SetItem(self._flights, key, flight)
+                gathering.flights.append(flight)
+        if not gathering.awaited:
+            gathering.end()
         return waiter
 
     cdef int _append(self, _Entry entry) noexcept:
@@ -482,8 +504,7 @@ cdef class _Flight:
         self._near.landed(self)
         for waiter in self.waiters:
             _tell(waiter, record)
-            if record is not None:  # each has one of its own
-                record = _record(record.name, record.version, record.raw)
+            record = _another(record)
 
     def set_exception(self, error, /):
         cdef Record known
@@ -498,54 +519,119 @@ cdef class _Flight:
 
 @cython.final
 cdef class _Gathering:
-    """A bulk read of which a part was at hand: the waiter of the pipeline, for the rest."""
+    """A bulk read of which a part was at hand, and others are awaited.
+
+    It is the pipeline's waiter for those that are read for it, in which others may join.
+    """
 
     cdef NearCache _near
     cdef int _kind
     cdef dict _found
     cdef object _waiter
+    cdef dict _rest
+    cdef dict _errors
+    cdef object _failure
+    cdef Py_ssize_t awaited
+    cdef list flights
 
     def __cinit__(self, NearCache near, int kind, dict found, waiter):
         self._near = near
         self._kind = kind
         self._found = found
         self._waiter = waiter
+        self._rest = {}
+        self._errors = {}
+        self.flights = []
 
-    def set_result(self, rest, /):
-        _tell(self._waiter, self._all(rest))
+    def set_result(self, found, /):
+        cdef _Flight flight
+        self._rest.update(found)
+        for flight in self.flights:
+            flight.set_result(_another(found.get(flight.name)))
+        self._come()
 
     def set_exception(self, error, /):
-        cdef str operation = f"{c.OPERATIONS[self._kind]}_bulk"
-        cdef dict rest, errors
-        cdef Record known
+        cdef _Flight flight
+        cdef dict found = {}
+        cdef dict errors
         if isinstance(error, BulkError):
-            rest, errors = dict(error.result), dict(error.errors)
+            found = error.result
+            errors = dict(error.errors)
         else:
-            rest = {}
-            errors = {name: error for name, value in self._found.items() if value is _UNKNOWN}
-        cdef Py_ssize_t failed = PyDict_Size(errors)
-        for name, reason in list(errors.items()):
-            known = None
-            if self._kind == GET and isinstance(reason, _AWAY):
-                known = self._near.last_known(name)
-            if known is not None:
-                rest[name] = known
-                del errors[name]
-        if not errors:
-            _tell(self._waiter, self._all(rest))
-        elif PyDict_Size(errors) == failed and not isinstance(error, BulkError):
-            _fail(self._waiter, lambda: error)
-        else:
-            _fail(self._waiter, partial(BulkError, operation, errors, self._all(rest)))
+            self._failure = error
+            errors = {name: error for name, known in self._found.items() if known is _UNKNOWN}
+        self._errors.update(errors)
+        self._rest.update(found)
+        for flight in self.flights:
+            if flight.name in errors:
+                flight.set_exception(errors[flight.name])
+            else:
+                flight.set_result(_another(found.get(flight.name)))
+        self._come()
 
-    cdef dict _all(self, rest):
-        """Return what was found of all, in the order of the names."""
+    cdef int take(self, str name, Record record) except -1:
+        """Take what a flight that was joined has found."""
+        self._rest[name] = record
+        return self._come()
+
+    cdef int take_error(self, str name, error) except -1:
+        """Take why a flight that was joined has failed."""
+        self._errors[name] = error
+        return self._come()
+
+    cdef int _come(self) except -1:
+        self.awaited -= 1
+        if not self.awaited:
+            self.end()
+        return 0
+
+    cdef int end(self) except -1:
+        """Tell the waiter what became of all."""
         cdef dict result = {}
+        cdef Record last
+        for name in self._rest:
+            self._errors.pop(name, None)
+        for name, error in list(self._errors.items()):
+            last = None
+            if self._kind == GET and isinstance(error, _AWAY):
+                last = self._near.last_known(name)
+            if last is not None:
+                self._rest[name] = last
+                del self._errors[name]
         for name, known in self._found.items():
-            value = rest.get(name) if known is _UNKNOWN else known
+            value = self._rest.get(name) if known is _UNKNOWN else known
             if value is not None:
                 PyDict_SetItem(result, name, value)
-        return result
+        if not self._errors:
+            return _tell(self._waiter, result)
+        failure = self._failure
+        if failure is not None and not self._rest:
+            return _fail(self._waiter, lambda: failure)
+        operation = f"{c.OPERATIONS[self._kind]}_bulk"
+        return _fail(self._waiter, partial(BulkError, operation, self._errors, result))
+
+
+@cython.final
+cdef class _Part:
+    """The waiter of one name of a bulk read, on a flight that it has joined."""
+
+    cdef _Gathering _gathering
+    cdef str _name
+
+    def __cinit__(self, _Gathering gathering, str name):
+        self._gathering = gathering
+        self._name = name
+
+    def set_result(self, Record record, /):
+        self._gathering.take(self._name, record)
+
+    def set_exception(self, error, /):
+        self._gathering.take_error(self._name, error)
+
+
+cdef inline Record _another(Record record):
+    """Return a record like this one, for somebody else."""
+    return None if record is None else _record(record.name, record.version, record.raw)
 
 
 async def _now(result):

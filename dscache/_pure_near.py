@@ -349,26 +349,30 @@ class NearCache:
 
     def _read(self, name: str) -> Any:
         now = time.monotonic()
-        flight = self._flights.get(name)
-        if flight is not None and now < flight.boarding_ends and self._live:
-            waiter = self._create_waiter()
-            flight.waiters.append(waiter)
+        flight = self._boarding_flight(name, now)
+        if flight is None:
+            flight = Flight(self, name, now + self._boarding)
+            self._inner.read(name, flight)
+            self._flights[name] = flight
+            self._counts["misses"] += 1
+        else:
             self._counts["joins"] += 1
-            return waiter
-        flight = Flight(self, name, now + self._boarding)
-        self._inner.read(name, flight)
         waiter = self._create_waiter()
         flight.waiters.append(waiter)
-        self._flights[name] = flight
-        self._counts["misses"] += 1
         return waiter
 
+    def _boarding_flight(self, name: str, now: float) -> Flight | None:
+        """Return the read of a name that is under way and may be joined."""
+        flight = self._flights.get(name)
+        return flight if flight is not None and now < flight.boarding_ends and self._live else None
+
     def _bulk(self, kind: int, names: Iterable[str]) -> Any:
-        operation = c.OPERATIONS[kind] + "_bulk"
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(operation, names)
+            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
+        flights: list[Flight] = []
+        now = time.monotonic()
         for name in names:
             name = check_name(name)
             if name in found:
@@ -376,18 +380,31 @@ class NearCache:
             entry, stale = self._look(name)
             if entry is None or (stale and kind == c.HEAD):
                 found[name] = _UNKNOWN
-                missing.append(name)
+                flight = self._boarding_flight(name, now) if kind == c.GET else None
+                if flight is None:
+                    missing.append(name)
+                else:
+                    flights.append(flight)
             elif kind == c.GET:
                 found[name] = self._record(name, entry, stale)
             else:
                 found[name] = None if entry.raw is None else entry.version
-        self._counts["misses"] += len(missing)
         waiter = self._create_waiter()
         gathering = Gathering(self, kind, found, waiter)
         if missing or not found:
+            gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
-        else:
-            gathering.set_result({})
+        self._counts["misses"] += len(missing)
+        self._counts["joins"] += len(flights)
+        for flight in flights:
+            gathering.awaited += 1
+            flight.waiters.append(Part(gathering, flight.name))
+        if kind == c.GET and len(missing) <= c.NEAR_SHARED:
+            for name in missing:
+                flight = self._flights[name] = Flight(self, name, now + self._boarding)
+                gathering.flights.append(flight)
+        if not gathering.awaited:
+            gathering.end()
         return waiter
 
     def _make_room(self, size: int) -> None:
@@ -419,8 +436,7 @@ class Flight:
         self._near.landed(self)
         for waiter in self.waiters:
             tell(waiter, record)
-            if record is not None:  # each has one of its own
-                record = Record(record.name, record.version, record.raw)
+            record = _another(record)
 
     def set_exception(self, error: Exception, /) -> None:
         self._near.landed(self)
@@ -433,49 +449,118 @@ class Flight:
 
 
 class Gathering:
-    """A bulk read of which a part was at hand: the waiter of the pipeline, for the rest."""
+    """A bulk read of which a part was at hand, and others are awaited.
 
-    __slots__ = ("_found", "_kind", "_near", "_waiter")
+    It is the pipeline's waiter for those that are read for it, in which others may join.
+    """
+
+    __slots__ = (
+        "_errors",
+        "_failure",
+        "_found",
+        "_kind",
+        "_near",
+        "_rest",
+        "_waiter",
+        "awaited",
+        "flights",
+    )
 
     def __init__(self, near: NearCache, kind: int, found: dict[str, Any], waiter: Any) -> None:
         self._near = near
         self._kind = kind
         self._found = found
         self._waiter = waiter
+        self._rest: dict[str, Any] = {}
+        self._errors: dict[str, Exception] = {}
+        self._failure: Exception | None = None
+        self.awaited = 0
+        self.flights: list[Flight] = []
 
-    def set_result(self, rest: Mapping[str, Any], /) -> None:
-        tell(self._waiter, self._all(rest))
+    def set_result(self, found: Mapping[str, Any], /) -> None:
+        self._rest.update(found)
+        for flight in self.flights:
+            flight.set_result(_another(found.get(flight.name)))
+        self._come()
 
     def set_exception(self, error: Exception, /) -> None:
-        operation = c.OPERATIONS[self._kind] + "_bulk"
+        found: Mapping[str, Any] = {}
         if isinstance(error, BulkError):
-            rest, errors = dict(error.result), dict(error.errors)
+            found = error.result
+            errors = dict(error.errors)
         else:
-            rest = {}
-            errors = {name: error for name, known in self._found.items() if known is _UNKNOWN}
-        failed = len(errors)
-        for name, reason in list(errors.items()):
+            self._failure = error
+            missing = (name for name, known in self._found.items() if known is _UNKNOWN)
+            errors = dict.fromkeys(missing, error)
+        self._errors.update(errors)
+        self._rest.update(found)
+        for flight in self.flights:
+            if flight.name in errors:
+                flight.set_exception(errors[flight.name])
+            else:
+                flight.set_result(_another(found.get(flight.name)))
+        self._come()
+
+    def take(self, name: str, record: Record | None) -> None:
+        """Take what a flight that was joined has found."""
+        self._rest[name] = record
+        self._come()
+
+    def take_error(self, name: str, error: Exception) -> None:
+        """Take why a flight that was joined has failed."""
+        self._errors[name] = error
+        self._come()
+
+    def _come(self) -> None:
+        self.awaited -= 1
+        if not self.awaited:
+            self.end()
+
+    def end(self) -> None:
+        """Tell the waiter what became of all."""
+        for name in self._rest:
+            self._errors.pop(name, None)
+        for name, error in list(self._errors.items()):
             known = None
-            if self._kind == c.GET and isinstance(reason, c.AWAY):
+            if self._kind == c.GET and isinstance(error, c.AWAY):
                 known = self._near.last_known(name)
             if known is not None:
-                rest[name] = known
-                del errors[name]
-        if not errors:
-            tell(self._waiter, self._all(rest))
-        elif len(errors) == failed and not isinstance(error, BulkError):
-            fail(self._waiter, lambda: error)
-        else:
-            fail(self._waiter, partial(BulkError, operation, errors, self._all(rest)))
-
-    def _all(self, rest: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what was found of all, in the order of the names."""
+                self._rest[name] = known
+                del self._errors[name]
         result: dict[str, Any] = {}
         for name, known in self._found.items():
-            value = rest.get(name) if known is _UNKNOWN else known
+            value = self._rest.get(name) if known is _UNKNOWN else known
             if value is not None:
                 result[name] = value
-        return result
+        failure = self._failure
+        if not self._errors:
+            tell(self._waiter, result)
+        elif failure is not None and not self._rest:
+            fail(self._waiter, lambda: failure)
+        else:
+            operation = c.OPERATIONS[self._kind] + "_bulk"
+            fail(self._waiter, partial(BulkError, operation, self._errors, result))
+
+
+class Part:
+    """The waiter of one name of a bulk read, on a flight that it has joined."""
+
+    __slots__ = ("_gathering", "_name")
+
+    def __init__(self, gathering: Gathering, name: str) -> None:
+        self._gathering = gathering
+        self._name = name
+
+    def set_result(self, record: Record | None, /) -> None:
+        self._gathering.take(self._name, record)
+
+    def set_exception(self, error: Exception, /) -> None:
+        self._gathering.take_error(self._name, error)
+
+
+def _another(record: Record | None) -> Record | None:
+    """Return a record like this one, for somebody else."""
+    return None if record is None else Record(record.name, record.version, record.raw)
 
 
 async def _now(result: Any) -> Any:
