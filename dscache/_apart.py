@@ -41,8 +41,9 @@ class RecordsApart:
 
     def get(self, name: str) -> Any:
         """Read both keys; the waiter gets the Record, or None."""
+        self._admit(c.READ_KEY, {name: 0})
         waiter = self._create_waiter()
-        self.read(name, waiter)
+        self._read(name, waiter)
         return waiter
 
     def read(self, name: str, waiter: Any) -> None:

@@ -180,6 +180,13 @@ ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
 
 
+def again(error: Exception) -> Exception:
+    """Return an error like this one, for somebody else."""
+    other = copy(error)
+    other.__cause__ = error.__cause__
+    return other
+
+
 def join_address(host: str, port: int) -> str:
     """Return ``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

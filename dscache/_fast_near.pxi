@@ -29,9 +29,12 @@ cdef enum:
 
 @cython.final
 cdef class _Reach:
-    """Whether there is a connection to a node now."""
+    """Whether there is a connection to a node now.
 
-    cdef bint up
+    It is ``over`` when all that came from there up to now is known to be outdated.
+    """
+
+    cdef bint up, over
 
 
 @cython.final
@@ -325,7 +328,8 @@ cdef class NearCache:
         return False
 
     cdef int count_flush(self, str reason) except -1:
-        """Count that many records became useless at once."""
+        """Count that many records became useless at once; nor does anybody join an older read."""
+        self._flights.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
 
@@ -377,7 +381,7 @@ cdef class NearCache:
         return None
 
     cdef inline bint _may_be_stale(self, _Entry entry) noexcept:
-        return self._serve_stale and entry.raw is not None and entry.epoch.state != OVER
+        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     cdef object _read(self, str name):
         cdef double now = dscache_now()
@@ -433,6 +437,8 @@ cdef class NearCache:
         if missing or not found:
             gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
+        elif not flights:
+            gathering.end()
         self._misses += PyList_GET_SIZE(missing)
         self._joins += PyList_GET_SIZE(flights)
         for flight in flights:
@@ -443,8 +449,6 @@ cdef class NearCache:
                 flight = _Flight.__new__(_Flight, self, key, now + self._boarding)
                 PyDict_SetItem(self._flights, key, flight)
                 gathering.flights.append(flight)
-        if not gathering.awaited:
-            gathering.end()
         return waiter
 
     cdef int _append(self, _Entry entry) noexcept:
@@ -512,7 +516,7 @@ cdef class _Flight:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _fail(waiter, partial(copy, error))
+                _fail(waiter, partial(c.again, error))
             else:
                 _tell(waiter, known)
 

@@ -33,7 +33,6 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -54,12 +53,16 @@ LIVE, LOST, OVER = range(3)
 
 
 class Reach:
-    """Whether there is a connection to a node now."""
+    """Whether there is a connection to a node now.
 
-    __slots__ = ("up",)
+    It is ``over`` when all that came from there up to now is known to be outdated.
+    """
+
+    __slots__ = ("over", "up")
 
     def __init__(self) -> None:
         self.up = False
+        self.over = False
 
 
 class Epoch:
@@ -298,7 +301,8 @@ class NearCache:
         return False
 
     def count_flush(self, reason: str) -> None:
-        """Count that many records became useless at once."""
+        """Count that many records became useless at once; nor does anybody join an older read."""
+        self._flights.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
 
     def count_live(self, change: int) -> None:
@@ -342,7 +346,7 @@ class NearCache:
         return None, False
 
     def _may_be_stale(self, entry: Entry) -> bool:
-        return self._serve_stale and entry.raw is not None and entry.epoch.state != OVER
+        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
         return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
@@ -394,6 +398,8 @@ class NearCache:
         if missing or not found:
             gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
+        elif not flights:
+            gathering.end()
         self._counts["misses"] += len(missing)
         self._counts["joins"] += len(flights)
         for flight in flights:
@@ -403,8 +409,6 @@ class NearCache:
             for name in missing:
                 flight = self._flights[name] = Flight(self, name, now + self._boarding)
                 gathering.flights.append(flight)
-        if not gathering.awaited:
-            gathering.end()
         return waiter
 
     def _make_room(self, size: int) -> None:
@@ -443,7 +447,7 @@ class Flight:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
             if known is None:
-                fail(waiter, partial(copy, error))
+                fail(waiter, partial(c.again, error))
             else:
                 tell(waiter, known)
 
@@ -533,9 +537,12 @@ class Gathering:
             if value is not None:
                 result[name] = value
         failure = self._failure
+        is_served = self._rest or any(
+            getattr(known, "stale", False) for known in self._found.values()
+        )
         if not self._errors:
             tell(self._waiter, result)
-        elif failure is not None and not self._rest:
+        elif failure is not None and not is_served:
             fail(self._waiter, lambda: failure)
         else:
             operation = c.OPERATIONS[self._kind] + "_bulk"
