@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import lru_cache
 from typing import Any, Final, Protocol
 

@@ -14,7 +14,6 @@ import time
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
-from copy import copy
 from functools import partial
 from operator import attrgetter
 
@@ -191,8 +190,6 @@ cdef class Pipeline:
         self._queue = deque()
         self._slots = deque()
         self._returned = []
-        self._storage = bytearray(c.READ_BUFFER_BYTES)
-        self._buffer = memoryview(self._storage)
         self._reach = _Reach.__new__(_Reach)
         self.reset_reader()
 
@@ -388,6 +385,9 @@ cdef class Pipeline:
 
     def get_buffer(self, size_hint):
         """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        if self._storage is None:  # there are pipelines that never read
+            self._storage = bytearray(c.READ_BUFFER_BYTES)
+            self._buffer = memoryview(self._storage)
         return self._buffer
 
     def buffer_updated(self, Py_ssize_t size):
@@ -395,6 +395,8 @@ cdef class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
+        if self._storage is None or size > len(self._storage):
+            raise ValueError("there is no such part of the buffer")
         self._hear(size)
         self._guard.inspect(
             <const unsigned char*>PyByteArray_AS_STRING(self._storage), size, self.address
@@ -439,13 +441,17 @@ cdef class Pipeline:
 
     cpdef forget(self, str reason):
         """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
-        if self._epoch is not None:
-            self._end_epoch(OVER, reason)
+        cdef bint is_tracked = self._epoch is not None
+        self._end_epoch(OVER, reason)
+        if is_tracked:
             self.connected(True)
 
     cdef int _end_epoch(self, int state, str reason) except -1:
         cdef _Epoch epoch = self._epoch
         self._epoch = None
+        if state == OVER:  # and so is what earlier connections brought
+            self._reach.over = True
+            self._reach = _Reach.__new__(_Reach)
         if epoch is not None and self.near is not None:
             epoch.state = state
             self.near.count_flush(reason)

@@ -609,7 +609,10 @@ cdef class _Gathering:
         if not self._errors:
             return _tell(self._waiter, result)
         failure = self._failure
-        if failure is not None and not self._rest:
+        is_served = self._rest or any(
+            getattr(known, "stale", False) for known in self._found.values()
+        )
+        if failure is not None and not is_served:
             return _fail(self._waiter, lambda: failure)
         operation = f"{c.OPERATIONS[self._kind]}_bulk"
         return _fail(self._waiter, partial(BulkError, operation, self._errors, result))

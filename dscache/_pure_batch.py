@@ -5,7 +5,6 @@ from __future__ import annotations
 from asyncio import InvalidStateError
 from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from functools import partial
 from typing import Any, Final
 
@@ -74,7 +73,7 @@ class Overtaken:
             fail(self._waiter, self._refusal)
 
     def set_exception(self, error: Exception, /) -> None:
-        fail(self._waiter, partial(copy, error))
+        fail(self._waiter, partial(c.again, error))
 
 
 class Bulk:

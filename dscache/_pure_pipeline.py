@@ -147,7 +147,7 @@ class Pipeline:
         self._queue: deque[Batch] = deque()
         self._slots: deque[tuple[Batch, int]] = deque()
         self._returned: list[Batch] = []
-        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
             ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
         )
@@ -364,6 +364,8 @@ class Pipeline:
 
     def get_buffer(self, size_hint: int) -> memoryview:
         """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        if not self._buffer:  # there are pipelines that never read
+            self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
         return self._buffer
 
     def buffer_updated(self, size: int) -> None:
@@ -371,6 +373,8 @@ class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
+        if size > len(self._buffer):
+            raise ValueError("there is no such part of the buffer")
         self._hear(size)
         self._guard.inspect(bytes(self._buffer[:size]), self.address)
         self._reader.feed(self._buffer, 0, size)
@@ -411,12 +415,16 @@ class Pipeline:
 
     def forget(self, reason: str) -> None:
         """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
-        if self._epoch is not None:
-            self._end_epoch(OVER, reason)
+        is_tracked = self._epoch is not None
+        self._end_epoch(OVER, reason)
+        if is_tracked:
             self.connected(True)
 
     def _end_epoch(self, state: int, reason: str) -> None:
         epoch, self._epoch = self._epoch, None
+        if state == OVER:  # and so is what earlier connections brought
+            self._reach.over = True
+            self._reach = Reach()
         if epoch is not None and self.near is not None:
             epoch.state = state
             self.near.count_flush(reason)
