@@ -46,6 +46,11 @@ class RecordsApart:
         self._read(name, waiter)
         return waiter
 
+    def read(self, name: str, waiter: Any) -> None:
+        """Read both keys for ``waiter``, which gets the Record, or None."""
+        self._admit(c.READ_KEY, {name: 0})
+        self._read(name, waiter)
+
     def head(self, name: str) -> Any:
         """Read the version, and whether there is data; the waiter gets the int, or None."""
         self._admit(c.READ_KEY, {name: 0})

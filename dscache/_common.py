@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -62,6 +63,17 @@ HEADER_BYTES: Final = 64
 # The ways in which hiredis says that it is no RESP: the last ones for a map or a set with a member
 # that no dict takes, and for numbers that are none. What a signal handler raises is none of them.
 NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
+# What the near cache keeps, unless configured.
+NEAR_RECORDS: Final = 100_000
+NEAR_BYTES: Final = 64 * 1024 * 1024
+# What keeping one record takes, apart from its name's and its data's text.
+NEAR_ENTRY_BYTES: Final = 250
+# For how many names it is kept when they were last written here. It only matters while a read is
+# under way that is older, and at the limit such reads are merely not kept.
+NEAR_FENCES: Final = 4096
+# The longest bulk read in which others may join for one of its names. Each name costs it 0.3 µs,
+# which a longer one is not asked to bear.
+NEAR_SHARED: Final = 1024
 MAX_PENDING: Final = 10_000
 MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
@@ -77,6 +89,9 @@ COMMAND: Final = 6
 READ_KEY: Final = 7
 WRITE_KEY: Final = 8
 OPERATIONS: Final = ("get", "head", "set", "set", "set", "delete", "command", "read", "write")
+
+# The errors that say nothing of a record but that its node can't be asked.
+AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 
 MAX_REDIRECTIONS: Final = 16
 # The slots of a cluster: CRC16 of a key's hash tag, in 14 bits.
@@ -166,12 +181,27 @@ ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
 
 
+def again(error: Exception) -> Exception:
+    """Return an error like this one, for somebody else."""
+    other = copy(error)
+    other.__cause__ = error.__cause__
+    return other
+
+
 def join_address(host: str, port: int) -> str:
     """Return ``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # -- errors of the caller
+
+
+def key_stem(text: str, hash_tag: bool) -> str:
+    """Return how the keys of names begin that begin with some text, behind the key prefix."""
+    if not hash_tag:
+        return text
+    opening = TAG_FOR_BRACE if text.startswith(TAG_CLOSE.decode()) else TAG_OPEN
+    return opening.decode() + text
 
 
 def bad_name(name: object) -> RecordError:

@@ -14,7 +14,6 @@ import time
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
-from copy import copy
 from functools import partial
 from operator import attrgetter
 
@@ -37,7 +36,7 @@ import hiredis
 import msgspec
 
 from . import _common as c
-from .errors import ProtocolError, ReplyError, shorten
+from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
@@ -90,6 +89,9 @@ cdef object _monotonic = time.monotonic
 
 
 cdef class _Encoder  # of _fast_wire.pxi, for the batches before it
+cdef class NearCache  # of _fast_near.pxi, as are
+cdef class _Epoch
+cdef class _Reach
 
 include "_fast_record.pxi"
 include "_fast_batch.pxi"
@@ -105,7 +107,8 @@ cdef class Pipeline:
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
-    server has refused a write for being a replica.
+    server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
+    there is one.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -121,6 +124,9 @@ cdef class Pipeline:
     cdef public bint has_msetex
     cdef public bint read_only
     cdef public list redirected
+    cdef public NearCache near
+    cdef _Reach _reach
+    cdef _Epoch _epoch
     cdef readonly Py_ssize_t settled
     cdef readonly Py_ssize_t operations
     cdef readonly Py_ssize_t pending_bytes
@@ -184,8 +190,7 @@ cdef class Pipeline:
         self._queue = deque()
         self._slots = deque()
         self._returned = []
-        self._storage = bytearray(c.READ_BUFFER_BYTES)
-        self._buffer = memoryview(self._storage)
+        self._reach = _Reach.__new__(_Reach)
         self.reset_reader()
 
     # -- operations on one record
@@ -227,6 +232,16 @@ cdef class Pipeline:
     def delete_bulk(self, names):
         """Queue a removal of many records; its waiter gets how many there were."""
         return self._add_bulk(DELETE, _unique("delete_bulk", names))
+
+    # -- reads for the near cache
+
+    def read(self, str name not None, waiter):
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        self._join(GET, name, waiter)
+
+    def read_bulk(self, int kind, names, waiter):
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._add_bulk(kind, dict.fromkeys(names), 0, waiter)
 
     # -- any other command
 
@@ -370,6 +385,9 @@ cdef class Pipeline:
 
     def get_buffer(self, size_hint):
         """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        if self._storage is None:  # there are pipelines that never read
+            self._storage = bytearray(c.READ_BUFFER_BYTES)
+            self._buffer = memoryview(self._storage)
         return self._buffer
 
     def buffer_updated(self, Py_ssize_t size):
@@ -377,8 +395,9 @@ cdef class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += size
-        self._partial += size
+        if self._storage is None or size > len(self._storage):
+            raise ValueError("there is no such part of the buffer")
+        self._hear(size)
         self._guard.inspect(
             <const unsigned char*>PyByteArray_AS_STRING(self._storage), size, self.address
         )
@@ -390,13 +409,18 @@ cdef class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += len(data)
-        self._partial += len(data)
+        self._hear(len(data))
         self._guard.inspect(
             <const unsigned char*>PyBytes_AS_STRING(data), len(data), self.address
         )
         self._reader.feed(data)
         self._parse()
+
+    cdef inline void _hear(self, Py_ssize_t size) noexcept:
+        self._bytes_in += size
+        self._partial += size
+        if self._epoch is not None:
+            self._epoch.heard = dscache_now()
 
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
@@ -405,6 +429,34 @@ cdef class Pipeline:
         self._partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- what the near cache may believe
+
+    cpdef connected(self, bint is_tracked):
+        """Note that there is a connection, and whether its server tells of changes."""
+        self._reach.up = True
+        if is_tracked and self.near is not None:
+            self._epoch = _Epoch.__new__(_Epoch, self._reach)
+            self.near.count_live(1)
+
+    cpdef forget(self, str reason):
+        """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
+        cdef bint is_tracked = self._epoch is not None
+        self._end_epoch(OVER, reason)
+        if is_tracked:
+            self.connected(True)
+
+    cdef int _end_epoch(self, int state, str reason) except -1:
+        cdef _Epoch epoch = self._epoch
+        self._epoch = None
+        if state == OVER:  # and so is what earlier connections brought
+            self._reach.over = True
+            self._reach = _Reach.__new__(_Reach)
+        if epoch is not None and self.near is not None:
+            epoch.state = state
+            self.near.count_flush(reason)
+            self.near.count_live(-1)
+        return 0
 
     # -- time and failure
 
@@ -471,6 +523,9 @@ cdef class Pipeline:
                 self.queued -= batch.waiting()
             else:
                 kept[batch] = None
+        # What broke the protocol is not to be believed in anything.
+        self._end_epoch(LOST if retry else OVER, "connection")
+        self._reach.up = False
         self.settled += len(self._slots)
         self._slots.clear()
         self._queue = deque(sorted(kept, key=_serial_of))
@@ -612,10 +667,11 @@ cdef class Pipeline:
         PyDict_SetItem(batch.records, name, write)
         return waiter
 
-    cdef object _join(self, int kind, str name):
+    cdef object _join(self, int kind, str name, waiter=None):
         self.admit(0)
         cdef _Batch batch = self._batch_for(kind, name)
-        cdef object waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         cdef Py_ssize_t before = PyDict_Size(batch.records)
         cdef object entry = <object>PyDict_SetDefault(batch.records, name, waiter)
         if PyDict_Size(batch.records) == before:
@@ -625,9 +681,10 @@ cdef class Pipeline:
             self.operations += 1
         return waiter
 
-    cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0):
+    cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0, waiter=None):
         self.admit(size)
-        cdef object waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, False)
         if records:
             self.add_part(bulk, kind, records, size)
@@ -664,8 +721,8 @@ cdef class Pipeline:
                 self._partial = 0
                 if type(reply) is not _PUSH:
                     self._answer(reply)
-                elif not c.is_push(reply):
-                    raise c.no_push(self.address, reply)
+                else:
+                    self._take_push(reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -675,6 +732,18 @@ cdef class Pipeline:
             if self._returned:
                 self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
                 self._returned.clear()
+        return 0
+
+    cdef int _take_push(self, push) except -1:
+        """Let the near cache forget what has changed; other pushes say nothing to us."""
+        if not c.is_push(push):
+            raise c.no_push(self.address, push)
+        if push[0] != b"invalidate" or self.near is None:
+            return 0
+        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
+            raise self._wrong_shape("a change of keys", push)
+        if self.near.invalidate(push[1]):
+            self.forget("flushall")
         return 0
 
     cdef int _answer(self, reply) except -1:
@@ -736,9 +805,14 @@ cdef class Pipeline:
         if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
             for i in range(first, first + count):
                 self.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
+        if self.near is not None and SET <= batch.kind <= DELETE:
+            for i in range(first, first + count):
+                self.near.drop(<str>PyList_GET_ITEM(batch.names, i))
         return 0
 
     cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
+        # Nobody tells of changes to what only those get who ask.
+        cdef _Epoch epoch = None if batch.asking else self._epoch
         cdef _Bulk bulk = batch.bulk
         cdef dict result = None if bulk is None else bulk.result
         cdef Py_ssize_t i, settled = 0
@@ -760,6 +834,8 @@ cdef class Pipeline:
                         self._damaged(batch, name, entry, stored)
                     else:
                         self._hits += 1
+                        if epoch is not None:
+                            self.near.fill(self, epoch, batch.serial, name, version, <bytes>raw)
                         if bulk is not None:
                             PyDict_SetItem(result, name, _record(name, version, <bytes>raw))
                         elif type(entry) is list:
@@ -773,6 +849,8 @@ cdef class Pipeline:
                             raise self._wrong_shape("MGET", value)
                     if stored is not None or raw is not None:
                         self._halves += 1
+                    if epoch is not None:
+                        self.near.fill(self, epoch, batch.serial, name, 0, None)
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:
@@ -1214,3 +1292,4 @@ cdef dict _unique(str operation, names):
 
 
 include "_fast_router.pxi"
+include "_fast_near.pxi"

@@ -53,7 +53,7 @@ cdef class _Overtaken:
             _fail(self._waiter, self._refusal)
 
     def set_exception(self, error, /):
-        _fail(self._waiter, partial(copy, error))
+        _fail(self._waiter, partial(c.again, error))
 
 
 @cython.final

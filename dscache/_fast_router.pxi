@@ -89,6 +89,20 @@ cdef class Router:
         """Queue a removal of many records; its waiter gets how many there were."""
         return self._bulk(DELETE, _unique("delete_bulk", names))
 
+    # -- reads for the near cache
+
+    def read(self, str name not None, waiter):
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        cdef int slot = self._encoder.slot(name)
+        if slot < 0:
+            self._apart.read(name, waiter)
+        else:
+            (<Pipeline?>self.readers[slot])._join(GET, name, waiter)
+
+    def read_bulk(self, int kind, names, waiter):
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._bulk(kind, dict.fromkeys(names), waiter)
+
     # -- for those who know the nodes
 
     def slot_of(self, name):
@@ -119,7 +133,7 @@ cdef class Router:
         for pipeline in totals:
             pipeline.rouse()
 
-    cdef object _bulk(self, int kind, dict records):
+    cdef object _bulk(self, int kind, dict records, waiter=None):
         cdef list pipelines = self.readers if kind <= HEAD else self.owners
         cdef bint writes = SET <= kind <= SET_IF_NEWER
         cdef dict parts = {}  # of each pipeline: its records
@@ -151,7 +165,8 @@ cdef class Router:
             pipeline.admit(size)
         for pipeline in parts:
             pipeline.rouse()
-        cdef object waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
         if not records:
             (<Pipeline?>pipelines[0]).rouse()

@@ -162,6 +162,21 @@ cdef class _Encoder:
             return -1  # nothing in it
         return crc % SLOTS
 
+    cdef str name_of(self, bytes key):
+        """Return the name of the record that a key belongs to, or None if it is no record's."""
+        if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)):
+            return None
+        cdef bytes text = None
+        # Of a name that begins with "}" the tag is another one; else both are the same.
+        if key.startswith(self._opening_for_brace + c.TAG_CLOSE):
+            text = key[len(self._opening_for_brace) : -SUFFIX_SIZE]
+        elif key.startswith(self._opening) and key[:-SUFFIX_SIZE].endswith(self._closing):
+            text = key[len(self._opening) : -SUFFIX_SIZE - len(self._closing)]
+        try:
+            return text.decode() or None if text is not None else None
+        except UnicodeDecodeError:
+            return None
+
     cdef inline int slot_of(self, int kind, str name) except -2:
         """Return the slot of what an operation of that kind is about: a record, or one key."""
         cdef Py_ssize_t size = 0

@@ -2,17 +2,20 @@
 
 Its parts stand in ``_pure_record.py`` (records and their checks), ``_pure_batch.py`` (operations
 that travel together), ``_pure_wire.py`` (RESP and keys), ``_pure_pipeline.py`` (one node, with the
-theory of operation) and ``_pure_router.py`` (the nodes of a cluster).
+theory of operation), ``_pure_router.py`` (the nodes of a cluster) and ``_pure_near.py`` (records
+kept in the process).
 """
 
 from __future__ import annotations
 
+from ._pure_near import NearCache
 from ._pure_pipeline import Pipeline
 from ._pure_record import Record, check_name, check_version, encode_data, parse_version
 from ._pure_router import Router
 from ._pure_wire import slot_of_key
 
 __all__ = [
+    "NearCache",
     "Pipeline",
     "Record",
     "Router",

@@ -5,16 +5,25 @@ from __future__ import annotations
 from asyncio import InvalidStateError
 from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from functools import partial
-from itertools import count
 from typing import Any, Final
 
 from . import _common as c
 from ._common import Waiter
 
-# One row of numbers for all pipelines, so that batches keep their order when they change nodes.
-serials = count(1)
+
+class _Serials:
+    """One row of numbers for all pipelines, so that batches keep their order on other nodes."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def __next__(self) -> int:
+        self.last += 1
+        return self.last
+
+
+serials = _Serials()
 
 # The waiters of a record that is read again: nobody is told what the first reply says of it.
 NOBODY: Final[list[Any]] = []
@@ -64,7 +73,7 @@ class Overtaken:
             fail(self._waiter, self._refusal)
 
     def set_exception(self, error: Exception, /) -> None:
-        fail(self._waiter, partial(copy, error))
+        fail(self._waiter, partial(c.again, error))
 
 
 class Bulk:

@@ -64,6 +64,7 @@ from ._pure_batch import (
     waiter_of,
     with_waiter,
 )
+from ._pure_near import LOST, OVER, Epoch, NearCache, Reach
 from ._pure_record import Record, check_name, check_version, encode_data, parse_version
 from ._pure_wire import Encoder, LengthGuard, pack_command, slot_of_key
 from .errors import ProtocolError, ReplyError, shorten
@@ -89,7 +90,8 @@ class Pipeline:
     queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
-    server has refused a write for being a replica.
+    server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
+    there is one.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -121,6 +123,7 @@ class Pipeline:
         self.down: Exception | None = None
         self.has_msetex = False
         self.read_only = False
+        self.near: NearCache | None = None
         self.redirected: list[tuple[str, int, Batch]] = []
         self.settled = 0
         self.operations = 0
@@ -144,7 +147,7 @@ class Pipeline:
         self._queue: deque[Batch] = deque()
         self._slots: deque[tuple[Batch, int]] = deque()
         self._returned: list[Batch] = []
-        self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
             ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
         )
@@ -152,6 +155,8 @@ class Pipeline:
         self._flushes = 0
         self._bytes_out = 0
         self._bytes_in = 0
+        self._reach = Reach()
+        self._epoch: Epoch | None = None
         self.reset_reader()
 
     # -- operations on one record
@@ -217,6 +222,16 @@ class Pipeline:
     def delete_bulk(self, names: Iterable[str]) -> Any:
         """Queue a removal of many records; its waiter gets how many there were."""
         return self._add_bulk(c.DELETE, unique("delete_bulk", names))
+
+    # -- reads for the near cache
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        self._join(c.GET, name, waiter)
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._add_bulk(kind, dict.fromkeys(names), 0, waiter)
 
     # -- any other command
 
@@ -349,6 +364,8 @@ class Pipeline:
 
     def get_buffer(self, size_hint: int) -> memoryview:
         """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        if not self._buffer:  # there are pipelines that never read
+            self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
         return self._buffer
 
     def buffer_updated(self, size: int) -> None:
@@ -356,8 +373,9 @@ class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += size
-        self._partial += size
+        if size > len(self._buffer):
+            raise ValueError("there is no such part of the buffer")
+        self._hear(size)
         self._guard.inspect(bytes(self._buffer[:size]), self.address)
         self._reader.feed(self._buffer, 0, size)
         self._parse()
@@ -367,11 +385,16 @@ class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += len(data)
-        self._partial += len(data)
+        self._hear(len(data))
         self._guard.inspect(data, self.address)
         self._reader.feed(data)
         self._parse()
+
+    def _hear(self, size: int) -> None:
+        self._bytes_in += size
+        self._partial += size
+        if self._epoch is not None:
+            self._epoch.heard = time.monotonic()
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
@@ -380,6 +403,32 @@ class Pipeline:
         self._partial = 0
         self._guard = LengthGuard(self._max_reply_bytes)
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- what the near cache may believe
+
+    def connected(self, is_tracked: bool) -> None:
+        """Note that there is a connection, and whether its server tells of changes."""
+        self._reach.up = True
+        if is_tracked and self.near is not None:
+            self._epoch = Epoch(self._reach)
+            self.near.count_live(1)
+
+    def forget(self, reason: str) -> None:
+        """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
+        is_tracked = self._epoch is not None
+        self._end_epoch(OVER, reason)
+        if is_tracked:
+            self.connected(True)
+
+    def _end_epoch(self, state: int, reason: str) -> None:
+        epoch, self._epoch = self._epoch, None
+        if state == OVER:  # and so is what earlier connections brought
+            self._reach.over = True
+            self._reach = Reach()
+        if epoch is not None and self.near is not None:
+            epoch.state = state
+            self.near.count_flush(reason)
+            self.near.count_live(-1)
 
     # -- time and failure
 
@@ -438,6 +487,9 @@ class Pipeline:
                 self.queued -= batch.waiting()
             else:
                 kept[batch] = None
+        # What broke the protocol is not to be believed in anything.
+        self._end_epoch(LOST if retry else OVER, "connection")
+        self._reach.up = False
         self.settled += len(self._slots)
         self._slots.clear()
         self._queue = deque(sorted(kept, key=_serial_of))
@@ -540,10 +592,11 @@ class Pipeline:
         ):
             raise c.full(self.address, self.operations, self.pending_bytes)
 
-    def _join(self, kind: int, name: str) -> Any:
+    def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
         self.admit(0)
         batch = self._batch_for(kind, name)
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         if name in batch.records:
             batch.records[name] = with_waiter(batch.records[name], waiter)
         else:
@@ -552,9 +605,12 @@ class Pipeline:
             self.operations += 1
         return waiter
 
-    def _add_bulk(self, kind: int, records: dict[str, Any], size: int = 0) -> Any:
+    def _add_bulk(
+        self, kind: int, records: dict[str, Any], size: int = 0, waiter: Any = None
+    ) -> Any:
         self.admit(size)
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         if records:
             self.add_part(new_bulk(kind, records, waiter), kind, records, size)
         else:
@@ -588,8 +644,8 @@ class Pipeline:
                 self._partial = 0
                 if type(reply) is not hiredis.PushNotification:
                     self._answer(reply)
-                elif not c.is_push(reply):
-                    raise c.no_push(self.address, reply)
+                else:
+                    self._take_push(reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -599,6 +655,17 @@ class Pipeline:
             if self._returned:
                 self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
                 self._returned.clear()
+
+    def _take_push(self, push: Any) -> None:
+        """Let the near cache forget what has changed; other pushes say nothing to us."""
+        if not c.is_push(push):
+            raise c.no_push(self.address, push)
+        if push[0] != b"invalidate" or self.near is None:
+            return
+        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
+            raise self._wrong_shape("a change of keys", push)
+        if self.near.invalidate(push[1]):
+            self.forget("flushall")
 
     def _answer(self, reply: Any) -> None:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
@@ -656,10 +723,15 @@ class Pipeline:
         if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
             for i in range(first, first + count):
                 self.pending_bytes -= len(batch.entries[i].text)
+        if self.near is not None and c.SET <= batch.kind <= c.DELETE:
+            for i in range(first, first + count):
+                self.near.drop(batch.names[i])
 
     def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
         bulk = batch.bulk
+        # Nobody tells of changes to what only those get who ask.
+        epoch = None if batch.asking else self._epoch
         settled = 0
         try:
             for i in range(0, 2 * count, 2):
@@ -675,6 +747,8 @@ class Pipeline:
                         self._damaged(batch, name, entry, stored)
                     else:
                         self._counts["hits"] += 1
+                        if epoch is not None:
+                            self._keep(epoch, batch, name, version, raw)
                         if bulk is not None:
                             bulk.result[name] = Record(name, version, raw)
                         elif type(entry) is list:
@@ -688,6 +762,8 @@ class Pipeline:
                             raise self._wrong_shape("MGET", value)
                     if stored is not None or raw is not None:
                         self._counts["halves"] += 1
+                    if epoch is not None:
+                        self._keep(epoch, batch, name, 0, None)
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:
@@ -698,6 +774,10 @@ class Pipeline:
         finally:  # those before one of the wrong shape have their outcome
             if bulk is not None:
                 bulk.settle(settled)
+
+    def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
+        assert self.near is not None
+        self.near.fill(self, epoch, batch.serial, name, version, raw)
 
     def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
         if batch.asking and type(reply) is int:  # how many of both keys there are

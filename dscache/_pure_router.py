@@ -95,6 +95,20 @@ class Router:
         """Queue a removal of many records; its waiter gets how many there were."""
         return self._bulk(c.DELETE, unique("delete_bulk", names))
 
+    # -- reads for the near cache
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        slot = self._encoder.slot(name)
+        if slot < 0:
+            self._apart.read(name, waiter)
+        else:
+            self.readers[slot].read(name, waiter)
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._bulk(kind, dict.fromkeys(names), waiter)
+
     # -- for those who know the nodes
 
     def slot_of(self, name: object) -> int:
@@ -124,7 +138,7 @@ class Router:
         for pipeline in totals:
             pipeline.rouse()
 
-    def _bulk(self, kind: int, records: dict[str, Any]) -> Any:
+    def _bulk(self, kind: int, records: dict[str, Any], waiter: Any = None) -> Any:
         pipelines = self.readers if kind <= c.HEAD else self.owners
         parts: dict[Pipeline, dict[str, Any]] = {}
         apart: dict[str, Any] = {}
@@ -141,7 +155,8 @@ class Router:
             pipeline.admit(size)
         for pipeline in parts:
             pipeline.rouse()
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         bulk = new_bulk(kind, records, waiter, shared=True)
         if not records:
             pipelines[0].rouse()

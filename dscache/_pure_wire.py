@@ -51,6 +51,23 @@ class Encoder:
             stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
         return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
 
+    def name_of(self, key: bytes) -> str | None:
+        """Return the name of the record that a key belongs to, or None if it is no record's."""
+        if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)) or not key.startswith(self._prefix):
+            return None
+        text = key[len(self._prefix) : -len(c.DATA_SUFFIX)]
+        if self._hash_tag:
+            if text.startswith(c.TAG_FOR_BRACE + c.TAG_CLOSE):
+                text = text[len(c.TAG_FOR_BRACE) :]
+            elif text.startswith(c.TAG_OPEN) and text.endswith(c.TAG_CLOSE):
+                text = text[len(c.TAG_OPEN) : -len(c.TAG_CLOSE)]
+            else:
+                return None
+        try:
+            return text.decode() or None
+        except UnicodeDecodeError:
+            return None
+
     def slot(self, name: str) -> int:
         """Return the slot of both keys of a record, or -1 if they lie in different ones."""
         version, data = map(slot_of_key, self.keys(name))

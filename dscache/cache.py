@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +25,8 @@ class AsyncCache:
 
     Every operation returns an ``asyncio.Future``: it is issued at the call, in the order of the
     calls, whether or when it is awaited. All operations of one tick of the loop travel together.
+    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine, to be awaited once,
+    in place of the Future; they are issued at the call all the same.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future may end
@@ -57,11 +59,11 @@ class AsyncCache:
         """
         return cls(load(source), credentials)
 
-    def get(self, name: str) -> asyncio.Future[Record | None]:
+    def get(self, name: str) -> Awaitable[Record | None]:
         """Return the Record of that name, or None if there is none."""
         return (self._pipeline or self._open()).get(name)  # type: ignore[no-any-return]
 
-    def head(self, name: str) -> asyncio.Future[int | None]:
+    def head(self, name: str) -> Awaitable[int | None]:
         """Return the version of the record of that name, or None if there is none."""
         return (self._pipeline or self._open()).head(name)  # type: ignore[no-any-return]
 
@@ -135,7 +137,9 @@ class AsyncCache:
 
         Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
         which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
-        ``queued in_flight pending`` (their sum). Connection: ``connects last_loss``.
+        ``queued in_flight pending`` (their sum). Connection: ``connects last_loss``. With a near
+        cache ``near_cache``: its ``hits misses joins stale invalidations evictions
+        dropped_fills``, ``flushes`` by their reason, and what is kept, ``records`` and ``bytes``.
         """
         return {} if self._topology is None else self._topology.stats()
 
@@ -151,6 +155,7 @@ class AsyncCache:
         """Finish what was issued, within ``closeTimeout``, and close; the second time, nothing."""
         self._closed = True
         self._pipeline = None
+        self.__dict__.pop("get", None)
         try:
             if self._topology is not None:
                 await self._topology.close()
@@ -193,5 +198,8 @@ class AsyncCache:
     def _open(self) -> Any:
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        self._pipeline = (self._topology or self._begin()).pipeline
+        self._pipeline = (self._topology or self._begin()).front
+        if self._config.options.near_cache is not None:
+            # A hit takes no longer than one more call on the way to it.
+            self.__dict__["get"] = self._pipeline.get
         return self._pipeline

@@ -96,6 +96,11 @@ class Cluster:
             hash_tag=options.hash_tag,
         )
         self._apart.router = self.pipeline
+        self._near: Any = None
+        if options.near_cache is not None:
+            self._near = core.NearCache(
+                self._loop.create_future, self.pipeline, **options.for_near_cache()
+            )
         self._nodes: dict[str, Connection] = {}
         self._addresses: dict[Connection, Address] = {}
         self._masters: list[Connection | None] = [None] * _common.SLOTS
@@ -124,6 +129,11 @@ class Cluster:
         self._task = self._loop.create_task(self._run(), name=f"dscache {options.address}")
 
     # -- what a cache wants of its topology
+
+    @property
+    def front(self) -> Any:
+        """Where operations go: the router, or a near cache before it."""
+        return self.pipeline if self._near is None else self._near
 
     @property
     def is_ready(self) -> bool:
@@ -173,6 +183,8 @@ class Cluster:
             return
         self._check_owner()
         self._closed = True
+        if self._near is not None:
+            self._near.close()
         end = self._loop.time() + self._shared.close_timeout / 1000
         # First all is answered, since what is in flight may be redirected from one to another.
         while self._is_busy() and self._loop.time() < end:  # noqa: ASYNC110
@@ -197,13 +209,16 @@ class Cluster:
             self._apart.stats(),
         ):
             _add(total, counts)
-        return {
+        stats = {
             **{name: total[name] for name in (*self._limbo.pipeline.stats(), "connects")},
             "last_loss": self._last_loss,
             "redirections": self._redirections,
             "refreshes": self._refreshes,
             "nodes": nodes,
         }
+        if self._near is not None:
+            stats["near_cache"] = self._near.stats()
+        return stats
 
     def nodes(self) -> list[NodeState]:
         """Return the nodes as the last view of the cluster had them, primaries first."""
@@ -247,6 +262,7 @@ class Cluster:
                 target = self._node(self._options.mapped(*address))
                 if code == "MOVED":
                     self._masters[slot], target = target, None
+                    self._forget([slot])
                     self._moved.add(slot)
                     self._stale.set()
             else:
@@ -360,6 +376,11 @@ class Cluster:
         for target, waiting in batches.items():
             self._hand_over(self._holders.get(target, self._limbo), waiting)
 
+    def _forget(self, slots: list[int]) -> None:
+        """Let the near cache forget what it has of slots that another node serves by now."""
+        if self._near is not None:
+            self._near.slots_moved(slots)
+
     def _hand_over(self, holder: Connection | Room, batches: list[Any]) -> None:
         try:
             holder.adopt(batches)
@@ -382,6 +403,7 @@ class Cluster:
                 self._credentials,
                 cluster=self,
                 read_only=self._options.scale_reads != "master",
+                near=self._near,
             )
             self._nodes[shown] = node
             self._addresses[node] = address
@@ -530,6 +552,7 @@ class Cluster:
         self._limbo.pipeline.down = ConnectError("no node of the cluster serves this slot")
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
         left = {self._masters[slot] for slot in changed}
+        self._forget(changed)
         rooms: set[Room] = set()
         for slot in changed:
             before, self._masters[slot] = self._masters[slot], masters[slot]

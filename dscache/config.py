@@ -15,7 +15,15 @@ from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
 from . import _ioredis, _url
-from ._common import MAX_PENDING, MAX_PENDING_BYTES, MAX_REPLY_BYTES, MAX_TTL, join_address
+from ._common import (
+    MAX_PENDING,
+    MAX_PENDING_BYTES,
+    MAX_REPLY_BYTES,
+    MAX_TTL,
+    NEAR_BYTES,
+    NEAR_RECORDS,
+    join_address,
+)
 from ._tls import Tls
 from ._typed import Place, Secret, Written, is_null, nearest, presentable, read, text
 from ._yaml import SUFFIXES, Document
@@ -25,6 +33,7 @@ __all__ = [
     "ClusterRetryStrategy",
     "Config",
     "NatTarget",
+    "NearCacheOptions",
     "Node",
     "Options",
     "RedisOptions",
@@ -55,6 +64,7 @@ Milliseconds = Annotated[int, Meta(ge=1, le=_MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 # A falsy interval is never, as in ioredis, and a falsy ttl is none, as in deepstream's connector.
 Interval = Annotated[int, Meta(ge=1, le=_MOST, extra={"zero_is_none": True})]
+NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"wanted": "the beginning of names"})]
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"zero_is_none": True})]
 
 _EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
@@ -120,6 +130,31 @@ class NatTarget(Written, frozen=True, kw_only=True):
     port: Port
 
 
+class NearCacheOptions(Written, frozen=True, kw_only=True):
+    """What is kept in the process of what was read, for as long as Redis tells of no change.
+
+    ``prefixes`` are of names; () keeps records of any name. ``required``: a server that can't tell
+    of changes is refused.
+    """
+
+    max_records: Count = NEAR_RECORDS
+    max_bytes: Count = NEAR_BYTES
+    max_age: Milliseconds = 60_000
+    idle_limit: Milliseconds = 1000
+    mode: Literal["default", "broadcast"] = "default"
+    prefixes: tuple[NamePrefix, ...] = ()
+    serve_stale: bool = False
+    required: bool = True
+
+    wanted: ClassVar[str] = "true, false or a mapping of options"
+
+    @classmethod
+    def spelled_out(cls, written: object) -> object:
+        if isinstance(written, bool):
+            return {} if written else None
+        return written
+
+
 class RedisOptions(Written, frozen=True, kw_only=True):
     """What holds for every node of a cluster; None is not given."""
 
@@ -170,6 +205,7 @@ class Options(Written, frozen=True, kw_only=True):
     when_full: Literal["wait", "error"] = "wait"
     max_reply_bytes: Count = MAX_REPLY_BYTES
     max_connections: Annotated[int, Meta(ge=1, le=65535)] = 64
+    near_cache: NearCacheOptions | None = None
     tls: Tls | None = None
     sentinels: tuple[SentinelNode, ...] | None = None
     name: str | None = None
@@ -212,6 +248,22 @@ class Options(Written, frozen=True, kw_only=True):
             "max_pending_bytes": self.max_pending_bytes,
             "max_reply_bytes": self.max_reply_bytes,
             "max_redirections": self.max_redirections,
+        }
+
+    def for_near_cache(self) -> dict[str, Any]:
+        """Return what a NearCache is given of these options."""
+        near = self.near_cache or NearCacheOptions()
+        return {
+            "key_prefix": self.key_prefix,
+            "hash_tag": self.hash_tag,
+            "clustered": bool(self.nodes),
+            "timeout": self.command_timeout / 1000,
+            "max_records": near.max_records,
+            "max_bytes": near.max_bytes,
+            "max_age": near.max_age / 1000,
+            "idle_limit": near.idle_limit / 1000,
+            "prefixes": near.prefixes,
+            "serve_stale": near.serve_stale,
         }
 
     @property
@@ -428,4 +480,25 @@ def _config(
             "is the group that Sentinels watch, and there are no sentinels; the cache's own name "
             "stands above options"
         )
+    if options.near_cache:
+        _check_near_cache(options, options.near_cache, place.at("nearCache"))
     return Config(name=name, options=options, source=place.source)
+
+
+def _check_near_cache(options: Options, near: NearCacheOptions, place: Place) -> None:
+    if near.mode == "broadcast":
+        for i, one in enumerate(near.prefixes):
+            for other in near.prefixes[:i]:
+                if one.startswith(other) or other.startswith(one):
+                    raise place.at(f"prefixes[{i}]").error(
+                        f"{shorten(one)} and {shorten(other)} overlap, which Redis refuses in the "
+                        "mode broadcast; leave the longer one out"
+                    )
+    of_replicas = {"role": options.role, "scaleReads": options.scale_reads}
+    for name, value in of_replicas.items():
+        applies = options.sentinels if name == "role" else options.nodes
+        if value == "slave" and applies and near.required:
+            raise place.error(
+                f"with {name}: slave all is read from replicas, and what they hold is not kept; "
+                "leave one of the two out"
+            )

@@ -60,6 +60,8 @@ def _end_ticks() -> None:
     # asking whether it may.
     for connection in _alive:
         connection.pipeline.end_tick()
+        # Nor is a change ever told to the child.
+        connection.pipeline.forget("fork")
 
 
 os.register_at_fork(after_in_child=_end_ticks)
@@ -85,7 +87,8 @@ class Connection:
     """The connection to one node: made, kept, made again, and closed.
 
     With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
-    a replica.
+    a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
+    a cluster is ``near`` for all nodes.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Connection:
         *,
         cluster: Observer | None = None,
         read_only: bool = False,
+        near: Any = None,
     ) -> None:
         self.server = ""
         self.watched = False
@@ -102,7 +106,8 @@ class Connection:
         self._options = options
         self._cluster = cluster
         login = Credentials(options, credentials)
-        self._endpoint = Endpoint(options, login, read_only=read_only)
+        is_near = near is not None or (cluster is None and options.near_cache is not None)
+        self._endpoint = Endpoint(options, login, read_only=read_only, is_near=is_near)
         login.listen(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -115,6 +120,16 @@ class Connection:
             **options.for_pipeline(),
         )
         self.pipeline.down = ConnectError("still connecting")
+        self.front: Any = self.pipeline
+        if is_near and near is None:
+            self.front = near = _backend.core.NearCache(
+                self._loop.create_future, self.pipeline, **options.for_near_cache()
+            )
+        self._near = self.pipeline.near = near
+        self._ping_after = _PING_AFTER
+        if options.near_cache is not None and is_near:
+            # A link that is idle and well is heard of twice within the time that it may be silent.
+            self._ping_after = min(_PING_AFTER, options.near_cache.idle_limit / 2000)
         self._link: Link | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
@@ -195,6 +210,8 @@ class Connection:
             return
         self._check_owner()
         self._closed = True
+        if self.front is not self.pipeline:
+            self.front.close()
         timeout = self._options.close_timeout / 1000
         end = self._loop.time() + timeout
         link = self._link
@@ -213,11 +230,14 @@ class Connection:
 
     def stats(self) -> dict[str, Any]:
         """Return the pipeline's counters, and what became of the connection."""
-        return {
+        stats = {
             **self.pipeline.stats(),
             "connects": self._connects,
             "last_loss": self.last_loss,
         }
+        if self.front is not self.pipeline:
+            stats["near_cache"] = self.front.stats()
+        return stats
 
     # -- the way out
 
@@ -376,7 +396,7 @@ class Connection:
         link = self._link
         if link is None:
             return
-        wait = _PING_AFTER - link.idle()
+        wait = self._ping_after - link.idle()
         if wait <= 0:
             silence = link.silence()
             if silence >= _PING_ANSWER:
@@ -384,7 +404,7 @@ class Connection:
                 return
             if not silence:
                 self._say(link, "PING")
-            wait = _PING_ANSWER - silence
+            wait = min(_PING_ANSWER - silence, self._ping_after)
         self._watcher = self._loop.call_later(wait, self._watch)
 
     def _say(self, link: Link, *command: str) -> None:
@@ -402,6 +422,7 @@ class Connection:
     def _log_in_again(self, words: list[str]) -> None:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
+            self.pipeline.forget("login")
             self._say(self._link, "AUTH", *words)
 
     def _check_place(self) -> None:
@@ -419,6 +440,9 @@ class Connection:
         # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
         # where it redirects every other command: a record would be in two places.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
+        self.pipeline.connected(greeting.is_tracked)
+        if self._near is not None and not greeting.is_tracked:
+            _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)
         self._attempting = False
         self._connects += 1
         self._refusal = None

@@ -30,12 +30,19 @@ Ask = Callable[..., Awaitable[list[Any]]]
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
-    With ``read_only``, a replica of a cluster is told that it may answer reads.
+    With ``read_only``, a replica of a cluster is told that it may answer reads; with ``is_near``,
+    a server is asked to tell of changes, as the near cache is configured.
     """
 
     def __init__(
-        self, options: Options, credentials: Credentials, *, read_only: bool = False
+        self,
+        options: Options,
+        credentials: Credentials,
+        *,
+        read_only: bool = False,
+        is_near: bool = False,
     ) -> None:
+        self._is_near = is_near
         self._read_only = read_only
         self._options = options
         self._credentials = credentials
@@ -109,7 +116,13 @@ class Endpoint:
         ConnectError if it isn't, or is no more, what the Sentinels named it for.
         """
         login = await self._credentials.current()
-        words = introduce(self._options, login, self.address, read_only=self._read_only)
+        words = introduce(
+            self._options,
+            login,
+            self.address,
+            read_only=self._read_only,
+            is_near=self._is_near,
+        )
         commands = next(words)
         while True:
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _common
-from .config import Options
+from .config import NearCacheOptions, Options
 from .errors import ConnectError, DscacheError, ProtocolError, ReplyError
 
 FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
@@ -36,15 +36,27 @@ class Greeting:
     server: str
     """Its kind and version, such as ``redis 7.0.15``; empty if it didn't say."""
     has_msetex: bool
+    is_tracked: bool = False
+    """Whether the server tells of changes to what is read."""
+
+
+class Unsuitable(ConnectError):
+    """The server can't do what the configuration asks of it."""
 
 
 def introduce(
-    options: Options, login: tuple[str | None, str | None], address: str, *, read_only: bool = False
+    options: Options,
+    login: tuple[str | None, str | None],
+    address: str,
+    *,
+    read_only: bool = False,
+    is_near: bool = False,
 ) -> Generator[list[list[Any]], list[Any], Greeting]:
     """Get a server's consent to work with it; yields commands, and wants their replies sent.
 
     They are to be sent at once; errors of Redis are among their replies. ``login`` is username
-    and password. Returns the Greeting. Raises ReplyError if the server refuses (WRONGPASS,
+    and password. With ``is_near``, the server is asked to tell of changes, for a near cache.
+    Returns the Greeting. Raises ReplyError if the server refuses (WRONGPASS,
     NOAUTH, no such database) or is loading, and ConnectError if it isn't what the Sentinels
     named it for.
     """
@@ -86,7 +98,49 @@ def introduce(
         _check_role(options, said.get(b"role"), address)
     facts = (said.get(b"server"), said.get(b"version"))
     server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
-    return Greeting(server, isinstance(known, list) and any(known))
+    is_tracked = False
+    if is_near and options.near_cache is not None and said.get(b"role") != b"replica":
+        commands = [_tracking(options, options.near_cache)]
+        problem = _too_old(said)
+        if not problem:
+            (answer,) = yield commands
+            if isinstance(answer, ReplyError):
+                problem = f'it says "{answer.message}" to {" ".join(commands[0][:3])}'
+        is_tracked = not problem
+        if problem and options.near_cache.required:
+            raise Unsuitable(
+                f"{address} can't keep a near cache coherent: {problem}; leave nearCache out, or "
+                "let it be off on such a server with nearCache.required: false"
+            )
+    return Greeting(server, isinstance(known, list) and any(known), is_tracked)
+
+
+def _tracking(options: Options, near: NearCacheOptions) -> list[str]:
+    command = ["CLIENT", "TRACKING", "ON"]
+    if near.mode == "broadcast":
+        command.append("BCAST")
+        opening = options.key_prefix
+        for prefix in near.prefixes:
+            stem = _common.key_stem(prefix, options.hash_tag)
+            command += ["PREFIX", opening + stem]
+        if not near.prefixes and opening:
+            command += ["PREFIX", opening]
+    return command
+
+
+def _too_old(said: dict[Any, Any]) -> str:
+    """Return why a server that introduces itself so is too old for a near cache, or ""."""
+    if not said:
+        return "it does not speak RESP3, which Redis does from version 6 on"
+    kind, version = said.get(b"server"), said.get(b"version")
+    if kind == b"redis" and type(version) is bytes:
+        major = version.partition(b".")[0]
+        if major.isdigit() and int(major) < 7:
+            return (
+                f"it is Redis {version.decode(errors='replace')}, which may tell of a change in "
+                "the middle of a reply; Redis 7 does not"
+            )
+    return ""
 
 
 def explain(error: Exception, connect_timeout: int) -> Exception:
@@ -115,6 +169,8 @@ def refusal_of(
     if isinstance(error, ReplyError) and error.code != "LOADING":
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
+    if isinstance(error, Unsuitable):
+        return lambda operation: ConnectError(f"{operation}: {said}")
     if isinstance(error, (ssl.SSLError, ProtocolError)):
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {said}")

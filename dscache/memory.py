@@ -40,6 +40,8 @@ class MemoryNode:
     def __init__(self, options: Options) -> None:
         loop = asyncio.get_running_loop()
         self.pipeline = MemoryPipeline(loop.create_future, lambda: check_loop(loop), options.ttl)
+        # All is at hand already: a near cache would save nothing.
+        self.front = self.pipeline
 
     @property
     def is_ready(self) -> bool:

@@ -16,7 +16,7 @@ class Topology(Protocol):
     """The nodes that hold a cache's records, opened on the running event loop."""
 
     @property
-    def pipeline(self) -> Any:
+    def front(self) -> Any:
         """Where operations go: a Pipeline, or what has its operations."""
 
     @property

@@ -21,6 +21,7 @@ from dscache.config import (
     ClusterRetryStrategy,
     Config,
     NatTarget,
+    NearCacheOptions,
     Node,
     Options,
     RedisOptions,
@@ -36,8 +37,8 @@ EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
     "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
-    "whenFull, maxReplyBytes, maxConnections, tls, sentinels, name, role, sentinelUsername, "
-    "sentinelPassword, nodes, maxRedirections, scaleReads, natMap, slotsRefreshTimeout, "
+    "whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
+    "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, slotsRefreshTimeout, "
     "slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
@@ -473,6 +474,14 @@ INTEGERS = [
     ("maxPendingBytes: 1099511627776", 2**40),
     ("maxReplyBytes: '4096'", 4096),
     ("maxConnections: 65535", 65535),
+    ("nearCache: true", NearCacheOptions()),
+    ("nearCache: false", None),
+    ("nearCache: {}", NearCacheOptions()),
+    (
+        "nearCache: {maxAge: 10, mode: broadcast, prefixes: [a/, b/], serveStale: true}",
+        NearCacheOptions(max_age=10, mode="broadcast", prefixes=("a/", "b/"), serve_stale=True),
+    ),
+    ("nearCache: {prefixes: [a, ab]}", NearCacheOptions(prefixes=("a", "ab"))),
     ("whenFull: error", "error"),
     ("maxRedirections: 0", 0),
     ("scaleReads: slave", "slave"),
@@ -616,6 +625,19 @@ def field(found: Options, line: str) -> object:
         ("name: mymaster", None),
         ("enableTLSForSentinelMode: true", None),
         ("scaleReads: primary", 'scaleReads: must be "all", "master" or "slave", not \'primary\''),
+        (
+            "nearCache: {maxRecord: 1}",
+            'nearCache.maxRecord: unknown option, did you mean "maxRecords"?',
+        ),
+        (
+            "nearCache: {prefixes: ['']}",
+            "nearCache.prefixes[0]: must be the beginning of names, not ''",
+        ),
+        (
+            "nearCache: {mode: broadcast, prefixes: [user/, a, user/1]}",
+            "nearCache.prefixes[2]: 'user/1' and 'user/' overlap, which Redis refuses in the mode "
+            "broadcast; leave the longer one out",
+        ),
         ("scaleReads: [slave]", "scaleReads: must be text, not a list"),
         (
             "slotsRefreshTimeout: 0",
@@ -672,6 +694,23 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
     assert found.startswith(place)
     if message is not None:
         assert found == (place + message if message[0] == ":" else f"{place}.{message}")
+
+
+@pytest.mark.parametrize(
+    ("option", "others"),
+    [
+        ("role", {"role": "slave", "name": "g", "sentinels": [{"host": "s"}]}),
+        ("scaleReads", {"scaleReads": "slave", "nodes": [{"host": "h"}]}),
+    ],
+)
+def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> None:
+    assert refusal(options, nearCache=True, **others) == (
+        f"mapping: options.nearCache: with {option}: slave all is read from replicas, and "
+        "what they hold is not kept; leave one of the two out"
+    )
+    assert options(nearCache={"required": False}, **others).near_cache
+    # Without Sentinels or nodes, the option has no effect.
+    assert options(nearCache=True, **{option: "slave"}).near_cache
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,14 @@ def members(thing: Any) -> dict[str, Any]:
 
 
 PUBLIC = (
-    *("Pipeline", "Record", "Router"),
+    *("NearCache", "Pipeline", "Record", "Router"),
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
-# What a Router does with a Pipeline is in C there, and the same names in Python here.
-IN_C = {"add_part", "admit", "make_write", "make_writes", "rouse"}
+# What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
+IN_C = {
+    *("add_part", "admit", "make_write", "make_writes", "rouse", "epoch"),
+    *("count_flush", "count_live", "drop", "fill", "invalidate", "landed", "last_known", "touch"),
+}
 
 
 def test_public_names() -> None:
@@ -105,10 +108,10 @@ def test_public_names() -> None:
         }
         # The one in Python is made of several modules, and says what of them is its own.
         assert set(getattr(twin, "__all__", own)) == set(PUBLIC), twin.__name__
-    for name in ("Pipeline", "Record", "Router"):
+    for name in ("NearCache", "Pipeline", "Record", "Router"):
         fast, pure = (set(members(getattr(twin, name))) for twin in TWINS)
         if name != "Record":  # plain attributes there, descriptors of the class here
-            made = pipeline(_pure) if name == "Pipeline" else router(_pure)
+            made = {"NearCache": near, "Pipeline": pipeline, "Router": router}[name](_pure)
             pure |= {attribute for attribute in vars(made) if not attribute.startswith("_")}
         assert fast == pure - IN_C
 
@@ -119,6 +122,10 @@ def pipeline(core: Any) -> Any:
 
 def router(core: Any) -> Any:
     return core.Router(object, pipeline(core), None)
+
+
+def near(core: Any) -> Any:
+    return core.NearCache(object, pipeline(core))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
