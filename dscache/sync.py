@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from weakref import WeakSet
 
 from . import _backend
 from .config import Config, load
-from .errors import ConnectionLost
+from .errors import ConfigError, ConnectionLost
 from .memory import MemoryPool
 from .pool import Pool
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from ._pure import Record
+
+_logger = logging.getLogger("dscache")
 
 _alive: WeakSet[Cache] = WeakSet()
 
@@ -48,6 +51,14 @@ class Cache:
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
+        near = config.options.near_cache
+        if near is not None and config.name == "redis":
+            if near.required:
+                raise ConfigError(
+                    f"{config.source}: cache.options.nearCache: a Cache keeps nothing near; leave "
+                    "it out, set nearCache.required: false, or use an AsyncCache"
+                )
+            _logger.info("%s: nearCache has no effect: a Cache keeps nothing near", config.source)
         self._config = config
         self._credentials = credentials
         self._pool: Pool | MemoryPool | None = None
