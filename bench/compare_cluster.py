@@ -8,10 +8,12 @@ command: by the same core, which is told that its server is a node of a cluster.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,24 @@ import redis.asyncio
 import uvloop
 
 import dscache
-from compare import Goal, Group, as_text, facts, in_bulk, measure, one_by_one
 from dscache.cluster import Cluster
 from dscache.config import load
 from dscache.connection import Connection
 from dscache.embedded import EmbeddedServer
-from workload import DOCUMENT, NAMES, VERSION, apart, chosen, encode
+from machine import facts
+from report import as_text, goal
+from rounds import Group, Pace, Row, measure
+from workload import (
+    DOCUMENT,
+    NAMES,
+    RECORDS,
+    VERSION,
+    apart,
+    chosen,
+    encode,
+    from_tasks,
+    repeatedly,
+)
 
 # The clusters are those of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -105,47 +119,70 @@ def pinned(groups: Sequence[ClusterGroup]) -> Iterator[None]:
     yield
 
 
-async def run(
-    three: ClusterGroup, one: ClusterGroup, server: EmbeddedServer, rounds: int, seconds: float
-) -> tuple[list[Group], list[Goal]]:
+def one_by_one(
+    runner: asyncio.Runner, label: str, operation: Callable[[str], Awaitable[object]]
+) -> Row:
+    def measured(records: int) -> dict[str, float]:
+        records = max(1, records // TASKS) * TASKS
+        return took(runner, from_tasks(operation, TASKS, records), records)
+
+    return Row(label, measured)
+
+
+def in_bulk(
+    runner: asyncio.Runner, label: str, operation: Callable[[Sequence[str]], Awaitable[object]]
+) -> Row:
+    def measured(records: int) -> dict[str, float]:
+        times = max(1, round(records / RECORDS))
+        return took(runner, repeatedly(operation, times), times * RECORDS)
+
+    return Row(label, measured)
+
+
+def took(
+    runner: asyncio.Runner, work: Coroutine[None, None, None], records: int
+) -> dict[str, float]:
+    began = time.perf_counter()
+    runner.run(work)
+    return {"records": records, "seconds": time.perf_counter() - began}
+
+
+def run(three: ClusterGroup, one: ClusterGroup, server: EmbeddedServer, pace: Pace) -> list[Group]:
     plain = {"host": server.host, "port": server.port, "keyLayout": "hashtag"}
     on_three = Dscache("dscache, 3 primaries", three.options)
     on_one = Dscache("dscache, 1 primary", one.options)
     batched = Dscache("dscache, one server", plain)
     single = OneRecordACommand("dscache, one server, 1 record a command", plain)
     peer = RedisPyCluster(three.nodes[0].port)
-    clients = [on_three, on_one, batched, single, peer]
-    for client in clients:
-        await client.connect()
-    try:
+    clients: list[Dscache | RedisPyCluster] = [on_three, on_one, batched, single, peer]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for client in clients:
+            runner.run(client.connect())
         get = Group(
             f"await get, {TASKS} tasks",
             [
-                one_by_one(client.label, client.get, TASKS)
+                one_by_one(runner, client.label, client.get)
                 for client in (batched, single, on_one, on_three, peer)
             ],
         )
         bulk = Group(
-            "1000 names in bulk, raw",
+            f"{RECORDS} names in bulk, raw",
             [
-                in_bulk(client.label, client.get_bulk)
+                in_bulk(runner, client.label, client.get_bulk)
                 for client in (batched, on_three, on_one, single)
             ],
         )
-        goals = [
-            Goal(f"{get.title}, three primaries, to redis-py", get.rows[3], get.rows[4], 10),
-            Goal(
-                f"{bulk.title}, one primary, to 1 record a command",
-                bulk.rows[2],
-                bulk.rows[3],
-                0.55,
-            ),
-        ]
-        await measure([get, bulk], rounds, seconds)
-    finally:
+        measure([get, bulk], pace)
         for client in clients:
-            await client.close()
-    return [get, bulk], goals
+            runner.run(client.close())
+    return [get, bulk]
+
+
+def goals_as_text(get: Group, bulk: Group) -> list[str]:
+    return [
+        goal(f"{get.title}, three primaries, to redis-py", get.rows[3], get.rows[4], 10),
+        goal(f"{bulk.title}, one primary, to 1 record a command", bulk.rows[2], bulk.rows[3], 0.55),
+    ]
 
 
 def main() -> None:
@@ -160,9 +197,9 @@ def main() -> None:
         one = stack.enter_context(ClusterGroup(server.binary, primaries=1, replicas=0))
         stack.enter_context(pinned([three, one]))
         placing = stack.enter_context(apart(server))
-        groups, goals = uvloop.run(run(three, one, server, options.rounds, options.seconds))
+        groups = run(three, one, server, Pace(options.rounds, options.seconds))
         header = facts(server, f"{placing}, nodes beside it", options.rounds)
-    print(*header, *as_text(groups, []), "", *goals, sep="\n")
+    print(*header, *as_text(groups), "", *goals_as_text(*groups), sep="\n")
 
 
 if __name__ == "__main__":

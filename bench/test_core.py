@@ -13,6 +13,7 @@ import hiredis
 import msgspec
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+from redis.crc import key_slot
 
 from dscache import _common
 from workload import CORES, DOCUMENT, NAMES, RECORDS, VERSION, core, decode, encode, keys_of
@@ -105,6 +106,33 @@ def encode_with(
     assert output.count(NAMES[-1].encode() + b"_d") == 1
 
 
+@pytest.mark.benchmark(group="keys: head_bulk, which is little else")
+def test_keys(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
+    rounds(
+        benchmark,
+        lambda pipeline: (pipeline.head_bulk(NAMES), pipeline.take_output()),
+        lambda: a_core.Pipeline(Waiter, lambda: None),
+    )
+
+
+@pytest.mark.benchmark(group="keys: head_bulk, which is little else")
+def test_keys_hiredis(benchmark: BenchmarkFixture) -> None:
+    benchmark(lambda: pack_command(("MGET", *[f"{name}_v" for name in NAMES])))
+
+
+@pytest.mark.benchmark(group="keys: the slot of one")
+def test_slot(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
+    keys = [f"{name}_v".encode() for name in NAMES]
+    assert [a_core.slot_of_key(key) for key in keys] == [key_slot(key) for key in keys]
+    benchmark(lambda: [a_core.slot_of_key(key) for key in keys])
+
+
+@pytest.mark.benchmark(group="keys: the slot of one")
+def test_slot_redis_py(benchmark: BenchmarkFixture) -> None:
+    keys = [f"{name}_v".encode() for name in NAMES]
+    benchmark(lambda: [key_slot(key) for key in keys])
+
+
 @pytest.mark.benchmark(group="encode: get, one by one in a tick")
 def test_encode_get(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
     encode_with(benchmark, a_core, get_each)
@@ -158,6 +186,17 @@ def test_encode_set_bulk(benchmark: BenchmarkFixture, a_core: ModuleType) -> Non
     encode_with(benchmark, a_core, set_bulk)
 
 
+@pytest.mark.benchmark(group="encode: set_bulk, JSON included")
+def test_encode_set_bulk_hiredis(benchmark: BenchmarkFixture) -> None:
+    def measured() -> bytes:
+        values = [value for _ in NAMES for value in (VERSION, encode(DOCUMENT))]
+        pairs = zip(keys_of(NAMES), values, strict=True)
+        packed: bytes = pack_command(("MSET", *[part for pair in pairs for part in pair]))
+        return packed
+
+    benchmark(measured)
+
+
 def waiting_for(a_core: ModuleType, operation: Callable[[Any], Any]) -> Any:
     """Return a pipeline whose operations are sent and not yet answered."""
     pipeline = a_core.Pipeline(Waiter, lambda: None)
@@ -170,6 +209,25 @@ def waiting_for(a_core: ModuleType, operation: Callable[[Any], Any]) -> Any:
 def test_parse_get(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
     answer = replies(RECORDS)
     rounds(benchmark, lambda pipe: pipe.feed(answer), lambda: waiting_for(a_core, get_each))
+
+
+@pytest.mark.benchmark(group="parse: the replies to get, one by one in a tick")
+def test_parse_get_hiredis(benchmark: BenchmarkFixture) -> None:
+    reader = hiredis.Reader()
+    answer = RECORDS * array_of(1)
+
+    def measured() -> list[tuple[int, bytes]]:
+        reader.feed(answer)
+        values: Any = [reader.gets() for _ in NAMES]
+        return [(int(version), text) for version, text in values]
+
+    assert len(benchmark(measured)) == RECORDS
+
+
+@pytest.mark.benchmark(group="parse: the replies to set, one by one in a tick")
+def test_parse_set(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
+    answer = -(-RECORDS // _common.COMMAND_RECORDS) * b"+OK\r\n"
+    rounds(benchmark, lambda pipe: pipe.feed(answer), lambda: waiting_for(a_core, set_each_raw))
 
 
 @pytest.mark.benchmark(group="parse: the replies to get_bulk")
@@ -193,7 +251,7 @@ def test_parse_get_bulk_hiredis(benchmark: BenchmarkFixture) -> None:
 
 
 @pytest.mark.benchmark(group="parse: hiredis alone, nothing made of it")
-def test_parse_nothing_more(benchmark: BenchmarkFixture) -> None:
+def test_parse_alone_hiredis(benchmark: BenchmarkFixture) -> None:
     reader = hiredis.Reader()
     answer = array_of(RECORDS)
 

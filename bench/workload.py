@@ -1,7 +1,6 @@
-"""What is measured: one document, a thousand names, and the clients that read and write them.
+"""What is measured: the documents, their names, and who works on them from how many tasks.
 
-Every client does the same work: a read is both keys of a record, a write too. JSON goes through
-msgspec for all of them, so that clients are compared, and no decoders.
+JSON goes through msgspec for every Python client, so that clients are compared, and no decoders.
 """
 
 from __future__ import annotations
@@ -9,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import msgspec
-import redis.asyncio
 
-import dscache
 from dscache import _backend
 from dscache.embedded import EmbeddedServer
 
@@ -40,6 +40,72 @@ encode: Callable[[object], bytes] = msgspec.json.Encoder().encode
 decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Documents of one size, and how many records of them are stored."""
+
+    folder: str
+    document: object
+    stored: int
+
+    @property
+    def bytes(self) -> int:
+        return len(encode(self.document))
+
+
+ORDINARY = "123 B"
+KINDS = {
+    "20 B": Kind("flag", {"n": 123, "ok": False}, 1_000),
+    ORDINARY: Kind("user", DOCUMENT, 10_000),
+    "2 KB": Kind("team", {"members": [DOCUMENT] * 16}, 1_000),
+    "100 KB": Kind("town", {"people": [DOCUMENT] * 813}, 100),
+}
+SIZES = tuple(KINDS)
+# Records that are only written: reads of the others must not find their long versions.
+WRITTEN = "written"
+KINDS[WRITTEN] = Kind(WRITTEN, DOCUMENT, 10_000)
+# As YCSB has it: the most wanted of 10,000 records is asked for in every tenth read.
+ZIPF = 0.99
+DRAWS = 100_000
+
+
+def names_of(kind: str, count: int | None = None) -> list[str]:
+    """Return the names of that many records of a kind; of all that are stored by default."""
+    folder = KINDS[kind].folder
+    return [f"{folder}/{number}" for number in range(count or KINDS[kind].stored)]
+
+
+def zipf_names() -> list[str]:
+    """Return names in the order in which they are asked for where some are wanted more."""
+    names = names_of(ORDINARY)
+    weights = accumulate(1 / rank**ZIPF for rank in range(1, len(names) + 1))
+    return random.Random(1).choices(names, cum_weights=list(weights), k=DRAWS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one row of a table measures."""
+
+    operation: str
+    """get, set, mixed (nine gets to a set), zipf (gets), get_many or set_many."""
+    tasks: int = 1
+    """How many tasks do it at a time, each one record after the other."""
+    size: int = RECORDS
+    """Of a bulk."""
+    decode: bool = True
+    """Whether each document read is decoded, or left as text."""
+    kind: str = ORDINARY
+    ttl: int | None = None
+    if_newer: bool = False
+    connections: int = 1
+    """Of as many clients in one process, between which the tasks are divided."""
+
+    @property
+    def least(self) -> int:
+        """The fewest records that make sense."""
+        return self.size if self.operation.endswith("_many") else self.tasks
+
+
 def core(name: str) -> ModuleType:
     """Return the core of that name; a missing one must fail the run, not shorten the table."""
     return importlib.import_module(CORES[name])
@@ -56,7 +122,8 @@ def chosen(name: str) -> Iterator[None]:
 def apart(server: EmbeddedServer) -> Iterator[str]:
     """Keep this process and the server on cores of their own; give a sentence that says so.
 
-    Where there is one core, or the system can't pin a process, nothing is changed.
+    What this process starts in the block stays on its core. Where there is one core, or the
+    system can't pin a process, nothing is changed.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield "client and server where the system puts them"
@@ -74,130 +141,10 @@ def apart(server: EmbeddedServer) -> Iterator[str]:
         os.sched_setaffinity(0, allowed)
 
 
-class Client(Protocol):
-    """One of those that are compared. A raw read gives JSON text, a decoded one its value."""
-
-    label: str
-
-    async def connect(self, server: EmbeddedServer) -> None: ...
-    async def close(self) -> None: ...
-    def get(self, name: str) -> Awaitable[Any]: ...
-    def get_decoded(self, name: str) -> Awaitable[Any]: ...
-    def set(self, name: str) -> Awaitable[Any]: ...
-    def get_bulk(self, names: Sequence[str]) -> Awaitable[Any]: ...
-    def get_bulk_decoded(self, names: Sequence[str]) -> Awaitable[Any]: ...
-    def set_bulk(self, names: Sequence[str]) -> Awaitable[Any]: ...
-
-
-class Dscache:
-    """An AsyncCache with one of the cores."""
-
-    def __init__(self, core_name: str) -> None:
-        self.label = f"dscache, {core_name} core"
-        self._core = core_name
-
-    async def connect(self, server: EmbeddedServer) -> None:
-        # A busy machine may stop a benchmark for a while, which is no error.
-        options = {"host": server.host, "port": server.port, "commandTimeout": 60_000}
-        with chosen(self._core):
-            self._cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
-            await self._cache.when_ready()
-        # As a server would call them: nothing of ours around the future.
-        self.get = self._cache.get
-        self.get_bulk = self._cache.get_bulk
-
-    async def close(self) -> None:
-        await self._cache.close()
-
-    async def get_decoded(self, name: str) -> Any:
-        record = await self._cache.get(name)
-        assert record is not None
-        return record.data
-
-    def set(self, name: str) -> Awaitable[bool]:
-        return self._cache.set(name, VERSION, DOCUMENT)
-
-    async def get_bulk_decoded(self, names: Sequence[str]) -> dict[str, Any]:
-        records = await self._cache.get_bulk(names)
-        return {name: record.data for name, record in records.items()}
-
-    def set_bulk(self, names: Sequence[str]) -> Awaitable[Any]:
-        return self._cache.set_bulk(dict.fromkeys(names, (VERSION, DOCUMENT)))
-
-
-class RedisPy:
-    """redis-py's asyncio client with hiredis, on its default pool: a command per read or write.
-
-    Its bulk is one MGET or MSET of all keys, the fastest that it has.
-    """
-
-    label = "redis-py, hiredis"
-
-    async def connect(self, server: EmbeddedServer) -> None:
-        # Its stubs give the results of all commands at once, which is of no use here.
-        self._redis: Any = redis.asyncio.Redis(host=server.host, port=server.port)
-        await self._redis.ping()
-
-    async def close(self) -> None:
-        await self._redis.aclose()
-
-    async def get(self, name: str) -> tuple[int, bytes]:
-        version, text = await self._redis.mget(name + "_v", name + "_d")
-        return int(version), text
-
-    async def get_decoded(self, name: str) -> tuple[int, Any]:
-        version, text = await self._redis.mget(name + "_v", name + "_d")
-        return int(version), decode(text)
-
-    async def set(self, name: str) -> bool:
-        written: bool = await self._redis.mset(
-            {name + "_v": VERSION, name + "_d": encode(DOCUMENT)}
-        )
-        return written
-
-    async def get_bulk(self, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
-        values = await self._redis.mget(keys_of(names))
-        return {
-            name: (int(version), text)
-            for name, version, text in zip(names, values[::2], values[1::2], strict=True)
-        }
-
-    async def get_bulk_decoded(self, names: Sequence[str]) -> dict[str, tuple[int, Any]]:
-        values = await self._redis.mget(keys_of(names))
-        return {
-            name: (int(version), decode(text))
-            for name, version, text in zip(names, values[::2], values[1::2], strict=True)
-        }
-
-    async def set_bulk(self, names: Sequence[str]) -> bool:
-        values = [value for _ in names for value in (VERSION, encode(DOCUMENT))]
-        written: bool = await self._redis.mset(dict(zip(keys_of(names), values, strict=True)))
-        return written
-
-
-class RedisPyPipelined(RedisPy):
-    """The same, whose bulk is a pipeline of one command a record."""
-
-    label = "redis-py, pipelined"
-
-    async def get_bulk(self, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mget(name + "_v", name + "_d")
-        return {
-            name: (int(version), text)
-            for name, (version, text) in zip(names, await pipeline.execute(), strict=True)
-        }
-
-    async def get_bulk_decoded(self, names: Sequence[str]) -> dict[str, tuple[int, Any]]:
-        records = await self.get_bulk(names)
-        return {name: (version, decode(text)) for name, (version, text) in records.items()}
-
-    async def set_bulk(self, names: Sequence[str]) -> bool:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mset({name + "_v": VERSION, name + "_d": encode(DOCUMENT)})
-        return all(await pipeline.execute())
+def share_core(server: EmbeddedServer, beside: EmbeddedServer) -> None:
+    """Put a server on the core of another one, where that is possible."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(server.pid, os.sched_getaffinity(beside.pid))
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
@@ -206,22 +153,48 @@ def keys_of(names: Sequence[str]) -> list[str]:
 
 
 async def from_tasks(
-    operation: Callable[[str], Awaitable[object]], tasks: int, records: int
+    operation: Callable[[str], Awaitable[object]],
+    tasks: int,
+    records: int,
+    names: Sequence[str] = NAMES,
 ) -> None:
     """Await ``operation`` for that many records altogether, from so many tasks at a time.
 
     Tasks in step have different names, as reads of one name in a tick would share one read.
     """
+    count = len(names)
 
     async def task(number: int) -> None:
         first = number * 7
         for i in range(first, first + records // tasks):
-            await operation(NAMES[i % RECORDS])
+            await operation(names[i % count])
 
     await asyncio.gather(*(task(number) for number in range(tasks)))
 
 
-async def repeatedly(operation: Callable[[Sequence[str]], Awaitable[object]], times: int) -> None:
+async def mixed_tasks(
+    get: Callable[[str], Awaitable[object]],
+    set_: Callable[[str], Awaitable[object]],
+    tasks: int,
+    records: int,
+    names: Sequence[str],
+) -> None:
+    """The same with two operations: nine times the first, then the second."""
+    count = len(names)
+
+    async def task(number: int) -> None:
+        first = number * 7
+        for i in range(first, first + records // tasks):
+            await (get if i % 10 else set_)(names[i % count])
+
+    await asyncio.gather(*(task(number) for number in range(tasks)))
+
+
+async def repeatedly(
+    operation: Callable[[Sequence[str]], Awaitable[object]],
+    times: int,
+    names: Sequence[str] = NAMES,
+) -> None:
     """Await a bulk ``operation`` on all names that many times, one after the other."""
     for _ in range(times):
-        await operation(NAMES)
+        await operation(names)
