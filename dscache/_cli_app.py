@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 
-from . import _cli_cluster
+from . import (
+    _backend,
+    _cli_bench,
+    _cli_cluster,
+    _cli_doctor,
+    _cli_export,
+    _cli_migrate,
+    _cli_records,
+    _cli_watch,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,9 +30,34 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        try:
+            ours = version("dscache")
+        except PackageNotFoundError:
+            ours = "(not installed)"
+        typer.echo(f"dscache {ours}, {_backend.BACKEND} core, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def dscache() -> None:
+def dscache(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
     """Versioned JSON records in Redis: look at what is there, from a terminal or a script."""
 
 
+app.command("get")(_cli_records.get)
+app.command("set")(_cli_records.set_)
+app.command("head")(_cli_records.head)
+app.command("delete")(_cli_records.delete)
+app.command("doctor")(_cli_doctor.doctor)
+app.command("export")(_cli_export.export)
+app.command("import")(_cli_export.import_)
+app.command("bench")(_cli_bench.bench)
+app.command("watch")(_cli_watch.watch)
+app.command("migrate")(_cli_migrate.migrate)
 app.command("cluster")(_cli_cluster.cluster)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,11 @@ from ._cli_source import (
     JsonOption,
     UrlOption,
     load,
+    number,
     on_cluster,
+    plain,
     print_json,
+    run,
     wants_json,
 )
 from ._cluster_report import ClusterReport, NodeReport, show_slots
@@ -35,7 +37,7 @@ def cluster(config: ConfigOption = None, url: UrlOption = None, json: JsonOption
     One node that can be reached is enough to find all. The exit status is 1 if a slot has no
     primary, or if a primary that has slots is down.
     """
-    report = asyncio.run(survey(on_cluster(load(config, url))))
+    report = run(survey(on_cluster(load(config, url))))
     if wants_json(json):
         print_json(document(report))
     else:
@@ -82,14 +84,14 @@ def page(report: ClusterReport, width: int) -> RenderableType:
     servers = {node.server for node in report.nodes if node.server}
     narrow = width < _WIDE
     columns: dict[str, Callable[[NodeReport], Text]] = {
-        "node": lambda node: _plain(node.address),
+        "node": lambda node: plain(node.address),
         "role": lambda node: Text(node.role, "bold" if node.role == "primary" else ""),
         "its primary": _primary,
         "slots": lambda node: Text(show_slots(node.slots)),
         "count": lambda node: Text(str(node.slot_count) if node.role == "primary" else ""),
         "round trip": lambda node: _round_trip(node, with_reason=not narrow),
-        "server": lambda node: _plain(node.server),
-        "health": lambda node: _plain(node.health, _style(node)),
+        "server": lambda node: plain(node.server),
+        "health": lambda node: plain(node.health, _style(node)),
     }
     if narrow:
         del columns["count"]
@@ -111,13 +113,13 @@ def page(report: ClusterReport, width: int) -> RenderableType:
 
 
 def _primary(node: NodeReport) -> Text:
-    return _plain("" if node.role == "primary" else node.primary or "unknown")
+    return plain("" if node.role == "primary" else node.primary or "unknown")
 
 
 def _round_trip(node: NodeReport, *, with_reason: bool) -> Text:
     if node.down is None:
         return Text(f"{node.round_trip_ms:.2f} ms")
-    return _plain(f"down: {node.down}" if with_reason else "down", "red")
+    return plain(f"down: {node.down}" if with_reason else "down", "red")
 
 
 def _style(node: NodeReport) -> str:
@@ -127,23 +129,14 @@ def _style(node: NodeReport) -> str:
 def _summary(report: ClusterReport, server: str) -> list[Text]:
     primaries = sum(node.role == "primary" for node in report.nodes)
     kinds = [
-        _number(len(report.nodes), "node", "nodes"),
-        _number(primaries, "primary", "primaries"),
-        _number(len(report.nodes) - primaries, "replica", "replicas"),
+        number(len(report.nodes), "node", "nodes"),
+        number(primaries, "primary", "primaries"),
+        number(len(report.nodes) - primaries, "replica", "replicas"),
         f"{report.covered} of {_common.SLOTS} slots covered",
     ]
     style = "red" if report.problems else "yellow" if report.remarks else "green"
     return [
-        _plain(", ".join([*kinds, *([server] if server else [])]), style),
-        *(_plain(f"problem: {one}", "red") for one in report.problems),
-        *(_plain(f"warning: {one}", "yellow") for one in report.remarks),
+        plain(", ".join([*kinds, *([server] if server else [])]), style),
+        *(plain(f"problem: {one}", "red") for one in report.problems),
+        *(plain(f"warning: {one}", "yellow") for one in report.remarks),
     ]
-
-
-def _number(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
-
-
-def _plain(words: str, style: str = "") -> Text:
-    """Return what a server may have had a say in, without what would steer a terminal."""
-    return Text("".join(one if one.isprintable() else " " for one in words), style)

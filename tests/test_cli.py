@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from rich.console import Console
 from typer.main import get_group
 
 from clusters import SLOTS, ClusterGroup, ClusterNode
+from commands import PATIENCE, invoke, plain, run, run_on_terminal
 from conftest import SERVERS
-from documents import PROJECT, code, table
+from documents import PROJECT, code, prose, section, table
 from dscache import (
     ConfigError,
     ProtocolError,
@@ -46,57 +46,9 @@ SOME = list(dict.fromkeys((BY_AGE[0], BY_AGE[-1])))
 DOCUMENT = PROJECT / "docs" / "cli.md"
 PASSWORD = "pass@word"
 IN_URL = "pass%40word"
-PATIENCE = 60
 # Where nobody listens.
 NOBODY = "127.0.0.1:1"
 COLUMNS = ("node", "role", "its primary", "slots", "count", "round trip", "server", "health")
-
-
-def run(
-    *words: str, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line with its output in a pipe."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "dscache", *words],
-        cwd=cwd,
-        env={**os.environ, **environment, "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=PATIENCE,
-        check=False,
-    )
-
-
-def run_on_terminal(*words: str, columns: int = 130) -> tuple[int, str]:
-    """Run it on a terminal of its own; return its exit status and all it wrote there."""
-    ours, its = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}
-    environment.pop("NO_COLOR", None)
-    with subprocess.Popen(
-        [sys.executable, "-m", "dscache", *words],
-        env=environment,
-        stdin=its,
-        stdout=its,
-        stderr=its,
-    ) as process:
-        os.close(its)
-        written = b""
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:  # how Linux tells that the other side has ended
-                break
-            if not piece:
-                break
-            written += piece
-        os.close(ours)
-        return process.wait(PATIENCE), written.decode()
-
-
-def plain(written: str) -> str:
-    """Return what a terminal was sent, without its colours."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", written).replace("\r\n", "\n")
 
 
 @pytest.fixture(scope="module", params=SOME, ids=lambda binary: binary.name)
@@ -612,17 +564,29 @@ def test_the_package_names_its_command() -> None:
     assert needed == {"typer", "rich"}
 
 
-@pytest.mark.parametrize("words", [("--help",), ("cluster", "--help")], ids=" ".join)
-def test_help(words: Sequence[str]) -> None:
-    done = run(*words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "│" not in done.stdout  # no frames in a pipe
-    wanted = {"cluster"} if len(words) == 1 else {"--config FILE", "--url URL", "--json"}
-    status, written = run_on_terminal(*words)
-    assert status == 0
+@pytest.mark.parametrize("name", ["", *sorted(get_group(app).commands)])
+def test_help(name: str) -> None:
+    done = invoke(*([name] if name else []), "--help")
+    assert (done.status, done.err) == (0, "")
+    assert "│" not in done.out  # no frames in a pipe
+    wanted = {"--config FILE", "--url URL", "--json"} if name else set(get_group(app).commands)
     for one in wanted:
-        assert one in done.stdout
-        assert one.split()[0] in plain(written)
+        assert one in done.out
+
+
+@pytest.mark.parametrize("columns", [60, 130])
+def test_help_on_a_terminal(columns: int) -> None:
+    for words in (("--help",), ("export", "--help")):
+        status, written = run_on_terminal(*words, columns=columns)
+        assert status == 0
+        assert "Options" in plain(written)
+        assert max(map(len, plain(written).splitlines())) <= columns
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*\n", done.stdout)
 
 
 def test_without_a_command_it_shows_what_there_is() -> None:
@@ -765,11 +729,41 @@ def test_an_error_is_one_line(
 # -- what the documentation tells
 
 
+SHARED = ("--config", "--url", "--layout", "--json")
+# Where the options of a command stand that no other one has.
+HEADINGS = {
+    "set": "Records",
+    "export": "export and import",
+    "import": "export and import",
+    "bench": "bench",
+    "migrate": "migrate",
+}
+
+
 def test_every_option_is_documented() -> None:
-    documented = {code(row[0])[0].split()[0] for row in table(DOCUMENT, "What all commands share")}
+    shared = {code(row[0])[0].split()[0] for row in table(DOCUMENT, "What all commands share")}
+    assert shared == set(SHARED)
+    documented: dict[str, set[str]] = {}
+    given: dict[str, set[str]] = {}
     for name, command in get_group(app).commands.items():
-        options = {word for parameter in command.params for word in parameter.opts}
-        assert options - {"--help"} == documented, name
+        options = {
+            word for one in command.params if one.param_type_name == "option" for word in one.opts
+        }
+        missing = {"--layout"} if name in ("cluster", "migrate") else set()
+        assert shared - missing <= options, name
+        if own := options - shared - {"--help"}:
+            given.setdefault(HEADINGS[name], set()).update(own)
+    for heading in given:
+        tables = re.findall(r"^\| `(--[a-z-]+)", section(DOCUMENT, heading), re.MULTILINE)
+        documented[heading] = set(tables)
+    assert given == documented
+
+
+def test_every_command_is_documented() -> None:
+    told = {
+        name for row in re.findall(r"^\| \[(.+?)\]\(#", prose(DOCUMENT), re.M) for name in code(row)
+    }
+    assert told == set(get_group(app).commands)
 
 
 def test_every_key_is_documented() -> None:

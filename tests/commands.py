@@ -1,0 +1,142 @@
+"""Run the command line as one meets it: in this process, in a pipe, on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from unittest import mock
+
+from dscache import cli
+
+PATIENCE = 60
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a command: its exit status, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[Any]:
+        """The JSON of each line of its output."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def document(self) -> Any:
+        """The JSON that its output is."""
+        return json.loads(self.out)
+
+
+def invoke(*words: str, stdin: bytes = b"", source: TextIO | None = None) -> Done:
+    """Run the command line in this process, with its output in a pipe, so to say.
+
+    It reads ``stdin``, or ``source`` if that is given.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    status: Any = 0
+    with tempfile.TemporaryFile() as file:
+        file.write(stdin)
+        file.seek(0)
+        with (
+            open(file.fileno(), closefd=False) as given,
+            mock.patch.object(sys, "argv", ["dscache", *words]),
+            mock.patch.object(sys, "stdin", source or given),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                cli.main()
+            except SystemExit as ended:
+                status = ended.code
+            if isinstance(status, str):  # which Python prints before it ends with status 1
+                print(status, file=sys.stderr)
+                status = 1
+    written = [one.buffer.getvalue().decode() for one in (out, err)]  # type: ignore[attr-defined]
+    return Done(status or 0, *written)
+
+
+def run(
+    *words: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, with its output in a pipe."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "dscache", *words],
+        cwd=cwd,
+        env={**os.environ, **environment, "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tuple[int, str]:
+    """Run it on a terminal of its own; return its exit status and all it wrote there."""
+    ours, its = pty.openpty()
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dscache", *words],
+        env={**inherited, "TERM": "xterm-256color", "COLUMNS": str(columns), **environment},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    ) as process:
+        os.close(its)
+        written = b""
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # how Linux tells that the other side has ended
+                break
+            if not piece:
+                break
+            written += piece
+        os.close(ours)
+        return process.wait(PATIENCE), written.decode()
+
+
+@contextlib.contextmanager
+def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the command line with pipes for all it reads and writes; it is gone at the end."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "dscache", *words], **{**pipes, **options}
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def plain(written: str) -> str:
+    """Return what a terminal was sent, without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", written).replace("\r\n", "\n")
+
+
+def failing_after(count: int, work: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """Return ``work`` as something that raises ``error`` after so many calls."""
+    left = count
+
+    def limited(*args: Any, **keywords: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        return work(*args, **keywords)
+
+    return limited
