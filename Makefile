@@ -12,6 +12,9 @@ PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 pyth
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done)
 
+# Every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 CREATED := $(VENV)/.created
 BUILT := $(VENV)/.built
 
@@ -27,7 +30,7 @@ help:
 	@echo "make sanitize     the compiled core under AddressSanitizer, fed with a million bad replies"
 	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
 	@echo "make format       let ruff format the code"
-	@echo "make bench        the benchmarks, and a comparison with redis-py in interleaved rounds"
+	@echo "make bench        the benchmarks, beside the peers and the limit, into bench/results/"
 	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove $(VENV) and everything built"
@@ -61,8 +64,11 @@ build: $(VENV)/.installed-demo $(BUILT)
 demo: $(VENV)/.installed-demo $(BUILT)
 	$(PY) examples/demo.py $(ARGS)
 
+# As many files at a time as there are cores. A process that crashes is not started again, and
+# fails the run. ARGS='-n 0' has all in one process, where a debugger and -s work.
+BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test $(BUILT)
-	$(PY) -m pytest -p no:benchmark $(ARGS)
+	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) tests/soak.py $(ARGS)
@@ -91,16 +97,10 @@ format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.installed-bench $(BUILT)
-	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS)
-	$(PY) bench/compare.py
-	$(PY) bench/compare_cluster.py
-	$(PY) bench/compare_sync.py
+	$(PY) bench/run.py $(ARGS)
 
 bench-smoke: $(VENV)/.installed-bench $(BUILT)
-	$(PY) -m pytest bench --benchmark-disable $(ARGS)
-	$(PY) bench/compare.py --rounds 1 --seconds 0.01
-	$(PY) bench/compare_cluster.py --rounds 1 --seconds 0.01
-	$(PY) bench/compare_sync.py --rounds 1 --seconds 0.01
+	$(PY) bench/run.py --smoke $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -217,7 +217,7 @@ class ClusterNode:
     def choose_ports(self) -> None:
         """Take other ports, from the next launch on; nobody gets the former ones."""
         self.server.close()
-        held = [_hold_port(), _hold_port()]
+        held = [hold_port(), hold_port()]
         self.port, self.bus_port = (one.getsockname()[1] for one in held)
         self._held += held
         if sys.platform != "linux":
@@ -809,12 +809,12 @@ def _migration(target: ClusterNode, keys: Sequence[str]) -> tuple[bytes | str | 
     return ("MIGRATE", *to, *password, "KEYS", *encoded)
 
 
-def _hold_port() -> socket.socket:
+def hold_port() -> socket.socket:
     """Bind a free port without listening, so that a server can have it and nobody else.
 
     A server binds it a second time, which Linux allows because both say so and only one of
-    them listens. While a killed node is away nobody is given its port, and none of the nodes
-    that keep trying to reach it can be connected to itself.
+    them listens. While a killed server is away nobody is given its port, and none of those that
+    keep trying to reach it can be connected to itself.
     """
     held = socket.socket()
     held.bind((_HOST, 0))

@@ -6,6 +6,8 @@ database is emptied before each test.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -29,6 +31,15 @@ CORES = {"fast": "dscache._fast", "pure": "dscache._pure"}
 LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
 # What a cache counts while it works; each is zero again once nothing is under way.
 DRAINED = ("pending", "in_flight", "queued")
+
+# Of caches that don't say otherwise: on a busy machine nothing fails for want of time.
+PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
+
+# The files that take longest, most of it waiting.
+LONG = (
+    *("test_cluster", "test_sync", "test_sync_cluster", "test_cli", "test_resilience"),
+    *("test_cache", "test_sentinel"),
+)
 
 # Time says nothing here: machines differ. The fixtures of one test serve all its examples.
 settings.register_profile(
@@ -84,7 +95,9 @@ def _where(module: str) -> str:
         return f"missing: {error}"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        _check_cores()  # here, as what one of several processes finds out is no message
     scheme = urlsplit(os.environ.get("DSCACHE_TEST_URL") or "redis:").scheme
     if scheme != "redis":
         raise pytest.UsageError(
@@ -98,28 +111,48 @@ def pytest_configure() -> None:
             raise pytest.UsageError(str(error)) from None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """End the run before its first test when it could not test what it should."""
-    wanted = {name for item in items for name in getattr(item, "fixturenames", ())}
-    if "backend" in wanted:
-        for module in CORES.values():
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise pytest.UsageError(
-                    f"{module} can't be imported, and tests need both cores: {error}; "
-                    "`make build` builds the compiled one"
-                ) from error
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process alone works on a server of one's own, as each test empties it."""
+    return 1 if os.environ.get("DSCACHE_TEST_URL") else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put what takes long first where files run side by side, lest one be waited for at the end.
+
+    End the run before its first test when it could not test what it should.
+    """
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.stem not in LONG)
+    if any("backend" in getattr(item, "fixturenames", ()) for item in items):
+        _check_cores()
+
+
+def _check_cores() -> None:
+    for module in CORES.values():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise pytest.UsageError(
+                f"{module} can't be imported, and tests need both cores: {error}; "
+                "`make build` builds the compiled one"
+            ) from error
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Callable[[ServerBinary], EmbeddedServer]]:
+    """Give a server of a kind, started when first asked for and stopped after the last test."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda binary: stack.enter_context(EmbeddedServer(binary)))
 
 
 @pytest.fixture(scope="session", params=SERVERS, ids=_server_id)
-def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer | NamedServer]:
+def server(
+    request: pytest.FixtureRequest, running: Callable[[ServerBinary], EmbeddedServer]
+) -> EmbeddedServer | NamedServer:
     """A running server: each one found, in turn. Tests share it and leave it as it was."""
-    if isinstance(request.param, NamedServer):
-        yield request.param
-    else:
-        with EmbeddedServer(request.param) as started:
-            yield started
+    return request.param if isinstance(request.param, NamedServer) else running(request.param)
 
 
 @pytest.fixture(params=list(CORES))
@@ -131,12 +164,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-@pytest.fixture(name="redis")
-def redis_client(server: EmbeddedServer | NamedServer) -> Iterator[redis_py.Redis]:
-    """A redis-py client on ``server``, whose database has just been emptied."""
+@pytest.fixture(scope="session")
+def shared_redis(server: EmbeddedServer | NamedServer) -> Iterator[redis_py.Redis]:
+    """A redis-py client on ``server``: a new one for each test would cost more than most tests."""
     with redis_py.Redis.from_url(server.url) as client:
-        client.flushdb()
         yield client
+
+
+@pytest.fixture(name="redis")
+def redis_client(shared_redis: redis_py.Redis) -> redis_py.Redis:
+    """A redis-py client on ``server``, whose database has just been emptied."""
+    shared_redis.flushdb()
+    return shared_redis
 
 
 MakeServer = Callable[..., EmbeddedServer]
@@ -159,6 +198,7 @@ def make_server(server: EmbeddedServer | NamedServer) -> Iterator[MakeServer]:
 
     yield start
     for one in started:
+        one.kill()  # for it has nothing to save, and would take a while to see the signal to end
         one.close()
 
 
@@ -183,15 +223,17 @@ async def make_cache(
 ) -> AsyncIterator[MakeCache]:
     """Open caches on ``server``, closed at the end, when each must be drained.
 
-    ``await make_cache(**options)``: options as in the YAML. ``url``, ``path``, ``host`` or
-    ``port`` lead to another server; ``name="memory"`` makes a cache without one.
+    ``await make_cache(**options)``: options as in the YAML, PATIENT where they say nothing.
+    ``url``, ``path``, ``host`` or ``port`` lead to another server; ``name="memory"`` makes a cache
+    without one.
     """
     opened: list[dscache.AsyncCache] = []
 
     async def open_cache(*, name: str = "redis", **options: Any) -> dscache.AsyncCache:
         if name == "redis" and not options.keys() & {"url", "path", "host", "port"}:
             options["url"] = server.url
-        cache: dscache.AsyncCache = cache_class.from_config({"name": name, "options": options})
+        config = {"name": name, "options": PATIENT | options}
+        cache: dscache.AsyncCache = cache_class.from_config(config)
         opened.append(cache)
         await cache.when_ready()
         return cache

@@ -5,16 +5,21 @@ And a Sentinel that says what a test tells it to.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import redis
 
+from clusters import hold_port
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import FakeServer
 
@@ -24,6 +29,13 @@ DOWN_AFTER_MS = 500
 FAILOVER_TIMEOUT_MS = 3000
 _PATIENCE_SECONDS = 30
 _AT_ONCE = ("--repl-diskless-sync-delay", "0")
+# How long Sentinels wait, in milliseconds, before they ask each other and the servers again; and
+# how long where nothing is tested but waited for.
+_PERIODS = {"INFO-PERIOD": 10_000, "PUBLISH-PERIOD": 2000, "PING-PERIOD": 1000, "ASK-PERIOD": 1000}
+_HURRIED_MS = 100
+# One that a busy machine stops for longer takes the clock to be wrong, and then does nothing for
+# half a minute.
+_TILT_MS = 20_000
 
 
 class SentinelGroup:
@@ -36,6 +48,7 @@ class SentinelGroup:
         self._password = password
         self._folder = tempfile.TemporaryDirectory(prefix="dscache-sentinels-")
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._held: list[socket.socket] = []
         self.ports: list[int] = []
         # Else a primary waits 5 s for further replicas before it serves the first.
         self.servers = [EmbeddedServer(binary, args=_AT_ONCE)]
@@ -107,7 +120,8 @@ class SentinelGroup:
         self._processes[number].kill()
         self._processes[number].wait()
         self._processes[number] = self._spawn(number)
-        _wait(lambda: self._knows_all(self.ports[number]), "the Sentinel did not come back")
+        with self._hurried():
+            _wait(lambda: self._knows_all(self.ports[number]), "the Sentinel did not come back")
 
     def heal(self) -> None:
         """Start what was killed, and wait until all replicas follow the primary."""
@@ -118,7 +132,8 @@ class SentinelGroup:
                 server.start()
             with self.ask(server.port) as client:
                 client.execute_command("ACL", "SETUSER", "default", "+@all")
-        _wait(self._is_whole, "the group did not become whole again")
+        with self._hurried():
+            _wait(self._is_whole, "the group did not become whole again")
 
     def close(self) -> None:
         """Stop everything."""
@@ -126,7 +141,10 @@ class SentinelGroup:
             process.kill()
             process.wait()
         for server in self.servers:
+            server.kill()  # a primary that is asked to end waits for its replicas
             server.close()
+        while self._held:
+            self._held.pop().close()
         self._folder.cleanup()
 
     def _start(self) -> None:
@@ -144,14 +162,38 @@ class SentinelGroup:
                 )
         for number in range(self._sentinels):
             self._start_sentinel(number)
+        with self._hurried():
+            for port in self.ports:
+                _wait(lambda port=port: self._knows_all(port), "a Sentinel did not find the others")
+
+    @contextlib.contextmanager
+    def _hurried(self) -> Iterator[None]:
+        """Let the Sentinels ask all the time what they would hear of by and by."""
+        self._pace(dict.fromkeys(_PERIODS, _HURRIED_MS))
+        yield
+        self._pace(_PERIODS)
+
+    def _pace(self, periods: dict[str, int]) -> None:
+        words = [word for period in periods.items() for word in period]
         for port in self.ports:
-            _wait(lambda port=port: self._knows_all(port), "a Sentinel did not find the others")
+            _wait(lambda port=port: self._answers(port), "a Sentinel does not answer")
+            with self.ask(port) as client:
+                client.execute_command("SENTINEL DEBUG", *words, "TILT-TRIGGER", _TILT_MS)
+
+    def _answers(self, port: int) -> bool:
+        try:
+            with self.ask(port) as client:
+                return bool(client.ping())
+        except (redis.ConnectionError, redis.TimeoutError):
+            return False
 
     def _start_sentinel(self, number: int) -> None:
-        probe = EmbeddedServer(self._binary)
-        probe.start()  # finds a free port, as a server does
-        port = probe.port
-        probe.close()
+        held = hold_port()
+        port = held.getsockname()[1]
+        if sys.platform == "linux":
+            self._held.append(held)
+        else:
+            held.close()
         path = self._config(number)
         quorum = self._sentinels // 2 + 1
         lines = [

@@ -16,6 +16,7 @@ import pytest
 import redis as redis_py
 
 import dscache
+from conftest import SERVERS, _server_id
 from dscache.embedded import EmbeddedServer, TLSFiles
 from faults import FaultProxy
 
@@ -519,6 +520,8 @@ async def test_a_url_with_user_password_and_database(
         assert "m\u00fcller" in names
 
 
+# The proxy speaks TLS, whatever server is behind it.
+@pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 async def test_rediss_is_tls(
     make_cache: MakeCache, tls_proxy: FaultProxy, certificates: TLSFiles
 ) -> None:

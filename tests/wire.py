@@ -351,11 +351,20 @@ class ModelServer:
 class Exchange:
     """A Pipeline of one of the cores, its waiters, and a server that it talks to."""
 
-    def __init__(self, core: Any, *, msetex: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        core: Any,
+        *,
+        msetex: bool = False,
+        timeout: float = 3600,  # nothing expires because a machine is slow
+        **options: Any,
+    ) -> None:
         self.server = ModelServer()
         self.waiters: list[Waiter] = []
         self.wakes = 0
-        self.pipeline = core.Pipeline(self._waiter, self._wake, address=ADDRESS, **options)
+        self.pipeline = core.Pipeline(
+            self._waiter, self._wake, address=ADDRESS, timeout=timeout, **options
+        )
         self.pipeline.has_msetex = msetex
 
     def issue(self, *operations: Operation) -> list[Waiter]:
