@@ -271,7 +271,8 @@ cdef class NearCache:
             return 0
         if self._clustered:
             slot = self._encoder.slot(name)
-            if self._inner.readers[slot] is not pipeline:
+            # What replicas hold is not kept, nor what a former owner has answered.
+            if self._inner.owners[slot] is not pipeline:
                 self._dropped_fills += 1
                 return 0
         PyUnicode_AsUTF8AndSize(name, &size)

@@ -259,7 +259,8 @@ class NearCache:
         slot = 0
         if self._clustered:
             slot = self._encoder.slot(name)
-            if self._inner.readers[slot] is not pipeline:
+            # What replicas hold is not kept, nor what a former owner has answered.
+            if self._inner.owners[slot] is not pipeline:
                 self._counts["dropped_fills"] += 1
                 return
         size = c.NEAR_ENTRY_BYTES + len(name.encode()) + (0 if raw is None else len(raw))

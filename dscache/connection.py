@@ -107,7 +107,13 @@ class Connection:
         self._cluster = cluster
         login = Credentials(options, credentials)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
-        self._endpoint = Endpoint(options, login, read_only=read_only, is_near=is_near)
+        self._endpoint = Endpoint(
+            options,
+            login,
+            read_only=read_only,
+            is_near=is_near,
+            of_cluster=cluster is not None,
+        )
         login.listen(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()

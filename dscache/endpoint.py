@@ -31,7 +31,8 @@ class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
     With ``read_only``, a replica of a cluster is told that it may answer reads; with ``is_near``,
-    a server is asked to tell of changes, as the near cache is configured.
+    a server is asked to tell of changes, as the near cache is configured, and as one ``of_cluster``
+    is.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Endpoint:
         *,
         read_only: bool = False,
         is_near: bool = False,
+        of_cluster: bool = False,
     ) -> None:
         self._is_near = is_near
+        self._of_cluster = of_cluster
         self._read_only = read_only
         self._options = options
         self._credentials = credentials
@@ -122,6 +125,7 @@ class Endpoint:
             self.address,
             read_only=self._read_only,
             is_near=self._is_near,
+            of_cluster=self._of_cluster,
         )
         commands = next(words)
         while True:

@@ -51,11 +51,13 @@ def introduce(
     *,
     read_only: bool = False,
     is_near: bool = False,
+    of_cluster: bool = False,
 ) -> Generator[list[list[Any]], list[Any], Greeting]:
     """Get a server's consent to work with it; yields commands, and wants their replies sent.
 
     They are to be sent at once; errors of Redis are among their replies. ``login`` is username
-    and password. With ``is_near``, the server is asked to tell of changes, for a near cache.
+    and password. With ``is_near``, the server is asked to tell of changes, for a near cache; a
+    replica only if it is one ``of_cluster``, where it may be promoted on the same connection.
     Returns the Greeting. Raises ReplyError if the server refuses (WRONGPASS,
     NOAUTH, no such database) or is loading, and ConnectError if it isn't what the Sentinels
     named it for.
@@ -99,7 +101,8 @@ def introduce(
     facts = (said.get(b"server"), said.get(b"version"))
     server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
     is_tracked = False
-    if is_near and options.near_cache is not None and said.get(b"role") != b"replica":
+    is_kept = of_cluster or said.get(b"role") != b"replica"
+    if is_near and options.near_cache is not None and is_kept:
         commands = [_tracking(options, options.near_cache)]
         problem = _too_old(said)
         if not problem:

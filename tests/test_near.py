@@ -509,17 +509,16 @@ def test_so_many_writes_that_not_all_are_remembered(near: NearExchange) -> None:
 
 
 def test_a_write_answered_drops_the_record_again(core: Any) -> None:
-    """Where reads go elsewhere, one may be kept while the write is under way."""
+    """Where the slot is another's by then, a read may be kept while the write is under way."""
     cluster = NearCluster(core)
-    name, slot = "{a}", cluster.router.slot_of("{a}")
-    cluster.owners(slot, writes=0, reads=1)
+    name = "{a}"
+    slot = cluster.router.slot_of(name)
+    cluster.assign(slot, 0)
     written = cluster.issue("set", name, 2, 2)
     [[verb, *_]] = cluster.take(0)
     assert verb == b"MSET"
-    read = cluster.issue("get", name)
-    cluster.take(1)
-    cluster.reply(1, [b"1", b"1"])
-    assert read.result().version == 1
+    cluster.assign(slot, 1)
+    cluster.read(name, 1)
     assert cluster.issue("get", name).was_at_hand
     cluster.reply(0, "OK")
     assert written.result() is True
@@ -964,10 +963,6 @@ class NearCluster(ClusterExchange):
     def issue(self, method: str, argument: Any, *rest: Any, **options: Any) -> Any:
         return NearExchange.issue(self, method, argument, *rest, **options)  # type: ignore[arg-type]
 
-    def owners(self, slot: int, *, writes: int, reads: int) -> None:
-        self.router.owners[slot] = self.pipelines[writes]
-        self.router.readers[slot] = self.pipelines[reads]
-
     def node_of(self, name: str) -> int:
         return int(self.router.slot_of(name) % len(self.pipelines))
 
@@ -1126,14 +1121,22 @@ def test_a_node_that_is_lost_takes_its_own_records_alone(cluster: NearCluster) -
     assert cluster.near.stats()["flushes"] == {"connection": 1, "flushall": 1}
 
 
-def test_a_replica_that_tells_of_nothing_keeps_nothing(cluster: NearCluster) -> None:
+@pytest.mark.parametrize("is_tracked", [False, True])
+def test_what_a_replica_answers_is_not_kept(cluster: NearCluster, is_tracked: bool) -> None:
+    """Until it is promoted, on the same connection."""
     slot = cluster.router.slot_of("a")
     replica = cluster.pipelines[(cluster.node_of("a") + 1) % 3]
     replica.connection_lost(ConnectionLost("cut"), True)
-    replica.connected(False)
+    replica.connected(is_tracked)
     cluster.router.readers[slot] = replica
     cluster.read("a", cluster.pipelines.index(replica))
     assert not cluster.issue("get", "a").was_at_hand
+    cluster.take(cluster.pipelines.index(replica))
+    cluster.reply(cluster.pipelines.index(replica), [b"1", b"1"])
+    cluster.router.owners[slot] = replica
+    cluster.near.slots_moved([slot])
+    cluster.read("a", cluster.pipelines.index(replica))
+    assert cluster.issue("get", "a").was_at_hand == is_tracked
 
 
 def test_records_whose_keys_lie_apart_are_not_kept(core: Any) -> None:
