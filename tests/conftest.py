@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import signal
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ def _where(module: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would all that
+    # they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("numprocesses", None):
         _check_cores()  # here, as what one of several processes finds out is no message
     scheme = urlsplit(os.environ.get("DSCACHE_TEST_URL") or "redis:").scheme

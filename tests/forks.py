@@ -48,6 +48,18 @@ def use(cache: dscache.Cache, who: str, wrong: list[str], stop: threading.Event 
             wrong.append(f"{who} {version}: {error!r}")
 
 
+def wait_until_connected(cache: dscache.Cache) -> None:
+    """Wait until each thread has the connections that it needs, and none is being made."""
+    connects = since = 0
+    while True:
+        stats = cache.stats()
+        if stats.get("connections", 0) < THREADS or stats["connects"] != connects:
+            connects, since = stats.get("connects", 0), stats.get("reads", 0)
+        elif stats["reads"] - since >= 100 * THREADS:
+            return
+        time.sleep(0.001)
+
+
 def child(cache: dscache.Cache, number: int, inherited: set[tuple[int, int]]) -> dict[str, Any]:
     shared_at_first = len(sockets() & inherited)
     wrong: list[str] = []
@@ -83,8 +95,7 @@ def main(where: str, count: int) -> dict[str, Any]:
     ]
     for thread in threads:
         thread.start()
-    while cache.stats().get("connections", 0) < THREADS:
-        time.sleep(0.001)
+    wait_until_connected(cache)
     children = []
     for number in range(count):
         reading, writing = os.pipe()

@@ -21,6 +21,7 @@ import trustme
 
 import cluster_rows
 import dscache
+import near_rows
 import thread_rows
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
@@ -690,6 +691,7 @@ ROWS: dict[str, Row] = {
     "fuzz": fuzz,
     "failover": failover,
     "refused": refused,
+    "near": near_rows.near,
     "away": away,
     "silent": silent,
     "mixed": mixed,

@@ -41,6 +41,7 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "fuzz": {"cases": scaled(1_000_000), "seed": random.randrange(10**6)},
         "failover": {"rounds": scaled(3)},
         "refused": {"seconds": 60 * scale},
+        "near": {"reads": scaled(10_000_000)},
         "away": {"operations": scaled(100_000)},
         "silent": {},
         "mixed": {"minutes": minutes * scale},

@@ -38,8 +38,8 @@ OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
     "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
     "whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
-    "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, slotsRefreshTimeout, "
-    "slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
+    "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
+    "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
 PORT = "must be a whole number from 1 to 65535"

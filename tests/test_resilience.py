@@ -23,6 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "fuzz": {"cases": 5000},
     "failover": {"rounds": 1},
     "refused": {"seconds": 2.0},
+    "near": {"reads": 100_000, "mischief_pause": 0.05},
     "away": {"operations": 15_000},
     "silent": {},
     "mixed": {"minutes": 4 / 60},
