@@ -11,11 +11,19 @@ import os
 import select
 import socket
 import ssl
+import threading
 from collections.abc import Generator
 from typing import Final
 
 from .config import Options
 from .greeting import FAMILIES, TCP_OPTIONS
+
+# Held while a socket is being made that nobody could find yet: a fork then comes before or after,
+# and the child closes what it finds. The child has it too, held by the thread that forked.
+_making = threading.RLock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
 
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
 
@@ -47,7 +55,9 @@ class Attempt:
         )
         for number, (family, kind, protocol, _, address) in enumerate(found, 1):
             try:
-                yield from self._reach(socket.socket(family, kind, protocol), address)
+                with _making:
+                    self._sock = socket.socket(family, kind, protocol)
+                yield from self._reach(self._sock, address)
                 break
             except OSError as error:
                 # One without a number is none of the system's.
@@ -55,15 +65,16 @@ class Attempt:
                     raise
                 self.disconnect()
         if options.tls is not None:
-            self._sock = secure = options.tls.context().wrap_socket(
-                self.sock,
-                server_hostname=options.tls.servername or options.host,
-                do_handshake_on_connect=False,
-            )
+            context = options.tls.context()
+            with _making:
+                self._sock = secure = context.wrap_socket(
+                    self.sock,
+                    server_hostname=options.tls.servername or options.host,
+                    do_handshake_on_connect=False,
+                )
             yield from handshake(secure)
 
     def _reach(self, sock: socket.socket, address: object) -> Generator[int, None, None]:
-        self._sock = sock
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
