@@ -289,7 +289,13 @@ class World:
     # -- slots that move
 
     def move_slot(self, slot: int) -> None:
-        """Let a slot go to the other node, which tells nobody here."""
+        """Let a slot go to the other node, which tells nobody here.
+
+        It does not come back within the round trip of a command: what was sent is executed before.
+        """
+        if slot in self.rooms or self.owner[slot] != self.known_owner[slot]:
+            for node in NODES:
+                self.execute(node, len(self.requests[node]))
         source, target = self.owner[slot], 1 - self.owner[slot]
         self.owner[slot] = target
         for name in NAMES:
