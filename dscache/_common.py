@@ -195,15 +195,15 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-# -- errors of the caller
-
-
 def key_stem(text: str, hash_tag: bool) -> str:
     """Return how the keys of names begin that begin with some text, behind the key prefix."""
     if not hash_tag:
         return text
     opening = TAG_FOR_BRACE if text.startswith(TAG_CLOSE.decode()) else TAG_OPEN
     return opening.decode() + text
+
+
+# -- errors of the caller
 
 
 def bad_name(name: object) -> RecordError:
