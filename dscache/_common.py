@@ -68,8 +68,6 @@ NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
 # What the near cache keeps, unless configured.
 NEAR_RECORDS: Final = 100_000
 NEAR_BYTES: Final = 64 * 1024 * 1024
-# What keeping one record takes, apart from its name's and its data's text.
-NEAR_ENTRY_BYTES: Final = 250
 # For how many names it is kept when they were last written here. It only matters while a read is
 # under way that is older, and at the limit such reads are merely not kept.
 NEAR_FENCES: Final = 4096

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
+from sys import getsizeof
 
 cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING
@@ -255,6 +256,8 @@ cdef class Pipeline:
         self._slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
+        if self._epoch is not None:
+            self._epoch.asked(self.fence())
         return hiredis.pack_command(parts), batch.entries[0]
 
     def key_command(self, int kind, str key not None, waiter, *parts):
@@ -268,7 +271,7 @@ cdef class Pipeline:
 
     # -- what changes nodes
 
-    def fence(self):
+    cpdef Py_ssize_t fence(self):
         """Return how far ``settled`` will be when all that is in flight now has been answered."""
         return self.settled + len(self._slots)
 
@@ -379,6 +382,8 @@ cdef class Pipeline:
             return b""
         self._flushes += 1
         self._bytes_out += encoder.size()
+        if self._epoch is not None:
+            self._epoch.asked(self.fence())
         return encoder.take()
 
     # -- input
@@ -397,7 +402,8 @@ cdef class Pipeline:
         """
         if self._storage is None or size > len(self._storage):
             raise ValueError("there is no such part of the buffer")
-        self._hear(size)
+        self._bytes_in += size
+        self._partial += size
         self._guard.inspect(
             <const unsigned char*>PyByteArray_AS_STRING(self._storage), size, self.address
         )
@@ -409,18 +415,13 @@ cdef class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._hear(len(data))
+        self._bytes_in += len(data)
+        self._partial += len(data)
         self._guard.inspect(
             <const unsigned char*>PyBytes_AS_STRING(data), len(data), self.address
         )
         self._reader.feed(data)
         self._parse()
-
-    cdef inline void _hear(self, Py_ssize_t size) noexcept:
-        self._bytes_in += size
-        self._partial += size
-        if self._epoch is not None:
-            self._epoch.heard = dscache_now()
 
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
@@ -439,12 +440,17 @@ cdef class Pipeline:
             self._epoch = _Epoch.__new__(_Epoch, self._reach)
             self.near.count_live(1)
 
+    def unknown(self):
+        """Return the seconds for which changes may be unknown to the near cache."""
+        return 0.0 if self._epoch is None else dscache_now() - self._epoch.known
+
     cpdef forget(self, str reason):
         """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
-        cdef bint is_tracked = self._epoch is not None
+        cdef _Epoch epoch = self._epoch
         self._end_epoch(OVER, reason)
-        if is_tracked:
+        if epoch is not None:
             self.connected(True)
+            self._epoch.known = epoch.known
 
     cdef int _end_epoch(self, int state, str reason) except -1:
         cdef _Epoch epoch = self._epoch
@@ -794,6 +800,8 @@ cdef class Pipeline:
             self._answer_script(batch, count, self._array(reply, count, "the set script"))
         self._slots.popleft()
         self.settled += 1
+        if self._epoch is not None:
+            self._epoch.answered(self.settled)
         self.in_flight -= count
         if batch.bulk is None:
             self.operations -= count

@@ -15,7 +15,10 @@ cdef extern from *:
     # A look takes less time than a call of time.monotonic.
     double dscache_now() noexcept nogil
 
-cdef long NEAR_ENTRY_BYTES = c.NEAR_ENTRY_BYTES
+# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+NEAR_ENTRY_BYTES = 208
+cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
+cdef Py_ssize_t NO_TABLE = getsizeof({})
 cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
 cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
 cdef object _UNKNOWN = object()
@@ -39,16 +42,37 @@ cdef class _Reach:
 
 @cython.final
 cdef class _Epoch:
-    """The time in which one connection is tracked."""
+    """The time in which one connection is tracked.
+
+    ``known`` is the time up to which every change is known here: whatever happened before a command
+    was sent was told of before its answer. One mark at a time is followed, not each command.
+    """
 
     cdef _Reach reach
     cdef int state
-    cdef double heard
+    cdef double known
+    cdef Py_ssize_t _mark, _last_mark
+    cdef double _sent, _last_sent
 
     def __cinit__(self, _Reach reach):
         self.reach = reach
         self.state = LIVE
-        self.heard = dscache_now()
+        self.known = dscache_now()
+
+    cdef inline void asked(self, Py_ssize_t mark) noexcept:
+        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        self._last_mark = mark
+        self._last_sent = dscache_now()
+        if not self._mark:
+            self._mark = mark
+            self._sent = self._last_sent
+
+    cdef inline void answered(self, Py_ssize_t settled) noexcept:
+        """Note how many commands are settled."""
+        if settled >= self._mark > 0:
+            self.known = self._sent
+            self._mark = self._last_mark if self._last_mark > settled else 0
+            self._sent = self._last_sent
 
 
 @cython.final
@@ -241,7 +265,7 @@ cdef class NearCache:
             "dropped_fills": self._dropped_fills,
             "flushes": dict(self._flushes),
             "records": PyDict_Size(self._entries),
-            "bytes": self._bytes,
+            "bytes": self._bytes + self._table(),
         }
 
     # -- for the pipelines
@@ -276,11 +300,11 @@ cdef class NearCache:
                 self._dropped_fills += 1
                 return 0
         PyUnicode_AsUTF8AndSize(name, &size)
-        size += NEAR_ENTRY_BYTES + (0 if raw is None else PyBytes_GET_SIZE(raw))
+        size += ENTRY_BYTES + (0 if raw is None else PyBytes_GET_SIZE(raw))
         self.drop(name)
-        if size > self._max_bytes or not self._max_records:
+        if self._table() + size > self._max_bytes or not self._max_records:
             return 0
-        self._make_room(size)
+        self._make_room(1, size)
         entry = _Entry.__new__(_Entry)
         entry.name = name
         entry.raw = raw
@@ -294,6 +318,7 @@ cdef class NearCache:
         PyDict_SetItem(self._entries, name, entry)
         self._append(entry)
         self._bytes += size
+        self._make_room(0, 0)  # the table may have grown
         return 0
 
     cdef bint drop(self, str name) except -1:
@@ -370,7 +395,7 @@ cdef class NearCache:
             self.drop(name)
         elif entry.moves == self._moves[entry.slot]:
             if epoch.state == LIVE:
-                if now - epoch.heard <= self._idle_limit:
+                if now - epoch.known <= self._idle_limit:
                     entry.was_hit = True
                     self._hits += 1
                     return entry
@@ -461,10 +486,15 @@ cdef class NearCache:
         self._ends.before = <PyObject*>entry
         return 0
 
-    cdef int _make_room(self, Py_ssize_t size) except -1:
+    cdef Py_ssize_t _table(self) except -1:
+        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        return <Py_ssize_t>getsizeof(self._entries) - NO_TABLE
+
+    cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
         cdef _Entry entry
         while self._ends.after != <PyObject*>self._ends and (
-            PyDict_Size(self._entries) >= self._max_records or self._bytes + size > self._max_bytes
+            PyDict_Size(self._entries) + records > self._max_records
+            or self._bytes + self._table() + size > self._max_bytes
         ):
             entry = <_Entry>self._ends.after
             if entry.was_hit and entry.epoch.state == LIVE:

@@ -8,13 +8,14 @@ kept in the process).
 
 from __future__ import annotations
 
-from ._pure_near import NearCache
+from ._pure_near import NEAR_ENTRY_BYTES, NearCache
 from ._pure_pipeline import Pipeline
 from ._pure_record import Record, check_name, check_version, encode_data, parse_version
 from ._pure_router import Router
 from ._pure_wire import slot_of_key
 
 __all__ = [
+    "NEAR_ENTRY_BYTES",
     "NearCache",
     "Pipeline",
     "Record",

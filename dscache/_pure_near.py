@@ -11,7 +11,8 @@ What is kept is true under four conditions, which a look checks each time:
 
 1. Its **epoch** is live: the connection that brought it is there, and was tracked ever since. A
    lost connection, a FLUSHALL or a new login ends the epoch, and with it all that it brought.
-2. The connection was heard of within ``idle_limit``: a deaf one brings no messages.
+2. A command was answered that had been sent within ``idle_limit``. So whatever happened before
+   was told of: that bytes arrive is not enough, as a late link may have more of them on the way.
 3. On a cluster, the record's slot has not moved: from then on another node would tell.
 4. It is younger than ``max_age``.
 
@@ -34,6 +35,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _common as c
@@ -44,6 +46,10 @@ from .errors import BulkError
 
 if TYPE_CHECKING:
     from ._pure_pipeline import Pipeline
+
+# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+NEAR_ENTRY_BYTES: Final = 290
+_NO_TABLE: Final = getsizeof(OrderedDict())
 
 _UNKNOWN: Final = object()
 
@@ -66,14 +72,33 @@ class Reach:
 
 
 class Epoch:
-    """The time in which one connection is tracked."""
+    """The time in which one connection is tracked.
 
-    __slots__ = ("heard", "reach", "state")
+    ``known`` is the time up to which every change is known here: whatever happened before a command
+    was sent was told of before its answer. One mark at a time is followed, not each command.
+    """
+
+    __slots__ = ("_last_mark", "_last_sent", "_mark", "_sent", "known", "reach", "state")
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self.state = LIVE
-        self.heard = time.monotonic()
+        self.known = time.monotonic()
+        self._mark = self._last_mark = 0
+        self._sent = self._last_sent = 0.0
+
+    def asked(self, mark: int) -> None:
+        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        self._last_mark, self._last_sent = mark, time.monotonic()
+        if not self._mark:
+            self._mark, self._sent = mark, self._last_sent
+
+    def answered(self, settled: int) -> None:
+        """Note how many commands are settled."""
+        if settled >= self._mark > 0:
+            self.known = self._sent
+            self._mark = self._last_mark if self._last_mark > settled else 0
+            self._sent = self._last_sent
 
 
 class Entry:
@@ -239,7 +264,7 @@ class NearCache:
             **self._counts,
             "flushes": dict(self._flushes),
             "records": len(self._entries),
-            "bytes": self._bytes,
+            "bytes": self._bytes + self._table(),
         }
 
     # -- for the pipelines
@@ -263,16 +288,17 @@ class NearCache:
             if self._inner.owners[slot] is not pipeline:
                 self._counts["dropped_fills"] += 1
                 return
-        size = c.NEAR_ENTRY_BYTES + len(name.encode()) + (0 if raw is None else len(raw))
+        size = NEAR_ENTRY_BYTES + len(name.encode()) + (0 if raw is None else len(raw))
         self.drop(name)
-        if size > self._max_bytes or not self._max_records:
+        if self._table() + size > self._max_bytes or not self._max_records:
             return
-        self._make_room(size)
+        self._make_room(1, size)
         entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, size)
         entry.slot = slot
         entry.moves = self._moves[slot]
         self._entries[name] = entry
         self._bytes += size
+        self._make_room(0, 0)  # the table may have grown
 
     def drop(self, name: str) -> bool:
         """Forget what is kept of a name; return whether there was anything."""
@@ -336,7 +362,7 @@ class NearCache:
         elif entry.moves == self._moves[entry.slot]:
             epoch = entry.epoch
             if epoch.state == LIVE:
-                if now - epoch.heard <= self._idle_limit:
+                if now - epoch.known <= self._idle_limit:
                     entry.was_hit = True
                     self._counts["hits"] += 1
                     return entry, False
@@ -412,10 +438,15 @@ class NearCache:
                 gathering.flights.append(flight)
         return waiter
 
-    def _make_room(self, size: int) -> None:
+    def _table(self) -> int:
+        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        return getsizeof(self._entries) - _NO_TABLE
+
+    def _make_room(self, records: int, size: int) -> None:
         entries = self._entries
         while entries and (
-            len(entries) >= self._max_records or self._bytes + size > self._max_bytes
+            len(entries) + records > self._max_records
+            or self._bytes + self._table() + size > self._max_bytes
         ):
             name, entry = next(iter(entries.items()))
             if entry.was_hit and entry.epoch.state == LIVE:

@@ -244,6 +244,8 @@ class Pipeline:
         self._slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
+        if self._epoch is not None:
+            self._epoch.asked(self.fence())
         return pack_command(parts), batch.entries[0]
 
     def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
@@ -358,6 +360,8 @@ class Pipeline:
         if out:
             self._flushes += 1
             self._bytes_out += size
+            if self._epoch is not None:
+                self._epoch.asked(self.fence())
         return b"".join(out)
 
     # -- input
@@ -375,7 +379,8 @@ class Pipeline:
         """
         if size > len(self._buffer):
             raise ValueError("there is no such part of the buffer")
-        self._hear(size)
+        self._bytes_in += size
+        self._partial += size
         self._guard.inspect(bytes(self._buffer[:size]), self.address)
         self._reader.feed(self._buffer, 0, size)
         self._parse()
@@ -385,16 +390,11 @@ class Pipeline:
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._hear(len(data))
+        self._bytes_in += len(data)
+        self._partial += len(data)
         self._guard.inspect(data, self.address)
         self._reader.feed(data)
         self._parse()
-
-    def _hear(self, size: int) -> None:
-        self._bytes_in += size
-        self._partial += size
-        if self._epoch is not None:
-            self._epoch.heard = time.monotonic()
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
@@ -413,12 +413,18 @@ class Pipeline:
             self._epoch = Epoch(self._reach)
             self.near.count_live(1)
 
+    def unknown(self) -> float:
+        """Return the seconds for which changes may be unknown to the near cache."""
+        return 0.0 if self._epoch is None else time.monotonic() - self._epoch.known
+
     def forget(self, reason: str) -> None:
         """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
-        is_tracked = self._epoch is not None
+        epoch = self._epoch
         self._end_epoch(OVER, reason)
-        if is_tracked:
+        if epoch is not None:
             self.connected(True)
+            assert self._epoch is not None
+            self._epoch.known = epoch.known
 
     def _end_epoch(self, state: int, reason: str) -> None:
         epoch, self._epoch = self._epoch, None
@@ -714,6 +720,8 @@ class Pipeline:
             self._answer_script(batch, count, reply)
         self._slots.popleft()
         self.settled += 1
+        if self._epoch is not None:
+            self._epoch.answered(self.settled)
         self.in_flight -= count
         if batch.bulk is None:
             self.operations -= count

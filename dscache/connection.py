@@ -134,7 +134,7 @@ class Connection:
         self._near = self.pipeline.near = near
         self._ping_after = _PING_AFTER
         if options.near_cache is not None and is_near:
-            # A link that is idle and well is heard of twice within the time that it may be silent.
+            # On a link that is well, something is answered twice within the time that it may not.
             self._ping_after = min(_PING_AFTER, options.near_cache.idle_limit / 2000)
         self._link: Link | None = None
         self._closed = False
@@ -402,7 +402,8 @@ class Connection:
         link = self._link
         if link is None:
             return
-        wait = self._ping_after - link.idle()
+        # Changes that are told say nothing of those that are not yet.
+        wait = self._ping_after - max(link.idle(), self.pipeline.unknown())
         if wait <= 0:
             silence = link.silence()
             if silence >= _PING_ANSWER:

@@ -7,10 +7,11 @@ near cache may still believe depends on what has arrived, and on nothing else.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Generator
+from sys import getsizeof
 from typing import Any
 
-from dscache import _common as c
 from dscache.errors import ConnectionLost
 from wire import ADDRESS, ModelServer, Operation, Push, Refusal, Waiter, commands, keys_of, resp
 
@@ -291,6 +292,15 @@ class NearExchange:
         return self.promises[-1]
 
 
-def size_of(name: str, data: bytes = b"") -> int:
-    """Return the bytes that an entry counts for."""
-    return int(c.NEAR_ENTRY_BYTES) + len(name.encode()) + len(data)
+def size_of(core: Any, name: str, data: bytes = b"") -> int:
+    """Return the bytes that an entry counts for, apart from its place in the dict of all."""
+    return int(core.NEAR_ENTRY_BYTES) + len(name.encode()) + len(data)
+
+
+def table_of(core: Any, entries: int = 1) -> int:
+    """Return the bytes that the dict of so many entries counts for."""
+    empty: dict[str, None] = OrderedDict() if core.__name__ == "dscache._pure" else {}
+    filled = empty.copy()
+    for key in range(entries):
+        filled[str(key)] = None
+    return getsizeof(filled) - getsizeof(empty)

@@ -25,7 +25,7 @@ from dscache.errors import (
     RecordError,
     ReplyError,
 )
-from near_wire import FOREVER, Call, NearExchange, Promise, size_of
+from near_wire import FOREVER, Call, NearExchange, Promise, size_of, table_of
 from wire import CORES, NOPERM, ClusterExchange, Push, Refusal, commands, plain, resp
 
 PATIENCE = 60
@@ -901,24 +901,76 @@ def test_a_silent_link_serves_nothing(core: Any) -> None:
     near = NearExchange(core, idle_limit=0.05)
     near.fill("a")
     call = until_not_at_hand(near, "a")
-    near.reply(Push([b"message", b"x"]))  # any sign of life will do
-    assert near.get("a").was_at_hand
+    assert near.pipeline.unknown() > 0.05
     near.run()
     assert call.result().version == 1
-    # Nor is there more than silence to a part of a reply.
-    until_not_at_hand(near, "a")
-    near.pipeline.feed(b"*")
+    assert near.pipeline.unknown() < 0.05
     assert near.get("a").was_at_hand
 
 
-def test_buffered_bytes_are_a_sign_of_life(core: Any) -> None:
+def test_what_a_late_link_brings_is_no_sign_that_nothing_else_has_changed(core: Any) -> None:
+    """More may be on the way, up to the answer of what was sent after the silence."""
+    near = NearExchange(core, idle_limit=0.05)
+    near.fill(*"abc")
+    near.get("missing")
+    near.send()
+    early = time.monotonic()
+    until_not_at_hand(near, "a").cancel()
+    near.push(b"x_v")
+    near.server.write("b", 2, b"2")
+    assert not near.get("a").was_at_hand
+    # An answer tells of what was before its question, and that is as long ago.
+    near.arrive()
+    assert not near.get("a").was_at_hand
+    assert near.pipeline.unknown() >= time.monotonic() - early - 0.01
+    near.run()
+    assert near.get("a").was_at_hand
+    assert near.get("c").was_at_hand
+    assert not near.get("b").was_at_hand
+
+
+def test_of_many_commands_each_tells_of_its_own_time(core: Any) -> None:
     near = NearExchange(core, idle_limit=0.05)
     near.fill("a")
-    until_not_at_hand(near, "a")
-    sign = resp(Push([b"message", b"x"]))
+    near.get("first")
+    near.send()
+    of_the_first = len(near.server.sent)
+    second = until_not_at_hand(near, "a")
+    near.send()
+    near.arrive(of_the_first)
+    assert not near.get("a").was_at_hand
+    assert not second.look()
+    near.arrive()
+    assert second.result().version == 1
+    assert near.get("a").was_at_hand
+
+
+def test_a_ping_asks_too(core: Any) -> None:
+    near = NearExchange(core, idle_limit=0.05)
+    near.fill("a")
+    until_not_at_hand(near, "a").cancel()
+    near.pipeline.command("PING")
+    near.reply(b"PONG")
+    assert near.get("a").was_at_hand
+
+
+def test_buffered_answers_count_as_well(core: Any) -> None:
+    near = NearExchange(core, idle_limit=0.05)
+    near.fill("a")
+    until_not_at_hand(near, "a").cancel()
+    near.pipeline.command("PING")
+    sign = resp(b"PONG")
     near.pipeline.get_buffer(-1)[: len(sign)] = sign
     near.pipeline.buffer_updated(len(sign))
     assert near.get("a").was_at_hand
+
+
+def test_a_flush_makes_a_late_link_no_better(core: Any) -> None:
+    near = NearExchange(core, idle_limit=0.05)
+    near.fill("a")
+    until_not_at_hand(near, "a").cancel()
+    near.reply(Push([b"invalidate", None]))
+    assert near.pipeline.unknown() > 0.05
 
 
 def test_what_is_old_is_read_again(core: Any) -> None:
@@ -1180,7 +1232,11 @@ def test_no_more_records_than_allowed(core: Any) -> None:
     near = NearExchange(core, max_records=3)
     near.fill(*"abcde")
     assert [name for name in "abcde" if near.has(name)] == ["c", "d", "e"]
-    assert near.count("records", "evictions", "bytes") == (3, 2, 3 * size_of("a", b"1"))
+    assert near.count("records", "evictions", "bytes") == (
+        3,
+        2,
+        table_of(core, 3) + 3 * size_of(core, "a", b"1"),
+    )
 
 
 def test_what_was_hit_stays_for_another_round(core: Any) -> None:
@@ -1222,13 +1278,14 @@ def test_what_nobody_may_be_served_does_not_stay(core: Any) -> None:
 
 
 def test_no_more_bytes_than_allowed(core: Any) -> None:
-    each = size_of("a", b"1" * 1000)
-    near = NearExchange(core, max_bytes=3 * each)
+    each, table = size_of(core, "a", b"1" * 1000), table_of(core, 3)
+    near = NearExchange(core, max_bytes=table + 3 * each)
     near.fill(*"abc", data=b"1" * 1000)
-    assert near.count("records", "bytes", "evictions") == (3, 3 * each, 0)
+    assert near.count("records", "bytes", "evictions") == (3, table + 3 * each, 0)
     near.fill("d", data=b"1" * 1001)
     assert near.count("records", "evictions") == (2, 2)
-    assert near.stats()["bytes"] == each + size_of("d", b"1" * 1001) <= 3 * each
+    both = each + size_of(core, "d", b"1" * 1001)
+    assert near.stats()["bytes"] == table_of(core, 2) + both <= table + 3 * each
     assert [name for name in "abcd" if near.has(name)] == ["c", "d"]
 
 
@@ -1240,8 +1297,12 @@ def test_what_is_too_large_is_not_kept(core: Any) -> None:
     # Nor is what was known of it before.
     near.fill("a", version=2, data=b"2" * 2000)
     assert not near.has("a")
-    assert near.count("records", "bytes", "evictions") == (1, size_of("b", b"1"), 0)
-    exact = 2000 - size_of("exact")
+    assert near.count("records", "bytes", "evictions") == (
+        1,
+        table_of(core) + size_of(core, "b", b"1"),
+        0,
+    )
+    exact = 2000 - size_of(core, "exact") - table_of(core)
     near.fill("exact", data=b"1" * exact)
     assert near.has("exact")
     assert near.count("records", "bytes") == (1, 2000)
@@ -1251,9 +1312,10 @@ def test_what_is_too_large_is_not_kept(core: Any) -> None:
 def test_bytes_count_names_as_they_are_sent(core: Any, name: str) -> None:
     near = NearExchange(core)
     near.fill(name)
-    assert near.stats()["bytes"] == size_of(name, b"1")
+    assert near.stats()["bytes"] == table_of(core) + size_of(core, name, b"1")
     near.read("missing")
-    assert near.stats()["bytes"] == size_of(name, b"1") + size_of("missing")
+    both = size_of(core, name, b"1") + size_of(core, "missing")
+    assert near.stats()["bytes"] == table_of(core, 2) + both
 
 
 def test_everything_that_leaves_gives_its_room_back(core: Any) -> None:
@@ -1268,7 +1330,8 @@ def test_everything_that_leaves_gives_its_room_back(core: Any) -> None:
     near.push(*(b"%c_v" % letter for letter in b"abcdef"))
     near.issue("delete", "missing")
     near.run()
-    assert near.count("records", "bytes") == (0, 0)
+    assert near.count("records") == (0,)
+    assert near.stats()["bytes"] <= table_of(core, 6)
 
 
 def test_nothing_may_be_kept_of_one_record_or_one_byte(core: Any) -> None:
