@@ -47,6 +47,10 @@ MAX_TTL: Final = 10**10
 # blocking bulk read of 1000 took 0.93 of the time where both cores were awake, and 1.3 times as
 # much where each answer had to wake one.
 COMMAND_RECORDS: Final = 512
+# Records of one tick with which the server may begin before the tick is over, if it has nothing
+# else to do. Else it and the client take turns: with 100 tasks on uvloop, a read took 3.05 us in
+# place of 3.72, and a write 4.2 in place of 5.4; with 16 or 48 it was a little more.
+EARLY_RECORDS: Final = 32
 # A script costs the server three to ten times as much per record.
 SCRIPT_RECORDS: Final = 128
 # Text in one write command; also what one flush hands to the transport before it looks up.

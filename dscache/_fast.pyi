@@ -43,6 +43,7 @@ class Pipeline:
         create_waiter: Callable[[], Any],
         wake: Callable[[], object],
         *,
+        begin: Callable[[], object] | None = None,
         address: str = "",
         key_prefix: str = "",
         hash_tag: bool = False,

@@ -59,6 +59,7 @@ if (
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
 cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
+cdef Py_ssize_t EARLY_RECORDS = c.EARLY_RECORDS
 cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
 cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
 cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
@@ -105,7 +106,8 @@ cdef class Pipeline:
 
     ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
-    queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    queued. ``begin`` is called when so many wait that the server had better begin, and must not
+    raise. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
@@ -138,6 +140,7 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
     cdef object _wake
+    cdef object _begin
     cdef _Encoder _encoder
     cdef _LengthGuard _guard
     cdef long long _ttl
@@ -160,6 +163,7 @@ cdef class Pipeline:
         create_waiter,
         wake,
         *,
+        begin=None,
         str address="",
         str key_prefix="",
         bint hash_tag=False,
@@ -177,6 +181,7 @@ cdef class Pipeline:
         self.redirected = []
         self._create_waiter = create_waiter
         self._wake = wake
+        self._begin = begin
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
         self._ttl = ttl
         self._timeout = timeout
@@ -671,6 +676,7 @@ cdef class Pipeline:
             self.pending_bytes -= PyBytes_GET_SIZE((<_Write>earlier).text)
         self.pending_bytes += PyBytes_GET_SIZE(write.text)
         PyDict_SetItem(batch.records, name, write)
+        self._begin_early()
         return waiter
 
     cdef object _join(self, int kind, str name, waiter=None):
@@ -685,7 +691,14 @@ cdef class Pipeline:
         else:
             self.queued += 1
             self.operations += 1
+        self._begin_early()
         return waiter
+
+    cdef inline int _begin_early(self) except -1:
+        """Let the server begin, if it has nothing to do and a part of the tick's operations."""
+        if self.queued >= EARLY_RECORDS and not self.in_flight and self._begin is not None:
+            self._begin()
+        return 0
 
     cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0, waiter=None):
         self.admit(size)

@@ -87,7 +87,8 @@ class Pipeline:
 
     ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
     operation since the last ``take_output`` is about to be queued; if it raises, nothing is
-    queued. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    queued. ``begin`` is called when so many wait that the server had better begin, and must not
+    raise. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
@@ -107,6 +108,7 @@ class Pipeline:
         create_waiter: Callable[[], Any],
         wake: Callable[[], object],
         *,
+        begin: Callable[[], object] | None = None,
         address: str = "",
         key_prefix: str = "",
         hash_tag: bool = False,
@@ -132,6 +134,7 @@ class Pipeline:
         self.queued = 0
         self._create_waiter = create_waiter
         self._wake = wake
+        self._begin = begin
         self._encoder = Encoder(key_prefix, hash_tag)
         self._ttl = ttl
         self._timeout = timeout
@@ -193,6 +196,7 @@ class Pipeline:
             self.pending_bytes -= len(earlier.text)
         self.pending_bytes += len(write.text)
         batch.records[name] = write
+        self._begin_early()
         return waiter
 
     def delete(self, name: str) -> Any:
@@ -609,7 +613,13 @@ class Pipeline:
             batch.records[name] = waiter
             self.queued += 1
             self.operations += 1
+        self._begin_early()
         return waiter
+
+    def _begin_early(self) -> None:
+        """Let the server begin, if it has nothing to do and a part of the tick's operations."""
+        if self.queued >= c.EARLY_RECORDS and not self.in_flight and self._begin is not None:
+            self._begin()
 
     def _add_bulk(
         self, kind: int, records: dict[str, Any], size: int = 0, waiter: Any = None

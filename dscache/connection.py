@@ -120,6 +120,7 @@ class Connection:
         self.pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
+            begin=self._begin,
             address=self._endpoint.address,
             refuse_when_full=options.when_full == "error",
             clustered=cluster is not None,
@@ -260,6 +261,12 @@ class Connection:
             )
         if self._link is None:
             self._wanted.set()
+
+    def _begin(self) -> None:
+        """Send what this tick has brought up to now."""
+        link = self._link
+        if link is not None and link.is_clear() and (output := self.pipeline.take_output()):
+            link.write_at_once(output)
 
     def _flush(self) -> None:
         self._flush_due = False

@@ -111,6 +111,59 @@ def test_another_loop_is_refused(
         own.run(still_works())
 
 
+@LOOPS
+@pytest.mark.parametrize("size", [1, 200_000], ids=["small", "large"])
+def test_a_part_of_a_tick_is_sent_before_its_end(
+    server: EmbeddedServer, backend: str, new_loop: Any, size: int
+) -> None:
+    """Of the large ones the socket takes a part, and the transport has to send the rest."""
+    names = [f"early/{number}" for number in range(100)]
+    text = "x" * size
+
+    async def use_it() -> None:
+        async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
+            for version in range(1, 4):
+                before = cache.stats()["flushes"]
+                writes = [cache.set(name, version, [name, text]) for name in names]
+                # Nothing else has run since.
+                assert cache.stats()["flushes"] > before
+                assert 0 < cache.stats()["in_flight"] < len(names)
+                assert all(await asyncio.gather(*writes))
+            before = cache.stats()["flushes"]
+            reads = [cache.get(name) for name in names]
+            assert cache.stats()["flushes"] == before + 1
+            found = await asyncio.gather(*reads)
+            assert cache.stats()["flushes"] == before + 2
+            assert [record.version for record in found] == [3] * len(names)
+            assert [record.data for record in found] == [[name, text] for name in names]
+            await cache.delete_bulk(names)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(use_it())
+
+
+@LOOPS
+def test_a_socket_that_has_ended_is_written_to_by_nobody(
+    server: EmbeddedServer, backend: str, new_loop: Any
+) -> None:
+    """Between its end and the news of it, its number may be another file's."""
+
+    async def use_it() -> None:
+        async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
+            await cache.set("early", 1, 1)
+            connection = cache._topology
+            connection._link.cut(dscache.ConnectionLost("cut by the test"))
+            sent = cache.stats()["flushes"]
+            reads = [cache.get("early"), *(cache.get(f"none/{number}") for number in range(100))]
+            assert cache.stats()["flushes"] == sent
+            found = await asyncio.gather(*reads)
+            assert [record.version for record in found if record] == [1]
+            await cache.delete("early")
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(use_it())
+
+
 @KINDS
 def test_outside_of_its_loop_it_is_refused(server: EmbeddedServer, backend: str, kind: str) -> None:
     cache = cache_of(kind, server)

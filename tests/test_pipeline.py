@@ -471,6 +471,33 @@ def test_a_wake_that_raises_leaves_nothing_queued(core: Any, operation: Operatio
     assert pipeline.take_output() == b""
 
 
+def test_a_server_without_work_may_begin_before_the_tick_is_over(core: Any) -> None:
+    begun: list[list[list[bytes]]] = []
+    exchange = Exchange(core, begin=lambda: begun.append(exchange.take()))
+    reads = [Op("get", f"r{number}") for number in range(c.EARLY_RECORDS // 2)]
+    writes = [Op("set", f"w{number}", (1, 1)) for number in range(c.EARLY_RECORDS // 2)]
+    exchange.issue(*reads, *writes[1:])
+    assert begun == []
+    exchange.issue(writes[0])
+    [[read, write]] = begun
+    assert read == [b"MGET", *(key for one in reads for key in keys_of(one.argument))]
+    assert len(write) == 1 + 4 * len(writes)
+    # Now it has work: the others go all together, when the tick is over.
+    exchange.issue(*(Op("delete", f"d{number}") for number in range(2 * c.EARLY_RECORDS)))
+    assert len(begun) == 1
+    assert len(exchange.take()) == 2 * c.EARLY_RECORDS
+    assert exchange.wakes == 2
+
+
+def test_until_somebody_takes_them_each_operation_asks_to_begin(core: Any) -> None:
+    begun: list[int] = []
+    exchange = Exchange(core, begin=lambda: begun.append(exchange.pipeline.queued))
+    names = [f"r{number}" for number in range(c.EARLY_RECORDS + 2)]
+    exchange.issue(*(Op("get", name) for name in names))
+    assert begun == [c.EARLY_RECORDS, c.EARLY_RECORDS + 1, c.EARLY_RECORDS + 2]
+    assert exchange.run() == [[b"MGET", *(key for name in names for key in keys_of(name))]]
+
+
 def test_nothing_to_send_is_no_bytes_and_no_flush(exchange: Exchange) -> None:
     assert exchange.pipeline.take_output() == b""
     assert exchange.pipeline.stats()["flushes"] == 0
