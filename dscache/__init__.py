@@ -18,6 +18,9 @@ from .errors import (
     UsageError,
 )
 
+# The one place that says it: the build reads it from here.
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     # The twins have one interface; type checkers read the one written in Python.
     from ._pure import Record
@@ -51,4 +54,5 @@ __all__ = [
     "RecordError",
     "ReplyError",
     "UsageError",
+    "__version__",
 ]

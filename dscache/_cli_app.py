@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
 from . import (
+    __version__,
     _backend,
     _cli_bench,
     _cli_cluster,
@@ -32,11 +32,8 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        try:
-            ours = version("dscache")
-        except PackageNotFoundError:
-            ours = "(not installed)"
-        typer.echo(f"dscache {ours}, {_backend.BACKEND} core, Python {platform.python_version()}")
+        python = platform.python_version()
+        typer.echo(f"dscache {__version__}, {_backend.BACKEND} core, Python {python}")
         raise typer.Exit
 
 
