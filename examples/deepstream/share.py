@@ -1,0 +1,35 @@
+"""Read and write the records that a deepstream server keeps in Redis.
+
+    python share.py NAME          prints the record
+    python share.py NAME JSON     writes it first, as its next version
+
+The configuration is deepstream's own file, config.yml beside this one.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+
+import dscache
+
+CONFIG = Path(__file__).with_name("config.yml")
+
+
+async def main(name: str, json: str | None = None) -> None:
+    async with dscache.AsyncCache.from_config(CONFIG) as cache:
+        if json is not None:
+            data = msgspec.json.decode(json)
+            version = await cache.head(name)
+            # Not the plain set: if deepstream was faster, its version must not be overwritten.
+            if not await cache.set(
+                name, 1 if version is None else version + 1, data, if_newer=True
+            ):
+                sys.exit(f"{name} has changed in the meantime: read it, and try again")
+        record = await cache.get(name)
+        print(name, record and f"{record.version} {record.raw.decode()}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:3]))

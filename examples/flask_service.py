@@ -1,0 +1,47 @@
+"""A Flask service with threads: polls, in which no vote is lost.
+
+    pip install 'dscache[examples]'
+    REDIS_URL=redis://localhost:6379 flask --app examples/flask_service.py run
+
+    curl -X POST localhost:5000/polls/lunch/pizza
+    curl localhost:5000/polls/lunch
+
+One Cache serves all threads, and all processes of a server that forks.
+"""
+
+import os
+
+from flask import Flask, abort
+
+import dscache
+
+cache = dscache.Cache.from_config(os.environ.get("REDIS_URL", "redis://localhost:6379"))
+app = Flask(__name__)
+
+
+@app.get("/polls/<name>")
+def read(name):
+    record = cache.get(f"poll/{name}")
+    if record is None:
+        abort(404)
+    return app.response_class(record.raw, mimetype="application/json")
+
+
+@app.post("/polls/<name>/<answer>")
+def vote(name, answer):
+    while True:
+        record = cache.get(f"poll/{name}")
+        version, votes = record or (0, {})
+        votes[answer] = votes.get(answer, 0) + 1
+        # If another thread or process was faster, Redis has this version: count on top of that.
+        if cache.set(f"poll/{name}", version + 1, votes, if_newer=True):
+            return votes
+
+
+@app.errorhandler(dscache.DscacheError)
+def unavailable(error):
+    return {"error": str(error)}, 503
+
+
+if __name__ == "__main__":
+    app.run(threaded=True)
