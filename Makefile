@@ -21,7 +21,7 @@ BUILT := $(VENV)/.built
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test soak sanitize lint format bench bench-smoke clean
+.PHONY: help build demo test soak sanitize lint format docs wheel bench bench-smoke clean
 
 help:
 	@echo "make demo         the main job on a private server, with measured records per second"
@@ -32,6 +32,8 @@ help:
 	@echo "make format       let ruff format the code"
 	@echo "make bench        the benchmarks, beside the peers and the limit, into bench/results/"
 	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
+	@echo "make docs         the site, into build/site"
+	@echo "make wheel        sdist and wheel, into dist/, tried without a compiler by the whole suite"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove $(VENV) and everything built"
 	@echo "ARGS='...' goes to what demo, test, soak, bench... run, such as ARGS='-k name'."
@@ -95,6 +97,9 @@ lint: $(VENV)/.installed-lint $(BUILT)
 
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
+
+docs: $(VENV)/.installed-docs $(BUILT)
+	$(PY) -m mkdocs build -q -f docs/site/mkdocs.yml --strict
 
 bench: $(VENV)/.installed-bench $(BUILT)
 	$(PY) bench/run.py $(ARGS)

@@ -60,11 +60,19 @@ class AsyncCache:
         return cls(load(source), credentials)
 
     def get(self, name: str) -> Awaitable[Record | None]:
-        """Return the Record of that name, or None if there is none."""
+        """Return the Record of that name, or None if there is none, or half of one.
+
+        ``name`` is any text that isn't empty. Ends in RecordError if what Redis holds is no
+        record, and raises it at the call for a bad name.
+        """
         return (self._pipeline or self._open()).get(name)  # type: ignore[no-any-return]
 
     def head(self, name: str) -> Awaitable[int | None]:
-        """Return the version of the record of that name, or None if there is none."""
+        """Return the version of the record of that name, an int, or None if there is none.
+
+        Ends in RecordError if what Redis holds is no version, and raises it at the call for a
+        bad name.
+        """
         return (self._pipeline or self._open()).head(name)  # type: ignore[no-any-return]
 
     def set(
@@ -78,25 +86,39 @@ class AsyncCache:
     ) -> asyncio.Future[bool]:
         """Write a record: version and data in one atomic step. Returns True.
 
-        ``data`` is anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already;
-        it is encoded at the call. ``ttl`` is the record's lifetime in seconds: None for the
-        configured default, 0 for none. With ``if_newer``, returns False and writes nothing if
-        Redis holds that version or a higher one.
+        ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
+        anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is encoded
+        at the call. ``ttl`` is the record's lifetime in seconds: None for the configured default,
+        0 for none. With ``if_newer``, returns False and writes nothing if Redis holds that version
+        or a higher one. Raises RecordError at the call if one of them is none of that. Ends in
+        ConnectionLost or DeadlineExceeded if a plain write may or may not have happened, which
+        ``if_newer`` makes harmless to repeat.
         """
         return (self._pipeline or self._open()).set(  # type: ignore[no-any-return]
             name, version, data, ttl, if_newer
         )
 
     def delete(self, name: str) -> asyncio.Future[bool]:
-        """Remove a record; return whether there was one."""
+        """Remove a record, whole, half or damaged; return whether there was one.
+
+        Raises RecordError at the call for a bad name.
+        """
         return (self._pipeline or self._open()).delete(name)  # type: ignore[no-any-return]
 
     def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
-        """Return the records found, by name, in the order of ``names``."""
+        """Return the records found, by name, in the order of ``names``.
+
+        Raises RecordError at the call for a bad name, and then asks for none of them. Ends in
+        BulkError if some can't be read: it has their errors, and the records of the others.
+        """
         return (self._pipeline or self._open()).get_bulk(names)  # type: ignore[no-any-return]
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
-        """Return the versions of the records found, by name, in the order of ``names``."""
+        """Return the versions of the records found, by name, in the order of ``names``.
+
+        Raises RecordError at the call for a bad name, and then asks for none of them. Ends in
+        BulkError if some can't be read: it has their errors, and the versions of the others.
+        """
         return (self._pipeline or self._open()).head_bulk(names)  # type: ignore[no-any-return]
 
     def set_bulk(
@@ -109,14 +131,20 @@ class AsyncCache:
         """Write records, given as ``{name: (version, data)}``; return the names not written.
 
         Each record is atomic, the bulk is not: it goes out in commands of some hundred records.
-        Without ``if_newer`` all are written, and the set is empty.
+        Without ``if_newer`` all are written, and the set is empty. ``ttl`` is in seconds, and
+        holds for all of them. Raises RecordError at the call for a bad record, and then writes
+        none. Ends in BulkError if some were not written for another reason: it has their errors.
         """
         return (self._pipeline or self._open()).set_bulk(  # type: ignore[no-any-return]
             records, ttl, if_newer
         )
 
     def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]:
-        """Remove records; return how many there were."""
+        """Remove records; return how many there were.
+
+        Raises RecordError at the call for a bad name, and then removes none. Ends in BulkError if
+        some could not be removed: it has their errors, and the number of the others.
+        """
         return (self._pipeline or self._open()).delete_bulk(names)  # type: ignore[no-any-return]
 
     @property

@@ -60,12 +60,15 @@ HostAndPort = Annotated[
 ]
 # What a 32-bit timer holds, as in JavaScript: 24 days.
 _MOST = 2**31 - 1
-Milliseconds = Annotated[int, Meta(ge=1, le=_MOST)]
+Milliseconds = Annotated[int, Meta(ge=1, le=_MOST, extra={"unit": "milliseconds"})]
 Count = Annotated[int, Meta(ge=1, le=2**40)]
+Bytes = Annotated[int, Meta(ge=1, le=2**40, extra={"unit": "bytes"})]
 # A falsy interval is never, as in ioredis, and a falsy ttl is none, as in deepstream's connector.
-Interval = Annotated[int, Meta(ge=1, le=_MOST, extra={"zero_is_none": True})]
+Interval = Annotated[
+    int, Meta(ge=1, le=_MOST, extra={"unit": "milliseconds", "zero_is_none": True})
+]
 NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"wanted": "the beginning of names"})]
-Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"zero_is_none": True})]
+Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"unit": "seconds", "zero_is_none": True})]
 
 _EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _REDIS_PLUGINS = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
@@ -138,7 +141,7 @@ class NearCacheOptions(Written, frozen=True, kw_only=True):
     """
 
     max_records: Count = NEAR_RECORDS
-    max_bytes: Count = NEAR_BYTES
+    max_bytes: Bytes = NEAR_BYTES
     max_age: Milliseconds = 60_000
     idle_limit: Milliseconds = 1000
     mode: Literal["default", "broadcast"] = "default"
@@ -201,9 +204,9 @@ class Options(Written, frozen=True, kw_only=True):
     close_timeout: Milliseconds = 2000
     retry_strategy: RetryStrategy = field(default_factory=RetryStrategy)
     max_pending: Count = MAX_PENDING
-    max_pending_bytes: Count = MAX_PENDING_BYTES
+    max_pending_bytes: Bytes = MAX_PENDING_BYTES
     when_full: Literal["wait", "error"] = "wait"
-    max_reply_bytes: Count = MAX_REPLY_BYTES
+    max_reply_bytes: Bytes = MAX_REPLY_BYTES
     max_connections: Annotated[int, Meta(ge=1, le=65535)] = 64
     near_cache: NearCacheOptions | None = None
     tls: Tls | None = None

@@ -1,6 +1,6 @@
 """A FastAPI service whose WebSocket clients see a record change, whoever changes it.
 
-    pip install 'dscache[examples]'
+    pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 uvicorn --app-dir examples fastapi_service:app
 
     curl -X PUT 'localhost:8000/records/room/1?version=1' --json '{"open": true}'

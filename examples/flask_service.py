@@ -1,6 +1,6 @@
 """A Flask service with threads: polls, in which no vote is lost.
 
-    pip install 'dscache[examples]'
+    pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 flask --app examples/flask_service.py run
 
     curl -X POST localhost:5000/polls/lunch/pizza

@@ -1,6 +1,6 @@
 """A TCP server on uvloop that keeps typed records: the scores of a game.
 
-    pip install 'dscache[examples]'
+    pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 python examples/uvloop_server.py 7777
 
     echo '{"do":"score","player":"ada","points":5}' | nc -N localhost 7777
