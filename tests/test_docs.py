@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
-from msgspec.inspect import Field, StructType, Type, UnionType, VarTupleType, type_info
+from msgspec.inspect import Field
 
 import dscache
 from documents import DOCUMENTS, PROJECT, anchors, code, links, prose, section, table
 from dscache import _url, config, errors
-from dscache._typed import Written
+from option_reference import Part, fields, parts
 
 README = PROJECT / "README.md"
 CONFIGURATION = PROJECT / "docs" / "configuration.md"
@@ -25,47 +25,7 @@ BUILDING = PROJECT / "docs" / "building.md"
 # -- the configuration
 
 
-class Part(NamedTuple):
-    """A part of the configuration, and the heading that its table stands under."""
-
-    heading: str
-    struct: type[Written]
-    listed: bool = False
-    """Whether the option holds a list of these."""
-
-    @property
-    def place(self) -> str:
-        if self.struct is config.Options:
-            return "cache.options"
-        return f"cache.options.{self.heading}{'[0]' if self.listed else ''}"
-
-    def as_options(self, written: dict[str, Any]) -> dict[str, Any]:
-        """Return the options in which this part says ``written``."""
-        if self.struct is config.Options:
-            return written
-        return {self.heading: [written] if self.listed else written}
-
-
-def fields(struct: type[Written]) -> dict[str, Field]:
-    described = type_info(struct)
-    assert isinstance(described, StructType)
-    return {field.encode_name: field for field in described.fields}
-
-
-def inner(name: str, kind: Type, listed: bool = False) -> Iterator[Part]:
-    if isinstance(kind, UnionType):
-        for one in kind.types:
-            yield from inner(name, one, listed)
-    elif isinstance(kind, VarTupleType):
-        yield from inner(name, kind.item_type, listed=True)
-    elif isinstance(kind, StructType) and issubclass(kind.cls, Written):
-        yield Part(name, kind.cls, listed)
-
-
-PARTS = [
-    Part("options", config.Options),
-    *(part for name, field in fields(config.Options).items() for part in inner(name, field.type)),
-]
+PARTS = parts()
 
 
 def shown(field: Field) -> str | None:

