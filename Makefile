@@ -98,6 +98,12 @@ lint: $(VENV)/.installed-lint $(BUILT)
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
 
+# The wheel is built from the sdist, so that both are tried.
+wheel: $(VENV)/.installed-wheel
+	rm -rf dist build/lib.* build/cython build/bdist.*
+	$(PY) -m build -q --no-isolation
+	$(PY) tests/installed.py $(BESIDE) $(ARGS)
+
 docs: $(VENV)/.installed-docs $(BUILT)
 	$(PY) -m mkdocs build -q -f docs/site/mkdocs.yml --strict
 

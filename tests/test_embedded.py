@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -296,3 +299,54 @@ def test_an_interrupt_of_the_terminal_does_not_reach_the_server() -> None:
         assert os.getpgid(server.pid) != os.getpgid(0)
         os.killpg(os.getpgid(server.pid), signal.SIGCONT)
         assert server.is_running
+
+
+@contextlib.contextmanager
+def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run ``python -m dscache.embedded``; give it, and the first line that it prints."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "dscache.embedded", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline()
+        process.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_on_the_command_line(sent: signal.Signals) -> None:
+    with command_line("--port", "0") as (process, line):
+        name, url = re.fullmatch(r"(\S+) at (\S+); Ctrl-C ends it .*\n", line).groups()
+        assert name == FOUND[0].name
+        with redis.Redis.from_url(url) as connection:
+            pid = connection.info("server")["process_id"]
+        process.send_signal(sent)
+    assert process.returncode == 0
+    assert not process_is_there(pid)
+
+
+def test_on_the_command_line_at_a_port_that_is_taken() -> None:
+    with EmbeddedServer() as server:
+        with command_line("--port", str(server.port)) as (process, line):
+            pass
+        assert process.returncode == 1
+        assert line.startswith(f"dscache: {FOUND[0].name} ")
+        assert f"could not be started at redis://127.0.0.1:{server.port}" in line
+    with command_line("--port", "70000") as (process, line):
+        pass
+    assert process.returncode == 2
+
+
+def test_on_the_command_line_when_the_server_is_shot() -> None:
+    with command_line("--port", "0") as (process, line):
+        connection = redis.Redis.from_url(line.split()[2].rstrip(";"))
+        os.kill(connection.info("server")["process_id"], signal.SIGKILL)
+        connection.close()
+    assert process.returncode == 1

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+import dscache
 
 PROJECT = Path(__file__).parent.parent
 # Not the whole folder: it may hold an environment, and what a former build left.
@@ -112,6 +118,7 @@ def test_the_metadata_say_what_it_needs(wheel: Path) -> None:
     assert {"Name: dscache", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= {
         *lines
     }
+    assert f"Version: {dscache.__version__}" in lines
     needed = {line.split(": ")[1].split(">")[0] for line in lines if line.startswith("Requires-D")}
     assert {"hiredis", "msgspec", "PyYAML", "redis"} <= needed
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
@@ -166,6 +173,71 @@ def test_the_sdist_holds_all_it_takes_to_build_and_test(
     wanted = {"dscache/_fast.pyx", "dscache/_fast.pyi", "dscache/py.typed", "tests/conftest.py"}
     assert MODULES | set(SOURCES) | wanted <= names
     assert [name for name in names if name.endswith((".so", ".c", ".pyc", ".whl"))] == []
+
+
+def test_pytest_finds_the_plugin(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "[pytest11]\ndscache.testing = dscache.testing" in archive.read(entry).decode()
+
+
+# -- releases
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" not in project()["project"]
+    assert project()["project"]["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+)?", dscache.__version__)
+
+
+def test_wheels_are_built_for_the_pythons_that_are_claimed() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    claimed = [
+        f"cp3{name.removeprefix(prefix)}-*"
+        for name in project()["project"]["classifiers"]
+        if name.startswith(prefix)
+    ]
+    assert project()["tool"]["cibuildwheel"]["build"] == claimed
+    told = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert "Python 3.{} to 3.{} on Linux and macOS".format(*range_of(claimed)) in told
+
+
+def range_of(identifiers: list[str]) -> tuple[str, str]:
+    minors = [name.removeprefix("cp3").removesuffix("-*") for name in identifiers]
+    return minors[0], minors[-1]
+
+
+def test_what_is_said_of_the_gil_is_what_the_core_declares(sources: Path, wheel: Path) -> None:
+    generated = (sources / "build" / "cython" / "dscache" / "_fast.c").read_text(encoding="utf-8")
+    # The last of the definitions is the one without a macro from outside.
+    *_, declared = re.findall(r"define __Pyx_FREETHREADING_COMPATIBLE (\w+)", generated)
+    assert declared == "Py_MOD_GIL_USED"
+    told = (PROJECT / "docs" / "building.md").read_text(encoding="utf-8")
+    assert "doesn't declare that it works without the global interpreter lock" in told
+    assert not [name for name in project()["project"]["classifiers"] if "Free Threading" in name]
+    assert not [one for one in project()["tool"]["cibuildwheel"]["build"] if "t-" in one]
+
+
+def test_the_workflows_run_what_there_is() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
+    for path in (PROJECT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        for step in (step for job in jobs.values() for step in job["steps"]):
+            assert step.keys() & {"uses", "run"}
+            words = step.get("run", "").split()
+            if words[:1] == ["make"]:
+                assert words[1] in targets.split()
+            elif words[:1] == [".ci/run"]:
+                assert (PROJECT / ".ci" / "run").stat().st_mode & 0o100
+    assert {path.name for path in (PROJECT / ".github" / "workflows").iterdir()} == {
+        "ci.yml",
+        "release.yml",
+    }
 
 
 @pytest.mark.parametrize(

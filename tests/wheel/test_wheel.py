@@ -1,0 +1,43 @@
+"""A wheel is whole: tried on each machine that a release is built for, without a server."""
+
+import asyncio
+import inspect
+
+import pytest
+
+import dscache
+
+
+def test_it_has_the_compiled_core() -> None:
+    assert dscache.BACKEND == "fast"
+    assert type(dscache.Record("a", 1, b"[]")).__module__ == "dscache._fast"
+
+
+def test_records_in_memory(dscache_memory: dscache.AsyncCache) -> None:
+    async def main() -> None:
+        assert await dscache_memory.set("user/1", 3, {"firstname": "Ada"})
+        assert not await dscache_memory.set("user/1", 3, {}, if_newer=True)
+        record = await dscache_memory.get("user/1")
+        assert (record.version, record.data) == (3, {"firstname": "Ada"})
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_not_there() -> None:
+    options = {"port": 1, "commandTimeout": 100}
+    config = {"name": "redis", "options": options}
+
+    async def main() -> None:
+        cache = dscache.AsyncCache.from_config(config)
+        with pytest.raises(dscache.ConnectError):
+            await cache.get("user/1")
+        await cache.close()
+
+    asyncio.run(main())
+    with pytest.raises(dscache.ConnectError):
+        dscache.Cache.from_config(config).get("user/1")
+
+
+def test_everything_public_is_documented() -> None:
+    for name in set(dscache.__all__) - {"BACKEND", "__version__"}:
+        assert inspect.getdoc(getattr(dscache, name)), name
