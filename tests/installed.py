@@ -24,6 +24,7 @@ PROGRAMS = WORK / "programs"
 # What the suite reads beside itself; dscache/ and setup.py are what it must do without.
 NEEDED = ("tests", "docs", "examples", "bench", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 NEEDED += ("LICENSE", "Makefile", "MANIFEST.in", "pyproject.toml", ".github")
+UNWANTED = shutil.ignore_patterns("__pycache__", "node_modules", "results")
 COMPILER = re.compile(r"(.+-)?(cc|c89|c99|gcc|clang|g\+\+|c\+\+|clang\+\+|cpp|tcc)(-[\d.]+)?")
 OF_SOURCES = (
     "--ignore=tests/test_packaging.py",
@@ -55,8 +56,10 @@ def main(arguments: list[str]) -> int:
 
     SUITE.mkdir()
     for name in NEEDED:
-        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy2
-        copy(PROJECT / name, SUITE / name)
+        if (PROJECT / name).is_dir():
+            shutil.copytree(PROJECT / name, SUITE / name, ignore=UNWANTED)
+        else:
+            shutil.copy2(PROJECT / name, SUITE / name)
     where = "import dscache; print(dscache.__file__, dscache.__version__, dscache.BACKEND)"
     told = subprocess.run(
         [python, "-c", where], cwd=SUITE, env=environ, check=True, capture_output=True, text=True

@@ -105,6 +105,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         example = re.fullmatch(r"examples/(\w+)\.py", path)
         if example and example[1] in PROGRAMS:
             path, anchor = "examples.md", f"#{slug(f'{example[1]}.py', '-')}"
+        elif path == "examples":
+            path = "examples.md"
         else:
             path = ELSEWHERE.get(path, path.removeprefix("docs/"))
         return f"{opening}{path}{anchor}{closing}"
