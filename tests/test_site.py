@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+import dscache
 from documents import PROJECT
 from dscache import config
 from option_reference import Part, default, fields, mistake, parts, reference, takes
@@ -121,3 +122,14 @@ def test_every_page_is_in_the_navigation() -> None:
     optional = set(settings["extra"]["optional_pages"])
     assert pages(settings["nav"]) - optional == (written | made) - optional
     assert settings["strict"] is True
+
+
+def test_everything_public_is_in_the_api() -> None:
+    told = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert "::: dscache.errors\n" in told
+    for name in dscache.__all__:
+        value = getattr(dscache, name)
+        if isinstance(value, type) and issubclass(value, dscache.DscacheError):
+            assert value.__module__ == "dscache.errors"
+        else:
+            assert re.search(rf"^(::: dscache\..+\.{name}|`dscache\.{name}`)$", told, re.MULTILINE)
