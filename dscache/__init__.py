@@ -11,6 +11,7 @@ from .errors import (
     ConnectionLost,
     DeadlineExceeded,
     DscacheError,
+    MessageError,
     Overloaded,
     ProtocolError,
     RecordError,
@@ -23,9 +24,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     # The twins have one interface; type checkers read the one written in Python.
-    from ._pure import Record
+    from ._pure import Message, Record
+    from .messages import MessageNode
     from .sync import Cache
 else:
+    Message = core.Message
     Record = core.Record
 
     def __getattr__(name: str) -> Any:
@@ -35,6 +38,12 @@ else:
 
             globals()["Cache"] = Cache
             return Cache
+        # Those who only want records need not wait for it.
+        if name == "MessageNode":
+            from .messages import MessageNode
+
+            globals()["MessageNode"] = MessageNode
+            return MessageNode
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -48,6 +57,9 @@ __all__ = [
     "ConnectionLost",
     "DeadlineExceeded",
     "DscacheError",
+    "Message",
+    "MessageError",
+    "MessageNode",
     "Overloaded",
     "ProtocolError",
     "Record",

@@ -92,7 +92,12 @@ COMMAND: Final = 6
 # One key of a record whose two keys lie on different nodes.
 READ_KEY: Final = 7
 WRITE_KEY: Final = 8
-OPERATIONS: Final = ("get", "head", "set", "set", "set", "delete", "command", "read", "write")
+# A message. Its name is {<topic>}<number>: no two are the same, and its slot is its channel's.
+PUBLISH: Final = 9
+OPERATIONS: Final = (
+    *("get", "head", "set", "set", "set", "delete", "command", "read", "write"),
+    "send",
+)
 
 # The errors that say nothing of a record but that its node can't be asked.
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
@@ -372,19 +377,28 @@ def led_astray(message: str, trail: tuple[str, ...], limit: int, context: str) -
 
 
 def is_write(kind: int) -> bool:
-    """Return whether a batch of that kind changes records."""
-    return SET <= kind <= DELETE or kind == WRITE_KEY
+    """Return whether a batch of that kind changes records, or sends messages."""
+    return SET <= kind <= DELETE or kind >= WRITE_KEY
 
 
 def describe(kind: int, name: str) -> str:
     """Return an operation as error messages show it, such as ``get 'user/1'``."""
+    if kind == PUBLISH:
+        return f"send on topic {name[1 : name.index('}')]}"
     return f"{OPERATIONS[kind]} {shorten(name)}"
+
+
+def _doubt_of(operation: str) -> str:
+    """Return how an error ends of what was sent, and may or may not have been done."""
+    if operation.startswith("send "):
+        return "; the message may have been delivered"
+    return "; the write may have happened"
 
 
 def too_late(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
     """Return the error of an operation that was sent and not answered in time."""
     harmless = operation.startswith(("get", "head", "read"))
-    written = "" if harmless else "; the write may have happened"
+    written = "" if harmless else _doubt_of(operation)
     return DeadlineExceeded(
         f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
         f"(sent; {in_flight} records in flight){written}"
@@ -429,12 +443,12 @@ def not_sent_again(
     if down is not None:
         error = ConnectionLost(
             f"{operation}: connection to {address} lost, and no other {limit}: {down}"
-            "; the write may have happened"
+            f"{_doubt_of(operation)}"
         )
     else:
         error = DeadlineExceeded(
             f"{operation}: no answer from {address} {limit} (sent in part, or on a connection "
-            "that was lost); the write may have happened"
+            f"that was lost){_doubt_of(operation)}"
         )
     error.__cause__ = down
     return error
@@ -443,7 +457,7 @@ def not_sent_again(
 def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
     """Return the error of a write that was sent, in place of one that says nothing of that."""
     said = error_of(operation)
-    error = ConnectionLost(f"{said}; the write may have happened")
+    error = ConnectionLost(f"{said}{_doubt_of(operation)}")
     error.__cause__ = said
     return error
 
@@ -466,7 +480,7 @@ def lost(address: str, reason: Exception, kind: int, operation: str) -> Exceptio
 
     ``reason`` is a ProtocolError if dscache ended it, else what ended it.
     """
-    written = "; the write may have happened" if is_write(kind) else ""
+    written = _doubt_of(operation) if is_write(kind) else ""
     if isinstance(reason, ProtocolError):
         return ProtocolError(f"{operation}: {reason}{written}")
     return ConnectionLost(f"{operation}: connection to {address} lost: {reason}{written}")

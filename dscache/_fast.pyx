@@ -37,6 +37,7 @@ import hiredis
 import msgspec
 
 from . import _common as c
+from . import _envelope as e
 from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -44,17 +45,17 @@ cdef extern from "Python.h":
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
 
 cdef enum Kind:
-    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND, READ_KEY, WRITE_KEY
+    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND, READ_KEY, WRITE_KEY, PUBLISH
 
 cdef enum:
     SLOTS = 16384
 
 if (
     *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND),
-    *(READ_KEY, WRITE_KEY, SLOTS, b"_v", b"_d"),
+    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, b"_v", b"_d"),
 ) != (
     *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND),
-    *(c.READ_KEY, c.WRITE_KEY, c.SLOTS, c.VERSION_SUFFIX, c.DATA_SUFFIX),
+    *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.VERSION_SUFFIX, c.DATA_SUFFIX),
 ):
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
@@ -91,6 +92,7 @@ cdef object _monotonic = time.monotonic
 
 
 cdef class _Encoder  # of _fast_wire.pxi, for the batches before it
+cdef class Inbox  # of _fast_messages.pxi
 cdef class NearCache  # of _fast_near.pxi, as are
 cdef class _Epoch
 cdef class _Reach
@@ -111,7 +113,8 @@ cdef class Pipeline:
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one.
+    there is one, and ``inbox`` the Inbox that takes the messages which it is subscribed to; they
+    are ``plain`` replies where the server does not speak RESP3.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -128,6 +131,9 @@ cdef class Pipeline:
     cdef public bint read_only
     cdef public list redirected
     cdef public NearCache near
+    cdef public Inbox inbox
+    cdef public bint plain
+    cdef unsigned long long _messages
     cdef _Reach _reach
     cdef _Epoch _epoch
     cdef readonly Py_ssize_t settled
@@ -273,6 +279,29 @@ cdef class Pipeline:
         self.queued += 1
         self.operations += 1
         self.pending_bytes += PyBytes_GET_SIZE(text)
+
+    # -- messages
+
+    def publish(self, topic, bytes opening not None, message, bint sharded):
+        """Queue a message; its waiter gets how many connections Redis gave it to.
+
+        ``opening`` is the envelope up to the message, which tells the topic if it is None.
+        """
+        return self._publish(topic_of(topic, message), opening, message, sharded)
+
+    cdef object _publish(self, long long topic, bytes opening, message, bint sharded):
+        cdef bytes text = pack_message(topic, opening, message, sharded)
+        self.admit(PyBytes_GET_SIZE(text))
+        # Each with a name of its own, as they are many to a topic.
+        self._messages += 1
+        cdef str name = name_of_message(topic, self._messages)
+        cdef _Batch batch = self._batch_for(PUBLISH, name)
+        cdef object waiter = self._create_waiter()
+        PyDict_SetItem(batch.records, name, _Command.__new__(_Command, text, waiter))
+        self.queued += 1
+        self.operations += 1
+        self.pending_bytes += PyBytes_GET_SIZE(text)
+        return waiter
 
     # -- what changes nodes
 
@@ -738,10 +767,12 @@ cdef class Pipeline:
                 if reply is _INCOMPLETE:
                     break
                 self._partial = 0
-                if type(reply) is not _PUSH:
-                    self._answer(reply)
-                else:
+                if type(reply) is _PUSH:
                     self._take_push(reply)
+                elif self.plain and e.is_plain_message(reply):
+                    self._take_message(reply)
+                else:
+                    self._answer(reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -754,15 +785,45 @@ cdef class Pipeline:
         return 0
 
     cdef int _take_push(self, push) except -1:
-        """Let the near cache forget what has changed; other pushes say nothing to us."""
+        """Take a message, or let the near cache forget what has changed.
+
+        Other pushes say nothing to us.
+        """
+        if self.inbox is not None and is_message(push):
+            return self._take_message(push)
         if not c.is_push(push):
             raise c.no_push(self.address, push)
+        if self.inbox is not None and push[0] in e.SUBSCRIPTIONS:
+            return self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
             return 0
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise self._wrong_shape("a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
+        return 0
+
+    cdef int _take_message(self, push) except -1:
+        cdef object channel, payload
+        if self.inbox is not None and PyList_GET_SIZE(push) == 3:
+            channel = <object>PyList_GET_ITEM(push, 1)
+            payload = <object>PyList_GET_ITEM(push, 2)
+            if PyBytes_CheckExact(channel) and PyBytes_CheckExact(payload):
+                return self.inbox.put(channel, payload)
+        raise self._wrong_shape("a subscription", push)
+
+    cdef int _take_subscription(self, push) except -1:
+        """Take what answers a subscription, though it is no reply; or ends one unasked."""
+        cdef _Batch batch
+        if self._slots:
+            batch = self._slots[0][0]
+            if (
+                batch.kind == COMMAND
+                and not batch.over()
+                and batch.names[0].lower().encode() == push[0]
+            ):
+                return self._answer(list(push))
+        self.inbox.note(self, list(push))
         return 0
 
     cdef int _answer(self, reply) except -1:
@@ -983,6 +1044,8 @@ cdef class Pipeline:
         cdef bint fits
         if batch.kind == READ_KEY:
             fits = reply is None or type(reply) is bytes
+        elif batch.kind == PUBLISH:
+            fits = type(reply) is int and reply >= 0
         else:
             fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
         if not fits:
@@ -1314,3 +1377,4 @@ cdef dict _unique(str operation, names):
 
 include "_fast_router.pxi"
 include "_fast_near.pxi"
+include "_fast_messages.pxi"

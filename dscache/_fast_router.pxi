@@ -118,6 +118,13 @@ cdef class Router:
         """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
         self.target_of(kind, key).key_command(kind, key, waiter, *parts)
 
+    def publish(self, topic, bytes opening not None, message, bint sharded):
+        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        cdef long long number = topic_of(topic, message)
+        cdef char digits[20]
+        cdef int slot = slot_of_text(digits, put_digits(digits, number) - digits)
+        return (<Pipeline?>self.owners[slot])._publish(number, opening, message, sharded)
+
     def admit_keys(self, int kind, sizes):
         """Raise Overloaded, or what else keeps a node from taking commands of some keys.
 

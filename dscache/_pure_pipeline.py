@@ -50,6 +50,7 @@ from typing import Any, Final
 import hiredis
 
 from . import _common as c
+from . import _envelope as e
 from ._common import ErrorOf
 from ._pure_batch import (
     NOBODY,
@@ -64,6 +65,7 @@ from ._pure_batch import (
     waiter_of,
     with_waiter,
 )
+from ._pure_messages import Inbox, pack_message
 from ._pure_near import LOST, OVER, Epoch, NearCache, Reach
 from ._pure_record import Record, check_name, check_version, encode_data, parse_version
 from ._pure_wire import Encoder, LengthGuard, pack_command, slot_of_key
@@ -77,7 +79,7 @@ _serial_of = attrgetter("serial")
 
 # The kinds of which records of one slot share a command, and those that have one for each.
 _GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER)
-_ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY)
+_ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY, c.PUBLISH)
 _UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
 _REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
 
@@ -92,7 +94,8 @@ class Pipeline:
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one.
+    there is one, and ``inbox`` the Inbox that takes the messages which it is subscribed to; they
+    are ``plain`` replies where the server does not speak RESP3.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -126,6 +129,9 @@ class Pipeline:
         self.has_msetex = False
         self.read_only = False
         self.near: NearCache | None = None
+        self.inbox: Inbox | None = None
+        self.plain = False
+        self._messages = 0
         self.redirected: list[tuple[str, int, Batch]] = []
         self.settled = 0
         self.operations = 0
@@ -259,6 +265,27 @@ class Pipeline:
         self.queued += 1
         self.operations += 1
         self.pending_bytes += len(text)
+
+    # -- messages
+
+    def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
+        """Queue a message; its waiter gets how many connections Redis gave it to.
+
+        ``opening`` is the envelope up to the message, which tells the topic if it is None.
+        """
+        topic = e.topic_of(message) if topic is None else e.check_topic(topic)
+        text = pack_message(topic, opening, message, sharded)
+        self.admit(len(text))
+        # Each with a name of its own, as they are many to a topic.
+        self._messages += 1
+        name = f"{{{topic}}}{self._messages}"
+        batch = self._batch_for(c.PUBLISH, name)
+        waiter = self._create_waiter()
+        batch.records[name] = Command(text, waiter)
+        self.queued += 1
+        self.operations += 1
+        self.pending_bytes += len(text)
+        return waiter
 
     # -- what changes nodes
 
@@ -658,10 +685,12 @@ class Pipeline:
                 if reply is _INCOMPLETE:
                     break
                 self._partial = 0
-                if type(reply) is not hiredis.PushNotification:
-                    self._answer(reply)
-                else:
+                if type(reply) is hiredis.PushNotification:
                     self._take_push(reply)
+                elif self.plain and e.is_plain_message(reply):
+                    self._take_message(reply)
+                else:
+                    self._answer(reply)
             if self._partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -673,15 +702,38 @@ class Pipeline:
                 self._returned.clear()
 
     def _take_push(self, push: Any) -> None:
-        """Let the near cache forget what has changed; other pushes say nothing to us."""
+        """Take a message, or let the near cache forget what has changed.
+
+        Other pushes say nothing to us.
+        """
         if not c.is_push(push):
             raise c.no_push(self.address, push)
+        if self.inbox is not None:
+            if push[0] in e.MESSAGES:
+                self._take_message(push)
+            elif push[0] in e.SUBSCRIPTIONS:
+                self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
             return
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise self._wrong_shape("a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
+
+    def _take_message(self, push: list[Any]) -> None:
+        if self.inbox is None or len(push) != 3 or not type(push[1]) is type(push[2]) is bytes:
+            raise self._wrong_shape("a subscription", push)
+        self.inbox.take(push[1], push[2])
+
+    def _take_subscription(self, push: list[Any]) -> None:
+        """Take what answers a subscription, though it is no reply; or ends one unasked."""
+        assert self.inbox is not None
+        batch = self._slots[0][0] if self._slots else None
+        asked = batch is not None and batch.kind == c.COMMAND and not batch.over()
+        if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
+            self._answer(list(push))
+        else:
+            self.inbox.note(self, list(push))
 
     def _answer(self, reply: Any) -> None:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
@@ -884,6 +936,8 @@ class Pipeline:
     def _answer_key(self, batch: Batch, reply: Any) -> None:
         if batch.kind == c.READ_KEY:
             fits = reply is None or type(reply) is bytes
+        elif batch.kind == c.PUBLISH:
+            fits = type(reply) is int and reply >= 0
         else:
             fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
         if not fits:

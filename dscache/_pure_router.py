@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from . import _common as c
+from . import _envelope as e
 from ._pure_batch import Write
 from ._pure_pipeline import Pipeline, kind_of, new_bulk, unique
 from ._pure_record import check_name
@@ -123,6 +124,11 @@ class Router:
     def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
         """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
         self.target_of(kind, key).key_command(kind, key, waiter, *parts)
+
+    def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
+        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        topic = e.topic_of(message) if topic is None else e.check_topic(topic)
+        return self.owners[slot_of_key(b"%d" % topic)].publish(topic, opening, message, sharded)
 
     def admit_keys(self, kind: int, sizes: Mapping[str, int]) -> None:
         """Raise Overloaded, or what else keeps a node from taking commands of some keys.

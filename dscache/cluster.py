@@ -15,14 +15,14 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import UNSET
 
 from . import _backend, _common
 from ._apart import RecordsApart
 from ._room import Room
-from .config import Config, Node
+from .config import Node, Options
 from .connection import Connection, check_loop
 from .errors import ConfigError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from .slots import (
@@ -66,13 +66,39 @@ class NodeState:
     """The ranges of slots that its shard serves."""
 
 
-class Cluster:
-    """The nodes of a cluster, opened on the running event loop."""
+class Follower(Protocol):
+    """Who wants to know of the nodes' comings and goings."""
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None) -> None:
-        options = config.options
-        self._config = config
+    def became_ready(self, node: Connection, /) -> None:
+        """A node can be asked."""
+
+    def became_lost(self, node: Connection, /) -> None:
+        """A node was lost, or could not be reached."""
+
+    def slots_moved(self) -> None:
+        """Some slots have another owner."""
+
+
+class Cluster:
+    """The nodes of a cluster, opened on the running event loop.
+
+    ``source`` is where the options were read. ``inbox`` takes the messages that its nodes push, and
+    ``follower`` is told what becomes of them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        options: Options,
+        credentials: CredentialProvider | None,
+        *,
+        inbox: Any = None,
+        follower: Follower | None = None,
+    ) -> None:
+        self._source = source
         self._options = options
+        self._inbox = inbox
+        self._follower = follower
         self._credentials = credentials
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -287,6 +313,8 @@ class Cluster:
         self._node_ready.set()
         if self._options.scale_reads != "master":
             self._assign_readers()
+        if self._follower is not None:
+            self._follower.became_ready(node)
 
     def became_lost(self, node: Connection) -> None:
         """Note that a node was lost: another one may have its slots by now."""
@@ -298,6 +326,16 @@ class Cluster:
             self._assign_readers()
             self._move(node.pipeline)
         self._open_rooms()
+        if self._follower is not None:
+            self._follower.became_lost(node)
+
+    def owner(self, slot: int) -> Connection | None:
+        """Return the node that is known to serve a slot."""
+        return self._masters[slot]
+
+    def look_again(self) -> None:
+        """Ask for the slots again: somebody has heard that they have moved."""
+        self._stale.set()
 
     # -- rooms
 
@@ -380,6 +418,8 @@ class Cluster:
         """Let the near cache forget what it has of slots that another node serves by now."""
         if self._near is not None:
             self._near.slots_moved(slots)
+        if self._follower is not None and slots:
+            self._loop.call_soon(self._follower.slots_moved)
 
     def _hand_over(self, holder: Connection | Room, batches: list[Any]) -> None:
         try:
@@ -404,6 +444,7 @@ class Cluster:
                 cluster=self,
                 read_only=self._options.scale_reads != "master",
                 near=self._near,
+                inbox=self._inbox,
             )
             self._nodes[shown] = node
             self._addresses[node] = address
@@ -510,7 +551,7 @@ class Cluster:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, self._addresses[node], self._config.source)
+        return read_view(slots, info, self._addresses[node], self._source)
 
     def _note_failure(self, error: Exception) -> None:
         """Tell those who wait for the slots why there are none."""

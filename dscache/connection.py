@@ -88,7 +88,8 @@ class Connection:
 
     With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
     a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
-    a cluster is ``near`` for all nodes.
+    a cluster is ``near`` for all nodes. ``endpoint`` stands in for the one server that ``options``
+    name, and ``inbox`` takes the messages that come.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Connection:
         cluster: Observer | None = None,
         read_only: bool = False,
         near: Any = None,
+        endpoint: Any = None,
+        inbox: Any = None,
     ) -> None:
         self.server = ""
         self.watched = False
@@ -107,7 +110,7 @@ class Connection:
         self._cluster = cluster
         login = Credentials(options, credentials)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
-        self._endpoint = Endpoint(
+        self._endpoint: Any = endpoint or Endpoint(
             options,
             login,
             read_only=read_only,
@@ -127,6 +130,7 @@ class Connection:
             **options.for_pipeline(),
         )
         self.pipeline.down = ConnectError("still connecting")
+        self.pipeline.inbox = inbox
         self.front: Any = self.pipeline
         if is_near and near is None:
             self.front = near = _backend.core.NearCache(
@@ -162,7 +166,8 @@ class Connection:
     @property
     def address(self) -> str:
         """Where the server is: of a discovered one, where it was last."""
-        return self._endpoint.address
+        address: str = self._endpoint.address
+        return address
 
     @property
     def is_ready(self) -> bool:
@@ -189,6 +194,11 @@ class Connection:
         if self._link is None:
             raise ConnectionLost(f"no connection to {self.address}")
         return await self._ask(self._link, *commands)
+
+    def leave(self, reason: str) -> None:
+        """End the socket that there is now; another one follows."""
+        if self._link is not None:
+            self._link.cut(ConnectionLost(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -353,7 +363,8 @@ class Connection:
             await asyncio.sleep(seconds)
             return
         await asyncio.sleep(hurried)
-        if not self.pipeline.queued:
+        # Who listens waits all the time.
+        if not self.pipeline.queued and self.pipeline.inbox is None:
             self._wanted.clear()
             try:
                 async with asyncio.timeout(seconds - hurried):
@@ -454,6 +465,7 @@ class Connection:
         # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
         # where it redirects every other command: a record would be in two places.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
+        self.pipeline.plain = not greeting.has_pushes
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:
             _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)

@@ -4,6 +4,7 @@ DscacheError
 ├── ConfigError        the configuration is wrong; names the place, the value and the remedy
 ├── UsageError         the cache is used in a way it can't serve: another loop, a forked child
 ├── RecordError        a name, version, ttl or JSON text is bad; names the record
+├── MessageError       a topic or message is bad, or a server's name
 ├── BulkError          some records of a bulk failed; has the result of all the others
 ├── ConnectError       no connection could be made; nothing was sent
 ├── ConnectionLost     the connection ended before the answer came
@@ -12,7 +13,7 @@ DscacheError
 ├── ReplyError         Redis said no; ``code`` is the first word of what it said
 └── ProtocolError      what arrived is not what Redis would send
 
-The first four blame the caller or the data, the next four the way to the server, the last
+The first five blame the caller or the data, the next four the way to the server, the last
 two the server. No message ever holds a password.
 """
 
@@ -43,6 +44,10 @@ class RecordError(DscacheError, ValueError):
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class MessageError(DscacheError, ValueError):
+    """A message's topic, JSON text or addressee is bad."""
 
 
 class BulkError(DscacheError):

@@ -38,6 +38,8 @@ class Greeting:
     has_msetex: bool
     is_tracked: bool = False
     """Whether the server tells of changes to what is read."""
+    has_pushes: bool = True
+    """Whether it speaks RESP3, where what nobody asked for is told from replies."""
 
 
 class Unsuitable(ConnectError):
@@ -115,7 +117,8 @@ def introduce(
                 f"{address} can't keep a near cache coherent: {problem}; leave nearCache out, or "
                 "let it be off on such a server with nearCache.required: false"
             )
-    return Greeting(server, isinstance(known, list) and any(known), is_tracked)
+    has_msetex = isinstance(known, list) and any(known)
+    return Greeting(server, has_msetex, is_tracked, isinstance(greeting, dict))
 
 
 def _tracking(options: Options, near: NearCacheOptions) -> list[str]:

@@ -1,0 +1,272 @@
+"""How messages get from here to Redis and back: over two connections, or those of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import _common
+from ._pure_wire import slot_of_key
+from .any_node import AnyNode
+from .connection import Connection
+from .errors import ConnectionLost, DscacheError
+from .message_config import MessageConfig
+from .slots import QUESTIONS
+from .subscriptions import Listener, Subscriptions
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+    from .cluster import Cluster
+
+
+class Carrier(Protocol):
+    """The connections of a message node, opened on the running event loop."""
+
+    @property
+    def front(self) -> Any:
+        """Where messages go: a Pipeline, or a Router."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether messages go to the server at once."""
+
+    @property
+    def server(self) -> str:
+        """The server's kind and version, as far as it is known."""
+
+    def look(self) -> None:
+        """Look which topics are wanted by now."""
+
+    def ended(self, pipeline: Any, topic: int) -> None:
+        """Note that a server has ended a subscription."""
+
+    async def when_ready(self) -> None:
+        """Wait until messages can be sent and heard; raises what keeps them from that."""
+
+    async def close(self) -> None:
+        """Finish what was sent, within ``closeTimeout``, and close."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters of what was sent, and of the connections."""
+
+
+class Pair:
+    """A connection that sends and one that listens, to one server or to any node of a cluster.
+
+    There are two, as deepstream's own connector has it: a server that closes a connection because
+    its messages are not taken fast enough closes none over which something was sent, and one that
+    knows no RESP3 lets nothing be sent where anybody listens.
+    """
+
+    def __init__(
+        self,
+        config: MessageConfig,
+        credentials: CredentialProvider | None,
+        inbox: Any,
+        subscriptions: Subscriptions,
+    ) -> None:
+        options = config.options
+        nodes = [None, None]
+        if options.nodes:
+            nodes = [AnyNode(options, credentials, config.source) for _ in nodes]  # type: ignore[misc]
+            first = options.seeds[0]
+            # What holds for every node; where each is, it finds out by itself.
+            options = options.for_node(first.host, first.port, first)  # type: ignore[assignment]
+        self._subscriptions = subscriptions
+        self._sender = Connection(options, credentials, endpoint=nodes[0])
+        self._receiver = Connection(
+            options, credentials, cluster=self, endpoint=nodes[1], inbox=inbox
+        )
+        self._listener = Listener(
+            subscriptions,
+            self._receiver,
+            lambda: subscriptions.wanted,
+            heartbeat=options.heartbeat / 1000,
+        )
+        self._nodes = [
+            (node, connection)
+            for node, connection in zip(nodes, (self._sender, self._receiver), strict=True)
+            if node is not None
+        ]
+        self._interval = (options.slots_refresh_interval or 5000) / 1000
+        self._task: asyncio.Task[None] | None = None
+        if self._nodes:
+            self._task = asyncio.get_running_loop().create_task(self._look_after())
+
+    @property
+    def front(self) -> Any:
+        return self._sender.pipeline
+
+    @property
+    def is_ready(self) -> bool:
+        return self._sender.is_ready and self._receiver.is_ready
+
+    @property
+    def server(self) -> str:
+        return self._sender.server or self._receiver.server
+
+    def look(self) -> None:
+        self._listener.look()
+
+    def ended(self, pipeline: Any, topic: int) -> None:
+        self._listener.ended(topic)
+
+    async def when_ready(self) -> None:
+        await asyncio.gather(self._sender.when_ready(), self._receiver.when_ready())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._sender.close()
+        await self._listener.close()
+        await self._receiver.close()
+
+    def stats(self) -> dict[str, Any]:
+        sent, heard = self._sender.stats(), self._receiver.stats()
+        return {
+            **{name: sent[name] for name in _OF_SENDING},
+            "bytes_out": sent["bytes_out"] + heard["bytes_out"],
+            "bytes_in": sent["bytes_in"] + heard["bytes_in"],
+            "connects": sent["connects"] + heard["connects"],
+            "last_loss": heard["last_loss"] or sent["last_loss"],
+        }
+
+    # -- what the listening connection tells
+
+    def redirected(self, source: Connection) -> None:
+        """Take no notice: nothing is asked that could be."""
+
+    def progressed(self, source: Connection) -> None:
+        """Take no notice."""
+
+    def became_ready(self, source: Connection) -> None:
+        """Subscribe again."""
+        self._listener.became_ready()
+
+    def became_lost(self, source: Connection) -> None:
+        """Note that nothing is heard."""
+        self._listener.became_lost()
+
+    async def _look_after(self) -> None:
+        """Leave a node of a cluster that is cut off from the others, and learn which there are."""
+        well: set[AnyNode] = set()
+        while True:
+            await asyncio.sleep(self._interval)
+            for node, connection in self._nodes:
+                if connection.pipeline.plain and connection is self._receiver:
+                    continue  # where it listens, it may ask nothing
+                try:
+                    async with asyncio.timeout(self._interval):
+                        is_well = node.learn(*await connection.ask(*map(list, QUESTIONS)))
+                except (DscacheError, TimeoutError):
+                    continue
+                if is_well:
+                    well.add(node)
+                elif node in well:
+                    # Once: where all of them are, none is better.
+                    well.discard(node)
+                    connection.leave("it is cut off from its cluster")
+
+
+class Shards:
+    """The nodes of a cluster, each with the topics whose slots it serves."""
+
+    def __init__(
+        self,
+        config: MessageConfig,
+        credentials: CredentialProvider | None,
+        inbox: Any,
+        subscriptions: Subscriptions,
+    ) -> None:
+        from .cluster import Cluster
+
+        self._subscriptions = subscriptions
+        self._heartbeat = config.options.heartbeat / 1000
+        self._listeners: dict[Connection, Listener] = {}
+        self._cluster: Cluster = Cluster(
+            config.source, config.options, credentials, inbox=inbox, follower=self
+        )
+
+    @property
+    def front(self) -> Any:
+        return self._cluster.front
+
+    @property
+    def is_ready(self) -> bool:
+        return self._cluster.is_ready
+
+    @property
+    def server(self) -> str:
+        return self._cluster.server
+
+    def look(self) -> None:
+        for listener in self._listeners.values():
+            listener.look()
+
+    def ended(self, pipeline: Any, topic: int) -> None:
+        for node, listener in self._listeners.items():
+            if node.pipeline is pipeline:
+                listener.ended(topic)
+
+    async def when_ready(self) -> None:
+        await self._cluster.when_ready()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
+        await self._cluster.close()
+
+    def stats(self) -> dict[str, Any]:
+        stats = self._cluster.stats()
+        wanted = (*_OF_SENDING, "bytes_out", "bytes_in", "connects", "last_loss")
+        return {name: stats[name] for name in (*wanted, "redirections", "refreshes")}
+
+    # -- what the cluster tells
+
+    def became_ready(self, node: Connection) -> None:
+        """Subscribe to what the node serves."""
+        listener = self._listeners.get(node)
+        if listener is None:
+            listener = self._listeners[node] = Listener(
+                self._subscriptions,
+                node,
+                lambda: self._topics_of(node),
+                heartbeat=self._heartbeat,
+                words=("SSUBSCRIBE", "SUNSUBSCRIBE"),
+                moved=self._cluster.look_again,
+            )
+        listener.became_ready()
+
+    def became_lost(self, node: Connection) -> None:
+        """Note that nothing of it is heard."""
+        listener = self._listeners.get(node)
+        if listener is not None:
+            listener.became_lost()
+            if not self._topics_of(node):
+                del self._listeners[node]
+
+    def slots_moved(self) -> None:
+        """Subscribe where the slots are by now."""
+        self.look()
+
+    def _topics_of(self, node: Connection) -> Collection[int]:
+        owner = self._cluster.owner
+        wanted = self._subscriptions.wanted
+        return [topic for topic in wanted if owner(slot_of_key(b"%d" % topic)) is node]
+
+
+# What of a pipeline's counters says something of messages.
+_OF_SENDING = (*("commands", "flushes", "queued", "in_flight", "pending", "pending_bytes"),)
+
+
+def open_carrier(
+    config: MessageConfig,
+    credentials: CredentialProvider | None,
+    inbox: Any,
+    subscriptions: Subscriptions,
+) -> Carrier:
+    """Return the connections that a configuration names, and begin to connect."""
+    kind: Callable[..., Carrier] = Shards if config.options.sharded else Pair
+    return kind(config, credentials, inbox, subscriptions)
