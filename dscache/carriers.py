@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import _common
 from ._pure_wire import slot_of_key
 from .any_node import AnyNode
+from .config import Config
 from .connection import Connection
-from .errors import ConnectionLost, DscacheError
+from .errors import DscacheError
 from .message_config import MessageConfig
 from .slots import QUESTIONS
 from .subscriptions import Listener, Subscriptions
@@ -68,9 +68,9 @@ class Pair:
         subscriptions: Subscriptions,
     ) -> None:
         options = config.options
-        nodes = [None, None]
+        nodes: list[AnyNode | None] = [None, None]
         if options.nodes:
-            nodes = [AnyNode(options, credentials, config.source) for _ in nodes]  # type: ignore[misc]
+            nodes = [AnyNode(options, credentials, config.source) for _ in nodes]
             first = options.seeds[0]
             # What holds for every node; where each is, it finds out by itself.
             options = options.for_node(first.host, first.port, first)  # type: ignore[assignment]
@@ -187,7 +187,10 @@ class Shards:
         self._heartbeat = config.options.heartbeat / 1000
         self._listeners: dict[Connection, Listener] = {}
         self._cluster: Cluster = Cluster(
-            config.source, config.options, credentials, inbox=inbox, follower=self
+            Config(name="redis", options=config.options, source=config.source),
+            credentials,
+            inbox=inbox,
+            follower=self,
         )
 
     @property

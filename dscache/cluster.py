@@ -22,7 +22,7 @@ from msgspec import UNSET
 from . import _backend, _common
 from ._apart import RecordsApart
 from ._room import Room
-from .config import Node, Options
+from .config import Config, Node
 from .connection import Connection, check_loop
 from .errors import ConfigError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from .slots import (
@@ -82,20 +82,19 @@ class Follower(Protocol):
 class Cluster:
     """The nodes of a cluster, opened on the running event loop.
 
-    ``source`` is where the options were read. ``inbox`` takes the messages that its nodes push, and
-    ``follower`` is told what becomes of them.
+    ``inbox`` takes the messages that its nodes push, and ``follower`` is told what becomes of them.
     """
 
     def __init__(
         self,
-        source: str,
-        options: Options,
+        config: Config,
         credentials: CredentialProvider | None,
         *,
         inbox: Any = None,
         follower: Follower | None = None,
     ) -> None:
-        self._source = source
+        options = config.options
+        self._config = config
         self._options = options
         self._inbox = inbox
         self._follower = follower
@@ -551,7 +550,7 @@ class Cluster:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, self._addresses[node], self._source)
+        return read_view(slots, info, self._addresses[node], self._config.source)
 
     def _note_failure(self, error: Exception) -> None:
         """Tell those who wait for the slots why there are none."""

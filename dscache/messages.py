@@ -355,8 +355,8 @@ class MessageNode:
     def _ended(self, pipeline: Any, push: list[Any]) -> None:
         """Note that a server has ended a subscription unasked, as one does whose slots move."""
         kind, channel = push[0], push[1] if len(push) > 1 else None
-        known = isinstance(channel, bytes) and channel.isdigit()
-        if kind in (b"unsubscribe", b"sunsubscribe") and known and self._carrier is not None:
+        is_end = kind in (b"unsubscribe", b"sunsubscribe")
+        if is_end and isinstance(channel, bytes) and channel.isdigit() and self._carrier:
             self._carrier.ended(pipeline, int(channel))
 
     def _complain(self, topic: int, payload: bytes) -> None:

@@ -96,9 +96,9 @@ class Subscriptions:
         for topic in topics:
             if topic in self._since:
                 since.append(self._since.pop(topic))
-            elif (before := self._heard.get(topic)) not in (None, listener):
+            elif (before := self._heard.get(topic)) is not None and before is not listener:
                 # Of its slot's former owner we have not heard yet that it is no more.
-                since.append(before.whole)  # type: ignore[union-attr]
+                since.append(before.whole)
             self._refused.pop(topic, None)
             if topic in self._wanted:
                 self._heard[topic] = listener

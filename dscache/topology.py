@@ -44,5 +44,5 @@ def open_topology(config: Config, credentials: CredentialProvider | None) -> Top
     if config.options.nodes:
         from .cluster import Cluster  # of no use to most, and it takes its time to import
 
-        return Cluster(config.source, config.options, credentials)
+        return Cluster(config, credentials)
     return Connection(config.options, credentials)
