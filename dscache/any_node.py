@@ -43,6 +43,7 @@ class AnyNode:
         self._at: Address = random.choice(self._seeds)
         self._endpoint: Endpoint | None = None
         self._cut_off = 0
+        self.is_well = True
 
     @property
     def address(self) -> str:
@@ -74,19 +75,19 @@ class AnyNode:
         assert self._endpoint is not None
         greeting = await self._endpoint.greet(ask)
         try:
-            is_well = self.learn(*await ask(*map(list, QUESTIONS)))
+            self.learn(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
             raise Unsuitable(str(error)) from None
         # Where all say so, one of them is as good as another.
-        if not is_well and self._cut_off < len(self._seeds) + len(self._known):
+        if not self.is_well and self._cut_off < len(self._seeds) + len(self._known):
             self._cut_off += 1
             raise ConnectError(f"{self.address} is cut off from its cluster")
         self._cut_off = 0
         self._next = []
         return greeting
 
-    def learn(self, slots: object, info: object) -> bool:
-        """Take over which nodes there are; return whether this one is well.
+    def learn(self, slots: object, info: object) -> None:
+        """Take over which nodes there are, and whether this one ``is_well``.
 
         ``slots`` and ``info`` are what it answers to QUESTIONS. Raises ConfigError if it is of no
         cluster, and ProtocolError if that is no answer.
@@ -96,7 +97,7 @@ class AnyNode:
         except ReplyError as error:
             if error.code != "NOPERM":  # one who may not ask does without
                 raise
-            return True
+            return
         places = [
             self._options.mapped(*place)
             for one in view.ranges
@@ -104,4 +105,5 @@ class AnyNode:
         ]
         if places:
             self._known = list(dict.fromkeys(places))
-        return bool(places) and (not isinstance(info, bytes) or b"cluster_state:ok" in info)
+        is_said = not isinstance(info, bytes) or b"cluster_state:ok" in info
+        self.is_well = bool(places) and is_said

@@ -152,22 +152,19 @@ class Pair:
 
     async def _look_after(self) -> None:
         """Leave a node of a cluster that is cut off from the others, and learn which there are."""
-        well: set[AnyNode] = set()
         while True:
             await asyncio.sleep(self._interval)
             for node, connection in self._nodes:
                 if connection.pipeline.plain and connection is self._receiver:
                     continue  # where it listens, it may ask nothing
+                was_well = node.is_well
                 try:
                     async with asyncio.timeout(self._interval):
-                        is_well = node.learn(*await connection.ask(*map(list, QUESTIONS)))
+                        node.learn(*await connection.ask(*map(list, QUESTIONS)))
                 except (DscacheError, TimeoutError):
                     continue
-                if is_well:
-                    well.add(node)
-                elif node in well:
-                    # Once: where all of them are, none is better.
-                    well.discard(node)
+                # Once: where all of them are, none is better.
+                if was_well and not node.is_well:
                     connection.leave("it is cut off from its cluster")
 
 
