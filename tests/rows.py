@@ -21,6 +21,7 @@ import trustme
 
 import cluster_rows
 import dscache
+import message_rows
 import near_rows
 import thread_rows
 from dscache import _backend
@@ -699,6 +700,9 @@ ROWS: dict[str, Row] = {
     "reshard": cluster_rows.reshard,
     "cluster-kill": cluster_rows.kill,
     "cluster-failover": cluster_rows.failover,
+    "messages": message_rows.everything,
+    "messages-kill": message_rows.kill,
+    "messages-slow": message_rows.slow,
     "sync-threads": thread_rows.threads,
     "sync-interrupts": thread_rows.interrupts,
     "sync-kill": thread_rows.kill,

@@ -88,9 +88,9 @@ class Recorded:
             recorded = next(
                 base64.b64decode(one["payload"])
                 for one in GOLDEN["sent"]
-                if one["message"] == more["message"] and "to" not in one
+                if one["message"] == more["message"]
             )
-            body = recorded.removeprefix(b'{"fromServer":"A","message":')
+            body = recorded.partition(b'"message":')[2]
             topic = json.loads(more["message"])["topic"]
             await self._redis.publish(str(topic), written.encode()[:-2] + body)
         elif action == "heard":

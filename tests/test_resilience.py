@@ -27,6 +27,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "away": {"operations": 15_000},
     "silent": {},
     "mixed": {"minutes": 4 / 60},
+    "messages": {"count": 9000},
+    "messages-kill": {"rounds": 2},
+    "messages-slow": {"seconds": 1.0, "pause": 0.01},
     "sync-kill": {"rounds": 2},
 }
 
