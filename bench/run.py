@@ -34,12 +34,16 @@ from report import Section, Table
 from rounds import Group, Pace
 from workload import ORDINARY, apart
 
-SECTIONS = ("goals", "micro", "peers", "workloads", "cost", "growth", "cluster", "threads", "near")
+SECTIONS = (
+    *("goals", "micro", "peers", "workloads", "cost", "growth"),
+    *("cluster", "threads", "near", "messages"),
+)
 # Programs of their own, whose text is taken as it is.
 PROGRAMS = {
     "cluster": ("compare_cluster.py", "Cluster", "What routing costs."),
     "threads": ("compare_sync.py", "Threads", "`Cache`, which blocks, beside redis-py."),
     "near": ("compare_near.py", "Near cache", "What needs no round trip, and a load that changes."),
+    "messages": ("compare_messages.py", "Messages", "Two nodes that send and hear each other."),
 }
 SMOKE = Pace(rounds=1, seconds=0.0005, warm=1, smoke=True)
 

@@ -1,0 +1,324 @@
+"""Messages beside redis-py and deepstream's own connector, in one run: interleaved, medians.
+
+``python bench/compare_messages.py`` prints a table. Two nodes on one core, with the server on
+another, both subscribe to a topic and both send on it; a message counts when the other one has
+heard it. What comes back to its sender is dropped, which is part of the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio
+import uvloop
+
+import dscache
+from dscache.embedded import EmbeddedServer
+from machine import facts
+from workload import apart, chosen, decode, encode
+
+HERE = Path(__file__).parent
+TOPIC = 4
+MESSAGE = {
+    "topic": TOPIC,
+    "action": 0,
+    "name": "news/europe",
+    "data": {"headline": "Analytic engine", "authors": ["Ada", "Charles"], "score": 12.25},
+}
+TASKS = 100
+WINDOW = 1000
+# The connector asks for more than it says that it needs.
+PACKAGES = ("@deepstream/clusternode-redis@1.0.1", "@deepstream/protobuf@1.0.8")
+PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 60_000, "maxPending": 10_000_000}
+
+
+@dataclass
+class Row:
+    """One thing measured, and its messages per second in each round."""
+
+    label: str
+    measure: Callable[[int], Awaitable[float]]
+    """Send so many messages; return how many seconds it took until all were heard."""
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+
+class Counter:
+    """Counts what is heard, and tells when it is all."""
+
+    def __init__(self) -> None:
+        self.heard = 0
+        self._count = 0
+        self._done: asyncio.Future[None] | None = None
+
+    def expect(self, count: int) -> asyncio.Future[None]:
+        """Return what is done when so many have been heard from now on."""
+        self.heard = 0
+        self._count = count
+        self._done = asyncio.get_running_loop().create_future()
+        return self._done
+
+    def add(self) -> None:
+        self.heard += 1
+        if self.heard == self._count and self._done is not None:
+            self._done.set_result(None)
+
+
+async def from_tasks(send: Callable[[int], Awaitable[object]], counter: Counter, n: int) -> float:
+    """Await each message from a hundred tasks."""
+
+    async def task(number: int) -> None:
+        for _ in range(n // TASKS):
+            await send(number)
+
+    done = counter.expect(n // TASKS * TASKS)
+    began = time.perf_counter()
+    await asyncio.gather(*(task(number) for number in range(TASKS)))
+    await done
+    return (time.perf_counter() - began) * n / (n // TASKS * TASKS)
+
+
+async def in_a_window(send: Callable[[int], object], counter: Counter, n: int) -> float:
+    """Send without waiting for what comes of it, a thousand on their way at a time."""
+    done = counter.expect(n)
+    sent = 0
+    began = time.perf_counter()
+    while sent < n:
+        while sent < n and sent - counter.heard < WINDOW:
+            send(sent)
+            sent += 1
+        await asyncio.sleep(0)
+    await done
+    return time.perf_counter() - began
+
+
+# -- who is measured
+
+
+@contextlib.asynccontextmanager
+async def ours(server: EmbeddedServer, core: str, reads: bool) -> AsyncIterator[Any]:
+    """Give what measures two nodes of dscache, in either way."""
+    options = {"host": server.host, "port": server.port, **PATIENCE}
+    counter = Counter()
+
+    def callback(message: Any, sender: str) -> None:
+        if reads:
+            _ = message.data
+        counter.add()
+
+    with chosen(core):
+        nodes = [
+            dscache.MessageNode.from_config(
+                {"serverName": f"py-{core}-{reads}-{i}", "name": "redis", "options": options}
+            )
+            for i in range(2)
+        ]
+        for node in nodes:
+            await node.when_ready()
+
+    @contextlib.asynccontextmanager
+    async def listening() -> AsyncIterator[None]:
+        # Those who are not measured must not hear it all as well.
+        with chosen(core):
+            leave = [node.subscribe(TOPIC, callback) for node in nodes]
+        for node in nodes:
+            await node.when_ready()
+        yield
+        for one in leave:
+            one()
+        await asyncio.sleep(0.02)
+
+    async def tasks(n: int) -> float:
+        async with listening():
+            return await from_tasks(lambda i: nodes[i % 2].send(MESSAGE), counter, n)
+
+    async def window(n: int) -> float:
+        async with listening():
+            return await in_a_window(lambda i: nodes[i % 2].send(MESSAGE), counter, n)
+
+    try:
+        yield tasks, window
+    finally:
+        for node in nodes:
+            await node.close()
+
+
+class RedisPy:
+    """Two of redis-py's asyncio clients, each with what listens."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        where = {"host": server.host, "port": server.port}
+        self._clients = [redis.asyncio.Redis(**where) for _ in range(2)]
+        self._counter = Counter()
+
+    async def measure(self, n: int, tasks: int = TASKS) -> float:
+        pubsubs = [client.pubsub(ignore_subscribe_messages=True) for client in self._clients]
+        for pubsub in pubsubs:
+            await pubsub.subscribe(str(TOPIC))
+        ready = asyncio.get_running_loop().create_future()
+        readers = [asyncio.create_task(self._read(i, one, ready)) for i, one in enumerate(pubsubs)]
+        await asyncio.sleep(0.05)
+        try:
+            return await from_tasks(self._publish, self._counter, n)
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.wait(readers)
+            for pubsub in pubsubs:
+                await pubsub.aclose()  # type: ignore[attr-defined]
+
+    async def _publish(self, number: int) -> None:
+        envelope = {"fromServer": f"redis-py-{number % 2}", "message": MESSAGE}
+        await self._clients[number % 2].publish(str(TOPIC), encode(envelope))
+
+    async def _read(self, number: int, pubsub: Any, ready: Any) -> None:
+        me = f"redis-py-{number}"
+        async for message in pubsub.listen():
+            if decode(message["data"])["fromServer"] != me:
+                self._counter.add()
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.aclose()
+
+
+class Deepstream:
+    """deepstream's own connector on Node, in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def measure(self, n: int) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = {"count": n, "window": WINDOW}
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        answer = json.loads(await self._process.stdout.readline())
+        return float(answer["seconds"])
+
+
+@contextlib.asynccontextmanager
+async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
+    """Give the connector, or why it isn't there."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        yield f"there is no {'node' if node is None else 'npm'} in PATH"
+        return
+    with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
+        # Else npm would install into a folder above that has one.
+        Path(folder, "node_modules").mkdir()  # noqa: ASYNC240
+        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        installed = await asyncio.create_subprocess_exec(
+            *(npm, "install", *options, *PACKAGES),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        if await installed.wait():
+            yield "npm can't get it"
+            return
+        where = (folder, server.host, str(server.port))
+        process = await asyncio.create_subprocess_exec(
+            # On a topic of its own: it goes on listening, also while others are measured.
+            *(node, str(HERE / "messages.js"), *where, encode(MESSAGE | {"topic": 5}).decode()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            await process.stdout.readline()
+            yield Deepstream(process)
+        finally:
+            process.stdin.close()
+            await process.wait()
+
+
+# -- the run
+
+
+async def run(server: EmbeddedServer, rounds: int, seconds: float) -> tuple[list[Row], str]:
+    async with contextlib.AsyncExitStack() as stack:
+        rows = []
+        for core, reads in (("fast", True), ("fast", False), ("pure", True)):
+            tasks, window = await stack.enter_async_context(ours(server, core, reads))
+            raw = "" if reads else ", data not read"
+            rows.append(Row(f"dscache, {core} core{raw}, {TASKS} tasks", tasks))
+            rows.append(Row(f"dscache, {core} core{raw}, {WINDOW} on their way", window))
+        peer = RedisPy(server)
+        stack.push_async_callback(peer.close)
+        rows.append(Row(f"redis-py, hiredis: publish and listen, {TASKS} tasks", peer.measure))
+        real = await stack.enter_async_context(deepstream(server))
+        missing = real if isinstance(real, str) else ""
+        if isinstance(real, Deepstream):
+            rows.append(Row(f"deepstream's connector, {WINDOW} on their way", real.measure))
+        await measure(rows, rounds, seconds)
+        return rows, missing
+
+
+async def measure(rows: list[Row], rounds: int, seconds: float) -> None:
+    sizes = {}
+    for row in rows:
+        taste = 1000
+        for _ in range(2):
+            took = await row.measure(taste)
+        sizes[row.label] = max(taste, round(taste / took * seconds))
+    for _ in range(rounds):
+        for row in rows:
+            count = sizes[row.label]
+            row.rates.append(count / await row.measure(count))
+
+
+def judge(text: str, row: Row, against: Row, at_least: float) -> None:
+    ratio = row.median / against.median
+    verdict = "reached" if ratio >= at_least else "MISSED"
+    print(f"{text}: {ratio:.1f} x, wanted {at_least:g} x: {verdict}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of one measurement (0.4)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds above 0")
+    with EmbeddedServer() as server, apart(server) as placing:
+        rows, missing = uvloop.run(run(server, options.rounds, options.seconds))
+        header = facts(server, placing, options.rounds)
+    print(*header[:-1], sep="\n")
+    print(
+        f"messages of {len(encode(MESSAGE))} bytes; median of {options.rounds} interleaved rounds"
+    )
+    print(f"\n{'two nodes that send and hear each other':52}{'messages/s':>12}{'best round':>12}")
+    for row in rows:
+        print(f"  {row.label:50}{row.median:12,.0f}{max(row.rates):12,.0f}")
+    by_label = {row.label: row for row in rows}
+    peer = next(row for row in rows if row.label.startswith("redis-py"))
+    tasks = by_label[f"dscache, fast core, {TASKS} tasks"]
+    print()
+    judge("fast core to redis-py, both from tasks", tasks, peer, 8)
+    if missing:
+        print(f"deepstream's connector: not measured: {missing}")
+        return
+    real = rows[-1]
+    window = by_label[f"dscache, fast core, {WINDOW} on their way"]
+    judge("fast core to deepstream's connector, both without waiting", window, real, 2)
+
+
+if __name__ == "__main__":
+    main()
