@@ -14,11 +14,13 @@ from msgspec.inspect import Field
 
 import dscache
 from documents import DOCUMENTS, PROJECT, anchors, code, links, prose, section, table
-from dscache import _url, config, errors
+from dscache import _url, config, errors, message_config
+from dscache.embedded import EmbeddedServer
 from option_reference import Part, fields, parts
 
 README = PROJECT / "README.md"
 CONFIGURATION = PROJECT / "docs" / "configuration.md"
+MESSAGES = PROJECT / "docs" / "messages.md"
 BUILDING = PROJECT / "docs" / "building.md"
 
 
@@ -67,6 +69,18 @@ def test_every_mistake_and_its_error(part: Part, written: str, error: str) -> No
     assert str(caught.value) == f"mapping: {part.place}.{option}: {error}"
 
 
+def test_every_option_of_messages() -> None:
+    documented = {code(row[0])[0]: row[1] for row in table(MESSAGES, "Options")}
+    of_caches = fields(config.Options)
+    own = {
+        name: shown(field)
+        for name, field in fields(message_config.MessageOptions).items()
+        if name not in of_caches
+    }
+    assert documented == own
+    assert message_config._OF_RECORDS.keys() <= set(code(section(MESSAGES, "Options")))
+
+
 def test_options_without_effect() -> None:
     top, nested = config.Options.no_effect, config.RedisOptions.no_effect
     everywhere, inside = section(CONFIGURATION, "Accepted without effect").split("Inside")
@@ -110,6 +124,31 @@ def test_every_operation() -> None:
     assert public <= told, "of AsyncCache"
     record = {name for name in vars(dscache.Record) if not name.startswith("_")}
     assert record - {"stale"} <= told, "of Record"
+
+
+def test_every_operation_of_messages() -> None:
+    rows = [name for row in table(MESSAGES, "Messages") for name in code(row[0])]
+    told = {name.partition("(")[0]: name for name in rows}
+    public = {name for name in vars(dscache.MessageNode) if not name.startswith("_")}
+    assert told.keys() == public - {"from_config"} | {"on_gap"}
+    for name in ("send", "send_direct", "subscribe", "messages"):
+        parameters = inspect.signature(getattr(dscache.MessageNode, name)).parameters
+        keywords = [
+            f"{one.name}=None" for one in parameters.values() if one.kind is one.KEYWORD_ONLY
+        ]
+        assert re.findall(r"\w+=\w+", told[name]) == keywords
+    message = {name for name in vars(dscache.Message) if not name.startswith("_")}
+    of_mappings = {"get", "keys", "values", "items"}
+    assert message - of_mappings <= {
+        name.partition("(")[0] for name in code(section(MESSAGES, "Messages"))
+    }
+
+
+async def test_every_counter_of_messages(server: EmbeddedServer) -> None:
+    documented = [name for row in table(MESSAGES, "Counters") for name in code(row[0])]
+    async with dscache.MessageNode.from_config(server.url) as node:
+        of_clusters = ["redirections", "refreshes"]
+        assert [*node.stats(), *of_clusters] == documented
 
 
 def test_signatures() -> None:

@@ -26,7 +26,7 @@ from typer.main import get_group
 
 import dscache
 from documents import DOCUMENTS, PROJECT, Block, blocks
-from dscache import _backend, config
+from dscache import _backend, config, message_config
 from dscache._cli_app import app
 from dscache.embedded import EmbeddedServer
 
@@ -138,6 +138,9 @@ def test_session(document: Path, session: Session) -> None:
 
 @in_language("python")
 def test_program(block: Block, folder: Path) -> None:
+    if block.document.name == "messages.md":
+        own = next(one.text for one in blocks(block.document) if one.language == "yaml")
+        (folder / "config.yml").write_text(own, encoding="utf-8")
     program = folder / "program.py"
     program.write_text(block.text, encoding="utf-8")
     printed = run(folder, sys.executable, "-W", "error", str(program))
@@ -167,7 +170,10 @@ def test_configuration(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     path.write_text(block.text, encoding="utf-8")
     # Made, and not only read: what isn't supported yet must not be shown as an example.
-    dscache.AsyncCache(config.load(path, environ=ENVIRON))
+    if "clusterNode" in block.text:
+        dscache.MessageNode(message_config.load(path, environ=ENVIRON))
+    else:
+        dscache.AsyncCache(config.load(path, environ=ENVIRON))
 
 
 def test_the_demo_has_the_configuration_of_the_readme(folder: Path) -> None:

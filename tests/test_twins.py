@@ -89,7 +89,7 @@ def members(thing: Any) -> dict[str, Any]:
 
 
 PUBLIC = (
-    *("NearCache", "Pipeline", "Record", "Router"),
+    *("Inbox", "Mailbox", "Message", "NearCache", "Pipeline", "Record", "Router"),
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
@@ -108,10 +108,10 @@ def test_public_names() -> None:
         }
         # The one in Python is made of several modules, and says what of them is its own.
         assert set(getattr(twin, "__all__", own)) == {*PUBLIC, "NEAR_ENTRY_BYTES"}, twin.__name__
-    for name in ("NearCache", "Pipeline", "Record", "Router"):
+    for name in ("Inbox", "Mailbox", "Message", "NearCache", "Pipeline", "Record", "Router"):
         fast, pure = (set(members(getattr(twin, name))) for twin in TWINS)
-        if name != "Record":  # plain attributes there, descriptors of the class here
-            made = {"NearCache": near, "Pipeline": pipeline, "Router": router}[name](_pure)
+        if name in MAKERS:  # plain attributes there, descriptors of the class here
+            made = MAKERS[name](_pure)
             pure |= {attribute for attribute in vars(made) if not attribute.startswith("_")}
         assert fast == pure - IN_C
 
@@ -126,6 +126,15 @@ def router(core: Any) -> Any:
 
 def near(core: Any) -> Any:
     return core.NearCache(object, pipeline(core))
+
+
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "Inbox": lambda core: core.Inbox("A", print, print),
+    "Mailbox": lambda core: core.Mailbox(print, 1, 0),
+    "NearCache": near,
+    "Pipeline": pipeline,
+    "Router": router,
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
