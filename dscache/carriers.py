@@ -75,7 +75,7 @@ class Pair:
             # What holds for every node; where each is, it finds out by itself.
             options = options.for_node(first.host, first.port, first)  # type: ignore[assignment]
         self._subscriptions = subscriptions
-        self._sender = Connection(options, credentials, endpoint=nodes[0])
+        self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
         self._receiver = Connection(
             options, credentials, cluster=self, endpoint=nodes[1], inbox=inbox
         )

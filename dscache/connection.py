@@ -89,7 +89,7 @@ class Connection:
     With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
     a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
     a cluster is ``near`` for all nodes. ``endpoint`` stands in for the one server that ``options``
-    name, and ``inbox`` takes the messages that come.
+    name, and ``inbox`` takes the messages that come. ``owner`` is for errors: whose it is.
     """
 
     def __init__(
@@ -102,8 +102,10 @@ class Connection:
         near: Any = None,
         endpoint: Any = None,
         inbox: Any = None,
+        owner: str = "an AsyncCache",
     ) -> None:
         self.server = ""
+        self._owner = owner
         self.watched = False
         """Whether the cluster wants to know of every answer."""
         self._options = options
@@ -514,8 +516,8 @@ class Connection:
 
     def _check_owner(self) -> None:
         if os.getpid() != self._pid:
-            raise UsageError("an AsyncCache can't be used after a fork; open one in the child")
-        check_loop(self._loop)
+            raise UsageError(f"{self._owner} can't be used after a fork; open one in the child")
+        check_loop(self._loop, self._owner)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -536,14 +538,14 @@ class Connection:
             self._watcher = None
 
 
-def check_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Raise UsageError unless ``loop`` is the one that is running."""
+def check_loop(loop: asyncio.AbstractEventLoop, owner: str = "an AsyncCache") -> None:
+    """Raise UsageError unless ``loop``, which is the owner's, is the one that is running."""
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
         running = None
     if running is not loop:
         raise UsageError(
-            "an AsyncCache belongs to the event loop it was opened on, and was used from "
+            f"{owner} belongs to the event loop it was opened on, and was used from "
             f"{'another one' if running else 'outside of it'}; open one in each loop"
         )

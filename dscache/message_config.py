@@ -211,4 +211,8 @@ def _config(options: MessageOptions, place: Place, folder: str, server_name: str
     assert isinstance(checked, MessageOptions)
     if checked.sharded and not checked.nodes:
         raise place.at("sharded").error("is for a cluster; leave it out, or give its nodes")
+    if checked.sentinels and checked.role == "slave":
+        raise place.at("role").error(
+            "must be master: what is published at a replica gets to those alone who listen there"
+        )
     return MessageConfig(server_name=server_name, options=checked, source=place.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ _logger = logging.getLogger("dscache")
 
 Overflow = Literal["drop_oldest", "drop_newest", "disconnect"]
 
+_OWNER = "a MessageNode"
 # For so many servers the beginning of what is sent to them alone is kept.
 _ADDRESSEES = 1024
 
@@ -67,6 +69,7 @@ class MessageNode:
         self._dropped = 0
         self._errors = 0
         self._damage_logged = False
+        self._telling: set[asyncio.Future[Any]] = set()
         self._mailboxes: dict[Any, int] = {}
         self._closed = False
 
@@ -239,7 +242,7 @@ class MessageNode:
     async def close(self) -> None:
         """Finish what was sent, within ``closeTimeout``, and close; the second time, nothing."""
         if self._loop is not None:
-            check_loop(self._loop)
+            check_loop(self._loop, _OWNER)
         already, self._closed = self._closed, True
         self._publish = None
         if already or self._carrier is None:
@@ -281,7 +284,7 @@ class MessageNode:
         if os.getpid() != self._pid:
             raise UsageError("a MessageNode can't be used after a fork; open one in the child")
         if self._loop is not None:
-            check_loop(self._loop)
+            check_loop(self._loop, _OWNER)
             return
         try:
             self._loop = asyncio.get_running_loop()
@@ -370,5 +373,15 @@ class MessageNode:
             )
 
     def _tell_gap(self, since: float, until: float) -> None:
-        if self.on_gap is not None:
-            self.on_gap(since, until)
+        if self.on_gap is None:
+            return
+        outcome = self.on_gap(since, until)
+        if inspect.isawaitable(outcome):
+            task = asyncio.ensure_future(outcome)
+            self._telling.add(task)
+            task.add_done_callback(self._gap_told)
+
+    def _gap_told(self, task: asyncio.Future[Any]) -> None:
+        self._telling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("on_gap failed", exc_info=error)

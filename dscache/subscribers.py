@@ -226,8 +226,9 @@ class Messages:
     def __del__(self) -> None:
         left = getattr(self, "_left", _nothing)
         if left is not _nothing:
-            with suppress(RuntimeError):  # of a loop that is closed
-                left()
+            # It may be found to be garbage in any thread, and on a loop that is closed.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(left)
 
 
 class _Bell:

@@ -115,6 +115,7 @@ def options(**written: Any) -> dict[str, Any]:
         (options(heartbeat=0), "options.heartbeat: must be a whole number from 1 to 2147483647"),
         (options(prot=1), 'did you mean "port"?'),
         (options(sentinels=[{}]), "options.name: is missing"),
+        (options(sentinels=[{}], name="x", role="slave"), "options.role: must be master: what"),
         (options(nodes=[{}], db=1), "a cluster has database 0 alone"),
         ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
         ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),

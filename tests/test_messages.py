@@ -396,9 +396,12 @@ def test_a_node_belongs_to_one_loop(one_server: EmbeddedServer, backend: str) ->
         assert await node.send(NEWS) == 0
 
     async def use_elsewhere() -> None:
-        with pytest.raises(dscache.UsageError):
+        told = "a MessageNode belongs to the event loop it was opened on"
+        with pytest.raises(dscache.UsageError, match=told):
             node.subscribe(4, print)
-        with pytest.raises(dscache.UsageError):
+        with pytest.raises(dscache.UsageError, match=told):
+            node.send(NEWS)
+        with pytest.raises(dscache.UsageError, match=told):
             await node.close()
 
     async def close() -> None:
@@ -462,6 +465,27 @@ async def test_a_gap_is_only_of_what_was_heard(nodes: Nodes, proxy: FaultProxy) 
     await until(lambda: node.stats()["gaps"] == 1)
     await node.when_ready()
     assert node.is_ready
+
+
+async def test_on_gap_may_be_a_coroutine(
+    quick: Nodes, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[float] = []
+
+    async def on_gap(since: float, until: float) -> None:
+        await asyncio.sleep(0)
+        told.append(until)
+        if len(told) == 2:
+            raise ValueError("no more of this")
+
+    node = await quick("A", host=proxy.host, port=proxy.port, on_gap=on_gap)
+    await hears(node, EVENT)
+    for count in (1, 2):
+        proxy.cut()
+        await until(lambda n=count: len(told) == n)
+        await node.when_ready()
+    assert told[-1] == node.stats()["last_gap"][1]
+    await until(lambda: "no more of this" in caplog.text)
 
 
 async def test_a_silent_link_is_found_by_its_heartbeat(
