@@ -7,9 +7,11 @@ import random
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import dscache
@@ -106,20 +108,35 @@ async def _send(node: dscache.MessageNode, count: int) -> int:
 # -- the server is killed
 
 
-@dataclass
-class Sent:
-    """One message: when it was issued, when its outcome came, and whether Redis took it."""
+class Book:
+    """What was sent: when each was issued, when its outcome came, and whether Redis took it.
 
-    issued: float
-    settled: float = 0.0
-    is_taken: bool = False
+    In arrays, as what a row keeps of its own must not look like what dscache keeps.
+    """
+
+    def __init__(self) -> None:
+        self.issued = array("d")
+        self.settled = array("d")
+        self.is_taken = bytearray()
+
+    def issue(self) -> int:
+        """Note a message that is about to be sent; return its number."""
+        self.issued.append(time.time())
+        self.settled.append(0.0)
+        self.is_taken.append(False)
+        return len(self.issued) - 1
+
+    def settle(self, number: int, is_taken: bool) -> None:
+        """Note the outcome of a message."""
+        self.settled[number] = time.time()
+        self.is_taken[number] = is_taken
 
 
 @dataclass
 class Ear:
     """What one node hears, and the gaps that it is told of."""
 
-    numbers: list[int] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
     gaps: list[tuple[float, float]] = field(default_factory=list)
 
     def take(self, message: Any, sender: str) -> None:
@@ -128,23 +145,23 @@ class Ear:
     def note(self, since: float, until: float) -> None:
         self.gaps.append((since, until))
 
-    def problems(self, sent: list[Sent], me: str) -> Iterator[str]:
+    def problems(self, book: Book, me: str) -> Iterator[str]:
         """Tell what it heard twice or too late, and what it missed without being told."""
-        if any(
-            after <= before for before, after in zip(self.numbers, self.numbers[1:], strict=False)
-        ):
-            yield f"{me} heard a message twice, or out of order"
-        missed = set(range(len(sent))) - set(self.numbers)
-        for number in sorted(missed):
-            one = sent[number]
-            told = any(since <= one.settled and one.issued <= until for since, until in self.gaps)
-            if one.is_taken and not told:
-                yield f"{me} missed {number} and was not told"
+        last = -1
+        for number in self.numbers:
+            if number <= last:
+                yield f"{me} heard {number} after {last}"
+            for missed in range(last + 1, number):
+                issued, settled = book.issued[missed], book.settled[missed]
+                told = any(since <= settled and issued <= until for since, until in self.gaps)
+                if book.is_taken[missed] and not told:
+                    yield f"{me} missed {missed} and was not told"
+            last = number
 
 
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
     """Kill the server and start it again, under load."""
-    sent: list[Sent] = []
+    book = Book()
     ears = {"B": Ear(), "C": Ear()}
     with EmbeddedServer(binary) as server:
         sender = open_node(server, "A")
@@ -156,7 +173,7 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
         for node in (sender, *hearers):
             await node.when_ready()
         stop = asyncio.Event()
-        load = asyncio.create_task(_load(figures, sender, sent, stop))
+        load = asyncio.create_task(_load(figures, sender, book, stop))
         for number in range(rounds):
             await asyncio.sleep(random.uniform(0.1, 0.4))
             await asyncio.to_thread(server.kill)
@@ -177,42 +194,39 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
             )
         stop.set()
         await load
-        await sender.send({"topic": EVENT, "number": len(sent)})
-        await until(lambda: all(e.numbers[-1] == len(sent) for e in ears.values()), "the last one")
+        final = book.issue()
+        await sender.send({"topic": EVENT, "number": final})
+        book.settle(final, True)
+        await until(lambda: all(ear.numbers[-1] == final for ear in ears.values()), "the last one")
         for name, ear in ears.items():
-            figures.problems += list(ear.problems(sent, name))[:5]
+            figures.problems += list(ear.problems(book, name))[:5]
             if len(ear.gaps) != rounds:
                 figures.problems.append(f"{name} was told of {len(ear.gaps)} gaps, not {rounds}")
-        missed = sum(len(sent) - len(set(ear.numbers)) + 1 for ear in ears.values())
         for node in (sender, *hearers):
             await node.close()
             _drained(figures, node)
-    figures.operations = len(sent)
+    figures.operations = final + 1
+    missed = sum(figures.operations - len(ear.numbers) for ear in ears.values())
     figures.notes.append(f"{rounds} kills, {missed} messages missed, all of them in gaps")
 
 
 async def _load(
-    figures: Figures, node: dscache.MessageNode, sent: list[Sent], stop: asyncio.Event
+    figures: Figures, node: dscache.MessageNode, book: Book, stop: asyncio.Event
 ) -> None:
-    async def one(number: int) -> None:
-        try:
-            await node.send({"topic": EVENT, "number": number})
-        except dscache.DscacheError as error:
-            figures.outcomes[type(error).__name__] += 1
-        else:
-            figures.outcomes["ok"] += 1
-            sent[number].is_taken = True
-        sent[number].settled = time.time()
+    def settled(number: int, waiter: asyncio.Future[int]) -> None:
+        error = waiter.exception()
+        figures.outcomes["ok" if error is None else type(error).__name__] += 1
+        book.settle(number, error is None)
 
-    tasks: set[asyncio.Task[None]] = set()
+    waiter = None
     while not stop.is_set():
         for _ in range(20):
-            sent.append(Sent(time.time()))
-            task = asyncio.create_task(one(len(sent) - 1))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            number = book.issue()
+            waiter = node.send({"topic": EVENT, "number": number})
+            waiter.add_done_callback(partial(settled, number))
         await asyncio.sleep(0.002)
-    await asyncio.gather(*tasks)
+    if waiter is not None:
+        await asyncio.wait([waiter])
 
 
 # -- a subscriber is slow
