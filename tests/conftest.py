@@ -39,7 +39,7 @@ PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 # The files that take longest, most of it waiting.
 LONG = (
     *("test_cluster", "test_sync", "test_sync_cluster", "test_cli", "test_resilience"),
-    *("test_cache", "test_sentinel"),
+    *("test_cache", "test_sentinel", "test_messages_apart"),
 )
 
 # Time says nothing here: machines differ. The fixtures of one test serve all its examples.
