@@ -115,7 +115,6 @@ class Plain:
         (None, Plain(), r"message on topic 4: it can't be encoded: \$: "),
         (4, msgspec.Raw(b""), "message on topic 4: it is an empty msgspec.Raw"),
     ],
-    ids=repr,
 )
 def test_bad_messages(core: Any, topic: Any, message: Any, said: str) -> None:
     exchange = Exchange(core)
