@@ -222,7 +222,13 @@ async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
     with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
         # Else npm would install into a folder above that has one.
         Path(folder, "node_modules").mkdir()  # noqa: ASYNC240
-        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        options = [
+            "--ignore-scripts",
+            "--prefer-offline",
+            "--no-audit",
+            "--no-fund",
+            "--loglevel=error",
+        ]
         installed = await asyncio.create_subprocess_exec(
             *(npm, "install", *options, *PACKAGES),
             cwd=folder,

@@ -40,7 +40,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
         print("there is no Node here: the recorded connector stands in for the real one")
         return None
     (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    options = [
+        "--ignore-scripts",
+        "--prefer-offline",
+        "--no-audit",
+        "--no-fund",
+        "--loglevel=error",
+    ]
     try:
         subprocess.run(
             [npm, "install", *options, *PACKAGES],
