@@ -31,7 +31,7 @@ from .errors import (
     UsageError,
 )
 from .greeting import Greeting, explain, refusal_of
-from .link import Link
+from .link import Ear, Link
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -376,7 +376,7 @@ class Connection:
 
     async def _live(self) -> bool:
         """Live through one socket; return whether it was of use for a while."""
-        link = Link(self, self.pipeline)
+        link = (Link if self.pipeline.inbox is None else Ear)(self, self.pipeline)
         self._attempting = True
         try:
             async with asyncio.timeout(self._options.connect_timeout / 1000):

@@ -25,6 +25,10 @@ class Owner(Protocol):
         """The transport takes bytes again."""
 
 
+# Of what a socket brings, so much at once means that there is more.
+_MUCH = _common.READ_BUFFER_BYTES // 2
+
+
 class Link(asyncio.BufferedProtocol):
     """A socket: it hands what arrives to the pipeline, and knows for how long nothing did."""
 
@@ -131,3 +135,28 @@ class Link(asyncio.BufferedProtocol):
         self.paused = False
         if not self.lost.done():
             self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))
+
+
+class Ear(Link):
+    """A socket over which messages come, which nobody has asked for.
+
+    When much has come, it reads on after those who want it had their turn: uvloop would go on for
+    as long as there is anything, and what waits for them is bounded.
+    """
+
+    _rests = False
+
+    def buffer_updated(self, nbytes: int) -> None:
+        super().buffer_updated(nbytes)
+        transport = self._transport
+        if nbytes < _MUCH or self._rests or transport is None or transport.is_closing():
+            return
+        self._rests = True
+        transport.pause_reading()
+        # Theirs was called for before this.
+        self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._rests = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()

@@ -25,8 +25,10 @@ _logger = logging.getLogger("dscache")
 
 Callback = Callable[["Message", str], Any]
 
-# How long callbacks go on before others have their turn, in seconds.
-_TURN = 0.0005
+# How long callbacks go on before others have their turn, in seconds: as long as the others took
+# since their last one, within these bounds.
+_SHORTEST = 0.0005
+_LONGEST = 0.005
 
 
 class Subscriber:
@@ -50,6 +52,7 @@ class Subscriber:
         self._left = left
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
+        self._rested_since = 0.0
         self.errors = 0
         self.mailbox: Any = _backend.core.Mailbox(
             self._wake, max_pending, _envelope.OVERFLOWS.index(overflow)
@@ -81,8 +84,9 @@ class Subscriber:
         mailbox = self.mailbox
         messages = mailbox.messages
         again = True
+        now = time.monotonic()
         try:
-            end = time.monotonic() + _TURN
+            end = now + min(max(now - self._rested_since, _SHORTEST), _LONGEST)
             while messages:
                 message = messages.popleft()
                 outcome = self._call(message)
@@ -91,13 +95,14 @@ class Subscriber:
                     work = self._serve(outcome)
                     self._task = self._loop.create_task(work, name=f"dscache topic {self.topic}")
                     return
-                if time.monotonic() > end:
+                if (now := time.monotonic()) > end:
                     return
             again = False
             if mailbox.is_shut:
                 self._disconnect()
             mailbox.awake = False
         finally:
+            self._rested_since = now
             if again:  # there is more, or what a callback raised goes through here
                 self._loop.call_soon(self._run)
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import redis as redis_py
+import uvloop
 
 import dscache
 from conftest import SERVERS, NamedServer
@@ -327,6 +328,36 @@ async def test_a_slow_subscriber_can_be_disconnected(
     assert "a callback on topic 4 was disconnected" in caplog.text
     with pytest.raises(StopAsyncIteration):
         await anext(messages)
+
+
+@pytest.mark.parametrize("loop_factory", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_burst_is_nobodys_fault(
+    one_server: EmbeddedServer, backend: str, loop_factory: Any
+) -> None:
+    count = 30_000
+    where = f"{one_server.host}:{one_server.port}"
+    padding = b"x" * 100
+
+    async def listen() -> None:
+        async with dscache.MessageNode.from_config(where) as node:
+            numbers: list[int] = []
+            node.subscribe(EVENT, lambda message, sender: numbers.append(message["number"]))
+            await node.when_ready()
+            # It blocks the loop, and so all of them wait in the sockets' buffers.
+            with (
+                redis_py.Redis(one_server.host, one_server.port) as redis,
+                redis.pipeline(transaction=False) as pipeline,
+            ):
+                for number in range(count):
+                    body = b'{"topic":4,"number":%d,"t":"%s"}' % (number, padding)
+                    pipeline.publish("4", b'{"fromServer":"B","message":%s}' % body)
+                pipeline.execute()
+            await until(lambda: len(numbers) + node.stats()["dropped"] >= count)
+            assert node.stats()["dropped"] == 0
+            assert numbers == list(range(count))
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(listen())
 
 
 async def test_callbacks_give_way_to_the_cache(
