@@ -460,6 +460,8 @@ class Cluster:
         del self._holders[node.pipeline]
         self._absences.pop(node, None)
         self._move(node.pipeline)
+        if self._follower is not None:
+            self._follower.became_lost(node)
 
         async def close() -> None:
             await node.close()
