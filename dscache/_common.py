@@ -424,7 +424,10 @@ def never_sent(
     if isinstance(down, ReplyError):
         error = ReplyError(down.message, context=f"{operation} at {address}, {limit}")
     elif down is not None:
-        error = ConnectError(f"{operation}: no connection to {address} {limit}: {down}")
+        said = f"{operation}: no connection to {address} {limit}: {down}"
+        # Of a message it is one kind of error, which says whether it was sent.
+        is_message = operation.startswith("send ")
+        error = ConnectionLost(f"{said}; it was not sent") if is_message else ConnectError(said)
     else:
         error = DeadlineExceeded(
             f"{operation}: not sent to {address} {limit} "

@@ -41,8 +41,9 @@ class MessageNode:
 
     An operation raises at the call: MessageError for a bad topic, message or addressee,
     ConnectionLost if the node is closed, UsageError on another event loop. The future of a message
-    may end in DeadlineExceeded, ConnectError, ConnectionLost, ReplyError or ProtocolError, each
-    saying if it may have been delivered all the same. It is never sent a second time.
+    may end in ConnectionLost, DeadlineExceeded, ReplyError or ProtocolError, or in ConnectError if
+    the server can't be used, each saying if it may have been delivered all the same. It is never
+    sent a second time.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from typing import Any
 
 import dscache
 from dscache.embedded import EmbeddedServer, ServerBinary
-from figures import PATIENCE, RECOVERY, Figures, held
+from figures import PATIENCE, Figures, held
 
 EVENT = 4
 TEXT = "x" * 60
@@ -267,8 +267,7 @@ async def slow(
             await _settled(lambda: prompt)
             stats = node.stats()
             told = taken + stats["waiting"] + stats["dropped"]
-            # What came between two looks at it makes no difference but of a turn.
-            if abs(told - (prompt - begun)) > 0:
+            if told != prompt - begun:
                 figures.problems.append(
                     f"{taken} taken, {stats['waiting']} waiting and {stats['dropped']} dropped "
                     f"of {prompt - begun}"
@@ -341,8 +340,6 @@ def _drained(figures: Figures, node: dscache.MessageNode) -> None:
     if any(left.values()):
         figures.problems.append(f"{node.server_name} is not drained: {left}")
 
-
-assert RECOVERY <= 1.0, "a node listens again within a second after its server is back"
 
 if __name__ == "__main__":
     asyncio.run(_send_for_ever(sys.argv[1], int(sys.argv[2])))

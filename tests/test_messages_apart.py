@@ -15,7 +15,6 @@ from clusters import ClusterGroup, ClusterNode
 from conftest import SERVERS
 from dscache._pure_wire import slot_of_key
 from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
-from dscache.slots import SLOTS
 from message_nodes import Heard, Nodes, hears, open_nodes, until
 from sentinels import SentinelGroup
 
@@ -202,7 +201,6 @@ async def test_what_is_no_cluster(backend: str, make_server: Any) -> None:
         with pytest.raises(dscache.DscacheError, match="is no node of a cluster"):
             await node.when_ready()
         await node.close()
-    assert SLOTS == 16384
 
 
 # -- behind Sentinels
