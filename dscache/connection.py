@@ -467,7 +467,7 @@ class Connection:
         # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
         # where it redirects every other command: a record would be in two places.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
-        self.pipeline.plain = not greeting.has_pushes
+        self.pipeline.plain = not greeting.has_pushes and self.pipeline.inbox is not None
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:
             _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)
