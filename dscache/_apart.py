@@ -7,12 +7,14 @@ version of one write and the data of another. Both cores use this module; it is 
 
 from __future__ import annotations
 
+import time
 from asyncio import InvalidStateError
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from . import _common as c
+from ._latency import Latencies
 from .errors import RecordError, shorten
 
 
@@ -31,30 +33,35 @@ class RecordsApart:
         self._create_waiter = create_waiter
         self._prefix = key_prefix
         self._ttl = ttl
-        self._counts = dict.fromkeys(("reads", "hits", "halves", "damaged", "writes", "deletes"), 0)
+        names = ("operations", "reads", "hits", "misses", "halves", "damaged", "writes", "deletes")
+        self._counts = dict.fromkeys((*names, "failed"), 0)
+        self._latencies = Latencies()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return the counters that a Pipeline has for the records of its own commands."""
-        return dict(self._counts)
+        counts = self._counts
+        records = counts["reads"] + counts["writes"] + counts["deletes"]
+        return {**counts, "records": records, "latency": self._latencies.told()}
 
     # -- operations on one record
 
     def get(self, name: str) -> Any:
         """Read both keys; the waiter gets the Record, or None."""
         self._admit(c.READ_KEY, {name: 0})
-        waiter = self._create_waiter()
+        waiter = self._new_waiter()
         self._read(name, waiter)
         return waiter
 
     def read(self, name: str, waiter: Any) -> None:
         """Read both keys for ``waiter``, which gets the Record, or None."""
         self._admit(c.READ_KEY, {name: 0})
+        self._counts["operations"] += 1
         self._read(name, waiter)
 
     def head(self, name: str) -> Any:
         """Read the version, and whether there is data; the waiter gets the int, or None."""
         self._admit(c.READ_KEY, {name: 0})
-        waiter = self._create_waiter()
+        waiter = self._new_waiter()
         self._look(name, waiter)
         return waiter
 
@@ -66,14 +73,14 @@ class RecordsApart:
         seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
         text = self._core.encode_data(name, data)
         self._admit(c.WRITE_KEY, {name: len(text)})
-        waiter = self._create_waiter()
+        waiter = self._new_waiter()
         self._write(name, number, text, seconds, waiter)
         return waiter
 
     def delete(self, name: str) -> Any:
         """Remove both keys; the waiter gets whether there were both."""
         self._admit(c.WRITE_KEY, {name: 0})
-        waiter = self._create_waiter()
+        waiter = self._new_waiter()
         self._remove(name, waiter)
         return waiter
 
@@ -104,7 +111,7 @@ class RecordsApart:
     # -- both halves
 
     def _read(self, name: str, waiter: Any) -> None:
-        pair = _Pair(waiter, lambda stored, raw: self._record(name, stored, raw))
+        pair = self._pair(c.GET, waiter, lambda stored, raw: self._record(name, stored, raw))
         version_key, data_key = self._keys(name)
         self.router.key_command(c.READ_KEY, version_key, pair.first, "GET", version_key)
         self.router.key_command(c.READ_KEY, data_key, pair.second, "GET", data_key)
@@ -114,7 +121,7 @@ class RecordsApart:
             record = self._record(name, stored, b"" if kind == c.STRING else None)
             return None if record is None else record.version
 
-        pair = _Pair(waiter, version_of)
+        pair = self._pair(c.HEAD, waiter, version_of)
         version_key, data_key = self._keys(name)
         self.router.key_command(c.READ_KEY, version_key, pair.first, "GET", version_key)
         self.router.key_command(c.READ_KEY, data_key, pair.second, "TYPE", data_key)
@@ -124,7 +131,7 @@ class RecordsApart:
             self._counts["writes"] += 1
             return True
 
-        pair = _Pair(waiter, written)
+        pair = self._pair(c.SET, waiter, written)
         lifetime = ("EX", str(ttl)) if ttl else ()
         for key, half, value in zip(
             self._keys(name), (pair.first, pair.second), (str(version), text), strict=True
@@ -137,9 +144,26 @@ class RecordsApart:
             self._counts["halves"] += replies.count(1) == 1
             return replies.count(1) == 2
 
-        pair = _Pair(waiter, removed)
+        pair = self._pair(c.SET + 1, waiter, removed)
         for key, half in zip(self._keys(name), (pair.first, pair.second), strict=True):
             self.router.key_command(c.WRITE_KEY, key, half, "DEL", key)
+
+    def _new_waiter(self) -> Any:
+        self._counts["operations"] += 1
+        return self._create_waiter()
+
+    def _pair(self, row: int, waiter: Any, finish: Callable[[Any, Any], Any]) -> _Pair:
+        """Return the waiters of the two commands of an operation, or of a record of a bulk."""
+        began = time.monotonic()
+        single = type(waiter) is not _OfBulk
+
+        def note(failed: bool) -> None:
+            if failed:
+                self._counts["failed"] += 1
+            elif single:
+                self._latencies.add(row, time.monotonic() - began, 1)
+
+        return _Pair(waiter, finish, note)
 
     def _admit(self, kind: int, sizes: Mapping[str, int]) -> None:
         """Let no half of a record be under way where the other is refused."""
@@ -157,6 +181,7 @@ class RecordsApart:
         """Return the record that two replies make, or None; raises RecordError."""
         self._counts["reads"] += 1
         if stored is None or raw is None:
+            self._counts["misses"] += 1
             self._counts["halves"] += stored is not raw
             return None
         version = self._core.parse_version(stored)
@@ -168,13 +193,19 @@ class RecordsApart:
 
 
 class _Pair:
-    """The waiters of two commands, and what becomes of both their replies."""
+    """The waiters of two commands, and what becomes of both their replies.
 
-    def __init__(self, waiter: Any, finish: Callable[[Any, Any], Any]) -> None:
+    ``note`` is told whether that is an error.
+    """
+
+    def __init__(
+        self, waiter: Any, finish: Callable[[Any, Any], Any], note: Callable[[bool], None]
+    ) -> None:
         self.first = _Half(self)
         self.second = _Half(self)
         self._waiter = waiter
         self._finish = finish
+        self._note = note
         self._missing = 2
 
     def come(self) -> None:
@@ -190,8 +221,10 @@ class _Pair:
                 except RecordError as damage:
                     error = damage
                 else:
+                    self._note(False)
                     self._waiter.set_result(result)
                     return
+            self._note(True)
             self._waiter.set_exception(error)
 
 

@@ -102,6 +102,17 @@ OPERATIONS: Final = (
 # The errors that say nothing of a record but that its node can't be asked.
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 
+# Where the buckets of latencies end, in seconds; a last one has what took longer.
+LATENCY_BOUNDS: Final = (
+    *(0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+# The operations whose latencies are told, in the rows where they are counted.
+TIMED: Final = (
+    *("get", "head", "set", "delete"),
+    *("get_bulk", "head_bulk", "set_bulk", "delete_bulk"),
+)
+
 MAX_REDIRECTIONS: Final = 16
 # The slots of a cluster: CRC16 of a key's hash tag, in 14 bits.
 SLOTS: Final = 16384
@@ -208,6 +219,26 @@ def key_stem(text: str, hash_tag: bool) -> str:
         return text
     opening = TAG_FOR_BRACE if text.startswith(TAG_CLOSE.decode()) else TAG_OPEN
     return opening.decode() + text
+
+
+# -- counters
+
+
+def latency_of(rows: Mapping[str, tuple[float, list[int]]]) -> dict[str, Any]:
+    """Return what ``stats()`` tells of latencies: of each operation the seconds and buckets."""
+    return {
+        "bounds": list(LATENCY_BOUNDS),
+        "operations": {
+            operation: {"count": sum(buckets), "sum": seconds, "buckets": buckets}
+            for operation, (seconds, buckets) in rows.items()
+        },
+    }
+
+
+def mean_batch(counts: Mapping[str, Any]) -> float:
+    """Return how many records a batch has brought on its way, on average; 0.0 without any."""
+    mean: float = counts["sent"] / counts["batches"] if counts["batches"] else 0.0
+    return mean
 
 
 # -- errors of the caller

@@ -44,18 +44,38 @@ cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
 
+cdef extern from *:
+    """
+    #include <time.h>
+
+    static double dscache_monotonic(void) {
+        struct timespec now;
+    #ifdef __APPLE__
+        clock_gettime(CLOCK_UPTIME_RAW, &now);
+    #else
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    #endif
+        return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    }
+    """
+    # The clock of time.monotonic, without a call into Python.
+    double dscache_monotonic() noexcept nogil
+
 cdef enum Kind:
     GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND, READ_KEY, WRITE_KEY, PUBLISH
 
 cdef enum:
     SLOTS = 16384
+    TIMED = 8  # operations whose latencies are told: single ones, and behind them bulks
+    LATENCY_BOUNDS = 17
 
 if (
     *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND),
-    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, b"_v", b"_d"),
+    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, b"_v", b"_d", TIMED, LATENCY_BOUNDS),
 ) != (
     *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND),
     *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.VERSION_SUFFIX, c.DATA_SUFFIX),
+    *(len(c.TIMED), len(c.LATENCY_BOUNDS)),
 ):
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
@@ -67,6 +87,7 @@ cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
 cdef long long MAX_ELEMENTS = c.MAX_ELEMENTS
 cdef int HEADER_BYTES = c.HEADER_BYTES
 cdef long long MAX_VERSION = c.MAX_VERSION
+cdef double[LATENCY_BOUNDS] latency_bounds = c.LATENCY_BOUNDS
 # The suffixes are an underscore and one letter, which lets the second key be made of the first.
 cdef enum:
     SUFFIX_SIZE = 2
@@ -88,7 +109,6 @@ cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 cdef object _encode_json = msgspec.json.Encoder().encode
 cdef object _decode_json = msgspec.json.Decoder().decode
-cdef object _monotonic = time.monotonic
 
 
 cdef class _Encoder  # of _fast_wire.pxi, for the batches before it
@@ -163,6 +183,10 @@ cdef class Pipeline:
     cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
+    cdef unsigned long long _misses, _failed, _calls, _overloads, _batches, _sent
+    cdef unsigned long long[TIMED * (LATENCY_BOUNDS + 1)] _latencies
+    cdef double[TIMED] _seconds
+    cdef double _now  # when the replies at hand have come, as soon as somebody has looked
 
     def __init__(
         self,
@@ -385,7 +409,7 @@ cdef class Pipeline:
         cdef double now
         if self._queue:
             batch = self._queue[0]
-            now = _monotonic()
+            now = dscache_monotonic()
             if batch.deadline <= now:
                 # The caller was too busy to say so by ``expire``; it must not be sent all the same.
                 self._drop_late(now)
@@ -401,6 +425,8 @@ cdef class Pipeline:
             if self._clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             count = encoder.encode(batch, self.has_msetex)
+            self._batches += not batch.sent
+            self._sent += count
             batch.sent += count
             self.queued -= count
             self.in_flight += count
@@ -590,14 +616,21 @@ cdef class Pipeline:
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
-        return {
+        stats = {
+            "operations": self._calls,
+            "records": self._reads + self._writes + self._not_newer + self._deletes,
             "reads": self._reads,
             "hits": self._hits,
+            "misses": self._misses,
             "halves": self._halves,
             "damaged": self._damages,
             "writes": self._writes,
             "not_newer": self._not_newer,
             "deletes": self._deletes,
+            "failed": self._failed,
+            "overloaded": self._overloads,
+            "batches": self._batches,
+            "sent": self._sent,
             "commands": self._commands,
             "flushes": self._flushes,
             "bytes_out": self._bytes_out,
@@ -607,6 +640,18 @@ cdef class Pipeline:
             "pending": self.operations,
             "pending_bytes": self.pending_bytes,
         }
+        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latency()}
+
+    cdef dict _latency(self):
+        """Return what ``stats()`` tells of latencies, without operations there were none of."""
+        cdef dict rows = {}
+        cdef Py_ssize_t i, j
+        for i in range(TIMED):
+            buckets = [self._latencies[i * (LATENCY_BOUNDS + 1) + j]
+                       for j in range(LATENCY_BOUNDS + 1)]
+            if any(buckets):
+                rows[c.TIMED[i]] = (self._seconds[i], buckets)
+        return c.latency_of(rows)
 
     # -- building batches
 
@@ -643,7 +688,7 @@ cdef class Pipeline:
 
     cdef _Batch _new_batch(self, int kind, dict records):
         global last_serial
-        cdef double deadline = <double>_monotonic() + self._timeout
+        cdef double deadline = dscache_monotonic() + self._timeout
         last_serial += 1
         return _Batch.__new__(_Batch, kind, deadline, last_serial, records)
 
@@ -687,6 +732,7 @@ cdef class Pipeline:
             # One write that is larger than the limit may go alone.
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
+            self._overloads += 1
             raise c.full(self.address, self.operations, self.pending_bytes)
         return 0
 
@@ -695,6 +741,7 @@ cdef class Pipeline:
         self.admit(PyBytes_GET_SIZE(write.text))
         cdef _Batch batch = self._batch_for(_kind_of(write.ttl, guard), name)
         cdef object waiter = self._create_waiter()
+        self._calls += 1
         cdef PyObject* earlier = PyDict_GetItem(batch.records, name)
         if earlier == NULL:
             write.waiter = waiter
@@ -713,6 +760,7 @@ cdef class Pipeline:
         cdef _Batch batch = self._batch_for(kind, name)
         if waiter is None:
             waiter = self._create_waiter()
+        self._calls += 1
         cdef Py_ssize_t before = PyDict_Size(batch.records)
         cdef object entry = <object>PyDict_SetDefault(batch.records, name, waiter)
         if PyDict_Size(batch.records) == before:
@@ -738,6 +786,7 @@ cdef class Pipeline:
             self.add_part(bulk, kind, records, size)
         else:
             self.rouse()
+            self._calls += 1
             waiter.set_result(bulk.result)
         return waiter
 
@@ -748,6 +797,7 @@ cdef class Pipeline:
         self._enqueue(batch)
         self._open.clear()
         batch.counted = True
+        self._calls += 1
         self.queued += PyDict_Size(records)
         self.operations += 1
         self.pending_bytes += size
@@ -758,6 +808,7 @@ cdef class Pipeline:
     cdef int _parse(self) except -1:
         cdef object gets = self._reader.gets
         cdef object reply
+        self._now = 0.0
         try:
             while True:
                 try:
@@ -850,10 +901,12 @@ cdef class Pipeline:
                 stored, reply = reply, stored
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
-        cdef Py_ssize_t i, first = batch.answered
-        if batch.over():
+        cdef Py_ssize_t i, told = 0, first = batch.answered
+        cdef bint refused = type(reply) is ReplyError
+        cdef bint was_over = batch.over()
+        if was_over:
             batch.answered += count
-        elif type(reply) is ReplyError:
+        elif refused:
             self._refused(batch, count, reply)
         elif batch.kind == GET:
             self._answer_get(batch, count, self._array(reply, 2 * count, "MGET"))
@@ -879,11 +932,15 @@ cdef class Pipeline:
         self.in_flight -= count
         if batch.bulk is None:
             self.operations -= count
+            told = count
         elif batch.counted and (
             batch.answered == PyList_GET_SIZE(batch.names) or batch.over()
         ):
             batch.counted = False
             self.operations -= 1
+            told = 1
+        if told and not (was_over or refused) and batch.kind < COMMAND:
+            self._time(batch, told)
         if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
             for i in range(first, first + count):
                 self.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
@@ -891,6 +948,24 @@ cdef class Pipeline:
             for i in range(first, first + count):
                 self.near.drop(<str>PyList_GET_ITEM(batch.names, i))
         return 0
+
+    cdef void _time(self, _Batch batch, Py_ssize_t count) noexcept:
+        """Count how long so many operations have taken, from the first call of their batch."""
+        cdef Py_ssize_t row = batch.kind
+        cdef Py_ssize_t bucket = 0
+        if self._now == 0.0:
+            self._now = dscache_monotonic()
+        if row >= DELETE:
+            row = SET + 1
+        elif row > SET:
+            row = SET
+        if batch.bulk is not None:
+            row += TIMED // 2
+        cdef double seconds = self._now - (batch.deadline - self._timeout)
+        while bucket < LATENCY_BOUNDS and seconds > latency_bounds[bucket]:
+            bucket += 1
+        self._seconds[row] += seconds * count
+        self._latencies[row * (LATENCY_BOUNDS + 1) + bucket] += count
 
     cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
         # Nobody tells of changes to what only those get who ask.
@@ -931,6 +1006,7 @@ cdef class Pipeline:
                             raise self._wrong_shape("MGET", value)
                     if stored is not None or raw is not None:
                         self._halves += 1
+                    self._misses += 1
                     if epoch is not None:
                         self.near.fill(self, epoch, batch.serial, name, 0, None)
                     if bulk is not None:
@@ -974,6 +1050,7 @@ cdef class Pipeline:
         else:
             if has_version or has_data:
                 self._halves += 1
+            self._misses += 1
             if batch.bulk is None:
                 _tell(entry, None)
         batch.answered += 1
@@ -1284,6 +1361,7 @@ cdef class Pipeline:
 
     cdef int _give_error(self, _Batch batch, str name, entry, make) except -1:
         """Give one record its error: to its waiters, or into its bulk's."""
+        self._failed += batch.kind < COMMAND
         if batch.bulk is None:
             return _fail(_waiter_of(entry), make)
         batch.bulk.errors[name] = make()
@@ -1312,6 +1390,7 @@ cdef class Pipeline:
             ):
                 make = error_of_doubt
             bulk.over = True
+            self._failed += bulk.remaining
             return _fail(bulk.waiter, partial(make, bulk.operation))
         for i in range(batch.answered, PyList_GET_SIZE(batch.names)):
             name = batch.names[i]

@@ -15,6 +15,7 @@ cdef class Router:
     cdef object _create_waiter
     cdef object _apart
     cdef _Encoder _encoder
+    cdef long long _split
 
     def __init__(
         self,
@@ -105,6 +106,13 @@ cdef class Router:
 
     # -- for those who know the nodes
 
+    def stats(self):
+        """Return what is to be added to the nodes' counters for those of the whole.
+
+        A bulk is an operation of each node that has a part of it, and yet but one.
+        """
+        return {"operations": -self._split}
+
     def slot_of(self, name):
         """Return the slot of both keys of a record, or -1 if they lie in different ones."""
         return self._encoder.slot(check_name(name))
@@ -175,6 +183,7 @@ cdef class Router:
         if waiter is None:
             waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
+        self._split += PyDict_Size(parts) - 1
         if not records:
             (<Pipeline?>pipelines[0]).rouse()
             waiter.set_result(bulk.result)

@@ -52,6 +52,7 @@ import hiredis
 from . import _common as c
 from . import _envelope as e
 from ._common import ErrorOf
+from ._latency import Latencies
 from ._pure_batch import (
     NOBODY,
     Batch,
@@ -158,12 +159,19 @@ class Pipeline:
         self._returned: list[Batch] = []
         self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
-            ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
+            ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
         )
+        self._failed = 0
+        self._calls = 0
+        self._overloads = 0
+        self._batches = 0
+        self._sent = 0
         self._commands = 0
         self._flushes = 0
         self._bytes_out = 0
         self._bytes_in = 0
+        self._latencies = Latencies()
+        self._now = 0.0  # when the replies at hand have come, as soon as somebody has looked
         self._reach = Reach()
         self._epoch: Epoch | None = None
         self.reset_reader()
@@ -192,6 +200,7 @@ class Pipeline:
         self.admit(len(write.text))
         batch = self._batch_for(kind_of(write.ttl, if_newer), name)
         waiter = self._create_waiter()
+        self._calls += 1
         earlier: Write | None = batch.records.get(name)
         if earlier is None:
             write.waiter = waiter
@@ -377,6 +386,8 @@ class Pipeline:
             text, count = self._encoder.encode(batch, self.has_msetex)
             out.append(text)
             size += len(text)
+            self._batches += not batch.sent
+            self._sent += count
             batch.sent += count
             self.queued -= count
             self.in_flight += count
@@ -548,10 +559,18 @@ class Pipeline:
             if not batch.over():
                 self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
-        return {
-            **self._counts,
+        counts = self._counts
+        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
+        stats = {
+            "operations": self._calls,
+            "records": records,
+            **counts,
+            "failed": self._failed,
+            "overloaded": self._overloads,
+            "batches": self._batches,
+            "sent": self._sent,
             "commands": self._commands,
             "flushes": self._flushes,
             "bytes_out": self._bytes_out,
@@ -561,6 +580,7 @@ class Pipeline:
             "pending": self.operations,
             "pending_bytes": self.pending_bytes,
         }
+        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latencies.told()}
 
     # -- building batches
 
@@ -627,6 +647,7 @@ class Pipeline:
             # One write that is larger than the limit may go alone.
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
+            self._overloads += 1
             raise c.full(self.address, self.operations, self.pending_bytes)
 
     def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
@@ -634,6 +655,7 @@ class Pipeline:
         batch = self._batch_for(kind, name)
         if waiter is None:
             waiter = self._create_waiter()
+        self._calls += 1
         if name in batch.records:
             batch.records[name] = with_waiter(batch.records[name], waiter)
         else:
@@ -658,6 +680,7 @@ class Pipeline:
             self.add_part(new_bulk(kind, records, waiter), kind, records, size)
         else:
             self.rouse()
+            self._calls += 1
             waiter.set_result(new_bulk(kind, records, waiter).result)
         return waiter
 
@@ -668,6 +691,7 @@ class Pipeline:
         self._enqueue(batch)
         self._open.clear()
         batch.counted = True
+        self._calls += 1
         self.queued += len(records)
         self.operations += 1
         self.pending_bytes += size
@@ -676,6 +700,7 @@ class Pipeline:
 
     def _parse(self) -> None:
         gets = self._reader.gets
+        self._now = 0.0
         try:
             while True:
                 try:
@@ -759,9 +784,10 @@ class Pipeline:
                 reply = stored
         first = batch.answered
         was_over = batch.over()
+        refused = type(reply) is ReplyError
         if was_over:
             batch.answered += count
-        elif type(reply) is ReplyError:
+        elif refused:
             self._refused(batch, count, reply)
         elif batch.kind == c.GET:
             self._answer_get(batch, count, reply)
@@ -785,17 +811,31 @@ class Pipeline:
         if self._epoch is not None:
             self._epoch.answered(self.settled)
         self.in_flight -= count
+        told = 0
         if batch.bulk is None:
             self.operations -= count
+            told = count
         elif batch.counted and (batch.answered == len(batch.names) or batch.over()):
             batch.counted = False
             self.operations -= 1
+            told = 1
+        if told and not (was_over or refused) and batch.kind < c.COMMAND:
+            self._time(batch, told)
         if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
             for i in range(first, first + count):
                 self.pending_bytes -= len(batch.entries[i].text)
         if self.near is not None and c.SET <= batch.kind <= c.DELETE:
             for i in range(first, first + count):
                 self.near.drop(batch.names[i])
+
+    def _time(self, batch: Batch, count: int) -> None:
+        """Count how long so many operations have taken, from the first call of their batch."""
+        if not self._now:
+            self._now = time.monotonic()
+        row = min(batch.kind, c.SET) if batch.kind < c.DELETE else c.SET + 1
+        if batch.bulk is not None:
+            row += len(c.TIMED) // 2
+        self._latencies.add(row, self._now - (batch.deadline - self._timeout), count)
 
     def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
@@ -832,6 +872,7 @@ class Pipeline:
                             raise self._wrong_shape("MGET", value)
                     if stored is not None or raw is not None:
                         self._counts["halves"] += 1
+                    self._counts["misses"] += 1
                     if epoch is not None:
                         self._keep(epoch, batch, name, 0, None)
                     if bulk is not None:
@@ -876,6 +917,7 @@ class Pipeline:
         else:
             if has_version or reply == c.STRING:
                 self._counts["halves"] += 1
+            self._counts["misses"] += 1
             if batch.bulk is None:
                 tell(entry, None)
         batch.answered += 1
@@ -1160,6 +1202,7 @@ class Pipeline:
         self, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
     ) -> None:
         """Give one record its error: to its waiters, or into its bulk's."""
+        self._failed += batch.kind < c.COMMAND
         if batch.bulk is None:
             fail(waiter_of(entry), make)
             return
@@ -1187,6 +1230,7 @@ class Pipeline:
             ):
                 make = error_of_doubt
             bulk.over = True
+            self._failed += bulk.remaining
             fail(bulk.waiter, partial(make, bulk.operation))
             return
         failed = 0

@@ -35,6 +35,7 @@ class Router:
         self._create_waiter = create_waiter
         self._apart = apart
         self._encoder = Encoder(key_prefix, hash_tag)
+        self._split = 0
 
     # -- operations on one record
 
@@ -112,6 +113,13 @@ class Router:
 
     # -- for those who know the nodes
 
+    def stats(self) -> dict[str, int]:
+        """Return what is to be added to the nodes' counters for those of the whole.
+
+        A bulk is an operation of each node that has a part of it, and yet but one.
+        """
+        return {"operations": -self._split}
+
     def slot_of(self, name: object) -> int:
         """Return the slot of both keys of a record, or -1 if they lie in different ones."""
         return self._encoder.slot(check_name(name))
@@ -164,6 +172,7 @@ class Router:
         if waiter is None:
             waiter = self._create_waiter()
         bulk = new_bulk(kind, records, waiter, shared=True)
+        self._split += len(parts) - 1
         if not records:
             pipelines[0].rouse()
             waiter.set_result(bulk.result)

@@ -163,9 +163,15 @@ class AsyncCache:
     def stats(self) -> dict[str, Any]:
         """Return counters since the cache was opened; before that, nothing.
 
-        Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
-        which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
-        ``queued in_flight pending`` (their sum). Connection: ``connects last_loss``. With a near
+        Calls: ``operations``. Records: ``records`` (all that were answered), ``reads``, of these
+        ``hits misses`` and ``halves`` (a miss of which Redis held one key), ``damaged writes
+        not_newer deletes``, ``failed`` (their call ended in an error), ``overloaded`` (calls that
+        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
+        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
+        ``pending_bytes``, ``connections``. Connections so far: ``connects reconnections
+        redirections last_loss``. ``latency`` has its ``bounds`` in seconds, and of each operation
+        ``count``, ``sum`` in seconds and ``buckets``, from the call to the answer. On a cluster
+        also ``refreshes``, and ``nodes`` with the counters of each. With a near
         cache ``near_cache``: its ``hits misses joins stale invalidations evictions
         dropped_fills``, ``flushes`` by their reason, and what is kept, ``records`` and ``bytes``.
         """

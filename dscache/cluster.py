@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import UNSET
 
-from . import _backend, _common
+from . import _backend, _common, _counters
 from ._apart import RecordsApart
 from ._room import Room
 from .config import Config, Node
@@ -141,7 +141,7 @@ class Cluster:
         self._named: dict[Address, Node] = {}
         self._name_again_at = 0.0
         self._leaving: dict[Connection, asyncio.Task[None]] = {}
-        self._past: Counter[str] = Counter()
+        self._past: dict[str, Any] = {}
         self._redirections = 0
         self._refreshes = 0
         self._last_loss = ""
@@ -226,16 +226,13 @@ class Cluster:
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
         nodes = {address: node.stats() for address, node in self._nodes.items()}
-        total = Counter(self._past)
-        for counts in (
-            *nodes.values(),
-            *(node.stats() for node in self._leaving),
-            *(room.pipeline.stats() for room in self._all_rooms()),
-            self._apart.stats(),
-        ):
-            _add(total, counts)
+        of_nodes = [self._past, *nodes.values(), *(node.stats() for node in self._leaving)]
+        of_none = [*(room.pipeline.stats() for room in self._all_rooms()), self._apart.stats()]
         stats = {
-            **{name: total[name] for name in (*self._limbo.pipeline.stats(), "connects")},
+            **_counters.told([*of_nodes, *of_none, self.pipeline.stats()]),
+            "connections": sum(node.is_ready for node in self._nodes.values()),
+            "connects": sum(one.get("connects", 0) for one in of_nodes),
+            "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
             "last_loss": self._last_loss,
             "redirections": self._redirections,
             "refreshes": self._refreshes,
@@ -275,6 +272,7 @@ class Cluster:
         batches: dict[Room, list[Any]] = {}
         for words, slot, batch in redirected:
             self._redirections += 1
+            source.redirections += 1
             room = self._room_for(slot, source, now_waiting)
             code = words.partition(" ")[0]
             address = None
@@ -466,7 +464,7 @@ class Cluster:
         async def close() -> None:
             await node.close()
             del self._addresses[node], self._leaving[node]
-            _add(self._past, node.stats())
+            _counters.add(self._past, node.stats())
 
         self._leaving[node] = self._loop.create_task(close(), name=f"dscache {node.address}")
 
@@ -696,9 +694,3 @@ class Cluster:
         self._stop_opener()
         for room in self._all_rooms():
             room.fail(reason)
-
-
-def _add(total: Counter[str], counts: dict[str, Any]) -> None:
-    for name, count in counts.items():
-        if isinstance(count, int):
-            total[name] += count

@@ -192,6 +192,7 @@ class ClusterLine:
         if code in ("MOVED", "ASK"):
             address = parse_redirection(words, slot, node.place.address)
         cluster_map.avoid(node.place)
+        node.place.redirections += 1
         if address is None:
             cluster_map.note_redirected()
             longest = min(RETRY_FIRST * 2 ** len(batch.trail), RETRY_CAP)
@@ -378,11 +379,11 @@ class ClusterLine:
         """Let the map keep what was counted here, of a line that is no more."""
         self._routes.keep_counts()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return what was counted of no node: what waits, and records that lie apart."""
         return self._routes.stats()
 
-    def stats_of_nodes(self) -> dict[str, dict[str, int]]:
+    def stats_of_nodes(self) -> dict[str, dict[str, Any]]:
         """Return what was counted of each node."""
         return {n: node.pipeline.stats() for n, node in list(self._routes.nodes.items())}
 

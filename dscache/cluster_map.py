@@ -16,19 +16,18 @@ import random
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from math import inf
-from typing import Final
+from typing import Any, Final
 
 from msgspec import UNSET
 
+from . import _counters
 from ._common import ErrorOf, join_address
 from .cluster_table import Place, Shard, Table
 from .config import Config, Node
 from .errors import ConfigError, ConnectError, ReplyError
-from .line import OF_THE_MOMENT
 from .slots import (
     ASKED,
     GAP,
@@ -67,7 +66,7 @@ class ClusterMap:
         """Why there is nobody to serve some slot."""
         self.refusal: ErrorOf | None = None
         """How operations fail at once, if no node can be used."""
-        self.past: Counter[str] = Counter()
+        self.past: dict[str, Any] = {}
         """What nodes that are no more have counted, and lines of no node."""
         self.departures = 0
         self.redirections = 0
@@ -142,14 +141,12 @@ class ClusterMap:
         """Return the nodes that serve slots."""
         return [place for one in self.table.primaries if (place := self.places.get(one))]
 
-    def keep_counts(self, place: Place | None, counts: dict[str, int]) -> None:
+    def keep_counts(self, place: Place | None, counts: Mapping[str, Any]) -> None:
         """Keep what was counted by lines that are no more, of a node or of none."""
         with self.lock:
             known = place is not None and self.places.get(place.shown) is place
             kept = place.counts if known and place is not None else self.past
-            for name, number in counts.items():
-                if name not in OF_THE_MOMENT:
-                    kept[name] += number
+            _counters.add(kept, counts, lasting=True)
 
     def note_moved(self, slot: int, place: Place) -> None:
         """Note that a node was named as the one that serves a slot."""
@@ -229,8 +226,8 @@ class ClusterMap:
             if place.absences >= VIEWS_TO_LEAVE:
                 del self.places[shown]
                 self.departures += 1
-                self.past.update(place.counts)
-                self.past["connects"] += place.connects
+                _counters.add(self.past, place.counts)
+                _counters.add(self.past, place.connections())
             else:
                 self._is_stale = True
 
@@ -322,10 +319,11 @@ class ClusterMap:
 
     # -- connections
 
-    def note_connected(self, place: Place, server: str) -> None:
-        """Note that a node was connected to."""
+    def note_connected(self, place: Place, server: str, again: bool) -> None:
+        """Note that a node was connected to, be it ``again`` by the same line."""
         with self.lock:
             place.connects += 1
+            place.reconnections += again
             place.is_tried = True
             place.server = server
             place.trouble = place.refusal = None

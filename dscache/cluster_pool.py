@@ -10,14 +10,14 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
-from . import _backend
+from . import _backend, _counters
 from ._common import ErrorOf
 from .cluster_line import ClusterLine
 from .cluster_map import ClusterMap
 from .cluster_table import Place
 from .config import Config
 from .errors import ConnectError
-from .line import OF_THE_MOMENT, Line
+from .line import Line
 from .outcome import Outcome
 from .pool import Pool, closed_meanwhile
 
@@ -125,28 +125,26 @@ class ClusterPool(Pool):
         """Return the counters of all nodes together, and of each under ``nodes``."""
         cluster_map = self._map
         lines = [_cluster(line) for line in self._present()]
-        blank = dict.fromkeys(self._counts, 0) | dict.fromkeys(OF_THE_MOMENT, 0)
-        nodes: dict[str, dict[str, Any]] = {}
-        for place in self._places():
-            nodes[place.shown] = {**blank, **place.counts, "connections": 0}
-        total = Counter(cluster_map.past)
+        places = self._places()
+        parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in places}
+        connected = Counter(shown for line in lines for shown in line.connected())
         for line in lines:
-            connected = set(line.connected())
             for shown, counts in line.stats_of_nodes().items():
-                node = nodes.setdefault(shown, {**blank, "connections": 0})
-                for name, number in counts.items():
-                    node[name] += number
-                node["connections"] += shown in connected
-        for own in nodes.values():
-            total.update(own)
-        for line in (*lines, *map(_cluster, list(self._spares))):
-            total.update(line.stats())
-        for place in self._places():
-            if (of_node := nodes.get(place.shown)) is not None:
-                of_node |= {"connects": place.connects, "last_loss": place.last_loss}
-                total["connects"] += place.connects
+                parts.setdefault(shown, []).append(counts)
+        nodes: dict[str, dict[str, Any]] = {}
+        for shown, of_node in parts.items():
+            nodes[shown] = {**_counters.told(of_node), "connections": connected[shown]}
+        for place in places:
+            nodes[place.shown] |= {**place.connections(), "last_loss": place.last_loss}
+        past = cluster_map.past
+        of_none = [line.stats() for line in (*lines, *map(_cluster, list(self._spares)))]
+        of_all = [past, *nodes.values()]
         return {
-            **{name: total[name] for name in (*blank, "connections", "connects")},
+            **_counters.told([*of_all, *of_none, {"overloaded": self._overloads}]),
+            "waiting": len(self._turns),
+            "connections": connected.total(),
+            "connects": sum(one.get("connects", 0) for one in of_all),
+            "reconnections": sum(one.get("reconnections", 0) for one in of_all),
             "last_loss": cluster_map.last_loss,
             "redirections": cluster_map.redirections,
             "refreshes": cluster_map.refreshes,

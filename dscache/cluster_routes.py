@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import _common as c
+from . import _counters
 from ._apart import RecordsApart
 from .cluster_map import ClusterMap
 from .cluster_table import Place, Table, reader_of
@@ -190,12 +191,9 @@ class Routes:
 
     # -- counters
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return what was counted of no node: what waits, and records that lie apart."""
-        total: dict[str, int] = self.limbo.stats()
-        for name, number in self.apart.stats().items():
-            total[name] += number
-        return total
+        return _counters.told([self.limbo.stats(), self.apart.stats(), self.router.stats()])
 
     def keep_counts(self) -> None:
         """Let the map keep what was counted here, as this is no more."""

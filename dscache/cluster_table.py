@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from math import inf
+from typing import Any
 
 from ._common import ErrorOf
 from .config import Options
@@ -24,6 +24,8 @@ class Place:
         """Whether a look-up is needed to reach it, which nothing can limit."""
         self.server = ""
         self.connects = 0
+        self.reconnections = 0
+        self.redirections = 0
         self.last_loss = ""
         self.is_tried = False
         """Whether it has been connected to, or that has failed."""
@@ -31,11 +33,19 @@ class Place:
         """Why the last attempt to connect failed, if it did."""
         self.refusal: ErrorOf | None = None
         """How operations fail if that is for good."""
-        self.counts: Counter[str] = Counter()
+        self.counts: dict[str, Any] = {}
         """What lines that are no more have counted."""
         self.absences = 0
         self.avoid_until = -inf
         self.avoid_for = 0.0
+
+    def connections(self) -> dict[str, int]:
+        """Return what was counted of the connections to it."""
+        return {
+            "connects": self.connects,
+            "reconnections": self.reconnections,
+            "redirections": self.redirections,
+        }
 
 
 @dataclass(frozen=True, slots=True)

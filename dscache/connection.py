@@ -108,6 +108,8 @@ class Connection:
         self._owner = owner
         self.watched = False
         """Whether the cluster wants to know of every answer."""
+        self.redirections = 0
+        """How often the node has sent operations away, as far as the cluster has counted."""
         self._options = options
         self._cluster = cluster
         login = Credentials(options, credentials)
@@ -251,7 +253,10 @@ class Connection:
         """Return the pipeline's counters, and what became of the connection."""
         stats = {
             **self.pipeline.stats(),
+            "connections": int(self.is_ready),
             "connects": self._connects,
+            "reconnections": max(self._connects - 1, 0),
+            "redirections": self.redirections,
             "last_loss": self.last_loss,
         }
         if self.front is not self.pipeline:

@@ -23,8 +23,6 @@ from .outcome import Outcome
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
-# The counters that tell of what is under way.
-OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
 NOTHING: Final = memoryview(b"")
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -39,7 +37,7 @@ class Line:
 
     ``admitted`` tells that it counts as one of its pool's, ``ready`` that it may be lent again as
     it is, ``retired`` that nobody is to get it again, ``gone`` that its socket was ended for good.
-    ``loss`` is why its last socket was lost.
+    ``loss`` is why its last socket was lost, and ``connects`` how many it has had.
     """
 
     __slots__ = (
@@ -51,6 +49,7 @@ class Line:
         "_poller",
         "_reason",
         "admitted",
+        "connects",
         "gone",
         "is_readable",
         "loss",
@@ -75,6 +74,7 @@ class Line:
         self._patience = timeout
         self._reason: Exception | None = None
         self.loss = ""
+        self.connects = 0
 
     # -- one operation
 

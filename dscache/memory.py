@@ -12,15 +12,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 from weakref import WeakSet
 
-from . import _backend, _common
+from . import _backend, _common, _counters
 from .config import Options
 from .connection import check_loop
 from .errors import ConnectionLost
 from .outcome import Outcome
 
+_NO_CONNECTIONS: Final = {
+    **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
+    "last_loss": "",
+}
 _pools: WeakSet[MemoryPool] = WeakSet()
 
 
@@ -58,7 +62,7 @@ class MemoryNode:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, named as those of a connection."""
-        return {**self.pipeline.stats(), "connects": 0, "last_loss": ""}
+        return {**self.pipeline.stats(), **_NO_CONNECTIONS}
 
 
 class MemoryPipeline:
@@ -80,9 +84,7 @@ class MemoryPipeline:
         # name → (version, JSON text, when it expires or infinity)
         self._records: dict[str, tuple[int, bytes, float]] = {}
         self._expiries: list[tuple[float, str]] = []
-        self._counts = dict.fromkeys(
-            ("reads", "hits", "halves", "damaged", "writes", "not_newer", "deletes"), 0
-        )
+        self._counts = dict.fromkeys(_counters.NAMES, 0)
 
     def get(self, name: str) -> Any:
         """Return a done waiter with the Record, or None."""
@@ -146,10 +148,11 @@ class MemoryPipeline:
         """Remove many; return a done waiter with how many there were."""
         return self._done(sum(map(self._remove, self._checked_all("delete_bulk", names))))
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return the counters of a Pipeline; what concerns the wire stays zero."""
-        wire = ("commands", "flushes", "bytes_out", "bytes_in", "queued", "in_flight", "pending")
-        return {**self._counts, **dict.fromkeys(wire, 0)}
+        counts = self._counts
+        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
+        return _counters.told([{**counts, "records": records}])
 
     def check_open(self) -> None:
         """Raise ConnectionLost if it was closed."""
@@ -189,6 +192,7 @@ class MemoryPipeline:
     # -- the records
 
     def _done(self, result: object) -> Any:
+        self._counts["operations"] += 1
         waiter = self._create_waiter()
         waiter.set_result(result)
         return waiter
@@ -204,6 +208,7 @@ class MemoryPipeline:
         self._counts["reads"] += 1
         record = self._stored(name)
         if record is None:
+            self._counts["misses"] += 1
             return None
         self._counts["hits"] += 1
         return self._core.Record(name, record[0], record[1])
@@ -268,4 +273,4 @@ class MemoryPool:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, named as those of a pool."""
-        return {**self._pipeline.stats(), "connections": 0, "connects": 0, "last_loss": ""}
+        return {**self._pipeline.stats(), "waiting": 0, **_NO_CONNECTIONS}

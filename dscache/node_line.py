@@ -156,7 +156,8 @@ class NodeLine(Line):
             self.failures = 0
             self.pipeline.down = None
             self.ready = True
-            self._map.note_connected(self.place, consent.value.server)
+            self.connects += 1
+            self._map.note_connected(self.place, consent.value.server, self.connects > 1)
         except _FAILURES as error:
             self.fail(error)
 

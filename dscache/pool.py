@@ -32,7 +32,7 @@ from weakref import WeakSet, ref
 
 from redis.exceptions import RedisError
 
-from . import _backend
+from . import _backend, _counters
 from ._common import ErrorOf
 from .config import Options
 from .dial import Dialer, is_foreign, listen
@@ -47,7 +47,7 @@ from .errors import (
     ReplyError,
 )
 from .greeting import explain, refusal_of
-from .line import OF_THE_MOMENT, Line
+from .line import Line
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Pool:
         self._dialer = Dialer(options, provider)
         self._idle: deque[Line] = deque()
         # Lines without a place, from which others have taken over.
-        self._spares: deque[Line] = deque(maxlen=self._limit)
+        self._spares: deque[Line] = deque()
         self._turns: deque[queue.SimpleQueue[Line | None]] = deque()
         self._lines: list[ref[Line]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
@@ -103,12 +103,12 @@ class Pool:
         self._closed = False
         self._closing = False
         self._connects = 0
+        self._reconnections = 0
+        self._overloads = 0
         self._last_loss = ""
         self._complained = ""
         # What lines that are no more have counted.
-        self._counts = {
-            name: 0 for name in self._new_pipeline().stats() if name not in OF_THE_MOMENT
-        }
+        self._counts: dict[str, Any] = {}
         listen(provider, self._renew)
         _alive.add(self)
 
@@ -184,6 +184,8 @@ class Pool:
         if not self._turns and self._enter(spare):
             return spare
         if self._options.when_full == "error":
+            with self._lock:
+                self._overloads += 1
             raise Overloaded(
                 f"{self.address}: all {self._limit} connections are in use, which is all that "
                 "maxConnections allows; the operation was not sent"
@@ -195,7 +197,7 @@ class Pool:
             return spare
         if line is not spare:
             line.take_over(spare)
-            self._spares.append(spare)
+            self._put_aside(spare)
         return line
 
     def _enter(self, line: Line) -> bool:
@@ -269,7 +271,7 @@ class Pool:
         if line.retired or self._closing:
             self._drop(line)
         elif not line.admitted:
-            self._spares.append(line)
+            self._put_aside(line)
         elif self._turns and self._call_next(line):
             return
         elif not line.ready:
@@ -277,13 +279,20 @@ class Pool:
         else:
             self._idle.append(line)
 
+    def _put_aside(self, spare: Line) -> None:
+        """Keep a line without a place for who needs one next, or what it has counted."""
+        if len(self._spares) < self._limit:
+            self._spares.append(spare)
+        else:
+            self._count(spare)
+
     def _drop(self, line: Line) -> None:
         """End a line, and let another one have its place."""
         line.discard()
+        self._count(line)
         if line.admitted:
             with self._lock:
                 self._lines = [it for it in self._lines if it() not in (line, None)]
-            self._count(line)
             self._call_next(None)
 
     def _prune(self) -> None:
@@ -299,8 +308,7 @@ class Pool:
         """Keep what a pipeline has counted that is given up."""
         said = line.pipeline.stats()
         with self._lock:
-            for name in self._counts:
-                self._counts[name] += said[name]
+            _counters.add(self._counts, said, lasting=True)
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -351,8 +359,10 @@ class Pool:
 
     def _note_success(self, line: Line, server: str) -> None:
         address = line.pipeline.address
+        line.connects += 1
         with self._lock:
             self._connects += 1
+            self._reconnections += line.connects > 1
             self._server = server
             self._complained = ""
             moved = address != self.address and self._options.sentinels is not None
@@ -449,15 +459,16 @@ class Pool:
 
     def stats(self) -> dict[str, Any]:
         """Return the pipelines' counters, and what became of the connections."""
-        total = {**self._counts, **dict.fromkeys(OF_THE_MOMENT, 0)}
         present = self._present()
-        for line in present:
-            for name, number in line.pipeline.stats().items():
-                total[name] += number
+        parts = [self._counts]
+        parts += [line.pipeline.stats() for line in (*present, *list(self._spares))]
         return {
-            **total,
+            **_counters.told([*parts, {"overloaded": self._overloads}]),
+            "waiting": len(self._turns),
             "connections": sum(line.sock is not None for line in present),
             "connects": self._connects,
+            "reconnections": self._reconnections,
+            "redirections": 0,
             "last_loss": self._last_loss,
         }
 

@@ -187,11 +187,15 @@ class Cache:
     def stats(self) -> dict[str, Any]:
         """Return counters since the cache was opened; before that, nothing.
 
-        Records: ``reads hits halves damaged writes not_newer deletes`` (a half is a record of
-        which Redis held only one key). Traffic: ``commands flushes bytes_out bytes_in``. Now:
-        ``queued in_flight pending`` (their sum), ``connections``. Connections so far:
-        ``connects last_loss``. On a cluster also ``redirections refreshes``, and the counters of
-        each node under ``nodes``.
+        Calls: ``operations``. Records: ``records`` (all that were answered), ``reads``, of these
+        ``hits misses`` and ``halves`` (a miss of which Redis held one key), ``damaged writes
+        not_newer deletes``, ``failed`` (their call ended in an error), ``overloaded`` (calls that
+        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
+        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
+        ``pending_bytes``, threads ``waiting`` for a connection, ``connections``. Connections so
+        far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds`` in
+        seconds, and of each operation ``count``, ``sum`` in seconds and ``buckets``, from the call
+        to the answer. On a cluster also ``refreshes``, and ``nodes`` with the counters of each.
         """
         return {} if self._pool is None else self._pool.stats()
 

@@ -97,6 +97,9 @@ async def test_records_are_where_they_belong(
         assert stats["redirections"] == 0
         assert (stats["hits"], stats["halves"], stats["damaged"]) == (2000, 0, 0)
         assert (stats["writes"], stats["deletes"]) == (1000, 1000)
+        # A bulk is one operation, on however many nodes.
+        assert stats["operations"] == (4000 if single else 4)
+        assert stats["records"] == 4000
 
 
 async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:

@@ -39,6 +39,7 @@ from wire import (
     Refusal,
     Waiter,
     commands,
+    counters,
     keys_of,
     plain,
     resp,
@@ -1994,14 +1995,22 @@ def test_stats_count_records_by_kind_and_outcome(exchange: Exchange) -> None:
     output = exchange.pipeline.take_output()
     replies = exchange.server.answer(output)
     exchange.pipeline.feed(replies)
-    assert exchange.pipeline.stats() == {
+    assert counters(exchange.pipeline) == {
+        "operations": 8,
+        "records": 14,
         "reads": 9,
         "hits": 3,
+        "misses": 4,
         "halves": 2,
         "damaged": 2,
         "writes": 2,
         "not_newer": 1,
         "deletes": 2,
+        "failed": 2,
+        "overloaded": 0,
+        "batches": 6,
+        "sent": 14,
+        "mean_batch": 14 / 6,
         "commands": len(commands(output)),
         "flushes": 1,
         "bytes_out": len(output),

@@ -152,6 +152,8 @@ async def test_records_are_where_they_belong(
         assert stats["redirections"] == 0
         assert (stats["hits"], stats["halves"], stats["damaged"]) == (1200, 0, 0)
         assert (stats["writes"], stats["deletes"]) == (600, 600)
+        # A bulk is one operation, on however many nodes.
+        assert (stats["operations"], stats["records"]) == (4 + 4 * 300, 8 * 300)
 
 
 @on_newest

@@ -41,6 +41,7 @@ from wire import (
     Push,
     Refusal,
     commands,
+    counters,
     keys_of,
     resp,
 )
@@ -482,7 +483,7 @@ class Twins:
 
     def compare(self) -> None:
         fast, pure = self.both
-        assert fast.pipeline.stats() == pure.pipeline.stats()
+        assert counters(fast.pipeline) == counters(pure.pipeline)
         assert fast.pipeline.read_only == pure.pipeline.read_only
         assert fast.wakes == pure.wakes
         assert len(fast.waiters) == len(pure.waiters)
@@ -760,9 +761,9 @@ def test_arguments_of_a_router(value: Any) -> None:
         answers = []
         for nodes in routers():
             answer = outcome(lambda r=nodes.router, call=call: type(call(r)).__name__)
-            stats = [pipeline.stats() for pipeline in nodes.pipelines]
+            stats = [counters(pipeline) for pipeline in nodes.pipelines]
             output = [pipeline.take_output() for pipeline in nodes.pipelines]
-            answers.append((answer, nodes.wakes, stats, output, nodes.apart.stats()))
+            answers.append((answer, nodes.wakes, stats, output, counters(nodes.apart)))
         assert answers[0] == answers[1]
 
 
@@ -804,10 +805,10 @@ def test_bulks_are_divided_alike(names: list[str], method: str, hash_tag: bool, 
                     refusal = refusals.get(at)
                     reply = Refusal(refusal) if refusal else server.execute(command)
                     pipeline.feed(resp(reply))
-                    steps.append(pipeline.stats())
+                    steps.append(counters(pipeline))
             steps.append([(words, at, list(b.records)) for words, at, b in pipeline.redirected])
         assert waiter.done is not any(pipeline.redirected for pipeline in nodes.pipelines)
-        seen.append((steps, shown(waiter.error), shown(waiter.value), nodes.apart.stats()))
+        seen.append((steps, shown(waiter.error), shown(waiter.value), counters(nodes.apart)))
     assert seen[0] == seen[1]
 
 
@@ -835,11 +836,11 @@ class ClusterTwins:
         """Return all that can be seen."""
         return [
             nodes.wakes,
-            nodes.apart.stats(),
+            counters(nodes.apart),
             [(waiter.done, shown(waiter.error), shown(waiter.value)) for waiter in nodes.waiters],
             [
                 (
-                    pipeline.stats(),
+                    counters(pipeline),
                     *(pipeline.settled, pipeline.fence(), pipeline.read_only),
                     [(words, at, told(batch)) for words, at, batch in pipeline.redirected],
                 )

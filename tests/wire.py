@@ -87,6 +87,12 @@ def keys_of(name: str) -> tuple[bytes, bytes]:
     return name.encode() + b"_v", name.encode() + b"_d"
 
 
+def counters(counted: Any) -> dict[str, Any]:
+    """Return what a Pipeline, or what has its counters, has counted; times are left out."""
+    stats: dict[str, Any] = counted.stats()
+    return {name: stats[name] for name in stats if name != "latency"}
+
+
 # -- waiters
 
 
