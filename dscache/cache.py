@@ -235,5 +235,5 @@ class AsyncCache:
         self._pipeline = (self._topology or self._begin()).front
         if self._config.options.near_cache is not None:
             # A hit takes no longer than one more call on the way to it.
-            self.__dict__["get"] = self._pipeline.get
+            self.__dict__.setdefault("get", self._pipeline.get)
         return self._pipeline

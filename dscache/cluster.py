@@ -225,12 +225,13 @@ class Cluster:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        nodes = {address: node.stats() for address, node in self._nodes.items()}
-        of_nodes = [self._past, *nodes.values(), *(node.stats() for node in self._leaving)]
+        # Lists, as it may be asked from another thread, such as that of a monitoring system.
+        nodes = {address: node.stats() for address, node in list(self._nodes.items())}
+        of_nodes = [self._past, *nodes.values(), *(node.stats() for node in list(self._leaving))]
         of_none = [*(room.pipeline.stats() for room in self._all_rooms()), self._apart.stats()]
         stats = {
             **_counters.told([*of_nodes, *of_none, self.pipeline.stats()]),
-            "connections": sum(node.is_ready for node in self._nodes.values()),
+            "connections": sum(one["connections"] for one in nodes.values()),
             "connects": sum(one.get("connects", 0) for one in of_nodes),
             "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
             "last_loss": self._last_loss,

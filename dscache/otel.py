@@ -1,0 +1,314 @@
+"""Metrics and spans of caches for OpenTelemetry; wants the extra ``otel``.
+
+Metrics are observable instruments over ``stats()``, so that they cost an operation nothing. Spans
+are begun for calls in a trace that is sampled, so that who samples traces samples these too. The
+names are those of the semantic conventions for databases, and what they have none for begins with
+``dscache.``. What records are called or contain is no part of any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary, ref
+
+from ._metrics import (
+    COUNTERS,
+    GAUGES,
+    NAMESPACE,
+    NEAR_COUNTERS,
+    NEAR_GAUGES,
+    OF_NODES,
+    Metric,
+    Sample,
+    counters,
+    gauges,
+)
+from .errors import ReplyError
+
+try:
+    from opentelemetry import metrics as metrics_api
+    from opentelemetry import trace as trace_api
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
+except ImportError as error:
+    raise ImportError("dscache.otel needs opentelemetry-api; install dscache[otel]") from error
+
+if TYPE_CHECKING:
+    from .cache import AsyncCache
+    from .config import Config
+    from .sync import Cache
+
+__all__ = ["Tracing", "observe", "trace"]
+
+_SINGLE: Final = ("get", "head", "set", "delete")
+_BULK: Final = ("get_bulk", "head_bulk", "set_bulk", "delete_bulk")
+_READS: Final = ("get", "head", "get_bulk", "head_bulk")
+
+
+def attributes_of(config: Config) -> dict[str, str | int]:
+    """Return the attributes that say which database a cache has, as it is configured."""
+    if config.name == "memory":
+        return {"db.system.name": "memory"}
+    options = config.options
+    found: dict[str, str | int] = {"db.system.name": "redis", "db.namespace": str(options.db)}
+    if options.nodes:
+        found |= {"server.address": options.seeds[0].host, "server.port": options.seeds[0].port}
+    elif options.sentinels:
+        found["server.address"] = str(options.name)
+    elif options.path:
+        found["server.address"] = options.path
+    else:
+        found |= {"server.address": options.host, "server.port": options.port}
+    return found
+
+
+# -- metrics
+
+
+_observed: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
+
+
+def observe(
+    cache: AsyncCache | Cache, name: str = "default", meter_provider: MeterProvider | None = None
+) -> None:
+    """Let OpenTelemetry observe a cache's counters, with the attribute ``dscache.cache``.
+
+    That is until the cache is no more. Several caches of one provider, which is the global one by
+    default, have a name each. Raises ValueError if it has another cache of that name already.
+    """
+    provider = meter_provider or metrics_api.get_meter_provider()
+    instruments = _observed.get(provider)
+    if instruments is None:
+        instruments = _observed[provider] = _Instruments(provider.get_meter(NAMESPACE))
+    instruments.add(cache, name)
+
+
+class _Instruments:
+    """The instruments of one provider, and the caches that they observe."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._caches: dict[str, ref[AsyncCache | Cache]] = {}
+        _declare(meter.create_observable_counter, (*COUNTERS, *NEAR_COUNTERS), self._counted)
+        _declare(meter.create_observable_up_down_counter, (*GAUGES, *NEAR_GAUGES), self._present)
+        meter.create_observable_counter(
+            f"{NAMESPACE}.near.flushes",
+            [partial(self._counted, "near_flushes")],
+            "{flush}",
+            "How often all that was kept was forgotten.",
+        )
+        meter.create_observable_gauge(
+            f"{NAMESPACE}.ready", [self._ready], "1", "Whether the cache is ready to serve."
+        )
+        duration = f"{NAMESPACE}.operation.duration"
+        for part, unit, text in (
+            ("sum", "s", "Seconds that operations took, from the call to the answer."),
+            ("count", "{operation}", "Operations that were answered."),
+            ("bucket", "{operation}", "Of these, those that took at most le seconds."),
+        ):
+            meter.create_observable_counter(
+                f"{duration}.{part}", [partial(self._durations, part)], unit, text
+            )
+
+    def add(self, cache: AsyncCache | Cache, name: str) -> None:
+        """Observe one more cache."""
+        known = self._caches.get(name)
+        there = None if known is None else known()
+        if there not in (None, cache):
+            raise ValueError(f'there is a cache "{name}" already; give each a name of its own')
+        self._caches[name] = ref(cache)
+
+    def _each(self) -> Iterable[tuple[AsyncCache | Cache, dict[str, Any]]]:
+        for name, known in list(self._caches.items()):
+            cache = known()
+            if cache is not None:
+                own = attributes_of(cache._config)
+                yield cache, {f"{NAMESPACE}.cache": name, **own}
+
+    def _counted(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
+        return self._samples(counters, name)
+
+    def _present(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
+        return self._samples(gauges, name)
+
+    def _samples(
+        self, of: Callable[[Mapping[str, Any]], Iterable[Sample]], name: str
+    ) -> Iterable[Observation]:
+        for cache, attributes in self._each():
+            for one in of(cache.stats()):
+                if one.name == name:
+                    labels = {f"{NAMESPACE}.{key}": value for key, value in one.labels.items()}
+                    yield Observation(one.value, attributes | labels)
+
+    def _ready(self, _: CallbackOptions) -> Iterable[Observation]:
+        for cache, attributes in self._each():
+            yield Observation(int(cache.is_ready), attributes)
+
+    def _durations(self, part: str, _: CallbackOptions) -> Iterable[Observation]:
+        for cache, attributes in self._each():
+            latency = cache.stats().get("latency", {"bounds": [], "operations": {}})
+            bounds = [*map(str, latency["bounds"]), "+Inf"]
+            for operation, row in latency["operations"].items():
+                own = attributes | {"db.operation.name": _shown(operation, batch=True)}
+                if part != "bucket":
+                    yield Observation(row[part], own)
+                    continue
+                total = 0
+                for bound, count in zip(bounds, row["buckets"], strict=True):
+                    total += count
+                    yield Observation(total, own | {"le": bound})
+
+
+def _declare(
+    create: Callable[..., Any],
+    metrics: Iterable[Metric],
+    told: Callable[[str, CallbackOptions], Iterable[Observation]],
+) -> None:
+    names: dict[str, Metric] = {}
+    for metric in metrics:
+        names.setdefault(metric.name, metric)
+        if metric.key in OF_NODES and not metric.name.startswith("near_"):
+            names.setdefault(f"node_{metric.name}", metric)
+    for name, metric in names.items():
+        of, _, rest = name.partition("_")
+        dotted = f"{of}.{rest}" if of in ("near", "node") else name
+        text = f"Of one node: {metric.text}" if of == "node" else metric.text
+        create(f"{NAMESPACE}.{dotted}", [partial(told, name)], metric.unit, text)
+
+
+def _shown(operation: str, batch: bool) -> str:
+    """Return ``db.operation.name``: a batch has the name of what it does many times."""
+    single = operation.removesuffix("_bulk")
+    return f"BATCH {single}" if batch and single != operation else single
+
+
+# -- spans
+
+
+def trace(
+    cache: AsyncCache | Cache,
+    *,
+    sample: float = 1.0,
+    roots: bool = False,
+    tracer_provider: TracerProvider | None = None,
+) -> Tracing:
+    """Begin a span for operations of a cache, from the call to its outcome.
+
+    Of those in a sampled trace that is a share of ``sample``, drawn at random, and with ``roots``
+    also of those outside any trace. Others cost a look at the current span. Returns what ends it.
+    Raises ValueError if ``sample`` is not from 0 to 1.
+    """
+    if not 0 <= sample <= 1:
+        raise ValueError(f"sample must be from 0 to 1, not {sample!r}")
+    provider = tracer_provider or trace_api.get_tracer_provider()
+    return Tracing(cache, provider.get_tracer(NAMESPACE), sample, roots)
+
+
+class Tracing:
+    """The spans of one cache."""
+
+    def __init__(
+        self, cache: AsyncCache | Cache, tracer: Tracer, sample: float, roots: bool
+    ) -> None:
+        self._cache = cache
+        self._tracer = tracer
+        self._sample = sample
+        self._roots = roots
+        self._attributes = attributes_of(cache._config)
+        address, port = (self._attributes.get(f"server.{part}") for part in ("address", "port"))
+        known = "" if address is None else f" {address}"
+        self._target = known if port is None else f"{known}:{port}"
+        # In front of the class's own, so that a cache that nobody traces has nothing to ask.
+        self._wrappers = {name: self._wrapped(name) for name in (*_SINGLE, *_BULK)}
+        cache.__dict__.update(self._wrappers)
+
+    def stop(self) -> None:
+        """Begin no more spans; those under way end by themselves."""
+        for name, wrapper in self._wrappers.items():
+            if self._cache.__dict__.get(name) is wrapper:
+                del self._cache.__dict__[name]
+
+    def _wrapped(self, operation: str) -> Callable[..., Any]:
+        own: Callable[..., Any] = getattr(type(self._cache), operation).__get__(self._cache)
+        is_bulk = operation in _BULK
+
+        @wraps(own)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not self._is_wanted():
+                return own(*arguments, **options)
+            size = None
+            if is_bulk and arguments:
+                many, *others = arguments
+                if not hasattr(many, "__len__"):
+                    many = list(many)  # what can be read but once
+                arguments, size = (many, *others), len(many)
+            # A batch of one is none, by the conventions.
+            span = self._begin(operation, is_bulk and size != 1, size)
+            try:
+                result = own(*arguments, **options)
+            except BaseException as error:
+                _fail(span, error)
+                raise
+            if isinstance(result, asyncio.Future):
+                result.add_done_callback(partial(_settled, span, operation))
+            elif asyncio.iscoroutine(result):
+                return _awaited(span, operation, result)
+            else:
+                _end(span, operation, result)
+            return result
+
+        return call
+
+    def _is_wanted(self) -> bool:
+        current = trace_api.get_current_span().get_span_context()
+        if not (current.trace_flags.sampled if current.is_valid else self._roots):
+            return False
+        return self._sample >= 1 or random.random() < self._sample
+
+    def _begin(self, operation: str, is_batch: bool, size: int | None) -> Span:
+        name = _shown(operation, is_batch)
+        attributes = {**self._attributes, "db.operation.name": name}
+        if is_batch and size is not None:
+            attributes["db.operation.batch.size"] = size
+        return self._tracer.start_span(
+            name + self._target, kind=SpanKind.CLIENT, attributes=attributes
+        )
+
+
+def _settled(span: Span, operation: str, future: asyncio.Future[Any]) -> None:
+    error = asyncio.CancelledError() if future.cancelled() else future.exception()
+    if error is None:
+        _end(span, operation, future.result())
+    else:
+        _fail(span, error)
+
+
+async def _awaited(span: Span, operation: str, coroutine: Any) -> Any:
+    try:
+        result = await coroutine
+    except BaseException as error:
+        _fail(span, error)
+        raise
+    _end(span, operation, result)
+    return result
+
+
+def _end(span: Span, operation: str, result: Any) -> None:
+    if operation in _READS:
+        found = len(result) if operation in _BULK else int(result is not None)
+        span.set_attribute("db.response.returned_rows", found)
+    span.end()
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    kind = type(error).__qualname__
+    if isinstance(error, ReplyError):
+        kind = error.code
+        span.set_attribute("db.response.status_code", kind)
+    span.set_attribute("error.type", kind)
+    # Without the message, in which the record has its name.
+    span.set_status(Status(StatusCode.ERROR))
+    span.end()
