@@ -1,0 +1,56 @@
+"""A small program at work, whose metrics can be looked at.
+
+    python examples/metrics.py --port 9100
+    curl http://127.0.0.1:9100/metrics
+
+It has a private server, unless --url names one, and goes on until Ctrl-C. It needs the extras
+``prometheus`` and ``embedded``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+
+from prometheus_client import start_http_server
+
+import dscache
+from dscache.embedded import EmbeddedServer
+from dscache.prometheus import register
+
+USERS = 1000
+
+
+async def visit(cache: dscache.AsyncCache) -> None:
+    """Do what a visitor of some site does: look at some users, and change one."""
+    user = f"user/{random.randrange(USERS)}"
+    record = await cache.get(user)
+    version = 0 if record is None else record.version
+    await cache.set(user, version + 1, {"visits": version + 1}, ttl=60, if_newer=True)
+    await cache.get_bulk(f"user/{random.randrange(USERS)}" for _ in range(20))
+
+
+async def work(url: str, port: int) -> None:
+    async with dscache.AsyncCache.from_config(url) as cache:
+        register(cache, "users")
+        server, _ = start_http_server(port, "127.0.0.1")
+        print(f"curl http://127.0.0.1:{server.server_port}/metrics", flush=True)
+        while True:
+            await asyncio.gather(*(visit(cache) for _ in range(10)))
+            await asyncio.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=9100, help="of the metrics; 0 for any")
+    parser.add_argument("--url", help="of a Redis, in place of a private server")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+        url = options.url or stack.enter_context(EmbeddedServer()).url
+        asyncio.run(work(url, options.port))
+
+
+if __name__ == "__main__":
+    main()
