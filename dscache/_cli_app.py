@@ -19,6 +19,7 @@ from . import (
     _cli_records,
     _cli_watch,
 )
+from ._cli_options import FLAG
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +42,13 @@ def _show_version(asked: bool) -> None:
 def dscache(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+        typer.Option(
+            "--version",
+            metavar=FLAG,
+            is_eager=True,
+            callback=_show_version,
+            help="Show the version.",
+        ),
     ] = False,
 ) -> None:
     """Versioned JSON records in Redis: look at what is there, from a terminal or a script."""

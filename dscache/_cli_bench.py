@@ -15,21 +15,16 @@ from rich.text import Text
 
 from . import _backend
 from ._chart import draw
+from ._cli_options import Chosen, with_all_options
 from ._cli_progress import progress
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    LayoutOption,
-    UrlOption,
     complain,
     interruptible,
-    load,
     number,
     opened,
     plain,
     print_json,
     run,
-    wants_json,
 )
 from ._load import Latencies, Plan, Result, apply
 from .errors import DscacheError
@@ -37,6 +32,7 @@ from .errors import DscacheError
 _PERCENTILES = (50, 90, 99, 99.9)
 
 
+@with_all_options
 def bench(
     tasks: Annotated[
         int, typer.Option(min=1, metavar="N", help="How many do one operation after the other.")
@@ -58,10 +54,8 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE.svg", help="Draw how long the operations took."),
     ] = None,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Put a load on a server, and measure rate and latency.
 
@@ -72,7 +66,7 @@ def bench(
         raise typer.BadParameter(
             "it must end in .svg, in a folder that is there", param_hint="--plot"
         )
-    settings = load(config, url, layout)
+    settings = chosen.load()
     plan = Plan(
         tasks=tasks, seconds=seconds, read_ratio=read_ratio, size=size, bulk=bulk, records=records
     )
@@ -98,7 +92,7 @@ def bench(
 
     with interruptible("its records are removed"):
         run(work())
-    if wants_json(json):
+    if chosen.as_json:
         print_json(document(facts, plan, result))
     else:
         console = Console(highlight=False)

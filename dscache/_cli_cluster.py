@@ -12,17 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _common
+from ._cli_options import Chosen, with_options
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    UrlOption,
-    load,
     number,
     on_cluster,
     plain,
     print_json,
     run,
-    wants_json,
 )
 from ._cluster_report import ClusterReport, NodeReport, show_slots
 from ._survey import survey
@@ -31,14 +27,15 @@ from ._survey import survey
 _WIDE = 100
 
 
-def cluster(config: ConfigOption = None, url: UrlOption = None, json: JsonOption = False) -> None:
+@with_options("config", "url", "json")
+def cluster(*, chosen: Chosen) -> None:
     """Show the nodes of a cluster: roles, slots, round-trip times and health.
 
     One node that can be reached is enough to find all. The exit status is 1 if a slot has no
     primary, or if a primary that has slots is down.
     """
-    report = run(survey(on_cluster(load(config, url))))
-    if wants_json(json):
+    report = run(survey(on_cluster(chosen.load())))
+    if chosen.as_json:
         print_json(document(report))
     else:
         console = Console(highlight=False)

@@ -11,36 +11,30 @@ from rich.table import Table
 from rich.text import Text
 
 from ._checkup import check_up
+from ._cli_options import Chosen, with_all_options
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    LayoutOption,
-    UrlOption,
-    load,
     number,
     plain,
     print_json,
     run,
-    wants_json,
 )
 from ._findings import BAD, OK, UNKNOWN, WARNING, Checkup
 
 _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
 
+@with_all_options
 def doctor(
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Look whether a Redis is good for records, and say what to do where it isn't.
 
     It reads and asks only, and takes some seconds. The exit status is 0 if all is well, 1 if
     there are warnings, and 2 if something is bad.
     """
-    checkup = run(check_up(load(config, url, layout), by_url=url is not None))
-    if wants_json(json):
+    checkup = run(check_up(chosen.load(), by_url=chosen.url is not None))
+    if chosen.as_json:
         print_json(document(checkup))
     else:
         Console(highlight=False).print(page(checkup))

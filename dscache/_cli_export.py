@@ -10,22 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from . import _ndjson
+from ._cli_options import FLAG, Chosen, with_all_options
 from ._cli_progress import progress
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    LayoutOption,
-    UrlOption,
     complain,
     interruptible,
-    load,
     number,
     opened,
     print_json,
     require_input,
     run,
     tell_notes,
-    wants_json,
 )
 from ._dump import Export, ExportState, Sink, Target
 from ._layout import Layout
@@ -38,10 +33,12 @@ _STDIO = "-"
 _AGAIN = "the same command goes on from here"
 
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Begin anew, whatever an earlier run has left.")
+    bool,
+    typer.Option("--restart", metavar=FLAG, help="Begin anew, whatever an earlier run has left."),
 ]
 
 
+@with_all_options
 def export(
     file: Annotated[
         Path,
@@ -53,10 +50,8 @@ def export(
         str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
     ] = "",
     restart: RestartOption = False,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Write all records into a file, one JSON object a line.
 
@@ -72,7 +67,7 @@ def export(
         )
     if target is not None and not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="FILE")
-    settings = patient(load(config, url, layout))
+    settings = patient(chosen.load())
     tally = Tally()
 
     async def work() -> None:
@@ -123,9 +118,10 @@ def export(
         *([f"{number(tally.halves, 'half', 'halves')} left out"] if tally.halves else []),
         *([f"{tally.damaged:,} damaged left out"] if tally.damaged else []),
     ]
-    _conclude(summary, words, as_json=wants_json(json) and not to_stdout, err=to_stdout)
+    _conclude(summary, words, as_json=chosen.as_json and not to_stdout, err=to_stdout)
 
 
+@with_all_options
 def import_(
     file: Annotated[
         Path,
@@ -134,7 +130,10 @@ def import_(
         ),
     ],
     if_newer: Annotated[
-        bool, typer.Option("--if-newer", help="Write only what is newer than what is stored.")
+        bool,
+        typer.Option(
+            "--if-newer", metavar=FLAG, help="Write only what is newer than what is stored."
+        ),
     ] = False,
     ttl: Annotated[
         int | None,
@@ -146,13 +145,12 @@ def import_(
         ),
     ] = None,
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Pass over lines that are no records.")
+        bool,
+        typer.Option("--keep-going", metavar=FLAG, help="Pass over lines that are no records."),
     ] = False,
     restart: RestartOption = False,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Write the records of a file, in the order of its lines.
 
@@ -163,7 +161,7 @@ def import_(
     source = None if str(file) == _STDIO else Source(file)
     if source is None:
         require_input("FILE")
-    settings = patient(load(config, url, layout))
+    settings = patient(chosen.load())
     tally = Tally(total=0 if source is None else source.length)
 
     async def work() -> None:
@@ -202,7 +200,7 @@ def import_(
         *([f"{tally.not_newer:,} not newer"] if tally.not_newer else []),
         *([f"{number(tally.broken, 'broken line')} passed over"] if tally.broken else []),
     ]
-    _conclude(summary, words, as_json=wants_json(json), err=False)
+    _conclude(summary, words, as_json=chosen.as_json, err=False)
 
 
 # -- what both share

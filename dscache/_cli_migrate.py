@@ -10,19 +10,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from ._cli_options import FLAG, Chosen, with_options
 from ._cli_progress import progress
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    UrlOption,
     interruptible,
-    load,
     number,
     opened,
     print_json,
     run,
     tell_notes,
-    wants_json,
 )
 from ._layout import DEEPSTREAM, HASHTAG, Layout
 from ._relayout import Count, Migration
@@ -37,6 +33,7 @@ class _To(StrEnum):
     HASHTAG = HASHTAG
 
 
+@with_options("config", "url", "json")
 def migrate(
     to: Annotated[
         _To, typer.Option(metavar="LAYOUT", help="The new key layout: hashtag or deepstream.")
@@ -45,14 +42,17 @@ def migrate(
         str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count what there is, and change nothing.")
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Count what there is, and change nothing."),
     ] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Copy and verify, and remove nothing of the old layout.")
+        bool,
+        typer.Option(
+            "--keep", metavar=FLAG, help="Copy and verify, and remove nothing of the old layout."
+        ),
     ] = False,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Move records from one key layout to the other, while servers go on.
 
@@ -61,7 +61,7 @@ def migrate(
     --keep, then configure them with the new one, then without. It can be interrupted and run again
     at any time. The exit status is 1 if records are left in the old layout.
     """
-    settings = patient(load(config, url))
+    settings = patient(chosen.load())
     count = Count()
     configured = to.value
 
@@ -86,7 +86,7 @@ def migrate(
         run(work())
     tell_notes(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
     summary = _document(count, dry_run=dry_run, keep=keep, seconds=time.monotonic() - began)
-    if wants_json(json):
+    if chosen.as_json:
         print_json(summary)
     else:
         for line in _page(count, to.value, dry_run=dry_run, keep=keep):

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from . import _ndjson
 from . import cache as caches
+from ._cli_options import FLAG, Chosen, with_all_options
 from ._cli_source import (
-    ConfigOption,
-    JsonOption,
-    LayoutOption,
-    UrlOption,
     complain,
-    load,
     number,
     opened,
     plain,
     require_input,
     run,
-    wants_json,
-    write,
 )
-from .errors import BulkError, DscacheError, RecordError, shorten
+from ._cli_table import Answers, Rows, line_of, write_all
+from .errors import DscacheError, RecordError
 
 # What is asked for at a time, and so what is in memory of an endless stream.
 _AT_ONCE = 500
-# How many of the names that have no record are told.
-_TOLD = 5
 _STDIN = "standard input"
 
 NamesArgument = Annotated[
@@ -53,23 +42,22 @@ NamesArgument = Annotated[
 # -- the commands
 
 
+@with_all_options
 def get(
     names: NamesArgument = None,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Print records: name, version and data.
 
     In a pipe, one JSON object a line, with the data as it is stored; set takes such lines. The
     exit status is 1 if a record is missing or damaged.
     """
-    as_json = wants_json(json)
-    rows = _Rows("version", "data", fold=names is not None and len(names) == 1)
+    as_json = chosen.as_json
+    rows = Rows("version", "data", fold=names is not None and len(names) == 1)
 
     async def look(cache: caches.AsyncCache, some: list[str]) -> int:
-        with _Bulk(some, as_json) as bulk:
+        with Answers(some, as_json) as bulk:
             bulk.found = await cache.get_bulk(some)
         for name, record in bulk.found.items():
             try:
@@ -88,29 +76,28 @@ def get(
         rows.show()
         return bulk.end()
 
-    _run_by_name(names, load(config, url, layout), look)
+    _run_by_name(names, chosen.load(), look)
 
 
+@with_all_options
 def head(
     names: NamesArgument = None,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Print the versions of records, without their data.
 
     In a pipe, one JSON object a line. The exit status is 1 if a record is missing or damaged.
     """
-    as_json = wants_json(json)
-    rows = _Rows("version")
+    as_json = chosen.as_json
+    rows = Rows("version")
 
     async def look(cache: caches.AsyncCache, some: list[str]) -> int:
-        with _Bulk(some, as_json) as bulk:
+        with Answers(some, as_json) as bulk:
             bulk.found = await cache.head_bulk(some)
         for name, version in bulk.found.items():
             if as_json:
-                bulk.out(_line(name=name, version=version))
+                bulk.out(line_of(name=name, version=version))
             else:
                 rows.add(name, Text(str(version)))
         if not as_json:
@@ -119,35 +106,34 @@ def head(
         rows.show()
         return bulk.end()
 
-    _run_by_name(names, load(config, url, layout), look)
+    _run_by_name(names, chosen.load(), look)
 
 
+@with_all_options
 def delete(
     names: NamesArgument = None,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Remove records, and tell of each whether there was one.
 
     In a pipe, one JSON object a line. The exit status is 1 if a record is missing.
     """
-    as_json = wants_json(json)
-    rows = _Rows("")
+    as_json = chosen.as_json
+    rows = Rows("")
 
     async def look(cache: caches.AsyncCache, some: list[str]) -> int:
         unique = list(dict.fromkeys(some))
         # One tick, and so one flush; a bulk would tell no more than how many there were.
         outcomes = await asyncio.gather(*map(cache.delete, unique), return_exceptions=True)
-        with _Bulk(some, False) as bulk:
+        with Answers(some, False) as bulk:
             for name, outcome in zip(unique, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
                     raise outcome
                 if outcome:
                     bulk.found[name] = True
                 if as_json:
-                    bulk.out(_line(name=name, deleted=outcome))
+                    bulk.out(line_of(name=name, deleted=outcome))
                 elif outcome:
                     rows.add(name, Text("deleted", "green"))
                 else:
@@ -155,9 +141,10 @@ def delete(
         rows.show()
         return bulk.end()
 
-    _run_by_name(names, load(config, url, layout), look)
+    _run_by_name(names, chosen.load(), look)
 
 
+@with_all_options
 def set_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the record.")] = None,
     version: Annotated[
@@ -174,12 +161,13 @@ def set_(
         ),
     ] = None,
     if_newer: Annotated[
-        bool, typer.Option("--if-newer", help="Write only what is newer than what is stored.")
+        bool,
+        typer.Option(
+            "--if-newer", metavar=FLAG, help="Write only what is newer than what is stored."
+        ),
     ] = False,
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Write a record, or those that come as lines of JSON on standard input.
 
@@ -198,9 +186,9 @@ def set_(
         )
     else:
         one = _from_words(name, version, data)
-    settings = load(config, url, layout)
-    as_json = wants_json(json)
-    rows = _Rows("version", "")
+    settings = chosen.load()
+    as_json = chosen.as_json
+    rows = Rows("version", "")
     refused = 0
 
     async def put(cache: caches.AsyncCache, lines: list[_ndjson.Line]) -> None:
@@ -219,15 +207,15 @@ def set_(
         written: list[bytes] = []
         for line, outcome in zip(lines, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                _write_all(written)
+                write_all(written)
                 raise outcome
             refused += not outcome
             if as_json:
-                written.append(_line(name=line.name, version=line.version, written=outcome))
+                written.append(line_of(name=line.name, version=line.version, written=outcome))
             else:
                 told = Text("written", "green") if outcome else Text("not newer", "yellow")
                 rows.add(line.name, Text(str(line.version)), told)
-        _write_all(written)
+        write_all(written)
         rows.show()
 
     async def work() -> None:
@@ -312,107 +300,3 @@ def _run_by_name(
 
     if run(work()):
         raise typer.Exit(1)
-
-
-# -- what comes out
-
-
-class _Bulk(contextlib.AbstractContextManager["_Bulk"]):
-    """What came of some names: those found, those missing, and those that are damaged."""
-
-    def __init__(self, names: Iterable[str], complains: bool) -> None:
-        self._complains = complains
-        self.found: dict[str, Any] = {}
-        self._names = list(dict.fromkeys(names))
-        self._errors: dict[str, Exception] = {}
-        self._lines: list[bytes] = []
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> bool:
-        if not isinstance(error, BulkError):
-            return False
-        for name, reason in error.errors.items():
-            if not isinstance(reason, RecordError):
-                raise reason
-            self._errors[name] = reason
-        self.found = error.result
-        return True
-
-    def out(self, line: bytes) -> None:
-        self._lines.append(line)
-
-    def damaged(self, error: RecordError) -> None:
-        self._errors[str(error.name)] = error
-
-    def missing(self) -> list[str]:
-        return [one for one in self._names if one not in self.found and one not in self._errors]
-
-    def end(self) -> int:
-        """Write what is to be written; return how many names had no record that is whole."""
-        _write_all(self._lines)
-        for error in self._errors.values():
-            complain(str(error))
-        missing = self.missing()
-        if missing and self._complains:
-            some = ", ".join(shorten(name) for name in missing[:_TOLD])
-            more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
-            complain(f"no record {some}{more}")
-        return len(missing) + len(self._errors)
-
-
-def _write_all(lines: list[bytes]) -> None:
-    if lines:
-        write(b"".join(lines))
-
-
-def _line(**fields: object) -> bytes:
-    return msgspec.json.encode(fields) + b"\n"
-
-
-class _Rows:
-    """The table of a terminal: each time that something is shown, what was added since."""
-
-    def __init__(self, *columns: str, fold: bool = False) -> None:
-        self._columns = columns
-        self._fold = fold
-        self._rows: list[tuple[Text, ...]] = []
-        self._headed = False
-
-    def add(self, name: str, *cells: Text) -> None:
-        self._rows.append((plain(name), *cells))
-
-    def add_missing(self, name: str) -> None:
-        rest = len(self._columns) - 1
-        self._rows.append((plain(name), Text("no record", "yellow"), *([Text()] * rest)))
-
-    def show(self) -> None:
-        if not self._rows:
-            return
-        console = Console(highlight=False)
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-            show_header=not self._headed,
-        )
-        heads = ["name", *self._columns]
-        widths = [
-            max(len(head), *(row[i].cell_len for row in self._rows)) for i, head in enumerate(heads)
-        ]
-        # What is cut is the data, and a name only where it would leave no room for that.
-        widths[0] = min(widths[0], max(console.width // 2, 12))
-        if "data" in heads:
-            widths[-1] = min(widths[-1], max(console.width - sum(widths[:-1]) - 2 * len(heads), 10))
-        for head, width in zip(heads, widths, strict=True):
-            folds = head == "name" or (head == "data" and self._fold)
-            table.add_column(
-                head,
-                justify="right" if head == "version" else "left",
-                width=width,
-                no_wrap=not folds,
-                overflow="fold" if folds else "ellipsis",
-            )
-        for row in self._rows:
-            table.add_row(*row)
-        console.print(table)
-        self._rows.clear()
-        self._headed = True

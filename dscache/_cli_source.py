@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import typer
@@ -28,44 +27,8 @@ T = TypeVar("T")
 DEFAULT_FILE = "config.yml"
 INTERRUPTED = 130  # as shells have it: 128 and the signal
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help=f"Configuration file; without --url, {DEFAULT_FILE} in this folder is the default.",
-    ),
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."),
-]
-JsonOption = Annotated[
-    bool,
-    typer.Option("--json", help="Print JSON, which is the default where no terminal is."),
-]
 
-
-class KeyLayout(StrEnum):
-    """What ``--layout`` may be."""
-
-    AUTO = "auto"
-    DEEPSTREAM = "deepstream"
-    HASHTAG = "hashtag"
-
-
-LayoutOption = Annotated[
-    KeyLayout | None,
-    typer.Option(
-        "--layout",
-        metavar="LAYOUT",
-        help="Key layout in place of the configured one: auto, deepstream or hashtag.",
-        show_default=False,
-    ),
-]
-
-
-def load(file: Path | None, url: str | None, layout: KeyLayout | None = None) -> Config:
+def load(file: Path | None, url: str | None, layout: str | None = None) -> Config:
     """Return the configuration that ``--config`` or ``--url`` names, or the default file.
 
     What it warns of goes to standard error. Raises typer.BadParameter unless exactly one of
@@ -74,7 +37,7 @@ def load(file: Path | None, url: str | None, layout: KeyLayout | None = None) ->
     found = _load(file, url)
     if layout is None:
         return found
-    options = msgspec.structs.replace(found.options, key_layout=layout.value)
+    options = msgspec.structs.replace(found.options, key_layout=str(layout))
     return msgspec.structs.replace(found, options=options)
 
 

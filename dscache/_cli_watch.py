@@ -10,18 +10,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ._cli_options import Chosen, with_all_options
 from ._cli_source import (
     INTERRUPTED,
-    ConfigOption,
-    JsonOption,
-    LayoutOption,
-    UrlOption,
     complain,
-    load,
     opened,
     plain,
     run,
-    wants_json,
     write,
 )
 from ._watching import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Event, Watch
@@ -36,6 +31,7 @@ _STYLES = {
 }
 
 
+@with_all_options
 def watch(
     prefix: Annotated[
         str,
@@ -45,18 +41,16 @@ def watch(
             show_default=False,
         ),
     ] = "",
-    config: ConfigOption = None,
-    url: UrlOption = None,
-    layout: LayoutOption = None,
-    json: JsonOption = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Print names and versions of records as they change, until Ctrl-C.
 
     In a pipe, one JSON object a line. Of changes that follow each other quickly the last is shown.
     A line tells when a connection is lost, as changes may be missed until it is back.
     """
-    settings = load(config, url, layout)
-    as_json = wants_json(json)
+    settings = chosen.load()
+    as_json = chosen.as_json
     console = Console(highlight=False)
 
     def tell(event: Event) -> None:
