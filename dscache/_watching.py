@@ -131,6 +131,7 @@ class Watch:
             try:
                 server = await Direct.open(options, self._take)
                 try:
+                    await self._check_role(server, options)
                     failures = 0
                     await server.say(*self._track)
                     if not ready.done():
@@ -146,6 +147,9 @@ class Watch:
                     ready.set_exception(error)
                     return
                 self._tell_lost(address, str(error))
+                if isinstance(self._cache._topology, Cluster):
+                    # Another node may be the primary by now, which the timer would find out late.
+                    self._cache._topology.look_again()
             # Full jitter: those that watch a server that restarts must not come all at once.
             longest = min(_LONGEST_PAUSE, _PAUSE * 2**failures)
             failures = min(failures + 1, 30)
@@ -155,9 +159,13 @@ class Watch:
         """Wait until a server is lost, hangs, or is no primary any more; raises why."""
         while True:
             await asyncio.wait([server.lost], timeout=_LOOK)
-            (role,) = await server.ask(["ROLE"])
-            if isinstance(role, list) and role[0] != b"master" and options.role == "master":
-                raise ReplyError(f"{server.address} has become a replica")
+            await self._check_role(server, options)
+
+    async def _check_role(self, server: Direct, options: Options) -> None:
+        """Raise ReplyError if a server is no primary, and is to be one."""
+        (role,) = await server.ask(["ROLE"])
+        if isinstance(role, list) and role[0] != b"master" and options.role == "master":
+            raise ReplyError(f"{server.address} has become a replica")
 
     def _tell_lost(self, address: str, reason: str) -> None:
         if address not in self._lost:

@@ -259,6 +259,10 @@ class Cluster:
                 states.append(NodeState(replica, "replica", address, tuple(ranges)))
         return states
 
+    def look_again(self) -> None:
+        """Have the slots asked for again, as somebody has reason to think that they have moved."""
+        self._stale.set()
+
     def _is_busy(self) -> bool:
         nodes = (node.pipeline for node in self._leaving)
         return any(one.queued or one.in_flight for one in (*self._holders, *nodes))

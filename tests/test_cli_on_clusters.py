@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from clusters import ClusterGroup
+from clusters import ClusterGroup, ClusterNode
 from commands import failing_after, invoke, running
 from conftest import SERVERS
 from dscache import ConnectionLost, _dump, _ndjson, _tally
@@ -46,6 +46,10 @@ def url(group: ClusterGroup) -> tuple[str, str]:
 
 
 Url = tuple[str, str]
+
+
+def place(node: ClusterNode) -> str:
+    return f"{node.host}:{node.port}"
 
 
 def lines(names: list[str] = NAMES) -> bytes:
@@ -188,6 +192,39 @@ def test_watch(url: Url, group: ClusterGroup) -> None:
             assert event["event"] == "changed"
             heard[event["name"]] = event["version"]
         assert heard == {name: version for version, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["handed over", "lost"])
+def test_watch_goes_on_with_another_primary(is_lost: bool) -> None:
+    """What was missed in between is told as a gap, and what comes then is heard."""
+    with ClusterGroup(BY_AGE[-1], primaries=3, replicas=1, passwords=PASSWORD) as group:
+        old = group.primaries()[0]
+        new = group.replica_of(old)
+        name = next(one for one in NAMES if group.owner(f"{{{one}}}_v") is old)
+        seed = next(node for node in group.nodes if node not in (old, new))
+        url = "--url", f"redis://:pass%40word@{seed.host}:{seed.port}"
+        with running("watch", "r/", *url) as process:
+            assert process.stdout
+            assert process.stderr
+            assert place(old) in process.stderr.readline().decode()
+            if is_lost:
+                group.kill(old)
+            group.failover(new, "TAKEOVER" if is_lost else "")
+            events = []
+            while not events or (events[-1]["event"], events[-1]["node"]) != (
+                "resumed",
+                place(new),
+            ):
+                events.append(json.loads(process.stdout.readline()))
+            gaps = {one["node"] for one in events if one["event"] == "gap"}
+            assert place(new) in gaps
+            assert gaps <= {place(old), place(new)}
+            # It isn't told as well again before the new primary is listened to.
+            assert [one["node"] for one in events if one["event"] == "resumed"] == [place(new)]
+            assert invoke("set", name, "7", "[]", *url).status == 0
+            while events[-1]["event"] != "changed":
+                events.append(json.loads(process.stdout.readline()))
+            assert (events[-1]["name"], events[-1]["version"]) == (name, 7)
 
 
 def test_doctor(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
