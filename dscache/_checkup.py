@@ -9,10 +9,14 @@ from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
-from . import _findings as findings
+from . import _judge_records as of_records
+from . import _judge_server as of_server
+from . import _judge_topology as of_topology
 from ._cli_source import on_cluster
 from ._direct import Command, Direct
-from ._findings import BAD, Checkup, Finding, Sample, SentinelSays
+from ._findings import BAD, Checkup, Finding, merged
+from ._judge_records import Sample
+from ._judge_topology import SentinelSays
 from ._layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
 from ._shards import SCAN_COUNT, Shards, facts, is_clustered, open_shards
 from ._survey import survey
@@ -65,7 +69,7 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
                 server.close()
         if config.options.nodes:
             report = await survey(config)
-            found.append(findings.judge_cluster(report, is_configured=is_configured))
+            found.append(of_topology.judge_cluster(report, is_configured=is_configured))
         async with AsyncCache(config) as cache, open_shards(cache) as shards:
             found += await _look_at_all(shards, config.options)
     except ConfigError:
@@ -82,9 +86,9 @@ async def _look_at_all(shards: Shards, options: Options) -> list[Finding]:
     sample = await _take_sample(shards, options)
     layout = HASHTAG if options.hash_tag else DEEPSTREAM
     return [
-        *findings.merged(by_node),
-        findings.judge_layout(sample, layout, on_cluster=bool(options.nodes)),
-        findings.judge_halves(sample),
+        *merged(by_node),
+        of_records.judge_layout(sample, layout, on_cluster=bool(options.nodes)),
+        of_records.judge_halves(sample),
     ]
 
 
@@ -102,21 +106,22 @@ async def _look_at_server(server: Direct, options: Options) -> list[Finding]:
     username, has_password = _login(options)
     is_local = server.is_local
     found = [
-        findings.judge_round_trip(await _ping(server)),
-        findings.judge_server(server.greeting.server),
-        findings.judge_role(info["replication"], options.role if not options.nodes else "master"),
-        findings.judge_tls(
+        of_server.judge_round_trip(await _ping(server)),
+        of_server.judge_commands(info["latencystats"]),
+        of_server.judge_server(server.greeting.server),
+        of_server.judge_role(info["replication"], options.role if not options.nodes else "master"),
+        of_server.judge_tls(
             server.tls, verified=bool(tls and tls.reject_unauthorized), is_local=is_local
         ),
-        findings.judge_login(username, has_password, is_local=is_local),
-        findings.judge_persistence(info["persistence"], save),
-        findings.judge_memory(
+        of_server.judge_login(username, has_password, is_local=is_local),
+        of_server.judge_persistence(info["persistence"], save),
+        of_server.judge_memory(
             info["memory"], info["stats"], info["memory"].get("maxmemory_policy", policy)
         ),
-        findings.judge_connections(info["clients"], most),
-        findings.judge_scripts(_refusal(scripts)),
-        findings.judge_tracking(_refusal(tracking)),
-        findings.judge_clock(await _clock(server)),
+        of_server.judge_connections(info["clients"], most),
+        of_server.judge_scripts(_refusal(scripts)),
+        of_server.judge_tracking(_refusal(tracking)),
+        of_server.judge_clock(await _clock(server)),
     ]
     return [one for one in found if one is not None]
 
@@ -134,7 +139,7 @@ async def _ping(server: Direct) -> list[float]:
 
 
 async def _info(server: Direct) -> Mapping[str, Mapping[str, str]]:
-    parts = ("replication", "persistence", "memory", "stats", "clients")
+    parts = ("replication", "persistence", "memory", "stats", "clients", "latencystats")
     answers = await server.ask(*(["INFO", part] for part in parts))
     return {part: facts(answer) for part, answer in zip(parts, answers, strict=True)}
 
@@ -234,7 +239,7 @@ async def _look_at_sentinels(options: Options) -> Finding:
     group = Sentinels(options)
     nodes = options.sentinels or ()
     said = await asyncio.gather(*(_ask_sentinel(group, options, node) for node in nodes))
-    return findings.judge_sentinels(said)
+    return of_topology.judge_sentinels(said)
 
 
 async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelSays:

@@ -14,14 +14,15 @@ from rich.text import Text
 from . import _common
 from ._cli_options import Chosen, with_options
 from ._cli_source import (
+    as_cluster,
     number,
-    on_cluster,
     plain,
     print_json,
     run,
 )
 from ._cluster_report import ClusterReport, NodeReport, show_slots
 from ._survey import survey
+from .config import Config
 
 # Where all columns fit, if addresses are as long as most and the cluster is well.
 _WIDE = 100
@@ -34,7 +35,7 @@ def cluster(*, chosen: Chosen) -> None:
     One node that can be reached is enough to find all. The exit status is 1 if a slot has no
     primary, or if a primary that has slots is down.
     """
-    report = run(survey(on_cluster(chosen.load())))
+    report = run(_look(chosen.load()))
     if chosen.as_json:
         print_json(document(report))
     else:
@@ -42,6 +43,10 @@ def cluster(*, chosen: Chosen) -> None:
         console.print(page(report, console.width))
     if report.problems:
         raise typer.Exit(1)
+
+
+async def _look(config: Config) -> ClusterReport:
+    return await survey(await as_cluster(config))
 
 
 def document(report: ClusterReport) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ._shards import is_clustered
 from ._typed import Place
 from .cache import AsyncCache
 from .config import Config, Node, RedisOptions
+from .errors import ReplyError
 
 T = TypeVar("T")
 
@@ -86,6 +87,26 @@ def on_cluster(config: Config) -> Config:
         options, nodes=nodes, redis_options=shared, username=None, password=None, tls=None
     )
     return msgspec.structs.replace(config, options=options)
+
+
+async def as_cluster(config: Config) -> Config:
+    """Return what ``on_cluster`` does, of a server that is a node of a cluster.
+
+    Raises ConfigError if it is none, what keeps it from being asked, and what ``on_cluster`` does.
+    """
+    cluster = on_cluster(config)
+    if not config.options.nodes:
+        server = await Direct.open(config.options)
+        try:
+            (answer,) = await server.ask(["CLUSTER", "INFO"])
+        finally:
+            server.close()
+        if isinstance(answer, ReplyError) and "cluster support disabled" in answer.message.lower():
+            raise Place(config.source).error(
+                f'{config.address} is no node of a cluster (it says "{answer.message}"); '
+                "dscache doctor looks at a single server"
+            )
+    return cluster
 
 
 async def resolved(config: Config) -> Config:

@@ -7,63 +7,24 @@ the old keys removed, if they still hold what was copied. What can't be moved sa
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from ._direct import Command
 from ._dump import lifetimes_of
+from ._guarded import DONE, REMOVE, SWAP, run_script
 from ._layout import DEEPSTREAM, HASHTAG, Layout
 from ._pure_wire import slot_of_key
 from ._shards import SCAN_COUNT, Shard, Shards
 from ._tally import BYTES, RECORDS, TOLD
 from .cache import AsyncCache
-from .errors import BulkError, RecordError, ReplyError, shorten
+from .errors import BulkError, RecordError, shorten
 
 # How often a record is tried again that is written meanwhile, and seconds in between.
 _ROUNDS = 4
 _PAUSE = 0.05
-
-# KEYS: some keys. ARGV: what each must hold; of a version, without leading zeros. Removes all of
-# them if they do. Returns whether they are gone now, or were before.
-_REMOVE = b"""
-local missing = 0
-for k = 1, #KEYS do
-  local held = redis.pcall('GET', KEYS[k])
-  if not held then
-    missing = missing + 1
-  elseif held ~= ARGV[k] and
-      (type(held) ~= 'string' or string.match(held, '^0+(%d+)$') ~= ARGV[k]) then
-    return 0
-  end
-end
-if missing == #KEYS then return 1 end
-if missing > 0 then return 0 end
-redis.call('DEL', unpack(KEYS))
-return 1
-"""
-
-# KEYS: one key. ARGV: 1 and what it must hold, or 0 and anything if it must be absent; what it
-# shall hold; for how many milliseconds, or 0 for ever. Returns whether that was so.
-_SWAP = b"""
-local held = redis.pcall('GET', KEYS[1])
-if ARGV[1] == '0' then
-  if held then return 0 end
-elseif held ~= ARGV[2] then
-  return 0
-end
-if ARGV[4] == '0' then
-  redis.call('SET', KEYS[1], ARGV[3])
-else
-  redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
-end
-return 1
-"""
-
-_DONE = 1
 
 
 @dataclass(slots=True)
@@ -352,11 +313,13 @@ class Migration:
         old = self._old
         whole = [one for one in records if not self._is_apart(old, one.name)]
         apart = [one for one in records if self._is_apart(old, one.name)]
-        outcomes = await self._run_script(
-            _REMOVE, [(old.keys(one.name), (b"%d" % one.version, one.raw)) for one in whole]
+        outcomes = await run_script(
+            self._shards,
+            REMOVE,
+            [(old.keys(one.name), (b"%d" % one.version, one.raw)) for one in whole],
         )
         # Somebody else may have removed some: another run of this, which has copied them too.
-        gone = {one.name for one, outcome in zip(whole, outcomes, strict=True) if outcome == _DONE}
+        gone = {one.name for one, outcome in zip(whole, outcomes, strict=True) if outcome == DONE}
         self._count.removed += len(gone)
         return gone | await self._remove_apart(apart)
 
@@ -385,9 +348,9 @@ class Migration:
             swaps.append(((data,), (*was, one.raw, ms)))
             was = (b"0", b"") if held is None else (b"1", b"%d" % held.version)
             swaps.append(((version,), (*was, b"%d" % one.version, ms)))
-        outcomes = await self._run_script(_SWAP, swaps)
+        outcomes = await run_script(self._shards, SWAP, swaps)
         pairs = zip(older, outcomes[::2], outcomes[1::2], strict=True)
-        return {one.name for one, data, version in pairs if data == version == _DONE}
+        return {one.name for one, data, version in pairs if data == version == DONE}
 
     async def _remove_apart(self, records: Sequence[_Found]) -> set[str]:
         """Remove the version first: a writer who comes in between leaves a whole record again."""
@@ -401,8 +364,9 @@ class Migration:
             and (still.version, still.raw) == (one.version, one.raw)
         ]
         for position, of in enumerate(("version", "raw")):
-            outcomes = await self._run_script(
-                _REMOVE,
+            outcomes = await run_script(
+                self._shards,
+                REMOVE,
                 [
                     (
                         (self._old.keys(one.name)[position],),
@@ -411,42 +375,6 @@ class Migration:
                     for one in same
                 ],
             )
-            same = [one for one, outcome in zip(same, outcomes, strict=True) if outcome == _DONE]
+            same = [one for one, outcome in zip(same, outcomes, strict=True) if outcome == DONE]
         self._count.removed += len(same)
         return {one.name for one in same}
-
-    async def _run_script(
-        self, script: bytes, calls: Sequence[tuple[Sequence[bytes], Sequence[bytes]]]
-    ) -> list[Any]:
-        """Run a script for each of some keys and arguments; return its answers.
-
-        A slot that has just moved is an answer like any other that nothing was done. Raises
-        ReplyError for all other refusals.
-        """
-        sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
-        answers: list[Any] = [None] * len(calls)
-        by_server: dict[Any, list[int]] = {}
-        for number, (keys, _) in enumerate(calls):
-            by_server.setdefault(self._shards.owner(keys[0]), []).append(number)
-
-        async def ask(server: Any, numbers: Sequence[int]) -> None:
-            commands: list[Command] = [("SCRIPT", "LOAD", script)]
-            for number in numbers:
-                keys, arguments = calls[number]
-                commands.append(("EVALSHA", sha, len(keys), *keys, *arguments))
-            loaded, *its = await server.ask(*commands)
-            if isinstance(loaded, ReplyError):
-                raise loaded
-            for number, answer in zip(numbers, its, strict=True):
-                answers[number] = answer
-
-        await asyncio.gather(*(ask(server, numbers) for server, numbers in by_server.items()))
-        for answer in answers:
-            if isinstance(answer, ReplyError) and answer.code not in (
-                "MOVED",
-                "ASK",
-                "TRYAGAIN",
-                "CLUSTERDOWN",
-            ):
-                raise answer
-        return answers

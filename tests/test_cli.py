@@ -422,7 +422,9 @@ def test_a_wrong_password(group: ClusterGroup) -> None:
 def test_no_cluster(binary: ServerBinary) -> None:
     with EmbeddedServer(binary) as server:
         said = failure(run("cluster", "--url", server.url))
-        assert f"{server.host}:{server.port} is no node of a cluster" in said
+        address = f"{server.host}:{server.port}"
+        assert said.startswith(f"redis://{address}: {address} is no node of a cluster (it says ")
+        assert said.endswith("; dscache doctor looks at a single server")
 
 
 def test_nobody_there(folder: Path) -> None:

@@ -17,8 +17,13 @@ from conftest import SERVERS
 from documents import PROJECT, code, table
 from dscache import _cli_doctor
 from dscache import _findings as findings
+from dscache import _judge_records as of_records
+from dscache import _judge_server as of_server
+from dscache import _judge_topology as of_topology
 from dscache._cluster_report import ClusterReport, NodeReport
-from dscache._findings import BAD, OK, UNKNOWN, WARNING, Checkup, Finding, Sample, SentinelSays
+from dscache._findings import BAD, OK, UNKNOWN, WARNING, Checkup, Finding
+from dscache._judge_records import Sample
+from dscache._judge_topology import SentinelSays
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_servers
 from sentinels import GROUP, SentinelGroup
 
@@ -26,11 +31,21 @@ BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_ser
 BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 DOCUMENT = PROJECT / "docs" / "cli.md"
 CHECKS = (
-    *("round trip", "server", "role", "tls", "login", "persistence", "memory", "connections"),
+    *(
+        "round trip",
+        "commands",
+        "server",
+        "role",
+        "tls",
+        "login",
+        "persistence",
+        "memory",
+        "connections",
+    ),
     *("scripts", "tracking", "clock", "key layout", "halves"),
 )
 # What says more of the machine that tests run on than of the server.
-FICKLE = {"round trip", "clock"}
+FICKLE = {"round trip", "commands", "clock"}
 
 
 @pytest.fixture(scope="module", params=dict.fromkeys((BY_AGE[0], BY_AGE[-1])), ids=lambda b: b.name)
@@ -224,7 +239,7 @@ def test_sentinels(tmp_path: Path) -> None:
     ],
 )
 def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
-    found = findings.judge_round_trip(times)
+    found = of_server.judge_round_trip(times)
     assert found.verdict == verdict
     assert advice in found.advice
 
@@ -232,60 +247,93 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
 @pytest.mark.parametrize(
     ("found", "verdict", "words"),
     [
-        (findings.judge_tls("", verified=False, is_local=False), WARNING, "another machine"),
-        (findings.judge_login(None, False, is_local=False), WARNING, "without a password"),
-        (findings.judge_server(""), UNKNOWN, "does not tell"),
-        (findings.judge_server("redis 6.0.20"), BAD, "redis 6.0.20"),
-        (findings.judge_server("redis 10.2.0"), OK, "redis 10.2.0"),
-        (findings.judge_server("valkey 8.0.0"), OK, "valkey 8.0.0"),
-        (findings.judge_role({"role": "master"}, "slave"), WARNING, "primary"),
+        (of_server.judge_tls("", verified=False, is_local=False), WARNING, "another machine"),
+        (of_server.judge_login(None, False, is_local=False), WARNING, "without a password"),
+        (of_server.judge_commands({}), OK, "none for records yet"),
         (
-            findings.judge_role({"role": "slave", "master_link_status": "up"}, "slave"),
+            of_server.judge_commands(
+                {
+                    "latency_percentiles_usec_mget": "p50=20.031,p99=100.351,p99.9=1003.519",
+                    "latency_percentiles_usec_get": "p50=1.003,p99=90000.351",
+                }
+            ),
+            OK,
+            "on the server, mget p50 20 µs, p99 100 µs",
+        ),
+        (
+            of_server.judge_commands({"latency_percentiles_usec_mset": "p50=9.023,p99=12001.1"}),
+            WARNING,
+            "mset p50 9 µs, p99 12001 µs",
+        ),
+        (of_server.judge_commands({"latency_percentiles_usec_mset": "p50=x"}), OK, "none for"),
+        (of_server.judge_server(""), UNKNOWN, "does not tell"),
+        (of_server.judge_server("redis 6.0.20"), BAD, "redis 6.0.20"),
+        (of_server.judge_server("redis 10.2.0"), OK, "redis 10.2.0"),
+        (of_server.judge_server("valkey 8.0.0"), OK, "valkey 8.0.0"),
+        (of_server.judge_role({"role": "master"}, "slave"), WARNING, "primary"),
+        (
+            of_server.judge_role({"role": "slave", "master_link_status": "up"}, "slave"),
             OK,
             "replica of",
         ),
-        (findings.judge_role({"role": "slave"}, "slave"), BAD, "without a link"),
-        (findings.judge_persistence({"loading": "1"}, ""), BAD, "still loading"),
-        (findings.judge_persistence({"rdb_last_bgsave_status": "err"}, ""), BAD, "snapshot failed"),
-        (findings.judge_persistence({"aof_last_write_status": "err"}, ""), BAD, "can't be written"),
-        (findings.judge_persistence({"aof_enabled": "1"}, ""), OK, "append-only"),
-        (findings.judge_persistence({"aof_enabled": "0"}, ""), WARNING, "loses all records"),
+        (of_server.judge_role({"role": "slave"}, "slave"), BAD, "without a link"),
+        (of_server.judge_persistence({"loading": "1"}, ""), BAD, "still loading"),
         (
-            findings.judge_memory({"used_memory": "95", "maxmemory": "100"}, {}, "noeviction"),
+            of_server.judge_persistence({"rdb_last_bgsave_status": "err"}, ""),
+            BAD,
+            "snapshot failed",
+        ),
+        (
+            of_server.judge_persistence({"aof_last_write_status": "err"}, ""),
+            BAD,
+            "can't be written",
+        ),
+        (of_server.judge_persistence({"aof_enabled": "1"}, ""), OK, "append-only"),
+        (of_server.judge_persistence({"aof_enabled": "0"}, ""), WARNING, "loses all records"),
+        (
+            of_server.judge_memory({"used_memory": "95", "maxmemory": "100"}, {}, "noeviction"),
             WARNING,
             "95%",
         ),
         (
-            findings.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "noeviction"),
+            of_server.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "noeviction"),
             OK,
             "5 B used of 100 B",
         ),
         (
-            findings.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "volatile-lru"),
+            of_server.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "volatile-lru"),
             WARNING,
             "volatile-lru",
         ),
         (
-            findings.judge_memory(
+            of_server.judge_memory(
                 {"used_memory": "5", "maxmemory": "100"}, {"evicted_keys": "7"}, "volatile-lru"
             ),
             BAD,
             "7 keys were evicted",
         ),
-        (findings.judge_memory({"used_memory": "5", "maxmemory": "9"}, {}, None), UNKNOWN, "9 B"),
-        (findings.judge_clock(3.25), WARNING, "3.2 s ahead of ours"),
-        (findings.judge_clock(-90.0), WARNING, "90.0 s behind ours"),
         (
-            findings.judge_connections({"connected_clients": "90"}, "100"),
+            of_server.judge_memory({"used_memory": "5", "maxmemory": "9"}, {}, None),
+            UNKNOWN,
+            "9 B",
+        ),
+        (of_server.judge_clock(3.25), WARNING, "3.2 s ahead of ours"),
+        (of_server.judge_clock(-90.0), WARNING, "90.0 s behind ours"),
+        (
+            of_server.judge_connections({"connected_clients": "90"}, "100"),
             WARNING,
             "90 of 100",
         ),
         (
-            findings.judge_layout(Sample(deepstream=3), "deepstream", on_cluster=True),
+            of_records.judge_layout(Sample(deepstream=3), "deepstream", on_cluster=True),
             WARNING,
             "on a cluster",
         ),
-        (findings.judge_layout(Sample(others=3), "hashtag", on_cluster=True), OK, "3 keys of"),
+        (
+            of_records.judge_layout(Sample(others=3), "hashtag", on_cluster=True),
+            OK,
+            "3 keys of",
+        ),
     ],
 )
 def test_judgements(found: Finding, verdict: str, words: str) -> None:
@@ -311,14 +359,14 @@ def says(**facts: Any) -> SentinelSays:
     ],
 )
 def test_what_sentinels_say(said: list[SentinelSays], verdict: str, words: str) -> None:
-    found = findings.judge_sentinels(said)
+    found = of_topology.judge_sentinels(said)
     assert (found.verdict, words in found.found) == (verdict, True)
 
 
 def test_what_clusters_are() -> None:
     primary = NodeReport(address="a:1", role="primary", slots=((0, 16383),))
     replica = NodeReport(address="a:2", role="replica", primary="a:1")
-    judge = findings.judge_cluster
+    judge = of_topology.judge_cluster
     assert judge(ClusterReport((primary, replica)), is_configured=True).verdict == OK
     assert judge(ClusterReport((primary,)), is_configured=True).verdict == WARNING
     single = judge(ClusterReport((primary, replica)), is_configured=False)
