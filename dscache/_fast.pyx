@@ -10,7 +10,6 @@ is no socket, event loop or configuration here. The theory of operation stands a
   each collection that they would trigger looks at all of them.
 """
 
-import time
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
