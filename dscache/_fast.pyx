@@ -501,7 +501,7 @@ cdef class Pipeline:
 
     def unknown(self):
         """Return the seconds for which changes may be unknown to the near cache."""
-        return 0.0 if self._epoch is None else dscache_now() - self._epoch.known
+        return 0.0 if self._epoch is None else dscache_monotonic() - self._epoch.known
 
     cpdef forget(self, str reason):
         """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""

@@ -2,19 +2,6 @@
 # ``_pure_near.py``, where the theory of operation stands. What is done otherwise: the entries are
 # linked in their order, as no dict of Python's gives its oldest at once.
 
-cdef extern from *:
-    """
-    #include <time.h>
-
-    static double dscache_now(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-    }
-    """
-    # A look takes less time than a call of time.monotonic.
-    double dscache_now() noexcept nogil
-
 # What keeping one record takes, apart from its name's and its data's text, and from the dict.
 NEAR_ENTRY_BYTES = 208
 cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
@@ -57,12 +44,12 @@ cdef class _Epoch:
     def __cinit__(self, _Reach reach):
         self.reach = reach
         self.state = LIVE
-        self.known = dscache_now()
+        self.known = dscache_monotonic()
 
     cdef inline void asked(self, Py_ssize_t mark) noexcept:
         """Note that commands are sent now, and answered when ``mark`` of them are settled."""
         self._last_mark = mark
-        self._last_sent = dscache_now()
+        self._last_sent = dscache_monotonic()
         if not self._mark:
             self._mark = mark
             self._sent = self._last_sent
@@ -310,7 +297,7 @@ cdef class NearCache:
         entry.raw = raw
         entry.epoch = epoch
         entry.version = version
-        entry.expires = dscache_now() + self._max_age
+        entry.expires = dscache_monotonic() + self._max_age
         entry.size = size
         entry.slot = slot
         entry.moves = self._moves[slot]
@@ -370,7 +357,7 @@ cdef class NearCache:
         if found == NULL:
             return None
         cdef _Entry entry = <_Entry>found
-        if not self._may_be_stale(entry) or dscache_now() >= entry.expires:
+        if not self._may_be_stale(entry) or dscache_monotonic() >= entry.expires:
             return None
         self._stale += 1
         return _record_of(entry, True)
@@ -390,7 +377,7 @@ cdef class NearCache:
             return None
         cdef _Entry entry = <_Entry>found
         cdef _Epoch epoch = entry.epoch
-        cdef double now = dscache_now()
+        cdef double now = dscache_monotonic()
         if now >= entry.expires:
             self.drop(name)
         elif entry.moves == self._moves[entry.slot]:
@@ -410,7 +397,7 @@ cdef class NearCache:
         return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     cdef object _read(self, str name):
-        cdef double now = dscache_now()
+        cdef double now = dscache_monotonic()
         cdef _Flight flight = self._boarding_flight(name, now)
         if flight is None:
             flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
@@ -434,7 +421,7 @@ cdef class NearCache:
         cdef dict found = {}
         cdef list missing = []
         cdef list flights = []
-        cdef double now = dscache_now()
+        cdef double now = dscache_monotonic()
         cdef bint stale
         cdef _Entry entry
         cdef _Flight flight

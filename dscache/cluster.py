@@ -335,10 +335,6 @@ class Cluster:
         """Return the node that is known to serve a slot."""
         return self._masters[slot]
 
-    def look_again(self) -> None:
-        """Ask for the slots again: somebody has heard that they have moved."""
-        self._stale.set()
-
     # -- rooms
 
     def _room_for(self, slot: int, source: Connection, fresh: set[Room]) -> Room:

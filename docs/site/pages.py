@@ -32,28 +32,16 @@ ELSEWHERE = {
     "examples/deepstream/README.md": "sharing.md",
     "examples/deepstream/config.yml": "deepstream-config.yml",
 }
-PROGRAMS = ("fastapi_service", "flask_service", "uvloop_server", "demo")
+PROGRAMS = ("fastapi_service", "flask_service", "uvloop_server", "metrics", "demo")
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the navigation what isn't there; make the anchors that GitHub makes."""
-    optional = {
-        name for name in config.extra["optional_pages"] if not (PROJECT / "docs" / name).exists()
-    }
-    config.nav = _without(config.nav, optional)
+    """Make the anchors that GitHub makes, and say the version."""
     config.mdx_configs["toc"]["slugify"] = slug
     config.copyright = f"dscache {dscache.__version__}, Apache-2.0"
     return config
-
-
-def _without(nav: Any, names: set[str]) -> Any:
-    if isinstance(nav, list):
-        return [one for one in (_without(one, names) for one in nav) if one]
-    if isinstance(nav, dict):
-        return {title: inner for title, one in nav.items() if (inner := _without(one, names))}
-    return None if nav in names else nav
 
 
 def slug(title: str, separator: str) -> str:
