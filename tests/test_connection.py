@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ import uvloop
 import dscache
 from conftest import SERVERS, _server_id
 from dscache import _backend
-from dscache.embedded import EmbeddedServer
+from dscache.embedded import EmbeddedServer, TLSFiles
 from faults import FakeServer, FaultProxy
 
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
@@ -137,6 +138,33 @@ def test_a_part_of_a_tick_is_sent_before_its_end(
             assert [record.version for record in found] == [3] * len(names)
             assert [record.data for record in found] == [[name, text] for name in names]
             await cache.delete_bulk(names)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(use_it())
+
+
+@LOOPS
+def test_over_tls_a_tick_goes_out_at_its_end(
+    server: EmbeddedServer, certificates: TLSFiles, backend: str, new_loop: Any
+) -> None:
+    """Nothing may pass TLS by."""
+
+    async def use_it() -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates.certificate, certificates.key)
+        async with (
+            asyncio.timeout(PATIENCE),
+            FaultProxy(server.host, server.port, tls=context) as proxy,
+            lazy_cache(proxy.url, tls={"ca": certificates.authority}, **PATIENT) as cache,
+        ):
+            before = cache.stats()["flushes"]
+            writes = [cache.set(f"tls/{number}", 1, number) for number in range(100)]
+            assert cache.stats()["flushes"] == before
+            assert all(await asyncio.gather(*writes))
+            names = [f"tls/{number}" for number in range(100)]
+            found = await asyncio.gather(*map(cache.get, names))
+            assert [record.data for record in found] == list(range(100))
+            assert await cache.delete_bulk(names) == 100
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(use_it())
