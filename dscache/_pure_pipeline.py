@@ -18,6 +18,9 @@ Two rules keep the order of operations on one name:
 2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
    that was answered before the new read was issued.
 
+A server that has nothing to do gets the first operations of a long tick before it is over: the
+pipeline asks for that by ``begin``, and whoever sends calls ``take_output`` then as well.
+
 A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
 size of the data, and a third of what a script costs the server per record. They share a slot.
 
