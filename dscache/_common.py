@@ -49,7 +49,7 @@ MAX_TTL: Final = 10**10
 COMMAND_RECORDS: Final = 512
 # Records of one tick with which the server may begin before the tick is over, if it has nothing
 # else to do. Else it and the client take turns: with 100 tasks on uvloop, a read took 3.05 us in
-# place of 3.72, and a write 4.2 in place of 5.4. With 48 it was about the same, with 16 a read 3.55.
+# place of 3.72, and a write 4.2 in place of 5.4. With 48 it was the same, with 16 a read took 3.55.
 EARLY_RECORDS: Final = 32
 # A script costs the server three to ten times as much per record.
 SCRIPT_RECORDS: Final = 128
