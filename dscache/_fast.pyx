@@ -18,7 +18,7 @@ from operator import attrgetter
 from sys import getsizeof
 
 cimport cython
-from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_CheckExact,
@@ -30,7 +30,7 @@ from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from libc.math cimport INFINITY
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 import hiredis
 import msgspec
@@ -92,6 +92,7 @@ cdef enum:
     SUFFIX_SIZE = 2
     SUFFIX_OF_VERSION = 118
     SUFFIX_OF_DATA = 100
+cdef bytes OK = b"OK"
 cdef bytes ASKING = c.ASKING
 cdef bytes GUARDED = c.GUARDED
 cdef bytes UNGUARDED = c.UNGUARDED
@@ -102,6 +103,9 @@ cdef long DAMAGED = c.DAMAGED
 
 cdef object _UNDECODED = object()
 cdef object _INCOMPLETE = object()
+# The reply to an MGET that was read where it lay; and what of it is half a record.
+cdef object _IN_PLACE = object()
+cdef object _HALF = object()
 # The waiters of a record that is read again: nobody is told what the first reply says of it.
 cdef list _NOBODY = []
 cdef object _serial_of = attrgetter("serial")
@@ -175,9 +179,7 @@ cdef class Pipeline:
     cdef object _queue
     cdef object _slots
     cdef list _returned
-    cdef bytearray _storage
-    cdef object _buffer
-    cdef object _reader
+    cdef _Replies _replies
     cdef object _version_reply  # of a head: its first reply, until the second one comes
     cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
@@ -226,6 +228,7 @@ cdef class Pipeline:
         self._slots = deque()
         self._returned = []
         self._reach = _Reach.__new__(_Reach)
+        self._replies = _Replies.__new__(_Replies)
         self.reset_reader()
 
     # -- operations on one record
@@ -449,38 +452,37 @@ cdef class Pipeline:
 
     def get_buffer(self, size_hint):
         """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
-        if self._storage is None:  # there are pipelines that never read
-            self._storage = bytearray(c.READ_BUFFER_BYTES)
-            self._buffer = memoryview(self._storage)
-        return self._buffer
+        return self._replies.buffer()
 
     def buffer_updated(self, Py_ssize_t size):
         """Take the first ``size`` bytes of the buffer, and settle what they answer.
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        if self._storage is None or size > len(self._storage):
+        if size > self._replies.room():
             raise ValueError("there is no such part of the buffer")
-        self._bytes_in += size
-        self._partial += size
-        self._guard.inspect(
-            <const unsigned char*>PyByteArray_AS_STRING(self._storage), size, self.address
-        )
-        self._reader.feed(self._buffer, 0, size)
+        self._note_arrival(self._replies.arrive(size), size)
         self._parse()
+        self._check_partial()
 
     def feed(self, bytes data not None):
         """Take bytes that arrived, and settle what they answer.
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += len(data)
-        self._partial += len(data)
-        self._guard.inspect(
-            <const unsigned char*>PyBytes_AS_STRING(data), len(data), self.address
-        )
-        self._reader.feed(data)
-        self._parse()
+        cdef const char* text = PyBytes_AS_STRING(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        cdef Py_ssize_t taken = 0
+        self._note_arrival(<const unsigned char*>text, size)
+        while taken < size:
+            taken += self._replies.put(text + taken, size - taken)
+            self._parse()
+        self._check_partial()
+
+    cdef int _note_arrival(self, const unsigned char* text, Py_ssize_t size) except -1:
+        self._bytes_in += size
+        self._partial += size
+        return self._guard.inspect(text, size, self.address)
 
     cpdef reset_reader(self):
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
@@ -488,7 +490,7 @@ cdef class Pipeline:
         self._asked = False
         self._partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
-        self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+        self._replies.reset()
 
     # -- what the near cache may believe
 
@@ -805,15 +807,11 @@ cdef class Pipeline:
     # -- replies
 
     cdef int _parse(self) except -1:
-        cdef object gets = self._reader.gets
         cdef object reply
         self._now = 0.0
         try:
             while True:
-                try:
-                    reply = gets()
-                except c.NO_RESP as error:
-                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                reply = self._next_reply()
                 if reply is _INCOMPLETE:
                     break
                 self._partial = 0
@@ -823,15 +821,34 @@ cdef class Pipeline:
                     self._take_message(reply)
                 else:
                     self._answer(reply)
-            if self._partial > self._max_reply_bytes:
-                raise ProtocolError(
-                    f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
-                    "without the end of a reply"
-                )
         finally:
             if self._returned:
                 self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
                 self._returned.clear()
+        return 0
+
+    cdef object _next_reply(self):
+        cdef _Batch batch = None
+        cdef Py_ssize_t count = 0
+        cdef tuple slot
+        # A message comes where a reply is due if it is ``plain``, and two replies of an ``asking``.
+        if self._slots and not self.plain:
+            slot = self._slots[0]
+            batch = slot[0]
+            count = slot[1]
+            if batch.asking:
+                batch = None
+        try:
+            return self._replies.next(batch, count)
+        except c.NO_RESP as error:
+            raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+
+    cdef int _check_partial(self) except -1:
+        if self._partial > self._max_reply_bytes:
+            raise ProtocolError(
+                f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
+                "without the end of a reply"
+            )
         return 0
 
     cdef int _take_push(self, push) except -1:
@@ -900,6 +917,7 @@ cdef class Pipeline:
                 stored, reply = reply, stored
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
+        cdef list found = self._replies.take_found()
         cdef Py_ssize_t i, told = 0, first = batch.answered
         cdef bint refused = type(reply) is ReplyError
         cdef bint was_over = batch.over()
@@ -908,7 +926,9 @@ cdef class Pipeline:
         elif refused:
             self._refused(batch, count, reply)
         elif batch.kind == GET:
-            self._answer_get(batch, count, self._array(reply, 2 * count, "MGET"))
+            if reply is not _IN_PLACE:
+                self._add_found(batch, count, found, reply)
+            self._answer_get(batch, found)
         elif batch.kind == HEAD:
             self._answer_head(batch, stored, reply)
         elif batch.kind == SET:
@@ -966,45 +986,62 @@ cdef class Pipeline:
         self._seconds[row] += seconds * count
         self._latencies[row * (LATENCY_BOUNDS + 1) + bucket] += count
 
-    cdef int _answer_get(self, _Batch batch, Py_ssize_t count, list reply) except -1:
+    cdef int _add_found(self, _Batch batch, Py_ssize_t count, list found, reply) except -1:
+        """Add what a list says of the records that were not read in place."""
+        cdef Py_ssize_t first = PyList_GET_SIZE(found)
+        cdef list values = self._array(reply, 2 * (count - first), "MGET")
+        cdef object stored, raw
+        cdef str name
+        cdef long long version
+        cdef Py_ssize_t i
+        for i in range(count - first):
+            stored = <object>PyList_GET_ITEM(values, 2 * i)
+            raw = <object>PyList_GET_ITEM(values, 2 * i + 1)
+            if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
+                version = parse_version(<bytes>stored)
+                name = <str>PyList_GET_ITEM(batch.names, batch.answered + first + i)
+                found.append(stored if version < 0 else _record(name, version, <bytes>raw))
+            elif stored is None and raw is None:
+                found.append(None)
+            elif (stored is None or type(stored) is bytes) and (raw is None or type(raw) is bytes):
+                found.append(_HALF)
+            else:
+                wrong = raw if stored is None or type(stored) is bytes else stored
+                found.append(self._wrong_shape("MGET", wrong))
+        return 0
+
+    cdef int _answer_get(self, _Batch batch, list found) except -1:
         # Nobody tells of changes to what only those get who ask.
         cdef _Epoch epoch = None if batch.asking else self._epoch
         cdef _Bulk bulk = batch.bulk
         cdef dict result = None if bulk is None else bulk.result
-        cdef Py_ssize_t i, settled = 0
-        cdef object stored, raw, entry
+        cdef Py_ssize_t settled = 0
+        cdef object one, entry
         cdef str name
-        cdef long long version
+        cdef Record record
         try:
-            for i in range(count):
-                stored = <object>PyList_GET_ITEM(reply, 2 * i)
-                raw = <object>PyList_GET_ITEM(reply, 2 * i + 1)
+            for one in found:
                 name = <str>PyList_GET_ITEM(batch.names, batch.answered)
                 entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
                 if entry is _NOBODY:
                     batch.answered += 1
                     continue
-                if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
-                    version = parse_version(<bytes>stored)
-                    if version < 0:
-                        self._damaged(batch, name, entry, stored)
+                if type(one) is Record:
+                    record = <Record>one
+                    self._hits += 1
+                    if epoch is not None:
+                        self.near.fill(
+                            self, epoch, batch.serial, name, record.version, record.raw
+                        )
+                    if bulk is not None:
+                        PyDict_SetItem(result, name, record)
+                    elif type(entry) is list:
+                        for waiter in <list>entry:
+                            _tell(waiter, _record(name, record.version, record.raw))
                     else:
-                        self._hits += 1
-                        if epoch is not None:
-                            self.near.fill(self, epoch, batch.serial, name, version, <bytes>raw)
-                        if bulk is not None:
-                            PyDict_SetItem(result, name, _record(name, version, <bytes>raw))
-                        elif type(entry) is list:
-                            for waiter in <list>entry:
-                                _tell(waiter, _record(name, version, <bytes>raw))
-                        else:
-                            _tell(entry, _record(name, version, <bytes>raw))
-                else:
-                    for value in (stored, raw):
-                        if value is not None and type(value) is not bytes:
-                            raise self._wrong_shape("MGET", value)
-                    if stored is not None or raw is not None:
-                        self._halves += 1
+                        _tell(entry, record)
+                elif one is None or one is _HALF:
+                    self._halves += one is not None
                     self._misses += 1
                     if epoch is not None:
                         self.near.fill(self, epoch, batch.serial, name, 0, None)
@@ -1012,6 +1049,10 @@ cdef class Pipeline:
                         bulk.missing.append(name)
                     else:
                         _tell(entry, None)
+                elif type(one) is bytes:
+                    self._damaged(batch, name, entry, one)
+                else:
+                    raise one
                 self._reads += 1
                 batch.answered += 1
                 settled += 1

@@ -127,15 +127,17 @@ cpdef bytes encode_data(str name, data):
 
 cpdef long long parse_version(bytes text) noexcept:
     """Return the version that decimal digits state, or -1 if they state none."""
-    cdef const unsigned char* digits = <const unsigned char*>PyBytes_AS_STRING(text)
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
+    return version_of(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+
+
+cdef long long version_of(const char* text, Py_ssize_t size) noexcept:
     cdef unsigned long long version = 0
     cdef unsigned int digit
     cdef Py_ssize_t i
     if size == 0:
         return -1
     for i in range(size):
-        digit = <unsigned int>digits[i] - 48
+        digit = <unsigned int>text[i] - 48
         # 922337203685477580 is MAX_VERSION // 10, and the last digit may be up to 7.
         if digit > 9 or version > 922337203685477580 or (
             version == 922337203685477580 and digit > 7
