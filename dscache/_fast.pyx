@@ -25,7 +25,7 @@ from cpython.bytes cimport (
     PyBytes_FromStringAndSize,
     PyBytes_GET_SIZE,
 )
-from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
+from cpython.dict cimport PyDict_GetItem, PyDict_Keys, PyDict_SetItem, PyDict_Size, PyDict_Values
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
@@ -79,6 +79,7 @@ if (
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
 
 cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
+cdef Py_ssize_t FLUSH_RECORDS = c.FLUSH_RECORDS
 cdef Py_ssize_t EARLY_RECORDS = c.EARLY_RECORDS
 cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
 cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
@@ -403,10 +404,13 @@ cdef class Pipeline:
         self._awake = False
 
     def take_output(self):
-        """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        """Return the RESP bytes of some hundred records that wait; they count as sent.
+
+        What more there is waits for the next call, as does what the window doesn't allow yet.
+        """
         cdef _Encoder encoder = self._encoder
         cdef _Batch batch
-        cdef Py_ssize_t count
+        cdef Py_ssize_t count, taken = 0
         self.end_tick()
         cdef double now
         if self._queue:
@@ -417,7 +421,12 @@ cdef class Pipeline:
                 self._drop_late(now)
                 self._recount()
         encoder.begin()
-        while self._queue and self.in_flight < self._window and encoder.size() < COMMAND_BYTES:
+        while (
+            self._queue
+            and self.in_flight < self._window
+            and taken < FLUSH_RECORDS
+            and encoder.size() < COMMAND_BYTES
+        ):
             batch = self._queue[0]
             if batch.over() or not batch.records:
                 self.queued -= batch.waiting()
@@ -427,6 +436,7 @@ cdef class Pipeline:
             if self._clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             count = encoder.encode(batch, self.has_msetex)
+            taken += count
             self._batches += not batch.sent
             self._sent += count
             batch.sent += count

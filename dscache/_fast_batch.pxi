@@ -158,8 +158,8 @@ cdef class _Batch:
 
     cdef int freeze(self) except -1:
         if self.names is None:
-            self.names = list(self.records)
-            self.entries = list(self.records.values())
+            self.names = PyDict_Keys(self.records)
+            self.entries = PyDict_Values(self.records)
         return 0
 
     cdef int group(self, _Encoder encoder) except -1:

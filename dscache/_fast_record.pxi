@@ -138,9 +138,10 @@ cdef long long version_of(const char* text, Py_ssize_t size) noexcept:
         return -1
     for i in range(size):
         digit = <unsigned int>text[i] - 48
-        # 922337203685477580 is MAX_VERSION // 10, and the last digit may be up to 7.
-        if digit > 9 or version > 922337203685477580 or (
-            version == 922337203685477580 and digit > 7
+        # MAX_VERSION // 10, and the last digit may be up to 7. Without its suffix this number would
+        # be a Python int.
+        if digit > 9 or version > 922337203685477580ULL or (
+            version == 922337203685477580ULL and digit > 7
         ):
             return -1
         version = version * 10 + digit

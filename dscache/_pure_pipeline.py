@@ -368,7 +368,10 @@ class Pipeline:
         self._awake = False
 
     def take_output(self) -> bytes:
-        """Return the RESP bytes of what waits, as far as the window allows; then it is sent."""
+        """Return the RESP bytes of some hundred records that wait; they count as sent.
+
+        What more there is waits for the next call, as does what the window doesn't allow yet.
+        """
         self.end_tick()
         queue = self._queue
         if queue and queue[0].deadline <= (now := time.monotonic()):
@@ -376,8 +379,13 @@ class Pipeline:
             self._drop_late(now)
             self._recount()
         out: list[bytes] = []
-        size = 0
-        while queue and self.in_flight < self._window and size < c.COMMAND_BYTES:
+        size = taken = 0
+        while (
+            queue
+            and self.in_flight < self._window
+            and taken < c.FLUSH_RECORDS
+            and size < c.COMMAND_BYTES
+        ):
             batch = queue[0]
             if batch.over() or not batch.records:
                 self.queued -= batch.waiting()
@@ -389,6 +397,7 @@ class Pipeline:
             text, count = self._encoder.encode(batch, self.has_msetex)
             out.append(text)
             size += len(text)
+            taken += count
             self._batches += not batch.sent
             self._sent += count
             batch.sent += count

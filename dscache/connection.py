@@ -283,7 +283,7 @@ class Connection:
         """Send what this tick has brought up to now."""
         link = self._link
         if link is not None and link.is_clear() and (output := self.pipeline.take_output()):
-            link.write_at_once(output)
+            link.write(output)
 
     def _flush(self) -> None:
         self._flush_due = False

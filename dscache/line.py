@@ -98,8 +98,14 @@ class Line:
         sent = 0
         try:
             try:
-                sent = sock.send(output)
-                if sent == len(output) and self._poller.poll(self._patience):
+                # While the rest of a bulk is encoded, the server works on what it has.
+                while output:
+                    sent = 0
+                    sent = sock.send(output)
+                    if sent < len(output):
+                        break
+                    output = pipeline.take_output() if pipeline.queued else b""
+                if not output and self._poller.poll(self._patience):
                     size = sock.recv_into(pipeline.get_buffer(-1))
                     if not size:
                         raise ConnectionLost("the server closed it")
@@ -138,8 +144,11 @@ class Line:
         """Send and receive, both as far as they go: with full buffers on both sides, a server
         reads no more until its replies are read."""
         pipeline = self.pipeline
+        deadline = -math.inf
         while True:
-            deadline = pipeline.expire(time.monotonic())
+            now = time.monotonic()
+            if now >= deadline:
+                deadline = pipeline.expire(now)
             if outcome.done:
                 break
             events = IN

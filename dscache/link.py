@@ -45,10 +45,12 @@ class Link(asyncio.BufferedProtocol):
         self.lost: asyncio.Future[Exception] = self._loop.create_future()
 
     def write(self, output: bytes) -> None:
-        """Hand bytes to the transport; a lost one drops them, and has told so."""
+        """Send bytes, or as many of them as can't be sent yet later; a lost link drops them."""
         if self._due_since is None:
             self._due_since = self._loop.time()
-        if self._transport is not None:
+        if self.is_clear():
+            output = self._send(output)
+        if output and self._transport is not None:
             self._transport.write(output)
 
     def is_clear(self) -> bool:
@@ -61,17 +63,15 @@ class Link(asyncio.BufferedProtocol):
             and not transport.get_write_buffer_size()
         )
 
-    def write_at_once(self, output: bytes) -> None:
-        """Send bytes now, where uvloop's transport waits for the end of the tick; see is_clear."""
+    def _send(self, output: bytes) -> bytes:
+        """Send bytes at once, where uvloop's transport waits for the end of the tick; return those
+        that the socket doesn't take."""
         assert self._socket is not None
         sent = 0
         # The transport will meet the same error, and knows what to do.
         with suppress(OSError):
             sent = os.write(self._socket.fileno(), output)
-        if sent < len(output):
-            self.write(output[sent:])
-        elif self._due_since is None:
-            self._due_since = self._loop.time()
+        return output[sent:]
 
     def idle(self) -> float:
         """Return the seconds since anything arrived."""

@@ -82,6 +82,11 @@ def commands(output: bytes) -> list[list[bytes]]:
     return found
 
 
+def flushed(pipeline: Any) -> bytes:
+    """Return all that a pipeline has to send, as far as its window allows."""
+    return b"".join(iter(pipeline.take_output, b""))
+
+
 def keys_of(name: str) -> tuple[bytes, bytes]:
     """Return the keys of a record under deepstream's layout."""
     return name.encode() + b"_v", name.encode() + b"_d"
@@ -378,8 +383,8 @@ class Exchange:
         return [operation.on(self.pipeline) for operation in operations]
 
     def take(self) -> list[list[bytes]]:
-        """Flush once, and return the commands, which no server sees."""
-        return commands(self.pipeline.take_output())
+        """Flush, and return the commands, which no server sees."""
+        return commands(flushed(self.pipeline))
 
     def reply(self, *values: object) -> None:
         """Let values arrive as replies, all at once."""
@@ -463,8 +468,8 @@ class ClusterExchange:
         return [operation.on(self.router) for operation in operations]
 
     def take(self, node: int = 0) -> list[list[bytes]]:
-        """Flush a node once, and return the commands, which no server sees."""
-        return commands(self.pipelines[node].take_output())
+        """Flush a node, and return the commands, which no server sees."""
+        return commands(flushed(self.pipelines[node]))
 
     def reply(self, node: int, *values: object) -> None:
         """Let values arrive as replies of a node, all at once."""
