@@ -41,6 +41,10 @@ from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
+    bint PyUnicode_IS_COMPACT_ASCII(object text) noexcept
+    const char* PyUnicode_DATA(object text) noexcept
+    Py_ssize_t PyUnicode_GET_LENGTH(object text) noexcept
+    long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
 
 cdef extern from *:
@@ -82,6 +86,7 @@ cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
 cdef Py_ssize_t FLUSH_RECORDS = c.FLUSH_RECORDS
 cdef Py_ssize_t EARLY_RECORDS = c.EARLY_RECORDS
 cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
+cdef Py_ssize_t READ_BUFFER_BYTES = c.READ_BUFFER_BYTES
 cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
 cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
 cdef long long MAX_ELEMENTS = c.MAX_ELEMENTS
@@ -112,6 +117,8 @@ cdef list _NOBODY = []
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 cdef object _encode_json = msgspec.json.Encoder().encode
+cdef object _encode_json_into = msgspec.json.Encoder().encode_into
+cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
 
 

@@ -6,7 +6,7 @@ cdef long long last_serial = 0
 
 
 @cython.final
-@cython.freelist(256)
+@cython.freelist(1024)
 cdef class _Write:
     """The content of one record to be written, and who waits for it."""
 

@@ -286,7 +286,7 @@ cdef class NearCache:
             if self._inner.owners[slot] is not pipeline:
                 self._dropped_fills += 1
                 return 0
-        PyUnicode_AsUTF8AndSize(name, &size)
+        utf8_of(name, &size)
         size += ENTRY_BYTES + (0 if raw is None else PyBytes_GET_SIZE(raw))
         self.drop(name)
         if self._table() + size > self._max_bytes or not self._max_records:

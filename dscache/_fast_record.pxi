@@ -88,15 +88,23 @@ cdef inline Record _record(str name, long long version, bytes raw):
 # -- checks and texts
 
 
+cdef inline const char* utf8_of(text, Py_ssize_t* size) except NULL:
+    """Return the UTF-8 of a str, which lasts as long as it does; raises UnicodeEncodeError."""
+    if PyUnicode_IS_COMPACT_ASCII(text):
+        size[0] = PyUnicode_GET_LENGTH(text)
+        return PyUnicode_DATA(text)
+    return PyUnicode_AsUTF8AndSize(text, size)
+
+
 cpdef str check_name(name):
     """Return the name as an exact str, or raise RecordError."""
     cdef Py_ssize_t size = 0
-    if not isinstance(name, str):
-        raise c.bad_name(name)
     if type(name) is not str:
+        if not isinstance(name, str):
+            raise c.bad_name(name)
         name = str.__str__(name)
     try:
-        PyUnicode_AsUTF8AndSize(name, &size)
+        utf8_of(name, &size)
     except UnicodeEncodeError:
         raise c.bad_name(name) from None
     if size == 0:
@@ -106,20 +114,34 @@ cpdef str check_name(name):
 
 cpdef long long check_version(str name, version) except -1:
     """Return the version as an int, or raise RecordError."""
+    cdef int overflow = 0
+    cdef long long number
     if not isinstance(version, int) or isinstance(version, bool):
         raise c.bad_version(name, version)
-    if not 0 <= version <= MAX_VERSION:
+    number = PyLong_AsLongLongAndOverflow(version, &overflow)
+    if overflow or number < 0:
         raise c.bad_version(name, version)
-    return version
+    return number
 
 
 cpdef bytes encode_data(str name, data):
     """Return the JSON text of a record's data, or raise RecordError."""
+    global _scratch
+    # Into a buffer that lasts: msgspec's own has to grow and shrink for each text, which costs as
+    # much as a tenth of the rest. A type of the user's may come back here meanwhile, and so may
+    # another thread.
+    cdef bytearray scratch = _scratch
     cdef bytes text
+    _scratch = None
+    if scratch is None:
+        scratch = bytearray()
     try:
-        text = _encode_json(data)
+        _encode_json_into(data, scratch)
     except Exception:  # msgspec raises whatever a user's own type raises
         return c.encode_tolerantly(name, data)
+    text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), PyByteArray_GET_SIZE(scratch))
+    if PyBytes_GET_SIZE(text) <= READ_BUFFER_BYTES:
+        _scratch = scratch
     if not text:
         raise c.empty_raw(name)
     return text

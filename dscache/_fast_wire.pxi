@@ -139,7 +139,7 @@ cdef class _Encoder:
     cdef int slot(self, str name) except -2:
         """Return the slot of both keys of a record, or -1 if they lie in different ones."""
         cdef Py_ssize_t size = 0
-        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        cdef const char* text = utf8_of(name, &size)
         cdef bint with_brace = text[0] == 125  # "}"
         cdef Opening* tag = &self._tag_for_brace if with_brace else &self._tag
         if tag.is_over:
@@ -182,7 +182,7 @@ cdef class _Encoder:
         cdef Py_ssize_t size = 0
         if kind < READ_KEY:
             return self.slot(name)
-        cdef const char* key = PyUnicode_AsUTF8AndSize(name, &size)
+        cdef const char* key = utf8_of(name, &size)
         return slot_of_text(key, size)
 
     cdef inline void begin(self) noexcept:
@@ -209,7 +209,7 @@ cdef class _Encoder:
         cdef Py_ssize_t first = batch.sent
         cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
         cdef Py_ssize_t limit = COMMAND_RECORDS
-        cdef Py_ssize_t i, size = 0
+        cdef Py_ssize_t i, start, size = 0
         cdef bint msetex = kind == SET_TTL and has_msetex
         cdef _Write write
         if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
@@ -250,10 +250,11 @@ cdef class _Encoder:
                     self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
                     self._put_asking(True)
                 self._put_header(2, b"$3\r\nGET\r\n")
-                self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_VERSION)
+                start = self._size
+                size = self._put_key(<str>PyList_GET_ITEM(batch.names, i))
                 if not asking:
                     self._put_header(2, b"$4\r\nTYPE\r\n")
-                    self._put_key(<str>PyList_GET_ITEM(batch.names, i), SUFFIX_OF_DATA)
+                    self._put_key_of_data(start, size)
         elif kind == SET or msetex:
             self._put_asking(asking)
             if msetex:
@@ -299,9 +300,10 @@ cdef class _Encoder:
 
     cdef int _put_record(self, str name, _Write write) except -1:
         """Append both keys of a record, each followed by its value."""
-        self._put_key(name, SUFFIX_OF_VERSION)
+        cdef Py_ssize_t start = self._size
+        cdef Py_ssize_t size = self._put_key(name)
         self._put_number(write.version)
-        self._put_key(name, SUFFIX_OF_DATA)
+        self._put_key_of_data(start, size)
         self._put_text(write.text)
         return 0
 
@@ -313,19 +315,23 @@ cdef class _Encoder:
         return 0
 
     cdef int _put_keys(self, str name) except -1:
-        """Append both keys of a record: the second is the first with another last letter."""
+        """Append both keys of a record."""
         cdef Py_ssize_t start = self._size
-        cdef Py_ssize_t size = self._put_key(name, SUFFIX_OF_VERSION)
+        self._put_key_of_data(start, self._put_key(name))
+        return 0
+
+    cdef int _put_key_of_data(self, Py_ssize_t start, Py_ssize_t size) except -1:
+        """Append what stands there, the key of the version, with the other last letter."""
         self._reserve(size)
         memcpy(self._out + self._size, self._out + start, size)
         self._size += size
         self._out[self._size - 3] = SUFFIX_OF_DATA
         return 0
 
-    cdef Py_ssize_t _put_key(self, str name, char suffix) except -1:
-        """Append one key of a record, and return how many bytes it took."""
+    cdef Py_ssize_t _put_key(self, str name) except -1:
+        """Append the key of a record's version, and return how many bytes it took."""
         cdef Py_ssize_t size = 0
-        cdef const char* text = PyUnicode_AsUTF8AndSize(name, &size)
+        cdef const char* text = utf8_of(name, &size)
         cdef bytes opening = self._opening
         cdef bytes closing = self._closing
         if text[0] == 125:  # "}"
@@ -340,7 +346,7 @@ cdef class _Encoder:
         at = put_bytes(at, text, size)
         at = put_bytes(at, PyBytes_AS_STRING(closing), PyBytes_GET_SIZE(closing))
         at[0] = 95  # "_"
-        at[1] = suffix
+        at[1] = SUFFIX_OF_VERSION
         at = put_end(at + SUFFIX_SIZE)
         self._size += at - start
         return at - start
