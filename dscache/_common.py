@@ -43,10 +43,10 @@ MAX_VERSION: Final = 2**63 - 1
 MAX_TTL: Final = 10**10
 
 # Records in one MGET or MSET, and about as many in one write to the socket, so that the server has
-# begun and answers come while the next are encoded and those before are parsed. Bulks of 1000 and of
-# 20,000 take 0.90 to 0.95 of the time that they took with 512 and all of it in one write, 1000 reads
-# of one tick 0.90. With 128 it is the same. The cost per record hardly depends on it, while the server
-# answers nobody else until the command is done.
+# begun, and answers come, while the next are encoded and those before are parsed. Bulks of 1000 and
+# of 20,000 take 0.90 to 0.95 of the time that they took with 512 and all of it in one write, and
+# 1000 reads of one tick 0.90. With 128 it is the same. The cost per record hardly depends on it,
+# while the server answers nobody else until the command is done.
 COMMAND_RECORDS: Final = 256
 FLUSH_RECORDS: Final = 256
 # Records of one tick with which the server may begin before the tick is over, if it has nothing

@@ -6,6 +6,8 @@ is no socket, event loop or configuration here. The theory of operation stands a
 ``_pure_pipeline.py``; here are only the reasons for what is done otherwise:
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
+* Replies to MGET and MSET are read where they lie. Whatever else comes, or looks unusual, is left
+  to hiredis, so that it is judged in both cores alike.
 * ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
   each collection that they would trigger looks at all of them.
 """
@@ -855,6 +857,8 @@ cdef class Pipeline:
             count = slot[1]
             if batch.asking:
                 batch = None
+        if self._replies.is_amid_anothers(batch):
+            raise ProtocolError(f"{self.address} sent a reply that no operation waits for any more")
         try:
             return self._replies.next(batch, count)
         except c.NO_RESP as error:

@@ -127,9 +127,9 @@ cpdef long long check_version(str name, version) except -1:
 cpdef bytes encode_data(str name, data):
     """Return the JSON text of a record's data, or raise RecordError."""
     global _scratch
-    # Into a buffer that lasts: msgspec's own has to grow and shrink for each text, which costs as
-    # much as a tenth of the rest. A type of the user's may come back here meanwhile, and so may
-    # another thread.
+    # Into a buffer that lasts: msgspec's own has to grow and shrink for each text, so that 123
+    # bytes take 650 ns in place of 550. Nobody else may use it meanwhile: neither another thread,
+    # nor what a user's own type does while it is encoded.
     cdef bytearray scratch = _scratch
     cdef bytes text
     _scratch = None

@@ -565,8 +565,8 @@ cdef class _Replies:
     """What has arrived, as replies: those to MGET and MSET are read where they lie, all others,
     and whatever looks unusual, by hiredis.
 
-    Of 1000 records read at once that saves half the time of taking their replies: hiredis copies
-    what arrives, and makes an object of each value for a list.
+    hiredis copies what arrives, and makes an object of each value and a list of them. Without it,
+    the replies to 1000 reads are taken in 83 us in place of 106.
     """
 
     cdef bytearray _storage
@@ -643,6 +643,10 @@ cdef class _Replies:
             self._delegated = False
         return reply
 
+    cdef bint is_amid_anothers(self, _Batch batch) noexcept:
+        """Whether what comes next is the rest of a reply that isn't for this batch."""
+        return self._found is not None and self._batch is not batch
+
     cdef list take_found(self):
         """Return what was read in place of the reply to an MGET: for each record from the first on
         itself, None, _HALF, or the text that is no version."""
@@ -675,8 +679,6 @@ cdef class _Replies:
             self._found = []
             self._batch = batch
             self._count = count
-        elif batch is not self._batch:
-            return OTHER  # nobody waits for the rest
         at = PyByteArray_AS_STRING(self._storage) + self._start
         for i in range(PyList_GET_SIZE(self._found), count):
             found = read_value(at, end, &stored)

@@ -7,9 +7,10 @@ Theory of operation
 -------------------
 An operation joins a **batch**: the records of one kind (reads, writes, ...) issued in one tick
 of the event loop, or one bulk operation. ``take_output`` turns waiting batches into commands of
-up to some hundred records each. A command in flight is a **slot**, and replies come in the
-order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late is
-merely not told, while its reply is parsed and dropped as any other.
+up to some hundred records each, and returns about so many at a time: with the first of them the
+server can begin while the next are encoded. A command in flight is a **slot**, and replies come
+in the order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late
+is merely not told, while its reply is parsed and dropped as any other.
 
 Two rules keep the order of operations on one name:
 

@@ -556,6 +556,20 @@ def test_records_in_a_command(exchange: Exchange, operation: Any, limit: int, ex
     assert waiter.result() in ({}, set())
 
 
+@pytest.mark.parametrize("method", ["get_bulk", "set_bulk", "head_bulk", "delete_bulk"])
+def test_the_server_may_begin_on_a_part_of_a_bulk(exchange: Exchange, method: str) -> None:
+    """While the rest is encoded, it works on that."""
+    names = [f"n{i}" for i in range(3 * c.FLUSH_RECORDS + 1)]
+    rest = dict.fromkeys(names, (1, 1)) if method == "set_bulk" else names
+    exchange.issue(Op("get", "single"), Op(method, rest))
+    counts = []
+    while output := exchange.pipeline.take_output():
+        counts.append(exchange.pipeline.in_flight - sum(counts))
+        assert commands(output)
+    # A batch is not torn for what went before it.
+    assert counts == [1 + c.FLUSH_RECORDS, c.FLUSH_RECORDS, c.FLUSH_RECORDS, 1]
+
+
 def test_the_window_bounds_what_is_in_flight(exchange: Exchange) -> None:
     names = [f"n{i}" for i in range(WINDOW + 2000)]
     for name in names[::3]:
@@ -746,6 +760,92 @@ def test_replies_may_come_in_pieces_of_any_size(core: Any, size: int) -> None:
         exchange.assert_drained()
         assert [plain(waiter.result()) for waiter in waiters] == expected
         assert exchange.pipeline.stats()["bytes_in"] == len(replies)
+
+
+# Beside what the buffer holds, and beyond it; the keys and lengths of a record take some bytes too.
+_SIZES = [0, 1, 100, c.READ_BUFFER_BYTES // 2, c.READ_BUFFER_BYTES - 40, c.READ_BUFFER_BYTES]
+_SIZES += [c.READ_BUFFER_BYTES + 1, 3 * c.READ_BUFFER_BYTES]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_replies_of_any_size_may_come_in_pieces_of_any_size(core: Any, seed: int) -> None:
+    chosen = random.Random(seed)
+    exchange = Exchange(core)
+    expected: dict[str, tuple[int, str]] = {}
+    damaged = []
+    for name in map(str, range(30)):
+        kind = chosen.choice(["record", "record", "record", "missing", "half", "damaged"])
+        text = name[-1] * chosen.choice(_SIZES)
+        version = chosen.choice([0, 7, 10**18, c.MAX_VERSION])
+        if kind == "record":
+            exchange.server.put(name, version, b'"%s"' % text.encode())
+            expected[name] = (version, text)
+        elif kind == "half":
+            exchange.server.put(name, 1, None)
+        elif kind == "damaged":
+            exchange.server.put(name, chosen.choice([2**63, "x", "1" * 400]), b"1")
+            damaged.append(name)
+    for _ in range(3):  # what is left of one reading must not be in the way of the next
+        names = chosen.sample(list(map(str, range(30))), 30)
+        bulk, *singles, last = exchange.issue(
+            Op("get_bulk", names), *(Op("get", name) for name in names), Op("head", names[0])
+        )
+        replies = exchange.server.answer(flushed(exchange.pipeline))
+        at = 0
+        while at < len(replies):
+            buffer = exchange.pipeline.get_buffer(-1)
+            size = min(chosen.choice([1, 5, 1000, len(buffer)]), len(buffer), len(replies) - at)
+            if chosen.randrange(2):
+                buffer[:size] = replies[at : at + size]
+                exchange.pipeline.buffer_updated(size)
+            else:
+                exchange.pipeline.feed(replies[at : at + size])
+            at += size
+        exchange.assert_drained()
+        found = bulk.error.result if damaged else bulk.result()
+        assert [plain(record) for record in found.values()] == [
+            expected[name] for name in names if name in expected
+        ]
+        for name, waiter in zip(names, singles, strict=True):
+            if name in damaged:
+                assert isinstance(waiter.error, RecordError)
+            else:
+                assert plain(waiter.result()) == expected.get(name)
+        assert last.done
+
+
+def test_what_is_left_of_a_reply_that_nobody_waits_for_answers_nothing(exchange: Exchange) -> None:
+    for name in "abc":
+        exchange.server.put(name, 1, b'"of %s"' % name.encode())
+    [waiter] = exchange.issue(Op("get_bulk", ["a", "b", "c"]))
+    reply = exchange.server.answer(exchange.pipeline.take_output())
+    exchange.pipeline.feed(reply[: len(reply) // 2])
+    exchange.pipeline.fail_all(lambda operation: ConnectionLost(operation))
+    assert isinstance(waiter.error, ConnectionLost)
+    with pytest.raises(ProtocolError, match=rf"^{ADDRESS} sent a reply that no operation waits"):
+        exchange.pipeline.feed(reply[len(reply) // 2 :])
+
+
+@pytest.mark.parametrize("via_buffer", [False, True])
+def test_room_for_replies_does_not_end(exchange: Exchange, via_buffer: bool) -> None:
+    """Each is whole when it comes, and they are many times what there is room for."""
+    text = "x" * (c.READ_BUFFER_BYTES // 3)
+    exchange.server.put("a", 1, b'"%s"' % text.encode())
+    for _ in range(20):
+        [waiter] = exchange.issue(Op("get", "a"))
+        reply = exchange.server.answer(exchange.pipeline.take_output())
+        if via_buffer:
+            exchange.pipeline.get_buffer(-1)[: len(reply)] = reply
+            exchange.pipeline.buffer_updated(len(reply))
+        else:
+            exchange.pipeline.feed(reply)
+        assert plain(waiter.result()) == (1, text)
+
+
+def test_the_buffer_has_no_more_than_it_has(exchange: Exchange) -> None:
+    buffer = exchange.pipeline.get_buffer(-1)
+    with pytest.raises(ValueError, match="no such part"):
+        exchange.pipeline.buffer_updated(len(buffer) + 1)
 
 
 def test_buffer(exchange: Exchange) -> None:
