@@ -191,6 +191,7 @@ cdef class Pipeline:
     cdef list _returned
     cdef _Replies _replies
     cdef object _version_reply  # of a head: its first reply, until the second one comes
+    cdef bint _severed  # replies are still to come that belong to nobody
     cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
@@ -507,6 +508,7 @@ cdef class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
         self._asked = False
+        self._severed = False
         self._partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._replies.reset()
@@ -621,11 +623,16 @@ cdef class Pipeline:
         self.reset_reader()
 
     def fail_all(self, error_of):
-        """Fail every operation that is queued or in flight, with an error of its own each."""
+        """Fail every operation that is queued or in flight, with an error of its own each.
+
+        If any was in flight, the next reply ends the connection, as it would be taken for that of
+        a later operation.
+        """
         cdef _Batch batch
         batches = dict.fromkeys([slot[0] for slot in self._slots])
         batches.update(dict.fromkeys(self._queue))
         self.settled += len(self._slots)
+        self._severed = self._severed or bool(self._slots)
         self._slots.clear()
         self._queue.clear()
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
@@ -851,14 +858,12 @@ cdef class Pipeline:
         cdef Py_ssize_t count = 0
         cdef tuple slot
         # A message comes where a reply is due if it is ``plain``, and two replies of an ``asking``.
-        if self._slots and not self.plain:
+        if self._slots and not self.plain and not self._severed:
             slot = self._slots[0]
             batch = slot[0]
             count = slot[1]
             if batch.asking:
                 batch = None
-        if self._replies.is_amid_anothers(batch):
-            raise ProtocolError(f"{self.address} sent a reply that no operation waits for any more")
         try:
             return self._replies.next(batch, count)
         except c.NO_RESP as error:
@@ -917,7 +922,7 @@ cdef class Pipeline:
     cdef int _answer(self, reply) except -1:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
         if the reply turns out to be of the wrong shape."""
-        if not self._slots:
+        if not self._slots or self._severed:
             raise ProtocolError(
                 f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
             )

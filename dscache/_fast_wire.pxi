@@ -575,7 +575,6 @@ cdef class _Replies:
     cdef bint _delegated  # hiredis has the beginning of what comes next
     cdef object _reader, _gets, _has_data
     cdef list _found  # of the reply to an MGET, so far
-    cdef _Batch _batch  # that it is for
     cdef Py_ssize_t _count  # of its records
 
     def __cinit__(self):
@@ -585,7 +584,7 @@ cdef class _Replies:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._start = self._end = 0
         self._delegated = False
-        self._found = self._batch = None
+        self._found = None
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
         self._gets = self._reader.gets
         self._has_data = self._reader.has_data
@@ -643,15 +642,11 @@ cdef class _Replies:
             self._delegated = False
         return reply
 
-    cdef bint is_amid_anothers(self, _Batch batch) noexcept:
-        """Whether what comes next is the rest of a reply that isn't for this batch."""
-        return self._found is not None and self._batch is not batch
-
     cdef list take_found(self):
         """Return what was read in place of the reply to an MGET: for each record from the first on
         itself, None, _HALF, or the text that is no version."""
         cdef list found = self._found
-        self._found = self._batch = None
+        self._found = None
         return [] if found is None else found
 
     cdef Presence _take(self, const char* wanted, Py_ssize_t size) noexcept:
@@ -677,7 +672,6 @@ cdef class _Replies:
             if found != WHOLE:
                 return found
             self._found = []
-            self._batch = batch
             self._count = count
         at = PyByteArray_AS_STRING(self._storage) + self._start
         for i in range(PyList_GET_SIZE(self._found), count):

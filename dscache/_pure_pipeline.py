@@ -455,6 +455,7 @@ class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._asked = False  # the reply to an ASKING was read, and what was asked comes next
+        self._severed = False  # replies are still to come that belong to nobody
         self._partial = 0
         self._guard = LengthGuard(self._max_reply_bytes)
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
@@ -560,10 +561,15 @@ class Pipeline:
         self.reset_reader()
 
     def fail_all(self, error_of: ErrorOf) -> None:
-        """Fail every operation that is queued or in flight, with an error of its own each."""
+        """Fail every operation that is queued or in flight, with an error of its own each.
+
+        If any was in flight, the next reply ends the connection, as it would be taken for that of
+        a later operation.
+        """
         batches = dict.fromkeys(batch for batch, _count in self._slots)
         batches.update(dict.fromkeys(self._queue))
         self.settled += len(self._slots)
+        self._severed = self._severed or bool(self._slots)
         self._slots.clear()
         self._queue.clear()
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
@@ -776,7 +782,7 @@ class Pipeline:
     def _answer(self, reply: Any) -> None:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
         if the reply turns out to be of the wrong shape."""
-        if not self._slots:
+        if not self._slots or self._severed:
             raise ProtocolError(
                 f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
             )

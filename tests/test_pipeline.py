@@ -826,6 +826,25 @@ def test_what_is_left_of_a_reply_that_nobody_waits_for_answers_nothing(exchange:
         exchange.pipeline.feed(reply[len(reply) // 2 :])
 
 
+@pytest.mark.parametrize("names", [["a"], ["x", "y", "z"], ["x", "y", "z", "a"]], ids=len)
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
+def test_half_a_reply_is_not_followed_by_anothers(
+    exchange: Exchange, names: list[str], part: float
+) -> None:
+    for name in "abc":
+        exchange.server.put(name, 1, b'"of %s"' % name.encode())
+    exchange.issue(Op("get_bulk", ["a", "b", "c"]))
+    reply = exchange.server.answer(exchange.pipeline.take_output())
+    at = int(len(reply) * part)
+    exchange.pipeline.feed(reply[:at])
+    exchange.pipeline.fail_all(lambda operation: ConnectionLost(operation))
+    [waiter] = exchange.issue(Op("get_bulk", names))
+    exchange.pipeline.take_output()
+    with pytest.raises(ProtocolError):
+        exchange.pipeline.feed(reply[at:])
+    assert not waiter.done
+
+
 @pytest.mark.parametrize("via_buffer", [False, True])
 def test_room_for_replies_does_not_end(exchange: Exchange, via_buffer: bool) -> None:
     """Each is whole when it comes, and they are many times what there is room for."""
