@@ -25,6 +25,8 @@ from dscache.embedded import ServerBinary
 from figures import PATIENCE, Figures, resident
 from load import Load
 
+# For caches: what is noticed when the slots are next asked for need not take long.
+CURIOUS = {"slotsRefreshInterval": 50}
 KINDS: tuple[Failover, ...] = ("", "FORCE", "TAKEOVER")
 NODE_TIMEOUT_MS = 1000
 # While a shard is down, the others keep at least this part of their rate.
@@ -62,6 +64,15 @@ def prefix_on(group: ClusterGroup, node: ClusterNode) -> str:
     slots = set(group.slots_of(node))
     # The tag of "{{prefix}/name}_v" ends at the first brace.
     return next(tag for i in range(10**6) if slot_of(tag := f"{{shard-{i}}}") in slots)
+
+
+def a_name_each(group: ClusterGroup) -> dict[str, ClusterNode]:
+    """Return the name of a record of each primary, by which that is found."""
+    found: dict[str, ClusterNode] = {}
+    for node in group.primaries():
+        slots = set(group.slots_of(node))
+        found[next(name for i in range(10**6) if slot_of(name := f"on/{i}") in slots)] = node
+    return found
 
 
 @contextlib.asynccontextmanager

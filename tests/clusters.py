@@ -180,6 +180,13 @@ class ClusterNode:
                 raise answer
         return answers
 
+    def reads(self) -> int:
+        """Return how many commands that read records it has answered."""
+        stats = self.ask("INFO", "commandstats")
+        return sum(
+            int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("mget", "get")
+        )
+
     def view(self) -> dict[str, _Line]:
         """Return what the node knows of the cluster, by node id. Raises redis.RedisError."""
         lines = {}
@@ -537,6 +544,15 @@ class ClusterGroup:
         """Let a paused node go on."""
         node.server.resume()
         node.is_paused = False
+
+    def heal(self) -> None:
+        """Start what was killed and resume what was paused, and wait until all is well."""
+        for node in self.nodes:
+            if node.is_paused:
+                self.resume(node)
+            if not node.server.is_running:
+                self.start(node)
+        self.wait_until_ok()
 
     def stop_all(self) -> None:
         """Stop all nodes; what they store stays."""

@@ -23,7 +23,9 @@ import redis as redis_py
 import trustme
 from hypothesis import HealthCheck, settings
 
+import cluster_rows
 import dscache
+from clusters import ClusterGroup
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
 from faults import FaultProxy
@@ -73,6 +75,15 @@ def _servers() -> list[NamedServer] | list[ServerBinary]:
 
 
 SERVERS = _servers()
+
+# The kinds of server, also where SERVERS names one of one's own. Where it would take long to start
+# each, the oldest and the newest stand for all.
+BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
+BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
+OLDEST_AND_NEWEST = list(dict.fromkeys((*BY_AGE[:1], *BY_AGE[-1:])))
+
+# The passwords of ``guarded_group``.
+OWN, SHARED = "of-the-first-alone", "of-all-others"
 
 
 def _server_id(server: NamedServer | ServerBinary) -> str:
@@ -285,4 +296,36 @@ async def tls_proxy(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates.certificate, certificates.key)
     async with FaultProxy(server.host, server.port, tls=context) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=OLDEST_AND_NEWEST, ids=lambda binary: binary.name)
+def binary(request: pytest.FixtureRequest) -> ServerBinary:
+    """The kind of a module's own servers: the oldest and the newest. A module may put one here."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
+    """Three primaries with a replica each; without one of them the others go on.
+
+    A module may put another cluster here.
+    """
+    with cluster_rows.start(binary) as started:
+        yield started
+
+
+@pytest.fixture
+def group(shared_group: ClusterGroup) -> ClusterGroup:
+    """The shared group, whole and empty again after what the last test did to it."""
+    shared_group.heal()
+    for primary in shared_group.primaries():
+        primary.ask("FLUSHALL")
+    return shared_group
+
+
+@pytest.fixture(scope="session")
+def guarded_group() -> Iterator[ClusterGroup]:
+    """Nodes with a password, one with another and one without. No test changes them."""
+    with ClusterGroup(BY_AGE[0], replicas=0, passwords=[OWN, SHARED, None]) as started:
         yield started

@@ -21,7 +21,6 @@ from typer.main import get_group
 
 from clusters import SLOTS, ClusterGroup, ClusterNode
 from commands import PATIENCE, invoke, plain, run, run_on_terminal
-from conftest import SERVERS
 from documents import PROJECT, code, prose, section, table
 from dscache import (
     ConfigError,
@@ -36,12 +35,7 @@ from dscache._cli_app import app
 from dscache._cluster_report import ClusterReport, NodeReport
 from dscache._survey import survey
 from dscache.config import Config, load
-from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_servers
-
-# The oldest and the newest server stand for the others: starting clusters takes its time.
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
-SOME = list(dict.fromkeys((BY_AGE[0], BY_AGE[-1])))
+from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
 
 DOCUMENT = PROJECT / "docs" / "cli.md"
 PASSWORD = "pass@word"
@@ -51,27 +45,11 @@ NOBODY = "127.0.0.1:1"
 COLUMNS = ("node", "role", "its primary", "slots", "count", "round trip", "server", "health")
 
 
-@pytest.fixture(scope="module", params=SOME, ids=lambda binary: binary.name)
-def binary(request: pytest.FixtureRequest) -> ServerBinary:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
+    """Three primaries with a replica each, all with one password."""
     with ClusterGroup(binary, passwords=PASSWORD) as started:
         yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """Three primaries with a replica each; the next test gets them whole again."""
-    for node in shared_group.nodes:
-        if node.is_paused:
-            shared_group.resume(node)
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    return shared_group
 
 
 @pytest.fixture(scope="module")

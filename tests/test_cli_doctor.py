@@ -13,7 +13,7 @@ import redis as redis_py
 from rich.console import Console
 
 from commands import invoke, plain, run_on_terminal
-from conftest import SERVERS
+from conftest import BINARIES, BY_AGE
 from documents import PROJECT, code, table
 from dscache import _cli_doctor
 from dscache import _findings as findings
@@ -24,11 +24,9 @@ from dscache._cluster_report import ClusterReport, NodeReport
 from dscache._findings import BAD, OK, UNKNOWN, WARNING, Checkup, Finding
 from dscache._judge_records import Sample
 from dscache._judge_topology import SentinelSays
-from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_servers
+from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
 from sentinels import GROUP, SentinelGroup
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 DOCUMENT = PROJECT / "docs" / "cli.md"
 CHECKS = (
     *(
@@ -48,10 +46,10 @@ CHECKS = (
 FICKLE = {"round trip", "commands", "clock"}
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys((BY_AGE[0], BY_AGE[-1])), ids=lambda b: b.name)
-def patient(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
+@pytest.fixture(scope="module")
+def patient(binary: ServerBinary) -> Iterator[EmbeddedServer]:
     """A server whose settings tests change; the next one gets it as it was."""
-    with EmbeddedServer(request.param) as started:
+    with EmbeddedServer(binary) as started:
         yield started
 
 

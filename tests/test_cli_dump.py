@@ -16,13 +16,11 @@ import pytest
 import redis as redis_py
 
 from commands import PATIENCE, failing_after, invoke, plain, run_on_terminal, running
-from conftest import SERVERS
+from conftest import BY_AGE
 from documents import PROJECT, code, section
 from dscache import AsyncCache, ConnectionLost, _dump, _ndjson, _restore, _tally
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from dscache.embedded import EmbeddedServer
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 DOCUMENT = PROJECT / "docs" / "cli.md"
 MANY = 12_000
 NAMES = [

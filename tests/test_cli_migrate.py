@@ -16,16 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import invoke, plain, run_on_terminal
-from conftest import SERVERS
+from conftest import BY_AGE
 from documents import PROJECT, code, table
 from dscache import AsyncCache, Cache, ReplyError, _relayout
 from dscache._layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
 from dscache._pure_wire import slot_of_key
 from dscache._shards import open_shards
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from dscache.embedded import EmbeddedServer
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 DOCUMENT = PROJECT / "docs" / "cli.md"
 NAMES = ["plain", "ü {x}", "}brace", "}", "a}b", "*", "x_v", "line\nend"]
 OTHER = {DEEPSTREAM: HASHTAG, HASHTAG: DEEPSTREAM}

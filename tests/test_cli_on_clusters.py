@@ -12,31 +12,22 @@ import pytest
 
 from clusters import ClusterGroup, ClusterNode
 from commands import failing_after, invoke, running
-from conftest import SERVERS
+from conftest import BY_AGE
 from dscache import ConnectionLost, _dump, _ndjson, _tally
 from dscache._layout import DEEPSTREAM, HASHTAG, Layout
 from dscache._shards import Shards
-from dscache.embedded import ServerBinary, find_servers
+from dscache.embedded import ServerBinary
 from dscache.slots import SlotRange
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 PASSWORD = "pass@word"
 NAMES = [*(f"r/{number}" for number in range(1000)), "}brace", "ü", "{tag}/a"]
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys((BY_AGE[0], BY_AGE[-1])), ids=lambda b: b.name)
-def shared(request: pytest.FixtureRequest) -> Iterator[ClusterGroup]:
-    with ClusterGroup(request.param, primaries=3, replicas=0, passwords=PASSWORD) as started:
+@pytest.fixture(scope="module")
+def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
+    """Three primaries, all with one password."""
+    with ClusterGroup(binary, primaries=3, replicas=0, passwords=PASSWORD) as started:
         yield started
-
-
-@pytest.fixture
-def group(shared: ClusterGroup) -> ClusterGroup:
-    """Three primaries, which have just been emptied."""
-    for node in shared.nodes:
-        node.ask("FLUSHALL")
-    return shared
 
 
 @pytest.fixture

@@ -15,20 +15,17 @@ import redis as redis_py
 from rich.console import Console
 
 from commands import PATIENCE, invoke, running
-from conftest import SERVERS
 from documents import PROJECT, code, table
 from dscache import AsyncCache, _cli_watch, _watching
 from dscache._watching import Event, Watch
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from dscache.embedded import EmbeddedServer, ServerBinary
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 DOCUMENT = PROJECT / "docs" / "cli.md"
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys((BY_AGE[0], BY_AGE[-1])), ids=lambda b: b.name)
-def watched(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(request.param) as started:
+@pytest.fixture(scope="module")
+def watched(binary: ServerBinary) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary) as started:
         yield started
 
 

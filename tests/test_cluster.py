@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,44 +12,13 @@ import pytest
 
 import cluster_rows
 import dscache
-from cluster_rows import KINDS, open_cache, slot_of
-from clusters import ClusterGroup, ClusterNode, Failover
-from conftest import SERVERS
-from dscache.embedded import ServerBinary, find_servers
+from cluster_rows import CURIOUS, KINDS, a_name_each, open_cache, slot_of
+from clusters import ClusterGroup, Failover
+from conftest import BY_AGE, OWN, PATIENT, SHARED
 from faults import FaultProxy
 from figures import Figures
 
-# Clusters of every server found would take long: the oldest and the newest kind stand for all.
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
-SOME = list(dict.fromkeys((BY_AGE[0], BY_AGE[-1])))
-
 PATIENCE = 60
-# Nothing must fail for want of time on a busy machine.
-SLOW = {"commandTimeout": 20_000, "connectTimeout": 20_000}
-# What is noticed when the slots are next asked for need not take long.
-CURIOUS = {"slotsRefreshInterval": 50}
-
-
-@pytest.fixture(scope="module", params=SOME, ids=lambda binary: binary.name)
-def shared_group(request: pytest.FixtureRequest) -> Iterator[ClusterGroup]:
-    """Three primaries with a replica each; without one of them the others go on."""
-    with cluster_rows.start(request.param) as started:
-        yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared group, whole and empty again after what the last test did to it."""
-    for node in shared_group.nodes:
-        if node.is_paused:
-            shared_group.resume(node)
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    for primary in shared_group.primaries():
-        primary.ask("FLUSHALL")
-    return shared_group
 
 
 @asynccontextmanager
@@ -70,17 +39,6 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-def names_on(group: ClusterGroup, node: ClusterNode, count: int) -> list[str]:
-    slots = set(group.slots_of(node))
-    names = (f"on/{i}" for i in range(10**6))
-    found = (name for name in names if slot_of(name) in slots)
-    return [next(found) for _ in range(count)]
-
-
-def a_name_each(group: ClusterGroup) -> dict[str, ClusterNode]:
-    return {names_on(group, node, 1)[0]: node for node in group.primaries()}
-
-
 # -- records
 
 
@@ -90,7 +48,7 @@ async def test_records_are_where_they_belong(
     layout: str, single: bool, group: ClusterGroup, backend: str
 ) -> None:
     figures = Figures("cluster-records")
-    async with opened(group, keyLayout=layout, **SLOW) as cache:
+    async with opened(group, keyLayout=layout, **PATIENT) as cache:
         await cluster_rows.keep_records(figures, group, cache, layout, 1000, single)
         assert figures.problems == []
         stats = cache.stats()
@@ -104,7 +62,7 @@ async def test_records_are_where_they_belong(
 
 async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-records")
-    async with opened(group, **SLOW) as cache:
+    async with opened(group, **PATIENT) as cache:
         await cluster_rows.tear_none(figures, cache, 10_000)
     assert figures.problems == []
     assert figures.operations >= 10_000
@@ -113,7 +71,7 @@ async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
 async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) -> None:
     """The default layout, a prefix, lifetimes, guarded writes, and what the cache says of it."""
     primaries = {f"127.0.0.1:{one.port}" for one in group.primaries()}
-    async with opened(group, keyPrefix="app/", **SLOW, **CURIOUS) as cache:
+    async with opened(group, keyPrefix="app/", **PATIENT, **CURIOUS) as cache:
         assert cache.is_ready
         server = group.nodes[0].server.binary.name.replace("-", " ")
         assert f"cluster of {server}" in cache.description
@@ -145,7 +103,7 @@ async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: s
 
 async def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None:
     """deepstream's own layout: each key is where Redis wants it, and a half is a miss."""
-    async with opened(group, keyLayout="deepstream", **SLOW) as cache:
+    async with opened(group, keyLayout="deepstream", **PATIENT) as cache:
         assert await cache.set("a", 1, {"b": 1}, ttl=100) is True
         for key, value in (("a_v", "1"), ("a_d", '{"b":1}')):
             owner = await asyncio.to_thread(group.owner, key)
@@ -166,7 +124,7 @@ async def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None
 
 async def test_one_node_that_does_not_know_its_address(backend: str) -> None:
     """A cluster of one announces no host: it is the one that was asked."""
-    with ClusterGroup(SOME[0], primaries=1, replicas=0) as group:
+    with ClusterGroup(BY_AGE[0], primaries=1, replicas=0) as group:
         async with opened(group, nodes=[{"host": "localhost", "port": group.nodes[0].port}]) as one:
             await one.set_bulk({f"n/{i}": (i, i) for i in range(100)})
             assert len(await one.get_bulk(f"n/{i}" for i in range(100))) == 100
@@ -176,7 +134,7 @@ async def test_one_node_that_does_not_know_its_address(backend: str) -> None:
 
 async def test_one_of_several_nodes_is_enough(group: ClusterGroup, backend: str) -> None:
     nodes = [{"port": 1}, {"port": group.nodes[-1].port}, {"host": "nowhere.invalid", "port": 1}]
-    async with opened(group, nodes=nodes, **SLOW, **CURIOUS) as cache:
+    async with opened(group, nodes=nodes, **PATIENT, **CURIOUS) as cache:
         await cache.set_bulk({f"n/{i}": (i, i) for i in range(100)})
         assert len(await cache.get_bulk(f"n/{i}" for i in range(100))) == 100
         # Those that were of no use are closed by and by.
@@ -190,7 +148,7 @@ async def test_one_of_several_nodes_is_enough(group: ClusterGroup, backend: str)
 
 async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
     figures = Figures("reshard")
-    async with opened(group, **SLOW) as cache:
+    async with opened(group, **PATIENT) as cache:
         await cluster_rows.move_slots(figures, group, cache, 80)
     assert figures.problems == []
     assert figures.operations > 0
@@ -205,7 +163,7 @@ async def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
     others = [f"other/{i}" for i in range(450)]
     group.begin_migration(slot, source, target)
     try:
-        async with opened(group, maxRedirections=1000, **SLOW) as cache:
+        async with opened(group, maxRedirections=1000, **PATIENT) as cache:
             await _use_what_moves(group, cache, slot, names, others)
     finally:
         if slot in group.slots_of(source):
@@ -257,7 +215,7 @@ async def _use_what_moves(
 async def test_who_leaves_is_closed(backend: str) -> None:
     """A node without slots that is taken out of the cluster, with operations under way."""
     args = ("--cluster-allow-replica-migration", "no")
-    with ClusterGroup(SOME[0], primaries=3, replicas=0, args=args) as group:
+    with ClusterGroup(BY_AGE[0], primaries=3, replicas=0, args=args) as group:
         leaving, heir = group.primaries()[:2]
         # To be quick about it, it has few slots left when it begins.
         first, last = group.slots_of(leaving)[100], group.slots_of(leaving)[-1]
@@ -265,7 +223,7 @@ async def test_who_leaves_is_closed(backend: str) -> None:
             node.ask("CLUSTER", "DELSLOTSRANGE", first, last)
         heir.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
         group.wait_until_ok()
-        async with opened(group, **SLOW) as cache:
+        async with opened(group, **PATIENT) as cache:
             await cache.set_bulk({f"n/{i}": (i, i) for i in range(500)})
             stop = False
 
@@ -292,7 +250,7 @@ async def test_who_leaves_is_closed(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=["orderly", "force", "takeover"])
 async def test_failover_under_load(kind: Failover, group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-failover")
-    async with opened(group, **SLOW) as cache:
+    async with opened(group, **PATIENT) as cache:
         await cluster_rows.fail_over(figures, group, cache, kind, KINDS.index(kind), 20.0)
     assert figures.problems == []
 
@@ -369,15 +327,6 @@ async def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) 
 
 # -- passwords
 
-OWN, SHARED = "of-the-first-alone", "of-all-others"
-
-
-@pytest.fixture(scope="module")
-def guarded_group() -> Iterator[ClusterGroup]:
-    """Nodes with a password, one with another and one without."""
-    with ClusterGroup(SOME[0], replicas=0, passwords=[OWN, SHARED, None]) as started:
-        yield started
-
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_a_node_with_another_password(
@@ -390,7 +339,7 @@ async def test_a_node_with_another_password(
         {"host": host, "port": third.port, "password": None},
     ]
     options = {"nodes": nodes, "redisOptions": {"password": SHARED}}
-    async with opened(guarded_group, **options, **SLOW, **CURIOUS) as cache:
+    async with opened(guarded_group, **options, **PATIENT, **CURIOUS) as cache:
         for name in a_name_each(guarded_group):
             assert await cache.set(name, 1, name) is True
         # By the addresses that they announce, and the name is left.
@@ -440,20 +389,10 @@ async def test_wrong_passwords(
 # -- reads from replicas
 
 
-def reads_of(node: ClusterNode) -> int:
-    stats = node.ask("INFO", "commandstats")
-    calls = [
-        int(stats[f"cmdstat_{name}"]["calls"])
-        for name in ("mget", "get")
-        if f"cmdstat_{name}" in stats
-    ]
-    return sum(calls)
-
-
 @pytest.mark.parametrize("scale", ["master", "slave", "all"])
 async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None:
     names = [f"n/{i}" for i in range(300)]
-    async with opened(group, scaleReads=scale, **SLOW) as cache:
+    async with opened(group, scaleReads=scale, **PATIENT) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
         for node in group.primaries():
             with node.client() as client:
@@ -464,10 +403,10 @@ async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -
             await until(lambda: replicas <= set(cache.stats()["nodes"]))
             topology = cache._topology
             await until(lambda: sum(map(len, topology._reading.values())) >= 3)
-        before = {node: reads_of(node) for node in group.nodes}
+        before = {node: node.reads() for node in group.nodes}
         assert len(await cache.get_bulk(names)) == 300
         assert len(await cache.head_bulk(names)) == 300
-        asked = {node for node in group.nodes if reads_of(node) > before[node]}
+        asked = {node for node in group.nodes if node.reads() > before[node]}
         expected = {"master": group.primaries(), "slave": group.replicas(), "all": group.nodes}
         assert asked == set(expected[scale])
         assert cache.stats()["redirections"] == 0
@@ -477,7 +416,7 @@ async def test_a_replica_that_is_gone_is_not_read(group: ClusterGroup, backend: 
     """Its reads go to the primary at once, and nobody is told."""
     names = [f"n/{i}" for i in range(300)]
     quick = {"first": 5, "cap": 50}
-    async with opened(group, scaleReads="slave", retryStrategy=quick, **SLOW) as cache:
+    async with opened(group, scaleReads="slave", retryStrategy=quick, **PATIENT) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
         while len(await cache.get_bulk(names)) < 300:  # replicas come after
             await asyncio.sleep(0.01)

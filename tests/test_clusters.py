@@ -15,13 +15,9 @@ from redis.crc import key_slot
 
 import clusters
 from clusters import SLOTS, ClusterGroup, ClusterNode, Failover
-from conftest import SERVERS
+from conftest import BY_AGE
 from dscache import DscacheError
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
-
-# The oldest server, which needs the most care; test_cluster.py works on newer ones, too.
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-OLDEST = min(BINARIES, key=lambda binary: binary.version)
+from dscache.embedded import EmbeddedServer, ServerBinary
 
 PASSWORD = "of-all-nodes"
 OWN_PASSWORDS = ("of-the-first", "of-the-second", None)
@@ -29,7 +25,8 @@ OWN_PASSWORDS = ("of-the-first", "of-the-second", None)
 
 @pytest.fixture(scope="module")
 def binary() -> ServerBinary:
-    return OLDEST
+    """The oldest server, which needs the most care; test_cluster.py works on newer ones, too."""
+    return BY_AGE[0]
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +34,6 @@ def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
     """Three primaries with a replica each, all with one password."""
     with ClusterGroup(binary, passwords=PASSWORD) as started:
         yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared group, whole and empty; the next test gets it so too."""
-    for node in shared_group.nodes:
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    for primary in shared_group.primaries():
-        primary.ask("FLUSHALL")
-    return shared_group
 
 
 @pytest.fixture

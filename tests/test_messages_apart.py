@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-import cluster_rows
 import dscache
 from clusters import ClusterGroup, ClusterNode
-from conftest import SERVERS
+from conftest import BY_AGE
 from dscache._pure_wire import slot_of_key
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from dscache.embedded import EmbeddedServer, ServerBinary
 from message_nodes import Heard, Nodes, hears, open_nodes, until
 from sentinels import SentinelGroup
 
@@ -22,27 +21,11 @@ EVENT = 4
 NEWS = {"topic": EVENT, "name": "news"}
 TOPICS = range(24)
 
-# The newest kind stands for all where a cluster is long in the making, and the oldest elsewhere.
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-OLDEST, *_ = BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
-NEWEST = BY_AGE[-1]
-
 
 @pytest.fixture(scope="module")
-def shared_group() -> Iterator[ClusterGroup]:
-    """Three primaries with a replica each; without one of them the others go on."""
-    with cluster_rows.start(NEWEST) as started:
-        yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared group, whole again after what the last test did to it."""
-    for node in shared_group.nodes:
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    return shared_group
+def binary() -> ServerBinary:
+    """The newest server, of which the shared group is; groups of one test are of the oldest."""
+    return BY_AGE[-1]
 
 
 @pytest.fixture
@@ -114,7 +97,7 @@ async def test_a_lost_node_is_replaced_by_any_other(nodes: Nodes, group: Cluster
 
 
 async def test_a_node_that_is_cut_off_is_left(backend: str) -> None:
-    with ClusterGroup(OLDEST, primaries=1, replicas=1, node_timeout_ms=1000) as group:
+    with ClusterGroup(BY_AGE[0], primaries=1, replicas=1, node_timeout_ms=1000) as group:
         async with open_nodes(**group.options, slotsRefreshInterval=100) as nodes:
             hearer = await nodes("B")
             heard = await hears(hearer, EVENT)
@@ -207,7 +190,7 @@ async def test_what_is_no_cluster(backend: str, make_server: Any) -> None:
 
 
 async def test_behind_sentinels() -> None:
-    with SentinelGroup(OLDEST) as group:
+    with SentinelGroup(BY_AGE[0]) as group:
         async with open_nodes(**group.options) as nodes:
             gaps: list[Any] = []
             sender = await nodes("A")

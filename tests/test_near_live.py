@@ -6,7 +6,7 @@ import asyncio
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ import pytest
 import redis as redis_py
 import uvloop
 
-import cluster_rows
 import dscache
-from cluster_rows import prefix_on, slot_of
+from cluster_rows import CURIOUS, open_cache, prefix_on, slot_of
 from clusters import ClusterGroup
-from conftest import SERVERS, MakeCache, MakeServer, _server_id
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from conftest import BY_AGE, DRAINED, PATIENT, SERVERS, MakeCache, MakeServer, _server_id
+from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import HELLO_REPLY, FakeServer, FaultProxy
 from sentinels import SentinelGroup
 
 # Until something must have ended: far more than any machine needs, as it is no measurement.
 PATIENCE = 60
-SLOW = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 # A busy machine may be silent for a while, which must not look like a dead link.
 NEAR = {"idleLimit": 30_000}
 
@@ -92,7 +90,7 @@ CHANGES: dict[str, tuple[Callable[[redis_py.Redis], object], int | None]] = {
 async def test_what_others_change_arrives(
     make_cache: MakeCache, redis: redis_py.Redis, mode: str
 ) -> None:
-    cache = await make_cache(nearCache={**NEAR, "mode": mode}, **SLOW)
+    cache = await make_cache(nearCache={**NEAR, "mode": mode})
     for what, (change, version) in CHANGES.items():
         redis.flushdb()
         put(redis, "other", 2)
@@ -129,7 +127,7 @@ async def test_two_caches_see_what_the_other_writes(
 ) -> None:
     names = ["a", "}b", "{c}/d", "ä/名", "x y"]
     near = {**NEAR, "mode": mode, "prefixes": ["a", "}", "{", "ä", "x"]}
-    one, other = [await make_cache(nearCache=near, **options, **SLOW) for _ in range(2)]
+    one, other = [await make_cache(nearCache=near, **options) for _ in range(2)]
     for version in range(1, 4):
         await one.set_bulk({name: (version, [name]) for name in names[:3]})
         for name in names[3:]:
@@ -147,7 +145,7 @@ async def test_two_caches_see_what_the_other_writes(
 
 async def test_what_one_has_written_one_reads(make_cache: MakeCache) -> None:
     """Before the answer, after it, and whatever Redis says of it in between."""
-    cache = await make_cache(nearCache=NEAR, **SLOW)
+    cache = await make_cache(nearCache=NEAR)
     for version in range(1, 300):
         write = cache.set("a", version, version)
         if version % 3 == 0:
@@ -167,7 +165,7 @@ async def test_what_one_has_written_one_reads(make_cache: MakeCache) -> None:
 async def test_a_hundred_names_are_read_a_hundred_times(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
-    cache = await make_cache(nearCache=NEAR, **SLOW)
+    cache = await make_cache(nearCache=NEAR)
     names = [f"user/{number}" for number in range(100)]
     await cache.set_bulk({name: (1, {"name": name}) for name in names})
     redis.config_resetstat()
@@ -207,7 +205,7 @@ def run(new_loop: Callable[[], asyncio.AbstractEventLoop], main: Any) -> None:
 
 @asynccontextmanager
 async def opened(url: str, **options: Any) -> AsyncIterator[dscache.AsyncCache]:
-    options = {"url": url, "nearCache": NEAR, **SLOW, **options}
+    options = {"url": url, "nearCache": NEAR, **PATIENT, **options}
     async with dscache.AsyncCache.from_config({"name": "redis", "options": options}) as cache:
         yield cache
 
@@ -303,7 +301,7 @@ if sys.version_info >= (3, 12):
     async def test_eager_tasks(make_cache: MakeCache, redis: redis_py.Redis) -> None:
         """A task that reads what is at hand has ended when it is made."""
         put(redis, "a", 1)
-        cache = await make_cache(nearCache=NEAR, **SLOW)
+        cache = await make_cache(nearCache=NEAR)
         loop = asyncio.get_running_loop()
         loop.set_task_factory(asyncio.eager_task_factory)
         try:
@@ -327,7 +325,7 @@ async def test_broadcasts_are_of_the_prefixes_alone(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     near = {**NEAR, "mode": "broadcast", "prefixes": ["user/", "room/"]}
-    cache = await make_cache(nearCache=near, keyPrefix="app:", connectionName="broadcast", **SLOW)
+    cache = await make_cache(nearCache=near, keyPrefix="app:", connectionName="broadcast")
     [client] = [one for one in redis.client_list() if one["name"] == "broadcast"]
     assert {"t", "B"} <= set(client["flags"])
     assert redis.info("stats")["tracking_total_prefixes"] == 2
@@ -356,7 +354,7 @@ async def test_a_user_who_may_not_track(make_cache: MakeCache, redis: redis_py.R
         "near", enabled=True, passwords=["+secret"], keys="*", commands=["+@all", "-client"]
     )
     try:
-        login = {"username": "near", "password": "secret", "port": server["port"], **SLOW}
+        login = {"username": "near", "password": "secret", "port": server["port"], **PATIENT}
         config = {"name": "redis", "options": {**login, "nearCache": True}}
         cache = dscache.AsyncCache.from_config(config)
         for issue in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set("a", 1, 1)):
@@ -397,7 +395,7 @@ async def test_a_server_that_does_not_tell_of_changes(server_kind: str, backend:
     answers, expected = UNABLE[server_kind]
     found = {"MGET": b"*2\r\n$1\r\n1\r\n$3\r\n[1]\r\n", "MSET": b"+OK\r\n"}
     async with FakeServer({**answers, **found}) as server:
-        options = {"url": server.url, "nearCache": True, **SLOW}
+        options = {"url": server.url, "nearCache": True, **PATIENT}
         cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
         for issue in (cache.when_ready, lambda: cache.get("a"), lambda: cache.get_bulk(["a"])):
             with pytest.raises(dscache.ConnectError, match=expected):
@@ -419,7 +417,7 @@ async def test_a_server_that_is_a_replica_is_not_kept(
     with redis_py.Redis(port=replica.port) as client:
         while client.get("a_v") is None:
             await asyncio.sleep(0.01)
-    cache = await make_cache(url=replica.url, nearCache=NEAR, **SLOW)
+    cache = await make_cache(url=replica.url, nearCache=NEAR)
     assert await version_of(cache, "a") == await version_of(cache, "a") == 1
     assert counters(cache)["records"] == 0
 
@@ -432,7 +430,7 @@ async def test_a_deaf_link_serves_nothing(
     make_cache: MakeCache, proxy: FaultProxy, redis: redis_py.Redis
 ) -> None:
     put(redis, "a", 1)
-    cache = await make_cache(url=proxy.url, nearCache={"idleLimit": 300}, **SLOW)
+    cache = await make_cache(url=proxy.url, nearCache={"idleLimit": 300})
     await until(lambda: at_hand_twice(cache, "a"))
     proxy.stall()
     put(redis, "a", 2)
@@ -463,7 +461,7 @@ async def test_an_idle_link_that_is_well_goes_on_serving(
     """For three times the limit nothing is asked of the server but whether it is there."""
     idle_limit = 0.5
     put(redis, "a", 1)
-    cache = await make_cache(nearCache={"idleLimit": round(idle_limit * 1000)}, **SLOW)
+    cache = await make_cache(nearCache={"idleLimit": round(idle_limit * 1000)})
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(PATIENCE):
         while True:
@@ -487,7 +485,7 @@ async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
 ) -> None:
     """Nothing arrives while a task does nothing but read what is at hand."""
     put(redis, "a", 1)
-    cache = await make_cache(nearCache={"idleLimit": 100}, **SLOW)
+    cache = await make_cache(nearCache={"idleLimit": 100})
     await until(lambda: at_hand_twice(cache, "a"))
     put(redis, "a", 2)
     async with asyncio.timeout(PATIENCE):
@@ -498,7 +496,7 @@ async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
 @ON_ONE_SERVER
 async def test_a_connection_that_is_killed(make_cache: MakeCache, redis: redis_py.Redis) -> None:
     put(redis, "a", 1)
-    cache = await make_cache(nearCache=NEAR, connectionName="killed", **SLOW)
+    cache = await make_cache(nearCache=NEAR, connectionName="killed")
     for version in range(2, 8):
         await until(lambda: at_hand_twice(cache, "a"))
         connects = cache.stats()["connects"]
@@ -515,7 +513,7 @@ async def test_a_connection_that_is_killed(make_cache: MakeCache, redis: redis_p
 @ON_ONE_SERVER
 async def test_a_server_that_starts_again(make_server: MakeServer, make_cache: MakeCache) -> None:
     server = make_server()
-    cache = await make_cache(url=server.url, nearCache=NEAR, **SLOW)
+    cache = await make_cache(url=server.url, nearCache=NEAR)
     await cache.set("a", 1, 1)
     await until(lambda: at_hand_twice(cache, "a"))
     await asyncio.to_thread(server.kill)
@@ -593,36 +591,20 @@ async def test_a_silent_server_and_the_last_known_record(
 
 # -- clusters and Sentinels
 
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
-OLDEST = min(BINARIES, key=lambda binary: binary.version)
-CURIOUS = {"slotsRefreshInterval": 50}
-
 
 @pytest.fixture(scope="module")
-def shared_group() -> Iterator[ClusterGroup]:
-    with cluster_rows.start(OLDEST) as started:
-        yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared cluster, whole and empty again."""
-    for node in shared_group.nodes:
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    for primary in shared_group.primaries():
-        primary.ask("FLUSHALL")
-    return shared_group
+def binary() -> ServerBinary:
+    """The oldest server, of which the cluster is."""
+    return BY_AGE[0]
 
 
 @asynccontextmanager
 async def on_cluster(group: ClusterGroup, **options: Any) -> AsyncIterator[dscache.AsyncCache]:
     async with asyncio.timeout(PATIENCE):
-        options = {"nearCache": NEAR, **SLOW, **CURIOUS, **options}
-        async with cluster_rows.open_cache(group, **options) as cache:
+        options = {"nearCache": NEAR, **PATIENT, **CURIOUS, **options}
+        async with open_cache(group, **options) as cache:
             yield cache
-        assert not any(cache.stats()[name] for name in ("pending", "in_flight", "queued"))
+        assert not any(cache.stats()[name] for name in DRAINED)
 
 
 def put_on(group: ClusterGroup, name: str, version: int) -> None:
@@ -762,8 +744,8 @@ async def all_at_hand(cache: dscache.AsyncCache, names: list[str]) -> bool:
 
 
 async def test_a_primary_that_the_sentinels_replace(backend: str) -> None:
-    with SentinelGroup(OLDEST, replicas=1, sentinels=1) as sentinels:
-        options = {**sentinels.options, "nearCache": NEAR, **SLOW}
+    with SentinelGroup(BY_AGE[0], replicas=1, sentinels=1) as sentinels:
+        options = {**sentinels.options, "nearCache": NEAR, **PATIENT}
         async with (
             asyncio.timeout(PATIENCE),
             dscache.AsyncCache.from_config({"name": "redis", "options": options}) as cache,

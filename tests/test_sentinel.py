@@ -17,17 +17,16 @@ from typing import Any
 import pytest
 
 import dscache
-from conftest import SERVERS
+from conftest import BINARIES
 from dscache import _backend, sentinel
 from dscache.connection import Connection
-from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
+from dscache.embedded import EmbeddedServer
 from faults import HELLO_REPLY, FakeServer, FaultProxy
 from figures import open_files
 from sentinels import GROUP, FakeSentinel, SentinelGroup
 
 # Sentinels of every server found would take long, and they differ little: the oldest and the
 # newest kind of server stand for the others.
-BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
 SOME = list(dict.fromkeys((BINARIES[0], BINARIES[-1])))
 
 

@@ -35,40 +35,19 @@ from blocking import (
     run_child,
     until,
 )
-from cluster_rows import KINDS, prefix_on, slot_of
+from cluster_rows import CURIOUS, KINDS, a_name_each, prefix_on, slot_of
 from clusters import ClusterGroup, ClusterNode, Failover
+from conftest import BY_AGE, OWN, PATIENT, SHARED
 from dscache.embedded import TLSFiles
 from faults import FakeServer
 from figures import Figures
-from test_cluster import CURIOUS, SLOW, SOME, a_name_each, reads_of
 from test_topology import FakeCluster
 
 THREADS = 8
 # What takes long, or has more to do with the cache than with the server, is done on one kind.
 on_newest = pytest.mark.parametrize(
-    "shared_group", SOME[-1:], indirect=True, ids=lambda binary: binary.name
+    "binary", BY_AGE[-1:], indirect=True, ids=lambda binary: binary.name
 )
-
-
-@pytest.fixture(scope="module", params=SOME, ids=lambda binary: binary.name)
-def shared_group(request: pytest.FixtureRequest) -> Iterator[ClusterGroup]:
-    """Three primaries with a replica each; without one of them the others go on."""
-    with cluster_rows.start(request.param) as started:
-        yield started
-
-
-@pytest.fixture
-def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared group, whole and empty again after what the last test did to it."""
-    for node in shared_group.nodes:
-        if node.is_paused:
-            shared_group.resume(node)
-        if not node.server.is_running:
-            shared_group.start(node)
-    shared_group.wait_until_ok()
-    for primary in shared_group.primaries():
-        primary.ask("FLUSHALL")
-    return shared_group
 
 
 def cache_on(group: ClusterGroup, **options: Any) -> dscache.Cache:
@@ -144,7 +123,7 @@ async def test_records_are_where_they_belong(
     layout: str, group: ClusterGroup, backend: str
 ) -> None:
     figures = Figures("sync-cluster")
-    async with threaded(group, keyLayout=layout, **SLOW) as cache:
+    async with threaded(group, keyLayout=layout, **PATIENT) as cache:
         for single in (False, True):
             await cluster_rows.keep_records(figures, group, cache, layout, 300, single)
         assert figures.problems == []
@@ -159,14 +138,14 @@ async def test_records_are_where_they_belong(
 @on_newest
 async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
     figures = Figures("sync-cluster")
-    async with threaded(group, **SLOW) as cache:
+    async with threaded(group, **PATIENT) as cache:
         await cluster_rows.tear_none(figures, cache, 2000)
     assert figures.problems == []
 
 
 def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) -> None:
     """The default layout, a prefix, lifetimes, guarded writes, and what the cache says of it."""
-    with opened(group, keyPrefix="app/", **SLOW, **CURIOUS) as cache:
+    with opened(group, keyPrefix="app/", **PATIENT, **CURIOUS) as cache:
         assert cache.is_ready
         server = group.nodes[0].server.binary.name.replace("-", " ")
         assert f"cluster of {server}" in cache.description
@@ -200,7 +179,7 @@ def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) ->
 
 def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None:
     """deepstream's own layout: each key is where Redis wants it, and a half is a miss."""
-    with opened(group, keyLayout="deepstream", **SLOW) as cache:
+    with opened(group, keyLayout="deepstream", **PATIENT) as cache:
         assert cache.set("a", 1, {"b": 1}, ttl=100) is True
         for key, value in (("a_v", "1"), ("a_d", '{"b":1}')):
             owner = group.owner(key)
@@ -223,7 +202,7 @@ def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None:
 
 def test_one_of_several_nodes_is_enough(group: ClusterGroup, backend: str) -> None:
     nodes = [{"port": 1}, {"port": group.nodes[-1].port}, {"host": "nowhere.invalid", "port": 1}]
-    with opened(group, nodes=nodes, **SLOW, **CURIOUS) as cache:
+    with opened(group, nodes=nodes, **PATIENT, **CURIOUS) as cache:
         names = [f"n/{i}" for i in range(100)]
         cache.set_bulk({name: (1, name) for name in names})
         assert len(cache.get_bulk(names)) == 100
@@ -238,7 +217,7 @@ def test_a_node_that_does_not_know_its_address(host: bytes | None, backend: str)
     with fakes(1) as cluster:
         (node,) = cluster.nodes
         node.announced = host, node.port
-        options = {"nodes": [{"host": "localhost", "port": node.port}], **SLOW}
+        options = {"nodes": [{"host": "localhost", "port": node.port}], **PATIENT}
         with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
             assert cache.set("a", 1, [1]) is True
             # The name that was asked is where it is: a second connection would be one too many.
@@ -250,7 +229,7 @@ def test_a_node_that_does_not_know_its_address(host: bytes | None, backend: str)
 
 @on_newest
 def test_threads_share_a_cache(group: ClusterGroup, backend: str) -> None:
-    with opened(group, maxConnections=4, **SLOW) as cache:
+    with opened(group, maxConnections=4, **PATIENT) as cache:
 
         def work(number: int) -> None:
             model = Model(number)
@@ -272,8 +251,8 @@ def test_all_lines_in_use(group: ClusterGroup, backend: str) -> None:
     with behind_proxies(group.primaries()) as (proxies, through):
         names = a_name_each(group)
         name, busy = next(iter(names.items()))
-        refusing = cache_on(group, maxConnections=2, whenFull="error", **through, **SLOW)
-        waiting = cache_on(group, maxConnections=2, **through, **SLOW)
+        refusing = cache_on(group, maxConnections=2, whenFull="error", **through, **PATIENT)
+        waiting = cache_on(group, maxConnections=2, **through, **PATIENT)
         for cache in (refusing, waiting):
             with cache, ThreadPoolExecutor(6) as threads:
                 for each in names:
@@ -305,14 +284,17 @@ def test_a_bulk_is_sent_to_all_nodes_before_the_first_answer(
 ) -> None:
     primaries = group.primaries()
     names = [f"n/{i}" for i in range(300)]
-    with behind_proxies(primaries) as (proxies, through), opened(group, **through, **SLOW) as cache:
+    with (
+        behind_proxies(primaries) as (proxies, through),
+        opened(group, **through, **PATIENT) as cache,
+    ):
         cache.set_bulk({name: (1, name) for name in names})
-        before = {node: reads_of(node) for node in primaries}
+        before = {node: node.reads() for node in primaries}
         for proxy in proxies.values():
             proxy.do("stall", "replies")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(cache.get_bulk, names)
-            until(lambda: all(reads_of(node) > before[node] for node in primaries))
+            until(lambda: all(node.reads() > before[node] for node in primaries))
             assert not waiting.done()
             for proxy in proxies.values():
                 proxy.do("resume")
@@ -324,7 +306,7 @@ def test_large_bulks(group: ClusterGroup, backend: str) -> None:
     """More than the buffers hold, to all nodes at once."""
     names = [f"{'long name ' * 50}{n}" for n in range(5000)]
     records = {name: (n, "x" * 500) for n, name in enumerate(names)}
-    with opened(group, maxPending=1000, **SLOW) as cache:
+    with opened(group, maxPending=1000, **PATIENT) as cache:
         assert cache.set_bulk(records, if_newer=True) == set()
         found = cache.get_bulk(names)
         assert list(found) == names
@@ -338,7 +320,7 @@ def test_large_bulks(group: ClusterGroup, backend: str) -> None:
 
 async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
     figures = Figures("sync-reshard")
-    async with threaded(group, **SLOW) as cache:
+    async with threaded(group, **PATIENT) as cache:
         await cluster_rows.move_slots(figures, group, cache, 80)
     assert figures.problems == []
     assert figures.operations > 0
@@ -352,7 +334,7 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
     names = [f"{room}/{i}" for i in range(50)]
     others = [f"other/{i}" for i in range(450)]
     try:
-        with opened(group, maxRedirections=1000, **SLOW) as cache:
+        with opened(group, maxRedirections=1000, **PATIENT) as cache:
             cache.set_bulk({name: (i, name) for i, name in enumerate((*names, *others))})
             group.begin_migration(slot, source, target)
             # An odd number of keys: some record is in two places, and has to wait.
@@ -391,7 +373,7 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
 def test_who_leaves_is_closed(backend: str) -> None:
     """A node without slots that is taken out of the cluster, with operations under way."""
     args = ("--cluster-allow-replica-migration", "no")
-    with ClusterGroup(SOME[0], primaries=3, replicas=0, args=args) as group:
+    with ClusterGroup(BY_AGE[0], primaries=3, replicas=0, args=args) as group:
         leaving, heir = group.primaries()[:2]
         # To be quick about it, it has few slots left when it begins.
         first, last = group.slots_of(leaving)[100], group.slots_of(leaving)[-1]
@@ -400,7 +382,7 @@ def test_who_leaves_is_closed(backend: str) -> None:
         heir.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
         group.wait_until_ok()
         names = [f"n/{i}" for i in range(500)]
-        with opened(group, **SLOW, **CURIOUS) as cache, ThreadPoolExecutor(4) as threads:
+        with opened(group, **PATIENT, **CURIOUS) as cache, ThreadPoolExecutor(4) as threads:
             cache.set_bulk({name: (1, name) for name in names})
             stop = threading.Event()
 
@@ -430,7 +412,7 @@ def test_who_leaves_is_closed(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=["orderly", "force", "takeover"])
 async def test_failover_under_load(kind: Failover, group: ClusterGroup, backend: str) -> None:
     figures = Figures("sync-failover")
-    async with threaded(group, **SLOW) as cache:
+    async with threaded(group, **PATIENT) as cache:
         await cluster_rows.fail_over(figures, group, cache, kind, KINDS.index(kind), 20.0)
     assert figures.problems == []
 
@@ -506,7 +488,7 @@ def test_what_was_closed_between_operations_is_nobodys_business(
     group: ClusterGroup, backend: str, due: bool
 ) -> None:
     names = [f"n/{i}" for i in range(100)]
-    with opened(group, slotsRefreshInterval=0, **SLOW) as cache:
+    with opened(group, slotsRefreshInterval=0, **PATIENT) as cache:
         cache.set_bulk({name: (1, name) for name in names})
         for node in group.nodes:
             for client in ("normal", "replica"):
@@ -528,7 +510,7 @@ def test_what_was_closed_between_operations_is_nobodys_business(
 def test_a_write_that_may_have_happened_says_so(group: ClusterGroup, backend: str) -> None:
     with (
         behind_proxies(group.primaries()) as (proxies, through),
-        opened(group, **through, **SLOW) as cache,
+        opened(group, **through, **PATIENT) as cache,
     ):
         name, node = next(iter(a_name_each(group).items()))
         cache.set(name, 1, name)
@@ -577,15 +559,6 @@ def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) -> Non
 
 # -- passwords and TLS
 
-OWN, SHARED = "of-the-first-alone", "of-all-others"
-
-
-@pytest.fixture(scope="module")
-def guarded_group() -> Iterator[ClusterGroup]:
-    """Nodes with a password, one with another and one without."""
-    with ClusterGroup(SOME[0], replicas=0, passwords=[OWN, SHARED, None]) as started:
-        yield started
-
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_node_with_another_password(host: str, guarded_group: ClusterGroup, backend: str) -> None:
@@ -596,7 +569,7 @@ def test_a_node_with_another_password(host: str, guarded_group: ClusterGroup, ba
         {"host": host, "port": third.port, "password": None},
     ]
     options = {"nodes": nodes, "redisOptions": {"password": SHARED}}
-    with opened(guarded_group, **options, **SLOW, **CURIOUS) as cache:
+    with opened(guarded_group, **options, **PATIENT, **CURIOUS) as cache:
         for name in a_name_each(guarded_group):
             assert cache.set(name, 1, name) is True
         addresses = ports_of(guarded_group.nodes)
@@ -610,7 +583,7 @@ def test_a_wrong_password_is_one_nodes_trouble(guarded_group: ClusterGroup, back
     wrong = "not-the-right-one"
     nodes = [{"port": first.port, "password": wrong}, {"port": third.port, "password": None}]
     options = {"nodes": nodes, "redisOptions": {"password": SHARED}}
-    with opened(guarded_group, **options, **SLOW) as cache:
+    with opened(guarded_group, **options, **PATIENT) as cache:
         for name, node in a_name_each(guarded_group).items():
             if node is not first:
                 assert cache.set(name, 1, name) is True
@@ -625,7 +598,7 @@ def test_a_wrong_password_is_one_nodes_trouble(guarded_group: ClusterGroup, back
 @pytest.mark.parametrize("password", ["wrong-for-all", None])
 def test_wrong_passwords(password: str | None, guarded_group: ClusterGroup, backend: str) -> None:
     nodes = [{"port": node.port} for node in guarded_group.nodes[:2]]
-    cache = cache_on(guarded_group, nodes=nodes, redisOptions={"password": password}, **SLOW)
+    cache = cache_on(guarded_group, nodes=nodes, redisOptions={"password": password}, **PATIENT)
     code = "WRONGPASS" if password else "NOAUTH"
     for call in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set_bulk({"a": (1, 1)})):
         with pytest.raises(dscache.DscacheError, match=code) as error:
@@ -643,7 +616,7 @@ def test_who_refused_may_change_its_mind(backend: str) -> None:
         for node in refusing:
             node.answers["HELLO"] = b"-WRONGPASS invalid username-password pair\r\n"
         with contextlib.ExitStack() as stack:
-            options = {"clusterRetryStrategy": quick, **SLOW}
+            options = {"clusterRetryStrategy": quick, **PATIENT}
             cache = cache_on_fakes(cluster, **options)
             stack.callback(cache.close)
             for _ in range(2):
@@ -691,7 +664,7 @@ def test_renewed_credentials(backend: str) -> None:
     with fakes() as cluster:
         provider = Provider()
         nodes = [{"host": node.host, "port": node.port} for node in cluster.nodes]
-        options = {"nodes": nodes, "slotsRefreshInterval": 0, **SLOW}
+        options = {"nodes": nodes, "slotsRefreshInterval": 0, **PATIENT}
         config = {"name": "redis", "options": options}
         with dscache.Cache.from_config(config, credentials=provider) as cache:
             asked = provider.asked
@@ -711,13 +684,13 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
     names = [f"n/{i}" for i in range(500)]
     with behind_proxies(group.primaries(), tls=context) as (proxies, through):
         trusting = {"redisOptions": {"tls": {"ca": certificates.authority}}}
-        with opened(group, **through, **trusting, **SLOW) as cache:
+        with opened(group, **through, **trusting, **PATIENT) as cache:
             assert cache.set_bulk(dict.fromkeys(names, (1, "x" * 2000))) == set()
             assert len(cache.get_bulk(names)) == 500
             for proxy in proxies.values():
                 proxy.do("cut")
             assert len(cache.get_bulk(names)) == 500
-        suspicious = cache_on(group, **through, **SLOW, redisOptions={"tls": {}})
+        suspicious = cache_on(group, **through, **PATIENT, redisOptions={"tls": {}})
         for call in (suspicious.when_ready, lambda: suspicious.get("a")):
             with pytest.raises(dscache.ConnectError, match="certificate"):
                 call()
@@ -730,16 +703,16 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
 @pytest.mark.parametrize("scale", ["master", "slave", "all"])
 def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None:
     names = [f"n/{i}" for i in range(300)]
-    with opened(group, scaleReads=scale, **SLOW) as cache:
+    with opened(group, scaleReads=scale, **PATIENT) as cache:
         cache.set_bulk({name: (1, name) for name in names})
         for node in group.primaries():
             with node.client() as client:
                 client.set(f"{{{prefix_on(group, node)}}}", "marker")
                 assert client.wait(1, 20_000) == 1
-        before = {node: reads_of(node) for node in group.nodes}
+        before = {node: node.reads() for node in group.nodes}
         assert len(cache.get_bulk(names)) == 300
         assert len(cache.head_bulk(names)) == 300
-        asked = {node for node in group.nodes if reads_of(node) > before[node]}
+        asked = {node for node in group.nodes if node.reads() > before[node]}
         expected = {"master": group.primaries(), "slave": group.replicas(), "all": group.nodes}
         assert asked == set(expected[scale])
         assert cache.stats()["redirections"] == 0
@@ -748,7 +721,7 @@ def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None
 def test_a_replica_that_is_gone_is_not_read(group: ClusterGroup, backend: str) -> None:
     """Its reads go to the primary at once, and nobody is told."""
     names = [f"n/{i}" for i in range(300)]
-    with opened(group, scaleReads="slave", **SLOW, **CURIOUS) as cache:
+    with opened(group, scaleReads="slave", **PATIENT, **CURIOUS) as cache:
         cache.set_bulk({name: (1, name) for name in names})
         until(lambda: len(cache.get_bulk(names)) == 300)  # replicas come after
         stop = threading.Event()
@@ -822,7 +795,7 @@ def test_a_circle_ends(operation: str, backend: str) -> None:
         one, other = cluster.nodes
         one.say = lambda command, slot: f"-MOVED {slot} {other.address}\r\n".encode()
         other.say = lambda command, slot: f"-MOVED {slot} {one.address}\r\n".encode()
-        with cache_on_fakes(cluster, maxRedirections=5, **SLOW) as cache:
+        with cache_on_fakes(cluster, maxRedirections=5, **PATIENT) as cache:
             with pytest.raises(dscache.ReplyError) as error:
                 OPERATIONS[operation](cache)
             assert error.value.code == "MOVED"
@@ -851,7 +824,7 @@ def test_what_is_put_off_is_done_later(operation: str, code: str, backend: str) 
 
         for node in cluster.nodes:
             node.say = say
-        with cache_on_fakes(cluster, **SLOW) as cache:
+        with cache_on_fakes(cluster, **PATIENT) as cache:
             OPERATIONS[operation](cache)
             assert left < 0
             assert cache.stats()["redirections"] >= 1
@@ -863,7 +836,7 @@ def test_a_redirection_to_nowhere_is_tried_again(words: str, backend: str) -> No
     with fakes() as cluster:
         for node in cluster.nodes:
             node.say = lambda command, slot: f"-{words}\r\n".encode()
-        cache = cache_on_fakes(cluster, maxRedirections=2, **SLOW)
+        cache = cache_on_fakes(cluster, maxRedirections=2, **PATIENT)
         with pytest.raises(dscache.ReplyError, match="maxRedirections is 2"):
             cache.get("a")
         cache.close()
@@ -893,7 +866,7 @@ def test_a_slot_that_nobody_serves(backend: str) -> None:
 
 def test_no_cluster(server: Any, backend: str) -> None:
     nodes = [{"host": server.host, "port": server.port}]
-    cache = dscache.Cache.from_config({"name": "redis", "options": {"nodes": nodes, **SLOW}})
+    cache = dscache.Cache.from_config({"name": "redis", "options": {"nodes": nodes, **PATIENT}})
     with pytest.raises(dscache.ConfigError, match=r"nodes: .* is no node of a cluster.*give host"):
         cache.when_ready()
     with pytest.raises(dscache.ConnectError, match="is no node of a cluster"):
@@ -964,7 +937,7 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
     names = a_name_each(group)
     name, node = next(iter(names.items()))
     with behind_proxies(group.primaries()) as (proxies, through):
-        cache = cache_on(group, maxConnections=2, closeTimeout=50, **through, **SLOW)
+        cache = cache_on(group, maxConnections=2, closeTimeout=50, **through, **PATIENT)
         cache.set_bulk({each: (1, each) for each in names})
         connect_all(cache, 2, names)
         with ThreadPoolExecutor(4) as threads:
@@ -991,7 +964,7 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
 
 def test_close_while_nobody_is_there(backend: str) -> None:
     """Who waits for a node that can't be reached is told at once."""
-    options = {"nodes": [{"port": 1}], "closeTimeout": 10, **SLOW}
+    options = {"nodes": [{"port": 1}], "closeTimeout": 10, **PATIENT}
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(cache.get, "a")
@@ -1003,7 +976,7 @@ def test_close_while_nobody_is_there(backend: str) -> None:
 
 @on_newest
 def test_from_nothing_to_closed(group: ClusterGroup, backend: str) -> None:
-    cache = cache_on(group, **SLOW)
+    cache = cache_on(group, **PATIENT)
     assert not cache.is_ready
     assert cache.stats() == {}
     with cache as entered:
@@ -1024,7 +997,7 @@ def test_from_nothing_to_closed(group: ClusterGroup, backend: str) -> None:
 @on_newest
 def test_what_is_dropped_unclosed_is_closed(group: ClusterGroup, backend: str, layout: str) -> None:
     redis_options = {"connectionName": "dropped"}
-    cache = cache_on(group, keyLayout=layout, redisOptions=redis_options, **SLOW)
+    cache = cache_on(group, keyLayout=layout, redisOptions=redis_options, **PATIENT)
     cache.set_bulk({f"n/{i}": (1, i) for i in range(50)})
     pool = weakref.ref(cache._pool)  # type: ignore[arg-type]
     del cache
@@ -1036,7 +1009,7 @@ def test_what_is_dropped_unclosed_is_closed(group: ClusterGroup, backend: str, l
 
 @on_newest
 def test_a_place_is_not_lost_with_the_thread_that_had_it(group: ClusterGroup, backend: str) -> None:
-    with opened(group, maxConnections=1, whenFull="error", **SLOW) as cache:
+    with opened(group, maxConnections=1, whenFull="error", **PATIENT) as cache:
         names = a_name_each(group)
         assert cache.set_bulk({name: (1, name) for name in names}) == set()
         pool: Any = cache._pool
@@ -1054,7 +1027,7 @@ def test_a_place_is_not_lost_with_the_thread_that_had_it(group: ClusterGroup, ba
 
 def test_a_claim_ends_by_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever had taken it on to ask for the slots was struck, and nobody knows."""
-    with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **SLOW) as cache:
+    with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
         pool: Any = cache._pool
         one, other = cluster.nodes
         pool._map.note_stale()
