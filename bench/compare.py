@@ -6,7 +6,6 @@ It is a small part of what ``run.py`` measures, for a quick look at what a chang
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from contest import BATCHED, SINGLE, Contest
@@ -14,7 +13,7 @@ from contestants import LIMIT
 from dscache.embedded import EmbeddedServer
 from machine import facts
 from report import as_text, goal
-from rounds import Group, Pace, Row, measure
+from rounds import Group, Pace, Row, arguments, measure
 from workload import ORDINARY, RECORDS, Work, apart
 
 WHO = ("fast", "pure", "redis-py", "redis-py-pipelined", SINGLE, BATCHED)
@@ -93,13 +92,9 @@ def thousands(number: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of one measurement (0.3)")
+    parser = arguments(__doc__, rounds=7, seconds=0.3)
     parser.add_argument("--markdown", action="store_true", help="print the README's table too")
     options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds must be at least 1, --seconds above 0")
     with EmbeddedServer() as server, apart(server) as placing, Contest(server, WHO) as contest:
         contest.store(ORDINARY)
         groups, limits = groups_of(contest), limits_of(contest)

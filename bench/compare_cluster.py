@@ -7,7 +7,6 @@ command: by the same core, which is told that its server is a node of a cluster.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -27,7 +26,7 @@ from dscache.connection import Connection
 from dscache.embedded import EmbeddedServer
 from machine import facts
 from report import as_text, goal
-from rounds import Group, Pace, Row, measure
+from rounds import Group, Pace, Row, arguments, measure
 from workload import (
     DOCUMENT,
     NAMES,
@@ -186,12 +185,7 @@ def goals_as_text(get: Group, bulk: Group) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of one measurement (0.3)")
-    options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds must be at least 1, --seconds above 0")
+    options = arguments(__doc__, rounds=7, seconds=0.3).parse_args()
     with EmbeddedServer() as server, contextlib.ExitStack() as stack:
         three = stack.enter_context(ClusterGroup(server.binary, primaries=3, replicas=0))
         one = stack.enter_context(ClusterGroup(server.binary, primaries=1, replicas=0))

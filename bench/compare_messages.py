@@ -7,29 +7,25 @@ heard it. What comes back to its sender is dropped, which is part of the work.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
-import shutil
-import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import redis.asyncio
 import uvloop
 
 import dscache
+from contestants import HERE, Absent, from_npm
 from dscache.embedded import EmbeddedServer
 from machine import facts
+from report import goal
+from rounds import RowInLoop, arguments, measure_in_loop
 from workload import apart, chosen, decode, encode
 
-HERE = Path(__file__).parent
 TOPIC = 4
 MESSAGE = {
     "topic": TOPIC,
@@ -42,20 +38,6 @@ WINDOW = 1000
 # The connector asks for more than it says that it needs.
 PACKAGES = ("@deepstream/clusternode-redis@1.0.1", "@deepstream/protobuf@1.0.8")
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 60_000, "maxPending": 10_000_000}
-
-
-@dataclass
-class Row:
-    """One thing measured, and its messages per second in each round."""
-
-    label: str
-    measure: Callable[[int], Awaitable[float]]
-    """Send so many messages; return how many seconds it took until all were heard."""
-    rates: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
 
 
 class Counter:
@@ -215,30 +197,16 @@ class Deepstream:
 @contextlib.asynccontextmanager
 async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
     """Give the connector, or why it isn't there."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        yield f"there is no {'node' if node is None else 'npm'} in PATH"
-        return
-    with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
-        # Else npm would install into a folder above that has one.
-        Path(folder, "node_modules").mkdir()  # noqa: ASYNC240
-        options = [
-            "--ignore-scripts",
-            "--prefer-offline",
-            "--no-audit",
-            "--no-fund",
-            "--loglevel=error",
-        ]
-        installed = await asyncio.create_subprocess_exec(
-            *(npm, "install", *options, *PACKAGES),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        if await installed.wait():
-            yield "npm can't get it"
+    with contextlib.ExitStack() as stack:
+        reason = ""
+        try:
+            node, folder = await asyncio.to_thread(stack.enter_context, from_npm(*PACKAGES))
+        except Absent as error:
+            reason = str(error)
+        if reason:
+            yield reason
             return
-        where = (folder, server.host, str(server.port))
+        where = (str(folder), server.host, str(server.port))
         process = await asyncio.create_subprocess_exec(
             # On a topic of its own: it goes on listening, also while others are measured.
             *(node, str(HERE / "messages.js"), *where, encode(MESSAGE | {"topic": 5}).decode()),
@@ -258,51 +226,40 @@ async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
 # -- the run
 
 
-async def run(server: EmbeddedServer, rounds: int, seconds: float) -> tuple[list[Row], str]:
+async def run(server: EmbeddedServer, rounds: int, seconds: float) -> tuple[list[RowInLoop], str]:
     async with contextlib.AsyncExitStack() as stack:
         rows = []
         for core, reads in (("fast", True), ("fast", False), ("pure", True)):
             tasks, window = await stack.enter_async_context(ours(server, core, reads))
             raw = "" if reads else ", data not read"
-            rows.append(Row(f"dscache, {core} core{raw}, {TASKS} tasks", tasks))
-            rows.append(Row(f"dscache, {core} core{raw}, {WINDOW} on their way", window))
+            rows.append(RowInLoop(f"dscache, {core} core{raw}, {TASKS} tasks", tasks))
+            rows.append(RowInLoop(f"dscache, {core} core{raw}, {WINDOW} on their way", window))
         peer = RedisPy(server)
         stack.push_async_callback(peer.close)
-        rows.append(Row(f"redis-py, hiredis: publish and listen, {TASKS} tasks", peer.measure))
+        rows.append(
+            RowInLoop(f"redis-py, hiredis: publish and listen, {TASKS} tasks", peer.measure)
+        )
         real = await stack.enter_async_context(deepstream(server))
         missing = real if isinstance(real, str) else ""
         if isinstance(real, Deepstream):
-            rows.append(Row(f"deepstream's connector, {WINDOW} on their way", real.measure))
+            rows.append(RowInLoop(f"deepstream's connector, {WINDOW} on their way", real.measure))
         await measure(rows, rounds, seconds)
         return rows, missing
 
 
-async def measure(rows: list[Row], rounds: int, seconds: float) -> None:
-    sizes = {}
+async def measure(rows: list[RowInLoop], rounds: int, seconds: float) -> None:
+    """Fill the rows; a measurement ends when all messages have been heard."""
+    sizes = []
     for row in rows:
         taste = 1000
         for _ in range(2):
             took = await row.measure(taste)
-        sizes[row.label] = max(taste, round(taste / took * seconds))
-    for _ in range(rounds):
-        for row in rows:
-            count = sizes[row.label]
-            row.rates.append(count / await row.measure(count))
-
-
-def judge(text: str, row: Row, against: Row, at_least: float) -> None:
-    ratio = row.median / against.median
-    verdict = "reached" if ratio >= at_least else "MISSED"
-    print(f"{text}: {ratio:.1f} x, wanted {at_least:g} x: {verdict}")
+        sizes.append(max(taste, round(taste / took * seconds)))
+    await measure_in_loop(rows, sizes, rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of one measurement (0.4)")
-    options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds must be at least 1, --seconds above 0")
+    options = arguments(__doc__, rounds=7, seconds=0.4).parse_args()
     with EmbeddedServer() as server, apart(server) as placing:
         rows, missing = uvloop.run(run(server, options.rounds, options.seconds))
         header = facts(server, placing, options.rounds)
@@ -312,18 +269,18 @@ def main() -> None:
     )
     print(f"\n{'two nodes that send and hear each other':52}{'messages/s':>12}{'best round':>12}")
     for row in rows:
-        print(f"  {row.label:50}{row.median:12,.0f}{max(row.rates):12,.0f}")
+        print(f"  {row.label:50}{row.median:12,.0f}{row.best:12,.0f}")
     by_label = {row.label: row for row in rows}
     peer = next(row for row in rows if row.label.startswith("redis-py"))
     tasks = by_label[f"dscache, fast core, {TASKS} tasks"]
     print()
-    judge("fast core to redis-py, both from tasks", tasks, peer, 8)
+    print(goal("fast core to redis-py, both from tasks", tasks, peer, 8))
     if missing:
         print(f"deepstream's connector: not measured: {missing}")
         return
     real = rows[-1]
     window = by_label[f"dscache, fast core, {WINDOW} on their way"]
-    judge("fast core to deepstream's connector, both without waiting", window, real, 2)
+    print(goal("fast core to deepstream's connector, both without waiting", window, real, 2))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ cluster of three primaries both read the same records, which lie in slots of the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import shutil
@@ -23,8 +22,10 @@ from typing import Any
 import redis
 
 import dscache
-from compare import LIMIT, facts
+from contestants import LIMIT
 from dscache.embedded import EmbeddedServer
+from machine import facts
+from rounds import arguments
 from workload import (
     CORES,
     DOCUMENT,
@@ -145,12 +146,7 @@ def took(call: Callable[[], object], calls: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="of each measurement (15)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one measurement (0.2)")
-    options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds must be at least 1, --seconds above 0")
+    options = arguments(__doc__, rounds=15, seconds=0.2).parse_args()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(EmbeddedServer())
         placing = stack.enter_context(apart(server))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +36,39 @@ _LEAST_REQUESTS = 100
 
 class Absent(Exception):
     """A contestant can't take part; the message says why."""
+
+
+@contextlib.contextmanager
+def from_npm(*packages: str) -> Iterator[tuple[str, Path]]:
+    """Give Node, and a folder with these packages, which is removed again.
+
+    Raises Absent where there is no Node, or npm can't get them.
+    """
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        raise Absent(f"there is no {'node' if node is None else 'npm'} in PATH")
+    wanted = " ".join(packages)
+    with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
+        # Else npm would install into a folder above that has one.
+        Path(folder, "package.json").write_text('{"private": true}', encoding="utf-8")
+        quiet = ["--no-audit", "--no-fund", "--loglevel=error"]
+        try:
+            done = subprocess.run(
+                [npm, "install", "--ignore-scripts", "--prefer-offline", *quiet, *packages],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise Absent(f"npm install {wanted} did not end within 300 s") from None
+        if done.returncode:
+            said = [line for line in done.stdout.splitlines() if "ERR" in line or "error" in line]
+            raise Absent(f"npm install {wanted} failed: {' '.join(said)[:200] or done.returncode}")
+        yield node, Path(folder)
 
 
 class Contestant(abc.ABC):
@@ -168,52 +202,24 @@ class Deepstream(_Process):
     label = "deepstream's connector"
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._installed = contextlib.ExitStack()
 
     def open(self, server: EmbeddedServer) -> None:
-        node, npm = shutil.which("node"), shutil.which("npm")
-        if node is None or npm is None:
-            missing = "node" if node is None else "npm"
-            raise Absent(f"there is no {missing} in PATH, which its connector runs on")
-        self._folder = tempfile.TemporaryDirectory(prefix="dscache-bench-")
+        node, folder = self._installed.enter_context(from_npm(f"{DEEPSTREAM}@{DEEPSTREAM_VERSION}"))
         try:
-            self._install(npm, Path(self._folder.name))
-            program = str(HERE / "deepstream.js")
+            below = json.loads((folder / "node_modules/ioredis/package.json").read_text("utf-8"))
+            self.version = f"{DEEPSTREAM_VERSION}, ioredis {below['version']}, Node {_said(node)}"
             document = encode(KINDS[ORDINARY].document).decode()
-            where = [self._folder.name, server.host, str(server.port)]
-            self._start([node, program, *where, document], {"NODE_ENV": "production"})
+            where = [str(folder), server.host, str(server.port)]
+            program = [node, str(HERE / "deepstream.js"), *where, document]
+            self._start(program, {"NODE_ENV": "production"})
         except BaseException:
             self.close()
             raise
 
-    def _install(self, npm: str, folder: Path) -> None:
-        (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
-        wanted = f"{DEEPSTREAM}@{DEEPSTREAM_VERSION}"
-        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        try:
-            done = subprocess.run(
-                [npm, "install", *options, wanted],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=300,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise Absent(f"npm install {wanted} did not end within 300 s") from None
-        if done.returncode:
-            said = [line for line in done.stdout.splitlines() if "ERR" in line or "error" in line]
-            raise Absent(f"npm install {wanted} failed: {' '.join(said)[:200] or done.returncode}")
-        below = json.loads((folder / "node_modules/ioredis/package.json").read_text("utf-8"))
-        self.version = f"{DEEPSTREAM_VERSION}, ioredis {below['version']}, Node {_said('node')}"
-
     def close(self) -> None:
         super().close()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._installed.close()
 
 
 class Limit(Contestant):

@@ -100,7 +100,11 @@ def _options(host: str, port: int) -> dict[str, object]:
 
 
 class _Dscache:
-    """What AsyncCache and Cache have in common: the records that are written."""
+    """What AsyncCache and Cache have in common: the records that are written, and what is raw."""
+
+    _cache: Any
+    _get_decoded: Callable[[str], Any]
+    _get_many_decoded: Callable[[Sequence[str]], Any]
 
     def __init__(self, core_name: str) -> None:
         self._core = core_name
@@ -115,6 +119,16 @@ class _Dscache:
         # With if_newer each write has to be newer than all before, those of others included, or
         # nothing would be written. No client writes as fast as nanoseconds pass.
         self._versions = itertools.count(time.time_ns()) if work.if_newer else None
+        # Raw, as a server would call them: nothing of ours around what they return.
+        cache = self._cache
+        self.get: Any = self._get_decoded if work.decode else cache.get
+        self.get_many: Any = self._get_many_decoded if work.decode else cache.get_bulk
+
+    def set(self, name: str) -> Any:
+        return self._cache.set(name, self._version(), self._document, **self._how)
+
+    def set_many(self, names: Sequence[str]) -> Any:
+        return self._cache.set_bulk(self._all(names), **self._how)
 
     def _version(self) -> int:
         return VERSION if self._versions is None else next(self._versions)
@@ -133,13 +147,6 @@ class Dscache(_Dscache):
             self._cache = dscache.AsyncCache.from_config(_options(host, port))
             await self._cache.when_ready()
 
-    def prepare(self, work: Work) -> None:
-        super().prepare(work)
-        # Raw, as a server would call them: nothing of ours around the future.
-        cache = self._cache
-        self.get: Any = self._get_decoded if work.decode else cache.get
-        self.get_many: Any = self._get_many_decoded if work.decode else cache.get_bulk
-
     async def _get_decoded(self, name: str) -> Any:
         record = await self._cache.get(name)
         assert record is not None
@@ -148,12 +155,6 @@ class Dscache(_Dscache):
     async def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         records = await self._cache.get_bulk(names)
         return {name: record.data for name, record in records.items()}
-
-    def set(self, name: str) -> Any:
-        return self._cache.set(name, self._version(), self._document, **self._how)
-
-    def set_many(self, names: Sequence[str]) -> Any:
-        return self._cache.set_bulk(self._all(names), **self._how)
 
     async def close(self) -> None:
         await self._cache.close()
@@ -169,12 +170,6 @@ class DscacheBlocking(_Dscache):
             self._cache = dscache.Cache.from_config(_options(host, port))
             self._cache.when_ready()
 
-    def prepare(self, work: Work) -> None:
-        super().prepare(work)
-        cache = self._cache
-        self.get: Any = self._get_decoded if work.decode else cache.get
-        self.get_many: Any = self._get_many_decoded if work.decode else cache.get_bulk
-
     def _get_decoded(self, name: str) -> Any:
         record = self._cache.get(name)
         assert record is not None
@@ -182,12 +177,6 @@ class DscacheBlocking(_Dscache):
 
     def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: record.data for name, record in self._cache.get_bulk(names).items()}
-
-    def set(self, name: str) -> Any:
-        return self._cache.set(name, self._version(), self._document, **self._how)
-
-    def set_many(self, names: Sequence[str]) -> Any:
-        return self._cache.set_bulk(self._all(names), **self._how)
 
     def close(self) -> None:
         self._cache.close()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rounds import Group, Row
+from rounds import Group, Row, RowInLoop
 
 
 @dataclass
@@ -126,7 +126,7 @@ def as_text(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def goal(text: str, row: Row, against: Row, at_least: float) -> str:
+def goal(text: str, row: Row | RowInLoop, against: Row | RowInLoop, at_least: float) -> str:
     """Return a line that tells whether a ratio is reached."""
     got = row.median / against.median
     verdict = "reached" if got >= at_least else "MISSED"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,32 @@ class Pace:
     def taste(self) -> int:
         """Records of a first measurement, which tells how many take the wanted time."""
         return 50 if self.smoke else 1000
+
+
+def arguments(description: str | None, *, rounds: int, seconds: float) -> argparse.ArgumentParser:
+    """Return a parser of ``--rounds`` and ``--seconds``, with these for who says nothing."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    text = f"of each measurement ({rounds})"
+    parser.add_argument("--rounds", type=_at_least_one, default=rounds, help=text)
+    text = f"of one measurement ({seconds:g})"
+    parser.add_argument("--seconds", type=_above_zero, default=seconds, help=text)
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be at least 1, not {text!r}")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"it must be a number above 0, not {text!r}")
+    return number
 
 
 @dataclass
@@ -70,6 +98,26 @@ class Row:
 
 
 @dataclass
+class RowInLoop:
+    """One thing measured where an event loop runs already, and its rate in each round."""
+
+    label: str
+    measure: Callable[[int], Awaitable[float]]
+    """Handle so many; return the seconds that it took."""
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """So many a second."""
+        return statistics.median(self.rates)
+
+    @property
+    def best(self) -> float:
+        """The fastest round, the one that was disturbed least."""
+        return max(self.rates)
+
+
+@dataclass
 class Group:
     """Rows of one workload. With the one called ``base`` the others are compared."""
 
@@ -102,6 +150,13 @@ def measure(groups: Sequence[Group], pace: Pace) -> None:
         for row in rows:
             if not row.missing and (sample := _sample(row, sizes[id(row)])):
                 row.samples.append(sample)
+
+
+async def measure_in_loop(rows: Sequence[RowInLoop], sizes: Sequence[int], rounds: int) -> None:
+    """Fill the rows, each with so many at a time."""
+    for _ in range(rounds):
+        for row, size in zip(rows, sizes, strict=True):
+            row.rates.append(size / await row.measure(size))
 
 
 def _size(row: Row, pace: Pace) -> int:

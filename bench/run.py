@@ -6,7 +6,6 @@ thing once and hardly measures it, to see that all of it works.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -31,7 +30,7 @@ from contestants import HERE
 from dscache.embedded import EmbeddedServer
 from machine import facts, stolen_seconds
 from report import Section, Table
-from rounds import Group, Pace
+from rounds import Group, Pace, arguments
 from workload import ORDINARY, apart
 
 SECTIONS = (
@@ -199,15 +198,11 @@ def measure(run: Run, wanted: Collection[str]) -> tuple[list[str], dict[str, str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (7)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one measurement (0.2)")
+    parser = arguments(__doc__, rounds=7, seconds=0.2)
     parser.add_argument("--only", choices=SECTIONS, action="append", help="this section alone")
     parser.add_argument("--smoke", action="store_true", help="each thing once, hardly measured")
     parser.add_argument("--output", type=Path, help="folder of the results (bench/results)")
     options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds must be at least 1, --seconds above 0")
     pace = SMOKE if options.smoke else Pace(options.rounds, options.seconds)
     folder = options.output or HERE / "results" / ("smoke" if options.smoke else "")
     wanted = set(options.only or SECTIONS)

@@ -80,9 +80,13 @@ def names_of(kind: str, count: int | None = None) -> list[str]:
 
 def zipf_names() -> list[str]:
     """Return names in the order in which they are asked for where some are wanted more."""
-    names = names_of(ORDINARY)
+    return drawn(names_of(ORDINARY), DRAWS)
+
+
+def drawn(names: Sequence[str], count: int) -> list[str]:
+    """Return so many names, the first ones as often as Zipf's law has it."""
     weights = accumulate(1 / rank**ZIPF for rank in range(1, len(names) + 1))
-    return random.Random(1).choices(names, cum_weights=list(weights), k=DRAWS)
+    return random.Random(1).choices(names, cum_weights=list(weights), k=count)
 
 
 @dataclass(frozen=True)
