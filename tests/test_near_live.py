@@ -425,13 +425,25 @@ async def test_a_server_that_is_a_replica_is_not_kept(
 # -- links that fail
 
 
+async def one_at_hand(
+    make_cache: MakeCache, redis: redis_py.Redis, **options: Any
+) -> dscache.AsyncCache:
+    """Open a cache that has the record a at hand, in version 1."""
+    put(redis, "a", 1)
+    cache = await make_cache(**options)
+    await until(lambda: at_hand_twice(cache, "a"))
+    return cache
+
+
+async def at_hand_twice(cache: dscache.AsyncCache, name: str) -> bool:
+    return await is_at_hand(cache, name) and await is_at_hand(cache, name)
+
+
 @ON_ONE_SERVER
 async def test_a_deaf_link_serves_nothing(
     make_cache: MakeCache, proxy: FaultProxy, redis: redis_py.Redis
 ) -> None:
-    put(redis, "a", 1)
-    cache = await make_cache(url=proxy.url, nearCache={"idleLimit": 300})
-    await until(lambda: at_hand_twice(cache, "a"))
+    cache = await one_at_hand(make_cache, redis, url=proxy.url, nearCache={"idleLimit": 300})
     proxy.stall()
     put(redis, "a", 2)
     hits = counters(cache)["hits"]
@@ -450,18 +462,14 @@ async def test_a_deaf_link_serves_nothing(
     await until(lambda: at_hand_twice(cache, "a"))
 
 
-async def at_hand_twice(cache: dscache.AsyncCache, name: str) -> bool:
-    return await is_at_hand(cache, name) and await is_at_hand(cache, name)
-
-
 @ON_ONE_SERVER
 async def test_an_idle_link_that_is_well_goes_on_serving(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     """For three times the limit nothing is asked of the server but whether it is there."""
     idle_limit = 0.5
-    put(redis, "a", 1)
-    cache = await make_cache(nearCache={"idleLimit": round(idle_limit * 1000)})
+    near = {"idleLimit": round(idle_limit * 1000)}
+    cache = await one_at_hand(make_cache, redis, nearCache=near)
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(PATIENCE):
         while True:
@@ -484,9 +492,7 @@ async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     """Nothing arrives while a task does nothing but read what is at hand."""
-    put(redis, "a", 1)
-    cache = await make_cache(nearCache={"idleLimit": 100})
-    await until(lambda: at_hand_twice(cache, "a"))
+    cache = await one_at_hand(make_cache, redis, nearCache={"idleLimit": 100})
     put(redis, "a", 2)
     async with asyncio.timeout(PATIENCE):
         while await version_of(cache, "a") == 1:
@@ -495,8 +501,7 @@ async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
 
 @ON_ONE_SERVER
 async def test_a_connection_that_is_killed(make_cache: MakeCache, redis: redis_py.Redis) -> None:
-    put(redis, "a", 1)
-    cache = await make_cache(nearCache=NEAR, connectionName="killed")
+    cache = await one_at_hand(make_cache, redis, nearCache=NEAR, connectionName="killed")
     for version in range(2, 8):
         await until(lambda: at_hand_twice(cache, "a"))
         connects = cache.stats()["connects"]
