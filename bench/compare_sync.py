@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,14 @@ class Row:
         return statistics.median(self.seconds)
 
 
+def records_of(values: Sequence[Any]) -> dict[str, tuple[int, Any]]:
+    """Return the records that a bulk has brought, decoded."""
+    return {
+        name: (int(version), decode(text))
+        for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
+    }
+
+
 class RedisPy:
     """redis-py's blocking client with hiredis: the fastest way that it has for each."""
 
@@ -73,11 +81,7 @@ class RedisPy:
         return int(version), decode(text)
 
     def get_bulk(self) -> object:
-        values = self._redis.mget(keys_of(NAMES))
-        return {
-            name: (int(version), decode(text))
-            for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
-        }
+        return records_of(self._redis.mget(keys_of(NAMES)))
 
     def set_bulk(self) -> object:
         pipeline = self._redis.pipeline(transaction=False)
@@ -99,11 +103,7 @@ class RedisPyCluster:
         return int(version), decode(text)
 
     def get_bulk(self) -> object:
-        values = self._redis.mget_nonatomic(self._keys)
-        return {
-            name: (int(version), decode(text))
-            for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
-        }
+        return records_of(self._redis.mget_nonatomic(self._keys))
 
 
 @contextlib.contextmanager
