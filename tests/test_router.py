@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,6 +109,27 @@ def ask(name: str, node: int = 1) -> Refusal:
     return Refusal(f"ASK {slot(name)} {ClusterExchange.address(node)}")
 
 
+def serving(nodes: ClusterExchange) -> tuple[list[ModelServer], Callable[..., list[Any]]]:
+    """Return a server for each of three nodes, and what has them do operations, to the end."""
+    servers = [ModelServer() for _ in range(3)]
+
+    def ask_all(*operations: Operation) -> list[Any]:
+        waiters = nodes.issue(*operations)
+        for at in range(3):
+            nodes.serve(at, servers[at])
+        nodes.assert_drained()
+        return [waiter.result() for waiter in waiters]
+
+    return servers, ask_all
+
+
+def assert_spread(servers: list[ModelServer]) -> None:
+    """Assert that each server has keys, and none that belongs to another."""
+    assert all(server.values for server in servers)
+    for at, server in enumerate(servers):
+        assert {key_slot(key) % 3 for key in server.values} == {at}
+
+
 # -- slots
 
 PREFIXES = [
@@ -193,20 +215,11 @@ def test_to_the_node_of_its_slot(nodes: ClusterExchange, operation: Operation) -
 def test_every_operation_comes_through(core: Any, layout: str) -> None:
     """Three servers, each with the slots of one node: what was written is read again."""
     nodes = ClusterExchange(core, hash_tag=layout == "hashtag")
-    servers = [ModelServer() for _ in range(3)]
+    servers, ask_all = serving(nodes)
     names = [f"{{{i}}}" if layout == "deepstream" else f"user/{i}" for i in range(200)]
 
-    def ask_all(*operations: Operation) -> list[Any]:
-        waiters = nodes.issue(*operations)
-        for at in range(3):
-            nodes.serve(at, servers[at])
-        nodes.assert_drained()
-        return [waiter.result() for waiter in waiters]
-
     assert ask_all(*(Op("set", name, (i, [i])) for i, name in enumerate(names))) == [True] * 200
-    assert all(server.values for server in servers)
-    for at, server in enumerate(servers):
-        assert {key_slot(key) % 3 for key in server.values} == {at}
+    assert_spread(servers)
     [found, heads] = ask_all(Op("get_bulk", [*names, "{no}"]), Op("head_bulk", ["{no}", *names]))
     assert [(name, *record) for name, record in found.items()] == [
         (name, i, [i]) for i, name in enumerate(names)
@@ -396,6 +409,16 @@ BATCHES = {
 }
 
 
+def issue(node: ClusterExchange, model: Op, names: list[str], bulk: bool) -> None:
+    """Issue an operation for each of these records, or one for all."""
+    if bulk and model.method == "set":
+        node.issue(Op("set_bulk", dict.fromkeys(names, model.rest), (), model.options))
+    elif bulk:
+        node.issue(Op(f"{model.method}_bulk", names))
+    else:
+        node.issue(*(Op(model.method, name, model.rest, model.options) for name in names))
+
+
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 @pytest.mark.parametrize("operation", BATCHES)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.split()[0])
@@ -406,12 +429,7 @@ def test_a_redirection_within_500(
     model, done = BATCHES[operation]
     names = [f"{{t{i % 50}}}{i}" for i in range(500)]
     away = [name for name in names if name.startswith("{t7}")]
-    if bulk and model.method == "set":
-        node.issue(Op("set_bulk", dict.fromkeys(names, model.rest), (), model.options))
-    elif bulk:
-        node.issue(Op(f"{model.method}_bulk", names))
-    else:
-        node.issue(*(Op(model.method, name, model.rest, model.options) for name in names))
+    issue(node, model, names, bulk)
     sent = node.take()
     replies: list[Any] = []
     for command in sent:
@@ -463,12 +481,7 @@ def test_asking(node: ClusterExchange, operation: str, bulk: bool) -> None:
     """What was told to ask does so before each command, once, and drops what that answers."""
     model, done = BATCHES[operation]
     names = ["{t}1", "{t}2"]
-    if bulk and model.method == "set":
-        node.issue(Op("set_bulk", dict.fromkeys(names, model.rest), (), model.options))
-    elif bulk:
-        node.issue(Op(f"{model.method}_bulk", names))
-    else:
-        node.issue(*(Op(model.method, name, model.rest, model.options) for name in names))
+    issue(node, model, names, bulk)
     first = node.take()
     node.reply(0, *[ask("{t}")] * len(first))
     batches = [batch for _, _, batch in node.redirected(0)]
@@ -544,15 +557,21 @@ def test_heads_that_ask(node: ClusterExchange, replies: tuple[Any, Any], expecte
         assert waiter.result() == expected
 
 
-def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
-    """Without its effect, the command behind it says what there is to say."""
-    [waiter] = node.issue(Op("get", "{t}"))
+def told_to_ask(node: ClusterExchange, operation: Operation) -> Any:
+    """Issue an operation that has been told to ask, and does so; return its waiter."""
+    [waiter] = node.issue(operation)
     node.take()
     node.reply(0, ask("{t}"))
     [(_, _, batch)] = node.redirected(0)
     batch.ask(node.pipelines[0])
     node.pipelines[0].adopt([batch])
     node.take()
+    return waiter
+
+
+def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
+    """Without its effect, the command behind it says what there is to say."""
+    waiter = told_to_ask(node, Op("get", "{t}"))
     node.reply(0, Refusal("NOPERM no ASKING for you"), moved("{t}"))
     [(words, _, batch)] = node.redirected(0)
     assert words == moved("{t}")
@@ -562,13 +581,7 @@ def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
 
 
 def test_what_asks_survives_a_lost_connection_and_a_lost_script(node: ClusterExchange) -> None:
-    [waiter] = node.issue(Op("set", "{t}", (1, 1), GUARDED))
-    node.take()
-    node.reply(0, ask("{t}"))
-    [(_, _, batch)] = node.redirected(0)
-    batch.ask(node.pipelines[0])
-    node.pipelines[0].adopt([batch])
-    node.take()
+    waiter = told_to_ask(node, Op("set", "{t}", (1, 1), GUARDED))
     node.reply(0, "OK", Refusal(NOSCRIPT))
     asked, [verb, *_] = node.take()
     assert (asked, verb) == (ASKED, b"EVAL")
@@ -1337,22 +1350,13 @@ def test_commands_of_one_key_on_a_lost_connection(node: ClusterExchange, retry: 
 
 def test_records_apart(nodes: ClusterExchange) -> None:
     """Each key goes to its own node, and the results are those of records that lie together."""
-    servers = [ModelServer() for _ in range(3)]
+    servers, ask_all = serving(nodes)
     names = [f"user/{i}" for i in range(30)]
-
-    def ask_all(*operations: Operation) -> list[Any]:
-        waiters = nodes.issue(*operations)
-        for at in range(3):
-            nodes.serve(at, servers[at])
-        nodes.assert_drained()
-        return [waiter.result() for waiter in waiters]
 
     written = {name: (i, [i]) for i, name in enumerate(names)} | {"{t}": (7, 7)}
     more = Op("set", "user/x", (1, 1), {"ttl": 9})
     assert ask_all(Op("set_bulk", written), more) == [set(), True]
-    assert all(server.values for server in servers)
-    for at, server in enumerate(servers):
-        assert {key_slot(key) % 3 for key in server.values} == {at}
+    assert_spread(servers)
     assert {k for s in servers for k in s.lifetimes} == set(keys_of("user/x"))
     found, heads, one, head, none = ask_all(
         Op("get_bulk", [*written, "no"]),
