@@ -13,7 +13,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from redis.crc import key_slot
 import dscache
 from clusters import SLOTS, ClusterGroup, ClusterNode, Failover
 from dscache.embedded import ServerBinary
-from figures import PATIENCE, Figures, resident
+from figures import PATIENCE, Figures, resident, until
 from load import Load
 
 # For caches: what is noticed when the slots are next asked for need not take long.
@@ -75,6 +75,33 @@ def a_name_each(group: ClusterGroup) -> dict[str, ClusterNode]:
     return found
 
 
+@contextlib.contextmanager
+def leaving_soon(
+    binary: ServerBinary,
+) -> Iterator[tuple[ClusterGroup, ClusterNode, ClusterNode]]:
+    """Give a new cluster, and the node that is to give its slots to another one, and that one.
+
+    To be quick about it, it has few slots left when it begins.
+    """
+    args = ("--cluster-allow-replica-migration", "no")
+    with ClusterGroup(binary, primaries=3, replicas=0, args=args) as group:
+        leaving, heir = group.primaries()[:2]
+        first, last = group.slots_of(leaving)[100], group.slots_of(leaving)[-1]
+        for node in group.nodes:
+            node.ask("CLUSTER", "DELSLOTSRANGE", first, last)
+        heir.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
+        group.wait_until_ok()
+        yield group, leaving, heir
+
+
+def replicate(group: ClusterGroup) -> None:
+    """Wait until the replicas have what was written; raises AssertionError if they don't get it."""
+    for node in group.primaries():
+        with node.client() as client:
+            client.set(f"{{{prefix_on(group, node)}}}", "marker")
+            assert client.wait(1, 20_000) == 1
+
+
 @contextlib.asynccontextmanager
 async def on_cluster(
     figures: Figures, binary: ServerBinary, **options: Any
@@ -87,16 +114,6 @@ async def on_cluster(
             figures.drained(cache)
     finally:
         await asyncio.to_thread(group.close)
-
-
-async def until(condition: Callable[[], object], what: str) -> float:
-    """Wait until a condition holds, and return for how long; raises if that is too long."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > PATIENCE:
-            raise AssertionError(f"{what}: not within {PATIENCE:g} s")
-        await asyncio.sleep(0.001)
-    return time.monotonic() - began
 
 
 # -- records

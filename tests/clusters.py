@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import re
@@ -280,7 +281,34 @@ class ClusterNode:
 Failover = Literal["", "FORCE", "TAKEOVER"]
 
 
-class ClusterGroup:
+class Together(abc.ABC):
+    """Servers that are all started and stopped together, in a with block."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop everything and remove all data; a second call does nothing."""
+
+    @abc.abstractmethod
+    def _start(self) -> None: ...
+
+
+class ClusterGroup(Together):
     """Primaries with replicas that form a cluster, all started and stopped together.
 
     Replicas are spread over the primaries in turn. ``passwords`` is one for all nodes, or a
@@ -324,22 +352,6 @@ class ClusterGroup:
         )
         self._folders = contextlib.ExitStack()
         self._left: list[ClusterNode] = []
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop everything and remove all data; a second call does nothing."""

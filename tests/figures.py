@@ -15,7 +15,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,16 @@ OBJECTS_A_FAULT = 0.25
 # How long anything may take that depends on the other side coming back.
 PATIENCE = 60.0
 COUNTERS = ("pending", "pending_bytes", "in_flight", "queued")
+
+
+async def until(condition: Callable[[], object], what: str) -> float:
+    """Wait until a condition holds, and return for how long; raises if that is too long."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > PATIENCE:
+            raise AssertionError(f"{what}: not within {PATIENCE:g} s")
+        await asyncio.sleep(0.001)
+    return time.monotonic() - began
 
 
 class Samples:

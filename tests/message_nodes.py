@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from conftest import PATIENT
 from dscache.messages import MessageNode
+from figures import COUNTERS
+from waiting import own_tasks, until
 
 # Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
-# Nothing fails for want of time on a busy machine.
-PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
-DRAINED = ("pending", "pending_bytes", "in_flight", "queued")
 
 
 class Nodes:
@@ -42,17 +40,9 @@ async def open_nodes(**options: Any) -> AsyncIterator[Nodes]:
         for node in nodes.opened:
             await node.close()
     for node in nodes.opened:
-        counters = {name: node.stats()[name] for name in DRAINED if node.stats()}
+        counters = {name: node.stats()[name] for name in COUNTERS if node.stats()}
         assert not any(counters.values()), f"{node.description}: not drained: {counters}"
-    names = [task.get_name() for task in asyncio.all_tasks()]
-    assert not [name for name in names if name.startswith("dscache")]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
+    assert own_tasks() == []
 
 
 class Heard(list[Any]):

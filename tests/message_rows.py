@@ -16,7 +16,7 @@ from typing import Any
 
 import dscache
 from dscache.embedded import EmbeddedServer, ServerBinary
-from figures import PATIENCE, Figures, held
+from figures import Figures, held, until
 
 EVENT = 4
 TEXT = "x" * 60
@@ -33,14 +33,6 @@ def open_node(server: EmbeddedServer, name: str, **options: Any) -> dscache.Mess
     where = {"host": server.host, "port": server.port, **options}
     config = {"serverName": name, "clusterNode": {"name": "redis", "options": where}}
     return dscache.MessageNode.from_config(config)
-
-
-async def until(condition: Any, what: str) -> None:
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > PATIENCE:
-            raise AssertionError(f"{what}: not within {PATIENCE:g} s")
-        await asyncio.sleep(0.005)
 
 
 # -- everybody hears everything

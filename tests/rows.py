@@ -39,6 +39,7 @@ from figures import (
     measured,
     open_files,
     resident,
+    until,
 )
 from load import Load
 from mutation import Fuzzer
@@ -58,16 +59,6 @@ def open_cache(**options: Any) -> dscache.AsyncCache:
 
 def _behind(proxy: FaultProxy | ProxyProcess, **options: Any) -> dscache.AsyncCache:
     return open_cache(host=proxy.host, port=proxy.port, **options)
-
-
-async def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> float:
-    """Wait until a condition holds, and return for how long; raises if that is too long."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            raise AssertionError(f"{what}: not within {seconds:g} s")
-        await asyncio.sleep(0.001)
-    return time.monotonic() - began
 
 
 async def rate(load: Load, seconds: float) -> float:

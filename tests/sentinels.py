@@ -14,12 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import redis
 
-from clusters import hold_port
+from clusters import Together, hold_port
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import FakeServer
 
@@ -38,7 +36,7 @@ _HURRIED_MS = 100
 _TILT_MS = 20_000
 
 
-class SentinelGroup:
+class SentinelGroup(Together):
     """One primary with replicas, watched by Sentinels, all started and stopped together."""
 
     def __init__(
@@ -54,22 +52,6 @@ class SentinelGroup:
         self.servers = [EmbeddedServer(binary, args=_AT_ONCE)]
         self._replicas = replicas
         self._sentinels = sentinels
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def options(self) -> dict[str, object]:

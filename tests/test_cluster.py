@@ -17,8 +17,7 @@ from clusters import ClusterGroup, Failover
 from conftest import BY_AGE, OWN, PATIENT, SHARED
 from faults import FaultProxy
 from figures import Figures
-
-PATIENCE = 60
+from waiting import PATIENCE, assert_drained, own_tasks, until
 
 
 @asynccontextmanager
@@ -27,16 +26,8 @@ async def opened(group: ClusterGroup, **options: Any) -> AsyncIterator[dscache.A
     async with asyncio.timeout(PATIENCE):
         async with open_cache(group, **options) as cache:
             yield cache
-        stats = cache.stats()
-        assert not any(stats[name] for name in ("pending", "pending_bytes", "in_flight", "queued"))
-        names = [task.get_name() for task in asyncio.all_tasks()]
-        assert not [name for name in names if name.startswith("dscache")]
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.005)
+        assert_drained(cache)
+        assert own_tasks() == []
 
 
 # -- records
@@ -214,15 +205,7 @@ async def _use_what_moves(
 
 async def test_who_leaves_is_closed(backend: str) -> None:
     """A node without slots that is taken out of the cluster, with operations under way."""
-    args = ("--cluster-allow-replica-migration", "no")
-    with ClusterGroup(BY_AGE[0], primaries=3, replicas=0, args=args) as group:
-        leaving, heir = group.primaries()[:2]
-        # To be quick about it, it has few slots left when it begins.
-        first, last = group.slots_of(leaving)[100], group.slots_of(leaving)[-1]
-        for node in group.nodes:
-            node.ask("CLUSTER", "DELSLOTSRANGE", first, last)
-        heir.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
-        group.wait_until_ok()
+    with cluster_rows.leaving_soon(BY_AGE[0]) as (group, leaving, heir):
         async with opened(group, **PATIENT) as cache:
             await cache.set_bulk({f"n/{i}": (i, i) for i in range(500)})
             stop = False
@@ -394,10 +377,7 @@ async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -
     names = [f"n/{i}" for i in range(300)]
     async with opened(group, scaleReads=scale, **PATIENT) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
-        for node in group.primaries():
-            with node.client() as client:
-                client.set(f"{{{cluster_rows.prefix_on(group, node)}}}", "marker")
-                assert client.wait(1, 20_000) == 1
+        cluster_rows.replicate(group)
         replicas = {f"127.0.0.1:{node.port}" for node in group.replicas()}
         if scale != "master":
             await until(lambda: replicas <= set(cache.stats()["nodes"]))

@@ -38,8 +38,8 @@ from conftest import SERVERS, _server_id
 from dscache import connection as connection_module
 from dscache.embedded import EmbeddedServer
 from faults import FaultProxy
+from waiting import PATIENCE, until
 
-PATIENCE = 60
 LONG = PATIENCE * 1000
 # Where an attempt follows another, and it is no matter when.
 AT_ONCE = {"first": 1, "cap": 5}
@@ -202,12 +202,6 @@ async def outcome(issued: Awaitable[Any]) -> Any:
     if isinstance(result, BaseException):
         assert SECRET not in f"{result} {result!r} {result.args}"
     return result
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def assert_silent(cache: dscache.AsyncCache) -> None:

@@ -21,13 +21,12 @@ from clusters import hold_port
 from conftest import SERVERS, _server_id
 from dscache.embedded import EmbeddedServer
 from faults import HELLO_REPLY, FakeServer, FaultProxy
+from waiting import PATIENCE, until
 
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 Call = Callable[[dscache.AsyncCache, str], Any]
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 # For what must not end by a time limit, and for what can end by nothing else.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 IMPATIENT = {"connectTimeout": 200, "commandTimeout": 200}
@@ -101,12 +100,6 @@ async def code_of(issued: Awaitable[Any]) -> str:
     error = await error_of(issued)
     assert isinstance(error, dscache.ReplyError), error
     return error.code
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def put(redis: redis_py.Redis, name: str, version: object, data: object) -> None:

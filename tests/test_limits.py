@@ -17,16 +17,14 @@ from dscache import _common as c
 from dscache.embedded import EmbeddedServer
 from faults import FakeServer, FaultProxy
 from figures import resident
+from waiting import PATIENCE, assert_drained, until
 
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 
 # What is bounded here does not depend on the server's version.
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 LONG = PATIENCE * 1000
-COUNTERS = ("pending", "pending_bytes", "in_flight", "queued")
 MIB = 1024 * 1024
 # A Python object and its place in a dict or list take this at most.
 PER_NAME = 600
@@ -41,17 +39,6 @@ async def outcomes(issued: Iterable[Awaitable[Any]]) -> list[Any]:
     """Return the results and errors of operations, of which none may hang."""
     async with asyncio.timeout(PATIENCE):
         return await asyncio.gather(*issued, return_exceptions=True)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-def assert_drained(cache: dscache.AsyncCache) -> None:
-    counters = {name: cache.stats()[name] for name in COUNTERS}
-    assert not any(counters.values()), counters
 
 
 @pytest.fixture

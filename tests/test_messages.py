@@ -21,7 +21,8 @@ from conftest import SERVERS, NamedServer
 from dscache import subscriptions
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import FaultProxy
-from message_nodes import PATIENCE, Heard, Nodes, hears, open_nodes, until
+from message_nodes import Heard, Nodes, hears, open_nodes
+from waiting import PATIENCE, until
 
 EVENT = 4
 NEWS = {"topic": EVENT, "action": 0, "name": "news"}

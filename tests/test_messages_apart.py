@@ -14,8 +14,9 @@ from clusters import ClusterGroup, ClusterNode
 from conftest import BY_AGE
 from dscache._pure_wire import slot_of_key
 from dscache.embedded import EmbeddedServer, ServerBinary
-from message_nodes import Heard, Nodes, hears, open_nodes, until
+from message_nodes import Heard, Nodes, hears, open_nodes
 from sentinels import SentinelGroup
+from waiting import until
 
 EVENT = 4
 NEWS = {"topic": EVENT, "name": "news"}

@@ -18,13 +18,12 @@ import uvloop
 import dscache
 from cluster_rows import CURIOUS, open_cache, prefix_on, slot_of
 from clusters import ClusterGroup
-from conftest import BY_AGE, DRAINED, PATIENT, SERVERS, MakeCache, MakeServer, _server_id
+from conftest import BY_AGE, PATIENT, SERVERS, MakeCache, MakeServer, _server_id
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import HELLO_REPLY, FakeServer, FaultProxy
 from sentinels import SentinelGroup
+from waiting import PATIENCE, assert_drained
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 # A busy machine may be silent for a while, which must not look like a dead link.
 NEAR = {"idleLimit": 30_000}
 
@@ -609,7 +608,7 @@ async def on_cluster(group: ClusterGroup, **options: Any) -> AsyncIterator[dscac
         options = {"nearCache": NEAR, **PATIENT, **CURIOUS, **options}
         async with open_cache(group, **options) as cache:
             yield cache
-        assert not any(cache.stats()[name] for name in DRAINED)
+        assert_drained(cache)
 
 
 def put_on(group: ClusterGroup, name: str, version: int) -> None:

@@ -21,7 +21,8 @@ import redis.asyncio
 
 from conftest import NamedServer
 from dscache.embedded import EmbeddedServer
-from message_nodes import Nodes, hears, open_nodes, until
+from message_nodes import Nodes, hears, open_nodes
+from waiting import until
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden" / "messages_by_connector.json").read_text("utf-8"))

@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from dscache.embedded import EmbeddedServer
 from faults import HELLO_REPLY, FakeServer, FaultProxy
 from figures import open_files
 from sentinels import GROUP, FakeSentinel, SentinelGroup
+from waiting import PATIENCE, own_tasks, until
 
 # Sentinels of every server found would take long, and they differ little: the oldest and the
 # newest kind of server stand for the others.
@@ -31,8 +32,6 @@ SOME = list(dict.fromkeys((BINARIES[0], BINARIES[-1])))
 
 
 PASSWORD = "the-sentinels-own"
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 # For what must not end by a time limit.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000, "closeTimeout": 600_000}
 
@@ -63,22 +62,11 @@ def behind(*sentinels: FakeServer | FaultProxy, **options: Any) -> dscache.Async
     )
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 def named(cache: dscache.AsyncCache) -> int:
     """Return the port that the cache is connected to."""
     node = cache._topology
     assert isinstance(node, Connection)
     return int(node.address.rpartition(":")[2])
-
-
-def own_tasks() -> list[str]:
-    names = [task.get_name() for task in asyncio.all_tasks()]
-    return [name for name in names if name.startswith("dscache")]
 
 
 async def _replicated(group: SentinelGroup) -> None:
@@ -290,7 +278,11 @@ async def test_a_move_while_it_is_greeted(hasty: None, backend: str) -> None:
 # -- subscriptions that break
 
 
-async def test_nothing_is_missed_without_a_subscription(hasty: None, backend: str) -> None:
+@asynccontextmanager
+async def behind_a_proxy() -> AsyncIterator[
+    tuple[FakeSentinel, FaultProxy, dscache.AsyncCache, FakeServer, FakeServer]
+]:
+    """Give a Sentinel, the way to it, a cache behind them, its primary, and another server."""
     async with (
         FakeServer() as old,
         FakeServer() as new,
@@ -299,6 +291,11 @@ async def test_nothing_is_missed_without_a_subscription(hasty: None, backend: st
         asyncio.timeout(PATIENCE),
         behind(way, **PATIENT) as cache,
     ):
+        yield only, way, cache, old, new
+
+
+async def test_nothing_is_missed_without_a_subscription(hasty: None, backend: str) -> None:
+    async with behind_a_proxy() as (only, way, cache, old, new):
         await until(lambda: only.subscriptions)
         await way.refuse()
         way.cut("rst")
@@ -313,14 +310,7 @@ async def test_a_silent_sentinel_is_found(
     hasty: None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentinel, "_PING_AFTER", 0.1)
-    async with (
-        FakeServer() as old,
-        FakeServer() as new,
-        FakeSentinel(old.port) as only,
-        FaultProxy(only.host, only.port) as way,
-        asyncio.timeout(PATIENCE),
-        behind(way, **PATIENT) as cache,
-    ):
+    async with behind_a_proxy() as (only, way, cache, _, new):
         await until(lambda: only.subscriptions and way.connections == 1)
         pings = len(only.commands)
         # While it answers, it is not silent.

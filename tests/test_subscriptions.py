@@ -13,7 +13,7 @@ from dscache.any_node import AnyNode
 from dscache.errors import ConfigError, ConnectionLost, ProtocolError, ReplyError
 from dscache.message_config import load
 from dscache.subscriptions import Listener, Subscriptions
-from message_nodes import until
+from waiting import until
 
 
 class Source:

@@ -24,6 +24,7 @@ from redis.credentials import CredentialProvider
 
 import dscache
 from blocking import PATIENCE, LoopThread, Model, ProxyThread, in_threads, run_child, until
+from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
 from conftest import SERVERS, _server_id
 from dscache import pool as pool_module
 from dscache.embedded import EmbeddedServer, TLSFiles
@@ -236,15 +237,8 @@ def test_who_waits_in_vain_is_told_why(
 def test_a_place_is_not_lost_with_the_thread_that_had_it(open_cache: OpenCache) -> None:
     cache = open_cache(maxConnections=1, whenFull="error")
     cache.set("a", 1, [1])
-    pool: Any = cache._pool
     for _ in range(3):
-        # As if an exception had struck right after a line was taken.
-        line = pool._idle.pop()
-        with pytest.raises(dscache.Overloaded):
-            cache.get("a")
-        gone = weakref.ref(line)
-        del line
-        assert gone() is None
+        assert_a_place_is_made(cache)
         assert tuple(cache.get("a")) == (1, [1])
     assert cache.stats()["connections"] == 1
 
@@ -268,14 +262,7 @@ def test_who_waits_gets_the_place_of_one_that_is_gone(open_cache: OpenCache) -> 
 @on_one_server
 def test_a_signal_handler_that_raises(server: EmbeddedServer, backend: str) -> None:
     count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "500"))
-    result = run_child("interrupts.py", server.url, str(count), backend=backend)
-    assert result["wrong"] == [], result
-    assert result["raised"] == count
-    # What is raised in a finalizer reaches nobody.
-    assert result["caught"] > 0.98 * count, result
-    assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
-    assert result["connections"] <= 4
-    assert result["pending"] == 0
+    assert_interrupted(server.url, count, backend)
 
 
 @on_one_server
@@ -526,14 +513,7 @@ def test_full_buffers_on_both_sides(
 ) -> None:
     """Where the server stops reading until its replies are read, a client that only sends hangs."""
     cache = open_cache(url=proxy.url, **PATIENT)
-    names = [f"{'long name ' * 50}{n}" for n in range(10_000)]
-    records = {name: (n, "x" * 500) for n, name in enumerate(names)}
-    assert cache.set_bulk(records, if_newer=True) == set()
-    found = cache.get_bulk(names)
-    assert list(found) == names
-    assert all(record.version == n for n, record in enumerate(found.values()))
-    assert cache.head_bulk(names) == {name: n for n, name in enumerate(names)}
-    assert cache.delete_bulk(names) == len(names)
+    assert_bulks_come_through(cache, 10_000)
 
 
 def test_what_nobody_asked_for_answers_nothing(backend: str) -> None:

@@ -35,6 +35,7 @@ from blocking import (
     run_child,
     until,
 )
+from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
 from cluster_rows import CURIOUS, KINDS, a_name_each, prefix_on, slot_of
 from clusters import ClusterGroup, ClusterNode, Failover
 from conftest import BY_AGE, OWN, PATIENT, SHARED
@@ -304,15 +305,8 @@ def test_a_bulk_is_sent_to_all_nodes_before_the_first_answer(
 @on_newest
 def test_large_bulks(group: ClusterGroup, backend: str) -> None:
     """More than the buffers hold, to all nodes at once."""
-    names = [f"{'long name ' * 50}{n}" for n in range(5000)]
-    records = {name: (n, "x" * 500) for n, name in enumerate(names)}
     with opened(group, maxPending=1000, **PATIENT) as cache:
-        assert cache.set_bulk(records, if_newer=True) == set()
-        found = cache.get_bulk(names)
-        assert list(found) == names
-        assert all(record.version == n for n, record in enumerate(found.values()))
-        assert cache.head_bulk(names) == {name: n for n, name in enumerate(names)}
-        assert cache.delete_bulk(names) == len(names)
+        assert_bulks_come_through(cache, 5000)
 
 
 # -- slots that move
@@ -372,15 +366,7 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
 
 def test_who_leaves_is_closed(backend: str) -> None:
     """A node without slots that is taken out of the cluster, with operations under way."""
-    args = ("--cluster-allow-replica-migration", "no")
-    with ClusterGroup(BY_AGE[0], primaries=3, replicas=0, args=args) as group:
-        leaving, heir = group.primaries()[:2]
-        # To be quick about it, it has few slots left when it begins.
-        first, last = group.slots_of(leaving)[100], group.slots_of(leaving)[-1]
-        for node in group.nodes:
-            node.ask("CLUSTER", "DELSLOTSRANGE", first, last)
-        heir.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
-        group.wait_until_ok()
+    with cluster_rows.leaving_soon(BY_AGE[0]) as (group, leaving, heir):
         names = [f"n/{i}" for i in range(500)]
         with opened(group, **PATIENT, **CURIOUS) as cache, ThreadPoolExecutor(4) as threads:
             cache.set_bulk({name: (1, name) for name in names})
@@ -705,10 +691,7 @@ def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None
     names = [f"n/{i}" for i in range(300)]
     with opened(group, scaleReads=scale, **PATIENT) as cache:
         cache.set_bulk({name: (1, name) for name in names})
-        for node in group.primaries():
-            with node.client() as client:
-                client.set(f"{{{prefix_on(group, node)}}}", "marker")
-                assert client.wait(1, 20_000) == 1
+        cluster_rows.replicate(group)
         before = {node: node.reads() for node in group.nodes}
         assert len(cache.get_bulk(names)) == 300
         assert len(cache.head_bulk(names)) == 300
@@ -895,14 +878,7 @@ def test_nobody_there(backend: str) -> None:
 @on_newest
 def test_a_signal_handler_that_raises(group: ClusterGroup, backend: str) -> None:
     count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "300"))
-    result = run_child("interrupts.py", json.dumps(group.options), str(count), backend=backend)
-    assert result["wrong"] == [], result
-    assert result["raised"] == count
-    # What is raised in a finalizer reaches nobody.
-    assert result["caught"] > 0.98 * count, result
-    assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
-    assert result["connections"] <= 4
-    assert result["pending"] == 0
+    assert_interrupted(json.dumps(group.options), count, backend)
 
 
 @on_newest
@@ -1012,15 +988,8 @@ def test_a_place_is_not_lost_with_the_thread_that_had_it(group: ClusterGroup, ba
     with opened(group, maxConnections=1, whenFull="error", **PATIENT) as cache:
         names = a_name_each(group)
         assert cache.set_bulk({name: (1, name) for name in names}) == set()
-        pool: Any = cache._pool
         for _ in range(3):
-            # As if an exception had struck right after a line was taken.
-            line = pool._idle.pop()
-            with pytest.raises(dscache.Overloaded):
-                cache.get("a")
-            gone = weakref.ref(line)
-            del line
-            assert gone() is None
+            assert_a_place_is_made(cache)
             assert len(cache.get_bulk(names)) == 3
         assert cache.stats()["connections"] == 3
 

@@ -22,10 +22,9 @@ from dscache.embedded import EmbeddedServer
 from dscache.slots import parse_epoch, parse_redirection, parse_slots
 from faults import FakeServer, FaultProxy
 from figures import open_files
+from waiting import PATIENCE, assert_drained, own_tasks, until
 from wire import ModelRecords, ModelServer, Operation, Refusal, plain, resp
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 # For what must not end by a time limit.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000, "closeTimeout": 600_000}
 SECRET = "the-password"
@@ -245,23 +244,6 @@ async def opened(
             yield cache
         assert_drained(cache)
         assert own_tasks() == []
-
-
-def assert_drained(cache: dscache.AsyncCache) -> None:
-    stats = cache.stats()
-    counters = {name: stats[name] for name in ("pending", "pending_bytes", "in_flight", "queued")}
-    assert not any(counters.values()), counters
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-def own_tasks() -> list[str]:
-    names = [task.get_name() for task in asyncio.all_tasks()]
-    return [name for name in names if name.startswith("dscache")]
 
 
 def nodes_of(cache: dscache.AsyncCache) -> set[str]:

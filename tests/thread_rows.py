@@ -16,7 +16,7 @@ import dscache
 from blocking import Model, ThreadedCache, in_threads, run_child
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
-from figures import Figures
+from figures import Figures, until
 from load import Load
 
 _POOL = 8
@@ -117,7 +117,7 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
                     await asyncio.sleep(random.uniform(0, 0.5))
                     await asyncio.to_thread(server.start)
                     answers = load.last_success
-                    again = await cluster_rows.until(_beyond(load, answers), "an answer")
+                    again = await until(_beyond(load, answers), "an answer")
                     figures.recovered(again)
                     await asyncio.sleep(0.1)
                 await load.verify()

@@ -1,0 +1,46 @@
+"""What must hold of a Cache on one server and on a cluster alike."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+
+import dscache
+from blocking import run_child
+
+
+def assert_interrupted(where: str, count: int, backend: str) -> None:
+    """Have a program raise so often from a signal handler, and assert that nothing came of it."""
+    result = run_child("interrupts.py", where, str(count), backend=backend)
+    assert result["wrong"] == [], result
+    assert result["raised"] == count
+    # What is raised in a finalizer reaches nobody.
+    assert result["caught"] > 0.98 * count, result
+    assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
+    assert result["connections"] <= 4
+    assert result["pending"] == 0
+
+
+def assert_a_place_is_made(cache: dscache.Cache) -> None:
+    """Lose the only line of a cache, as if an exception had struck right after it was taken."""
+    pool: Any = cache._pool
+    line = pool._idle.pop()
+    with pytest.raises(dscache.Overloaded):
+        cache.get("a")
+    gone = weakref.ref(line)
+    del line
+    assert gone() is None
+
+
+def assert_bulks_come_through(cache: dscache.Cache, count: int) -> None:
+    """Write, read and remove in bulks of more than the buffers on both sides hold."""
+    names = [f"{'long name ' * 50}{n}" for n in range(count)]
+    records = {name: (n, "x" * 500) for n, name in enumerate(names)}
+    assert cache.set_bulk(records, if_newer=True) == set()
+    found = cache.get_bulk(names)
+    assert list(found) == names
+    assert all(record.version == n for n, record in enumerate(found.values()))
+    assert cache.head_bulk(names) == {name: n for n, name in enumerate(names)}
+    assert cache.delete_bulk(names) == len(names)
