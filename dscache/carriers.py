@@ -14,6 +14,7 @@ from .errors import DscacheError
 from .message_config import MessageConfig
 from .slots import QUESTIONS
 from .subscriptions import Listener, Subscriptions
+from .topology import Topology
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -21,35 +22,14 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 
-class Carrier(Protocol):
-    """The connections of a message node, opened on the running event loop."""
-
-    @property
-    def front(self) -> Any:
-        """Where messages go: a Pipeline, or a Router."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether messages go to the server at once."""
-
-    @property
-    def server(self) -> str:
-        """The server's kind and version, as far as it is known."""
+class Carrier(Topology, Protocol):
+    """The nodes of a message node, which also listen, each to some of the topics."""
 
     def look(self) -> None:
         """Look which topics are wanted by now."""
 
     def ended(self, pipeline: Any, topic: int) -> None:
         """Note that a server has ended a subscription."""
-
-    async def when_ready(self) -> None:
-        """Wait until messages can be sent and heard; raises what keeps them from that."""
-
-    async def close(self) -> None:
-        """Finish what was sent, within ``closeTimeout``, and close."""
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of what was sent, and of the connections."""
 
 
 class Pair:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Topology(Protocol):
-    """The nodes that hold a cache's records, opened on the running event loop."""
+    """The nodes that a cache or a message node uses, opened on the running event loop."""
 
     @property
     def front(self) -> Any:
-        """Where operations go: a Pipeline, or what has its operations."""
+        """Where operations and messages go: a Pipeline, or what has its operations."""
 
     @property
     def is_ready(self) -> bool:
