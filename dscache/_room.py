@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
-from weakref import WeakSet
 
 from . import _backend
 from ._common import ErrorOf
+from ._forks import in_each_child
 from .config import Options
 from .errors import ConnectionLost
 
@@ -18,18 +17,6 @@ from .errors import ConnectionLost
 _TIMER_STEP = 0.005
 # How soon to look whether what is asked elsewhere has ended by its deadline, which nobody tells.
 _LOOK_AGAIN = 0.05
-
-
-_alive: WeakSet[Room] = WeakSet()
-
-
-def _end_ticks() -> None:
-    # Else an operation of the child could join one of its parent's unfinished tick.
-    for room in _alive:
-        room.pipeline.end_tick()
-
-
-os.register_at_fork(after_in_child=_end_ticks)
 
 
 class Source(Protocol):
@@ -71,7 +58,8 @@ class Room:
             clustered=True,
             **options.for_pipeline(),
         )
-        _alive.add(self)
+        # Else an operation of a child could join one of its parent's unfinished tick.
+        in_each_child(self, lambda room: room.pipeline.end_tick())
 
     @property
     def sources(self) -> list[Source]:

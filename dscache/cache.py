@@ -6,10 +6,10 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Iterable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
+from ._opened import Opened, running_loop
 from .config import Config, load
 from .errors import ConnectionLost, UsageError
 from .topology import Topology, open_topology
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._pure import Record
 
 
-class AsyncCache:
+class AsyncCache(Opened):
     """Records in Redis, for one asyncio event loop.
 
     Every operation returns an ``asyncio.Future``: it is issued at the call, in the order of the
@@ -197,22 +197,6 @@ class AsyncCache:
             self._closed = False  # another loop, or process, has closed nothing
             raise
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self.when_ready()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     def __repr__(self) -> str:
         return f"<AsyncCache {self._config.name} at {self._config.address}>"
 
@@ -220,12 +204,7 @@ class AsyncCache:
         """Bind the cache to the running event loop, and begin to connect."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise UsageError(
-                "an AsyncCache opens on the event loop that runs, and none does"
-            ) from None
+        running_loop("an AsyncCache")
         self._topology = open_topology(self._config, self._credentials)
         return self._topology
 

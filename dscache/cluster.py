@@ -21,10 +21,11 @@ from msgspec import UNSET
 
 from . import _backend, _common, _counters
 from ._apart import RecordsApart
+from ._opened import check_loop, check_process
 from ._room import Room
 from .config import Config, Node
-from .connection import Connection, check_loop
-from .errors import ConfigError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
+from .connection import Connection
+from .errors import ConfigError, ConnectError, ConnectionLost, DscacheError, ReplyError
 from .slots import (
     ASKED,
     GAP,
@@ -50,6 +51,7 @@ _logger = logging.getLogger("dscache")
 
 # How often a cache that closes looks whether all is done, in seconds.
 _DRAIN_STEP = 0.005
+_OWNER = "an AsyncCache"
 _CLOSED = "the cache was closed before the answer came"
 
 
@@ -681,9 +683,8 @@ class Cluster:
         return troubles or str(self._limbo.pipeline.down)
 
     def _check_owner(self) -> None:
-        if os.getpid() != self._pid:
-            raise UsageError("an AsyncCache can't be used after a fork; open one in the child")
-        check_loop(self._loop)
+        check_process(self._pid, _OWNER)
+        check_loop(self._loop, _OWNER)
 
     def _check_usable(self) -> None:
         self._check_owner()

@@ -17,19 +17,14 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakSet
 
 from . import _backend
+from ._forks import in_each_child
+from ._opened import check_loop, check_process
 from .config import Options
 from .credentials import Credentials
 from .endpoint import Endpoint
-from .errors import (
-    ConnectError,
-    ConnectionLost,
-    ProtocolError,
-    ReplyError,
-    UsageError,
-)
+from .errors import ConnectError, ConnectionLost, ProtocolError, ReplyError
 from .greeting import Greeting, explain, refusal_of
 from .link import Ear, Link
 
@@ -50,21 +45,6 @@ _WANTED_DELAY = 0.25
 # Together they find a dead peer within 10 s although nothing is asked of it.
 _PING_AFTER = 5.0
 _PING_ANSWER = 4.0
-
-
-_alive: WeakSet[Connection] = WeakSet()
-
-
-def _end_ticks() -> None:
-    # Else an operation of the child could join a batch of its parent's unfinished tick, without
-    # asking whether it may.
-    for connection in _alive:
-        connection.pipeline.end_tick()
-        # Nor is a change ever told to the child.
-        connection.pipeline.forget("fork")
-
-
-os.register_at_fork(after_in_child=_end_ticks)
 
 
 class Observer(Protocol):
@@ -165,7 +145,7 @@ class Connection:
         self._tasks = [
             self._loop.create_task(work, name=f"dscache {self.address}") for work in works
         ]
-        _alive.add(self)
+        in_each_child(self, Connection._leave_parent)
 
     @property
     def address(self) -> str:
@@ -267,7 +247,9 @@ class Connection:
 
     def _wake(self) -> None:
         """Schedule this tick's flush; the pipeline calls it before the first operation of one."""
-        self._check_owner()
+        # As _check_owner does, which would be one more call in each tick.
+        check_process(self._pid, self._owner)
+        check_loop(self._loop, self._owner)
         self._check_open()
         if not self._flush_due:
             self._flush_due = True
@@ -520,8 +502,7 @@ class Connection:
             self._cluster.became_lost(self)
 
     def _check_owner(self) -> None:
-        if os.getpid() != self._pid:
-            raise UsageError(f"{self._owner} can't be used after a fork; open one in the child")
+        check_process(self._pid, self._owner)
         check_loop(self._loop, self._owner)
 
     def _check_open(self) -> None:
@@ -537,20 +518,14 @@ class Connection:
             self._timer = None
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
+    def _leave_parent(self) -> None:
+        # Else an operation of the child could join a batch of its parent's unfinished tick,
+        # without asking whether it may.
+        self.pipeline.end_tick()
+        # Nor is a change ever told to the child.
+        self.pipeline.forget("fork")
+
     def _stop_watching(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
-
-
-def check_loop(loop: asyncio.AbstractEventLoop, owner: str = "an AsyncCache") -> None:
-    """Raise UsageError unless ``loop``, which is the owner's, is the one that is running."""
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is not loop:
-        raise UsageError(
-            f"{owner} belongs to the event loop it was opened on, and was used from "
-            f"{'another one' if running else 'outside of it'}; open one in each loop"
-        )

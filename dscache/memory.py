@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
-from weakref import WeakSet
 
 from . import _backend, _common, _counters
+from ._forks import in_each_child
+from ._opened import check_loop
 from .config import Options
-from .connection import check_loop
 from .errors import ConnectionLost
 from .outcome import Outcome
 
@@ -25,15 +24,6 @@ _NO_CONNECTIONS: Final = {
     **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
     "last_loss": "",
 }
-_pools: WeakSet[MemoryPool] = WeakSet()
-
-
-def _leave_parent() -> None:
-    for pool in _pools:
-        pool.leave_parent()
-
-
-os.register_at_fork(after_in_child=_leave_parent)
 
 
 class MemoryNode:
@@ -43,7 +33,9 @@ class MemoryNode:
 
     def __init__(self, options: Options) -> None:
         loop = asyncio.get_running_loop()
-        self.pipeline = MemoryPipeline(loop.create_future, lambda: check_loop(loop), options.ttl)
+        self.pipeline = MemoryPipeline(
+            loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
+        )
         # All is at hand already: a near cache would save nothing.
         self.front = self.pipeline
 
@@ -245,7 +237,7 @@ class MemoryPool:
         self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
         # A signal handler may use the cache in the middle of an operation of its own thread.
         self._lock = threading.RLock()
-        _pools.add(self)
+        in_each_child(self, MemoryPool.leave_parent)
 
     @property
     def is_ready(self) -> bool:

@@ -7,14 +7,13 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
 
 from . import _backend, _envelope
+from ._opened import Opened, check_loop, check_process, running_loop
 from .carriers import Carrier, open_carrier
-from .connection import check_loop
-from .errors import ConnectError, ConnectionLost, MessageError, UsageError, shorten
+from .errors import ConnectError, ConnectionLost, MessageError, shorten
 from .message_config import MessageConfig, load
 from .subscribers import Callback, Messages, Subscriber
 from .subscriptions import Subscriptions
@@ -31,7 +30,7 @@ _OWNER = "a MessageNode"
 _ADDRESSEES = 1024
 
 
-class MessageNode:
+class MessageNode(Opened):
     """One server among others that tell each other things, for one asyncio event loop.
 
     A message is a mapping with a ``topic``, a small integer. What is sent on a topic gets to all
@@ -259,22 +258,6 @@ class MessageNode:
             self._leave(mailbox)
         await asyncio.gather(*(one.finish(seconds) for one in subscribers))
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self.when_ready()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     def __repr__(self) -> str:
         return f"<MessageNode {shorten(self.server_name)} at {self._config.address}>"
 
@@ -282,17 +265,11 @@ class MessageNode:
         """Bind the node to the running event loop, and begin to connect."""
         if self._closed:
             raise ConnectionLost("the message node is closed")
-        if os.getpid() != self._pid:
-            raise UsageError("a MessageNode can't be used after a fork; open one in the child")
+        check_process(self._pid, _OWNER)
         if self._loop is not None:
             check_loop(self._loop, _OWNER)
             return
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise UsageError(
-                "a MessageNode opens on the event loop that runs, and none does"
-            ) from None
+        self._loop = running_loop(_OWNER)
         self._inbox = _backend.core.Inbox(self.server_name, self._ended, self._complain)
         self._subscriptions = Subscriptions(self._tell_gap)
         self._carrier = open_carrier(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
 import random
 import threading
@@ -28,12 +27,13 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet, ref
+from weakref import ref
 
 from redis.exceptions import RedisError
 
 from . import _backend, _counters
 from ._common import ErrorOf
+from ._forks import in_each_child
 from .config import Options
 from .dial import Dialer, is_foreign, listen
 from .errors import (
@@ -66,15 +66,6 @@ _GLANCE: Final = 0.05
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (RedisError, OSError, ReplyError, ProtocolError, UnicodeError)
-_alive: WeakSet[Pool] = WeakSet()
-
-
-def _leave_parent() -> None:
-    for pool in _alive:
-        pool.leave_parent()
-
-
-os.register_at_fork(after_in_child=_leave_parent)
 
 
 class Pool:
@@ -110,7 +101,7 @@ class Pool:
         # What lines that are no more have counted.
         self._counts: dict[str, Any] = {}
         listen(provider, self._renew)
-        _alive.add(self)
+        in_each_child(self, lambda pool: pool.leave_parent())
 
     # -- operations
 

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakSet
 
 from . import _backend
+from ._forks import in_each_child
 from .config import Config, load
 from .errors import ConfigError, ConnectionLost
 from .memory import MemoryPool
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from ._pure import Record
 
 _logger = logging.getLogger("dscache")
-
-_alive: WeakSet[Cache] = WeakSet()
-
-
-def _renew_locks() -> None:
-    # The thread that held one may not be in the child.
-    for cache in _alive:
-        cache._lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Cache:
@@ -66,7 +55,7 @@ class Cache:
         self._closed = False
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = threading.RLock()
-        _alive.add(self)
+        in_each_child(self, Cache._leave_parent)
 
     @classmethod
     def from_config(
@@ -239,6 +228,10 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"<Cache {self._config.name} at {self._config.address}>"
+
+    def _leave_parent(self) -> None:
+        # The thread that held it may not be in the child.
+        self._lock = threading.RLock()
 
     def _open(self) -> Callable[..., Any]:
         """Return what does the operations."""
