@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ._common import SLOTS
 from ._direct import Direct
 from ._pure_wire import slot_of_key
 from .cache import AsyncCache
@@ -82,15 +83,12 @@ async def open_shards(cache: AsyncCache) -> AsyncIterator[Shards]:
     topology = cache._topology
     places: list[Options]
     if isinstance(topology, Cluster):
-        masters = topology._masters
+        masters = [topology.owner(slot) for slot in range(SLOTS)]
         missing = sum(master is None for master in masters)
         if missing:
             raise ConnectError(f"{missing} slots of the cluster have no primary")
-        nodes = list(dict.fromkeys(node for node in masters if node is not None))
-        places = [
-            topology._options.for_node(*place, topology._named.get(place))
-            for place in (topology._addresses[node] for node in nodes)
-        ]
+        primaries = topology.primaries()
+        nodes, places = list(primaries), list(primaries.values())
     else:
         masters, nodes = [], []
         places = [cache._config.options]

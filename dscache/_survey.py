@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from . import _common
 from ._cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
+from ._shards import facts
 from .cluster import Cluster
 from .config import Config, Options
 from .connection import Connection
@@ -63,7 +64,7 @@ async def _discover(cluster: Cluster) -> None:
     told = asyncio.ensure_future(cluster._discovered.wait())
     try:
         await asyncio.wait([ready, told], return_when=asyncio.FIRST_COMPLETED)
-        if not cluster.nodes():
+        if not cluster.view:
             await ready  # which raises what keeps it from being ready
     finally:
         for task in (ready, told):
@@ -81,9 +82,9 @@ class _Member:
 
 async def _list(cluster: Cluster) -> list[_Member]:
     """Return the nodes as the newest view lists them."""
-    ready = [node for node in cluster._nodes.values() if node.is_ready][:_ASKED]
+    ready = list(cluster.ready_nodes().items())[:_ASKED]
     answers = await asyncio.gather(
-        *(_view_of(cluster, node) for node in ready), return_exceptions=True
+        *(_view_of(cluster._options, *one) for one in ready), return_exceptions=True
     )
     views = []
     for answer in answers:
@@ -95,10 +96,8 @@ async def _list(cluster: Cluster) -> list[_Member]:
     return max(views, key=lambda view: view[0])[1] if views else _members_by_slots(cluster)
 
 
-async def _view_of(cluster: Cluster, node: Connection) -> tuple[int, list[_Member]]:
+async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[int, list[_Member]]:
     """Return a node's epoch and the nodes that it lists; raises DscacheError if it doesn't."""
-    options = cluster._options
-    asked = cluster._addresses[node]
     try:
         async with asyncio.timeout(options.slots_refresh_timeout / 1000):
             nodes, slots, info = await node.ask(
@@ -113,18 +112,24 @@ async def _view_of(cluster: Cluster, node: Connection) -> tuple[int, list[_Membe
 
 
 def _members_by_slots(cluster: Cluster) -> list[_Member]:
-    members = []
-    for node in cluster.nodes():
-        host, _, port = node.address.rpartition(":")
-        is_primary = node.role == "primary"
-        report = NodeReport(
-            address=node.address,
-            role=node.role,
-            primary=None if is_primary else node.primary,
-            slots=node.slots if is_primary else (),
-        )
-        members.append(_Member((host.strip("[]"), int(port)), report))
-    return _in_order(members)
+    mapped = cluster._options.mapped
+    slots: dict[Address, tuple[Slots, ...]] = {}
+    replicas: dict[tuple[Address, Address], None] = {}
+    for one in cluster.view:
+        primary = mapped(*one.primary)
+        slots[primary] = (*slots.get(primary, ()), (one.first, one.last))
+        replicas.update(dict.fromkeys((mapped(*replica), primary) for replica in one.replicas))
+    primaries = [_member(place, "primary", slots=its) for place, its in slots.items()]
+    others = [_member(place, "replica", primary=primary) for place, primary in replicas]
+    return _in_order([*primaries, *others])
+
+
+def _member(
+    place: Address, role: str, *, primary: Address | None = None, slots: tuple[Slots, ...] = ()
+) -> _Member:
+    shown = _common.join_address
+    its = None if primary is None else shown(*primary)
+    return _Member(place, NodeReport(address=shown(*place), role=role, primary=its, slots=slots))
 
 
 def _in_order(members: list[_Member]) -> list[_Member]:
@@ -275,7 +280,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
     report = member.report
     if member.place is None:
         return _unreached(report, "no node knows its address")
-    options = cluster._options.for_node(*member.place, cluster._named.get(member.place))
+    options = cluster.options_at(member.place)
     attempt = _Attempt()
     node = Connection(replace(options, close_timeout=_CLOSE_MS), cluster=attempt)
     try:
@@ -294,7 +299,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
         report,
         round_trip_ms=round(statistics.median(times) * 1000, 3),
         server=node.server,
-        health=_health(report, _facts(info), _facts(replication)),
+        health=_health(report, facts(info), facts(replication)),
     )
 
 
@@ -318,11 +323,3 @@ def _health(report: NodeReport, cluster: Mapping[str, str], replication: Mapping
     if report.role == "replica" and replication.get("master_link_status") == "down":
         return "not replicating"
     return CLUSTER_DOWN if cluster.get("cluster_state") == "fail" else "ok"
-
-
-def _facts(reply: Any) -> dict[str, str]:
-    """Return the ``name:value`` lines of a reply; none of a refusal."""
-    if not isinstance(reply, bytes):
-        return {}
-    lines = reply.decode(errors="replace").splitlines()
-    return {name: value for name, colon, value in (one.partition(":") for one in lines) if colon}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ._common import join_address
 from ._direct import Command, Direct
 from ._layout import Layout
 from .cache import AsyncCache
@@ -111,15 +110,10 @@ class Watch:
 
     def _places(self) -> Mapping[str, Options]:
         topology = self._cache._topology
-        options = self._cache._config.options
-        if not isinstance(topology, Cluster):
-            return {options.address: options}
-        nodes = dict.fromkeys(node for node in topology._masters if node is not None)
-        places = [topology._addresses[node] for node in nodes if node in topology._addresses]
-        return {
-            join_address(*place): options.for_node(*place, topology._named.get(place))
-            for place in places
-        }
+        places = [self._cache._config.options]
+        if isinstance(topology, Cluster):
+            places = list(topology.primaries().values())
+        return {options.address: options for options in places}
 
     # -- one server
 

@@ -21,19 +21,17 @@ from contextlib import suppress
 from math import inf
 from typing import Any, Final
 
-from msgspec import UNSET
-
 from . import _counters
 from ._common import ErrorOf, join_address
+from .cluster_seeds import Seeds
 from .cluster_table import Place, Shard, Table
-from .config import Config, Node
+from .config import Config
 from .errors import ConfigError, ConnectError, ReplyError
 from .slots import (
     ASKED,
     GAP,
     GAP_CAP,
     GAP_GROWTH,
-    NAMES_LAST,
     VIEWS_TO_LEAVE,
     Address,
     View,
@@ -82,8 +80,7 @@ class ClusterMap:
         self._asked_at = -inf
         self._fruitless = 0
         self._failures = 0
-        self._named: dict[Address, Node] = {}
-        self._name_again_at = 0.0
+        self._seeds = Seeds(options)
         self._complained = ""
         self._open_seeds()
 
@@ -129,8 +126,8 @@ class ClusterMap:
         found = self.places.get(shown)
         if found is None:
             with self.lock:
-                options = self._options.for_node(*address, self._named.get(address))
-                found = self.places.setdefault(shown, Place(options))
+                place = Place(self._seeds.options_at(address))
+                found = self.places.setdefault(shown, place)
         return found
 
     def announced(self, address: Address) -> Place:
@@ -261,21 +258,14 @@ class ClusterMap:
         return chosen
 
     def _open_seeds(self) -> None:
-        for seed in self._options.seeds:
-            self.place((seed.host, seed.port))
+        for address in self._seeds.addresses:
+            self.place(address)
 
     def _name_seeds(self) -> None:
         """Look up which addresses the configured nodes with credentials of their own have."""
-        now = time.monotonic()
-        if now < self._name_again_at:
-            return
-        self._name_again_at = now + NAMES_LAST
-        for seed in self._options.seeds:
-            if seed.password is UNSET and seed.username is UNSET:
-                continue
+        for seed in self._seeds.to_look_up(time.monotonic()):
             with suppress(socket.gaierror, UnicodeError):
-                for *_, address in socket.getaddrinfo(seed.host, seed.port):
-                    self._named[str(address[0]), seed.port] = seed
+                self._seeds.looked_up(seed, socket.getaddrinfo(seed.host, seed.port))
 
     # -- reads from replicas
 

@@ -16,7 +16,7 @@ import pytest
 
 import dscache
 from conftest import NamedServer
-from dscache import _common, _counters, cluster
+from dscache import _common, _counters, cluster, cluster_lookout
 from dscache._pure_wire import slot_of_key
 from dscache.embedded import EmbeddedServer
 from dscache.slots import parse_epoch, parse_redirection, parse_slots
@@ -253,8 +253,8 @@ def nodes_of(cache: dscache.AsyncCache) -> set[str]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the slots be asked for again soon, and operations be tried again soon."""
-    monkeypatch.setattr(cluster, "GAP", 0.002)
-    monkeypatch.setattr(cluster, "GAP_CAP", 0.02)
+    monkeypatch.setattr(cluster_lookout, "GAP", 0.002)
+    monkeypatch.setattr(cluster_lookout, "GAP_CAP", 0.02)
     monkeypatch.setattr(cluster, "RETRY_CAP", 0.01)
 
 
