@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from . import _backend
 from ._common import ErrorOf
+from ._deadlines import Deadlines
 from ._forks import in_each_child
 from .config import Options
 from .errors import ConnectionLost
 
-# The finest step of the timer that enforces deadlines, in seconds as all below.
-_TIMER_STEP = 0.005
-# How soon to look whether what is asked elsewhere has ended by its deadline, which nobody tells.
+# How soon, in seconds, to look whether what is asked elsewhere has ended by its deadline, which
+# nobody tells.
 _LOOK_AGAIN = 0.05
 
 
@@ -42,7 +41,6 @@ class Room:
     def __init__(self, options: Options, check_usable: Callable[[], None], address: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._check_usable = check_usable
-        self._timer: asyncio.Handle | None = None
         self._adopting = False
         self._refusal: ErrorOf | None = None
         self._fences: dict[Source, int] = {}
@@ -58,6 +56,7 @@ class Room:
             clustered=True,
             **options.for_pipeline(),
         )
+        self._deadlines = Deadlines(self.pipeline.expire)
         # Else an operation of a child could join one of its parent's unfinished tick.
         in_each_child(self, lambda room: room.pipeline.end_tick())
 
@@ -123,7 +122,7 @@ class Room:
             self.pipeline.adopt(batches)
         finally:
             self._adopting = False
-        self._enforce_deadlines()
+        self._deadlines.look()
 
     def refuse(self, error_of: ErrorOf | None) -> None:
         """Fail what waits here, and at once what will come; None ends that."""
@@ -133,9 +132,7 @@ class Room:
 
     def fail(self, reason: str) -> None:
         """Fail everything that waits here."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadlines.stop()
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _wake(self) -> None:
@@ -143,20 +140,10 @@ class Room:
             self._check_usable()
         # What joins an operation of this tick must be checked no more, that of the next again.
         self._loop.call_soon(self._end_tick)
-        if self._timer is None:
-            self._timer = self._loop.call_soon(self._enforce_deadlines)
+        if self._deadlines.timer is None:
+            self._deadlines.start(0)
 
     def _end_tick(self) -> None:
         self.pipeline.end_tick()
         if self._refusal is not None:
             self.pipeline.fail_all(self._refusal)
-
-    def _enforce_deadlines(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        now = time.monotonic()
-        deadline = self.pipeline.expire(now)
-        if deadline is not None:
-            wait = max(deadline - now, _TIMER_STEP)
-            self._timer = self._loop.call_later(wait, self._enforce_deadlines)

@@ -13,38 +13,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _backend
+from ._deadlines import Deadlines
 from ._forks import in_each_child
 from ._opened import check_loop, check_process
 from .config import Options
 from .credentials import Credentials
 from .endpoint import Endpoint
-from .errors import ConnectError, ConnectionLost, ProtocolError, ReplyError
+from .errors import ConnectError, ConnectionLost, ProtocolError
 from .greeting import Greeting, explain, refusal_of
 from .link import Ear, Link
+from .retry import Retry
+from .talk import Pulse, ask, say
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 _logger = logging.getLogger("dscache")
 
-# The finest step of the timer that enforces deadlines, in seconds as all below.
-_TIMER_STEP = 0.005
-# Operations of one tick expire together, up to this much before their time.
+# Operations of one tick expire together, up to so many seconds before their time.
 _DEADLINE_GRAIN = 0.02
-# A connection that lasted so long was a good one: the next attempt comes soon.
+# A connection that lasted for so many seconds was a good one: the next attempt comes soon.
 _STEADY_AFTER = 1.0
-# While operations wait for a connection, attempts are no further apart.
-_WANTED_DELAY = 0.25
-# A PING goes out on a link that was idle for so long, and must be answered within the other.
-# Together they find a dead peer within 10 s although nothing is asked of it.
-_PING_AFTER = 5.0
-_PING_ANSWER = 4.0
 
 
 class Observer(Protocol):
@@ -121,10 +115,9 @@ class Connection:
                 self._loop.create_future, self.pipeline, **options.for_near_cache()
             )
         self._near = self.pipeline.near = near
-        self._ping_after = _PING_AFTER
-        if options.near_cache is not None and is_near:
-            # On a link that is well, something is answered twice within the time that it may not.
-            self._ping_after = min(_PING_AFTER, options.near_cache.idle_limit / 2000)
+        kept = options.near_cache if is_near else None
+        self._pulse = Pulse(self.pipeline, None if kept is None else kept.idle_limit / 1000)
+        self._retry = Retry(options.retry_strategy, self.pipeline)
         self._link: Link | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
@@ -132,10 +125,7 @@ class Connection:
         # Set while the state is ready, refused or closed: when there is something to tell.
         self._decided = asyncio.Event()
         self._flush_due = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._watcher: asyncio.TimerHandle | None = None
-        # Set when an operation finds no connection.
-        self._wanted = asyncio.Event()
+        self._deadlines = Deadlines(self._expire)
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self.last_loss = ""
@@ -166,9 +156,7 @@ class Connection:
     def adopt(self, batches: Iterable[Any]) -> None:
         """Take over operations that another node has given away, with the time they have left."""
         self.pipeline.adopt(batches)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._enforce_deadlines()
+        self._deadlines.look()
 
     async def ask(self, *commands: list[Any]) -> list[Any]:
         """Return the replies to some commands, errors of Redis among them.
@@ -177,7 +165,7 @@ class Connection:
         """
         if self._link is None:
             raise ConnectionLost(f"no connection to {self.address}")
-        return await self._ask(self._link, *commands)
+        return await ask(self._link, self.pipeline, *commands)
 
     def leave(self, reason: str) -> None:
         """End the socket that there is now; another one follows."""
@@ -254,12 +242,10 @@ class Connection:
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
-        if self._timer is None:
-            self._timer = self._loop.call_later(
-                self._options.command_timeout / 1000, self._enforce_deadlines
-            )
+        if self._deadlines.timer is None:
+            self._deadlines.start(self._options.command_timeout / 1000)
         if self._link is None:
-            self._wanted.set()
+            self._retry.hurry()
 
     def _begin(self) -> None:
         """Send what this tick has brought up to now."""
@@ -308,58 +294,30 @@ class Connection:
         if drained is not None and not pending and not drained.done():
             drained.set_result(None)
 
-    def _enforce_deadlines(self) -> None:
-        now = time.monotonic()
-        deadline = self.pipeline.expire(now)
-        self._timer = None
+    def _expire(self, now: float) -> float | None:
+        """Fail the operations that take too long, and end a link that is silent meanwhile."""
+        deadline: float | None = self.pipeline.expire(now)
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.silence() >= timeout:
             # What is about to expire as well must not be told of the connection that ends here.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
             self._link.cut(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
-        if deadline is not None:
-            self._timer = self._loop.call_later(
-                max(deadline - now, _TIMER_STEP), self._enforce_deadlines
-            )
         self._note_drained()
+        return deadline
 
     # -- the socket's life
 
     async def _run(self) -> None:
         """Keep a connection until cancelled: by ``close``, or by a loop that ends."""
-        failures = 0
-        retry = self._options.retry_strategy
         try:
             while True:
-                if await self._live():
-                    failures = 0
-                # Full jitter: the clients of a server that restarts must not come all at once.
-                longest = min(retry.cap, retry.first * 2**failures) / 1000
-                shortest = longest / 2 if self._refusal else 0
-                await self._pause(random.uniform(shortest, longest))
-                failures = min(failures + 1, 30)
+                was_well = await self._live()
+                await self._retry.pause(was_well=was_well, is_refused=self._refusal is not None)
         finally:
             self._closed = True
             # A loop that was closed has left this task behind, and nobody can be told any more.
             if not self._loop.is_closed():
                 self._give_up("the cache was closed before the answer came")
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt, and not for long if operations wait as well."""
-        # Of a server that refuses, nobody waits for the next refusal.
-        hurried = min(seconds, random.uniform(0, _WANTED_DELAY))
-        if self._refusal is not None or hurried == seconds:
-            await asyncio.sleep(seconds)
-            return
-        await asyncio.sleep(hurried)
-        # Who listens waits all the time.
-        if not self.pipeline.queued and self.pipeline.inbox is None:
-            self._wanted.clear()
-            try:
-                async with asyncio.timeout(seconds - hurried):
-                    await self._wanted.wait()
-            except TimeoutError:
-                return
 
     async def _live(self) -> bool:
         """Live through one socket; return whether it was of use for a while."""
@@ -369,7 +327,7 @@ class Connection:
             async with asyncio.timeout(self._options.connect_timeout / 1000):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(lambda *commands: self._ask(link, *commands))
+                greeting = await self._endpoint.greet(partial(ask, link, self.pipeline))
         except Exception as error:
             # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
             # a next one the cache would never be well again.
@@ -389,55 +347,11 @@ class Connection:
         self._became_lost(reason)
         return self._loop.time() - began > _STEADY_AFTER
 
-    async def _ask(self, link: Link, *commands: list[Any]) -> list[Any]:
-        """Send commands at once; return the replies, errors of Redis among them."""
-        asked = [self.pipeline.command(*command) for command in commands]
-        link.write(b"".join(output for output, _ in asked))
-        answers = asyncio.gather(*(waiter for _, waiter in asked), return_exceptions=True)
-        either: list[asyncio.Future[Any]] = [answers, link.lost]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not answers.done():
-            raise link.lost.result()
-        replies = answers.result()
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, ReplyError):
-                raise reply
-        return replies
-
-    def _watch(self) -> None:
-        """Look after an idle link: ask for a sign of life, and cut it if none comes."""
-        link = self._link
-        if link is None:
-            return
-        # Changes that are told say nothing of those that are not yet.
-        wait = self._ping_after - max(link.idle(), self.pipeline.unknown())
-        if wait <= 0:
-            silence = link.silence()
-            if silence >= _PING_ANSWER:
-                link.cut(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
-                return
-            if not silence:
-                self._say(link, "PING")
-            wait = min(_PING_ANSWER - silence, self._ping_after)
-        self._watcher = self._loop.call_later(wait, self._watch)
-
-    def _say(self, link: Link, *command: str) -> None:
-        """Send a command whose refusal ends the link, and whose reply says nothing else."""
-
-        def settled(waiter: asyncio.Future[Any]) -> None:
-            error = None if waiter.cancelled() else waiter.exception()
-            if isinstance(error, ReplyError):
-                link.cut(ConnectionLost(f"{command[0]} was refused: {error}"))
-
-        output, waiter = self.pipeline.command(*command)
-        waiter.add_done_callback(settled)
-        link.write(output)
-
     def _log_in_again(self, words: list[str]) -> None:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
             self.pipeline.forget("login")
-            self._say(self._link, "AUTH", *words)
+            say(self._link, self.pipeline, "AUTH", *words)
 
     def _check_place(self) -> None:
         """Leave a server that is no longer the one which the Sentinels name."""
@@ -463,7 +377,7 @@ class Connection:
         self._refusal = None
         self.pipeline.down = None
         self._decided.set()
-        self._watch()
+        self._pulse.watch(link)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
         if self._cluster is not None:
@@ -471,7 +385,7 @@ class Connection:
 
     def _became_lost(self, reason: Exception) -> None:
         self._link = None
-        self._stop_watching()
+        self._pulse.stop()
         self._decided.clear()
         self.last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
@@ -512,10 +426,8 @@ class Connection:
     def _give_up(self, reason: str) -> None:
         self._link = None
         self._decided.set()
-        self._stop_watching()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._pulse.stop()
+        self._deadlines.stop()
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _leave_parent(self) -> None:
@@ -524,8 +436,3 @@ class Connection:
         self.pipeline.end_tick()
         # Nor is a change ever told to the child.
         self.pipeline.forget("fork")
-
-    def _stop_watching(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            self._watcher = None

@@ -35,7 +35,7 @@ from redis.credentials import (
 
 import dscache
 from conftest import SERVERS, _server_id
-from dscache import connection as connection_module
+from dscache import talk
 from dscache.embedded import EmbeddedServer
 from faults import FaultProxy
 from waiting import PATIENCE, until
@@ -712,8 +712,8 @@ async def test_an_authority_that_is_put_right_is_read_again(
 
 @pytest.fixture
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_PING_AFTER", 0.1)
-    monkeypatch.setattr(connection_module, "_PING_ANSWER", 0.1)
+    monkeypatch.setattr(talk, "_PING_AFTER", 0.1)
+    monkeypatch.setattr(talk, "_PING_ANSWER", 0.1)
 
 
 @pytest.mark.usefixtures("_hurried")

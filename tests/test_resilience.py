@@ -8,7 +8,7 @@ import pytest
 
 import rows
 from conftest import SERVERS
-from dscache import connection as connection_module
+from dscache import talk
 from dscache.embedded import ServerBinary, find_server
 
 # The rows start servers of their own, to kill them.
@@ -43,8 +43,8 @@ ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
 @pytest.mark.parametrize("row", SIZES)
 async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if row == "silent":
-        monkeypatch.setattr(connection_module, "_PING_AFTER", 0.2)
-        monkeypatch.setattr(connection_module, "_PING_ANSWER", 0.2)
+        monkeypatch.setattr(talk, "_PING_AFTER", 0.2)
+        monkeypatch.setattr(talk, "_PING_ANSWER", 0.2)
     figures = await rows.run(row, BINARY, **SIZES[row])
     print(figures.line())
     assert figures.problems == []
