@@ -45,3 +45,9 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
 
 
 BACKEND, core = choose(os.environ.get("DSCACHE_BACKEND"))
+
+
+def described(what: str, address: str, server: str) -> str:
+    """Return in one line what something is, where its server is and which core does the work."""
+    known = f" ({server})" if server else ""
+    return f"dscache {what} at {address}{known}, {BACKEND} core"

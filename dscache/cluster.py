@@ -20,7 +20,7 @@ from .cluster_members import Members
 from .cluster_seeds import Seeds
 from .cluster_traffic import Traffic
 from .config import Config, Options
-from .connection import Connection
+from .connection import Connection, Follower
 from .errors import ConfigError, ConnectError, ConnectionLost, ReplyError
 from .slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
 
@@ -35,14 +35,8 @@ _OWNER = "an AsyncCache"
 _CLOSED = "the cache was closed before the answer came"
 
 
-class Follower(Protocol):
-    """Who wants to know of the nodes' comings and goings."""
-
-    def became_ready(self, node: Connection, /) -> None:
-        """A node can be asked."""
-
-    def became_lost(self, node: Connection, /) -> None:
-        """A node was lost, or could not be reached."""
+class SlotFollower(Follower, Protocol):
+    """Who wants to know of the nodes' comings and goings, and of their slots'."""
 
     def slots_moved(self) -> None:
         """Some slots have another owner."""
@@ -60,7 +54,7 @@ class Cluster:
         credentials: CredentialProvider | None,
         *,
         inbox: Any = None,
-        follower: Follower | None = None,
+        follower: SlotFollower | None = None,
     ) -> None:
         options = config.options
         self._options = options

@@ -352,24 +352,36 @@ def load(
         place = Place("mapping")
         path, entry = _find_cache(cast(object, source), _mapping_or_none, place)
         return _from_entry(entry, Place("mapping", path), os.getcwd())
+    file = _path_of(source)
+    if file is not None:
+        return _from_file(file, os.environ if environ is None else environ)
+    stated, shown = _url.parse(str(source), Place("URL"))
+    place = Place(shown)
+    return _config("redis", read(Options, stated, place), place, os.getcwd())
+
+
+def _path_of(source: object) -> str | None:
+    """Return the path of a configuration's file, or None if it is a URL.
+
+    Raises ConfigError if it is neither.
+    """
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
         )
     if isinstance(source, str) and ("://" in source or _url.HOST_AND_PORT.fullmatch(source)):
-        stated, shown = _url.parse(source, Place("URL"))
-        place = Place(shown)
-        return _config("redis", read(Options, stated, place), place, os.getcwd())
-    return _from_file(os.fsdecode(source), os.environ if environ is None else environ)
-
-
-def _from_file(path: str, environ: Mapping[str, str]) -> Config:
+        return None
+    path = os.fsdecode(source)
     if not path.lower().endswith(SUFFIXES):
         # What was meant as a URL may hold a password before the @.
         raise ConfigError(
             f"{path.rpartition('@')[2]}: a configuration is a file ending in "
             f"{', '.join(SUFFIXES)}, a mapping, host:port, or a URL ({_url.SCHEMES})"
         )
+    return path
+
+
+def _from_file(path: str, environ: Mapping[str, str]) -> Config:
     file = Place(os.path.basename(path))
     document = Document(path, environ, file)
     where, node = _find_cache(document.root, document.keys, file)

@@ -41,7 +41,17 @@ _DEADLINE_GRAIN = 0.02
 _STEADY_AFTER = 1.0
 
 
-class Observer(Protocol):
+class Follower(Protocol):
+    """Who wants to know of the comings and goings of nodes."""
+
+    def became_ready(self, node: Connection, /) -> None:
+        """The node can be asked."""
+
+    def became_lost(self, node: Connection, /) -> None:
+        """The node was lost, or could not be reached."""
+
+
+class Observer(Follower, Protocol):
     """What the connection to a node of a cluster tells the cluster."""
 
     def redirected(self, source: Connection, /) -> None:
@@ -49,12 +59,6 @@ class Observer(Protocol):
 
     def progressed(self, source: Connection, /) -> None:
         """The node has answered something, while it was ``watched``."""
-
-    def became_ready(self, node: Connection, /) -> None:
-        """The node can be asked."""
-
-    def became_lost(self, node: Connection, /) -> None:
-        """The node was lost, or could not be reached."""
 
 
 class Connection:

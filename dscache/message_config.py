@@ -17,9 +17,9 @@ from msgspec.structs import replace
 
 from . import _ioredis, _url, config
 from ._typed import Place, Written, is_null, nearest, presentable, read, text
-from ._yaml import SUFFIXES, Document
+from ._yaml import Document
 from .config import Milliseconds, Options
-from .errors import ConfigError, shorten
+from .errors import shorten
 
 __all__ = ["MessageConfig", "MessageOptions", "load"]
 
@@ -93,25 +93,16 @@ def load(
         path, entry, written = _find(cast(object, source), config._mapping_or_none, place)
         stated = server_name or _name_of(written, place)
         return _from_entry(entry, Place("mapping", path), os.getcwd(), stated)
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConfigError(
-            f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
-        )
-    if isinstance(source, str) and ("://" in source or _url.HOST_AND_PORT.fullmatch(source)):
-        options, shown = _url.parse(source, Place("URL"))
-        place = Place(shown)
-        read_options = read(MessageOptions, options, place)
-        return _config(read_options, place, os.getcwd(), server_name or _name_of(None, place))
-    return _from_file(os.fsdecode(source), os.environ if environ is None else environ, server_name)
+    file = config._path_of(source)
+    if file is not None:
+        return _from_file(file, os.environ if environ is None else environ, server_name)
+    options, shown = _url.parse(str(source), Place("URL"))
+    place = Place(shown)
+    read_options = read(MessageOptions, options, place)
+    return _config(read_options, place, os.getcwd(), server_name or _name_of(None, place))
 
 
 def _from_file(path: str, environ: Mapping[str, str], server_name: str | None) -> MessageConfig:
-    if not path.lower().endswith(SUFFIXES):
-        # What was meant as a URL may hold a password before the @.
-        raise ConfigError(
-            f"{path.rpartition('@')[2]}: a configuration is a file ending in "
-            f"{', '.join(SUFFIXES)}, a mapping, host:port, or a URL ({_url.SCHEMES})"
-        )
     file = Place(os.path.basename(path))
     document = Document(path, environ, file)
     where, node, named = _find(document.root, document.keys, file)

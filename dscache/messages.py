@@ -187,11 +187,8 @@ class MessageNode(Opened):
     def description(self) -> str:
         """What this node is and where its messages go, in one line and without passwords."""
         server = self._carrier.server if self._carrier is not None else ""
-        known = f" ({server})" if server else ""
-        return (
-            f"dscache message node {shorten(self.server_name)} at {self._config.address}{known}, "
-            f"{_backend.BACKEND} core"
-        )
+        what = f"message node {shorten(self.server_name)}"
+        return _backend.described(what, self._config.address, server)
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the node was opened; before that, nothing.

@@ -58,11 +58,6 @@ class Subscriber:
             self._wake, max_pending, _envelope.OVERFLOWS.index(overflow)
         )
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has nothing left to do."""
-        return not self.mailbox.messages and self._task is None
-
     def stop(self) -> None:
         """Call it no more; a call that is under way goes on."""
         self._left = _nothing

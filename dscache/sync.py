@@ -169,9 +169,7 @@ class Cache:
     def description(self) -> str:
         """What this cache is and where its records are, in one line and without passwords."""
         server = self._pool.server if self._pool is not None else ""
-        known = f" ({server})" if server else ""
-        core = _backend.BACKEND
-        return f"dscache {self._config.name} cache at {self._config.address}{known}, {core} core"
+        return _backend.described(f"{self._config.name} cache", self._config.address, server)
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the cache was opened; before that, nothing.
