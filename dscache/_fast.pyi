@@ -239,11 +239,14 @@ class Mailbox:
 
 @final
 class Inbox:
+    @property
+    def is_crowded(self) -> Callable[[], bool]: ...
     def __init__(
         self,
         server_name: str,
         told: Callable[[Any, list[Any]], object],
         damaged: Callable[[int, bytes], object],
+        is_crowded: Callable[[], bool] = ...,
     ) -> None: ...
     def join(self, topic: int, mailbox: Mailbox) -> None: ...
     def leave(self, topic: int, mailbox: Mailbox) -> bool: ...

@@ -181,9 +181,11 @@ cdef class Inbox:
     """Gives each message that is pushed to one server to those of it who want its topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
-    ``damaged`` with a topic and a payload that is no envelope.
+    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
+    asked, that those who take messages have enough to do.
     """
 
+    cdef readonly object is_crowded
     cdef str _name
     cdef bytes _own
     cdef object _told
@@ -194,7 +196,8 @@ cdef class Inbox:
     cdef unsigned long long _count_received, _count_own, _count_foreign
     cdef unsigned long long _count_unwanted, _count_damaged
 
-    def __init__(self, str server_name not None, told, damaged):
+    def __init__(self, str server_name not None, told, damaged, is_crowded=lambda: False):
+        self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
         self._told = told

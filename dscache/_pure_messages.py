@@ -179,7 +179,8 @@ class Inbox:
     """Gives each message that is pushed to one server to those of it who want its topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
-    ``damaged`` with a topic and a payload that is no envelope.
+    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
+    asked, that those who take messages have enough to do.
     """
 
     def __init__(
@@ -187,7 +188,9 @@ class Inbox:
         server_name: str,
         told: Callable[[Any, list[Any]], object],
         damaged: Callable[[int, bytes], object],
+        is_crowded: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
         self._told = told

@@ -27,6 +27,8 @@ class Owner(Protocol):
 
 # Of what a socket brings, so much at once means that there is more.
 _MUCH = _common.READ_BUFFER_BYTES // 2
+# For so long, in seconds, what has come on a socket may wait there for callbacks to get on.
+_LONGEST_REST = 1.0
 
 
 class Link(asyncio.BufferedProtocol):
@@ -140,11 +142,12 @@ class Link(asyncio.BufferedProtocol):
 class Ear(Link):
     """A socket over which messages come, which nobody has asked for.
 
-    When much has come, it reads on after those who want it had their turn: uvloop would go on for
-    as long as there is anything, and what waits for them is bounded.
+    When much has come, it reads on after those who want it had their turn, and as long as they
+    have enough to do not yet: what waits for them is bounded, and they need this loop's time.
     """
 
     _rests = False
+    _rests_until = 0.0
 
     def buffer_updated(self, nbytes: int) -> None:
         super().buffer_updated(nbytes)
@@ -152,11 +155,17 @@ class Ear(Link):
         if nbytes < _MUCH or self._rests or transport is None or transport.is_closing():
             return
         self._rests = True
+        self._rests_until = self._loop.time() + _LONGEST_REST
         transport.pause_reading()
         # Theirs was called for before this.
         self._loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._pipeline.inbox.is_crowded() and self._loop.time() < self._rests_until:
+            self._loop.call_soon(self._read_on)
+            return
         self._rests = False
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        transport.resume_reading()

@@ -267,7 +267,9 @@ class MessageNode(Opened):
             check_loop(self._loop, _OWNER)
             return
         self._loop = running_loop(_OWNER)
-        self._inbox = _backend.core.Inbox(self.server_name, self._ended, self._complain)
+        self._inbox = _backend.core.Inbox(
+            self.server_name, self._ended, self._complain, self._is_crowded
+        )
         self._subscriptions = Subscriptions(self._tell_gap)
         self._carrier = open_carrier(
             self._config, self._credentials, self._inbox, self._subscriptions
@@ -280,6 +282,9 @@ class MessageNode(Opened):
         return self._publish
 
     # -- those who listen
+
+    def _is_crowded(self) -> bool:
+        return any(subscriber.is_crowded for subscriber in self._subscribers.values())
 
     def _limits(self, max_pending: int | None, overflow: Overflow | None) -> dict[str, Any]:
         options = self._config.options

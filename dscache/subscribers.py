@@ -52,11 +52,20 @@ class Subscriber:
         self._left = left
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
+        self._room = max_pending
         self._rested_since = 0.0
         self.errors = 0
         self.mailbox: Any = _backend.core.Mailbox(
             self._wake, max_pending, _envelope.OVERFLOWS.index(overflow)
         )
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether half of its room is taken while it is called in turns, as fast as the loop can.
+
+        One whose calls are awaited is as slow as what it waits for, and the others don't wait.
+        """
+        return self._task is None and len(self.mailbox.messages) > self._room // 2
 
     def stop(self) -> None:
         """Call it no more; a call that is under way goes on."""
