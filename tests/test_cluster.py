@@ -382,7 +382,8 @@ async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -
         if scale != "master":
             await until(lambda: replicas <= set(cache.stats()["nodes"]))
             topology = cache._topology
-            await until(lambda: sum(map(len, topology._reading.values())) >= 3)
+            read = {"slave": len(replicas), "all": len(group.nodes)}[scale]
+            await until(lambda: sum(map(len, topology._reading.values())) == read)
         before = {node: node.reads() for node in group.nodes}
         assert len(await cache.get_bulk(names)) == 300
         assert len(await cache.head_bulk(names)) == 300

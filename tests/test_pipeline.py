@@ -906,7 +906,12 @@ def test_a_reply_without_a_slot(exchange: Exchange, reply: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"HTTP/1.1 400 Bad Request\r\n", b"\0", b":x\r\n", b"$-2\r\n", b"*1\r\n?\r\n", b"\xff"]
+    "data",
+    [
+        *(b"HTTP/1.1 400 Bad Request\r\n", b"\0", b":x\r\n", b"$-2\r\n", b"*1\r\n?\r\n", b"\xff"),
+        *(b"*02\r\n$1\r\n1\r\n$1\r\n1\r\n", b"*2\r\n$01\r\n1\r\n$1\r\n1\r\n"),
+        *(b"*2\r\n$1\r\n1\r\n$+1\r\n1\r\n", b"*2\r\n_\r\n_x\r\n", b"*2\r\n$1\r1\r\n$1\r\n1\r\n"),
+    ],
 )
 def test_what_is_no_resp(exchange: Exchange, data: bytes) -> None:
     [waiter] = exchange.issue(Op("get", "a"))

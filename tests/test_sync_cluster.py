@@ -692,12 +692,16 @@ def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None
     with opened(group, scaleReads=scale, **PATIENT) as cache:
         cache.set_bulk({name: (1, name) for name in names})
         cluster_rows.replicate(group)
-        before = {node: node.reads() for node in group.nodes}
-        assert len(cache.get_bulk(names)) == 300
-        assert len(cache.head_bulk(names)) == 300
-        asked = {node for node in group.nodes if node.reads() > before[node]}
+
+        def asked() -> set[ClusterNode]:
+            before = {node: node.reads() for node in group.nodes}
+            assert len(cache.get_bulk(names)) == 300
+            assert len(cache.head_bulk(names)) == 300
+            return {node for node in group.nodes if node.reads() > before[node]}
+
         expected = {"master": group.primaries(), "slave": group.replicas(), "all": group.nodes}
-        assert asked == set(expected[scale])
+        # Replicas are read as soon as they are connected.
+        until(lambda: asked() == set(expected[scale]))
         assert cache.stats()["redirections"] == 0
 
 

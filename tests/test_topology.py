@@ -741,7 +741,7 @@ async def test_nonsense_about_slots(view: bytes, backend: str, hasty: None) -> N
     async with FakeCluster() as fakes, asyncio.timeout(PATIENCE):
         for node in fakes.nodes:
             node.answers["CLUSTER"] = view
-        cache = cache_on(fakes, connectTimeout=150, clusterRetryStrategy={"first": 5, "cap": 20})
+        cache = cache_on(fakes, connectTimeout=500, clusterRetryStrategy={"first": 5, "cap": 20})
         with pytest.raises(dscache.ConnectError, match=r"CLUSTER SLOTS|serves any slot"):
             await cache.when_ready()
         for node in fakes.nodes:
