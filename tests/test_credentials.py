@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -64,14 +65,16 @@ def _nothing_tells_a_secret(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @dataclass
 class Account:
-    """A user of the server with one valid token at a time."""
+    """A user of the server, whose tokens change."""
 
     redis: redis_py.Redis
 
-    def give(self, token: str) -> None:
-        """Let this token be valid, and no other."""
+    def give(self, *tokens: str) -> None:
+        """Let these tokens be valid, and no others."""
         self.redis.execute_command(
-            "ACL", "SETUSER", USER, "on", "resetpass", f">{token}", "allkeys", "+@all"
+            *("ACL", "SETUSER", USER, "on", "resetpass"),
+            *(f">{token}" for token in tokens),
+            *("allkeys", "+@all"),
         )
 
     def disconnect(self) -> None:
@@ -428,16 +431,19 @@ async def test_a_failed_renewal_is_logged_without_its_words(
 
 
 class Issuer(IdentityProviderInterface):
-    """Issues tokens that hold for a moment, each in the place of the one before."""
+    """Issues tokens that hold for a moment, and a little longer than it says: who has just got
+    one may use it while the next is issued."""
 
     def __init__(self, account: Account) -> None:
         self.issued = 0
         self._account = account
+        self._valid: deque[str] = deque(maxlen=3)
 
     def request_token(self, force_refresh: bool = False) -> SimpleToken:
         self.issued += 1
         token = f"{SECRET}-{self.issued}"
-        self._account.give(token)
+        self._valid.append(token)
+        self._account.give(*self._valid)
         now = time.time() * 1000
         return SimpleToken(token, now + 100, now, {"oid": USER})
 
