@@ -93,7 +93,6 @@ cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
 cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
 cdef long long MAX_ELEMENTS = c.MAX_ELEMENTS
 cdef int HEADER_BYTES = c.HEADER_BYTES
-cdef long long MAX_VERSION = c.MAX_VERSION
 cdef double[LATENCY_BOUNDS] latency_bounds = c.LATENCY_BOUNDS
 # The suffixes are an underscore and one letter, which lets the second key be made of the first.
 cdef enum:

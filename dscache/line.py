@@ -105,7 +105,9 @@ class Line:
                     if sent < len(output):
                         break
                     output = pipeline.take_output() if pipeline.queued else b""
-                if not output and self._poller.poll(self._patience):
+                # Its time may have ended in between, and then there is nothing to wait for.
+                patience = 0 if outcome.done else self._patience
+                if not output and self._poller.poll(patience):
                     size = sock.recv_into(pipeline.get_buffer(-1))
                     if not size:
                         raise ConnectionLost("the server closed it")
