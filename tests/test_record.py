@@ -15,7 +15,7 @@ import pytest
 
 from dscache import _fast, _pure
 from dscache.errors import RecordError
-from wire import CORES
+from wire import CORES, Waiter
 
 DEEP = 20_000
 
@@ -201,6 +201,18 @@ def test_a_copy_shares_no_data(core: Any, copy_of: Any) -> None:
 
 def test_records_of_the_twins_are_no_equals() -> None:
     assert _fast.Record("a", 1, b"1") != _pure.Record("a", 1, b"1")
+
+
+def test_garbage_collection_looks_at_no_record_of_a_bulk() -> None:
+    """It would cost a large bulk a quarter of its time. The pure core's can't be kept from it."""
+    pairs = {f"r{i}": (1, b"text") for i in range(1000)}
+    pipeline = _fast.Pipeline(Waiter, lambda: None)
+    gc.collect()
+    before = len(gc.get_objects())
+    pipeline.set_bulk({name: (1, i) for i, name in enumerate(pairs)})
+    records = [_fast.Record(name, *pair) for name, pair in pairs.items()]
+    assert len(gc.get_objects()) - before < 100
+    assert pipeline.queued == len(records) == 1000
 
 
 # -- JSON
