@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import msgspec
 
 from peers import PYTHON, Peer, Python
-from workload import KINDS, Work, from_tasks, mixed_tasks, names_of, repeatedly, zipf_names
+from workload import KINDS, Start, Work, from_tasks, mixed_tasks, names_of, repeatedly, zipf_names
 
 # What a reply to a question about latency lists, in percent.
 PERCENTILES = (50, 90, 99, 99.9)
@@ -159,15 +159,25 @@ class Worker:
         names = self.names(work)
         peers = await self._several(work)
         tasks, each = work.tasks // len(peers), records // len(peers)
-        sample = Sample()
+        start = Start(tasks * len(peers))
         if work.operation == "mixed":
-            await mixed_tasks(peer.get, peer.set, tasks, each, names)
-        elif len(peers) == 1:
-            one = peer.set if work.operation == "set" else peer.get
-            await from_tasks(one, tasks, each, names)
+            workloads = [mixed_tasks(peer.get, peer.set, tasks, each, names, start)]
         else:
-            await asyncio.gather(*(from_tasks(one.get, tasks, each, names) for one in peers))
-        return sample.end(each // tasks * tasks * len(peers))
+            operations = [one.set if work.operation == "set" else one.get for one in peers]
+            workloads = [from_tasks(one, tasks, each, names, start) for one in operations]
+        working = asyncio.gather(*workloads)
+        await start.all_there()
+        # They are old by the time that a server has its load.
+        gc.collect()
+        if not work.collects:
+            gc.disable()
+        try:
+            sample = Sample()
+            start.give()
+            await working
+            return sample.end(each * len(peers))
+        finally:
+            gc.enable()
 
     async def _several(self, work: Work) -> list[Peer]:
         """Return as many clients as the work wants, ready for it."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,6 +106,8 @@ class Work:
     if_newer: bool = False
     connections: int = 1
     """Of as many clients in one process, between which the tasks are divided."""
+    collects: bool = True
+    """Whether Python collects garbage meanwhile."""
 
     @property
     def least(self) -> int:
@@ -168,24 +170,52 @@ def keys_of(names: Sequence[str]) -> list[str]:
     return [key for name in names for key in (name + "_v", name + "_d")]
 
 
+class Start:
+    """Where tasks wait for each other: to make thousands of them takes as long as what they do in
+    one measurement."""
+
+    def __init__(self, tasks: int) -> None:
+        self._missing = tasks
+        self._all_there = asyncio.Event()
+        self._given = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until it is given."""
+        self._missing -= 1
+        if not self._missing:
+            self._all_there.set()
+        await self._given.wait()
+
+    async def all_there(self) -> None:
+        """Wait until all tasks wait."""
+        await self._all_there.wait()
+
+    def give(self) -> None:
+        """Let all tasks go on."""
+        self._given.set()
+
+
 async def from_tasks(
     operation: Callable[[str], Awaitable[object]],
     tasks: int,
     records: int,
     names: Sequence[str] = NAMES,
+    start: Start | None = None,
 ) -> None:
     """Await ``operation`` for that many records altogether, from so many tasks at a time.
 
-    Tasks in step have different names, as reads of one name in a tick would share one read.
+    Each takes the next name when it has done with one, so that they end together, and those in step
+    have different names, as reads of one name in a tick would share one read.
     """
-    count = len(names)
+    left = islice(cycle(names), records)
 
-    async def task(number: int) -> None:
-        first = number * 7
-        for i in range(first, first + records // tasks):
-            await operation(names[i % count])
+    async def task() -> None:
+        if start is not None:
+            await start.wait()
+        for name in left:
+            await operation(name)
 
-    await asyncio.gather(*(task(number) for number in range(tasks)))
+    await asyncio.gather(*(task() for _ in range(tasks)))
 
 
 async def mixed_tasks(
@@ -194,16 +224,17 @@ async def mixed_tasks(
     tasks: int,
     records: int,
     names: Sequence[str],
+    start: Start,
 ) -> None:
     """The same with two operations: nine times the first, then the second."""
-    count = len(names)
+    left = zip(islice(cycle(names), records), cycle((set_, *[get] * 9)), strict=False)
 
-    async def task(number: int) -> None:
-        first = number * 7
-        for i in range(first, first + records // tasks):
-            await (get if i % 10 else set_)(names[i % count])
+    async def task() -> None:
+        await start.wait()
+        for name, operation in left:
+            await operation(name)
 
-    await asyncio.gather(*(task(number) for number in range(tasks)))
+    await asyncio.gather(*(task() for _ in range(tasks)))
 
 
 async def repeatedly(
