@@ -99,6 +99,13 @@ def _options(host: str, port: int) -> dict[str, object]:
     return {"name": "redis", "options": options}
 
 
+def _decoded(records: dict[str, Any]) -> dict[str, Any]:
+    """Return the records after the ``.data`` of each was read, which they keep."""
+    for record in records.values():
+        _ = record.data
+    return records
+
+
 class _Dscache:
     """What AsyncCache and Cache have in common: the records that are written, and what is raw."""
 
@@ -153,8 +160,7 @@ class Dscache(_Dscache):
         return record.data
 
     async def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
-        records = await self._cache.get_bulk(names)
-        return {name: record.data for name, record in records.items()}
+        return _decoded(await self._cache.get_bulk(names))
 
     async def close(self) -> None:
         await self._cache.close()
@@ -176,7 +182,7 @@ class DscacheBlocking(_Dscache):
         return record.data
 
     def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
-        return {name: record.data for name, record in self._cache.get_bulk(names).items()}
+        return _decoded(self._cache.get_bulk(names))
 
     def close(self) -> None:
         self._cache.close()
