@@ -66,8 +66,8 @@ build: $(VENV)/.installed-demo $(BUILT)
 demo: $(VENV)/.installed-demo $(BUILT)
 	$(PY) examples/demo.py $(ARGS)
 
-# As many files at a time as there are cores. A process that crashes is not started again, and
-# fails the run. ARGS='-n 0' has all in one process, where a debugger and -s work.
+# Three files at a time on two cores, and so on: conftest.py has it. A process that crashes is not
+# started again, and fails the run. ARGS='-n 0' has all in one, where a debugger and -s work.
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)

@@ -23,12 +23,11 @@ from conftest import SERVERS, _server_id
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, TLSFiles
 from faults import FakeServer, FaultProxy
+from waiting import PATIENCE, until
 
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
-PATIENCE = 60
 # For what must not end by a time limit.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 
@@ -58,12 +57,6 @@ def lazy_cache(url: str, **options: Any) -> dscache.AsyncCache:
 
 def cache_of(kind: str, server: EmbeddedServer) -> dscache.AsyncCache:
     return dscache.AsyncCache.from_config({"name": "memory"} if kind == "memory" else server.url)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def outcomes(*issued: Awaitable[Any]) -> list[Any]:

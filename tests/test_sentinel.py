@@ -17,29 +17,24 @@ from typing import Any
 import pytest
 
 import dscache
-from conftest import BINARIES
+from conftest import OLDEST_AND_NEWEST
 from dscache import _backend, sentinel
 from dscache.connection import Connection
-from dscache.embedded import EmbeddedServer
+from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import HELLO_REPLY, FakeServer, FaultProxy
 from figures import open_files
 from sentinels import GROUP, FakeSentinel, SentinelGroup
 from waiting import PATIENCE, own_tasks, until
-
-# Sentinels of every server found would take long, and they differ little: the oldest and the
-# newest kind of server stand for the others.
-SOME = list(dict.fromkeys((BINARIES[0], BINARIES[-1])))
-
 
 PASSWORD = "the-sentinels-own"
 # For what must not end by a time limit.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000, "closeTimeout": 600_000}
 
 
-@pytest.fixture(scope="module", params=SOME, ids=lambda binary: binary.name)
-def shared_group(request: pytest.FixtureRequest) -> Iterator[SentinelGroup]:
+@pytest.fixture(scope="module")
+def shared_group(binary: ServerBinary) -> Iterator[SentinelGroup]:
     """A primary, two replicas and three Sentinels with a password."""
-    with SentinelGroup(request.param, password=PASSWORD) as started:
+    with SentinelGroup(binary, password=PASSWORD) as started:
         yield started
 
 
@@ -482,7 +477,7 @@ async def test_an_interpreter_ends_without_close(ending: str, state: str) -> Non
 
 async def test_a_demoted_primary_is_left() -> None:
     """A connection that outlives the change of roles ends with the first READONLY."""
-    with SentinelGroup(SOME[0], replicas=1, sentinels=1) as group:
+    with SentinelGroup(OLDEST_AND_NEWEST[0], replicas=1, sentinels=1) as group:
         await _demote_and_write(group)
 
 
@@ -630,7 +625,7 @@ async def test_a_sentinel_that_slept_misleads_nobody(group: SentinelGroup, backe
 
 
 async def test_a_sentinel_that_restarts_is_heard_again(backend: str) -> None:
-    with SentinelGroup(SOME[0], replicas=1, sentinels=1) as group:
+    with SentinelGroup(OLDEST_AND_NEWEST[0], replicas=1, sentinels=1) as group:
         async with asyncio.timeout(PATIENCE), open_cache(group) as cache:
             await asyncio.to_thread(group.restart_sentinel, 0)
             subscribed = False
