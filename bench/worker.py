@@ -17,7 +17,8 @@ import time
 import traceback
 import tracemalloc
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TextIO
 
@@ -47,6 +48,18 @@ class Sample:
             calls, size = self._heap()
             told |= {"allocations": calls - self._calls, "bytes": size - self._bytes}
         return told
+
+
+@contextmanager
+def _garbage(work: Work) -> Iterator[None]:
+    """Leave none of what was before, and collect none meanwhile if the work is without that."""
+    gc.collect()
+    if not work.collects:
+        gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _processor_seconds() -> float:
@@ -103,10 +116,13 @@ class Worker:
         """Do what a line asks for. A client that blocks can only be measured."""
         assert asked["do"] == "work", f"a client that blocks can't be asked for {asked['do']}"
         work = msgspec.convert(asked["work"], Work)
-        peer = self._peer
-        peer.prepare(work)
+        self._peer.prepare(work)
         records: int = asked["records"]
-        gc.collect()
+        with _garbage(work):
+            return self._measure_blocking(work, records)
+
+    def _measure_blocking(self, work: Work, records: int) -> dict[str, float]:
+        peer = self._peer
         if work.operation.endswith("_many"):
             many = peer.get_many if work.operation == "get_many" else peer.set_many
             names = self.names(work)[: work.size]
@@ -128,7 +144,10 @@ class Worker:
         """Do what a line asks for."""
         work = msgspec.convert(asked["work"], Work)
         self._peer.prepare(work)
-        gc.collect()
+        with _garbage(work):
+            return await self._do(asked, work)
+
+    async def _do(self, asked: dict[str, Any], work: Work) -> dict[str, Any]:
         match asked["do"]:
             case "work":
                 return await self._measure(work, asked["records"])
@@ -167,17 +186,12 @@ class Worker:
             workloads = [from_tasks(one, tasks, each, names, start) for one in operations]
         working = asyncio.gather(*workloads)
         await start.all_there()
-        # They are old by the time that a server has its load.
+        # The tasks of a server are old, and no longer among what is looked at most often.
         gc.collect()
-        if not work.collects:
-            gc.disable()
-        try:
-            sample = Sample()
-            start.give()
-            await working
-            return sample.end(each * len(peers))
-        finally:
-            gc.enable()
+        sample = Sample()
+        start.give()
+        await working
+        return sample.end(each * len(peers))
 
     async def _several(self, work: Work) -> list[Peer]:
         """Return as many clients as the work wants, ready for it."""

@@ -129,7 +129,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes work at a time: more than there are cores, as half is waiting.
+    """Return how many processes work at a time: more than there are cores, as a third is waiting.
 
     On two cores, three take 9.5 minutes for the suite where two take 11. One alone works on a
     server of one's own, as each test empties it.
@@ -140,7 +140,7 @@ def pytest_xdist_auto_num_workers() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, cores * 3 // 2)
+    return cores * 3 // 2
 
 
 @pytest.hookimpl(trylast=True)
