@@ -327,6 +327,18 @@ def too_deep(address: str) -> ProtocolError:
 
 # -- JSON where msgspec alone does not do
 
+_encode_into = msgspec.json.Encoder().encode_into
+
+
+def encode_json(value: object) -> bytes:
+    """Return the JSON text of a value; raises whatever msgspec or the value's own type raises.
+
+    Into a buffer: where memory ends, msgspec 0.20's ``encode`` crashes the process.
+    """
+    text = bytearray()
+    _encode_into(value, text)
+    return bytes(text)
+
 
 def encode_tolerantly(name: str, data: object) -> bytes:
     """Return the JSON text of data that msgspec's encoder refused.

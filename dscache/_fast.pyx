@@ -127,7 +127,6 @@ cdef object _HALF = object()
 cdef list _NOBODY = []
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
-cdef object _encode_json = msgspec.json.Encoder().encode
 cdef object _encode_json_into = msgspec.json.Encoder().encode_into
 cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
@@ -413,16 +412,23 @@ cdef class Pipeline:
         return 0
 
     def adopt(self, batches):
-        """Queue what another pipeline gave away, each in the place of its age."""
-        cdef list waiting
+        """Queue what another pipeline gave away, each in the place of its age.
+
+        What waits here already, or was even sent, is left alone: whoever could not finish giving
+        something away does it again.
+        """
+        cdef _Batch batch
+        cdef dict waiting
         self.rouse()
         self._open.clear()
         self._busy = True
         try:
-            waiting = list(self._queue)
-            size = PyList_GET_SIZE(waiting)
-            waiting.extend(batches)
-            self._replace_queue(waiting, size)
+            waiting = dict.fromkeys(self._queue.copy())
+            size = PyDict_Size(waiting)
+            for batch in batches:
+                if batch.sent == batch.answered and not batch.settled():
+                    waiting[batch] = None
+            self._replace_queue(list(waiting), size)
         finally:
             self._busy = False
         self._recount()

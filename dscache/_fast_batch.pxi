@@ -138,7 +138,7 @@ cdef class _Batch:
     cdef readonly dict records
     cdef list names
     cdef list entries
-    cdef Py_ssize_t sent
+    cdef readonly Py_ssize_t sent
     cdef Py_ssize_t answered
     cdef Py_ssize_t failed  # records before it were told of the failure that ends the batch
     cdef long long count  # of ``last_count``, when it was counted

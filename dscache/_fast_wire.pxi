@@ -636,9 +636,11 @@ cdef class _Replies:
 
     cdef object buffer(self):
         """Return where to put what arrives: there is always room."""
+        cdef bytearray storage
         if self._storage is None:  # there are pipelines that never read
-            self._storage = bytearray(c.READ_BUFFER_BYTES)
-            self._buffer = memoryview(self._storage)
+            storage = bytearray(READ_BUFFER_BYTES)
+            self._buffer = memoryview(storage)
+            self._storage = storage
         return self._buffer[self._end :] if self._end else self._buffer
 
     cdef Py_ssize_t room(self) noexcept:

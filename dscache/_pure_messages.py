@@ -12,12 +12,12 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
+from . import _common as c
 from . import _envelope as e
 from .errors import shorten
 
 _UNDECODED: Final = object()
 
-_encode_json = msgspec.json.Encoder().encode
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -284,7 +284,7 @@ class Inbox:
 def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:
     """Return the command that sends a message, or raise MessageError."""
     try:
-        body = _encode_json(message)
+        body = c.encode_json(message)
     except Exception:  # msgspec raises whatever a user's own type raises
         body = e.encode_tolerantly(topic, message)
     if not body:

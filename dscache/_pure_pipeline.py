@@ -356,13 +356,21 @@ class Pipeline:
                 released.append((target, part))
 
     def adopt(self, batches: Iterable[Batch]) -> None:
-        """Queue what another pipeline gave away, each in the place of its age."""
+        """Queue what another pipeline gave away, each in the place of its age.
+
+        What waits here already, or was even sent, is left alone: whoever could not finish giving
+        something away does it again.
+        """
         self.rouse()
         self._open.clear()
         self._busy = True
         try:
-            waiting = list(self._queue)
-            self._replace_queue([*waiting, *batches], len(waiting))
+            waiting = dict.fromkeys(self._queue)
+            size = len(waiting)
+            for batch in batches:
+                if batch.sent == batch.answered and not batch.settled():
+                    waiting[batch] = None
+            self._replace_queue(list(waiting), size)
         finally:
             self._busy = False
         self._recount()

@@ -12,7 +12,6 @@ from .errors import shorten
 
 _UNDECODED: Final = object()
 
-_encode_json = msgspec.json.Encoder().encode
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -117,7 +116,7 @@ def check_version(name: str, version: object) -> int:
 def encode_data(name: str, data: object) -> bytes:
     """Return the JSON text of a record's data, or raise RecordError."""
     try:
-        text = _encode_json(data)
+        text = c.encode_json(data)
     except Exception:  # msgspec raises whatever a user's own type raises
         return c.encode_tolerantly(name, data)
     if not text:

@@ -44,7 +44,7 @@ class Room:
         self._adopting = False
         self._refusal: ErrorOf | None = None
         self._fences: dict[Source, int] = {}
-        self._redirected: dict[int, list[tuple[Any, Source | None]]] = {}
+        self._redirected: dict[int, dict[Any, Source | None]] = {}
         self._asked: list[tuple[Any, Source]] = []
         self.slots: set[int] = set()
         self.not_before = 0.0
@@ -90,30 +90,34 @@ class Room:
 
     def note(self, slot: int, batch: Any, target: Source | None) -> None:
         """Note that a batch on ``slot`` was redirected, and which node it is to ask, if any."""
-        self._redirected.setdefault(slot, []).append((batch, target))
+        self._redirected.setdefault(slot, {})[batch] = target
 
     def next_turn(self, slot: int) -> bool:
         """Let operations on ``slot`` go to the nodes that they are to ask.
 
         Returns False if there are none: then all that waits is for the node which serves the slot.
         """
-        waiting = [one for one in self._redirected.pop(slot, ()) if not one[0].settled()]
+        redirected = self._redirected.get(slot, {})
+        waiting = [one for one in redirected.items() if not one[0].settled()]
         waiting.sort(key=lambda one: one[0].serial)
         names: set[str] = set()
-        later = []
+        later = {}
         asked = []
         for batch, target in waiting:
             if target is not None and names.isdisjoint(batch.records):
-                batch.ask(target.pipeline)
-                target.watched = True
                 asked.append((batch, target))
             else:
-                later.append((batch, target))
+                later[batch] = target
             names.update(batch.records)
-        if asked:
-            self._redirected[slot] = later
-            self._asked += asked
-        return bool(asked)
+        if not asked:
+            self._redirected.pop(slot, None)
+            return False
+        self._redirected[slot] = later
+        self._asked += asked
+        for batch, target in asked:
+            batch.ask(target.pipeline)
+            target.watched = True
+        return True
 
     def adopt(self, batches: Iterable[Any]) -> None:
         """Take over what another pipeline gave away, even while the cache is closing."""
@@ -140,8 +144,7 @@ class Room:
             self._check_usable()
         # What joins an operation of this tick must be checked no more, that of the next again.
         self._loop.call_soon(self._end_tick)
-        if self._deadlines.timer is None:
-            self._deadlines.start(0)
+        self._deadlines.ensure(0)
 
     def _end_tick(self) -> None:
         self.pipeline.end_tick()

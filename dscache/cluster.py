@@ -13,6 +13,7 @@ import random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _backend, _common, _counters
+from ._kept_task import KeptTask
 from ._opened import check_loop, check_process
 from ._room import Room
 from .cluster_lookout import Lookout
@@ -87,7 +88,7 @@ class Cluster:
         self._refusal: Exception | None = None
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._task = self._loop.create_task(self._run(), name=f"dscache {options.address}")
+        self._keeper = KeptTask(self._lookout.keep, f"dscache {options.address}", self._end)
 
     # -- what a cache wants of its topology
 
@@ -150,11 +151,11 @@ class Cluster:
         # First all is answered, since what is in flight may be redirected from one to another.
         while self._is_busy() and self._loop.time() < end:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_STEP)
-        self._task.cancel()
+        self._keeper.cancel()
         # What is left has had its time, and the nodes need no more for their part.
         self._traffic.fail_all(_CLOSED)
         await self._members.close()
-        await asyncio.wait([self._task])
+        await asyncio.wait([self._keeper.task])
         self._give_up(_CLOSED)
 
     def stats(self) -> dict[str, Any]:
@@ -200,11 +201,14 @@ class Cluster:
 
     def redirected(self, source: Connection) -> None:
         """Send on what a node has redirected."""
+        self._keeper.check()
         redirected = source.pipeline.redirected
-        source.pipeline.redirected = []
         fresh: set[Room] = set()
         batches: dict[Room, list[Any]] = {}
+        # They stay there until each has its place: called again, it goes on with what has none.
         for words, slot, batch in redirected:
+            if batch.sent or batch.settled():
+                continue
             self._redirections += 1
             source.redirections += 1
             room = self._traffic.shut(slot, source, fresh)
@@ -230,6 +234,7 @@ class Cluster:
             batches.setdefault(room, []).append(batch)
         for room, waiting in batches.items():
             self._traffic.hand_over(room, waiting)
+        del redirected[:]
         self._traffic.go_on(source)
 
     def progressed(self, source: Connection) -> None:
@@ -247,6 +252,7 @@ class Cluster:
 
     def became_lost(self, node: Connection) -> None:
         """Note that a node was lost: another one may have its slots by now."""
+        self._keeper.check()
         self._last_loss = node.last_loss
         self._stale.set()
         if node.refusal is not None:
@@ -302,14 +308,11 @@ class Cluster:
 
     # -- the view
 
-    async def _run(self) -> None:
-        """Keep the view up to date until cancelled: by ``close``, or by a loop that ends."""
-        try:
-            await self._lookout.keep()
-        finally:
-            self._closed = True
-            if not self._loop.is_closed():
-                self._give_up(_CLOSED)
+    def _end(self) -> None:
+        """Note that the view is kept up to date no more."""
+        self._closed = True
+        if not self._loop.is_closed():
+            self._give_up(_CLOSED)
 
     def note_failure(self, error: Exception) -> None:
         """Tell those who wait for the slots why there are none."""

@@ -59,6 +59,8 @@ class Traffic:
         self._shut: set[Room] = set()
         self._spare_rooms: list[Room] = []
         self._opener: asyncio.TimerHandle | None = None
+        # Operations that one pipeline has given away, each with the one that is to have it.
+        self._between: list[tuple[Any, Any]] = []
 
     @property
     def is_busy(self) -> bool:
@@ -181,11 +183,15 @@ class Traffic:
 
     def _move(self, pipeline: Any) -> None:
         """Hand over what waits in a pipeline and belongs elsewhere by now."""
+        self._between += pipeline.release(self.router.target_of)
+        if not self._between:
+            return
         batches: dict[Any, list[Any]] = {}
-        for target, batch in pipeline.release(self.router.target_of):
+        for target, batch in self._between:
             batches.setdefault(target, []).append(batch)
         for target, waiting in batches.items():
             self.hand_over(self._holders.get(target, self.limbo), waiting)
+        self._between.clear()  # if anything has failed, they are handed over with the next
 
     def _open(self, room: Room) -> None:
         for slot in list(room.slots):

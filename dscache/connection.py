@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import _backend
 from ._deadlines import Deadlines
 from ._forks import in_each_child
+from ._kept_task import KeptTask
 from ._opened import check_loop, check_process
 from .config import Options
 from .credentials import Credentials
@@ -39,6 +41,8 @@ _logger = logging.getLogger("dscache")
 _DEADLINE_GRAIN = 0.02
 # A connection that lasted for so many seconds was a good one: the next attempt comes soon.
 _STEADY_AFTER = 1.0
+# What is so many seconds late does not come any more.
+_GRACE = 1.0
 
 
 class Follower(Protocol):
@@ -120,12 +124,17 @@ class Connection:
             )
         self._near = self.pipeline.near = near
         kept = options.near_cache if is_near else None
-        self._pulse = Pulse(self.pipeline, None if kept is None else kept.idle_limit / 1000)
+        idle_limit = None if kept is None else kept.idle_limit / 1000
+        self._pulse = Pulse(self.pipeline, idle_limit, self._check)
         self._retry = Retry(options.retry_strategy, self.pipeline)
         self._link: Link | None = None
+        # The socket that is being opened, or is ready, or whose end has not been dealt with.
+        self._socket: Link | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
         self._attempting = False
+        # By when the task that keeps the connection must have come to its next step.
+        self._stuck_at = math.inf
         # Set while the state is ready, refused or closed: when there is something to tell.
         self._decided = asyncio.Event()
         self._flush_due = False
@@ -133,12 +142,12 @@ class Connection:
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self.last_loss = ""
-        works = [self._run()]
+        self._keeper = KeptTask(self._keep, f"dscache {self.address}", self._end)
+        self._tasks = [self._keeper]
         if self._endpoint.may_move:
-            works.append(self._endpoint.follow(self._check_place))
-        self._tasks = [
-            self._loop.create_task(work, name=f"dscache {self.address}") for work in works
-        ]
+            follow = partial(self._endpoint.follow, self._check_place)
+            self._tasks.append(KeptTask(follow, f"dscache follows {self.address}"))
+        self._pulse.watch(None)
         in_each_child(self, Connection._leave_parent)
 
     @property
@@ -169,7 +178,7 @@ class Connection:
         """
         if self._link is None:
             raise ConnectionLost(f"no connection to {self.address}")
-        return await ask(self._link, self.pipeline, *commands)
+        return await ask(self._link, *commands)
 
     def leave(self, reason: str) -> None:
         """End the socket that there is now; another one follows."""
@@ -216,7 +225,7 @@ class Connection:
         finally:
             for task in self._tasks:
                 task.cancel()
-        await asyncio.wait(self._tasks)
+        await asyncio.wait([task.task for task in self._tasks])
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.cut(ConnectionLost("it was closed"))
@@ -244,30 +253,27 @@ class Connection:
         check_loop(self._loop, self._owner)
         self._check_open()
         if not self._flush_due:
-            self._flush_due = True
             self._loop.call_soon(self._flush)
-        if self._deadlines.timer is None:
-            self._deadlines.start(self._options.command_timeout / 1000)
+            self._flush_due = True  # now: that may have raised
+        self._deadlines.ensure(self._options.command_timeout / 1000)
         if self._link is None:
             self._retry.hurry()
+            self._keeper.check()
 
     def _begin(self) -> None:
         """Send what this tick has brought up to now."""
-        link = self._link
-        if link is not None and link.is_clear() and (output := self.pipeline.take_output()):
-            link.write(output)
+        if self._link is not None:
+            self._link.begin()
 
     def _flush(self) -> None:
         self._flush_due = False
         link = self._link
         self.pipeline.end_tick()
-        if link is None:
-            # An attempt under way may end the refusal, and has slots of its own in the pipeline.
-            if self._refusal is not None and not self._attempting:
-                self.pipeline.fail_all(self._refusal)
-            return
-        while not link.paused and (output := self.pipeline.take_output()):
-            link.write(output)
+        if link is not None:
+            link.flush()
+        # An attempt under way may end the refusal, and has slots of its own in the pipeline.
+        elif self._refusal is not None and not self._attempting:
+            self.pipeline.fail_all(self._refusal)
 
     # -- the way back, called by the link
 
@@ -300,7 +306,10 @@ class Connection:
 
     def _expire(self, now: float) -> float | None:
         """Fail the operations that take too long, and end a link that is silent meanwhile."""
+        self._check()
         deadline: float | None = self.pipeline.expire(now)
+        if deadline is not None and self._flush_due:
+            self._flush()  # its own turn is late, or never comes as the loop was interrupted
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.silence() >= timeout:
             # What is about to expire as well must not be told of the connection that ends here.
@@ -311,51 +320,83 @@ class Connection:
 
     # -- the socket's life
 
-    async def _run(self) -> None:
+    async def _keep(self) -> None:
         """Keep a connection until cancelled: by ``close``, or by a loop that ends."""
-        try:
-            while True:
-                was_well = await self._live()
-                await self._retry.pause(was_well=was_well, is_refused=self._refusal is not None)
-        finally:
-            self._closed = True
-            # A loop that was closed has left this task behind, and nobody can be told any more.
-            if not self._loop.is_closed():
-                self._give_up("the cache was closed before the answer came")
+        while True:
+            self._settle()
+            was_well = await self._live()
+            self._stuck_at = self._loop.time() + self._options.retry_strategy.cap / 1000 + _GRACE
+            await self._retry.pause(was_well=was_well, is_refused=self._refusal is not None)
 
     async def _live(self) -> bool:
         """Live through one socket; return whether it was of use for a while."""
-        link = (Link if self.pipeline.inbox is None else Ear)(self, self.pipeline)
+        timeout = self._options.connect_timeout / 1000
+        self._stuck_at = self._loop.time() + timeout + _GRACE
         self._attempting = True
+        link = self._socket = (Link if self.pipeline.inbox is None else Ear)(self, self.pipeline)
         try:
-            async with asyncio.timeout(self._options.connect_timeout / 1000):
+            async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(partial(ask, link, self.pipeline))
+                greeting = await self._endpoint.greet(partial(ask, link))
         except Exception as error:
             # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
             # a next one the cache would never be well again.
             link.cut(error)
             self._failed(error)
+            self._socket = None
             return False
-        except BaseException:
-            link.cut(ConnectionLost("it was closed"))
-            raise
         began = self._loop.time()
+        self._stuck_at = math.inf
         self._became_ready(link, greeting)
-        try:
-            reason = await asyncio.shield(link.lost)
-        except BaseException:
-            link.close()
-            raise
+        reason = await asyncio.shield(link.lost)
         self._became_lost(reason)
+        self._socket = None
         return self._loop.time() - began > _STEADY_AFTER
+
+    def _settle(self) -> None:
+        """Deal with the end of a socket, if an exception has kept that from being done."""
+        link = self._socket
+        if link is None:
+            return
+        reason = ConnectionLost("it was interrupted")
+        link.cut(reason)
+        self._became_lost(reason)
+        self._socket = None
+
+    def _check(self) -> None:
+        """Look whether the connection is being kept, and begin again if it isn't."""
+        now = self._loop.time()
+        if self.pipeline.operations:
+            self._deadlines.ensure(0)
+        for task in self._tasks:
+            task.check()
+        link = self._socket
+        if link is not None and link.is_cut and self._stuck_at == math.inf:
+            self._stuck_at = now + _GRACE
+        if now > self._stuck_at:
+            # A future or timer that it waits for was lost with an exception of the loop's own.
+            self._stuck_at = now + _GRACE
+            self._keeper.begin_again()
+
+    def _end(self) -> None:
+        """Note that the connection is kept no more."""
+        self._closed = True
+        link = self._socket
+        if link is not None:
+            if self._link is link:
+                link.close()
+            else:
+                link.cut(ConnectionLost("it was closed"))
+        # A loop that was closed has left this task behind, and nobody can be told any more.
+        if not self._loop.is_closed():
+            self._give_up("the cache was closed before the answer came")
 
     def _log_in_again(self, words: list[str]) -> None:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
             self.pipeline.forget("login")
-            say(self._link, self.pipeline, "AUTH", *words)
+            say(self._link, "AUTH", *words)
 
     def _check_place(self) -> None:
         """Leave a server that is no longer the one which the Sentinels name."""
@@ -389,7 +430,7 @@ class Connection:
 
     def _became_lost(self, reason: Exception) -> None:
         self._link = None
-        self._pulse.stop()
+        self._pulse.watch(None)
         self._decided.clear()
         self.last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
@@ -397,6 +438,8 @@ class Connection:
         _logger.warning("connection to %s lost: %s", self.address, reason)
         self._note_drained()
         if self._cluster is not None:
+            if self.pipeline.redirected:
+                self._cluster.redirected(self)
             self._cluster.became_lost(self)
 
     def _failed(self, error: Exception) -> None:

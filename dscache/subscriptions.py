@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
-from .errors import ConnectionLost, DscacheError, ReplyError
+from .errors import ConnectionLost, ReplyError
 
 _logger = logging.getLogger("dscache")
 
@@ -219,8 +219,13 @@ class Listener:
                         await self._beat()
         except ConnectionLost:
             return  # and that is told
-        except DscacheError as error:
-            self._source.leave(f"its subscriptions failed: {error}")
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            # Another connection begins anew, whatever it was.
+            self._source.leave(f"its subscriptions failed: {error!r}")
+            if not isinstance(error, Exception):
+                raise
 
     async def _adjust(self) -> bool:
         """Begin and end subscriptions; return whether to try again soon."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+from ._deadlines import SureTimer
 from .errors import ConnectionLost, ReplyError
 from .link import Link
 
@@ -14,11 +16,9 @@ _PING_AFTER = 5.0
 _PING_ANSWER = 4.0
 
 
-async def ask(link: Link, pipeline: Any, *commands: list[Any]) -> list[Any]:
+async def ask(link: Link, *commands: list[Any]) -> list[Any]:
     """Send commands at once; return the replies, errors of Redis among them."""
-    asked = [pipeline.command(*command) for command in commands]
-    link.write(b"".join(output for output, _ in asked))
-    answers = asyncio.gather(*(waiter for _, waiter in asked), return_exceptions=True)
+    answers = asyncio.gather(*link.request(*commands), return_exceptions=True)
     either: list[asyncio.Future[Any]] = [answers, link.lost]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not answers.done():
@@ -30,7 +30,7 @@ async def ask(link: Link, pipeline: Any, *commands: list[Any]) -> list[Any]:
     return replies
 
 
-def say(link: Link, pipeline: Any, *command: str) -> None:
+def say(link: Link, *command: str) -> None:
     """Send a command whose refusal ends the link, and whose reply says nothing else."""
 
     def settled(waiter: asyncio.Future[Any]) -> None:
@@ -38,28 +38,43 @@ def say(link: Link, pipeline: Any, *command: str) -> None:
         if isinstance(error, ReplyError):
             link.cut(ConnectionLost(f"{command[0]} was refused: {error}"))
 
-    output, waiter = pipeline.command(*command)
+    (waiter,) = link.request(list(command))
     waiter.add_done_callback(settled)
-    link.write(output)
 
 
 class Pulse:
     """Looks after an idle link: asks for a sign of life, and cuts it if none comes.
 
+    It beats as long as there is a Connection, whether or not it has a link just then.
+
     ``idle_limit`` says for how many seconds at most nothing may be heard on a link that is well.
+    ``check`` is called each time.
     """
 
-    def __init__(self, pipeline: Any, idle_limit: float | None) -> None:
+    def __init__(
+        self, pipeline: Any, idle_limit: float | None, check: Callable[[], object]
+    ) -> None:
         self._pipeline = pipeline
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._check = check
+        self._timer = SureTimer(self._beat)
+        self._link: Link | None = None
         self._ping_after = _PING_AFTER
         if idle_limit is not None:
             # Something is answered twice within the time that it may not.
             self._ping_after = min(_PING_AFTER, idle_limit / 2)
 
-    def watch(self, link: Link) -> None:
-        """Look after a link from now on."""
+    def watch(self, link: Link | None) -> None:
+        """Look after a link from now on, or after none."""
+        self._link = link
+        self._beat()
+
+    def _beat(self) -> None:
+        # Again in any case, whatever is raised below.
+        self._timer.start(self._ping_after)
+        self._check()
+        link = self._link
+        if link is None or link.is_cut:
+            return
         # Changes that are told say nothing of those that are not yet.
         wait = self._ping_after - max(link.idle(), self._pipeline.unknown())
         if wait <= 0:
@@ -68,12 +83,10 @@ class Pulse:
                 link.cut(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
                 return
             if not silence:
-                say(link, self._pipeline, "PING")
+                say(link, "PING")
             wait = min(_PING_ANSWER - silence, self._ping_after)
-        self._timer = self._loop.call_later(wait, self.watch, link)
+        self._timer.start(wait)
 
     def stop(self) -> None:
-        """Look after it no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Beat no more."""
+        self._timer.stop()
