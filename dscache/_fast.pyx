@@ -306,7 +306,7 @@ cdef class Pipeline:
 
     def command(self, *parts):
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
-        cdef bytes text = hiredis.pack_command(parts)
+        cdef bytes text = packed(parts)
         cdef object waiter = self._create_waiter()
         # No deadline of its own: what bounds a handshake is connectTimeout.
         cdef dict records = {str(parts[0]): waiter}
@@ -325,7 +325,7 @@ cdef class Pipeline:
 
     def key_command(self, int kind, str key not None, waiter, *parts):
         """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
-        self._add_command(kind, key, hiredis.pack_command(parts), waiter)
+        self._add_command(kind, key, packed(parts), waiter)
 
     # -- messages
 
@@ -1451,7 +1451,8 @@ cdef class Pipeline:
         """
         cdef dict later = {}
         cdef dict again = {}
-        cdef tuple trail = (*batch.trail, f"{self.address}: {error.message}")
+        # No display with a star: what Cython 3.3 makes of it frees an item twice if memory ends.
+        cdef tuple trail = batch.trail + (f"{self.address}: {error.message}",)
         cdef Py_ssize_t limit = self._max_redirections
         cdef Py_ssize_t i, failed = 0, repeated = 0
         cdef str name
@@ -1597,19 +1598,20 @@ cdef class Pipeline:
     cdef int _recount(self) except -1:
         """Count what is pending anew, after batches were dropped.
 
-        Runs no Python code between the first and the last batch, so that none is missed.
+        By index, as that makes no object: nothing can fail here, nor any Python code run.
         """
         global last_count
         cdef _Batch batch
         cdef tuple slot
-        cdef object of_slots = iter(self._slots)
-        cdef object of_queue = iter(self._queue)
+        cdef Py_ssize_t i
         last_count += 1
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
-        for slot in of_slots:
+        for i in range(len(self._slots)):
+            slot = self._slots[i]
             self.in_flight += slot[1]
             self._count(slot[0])
-        for batch in of_queue:
+        for i in range(len(self._queue)):
+            batch = self._queue[i]
             self.queued += batch.waiting()
             self._count(batch)
         return 0
@@ -1719,6 +1721,15 @@ cdef inline int _kind_of(long long ttl, if_newer) except -1:
     if if_newer:
         return SET_IF_NEWER
     return SET_TTL if ttl else SET
+
+
+cdef bytes packed(tuple parts):
+    """Return a command as RESP. hiredis gets bytes alone: where memory ends, it crashes the process
+    as it converts something else."""
+    cdef list texts = []
+    for part in parts:
+        texts.append(part if type(part) is bytes else str(part).encode())
+    return hiredis.pack_command(tuple(texts))
 
 
 cdef dict _unique(str operation, names):

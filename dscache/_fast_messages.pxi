@@ -172,8 +172,8 @@ cdef class Mailbox:
         if not self.is_shut:
             self._append(message)
         if not self.awake:
-            self.awake = True
             self._wake()
+            self.awake = True  # behind it, as it may raise
 
 
 @cython.final

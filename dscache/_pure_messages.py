@@ -171,8 +171,8 @@ class Mailbox:
         if not self.is_shut:
             self.messages.append(message)
         if not self.awake:
-            self.awake = True
             self._wake()
+            self.awake = True  # behind it, as it may raise
 
 
 class Inbox:

@@ -85,11 +85,12 @@ class Subscriber:
 
     def _run(self) -> None:
         """Call it for what waits, for one turn."""
-        mailbox = self.mailbox
-        messages = mailbox.messages
         again = True
-        now = time.monotonic()
+        now = self._rested_since
         try:
+            mailbox = self.mailbox
+            messages = mailbox.messages
+            now = time.monotonic()
             end = now + min(max(now - self._rested_since, _SHORTEST), _LONGEST)
             while messages:
                 message = messages.popleft()
