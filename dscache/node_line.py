@@ -88,6 +88,12 @@ class NodeLine(Line):
         fd: int = self._connection.sock.fileno()
         return fd
 
+    @property
+    def has_more(self) -> bool:
+        """Whether OpenSSL keeps something that its socket brought, and which poll can't see."""
+        pending = getattr(self._connection.sock, "pending", None)
+        return pending is not None and pending() > 0
+
     # -- what is under way
 
     def check(self) -> bool:
