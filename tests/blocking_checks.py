@@ -9,6 +9,7 @@ import pytest
 
 import dscache
 from blocking import run_child
+from dscache._common import READ_BUFFER_BYTES
 
 
 def assert_interrupted(where: str, count: int, backend: str) -> None:
@@ -44,3 +45,26 @@ def assert_bulks_come_through(cache: dscache.Cache, count: int) -> None:
     assert all(record.version == n for n, record in enumerate(found.values()))
     assert cache.head_bulk(names) == {name: n for n, name in enumerate(names)}
     assert cache.delete_bulk(names) == len(names)
+
+
+def assert_each_size_is_read(cache: dscache.Cache) -> None:
+    """Read records whose replies end shortly before, at and after each end of the read buffer.
+
+    Over TLS, one in some of them ends in the middle of a TLS record, of at most 16 KiB.
+    """
+    sizes = [
+        end + beyond
+        for end in (READ_BUFFER_BYTES, 2 * READ_BUFFER_BYTES)
+        for beyond in (*range(-64, 64, 16), *range(64, 17_000, 1000))
+    ]
+    records = {f"sized/{size}": (size, "x" * (size - 2)) for size in sizes}
+    for name, (size, data) in records.items():
+        assert cache.set(name, size, data) is True
+        found = cache.get(name)
+        assert found is not None
+        assert (found.version, found.data) == (size, data)
+    for first in range(0, len(sizes), 7):
+        names = list(records)[first : first + 7]
+        found_all = cache.get_bulk(names)
+        assert list(found_all) == names
+        assert all((it.version, it.data) == records[name] for name, it in found_all.items())

@@ -24,7 +24,12 @@ from redis.credentials import CredentialProvider
 
 import dscache
 from blocking import PATIENCE, LoopThread, Model, ProxyThread, in_threads, run_child, until
-from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
+from blocking_checks import (
+    assert_a_place_is_made,
+    assert_bulks_come_through,
+    assert_each_size_is_read,
+    assert_interrupted,
+)
 from conftest import SERVERS, _server_id
 from dscache.embedded import EmbeddedServer, TLSFiles
 from faults import FakeServer
@@ -640,6 +645,41 @@ def test_tls(open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFil
     tls_proxy.do("cut")
     assert cache.head("r7") == 7
     assert cache.stats()["connects"] == 2
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@on_one_server
+def test_what_ends_in_the_middle_of_a_tls_record_is_read(
+    version: str, open_cache: OpenCache, server: EmbeddedServer, certificates: TLSFiles
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with ProxyThread(server.host, server.port, tls=context) as proxy:
+        cache = open_cache(
+            url=proxy.url, tls={"ca": certificates.authority}, commandTimeout=PATIENCE * 1000
+        )
+        assert_each_size_is_read(cache)
+        assert cache.stats()["connects"] == 1
+
+
+@on_one_server
+def test_what_tls_brought_unasked_ends_the_connection(
+    open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFiles
+) -> None:
+    """Bytes of which the socket tells nothing any more must not be taken for the next answer."""
+    cache = open_cache(url=tls_proxy.url, tls={"ca": certificates.authority}, **PATIENT)
+    cache.set("a", 1, "a's")
+    line: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    # The server's next answers come in one TLS record, of which one byte is read.
+    line.sock.setblocking(True)
+    line.sock.sendall(b"*2\r\n$3\r\nGET\r\n$3\r\na_d\r\n")
+    assert line.sock.recv(1) == b"$"
+    line.sock.setblocking(False)
+    assert line.sock.pending()
+    assert cache.get("absent") is None
+    assert cache.get("a").data == "a's"  # type: ignore[union-attr]
+    assert cache.stats()["last_loss"] == "it brought what nobody had asked for"
 
 
 @on_one_server

@@ -35,7 +35,12 @@ from blocking import (
     run_child,
     until,
 )
-from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
+from blocking_checks import (
+    assert_a_place_is_made,
+    assert_bulks_come_through,
+    assert_each_size_is_read,
+    assert_interrupted,
+)
 from cluster_rows import CURIOUS, KINDS, a_name_each, prefix_on, slot_of
 from clusters import ClusterGroup, ClusterNode, Failover
 from conftest import BY_AGE, OWN, PATIENT, SHARED
@@ -676,6 +681,9 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
             for proxy in proxies.values():
                 proxy.do("cut")
             assert len(cache.get_bulk(names)) == 500
+        with opened(group, **through, **trusting, commandTimeout=PATIENCE * 1000) as cache:
+            assert_each_size_is_read(cache)
+            assert not cache.stats()["reconnections"]
         suspicious = cache_on(group, **through, **PATIENT, redisOptions={"tls": {}})
         for call in (suspicious.when_ready, lambda: suspicious.get("a")):
             with pytest.raises(dscache.ConnectError, match="certificate"):
