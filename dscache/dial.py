@@ -29,7 +29,7 @@ from . import _common
 from .attempt import handshake
 from .config import Options, SentinelNode
 from .credentials import NOTHING, checked, failed
-from .errors import ConnectError, DscacheError
+from .errors import ConnectError, DscacheError, ProtocolError
 from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
 
 if TYPE_CHECKING:
@@ -58,17 +58,28 @@ class TooLate(TimeoutError):
     """The deadline of an attempt to connect is past."""
 
 
-def is_foreign(error: BaseException) -> bool:
-    """Whether an error comes from elsewhere than a socket: a signal handler may raise any.
+def raise_foreign(error: Exception) -> None:
+    """Raise an error again that comes from elsewhere than a socket: a signal handler may raise any.
 
     Errors of this package are raised in it, those of the system have their number, and a signal
-    handler is found among the calls that an error went through.
+    handler is found among the calls that an error went through. While a reply is read, much of what
+    is raised is taken for a sign that it is none, and is the cause of a ProtocolError.
     """
+    cause = error.__cause__
+    if isinstance(error, ProtocolError) and cause is not None and not _is_own(cause):
+        raise cause
     if isinstance(error, (DscacheError, TooLate)):
-        return not all(map(_is_ours, _frames(error)))
-    if isinstance(error, OSError) and error.errno is None:
-        return True
-    return is_of_handler(error)
+        is_foreign = not _is_own(error)
+    elif isinstance(error, OSError) and error.errno is None:
+        is_foreign = True
+    else:
+        is_foreign = is_of_handler(error)
+    if is_foreign:
+        raise error
+
+
+def _is_own(error: BaseException) -> bool:
+    return all(map(_is_ours, _frames(error)))
 
 
 def is_of_handler(error: BaseException) -> bool:
@@ -306,11 +317,10 @@ class Dialer:
             answer = question(connection)
         except (RedisError, *_NONSENSE) as error:
             cause = error.__context__
-            if cause is not None and is_foreign(cause) and time.monotonic() < began + seconds:
-                raise cause from None
+            if isinstance(cause, Exception) and time.monotonic() < began + seconds:
+                raise_foreign(cause)
             # A RecordError is a ValueError as well.
-            if is_foreign(error):
-                raise
+            raise_foreign(error)
             return f"{node.address}: {error or type(error).__name__}"
         finally:
             connection.disconnect()

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ._common import ErrorOf
-from .dial import Dialer, TooLate, is_foreign, is_of_handler
+from .dial import Dialer, TooLate, raise_foreign
 from .errors import ConnectionLost, ProtocolError
 from .outcome import Outcome
 
@@ -138,8 +138,7 @@ class Line:
             except _NOT_NOW as error:
                 # The buffer is full, or TLS had something to say to itself. Where it was raised
                 # by a signal handler, it isn't known how much was sent.
-                if is_foreign(error):
-                    raise
+                raise_foreign(error)
             self._flow(outcome, memoryview(output)[sent:])
         except (OSError, ProtocolError) as error:
             self._lose(error)
@@ -194,8 +193,7 @@ class Line:
         try:
             sent = self.sock.send(data)
         except _NOT_NOW as error:
-            if is_foreign(error):
-                raise
+            raise_foreign(error)
             return data, IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
         return data[sent:], IN | OUT if sent < len(data) else IN
 
@@ -219,8 +217,7 @@ class Line:
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
         except _NOT_NOW as error:
-            if is_foreign(error):
-                raise
+            raise_foreign(error)
             return
         if not size:
             raise ConnectionLost("the server closed it")
@@ -228,11 +225,7 @@ class Line:
 
     def _lose(self, reason: Exception) -> None:
         """End the socket; what may be repeated waits for the next one."""
-        cause = reason.__cause__
-        if isinstance(reason, ProtocolError) and cause is not None and is_of_handler(cause):
-            raise cause  # struck while a reply was read, where all that is raised counts as no RESP
-        if is_foreign(reason):
-            raise reason
+        raise_foreign(reason)
         reason = self._reason or reason
         self.hang_up()
         self._note_loss(str(reason))
@@ -249,8 +242,7 @@ class Line:
             if not sock.recv(1):
                 loss = "the server closed it"
         except OSError as error:
-            if is_foreign(error):
-                raise
+            raise_foreign(error)
             if isinstance(error, _NOT_NOW):
                 return False
             loss = str(error)

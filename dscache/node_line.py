@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from .attempt import Attempt
 from .cluster_map import ClusterMap
 from .cluster_table import Place
-from .dial import is_foreign, login_of
+from .dial import login_of, raise_foreign
 from .errors import ConnectionLost, DscacheError, ProtocolError
 from .greeting import Greeting, explain, introduce, refusal_of
 from .line import IN, NOTHING, Line
@@ -169,8 +169,7 @@ class NodeLine(Line):
 
     def fail(self, error: Exception) -> None:
         """Note that an attempt to connect failed."""
-        if is_foreign(error):
-            raise error
+        raise_foreign(error)
         options = self.place.options
         said = explain(error, self._allowed)
         self.hang_up()

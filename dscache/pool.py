@@ -36,7 +36,7 @@ from . import _backend, _counters
 from ._common import ErrorOf
 from ._forks import in_each_child
 from .config import Options
-from .dial import Dialer, is_foreign, listen
+from .dial import Dialer, listen, raise_foreign
 from .errors import (
     ConnectError,
     ConnectionLost,
@@ -353,8 +353,7 @@ class Pool:
             try:
                 server = line.open(self._dialer, limit)
             except _FAILURES as error:
-                if is_foreign(error):
-                    raise
+                raise_foreign(error)
                 said = explain(error, math.ceil((limit - now) * 1000))
                 line.hang_up()
                 line.pipeline.connection_lost(error, True)
