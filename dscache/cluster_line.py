@@ -231,20 +231,27 @@ class ClusterLine:
             claim = self._map.claim(now)
             if not claim:
                 return False
-            # A node that has an operation to answer will soon have answered more.
-            ready = [node for node in self._routes.nodes.values() if node.ready]
-            random.shuffle(ready)
-            ready.sort(key=lambda node: node not in self._active)
-            places = self._map.to_ask(node.place.shown for node in ready)
-            nodes = [self._routes.node(place) for place in places]
-            self._active.update(nodes)
-            self._inquiry = Inquiry(self._map, claim, now, nodes)
+            try:
+                self._inquiry = self._begin_inquiry(claim, now)
+            except BaseException:
+                self._map.disclaim(claim)  # else nobody would ask until it ends by itself
+                raise
         if done and now >= self._deadline:
             self._inquiry.end()
         elif not self._inquiry.go_on(now):
             return False
         self._inquiry = None
         return True
+
+    def _begin_inquiry(self, claim: float, now: float) -> Inquiry:
+        # A node that has an operation to answer will soon have answered more.
+        ready = [node for node in self._routes.nodes.values() if node.ready]
+        random.shuffle(ready)
+        ready.sort(key=lambda node: node not in self._active)
+        places = self._map.to_ask(node.place.shown for node in ready)
+        nodes = [self._routes.node(place) for place in places]
+        self._active.update(nodes)
+        return Inquiry(self._map, claim, now, nodes)
 
     def _connect_and_send(self, now: float) -> None:
         for node in self._active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from typing import Any
 
@@ -22,6 +23,15 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
     assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
     assert result["connections"] <= 4
     assert result["pending"] == 0
+
+
+def assert_struck_at_each_line(options: dict[str, Any], backend: str) -> None:
+    """Have a program strike a cache at each of its lines, and assert that nothing came of it."""
+    result = run_child("strikes.py", json.dumps(options), backend=backend)
+    assert result["wrong"] == []
+    assert all(count >= 3 for count in result["strikes"].values()), result
+    assert result["pending"] == result["pending_bytes"] == result["left"] == 0
+    assert result["connections"] == 1
 
 
 def assert_a_place_is_made(cache: dscache.Cache) -> None:

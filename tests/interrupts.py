@@ -152,7 +152,8 @@ class Run:
                 self.armed = False
                 self.outcomes["undisturbed"] += 1
             except KINDS as error:
-                if error is not self.struck:
+                # What is raised while a host's name is encoded is raised once more.
+                if self.struck not in (error, error.__cause__):
                     self.wrong.append(f"{action}: {error!r}")
                 self.caught += 1
                 self.outcomes[type(error).__name__] += 1

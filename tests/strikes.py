@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dscache
@@ -42,7 +42,7 @@ ACTIONS: dict[str, Callable[[dscache.Cache, int], object]] = {
 }
 # What a finalizer raises reaches nobody, and what is raised by a type that can't be encoded is said
 # in other words; neither has anything to do with a connection.
-UNTOUCHED = ("__del__", "encode_data")
+UNTOUCHED = {"__del__", "encode_data"}
 # How often the lines that some go through are passed over before one is struck: they are many.
 STEPS = {"set big": 7, "set_bulk": 3, "get_bulk": 3, "connect": 5, "anew": 5}
 
@@ -72,6 +72,13 @@ def blocks(path: str) -> frozenset[int]:
     )
 
 
+def _names(frame: types.FrameType) -> Iterator[str]:
+    """Give the names of a function and of the one that has called it."""
+    yield frame.f_code.co_name
+    if frame.f_back is not None:
+        yield frame.f_back.f_code.co_name
+
+
 class Striker:
     """A trace function that raises at the line that comes after so many others."""
 
@@ -79,15 +86,17 @@ class Striker:
         self.left = after
         self.error = kind("struck")
         self.has_struck = False
+        self.where = ""
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> Any:
         path = frame.f_code.co_filename
-        if not path.startswith(HERE) or frame.f_code.co_name in UNTOUCHED:
+        if not path.startswith(HERE) or not UNTOUCHED.isdisjoint(_names(frame)):
             return None
         if event == "line" and not self.has_struck and frame.f_lineno not in blocks(path):
             self.left -= 1
             if self.left < 0:
                 self.has_struck = True
+                self.where = f"{os.path.basename(path)}:{frame.f_lineno}"
                 raise self.error
         return self
 
@@ -106,7 +115,7 @@ def strike(action: Callable[[], object], after: int, kind: type[BaseException]) 
         sys.settrace(None)
         # They keep the locals of all calls that were traced, even of those that let go of them.
         striker.error.__traceback__ = striker.error.__context__ = None
-    return "swallowed" if striker.has_struck else "undisturbed"
+    return f"swallowed at {striker.where}" if striker.has_struck else "undisturbed"
 
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +132,9 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         kinds = itertools.cycle(KINDS)
         for name, action in ACTIONS.items():
             step = STEPS.get(name, 1)
+            if "nodes" in options:
+                # To connect takes a thousand lines for each node.
+                step *= 45 if name in ("connect", "anew") else 3
             for number in itertools.count():
                 kind = next(kinds)
                 before = cache if name not in ("connect", "anew") else _new(config)

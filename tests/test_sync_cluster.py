@@ -40,6 +40,7 @@ from blocking_checks import (
     assert_bulks_come_through,
     assert_each_size_is_read,
     assert_interrupted,
+    assert_struck_at_each_line,
 )
 from cluster_rows import CURIOUS, KINDS, a_name_each, prefix_on, slot_of
 from clusters import ClusterGroup, ClusterNode, Failover
@@ -891,6 +892,11 @@ def test_nobody_there(backend: str) -> None:
 def test_a_signal_handler_that_raises(group: ClusterGroup, backend: str) -> None:
     count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "300"))
     assert_interrupted(json.dumps(group.options), count, backend)
+
+
+@on_newest
+def test_an_exception_at_each_line(group: ClusterGroup, backend: str) -> None:
+    assert_struck_at_each_line(group.options, backend)
 
 
 @on_newest
