@@ -56,6 +56,7 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
     void PyObject_GC_UnTrack(PyObject* untied) noexcept
+    unsigned long PyThread_get_thread_ident() noexcept
 
 cdef extern from *:
     """
@@ -162,6 +163,8 @@ cdef class Pipeline:
     written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
     a reply end the connection.
 
+    ``bound`` to one thread, it also calls ``wake`` before an operation that comes in another.
+
     On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
     batch); what was redirected more than ``max_redirections`` times fails.
     """
@@ -184,6 +187,7 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef Py_ssize_t _max_redirections
     cdef bint _refuse_when_full, _clustered
+    cdef unsigned long _thread  # the one it is bound to, or 0
     cdef readonly Py_ssize_t in_flight
     cdef readonly Py_ssize_t queued
     cdef object _create_waiter
@@ -227,8 +231,10 @@ cdef class Pipeline:
         Py_ssize_t max_reply_bytes=c.MAX_REPLY_BYTES,
         bint clustered=False,
         Py_ssize_t max_redirections=c.MAX_REDIRECTIONS,
+        bint bound=False,
     ):
         self.address = address
+        self._thread = PyThread_get_thread_ident() if bound else 0
         self.down = None
         self.redirected = []
         self._create_waiter = create_waiter
@@ -900,7 +906,13 @@ cdef class Pipeline:
         return 0
 
     cdef inline int admit(self, Py_ssize_t size) except -1:
-        """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much.
+
+        Raises what ``wake`` does if it comes in another thread.
+        """
+        if self._thread and self._thread != PyThread_get_thread_ident():
+            self._wake()
+            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
         if self._refuse_when_full and (
             self.operations >= self._max_pending
             # One write that is larger than the limit may go alone.

@@ -93,8 +93,11 @@ cdef class NearCache:
     to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
     names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
     a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    ``check`` is called before a read that comes in another thread, and raises if it must not.
     """
 
+    cdef object _check
+    cdef unsigned long _thread  # the one it is bound to, or 0
     cdef object _create_waiter
     cdef object _inner
     cdef _Encoder _encoder
@@ -146,7 +149,10 @@ cdef class NearCache:
         double idle_limit=1.0,
         tuple prefixes=(),
         bint serve_stale=False,
+        check=None,
     ):
+        self._check = check
+        self._thread = 0 if check is None else PyThread_get_thread_ident()
         self._create_waiter = create_waiter
         self._inner = inner
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
@@ -163,6 +169,7 @@ cdef class NearCache:
 
     def get(self, name):
         """Return a coroutine that gives the Record, or None."""
+        self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None:
@@ -171,6 +178,7 @@ cdef class NearCache:
 
     def head(self, name):
         """Return a coroutine that gives the version, or None."""
+        self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None or stale:
@@ -194,10 +202,12 @@ cdef class NearCache:
 
     def get_bulk(self, names):
         """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        self._stay()
         return self._bulk(GET, names)
 
     def head_bulk(self, names):
         """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        self._stay()
         return self._bulk(HEAD, names)
 
     def set_bulk(self, records, ttl=None, if_newer=False):
@@ -217,6 +227,13 @@ cdef class NearCache:
         for name in names:
             self.touch(check_name(name))
         return waiter
+
+    cdef inline int _stay(self) except -1:
+        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        if self._thread and self._thread != PyThread_get_thread_ident():
+            self._check()
+            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
+        return 0
 
     # -- for whoever owns it
 

@@ -185,6 +185,7 @@ cdef class Router:
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
         self._split += PyDict_Size(parts) - 1
         if not records:
+            (<Pipeline?>pipelines[0]).admit(0)
             (<Pipeline?>pipelines[0]).rouse()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():

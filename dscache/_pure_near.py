@@ -36,6 +36,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from sys import getsizeof
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _common as c
@@ -129,6 +130,7 @@ class NearCache:
     to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
     names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
     a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    ``check`` is called before a read that comes in another thread, and raises if it must not.
     """
 
     def __init__(
@@ -146,7 +148,10 @@ class NearCache:
         idle_limit: float = 1.0,
         prefixes: tuple[str, ...] = (),
         serve_stale: bool = False,
+        check: Callable[[], object] | None = None,
     ) -> None:
+        self._check = check
+        self._thread = get_ident()
         self._create_waiter = create_waiter
         self._inner = inner
         self._encoder = Encoder(key_prefix, hash_tag)
@@ -175,6 +180,7 @@ class NearCache:
 
     def get(self, name: str) -> Any:
         """Return a coroutine that gives the Record, or None."""
+        self._stay()
         entry, stale = self._look(name)
         if entry is None:
             return _later(self._read(check_name(name)))
@@ -182,6 +188,7 @@ class NearCache:
 
     def head(self, name: str) -> Any:
         """Return a coroutine that gives the version, or None."""
+        self._stay()
         entry, stale = self._look(name)
         if entry is None or stale:
             self._counts["misses"] += 1
@@ -211,10 +218,12 @@ class NearCache:
 
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        self._stay()
         return self._bulk(c.GET, names)
 
     def head_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        self._stay()
         return self._bulk(c.HEAD, names)
 
     def set_bulk(
@@ -239,6 +248,12 @@ class NearCache:
         for name in names:
             self.touch(check_name(name))
         return waiter
+
+    def _stay(self) -> None:
+        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        if self._check is not None and self._thread != get_ident():
+            self._check()
+            self._thread = get_ident()  # the event loop runs there now
 
     # -- for whoever owns it
 

@@ -49,6 +49,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
+from threading import get_ident
 from typing import Any, Final
 
 import hiredis
@@ -107,6 +108,8 @@ class Pipeline:
     written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
     a reply end the connection.
 
+    ``bound`` to one thread, it also calls ``wake`` before an operation that comes in another.
+
     On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
     batch); what was redirected more than ``max_redirections`` times fails.
     """
@@ -128,8 +131,10 @@ class Pipeline:
         max_reply_bytes: int = c.MAX_REPLY_BYTES,
         clustered: bool = False,
         max_redirections: int = c.MAX_REDIRECTIONS,
+        bound: bool = False,
     ) -> None:
         self.address = address
+        self._thread = get_ident() if bound else 0
         self.down: Exception | None = None
         self.has_msetex = False
         self.read_only = False
@@ -767,7 +772,13 @@ class Pipeline:
         self.pending_bytes += len(text)
 
     def admit(self, size: int) -> None:
-        """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much.
+
+        Raises what ``wake`` does if it comes in another thread.
+        """
+        if self._thread and self._thread != get_ident():
+            self._wake()
+            self._thread = get_ident()  # the event loop runs there now
         if self._refuse_when_full and (
             self.operations >= self._max_pending
             # One write that is larger than the limit may go alone.

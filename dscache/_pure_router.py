@@ -174,6 +174,7 @@ class Router:
         bulk = new_bulk(kind, records, waiter, shared=True)
         self._split += len(parts) - 1
         if not records:
+            pipelines[0].admit(0)
             pipelines[0].rouse()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():

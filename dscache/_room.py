@@ -54,6 +54,7 @@ class Room:
             address=address,
             refuse_when_full=options.when_full == "error",
             clustered=True,
+            bound=True,
             **options.for_pipeline(),
         )
         self._deadlines = Deadlines(self.pipeline.expire)

@@ -34,9 +34,11 @@ class Attempt:
     That is ``_sock`` and ``disconnect``: a line knows no more of those than that.
     """
 
+    # Here, as ``__del__`` is called of one whose ``__init__`` was interrupted too.
+    _sock: socket.socket | None = None
+
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._sock: socket.socket | None = None
 
     @property
     def sock(self) -> socket.socket:

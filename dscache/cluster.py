@@ -78,7 +78,10 @@ class Cluster:
         self._near: Any = None
         if options.near_cache is not None:
             self._near = _backend.core.NearCache(
-                self._loop.create_future, self.pipeline, **options.for_near_cache()
+                self._loop.create_future,
+                self.pipeline,
+                check=self._check_owner,
+                **options.for_near_cache(),
             )
         self.view: tuple[SlotRange, ...] = ()
         """Who serves the slots, as the nodes have told it last."""

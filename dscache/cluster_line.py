@@ -33,7 +33,7 @@ from .config import Options
 from .dial import TooLate
 from .errors import ConnectError
 from .inquiry import Inquiry
-from .line import OUT
+from .line import IN, OUT, refused
 from .node_line import NodeLine, milliseconds
 from .outcome import Outcome
 from .slots import RETRY_CAP, RETRY_FIRST, parse_redirection
@@ -231,20 +231,27 @@ class ClusterLine:
             claim = self._map.claim(now)
             if not claim:
                 return False
-            # A node that has an operation to answer will soon have answered more.
-            ready = [node for node in self._routes.nodes.values() if node.ready]
-            random.shuffle(ready)
-            ready.sort(key=lambda node: node not in self._active)
-            places = self._map.to_ask(node.place.shown for node in ready)
-            nodes = [self._routes.node(place) for place in places]
-            self._active.update(nodes)
-            self._inquiry = Inquiry(self._map, claim, now, nodes)
+            try:
+                self._inquiry = self._begin_inquiry(claim, now)
+            except BaseException:
+                self._map.disclaim(claim)  # else nobody would ask until it ends by itself
+                raise
         if done and now >= self._deadline:
             self._inquiry.end()
         elif not self._inquiry.go_on(now):
             return False
         self._inquiry = None
         return True
+
+    def _begin_inquiry(self, claim: float, now: float) -> Inquiry:
+        # A node that has an operation to answer will soon have answered more.
+        ready = [node for node in self._routes.nodes.values() if node.ready]
+        random.shuffle(ready)
+        ready.sort(key=lambda node: node not in self._active)
+        places = self._map.to_ask(node.place.shown for node in ready)
+        nodes = [self._routes.node(place) for place in places]
+        self._active.update(nodes)
+        return Inquiry(self._map, claim, now, nodes)
 
     def _connect_and_send(self, now: float) -> None:
         for node in self._active:
@@ -298,7 +305,11 @@ class ClusterLine:
         if not watched:
             time.sleep(min(max(rest, 0.0), _GLANCE_LAST))
             return glance
-        for fd, event in poller.poll(milliseconds(rest)):
+        ahead = [fd for fd, node in watched.items() if node.has_more]
+        ready = dict(poller.poll(0 if ahead else milliseconds(rest)))
+        for fd in ahead:
+            ready[fd] = ready.get(fd, 0) | IN
+        for fd, event in ready.items():
             node = watched[fd]
             if node.opening is not None:
                 node.step()
@@ -339,6 +350,11 @@ class ClusterLine:
         self._routes.limbo.fail_all(error_of)
         for node in self._routes.nodes.values():
             node.pipeline.fail_all(error_of)
+
+    def clear(self) -> None:
+        """Take back an operation that was refused, as far as it had come; nothing was sent."""
+        self.fail_all(refused)
+        self._routes.take_woken()
 
     def take_over(self, spare: ClusterLine) -> None:
         """Go on with the operation of a line that has no place."""

@@ -62,31 +62,35 @@ class ClusterPool(Pool):
                 self._idle.remove(line)
             except ValueError:
                 continue  # who uses it will see
-            _cluster(line).close_departed()
+            try:
+                _cluster(line).close_departed()
+            except BaseException:
+                self._drop(line)
+                raise
             self._put_back(line)
 
     def _closing_error(self) -> ErrorOf | None:
         return closed_meanwhile if self._closing else None
 
-    def _make_ready(self, line: Line, deadline: float) -> None:
+    def _make_ready(self, line: Line, deadline: float) -> Exception | None:
         """Ask for the slots and connect to their nodes; a shard that is down is only logged.
 
-        Raises ConfigError if the server is no cluster, what the nodes say if they all refuse, and
+        Returns ConfigError if the server is no cluster, what the nodes say if they all refuse, and
         ConnectError if none can be used by the deadline.
         """
         cluster_map = self._map
         _cluster(line).connect(deadline, self._closing_error)
         if self._closing:
-            raise closed_meanwhile("connect")
+            return closed_meanwhile("connect")
         if not cluster_map.known and cluster_map.refusal is not None:
-            raise cluster_map.refusal("connect")
+            return cluster_map.refusal("connect")
         ready = _cluster(line).connected()
         primaries = cluster_map.primaries()
         missing = [place for place in primaries if place.shown not in ready]
         if missing and len(missing) == len(primaries) and all(one.refusal for one in missing):
-            raise cast(ErrorOf, missing[0].refusal)("connect")
+            return cast(ErrorOf, missing[0].refusal)("connect")
         if len(missing) == len(primaries):
-            raise ConnectError(
+            return ConnectError(
                 f"no node of the cluster {self.address} is ready within "
                 f"{self._options.connect_timeout} ms: {cluster_map.troubles()}"
             )
@@ -94,6 +98,7 @@ class ClusterPool(Pool):
             _logger.warning(
                 "the cluster serves without one of its shards: %s: %s", place.shown, place.trouble
             )
+        return None
 
     def _note_error(self, line: Line) -> None:
         """Do nothing: the line has told the map what there is to tell."""

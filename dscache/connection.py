@@ -113,6 +113,7 @@ class Connection:
             address=self._endpoint.address,
             refuse_when_full=options.when_full == "error",
             clustered=cluster is not None,
+            bound=True,
             **options.for_pipeline(),
         )
         self.pipeline.down = ConnectError("still connecting")
@@ -120,7 +121,10 @@ class Connection:
         self.front: Any = self.pipeline
         if is_near and near is None:
             self.front = near = _backend.core.NearCache(
-                self._loop.create_future, self.pipeline, **options.for_near_cache()
+                self._loop.create_future,
+                self.pipeline,
+                check=self._check_owner,
+                **options.for_near_cache(),
             )
         self._near = self.pipeline.near = near
         kept = options.near_cache if is_near else None

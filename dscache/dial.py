@@ -10,10 +10,13 @@ import inspect
 import math
 import random
 import select
+import signal
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
@@ -26,7 +29,7 @@ from . import _common
 from .attempt import handshake
 from .config import Options, SentinelNode
 from .credentials import NOTHING, checked, failed
-from .errors import ConnectError, DscacheError
+from .errors import ConnectError, DscacheError, ProtocolError
 from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
 
 if TYPE_CHECKING:
@@ -55,16 +58,62 @@ class TooLate(TimeoutError):
     """The deadline of an attempt to connect is past."""
 
 
-def is_foreign(error: BaseException) -> bool:
-    """Whether an OSError comes from elsewhere than a socket: a signal handler may raise any.
+def raise_foreign(error: Exception) -> None:
+    """Raise an error again that comes from elsewhere than a socket: a signal handler may raise any.
 
-    Those of the system have their number.
+    Errors of this package are raised in it, those of the system have their number, and a signal
+    handler is found among the calls that an error went through. While a reply is read, much of what
+    is raised is taken for a sign that it is none, and is the cause of a ProtocolError.
     """
-    return (
-        isinstance(error, OSError)
-        and error.errno is None
-        and not isinstance(error, (DscacheError, TooLate))
-    )
+    cause = error.__cause__
+    if isinstance(error, ProtocolError) and cause is not None and not _is_own(cause):
+        raise cause
+    if isinstance(error, (DscacheError, TooLate)):
+        is_foreign = not _is_own(error)
+    elif isinstance(error, OSError) and error.errno is None:
+        is_foreign = True
+    else:
+        is_foreign = is_of_handler(error)
+    if is_foreign:
+        raise error
+
+
+def _is_own(error: BaseException) -> bool:
+    return all(map(_is_ours, _frames(error)))
+
+
+def is_of_handler(error: BaseException) -> bool:
+    """Whether an error comes from a signal handler, or through one."""
+    strangers = [frame.f_code for frame in _frames(error) if not _is_ours(frame)]
+    return bool(strangers) and not _handlers().isdisjoint(strangers)
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """Give the calls that an error went through, from who asks to who raised it."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _is_ours(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__")
+    return isinstance(module, str) and module.partition(".")[0] == "dscache"
+
+
+def _handlers() -> set[CodeType]:
+    """Return the code of all signal handlers that are set."""
+    found = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, partial):
+            handler = handler.func
+        if callable(handler) and not hasattr(handler, "__code__"):
+            handler = getattr(handler, "__func__", None) or type(handler).__call__
+        code = getattr(handler, "__code__", None)
+        if isinstance(code, CodeType):
+            found.add(code)
+    return found
 
 
 class _ByDeadline:
@@ -268,8 +317,10 @@ class Dialer:
             answer = question(connection)
         except (RedisError, *_NONSENSE) as error:
             cause = error.__context__
-            if cause is not None and is_foreign(cause) and time.monotonic() < began + seconds:
-                raise cause from None
+            if isinstance(cause, Exception) and time.monotonic() < began + seconds:
+                raise_foreign(cause)
+            # A RecordError is a ValueError as well.
+            raise_foreign(error)
             return f"{node.address}: {error or type(error).__name__}"
         finally:
             connection.disconnect()
@@ -313,6 +364,8 @@ def login_of(
     try:
         return checked(provider.get_credentials())
     except Exception as error:  # whatever it raises, the next attempt may succeed
+        if is_of_handler(error):
+            raise
         raise failed(error) from error
 
 

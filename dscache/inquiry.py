@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from .cluster_map import ClusterMap
+from .dial import raise_foreign
 from .errors import ConfigError, ConnectError, DscacheError, ReplyError
 from .node_line import NodeLine
 from .outcome import Outcome
@@ -67,6 +68,7 @@ class Inquiry:
                 raise slots
             view = read_view(slots, info, node.place.address, self._map.source)
         except DscacheError as error:
+            raise_foreign(error)
             self._failures.append(error)
             return
         if not self._views:
@@ -85,6 +87,7 @@ class Inquiry:
                 self._map.apply(newest(self._views), self._table, self._moved)
                 return
         except ConnectError as error:
+            raise_foreign(error)
             self._failures.append(error)
         if not self._failures and time.monotonic() < self._began + self._timeout / 1000:
             # The operation was over first: that says nothing of the nodes.

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ._common import ErrorOf
-from .dial import Dialer, TooLate, is_foreign
+from .dial import Dialer, TooLate, raise_foreign
 from .errors import ConnectionLost, ProtocolError
 from .outcome import Outcome
 
@@ -25,6 +25,27 @@ IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 NOTHING: Final = memoryview(b"")
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class _SecurePoller:
+    """The poll object of a TLS socket, which also sees what OpenSSL keeps in its own memory.
+
+    A read takes a part of a TLS record where the buffer ends. The rest of it has left the socket.
+    """
+
+    __slots__ = ("_kept", "_poller", "modify", "pending")
+
+    def __init__(self, poller: Any, fd: int, pending: Callable[[], int]) -> None:
+        self._poller = poller
+        self._kept = [(fd, IN)]
+        self.modify = poller.modify
+        self.pending = pending
+
+    def poll(self, timeout: int) -> list[tuple[int, int]]:
+        if self.pending():
+            return self._kept
+        ready: list[tuple[int, int]] = self._poller.poll(timeout)
+        return ready
 
 
 def _always(timeout: int) -> bool:
@@ -114,8 +135,10 @@ class Line:
                     pipeline.buffer_updated(size)
                     if outcome.done and not pipeline.in_flight:
                         return True
-            except _NOT_NOW:
-                pass  # the buffer is full, or TLS had something to say to itself
+            except _NOT_NOW as error:
+                # The buffer is full, or TLS had something to say to itself. Where it was raised
+                # by a signal handler, it isn't known how much was sent.
+                raise_foreign(error)
             self._flow(outcome, memoryview(output)[sent:])
         except (OSError, ProtocolError) as error:
             self._lose(error)
@@ -169,10 +192,9 @@ class Line:
         assert self.sock is not None
         try:
             sent = self.sock.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            return data, IN | OUT
-        except ssl.SSLWantReadError:
-            return data, IN
+        except _NOT_NOW as error:
+            raise_foreign(error)
+            return data, IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
         return data[sent:], IN | OUT if sent < len(data) else IN
 
     def _receive(self, events: int, deadline: float) -> None:
@@ -194,7 +216,8 @@ class Line:
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
-        except _NOT_NOW:
+        except _NOT_NOW as error:
+            raise_foreign(error)
             return
         if not size:
             raise ConnectionLost("the server closed it")
@@ -202,8 +225,7 @@ class Line:
 
     def _lose(self, reason: Exception) -> None:
         """End the socket; what may be repeated waits for the next one."""
-        if is_foreign(reason):
-            raise reason
+        raise_foreign(reason)
         reason = self._reason or reason
         self.hang_up()
         self._note_loss(str(reason))
@@ -219,11 +241,10 @@ class Line:
         try:
             if not sock.recv(1):
                 loss = "the server closed it"
-        except _NOT_NOW:
-            return False
         except OSError as error:
-            if is_foreign(error):
-                raise
+            raise_foreign(error)
+            if isinstance(error, _NOT_NOW):
+                return False
             loss = str(error)
         self.hang_up()
         self._note_loss(loss)
@@ -262,10 +283,12 @@ class Line:
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
         self._fd = sock.fileno()
-        self._poller = select.poll()
-        self._poller.register(self._fd, IN)
         self._events = IN
-        genuine = type(self._poller).__module__ == "select"
+        poller = select.poll()
+        poller.register(self._fd, IN)
+        genuine = type(poller).__module__ == "select"
+        pending = getattr(sock, "pending", None)
+        self._poller = poller if pending is None else _SecurePoller(poller, self._fd, pending)
         # gevent's poll of no time sees nothing.
         self.is_readable = self._poller.poll if genuine else _always
 
@@ -317,7 +340,16 @@ class Line:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def clear(self) -> None:
+        """Take back an operation that was refused, as far as it had come; nothing was sent."""
+        self.pipeline.fail_all(refused)
+
     def discard(self) -> None:
         """End the line for good."""
         self.gone = True
         self.hang_up()
+
+
+def refused(operation: str) -> Exception:
+    """Return what nobody is told: whoever asked for it was told by what it raised."""
+    return ConnectionLost(f"{operation}: it was refused")

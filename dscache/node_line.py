@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from .attempt import Attempt
 from .cluster_map import ClusterMap
 from .cluster_table import Place
-from .dial import is_foreign, login_of
+from .dial import login_of, raise_foreign
 from .errors import ConnectionLost, DscacheError, ProtocolError
 from .greeting import Greeting, explain, introduce, refusal_of
 from .line import IN, NOTHING, Line
@@ -87,6 +87,12 @@ class NodeLine(Line):
         """The socket's file descriptor; there must be one."""
         fd: int = self._connection.sock.fileno()
         return fd
+
+    @property
+    def has_more(self) -> bool:
+        """Whether OpenSSL keeps something that its socket brought, and which poll can't see."""
+        pending = getattr(self._connection.sock, "pending", None)
+        return pending is not None and pending() > 0
 
     # -- what is under way
 
@@ -163,8 +169,7 @@ class NodeLine(Line):
 
     def fail(self, error: Exception) -> None:
         """Note that an attempt to connect failed."""
-        if is_foreign(error):
-            raise error
+        raise_foreign(error)
         options = self.place.options
         said = explain(error, self._allowed)
         self.hang_up()

@@ -8,7 +8,8 @@ none there goes the longer way: it makes a line and asks for a place among ``max
 waits for one that another thread puts back, first come, first served.
 
 An exception may strike a thread between any two steps: Ctrl-C, a signal handler that raises, a
-greenlet that is killed. A line is then never put back but ended, since its reply is still to come.
+greenlet that is killed. It may be of any class, also of this package's. A line is then never put
+back but ended, since its reply is still to come; but not by a thread that has given it away.
 Nor is its place lost, though nobody may be left who could give it back: places are not counted
 but held by the lines themselves, and those that are no more hold none (``_prune``).
 
@@ -35,12 +36,11 @@ from . import _backend, _counters
 from ._common import ErrorOf
 from ._forks import in_each_child
 from .config import Options
-from .dial import Dialer, is_foreign, listen
+from .dial import Dialer, listen, raise_foreign
 from .errors import (
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
-    DscacheError,
     Overloaded,
     ProtocolError,
     RecordError,
@@ -108,28 +108,39 @@ class Pool:
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
         idle = self._idle
+        line: Line | None = None
+        mine = True
         try:
-            line = idle.pop()
-        except IndexError:
-            line = self._spare()
-        try:
-            outcome: Outcome = getattr(line.pipeline, operation)(*arguments)
+            try:
+                line = idle.pop()
+            except IndexError:
+                line = self._spare()
+            try:
+                outcome: Outcome = getattr(line.pipeline, operation)(*arguments)
+            except RecordError:
+                # Nearly always of the arguments. One of a signal handler may come when the
+                # operation is queued already.
+                line.clear()
+                mine = False
+                self._put_back(line)
+                raise
             if not (outcome.done or line.exchange(outcome)):
                 if not line.admitted:
                     line = self._admit(line)
                 self._persist(line, outcome)
-        except RecordError:  # of the arguments: the line is as it was
-            self._put_back(line)
-            raise
+            if outcome.error is not None:
+                self._note_error(line)
+            mine = False
+            if not line.ready or line.retired or self._turns:
+                self._put_back(line)
+            else:
+                idle.append(line)
         except BaseException:
-            self._drop(line)
+            if mine and line is not None:
+                self._drop(line)
+            # A traceback may be kept for long, and must not keep the line's place.
+            line = None
             raise
-        if outcome.error is not None:
-            self._note_error(line)
-        if not line.ready or line.retired or self._turns:
-            self._put_back(line)
-        else:
-            idle.append(line)
         return outcome.take()
 
     def _persist(self, line: Line, outcome: Outcome) -> None:
@@ -187,8 +198,12 @@ class Pool:
             spare.fail_all(closed_meanwhile if self._closing else self._none_free)
             return spare
         if line is not spare:
-            line.take_over(spare)
-            self._put_aside(spare)
+            try:
+                line.take_over(spare)
+                self._put_aside(spare)
+            except BaseException:
+                self._drop(line)
+                raise
         return line
 
     def _enter(self, line: Line) -> bool:
@@ -243,32 +258,43 @@ class Pool:
         except ValueError:
             while not turn.empty():
                 given = turn.get_nowait()
-                if given is None:
-                    self._call_next(None)
-                else:
+                if given is not None:
                     self._put_back(given)
+                elif (following := self._call_next()) is not None:
+                    following.put(None)
 
-    def _call_next(self, line: Line | None) -> bool:
-        """Give a line, or word of a free place, to who has waited longest, if anyone has."""
+    def _call_next(self) -> queue.SimpleQueue[Line | None] | None:
+        """Return the turn of who has waited longest, if anyone has."""
         try:
-            turn = self._turns.popleft()
+            return self._turns.popleft()
         except IndexError:
-            return False
-        turn.put(line)
-        return True
+            return None
 
     def _put_back(self, line: Line) -> None:
-        self._note_loss(line)
-        if line.retired or self._closing:
-            self._drop(line)
-        elif not line.admitted:
-            self._put_aside(line)
-        elif self._turns and self._call_next(line):
-            return
-        elif not line.ready:
-            self._idle.appendleft(line)
-        else:
-            self._idle.append(line)
+        """Give a line to who waits for one, or to whoever needs one next."""
+        mine = True
+        try:
+            self._note_loss(line)
+            if line.retired or self._closing:
+                self._drop(line)
+            elif not line.admitted:
+                self._put_aside(line)
+            else:
+                turn = self._call_next() if self._turns else None
+                is_ready = line.ready
+                # From here on another thread may have it.
+                mine = False
+                if turn is not None:
+                    turn.put(line)
+                elif is_ready:
+                    self._idle.append(line)
+                else:
+                    self._idle.appendleft(line)
+        except BaseException:
+            if mine:
+                self._drop(line)
+            del line
+            raise
 
     def _put_aside(self, spare: Line) -> None:
         """Keep a line without a place for who needs one next, or what it has counted."""
@@ -279,12 +305,15 @@ class Pool:
 
     def _drop(self, line: Line) -> None:
         """End a line, and let another one have its place."""
+        first = not line.gone
         line.discard()
-        self._count(line)
+        if first:
+            self._count(line)
         if line.admitted:
             with self._lock:
                 self._lines = [it for it in self._lines if it() not in (line, None)]
-            self._call_next(None)
+            if (turn := self._call_next()) is not None:
+                turn.put(None)
 
     def _prune(self) -> None:
         """Forget the lines that are no more."""
@@ -324,8 +353,7 @@ class Pool:
             try:
                 server = line.open(self._dialer, limit)
             except _FAILURES as error:
-                if is_foreign(error):
-                    raise
+                raise_foreign(error)
                 said = explain(error, math.ceil((limit - now) * 1000))
                 line.hang_up()
                 line.pipeline.connection_lost(error, True)
@@ -415,38 +443,49 @@ class Pool:
         """
         timeout = self._options.connect_timeout
         deadline = time.monotonic() + timeout / 1000
+        line: Line | None = None
+        mine = True
         try:
-            line: Line | None = self._idle.pop()
-        except IndexError:
-            spare = self._spare()
-            line = spare if self._enter(spare) else self._wait(spare, deadline)
-        if line is None:
-            raise ConnectError(
-                f"no connection to {self.address} within {timeout} ms: all {self._limit} "
-                "(maxConnections) are in use"
-            )
-        try:
-            self._make_ready(line, deadline)
-        except DscacheError:
+            try:
+                line = self._idle.pop()
+            except IndexError:
+                spare = self._spare()
+                line = spare if self._enter(spare) else self._wait(spare, deadline)
+            if line is None:
+                raise ConnectError(
+                    f"no connection to {self.address} within {timeout} ms: all {self._limit} "
+                    "(maxConnections) are in use"
+                )
+            problem = self._make_ready(line, deadline)
+            mine = False
             self._put_back(line)
-            raise
         except BaseException:
-            self._drop(line)
+            if mine and line is not None:
+                self._drop(line)
+            line = None
             raise
-        self._put_back(line)
+        if problem is not None:
+            try:
+                raise problem
+            finally:
+                # Its traceback holds this frame, which must not hold it in turn.
+                del problem
 
-    def _make_ready(self, line: Line, deadline: float) -> None:
-        """Connect a line that has a place; raises what keeps it from that until the deadline."""
+    def _make_ready(self, line: Line, deadline: float) -> Exception | None:
+        """Connect a line that has a place; return what keeps it from that until the deadline."""
         if line.is_open():
-            return
+            return None
         refusal = self._connect(line, deadline)
         if refusal is not None:
-            raise refusal("connect")
+            return refusal("connect")
         if line.sock is None:
             down = line.pipeline.down
-            raise ConnectError(
+            problem = ConnectError(
                 f"no connection to {self.address} within {self._options.connect_timeout} ms: {down}"
-            ) from down
+            )
+            problem.__cause__ = down
+            return problem
+        return None
 
     def stats(self) -> dict[str, Any]:
         """Return the pipelines' counters, and what became of the connections."""

@@ -173,8 +173,9 @@ class Messages:
         overflow: str,
     ) -> None:
         self.topic = topic
-        self._left = left
+        # Before ``_left``, with which ``__del__`` has something to do, even if this is interrupted.
         self._loop = asyncio.get_running_loop()
+        self._left = left
         self._waiter: asyncio.Future[None] | None = None
         # What the mailbox knows must not be this, or nobody would ever have it no more.
         self._bell = _Bell()

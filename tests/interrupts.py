@@ -3,8 +3,10 @@
 ``python tests/interrupts.py URL COUNT`` prints what happened as JSON; in place of the URL may
 stand options, as JSON. A signal handler raises COUNT
 times, in the thread that uses the cache, while other threads use it as well. Every record's data
-says which record it is and which version, so a reply that reached the wrong caller shows; and all
-connections together are as many as the threads, so a place that was lost shows as Overloaded.
+says which record it is and which version, so a reply that reached the wrong caller shows, as does
+a write that ended in the middle of another; and all connections together are as many as the
+threads, so a place that was lost shows as Overloaded. The errors of a cache are raised as well: by
+a handler they say nothing of the operation that they strike.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ from blocking import options_of
 THREADS = 3
 NAMES = [f"record/{n}" for n in range(50)]
 LARGE = {f"large/{n}": (n, f"large/{n} 0" + "x" * 2000) for n in range(1500)}
+OWNED = {f"owner/{n}": (n, f"owner/{n} {n}") for n in range(100)}
+# More than the buffers of a socket hold.
+BIG = {f"big/{n}": "x" * 2_000_000 for n in range(2)}
 # A bulk takes so much longer than anything else that few signals would meet anything else.
 ACTIONS = ("get", "set", "guarded", "head", "delete", "get_bulk", "head_bulk")
+LONG = ("large", "big_get", "big_set")
 # Until a signal comes, in seconds: from before the operation begins until it is long over.
 LATEST = 0.0004
 
@@ -40,7 +46,11 @@ class Alarm(Exception):
     """As a server's limit for a request is."""
 
 
-KINDS: tuple[type[BaseException], ...] = (Struck, Alarm, KeyboardInterrupt, TimeoutError, OSError)
+KINDS: tuple[type[BaseException], ...] = (
+    *(Struck, Alarm, KeyboardInterrupt, TimeoutError, OSError, MemoryError, RecursionError),
+    *(BlockingIOError, dscache.RecordError, dscache.ReplyError, dscache.ConnectionLost),
+    *(dscache.ConnectError, dscache.DeadlineExceeded, dscache.ProtocolError),
+)
 
 
 class Run:
@@ -52,6 +62,7 @@ class Run:
         self.raised = 0
         self.caught = 0
         self.armed = False
+        self.struck: BaseException | None = None
         self.wrong: list[str] = []
         self.outcomes: Counter[str] = Counter()
         self.stop = False
@@ -60,16 +71,18 @@ class Run:
         if self.armed:
             self.armed = False
             self.raised += 1
-            raise KINDS[self.raised % len(KINDS)]("struck")
+            self.struck = KINDS[self.raised % len(KINDS)]("struck")
+            raise self.struck
 
     def check(self, name: str, record: Any) -> None:
         if record is None:
             return
-        said, version = record.data.split(" ")[:2]
+        said, version, *rest = record.data.split(" ")
         if (
             record.name != name
             or said != name
             or int(version.rstrip("x")) != (record.version if not name.startswith("large/") else 0)
+            or rest != ([BIG[name], version] if name in BIG else [])
         ):
             self.wrong.append(f"{name}: {record!r:.200}")
 
@@ -93,6 +106,13 @@ class Run:
         elif action == "get_bulk":
             for key, record in cache.get_bulk(NAMES[:20]).items():
                 self.check(key, record)
+        elif action == "big_get":
+            name = self.random.choice(list(BIG))
+            self.check(name, cache.get(name))
+        elif action == "big_set":
+            name = self.random.choice(list(BIG))
+            if cache.set(name, version, f"{name} {version} {BIG[name]} {version}") is not True:
+                self.wrong.append(f"{name}: set")
         elif action == "head_bulk":
             if not cache.head_bulk([name, "never"]).keys() <= {name}:
                 self.wrong.append(f"{name}: head_bulk")
@@ -119,18 +139,21 @@ class Run:
         version = 0
         while self.raised < count and not self.wrong:
             version += 1
-            action = "large" if version % 100 == 0 else self.random.choice(ACTIONS)
-            latest = 50 * LATEST if action == "large" else LATEST
+            is_long = version % 30 == 0
+            action = self.random.choice(LONG if is_long else ACTIONS)
+            latest = 50 * LATEST if is_long else LATEST
             # Else most signals would meet a thread that connects.
             self.cache.head("ready")
             try:
+                self.struck = None
                 self.armed = True
                 signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, latest))
                 self.act(action, self.random.choice(NAMES), version)
                 self.armed = False
                 self.outcomes["undisturbed"] += 1
             except KINDS as error:
-                if isinstance(error, dscache.DscacheError) or "struck" not in str(error):
+                # What is raised while a host's name is encoded is raised once more.
+                if self.struck not in (error, error.__cause__):
                     self.wrong.append(f"{action}: {error!r}")
                 self.caught += 1
                 self.outcomes[type(error).__name__] += 1
@@ -147,6 +170,7 @@ def main(where: str, count: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     cache.set_bulk(LARGE)
+    cache.set_bulk(OWNED)
     run = Run(cache, seed)
     signal.signal(signal.SIGALRM, run.strike)
     threads = [threading.Thread(target=run.beside, args=(seed + n,)) for n in range(THREADS)]
@@ -158,8 +182,11 @@ def main(where: str, count: int, seed: int) -> dict[str, Any]:
     run.stop = True
     for thread in threads:
         thread.join()
-    for name in NAMES:
+    for name in (*NAMES, *BIG, *OWNED):
         run.check(name, cache.get(name))
+    found = {name: (it.version, it.data) for name, it in cache.get_bulk(OWNED).items()}
+    if found != OWNED:
+        run.wrong.append("records went to others")
     stats = cache.stats()
     cache.close()
     return {
@@ -173,7 +200,7 @@ def main(where: str, count: int, seed: int) -> dict[str, Any]:
         "connections": max(
             node["connections"] for node in stats.get("nodes", {"": stats}).values()
         ),
-        "pending": stats["pending"],
+        "pending": sum(stats[name] for name in ("pending", "in_flight", "queued", "waiting")),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import socket
 import ssl
@@ -24,9 +25,18 @@ from redis.credentials import CredentialProvider
 
 import dscache
 from blocking import PATIENCE, LoopThread, Model, ProxyThread, in_threads, run_child, until
-from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
+from blocking_checks import (
+    assert_a_place_is_made,
+    assert_bulks_come_through,
+    assert_each_size_is_read,
+    assert_interrupted,
+    assert_struck_at_each_line,
+)
 from conftest import SERVERS, _server_id
+from dscache.attempt import Attempt
 from dscache.embedded import EmbeddedServer, TLSFiles
+from dscache.line import Line
+from dscache.subscribers import Messages
 from faults import FakeServer
 from sentinels import SentinelGroup
 
@@ -262,6 +272,84 @@ def test_who_waits_gets_the_place_of_one_that_is_gone(open_cache: OpenCache) -> 
 def test_a_signal_handler_that_raises(server: EmbeddedServer, backend: str) -> None:
     count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "500"))
     assert_interrupted(server.url, count, backend)
+
+
+@on_one_server
+def test_a_signal_handler_that_raises_over_tls(
+    tls_proxy: ProxyThread, certificates: TLSFiles, backend: str
+) -> None:
+    options = {"url": tls_proxy.url, "tls": {"ca": certificates.authority}}
+    count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "200"))
+    assert_interrupted(json.dumps(options), count, backend)
+
+
+@on_one_server
+def test_an_exception_at_each_line(server: EmbeddedServer, backend: str) -> None:
+    assert_struck_at_each_line({"url": server.url}, backend)
+
+
+@on_one_server
+def test_a_refusal_that_comes_from_elsewhere_takes_the_operation_back(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RecordError of a signal handler may come when the operation is queued already."""
+    cache = open_cache(maxConnections=1)
+    cache.set("a", 1, "a's")
+    pipeline: Any = cache._pool._idle[-1].pipeline  # type: ignore[union-attr]
+
+    class Struck:
+        def set(self, *arguments: Any) -> Any:
+            pipeline.set(*arguments)
+            raise dscache.RecordError("struck")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+    line: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    line.pipeline = Struck()
+    with pytest.raises(dscache.RecordError, match="struck"):
+        cache.set("a", 2, "never written")
+    line.pipeline = pipeline
+    assert tuple(cache.get("a")) == (1, "a's")  # type: ignore[arg-type]
+    assert cache.stats()["connects"] == 1
+
+
+def test_what_was_interrupted_while_it_was_made_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    attempt = Attempt.__new__(Attempt)
+    del attempt
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        Messages(1, lambda: None, max_pending=1, overflow="disconnect")
+    messages = Messages.__new__(Messages)
+    del messages
+    gc.collect()
+    assert raised == []
+
+
+@on_one_server
+def test_a_half_greeted_connection_is_not_kept(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What strikes a thread that connects may be of the classes of its own errors."""
+    cache = open_cache(maxConnections=1, db=5)
+    receive = Line._receive
+    for kind in (dscache.RecordError, dscache.ConnectError, dscache.ConnectionLost):
+
+        def strike(*_: object, kind: type[Exception] = kind) -> None:
+            raise kind("struck")
+
+        monkeypatch.setattr(Line, "_receive", strike)
+        for call in (cache.when_ready, lambda: cache.get("a")):
+            with pytest.raises(kind, match=r"^struck$"):
+                call()
+            assert not cache._pool._idle  # type: ignore[union-attr]
+        monkeypatch.setattr(Line, "_receive", receive)
+    assert cache.set("a", 1, "in database 5") is True
+    other = open_cache()
+    assert other.get("a") is None
 
 
 @on_one_server
@@ -640,6 +728,41 @@ def test_tls(open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFil
     tls_proxy.do("cut")
     assert cache.head("r7") == 7
     assert cache.stats()["connects"] == 2
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@on_one_server
+def test_what_ends_in_the_middle_of_a_tls_record_is_read(
+    version: str, open_cache: OpenCache, server: EmbeddedServer, certificates: TLSFiles
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with ProxyThread(server.host, server.port, tls=context) as proxy:
+        cache = open_cache(
+            url=proxy.url, tls={"ca": certificates.authority}, commandTimeout=PATIENCE * 1000
+        )
+        assert_each_size_is_read(cache)
+        assert cache.stats()["connects"] == 1
+
+
+@on_one_server
+def test_what_tls_brought_unasked_ends_the_connection(
+    open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFiles
+) -> None:
+    """Bytes of which the socket tells nothing any more must not be taken for the next answer."""
+    cache = open_cache(url=tls_proxy.url, tls={"ca": certificates.authority}, **PATIENT)
+    cache.set("a", 1, "a's")
+    line: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    # The server's next answers come in one TLS record, of which one byte is read.
+    line.sock.setblocking(True)
+    line.sock.sendall(b"*2\r\n$3\r\nGET\r\n$3\r\na_d\r\n")
+    assert line.sock.recv(1) == b"$"
+    line.sock.setblocking(False)
+    assert line.sock.pending()
+    assert cache.get("absent") is None
+    assert cache.get("a").data == "a's"  # type: ignore[union-attr]
+    assert cache.stats()["last_loss"] == "it brought what nobody had asked for"
 
 
 @on_one_server

@@ -35,7 +35,13 @@ from blocking import (
     run_child,
     until,
 )
-from blocking_checks import assert_a_place_is_made, assert_bulks_come_through, assert_interrupted
+from blocking_checks import (
+    assert_a_place_is_made,
+    assert_bulks_come_through,
+    assert_each_size_is_read,
+    assert_interrupted,
+    assert_struck_at_each_line,
+)
 from cluster_rows import CURIOUS, KINDS, a_name_each, prefix_on, slot_of
 from clusters import ClusterGroup, ClusterNode, Failover
 from conftest import BY_AGE, OWN, PATIENT, SHARED
@@ -676,6 +682,9 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
             for proxy in proxies.values():
                 proxy.do("cut")
             assert len(cache.get_bulk(names)) == 500
+        with opened(group, **through, **trusting, commandTimeout=PATIENCE * 1000) as cache:
+            assert_each_size_is_read(cache)
+            assert not cache.stats()["reconnections"]
         suspicious = cache_on(group, **through, **PATIENT, redisOptions={"tls": {}})
         for call in (suspicious.when_ready, lambda: suspicious.get("a")):
             with pytest.raises(dscache.ConnectError, match="certificate"):
@@ -883,6 +892,11 @@ def test_nobody_there(backend: str) -> None:
 def test_a_signal_handler_that_raises(group: ClusterGroup, backend: str) -> None:
     count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "300"))
     assert_interrupted(json.dumps(group.options), count, backend)
+
+
+@on_newest
+def test_an_exception_at_each_line(group: ClusterGroup, backend: str) -> None:
+    assert_struck_at_each_line(group.options, backend)
 
 
 @on_newest
