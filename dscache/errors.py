@@ -14,17 +14,91 @@ DscacheError
 └── ProtocolError      what arrived is not what Redis would send
 
 The first five blame the caller or the data, the next four the way to the server, the last
-two the server. No message ever holds a password.
+two the server. No message ever holds a password. Each can be pickled and copied.
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final, Self, TypeVar
+
+_CAUSE: Final = "__cause__"
+_SUPPRESSED: Final = "__suppress_context__"
+
+_Error = TypeVar("_Error", bound="DscacheError")
 
 
 class DscacheError(Exception):
     """Base of every error that dscache raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the constructors, whose arguments are not those of the exception. A class that
+        # dscache keeps for itself may move; its public base does not.
+        kind = next(
+            one
+            for one in type(self).__mro__
+            if one.__module__ == __name__ or one.__module__.partition(".")[0] != __package__
+        )
+        state = {name: _portable(value) for name, value in vars(self).items()}
+        # As bytes, so that a cause which can't be pickled, or not be read again, is left out.
+        state[_CAUSE] = _pickled(self.__cause__)
+        state[_SUPPRESSED] = self.__suppress_context__
+        return (_empty, (kind, *self.args), state)
+
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
+        state = dict(state or {})
+        cause = state.pop(_CAUSE, None)
+        if cause is not None:
+            self.__cause__ = pickle.loads(cause)
+        self.__suppress_context__ = state.pop(_SUPPRESSED, False)
+        vars(self).update(state)
+
+    def __copy__(self) -> Self:
+        return self._filled(vars(self), self.__cause__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = self._filled({}, None)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        try:
+            copied.__cause__ = copy.deepcopy(self.__cause__, memo)
+        except Exception:  # of another library, it may refuse in any way
+            copied.__cause__ = self.__cause__
+        copied.__suppress_context__ = self.__suppress_context__
+        return copied
+
+    def _filled(self, state: dict[str, Any], cause: BaseException | None) -> Self:
+        made = _empty(type(self), *self.args)
+        vars(made).update(state)
+        made.__cause__ = cause
+        made.__suppress_context__ = self.__suppress_context__
+        return made
+
+
+def _empty(kind: type[_Error], *args: Any) -> _Error:
+    """Return an error with its text alone. Pickles name this function: it stays here."""
+    return kind.__new__(kind, *args)
+
+
+def _pickled(value: object) -> bytes | None:
+    """Return a pickle of a value, or None if there is none that can be read again."""
+    if value is None:
+        return None
+    try:
+        text = pickle.dumps(value)
+        pickle.loads(text)
+    except Exception:  # whatever another's type raises
+        return None
+    return text
+
+
+def _portable(value: object) -> object:
+    """Return a value that can be pickled: the same, or else how it is shown."""
+    if type(value) in (str, bytes, int, float, bool, type(None)):
+        return value
+    return value if _pickled(value) else shorten(value)
 
 
 class ConfigError(DscacheError):
