@@ -22,7 +22,7 @@ from ._deadlines import Deadlines
 from ._forks import in_each_child
 from ._opened import check_loop, check_process
 from .config import Options
-from .credentials import Credentials
+from .credentials import Credentials, Hidden
 from .endpoint import Endpoint
 from .errors import ConnectError, ConnectionLost, ProtocolError
 from .greeting import Greeting, explain, refusal_of
@@ -351,7 +351,7 @@ class Connection:
         self._became_lost(reason)
         return self._loop.time() - began > _STEADY_AFTER
 
-    def _log_in_again(self, words: list[str]) -> None:
+    def _log_in_again(self, words: list[str | Hidden]) -> None:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
             self.pipeline.forget("login")

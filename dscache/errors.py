@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 
@@ -161,10 +162,13 @@ class Overloaded(DscacheError):
 class ReplyError(DscacheError):
     """Redis answered with an error.
 
-    ``code`` is its first word (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...).
+    ``code`` is its first word (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...). ``message``
+    is what it said: at most 500 characters, without control characters, and without the arguments
+    that it may repeat, of which one may be a password.
     """
 
     def __init__(self, message: str, *, context: str = "") -> None:
+        message = clean(message)
         super().__init__(f"{message} ({context})" if context else message)
         self.message = message
         self.code = message.split(" ", 1)[0]
@@ -174,7 +178,37 @@ class ProtocolError(DscacheError):
     """What arrived is not what Redis would send; the connection was closed at once."""
 
 
+MAX_SAID: Final = 500
+_REPEATED: Final = re.compile(r",? *with args beginning with:.*", re.DOTALL | re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """Return what a server said as errors, logs and terminals may show it: short and in one line.
+
+    Control characters, and those that change the direction of text, are escaped. Arguments that
+    it repeats are left out: a password may be among them, or a record's data. What is clean stays
+    as it is.
+    """
+    if len(text) > MAX_SAID:
+        told = f"… ({len(text)} characters)"
+        text = _printable(_REPEATED.sub("", text[:MAX_SAID]))[: MAX_SAID - len(told)] + told
+    elif " args beginning " in text.lower() or not text.isprintable():
+        text = _printable(_REPEATED.sub("", text))
+        if len(text) > MAX_SAID:
+            text = text[: MAX_SAID - 1] + "…"
+    return text
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """Return the ``repr`` of a name or value, cut to about ``limit`` characters."""
-    text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else repr(value)
+    try:
+        text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else repr(value)
+    except Exception as error:  # nested too deeply, or what a caller's own type raises
+        text = f"a {type(value).__name__} that can't be shown ({type(error).__name__})"
     return text if len(text) <= limit + 2 else f"{text[:limit]}…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from .credentials import Hidden, masked, packed, revealed
 from .errors import ConnectionLost, ReplyError
 from .link import Link
 
@@ -16,9 +17,9 @@ _PING_ANSWER = 4.0
 
 async def ask(link: Link, pipeline: Any, *commands: list[Any]) -> list[Any]:
     """Send commands at once; return the replies, errors of Redis among them."""
-    asked = [pipeline.command(*command) for command in commands]
-    link.write(b"".join(output for output, _ in asked))
-    answers = asyncio.gather(*(waiter for _, waiter in asked), return_exceptions=True)
+    waiters: list[asyncio.Future[Any]] = []
+    link.write(packed(pipeline, commands, waiters))
+    answers = asyncio.gather(*waiters, return_exceptions=True)
     either: list[asyncio.Future[Any]] = [answers, link.lost]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not answers.done():
@@ -30,15 +31,16 @@ async def ask(link: Link, pipeline: Any, *commands: list[Any]) -> list[Any]:
     return replies
 
 
-def say(link: Link, pipeline: Any, *command: str) -> None:
+def say(link: Link, pipeline: Any, *command: str | Hidden) -> None:
     """Send a command whose refusal ends the link, and whose reply says nothing else."""
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
         if isinstance(error, ReplyError):
-            link.cut(ConnectionLost(f"{command[0]} was refused: {error}"))
+            secrets = [word for word in command if isinstance(word, Hidden)]
+            link.cut(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
 
-    output, waiter = pipeline.command(*command)
+    output, waiter = pipeline.command(*revealed(command))
     waiter.add_done_callback(settled)
     link.write(output)
 
