@@ -90,7 +90,7 @@ def parse_slots(reply: Any, asked: Address) -> list[SlotRange]:
     ProtocolError if the reply is of another shape.
     """
     try:
-        if type(reply) is not list or len(reply) > SLOTS:
+        if not isinstance(reply, list | tuple) or len(reply) > SLOTS:
             raise ValueError("no list of ranges")
         return [_range(entry, asked) for entry in reply]
     except (TypeError, ValueError, LookupError, AttributeError) as error:
