@@ -21,11 +21,12 @@ BUILT := $(VENV)/.built
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test soak sanitize lint format docs wheel bench bench-smoke clean
+.PHONY: help build demo test test-minimum soak sanitize lint format docs wheel bench bench-smoke clean
 
 help:
 	@echo "make demo         the main job on a private server, with measured records per second"
 	@echo "make test         the whole suite, on both backends and every server found"
+	@echo "make test-minimum  the suite with the oldest dependencies that pyproject.toml allows"
 	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
 	@echo "make sanitize     the compiled core under AddressSanitizer, fed with a million bad replies"
 	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
@@ -35,7 +36,7 @@ help:
 	@echo "make docs         the site, into build/site"
 	@echo "make wheel        sdist and wheel, into dist/, tried without a compiler by the whole suite"
 	@echo "make build        $(VENV), with the compiled core built in place"
-	@echo "make clean        remove $(VENV) and everything built"
+	@echo "make clean        remove the environments and everything built"
 	@echo "ARGS='...' goes to what demo, test, soak, bench... run, such as ARGS='-k name'."
 
 $(CREATED):
@@ -71,6 +72,15 @@ demo: $(VENV)/.installed-demo $(BUILT)
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
+
+# In an environment of its own, for which pip takes no other versions than the oldest.
+MINIMUM := build/minimum.txt
+$(MINIMUM): pyproject.toml tests/minimum.py
+	@mkdir -p $(@D)
+	"$(PYTHON)" tests/minimum.py >$@
+
+test-minimum: $(MINIMUM)
+	PIP_CONSTRAINT="$(abspath $(MINIMUM))" $(MAKE) test VENV=.venv-minimum ARGS='$(ARGS)'
 
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) tests/soak.py $(ARGS)
@@ -114,6 +124,6 @@ bench-smoke: $(VENV)/.installed-bench $(BUILT)
 	$(PY) bench/run.py --smoke $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-minimum build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f dscache/*.so dscache/_fast.c dscache/_fast.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

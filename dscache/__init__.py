@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ._backend import BACKEND, core
+from ._backend import BACKEND, core, make_message, make_record
 from .cache import AsyncCache
 from .errors import (
     BulkError,
@@ -67,4 +67,6 @@ __all__ = [
     "ReplyError",
     "UsageError",
     "__version__",
+    "make_message",
+    "make_record",
 ]

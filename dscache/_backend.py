@@ -10,7 +10,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._pure import Message, Record
 
 _MODULES = {"fast": "dscache._fast", "pure": "dscache._pure"}
 _logger = logging.getLogger("dscache")
@@ -21,6 +27,8 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
 
     Raises ImportError when the named core is unknown or can't be loaded.
     """
+    if wanted != "pure" and isinstance(sys.modules.get(_MODULES["fast"]), _StandIn):
+        del sys.modules[_MODULES["fast"]]
     if wanted:
         if wanted not in _MODULES:
             raise ImportError(f'DSCACHE_BACKEND={wanted!r}: must be "fast" or "pure"')
@@ -44,7 +52,43 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
         return "pure", importlib.import_module(_MODULES["pure"])
 
 
+class _StandIn(ModuleType):
+    """What pickles find as the compiled core in a process that has the pure one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.__name__} was not loaded, and has no {name}")
+
+
+def _stand_in() -> None:
+    """Let pickles load that name the compiled core, which is not loaded, and may not be there.
+
+    Those of dscache 0.1 do, and their classes are made here by the pure core.
+    """
+    name = _MODULES["fast"]
+    if name not in sys.modules:
+        module = sys.modules[name] = _StandIn(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(Record=make_record, Message=make_message)
+
+
+def make_record(name: str, version: int, raw: bytes, stale: bool = False) -> Record:
+    """Return a Record of this process's core; a pickled Record is a call of this function."""
+    record: Record = core.Record(name, version, raw, stale)
+    return record
+
+
+def make_message(topic: int, sender: str, raw: bytes) -> Message:
+    """Return a Message of this process's core; a pickled Message is a call of this function."""
+    message: Message = core.Message(topic, sender, raw)
+    return message
+
+
+# By this name they are pickled, whatever module they stand in.
+make_record.__module__ = make_message.__module__ = __package__
+
 BACKEND, core = choose(os.environ.get("DSCACHE_BACKEND"))
+if BACKEND == "pure":
+    _stand_in()
 
 
 def described(what: str, address: str, server: str) -> str:

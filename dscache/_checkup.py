@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from . import _judge_records as of_records
 from . import _judge_server as of_server
 from . import _judge_topology as of_topology
 from ._cli_source import on_cluster
+from ._common import read_epoch
 from ._direct import Command, Direct
 from ._findings import BAD, Checkup, Finding, merged
 from ._judge_records import Sample
@@ -23,8 +24,8 @@ from ._survey import survey
 from ._typed import Place
 from .cache import AsyncCache
 from .config import Config, Options, SentinelNode
-from .errors import ConfigError, DscacheError, ReplyError
-from .sentinel import Sentinels
+from .errors import ConfigError, DscacheError, ReplyError, clean
+from .sentinel import Sentinels, pairs
 
 _PINGS = 200
 # The longest that the PINGs may take together, in seconds as all below.
@@ -155,7 +156,7 @@ async def _configured(server: Direct) -> list[str | None]:
             value = answer.get(name.encode())
         elif isinstance(answer, list) and len(answer) == 2:  # without RESP3
             value = answer[1]
-        values.append(value.decode(errors="replace") if isinstance(value, bytes) else None)
+        values.append(clean(value.decode(errors="replace")) if isinstance(value, bytes) else None)
     return values
 
 
@@ -249,23 +250,23 @@ async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) 
             await connection.connect()
             await connection.send_command("SENTINEL", "MASTER", options.name)
             flat = await connection.read_response()
+            state = {clean(str(name)): clean(str(value)) for name, value in pairs(flat).items()}
             await connection.send_command("SENTINEL", "CKQUORUM", options.name)
             try:
                 await connection.read_response()
                 quorum = ""
             except ResponseError as error:
-                quorum = str(error)
+                quorum = clean(str(error))
     except TimeoutError:
         return SentinelSays(node.address, f"no answer within {options.connect_timeout} ms")
-    except (RedisError, OSError) as error:
-        return SentinelSays(node.address, str(error) or type(error).__name__)
+    except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
+        return SentinelSays(node.address, group.explain(error, 0))
     finally:
         await group._end(connection)
-    state = dict(zip(flat[::2], flat[1::2], strict=False))
     return SentinelSays(
         node.address,
         primary=f"{state.get('ip')}:{state.get('port')}",
         flags=state.get("flags", ""),
-        replicas=int(state.get("num-slaves", "0")),
+        replicas=max(read_epoch(state.get("num-slaves", "0")), 0),
         quorum=quorum,
     )

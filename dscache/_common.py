@@ -41,6 +41,8 @@ TAG_FOR_BRACE: Final = b"}{0}"
 MAX_VERSION: Final = 2**63 - 1
 # Redis counts a lifetime in milliseconds in 64 bits; this is 317 years.
 MAX_TTL: Final = 10**10
+# Of the name of a host, in characters.
+MAX_HOST: Final = 255
 
 # Records in one MGET or MSET, and about as many in one write to the socket, so that the server has
 # begun, and answers come, while the next are encoded and those before are parsed. Bulks of 1000 and
@@ -216,6 +218,35 @@ def again(error: Exception) -> Exception:
 def join_address(host: str, port: int) -> str:
     """Return ``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_address(host: object, port: object) -> bool:
+    """Return whether a host and port may be those of a server; what one announced may not be.
+
+    A host with control characters would forge lines of a log.
+    """
+    return (
+        type(host) is str
+        and 0 < len(host) <= MAX_HOST
+        and host.isprintable()
+        and " " not in host
+        and type(port) is int
+        and 0 < port < 65536
+    )
+
+
+def read_address(host: object, port: object) -> tuple[str, int]:
+    """Return the host and port that a Sentinel states as text. Raises ValueError for no such."""
+    number = int(port) if type(port) is str and port.isdecimal() and len(port) < 6 else -1
+    if type(host) is not str or not is_address(host, number):
+        raise ValueError(f"it names {shorten((host, port))} as host and port")
+    return host, number
+
+
+def read_epoch(text: object) -> int:
+    """Return the epoch that a Sentinel states as text, or -1 if that is none."""
+    is_number = type(text) is str and text.isdecimal() and len(text) < 20
+    return int(text) if is_number else -1  # type: ignore[call-overload]
 
 
 def key_stem(text: str, hash_tag: bool) -> str:
@@ -423,10 +454,9 @@ def bulk_failure(
 def led_astray(message: str, trail: tuple[str, ...], limit: int, context: str) -> ReplyError:
     """Return the error of an operation that was redirected too often."""
     path = "; ".join(trail)
-    return ReplyError(
-        f"{message} (redirected {len(trail)} times, and maxRedirections is {limit}: {path})",
-        context=context,
-    )
+    # As the context, of which nothing is left out.
+    redirected = f"redirected {len(trail)} times, and maxRedirections is {limit}: {path}"
+    return ReplyError(message, context=f"{redirected}) ({context}")
 
 
 def is_write(kind: int) -> bool:

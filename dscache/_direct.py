@@ -14,7 +14,7 @@ from typing import Any, cast
 import hiredis
 
 from .config import Options
-from .credentials import Credentials
+from .credentials import Credentials, revealed
 from .endpoint import Endpoint
 from .errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
 from .greeting import Greeting, explain
@@ -105,7 +105,7 @@ class Direct(asyncio.BufferedProtocol):
             raise self._why_lost()
         waiter: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append((len(commands), [], waiter))
-        self._transport.write(b"".join(_pack(tuple(command)) for command in commands))
+        self._transport.write(b"".join(_pack(tuple(revealed(command))) for command in commands))
         try:
             async with asyncio.timeout(_PATIENCE):
                 return await asyncio.shield(waiter)

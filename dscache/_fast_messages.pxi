@@ -118,7 +118,8 @@ cdef class Message:
         return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
 
     def __reduce__(self):
-        return (Message, (self.topic, self.sender, self.raw))
+        from . import make_message
+        return (make_message, (self.topic, self.sender, self.raw))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a Message is immutable: {name} can't be set")

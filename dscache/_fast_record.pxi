@@ -66,7 +66,8 @@ cdef class Record:
         return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
 
     def __reduce__(self):
-        return (Record, (self.name, self.version, self.raw, self.stale))
+        from . import make_record
+        return (make_record, (self.name, self.version, self.raw, self.stale))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a Record is immutable: {name} can't be set")

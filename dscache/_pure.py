@@ -8,10 +8,12 @@ kept in the process) and ``_pure_messages.py`` (messages, and where they wait).
 
 from __future__ import annotations
 
-from ._pure_messages import Inbox, Mailbox, Message
+from ._pure_messages import Inbox, Mailbox
+from ._pure_messages import PureMessage as Message
 from ._pure_near import NEAR_ENTRY_BYTES, NearCache
 from ._pure_pipeline import Pipeline
-from ._pure_record import Record, check_name, check_version, encode_data, parse_version
+from ._pure_record import PureRecord as Record
+from ._pure_record import check_name, check_version, encode_data, parse_version
 from ._pure_router import Router
 from ._pure_wire import slot_of_key
 

@@ -102,7 +102,7 @@ class Message:
         return len(self.data)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Message):
+        if not isinstance(other, PureMessage):
             return self.data == other if isinstance(other, dict) else NotImplemented
         return (self.topic, self.sender, self.raw) == (other.topic, other.sender, other.raw)
 
@@ -113,7 +113,9 @@ class Message:
         return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Message, (self.topic, self.sender, self.raw))
+        from . import make_message
+
+        return (make_message, (self.topic, self.sender, self.raw))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a Message is immutable: {name} can't be set")
@@ -123,6 +125,19 @@ class Message:
 
 
 Mapping.register(Message)
+
+# Pickles of dscache 0.1 name the class by this module. It has another name here, and the old one
+# stands for what makes the chosen core's: so they load in either core.
+PureMessage = Message
+del globals()["Message"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Message":
+        from . import make_message
+
+        return make_message
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _fill(
@@ -258,7 +273,7 @@ class Inbox:
                 if to is not None and to != self._own:
                     self._counts["foreign"] += 1
                     return None
-                message = Message.__new__(Message)
+                message = PureMessage.__new__(PureMessage)
                 start = at + len(e.BODY)
                 _fill(message, topic, sender.decode("utf-8", "replace"), None, payload, start)
                 return message
@@ -278,7 +293,7 @@ class Inbox:
         if to is not msgspec.UNSET and to != self._name:
             self._counts["foreign"] += 1
             return None
-        return Message(topic, sender, raw)
+        return PureMessage(topic, sender, raw)
 
 
 def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:

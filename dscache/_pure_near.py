@@ -41,7 +41,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import _common as c
 from ._pure_batch import fail, serials, tell
-from ._pure_record import Record, check_name
+from ._pure_record import PureRecord as Record
+from ._pure_record import check_name
 from ._pure_wire import Encoder
 from .errors import BulkError
 

@@ -73,7 +73,8 @@ from ._pure_batch import (
 )
 from ._pure_messages import Inbox, pack_message
 from ._pure_near import LOST, OVER, Epoch, NearCache, Reach
-from ._pure_record import Record, check_name, check_version, encode_data, parse_version
+from ._pure_record import PureRecord as Record
+from ._pure_record import check_name, check_version, encode_data, parse_version
 from ._pure_wire import Encoder, LengthGuard, pack_command, slot_of_key
 from .errors import ProtocolError, ReplyError, shorten
 

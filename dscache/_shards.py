@@ -14,7 +14,7 @@ from ._pure_wire import slot_of_key
 from .cache import AsyncCache
 from .cluster import Cluster
 from .config import Options
-from .errors import ConnectError
+from .errors import ConnectError, clean
 from .slots import SlotRange, parse_slots
 
 # How many keys a server looks at before it answers somebody else.
@@ -122,4 +122,8 @@ def facts(reply: Any) -> dict[str, str]:
     if not isinstance(reply, bytes):
         return {}
     lines = reply.decode(errors="replace").splitlines()
-    return {name: value for name, colon, value in (one.partition(":") for one in lines) if colon}
+    return {
+        clean(name): clean(value)
+        for name, colon, value in (one.partition(":") for one in lines)
+        if colon
+    }

@@ -23,7 +23,7 @@ from ._shards import facts
 from .cluster import Cluster
 from .config import Config, Options
 from .connection import Connection
-from .errors import ConnectError, DscacheError, ProtocolError, ReplyError, shorten
+from .errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean, shorten
 from .slots import Address, parse_epoch, parse_slots
 
 _PINGS = 5
@@ -195,12 +195,12 @@ def _parse_line(line: str) -> _Line:
     # What is being moved, in brackets, is owned by this node still, and listed as such.
     owned = (one.partition("-") for one in slots if not one.startswith("["))
     return _Line(
-        id=name,
+        id=clean(name),
         host=host,
         name=more.partition(",")[0] if "=" not in more.partition(",")[0] else "",
         port=int(port),
         flags=frozenset(flags.split(",")),
-        primary=primary,
+        primary=clean(primary),
         is_linked=link == "connected",
         slots=tuple((int(first), int(last or first)) for first, _, last in owned),
     )
@@ -238,15 +238,15 @@ def _places(lines: list[_Line], slots: Any, asked: Address) -> Mapping[str, Addr
     for entry, known in zip(slots, parse_slots(slots, asked), strict=True):
         for node, place in zip(entry[2:], (known.primary, *known.replicas), strict=True):
             if len(node) > 2 and isinstance(node[2], bytes):
-                announced[node[2].decode(errors="replace")] = place
+                announced[clean(node[2].decode(errors="replace"))] = place
     # A cluster announces its nodes by address or by name, as its certificates may need.
     by_name = any(announced.get(line.id) == (line.name, line.port) for line in lines)
     places = {}
     for line in lines:
-        host = (by_name and line.name) or line.host or ("myself" in line.flags and asked[0])
+        host = (by_name and line.name) or line.host or (asked[0] if "myself" in line.flags else "")
         if line.id in announced:
             places[line.id] = announced[line.id]
-        elif host and line.port and "noaddr" not in line.flags:
+        elif _common.is_address(host, line.port) and "noaddr" not in line.flags:
             places[line.id] = host, line.port
     return places
 

@@ -24,7 +24,7 @@ from ._forks import in_each_child
 from ._kept_task import KeptTask
 from ._opened import check_loop, check_process
 from .config import Options
-from .credentials import Credentials
+from .credentials import Credentials, Hidden
 from .endpoint import Endpoint
 from .errors import ConnectError, ConnectionLost, ProtocolError
 from .greeting import Greeting, explain, refusal_of
@@ -396,7 +396,7 @@ class Connection:
         if not self._loop.is_closed():
             self._give_up("the cache was closed before the answer came")
 
-    def _log_in_again(self, words: list[str]) -> None:
+    def _log_in_again(self, words: list[str | Hidden]) -> None:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
             self.pipeline.forget("login")

@@ -28,9 +28,9 @@ from redis.retry import Retry
 from . import _common
 from .attempt import handshake
 from .config import Options, SentinelNode
-from .credentials import NOTHING, checked, failed
-from .errors import ConnectError, DscacheError, ProtocolError
-from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
+from .credentials import NOTHING, Login, checked, failed, hidden, masked, without
+from .errors import ConnectError, DscacheError, ProtocolError, clean
+from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce, secrets_of
 
 if TYPE_CHECKING:
     import socket
@@ -51,7 +51,7 @@ _ANONYMOUS = {
 
 _DOWN = {"o_down", "s_down", "disconnected"}
 # What redis-py and this module may make of a Sentinel's nonsense.
-_NONSENSE = (LookupError, TypeError, ValueError, AttributeError)
+_NONSENSE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 class TooLate(TimeoutError):
@@ -173,7 +173,8 @@ class Call:
     connection: Any
     """redis-py's, which is not connected yet."""
     address: str
-    introduction: Callable[[], Generator[list[list[Any]], list[Any], Greeting]]
+    options: Options
+    login: Callable[[], Login]
     secure: Callable[[Any], Any]
 
     def connect(self) -> socket.socket:
@@ -196,6 +197,25 @@ class Call:
         self.secure(connection)
         sock: socket.socket = connection._sock
         return sock
+
+    def greet(self, ask: Callable[[list[list[Any]]], list[Any]]) -> Greeting:
+        """Greet the server; ``ask`` returns the replies to some commands.
+
+        Raises what ``ask`` raises, or a DscacheError.
+        """
+        login = self.login()
+        try:
+            words = introduce(self.options, login, self.address)
+            commands = next(words)
+            while True:
+                try:
+                    commands = words.send(ask(commands))
+                except StopIteration as consent:
+                    greeting: Greeting = consent.value
+                    return greeting
+        except DscacheError as error:
+            failure = without(error, secrets_of(self.options, login))
+        raise failure
 
 
 class Dialer:
@@ -234,7 +254,8 @@ class Dialer:
         return Call(
             connection,
             address,
-            lambda: introduce(options, login_of(options, self._provider), address),
+            options,
+            lambda: login_of(options, self._provider),
             lambda connection: self._secure(connection, name, deadline),
         )
 
@@ -321,7 +342,8 @@ class Dialer:
                 raise_foreign(cause)
             # A RecordError is a ValueError as well.
             raise_foreign(error)
-            return f"{node.address}: {error or type(error).__name__}"
+            said = masked(clean(str(error)), [hidden(self._options.sentinel_password)])
+            return f"{node.address}: {said or type(error).__name__}"
         finally:
             connection.disconnect()
         return answer or f"{node.address}: it knows of none that is up"
@@ -338,7 +360,7 @@ class Dialer:
         if place is None:
             return None
         host, port = place
-        return int(state.get("config-epoch", -1)), str(host), int(port)
+        return _common.read_epoch(state.get("config-epoch")), *_common.read_address(host, port)
 
     def _replica(self, connection: Any) -> tuple[int, str, int] | None:
         """Return any replica that the Sentinel doesn't take for down."""
@@ -348,25 +370,25 @@ class Dialer:
         if not up:
             return None
         replica = random.choice(up)
-        return -1, replica["ip"], int(replica["port"])
+        return -1, *_common.read_address(replica["ip"], replica["port"])
 
 
 def _pairs(flat: list[str]) -> dict[str, str]:
     return dict(zip(flat[::2], flat[1::2], strict=False))
 
 
-def login_of(
-    options: Options, provider: CredentialProvider | None
-) -> tuple[str | None, str | None]:
+def login_of(options: Options, provider: CredentialProvider | None) -> Login:
     """Return the username and password to log in with. Raises ConnectError if a provider fails."""
     if provider is None:
-        return options.username, options.password
+        return options.username, hidden(options.password)
     try:
         return checked(provider.get_credentials())
     except Exception as error:  # whatever it raises, the next attempt may succeed
         if is_of_handler(error):
             raise
-        raise failed(error) from error
+        failure = failed(error)
+    # Without its words and its frames, either of which may hold a token.
+    raise failure
 
 
 def listen(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import _common
 from .config import Options
-from .credentials import Credentials
-from .errors import ConnectError
-from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce
+from .credentials import Credentials, Login, without
+from .errors import ConnectError, DscacheError
+from .greeting import FAMILIES, TCP_OPTIONS, Greeting, introduce, secrets_of
 
 if TYPE_CHECKING:
     from .sentinel import Sentinels
@@ -119,6 +119,13 @@ class Endpoint:
         ConnectError if it isn't, or is no more, what the Sentinels named it for.
         """
         login = await self._credentials.current()
+        try:
+            return await self._greet(ask, login)
+        except DscacheError as error:
+            failure = without(error, secrets_of(self._options, login))
+        raise failure
+
+    async def _greet(self, ask: Ask, login: Login) -> Greeting:
         words = introduce(
             self._options,
             login,

@@ -11,7 +11,11 @@ from typing import Any
 
 from . import _common
 from .config import NearCacheOptions, Options
-from .errors import ConnectError, DscacheError, ProtocolError, ReplyError
+from .credentials import Hidden, Login, hidden, masked
+from .errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
+
+Word = str | bytes | Hidden
+"""A word of a command."""
 
 FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -48,13 +52,13 @@ class Unsuitable(ConnectError):
 
 def introduce(
     options: Options,
-    login: tuple[str | None, str | None],
+    login: Login,
     address: str,
     *,
     read_only: bool = False,
     is_near: bool = False,
     of_cluster: bool = False,
-) -> Generator[list[list[Any]], list[Any], Greeting]:
+) -> Generator[list[list[Word]], list[Any], Greeting]:
     """Get a server's consent to work with it; yields commands, and wants their replies sent.
 
     They are to be sent at once; errors of Redis are among their replies. ``login`` is username
@@ -65,15 +69,15 @@ def introduce(
     named it for.
     """
     username, password = login
-    hello: list[str] = ["HELLO", "3"]
+    hello: list[Word] = ["HELLO", "3"]
     if username is not None or password is not None:
         hello += ["AUTH", username or "default", password or ""]
     if options.connection_name:
         hello += ["SETNAME", options.connection_name]
-    commands = [hello]
+    commands: list[list[Word]] = [hello]
     if options.db:
         commands.append(["SELECT", str(options.db)])
-    questions: list[list[str | bytes]] = [
+    questions: list[list[Word]] = [
         # Loaded here, the script is missing only after SCRIPT FLUSH.
         ["SCRIPT", "LOAD", _common.SET_SCRIPT],
         ["COMMAND", "INFO", "MSETEX"],
@@ -102,15 +106,15 @@ def introduce(
         _check_role(options, said.get(b"role"), address)
     facts = (said.get(b"server"), said.get(b"version"))
     server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
+    server = masked(clean(server), secrets_of(options, login))
     is_tracked = False
     is_kept = of_cluster or said.get(b"role") != b"replica"
     if is_near and options.near_cache is not None and is_kept:
-        commands = [_tracking(options, options.near_cache)]
         problem = _too_old(said)
         if not problem:
-            (answer,) = yield commands
+            (answer,) = yield [[*_tracking(options, options.near_cache)]]
             if isinstance(answer, ReplyError):
-                problem = f'it says "{answer.message}" to {" ".join(commands[0][:3])}'
+                problem = f'it says "{answer.message}" to CLIENT TRACKING ON'
         is_tracked = not problem
         if problem and options.near_cache.required:
             raise Unsuitable(
@@ -119,6 +123,11 @@ def introduce(
             )
     has_msetex = isinstance(known, list) and any(known)
     return Greeting(server, has_msetex, is_tracked, isinstance(greeting, dict))
+
+
+def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
+    """Return what no text may hold that a server says to a handshake."""
+    return [login[1], hidden(options.password), hidden(options.sentinel_password)]
 
 
 def _tracking(options: Options, near: NearCacheOptions) -> list[str]:
@@ -143,8 +152,8 @@ def _too_old(said: dict[Any, Any]) -> str:
         major = version.partition(b".")[0]
         if major.isdigit() and int(major) < 7:
             return (
-                f"it is Redis {version.decode(errors='replace')}, which may tell of a change in "
-                "the middle of a reply; Redis 7 does not"
+                f"it is Redis {clean(version.decode(errors='replace'))}, which may tell of a "
+                "change in the middle of a reply; Redis 7 does not"
             )
     return ""
 
@@ -161,8 +170,8 @@ def explain(error: Exception, connect_timeout: int) -> Exception:
         said = error.strerror
         if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):
             said = os.strerror(error.errno)  # asyncio has words of its own
-        return ConnectError(said or str(error) or type(error).__name__)
-    return ConnectError(f"{type(error).__name__}: {error}")
+        return ConnectError(clean(said or str(error)) or type(error).__name__)
+    return ConnectError(clean(f"{type(error).__name__}: {error}"))
 
 
 def refusal_of(
@@ -189,9 +198,8 @@ def _check_role(options: Options, role: object, address: str) -> None:
         return
     wanted = b"master" if options.role == "master" else b"replica"
     if role != wanted:
-        raise ConnectError(
-            f"the Sentinels name {address} as {wanted.decode()}, but it is {role.decode()}"
-        )
+        shown = clean(role.decode(errors="replace"))
+        raise ConnectError(f"the Sentinels name {address} as {wanted.decode()}, but it is {shown}")
 
 
 def _is_without_resp3(error: ReplyError) -> bool:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ._common import ErrorOf
+from .credentials import packed
 from .dial import Dialer, TooLate, raise_foreign
 from .errors import ConnectionLost, ProtocolError
 from .outcome import Outcome
@@ -266,14 +267,7 @@ class Line:
         self._attach(call.connect())
         pipeline = self.pipeline
         pipeline.address = call.address
-        words = call.introduction()
-        commands = next(words)
-        while True:
-            try:
-                commands = words.send(self._ask(commands, deadline))
-            except StopIteration as consent:
-                greeting = consent.value
-                break
+        greeting = call.greet(lambda commands: self._ask(commands, deadline))
         pipeline.has_msetex = greeting.has_msetex
         pipeline.down = None
         self.ready = True
@@ -294,16 +288,16 @@ class Line:
 
     def _ask(self, commands: list[list[Any]], deadline: float) -> list[Any]:
         """Return the replies to some commands, errors of Redis among them."""
-        asked = [self.pipeline.command(*command) for command in commands]
-        unsent = memoryview(b"".join(output for output, _ in asked))
+        outcomes: list[Outcome] = []
+        unsent = memoryview(packed(self.pipeline, commands, outcomes))
         events = IN
-        while not all(outcome.done for _, outcome in asked):
+        while not all(outcome.done for outcome in outcomes):
             if time.monotonic() >= deadline:
                 raise TooLate
             if unsent:
                 unsent, events = self._send(unsent)
             self._receive(events, deadline)
-        return [outcome.reply() for _, outcome in asked]
+        return [outcome.reply() for outcome in outcomes]
 
     def hang_up(self) -> None:
         """End the socket, if there is one."""

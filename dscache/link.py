@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, Protocol, cast
 
 from . import _common
+from .credentials import packed
 from .errors import ConnectionLost, ProtocolError
 
 
@@ -92,9 +93,8 @@ class Link(asyncio.BufferedProtocol):
             raise ConnectionLost("the connection has just been lost")
         self.is_sending = True
         try:
-            asked = [self._pipeline.command(*command) for command in commands]
-            self._write(b"".join([output for output, _ in asked]))
-            waiters = [waiter for _, waiter in asked]
+            waiters: list[asyncio.Future[Any]] = []
+            self._write(packed(self._pipeline, commands, waiters))
         except BaseException as error:
             self.break_off(error)
             raise

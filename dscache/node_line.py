@@ -18,9 +18,10 @@ from redis.exceptions import RedisError
 from .attempt import Attempt
 from .cluster_map import ClusterMap
 from .cluster_table import Place
+from .credentials import Login, packed, without
 from .dial import login_of, raise_foreign
 from .errors import ConnectionLost, DscacheError, ProtocolError
-from .greeting import Greeting, explain, introduce, refusal_of
+from .greeting import Greeting, explain, introduce, refusal_of, secrets_of
 from .line import IN, NOTHING, Line
 from .outcome import Outcome
 
@@ -118,11 +119,11 @@ class NodeLine(Line):
         except OSError as error:
             self._lose(error)
 
-    def ask(self, commands: Sequence[Sequence[str]]) -> list[Outcome]:
+    def ask(self, commands: Sequence[Sequence[Any]]) -> list[Outcome]:
         """Have commands sent behind what is being sent; return what becomes of each."""
-        asked = [self.pipeline.command(*command) for command in commands]
-        self.unsent = memoryview(bytes(self.unsent) + b"".join(output for output, _ in asked))
-        return [outcome for _, outcome in asked]
+        outcomes: list[Outcome] = []
+        self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
+        return outcomes
 
     def receive(self) -> None:
         """Take what has come."""
@@ -194,6 +195,14 @@ class NodeLine(Line):
         self._connection = attempt
         yield from attempt.steps()
         self._attach(attempt.sock)
+        try:
+            return (yield from self._greet(login))
+        except DscacheError as error:
+            failure = without(error, secrets_of(options, login))
+        raise failure
+
+    def _greet(self, login: Login) -> Generator[int, None, Greeting]:
+        options = self.place.options
         read_only = options.scale_reads != "master"
         words = introduce(options, login, self.place.shown, read_only=read_only)
         commands = next(words)

@@ -19,8 +19,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from . import _common
 from .config import Options, SentinelNode
-from .errors import ConnectError
+from .credentials import hidden, masked
+from .errors import ConnectError, clean
 
 _logger = logging.getLogger("dscache")
 
@@ -150,7 +152,7 @@ class Sentinels:
                 await connection.connect()
                 answer = await question(connection)
         except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
-            return f"{node.address}: {self._explain(error, self._seconds)}"
+            return f"{node.address}: {self.explain(error, self._seconds)}"
         finally:
             await self._end(connection)
         return answer or f"{node.address}: it knows of none that is up"
@@ -161,24 +163,25 @@ class Sentinels:
         await connection.send_command("SENTINEL", "MASTER", self._options.name)
         await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._options.name)
         try:
-            state = _pairs(await connection.read_response())
+            state = pairs(await connection.read_response())
         except ResponseError:  # an ACL may allow no more than the other
             state = {}
         place = await connection.read_response()
         if place is None:
             return None
         host, port = place
-        return _Answer(int(state.get("config-epoch", -1)), (str(host), int(port)))
+        epoch = _common.read_epoch(state.get("config-epoch"))
+        return _Answer(epoch, _common.read_address(host, port))
 
     async def _replica(self, connection: Any) -> _Answer | None:
         """Return any replica that the Sentinel doesn't take for down."""
         await connection.send_command("SENTINEL", "SLAVES", self._options.name)
-        replicas = [_pairs(replica) for replica in await connection.read_response()]
+        replicas = [pairs(replica) for replica in await connection.read_response()]
         up = [one for one in replicas if _DOWN.isdisjoint(one["flags"].split(","))]
         if not up:
             return None
         replica = random.choice(up)
-        return _Answer(-1, (replica["ip"], int(replica["port"])))
+        return _Answer(-1, _common.read_address(replica["ip"], replica["port"]))
 
     def _nobody_knows(self, sought: str, problems: list[str]) -> ConnectError:
         return ConnectError(
@@ -234,7 +237,7 @@ class Sentinels:
                     _logger.warning(
                         "can't hear from the Sentinel %s of a new primary: %s",
                         node.address,
-                        self._explain(error, _PING_ANSWER),
+                        self.explain(error, _PING_ANSWER),
                     )
                 complained = True
                 if isinstance(error, ResponseError):  # it may be asked, and not listened to
@@ -281,13 +284,16 @@ class Sentinels:
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
 
-    def _explain(self, error: Exception, seconds: float) -> str:
+    def explain(self, error: Exception, seconds: float) -> str:
+        """Return why a Sentinel could not be asked, without its password."""
         if isinstance(error, TimeoutError):
             return f"no answer within {seconds * 1000:.0f} ms"
-        return str(error) or type(error).__name__
+        said = masked(clean(str(error)), [hidden(self._options.sentinel_password)])
+        return said or type(error).__name__
 
 
-def _pairs(flat: list[str]) -> dict[str, str]:
+def pairs(flat: list[str]) -> dict[str, str]:
+    """Return the names and values that a reply lists in turn."""
     return dict(zip(flat[::2], flat[1::2], strict=False))
 
 

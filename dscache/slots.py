@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ._common import SLOTS, join_address
+from ._common import SLOTS, is_address, join_address
 from .errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
 
 # What a node is asked for its view, and how many are asked at a time: the newest view counts.
@@ -31,6 +31,8 @@ NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
+# Of any number that a server states.
+_MOST_DIGITS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,16 @@ def parse_slots(reply: Any, asked: Address) -> list[SlotRange]:
     ProtocolError if the reply is of another shape.
     """
     try:
+        if not isinstance(reply, list | tuple) or len(reply) > SLOTS:
+            raise ValueError("no list of ranges")
         return [_range(entry, asked) for entry in reply]
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ProtocolError(f"CLUSTER SLOTS was answered with {shorten(reply)}") from error
 
 
 def _range(entry: Any, asked: Address) -> SlotRange:
     first, last, primary, *replicas = entry
-    if not 0 <= first <= last < SLOTS:
+    if not type(first) is type(last) is int or not 0 <= first <= last < SLOTS:
         raise ValueError("no such slots")
     return SlotRange(
         first, last, _address(primary, asked), tuple(_address(one, asked) for one in replicas)
@@ -103,10 +107,13 @@ def _range(entry: Any, asked: Address) -> SlotRange:
 
 
 def _address(entry: Any, asked: Address) -> Address:
-    host = "" if entry[0] is None else entry[0].decode()
-    if not 0 < entry[1] < 65536:
-        raise ValueError("no such port")
-    return (asked[0] if host in _UNKNOWN_HOSTS else host), entry[1]
+    host, port = entry[:2]
+    host = "" if host is None else host.decode()
+    if host in _UNKNOWN_HOSTS:
+        host = asked[0]
+    if not is_address(host, port):
+        raise ValueError("no such host and port")
+    return host, port
 
 
 def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
@@ -118,10 +125,12 @@ def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
     if len(parts) != 3 or parts[1] != str(slot):
         return None
     host, colon, port = parts[2].rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > _MOST_DIGITS:
         return None
     host = host.removeprefix("[").removesuffix("]")
-    return (source[0] if host in _UNKNOWN_HOSTS else host), int(port)
+    if host in _UNKNOWN_HOSTS:
+        host = source[0]
+    return (host, int(port)) if is_address(host, int(port)) else None
 
 
 def parse_epoch(reply: Any) -> int:
@@ -130,6 +139,6 @@ def parse_epoch(reply: Any) -> int:
         return -1
     for line in reply.splitlines():
         name, _, value = line.partition(b":")
-        if name == b"cluster_current_epoch" and value.isdigit():
+        if name == b"cluster_current_epoch" and value.isdigit() and len(value) <= _MOST_DIGITS:
             return int(value)
     return -1

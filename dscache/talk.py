@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._deadlines import SureTimer
+from .credentials import Hidden, masked
 from .errors import ConnectionLost, ReplyError
 from .link import Link
 
@@ -30,13 +31,14 @@ async def ask(link: Link, *commands: list[Any]) -> list[Any]:
     return replies
 
 
-def say(link: Link, *command: str) -> None:
+def say(link: Link, *command: str | Hidden) -> None:
     """Send a command whose refusal ends the link, and whose reply says nothing else."""
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
         if isinstance(error, ReplyError):
-            link.cut(ConnectionLost(f"{command[0]} was refused: {error}"))
+            secrets = [word for word in command if isinstance(word, Hidden)]
+            link.cut(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
 
     (waiter,) = link.request(list(command))
     waiter.add_done_callback(settled)

@@ -25,7 +25,6 @@ from documents import PROJECT, code, prose, section, table
 from dscache import (
     ConfigError,
     ProtocolError,
-    ReplyError,
     _cli_cluster,
     _cli_source,
     _survey,
@@ -36,6 +35,7 @@ from dscache._cluster_report import ClusterReport, NodeReport
 from dscache._survey import survey
 from dscache.config import Config, load
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
+from dscache.errors import DscacheError
 
 DOCUMENT = PROJECT / "docs" / "cli.md"
 PASSWORD = "pass@word"
@@ -698,7 +698,7 @@ def test_an_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
-        raise ReplyError("ERR \x1b[2J\nboo")
+        raise DscacheError("ERR \x1b[2J\nboo")
 
     monkeypatch.setattr("dscache._cli_app.app", fail)
     with pytest.raises(SystemExit) as ended:

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import wire
-from dscache import _envelope, _fast, _pure
+from dscache import _backend, _envelope, _fast, _pure
 from dscache.errors import ConnectionLost, MessageError, Overloaded, ProtocolError, ReplyError
 from wire import CORES, Exchange, Push, Refusal
 
@@ -365,7 +365,8 @@ def test_all_who_want_a_topic_get_the_same_message(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_a_message_is_read_as_what_it_holds(core: Any) -> None:
+def test_a_message_is_read_as_what_it_holds(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "core", core)
     inbox, mailbox = inbox_of(core)
     inbox.take(b"4", OPENING + TEXT + b"}")
     message = mailbox.messages[0]

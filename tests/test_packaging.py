@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import dscache
+import minimum
 
 PROJECT = Path(__file__).parent.parent
 # Not the whole folder: it may hold an environment, and what a former build left.
@@ -255,3 +256,18 @@ def test_a_failed_build_is_loud_and_names_the_way_out(
     assert done.returncode != 0
     assert "the compiled core (dscache._fast) could not be built" in done.stdout
     assert "set DSCACHE_NO_EXTENSIONS=1" in done.stdout
+
+
+def test_the_oldest_versions_are_read_from_the_project(tmp_path: Path) -> None:
+    """``make test-minimum`` installs these; so nothing says them a second time."""
+    found = list(minimum.constraints())
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = list(declared["dependencies"])
+    for extra in minimum.EXTRAS:
+        wanted += declared["optional-dependencies"][extra]
+    assert found == [one.replace(">=", "==") for one in wanted]
+    assert len(found) >= 10
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\ndependencies = ["redis"]\n[project.optional-dependencies]\n')
+    with pytest.raises(ValueError, match="'redis' must begin with name>=version"):
+        list(minimum.constraints(project))

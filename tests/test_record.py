@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dscache import _fast, _pure
+from dscache import _backend, _fast, _pure
 from dscache.errors import RecordError
 from wire import CORES, Waiter
 
@@ -178,7 +178,10 @@ def test_repr(core: Any, arguments: tuple[Any, ...], text: str) -> None:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("decoded", [False, True])
 @pytest.mark.parametrize("stale", [False, True])
-def test_pickle(core: Any, protocol: int, decoded: bool, stale: bool) -> None:
+def test_pickle(
+    core: Any, protocol: int, decoded: bool, stale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backend, "core", core)
     record = core.Record("é", 2**63 - 1, b'{"x":[1]}', stale)
     if decoded:
         record.data["x"].append(2)
@@ -190,7 +193,8 @@ def test_pickle(core: Any, protocol: int, decoded: bool, stale: bool) -> None:
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy])
-def test_a_copy_shares_no_data(core: Any, copy_of: Any) -> None:
+def test_a_copy_shares_no_data(core: Any, copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "core", core)
     record = core.Record("a", 1, b"[1]", True)
     record.data.append(2)
     other = copy_of(record)
