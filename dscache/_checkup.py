@@ -18,6 +18,7 @@ from ._findings import BAD, Checkup, Finding, merged
 from ._judge_records import Sample
 from ._judge_topology import SentinelSays
 from ._layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
+from ._resolver import Resolver
 from ._shards import SCAN_COUNT, Shards, facts, is_clustered, open_shards
 from ._survey import survey
 from ._typed import Place
@@ -236,17 +237,17 @@ async def _exist(shards: Shards, keys: list[bytes]) -> list[bool]:
 
 
 async def _look_at_sentinels(options: Options) -> Finding:
-    group = Sentinels(options)
+    group = Sentinels(options, Resolver())
     nodes = options.sentinels or ()
     said = await asyncio.gather(*(_ask_sentinel(group, options, node) for node in nodes))
     return of_topology.judge_sentinels(said)
 
 
 async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelSays:
-    connection = group._connection(node)
+    connection: Any = None
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
-            await connection.connect()
+            connection = await group._connect(node)
             await connection.send_command("SENTINEL", "MASTER", options.name)
             flat = await connection.read_response()
             await connection.send_command("SENTINEL", "CKQUORUM", options.name)
@@ -257,7 +258,7 @@ async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) 
                 quorum = str(error)
     except TimeoutError:
         return SentinelSays(node.address, f"no answer within {options.connect_timeout} ms")
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, UnicodeError) as error:
         return SentinelSays(node.address, str(error) or type(error).__name__)
     finally:
         await group._end(connection)

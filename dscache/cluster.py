@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _backend, _common, _counters
 from ._opened import check_loop, check_process
+from ._resolver import Resolver
 from ._room import Room
 from .cluster_lookout import Lookout
 from .cluster_members import Members
@@ -69,7 +70,8 @@ class Cluster:
         self._shared = options.for_node(first.host, first.port, first)
         self._seeds = Seeds(options)
         self._members = Members()
-        self._lookout = Lookout(config, self._seeds, self._members, self)
+        self._resolver = Resolver()
+        self._lookout = Lookout(config, self._seeds, self._members, self._resolver, self)
         self._stale = self._lookout.stale
         self._traffic = Traffic(options, self._shared, self._check_usable, self.look_again)
         self._masters = self._traffic.masters  # one list
@@ -283,6 +285,7 @@ class Cluster:
                 read_only=self._options.scale_reads != "master",
                 near=self._near,
                 inbox=self._inbox,
+                resolver=self._resolver,
             )
             self._members.join(address, node)
             self._traffic.join(node)

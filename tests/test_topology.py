@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import random
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -873,14 +874,17 @@ async def test_addresses_are_mapped(backend: str, hasty: None) -> None:
 
 async def test_names_are_looked_up_afresh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes are gone, and the configured name leads to another address by now."""
-    loop = asyncio.get_running_loop()
-    resolve = loop.getaddrinfo
+    resolve = socket.getaddrinfo
     place = "127.0.0.1"
 
-    async def look_up(host: str, port: Any, **options: Any) -> Any:
-        return await resolve(place if host == "records.test" else host, port, **options)
+    def look_up(host: str, port: Any, family: int = 0, kind: int = 0, *others: int) -> Any:
+        if host != "records.test":
+            return resolve(host, port, family, kind, *others)
+        if others[-1] & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no number")
+        return resolve(place, port, family, kind)
 
-    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with AsyncExitStack() as stack:
         old = await stack.enter_async_context(FakeCluster(1))
         (node,) = old.nodes
