@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from msgspec.structs import replace
 
 from ._typed import Place, Secret, Written
 from .errors import ConfigError
+
+_Stamp = tuple[int, ...] | None
 
 
 class Tls(Written, frozen=True, kw_only=True):
@@ -38,10 +42,36 @@ class Tls(Written, frozen=True, kw_only=True):
         return written
 
     def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
-        """Return a new context; files are read again, so that renewed ones take effect.
+        """Return the context, made anew when a file has changed, so that renewed ones take effect.
 
-        Raises ConfigError, which begins with ``where``, if a file or PEM text is bad.
+        All connections share it, as to make one takes milliseconds. Raises ConfigError, which
+        begins with ``where``, if a file or PEM text is bad: it is tried again at the next call.
         """
+        # Before they are read: of a file that changes meanwhile, the next call finds a change.
+        stamps = tuple(map(_stamp, self._files()))
+        with _making:
+            found = _made.get(self)
+            if found is not None and found[0] == stamps:
+                return found[1]
+            context = self._new_context(where)
+            _made.pop(self, None)
+            newest = max((stamp[0] for stamp in stamps if stamp), default=0)
+            if time.time_ns() - newest < _SETTLED_NS:
+                return context
+            while len(_made) >= _KEPT:
+                del _made[next(iter(_made))]
+            _made[self] = stamps, context
+            return context
+
+    def _files(self) -> list[str]:
+        """Return the paths of all that a context is made of."""
+        files = [value for value in (self.ca, self.cert, self.key) if value and not _is_pem(value)]
+        if self.ca is None:
+            system = ssl.get_default_verify_paths()
+            files += [path for path in (system.cafile, system.capath) if path]
+        return files
+
+    def _new_context(self, where: str) -> ssl.SSLContext:
         context = _trusting(self.ca, f"{where}.ca")
         if not (self.reject_unauthorized and self.check_hostname):
             context.check_hostname = False
@@ -76,6 +106,27 @@ class Tls(Written, frozen=True, kw_only=True):
         located = replace(self, **files)
         located.context(str(place))
         return located
+
+
+# The contexts that were made last, with what their files were then. In a forked child the thread
+# that was making one is none of its own.
+_KEPT: Final = 64
+# The clock of files is a coarse one: two changes so soon after each other may look like one.
+_SETTLED_NS: Final = 100_000_000
+_made: dict[Tls, tuple[tuple[_Stamp, ...], ssl.SSLContext]] = {}
+_making = threading.RLock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
+
+
+def _stamp(path: str) -> _Stamp:
+    """Return what is another for a file that was written, replaced or removed."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
 
 
 def _is_pem(value: str) -> bool:
