@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 from msgspec.structs import replace
 
+from . import _files
 from ._typed import Place, Secret, Written
 from .errors import ConfigError
 
@@ -139,8 +140,7 @@ def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
         return ssl.create_default_context()
     try:
         if not _is_pem(ca):
-            with open(ca, encoding="ascii", errors="ignore") as file:
-                ca = file.read()
+            ca = _files.read(ca, _files.MAX_PEM_BYTES).decode("ascii", "ignore")
         # Comments between certificates may be of any alphabet, which OpenSSL is not asked to read.
         ca = ca.encode("ascii", "ignore").decode()
         # Without a certificate Python would quietly trust the system's.
@@ -149,6 +149,8 @@ def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
         problem = "no certificate in it"
     except ssl.SSLError as error:
         problem = str(error.reason)
+    except _files.UnsuitableFile as error:
+        problem = f"it {error}"
     except (OSError, ValueError) as error:
         problem = str(error)
     raise ConfigError(f"{where}: must be PEM text or a PEM file of certificates: {problem}")
@@ -164,7 +166,10 @@ def _as_file(pem: str, where: str) -> Iterator[str]:
             yield file.name
         return
     try:
+        _files.check(pem, _files.MAX_PEM_BYTES)
         open(pem, "rb").close()
+    except _files.UnsuitableFile as error:
+        raise ConfigError(f"{where}: must be PEM text or a PEM file: it {error}") from None
     except (OSError, ValueError) as error:
         # A key without its PEM frame looks like a path: don't show it.
         problem = getattr(error, "strerror", None) or "it is no path"

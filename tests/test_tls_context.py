@@ -1,4 +1,4 @@
-"""The context of TLS: made once for all attempts, elsewhere than on the loop, and after a change."""
+"""The context of TLS: made once for all attempts, off the loop, and again after a change."""
 
 from __future__ import annotations
 
