@@ -19,6 +19,7 @@ from ._findings import BAD, Checkup, Finding, merged
 from ._judge_records import Sample
 from ._judge_topology import SentinelSays
 from ._layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
+from ._resolver import Resolver
 from ._shards import SCAN_COUNT, Shards, facts, is_clustered, open_shards
 from ._survey import survey
 from ._typed import Place
@@ -237,17 +238,17 @@ async def _exist(shards: Shards, keys: list[bytes]) -> list[bool]:
 
 
 async def _look_at_sentinels(options: Options) -> Finding:
-    group = Sentinels(options)
+    group = Sentinels(options, Resolver())
     nodes = options.sentinels or ()
     said = await asyncio.gather(*(_ask_sentinel(group, options, node) for node in nodes))
     return of_topology.judge_sentinels(said)
 
 
 async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelSays:
-    connection = group._connection(node)
+    connection: Any = None
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
-            await connection.connect()
+            connection = await group._connect(node)
             await connection.send_command("SENTINEL", "MASTER", options.name)
             flat = await connection.read_response()
             state = {clean(str(name)): clean(str(value)) for name, value in pairs(flat).items()}

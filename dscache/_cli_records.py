@@ -242,7 +242,7 @@ async def _records(source: _ndjson.Lines) -> AsyncIterator[list[_ndjson.Line]]:
         some: list[_ndjson.Line] = []
         for text in texts:
             source.number += 1
-            if not text.strip():
+            if not text.removeprefix(_ndjson.BOM).strip():
                 continue
             try:
                 some.append(_ndjson.decode(text))

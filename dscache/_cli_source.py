@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +179,8 @@ def write(line: bytes) -> None:
 
 def complain(message: str) -> None:
     """Print one line of an error, or of a warning, on standard error."""
-    print(f"dscache: {printable(message)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # there is nowhere else to say it
+        print(f"dscache: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def printable(words: str) -> str:

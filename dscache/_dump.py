@@ -42,26 +42,33 @@ class Sink:
         self._durable = durable
         self._compressed = compressed
         self._gzip: Any = None
+        self.is_whole = True
+        """Whether all that was written was taken: after an error, some of it may not have been."""
 
     def write(self, lines: bytes) -> None:
+        self.is_whole = False
         if not self._compressed:
             self._file.write(lines)
-            return
-        if self._gzip is None:
-            self._gzip = zlib.compressobj(wbits=31)
-        self._file.write(self._gzip.compress(lines))
+        else:
+            if self._gzip is None:
+                self._gzip = zlib.compressobj(wbits=31)
+            self._file.write(self._gzip.compress(lines))
+        self.is_whole = True
 
     def settle(self) -> int:
         """Have on disk what was written; return how long the file is then, if it is durable."""
+        self.is_whole = False
         if self._gzip is not None:
             # The next piece is a member of its own, which readers of gzip join to this one.
             self._file.write(self._gzip.flush())
             self._gzip = None
         self._file.flush()
-        if not self._durable:
-            return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        size = 0
+        if self._durable:
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+        self.is_whole = True
+        return size
 
 
 class _ScanState(msgspec.Struct, forbid_unknown_fields=True):
@@ -178,6 +185,8 @@ class Export:
         noted = time.monotonic()
 
         def settle() -> None:
+            if not sink.is_whole:
+                return  # what was kept last still holds
             state.size = sink.settle()
             if keep is not None:
                 keep(state)

@@ -20,6 +20,8 @@ from .errors import DscacheError, RecordError, shorten
 # A value of Redis ends at 512 MiB; what is longer is no line of ours.
 _LONGEST = 2**29 + 2**20
 PIECE = 64 * 1024
+# What some editors and shells put before the first line of UTF-8.
+BOM = b"\xef\xbb\xbf"
 
 # What is around the data of a line as ``encode`` writes it.
 _AS_WRITTEN = re.compile(
@@ -81,6 +83,7 @@ def decode(text: bytes) -> Line:
     Raises RecordError.
     """
     line: Line
+    text = text.removeprefix(BOM)
     try:
         read = _read(text)
         line = Line(read.name, read.version, read.data, read.ttl)
@@ -151,6 +154,8 @@ class Lines:
             found = []
             for line in lines:
                 self.number += 1
+                if self.number == 1:
+                    line = line.removeprefix(BOM)
                 if not (text := line.removesuffix(b"\r")):
                     continue
                 try:

@@ -201,7 +201,7 @@ class Import:
         yield chunk
 
     def _decoded(self, text: bytes, place: str, chunk: _Chunk) -> _ndjson.Line | None:
-        if not text.strip():
+        if not text.removeprefix(_ndjson.BOM).strip():
             return None
         try:
             return _ndjson.decode(text)

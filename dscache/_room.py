@@ -31,16 +31,24 @@ class Room:
     What a node has redirected waits here, with everything that is issued on the same slots since,
     until the node has answered all that was in flight when the room was entered (``fence``): of
     that, more may be redirected. Then all of it goes on, oldest first, and nothing has overtaken
-    anything. The pipeline is one without a connection: it enforces deadlines.
+    anything. The pipeline is one without a connection: it enforces deadlines. ``entered`` is called
+    after each tick in which something came.
 
     What is to ask another node goes in turns. That node may refuse an operation, because a key is
     still on its way, and serve the next one; so the slot stays shut until those asked are settled,
     and no two of them are on the same record.
     """
 
-    def __init__(self, options: Options, check_usable: Callable[[], None], address: str) -> None:
+    def __init__(
+        self,
+        options: Options,
+        check_usable: Callable[[], None],
+        address: str,
+        entered: Callable[[], None] | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._check_usable = check_usable
+        self._entered = entered
         self._adopting = False
         self._refusal: ErrorOf | None = None
         self._fences: dict[Source, int] = {}
@@ -151,3 +159,5 @@ class Room:
         self.pipeline.end_tick()
         if self._refusal is not None:
             self.pipeline.fail_all(self._refusal)
+        elif self._entered is not None:
+            self._entered()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from msgspec.structs import replace
 
+from . import _files
 from ._typed import Place, Secret, Written
 from .errors import ConfigError
+
+_Stamp = tuple[int, ...] | None
 
 
 class Tls(Written, frozen=True, kw_only=True):
@@ -38,10 +43,36 @@ class Tls(Written, frozen=True, kw_only=True):
         return written
 
     def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
-        """Return a new context; files are read again, so that renewed ones take effect.
+        """Return the context, made anew when a file has changed, so that renewed ones take effect.
 
-        Raises ConfigError, which begins with ``where``, if a file or PEM text is bad.
+        All connections share it, as to make one takes milliseconds. Raises ConfigError, which
+        begins with ``where``, if a file or PEM text is bad: it is tried again at the next call.
         """
+        # Before they are read: of a file that changes meanwhile, the next call finds a change.
+        stamps = tuple(map(_stamp, self._files()))
+        with _making:
+            found = _made.get(self)
+            if found is not None and found[0] == stamps:
+                return found[1]
+            context = self._new_context(where)
+            _made.pop(self, None)
+            newest = max((stamp[0] for stamp in stamps if stamp), default=0)
+            if time.time_ns() - newest < _SETTLED_NS:
+                return context
+            while len(_made) >= _KEPT:
+                del _made[next(iter(_made))]
+            _made[self] = stamps, context
+            return context
+
+    def _files(self) -> list[str]:
+        """Return the paths of all that a context is made of."""
+        files = [value for value in (self.ca, self.cert, self.key) if value and not _is_pem(value)]
+        if self.ca is None:
+            system = ssl.get_default_verify_paths()
+            files += [path for path in (system.cafile, system.capath) if path]
+        return files
+
+    def _new_context(self, where: str) -> ssl.SSLContext:
         context = _trusting(self.ca, f"{where}.ca")
         if not (self.reject_unauthorized and self.check_hostname):
             context.check_hostname = False
@@ -78,6 +109,27 @@ class Tls(Written, frozen=True, kw_only=True):
         return located
 
 
+# The contexts that were made last, with what their files were then. In a forked child the thread
+# that was making one is none of its own.
+_KEPT: Final = 64
+# The clock of files is a coarse one: two changes so soon after each other may look like one.
+_SETTLED_NS: Final = 100_000_000
+_made: dict[Tls, tuple[tuple[_Stamp, ...], ssl.SSLContext]] = {}
+_making = threading.RLock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
+
+
+def _stamp(path: str) -> _Stamp:
+    """Return what is another for a file that was written, replaced or removed."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
 def _is_pem(value: str) -> bool:
     return "-----BEGIN " in value
 
@@ -88,8 +140,7 @@ def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
         return ssl.create_default_context()
     try:
         if not _is_pem(ca):
-            with open(ca, encoding="ascii", errors="ignore") as file:
-                ca = file.read()
+            ca = _files.read(ca, _files.MAX_PEM_BYTES).decode("ascii", "ignore")
         # Comments between certificates may be of any alphabet, which OpenSSL is not asked to read.
         ca = ca.encode("ascii", "ignore").decode()
         # Without a certificate Python would quietly trust the system's.
@@ -98,6 +149,8 @@ def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
         problem = "no certificate in it"
     except ssl.SSLError as error:
         problem = str(error.reason)
+    except _files.UnsuitableFile as error:
+        problem = f"it {error}"
     except (OSError, ValueError) as error:
         problem = str(error)
     raise ConfigError(f"{where}: must be PEM text or a PEM file of certificates: {problem}")
@@ -113,7 +166,10 @@ def _as_file(pem: str, where: str) -> Iterator[str]:
             yield file.name
         return
     try:
+        _files.check(pem, _files.MAX_PEM_BYTES)
         open(pem, "rb").close()
+    except _files.UnsuitableFile as error:
+        raise ConfigError(f"{where}: must be PEM text or a PEM file: it {error}") from None
     except (OSError, ValueError) as error:
         # A key without its PEM frame looks like a path: don't show it.
         problem = getattr(error, "strerror", None) or "it is no path"

@@ -122,6 +122,13 @@ def read(struct: type[T], written: object, place: Place) -> T:
         elif key in struct.no_effect:
             _logger.info("%s has no effect: %s", here, struct.no_effect[key])
         elif key not in struct.unsupported:
+            known = [*fields, *struct.consumed, *struct.no_effect]
+            if is_null(value) and nearest(key, known) is None and presentable(key) == key:
+                # With a name and a colon forgotten, a bare word may be the secret itself.
+                raise place.error(
+                    "there is a name in it without a value, which is no option; it is not shown, "
+                    "as it may be a secret; between a name and its value stand a colon and a space"
+                )
             raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
         elif not _is_off(value):
             raise here.error(f"isn't supported: {struct.unsupported[key]}")
@@ -166,9 +173,15 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 def presentable(key: str) -> str:
     """Return the part of a key that may be shown.
 
-    ``password:secret``, with the space forgotten, makes a key that holds the secret.
+    ``password:secret`` or ``password secret``, with the space or the colon forgotten, makes a key
+    that holds the secret.
     """
-    return re.split("[:=]", key, maxsplit=1)[0][:80]
+    return re.split(r"[^\w.-]", key, maxsplit=1)[0][:80] or "***"
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text may be the name of something, such as of a variable."""
+    return re.fullmatch(r"[A-Za-z_]\w{0,79}", text) is not None
 
 
 def _unknown(key: str, known: list[str], no_effect: Iterable[str]) -> str:
@@ -259,7 +272,9 @@ def _entries(kind: inspect.DictType, written: object, place: Place) -> Mapping[s
     assert key_type.pattern is not None
     for name, value in written.items():
         if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
-            raise place.error(f"each name in it must be {extra['wanted']}, not {_shown(name)}")
+            spaced = isinstance(name, str) and re.search(r"\s", name)
+            shown = _kind(name) if spaced else _shown(name)
+            raise place.error(f"each name in it must be {extra['wanted']}, not {shown}")
         if is_null(value):
             raise place.entry(name).error("must be a mapping of options, not null")
     return {name: _value(kind.value_type, one, place.entry(name)) for name, one in written.items()}

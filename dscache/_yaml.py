@@ -22,7 +22,8 @@ from typing import TypeVar, cast
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ._typed import Place, Scalar
+from . import _files
+from ._typed import Place, Scalar, is_name
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -31,6 +32,7 @@ _STRUCTURAL = "{},[]:#"
 # Characters for private use, of which a configuration hardly ever has one.
 _SPARE = range(0x100000, 0x10FFFE)
 _CALL = re.compile(r"(file|fileLoad)\((.+)\)", re.DOTALL)
+_QUOTE = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")""")
 
 T = TypeVar("T")
 
@@ -212,6 +214,11 @@ class Document:
             if not value and has_default:
                 return default
             if value is None:
+                if not is_name(name):
+                    raise place.error(
+                        "what stands in ${...} is no name of an environment variable; in double "
+                        'quotes, "\\x24{" is a plain ${'
+                    )
                 raise place.error(
                     f"the environment variable {name} is not set; "
                     f"set it, or write a default as in ${{{name}:-default}}"
@@ -222,10 +229,11 @@ class Document:
 
 
 def read_text(path: str, place: Place) -> str:
-    """Return the text of a UTF-8 file; raises ConfigError if there is none."""
+    """Return the text of a UTF-8 file; raises ConfigError if there is none, or it is too large."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return _files.read(path, _files.MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except _files.UnsuitableFile as error:
+        problem = f"{path} {error}"
     except FileNotFoundError:
         problem = f"there is no file {path}"
     except UnicodeDecodeError as error:
@@ -243,7 +251,7 @@ def _parse(text: str, place: Place, *, is_json: bool) -> Node:
     try:
         return _json_root(text) if is_json else _yaml_root(text)
     except json.JSONDecodeError as error:
-        where, problem = (error.lineno, error.colno), error.msg
+        where, problem = (error.lineno, error.colno), _without_quotes(error.msg)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         column = error.position - text.rfind("\n", 0, error.position)
@@ -252,14 +260,28 @@ def _parse(text: str, place: Place, *, is_json: bool) -> Node:
         mark = error.problem_mark or error.context_mark
         assert mark is not None
         where = mark.line + 1, mark.column + 1
-        # Longer quotes hold names that may be a password which begins with * & or !.
-        problem = re.sub(r" '[^'<][^']+'", "", error.problem or "")
+        problem = _without_quotes(error.problem or "")
     except RecursionError:
         raise place.error("is nested too deeply") from None
     raise place.error(
         f"line {where[0]}, column {where[1]}: no valid {'JSON' if is_json else 'YAML'}: {problem}; "
         "text with special characters must stand in quotes"
     )
+
+
+def _without_quotes(problem: str) -> str:
+    """Return what a parser says, without what it quotes of the file.
+
+    That may be a piece of a password, such as one that begins with * & or !. The names of its
+    tokens and single signs are none.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        quoted = found[1] or found[2] or ""
+        is_harmless = quoted.startswith("<") or (len(quoted) == 1 and not quoted.isalnum())
+        return found[0] if is_harmless else ""
+
+    return _QUOTE.sub(shown, problem)
 
 
 def _yaml_root(text: str) -> Node:

@@ -11,6 +11,7 @@ import random
 from typing import TYPE_CHECKING
 
 from . import _common
+from ._resolver import Resolver
 from .config import Options
 from .credentials import Credentials
 from .endpoint import Ask, Endpoint
@@ -36,6 +37,7 @@ class AnyNode:
         self._options = options
         self._credentials = credentials
         self._source = source
+        self._resolver = Resolver()
         self._seeds = [(seed.host, seed.port) for seed in options.seeds]
         # Those to be tried next, the last one first.
         self._next: list[Address] = []
@@ -63,7 +65,12 @@ class AnyNode:
             self._next = [self._at, *random.sample(sorted(others), len(others))]
         self._at = self._next.pop()
         options = self._options.for_node(*self._at)
-        self._endpoint = Endpoint(options, Credentials(options, self._credentials), of_cluster=True)
+        self._endpoint = Endpoint(
+            options,
+            Credentials(options, self._credentials),
+            of_cluster=True,
+            resolver=self._resolver,
+        )
         await self._endpoint.open(protocol)
 
     async def greet(self, ask: Ask) -> Greeting:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import _backend, _common, _counters
 from ._kept_task import KeptTask
 from ._opened import check_loop, check_process
+from ._resolver import Resolver
 from ._room import Room
 from .cluster_lookout import Lookout
 from .cluster_members import Members
-from .cluster_seeds import Seeds
+from .cluster_seeds import AT_ONCE, Seeds
 from .cluster_traffic import Traffic
 from .config import Config, Options
 from .connection import Connection, Follower
@@ -70,9 +71,12 @@ class Cluster:
         self._shared = options.for_node(first.host, first.port, first)
         self._seeds = Seeds(options)
         self._members = Members()
-        self._lookout = Lookout(config, self._seeds, self._members, self)
+        self._resolver = Resolver()
+        self._lookout = Lookout(config, self._seeds, self._members, self._resolver, self)
         self._stale = self._lookout.stale
-        self._traffic = Traffic(options, self._shared, self._check_usable, self.look_again)
+        self._traffic = Traffic(
+            options, self._shared, self._check_usable, self.look_again, self._open_for
+        )
         self._masters = self._traffic.masters  # one list
         self.pipeline = self._traffic.router
         self._near: Any = None
@@ -104,7 +108,13 @@ class Cluster:
     def is_ready(self) -> bool:
         """Whether every slot has a node that is ready."""
         masters = set(self._masters)
-        return not self._closed and all(one is not None and one.is_ready for one in masters)
+        if self._traffic.unopened and self._masters.count(None) == len(self._traffic.unopened):
+            masters.discard(None)
+        return (
+            not self._closed
+            and bool(self._members.ready())
+            and all(one is not None and one.is_ready for one in masters)
+        )
 
     @property
     def server(self) -> str:
@@ -185,6 +195,8 @@ class Cluster:
 
     def primaries(self) -> dict[Connection, Options]:
         """Return the nodes that serve slots, with the options of a connection to each."""
+        for slot in list(self._traffic.unopened):
+            self._open_for(slot)
         nodes = dict.fromkeys(node for node in self._masters if node is not None)
         return {node: self.options_at(self._members.address_of(node)) for node in nodes}
 
@@ -225,6 +237,7 @@ class Cluster:
                 target = self._node(self._options.mapped(*address))
                 if code == "MOVED":
                     self._masters[slot], target = target, None
+                    self._traffic.unopened.pop(slot, None)
                     self._forget([slot])
                     self._lookout.moved.add(slot)
                     self._stale.set()
@@ -270,6 +283,7 @@ class Cluster:
 
     def owner(self, slot: int) -> Connection | None:
         """Return the node that is known to serve a slot."""
+        self._open_for(slot)
         return self._masters[slot]
 
     def _forget(self, slots: list[int]) -> None:
@@ -292,10 +306,30 @@ class Cluster:
                 read_only=self._options.scale_reads != "master",
                 near=self._near,
                 inbox=self._inbox,
+                resolver=self._resolver,
             )
             self._members.join(address, node)
             self._traffic.join(node)
         return node
+
+    def _open_for(self, slot: int) -> None:
+        """Open the node that serves a slot, if it wasn't needed before."""
+        one = self._traffic.unopened.get(slot)
+        if one is None or self._closed:
+            return
+        mapped = self._options.mapped
+        node = self._node(mapped(*one.primary))
+        if self._options.scale_reads != "master":
+            for replica in one.replicas:
+                self._node(mapped(*replica))
+        its = [
+            slot
+            for slot in range(one.first, one.last + 1)
+            if self._traffic.unopened.get(slot) is one
+        ]
+        for slot in its:
+            del self._traffic.unopened[slot]
+        self._traffic.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
         """Connect to the nodes that are configured."""
@@ -343,20 +377,34 @@ class Cluster:
         mapped = self._options.mapped
         masters: list[Connection | None] = [None] * _common.SLOTS
         present: set[Connection] = set()
+        reads_replicas = self._options.scale_reads != "master"
+        announced = {one.primary for one in view}
+        if reads_replicas:
+            announced.update(replica for one in view for replica in one.replicas)
+        at = self._node if len(announced) <= AT_ONCE else self._members.find
+        unopened: dict[int, SlotRange] = {}
         for one in view:
-            primary = self._node(mapped(*one.primary))
-            present.add(primary)
-            masters[one.first : one.last + 1] = [primary] * (one.last - one.first + 1)
-            if self._options.scale_reads != "master":
-                present.update(self._node(mapped(*replica)) for replica in one.replicas)
+            slots = range(one.first, one.last + 1)
+            nodes = [at(mapped(*one.primary))]
+            if nodes[0] is None:
+                unopened.update(dict.fromkeys(slots, one))
+            masters[one.first : one.last + 1] = nodes * len(slots)
+            if reads_replicas:
+                nodes += [at(mapped(*replica)) for replica in one.replicas]
+            present.update(node for node in nodes if node is not None)
         for slot in self._lookout.moved:
             # The view may be the older one; the next will tell.
             masters[slot] = self._masters[slot]
         present.update(node for node in masters if node is not None)
+        self._traffic.unopened = {
+            slot: one for slot, one in unopened.items() if masters[slot] is None
+        }
         self.view = view
         self._traffic.limbo.pipeline.down = ConnectError("no node of the cluster serves this slot")
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
         left = {self._masters[slot] for slot in changed}
+        if self._traffic.unopened:
+            left.add(None)  # what waits is what its node is opened for
         self._forget(changed)
         self._traffic.hand_slots({slot: masters[slot] for slot in changed})
         if self._options.scale_reads != "master":

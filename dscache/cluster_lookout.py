@@ -10,6 +10,7 @@ import asyncio
 import random
 from typing import Protocol
 
+from ._resolver import Resolver
 from .cluster_members import Members
 from .cluster_seeds import Seeds
 from .config import Config
@@ -51,11 +52,19 @@ class Audience(Protocol):
 class Lookout:
     """Keeps the view of a cluster up to date, and tells it to an Audience."""
 
-    def __init__(self, config: Config, seeds: Seeds, members: Members, audience: Audience) -> None:
+    def __init__(
+        self,
+        config: Config,
+        seeds: Seeds,
+        members: Members,
+        resolver: Resolver,
+        audience: Audience,
+    ) -> None:
         self._options = config.options
         self._source = config.source
         self._seeds = seeds
         self._members = members
+        self._resolver = resolver
         self._audience = audience
         self.stale = asyncio.Event()
         """Set while there is reason to ask."""
@@ -143,7 +152,7 @@ class Lookout:
         for seed in self._seeds.to_look_up(loop.time()):
             try:
                 async with asyncio.timeout(self._options.slots_refresh_timeout / 1000):
-                    found = await loop.getaddrinfo(seed.host, seed.port)
-            except (OSError, TimeoutError):
+                    found = await self._resolver.look_up(seed.host, seed.port)
+            except (OSError, TimeoutError, UnicodeError):
                 continue
             self._seeds.looked_up(seed, found)

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from . import _counters
 from ._common import ErrorOf, join_address
-from .cluster_seeds import Seeds
+from .cluster_seeds import AT_ONCE, Seeds
 from .cluster_table import Place, Shard, Table
 from .config import Config
 from .errors import ConfigError, ConnectError, ReplyError
@@ -134,9 +134,19 @@ class ClusterMap:
         """Return the node that others name by an address."""
         return self.place(self._options.mapped(*address))
 
+    def place_at(self, shown: str) -> Place:
+        """Return the node at an address as it is shown, which may be needed for the first time."""
+        found = self.places.get(shown)
+        if found is None:
+            host, _, port = shown.rpartition(":")
+            found = self.place((host.strip("[]"), int(port)))
+        return found
+
     def primaries(self) -> list[Place]:
-        """Return the nodes that serve slots."""
-        return [place for one in self.table.primaries if (place := self.places.get(one))]
+        """Return the nodes that serve slots; of very many those that were needed, or else one."""
+        all_of_them = self.table.primaries
+        known = [place for one in all_of_them if (place := self.places.get(one))]
+        return known or [self.place_at(one) for one in list(all_of_them)[:1]]
 
     def keep_counts(self, place: Place | None, counts: Mapping[str, Any]) -> None:
         """Keep what was counted by lines that are no more, of a node or of none."""
@@ -172,8 +182,11 @@ class ClusterMap:
             self.refusal = None
             self.trouble = ConnectError("no node of the cluster serves this slot")
             shards = []
+            announced = {one.primary for one in view.ranges}
             for one in sorted(view.ranges, key=lambda one: one.first):
-                primary = self.place(mapped(*one.primary)).shown
+                primary = join_address(*mapped(*one.primary))
+                if len(announced) <= AT_ONCE:
+                    self.place_at(primary)
                 replicas = [mapped(*replica) for replica in one.replicas]
                 shards.append(Shard(one.first, one.last, primary, self._readers(primary, replicas)))
             # Of slots that moved meanwhile, the view may be the older one; the next will tell.
@@ -274,10 +287,15 @@ class ClusterMap:
         if self._options.scale_reads == "master":
             return ()
         now = time.monotonic()
-        readers = [place.shown for one in replicas if (place := self.place(one)).avoid_until <= now]
+        shown = [join_address(*one) for one in replicas]
+        readers = [one for one in shown if self._may_be_read(one, now)]
         if self._options.scale_reads == "all" and readers:
             readers.append(primary)
         return tuple(readers)
+
+    def _may_be_read(self, shown: str, now: float) -> bool:
+        place = self.places.get(shown)
+        return place is None or place.avoid_until <= now
 
     def avoid(self, place: Place) -> None:
         """Read from others for a while, if that is a replica that can't be read."""

@@ -178,8 +178,7 @@ class Routes:
             return pipeline
         slot = pipeline.slot_of(kind, name)
         shown = self._table.find(slot, kind in (c.GET, c.HEAD, c.READ_KEY))
-        place = None if shown is None else self._map.places.get(shown)
-        return pipeline if place is None else self.node(place).pipeline
+        return pipeline if shown is None else self.node(self._map.place_at(shown)).pipeline
 
     def adopt_all(self, other: Routes) -> None:
         """Take over all that waits in others, to be handed on."""

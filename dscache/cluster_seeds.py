@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from msgspec import UNSET
 
 from .config import Node, Options
 from .slots import NAMES_LAST, Address
+
+# Where a cluster announces more nodes than this, each is connected to when it is needed: sixteen
+# thousand would take seconds, which a node that is out of its mind can announce as well.
+AT_ONCE: Final = 256
 
 
 class Seeds:

@@ -17,13 +17,15 @@ from ._room import Room
 from .config import Options
 from .connection import Connection
 from .errors import ConnectError, ConnectionLost
+from .slots import SlotRange
 
 
 class Traffic:
     """The Router of a cluster, and the rooms where its operations wait.
 
     ``options`` are the cluster's, ``shared`` what holds for each of its nodes. ``check_usable``
-    raises if nothing may be begun, and ``look_again`` is called if the slots seem to have moved.
+    raises if nothing may be begun, ``look_again`` is called if the slots seem to have moved, and
+    ``open_for`` with a slot of which something waits that no opened node serves.
     """
 
     def __init__(
@@ -32,12 +34,16 @@ class Traffic:
         shared: Options,
         check_usable: Callable[[], None],
         look_again: Callable[[], None],
+        open_for: Callable[[int], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._address = options.address
         self._shared = shared
         self._check_usable = check_usable
         self._look_again = look_again
+        self._open_for = open_for
+        self.unopened: dict[int, SlotRange] = {}
+        """The slots of nodes that weren't needed yet, where there are too many to open each."""
         self.masters: list[Connection | None] = [None] * _common.SLOTS
         self._readers: Mapping[Connection, list[Connection]] = {}
         self._holders: dict[Any, Connection | Room] = {}
@@ -45,7 +51,7 @@ class Traffic:
         self._apart = RecordsApart(
             core, self._loop.create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
-        self.limbo = self._new_room()
+        self.limbo = self._new_room(self._limbo_entered)
         self.limbo.pipeline.down = ConnectError("still connecting")
         self.router = core.Router(
             self._loop.create_future,
@@ -183,7 +189,7 @@ class Traffic:
 
     def _move(self, pipeline: Any) -> None:
         """Hand over what waits in a pipeline and belongs elsewhere by now."""
-        self._between += pipeline.release(self.router.target_of)
+        self._between += pipeline.release(self._target_of)
         if not self._between:
             return
         batches: dict[Any, list[Any]] = {}
@@ -192,6 +198,18 @@ class Traffic:
         for target, waiting in batches.items():
             self.hand_over(self._holders.get(target, self.limbo), waiting)
         self._between.clear()  # if anything has failed, they are handed over with the next
+
+    def _limbo_entered(self) -> None:
+        if self.unopened:
+            self._move(self.limbo.pipeline)
+
+    def _target_of(self, kind: int, name: str) -> Any:
+        """Return where an operation goes; its node may be opened for it."""
+        target = self.router.target_of(kind, name)
+        if target is self.limbo.pipeline:
+            self._open_for(target.slot_of(kind, name))
+            target = self.router.target_of(kind, name)
+        return target
 
     def _open(self, room: Room) -> None:
         for slot in list(room.slots):
@@ -216,7 +234,7 @@ class Traffic:
     def _take_room(self) -> Room:
         return self._spare_rooms.pop() if self._spare_rooms else self._new_room()
 
-    def _new_room(self) -> Room:
-        room = Room(self._shared, self._check_usable, self._address)
+    def _new_room(self, entered: Callable[[], None] | None = None) -> Room:
+        room = Room(self._shared, self._check_usable, self._address, entered)
         self._holders[room.pipeline] = room
         return room

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
+from yaml.nodes import ScalarNode
 
 from . import _ioredis, _url
 from ._common import (
@@ -405,8 +406,18 @@ def _find_cache(
         return "", root
     best = nearest("cache", map(str, sections))
     meant = f'; is "{best}" meant to be it?' if best else ""
-    there = ", ".join(presentable(str(name)) for name in sections) or "none"
-    raise place.error(f"no section cache, the sections are: {there}{meant}; write {_EXAMPLE}")
+    # A bare word may be a secret, with its name and colon forgotten.
+    there = ", ".join(presentable(str(k)) for k, v in sections.items() if not _is_bare(k, v))
+    raise place.error(
+        f"no section cache, the sections are: {there or 'none'}{meant}; write {_EXAMPLE}"
+    )
+
+
+def _is_bare(name: object, value: object) -> bool:
+    """Return whether a section is but a name, and no known one."""
+    return name != "plugins" and is_null(
+        value.value or None if isinstance(value, ScalarNode) else value
+    )
 
 
 def _mapping_or_none(value: object) -> Mapping[str, object] | None:
@@ -502,10 +513,11 @@ def _config(
 
 def _check_near_cache(options: Options, near: NearCacheOptions, place: Place) -> None:
     if near.mode == "broadcast":
+        here = place.at("prefixes")
         for i, one in enumerate(near.prefixes):
             for other in near.prefixes[:i]:
                 if one.startswith(other) or other.startswith(one):
-                    raise place.at(f"prefixes[{i}]").error(
+                    raise here.item(i).error(
                         f"{shorten(one)} and {shorten(other)} overlap, which Redis refuses in the "
                         "mode broadcast; leave the longer one out"
                     )

@@ -23,6 +23,7 @@ from ._deadlines import Deadlines
 from ._forks import in_each_child
 from ._kept_task import KeptTask
 from ._opened import check_loop, check_process
+from ._resolver import Resolver
 from .config import Options
 from .credentials import Credentials, Hidden
 from .endpoint import Endpoint
@@ -71,7 +72,8 @@ class Connection:
     With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
     a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
     a cluster is ``near`` for all nodes. ``endpoint`` stands in for the one server that ``options``
-    name, and ``inbox`` takes the messages that come. ``owner`` is for errors: whose it is.
+    name, and ``inbox`` takes the messages that come. The nodes of a cluster share a ``resolver``.
+    ``owner`` is for errors: whose it is.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Connection:
         near: Any = None,
         endpoint: Any = None,
         inbox: Any = None,
+        resolver: Resolver | None = None,
         owner: str = "an AsyncCache",
     ) -> None:
         self.server = ""
@@ -102,6 +105,7 @@ class Connection:
             read_only=read_only,
             is_near=is_near,
             of_cluster=cluster is not None,
+            resolver=resolver,
         )
         login.listen(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()

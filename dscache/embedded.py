@@ -31,6 +31,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from dscache._forks import in_each_child
 from dscache.errors import DscacheError, UsageError
 
 _HOST = "127.0.0.1"
@@ -43,6 +44,16 @@ _LOG_LINES = 20
 _SOCKET_PATH_LIMIT = 100
 _VERSION = re.compile(r"(Redis|Valkey) server v=(\d+(?:\.\d+)+)")
 _SECRET_OPTIONS = ("--requirepass", "--masterauth", "--primaryauth", "--user")
+# Ends a server ($1) and removes its folder ($2) when standard input ends, which the owner's death
+# does, however it comes about. A number that belongs to another process by now is left alone, where
+# the system tells: by the log that the server writes.
+_WATCHER = """
+read -r line
+if [ ! -d /proc/self/fd ] || [ "$(readlink "/proc/$1/fd/1")" = "$2/log" ]; then
+    kill -KILL "$1"
+fi
+rm -rf "$2"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +157,8 @@ def _output(*command: str) -> str:
 class EmbeddedServer:
     """One private server, running from ``start()`` or ``with`` until the end of the block.
 
+    It also ends with the process that started it, even if that is killed.
+
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of
     127.0.0.1, 0 any that is free. ``args`` are further command-line options of the server. With
     ``unix_socket`` it listens on a socket file alone; with ``tls`` its port speaks nothing but
@@ -173,7 +186,11 @@ class EmbeddedServer:
         self._args = tuple(args)
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        # The end of a pipe that ends with this process, and with no child that it forks.
+        self._alive: int | None = None
         self._owner = os.getpid()
+        in_each_child(self, EmbeddedServer._leave_parent)
 
     @property
     def url(self) -> str:
@@ -241,6 +258,7 @@ class EmbeddedServer:
         except subprocess.TimeoutExpired:
             self.kill()
         self._process = None
+        self._end_watcher()
 
     def kill(self) -> None:
         """End the server at once, as a crash would."""
@@ -248,6 +266,7 @@ class EmbeddedServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._end_watcher()
 
     def restart(self) -> None:
         """Stop the server and start it again, empty, at the same address."""
@@ -321,6 +340,37 @@ class EmbeddedServer:
                 start_new_session=True,
             )
 
+        self._watch(self._process.pid, directory)
+
+    def _watch(self, pid: int, directory: Path) -> None:
+        """Have the server ended when this process has ended without a chance to do it."""
+        self._end_watcher()
+        reads, self._alive = os.pipe()
+        try:
+            self._watcher = subprocess.Popen(
+                ["/bin/sh", "-c", _WATCHER, "sh", str(pid), os.path.realpath(directory)],
+                cwd="/",
+                stdin=reads,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(reads)
+
+    def _end_watcher(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.kill()
+            watcher.wait()
+        # Only now, as the end of the pipe is what it waits for.
+        self._leave_parent()
+
+    def _leave_parent(self) -> None:
+        alive, self._alive = self._alive, None
+        if alive is not None:
+            os.close(alive)
+
     def _options(self) -> list[str]:
         options = {
             "--bind": self.host,
@@ -355,6 +405,7 @@ class EmbeddedServer:
             while time.monotonic() < deadline:
                 if not self.is_running:
                     self._process = None
+                    self._end_watcher()
                     return False
                 try:
                     client.ping()

@@ -1,8 +1,8 @@
 """Where a server is and how it is greeted: everything of a socket before its first operation.
 
 Each attempt to connect begins here and from nothing: the host is looked up, the Sentinels are
-asked, certificates are read and credentials are fetched afresh, since any of them may have
-changed since the last one.
+asked, certificates are read if their files have changed and credentials are fetched afresh, since
+any of them may have changed since the last one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _common
+from ._resolver import Resolver
 from .config import Options
 from .credentials import Credentials, Login, without
 from .errors import ConnectError, DscacheError
@@ -32,7 +33,7 @@ class Endpoint:
 
     With ``read_only``, a replica of a cluster is told that it may answer reads; with ``is_near``,
     a server is asked to tell of changes, as the near cache is configured, and as one ``of_cluster``
-    is.
+    is. All nodes of a cluster have one ``resolver``.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Endpoint:
         read_only: bool = False,
         is_near: bool = False,
         of_cluster: bool = False,
+        resolver: Resolver | None = None,
     ) -> None:
         self._is_near = is_near
         self._of_cluster = of_cluster
         self._read_only = read_only
         self._options = options
         self._credentials = credentials
+        self._resolver = resolver or Resolver()
         self._sentinels: Sentinels | None = None
         self.address = options.address
         self.named = options.address
@@ -86,7 +89,7 @@ class Endpoint:
         options = self._options
         loop = asyncio.get_running_loop()
         tls = options.tls
-        context = tls.context() if tls else None
+        context = await self._resolver.tls_context(tls) if tls else None
         if options.path:
             await loop.create_unix_connection(
                 lambda: protocol,
@@ -99,18 +102,21 @@ class Endpoint:
         if options.sentinels is not None:
             host, port = await self._group().locate()
             self.address = self.named = _common.join_address(host, port)
-        transport, _ = await loop.create_connection(
+        link = await self._resolver.connect(host, port, FAMILIES[options.family])
+        try:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_OPTIONS.items():
+                link.setsockopt(socket.IPPROTO_TCP, option, value)
+        except OSError:
+            link.close()
+            raise
+        # From here on the loop closes the socket, whatever happens.
+        await loop.create_connection(
             lambda: protocol,
-            host,
-            port,
-            family=FAMILIES[options.family],
+            sock=link,
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
-        link = transport.get_extra_info("socket")
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in TCP_OPTIONS.items():
-            link.setsockopt(socket.IPPROTO_TCP, option, value)
 
     async def greet(self, ask: Ask) -> Greeting:
         """Get the server's consent to work with it.
@@ -150,5 +156,5 @@ class Endpoint:
             # redis-py takes longer to import than all of dscache, and is only used here.
             from .sentinel import Sentinels
 
-            self._sentinels = Sentinels(self._options)
+            self._sentinels = Sentinels(self._options, self._resolver)
         return self._sentinels

@@ -17,9 +17,10 @@ from typing import Any
 from redis.asyncio import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from . import _common
+from ._resolver import Resolver
 from .config import Options, SentinelNode
 from .credentials import hidden, masked
 from .errors import ConnectError, clean
@@ -53,8 +54,9 @@ _Question = Callable[[Any], Awaitable[_Answer | None]]
 class Sentinels:
     """The Sentinels of one group, and the newest that they said."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, resolver: Resolver) -> None:
         self._options = options
+        self._resolver = resolver
         self._nodes = options.sentinels or ()
         # Each attempt to connect begins here, and needs most of its time for the rest.
         self._seconds = options.connect_timeout / 1000 / (len(self._nodes) + 1)
@@ -146,10 +148,10 @@ class Sentinels:
 
     async def _ask(self, node: SentinelNode, question: _Question) -> _Answer | str:
         """Return a Sentinel's answer, or its address and why it has none."""
-        connection = self._connection(node)
+        connection: Any = None
         try:
             async with asyncio.timeout(self._seconds):
-                await connection.connect()
+                connection = await self._connect(node)
                 answer = await question(connection)
         except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
             return f"{node.address}: {self.explain(error, self._seconds)}"
@@ -218,10 +220,10 @@ class Sentinels:
         complained = False
         while True:
             began = self._loop.time()
-            connection = self._connection(node)
+            connection: Any = None
             try:
                 async with asyncio.timeout(_PING_ANSWER):
-                    await connection.connect()
+                    connection = await self._connect(node)
                     await connection.send_command("SUBSCRIBE", *_EVENTS)
                     for _ in _EVENTS:
                         await connection.read_response()
@@ -265,10 +267,30 @@ class Sentinels:
 
     # -- connections
 
-    def _connection(self, node: SentinelNode) -> Any:
+    async def _connect(self, node: SentinelNode) -> Any:
+        """Return a connection to a Sentinel, of whose addresses each is tried in turn."""
+        failure: Exception = OSError("it has no address")
+        for *_, (host, port, *_) in await self._resolver.look_up(node.host, node.port):
+            connection = self._connection(host, port)
+            try:
+                await connection.connect()
+            except (RedisError, OSError) as error:
+                await self._end(connection)
+                failure = error
+                if isinstance(error, (AuthenticationError, ResponseError)):
+                    break  # it is there, and says no
+            except BaseException:
+                await self._end(connection)
+                raise
+            else:
+                return connection
+        raise failure
+
+    def _connection(self, host: str, port: int) -> Any:
+        # With a name, the loop would look it up in an executor that the program needs as well.
         return Connection(
-            host=node.host,
-            port=node.port,
+            host=host,
+            port=port,
             username=self._options.sentinel_username,
             password=self._options.sentinel_password,
             # Whoever uses it has a limit of his own for all of it together.
@@ -280,7 +302,7 @@ class Sentinels:
         )
 
     async def _end(self, connection: Any) -> None:
-        if self._loop.is_running():
+        if connection is not None and self._loop.is_running():
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
 

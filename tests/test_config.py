@@ -6,7 +6,10 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from dscache.config import (
 )
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
+from waiting import PATIENCE
 
 DATA = Path(__file__).parent / "data"
 EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
@@ -301,7 +305,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     assert refusal(load, missing) == f"missing.yml: there is no file {missing}"
     folder = tmp_path / "folder.yml"
     folder.mkdir()
-    assert refusal(load, folder) == f"folder.yml: {folder} can't be read: Is a directory"
+    assert refusal(load, folder) == f"folder.yml: {folder} is a folder; name a file in it"
     assert "can't be read: embedded null byte" in refusal(load, "a\0.yml")
     latin = tmp_path / "latin.yml"
     latin.write_bytes(b"cache: \xe9")
@@ -312,6 +316,94 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     assert refusal(load, write("- cache")) == (
         f"config.yml: must be a mapping of sections; write {EXAMPLE}"
     )
+
+
+# Reads what the last argument configures, and prints why it can't.
+READ_SAFELY = """
+import resource, signal, sys
+from dscache import ConfigError
+from dscache.config import load
+
+signal.alarm(20)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+try:
+    load(sys.argv[1])
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "large", "socket"])
+@pytest.mark.parametrize("place", ["", "ca", "cert", "key", "password"])
+def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> None:
+    """In a process of its own: a pipe would be waited for, and a device never ends."""
+    odd = tmp_path / "odd.yml"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        if kind == "fifo":
+            os.mkfifo(odd)
+        elif kind == "device":
+            odd.symlink_to("/dev/zero")
+        elif kind == "socket":
+            listener.bind(str(odd))
+        else:
+            with odd.open("wb") as file:
+                file.truncate(1 << 34)
+        config = tmp_path / "config.yml"
+        if not place:
+            config = odd
+        elif place == "password":
+            call = f"fileLoad({odd})"
+            config.write_text(f"cache: {{name: redis, options: {{{place}: '{call}'}}}}")
+        else:
+            config.write_text(f"cache: {{name: redis, options: {{tls: {{{place}: {odd}}}}}}}")
+            if place == "key":
+                cert = tmp_path / "cert.pem"
+                cert.write_text("-----BEGIN CERTIFICATE-----")
+                text = config.read_text().replace("tls: {", f"tls: {{cert: {cert}, ")
+                config.write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-c", READ_SAFELY, str(config)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    why = "more than" if kind == "large" else "no regular file but a pipe, socket or device"
+    assert why in done.stdout
+    assert done.stdout.startswith("config.yml: cache.options." if place else "odd.yml: ")
+    assert place in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{host: h, password S3CR3T}",
+        "{host: h, S3CR3T}",
+        "{host: h, ? S3CR3T}",
+        "{password: , S3CR3T}",
+        "{password=S3CR3T}",
+        "{natMap: {password S3CR3T: {}}}",
+        "{redisOptions: {password S3CR3T}}",
+        "{sentinels: [{host: h, password S3CR3T}]}",
+        "{tls: {passphrase S3CR3T}}",
+        "{password: 'a${S3CR3T b}'}",
+        "{password: *S3CR3T}",
+        "{host: &S3CR3T h, port: &S3CR3T 1, password: *S3}",
+        "{password: !S3CR3T x}",
+    ],
+)
+def test_a_line_that_went_wrong_shows_no_secret(options: str, write: Callable[..., Path]) -> None:
+    text = f"cache: {{name: redis, options: {options}}}"
+    said = {refusal(load, write(text)) for text in (text, f"{options}\n", f"plugins: {options}\n")}
+    assert not [one for one in said if "S3CR3T" in one]
+
+
+def test_a_broken_line_shows_no_sign_of_a_secret(write: Callable[..., Path]) -> None:
+    """Not even one sign, which a parser may quote."""
+    said = refusal(load, write('cache: {name: redis, options: {password: "\\q"}}'))
+    assert "'q'" not in said
+    assert "unknown escape character" in said
 
 
 QUOTES = "; text with special characters must stand in quotes"

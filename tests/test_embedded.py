@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import redis
 
 from dscache import DscacheError, UsageError, embedded
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
+from figures import open_files
+from waiting import PATIENCE
 
 FOUND = find_servers()
 
@@ -42,6 +45,58 @@ def process_is_there(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+STARTS = """
+import os, sys, threading, time
+from dscache.embedded import EmbeddedServer, find_servers
+
+binary = next(one for one in find_servers() if one.name == sys.argv[1])
+server = EmbeddedServer(binary, args=["--dir", "/"] if "elsewhere" in sys.argv else [])
+starting = threading.Thread(target=server.start)
+starting.start()
+starting.join()
+if "paused" in sys.argv:
+    server.pause()
+if "forks" in sys.argv and os.fork() == 0:
+    os.close(1)
+    time.sleep(600)
+print(server.pid, os.path.dirname(server.path), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["", "paused", "elsewhere", "forks"])
+def test_the_server_ends_with_a_process_that_is_killed(binary: ServerBinary, how: str) -> None:
+    """It was started by a thread that has ended, which alone must not end it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS, binary.name, how],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        try:
+            assert program.stdout is not None
+            pid, folder = program.stdout.readline().split()
+            time.sleep(0.3)
+            assert process_is_there(int(pid))
+            program.kill()
+            end = time.monotonic() + PATIENCE
+            while process_is_there(int(pid)) or os.path.exists(folder):
+                assert time.monotonic() < end, "the server has outlived its owner"
+                time.sleep(0.01)
+        finally:
+            # With the child that it has forked.
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def test_nothing_watches_a_server_that_has_ended(binary: ServerBinary) -> None:
+    before = open_files()
+    with EmbeddedServer(binary) as server:
+        for end in (server.restart, server.kill, server.start, server.stop, server.start):
+            end()
+    assert server._watcher is None
+    assert open_files() == before
 
 
 def test_a_server_is_found_and_described() -> None:

@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import random
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -873,14 +874,17 @@ async def test_addresses_are_mapped(backend: str, hasty: None) -> None:
 
 async def test_names_are_looked_up_afresh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes are gone, and the configured name leads to another address by now."""
-    loop = asyncio.get_running_loop()
-    resolve = loop.getaddrinfo
+    resolve = socket.getaddrinfo
     place = "127.0.0.1"
 
-    async def look_up(host: str, port: Any, **options: Any) -> Any:
-        return await resolve(place if host == "records.test" else host, port, **options)
+    def look_up(host: str, port: Any, family: int = 0, kind: int = 0, *others: int) -> Any:
+        if host != "records.test":
+            return resolve(host, port, family, kind, *others)
+        if others[-1] & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no number")
+        return resolve(place, port, family, kind)
 
-    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with AsyncExitStack() as stack:
         old = await stack.enter_async_context(FakeCluster(1))
         (node,) = old.nodes
@@ -899,6 +903,81 @@ async def test_names_are_looked_up_afresh(backend: str, monkeypatch: pytest.Monk
         await until(lambda: cache.is_ready)
         assert await cache.set("a", 1, 1) is True
         assert new.nodes[0].values
+
+
+# A busy machine takes its time for so large a view.
+PATIENT = dict.fromkeys(("connectTimeout", "commandTimeout", "slotsRefreshTimeout"), 60_000)
+
+
+def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
+    """Let nodes announce one for each slot, two of which they are; return a name of each."""
+    one, other = fakes.nodes
+    names = [names_of(node, 1)[0] for node in (one, other)]
+    real = {slot_of(name): node for name, node in zip(names, fakes.nodes, strict=True)}
+
+    def entry(slot: int) -> list[Any]:
+        if slot in real:
+            return real[slot].entry()
+        # Where nobody listens.
+        return [b"127.%d.%d.9" % (1 + slot // 256, slot % 256), 1, b"%040x" % slot, []]
+
+    answer = [[slot, slot, entry(slot)] for slot in range(_common.SLOTS)]
+    for node in fakes.nodes:
+        node.slots = lambda: answer  # type: ignore[method-assign]
+    return names
+
+
+@pytest.mark.parametrize("layer", ["", "near"])
+async def test_of_very_many_nodes_each_is_opened_when_it_is_needed(
+    backend: str, layer: str
+) -> None:
+    near: dict[str, Any] = {"nearCache": {"required": False}} if layer else {}
+    near |= PATIENT
+    async with FakeCluster(2) as fakes:
+        names = announce_a_node_for_each_slot(fakes)
+        async with opened(fakes.nodes[0], **near) as cache:
+            assert cache.is_ready
+            assert nodes_of(cache) == {fakes.nodes[0].address}
+            assert len(own_tasks()) < 10
+            assert await cache.set(names[1], 1, 1) is True
+            assert nodes_of(cache) == {node.address for node in fakes.nodes}
+            assert set(await cache.get_bulk(names)) == {names[1]}
+            # A slot whose node is away fails alone, and is no hindrance to others.
+            lost = next(name for i in range(100) if slot_of(name := f"x{i}") % 256 not in (0, 255))
+            waiting = asyncio.ensure_future(cache.get(lost))
+            await until(lambda: len(nodes_of(cache)) == 3)
+            assert await cache.set_bulk(dict.fromkeys(names, (2, 2))) == set()
+            waiting.cancel()
+            assert await cache.head_bulk(names) == dict.fromkeys(names, 2)
+            await until(lambda: cache.stats()["refreshes"] > 1)
+            assert len(nodes_of(cache)) == 3
+
+
+async def test_operations_that_came_before_the_view_of_many_nodes(backend: str) -> None:
+    async with FakeCluster(2) as fakes:
+        names = announce_a_node_for_each_slot(fakes)
+        cache = cache_on(fakes.nodes[0], **PATIENT)
+        assert await asyncio.gather(*(cache.set(name, 1, 1) for name in names)) == [True, True]
+        assert nodes_of(cache) == {node.address for node in fakes.nodes}
+        await cache.close()
+
+
+async def test_a_blocking_cache_of_very_many_nodes(backend: str) -> None:
+    async with FakeCluster(2) as fakes:
+        names = announce_a_node_for_each_slot(fakes)
+        node = fakes.nodes[0]
+        options = {"nodes": [{"host": node.host, "port": node.port}], **PATIENT}
+
+        def work() -> None:
+            with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+                assert cache.is_ready
+                assert set(cache.stats()["nodes"]) == {node.address}
+                for name in names:
+                    assert cache.set(name, 1, 1) is True
+                assert cache.head_bulk(names) == dict.fromkeys(names, 1)
+                assert set(cache.stats()["nodes"]) == {one.address for one in fakes.nodes}
+
+        await asyncio.to_thread(work)
 
 
 async def test_the_slots_are_not_asked_for_all_the_time(backend: str) -> None:
