@@ -26,19 +26,22 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from functools import partial
-from itertools import repeat
-from pathlib import Path
 from typing import Any
+
+import hiredis
 
 from dscache.errors import ConnectionLost, DscacheError
 from wire import ADDRESS, ModelServer, Operation, Push, Refusal, commands, resp
 
-# More allocations than any step makes.
-_LIMIT = 20_000
-# Where a child is: the scene, the step, the allocation; and how many runs there were.
-_PLACE = struct.Struct("4q")
+# More allocations than any step makes, and than are behind one that fails; more replies.
+_MOST = 2000
+_ROOM = (None,) * 50
+_REPLIES = 8
+# Where a child is: the scene, the step, the replies before, the allocation; and its runs so far.
+_PLACE = struct.Struct("5q")
 _OWNERS = [f"owner/{i}" for i in range(100)]
 _COUNTERS = ("queued", "in_flight", "pending", "pending_bytes")
 _EXAMPLES = 40
@@ -47,9 +50,9 @@ _CRASHES = 200
 # Seconds until a run has no end: it takes a millisecond.
 _PATIENCE = 10
 
+_READER = hiredis.Reader
 _LOOP = asyncio.new_event_loop()
 
-# Replies that Cython's fast paths leave to hiredis: of a key that is no record's.
 _BIG = "x" * 20_000
 
 
@@ -61,6 +64,45 @@ def _text(name: str) -> bytes:
     return b'{"name":"%s"}' % name.encode()
 
 
+class Shield:
+    """Lets allocations fail in the core alone, and not in the Reader of hiredis.
+
+    hiredis crashes by itself when it can't make an error reply. So where there are some, what
+    fails is an allocation of that number after so many replies that it gave.
+    """
+
+    def __init__(self) -> None:
+        self.replies = 0
+        self.number = -1
+
+    def arm(self, replies: int, number: int) -> None:
+        """Let an allocation fail after so many replies; with none, at once."""
+        self.replies, self.number = replies, number
+        if not replies:
+            _set_failure(number)
+
+    def reader(self, make: Callable[..., Any], **options: Any) -> Any:
+        """Return what stands for a Reader."""
+        real = make(**options)
+        return types.SimpleNamespace(
+            feed=partial(self._past, real.feed),
+            gets=partial(self._past, real.gets),
+            has_data=real.has_data,
+        )
+
+    def _past(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        if self.number < 0:
+            return call(*arguments)
+        hit = self.replies == 0
+        _end_failures()
+        try:
+            return call(*arguments)
+        finally:
+            self.replies -= 1
+            if self.replies == 0 and not hit:
+                _set_failure(self.number)
+
+
 class Scene:
     """One pipeline, operations on it, and a server; with what a caller of the core does."""
 
@@ -70,9 +112,17 @@ class Scene:
         *operations: Operation,
         near: bool = False,
         msetex: bool = False,
+        shielded: bool = False,
         **options: Any,
     ) -> None:
         self.core = core
+        self.shield = Shield() if shielded else None
+        if self.shield is not None:
+            # The core asks for its Reader here whenever it begins anew.
+            make = partial(self.shield.reader, _READER)
+            hiredis.Reader = make  # type: ignore[assignment, misc]
+        else:
+            hiredis.Reader = _READER  # type: ignore[misc]
         self.server = ModelServer()
         for name in (*_OWNERS, "a", "b", "c"):
             self.server.put(name, 1, _text(name))
@@ -163,6 +213,7 @@ class Scene:
 
     def finish(self) -> None:
         """Go on over a new connection; all has ended, and belongs to whoever has it."""
+        self._again(self.lose)
         self.pipeline.connected(self.front is not self.pipeline)
         self.pipeline.down = None
         probes = [(name, self.pipeline.get(name)) for name in _OWNERS]
@@ -274,7 +325,7 @@ def _ended(core: Any, operations: tuple[Operation, ...], ending: str, sent: bool
 
 def _refusals(core: Any, operations: tuple[Operation, ...], refusal: str, **options: Any) -> Scene:
     """Return a scene whose server refuses every command once."""
-    scene = Scene(core, *operations, **options)
+    scene = Scene(core, *operations, shielded=True, **options)
 
     def answer() -> None:
         scene.replies = resp(Refusal(refusal)) * len(commands(scene.output))
@@ -292,7 +343,7 @@ class Redirected(Scene):
     """A node of a cluster sends everything away, to another node."""
 
     def __init__(self, core: Any, *operations: Operation, refusal: str) -> None:
-        super().__init__(core, *operations, clustered=True)
+        super().__init__(core, *operations, shielded=True, clustered=True)
         self.other = core.Pipeline(
             _LOOP.create_future, lambda: None, address="other", timeout=3600.0, clustered=True
         )
@@ -449,61 +500,60 @@ def scenes() -> dict[str, Callable[[Any], Scene]]:
 # -- the scan
 
 
-def _fail_allocation(number: int, step: Callable[[], object]) -> BaseException | None:
-    """Run a step in which the allocation of that number fails; return what it raised."""
+def _set_failure(number: int) -> None:
     import _testcapi
 
-    caught: BaseException | None = None
     _testcapi.set_nomemory(number, number + 1)
+
+
+def _end_failures() -> None:
+    import _testcapi
+
+    _testcapi.remove_mem_hooks()
+
+
+def _strike(
+    shield: Shield | None, replies: int, number: int, step: Callable[[], object]
+) -> tuple[BaseException | None, bool]:
+    """Run a step in which an allocation fails; return what it raised, and if it made so many."""
+    caught: BaseException | None = None
+    reached = True
+    if shield is None:
+        _set_failure(number)
+    else:
+        shield.arm(replies, number)
     try:
         step()
     except BaseException as error:
         caught = error
-    finally:
-        _testcapi.remove_mem_hooks()
-    return caught
-
-
-def _allocations_of(step: Callable[[], object]) -> int:
-    """Return how many allocations a step makes: what remains to the one that fails at last."""
-    import _testcapi
-
-    hundreds, left = 0, 0  # small numbers, which need no memory
-    _testcapi.set_nomemory(_LIMIT, _LIMIT + 1)
     try:
-        step()
-        for _ in repeat(None):
+        # The failure has still to come if the step made fewer.
+        for _ in _ROOM:
             bytes(100)
-            left += 1
-            if left == 100:
-                hundreds, left = hundreds + 1, 0
     except MemoryError:
-        pass
+        reached = False
     finally:
-        _testcapi.remove_mem_hooks()
-    return _LIMIT - 100 * hundreds - left
+        _end_failures()
+        if shield is not None:
+            reached = reached and shield.replies <= 0
+            shield.number = -1
+    return caught, reached
 
 
-def _run(make: Callable[[], Scene], target: int, number: int) -> Scene:
-    """Run a scene, in which one allocation of its step ``target`` fails."""
+def _run(make: Callable[[], Scene], target: int, replies: int, number: int) -> tuple[Scene, bool]:
+    """Run a scene, in which one allocation of its step ``target`` fails, if it makes so many."""
     scene = make()
+    reached = False
     for i, (name, step) in enumerate(scene.steps):
         error = None
         if i == target:
-            error = _fail_allocation(number, step)
+            error, reached = _strike(scene.shield, replies, number, step)
         else:
             step()
         if not scene.after(name, error):
             break
     scene.finish()
-    return scene
-
-
-def _counted(make: Callable[[], Scene], target: int) -> int:
-    scene = make()
-    for _, step in scene.steps[:target]:
-        step()
-    return _allocations_of(scene.steps[target][1])
+    return scene, reached
 
 
 def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
@@ -515,31 +565,34 @@ def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
     with open(progress, "r+b") as file:
         place = mmap.mmap(file.fileno(), _PLACE.size)
     first = _PLACE.unpack(place)
-    runs = first[3]
-    for index, name in enumerate(wanted):
-        if index < first[0]:
-            continue
+    runs = first[4]
+    for index in range(first[0], len(wanted)):
+        name = wanted[index]
         make = partial(found[name], core)
         for _ in range(2):  # what is made once, at the first use
-            _run(make, -1, 0)
-        for target, (step, _) in enumerate(make().steps):
-            if step == "answer" or (index, target) < first[:2]:
-                continue
-            again = (index, target) == tuple(first[:2])
-            for number in range(first[2] if again else 0, _counted(make, target) + 3, stride):
-                place[:] = _PLACE.pack(index, target, number, runs)
-                signal.alarm(_PATIENCE)
-                scene = _run(make, target, number)
-                runs += 1
-                for problem in scene.problems[:3]:
-                    print(f"{name}, {step} {number}: {problem}")
-    place[:] = _PLACE.pack(len(wanted), 0, 0, runs)
+            scene, _ = _run(make, -1, 0, 0)
+        for target, (step, _) in enumerate(scene.steps):
+            for replies in range(_REPLIES if scene.shield is not None and step == "feed" else 1):
+                if step == "answer" or (index, target, replies) < first[:3]:
+                    continue
+                number = first[3] if (index, target, replies) == first[:3] else 0
+                reached = True
+                while reached and number < _MOST:
+                    place[:] = _PLACE.pack(index, target, replies, number, runs)
+                    signal.alarm(_PATIENCE)
+                    struck, reached = _run(make, target, replies, number)
+                    runs += reached
+                    for problem in struck.problems[:3]:
+                        print(f"{name}, {step} {replies}.{number}: {problem}", flush=True)
+                    number += stride
+    signal.alarm(0)
+    place[:] = _PLACE.pack(len(wanted), 0, 0, 0, runs)
 
 
 def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict[str, Any]:
     """Run the children; return how many runs there were, the crashes and the problems."""
     names = wanted or list(scenes())
-    place = (0, 0, 0, 0)
+    place: tuple[int, ...] = (0, 0, 0, 0, 0)
     crashes: list[str] = []
     problems: list[str] = []
     with tempfile.NamedTemporaryFile() as file:
@@ -549,6 +602,7 @@ def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict
             file.flush()
             done = subprocess.run(
                 [sys.executable, __file__, "--child", file.name, backend, str(stride), *names],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 capture_output=True,
                 text=True,
             )
@@ -556,10 +610,11 @@ def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict
             file.seek(0)
             place = _PLACE.unpack(file.read(_PLACE.size))
             if place[0] < len(names):
-                index, target, number, runs = place
-                crashes.append(_crash(done, f"{names[index]}, step {target}, {number}"))
-                place = (index, target, number + stride, runs + 1)
-    return {"runs": place[3], "crashes": crashes, "problems": problems}
+                index, target, replies, number, runs = place
+                where = f"{names[index]}, step {target}, allocation {replies}.{number}"
+                crashes.append(_crash(done, where))
+                place = (index, target, replies, number + stride, runs + 1)
+    return {"runs": place[4], "crashes": crashes, "problems": problems}
 
 
 def _crash(done: subprocess.CompletedProcess[str], place: str) -> str:
