@@ -208,9 +208,9 @@ class _Pair:
         self._note = note
         self._missing = 2
 
-    def come(self) -> None:
+    def come(self, again: bool) -> None:
         """Note that one of the two has its outcome; with the other, tell the waiter."""
-        self._missing -= 1
+        self._missing -= not again
         if self._missing:
             return
         error = self.first.error or self.second.error
@@ -235,14 +235,20 @@ class _Half:
         self._pair = pair
         self.reply: Any = None
         self.error: Exception | None = None
+        self._has_come = False
 
     def set_result(self, reply: Any, /) -> None:
         self.reply = reply
-        self._pair.come()
+        self._come()
 
     def set_exception(self, error: Exception, /) -> None:
         self.error = error
-        self._pair.come()
+        self._come()
+
+    def _come(self) -> None:
+        # It comes once more if whatever followed the first time has failed.
+        again, self._has_come = self._has_come, True
+        self._pair.come(again)
 
 
 class _OfBulk:

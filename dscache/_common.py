@@ -65,7 +65,10 @@ READ_BUFFER_BYTES: Final = 256 * 1024
 MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
 # The elements of one array that a server may announce; hiredis makes room for all of them at
 # once. The longest that is wanted has 1024, and an invalidation of many keys some thousands.
+# Elements that one reply may still owe, in all its arrays together: hiredis makes room for each as
+# it is announced. And how deep arrays may be nested; CLUSTER SLOTS needs four levels.
 MAX_ELEMENTS: Final = 2**20
+MAX_DEPTH: Final = 32
 # A length has at most 19 digits; what is longer is no length.
 HEADER_BYTES: Final = 64
 # The ways in which hiredis says that it is no RESP: the last ones for a map or a set with a member
@@ -315,6 +318,11 @@ def too_long(address: str, announced: int, limit: int) -> ProtocolError:
         f"{address} announced a reply of length {announced}, and {limit} is allowed"
         f"{' (maxReplyBytes)' if limit != MAX_ELEMENTS else ''}"
     )
+
+
+def too_deep(address: str) -> ProtocolError:
+    """Return the error for arrays that are nested deeper than any reply of Redis."""
+    return ProtocolError(f"{address} sent a reply of more than {MAX_DEPTH} nested arrays")
 
 
 # -- JSON where msgspec alone does not do

@@ -27,7 +27,14 @@ from cpython.bytes cimport (
     PyBytes_FromStringAndSize,
     PyBytes_GET_SIZE,
 )
-from cpython.dict cimport PyDict_GetItem, PyDict_Keys, PyDict_SetItem, PyDict_Size, PyDict_Values
+from cpython.dict cimport (
+    PyDict_GetItem,
+    PyDict_Keys,
+    PyDict_Next,
+    PyDict_SetItem,
+    PyDict_Size,
+    PyDict_Values,
+)
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
@@ -72,15 +79,17 @@ cdef enum Kind:
 
 cdef enum:
     SLOTS = 16384
+    MAX_DEPTH = 32
     TIMED = 8  # operations whose latencies are told: single ones, and behind them bulks
     LATENCY_BOUNDS = 17
 
 if (
     *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND),
-    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, b"_v", b"_d", TIMED, LATENCY_BOUNDS),
+    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, MAX_DEPTH, b"_v", b"_d", TIMED, LATENCY_BOUNDS),
 ) != (
     *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE, c.COMMAND),
-    *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.VERSION_SUFFIX, c.DATA_SUFFIX),
+    *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.MAX_DEPTH),
+    *(c.VERSION_SUFFIX, c.DATA_SUFFIX),
     *(len(c.TIMED), len(c.LATENCY_BOUNDS)),
 ):
     raise ImportError("dscache._fast was built for another dscache._common; build it again")
@@ -172,7 +181,8 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t settled
     cdef readonly Py_ssize_t operations
     cdef readonly Py_ssize_t pending_bytes
-    cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window, _partial
+    cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window
+    cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef Py_ssize_t _max_redirections
     cdef bint _refuse_when_full, _clustered
     cdef readonly Py_ssize_t in_flight
@@ -185,6 +195,7 @@ cdef class Pipeline:
     cdef long long _ttl
     cdef double _timeout
     cdef bint _awake
+    cdef bint _busy  # the queue or the slots are being changed: only new operations may come
     cdef list _open
     cdef object _queue
     cdef object _slots
@@ -296,26 +307,26 @@ cdef class Pipeline:
 
     def command(self, *parts):
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        cdef bytes text = hiredis.pack_command(parts)
+        cdef object waiter = self._create_waiter()
         # No deadline of its own: what bounds a handshake is connectTimeout.
-        cdef dict records = {str(parts[0]): self._create_waiter()}
+        cdef dict records = {str(parts[0]): waiter}
         cdef _Batch batch = _Batch.__new__(_Batch, COMMAND, INFINITY, 0, records)
         batch.freeze()
         batch.sent = 1
-        self._slots.append((batch, 1))
+        cdef tuple slot = (batch, 1)
+        cdef tuple command = (text, waiter)
+        # Nothing can fail behind this: a slot whose bytes are lost would take another's reply.
+        self._slots.append(slot)
         self.in_flight += 1
         self.operations += 1
         if self._epoch is not None:
             self._epoch.asked(self.fence())
-        return hiredis.pack_command(parts), batch.entries[0]
+        return command
 
     def key_command(self, int kind, str key not None, waiter, *parts):
         """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
-        cdef bytes text = hiredis.pack_command(parts)
-        cdef _Batch batch = self._batch_for(kind, key)
-        PyDict_SetItem(batch.records, key, _Command.__new__(_Command, text, waiter))
-        self.queued += 1
-        self.operations += 1
-        self.pending_bytes += PyBytes_GET_SIZE(text)
+        self._add_command(kind, key, hiredis.pack_command(parts), waiter)
 
     # -- messages
 
@@ -332,12 +343,8 @@ cdef class Pipeline:
         # Each with a name of its own, as they are many to a topic.
         self._messages += 1
         cdef str name = name_of_message(topic, self._messages)
-        cdef _Batch batch = self._batch_for(PUBLISH, name)
         cdef object waiter = self._create_waiter()
-        PyDict_SetItem(batch.records, name, _Command.__new__(_Command, text, waiter))
-        self.queued += 1
-        self.operations += 1
-        self.pending_bytes += PyBytes_GET_SIZE(text)
+        self._add_command(PUBLISH, name, text, waiter)
         return waiter
 
     # -- what changes nodes
@@ -348,24 +355,35 @@ cdef class Pipeline:
 
     def release(self, target_of):
         """Give away what waits and belongs to another pipeline now, each with that pipeline."""
-        cdef _Batch batch
+        cdef _Batch batch, rest
+        cdef list kept = []
         cdef list released = []
-        kept = deque()
-        for batch in self._queue:
-            if batch.target is not None:
-                released.append((batch.target, batch))
-                batch.target = None
-            elif batch.asking and not batch.over():
-                kept.append(batch)  # it was sent here, although the slot is another node's
-            elif not batch.over():
-                self._release_batch(batch, target_of, kept, released)
-        self._queue = kept
+        cdef list split = []
         self._open.clear()
-        self._count_queued()
+        self._busy = True
+        try:
+            waiting = self._queue.copy()
+            for batch in waiting:
+                if batch.target is not None:
+                    released.append((batch.target, batch))
+                elif batch.asking and not batch.over():
+                    kept.append(batch)  # it was sent here, although the slot is another node's
+                elif not batch.over():
+                    self._release_batch(batch, target_of, kept, released, split)
+            self._replace_queue(kept, len(waiting))
+            for batch, rest in split:
+                batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
+            for _, batch in released:
+                batch.target = None
+        finally:
+            self._busy = False
         self._recount()
         return released
 
-    cdef int _release_batch(self, _Batch batch, target_of, kept, list released) except -1:
+    cdef int _release_batch(
+        self, _Batch batch, target_of, list kept, list released, list split
+    ) except -1:
+        """Decide where the records of a batch go, without changing it yet."""
         cdef dict parts = {}  # of each target: the records, and how many of them are repeated
         cdef dict records
         cdef _Batch part
@@ -380,9 +398,12 @@ cdef class Pipeline:
         if not parts or (len(parts) == 1 and self in parts):
             kept.append(batch)
             return 0
-        batch.names = batch.names[: batch.sent]
-        batch.entries = batch.entries[: batch.sent]
-        batch.records = dict(zip(batch.names, batch.entries))
+        records = {}
+        for i in range(batch.sent):
+            records[batch.names[i]] = batch.entries[i]
+        part = batch.part(records, 0)
+        part.freeze()
+        split.append((batch, part))
         for target, (records, repeated) in parts.items():
             part = batch.part(records, repeated)
             if target is self:
@@ -393,17 +414,34 @@ cdef class Pipeline:
 
     def adopt(self, batches):
         """Queue what another pipeline gave away, each in the place of its age."""
+        cdef list waiting
         self.rouse()
-        self._queue = deque(sorted((*self._queue, *batches), key=_serial_of))
         self._open.clear()
-        self._count_queued()
+        self._busy = True
+        try:
+            waiting = list(self._queue)
+            size = PyList_GET_SIZE(waiting)
+            waiting.extend(batches)
+            self._replace_queue(waiting, size)
+        finally:
+            self._busy = False
         self._recount()
 
-    cdef int _count_queued(self) except -1:
-        cdef _Batch batch
-        self.queued = 0
-        for batch in self._queue:
-            self.queued += batch.waiting()
+    cdef int _replace_queue(self, list batches, Py_ssize_t known) except -1:
+        """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
+        wait now. The others came while this was being prepared, and stay.
+
+        If it raises, nothing has changed.
+        """
+        cdef object queue
+        while True:
+            while known < len(self._queue):
+                batches.append(self._queue[known])
+                known += 1
+            queue = deque(sorted(batches, key=_serial_of))
+            if known == len(self._queue):
+                break
+        self._queue = queue
         return 0
 
     # -- output
@@ -416,13 +454,26 @@ cdef class Pipeline:
     def take_output(self):
         """Return the RESP bytes of some hundred records that wait; they count as sent.
 
-        What more there is waits for the next call, as does what the window doesn't allow yet.
+        What more there is waits for the next call, as does what the window doesn't allow yet. If
+        it raises, or the bytes can't be sent, the connection must end.
         """
+        self._busy = True
+        try:
+            return self._take()
+        except BaseException:
+            # There may be slots without bytes, which would take the replies to other commands.
+            self._severed = True
+            raise
+        finally:
+            self._busy = False
+
+    cdef bytes _take(self):
         cdef _Encoder encoder = self._encoder
         cdef _Batch batch
         cdef Py_ssize_t count, taken = 0
-        self.end_tick()
         cdef double now
+        cdef tuple slot
+        self.end_tick()
         if self._queue:
             batch = self._queue[0]
             now = dscache_monotonic()
@@ -442,22 +493,25 @@ cdef class Pipeline:
                 self.queued -= batch.waiting()
                 self._queue.popleft()
                 continue
+            self._open.clear()  # it may be one that a finalizer has begun just now
             batch.freeze()
             if self._clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             count = encoder.encode(batch, self.has_msetex)
+            if is_one_by_one(batch.kind):
+                slot = (batch, 1)
+                self._slots.extend([slot] * count)
+                self._commands += 2 * count if batch.kind == HEAD else count
+            else:
+                slot = (batch, count)
+                self._slots.append(slot)
+                self._commands += 1
             taken += count
             self._batches += not batch.sent
             self._sent += count
             batch.sent += count
             self.queued -= count
             self.in_flight += count
-            if is_one_by_one(batch.kind):
-                self._slots.extend([(batch, 1)] * count)
-                self._commands += 2 * count if batch.kind == HEAD else count
-            else:
-                self._slots.append((batch, count))
-                self._commands += 1
             if not batch.waiting():
                 self._queue.popleft()
         if not encoder.size():
@@ -477,13 +531,18 @@ cdef class Pipeline:
     def buffer_updated(self, Py_ssize_t size):
         """Take the first ``size`` bytes of the buffer, and settle what they answer.
 
-        Raises ProtocolError if they are not what Redis would send.
+        Raises ProtocolError if they are not what Redis would send. Whatever it raises, the
+        connection must end: no later reply is taken for that of an operation.
         """
         if size > self._replies.room():
             raise ValueError("there is no such part of the buffer")
-        self._note_arrival(self._replies.arrive(size), size)
-        self._parse()
-        self._check_partial()
+        try:
+            self._note_arrival(self._replies.arrive(size), size)
+            self._parse()
+            self._check_partial()
+        except BaseException:
+            self._severed = True
+            raise
 
     def feed(self, bytes data not None):
         """Take bytes that arrived, and settle what they answer.
@@ -493,15 +552,19 @@ cdef class Pipeline:
         cdef const char* text = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t taken = 0
-        self._note_arrival(<const unsigned char*>text, size)
-        while taken < size:
-            taken += self._replies.put(text + taken, size - taken)
-            self._parse()
-        self._check_partial()
+        try:
+            self._note_arrival(<const unsigned char*>text, size)
+            while taken < size:
+                taken += self._replies.put(text + taken, size - taken)
+                self._parse()
+            self._check_partial()
+        except BaseException:
+            self._severed = True
+            raise
 
     cdef int _note_arrival(self, const unsigned char* text, Py_ssize_t size) except -1:
         self._bytes_in += size
-        self._partial += size
+        self.partial += size
         return self._guard.inspect(text, size, self.address)
 
     cpdef reset_reader(self):
@@ -509,7 +572,7 @@ cdef class Pipeline:
         self._version_reply = _INCOMPLETE
         self._asked = False
         self._severed = False
-        self._partial = 0
+        self.partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._replies.reset()
 
@@ -553,15 +616,20 @@ cdef class Pipeline:
         cdef _Batch batch
         cdef Py_ssize_t pending = self.in_flight
         cdef double next_deadline = INFINITY
-        for slot in self._slots:  # all of them: a repeat may be behind younger ones
-            batch = slot[0]
-            if batch.over():
-                continue
-            if batch.deadline > now:
-                next_deadline = min(next_deadline, batch.deadline)
-            else:
-                self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
-        self._drop_late(now)
+        self._busy = True
+        try:
+            for slot in self._slots.copy():  # all of them: a repeat may be behind younger ones
+                batch = slot[0]
+                if batch.over():
+                    continue
+                if batch.deadline > now:
+                    next_deadline = min(next_deadline, batch.deadline)
+                else:
+                    make = partial(c.too_late, self.address, self._timeout, pending)
+                    self._fail_batch(batch, make)
+            self._drop_late(now)
+        finally:
+            self._busy = False
         if self._queue:
             batch = self._queue[0]
             next_deadline = min(next_deadline, batch.deadline)
@@ -573,18 +641,19 @@ cdef class Pipeline:
         cdef _Batch batch
         while self._queue:
             batch = self._queue[0]
-            if not batch.over() and batch.deadline > now:
-                break
-            self._queue.popleft()
-            self.queued -= batch.waiting()
-            self._open.clear()
             if not batch.over():
+                if batch.deadline > now:
+                    break
                 pending = self.in_flight
                 make = partial(
                     c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
                 )
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._open.clear()
                 self._fail_batch(batch, make, doubt)
+            self._queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
         return 0
 
     def connection_lost(self, reason, bint retry):
@@ -592,54 +661,82 @@ cdef class Pipeline:
 
         With ``retry``, reads and guarded writes wait for the next connection, in their order
         and before anything newer; without it, they fail as the other writes do, which may or
-        may not have happened. What was not sent yet stays queued.
+        may not have happened. What was not sent yet stays queued. If it raises, for want of
+        memory, it may be called again and goes on where it was.
         """
+        self._busy = True
+        try:
+            self._lose(reason, retry)
+        finally:
+            self._busy = False
+        self._recount()
+        self.end_tick()
+        self.reset_reader()
+
+    cdef int _lose(self, reason, bint retry) except -1:
         cdef _Batch batch
         cdef dict kept = {}
-        for batch in dict.fromkeys([slot[0] for slot in self._slots]):
-            if batch.over():
+        self._severed = True  # until all is settled: no reply of this connection counts any more
+        for slot in self._slots.copy():
+            batch = slot[0]
+            if batch.over() or batch in kept:
                 continue
-            if retry and batch.kind in (GET, HEAD, SET_IF_NEWER, READ_KEY):
-                self.queued += batch.sent - batch.answered
+            if batch.answered >= PyDict_Size(batch.records):
+                # Its last reply was read, though whatever was to follow has failed.
+                if batch.bulk is not None:
+                    batch.bulk.settle(0)
+            elif retry and batch.kind in (GET, HEAD, SET_IF_NEWER, READ_KEY):
                 batch.repeated = max(batch.repeated, batch.sent)
-                batch.sent = batch.answered
                 kept[batch] = None
             else:
                 self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
-        for batch in self._queue:
-            if batch.over():
-                self.queued -= batch.waiting()
-            else:
+        waiting = self._queue.copy()
+        for batch in (*waiting, *self._returned):
+            if not batch.over():
                 kept[batch] = None
         # What broke the protocol is not to be believed in anything.
         self._end_epoch(LOST if retry else OVER, "connection")
         self._reach.up = False
+        self._replace_queue(list(kept), len(waiting))
+        for slot in self._slots:  # none of those that wait has anything in flight now
+            batch = slot[0]
+            if not batch.over():
+                batch.sent = batch.answered
         self.settled += len(self._slots)
         self._slots.clear()
-        self._queue = deque(sorted(kept, key=_serial_of))
-        self.in_flight = 0
-        self._recount()
-        self.end_tick()
-        self.reset_reader()
+        self._returned.clear()
+        return 0
 
     def fail_all(self, error_of):
         """Fail every operation that is queued or in flight, with an error of its own each.
 
         If any was in flight, the next reply ends the connection, as it would be taken for that of
-        a later operation.
+        a later operation. If it raises, for want of memory, it may be called again.
         """
         cdef _Batch batch
-        batches = dict.fromkeys([slot[0] for slot in self._slots])
-        batches.update(dict.fromkeys(self._queue))
-        self.settled += len(self._slots)
-        self._severed = self._severed or bool(self._slots)
-        self._slots.clear()
-        self._queue.clear()
-        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
+        cdef object doubt = partial(c.in_doubt, error_of)
         self.end_tick()
-        for batch in batches:
-            if not batch.over():
-                self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
+        self._severed = self._severed or bool(self._slots)
+        self._busy = True
+        try:
+            for slot in self._slots.copy():
+                batch = slot[0]
+                if not batch.over():
+                    self._fail_batch(batch, error_of, doubt)
+            for batch in (*self._queue, *self._returned):
+                if not batch.over():
+                    self._fail_batch(batch, error_of, doubt)
+            while self._queue:  # what a finalizer has issued meanwhile stays
+                batch = self._queue[0]
+                if not batch.over():
+                    break
+                self._queue.popleft()
+            self.settled += len(self._slots)
+            self._slots.clear()
+            self._returned.clear()
+        finally:
+            self._busy = False
+        self._recount()
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -717,10 +814,7 @@ cdef class Pipeline:
         return 0
 
     cdef _Batch _new_batch(self, int kind, dict records):
-        global last_serial
-        cdef double deadline = dscache_monotonic() + self._timeout
-        last_serial += 1
-        return _Batch.__new__(_Batch, kind, deadline, last_serial, records)
+        return _Batch.__new__(_Batch, kind, dscache_monotonic() + self._timeout, 0, records)
 
     cdef inline int rouse(self) except -1:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
@@ -729,13 +823,33 @@ cdef class Pipeline:
             self._awake = True
         return 0
 
-    cdef int _enqueue(self, _Batch batch) except -1:
-        self.rouse()
-        self._queue.append(batch)
+    cdef int _enqueue(self, _Batch batch, bint is_open) except -1:
+        """Let a batch with all that it needs wait, and others join it if it ``is_open``.
+
+        Runs no Python code, so that nothing can come in between; the caller has called ``rouse``.
+        """
+        global last_serial
+        cdef _Batch other
+        for other in self._open:
+            if other.kind == batch.kind or not is_open:
+                self._open.clear()
+                break
+        if is_open:
+            self._open.append(batch)
+        try:
+            self._queue.append(batch)
+        except BaseException:
+            self._open.clear()
+            raise
+        last_serial += 1
+        batch.serial = last_serial
         return 0
 
-    cdef _Batch _batch_for(self, int kind, str name):
-        """Return the batch that an operation on ``name`` may join by rule 1."""
+    cdef _Batch _joinable(self, int kind, str name):
+        """Return the open batch that an operation on ``name`` may join by rule 1, or None.
+
+        Runs no Python code, so that the batch is still open when the operation joins it at once.
+        """
         cdef _Batch batch
         cdef _Batch found = None
         cdef bint free = True
@@ -746,14 +860,38 @@ cdef class Pipeline:
                 free = not is_unshared(kind) or name not in batch.records
             elif found is not None and name in batch.records:
                 free = False
-        if found is not None and free:
-            return found
-        batch = self._new_batch(kind, {})
-        self._enqueue(batch)
-        if found is not None:
-            self._open.clear()
-        self._open.append(batch)
-        return batch
+        return found if free else None
+
+    cdef PyObject* _add(self, int kind, str name, entry) except NULL:
+        """Let an operation wait; return its entry, or an earlier one of the same name.
+
+        Python code may run here, and issue other operations, but not between the choice of a
+        batch and the moment when the entry is in it.
+        """
+        cdef _Batch batch = self._joinable(kind, name)
+        cdef PyObject* found
+        cdef Py_ssize_t before
+        cdef dict records
+        if batch is None:
+            records = {}
+            PyDict_SetItem(records, name, entry)
+            batch = self._new_batch(kind, records)
+            self.rouse()
+            self._enqueue(batch, True)
+            found = <PyObject*>entry
+        else:
+            before = PyDict_Size(batch.records)
+            found = PyDict_SetDefault(batch.records, name, entry)
+            if PyDict_Size(batch.records) == before:
+                return found
+        self.queued += 1
+        self.operations += 1
+        return found
+
+    cdef int _add_command(self, int kind, str name, bytes text, waiter) except -1:
+        self._add(kind, name, _Command.__new__(_Command, text, waiter))
+        self.pending_bytes += PyBytes_GET_SIZE(text)
+        return 0
 
     cdef inline int admit(self, Py_ssize_t size) except -1:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
@@ -769,41 +907,67 @@ cdef class Pipeline:
     cdef object _put(self, str name, version, data, ttl, guard):
         cdef _Write write = self.make_write(name, version, data, ttl, guard)
         self.admit(PyBytes_GET_SIZE(write.text))
-        cdef _Batch batch = self._batch_for(_kind_of(write.ttl, guard), name)
         cdef object waiter = self._create_waiter()
+        cdef int kind = _kind_of(write.ttl, guard)
+        cdef list waiters = None
+        cdef _Batch batch
+        cdef _Write earlier
+        write.waiter = waiter
+        while True:
+            earlier = <_Write>self._add(kind, name, write)
+            if earlier is write:
+                break
+            if type(earlier.waiter) is list:
+                (<list>earlier.waiter).append(waiter)
+                waiters = <list>earlier.waiter
+            elif waiters is None:
+                waiters = [None, waiter]  # which may run Python code: look again
+                continue
+            else:
+                waiters[0] = earlier.waiter
+            write.waiter = waiters
+            batch = self._joinable(kind, name)
+            PyDict_SetItem(batch.records, name, write)
+            self.pending_bytes -= PyBytes_GET_SIZE(earlier.text)
+            break
         self._calls += 1
-        cdef PyObject* earlier = PyDict_GetItem(batch.records, name)
-        if earlier == NULL:
-            write.waiter = waiter
-            self.queued += 1
-            self.operations += 1
-        else:
-            write.waiter = _with((<_Write>earlier).waiter, waiter)
-            self.pending_bytes -= PyBytes_GET_SIZE((<_Write>earlier).text)
         self.pending_bytes += PyBytes_GET_SIZE(write.text)
-        PyDict_SetItem(batch.records, name, write)
         self._begin_early()
         return waiter
 
     cdef object _join(self, int kind, str name, waiter=None):
         self.admit(0)
-        cdef _Batch batch = self._batch_for(kind, name)
+        cdef list waiters = None
+        cdef _Batch batch
+        cdef object entry
         if waiter is None:
             waiter = self._create_waiter()
+        while True:
+            entry = <object>self._add(kind, name, waiter)
+            if entry is waiter:
+                break
+            if type(entry) is list:
+                (<list>entry).append(waiter)
+            elif waiters is None:
+                waiters = [None, waiter]  # which may run Python code: look again
+                continue
+            else:
+                waiters[0] = entry
+                batch = self._joinable(kind, name)
+                PyDict_SetItem(batch.records, name, waiters)
+            break
         self._calls += 1
-        cdef Py_ssize_t before = PyDict_Size(batch.records)
-        cdef object entry = <object>PyDict_SetDefault(batch.records, name, waiter)
-        if PyDict_Size(batch.records) == before:
-            PyDict_SetItem(batch.records, name, _with(entry, waiter))
-        else:
-            self.queued += 1
-            self.operations += 1
         self._begin_early()
         return waiter
 
     cdef inline int _begin_early(self) except -1:
         """Let the server begin, if it has nothing to do and a part of the tick's operations."""
-        if self.queued >= EARLY_RECORDS and not self.in_flight and self._begin is not None:
+        if (
+            self.queued >= EARLY_RECORDS
+            and not self.in_flight
+            and not self._busy
+            and self._begin is not None
+        ):
             self._begin()
         return 0
 
@@ -824,9 +988,9 @@ cdef class Pipeline:
         """Queue those records of a bulk that this node serves."""
         cdef _Batch batch = self._new_batch(kind, records)
         batch.bulk = bulk
-        self._enqueue(batch)
-        self._open.clear()
         batch.counted = True
+        self.rouse()
+        self._enqueue(batch, False)
         self._calls += 1
         self.queued += PyDict_Size(records)
         self.operations += 1
@@ -838,22 +1002,32 @@ cdef class Pipeline:
     cdef int _parse(self) except -1:
         cdef object reply
         self._now = 0.0
+        self._busy = True
         try:
             while True:
                 reply = self._next_reply()
                 if reply is _INCOMPLETE:
                     break
-                self._partial = 0
+                self.partial = 0
                 if type(reply) is _PUSH:
                     self._take_push(reply)
                 elif self.plain and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
                     self._answer(reply)
-        finally:
             if self._returned:
-                self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
-                self._returned.clear()
+                self._requeue()
+        finally:
+            self._busy = False
+        return 0
+
+    cdef int _requeue(self) except -1:
+        """Let what is to be sent again wait in its place."""
+        cdef list waiting = list(self._queue)
+        cdef Py_ssize_t size = PyList_GET_SIZE(waiting)
+        waiting.extend(self._returned)
+        self._replace_queue(waiting, size)
+        self._returned.clear()
         return 0
 
     cdef object _next_reply(self):
@@ -873,7 +1047,7 @@ cdef class Pipeline:
             raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
 
     cdef int _check_partial(self) except -1:
-        if self._partial > self._max_reply_bytes:
+        if self.partial > self._max_reply_bytes:
             raise ProtocolError(
                 f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
                 "without the end of a reply"
@@ -1252,11 +1426,11 @@ cdef class Pipeline:
                     hung = self._hang(batch, entry, overtaking, at, read, refusal)
                 if not hung:
                     self._give_error(batch, name, entry, refusal)
-        batch.answered += count
         if again:
             self._send_again(batch, again, repeated, lost_script, mixed)
             if writes:
                 self._read_again(batch, again)
+        batch.answered += count
         if batch.bulk is not None:
             batch.bulk.settle(settled - len(again))
         return 0
@@ -1302,7 +1476,6 @@ cdef class Pipeline:
                     continue
             again[name] = entry
             repeated += i < batch.repeated
-        batch.answered += count
         if again:
             part = batch.part(again, repeated)
             part.trail = trail
@@ -1311,6 +1484,7 @@ cdef class Pipeline:
             part.alone = batch.alone or error.code == "TRYAGAIN"
             slot = self.slot_of(batch.kind, next(iter(again)))
             self.redirected.append((error.message, slot, part))
+        batch.answered += count
         if batch.bulk is not None:
             batch.bulk.settle(failed)
         return 0
@@ -1327,27 +1501,36 @@ cdef class Pipeline:
         repeat.whole_script = lost_script or batch.whole_script
         repeat.alone = alone or batch.alone
         repeat.counted = batch.bulk is not None
+        cdef Py_ssize_t size = repeat.text_size()
+        self._returned.append(repeat)
         self.queued += len(again)
         self.operations += 1 if repeat.counted else len(again)
-        self.pending_bytes += repeat.text_size()
-        self._returned.append(repeat)
+        self.pending_bytes += size
         return 0
+
+    cdef dict _batches_in_flight(self):
+        cdef dict batches = {}
+        for slot in self._slots.copy():
+            batches[slot[0]] = None
+        return batches
 
     cdef int _read_again(self, _Batch batch, dict names) except -1:
         """Let reads in flight behind a write that is repeated be read again behind it."""
         cdef _Batch later
         cdef dict again
         cdef Py_ssize_t i
-        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+        for later in self._batches_in_flight():
             if later.serial <= batch.serial or later.kind > HEAD or later.over():
                 continue
             again = {}
             for i in range(later.answered, later.sent):
                 if later.names[i] in names and later.entries[i] is not _NOBODY:
                     again[later.names[i]] = later.entries[i]
-                    later.entries[i] = _NOBODY
             if again:
                 self._send_again(later, again, 0, False, False)
+            for i in range(later.answered, later.sent):
+                if later.names[i] in again:
+                    later.entries[i] = _NOBODY
         return 0
 
     cdef dict _written_after(self, _Batch batch, bint mixed):
@@ -1364,7 +1547,7 @@ cdef class Pipeline:
         cdef bint loaded = mixed
         cdef bint newer, guarded, by_script, harmless
         cdef Py_ssize_t i
-        for later in dict.fromkeys([slot[0] for slot in self._slots]):
+        for later in self._batches_in_flight():
             newer = batch.serial < later.serial and later.kind < COMMAND
             guarded = later.kind == SET_IF_NEWER
             by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
@@ -1406,22 +1589,38 @@ cdef class Pipeline:
         return True
 
     cdef int _recount(self) except -1:
-        """Count what is pending anew, after batches were dropped."""
+        """Count what is pending anew, after batches were dropped.
+
+        Runs no Python code between the first and the last batch, so that none is missed.
+        """
+        global last_count
         cdef _Batch batch
+        cdef tuple slot
+        cdef object of_slots = iter(self._slots)
+        cdef object of_queue = iter(self._queue)
+        last_count += 1
+        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
+        for slot in of_slots:
+            self.in_flight += slot[1]
+            self._count(slot[0])
+        for batch in of_queue:
+            self.queued += batch.waiting()
+            self._count(batch)
+        return 0
+
+    cdef int _count(self, _Batch batch) except -1:
         cdef Py_ssize_t last
-        pending = dict.fromkeys([slot[0] for slot in self._slots])
-        pending.update(dict.fromkeys(self._queue))
-        self.operations = 0
-        self.pending_bytes = 0
-        for batch in pending:
-            if batch.bulk is None:
-                # What is over and was not sent will never be.
-                last = batch.sent if batch.over() else PyDict_Size(batch.records)
-                self.operations += last - batch.answered
-            else:
-                batch.counted = not batch.over() and batch.answered < PyDict_Size(batch.records)
-                self.operations += batch.counted
-            self.pending_bytes += batch.text_size()
+        if batch.count == last_count:
+            return 0
+        batch.count = last_count
+        if batch.bulk is None:
+            # What is over and was not sent will never be.
+            last = batch.sent if batch.over() else PyDict_Size(batch.records)
+            self.operations += last - batch.answered
+        else:
+            batch.counted = not batch.over() and batch.answered < PyDict_Size(batch.records)
+            self.operations += batch.counted
+        self.pending_bytes += batch.text_size()
         return 0
 
     cdef object _refusal(self, error, int kind, str name):
@@ -1441,15 +1640,13 @@ cdef class Pipeline:
     cdef int _fail_batch(self, _Batch batch, error_of, error_of_doubt=None) except -1:
         """Tell all who still wait for a batch that it failed.
 
-        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened.
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened. If
+        it raises, it may be called again, and goes on with the record that it had come to.
         """
-        cdef Py_ssize_t i
         cdef Py_ssize_t doubtful = 0
-        cdef Py_ssize_t failed = 0
         cdef _Bulk bulk = batch.bulk
         cdef str name
         batch.freeze()
-        batch.expired = True
         if error_of_doubt is not None and c.is_write(batch.kind):
             doubtful = max(batch.sent, batch.repeated)
         if bulk is not None and not bulk.shared:
@@ -1458,21 +1655,26 @@ cdef class Pipeline:
                 doubtful or (batch.kind >= SET and bulk.remaining < bulk.total)
             ):
                 make = error_of_doubt
+            _fail(bulk.waiter, partial(make, bulk.operation))
             bulk.over = True
             self._failed += bulk.remaining
-            return _fail(bulk.waiter, partial(make, bulk.operation))
-        for i in range(batch.answered, PyList_GET_SIZE(batch.names)):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is _NOBODY:
-                continue
-            make = error_of
-            if error_of_doubt is not None and i < doubtful:
-                make = error_of_doubt
-            self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
-            failed += 1
+            batch.expired = True
+            return 0
+        batch.failed = max(batch.failed, batch.answered)
+        while batch.failed < PyList_GET_SIZE(batch.names):
+            name = batch.names[batch.failed]
+            entry = batch.entries[batch.failed]
+            if entry is not _NOBODY:
+                make = error_of
+                if error_of_doubt is not None and batch.failed < doubtful:
+                    make = error_of_doubt
+                self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
+                if bulk is not None:
+                    bulk.remaining -= 1
+            batch.failed += 1
+        batch.expired = True
         if bulk is not None:
-            bulk.settle(failed)
+            bulk.settle(0)
         return 0
 
 

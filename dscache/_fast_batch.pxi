@@ -3,6 +3,8 @@
 
 # One row of numbers for all pipelines, so that batches keep their order when they change nodes.
 cdef long long last_serial = 0
+# The number of the last time that a pipeline counted what is pending.
+cdef long long last_count = 0
 
 
 @cython.final
@@ -85,18 +87,21 @@ cdef class _Bulk:
         self.missing = []
 
     cdef int settle(self, Py_ssize_t count) except -1:
-        """Count records that have their outcome; the last one settles the waiter."""
+        """Count records that have their outcome; the last one settles the waiter.
+
+        If that raises, ``settle(0)`` tries once more.
+        """
         self.remaining -= count
         if self.remaining or self.over:
             return 0
-        self.over = True
         for name in self.missing:
-            del self.result[name]
+            self.result.pop(name, None)
         if self.errors:
             error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
             _fail(self.waiter, lambda: error)
         else:
             _tell(self.waiter, self.result)
+        self.over = True
         return 0
 
     def take(self, int kind, str name, result):
@@ -129,12 +134,14 @@ cdef class _Batch:
 
     cdef readonly int kind
     cdef readonly double deadline
-    cdef readonly long long serial
+    cdef readonly long long serial  # given when it is queued
     cdef readonly dict records
     cdef list names
     cdef list entries
     cdef Py_ssize_t sent
     cdef Py_ssize_t answered
+    cdef Py_ssize_t failed  # records before it were told of the failure that ends the batch
+    cdef long long count  # of ``last_count``, when it was counted
     cdef _Bulk bulk
     cdef bint expired  # its waiters have been told; the replies are dropped
     cdef Py_ssize_t repeated  # records before it were sent before, on a connection that was lost
@@ -157,9 +164,11 @@ cdef class _Batch:
         PyMem_Free(self.hash_slots)
 
     cdef int freeze(self) except -1:
+        cdef list names
         if self.names is None:
-            self.names = PyDict_Keys(self.records)
+            names = PyDict_Keys(self.records)
             self.entries = PyDict_Values(self.records)
+            self.names = names
         return 0
 
     cdef int group(self, _Encoder encoder) except -1:
@@ -192,8 +201,14 @@ cdef class _Batch:
             if i >= self.repeated:
                 keys[i] |= FRESH
         sort_by_key(keys, size, order + size, order)
-        self.names = [<object>PyList_GET_ITEM(self.names, order[i]) for i in range(size)]
-        self.entries = [<object>PyList_GET_ITEM(self.entries, order[i]) for i in range(size)]
+        # No comprehensions: what Cython 3.3 makes of them releases an item twice if memory ends.
+        cdef list names = []
+        cdef list entries = []
+        for i in range(size):
+            names.append(<object>PyList_GET_ITEM(self.names, order[i]))
+            entries.append(<object>PyList_GET_ITEM(self.entries, order[i]))
+        self.names = names
+        self.entries = entries
         for i in range(size):
             hash_slots[i] = (keys[order[i]] & ~FRESH) - 1
         return 0
@@ -221,15 +236,18 @@ cdef class _Batch:
     cdef Py_ssize_t text_size(self) except -1:
         """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
         cdef Py_ssize_t i, last, size = 0
+        cdef PyObject* entry
         if not (SET <= self.kind <= SET_IF_NEWER or self.kind >= READ_KEY):
             return 0
         # What is over and was not sent will never be.
         last = self.sent if self.over() else PyDict_Size(self.records)
-        cdef list entries = self.entries
-        if entries is None:
-            entries = list(self.records.values())
+        if self.names is None:
+            i = 0
+            while last and PyDict_Next(self.records, &i, NULL, &entry):
+                size += size_of_text(<object>entry)
+            return size
         for i in range(self.answered, last):
-            size += size_of_text(<object>PyList_GET_ITEM(entries, i))
+            size += size_of_text(<object>PyList_GET_ITEM(self.entries, i))
         return size
 
     cdef inline bint over(self) noexcept:

@@ -276,6 +276,8 @@ cdef class NearCache:
         cdef _Entry entry
         if self._prefixes and not name.startswith(self._prefixes):
             return 0
+        # No Python code runs behind this, such as a write of this name that a finalizer issues.
+        entry = _Entry.__new__(_Entry)
         fence = PyDict_GetItem(self._fences, name) if self._fences else NULL
         if serial < self._floor or (fence != NULL and serial < <long long><object>fence):
             self._dropped_fills += 1
@@ -292,7 +294,6 @@ cdef class NearCache:
         if self._table() + size > self._max_bytes or not self._max_records:
             return 0
         self._make_room(1, size)
-        entry = _Entry.__new__(_Entry)
         entry.name = name
         entry.raw = raw
         entry.epoch = epoch
@@ -397,17 +398,19 @@ cdef class NearCache:
         return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     cdef object _read(self, str name):
+        # Made first: Python code may run here, and end or begin flights.
+        cdef object waiter = self._create_waiter()
         cdef double now = dscache_monotonic()
         cdef _Flight flight = self._boarding_flight(name, now)
         if flight is None:
             flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
+            flight.waiters.append(waiter)
             self._inner.read(name, flight)
             PyDict_SetItem(self._flights, name, flight)
             self._misses += 1
         else:
+            flight.waiters.append(waiter)
             self._joins += 1
-        waiter = self._create_waiter()
-        flight.waiters.append(waiter)
         return waiter
 
     cdef _Flight _boarding_flight(self, str name, double now):
@@ -447,21 +450,25 @@ cdef class NearCache:
                 PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
         waiter = self._create_waiter()
         cdef _Gathering gathering = _Gathering.__new__(_Gathering, self, kind, found, waiter)
+        if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
+            for key in missing:
+                gathering.flights.append(
+                    _Flight.__new__(_Flight, self, key, now + self._boarding)
+                )
+        # One more is awaited until all of them are, so that it can't end before.
+        gathering.awaited = 1
         if missing or not found:
             gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
-        elif not flights:
-            gathering.end()
         self._misses += PyList_GET_SIZE(missing)
         self._joins += PyList_GET_SIZE(flights)
         for flight in flights:
+            part = _Part.__new__(_Part, gathering, flight.name)
             gathering.awaited += 1
-            flight.waiters.append(_Part.__new__(_Part, gathering, flight.name))
-        if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
-            for key in missing:
-                flight = _Flight.__new__(_Flight, self, key, now + self._boarding)
-                PyDict_SetItem(self._flights, key, flight)
-                gathering.flights.append(flight)
+            flight.waiters.append(part)
+        for flight in gathering.flights:
+            PyDict_SetItem(self._flights, flight.name, flight)
+        gathering.come(False)
         return waiter
 
     cdef int _append(self, _Entry entry) noexcept:
@@ -555,6 +562,7 @@ cdef class _Gathering:
     cdef object _failure
     cdef Py_ssize_t awaited
     cdef list flights
+    cdef bint _is_read  # those that are read for it have come
 
     def __cinit__(self, NearCache near, int kind, dict found, waiter):
         self._near = near
@@ -591,23 +599,27 @@ cdef class _Gathering:
                 flight.set_result(_another(found.get(flight.name)))
         self._come()
 
-    cdef int take(self, str name, Record record) except -1:
+    cdef int take(self, str name, Record record, bint again) except -1:
         """Take what a flight that was joined has found."""
         self._rest[name] = record
-        return self._come()
+        return self.come(again)
 
-    cdef int take_error(self, str name, error) except -1:
+    cdef int take_error(self, str name, error, bint again) except -1:
         """Take why a flight that was joined has failed."""
         self._errors[name] = error
-        return self._come()
+        return self.come(again)
 
     cdef int _come(self) except -1:
-        self.awaited -= 1
-        if not self.awaited:
-            self.end()
-        return 0
+        cdef bint again = self._is_read
+        self._is_read = True
+        return self.come(again)
 
-    cdef int end(self) except -1:
+    cdef int come(self, bint again) except -1:
+        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        self.awaited -= not again
+        return self._end() if self.awaited == 0 else 0
+
+    cdef int _end(self) except -1:
         """Tell the waiter what became of all."""
         cdef dict result = {}
         cdef Record last
@@ -642,16 +654,21 @@ cdef class _Part:
 
     cdef _Gathering _gathering
     cdef str _name
+    cdef bint _has_come
 
     def __cinit__(self, _Gathering gathering, str name):
         self._gathering = gathering
         self._name = name
 
     def set_result(self, Record record, /):
-        self._gathering.take(self._name, record)
+        cdef bint again = self._has_come
+        self._has_come = True
+        self._gathering.take(self._name, record, again)
 
     def set_exception(self, error, /):
-        self._gathering.take_error(self._name, error)
+        cdef bint again = self._has_come
+        self._has_come = True
+        self._gathering.take_error(self._name, error, again)
 
 
 cdef inline Record _another(Record record):

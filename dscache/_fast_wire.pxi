@@ -425,6 +425,11 @@ cdef class _LengthGuard:
     cdef bint _is_length
     cdef bint _ends
     cdef long long _announced
+    # Of the innermost array that isn't complete: how many elements it lacks. In none, it is below
+    # one. The levels around it, from the outermost on, have theirs on the stack.
+    cdef long long _left
+    cdef long long[MAX_DEPTH] _outer
+    cdef int _depth
 
     def __cinit__(self, long long max_reply_bytes):
         self._max_reply_bytes = max_reply_bytes
@@ -455,6 +460,9 @@ cdef class _LengthGuard:
                 if ahead > at + 1 and ahead[0] == 13 and ahead[1] == 10:
                     if length + 4 <= end - ahead and length <= self._max_reply_bytes:
                         at = ahead + length + 4
+                        self._left -= 1
+                        if self._left == 0:
+                            self._close()
                         continue
             if not self._mark:
                 at += 1
@@ -470,6 +478,7 @@ cdef class _LengthGuard:
                     break
                 at += 1
                 self._mark = 0
+                self._count()
             else:
                 at += 1
                 self._header_size += 1
@@ -492,12 +501,47 @@ cdef class _LengthGuard:
         cdef bint text = is_text(self._mark)
         cdef long long limit = self._max_reply_bytes if text else MAX_ELEMENTS
         if self._digits == 0 or self._header_size - 1 > HEADER_BYTES:
+            self._count()
             return 0
         if self._announced > limit:
             raise c.too_long(address, self._announced, limit)
         if text:
             self._skip = self._announced + 2
+        elif self._announced:
+            self._open(address)
+            return 0
+        self._count()
         return 0
+
+    cdef int _open(self, str address) except -1:
+        """Enter an array, a set, a push, or a map or attributes, which have two for each."""
+        cdef long long total
+        cdef int i
+        if self._mark == 37 or self._mark == 124:  # % |
+            self._announced *= 2
+        if self._depth == MAX_DEPTH:
+            raise c.too_deep(address)
+        total = self._announced + max(self._left, 0)
+        for i in range(1, self._depth):
+            total += self._outer[i]
+        if total > MAX_ELEMENTS:
+            raise c.too_long(address, total, MAX_ELEMENTS)
+        self._outer[self._depth] = self._left
+        self._depth += 1
+        self._left = self._announced
+        return 0
+
+    cdef inline void _count(self) noexcept:
+        """Count an element that has come, or is known to come as a whole."""
+        self._left -= 1
+        if self._left == 0:
+            self._close()
+
+    cdef void _close(self) noexcept:
+        """Leave the arrays that are complete: each was an element of the one around it."""
+        while self._left == 0 and self._depth:
+            self._depth -= 1
+            self._left = self._outer[self._depth] - 1
 
 
 # -- reading replies

@@ -109,18 +109,21 @@ class Bulk:
         self.over = False  # the waiter has its outcome
 
     def settle(self, count: int) -> None:
-        """Count records that have their outcome; the last one settles the waiter."""
+        """Count records that have their outcome; the last one settles the waiter.
+
+        If that raises, ``settle(0)`` tries once more.
+        """
         self.remaining -= count
         if self.remaining or self.over:
             return
-        self.over = True
         for name in self.missing:
-            del self.result[name]
+            self.result.pop(name, None)
         if self.errors:
             error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
             fail(self.waiter, lambda: error)
         else:
             tell(self.waiter, self.result)
+        self.over = True
 
     def take(self, kind: int, name: str, result: Any) -> None:
         """Take the result of one record, as its single operation would have given it."""
@@ -158,6 +161,7 @@ class Batch:
         "deadline",
         "entries",
         "expired",
+        "failed",
         "hash_slots",
         "kind",
         "names",
@@ -173,12 +177,13 @@ class Batch:
     def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
         self.kind = kind
         self.deadline = deadline
-        self.serial = serial
+        self.serial = serial  # given when it is queued
         self.records = records
         self.names: list[str] = []
         self.entries: list[Any] = []
         self.sent = 0
         self.answered = 0
+        self.failed = 0  # records before it were told of the failure that ends the batch
         self.bulk: Bulk | None = None
         self.expired = False  # its waiters have been told; the replies are dropped
         self.repeated = 0  # records before it were sent before, on a connection that was lost
@@ -192,16 +197,18 @@ class Batch:
 
     def freeze(self) -> None:
         if not self.names:
-            self.names = list(self.records)
+            names = list(self.records)
             self.entries = list(self.records.values())
+            self.names = names
 
     def group(self, slot_of: Callable[[str], int]) -> None:
         """Bring records of one slot together; those sent before stay before the others."""
         slots = [slot_of(name) for name in self.names]
         order = sorted(range(len(slots)), key=lambda i: (i >= self.repeated, slots[i]))
-        self.names = [self.names[i] for i in order]
-        self.entries = [self.entries[i] for i in order]
-        self.hash_slots = [slots[i] for i in order]
+        names = [self.names[i] for i in order]
+        entries = [self.entries[i] for i in order]
+        hash_slots = [slots[i] for i in order]
+        self.names, self.entries, self.hash_slots = names, entries, hash_slots
 
     def part(self, records: dict[str, Any], repeated: int) -> Batch:
         """Return a batch of some of its records, which is as old and knows as much."""
@@ -225,7 +232,7 @@ class Batch:
             return 0
         # What is over and was not sent will never be.
         last = self.sent if self.over() else len(self.records)
-        entries = self.entries or list(self.records.values())
+        entries = self.entries if self.names else list(self.records.values())
         return sum(len(entry.text) for entry in entries[self.answered : last])
 
     def over(self) -> bool:

@@ -278,6 +278,8 @@ class NearCache:
         """
         if self._prefixes and not name.startswith(self._prefixes):
             return
+        entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, 0)
+        # Garbage collection may have let a finalizer write this name: the fences come after it.
         if serial < self._floor or serial < self._fences.get(name, 0):
             self._counts["dropped_fills"] += 1
             return
@@ -293,7 +295,7 @@ class NearCache:
         if self._table() + size > self._max_bytes or not self._max_records:
             return
         self._make_room(1, size)
-        entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, size)
+        entry.size = size
         entry.slot = slot
         entry.moves = self._moves[slot]
         self._entries[name] = entry
@@ -379,17 +381,18 @@ class NearCache:
         return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
 
     def _read(self, name: str) -> Any:
+        waiter = self._create_waiter()
         now = time.monotonic()
         flight = self._boarding_flight(name, now)
         if flight is None:
             flight = Flight(self, name, now + self._boarding)
+            flight.waiters.append(waiter)
             self._inner.read(name, flight)
             self._flights[name] = flight
             self._counts["misses"] += 1
         else:
+            flight.waiters.append(waiter)
             self._counts["joins"] += 1
-        waiter = self._create_waiter()
-        flight.waiters.append(waiter)
         return waiter
 
     def _boarding_flight(self, name: str, now: float) -> Flight | None:
@@ -422,20 +425,22 @@ class NearCache:
                 found[name] = None if entry.raw is None else entry.version
         waiter = self._create_waiter()
         gathering = Gathering(self, kind, found, waiter)
+        if kind == c.GET and len(missing) <= c.NEAR_SHARED:
+            gathering.flights += (Flight(self, name, now + self._boarding) for name in missing)
+        # One more is awaited until all of them are, so that it can't end before.
+        gathering.awaited = 1
         if missing or not found:
             gathering.awaited += 1
             self._inner.read_bulk(kind, missing, gathering)
-        elif not flights:
-            gathering.end()
         self._counts["misses"] += len(missing)
         self._counts["joins"] += len(flights)
         for flight in flights:
+            part = Part(gathering, flight.name)
             gathering.awaited += 1
-            flight.waiters.append(Part(gathering, flight.name))
-        if kind == c.GET and len(missing) <= c.NEAR_SHARED:
-            for name in missing:
-                flight = self._flights[name] = Flight(self, name, now + self._boarding)
-                gathering.flights.append(flight)
+            flight.waiters.append(part)
+        for flight in gathering.flights:
+            self._flights[flight.name] = flight
+        gathering.come(False)
         return waiter
 
     def _table(self) -> int:
@@ -494,6 +499,7 @@ class Gathering:
         "_errors",
         "_failure",
         "_found",
+        "_is_read",
         "_kind",
         "_near",
         "_rest",
@@ -512,6 +518,7 @@ class Gathering:
         self._failure: Exception | None = None
         self.awaited = 0
         self.flights: list[Flight] = []
+        self._is_read = False  # those that are read for it have come
 
     def set_result(self, found: Mapping[str, Any], /) -> None:
         self._rest.update(found)
@@ -537,22 +544,27 @@ class Gathering:
                 flight.set_result(_another(found.get(flight.name)))
         self._come()
 
-    def take(self, name: str, record: Record | None) -> None:
+    def take(self, name: str, record: Record | None, again: bool) -> None:
         """Take what a flight that was joined has found."""
         self._rest[name] = record
-        self._come()
+        self.come(again)
 
-    def take_error(self, name: str, error: Exception) -> None:
+    def take_error(self, name: str, error: Exception, again: bool) -> None:
         """Take why a flight that was joined has failed."""
         self._errors[name] = error
-        self._come()
+        self.come(again)
 
     def _come(self) -> None:
-        self.awaited -= 1
-        if not self.awaited:
-            self.end()
+        again, self._is_read = self._is_read, True
+        self.come(again)
 
-    def end(self) -> None:
+    def come(self, again: bool) -> None:
+        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        self.awaited -= not again
+        if not self.awaited:
+            self._end()
+
+    def _end(self) -> None:
         """Tell the waiter what became of all."""
         for name in self._rest:
             self._errors.pop(name, None)
@@ -584,17 +596,20 @@ class Gathering:
 class Part:
     """The waiter of one name of a bulk read, on a flight that it has joined."""
 
-    __slots__ = ("_gathering", "_name")
+    __slots__ = ("_gathering", "_has_come", "_name")
 
     def __init__(self, gathering: Gathering, name: str) -> None:
         self._gathering = gathering
         self._name = name
+        self._has_come = False
 
     def set_result(self, record: Record | None, /) -> None:
-        self._gathering.take(self._name, record)
+        again, self._has_come = self._has_come, True
+        self._gathering.take(self._name, record, again)
 
     def set_exception(self, error: Exception, /) -> None:
-        self._gathering.take_error(self._name, error)
+        again, self._has_come = self._has_come, True
+        self._gathering.take_error(self._name, error, again)
 
 
 def _another(record: Record | None) -> Record | None:

@@ -157,6 +157,7 @@ class Pipeline:
         self._max_redirections = max_redirections
         self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
         self._awake = False
+        self._busy = False  # the queue or the slots are being changed: only new operations may come
         self._open: list[Batch] = []
         self._queue: deque[Batch] = deque()
         self._slots: deque[tuple[Batch, int]] = deque()
@@ -202,19 +203,15 @@ class Pipeline:
         name = check_name(name)
         write = self.make_write(name, version, data, ttl, if_newer)
         self.admit(len(write.text))
-        batch = self._batch_for(kind_of(write.ttl, if_newer), name)
-        waiter = self._create_waiter()
-        self._calls += 1
-        earlier: Write | None = batch.records.get(name)
-        if earlier is None:
-            write.waiter = waiter
-            self.queued += 1
-            self.operations += 1
-        else:
+        waiter = write.waiter = self._create_waiter()
+        kind = kind_of(write.ttl, if_newer)
+        while (earlier := self._add(kind, name, write)) is not write:
             write.waiter = with_waiter(earlier.waiter, waiter)
-            self.pending_bytes -= len(earlier.text)
+            if self._replace(kind, name, earlier, write):
+                self.pending_bytes -= len(earlier.text)
+                break
+        self._calls += 1
         self.pending_bytes += len(write.text)
-        batch.records[name] = write
         self._begin_early()
         return waiter
 
@@ -260,24 +257,23 @@ class Pipeline:
 
     def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
         """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        text = pack_command(parts)
+        waiter = self._create_waiter()
         # No deadline of its own: what bounds a handshake is connectTimeout.
-        batch = Batch(c.COMMAND, math.inf, 0, {str(parts[0]): self._create_waiter()})
+        batch = Batch(c.COMMAND, math.inf, 0, {str(parts[0]): waiter})
         batch.freeze()
         batch.sent = 1
+        # Nothing can fail behind this: a slot whose bytes are lost would take another's reply.
         self._slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
         if self._epoch is not None:
             self._epoch.asked(self.fence())
-        return pack_command(parts), batch.entries[0]
+        return text, waiter
 
     def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
         """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
-        text = pack_command(parts)
-        self._batch_for(kind, key).records[key] = Command(text, waiter)
-        self.queued += 1
-        self.operations += 1
-        self.pending_bytes += len(text)
+        self._add_command(kind, key, pack_command(parts), waiter)
 
     # -- messages
 
@@ -292,12 +288,8 @@ class Pipeline:
         # Each with a name of its own, as they are many to a topic.
         self._messages += 1
         name = f"{{{topic}}}{self._messages}"
-        batch = self._batch_for(c.PUBLISH, name)
         waiter = self._create_waiter()
-        batch.records[name] = Command(text, waiter)
-        self.queued += 1
-        self.operations += 1
-        self.pending_bytes += len(text)
+        self._add_command(c.PUBLISH, name, text, waiter)
         return waiter
 
     # -- what changes nodes
@@ -308,19 +300,27 @@ class Pipeline:
 
     def release(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
         """Give away what waits and belongs to another pipeline now, each with that pipeline."""
-        kept: deque[Batch] = deque()
+        kept: list[Batch] = []
         released: list[tuple[Any, Batch]] = []
-        for batch in self._queue:
-            if batch.target is not None:
-                released.append((batch.target, batch))
-                batch.target = None
-            elif batch.asking and not batch.over():
-                kept.append(batch)  # it was sent here, although the slot is another node's
-            elif not batch.over():
-                self._release_batch(batch, target_of, kept, released)
-        self._queue = kept
+        split: list[tuple[Batch, Batch]] = []
         self._open.clear()
-        self.queued = sum(batch.waiting() for batch in kept)
+        self._busy = True
+        try:
+            waiting = self._queue.copy()
+            for batch in waiting:
+                if batch.target is not None:
+                    released.append((batch.target, batch))
+                elif batch.asking and not batch.over():
+                    kept.append(batch)  # it was sent here, although the slot is another node's
+                elif not batch.over():
+                    self._release_batch(batch, target_of, kept, released, split)
+            self._replace_queue(kept, len(waiting))
+            for batch, rest in split:
+                batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
+            for _target, batch in released:
+                batch.target = None
+        finally:
+            self._busy = False
         self._recount()
         return released
 
@@ -328,9 +328,11 @@ class Pipeline:
         self,
         batch: Batch,
         target_of: Callable[[int, str], Any],
-        kept: deque[Batch],
+        kept: list[Batch],
         released: list[tuple[Any, Batch]],
+        split: list[tuple[Batch, Batch]],
     ) -> None:
+        """Decide where the records of a batch go, without changing it yet."""
         batch.freeze()
         parts: dict[Any, tuple[dict[str, Any], int]] = {}
         for i in range(batch.sent, len(batch.names)):
@@ -342,9 +344,10 @@ class Pipeline:
         if parts.keys() <= {self}:
             kept.append(batch)
             return
-        batch.names = batch.names[: batch.sent]
-        batch.entries = batch.entries[: batch.sent]
-        batch.records = dict(zip(batch.names, batch.entries, strict=True))
+        sent = zip(batch.names[: batch.sent], batch.entries[: batch.sent], strict=True)
+        rest = batch.part(dict(sent), 0)
+        rest.freeze()
+        split.append((batch, rest))
         for target, (records, repeated) in parts.items():
             part = batch.part(records, repeated)
             if target is self:
@@ -355,11 +358,29 @@ class Pipeline:
     def adopt(self, batches: Iterable[Batch]) -> None:
         """Queue what another pipeline gave away, each in the place of its age."""
         self.rouse()
-        merged = (*self._queue, *batches)
-        self._queue = deque(sorted(merged, key=_serial_of))
         self._open.clear()
-        self.queued = sum(batch.waiting() for batch in merged)
+        self._busy = True
+        try:
+            waiting = list(self._queue)
+            self._replace_queue([*waiting, *batches], len(waiting))
+        finally:
+            self._busy = False
         self._recount()
+
+    def _replace_queue(self, batches: list[Batch], known: int) -> None:
+        """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
+        wait now. The others came while this was being prepared, and stay.
+
+        If it raises, nothing has changed.
+        """
+        while True:
+            while known < len(self._queue):
+                batches.append(self._queue[known])
+                known += 1
+            queue = deque(sorted(batches, key=_serial_of))
+            if known == len(self._queue):
+                break
+        self._queue = queue
 
     # -- output
 
@@ -371,8 +392,20 @@ class Pipeline:
     def take_output(self) -> bytes:
         """Return the RESP bytes of some hundred records that wait; they count as sent.
 
-        What more there is waits for the next call, as does what the window doesn't allow yet.
+        What more there is waits for the next call, as does what the window doesn't allow yet. If
+        it raises, or the bytes can't be sent, the connection must end.
         """
+        self._busy = True
+        try:
+            return self._take()
+        except BaseException:
+            # There may be slots without bytes, which would take the replies to other commands.
+            self._severed = True
+            raise
+        finally:
+            self._busy = False
+
+    def _take(self) -> bytes:
         self.end_tick()
         queue = self._queue
         if queue and queue[0].deadline <= (now := time.monotonic()):
@@ -392,10 +425,17 @@ class Pipeline:
                 self.queued -= batch.waiting()
                 queue.popleft()
                 continue
+            self._open.clear()  # it may be one that a finalizer has begun just now
             batch.freeze()
             if self._clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
             text, count = self._encoder.encode(batch, self.has_msetex)
+            if batch.kind in _ONE_BY_ONE:
+                self._slots.extend([(batch, 1)] * count)
+                self._commands += 2 * count if batch.kind == c.HEAD else count
+            else:
+                self._slots.append((batch, count))
+                self._commands += 1
             out.append(text)
             size += len(text)
             taken += count
@@ -404,12 +444,6 @@ class Pipeline:
             batch.sent += count
             self.queued -= count
             self.in_flight += count
-            if batch.kind in _ONE_BY_ONE:
-                self._slots.extend([(batch, 1)] * count)
-                self._commands += 2 * count if batch.kind == c.HEAD else count
-            else:
-                self._slots.append((batch, count))
-                self._commands += 1
             if not batch.waiting():
                 queue.popleft()
         if out:
@@ -430,33 +464,38 @@ class Pipeline:
     def buffer_updated(self, size: int) -> None:
         """Take the first ``size`` bytes of the buffer, and settle what they answer.
 
-        Raises ProtocolError if they are not what Redis would send.
+        Raises ProtocolError if they are not what Redis would send. Whatever it raises, the
+        connection must end: no later reply is taken for that of an operation.
         """
         if size > len(self._buffer):
             raise ValueError("there is no such part of the buffer")
-        self._bytes_in += size
-        self._partial += size
-        self._guard.inspect(bytes(self._buffer[:size]), self.address)
-        self._reader.feed(self._buffer, 0, size)
-        self._parse()
+        try:
+            self.feed(bytes(self._buffer[:size]))
+        except BaseException:
+            self._severed = True
+            raise
 
     def feed(self, data: bytes) -> None:
         """Take bytes that arrived, and settle what they answer.
 
         Raises ProtocolError if they are not what Redis would send.
         """
-        self._bytes_in += len(data)
-        self._partial += len(data)
-        self._guard.inspect(data, self.address)
-        self._reader.feed(data)
-        self._parse()
+        try:
+            self._bytes_in += len(data)
+            self.partial += len(data)
+            self._guard.inspect(data, self.address)
+            self._reader.feed(data)
+            self._parse()
+        except BaseException:
+            self._severed = True
+            raise
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._asked = False  # the reply to an ASKING was read, and what was asked comes next
         self._severed = False  # replies are still to come that belong to nobody
-        self._partial = 0
+        self.partial = 0
         self._guard = LengthGuard(self._max_reply_bytes)
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
 
@@ -498,14 +537,19 @@ class Pipeline:
         """Fail every operation whose deadline is past; return the next deadline, or None."""
         pending = self.in_flight
         next_deadline = math.inf
-        for batch, _count in self._slots:  # all of them: a repeat may be behind younger ones
-            if batch.over():
-                continue
-            if batch.deadline > now:
-                next_deadline = min(next_deadline, batch.deadline)
-            else:
-                self._fail_batch(batch, partial(c.too_late, self.address, self._timeout, pending))
-        self._drop_late(now)
+        self._busy = True
+        try:
+            for batch, _count in self._slots.copy():  # all: a repeat may be behind younger ones
+                if batch.over():
+                    continue
+                if batch.deadline > now:
+                    next_deadline = min(next_deadline, batch.deadline)
+                else:
+                    make = partial(c.too_late, self.address, self._timeout, pending)
+                    self._fail_batch(batch, make)
+            self._drop_late(now)
+        finally:
+            self._busy = False
         if self._queue:
             next_deadline = min(next_deadline, self._queue[0].deadline)
         self._recount()
@@ -514,69 +558,90 @@ class Pipeline:
     def _drop_late(self, now: float) -> None:
         """Fail what waits at the head of the queue and whose deadline is past."""
         queue = self._queue
-        while queue and (queue[0].over() or queue[0].deadline <= now):
-            batch = queue.popleft()
-            self.queued -= batch.waiting()
-            self._open.clear()
+        while queue:
+            batch = queue[0]
             if not batch.over():
+                if batch.deadline > now:
+                    break
                 pending = self.in_flight
                 make = partial(
                     c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
                 )
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._open.clear()
                 self._fail_batch(batch, make, doubt)
+            queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
 
     def connection_lost(self, reason: Exception, retry: bool) -> None:
         """Settle the slots of a connection that ended.
 
         With ``retry``, reads and guarded writes wait for the next connection, in their order
         and before anything newer; without it, they fail as the other writes do, which may or
-        may not have happened. What was not sent yet stays queued.
+        may not have happened. What was not sent yet stays queued. If it raises, for want of
+        memory, it may be called again and goes on where it was.
         """
-        kept: dict[Batch, None] = {}
-        for batch in dict.fromkeys(batch for batch, _count in self._slots):
-            if batch.over():
-                continue
-            if retry and batch.kind in _REPEATABLE:
-                self.queued += batch.sent - batch.answered
-                batch.repeated = max(batch.repeated, batch.sent)
-                batch.sent = batch.answered
-                kept[batch] = None
-            else:
-                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
-        for batch in self._queue:
-            if batch.over():
-                self.queued -= batch.waiting()
-            else:
-                kept[batch] = None
-        # What broke the protocol is not to be believed in anything.
-        self._end_epoch(LOST if retry else OVER, "connection")
-        self._reach.up = False
-        self.settled += len(self._slots)
-        self._slots.clear()
-        self._queue = deque(sorted(kept, key=_serial_of))
-        self.in_flight = 0
+        self._busy = True
+        try:
+            self._lose(reason, retry)
+        finally:
+            self._busy = False
         self._recount()
         self.end_tick()
         self.reset_reader()
+
+    def _lose(self, reason: Exception, retry: bool) -> None:
+        self._severed = True  # until all is settled: no reply of this connection counts any more
+        kept: dict[Batch, None] = {}
+        for batch, _count in self._slots.copy():
+            if batch.over() or batch in kept:
+                continue
+            if batch.answered >= len(batch.records):
+                # Its last reply was read, though whatever was to follow has failed.
+                if batch.bulk is not None:
+                    batch.bulk.settle(0)
+            elif retry and batch.kind in _REPEATABLE:
+                batch.repeated = max(batch.repeated, batch.sent)
+                kept[batch] = None
+            else:
+                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+        waiting = self._queue.copy()
+        kept.update(dict.fromkeys(one for one in (*waiting, *self._returned) if not one.over()))
+        # What broke the protocol is not to be believed in anything.
+        self._end_epoch(LOST if retry else OVER, "connection")
+        self._reach.up = False
+        self._replace_queue(list(kept), len(waiting))
+        for batch, _count in self._slots:  # none of those that wait has anything in flight now
+            if not batch.over():
+                batch.sent = batch.answered
+        self.settled += len(self._slots)
+        self._slots.clear()
+        self._returned.clear()
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail every operation that is queued or in flight, with an error of its own each.
 
         If any was in flight, the next reply ends the connection, as it would be taken for that of
-        a later operation.
+        a later operation. If it raises, for want of memory, it may be called again.
         """
-        batches = dict.fromkeys(batch for batch, _count in self._slots)
-        batches.update(dict.fromkeys(self._queue))
-        self.settled += len(self._slots)
-        self._severed = self._severed or bool(self._slots)
-        self._slots.clear()
-        self._queue.clear()
-        self.in_flight = self.queued = self.operations = self.pending_bytes = 0
+        doubt = partial(c.in_doubt, error_of)
         self.end_tick()
-        for batch in batches:
-            if not batch.over():
-                self._fail_batch(batch, error_of, partial(c.in_doubt, error_of))
+        self._severed = self._severed or bool(self._slots)
+        self._busy = True
+        try:
+            in_flight = [batch for batch, _count in self._slots]
+            for batch in (*in_flight, *self._queue, *self._returned):
+                if not batch.over():
+                    self._fail_batch(batch, error_of, doubt)
+            while self._queue and self._queue[0].over():  # what came meanwhile stays
+                self._queue.popleft()
+            self.settled += len(self._slots)
+            self._slots.clear()
+            self._returned.clear()
+        finally:
+            self._busy = False
+        self._recount()
 
     def stats(self) -> dict[str, Any]:
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -627,7 +692,7 @@ class Pipeline:
         return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
 
     def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
-        return Batch(kind, time.monotonic() + self._timeout, next(serials), records)
+        return Batch(kind, time.monotonic() + self._timeout, 0, records)
 
     def rouse(self) -> None:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
@@ -635,12 +700,24 @@ class Pipeline:
             self._wake()
             self._awake = True
 
-    def _enqueue(self, batch: Batch) -> None:
-        self.rouse()
-        self._queue.append(batch)
+    def _enqueue(self, batch: Batch, is_open: bool) -> None:
+        """Let a batch with all that it needs wait, and others join it if it ``is_open``.
 
-    def _batch_for(self, kind: int, name: str) -> Batch:
-        """Return the batch that an operation on ``name`` may join by rule 1."""
+        The caller has called ``rouse``.
+        """
+        if not is_open or any(other.kind == batch.kind for other in self._open):
+            self._open.clear()
+        batch.serial = next(serials)
+        if is_open:
+            self._open.append(batch)
+        try:
+            self._queue.append(batch)
+        except BaseException:
+            self._open.clear()
+            raise
+
+    def _joinable(self, kind: int, name: str) -> Batch | None:
+        """Return the open batch that an operation on ``name`` may join by rule 1, or None."""
         found: Batch | None = None
         free = True
         for batch in self._open:
@@ -650,14 +727,36 @@ class Pipeline:
                 free = kind not in _UNSHARED or name not in batch.records
             elif found is not None and name in batch.records:
                 free = False
-        if found is not None and free:
-            return found
-        batch = self._new_batch(kind, {})
-        self._enqueue(batch)
-        if found is not None:
-            self._open.clear()
-        self._open.append(batch)
-        return batch
+        return found if free else None
+
+    def _add(self, kind: int, name: str, entry: Any) -> Any:
+        """Let an operation wait; return its entry, or an earlier one of the same name.
+
+        Python's garbage collection, ``wake`` and ``create_waiter`` may issue other operations: a
+        batch is queued with its first record in it, as an empty one would be dropped.
+        """
+        batch = self._joinable(kind, name)
+        if batch is None:
+            batch = self._new_batch(kind, {name: entry})
+            self.rouse()
+            self._enqueue(batch, True)
+        elif (earlier := batch.records.setdefault(name, entry)) is not entry:
+            return earlier
+        self.queued += 1
+        self.operations += 1
+        return entry
+
+    def _replace(self, kind: int, name: str, earlier: Any, entry: Any) -> bool:
+        """Put ``entry`` in the place of an earlier one, unless that was sent meanwhile."""
+        batch = self._joinable(kind, name)
+        if batch is None or batch.records.get(name) is not earlier:
+            return False
+        batch.records[name] = entry
+        return True
+
+    def _add_command(self, kind: int, name: str, text: bytes, waiter: Any) -> None:
+        self._add(kind, name, Command(text, waiter))
+        self.pending_bytes += len(text)
 
     def admit(self, size: int) -> None:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much."""
@@ -671,22 +770,19 @@ class Pipeline:
 
     def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
         self.admit(0)
-        batch = self._batch_for(kind, name)
         if waiter is None:
             waiter = self._create_waiter()
+        while (earlier := self._add(kind, name, waiter)) is not waiter:
+            if self._replace(kind, name, earlier, with_waiter(earlier, waiter)):
+                break
         self._calls += 1
-        if name in batch.records:
-            batch.records[name] = with_waiter(batch.records[name], waiter)
-        else:
-            batch.records[name] = waiter
-            self.queued += 1
-            self.operations += 1
         self._begin_early()
         return waiter
 
     def _begin_early(self) -> None:
         """Let the server begin, if it has nothing to do and a part of the tick's operations."""
-        if self.queued >= c.EARLY_RECORDS and not self.in_flight and self._begin is not None:
+        idle = not self.in_flight and not self._busy
+        if self.queued >= c.EARLY_RECORDS and idle and self._begin is not None:
             self._begin()
 
     def _add_bulk(
@@ -707,9 +803,9 @@ class Pipeline:
         """Queue those records of a bulk that this node serves."""
         batch = self._new_batch(kind, records)
         batch.bulk = bulk
-        self._enqueue(batch)
-        self._open.clear()
         batch.counted = True
+        self.rouse()
+        self._enqueue(batch, False)
         self._calls += 1
         self.queued += len(records)
         self.operations += 1
@@ -720,6 +816,7 @@ class Pipeline:
     def _parse(self) -> None:
         gets = self._reader.gets
         self._now = 0.0
+        self._busy = True
         try:
             while True:
                 try:
@@ -728,22 +825,24 @@ class Pipeline:
                     raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
                 if reply is _INCOMPLETE:
                     break
-                self._partial = 0
+                self.partial = 0
                 if type(reply) is hiredis.PushNotification:
                     self._take_push(reply)
                 elif self.plain and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
                     self._answer(reply)
-            if self._partial > self._max_reply_bytes:
+            if self.partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
                     "without the end of a reply"
                 )
-        finally:
             if self._returned:
-                self._queue = deque(sorted((*self._returned, *self._queue), key=_serial_of))
+                waiting = list(self._queue)
+                self._replace_queue([*waiting, *self._returned], len(waiting))
                 self._returned.clear()
+        finally:
+            self._busy = False
 
     def _take_push(self, push: Any) -> None:
         """Take a message, or let the near cache forget what has changed.
@@ -1054,11 +1153,11 @@ class Pipeline:
                 refusal = self._refusal(error, batch.kind, name)
                 if name not in later or not self._hang(batch, entry, *later[name], refusal):
                     self._give_error(batch, name, entry, refusal)
-        batch.answered += count
         if again:
             self._send_again(batch, again, repeated, lost_script, mixed)
             if writes:
                 self._read_again(batch, again)
+        batch.answered += count
         if batch.bulk is not None:
             batch.bulk.settle(settled - len(again))
 
@@ -1099,7 +1198,6 @@ class Pipeline:
             else:
                 again[name] = entry
                 repeated += i < batch.repeated
-        batch.answered += count
         if again:
             part = batch.part(again, repeated)
             part.trail = trail
@@ -1109,6 +1207,7 @@ class Pipeline:
             self.redirected.append(
                 (error.message, self.slot_of(batch.kind, next(iter(again))), part)
             )
+        batch.answered += count
         if batch.bulk is not None:
             batch.bulk.settle(failed)
 
@@ -1124,23 +1223,28 @@ class Pipeline:
         repeat.whole_script = lost_script or batch.whole_script
         repeat.alone = alone or batch.alone
         repeat.counted = batch.bulk is not None
+        self._returned.append(repeat)
         self.queued += len(again)
         self.operations += 1 if repeat.counted else len(again)
         self.pending_bytes += repeat.text_size()
-        self._returned.append(repeat)
+
+    def _batches_in_flight(self) -> dict[Batch, None]:
+        return dict.fromkeys(batch for batch, _count in self._slots.copy())
 
     def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
         """Let reads in flight behind a write that is repeated be read again behind it."""
-        for later in dict.fromkeys(later for later, _count in self._slots):
+        for later in self._batches_in_flight():
             if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
                 continue
             again: dict[str, Any] = {}
             for i in range(later.answered, later.sent):
                 if later.names[i] in names and later.entries[i] is not NOBODY:
                     again[later.names[i]] = later.entries[i]
-                    later.entries[i] = NOBODY
             if again:
                 self._send_again(later, again, 0, False, False)
+            for i in range(later.answered, later.sent):
+                if later.names[i] in again:
+                    later.entries[i] = NOBODY
 
     def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
         """Return where the first later write of each name is that a repeat could undo or see,
@@ -1153,7 +1257,7 @@ class Pipeline:
         found: dict[str, tuple[Batch, int, bool]] = {}
         read: set[str] = set()
         loaded = mixed
-        for later in dict.fromkeys(later for later, _count in self._slots):
+        for later in self._batches_in_flight():
             newer = batch.serial < later.serial and later.kind < c.COMMAND
             guarded = later.kind == c.SET_IF_NEWER
             by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
@@ -1199,19 +1303,23 @@ class Pipeline:
 
     def _recount(self) -> None:
         """Count what is pending anew, after batches were dropped."""
-        pending = dict.fromkeys(batch for batch, _count in self._slots)
-        pending.update(dict.fromkeys(self._queue))
-        self.operations = 0
-        self.pending_bytes = 0
+        slots, queue = self._slots.copy(), self._queue.copy()
+        pending = dict.fromkeys(batch for batch, _count in slots)
+        pending.update(dict.fromkeys(queue))
+        operations = pending_bytes = 0
         for batch in pending:
             if batch.bulk is None:
                 # What is over and was not sent will never be.
                 last = batch.sent if batch.over() else len(batch.records)
-                self.operations += last - batch.answered
+                operations += last - batch.answered
             else:
                 batch.counted = not batch.over() and batch.answered < len(batch.records)
-                self.operations += batch.counted
-            self.pending_bytes += batch.text_size()
+                operations += batch.counted
+            pending_bytes += batch.text_size()
+        self.in_flight = sum(count for _batch, count in slots)
+        self.queued = sum(batch.waiting() for batch in queue)
+        self.operations = operations
+        self.pending_bytes = pending_bytes
 
     def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
         context = f"{c.describe(kind, name)} at {self.address}"
@@ -1234,10 +1342,10 @@ class Pipeline:
     ) -> None:
         """Tell all who still wait for a batch that it failed.
 
-        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened.
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened. If
+        it raises, it may be called again, and goes on with the record that it had come to.
         """
         batch.freeze()
-        batch.expired = True
         doubtful = 0
         if error_of_doubt is not None and c.is_write(batch.kind):
             doubtful = max(batch.sent, batch.repeated)
@@ -1248,23 +1356,26 @@ class Pipeline:
                 doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
             ):
                 make = error_of_doubt
+            fail(bulk.waiter, partial(make, bulk.operation))
             bulk.over = True
             self._failed += bulk.remaining
-            fail(bulk.waiter, partial(make, bulk.operation))
+            batch.expired = True
             return
-        failed = 0
-        for i in range(batch.answered, len(batch.names)):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is NOBODY:
-                continue
-            make = error_of
-            if error_of_doubt is not None and i < doubtful:
-                make = error_of_doubt
-            self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
-            failed += 1
+        batch.failed = max(batch.failed, batch.answered)
+        while batch.failed < len(batch.names):
+            name = batch.names[batch.failed]
+            entry = batch.entries[batch.failed]
+            if entry is not NOBODY:
+                make = error_of
+                if error_of_doubt is not None and batch.failed < doubtful:
+                    make = error_of_doubt
+                self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
+                if bulk is not None:
+                    bulk.remaining -= 1
+            batch.failed += 1
+        batch.expired = True
         if bulk is not None:
-            bulk.settle(failed)
+            bulk.settle(0)
 
 
 # -- small things

@@ -143,6 +143,8 @@ class LengthGuard:
         self._max_reply_bytes = max_reply_bytes
         self._skip = 0
         self._header = b""
+        # Of each array that isn't complete, from the outermost on: how many elements it lacks.
+        self._left: list[int] = []
 
     def inspect(self, data: bytes, address: str) -> None:
         """Look at the announced lengths in what arrived, before hiredis makes room for them.
@@ -151,11 +153,14 @@ class LengthGuard:
         """
         at = self._skip  # the rest of a text, and of its line end, is passed over
         data = self._header + data
+        left = self._left
         while at < len(data):
             end = data.find(b"\n", at)
             if end < 0:
                 break
             mark = data[at : at + 1]
+            length = -1
+            of_text = False
             if mark in _LENGTHS:
                 length = _announced(data[at + 1 : end])
                 of_text = mark in _TEXTS
@@ -164,7 +169,26 @@ class LengthGuard:
                     raise c.too_long(address, length, limit)
                 if of_text and length >= 0:
                     end += length + 2
+            if length > 0 and not of_text:
+                self._open(mark, length, address)
+            elif left and mark != b"\n":
+                left[-1] -= 1
+                while left and not left[-1]:
+                    left.pop()
+                    if left:
+                        left[-1] -= 1
             at = end + 1
         self._skip = max(at - len(data), 0)
         # Of a line that goes on, a header or not, no more than a header may have.
         self._header = data[at : at + 2 * c.HEADER_BYTES]
+
+    def _open(self, mark: bytes, length: int, address: str) -> None:
+        """Enter an array, a set, a push, or a map or attributes, which have two for each."""
+        if mark in (b"%", b"|"):
+            length *= 2
+        if len(self._left) == c.MAX_DEPTH:
+            raise c.too_deep(address)
+        total = length + sum(self._left)
+        if total > c.MAX_ELEMENTS:
+            raise c.too_long(address, total, c.MAX_ELEMENTS)
+        self._left.append(length)
