@@ -64,6 +64,15 @@ def _text(name: str) -> bytes:
     return b'{"name":"%s"}' % name.encode()
 
 
+def _awaited(waiter: Any) -> Any:
+    """Return a future: a near cache gives coroutines, which begin when they are awaited."""
+    if not asyncio.iscoroutine(waiter):
+        return waiter
+    task = _LOOP.create_task(waiter)
+    _LOOP.run_until_complete(asyncio.wait([task], timeout=1.0))
+    return task
+
+
 class Shield:
     """Lets allocations fail in the core alone, and not in the Reader of hiredis.
 
@@ -74,10 +83,11 @@ class Shield:
     def __init__(self) -> None:
         self.replies = 0
         self.number = -1
+        self.reached = False
 
     def arm(self, replies: int, number: int) -> None:
         """Let an allocation fail after so many replies; with none, at once."""
-        self.replies, self.number = replies, number
+        self.replies, self.number, self.reached = replies, number, False
         if not replies:
             _set_failure(number)
 
@@ -94,6 +104,8 @@ class Shield:
         if self.number < 0:
             return call(*arguments)
         hit = self.replies == 0
+        if hit:
+            self.reached = _was_reached()
         _end_failures()
         try:
             return call(*arguments)
@@ -218,6 +230,7 @@ class Scene:
         self.pipeline.down = None
         probes = [(name, self.pipeline.get(name)) for name in _OWNERS]
         self._serve(self.pipeline)
+        self.waiters = [_awaited(waiter) for waiter in self.waiters]
         if not all(waiter is None or waiter.done() for waiter in self._told()):
             self._again(self.expire)
         self._check(probes)
@@ -506,6 +519,16 @@ def _set_failure(number: int) -> None:
     _testcapi.set_nomemory(number, number + 1)
 
 
+def _was_reached() -> bool:
+    """Whether the failure that was set has come, and is not one of the next allocations."""
+    try:
+        for _ in _ROOM:
+            bytes(100)
+    except MemoryError:
+        return False
+    return True
+
+
 def _end_failures() -> None:
     import _testcapi
 
@@ -517,7 +540,6 @@ def _strike(
 ) -> tuple[BaseException | None, bool]:
     """Run a step in which an allocation fails; return what it raised, and if it made so many."""
     caught: BaseException | None = None
-    reached = True
     if shield is None:
         _set_failure(number)
     else:
@@ -526,17 +548,13 @@ def _strike(
         step()
     except BaseException as error:
         caught = error
-    try:
-        # The failure has still to come if the step made fewer.
-        for _ in _ROOM:
-            bytes(100)
-    except MemoryError:
-        reached = False
-    finally:
-        _end_failures()
-        if shield is not None:
-            reached = reached and shield.replies <= 0
-            shield.number = -1
+    if shield is None or shield.replies == 0:
+        reached = _was_reached()
+    else:
+        reached = shield.replies < 0 and shield.reached
+    _end_failures()
+    if shield is not None:
+        shield.number = -1
     return caught, reached
 
 
@@ -613,6 +631,7 @@ def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict
                 index, target, replies, number, runs = place
                 where = f"{names[index]}, step {target}, allocation {replies}.{number}"
                 crashes.append(_crash(done, where))
+                print(crashes[-1], file=sys.stderr, flush=True)
                 place = (index, target, replies, number + stride, runs + 1)
     return {"runs": place[4], "crashes": crashes, "problems": problems}
 
@@ -622,7 +641,7 @@ def _crash(done: subprocess.CompletedProcess[str], place: str) -> str:
     how = f"exit {done.returncode}"
     if done.returncode < 0:
         how = signal.Signals(-done.returncode).name
-    return f"{place}: {how}\n{done.stderr[-3000:]}"
+    return f"{place}: {how}\n{done.stderr[:4000]}"
 
 
 def main(arguments: list[str]) -> int:
