@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from blocking import run_child
 from clusters import ClusterGroup
 from conftest import BY_AGE, CORES, MakeServer
+from dscache.embedded import EmbeddedServer, ServerBinary
 from injection import TIMEOUT
 from shortage import scan, scenes
 
@@ -22,9 +24,18 @@ QUICK = {"commandTimeout": TIMEOUT, "retryStrategy": {"first": 1, "cap": 20}}
 STRIDE = {"fast": 3, "pure": 41}
 FEW = ("get", "mixed read", "set-bulk", "near hit", "messages", "mixed sent lose", "get MOVED")
 
-pytestmark = pytest.mark.parametrize(
-    "binary", BY_AGE[-1:], indirect=True, ids=lambda binary: binary.name
-)
+
+@pytest.fixture(scope="module")
+def binary() -> ServerBinary:
+    """The newest server alone: what is struck here is the client."""
+    return BY_AGE[-1]
+
+
+@pytest.fixture(scope="module")
+def server(
+    binary: ServerBinary, running: Callable[[ServerBinary], EmbeddedServer]
+) -> EmbeddedServer:
+    return running(binary)
 
 
 def assert_holds(backend: str, options: dict[str, Any], kind: str, **more: Any) -> None:
@@ -36,12 +47,12 @@ def assert_holds(backend: str, options: dict[str, Any], kind: str, **more: Any) 
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_lines_of_an_async_cache(server: Any, backend: str, loop: str) -> None:
+def test_lines_of_an_async_cache(server: EmbeddedServer, backend: str, loop: str) -> None:
     options = {"host": server.host, "port": server.port}
     assert_holds(backend, options, "async", uvloop=loop == "uvloop")
 
 
-def test_lines_of_a_near_cache(server: Any, backend: str) -> None:
+def test_lines_of_a_near_cache(server: EmbeddedServer, backend: str) -> None:
     options = {"host": server.host, "port": server.port, "nearCache": {}}
     assert_holds(backend, options, "async")
 
@@ -51,11 +62,11 @@ def test_lines_of_a_lost_connection(make_server: MakeServer) -> None:
     assert_holds("fast", {"host": server.host, "port": server.port}, "async", reconnect=True)
 
 
-def test_lines_of_a_blocking_cache(server: Any, backend: str) -> None:
+def test_lines_of_a_blocking_cache(server: EmbeddedServer, backend: str) -> None:
     assert_holds(backend, {"host": server.host, "port": server.port}, "blocking")
 
 
-def test_lines_of_a_message_node(server: Any, backend: str) -> None:
+def test_lines_of_a_message_node(server: EmbeddedServer, backend: str) -> None:
     assert_holds(backend, {"host": server.host, "port": server.port}, "messages")
 
 
