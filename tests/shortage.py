@@ -51,6 +51,7 @@ _CRASHES = 200
 _PATIENCE = 10
 
 _READER = hiredis.Reader
+_PACK = hiredis.pack_command
 _LOOP = asyncio.new_event_loop()
 
 _BIG = "x" * 20_000
@@ -95,12 +96,12 @@ class Shield:
         """Return what stands for a Reader."""
         real = make(**options)
         return types.SimpleNamespace(
-            feed=partial(self._past, real.feed),
-            gets=partial(self._past, real.gets),
+            feed=partial(self.past, real.feed),
+            gets=partial(self.past, real.gets),
             has_data=real.has_data,
         )
 
-    def _past(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def past(self, call: Callable[..., Any], *arguments: Any) -> Any:
         if self.number < 0:
             return call(*arguments)
         hit = self.replies == 0
@@ -133,8 +134,10 @@ class Scene:
             # The core asks for its Reader here whenever it begins anew.
             make = partial(self.shield.reader, _READER)
             hiredis.Reader = make  # type: ignore[assignment, misc]
+            hiredis.pack_command = partial(self.shield.past, _PACK)
         else:
             hiredis.Reader = _READER  # type: ignore[misc]
+            hiredis.pack_command = _PACK
         self.server = ModelServer()
         for name in (*_OWNERS, "a", "b", "c"):
             self.server.put(name, 1, _text(name))
@@ -461,7 +464,7 @@ def _messages(core: Any) -> Scene:
 
 def _commands(core: Any) -> Scene:
     """Return a scene of commands outside records, as of a handshake."""
-    scene = Scene(core)
+    scene = Scene(core, shielded=True)
     scene.operations = (Operation("command", "HELLO"),)
 
     def command() -> Any:
@@ -593,7 +596,7 @@ def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
         for _ in range(2):  # what is made once, at the first use
             scene, _ = _run(make, -1, 0, 0)
         for target, (step, _) in enumerate(scene.steps):
-            for replies in range(_REPLIES if scene.shield is not None and step == "feed" else 1):
+            for replies in range(_REPLIES if scene.shield is not None else 1):
                 if step == "answer" or (index, target, replies) < first[:3]:
                     continue
                 number = first[3] if (index, target, replies) == first[:3] else 0
