@@ -28,7 +28,7 @@ help:
 	@echo "make test         the whole suite, on both backends and every server found"
 	@echo "make test-minimum  the suite with the oldest dependencies that pyproject.toml allows"
 	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
-	@echo "make sanitize     the compiled core under AddressSanitizer, fed with a million bad replies"
+	@echo "make sanitize     the compiled core under sanitizers: a million bad replies, no memory, finalizers"
 	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
 	@echo "make format       let ruff format the code"
 	@echo "make bench        the benchmarks, beside the peers and the limit, into bench/results/"
@@ -85,18 +85,22 @@ test-minimum: $(MINIMUM)
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) tests/soak.py $(ARGS)
 
-# In a copy, as the core that is built here must stay what it is.
+# In a copy, as the core that is built here must stay what it is. What either sanitizer reports ends
+# the process.
 SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED_RUN = cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	"$(abspath $(PY))"
 sanitize: $(VENV)/.installed-test
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r dscache tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/dscache/*.so
-	cd $(SANITIZED) && CFLAGS='-fsanitize=address -g -O1' LDFLAGS=-fsanitize=address \
+	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -g -O1' LDFLAGS='$(SANITIZERS)' \
 		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
-	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 \
-		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
-		"$(abspath $(PY))" tests/soak.py fuzz $(ARGS)
+	$(SANITIZED_RUN) tests/soak.py fuzz finalizers shortage $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .

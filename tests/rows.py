@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import ssl
 import tempfile
@@ -24,6 +25,7 @@ import dscache
 import message_rows
 import near_rows
 import thread_rows
+from blocking import run_child
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
 from faults import FaultProxy, ProxyProcess
@@ -41,9 +43,11 @@ from figures import (
     resident,
     until,
 )
+from injection import TIMEOUT
 from load import Load
 from mutation import Fuzzer
 from sentinels import SentinelGroup
+from shortage import scan
 
 
 class Row(Protocol):
@@ -328,6 +332,45 @@ async def fuzz(
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems
     figures.notes.append(f"{fuzzer.cases / (time.monotonic() - began):.0f} cases/s, seed {seed}")
+
+
+async def injection(figures: Figures, binary: ServerBinary, *, every: bool = True) -> None:
+    """Raise each exception on each line that an operation passes, in processes of their own."""
+    with EmbeddedServer(binary) as server:
+        options = {"host": server.host, "port": server.port, "commandTimeout": TIMEOUT}
+        options["retryStrategy"] = {"first": 1, "cap": 20}
+        for kind in ("async", "blocking", "messages"):
+            where = {"options": options, "kind": kind, "every": every, "seconds": 6 * 3600}
+            where |= {"uvloop": False, "reconnect": True}
+            result = await asyncio.to_thread(
+                run_child,
+                "injection.py",
+                json.dumps(where),
+                backend=_backend.BACKEND,
+                seconds=6 * 3600.0,
+            )
+            figures.operations += result["cases"]
+            figures.problems += result["problems"]
+            figures.notes.append(f"{result['cases']} of {kind}")
+
+
+async def shortage(
+    figures: Figures, binary: ServerBinary, *, stride: int = 1, scenes: list[str] | None = None
+) -> None:
+    """Let each single allocation of the core fail, in processes of their own."""
+    result = await asyncio.to_thread(scan, _backend.BACKEND, stride, scenes)
+    figures.operations = result["runs"]
+    figures.problems += result["crashes"] + result["problems"]
+    figures.notes.append(f"{len(result['crashes'])} crashes")
+
+
+async def finalizers(figures: Figures, binary: ServerBinary, *, count: int = 100_000) -> None:
+    """Let finalizers use a pipeline in the middle of what it does."""
+    result = await asyncio.to_thread(
+        run_child, "finalizers.py", _backend.BACKEND, str(count), backend=_backend.BACKEND
+    )
+    figures.operations = result["finalized"]
+    figures.problems += result["problems"]
 
 
 async def refused(figures: Figures, binary: ServerBinary, *, seconds: float = 60.0) -> None:
@@ -681,6 +724,9 @@ ROWS: dict[str, Row] = {
     "freeze": freeze,
     "cut": cut,
     "fuzz": fuzz,
+    "injection": injection,
+    "shortage": shortage,
+    "finalizers": finalizers,
     "failover": failover,
     "refused": refused,
     "near": near_rows.near,

@@ -39,6 +39,9 @@ OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 # Their short form is in test_cluster.py, where tests share a cluster.
 ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
 
+# Their short form is in test_injection.py.
+IN_PROCESSES = ("injection", "shortage", "finalizers")
+
 
 @pytest.mark.parametrize("row", SIZES)
 async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,4 +55,4 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_row_is_here() -> None:
-    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS} == rows.ROWS.keys()
+    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
