@@ -58,7 +58,7 @@ $(VENV)/.installed-%: pyproject.toml $(CREATED)
 	@touch $@
 
 # By force, as neither Cython nor setuptools sees that an option in setup.py has changed.
-$(BUILT): setup.py $(wildcard dscache/*.pyx dscache/*.pxi) $(CREATED)
+$(BUILT): setup.py $(wildcard dscache/*.pyx dscache/core/*.pxi) $(CREATED)
 	CYTHON_FORCE_REGEN=1 $(PY) setup.py -q build_ext --inplace --force
 	@touch $@
 
@@ -75,15 +75,15 @@ test: $(VENV)/.installed-test $(BUILT)
 
 # In an environment of its own, for which pip takes no other versions than the oldest.
 MINIMUM := build/minimum.txt
-$(MINIMUM): pyproject.toml tests/minimum.py
+$(MINIMUM): pyproject.toml tests/packaging/minimum.py
 	@mkdir -p $(@D)
-	"$(PYTHON)" tests/minimum.py >$@
+	"$(PYTHON)" tests/packaging/minimum.py >$@
 
 test-minimum: $(MINIMUM)
 	PIP_CONSTRAINT="$(abspath $(MINIMUM))" $(MAKE) test VENV=.venv-minimum ARGS='$(ARGS)'
 
 soak: $(VENV)/.installed-test $(BUILT)
-	$(PY) tests/soak.py $(ARGS)
+	$(PY) -m tests.soak $(ARGS)
 
 # In a copy, as the core that is built here must stay what it is. What either sanitizer reports ends
 # the process.
@@ -100,13 +100,13 @@ sanitize: $(VENV)/.installed-test
 	rm -f $(SANITIZED)/dscache/*.so
 	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -g -O1' LDFLAGS='$(SANITIZERS)' \
 		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
-	$(SANITIZED_RUN) tests/soak.py fuzz finalizers shortage $(ARGS)
+	$(SANITIZED_RUN) -m tests.soak fuzz finalizers shortage $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict dscache
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint dscache/_fast.pyx dscache/*.pxi
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint dscache/_fast.pyx dscache/core/*.pxi
 	$(PY) -m mypy.stubtest dscache._fast
 
 format: $(VENV)/.installed-lint
@@ -116,7 +116,7 @@ format: $(VENV)/.installed-lint
 wheel: $(VENV)/.installed-wheel
 	rm -rf dist build/lib.* build/cython build/bdist.*
 	$(PY) -m build -q --no-isolation
-	$(PY) tests/installed.py $(BESIDE) $(ARGS)
+	$(PY) tests/packaging/installed.py $(BESIDE) $(ARGS)
 
 docs: $(VENV)/.installed-docs $(BUILT)
 	$(PY) -m mkdocs build -q -f docs/site/mkdocs.yml --strict

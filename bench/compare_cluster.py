@@ -20,9 +20,9 @@ import redis.asyncio
 import uvloop
 
 import dscache
-from dscache.cluster import Cluster
+from dscache.aio.cluster import Cluster
+from dscache.aio.connection import Connection
 from dscache.config import load
-from dscache.connection import Connection
 from dscache.embedded import EmbeddedServer
 from machine import facts
 from report import as_text, goal
@@ -40,8 +40,8 @@ from workload import (
 )
 
 # The clusters are those of the tests.
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from clusters import ClusterGroup
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.clusters import ClusterGroup
 
 TASKS = 100
 

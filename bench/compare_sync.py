@@ -40,8 +40,8 @@ from workload import (
 )
 
 # The clusters of the tests.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from clusters import ClusterGroup
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.clusters import ClusterGroup
 
 NAME = NAMES[1]
 PAIRS = dict.fromkeys(NAMES, (VERSION, DOCUMENT))

@@ -15,7 +15,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from redis.crc import key_slot
 
-from dscache import _common
+from dscache.core import constants
 from workload import CORES, DOCUMENT, NAMES, RECORDS, VERSION, core, decode, encode, keys_of
 
 TEXT = encode(DOCUMENT)
@@ -53,8 +53,8 @@ def array_of(records: int) -> bytes:
 
 def replies(records: int) -> bytes:
     """Return what a server answers to reads of that many records, as dscache asks for them."""
-    whole, rest = divmod(records, _common.COMMAND_RECORDS)
-    return whole * array_of(_common.COMMAND_RECORDS) + (array_of(rest) if rest else b"")
+    whole, rest = divmod(records, constants.COMMAND_RECORDS)
+    return whole * array_of(constants.COMMAND_RECORDS) + (array_of(rest) if rest else b"")
 
 
 def flushed(pipeline: Any) -> bytes:
@@ -230,7 +230,7 @@ def test_parse_get_hiredis(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="parse: the replies to set, one by one in a tick")
 def test_parse_set(benchmark: BenchmarkFixture, a_core: ModuleType) -> None:
-    answer = -(-RECORDS // _common.COMMAND_RECORDS) * b"+OK\r\n"
+    answer = -(-RECORDS // constants.COMMAND_RECORDS) * b"+OK\r\n"
     rounds(benchmark, lambda pipe: pipe.feed(answer), lambda: waiting_for(a_core, set_each_raw))
 
 

@@ -37,7 +37,7 @@ DOCUMENT = {
 VERSION = 1
 RECORDS = 1000
 NAMES = [f"user/{number}" for number in range(RECORDS)]
-CORES = {"fast": "dscache._fast", "pure": "dscache._pure"}
+CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 
 encode: Callable[[object], bytes] = msgspec.json.Encoder().encode
 decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode

@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     # The twins have one interface; type checkers read the one written in Python.
-    from ._pure import Message, Record
+    from .core.pure import Message, Record
     from .messages import MessageNode
     from .sync import Cache
 else:

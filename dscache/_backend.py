@@ -1,4 +1,4 @@
-"""Choose the core: ``_fast`` (Cython) or ``_pure`` (Python), which behave the same.
+"""Choose the core: ``_fast`` (Cython) or ``core.pure`` (Python), which behave the same.
 
 ``DSCACHE_BACKEND=fast|pure`` obeys or raises. Unset, the compiled core is taken, else the
 pure one, with the reason logged once. Whoever needs the core uses ``_backend.core`` at the
@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._pure import Message, Record
+    from .core.pure import Message, Record
 
-_MODULES = {"fast": "dscache._fast", "pure": "dscache._pure"}
+_MODULES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 _logger = logging.getLogger("dscache")
 
 

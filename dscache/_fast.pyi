@@ -2,7 +2,7 @@ from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, NoReturn, final
 
-from ._common import ErrorOf
+from .core.constants import ErrorOf
 
 @final
 class Record:

@@ -1,9 +1,9 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""The core, compiled: what ``_pure.py`` does, with the same names, results and errors.
+"""The core, compiled: what ``core/pure.py`` does, with the same names, results and errors.
 
 Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
 is no socket, event loop or configuration here. The theory of operation stands at the top of
-``_pure_pipeline.py``; here are only the reasons for what is done otherwise:
+``core/pipeline.py``; here are only the reasons for what is done otherwise:
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
 * Replies to MGET and MSET are read where they lie. Whatever else comes, or looks unusual, is left
@@ -44,8 +44,8 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from . import _common as c
-from . import _envelope as e
+from .core import constants as c
+from .core import envelope as e
 from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -93,7 +93,7 @@ if (
     *(c.VERSION_SUFFIX, c.DATA_SUFFIX),
     *(len(c.TIMED), len(c.LATENCY_BOUNDS)),
 ):
-    raise ImportError("dscache._fast was built for another dscache._common; build it again")
+    raise ImportError("dscache._fast was built for another dscache.core.constants; build it again")
 
 cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
 cdef Py_ssize_t FLUSH_RECORDS = c.FLUSH_RECORDS
@@ -133,15 +133,15 @@ cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
 
 
-cdef class _Encoder  # of _fast_wire.pxi, for the batches before it
-cdef class Inbox  # of _fast_messages.pxi
-cdef class NearCache  # of _fast_near.pxi, as are
+cdef class _Encoder  # of core/resp.pxi, for the batches before it
+cdef class Inbox  # of core/message.pxi
+cdef class NearCache  # of core/near_cache.pxi, as are
 cdef class _Epoch
 cdef class _Reach
 
-include "_fast_record.pxi"
-include "_fast_batch.pxi"
-include "_fast_wire.pxi"
+include "core/record.pxi"
+include "core/batch.pxi"
+include "core/resp.pxi"
 
 
 @cython.final
@@ -1754,6 +1754,6 @@ cdef dict _unique(str operation, names):
     return unique
 
 
-include "_fast_router.pxi"
-include "_fast_near.pxi"
-include "_fast_messages.pxi"
+include "core/router.pxi"
+include "core/near_cache.pxi"
+include "core/message.pxi"

@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
-from ._opened import Opened, running_loop
+from .aio.lifecycle import Opened, running_loop
+from .aio.topology import Topology, open_topology
 from .config import Config, load
 from .errors import ConnectionLost, UsageError
-from .topology import Topology, open_topology
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from ._pure import Record
+    from .core.pure import Record
 
 
 class AsyncCache(Opened):

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
 
-from . import _backend, _envelope
-from ._opened import Opened, check_loop, check_process, running_loop
-from .carriers import Carrier, open_carrier
+from . import _backend
+from .aio.lifecycle import Opened, check_loop, check_process, running_loop
+from .config.messages import MessageConfig, load
+from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
-from .message_config import MessageConfig, load
-from .subscribers import Callback, Messages, Subscriber
-from .subscriptions import Subscriptions
+from .pubsub.subscribers import Callback, Messages, Subscriber
+from .pubsub.subscriptions import Subscriptions
+from .pubsub.transport import Carrier, open_carrier
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -54,7 +55,7 @@ class MessageNode(Opened):
         self._config = config
         self._credentials = credentials
         self.on_gap = on_gap
-        self._opening = _envelope.opening(config.server_name)
+        self._opening = envelope.opening(config.server_name)
         self._openings: dict[str, bytes] = {}
         self._sharded = config.options.sharded
         self._publish: Any = None
@@ -130,7 +131,7 @@ class MessageNode(Opened):
         can be. ``max_pending`` messages may wait for it, and ``overflow`` decides on those beyond:
         by default as configured. ``when_ready`` tells when Redis has confirmed it.
         """
-        topic = _envelope.check_topic(topic)
+        topic = envelope.check_topic(topic)
         options = self._limits(max_pending, overflow)
         self._begin_if_new()
         subscriber = Subscriber(topic, callback, lambda: self._disconnect(subscriber), **options)
@@ -155,7 +156,7 @@ class MessageNode(Opened):
         The iteration ends when the node is closed. With ``overflow="disconnect"`` it raises
         Overloaded when too many have waited.
         """
-        topic = _envelope.check_topic(topic)
+        topic = envelope.check_topic(topic)
         options = self._limits(max_pending, overflow)
         self._begin_if_new()
         mailbox: Any = None
@@ -292,8 +293,8 @@ class MessageNode(Opened):
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise MessageError(f"max_pending must be an int of at least 1, not {shorten(limit)}")
         chosen = options.overflow if overflow is None else overflow
-        if chosen not in _envelope.OVERFLOWS:
-            known = ", ".join(_envelope.OVERFLOWS)
+        if chosen not in envelope.OVERFLOWS:
+            known = ", ".join(envelope.OVERFLOWS)
             raise MessageError(f"overflow must be one of {known}, not {shorten(chosen)}")
         return {"max_pending": limit, "overflow": chosen}
 
@@ -327,10 +328,10 @@ class MessageNode(Opened):
         self._leave(subscriber.mailbox)
 
     def _opening_for(self, server: str) -> bytes:
-        name = _envelope.check_server(server, "the server to send to")
+        name = envelope.check_server(server, "the server to send to")
         if len(self._openings) >= _ADDRESSEES:
             self._openings.clear()
-        opening = self._openings[name] = _envelope.opening(self.server_name, name)
+        opening = self._openings[name] = envelope.opening(self.server_name, name)
         return opening
 
     # -- what the connections tell

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
 from ._forks import in_each_child
+from .blocking.pool import Pool
 from .config import Config, load
+from .core.memory import MemoryPool
 from .errors import ConfigError, ConnectionLost
-from .memory import MemoryPool
-from .pool import Pool
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from ._pure import Record
+    from .core.pure import Record
 
 _logger = logging.getLogger("dscache")
 
@@ -241,7 +241,7 @@ class Cache:
                 if self._config.name == "memory":
                     self._pool = MemoryPool(options)
                 elif options.nodes:
-                    from .cluster_pool import ClusterPool  # of no use to most
+                    from .blocking.cluster_pool import ClusterPool  # of no use to most
 
                     self._pool = ClusterPool(self._config, self._credentials)
                 else:

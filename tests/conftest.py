@@ -23,14 +23,14 @@ import redis as redis_py
 import trustme
 from hypothesis import HealthCheck, settings
 
-import cluster_rows
 import dscache
-from clusters import ClusterGroup
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
-from faults import FaultProxy
+from tests.soak import cluster_rows
+from tests.support.clusters import ClusterGroup
+from tests.support.faults import FaultProxy
 
-CORES = {"fast": "dscache._fast", "pure": "dscache._pure"}
+CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
 # What a cache counts while it works; each is zero again once nothing is under way.
 DRAINED = ("pending", "in_flight", "queued")

@@ -17,7 +17,7 @@ from msgspec import inspect
 
 import dscache
 from dscache import config
-from dscache._typed import Written
+from dscache.config.validation import Written
 
 _TABLE = re.compile(r"^\|.*\n\|[-| :]+\n((?:\|.*\n)*)", re.MULTILINE)
 

@@ -1,0 +1,1 @@
+"""Work on whole servers and clusters, without a terminal."""

@@ -1,0 +1,1 @@
+"""Checks of a server, its records and its topology."""

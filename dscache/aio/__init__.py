@@ -1,0 +1,1 @@
+"""Connections and clusters on an asyncio event loop."""

@@ -1,0 +1,493 @@
+"""One node's connection: made, watched, made again, and the operations that wait for it.
+
+A Connection owns the Pipeline of its node, which outlives every socket. How a socket is opened
+and the server greeted stands in ``endpoint.py``, what a socket is in ``protocol.py``.
+
+States: *connecting* (operations wait until their deadline), *ready*, *refused* (the server said
+no to the handshake: operations fail at once with what it said, while attempts go on, since a
+password may be put right) and *closed*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import _backend
+from .._forks import in_each_child
+from ..config import Options
+from ..errors import ConnectError, ConnectionLost, ProtocolError
+from ..net.credentials import Credentials, Hidden
+from ..net.handshake import Greeting, explain, refusal_of
+from .deadlines import Deadlines
+from .endpoint import Endpoint
+from .heartbeat import Pulse, ask, say
+from .kept_task import KeptTask
+from .lifecycle import check_loop, check_process
+from .protocol import Ear, Link
+from .reconnect import Retry
+from .resolver import Resolver
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+_logger = logging.getLogger("dscache")
+
+# Operations of one tick expire together, up to so many seconds before their time.
+_DEADLINE_GRAIN = 0.02
+# A connection that lasted for so many seconds was a good one: the next attempt comes soon.
+_STEADY_AFTER = 1.0
+# What is so many seconds late does not come any more.
+_GRACE = 1.0
+
+
+class Follower(Protocol):
+    """Who wants to know of the comings and goings of nodes."""
+
+    def became_ready(self, node: Connection, /) -> None:
+        """The node can be asked."""
+
+    def became_lost(self, node: Connection, /) -> None:
+        """The node was lost, or could not be reached."""
+
+
+class Observer(Follower, Protocol):
+    """What the connection to a node of a cluster tells the cluster."""
+
+    def redirected(self, source: Connection, /) -> None:
+        """The node has sent operations away: they are in ``pipeline.redirected``."""
+
+    def progressed(self, source: Connection, /) -> None:
+        """The node has answered something, while it was ``watched``."""
+
+
+class Connection:
+    """The connection to one node: made, kept, made again, and closed.
+
+    With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
+    a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
+    a cluster is ``near`` for all nodes. ``endpoint`` stands in for the one server that ``options``
+    name, and ``inbox`` takes the messages that come. The nodes of a cluster share a ``resolver``.
+    ``owner`` is for errors: whose it is.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        credentials: CredentialProvider | None = None,
+        *,
+        cluster: Observer | None = None,
+        read_only: bool = False,
+        near: Any = None,
+        endpoint: Any = None,
+        inbox: Any = None,
+        resolver: Resolver | None = None,
+        owner: str = "an AsyncCache",
+    ) -> None:
+        self.server = ""
+        self._owner = owner
+        self.watched = False
+        """Whether the cluster wants to know of every answer."""
+        self.redirections = 0
+        """How often the node has sent operations away, as far as the cluster has counted."""
+        self._options = options
+        self._cluster = cluster
+        login = Credentials(options, credentials)
+        is_near = near is not None or (cluster is None and options.near_cache is not None)
+        self._endpoint: Any = endpoint or Endpoint(
+            options,
+            login,
+            read_only=read_only,
+            is_near=is_near,
+            of_cluster=cluster is not None,
+            resolver=resolver,
+        )
+        login.listen(self._log_in_again, options.address)
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self.pipeline = _backend.core.Pipeline(
+            self._loop.create_future,
+            self._wake,
+            begin=self._begin,
+            address=self._endpoint.address,
+            refuse_when_full=options.when_full == "error",
+            clustered=cluster is not None,
+            bound=True,
+            **options.for_pipeline(),
+        )
+        self.pipeline.down = ConnectError("still connecting")
+        self.pipeline.inbox = inbox
+        self.front: Any = self.pipeline
+        if is_near and near is None:
+            self.front = near = _backend.core.NearCache(
+                self._loop.create_future,
+                self.pipeline,
+                check=self._check_owner,
+                **options.for_near_cache(),
+            )
+        self._near = self.pipeline.near = near
+        kept = options.near_cache if is_near else None
+        idle_limit = None if kept is None else kept.idle_limit / 1000
+        self._pulse = Pulse(self.pipeline, idle_limit, self._check)
+        self._retry = Retry(options.retry_strategy, self.pipeline)
+        self._link: Link | None = None
+        # The socket that is being opened, or is ready, or whose end has not been dealt with.
+        self._socket: Link | None = None
+        self._closed = False
+        self._refusal: Callable[[str], Exception] | None = None
+        self._attempting = False
+        # By when the task that keeps the connection must have come to its next step.
+        self._stuck_at = math.inf
+        # Set while the state is ready, refused or closed: when there is something to tell.
+        self._decided = asyncio.Event()
+        self._flush_due = False
+        self._deadlines = Deadlines(self._expire)
+        self._drained: asyncio.Future[None] | None = None
+        self._connects = 0
+        self.last_loss = ""
+        self._keeper = KeptTask(self._keep, f"dscache {self.address}", self._end)
+        self._tasks = [self._keeper]
+        if self._endpoint.may_move:
+            follow = partial(self._endpoint.follow, self._check_place)
+            self._tasks.append(KeptTask(follow, f"dscache follows {self.address}"))
+        self._pulse.watch(None)
+        in_each_child(self, Connection._leave_parent)
+
+    @property
+    def address(self) -> str:
+        """Where the server is: of a discovered one, where it was last."""
+        address: str = self._endpoint.address
+        return address
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether operations go to the server at once."""
+        return self._link is not None
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What the server said if it refuses the handshake."""
+        return None if self._refusal is None else self._refusal("connect")
+
+    def adopt(self, batches: Iterable[Any]) -> None:
+        """Take over operations that another node has given away, with the time they have left."""
+        self.pipeline.adopt(batches)
+        self._deadlines.look()
+
+    async def ask(self, *commands: list[Any]) -> list[Any]:
+        """Return the replies to some commands, errors of Redis among them.
+
+        Raises ConnectionLost if the node is not ready, or is lost before it answers.
+        """
+        if self._link is None:
+            raise ConnectionLost(f"no connection to {self.address}")
+        return await ask(self._link, *commands)
+
+    def leave(self, reason: str) -> None:
+        """End the socket that there is now; another one follows."""
+        if self._link is not None:
+            self._link.cut(ConnectionLost(reason))
+
+    async def when_ready(self) -> None:
+        """Wait until the connection is ready.
+
+        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
+        says if it refuses the handshake.
+        """
+        self._check_owner()
+        timeout = self._options.connect_timeout
+        try:
+            async with asyncio.timeout(timeout / 1000):
+                await self._decided.wait()
+        except TimeoutError:
+            down = self.pipeline.down
+            reason = f": {down}" if down else ""
+            raise ConnectError(
+                f"no connection to {self.address} within {timeout} ms{reason}"
+            ) from down
+        self._check_open()
+        if self._refusal is not None:
+            raise self._refusal("connect")
+
+    async def close(self) -> None:
+        """Finish what was issued, within ``closeTimeout``, and end the connection."""
+        if self._closed:
+            return
+        self._check_owner()
+        self._closed = True
+        if self.front is not self.pipeline:
+            self.front.close()
+        timeout = self._options.close_timeout / 1000
+        end = self._loop.time() + timeout
+        link = self._link
+        try:
+            self._flush()
+            if self.pipeline.queued or self.pipeline.in_flight:
+                self._drained = self._loop.create_future()
+                await asyncio.wait([self._drained], timeout=timeout)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.wait([task.task for task in self._tasks])
+        if link is not None:
+            await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
+            link.cut(ConnectionLost("it was closed"))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the pipeline's counters, and what became of the connection."""
+        stats = {
+            **self.pipeline.stats(),
+            "connections": int(self.is_ready),
+            "connects": self._connects,
+            "reconnections": max(self._connects - 1, 0),
+            "redirections": self.redirections,
+            "last_loss": self.last_loss,
+        }
+        if self.front is not self.pipeline:
+            stats["near_cache"] = self.front.stats()
+        return stats
+
+    # -- the way out
+
+    def _wake(self) -> None:
+        """Schedule this tick's flush; the pipeline calls it before the first operation of one."""
+        # As _check_owner does, which would be one more call in each tick.
+        check_process(self._pid, self._owner)
+        check_loop(self._loop, self._owner)
+        self._check_open()
+        if not self._flush_due:
+            self._loop.call_soon(self._flush)
+            self._flush_due = True  # now: that may have raised
+        self._deadlines.ensure(self._options.command_timeout / 1000)
+        if self._link is None:
+            self._retry.hurry()
+            self._keeper.check()
+
+    def _begin(self) -> None:
+        """Send what this tick has brought up to now."""
+        if self._link is not None:
+            self._link.begin()
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        link = self._link
+        self.pipeline.end_tick()
+        if link is not None:
+            link.flush()
+        # An attempt under way may end the refusal, and has slots of its own in the pipeline.
+        elif self._refusal is not None and not self._attempting:
+            self.pipeline.fail_all(self._refusal)
+
+    # -- the way back, called by the link
+
+    def answered(self) -> None:
+        """Go on after replies: what the window held back may go, and a close may end."""
+        if self._cluster is not None:
+            if self.pipeline.redirected:
+                self._cluster.redirected(self)
+            elif self.watched:
+                self._cluster.progressed(self)
+        if self.pipeline.read_only:
+            self.pipeline.read_only = False
+            if self._endpoint.is_discovered and self._link is not None:
+                self._link.cut(ConnectionLost("the server has become a replica"))
+                return
+        if self.pipeline.queued and not self._flush_due:
+            self._flush()
+        self._note_drained()
+
+    def resumed(self) -> None:
+        """Go on after the transport had too much to send."""
+        if not self._flush_due:
+            self._flush()
+
+    def _note_drained(self) -> None:
+        drained = self._drained
+        pending = self.pipeline.queued or self.pipeline.in_flight
+        if drained is not None and not pending and not drained.done():
+            drained.set_result(None)
+
+    def _expire(self, now: float) -> float | None:
+        """Fail the operations that take too long, and end a link that is silent meanwhile."""
+        self._check()
+        deadline: float | None = self.pipeline.expire(now)
+        if deadline is not None and self._flush_due:
+            self._flush()  # its own turn is late, or never comes as the loop was interrupted
+        timeout = self._options.command_timeout / 1000
+        if self._link is not None and self._link.silence() >= timeout:
+            # What is about to expire as well must not be told of the connection that ends here.
+            deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
+            self._link.cut(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
+        self._note_drained()
+        return deadline
+
+    # -- the socket's life
+
+    async def _keep(self) -> None:
+        """Keep a connection until cancelled: by ``close``, or by a loop that ends."""
+        while True:
+            self._settle()
+            was_well = await self._live()
+            self._stuck_at = self._loop.time() + self._options.retry_strategy.cap / 1000 + _GRACE
+            await self._retry.pause(was_well=was_well, is_refused=self._refusal is not None)
+
+    async def _live(self) -> bool:
+        """Live through one socket; return whether it was of use for a while."""
+        timeout = self._options.connect_timeout / 1000
+        self._stuck_at = self._loop.time() + timeout + _GRACE
+        self._attempting = True
+        link = self._socket = (Link if self.pipeline.inbox is None else Ear)(self, self.pipeline)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._endpoint.open(link)
+                self.pipeline.address = self.address
+                greeting = await self._endpoint.greet(partial(ask, link))
+        except Exception as error:
+            # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
+            # a next one the cache would never be well again.
+            link.cut(error)
+            self._failed(error)
+            self._socket = None
+            return False
+        began = self._loop.time()
+        self._stuck_at = math.inf
+        self._became_ready(link, greeting)
+        reason = await asyncio.shield(link.lost)
+        self._became_lost(reason)
+        self._socket = None
+        return self._loop.time() - began > _STEADY_AFTER
+
+    def _settle(self) -> None:
+        """Deal with the end of a socket, if an exception has kept that from being done."""
+        link = self._socket
+        if link is None:
+            return
+        reason = ConnectionLost("it was interrupted")
+        link.cut(reason)
+        self._became_lost(reason)
+        self._socket = None
+
+    def _check(self) -> None:
+        """Look whether the connection is being kept, and begin again if it isn't."""
+        now = self._loop.time()
+        if self.pipeline.operations:
+            self._deadlines.ensure(0)
+        for task in self._tasks:
+            task.check()
+        link = self._socket
+        if link is not None and link.is_cut and self._stuck_at == math.inf:
+            self._stuck_at = now + _GRACE
+        if now > self._stuck_at:
+            # A future or timer that it waits for was lost with an exception of the loop's own.
+            self._stuck_at = now + _GRACE
+            self._keeper.begin_again()
+
+    def _end(self) -> None:
+        """Note that the connection is kept no more."""
+        self._closed = True
+        link = self._socket
+        if link is not None:
+            if self._link is link:
+                link.close()
+            else:
+                link.cut(ConnectionLost("it was closed"))
+        # A loop that was closed has left this task behind, and nobody can be told any more.
+        if not self._loop.is_closed():
+            self._give_up("the cache was closed before the answer came")
+
+    def _log_in_again(self, words: list[str | Hidden]) -> None:
+        """Tell the server of renewed credentials; who connects just now has asked for them."""
+        if self._link is not None:
+            self.pipeline.forget("login")
+            say(self._link, "AUTH", *words)
+
+    def _check_place(self) -> None:
+        """Leave a server that is no longer the one which the Sentinels name."""
+        if self._link is not None and self._endpoint.has_moved:
+            self._link.cut(
+                ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
+            )
+
+    # -- changes of state
+
+    def _became_ready(self, link: Link, greeting: Greeting) -> None:
+        self._link = link
+        self.server = greeting.server
+        # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
+        # where it redirects every other command: a record would be in two places.
+        self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
+        self.pipeline.plain = not greeting.has_pushes and self.pipeline.inbox is not None
+        self.pipeline.connected(greeting.is_tracked)
+        if self._near is not None and not greeting.is_tracked:
+            _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)
+        self._attempting = False
+        self._connects += 1
+        self._refusal = None
+        self.pipeline.down = None
+        self._decided.set()
+        self._pulse.watch(link)
+        _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
+        self._flush()
+        if self._cluster is not None:
+            self._cluster.became_ready(self)
+
+    def _became_lost(self, reason: Exception) -> None:
+        self._link = None
+        self._pulse.watch(None)
+        self._decided.clear()
+        self.last_loss = str(reason)
+        self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
+        self.pipeline.connection_lost(reason, retry=not isinstance(reason, ProtocolError))
+        _logger.warning("connection to %s lost: %s", self.address, reason)
+        self._note_drained()
+        if self._cluster is not None:
+            if self.pipeline.redirected:
+                self._cluster.redirected(self)
+            self._cluster.became_lost(self)
+
+    def _failed(self, error: Exception) -> None:
+        """Note that an attempt to connect failed."""
+        self._attempting = False
+        self.pipeline.connection_lost(error, retry=True)
+        said = explain(error, self._options.connect_timeout)
+        if self.pipeline.down is None or str(self.pipeline.down) != str(said):
+            _logger.warning("can't connect to %s: %s", self.address, said)
+        self.pipeline.down = said
+        self.last_loss = str(said)
+        refusal = refusal_of(error, said, self.address)
+        self._refusal = refusal
+        if refusal is None:
+            self._decided.clear()
+        else:
+            self._decided.set()
+            self.pipeline.fail_all(refusal)
+        self._note_drained()
+        if self._cluster is not None:
+            self._cluster.became_lost(self)
+
+    def _check_owner(self) -> None:
+        check_process(self._pid, self._owner)
+        check_loop(self._loop, self._owner)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionLost("the cache is closed")
+
+    def _give_up(self, reason: str) -> None:
+        self._link = None
+        self._decided.set()
+        self._pulse.stop()
+        self._deadlines.stop()
+        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
+
+    def _leave_parent(self) -> None:
+        # Else an operation of the child could join a batch of its parent's unfinished tick,
+        # without asking whether it may.
+        self.pipeline.end_tick()
+        # Nor is a change ever told to the child.
+        self.pipeline.forget("fork")

@@ -1,0 +1,48 @@
+"""Which node serves a name: one node always, or the nodes of a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..config import Config
+from ..core.memory import MemoryNode
+from .connection import Connection
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+
+class Topology(Protocol):
+    """The nodes that a cache or a message node uses, opened on the running event loop."""
+
+    @property
+    def front(self) -> Any:
+        """Where operations and messages go: a Pipeline, or what has its operations."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every node is ready."""
+
+    @property
+    def server(self) -> str:
+        """The server's kind and version, as far as it is known."""
+
+    async def when_ready(self) -> None:
+        """Wait until every node is ready; raises what keeps it from that."""
+
+    async def close(self) -> None:
+        """Finish what was issued, within ``closeTimeout``, and close every node."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters of all nodes."""
+
+
+def open_topology(config: Config, credentials: CredentialProvider | None) -> Topology:
+    """Return the nodes that a configuration names, and begin to connect."""
+    if config.name == "memory":
+        return MemoryNode(config.options)
+    if config.options.nodes:
+        from .cluster import Cluster  # of no use to most, and it takes its time to import
+
+        return Cluster(config, credentials)
+    return Connection(config.options, credentials)

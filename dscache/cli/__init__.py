@@ -1,0 +1,98 @@
+"""The command line: ``dscache COMMAND ...``, which is also ``python -m dscache``.
+
+Exit status: 0 if all is well, 1 if it isn't or an error of dscache ended the command, 2 if the
+command line itself is wrong. An error is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
+
+from ..errors import DscacheError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# What the extra ``cli`` brings; without it, dscache itself works all the same.
+_EXTRA = ("typer", "rich")
+
+
+def main() -> None:
+    """Run the command that the command line names. Raises SystemExit."""
+    _open_standard_files()
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        _fail(f"the command line needs {missing}; install it with: pip install 'dscache[cli]'")
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            sys.exit(1)  # who reads no further, such as head, needs not be told
+        _fail(str(error))
+    except DscacheError as error:
+        _fail(str(error))
+    except OSError as error:
+        named = isinstance(error.filename, str | bytes)
+        where = f"{os.fsdecode(error.filename)}: " if named else ""
+        _fail(f"{where}{error.strerror or error}")
+
+
+class OutputError(Exception):
+    """Standard output takes no more. It is no OSError, of which others have words of their own."""
+
+
+class _Output(io.FileIO):
+    """Standard output, whose failures end the command with one line."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # What is still to be written would fail again when the interpreter ends.
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            raise OutputError(_explained(error)) from error
+
+
+def _explained(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "; make room, or write elsewhere" if full else ""
+    return f"standard output: it can't be written: {error.strerror}{remedy}"
+
+
+def _open_standard_files() -> None:
+    """Replace standard output by one that tells what it can't write, and lost files by none."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        _fail("standard output is closed; redirect it, for example to /dev/null")
+    given = sys.stdout
+    if not isinstance(given, io.TextIOWrapper) or given is not sys.__stdout__:
+        return  # a program's own
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(given.fileno(), "wb", closefd=False)),
+        encoding=given.encoding,
+        errors=given.errors,
+        line_buffering=given.line_buffering,
+        write_through=given.write_through,
+    )
+
+
+def _fail(message: str) -> NoReturn:
+    # Servers have a say in it, and must not have one in what a terminal does.
+    line = "".join(one if one.isprintable() else " " for one in message)
+    sys.exit(f"dscache: {line}")

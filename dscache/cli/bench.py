@@ -1,0 +1,170 @@
+"""``dscache bench``: a load of your choice against your own server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .. import _backend
+from ..admin.latency_chart import draw
+from ..admin.load_test import Latencies, Plan, Result, apply
+from ..errors import DscacheError
+from .options import Chosen, with_all_options
+from .progress_bar import progress
+from .settings import complain, interruptible, number, opened, plain, print_json, run
+
+_PERCENTILES = (50, 90, 99, 99.9)
+
+
+@with_all_options
+def bench(
+    tasks: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many do one operation after the other.")
+    ] = 100,
+    seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="For how long.")] = 5.0,
+    read_ratio: Annotated[
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Which share are reads, 0 to 1.")
+    ] = 0.9,
+    size: Annotated[
+        int, typer.Option(min=1, metavar="BYTES", help="JSON text of each record.")
+    ] = 120,
+    bulk: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Records of one operation; 1 is get and set.")
+    ] = 1,
+    records: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many different records there are.")
+    ] = 10_000,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Draw how long the operations took."),
+    ] = None,
+    *,
+    chosen: Chosen,
+) -> None:
+    """Put a load on a server, and measure rate and latency.
+
+    It writes records under names of its own, dscache-bench/..., and removes them at the end, also
+    after Ctrl-C. Others on the server feel it. The exit status is 1 if operations failed.
+    """
+    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
+        raise typer.BadParameter(
+            "it must end in .svg, in a folder that is there", param_hint="--plot"
+        )
+    settings = chosen.load()
+    plan = Plan(
+        tasks=tasks, seconds=seconds, read_ratio=read_ratio, size=size, bulk=bulk, records=records
+    )
+    result = Result()
+    facts: dict[str, Any] = {}
+
+    def look() -> tuple[int, int, int]:
+        passed = time.perf_counter() - result.began if result.began else 0.0
+        return round(min(passed, seconds) * 1000), round(seconds * 1000), result.records
+
+    async def work() -> None:
+        async with opened(settings) as cache:
+            topology = cache._topology
+            assert topology is not None
+            facts.update(
+                address=cache._config.address,
+                server=topology.server,
+                core=_backend.BACKEND,
+                loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],
+            )
+            async with progress("bench", look):
+                await apply(cache, plan, result)
+
+    with interruptible("its records are removed"):
+        run(work())
+    if chosen.as_json:
+        print_json(document(facts, plan, result))
+    else:
+        console = Console(highlight=False)
+        console.print(page(facts, plan, result, console.width))
+    if plot is not None:
+        _write_plot(plot, facts, plan, result)
+    for error, count in result.errors.most_common(5):
+        complain(f"{number(count, 'operation')} failed: {error}")
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def document(facts: dict[str, Any], plan: Plan, result: Result) -> dict[str, Any]:
+    """Return what was measured as it is printed in JSON."""
+    return {
+        **facts,
+        "tasks": plan.tasks,
+        "read_ratio": plan.read_ratio,
+        "size": plan.size,
+        "bulk": plan.bulk,
+        "records": plan.records,
+        "seconds": round(result.seconds, 3),
+        "records_per_second": round(result.rate),
+        "errors": result.errors.total(),
+        "reads": _latencies(result.reads),
+        "writes": _latencies(result.writes),
+    }
+
+
+def _latencies(of: Latencies) -> dict[str, float]:
+    percentiles = {f"p{percent:g}_ms": of.percentile(percent) for percent in _PERCENTILES}
+    times = {"mean_ms": of.mean, **percentiles, "max_ms": of.most}
+    return {"operations": of.count, **{name: round(time, 4) for name, time in times.items()}}
+
+
+def page(facts: dict[str, Any], plan: Plan, result: Result, width: int) -> RenderableType:
+    """Return what was measured as it is shown on a terminal of so many columns."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    narrow = width < 80
+    heads = ["", "operations", "a second", "mean", *(f"p{one:g}" for one in _PERCENTILES), "max"]
+    left_out = {"mean", "p90"} if narrow else set()
+    for head in heads:
+        if head not in left_out:
+            table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for name, of in (("reads", result.reads), ("writes", result.writes)):
+        if of.count:
+            cells = {
+                "": name,
+                "operations": f"{of.count:,}",
+                "a second": f"{of.count / result.seconds:,.0f}",
+                "mean": _shown(of.mean),
+                **{f"p{one:g}": _shown(of.percentile(one)) for one in _PERCENTILES},
+                "max": _shown(of.most),
+            }
+            table.add_row(*(cells[head] for head in heads if head not in left_out))
+    summary = Text.assemble(
+        (f"{result.rate:,.0f} records a second", "bold green"),
+        f" in {result.seconds:.1f} s: {_described(plan)}",
+    )
+    where = f"{facts['address']}, {facts['server']}, {facts['core']} core on {facts['loop']}"
+    return Group(table, Text("times in milliseconds", "dim"), Text(), summary, plain(where, "dim"))
+
+
+def _shown(milliseconds: float) -> str:
+    return f"{milliseconds:.3f}" if milliseconds < 10 else f"{milliseconds:.1f}"
+
+
+def _described(plan: Plan) -> str:
+    what = f"{number(plan.bulk, 'record')} an operation" if plan.bulk > 1 else "one at a time"
+    return f"{number(plan.tasks, 'task')}, {plan.size:,} bytes, {what}"
+
+
+def _write_plot(plot: Path, facts: dict[str, Any], plan: Plan, result: Result) -> None:
+    drawing = draw(
+        f"{result.rate:,.0f} records a second",
+        f"{_described(plan)}, {plan.read_ratio:.0%} reads; {facts['server']}, "
+        f"{facts['core']} core on {facts['loop']}",
+        {"reads": result.reads, "writes": result.writes},
+    )
+    try:
+        plot.write_text(drawing, encoding="utf-8")
+    except OSError as error:
+        raise DscacheError(f"{plot}: {error.strerror}") from error

@@ -1,0 +1,138 @@
+"""``dscache cluster``: the nodes of a cluster, what each serves, and how it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..admin.cluster_report import ClusterReport, NodeReport, show_slots
+from ..admin.cluster_survey import survey
+from ..config import Config
+from ..core import constants
+from .options import Chosen, with_options
+from .settings import as_cluster, number, plain, print_json, run
+
+# Where all columns fit, if addresses are as long as most and the cluster is well.
+_WIDE = 100
+
+
+@with_options("config", "url", "json")
+def cluster(*, chosen: Chosen) -> None:
+    """Show the nodes of a cluster: roles, slots, round-trip times and health.
+
+    One node that can be reached is enough to find all. The exit status is 1 if a slot has no
+    primary, or if a primary that has slots is down.
+    """
+    report = run(_look(chosen.load()))
+    if chosen.as_json:
+        print_json(document(report))
+    else:
+        console = Console(highlight=False)
+        console.print(page(report, console.width))
+    if report.problems:
+        raise typer.Exit(1)
+
+
+async def _look(config: Config) -> ClusterReport:
+    return await survey(await as_cluster(config))
+
+
+def document(report: ClusterReport) -> dict[str, Any]:
+    """Return a report as it is printed in JSON."""
+    return {
+        "ok": not report.problems,
+        "problems": report.problems,
+        "warnings": report.remarks,
+        "slots": {
+            "total": constants.SLOTS,
+            "covered": report.covered,
+            "uncovered": report.uncovered,
+        },
+        "nodes": [
+            {
+                "address": node.address,
+                "id": node.id,
+                "role": node.role,
+                "primary": node.primary,
+                "slots": node.slots,
+                "slot_count": node.slot_count,
+                "round_trip_ms": node.round_trip_ms,
+                "down": node.down,
+                "server": node.server,
+                "health": node.health,
+            }
+            for node in report.nodes
+        ],
+    }
+
+
+def page(report: ClusterReport, width: int) -> RenderableType:
+    """Return a report as it is shown on a terminal of so many columns.
+
+    Where not all of the table fits, what is left out of it stands below or can be counted.
+    """
+    servers = {node.server for node in report.nodes if node.server}
+    narrow = width < _WIDE
+    columns: dict[str, Callable[[NodeReport], Text]] = {
+        "node": lambda node: plain(node.address),
+        "role": lambda node: Text(node.role, "bold" if node.role == "primary" else ""),
+        "its primary": _primary,
+        "slots": lambda node: Text(show_slots(node.slots)),
+        "count": lambda node: Text(str(node.slot_count) if node.role == "primary" else ""),
+        "round trip": lambda node: _round_trip(node, with_reason=not narrow),
+        "server": lambda node: plain(node.server),
+        "health": lambda node: plain(node.health, _style(node)),
+    }
+    if narrow:
+        del columns["count"]
+        if len(servers) == 1:
+            del columns["server"]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        # What one copies stays in one piece for as long as it may.
+        table.add_column(
+            name,
+            no_wrap=name in ("node", "its primary"),
+            overflow="fold",
+            justify="right" if name == "count" else "left",
+        )
+    for node in report.nodes:
+        table.add_row(*(cell(node) for cell in columns.values()))
+    server = servers.pop() if "server" not in columns else ""
+    return Group(table, Text(), *_summary(report, server))
+
+
+def _primary(node: NodeReport) -> Text:
+    return plain("" if node.role == "primary" else node.primary or "unknown")
+
+
+def _round_trip(node: NodeReport, *, with_reason: bool) -> Text:
+    if node.down is None:
+        return Text(f"{node.round_trip_ms:.2f} ms")
+    return plain(f"down: {node.down}" if with_reason else "down", "red")
+
+
+def _style(node: NodeReport) -> str:
+    return "red" if node.is_down else "green" if node.health == "ok" else "yellow"
+
+
+def _summary(report: ClusterReport, server: str) -> list[Text]:
+    primaries = sum(node.role == "primary" for node in report.nodes)
+    kinds = [
+        number(len(report.nodes), "node", "nodes"),
+        number(primaries, "primary", "primaries"),
+        number(len(report.nodes) - primaries, "replica", "replicas"),
+        f"{report.covered} of {constants.SLOTS} slots covered",
+    ]
+    style = "red" if report.problems else "yellow" if report.remarks else "green"
+    return [
+        plain(", ".join([*kinds, *([server] if server else [])]), style),
+        *(plain(f"problem: {one}", "red") for one in report.problems),
+        *(plain(f"warning: {one}", "yellow") for one in report.remarks),
+    ]

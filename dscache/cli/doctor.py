@@ -1,0 +1,78 @@
+"""``dscache doctor``: is this Redis good for this job?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..admin.doctor.checkup import check_up
+from ..admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup
+from .options import Chosen, with_all_options
+from .settings import number, plain, print_json, run
+
+_STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
+
+
+@with_all_options
+def doctor(
+    *,
+    chosen: Chosen,
+) -> None:
+    """Look whether a Redis is good for records, and say what to do where it isn't.
+
+    It reads and asks only, and takes some seconds. The exit status is 0 if all is well, 1 if
+    there are warnings, and 2 if something is bad.
+    """
+    checkup = run(check_up(chosen.load(), by_url=chosen.url is not None))
+    if chosen.as_json:
+        print_json(document(checkup))
+    else:
+        Console(highlight=False).print(page(checkup))
+    if checkup.status:
+        raise typer.Exit(checkup.status)
+
+
+def document(checkup: Checkup) -> dict[str, Any]:
+    """Return what was found as it is printed in JSON."""
+    return {
+        "verdict": checkup.verdict,
+        "address": checkup.address,
+        "findings": [
+            {
+                "check": one.check,
+                "verdict": one.verdict,
+                "found": one.found,
+                "advice": one.advice or None,
+            }
+            for one in checkup.findings
+        ],
+    }
+
+
+def page(checkup: Checkup) -> RenderableType:
+    """Return what was found as it is shown on a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("what was found, and what to do", overflow="fold")
+    for one in checkup.findings:
+        found = plain(one.found)
+        if one.advice:
+            found = Text("\n").join([found, plain(one.advice, "italic")])
+        table.add_row(Text(one.verdict, _STYLES[one.verdict]), one.check, found)
+    counts = [
+        number(checkup.count(verdict), noun, many)
+        for verdict, noun, many in (
+            (BAD, "thing is bad", "things are bad"),
+            (WARNING, "warning", "warnings"),
+            (UNKNOWN, "thing is unknown", "things are unknown"),
+        )
+        if checkup.count(verdict)
+    ]
+    summary = f"{checkup.address}: {', '.join(counts) or 'all is well'}"
+    return Group(table, Text(), plain(summary, _STYLES[checkup.verdict]))

@@ -1,0 +1,151 @@
+"""``dscache migrate``: records from one key layout to the other, online."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
+from ..admin.migration import Count, Migration
+from ..admin.primaries import open_shards
+from ..admin.progress import patient
+from ..cache import AsyncCache
+from ..config import Config
+from .options import FLAG, Chosen, with_options
+from .progress_bar import progress
+from .settings import interruptible, number, opened, print_json, run, tell_notes
+
+
+class _To(StrEnum):
+    DEEPSTREAM = DEEPSTREAM
+    HASHTAG = HASHTAG
+
+
+@with_options("config", "url", "json")
+def migrate(
+    to: Annotated[
+        _To, typer.Option(metavar="LAYOUT", help="The new key layout: hashtag or deepstream.")
+    ],
+    prefix: Annotated[
+        str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
+    ] = "",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Count what there is, and change nothing."),
+    ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", metavar=FLAG, help="Copy and verify, and remove nothing of the old layout."
+        ),
+    ] = False,
+    *,
+    chosen: Chosen,
+) -> None:
+    """Move records from one key layout to the other, while servers go on.
+
+    Each is copied unless the new layout has it as new, the copy is read again, and the old keys are
+    removed if they still hold what was copied. With servers that write the old layout: first with
+    --keep, then configure them with the new one, then without. It can be interrupted and run again
+    at any time. The exit status is 1 if records are left in the old layout.
+    """
+    settings = patient(chosen.load())
+    count = Count()
+    configured = to.value
+
+    async def work() -> None:
+        nonlocal configured
+        old = DEEPSTREAM if to is _To.HASHTAG else HASHTAG
+        async with AsyncExitStack() as stack:
+            source = await stack.enter_async_context(opened(_with_layout(settings, old)))
+            target = await stack.enter_async_context(
+                AsyncCache(_with_layout(source._config, to.value))
+            )
+            shards = await stack.enter_async_context(open_shards(source))
+            # Where the server is a node of a cluster, "auto" is another one.
+            asked = _with_layout(source._config, settings.options.key_layout)
+            configured = Layout.of(asked.options).kind
+            job = Migration(source, target, shards, prefix=prefix, count=count, keep=keep)
+            async with progress("migrate", lambda: (count.done, count.total, count.found)):
+                await (job.look() if dry_run else job.run())
+
+    began = time.monotonic()
+    with interruptible("the same command goes on from here"):
+        run(work())
+    tell_notes(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
+    summary = _document(count, dry_run=dry_run, keep=keep, seconds=time.monotonic() - began)
+    if chosen.as_json:
+        print_json(summary)
+    else:
+        for line in _page(count, to.value, dry_run=dry_run, keep=keep):
+            typer.echo(line)
+        if configured != to.value and not dry_run:
+            typer.echo(f"configure keyLayout: {to.value} for all who read and write them")
+    if not summary["ok"]:
+        raise typer.Exit(1)
+
+
+def _with_layout(config: Config, layout: str) -> Config:
+    options = msgspec.structs.replace(config.options, key_layout=layout)
+    return msgspec.structs.replace(config, options=options)
+
+
+def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dict[str, Any]:
+    """Return what came of it as it is printed in JSON."""
+    return {
+        "ok": dry_run or not (count.left or (count.unexplained and not keep)),
+        "dry_run": dry_run,
+        "found": count.found,
+        "copied": count.copied,
+        "present": count.present,
+        "removed": count.removed,
+        "changing": count.changing,
+        "conflicts": count.conflicts,
+        "ambiguous": count.ambiguous,
+        "damaged": count.damaged,
+        "halves": count.halves,
+        "already": count.already if dry_run else None,
+        "remaining": None if dry_run or keep else count.remaining,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
+    """Return what came of it as it is shown on a terminal."""
+    old = DEEPSTREAM if to == HASHTAG else HASHTAG
+    lines = [f"{number(count.found, 'record')} found in the {old} layout"]
+    if dry_run:
+        lines += [
+            f"{count.copied:,} would be copied",
+            f"{count.present:,} are in the {to} layout too, the same or newer",
+            f"{number(count.already, 'record')} seen in the {to} layout",
+        ]
+    else:
+        lines += [
+            f"{count.copied:,} copied to the {to} layout",
+            f"{count.present:,} were there already, the same or newer",
+            f"{count.removed:,} removed from the {old} layout",
+        ]
+    for left, why in (
+        (count.halves, "halves, of which one key is missing"),
+        (count.damaged, "damaged"),
+        (count.ambiguous, "with keys that the other layout has for another record"),
+        (count.conflicts, "of the same version with other data in the other layout"),
+        (count.changing, "written all the time"),
+    ):
+        if left:
+            lines.append(f"{left:,} {'will be ' if dry_run else ''}left: {why}")
+    if not dry_run and not keep:
+        if count.unexplained:
+            lines.append(
+                f"{number(count.unexplained, 'record')} written in the {old} layout meanwhile: "
+                "configure those who write them, and run this again"
+            )
+        elif not count.left:
+            lines.append(f"nothing whole is left in the {old} layout")
+    return lines

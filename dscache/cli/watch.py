@@ -1,0 +1,99 @@
+"""``dscache watch``: names and versions of records as they change, live."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..admin.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Event, Watch
+from .options import Chosen, with_all_options
+from .settings import INTERRUPTED, complain, opened, plain, run, write
+
+_STYLES = {
+    CHANGED: "",
+    DELETED: "yellow",
+    DAMAGED: "red",
+    FLUSHED: "yellow",
+    GAP: "red",
+    RESUMED: "green",
+}
+
+
+@with_all_options
+def watch(
+    prefix: Annotated[
+        str,
+        typer.Argument(
+            metavar="PREFIX",
+            help="Only records whose names begin with it.",
+            show_default=False,
+        ),
+    ] = "",
+    *,
+    chosen: Chosen,
+) -> None:
+    """Print names and versions of records as they change, until Ctrl-C.
+
+    In a pipe, one JSON object a line. Of changes that follow each other quickly the last is shown.
+    A line tells when a connection is lost, as changes may be missed until it is back.
+    """
+    settings = chosen.load()
+    as_json = chosen.as_json
+    console = Console(highlight=False)
+
+    def tell(event: Event) -> None:
+        now = datetime.now(UTC)
+        if as_json:
+            write(line(event, now))
+        else:
+            console.print(row(event, now.astimezone()), soft_wrap=True)
+
+    async def work() -> None:
+        async with opened(settings) as cache:
+            await Watch(cache, prefix, tell).run(
+                lambda addresses: complain(f"watching {', '.join(addresses)}")
+            )
+
+    try:
+        run(work())
+    except KeyboardInterrupt:
+        # It is the way to end it, and needs no further word.
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def line(event: Event, now: datetime) -> bytes:
+    """Return an event as one line of JSON; what it has nothing of is left out."""
+    fields: dict[str, object] = {
+        "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "event": event.kind,
+    }
+    if event.name is not None:
+        fields |= {"name": event.name, "version": event.version}
+    if event.node is not None:
+        fields["node"] = event.node
+    if event.reason is not None:
+        fields["reason"] = event.reason
+    return msgspec.json.encode(fields) + b"\n"
+
+
+def row(event: Event, now: datetime) -> Text:
+    """Return an event as a line of a terminal."""
+    version = event.kind if event.version is None else str(event.version)
+    text = Text.assemble(
+        (now.strftime("%H:%M:%S.%f")[:-3], "dim"), "  ", (f"{version:>8}", _STYLES[event.kind])
+    )
+    why = f"{event.node}: {event.reason}" if event.node else event.reason
+    told = {
+        FLUSHED: "all records were removed",
+        GAP: f"changes may be missed from here on: {why}",
+        RESUMED: f"{event.node}: changes are told again",
+    }
+    text.append("  ").append_text(plain(told.get(event.kind, event.name or "")))
+    if event.name is not None and event.reason is not None:
+        text.append_text(plain(f"  {event.reason}", "red"))
+    return text

@@ -1,0 +1,340 @@
+"""Read deepstream's YAML and JSON: ``${NAME}``, ``file()``, ``fileLoad()``, and what was written.
+
+deepstream replaces ``${NAME}`` in the text before the YAML is parsed, so that a value with a
+quote or a ``#`` in it breaks the file. Here the text is parsed first, into nodes that know
+their style and source text, and only the nodes that somebody asks for are replaced and typed:
+an unset variable of another section doesn't matter.
+
+One thing would be lost by that order: ``{host: ${HOST}, port: ${PORT}}``, where YAML takes the
+braces for its own. So every character with a meaning to YAML inside ``${...}`` is exchanged,
+before parsing, for a character that the text doesn't have. That keeps lines and columns, and
+makes ``"\\x24{NAME}"`` the way to write a literal ``${NAME}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from . import files
+from .validation import Place, Scalar, is_name
+
+SUFFIXES = (".yml", ".yaml", ".json")
+
+_PLACEHOLDER = re.compile(r"\$\{[^}\n]+\}")
+_STRUCTURAL = "{},[]:#"
+# Characters for private use, of which a configuration hardly ever has one.
+_SPARE = range(0x100000, 0x10FFFE)
+_CALL = re.compile(r"(file|fileLoad)\((.+)\)", re.DOTALL)
+_QUOTE = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")""")
+
+T = TypeVar("T")
+
+_MAP, _SEQ, _STR = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))
+_TYPED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
+_PLAIN = ""
+
+# YAML 1.2's words and numbers, which are js-yaml's: yes, no, on and off are text.
+_WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_DECIMAL = re.compile(r"[-+]?[0-9]{1,100}")
+_BASED = re.compile(r"[-+]?0(x[0-9a-fA-F]{1,32}|o[0-7]{1,32}|b[01]{1,64})")
+_FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, used to compose nodes, never to construct objects.
+
+    The tag of an unquoted scalar without a tag of its own is left empty, to be typed after
+    substitution.
+    """
+
+    def compose_scalar_node(self, anchor: dict[str, Node]) -> ScalarNode:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        node = super().compose_scalar_node(anchor)
+        if event.tag == "!":
+            node.tag = _STR
+        elif event.implicit[0]:
+            node.tag = _PLAIN
+        return node
+
+
+class Document:
+    """One YAML or JSON file, whose nodes are replaced and typed as they are asked for."""
+
+    def __init__(
+        self, path: str, environ: Mapping[str, str], place: Place, *, loaded: bool = False
+    ):
+        """Parse the file; ``loaded`` says that it is one that ``fileLoad()`` names.
+
+        Raises ConfigError if it can't be read or is no valid YAML or JSON.
+        """
+        self.folder = os.path.dirname(os.path.abspath(path))
+        self._environ = environ
+        self._place = place
+        self._loaded = loaded
+        self._open: set[tuple[str, int]] = set()
+        self._built: dict[tuple[str, int], object] = {}
+        source = read_text(path, place)
+        spare = (chr(code) for code in _SPARE if chr(code) not in source)
+        self._mask = {ord(char): next(spare) for char in _STRUCTURAL}
+        self._unmask = {ord(masked): chr(code) for code, masked in self._mask.items()}
+        self._masked = re.compile(
+            rf"\$[{self._mask[ord('{')]}]([^{self._mask[ord('}')]}]+){self._mask[ord('}')]}"
+        )
+        masked = _PLACEHOLDER.sub(
+            lambda found: "$" + found.group()[1:].translate(self._mask), source
+        )
+        self.root = _parse(masked, place, is_json=path.lower().endswith(".json"))
+
+    def keys(self, node: object) -> dict[str, Node] | None:
+        """Return the entries of a mapping, the values and keys untouched, or None.
+
+        Raises ConfigError for a key that stands twice.
+        """
+        if not isinstance(node, MappingNode):
+            return None
+        return self._entries(node, self._place, substituted=False)
+
+    def value(self, node: Node, place: Place) -> object:
+        """Return what a node says, replaced and typed, as dicts, lists, text, Scalars and None.
+
+        Raises ConfigError for an unset variable, a missing file, a key that stands twice, a
+        tag, and an alias that contains itself.
+        """
+        try:
+            return self._value(node, place)
+        except RecursionError:
+            raise place.error("is nested too deeply") from None
+
+    def _value(self, node: Node, place: Place) -> object:
+        if isinstance(node, MappingNode):
+            entries = self._entries(node, place, substituted=True)
+            return self._once(
+                ("value", id(node)),
+                place,
+                lambda: {key: self._value(item, place.at(key)) for key, item in entries.items()},
+            )
+        if isinstance(node, SequenceNode):
+            _refuse_tag(node, place, _SEQ)
+            return self._once(
+                ("value", id(node)),
+                place,
+                lambda: [self._value(item, place.item(i)) for i, item in enumerate(node.value)],
+            )
+        return self._scalar(node, place)
+
+    def _once(self, key: tuple[str, int], place: Place, build: Callable[[], T]) -> T:
+        """Return what ``build`` makes of a node, which is built once however often it is used.
+
+        Aliases of aliases would otherwise grow without bound, or for ever.
+        """
+        if key in self._open:
+            raise place.error("contains itself, through an alias")
+        if key not in self._built:
+            self._open.add(key)
+            self._built[key] = build()
+            self._open.remove(key)
+        return cast(T, self._built[key])
+
+    def _entries(self, node: MappingNode, place: Place, *, substituted: bool) -> dict[str, Node]:
+        """Return the entries of a mapping, with those that it merges from others by ``<<``."""
+        return self._once(
+            ("replaced entries" if substituted else "entries", id(node)),
+            place,
+            lambda: self._merged(node, place, substituted),
+        )
+
+    def _merged(self, node: MappingNode, place: Place, substituted: bool) -> dict[str, Node]:
+        _refuse_tag(node, place, _MAP)
+        entries: dict[str, Node] = {}
+        first: dict[str, Node] = {}
+        bases: list[Node] = []
+        for key_node, item in node.value:
+            if not isinstance(key_node, ScalarNode):
+                raise place.error("the name of an option must be text")
+            if key_node.tag == _PLAIN and key_node.value == "<<":
+                bases += item.value if isinstance(item, SequenceNode) else [item]
+                continue
+            if substituted:
+                key = self._substitute(key_node.value, place)
+            else:
+                key = key_node.value.translate(self._unmask)
+            if key in entries:
+                raise place.at(key).error(f"stands twice{_lines(first[key], key_node)}; keep one")
+            entries[key] = item
+            first[key] = key_node
+        for base in bases:
+            if not isinstance(base, MappingNode):
+                raise place.error("<< must be followed by a mapping or a list of them")
+            # What stands in the mapping itself wins, then the earlier of the merged.
+            entries = {**self._entries(base, place, substituted=substituted), **entries}
+        return entries
+
+    def _scalar(self, node: Node, place: Place) -> object:
+        assert isinstance(node, ScalarNode)
+        written: str = node.value
+        plain = node.tag == _PLAIN or node.tag in _TYPED_TAGS
+        if not plain:
+            _refuse_tag(node, place, _STR)
+        if not self._loaded and (call := _CALL.fullmatch(written)):
+            path = self._substitute(call[2], place).strip()
+            return self._call(call[1], os.path.join(self.folder, path), place)
+        value = self._substitute(written, place)
+        if not plain:
+            return value
+        typed = _typed(value)
+        if isinstance(typed, str) or (typed is None and (value == "" or value == written)):
+            return typed
+        return Scalar(typed, value)
+
+    def _call(self, function: str, path: str, place: Place) -> object:
+        path = os.path.normpath(path)
+        if function == "file":
+            return path
+        here = Place(f"{place}: {os.path.basename(path)}")
+        if not path.lower().endswith(SUFFIXES):
+            return read_text(path, here)
+        document = Document(path, self._environ, here, loaded=True)
+        return document.value(document.root, here)
+
+    def _substitute(self, written: str, place: Place) -> str:
+        def replaced(found: re.Match[str]) -> str:
+            name, has_default, default = found[1].translate(self._unmask).partition(":-")
+            value = self._environ.get(name)
+            if not value and has_default:
+                return default
+            if value is None:
+                if not is_name(name):
+                    raise place.error(
+                        "what stands in ${...} is no name of an environment variable; in double "
+                        'quotes, "\\x24{" is a plain ${'
+                    )
+                raise place.error(
+                    f"the environment variable {name} is not set; "
+                    f"set it, or write a default as in ${{{name}:-default}}"
+                )
+            return value
+
+        return self._masked.sub(replaced, written)
+
+
+def read_text(path: str, place: Place) -> str:
+    """Return the text of a UTF-8 file; raises ConfigError if there is none, or it is too large."""
+    try:
+        return files.read(path, files.MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except files.UnsuitableFile as error:
+        problem = f"{path} {error}"
+    except FileNotFoundError:
+        problem = f"there is no file {path}"
+    except UnicodeDecodeError as error:
+        problem = f"{path} isn't UTF-8 text (byte {error.start})"
+    except (OSError, ValueError) as error:
+        problem = f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
+    raise place.error(problem)
+
+
+def _parse(text: str, place: Place, *, is_json: bool) -> Node:
+    """Return the root node; an empty YAML file is null.
+
+    What went wrong is reported without the cause, which quotes the line, secrets and all.
+    """
+    try:
+        return _json_root(text) if is_json else _yaml_root(text)
+    except json.JSONDecodeError as error:
+        where, problem = (error.lineno, error.colno), _without_quotes(error.msg)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        column = error.position - text.rfind("\n", 0, error.position)
+        where, problem = (line + 1, column), "a character that YAML doesn't allow"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        assert mark is not None
+        where = mark.line + 1, mark.column + 1
+        problem = _without_quotes(error.problem or "")
+    except RecursionError:
+        raise place.error("is nested too deeply") from None
+    raise place.error(
+        f"line {where[0]}, column {where[1]}: no valid {'JSON' if is_json else 'YAML'}: {problem}; "
+        "text with special characters must stand in quotes"
+    )
+
+
+def _without_quotes(problem: str) -> str:
+    """Return what a parser says, without what it quotes of the file.
+
+    That may be a piece of a password, such as one that begins with * & or !. The names of its
+    tokens and single signs are none.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        quoted = found[1] or found[2] or ""
+        is_harmless = quoted.startswith("<") or (len(quoted) == 1 and not quoted.isalnum())
+        return found[0] if is_harmless else ""
+
+    return _QUOTE.sub(shown, problem)
+
+
+def _yaml_root(text: str) -> Node:
+    root: Node | None = yaml.compose(text, Loader=_Loader)
+    return ScalarNode(_PLAIN, "") if root is None else root
+
+
+def _json_root(text: str) -> Node:
+    def refuse(word: str) -> None:
+        raise json.JSONDecodeError(f"{word} is no JSON", text, text.index(word))
+
+    def number(written: str) -> Node:
+        return ScalarNode(_PLAIN, written)
+
+    def mapping(pairs: list[tuple[str, object]]) -> Node:
+        return MappingNode(_MAP, [(ScalarNode(_STR, key), node(item)) for key, item in pairs])
+
+    def node(value: object) -> Node:
+        if isinstance(value, Node):
+            return value
+        if isinstance(value, list):
+            return SequenceNode(_SEQ, [node(item) for item in value])
+        if isinstance(value, str):
+            return ScalarNode(_STR, value)
+        return ScalarNode(_PLAIN, "null" if value is None else str(value).lower())
+
+    return node(
+        json.loads(
+            text,
+            object_pairs_hook=mapping,
+            parse_int=number,
+            parse_float=number,
+            parse_constant=refuse,
+        )
+    )
+
+
+def _typed(text: str) -> bool | int | float | str | None:
+    """Return what YAML would take an unquoted text for."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _DECIMAL.fullmatch(text):
+        return int(text)
+    if _BASED.fullmatch(text):
+        return int(text, base=0)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _refuse_tag(node: Node, place: Place, allowed: str) -> None:
+    if node.tag != allowed:
+        raise place.error("a YAML tag has no meaning here; put text that begins with ! into quotes")
+
+
+def _lines(*nodes: Node) -> str:
+    lines = [node.start_mark.line + 1 for node in nodes if node.start_mark]
+    return f" (lines {lines[0]} and {lines[1]})" if lines else ""

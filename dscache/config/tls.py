@@ -1,0 +1,185 @@
+"""TLS of the configuration: what verifies the server, and the client's own certificate."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Final
+
+from msgspec.structs import replace
+
+from ..errors import ConfigError
+from . import files as regular_files
+from .validation import Place, Secret, Written
+
+_Stamp = tuple[int, ...] | None
+
+
+class Tls(Written, frozen=True, kw_only=True):
+    """How the server is verified and the client shows who it is.
+
+    ``ca``, ``cert`` and ``key`` are PEM text, or the path of a PEM file.
+    """
+
+    wanted: ClassVar[str] = "true, false or a mapping of options"
+
+    ca: str | None = None
+    cert: Secret | None = None
+    key: Secret | None = None
+    passphrase: Secret | None = None
+    servername: str | None = None
+    reject_unauthorized: bool = True
+    check_hostname: bool = True
+
+    @classmethod
+    def spelled_out(cls, written: object) -> object:
+        if isinstance(written, bool):
+            return {} if written else None
+        return written
+
+    def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
+        """Return the context, made anew when a file has changed, so that renewed ones take effect.
+
+        All connections share it, as to make one takes milliseconds. Raises ConfigError, which
+        begins with ``where``, if a file or PEM text is bad: it is tried again at the next call.
+        """
+        # Before they are read: of a file that changes meanwhile, the next call finds a change.
+        stamps = tuple(map(_stamp, self._files()))
+        with _making:
+            found = _made.get(self)
+            if found is not None and found[0] == stamps:
+                return found[1]
+            context = self._new_context(where)
+            _made.pop(self, None)
+            newest = max((stamp[0] for stamp in stamps if stamp), default=0)
+            if time.time_ns() - newest < _SETTLED_NS:
+                return context
+            while len(_made) >= _KEPT:
+                del _made[next(iter(_made))]
+            _made[self] = stamps, context
+            return context
+
+    def _files(self) -> list[str]:
+        """Return the paths of all that a context is made of."""
+        files = [value for value in (self.ca, self.cert, self.key) if value and not _is_pem(value)]
+        if self.ca is None:
+            system = ssl.get_default_verify_paths()
+            files += [path for path in (system.cafile, system.capath) if path]
+        return files
+
+    def _new_context(self, where: str) -> ssl.SSLContext:
+        context = _trusting(self.ca, f"{where}.ca")
+        if not (self.reject_unauthorized and self.check_hostname):
+            context.check_hostname = False
+        if not self.reject_unauthorized:
+            context.verify_mode = ssl.CERT_NONE
+        if self.key and not self.cert:
+            raise ConfigError(f"{where}.cert: is missing; a key needs its certificate")
+        if self.cert:
+            with (
+                _as_file(self.cert, f"{where}.cert") as cert,
+                _as_file(self.key or self.cert, f"{where}.key") as key,
+            ):
+                try:
+                    context.load_cert_chain(cert, key, self.passphrase or _no_passphrase(where))
+                except ssl.SSLError as error:
+                    raise ConfigError(
+                        f"{where}.{'key' if self.key else 'cert'}: certificate and key are no PEM, "
+                        f"don't belong together, or the passphrase is wrong ({error.reason})"
+                    ) from None
+        return context
+
+    def located(self, folder: str, place: Place) -> Tls:
+        """Return the same with absolute paths, which are relative to ``folder``.
+
+        Raises ConfigError if no context can be made of it.
+        """
+        files = {
+            name: os.path.join(folder, value)
+            for name in ("ca", "cert", "key")
+            if (value := getattr(self, name)) and not _is_pem(value)
+        }
+        located = replace(self, **files)
+        located.context(str(place))
+        return located
+
+
+# The contexts that were made last, with what their files were then. In a forked child the thread
+# that was making one is none of its own.
+_KEPT: Final = 64
+# The clock of files is a coarse one: two changes so soon after each other may look like one.
+_SETTLED_NS: Final = 100_000_000
+_made: dict[Tls, tuple[tuple[_Stamp, ...], ssl.SSLContext]] = {}
+_making = threading.RLock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
+
+
+def _stamp(path: str) -> _Stamp:
+    """Return what is another for a file that was written, replaced or removed."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def _is_pem(value: str) -> bool:
+    return "-----BEGIN " in value
+
+
+def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
+    """Return a context that trusts the certificates of ``ca``, or the system's if it is None."""
+    if ca is None:
+        return ssl.create_default_context()
+    try:
+        if not _is_pem(ca):
+            ca = regular_files.read(ca, regular_files.MAX_PEM_BYTES).decode("ascii", "ignore")
+        # Comments between certificates may be of any alphabet, which OpenSSL is not asked to read.
+        ca = ca.encode("ascii", "ignore").decode()
+        # Without a certificate Python would quietly trust the system's.
+        if _is_pem(ca):
+            return ssl.create_default_context(cadata=ca)
+        problem = "no certificate in it"
+    except ssl.SSLError as error:
+        problem = str(error.reason)
+    except regular_files.UnsuitableFile as error:
+        problem = f"it {error}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise ConfigError(f"{where}: must be PEM text or a PEM file of certificates: {problem}")
+
+
+@contextmanager
+def _as_file(pem: str, where: str) -> Iterator[str]:
+    """Give the path of a file with ``pem``, which OpenSSL's loading of keys asks for."""
+    if _is_pem(pem):
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".pem") as file:
+            file.write(pem)
+            file.flush()
+            yield file.name
+        return
+    try:
+        regular_files.check(pem, regular_files.MAX_PEM_BYTES)
+        open(pem, "rb").close()
+    except regular_files.UnsuitableFile as error:
+        raise ConfigError(f"{where}: must be PEM text or a PEM file: it {error}") from None
+    except (OSError, ValueError) as error:
+        # A key without its PEM frame looks like a path: don't show it.
+        problem = getattr(error, "strerror", None) or "it is no path"
+        raise ConfigError(f"{where}: must be PEM text or a PEM file: {problem}") from None
+    yield pem
+
+
+def _no_passphrase(where: str) -> Callable[[], str]:
+    # Without this, OpenSSL asks at the terminal and blocks.
+    def refuse() -> str:
+        raise ConfigError(f"{where}.passphrase: is missing; the key is encrypted")
+
+    return refuse

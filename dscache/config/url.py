@@ -1,0 +1,164 @@
+"""Read a URL such as ``redis://user:password@host:6379/0`` into options of the configuration.
+
+The rules are redis-py's, with one difference: it passes over what it doesn't understand, such as
+a database that is no number, while here that is an error. No error shows a password, wherever a
+forgotten percent-escape has put it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from .validation import Place, nearest
+
+SCHEMES = "redis://, rediss:// or unix://"
+HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):([0-9]{1,5})")
+_ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
+
+
+class Address(NamedTuple):
+    """What a URL says: the options by their names in the configuration, and a text to show."""
+
+    options: dict[str, object]
+    shown: str
+
+
+def parse(url: str, place: Place) -> Address:
+    """Return what a URL or ``host:port`` says; only the parts that it states are there.
+
+    Raises ConfigError, which never quotes the part that may hold a password.
+    """
+    if bare := HOST_AND_PORT.fullmatch(url):
+        return Address({"host": bare[1].strip("[]"), "port": bare[2]}, url)
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise place.error(f"must begin with {SCHEMES}, or be host:port")
+    if scheme.lower() not in ("redis", "rediss", "unix"):
+        named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""
+        raise place.error(f"must begin with {SCHEMES}{named}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise place.error(f"the host or the port can't be read; {_ESCAPE}") from None
+    is_unix = parts.scheme == "unix"
+    _refuse_spilled_password(url, parts, is_unix, place)
+    options, tls = _query(parts.query, place)
+    if parts.username:
+        options["username"] = _decoded(parts.username, place)
+    if parts.password:
+        options["password"] = _decoded(parts.password, place)
+    if is_unix:
+        if parts.netloc.rpartition("@")[2] or len(parts.path) < 2:
+            raise place.error("a socket's path begins with a third slash: unix:///run/redis.sock")
+        options["path"] = _decoded(parts.path, place)
+        shown = f"unix://{parts.path}"
+    else:
+        if parts.hostname:
+            options["host"] = _decoded(parts.hostname, place)
+        if port is not None:
+            options["port"] = port
+        database = parts.path.strip("/")
+        if database and not re.fullmatch(r"[0-9]{1,10}", database):
+            raise place.error("the path must be the number of a database, as in redis://host/3")
+        if database:
+            options.setdefault("db", database)
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if parts.scheme == "rediss":
+        options["tls"] = tls
+    elif tls:
+        raise place.error("the ssl_ options need a URL that begins with rediss://")
+    return Address(options, shown)
+
+
+def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place: Place) -> None:
+    """Refuse a password whose unescaped / ? or # ended the host too early."""
+    late = "" if is_unix else parts.path
+    if "@" not in parts.netloc and not is_unix:
+        late += parts.query
+    if "#" in url or "@" in late:
+        raise place.error(f"an @ or # stands where none can be; {_ESCAPE}")
+
+
+def _query(query: str, place: Place) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the options that the query states, those of TLS apart."""
+    options: dict[str, object] = {}
+    tls: dict[str, object] = {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except ValueError:
+        raise place.error(f"the query can't be read; {_ESCAPE}") from None
+    for name, value in pairs:
+        if name not in _QUERY:
+            best = nearest(name, _QUERY)
+            known = f'did you mean "{best}"?' if best else f"there are {', '.join(_QUERY)}"
+            shown = name if name.isidentifier() and len(name) <= 40 else "?"
+            raise place.error(f'unknown query option "{shown}", {known}')
+        group, option, read = _QUERY[name]
+        try:
+            result = read(value)
+        except (KeyError, ValueError, OverflowError):
+            wanted = _WANTED.get(read, "something else")
+            raise place.error(f"the query option {name} must be {wanted}") from None
+        if group:
+            (tls if group == "tls" else options)[option] = result
+    return options, tls
+
+
+def _milliseconds(seconds: str) -> int:
+    value = float(seconds) * 1000
+    if not 0.5 <= value < math.inf:
+        raise ValueError(seconds)
+    return round(value)
+
+
+def _boolean(word: str) -> bool:
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+        word.lower()
+    ]
+
+
+def _verified(word: str) -> bool:
+    # A server always has a certificate: "optional" differs from "required" for servers only.
+    return {"none": False, "optional": True, "required": True}[word.lower()]
+
+
+def _protocol(version: str) -> None:
+    if version not in ("2", "3"):
+        raise ValueError(version)
+
+
+_WANTED: dict[Callable[[str], object], str] = {
+    _milliseconds: "a number of seconds above 0",
+    _boolean: "true or false",
+    _verified: "none, optional or required",
+    _protocol: "2 or 3",
+}
+
+# redis-py's name → where it goes, the option's name there, and how its value is read.
+_QUERY: dict[str, tuple[str, str, Callable[[str], object]]] = {
+    "db": ("options", "db", str),
+    "username": ("options", "username", str),
+    "password": ("options", "password", str),
+    "client_name": ("options", "connectionName", str),
+    "socket_timeout": ("options", "commandTimeout", _milliseconds),
+    "socket_connect_timeout": ("options", "connectTimeout", _milliseconds),
+    "ssl_ca_certs": ("tls", "ca", str),
+    "ssl_certfile": ("tls", "cert", str),
+    "ssl_keyfile": ("tls", "key", str),
+    "ssl_cert_reqs": ("tls", "rejectUnauthorized", _verified),
+    "ssl_check_hostname": ("tls", "checkHostname", _boolean),
+    # The protocol is the client's own choice.
+    "protocol": ("", "", _protocol),
+}
+
+
+def _decoded(part: str, place: Place) -> str:
+    try:
+        return unquote(part, errors="strict")
+    except UnicodeDecodeError:
+        raise place.error("the percent-encoded text isn't UTF-8") from None

@@ -1,0 +1,379 @@
+"""Turn what a configuration says into typed Structs, or say what is wrong, where, and what helps.
+
+msgspec's own conversion would refuse the same mistakes, but names neither the file nor the
+nearest right option, and shows passwords. So the Structs stay the one declaration of every
+option, and the walk over them is here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+
+import msgspec
+from msgspec import inspect
+
+from ..errors import ConfigError, shorten
+
+_logger = logging.getLogger("dscache")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
+
+Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
+
+
+class Place(NamedTuple):
+    """Where something stands: the file (or what else was given) and the path of keys in it."""
+
+    source: str
+    path: str = ""
+
+    def at(self, key: str) -> Place:
+        """Return the place of ``key`` in this mapping."""
+        shown = presentable(key)
+        return Place(self.source, f"{self.path}.{shown}" if self.path else shown)
+
+    def item(self, index: int) -> Place:
+        """Return the place of an entry of this list."""
+        return Place(self.source, f"{self.path}[{index}]")
+
+    def entry(self, name: str) -> Place:
+        """Return the place of an entry of this mapping whose names are no options."""
+        return Place(self.source, f'{self.path}["{name}"]')
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.path}" if self.path else self.source
+
+    def error(self, problem: str) -> ConfigError:
+        """Return the error to raise, which begins with this place."""
+        return ConfigError(f"{self}: {problem}")
+
+
+class Scalar(msgspec.Struct, frozen=True):
+    """An unquoted number, boolean or null of a file: its value and how it was written.
+
+    A password written as ``012345`` is meant as that text, while a port wants the number.
+    """
+
+    value: bool | int | float | None
+    text: str
+
+
+class Written(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """Base of the typed configuration: Structs whose ``repr`` shows no secret.
+
+    ``wanted`` says what one is written as. ``consumed`` names options that are used up before
+    the Struct is read, ``no_effect`` says of options why they are accepted and have no effect,
+    ``unsupported`` what to write instead of options that can't be passed over.
+    """
+
+    wanted: ClassVar[str] = "a mapping of options"
+    consumed: ClassVar[tuple[str, ...]] = ()
+    no_effect: ClassVar[Mapping[str, str]] = {}
+    unsupported: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def spelled_out(cls, written: object) -> object:
+        """Return the mapping (or None) that a short form such as ``tls: true`` stands for."""
+        return written
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        shown: list[tuple[str, Any]] = []
+        for field in _fields(type(self)).values():
+            value = getattr(self, field.name)
+            shown.append((field.name, "***" if value and _is_secret(field.type) else value))
+        return shown
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={shorten(value) if isinstance(value, str) else repr(value)}"
+            for name, value in self.__rich_repr__()
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+T = TypeVar("T", bound=Written)
+
+
+def read(struct: type[T], written: object, place: Place) -> T:
+    """Return ``struct`` filled from a mapping of options.
+
+    Raises ConfigError for an unknown or missing option, a wrong type and a value out of range.
+    """
+    if not isinstance(written, Mapping):
+        raise place.error(f"must be {struct.wanted}, not {_kind(written)}")
+    fields = _fields(struct)
+    values: dict[str, Any] = {}
+    for key, value in written.items():
+        if not isinstance(key, str):
+            raise place.error(f"the name of an option must be text, not {_kind(key)}")
+        here = place.at(key)
+        if key in fields:
+            field = fields[key]
+            value = _value(field.type, value, here)
+            if value is not None or _nullable(field.type):
+                values[field.name] = value
+        elif key in struct.consumed:
+            continue
+        elif key in struct.no_effect:
+            _logger.info("%s has no effect: %s", here, struct.no_effect[key])
+        elif key not in struct.unsupported:
+            known = [*fields, *struct.consumed, *struct.no_effect]
+            if is_null(value) and nearest(key, known) is None and presentable(key) == key:
+                # With a name and a colon forgotten, a bare word may be the secret itself.
+                raise place.error(
+                    "there is a name in it without a value, which is no option; it is not shown, "
+                    "as it may be a secret; between a name and its value stand a colon and a space"
+                )
+            raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
+        elif not _is_off(value):
+            raise here.error(f"isn't supported: {struct.unsupported[key]}")
+    for name, field in fields.items():
+        if field.required and field.name not in values:
+            raise place.at(name).error("is missing")
+    return struct(**values)
+
+
+def is_null(written: object) -> bool:
+    """Return whether a value is null, which is "not given"."""
+    return _plain(written) is None
+
+
+def text(written: object, place: Place, *, secret: bool = False) -> str:
+    """Return ``written`` as text: a number or word of a file as it was written.
+
+    Raises ConfigError if it is anything else, or can't be sent as UTF-8.
+    """
+    if isinstance(written, Scalar):
+        result = written.text
+    elif isinstance(written, int) and not isinstance(written, bool):
+        result = str(written)
+    else:
+        if isinstance(written, os.PathLike):
+            written = os.fspath(written)
+        if not isinstance(written, str):
+            _refuse(written, place, "text", secret)
+        result = written
+    if "\0" in result or not _is_unicode(result):
+        raise place.error("must be text without NUL that can be encoded as UTF-8")
+    return result
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of ``names`` most like ``name`` (case, ``_`` and ``-`` aside), or None."""
+    folded = {_fold(known): known for known in names}
+    found = difflib.get_close_matches(_fold(name), folded, n=1)
+    return folded[found[0]] if found else None
+
+
+def presentable(key: str) -> str:
+    """Return the part of a key that may be shown.
+
+    ``password:secret`` or ``password secret``, with the space or the colon forgotten, makes a key
+    that holds the secret.
+    """
+    return re.split(r"[^\w.-]", key, maxsplit=1)[0][:80] or "***"
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text may be the name of something, such as of a variable."""
+    return re.fullmatch(r"[A-Za-z_]\w{0,79}", text) is not None
+
+
+def _unknown(key: str, known: list[str], no_effect: Iterable[str]) -> str:
+    if presentable(key) != key:
+        return "unknown option; between a name and its value stand a colon and a space"
+    if best := nearest(key, [*known, *no_effect]):
+        return f'unknown option, did you mean "{best}"?'
+    return f"unknown option; there are {', '.join(known)}"
+
+
+def _value(kind: inspect.Type, written: object, place: Place) -> object:
+    """Return ``written`` as the type of a field, or None if it says null."""
+    kind, extra, nullable = _unwrap(kind)
+    if isinstance(kind, inspect.StrType):
+        # A Scalar is never null here: if its value is, it came from the environment, and a
+        # password that reads "null" is a password.
+        if written is None or (nullable and written == ""):
+            return None
+        return _text(kind, extra, written, place)
+    plain = _plain(written)
+    if isinstance(kind, inspect.VarTupleType):
+        # Null is refused too: a list whose entries are all commented out must not quietly
+        # become another server.
+        return _list(kind, plain, place)
+    if isinstance(kind, inspect.DictType):
+        return _entries(kind, plain, place)
+    if plain is None:
+        return None
+    if isinstance(kind, inspect.StructType):
+        struct = cast(type[Written], kind.cls)
+        plain = struct.spelled_out(plain)
+        return None if plain is None else read(struct, plain, place)
+    if isinstance(kind, inspect.LiteralType):
+        return _choice(kind.values, written, place)
+    if isinstance(kind, inspect.IntType):
+        return _integer(kind, extra, written, place)
+    if not isinstance(plain, bool):
+        _refuse(written, place, "true or false, without quotes")
+    return plain
+
+
+def _text(kind: inspect.StrType, extra: Mapping[str, object], written: object, place: Place) -> str:
+    secret = bool(extra.get("secret"))
+    result = text(written, place, secret=secret)
+    if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
+        _refuse(written, place, str(extra["wanted"]), secret)
+    return result
+
+
+def _integer(
+    kind: inspect.IntType, extra: Mapping[str, object], written: object, place: Place
+) -> int | None:
+    low, high = kind.ge, kind.le
+    wanted = f"a whole number from {low} to {high}" if high else f"a whole number of at least {low}"
+    # deepstream's connector takes any falsy ttl as none.
+    zero_is_none = bool(extra.get("zero_is_none"))
+    if zero_is_none and _plain(written) in (False, ""):
+        return None
+    number = _number(written, place, wanted)
+    if zero_is_none and number == 0:
+        return None
+    if (low is not None and number < low) or (high is not None and number > high):
+        _refuse(written, place, wanted)
+    return number
+
+
+def _list(kind: inspect.VarTupleType, written: object, place: Place) -> tuple[object, ...]:
+    if not isinstance(written, (list, tuple)):
+        raise place.error(f"must be a list, not {_kind(written)}")
+    if not written:
+        raise place.error("must have at least one entry; without any, leave it out")
+    for index, item in enumerate(written):
+        if item is None:
+            raise place.item(index).error("must be a mapping of options, not null")
+    return tuple(
+        _value(kind.item_type, item, place.item(index)) for index, item in enumerate(written)
+    )
+
+
+def _entries(kind: inspect.DictType, written: object, place: Place) -> Mapping[str, object] | None:
+    """Return a mapping whose names are no options; a falsy one is none, as in ioredis."""
+    if not written:
+        return None
+    if not isinstance(written, Mapping):
+        raise place.error(f"must be a mapping, not {_kind(written)}")
+    key_type, extra, _ = _unwrap(kind.key_type)
+    assert isinstance(key_type, inspect.StrType)
+    assert key_type.pattern is not None
+    for name, value in written.items():
+        if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
+            spaced = isinstance(name, str) and re.search(r"\s", name)
+            shown = _kind(name) if spaced else _shown(name)
+            raise place.error(f"each name in it must be {extra['wanted']}, not {shown}")
+        if is_null(value):
+            raise place.entry(name).error("must be a mapping of options, not null")
+    return {name: _value(kind.value_type, one, place.entry(name)) for name, one in written.items()}
+
+
+def _choice(values: tuple[Any, ...], written: object, place: Place) -> object:
+    shown = [str(value) if isinstance(value, int) else f'"{value}"' for value in values]
+    wanted = f"{', '.join(shown[:-1])} or {shown[-1]}"
+    if all(isinstance(value, int) for value in values):
+        choice: object = _number(written, place, wanted)
+    else:
+        choice = text(written, place)
+    if choice not in values:
+        _refuse(written, place, wanted)
+    return choice
+
+
+def _number(written: object, place: Place, wanted: str) -> int:
+    value = _plain(written)
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(written, place, wanted)
+    return value
+
+
+def _refuse(written: object, place: Place, wanted: str, secret: bool = False) -> NoReturn:
+    shown = _kind(written) if secret else _shown(written)
+    comment = isinstance(written, str) and re.search(r"\s//", written)
+    remedy = "; // starts no comment in YAML, # does" if comment else ""
+    raise place.error(f"must be {wanted}, not {shown}{remedy}")
+
+
+def _shown(written: object) -> str:
+    if isinstance(written, Scalar):
+        return written.text[:80]
+    # Text with an @ may be a URL in the wrong place, with a password in it.
+    if isinstance(written, (bool, int, float)) or (isinstance(written, str) and "@" not in written):
+        return shorten(written)
+    return _kind(written)
+
+
+def _kind(written: object) -> str:
+    value = _plain(written)
+    if value is None:
+        return "null"
+    kinds: tuple[tuple[Any, str], ...] = (
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (Mapping, "a mapping"),
+        ((list, tuple), "a list"),
+    )
+    return next((n for types, n in kinds if isinstance(value, types)), type(value).__name__)
+
+
+def _plain(written: object) -> object:
+    return written.value if isinstance(written, Scalar) else written
+
+
+def _is_off(written: object) -> bool:
+    return not _plain(written)
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fold(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+@functools.cache
+def _fields(struct: type[Written]) -> dict[str, inspect.Field]:
+    described = inspect.type_info(struct)
+    assert isinstance(described, inspect.StructType)
+    return {field.encode_name: field for field in described.fields}
+
+
+def _unwrap(kind: inspect.Type) -> tuple[inspect.Type, Mapping[str, object], bool]:
+    """Return a field's type without None and UNSET, its ``extra``, and whether None is allowed."""
+    nullable = False
+    if isinstance(kind, inspect.UnionType):
+        nullable = any(isinstance(one, inspect.NoneType) for one in kind.types)
+        (kind,) = (one for one in kind.types if not isinstance(one, inspect.NoneType))
+    if isinstance(kind, inspect.Metadata):
+        return kind.type, kind.extra or {}, nullable
+    return kind, {}, nullable
+
+
+def _nullable(kind: inspect.Type) -> bool:
+    return _unwrap(kind)[2]
+
+
+def _is_secret(kind: inspect.Type) -> bool:
+    return bool(_unwrap(kind)[1].get("secret"))

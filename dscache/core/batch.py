@@ -1,0 +1,277 @@
+"""Batches, bulks and those who wait for them; the pure twin of ``batch.pxi``."""
+
+from __future__ import annotations
+
+from asyncio import InvalidStateError
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from . import constants as c
+from .constants import Waiter
+
+
+class _Serials:
+    """One row of numbers for all pipelines, so that batches keep their order on other nodes."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def __next__(self) -> int:
+        self.last += 1
+        return self.last
+
+
+serials = _Serials()
+
+# The waiters of a record that is read again: nobody is told what the first reply says of it.
+NOBODY: Final[list[Any]] = []
+
+
+class Write:
+    """The content of one record to be written, and who waits for it."""
+
+    __slots__ = ("guard", "text", "ttl", "version", "waiter")
+
+    def __init__(self, version: int, text: bytes, ttl: int, guard: bytes) -> None:
+        self.version = version
+        self.text = text
+        self.ttl = ttl
+        self.guard = guard
+        self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
+
+
+class Command:
+    """A command of one key, ready to be sent, and who waits for its reply."""
+
+    __slots__ = ("text", "waiter")
+
+    def __init__(self, text: bytes, waiter: Any) -> None:
+        self.text = text
+        self.waiter = waiter
+
+
+class Overtaken:
+    """The waiters of a refused write, as waiters of the write that overtook it.
+
+    In the order they were issued the first was overwritten at once: it is done if the later one
+    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
+    """
+
+    __slots__ = ("_always", "_refusal", "_waiter")
+
+    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
+        self._waiter = waiter
+        self._refusal = refusal
+        self._always = always
+
+    def set_result(self, done: bool, /) -> None:
+        if done or self._always:
+            tell(self._waiter, True)
+        else:
+            fail(self._waiter, self._refusal)
+
+    def set_exception(self, error: Exception, /) -> None:
+        fail(self._waiter, partial(c.again, error))
+
+
+class Bulk:
+    """The outcome of one bulk operation, gathered from its slots.
+
+    One that is ``shared`` has a batch on each of several nodes: what ends one of them leaves the
+    others' records what they are.
+    """
+
+    __slots__ = (
+        "errors",
+        "missing",
+        "operation",
+        "over",
+        "remaining",
+        "result",
+        "shared",
+        "total",
+        "waiter",
+    )
+
+    def __init__(
+        self, operation: str, waiter: Waiter, result: Any, total: int, shared: bool = False
+    ) -> None:
+        self.operation = operation
+        self.waiter = waiter
+        self.result = result
+        self.shared = shared
+        self.total = total
+        self.remaining = total
+        self.errors: dict[str, Exception] = {}
+        self.missing: list[str] = []  # names to take out of a result that began as all names
+        self.over = False  # the waiter has its outcome
+
+    def settle(self, count: int) -> None:
+        """Count records that have their outcome; the last one settles the waiter.
+
+        If that raises, ``settle(0)`` tries once more.
+        """
+        self.remaining -= count
+        if self.remaining or self.over:
+            return
+        for name in self.missing:
+            self.result.pop(name, None)
+        if self.errors:
+            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
+            fail(self.waiter, lambda: error)
+        else:
+            tell(self.waiter, self.result)
+        self.over = True
+
+    def take(self, kind: int, name: str, result: Any) -> None:
+        """Take the result of one record, as its single operation would have given it."""
+        if kind == c.DELETE:
+            self.result += result
+        elif kind == c.GET and result is None:
+            self.missing.append(name)
+        elif kind <= c.HEAD and result is not None:
+            self.result[name] = result
+        self.settle(1)
+
+    def take_error(self, kind: int, name: str, error: Exception) -> None:
+        """Take the error of one record."""
+        self.errors[name] = error
+        if kind == c.GET:
+            self.missing.append(name)
+        self.settle(1)
+
+
+class Batch:
+    """Records of one kind that go out together: the operations of a tick, or one bulk.
+
+    ``records`` maps each name to its waiter, list of waiters, Write or Command. It is frozen
+    into two lists when the first of it is sent. Records before ``answered`` are settled, those
+    from there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the
+    batches, on all nodes; a repeat has its original's.
+    """
+
+    __slots__ = (
+        "alone",
+        "answered",
+        "asking",
+        "bulk",
+        "counted",
+        "deadline",
+        "entries",
+        "expired",
+        "failed",
+        "hash_slots",
+        "kind",
+        "names",
+        "records",
+        "repeated",
+        "sent",
+        "serial",
+        "target",
+        "trail",
+        "whole_script",
+    )
+
+    def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
+        self.kind = kind
+        self.deadline = deadline
+        self.serial = serial  # given when it is queued
+        self.records = records
+        self.names: list[str] = []
+        self.entries: list[Any] = []
+        self.sent = 0
+        self.answered = 0
+        self.failed = 0  # records before it were told of the failure that ends the batch
+        self.bulk: Bulk | None = None
+        self.expired = False  # its waiters have been told; the replies are dropped
+        self.repeated = 0  # records before it were sent before, on a connection that was lost
+        self.whole_script = False  # Redis has lost the script: send its text
+        self.alone = False  # one record a command, to find the one that is refused
+        self.counted = False  # as one pending operation, if it is of a bulk
+        self.hash_slots: list[int] = []  # of the names, on a cluster
+        self.trail: tuple[str, ...] = ()  # who has redirected it, and with which words
+        self.asking = False  # the node has these slots only for those who ask
+        self.target: Any = None  # the pipeline that it was redirected to for this once
+
+    def freeze(self) -> None:
+        if not self.names:
+            names = list(self.records)
+            self.entries = list(self.records.values())
+            self.names = names
+
+    def group(self, slot_of: Callable[[str], int]) -> None:
+        """Bring records of one slot together; those sent before stay before the others."""
+        slots = [slot_of(name) for name in self.names]
+        order = sorted(range(len(slots)), key=lambda i: (i >= self.repeated, slots[i]))
+        names = [self.names[i] for i in order]
+        entries = [self.entries[i] for i in order]
+        hash_slots = [slots[i] for i in order]
+        self.names, self.entries, self.hash_slots = names, entries, hash_slots
+
+    def part(self, records: dict[str, Any], repeated: int) -> Batch:
+        """Return a batch of some of its records, which is as old and knows as much."""
+        part = Batch(self.kind, self.deadline, self.serial, records)
+        part.bulk = self.bulk
+        part.repeated = repeated
+        part.whole_script = self.whole_script
+        part.alone = self.alone
+        part.trail = self.trail
+        part.asking = self.asking
+        return part
+
+    def ask(self, target: Any) -> None:
+        """Let it go to ``target``, and this once as one that asks."""
+        self.target = target
+        self.asking = True
+
+    def text_size(self) -> int:
+        """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
+        if not (c.SET <= self.kind <= c.SET_IF_NEWER or self.kind >= c.READ_KEY):
+            return 0
+        # What is over and was not sent will never be.
+        last = self.sent if self.over() else len(self.records)
+        entries = self.entries if self.names else list(self.records.values())
+        return sum(len(entry.text) for entry in entries[self.answered : last])
+
+    def over(self) -> bool:
+        """Return whether nobody waits for it any more."""
+        return self.expired or (self.bulk is not None and self.bulk.over)
+
+    def settled(self) -> bool:
+        """Return whether this batch has its outcome, be it that it was sent on as another one."""
+        return self.over() or self.answered >= len(self.records)
+
+    def waiting(self) -> int:
+        return len(self.records) - self.sent
+
+
+# -- waiters
+
+
+def waiter_of(entry: Any) -> Any:
+    """Return who waits for a record: a waiter, or a list of them."""
+    return entry.waiter if type(entry) is Write or type(entry) is Command else entry
+
+
+def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
+    """Return the waiters of one record, to which one more comes."""
+    if type(earlier) is not list:
+        return [earlier, waiter]
+    earlier.append(waiter)
+    return earlier
+
+
+def tell(waiter: Any, result: object) -> None:
+    """Give a waiter, or each of a list, its result, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_result(result)
+
+
+def fail(waiter: Any, make: Callable[[], Exception]) -> None:
+    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_exception(make())

@@ -1,0 +1,270 @@
+"""The cache ``name: memory``: records in this process, with the API and results of the others.
+
+It is for tests and a first try, and has the life of its cache. Operations take effect at
+the call, so that their order is the order of the calls; what they return is done already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from .. import _backend
+from .._forks import in_each_child
+from ..aio.lifecycle import check_loop
+from ..blocking.waiter import Outcome
+from ..config import Options
+from ..errors import ConnectionLost
+from . import constants
+from . import stats as counters
+
+_NO_CONNECTIONS: Final = {
+    **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
+    "last_loss": "",
+}
+
+
+class MemoryNode:
+    """In the place of a Connection: always ready until it is closed."""
+
+    server = ""
+
+    def __init__(self, options: Options) -> None:
+        loop = asyncio.get_running_loop()
+        self.pipeline = MemoryPipeline(
+            loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
+        )
+        # All is at hand already: a near cache would save nothing.
+        self.front = self.pipeline
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was not closed yet."""
+        return not self.pipeline.closed
+
+    async def when_ready(self) -> None:
+        """Return at once; raises ConnectionLost if it was closed."""
+        self.pipeline.check_open()
+
+    async def close(self) -> None:
+        """Forget all records."""
+        self.pipeline.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, named as those of a connection."""
+        return {**self.pipeline.stats(), **_NO_CONNECTIONS}
+
+
+class MemoryPipeline:
+    """The operations of a Pipeline on a dict. ``ttl`` is the default lifetime in seconds."""
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        wake: Callable[[], object],
+        ttl: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.closed = False
+        self._core = _backend.core
+        self._create_waiter = create_waiter
+        self._wake = wake
+        self._ttl = ttl or 0
+        self._clock = clock
+        # name → (version, JSON text, when it expires or infinity)
+        self._records: dict[str, tuple[int, bytes, float]] = {}
+        self._expiries: list[tuple[float, str]] = []
+        self._counts = dict.fromkeys(counters.NAMES, 0)
+
+    def get(self, name: str) -> Any:
+        """Return a done waiter with the Record, or None."""
+        return self._done(self._read(self._checked(name)))
+
+    def head(self, name: str) -> Any:
+        """Return a done waiter with the version, or None."""
+        record = self._read(self._checked(name))
+        return self._done(None if record is None else record.version)
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Write; return a done waiter with True, or False if it is not newer."""
+        name = self._checked(name)
+        return self._done(self._write(name, *self._content(name, version, data, ttl), if_newer))
+
+    def delete(self, name: str) -> Any:
+        """Remove; return a done waiter with whether there was such a record."""
+        return self._done(self._remove(self._checked(name)))
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Return a done waiter with a dict of the records found."""
+        found = {name: self._read(name) for name in self._checked_all("get_bulk", names)}
+        return self._done({name: record for name, record in found.items() if record is not None})
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Return a done waiter with a dict of the versions found."""
+        found = {name: self._read(name) for name in self._checked_all("head_bulk", names)}
+        return self._done(
+            {name: record.version for name, record in found.items() if record is not None}
+        )
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Write many; return a done waiter with the set of names not written."""
+        self._use()
+        if not isinstance(records, Mapping):
+            raise constants.bad_records(records)
+        contents: dict[str, tuple[int, bytes, int]] = {}
+        for given, pair in records.items():
+            name = self._core.check_name(given)
+            try:
+                version, data = pair
+            except (TypeError, ValueError):
+                raise constants.bad_pair(name, pair) from None
+            contents[name] = self._content(name, version, data, ttl)
+        written = {name: self._write(name, *it, if_newer) for name, it in contents.items()}
+        return self._done({name for name, done in written.items() if not done})
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Remove many; return a done waiter with how many there were."""
+        return self._done(sum(map(self._remove, self._checked_all("delete_bulk", names))))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters of a Pipeline; what concerns the wire stays zero."""
+        counts = self._counts
+        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
+        return counters.told([{**counts, "records": records}])
+
+    def check_open(self) -> None:
+        """Raise ConnectionLost if it was closed."""
+        if self.closed:
+            raise ConnectionLost("the cache is closed")
+
+    def close(self) -> None:
+        """Forget all records."""
+        self.closed = True
+        self._records.clear()
+        self._expiries.clear()
+
+    # -- arguments
+
+    def _use(self) -> None:
+        self._wake()
+        self.check_open()
+
+    def _checked(self, name: object) -> str:
+        self._use()
+        checked: str = self._core.check_name(name)
+        return checked
+
+    def _checked_all(self, operation: str, names: Iterable[str]) -> dict[str, None]:
+        self._use()
+        if isinstance(names, (str, bytes)):
+            raise constants.bad_names(operation, names)
+        return dict.fromkeys(map(self._core.check_name, names))
+
+    def _content(
+        self, name: str, version: object, data: object, ttl: int | None
+    ) -> tuple[int, bytes, int]:
+        number = self._core.check_version(name, version)
+        seconds = self._ttl if ttl is None else constants.check_ttl(name, ttl)
+        return number, self._core.encode_data(name, data), seconds
+
+    # -- the records
+
+    def _done(self, result: object) -> Any:
+        self._counts["operations"] += 1
+        waiter = self._create_waiter()
+        waiter.set_result(result)
+        return waiter
+
+    def _stored(self, name: str) -> tuple[int, bytes, float] | None:
+        record = self._records.get(name)
+        if record is not None and record[2] <= self._clock():
+            del self._records[name]
+            return None
+        return record
+
+    def _read(self, name: str) -> Any:
+        self._counts["reads"] += 1
+        record = self._stored(name)
+        if record is None:
+            self._counts["misses"] += 1
+            return None
+        self._counts["hits"] += 1
+        return self._core.Record(name, record[0], record[1])
+
+    def _write(self, name: str, version: int, text: bytes, ttl: int, if_newer: bool) -> bool:
+        if if_newer:
+            stored = self._stored(name)
+            if stored is not None and stored[0] >= version:
+                self._counts["not_newer"] += 1
+                return False
+        now = self._clock()
+        expiry = now + ttl if ttl else float("inf")
+        self._records[name] = (version, text, expiry)
+        if ttl:
+            heapq.heappush(self._expiries, (expiry, name))
+        while self._expiries and self._expiries[0][0] <= now:
+            self._stored(heapq.heappop(self._expiries)[1])
+        self._counts["writes"] += 1
+        return True
+
+    def _remove(self, name: str) -> bool:
+        self._counts["deletes"] += 1
+        there = self._stored(name) is not None
+        self._records.pop(name, None)
+        return there
+
+
+class MemoryPool:
+    """In the place of a Pool: for any number of threads, and always ready until it is closed."""
+
+    server = ""
+
+    def __init__(self, options: Options) -> None:
+        self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
+        # A signal handler may use the cache in the middle of an operation of its own thread.
+        self._lock = threading.RLock()
+        in_each_child(self, MemoryPool.leave_parent)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was not closed yet."""
+        return not self._pipeline.closed
+
+    def run(self, operation: str, *arguments: Any) -> Any:
+        """Do one operation of a Pipeline, by its name; return its result or raise its error."""
+        with self._lock:
+            outcome: Outcome = getattr(self._pipeline, operation)(*arguments)
+        return outcome.take()
+
+    def when_ready(self) -> None:
+        """Return at once; raises ConnectionLost if it was closed."""
+        self._pipeline.check_open()
+
+    def close(self) -> None:
+        """Forget all records."""
+        with self._lock:
+            self._pipeline.close()
+
+    def leave_parent(self) -> None:
+        """Begin anew in a forked child: the thread that held the lock is not there."""
+        self._lock = threading.RLock()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, named as those of a pool."""
+        return {**self._pipeline.stats(), "waiting": 0, **_NO_CONNECTIONS}

@@ -1,0 +1,406 @@
+# Messages, and where they wait for those who want them; the compiled twin of
+# ``message.py``.
+
+from collections.abc import Mapping as _Mapping
+
+cdef extern from "Python.h":
+    object PyUnicode_FromFormat(const char* format, ...)
+    object PyUnicode_DecodeUTF8(const char* text, Py_ssize_t size, const char* errors)
+
+cdef extern from "string.h":
+    int memcmp(const void* one, const void* other, size_t size) noexcept
+
+cdef int DROP_NEWEST = e.DROP_NEWEST
+cdef int DISCONNECT = e.DISCONNECT
+cdef long long MAX_TOPIC = e.MAX_TOPIC
+cdef bytes FROM = e.FROM
+cdef bytes TO = e.TO
+cdef bytes BODY = e.BODY + b"{"
+cdef bytes PUBLISH_HEADER = e.PUBLISH
+cdef bytes SPUBLISH_HEADER = e.SPUBLISH
+
+
+@cython.final
+@cython.no_gc  # as a Record
+@cython.freelist(1024)
+cdef class Message:
+    """One message of another server: immutable, and its JSON decoded only when asked for.
+
+    ``topic`` is the topic it came on, ``sender`` the server that sent it, ``raw`` its JSON text.
+    It can be read as the mapping that it holds: ``message["name"]``.
+    """
+
+    cdef readonly long long topic
+    cdef readonly str sender
+    cdef bytes _raw
+    cdef bytes _payload
+    cdef Py_ssize_t _start
+    cdef object _data
+
+    def __init__(self, long long topic, str sender not None, bytes raw not None):
+        self.topic = topic
+        self.sender = sender
+        self._raw = raw
+        self._payload = None
+        self._data = _UNDECODED
+
+    @property
+    def raw(self):
+        """The JSON text of the message alone."""
+        if self._raw is None:
+            self._raw = self._payload[self._start : -1]
+        return self._raw
+
+    @property
+    def data(self):
+        """The decoded JSON: decoded at first access, and shared by all who get this message.
+
+        Raises MessageError if the text is no JSON.
+        """
+        if self._data is _UNDECODED:
+            raw = self.raw
+            try:
+                self._data = _decode_json(raw)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                self._data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
+        return self._data
+
+    def decode(self, type, /):
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+
+        Raises MessageError with the path of what doesn't fit, or if the text is no JSON.
+        """
+        return e.decode_as(self.topic, self.sender, self.raw, self._payload, type)
+
+    def get(self, key, default=None, /):
+        """Return one member of the data, or ``default`` if there is none."""
+        return self.data.get(key, default)
+
+    def keys(self):
+        """Return the names of the data's members."""
+        return self.data.keys()
+
+    def values(self):
+        """Return the data's members."""
+        return self.data.values()
+
+    def items(self):
+        """Return the data's members with their names."""
+        return self.data.items()
+
+    def __getitem__(self, key, /):
+        return self.data[key]
+
+    def __contains__(self, key, /):
+        return key in self.data
+
+    def __iter__(self):
+        return iter(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __eq__(self, other):
+        cdef Message message
+        if not isinstance(other, Message):
+            return self.data == other if isinstance(other, dict) else NotImplemented
+        message = other
+        return (
+            self.topic == message.topic
+            and self.sender == message.sender
+            and self.raw == message.raw
+        )
+
+    def __hash__(self):
+        return hash((self.topic, self.sender, self.raw))
+
+    def __repr__(self):
+        return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
+
+    def __reduce__(self):
+        from . import make_message
+        return (make_message, (self.topic, self.sender, self.raw))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a Message is immutable: {name} can't be set")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"a Message is immutable: {name} can't be deleted")
+
+
+_Mapping.register(Message)
+
+
+@cython.final
+cdef class Mailbox:
+    """Messages that wait for one subscriber, at most ``max_pending``.
+
+    ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
+    when nobody is any more. Beyond the limit, ``overflow`` decides, and ``dropped`` counts. One
+    that ``is_shut`` takes no more.
+    """
+
+    cdef readonly object messages
+    cdef public bint awake
+    cdef public bint is_shut
+    cdef readonly unsigned long long dropped
+    cdef readonly unsigned long long received
+    cdef object _wake
+    cdef object _append
+    cdef Py_ssize_t _max_pending
+    cdef int _overflow
+
+    def __init__(self, wake, Py_ssize_t max_pending, int overflow):
+        self.messages = deque()
+        self._append = self.messages.append
+        self._wake = wake
+        self._max_pending = max_pending
+        self._overflow = overflow
+
+    cpdef put(self, Message message):
+        """Let a message wait, if there is room, or is made for it."""
+        if self.is_shut:
+            return
+        self.received += 1
+        if len(self.messages) >= self._max_pending:
+            self.dropped += 1
+            if self._overflow == DROP_NEWEST:
+                return
+            if self._overflow == DISCONNECT:
+                self.is_shut = True
+            else:
+                self.messages.popleft()
+        if not self.is_shut:
+            self._append(message)
+        if not self.awake:
+            self._wake()
+            self.awake = True  # behind it, as it may raise
+
+
+@cython.final
+cdef class Inbox:
+    """Gives each message that is pushed to one server to those of it who want its topic.
+
+    ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
+    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
+    asked, that those who take messages have enough to do.
+    """
+
+    cdef readonly object is_crowded
+    cdef str _name
+    cdef bytes _own
+    cdef object _told
+    cdef object _damaged
+    cdef dict _topics  # of each channel: its topic, and a list of mailboxes
+    cdef bytes _last_sender
+    cdef str _last_name
+    cdef unsigned long long _count_received, _count_own, _count_foreign
+    cdef unsigned long long _count_unwanted, _count_damaged
+
+    def __init__(self, str server_name not None, told, damaged, is_crowded=lambda: False):
+        self.is_crowded = is_crowded
+        self._name = server_name
+        self._own = server_name.encode()
+        self._told = told
+        self._damaged = damaged
+        self._topics = {}
+        self._last_sender = b""
+        self._last_name = ""
+
+    def join(self, long long topic, Mailbox mailbox not None):
+        """Give a mailbox what comes on a topic from now on."""
+        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
+
+    def leave(self, long long topic, Mailbox mailbox not None):
+        """Give a mailbox no more; return whether it was the last of the topic."""
+        channel = b"%d" % topic
+        mailboxes = self._topics[channel][1]
+        mailboxes.remove(mailbox)
+        if not mailboxes:
+            del self._topics[channel]
+        return not mailboxes
+
+    def topics(self):
+        """Return the topics that anybody wants."""
+        return [topic for topic, _ in self._topics.values()]
+
+    def stats(self):
+        """Return how many messages came: for somebody here, from here, for others, for nobody."""
+        return {
+            "received": self._count_received,
+            "own": self._count_own,
+            "foreign": self._count_foreign,
+            "unwanted": self._count_unwanted,
+            "damaged": self._count_damaged,
+        }
+
+    def take(self, bytes channel not None, bytes payload not None):
+        """Give a message to those who want it."""
+        self.put(channel, payload)
+
+    cdef int put(self, bytes channel, bytes payload) except -1:
+        """Do so."""
+        cdef PyObject* found = PyDict_GetItem(self._topics, channel)
+        cdef tuple place
+        cdef list mailboxes
+        cdef Message message
+        if found == NULL:
+            self._count_unwanted += 1
+            return 0
+        place = <tuple>found
+        message = self._open(place[0], payload)
+        if message is None:
+            return 0
+        self._count_received += 1
+        mailboxes = place[1]
+        if PyList_GET_SIZE(mailboxes) == 1:
+            (<Mailbox>PyList_GET_ITEM(mailboxes, 0)).put(message)
+            return 0
+        for mailbox in list(mailboxes):  # one that is disconnected leaves the list
+            (<Mailbox>mailbox).put(message)
+        return 0
+
+    def note(self, pipeline, list push not None):
+        """Note the end of a subscription that nobody has asked for."""
+        self._told(pipeline, push)
+
+    cdef Message _open(self, long long topic, bytes payload):
+        """Return the message of an envelope, unless it is from here or for others."""
+        cdef const char* start = PyBytes_AS_STRING(payload)
+        cdef const char* end = start + PyBytes_GET_SIZE(payload)
+        cdef const char* sender = passed(start, end, FROM)
+        cdef const char* to = NULL
+        cdef const char* at
+        cdef Py_ssize_t sender_size, to_size = 0
+        if sender == NULL or end[-1] != 125 or end[-2] != 125:  # "}"
+            return self._read(topic, payload)
+        at = end_of_name(sender, end)
+        if at == NULL:
+            return self._read(topic, payload)
+        sender_size = at - sender
+        at += 1
+        to = passed(at, end, TO)
+        if to != NULL:
+            at = end_of_name(to, end)
+            if at == NULL:
+                return self._read(topic, payload)
+            to_size = at - to
+            at += 1
+        at = passed(at, end, BODY)
+        if at == NULL:
+            return self._read(topic, payload)
+        if is_text_of(sender, sender_size, self._own):
+            self._count_own += 1
+            return None
+        if to != NULL and not is_text_of(to, to_size, self._own):
+            self._count_foreign += 1
+            return None
+        # Few servers send much, and one after the other.
+        if not is_text_of(sender, sender_size, self._last_sender):
+            self._last_sender = sender[:sender_size]
+            self._last_name = PyUnicode_DecodeUTF8(sender, sender_size, b"replace")
+        cdef Message message = Message.__new__(Message)
+        message.topic = topic
+        message.sender = self._last_name
+        message._payload = payload
+        message._start = at - start - 1
+        message._data = _UNDECODED
+        return message
+
+    cdef Message _read(self, long long topic, bytes payload):
+        """Do so with an envelope that JSON.stringify would not write."""
+        opened = e.read(payload)
+        if opened is None:
+            self._count_damaged += 1
+            self._damaged(topic, payload)
+            return None
+        sender, to, raw = opened
+        if sender == self._name:
+            self._count_own += 1
+            return None
+        if to is not msgspec.UNSET and to != self._name:
+            self._count_foreign += 1
+            return None
+        return Message(topic, sender, raw)
+
+
+cdef inline const char* passed(const char* at, const char* end, bytes text) noexcept:
+    """Return what comes after a text, or NULL if it isn't there."""
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
+    if end - at < size or memcmp(at, PyBytes_AS_STRING(text), size):
+        return NULL
+    return at + size
+
+
+cdef inline const char* end_of_name(const char* at, const char* end) noexcept:
+    """Return where a JSON text ends; NULL if it doesn't, or has an escape."""
+    while at < end and at[0] != 34 and at[0] != 92:  # a quotation mark, a backslash
+        at += 1
+    return at if at < end and at[0] == 34 else NULL
+
+
+cdef inline bint is_text_of(const char* text, Py_ssize_t size, bytes other) noexcept:
+    return size == PyBytes_GET_SIZE(other) and not memcmp(text, PyBytes_AS_STRING(other), size)
+
+
+cdef inline bint is_message(push) noexcept:
+    """Return whether a push brings a message."""
+    cdef object kind
+    if not PyList_GET_SIZE(push):
+        return False
+    kind = <object>PyList_GET_ITEM(push, 0)
+    if not PyBytes_CheckExact(kind):
+        return False
+    cdef const char* text = PyBytes_AS_STRING(kind)
+    if PyBytes_GET_SIZE(kind) == 8 and text[0] == 115:  # "s"
+        return not memcmp(text + 1, b"message", 7)
+    return PyBytes_GET_SIZE(kind) == 7 and not memcmp(text, b"message", 7)
+
+
+cdef long long topic_of(topic, message) except -1:
+    """Return a topic, that of the message if it is None, or raise MessageError."""
+    cdef PyObject* stated
+    if topic is None:
+        if type(message) is not dict:
+            return e.topic_of(message)
+        stated = PyDict_GetItem(message, "topic")
+        if stated == NULL:
+            return e.topic_of(message)
+        topic = <object>stated
+    if type(topic) is int and 0 <= topic <= MAX_TOPIC:
+        return topic
+    return e.check_topic(topic)
+
+
+cdef str name_of_message(long long topic, unsigned long long number):
+    """Return the name that a message has among those that are under way."""
+    return PyUnicode_FromFormat(b"{%lld}%llu", topic, number)
+
+
+cdef bytes pack_message(long long topic, bytes opening, message, bint sharded):
+    """Return the command that sends a message, or raise MessageError."""
+    cdef bytes body
+    try:
+        body = c.encode_json(message)
+    except Exception:  # msgspec raises whatever a user's own type raises
+        body = e.encode_tolerantly(topic, message)
+    if not body:
+        raise e.empty_raw(topic)
+    cdef bytes header = SPUBLISH_HEADER if sharded else PUBLISH_HEADER
+    cdef char digits[20]
+    cdef Py_ssize_t channel_size = put_digits(digits, topic) - digits
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(opening) + PyBytes_GET_SIZE(body) + 1
+    cdef char lengths[64]
+    cdef char* at = put_length(lengths, 36, channel_size)
+    at = put_end(put_bytes(at, digits, channel_size))
+    at = put_length(at, 36, size)
+    cdef Py_ssize_t total = PyBytes_GET_SIZE(header) + (at - lengths) + size + 2
+    cdef bytes text = PyBytes_FromStringAndSize(NULL, total)
+    cdef char* to = PyBytes_AS_STRING(text)
+    to = put_bytes(to, PyBytes_AS_STRING(header), PyBytes_GET_SIZE(header))
+    to = put_bytes(to, lengths, at - lengths)
+    to = put_bytes(to, PyBytes_AS_STRING(opening), PyBytes_GET_SIZE(opening))
+    to = put_bytes(to, PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+    to[0] = 125  # "}"
+    put_end(to + 1)
+    return text

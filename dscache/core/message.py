@@ -1,0 +1,313 @@
+"""Messages, and where they wait for those who want them; the pure twin of ``message.pxi``.
+
+A push is looked at as far as its envelope: who sent it, and to whom. The message itself stays
+the bytes that it came in, until somebody asks for its data.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from ..errors import shorten
+from . import constants as c
+from . import envelope as e
+
+_UNDECODED: Final = object()
+
+_decode_json = msgspec.json.Decoder().decode
+
+
+class Message:
+    """One message of another server: immutable, and its JSON decoded only when asked for.
+
+    ``topic`` is the topic it came on, ``sender`` the server that sent it, ``raw`` its JSON text.
+    It can be read as the mapping that it holds: ``message["name"]``.
+    """
+
+    __slots__ = ("_data", "_payload", "_raw", "_start", "sender", "topic")
+
+    topic: int
+    sender: str
+    _raw: bytes | None
+    _payload: bytes | None
+    _start: int
+    _data: Any
+
+    def __init__(self, topic: int, sender: str, raw: bytes) -> None:
+        _fill(self, topic, sender, raw, None, 0)
+
+    @property
+    def raw(self) -> bytes:
+        """The JSON text of the message alone."""
+        raw = self._raw
+        if raw is None:
+            assert self._payload is not None
+            raw = self._payload[self._start : -1]
+            object.__setattr__(self, "_raw", raw)
+        return raw
+
+    @property
+    def data(self) -> Any:
+        """The decoded JSON: decoded at first access, and shared by all who get this message.
+
+        Raises MessageError if the text is no JSON.
+        """
+        data = self._data
+        if data is _UNDECODED:
+            raw = self.raw
+            try:
+                data = _decode_json(raw)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
+            object.__setattr__(self, "_data", data)
+        return data
+
+    def decode(self, type: Any, /) -> Any:
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+
+        Raises MessageError with the path of what doesn't fit, or if the text is no JSON.
+        """
+        return e.decode_as(self.topic, self.sender, self.raw, self._payload, type)
+
+    def get(self, key: str, default: Any = None, /) -> Any:
+        """Return one member of the data, or ``default`` if there is none."""
+        return self.data.get(key, default)
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the data's members."""
+        return self.data.keys()  # type: ignore[no-any-return]
+
+    def values(self) -> ValuesView[Any]:
+        """Return the data's members."""
+        return self.data.values()  # type: ignore[no-any-return]
+
+    def items(self) -> ItemsView[str, Any]:
+        """Return the data's members with their names."""
+        return self.data.items()  # type: ignore[no-any-return]
+
+    def __getitem__(self, key: Any, /) -> Any:
+        return self.data[key]
+
+    def __contains__(self, key: object, /) -> bool:
+        return key in self.data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PureMessage):
+            return self.data == other if isinstance(other, dict) else NotImplemented
+        return (self.topic, self.sender, self.raw) == (other.topic, other.sender, other.raw)
+
+    def __hash__(self) -> int:
+        return hash((self.topic, self.sender, self.raw))
+
+    def __repr__(self) -> str:
+        return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from .. import make_message
+
+        return (make_message, (self.topic, self.sender, self.raw))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a Message is immutable: {name} can't be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Message is immutable: {name} can't be deleted")
+
+
+Mapping.register(Message)
+
+# Pickles of dscache 0.1 name the class by this module. It has another name here, and the old one
+# stands for what makes the chosen core's: so they load in either core.
+PureMessage = Message
+del globals()["Message"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Message":
+        from .. import make_message
+
+        return make_message
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _fill(
+    message: Message, topic: int, sender: str, raw: bytes | None, payload: bytes | None, start: int
+) -> None:
+    set_field = object.__setattr__
+    set_field(message, "topic", topic)
+    set_field(message, "sender", sender)
+    set_field(message, "_raw", raw)
+    set_field(message, "_payload", payload)
+    set_field(message, "_start", start)
+    set_field(message, "_data", _UNDECODED)
+
+
+class Mailbox:
+    """Messages that wait for one subscriber, at most ``max_pending``.
+
+    ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
+    when nobody is any more. Beyond the limit, ``overflow`` decides, and ``dropped`` counts. One
+    that ``is_shut`` takes no more.
+    """
+
+    def __init__(self, wake: Callable[[], object], max_pending: int, overflow: int) -> None:
+        self.messages: deque[Message] = deque()
+        self.awake = False
+        self.is_shut = False
+        self.dropped = 0
+        self.received = 0
+        self._wake = wake
+        self._max_pending = max_pending
+        self._overflow = overflow
+
+    def put(self, message: Message) -> None:
+        """Let a message wait, if there is room, or is made for it."""
+        if self.is_shut:
+            return
+        self.received += 1
+        if len(self.messages) >= self._max_pending:
+            self.dropped += 1
+            if self._overflow == e.DROP_NEWEST:
+                return
+            if self._overflow == e.DISCONNECT:
+                self.is_shut = True
+            else:
+                self.messages.popleft()
+        if not self.is_shut:
+            self.messages.append(message)
+        if not self.awake:
+            self._wake()
+            self.awake = True  # behind it, as it may raise
+
+
+class Inbox:
+    """Gives each message that is pushed to one server to those of it who want its topic.
+
+    ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
+    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
+    asked, that those who take messages have enough to do.
+    """
+
+    def __init__(
+        self,
+        server_name: str,
+        told: Callable[[Any, list[Any]], object],
+        damaged: Callable[[int, bytes], object],
+        is_crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.is_crowded = is_crowded
+        self._name = server_name
+        self._own = server_name.encode()
+        self._told = told
+        self._damaged = damaged
+        self._topics: dict[bytes, tuple[int, list[Mailbox]]] = {}
+        self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
+
+    def join(self, topic: int, mailbox: Mailbox) -> None:
+        """Give a mailbox what comes on a topic from now on."""
+        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
+
+    def leave(self, topic: int, mailbox: Mailbox) -> bool:
+        """Give a mailbox no more; return whether it was the last of the topic."""
+        channel = b"%d" % topic
+        mailboxes = self._topics[channel][1]
+        mailboxes.remove(mailbox)
+        if not mailboxes:
+            del self._topics[channel]
+        return not mailboxes
+
+    def topics(self) -> list[int]:
+        """Return the topics that anybody wants."""
+        return [topic for topic, _ in self._topics.values()]
+
+    def stats(self) -> dict[str, int]:
+        """Return how many messages came: for somebody here, from here, for others, for nobody."""
+        return dict(self._counts)
+
+    def take(self, channel: bytes, payload: bytes) -> None:
+        """Give a message to those who want it."""
+        counts = self._counts
+        found = self._topics.get(channel)
+        if found is None:
+            counts["unwanted"] += 1
+            return
+        topic, mailboxes = found
+        message = self._open(topic, payload)
+        if message is not None:
+            counts["received"] += 1
+            # One that is disconnected leaves the list.
+            for mailbox in mailboxes if len(mailboxes) == 1 else list(mailboxes):
+                mailbox.put(message)
+
+    def note(self, pipeline: Any, push: list[Any]) -> None:
+        """Note the end of a subscription that nobody has asked for."""
+        self._told(pipeline, push)
+
+    def _open(self, topic: int, payload: bytes) -> Message | None:
+        """Return the message of an envelope, unless it is from here or for others."""
+        if payload.startswith(e.FROM) and payload.endswith(b"}}"):
+            end = payload.find(b'"', len(e.FROM))
+            sender = payload[len(e.FROM) : end]
+            to = None
+            at = end + 1
+            if payload.startswith(e.TO, at):
+                at += len(e.TO)
+                end = payload.find(b'"', at)
+                to = payload[at:end]
+                at = end + 1
+            simple = end >= 0 and b"\\" not in sender and b"\\" not in (to or b"")
+            if simple and payload.startswith(e.BODY + b"{", at):
+                if sender == self._own:
+                    self._counts["own"] += 1
+                    return None
+                if to is not None and to != self._own:
+                    self._counts["foreign"] += 1
+                    return None
+                message = PureMessage.__new__(PureMessage)
+                start = at + len(e.BODY)
+                _fill(message, topic, sender.decode("utf-8", "replace"), None, payload, start)
+                return message
+        return self._read(topic, payload)
+
+    def _read(self, topic: int, payload: bytes) -> Message | None:
+        """Do so with an envelope that JSON.stringify would not write."""
+        opened = e.read(payload)
+        if opened is None:
+            self._counts["damaged"] += 1
+            self._damaged(topic, payload)
+            return None
+        sender, to, raw = opened
+        if sender == self._name:
+            self._counts["own"] += 1
+            return None
+        if to is not msgspec.UNSET and to != self._name:
+            self._counts["foreign"] += 1
+            return None
+        return PureMessage(topic, sender, raw)
+
+
+def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:
+    """Return the command that sends a message, or raise MessageError."""
+    try:
+        body = c.encode_json(message)
+    except Exception:  # msgspec raises whatever a user's own type raises
+        body = e.encode_tolerantly(topic, message)
+    if not body:
+        raise e.empty_raw(topic)
+    channel = b"%d" % topic
+    command = e.SPUBLISH if sharded else e.PUBLISH
+    size = len(opening) + len(body) + len(e.CLOSING)
+    return b"%b$%d\r\n%b\r\n$%d\r\n%b%b}\r\n" % (
+        *(command, len(channel), channel),
+        *(size, opening, body),
+    )

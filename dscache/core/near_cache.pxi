@@ -1,0 +1,701 @@
+# Records kept in the process for as long as Redis has not told of a change; the compiled twin of
+# ``near_cache.py``, where the theory of operation stands. What is done otherwise: the entries are
+# linked in their order, as no dict of Python's gives its oldest at once.
+
+# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+NEAR_ENTRY_BYTES = 208
+cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
+cdef Py_ssize_t NO_TABLE = getsizeof({})
+cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
+cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
+cdef object _UNKNOWN = object()
+cdef object _AWAY = c.AWAY
+
+# An epoch is live while its connection is tracked, lost when it went, and over when what it
+# brought is known to be outdated.
+cdef enum:
+    LIVE, LOST, OVER
+
+
+@cython.final
+cdef class _Reach:
+    """Whether there is a connection to a node now.
+
+    It is ``over`` when all that came from there up to now is known to be outdated.
+    """
+
+    cdef bint up, over
+
+
+@cython.final
+cdef class _Epoch:
+    """The time in which one connection is tracked.
+
+    ``known`` is the time up to which every change is known here: whatever happened before a command
+    was sent was told of before its answer. One mark at a time is followed, not each command.
+    """
+
+    cdef _Reach reach
+    cdef int state
+    cdef double known
+    cdef Py_ssize_t _mark, _last_mark
+    cdef double _sent, _last_sent
+
+    def __cinit__(self, _Reach reach):
+        self.reach = reach
+        self.state = LIVE
+        self.known = dscache_monotonic()
+
+    cdef inline void asked(self, Py_ssize_t mark) noexcept:
+        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        self._last_mark = mark
+        self._last_sent = dscache_monotonic()
+        if not self._mark:
+            self._mark = mark
+            self._sent = self._last_sent
+
+    cdef inline void answered(self, Py_ssize_t settled) noexcept:
+        """Note how many commands are settled."""
+        if settled >= self._mark > 0:
+            self.known = self._sent
+            self._mark = self._last_mark if self._last_mark > settled else 0
+            self._sent = self._last_sent
+
+
+@cython.final
+@cython.no_gc  # nothing that it holds leads back to it
+@cython.freelist(1024)
+cdef class _Entry:
+    """What one name was found to hold: a record, or that there is none (``raw`` is None)."""
+
+    cdef str name
+    cdef bytes raw
+    cdef _Epoch epoch
+    cdef long long version
+    cdef double expires
+    cdef Py_ssize_t size
+    cdef unsigned int moves
+    cdef int slot
+    cdef bint was_hit
+    # Its neighbours in the order of the entries, which the dict of entries keeps alive.
+    cdef PyObject* before
+    cdef PyObject* after
+
+
+@cython.final
+cdef class NearCache:
+    """The operations of a Pipeline or Router (``inner``), with what was read kept at hand.
+
+    ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
+    without a turn of the event loop. Like everything else they are issued at the call.
+
+    Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
+    to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
+    names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
+    a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    ``check`` is called before a read that comes in another thread, and raises if it must not.
+    """
+
+    cdef object _check
+    cdef unsigned long _thread  # the one it is bound to, or 0
+    cdef object _create_waiter
+    cdef object _inner
+    cdef _Encoder _encoder
+    cdef bint _clustered
+    cdef double _boarding
+    cdef Py_ssize_t _max_records, _max_bytes
+    cdef double _max_age, _idle_limit
+    cdef tuple _prefixes
+    cdef bint _serve_stale
+    cdef dict _entries
+    cdef _Entry _ends  # before the first entry and after the last one
+    cdef Py_ssize_t _bytes
+    cdef dict _flights
+    cdef dict _fences
+    cdef long long _floor
+    cdef unsigned int* _moves  # how often each slot has moved
+    cdef long _live
+    cdef unsigned long long _hits, _misses, _joins, _stale, _invalidations, _evictions
+    cdef unsigned long long _dropped_fills
+    cdef dict _flushes
+
+    def __cinit__(self):
+        self._moves = <unsigned int*>PyMem_Malloc(SLOTS * sizeof(unsigned int))
+        if self._moves == NULL:
+            raise MemoryError
+        memset(self._moves, 0, SLOTS * sizeof(unsigned int))
+        self._entries = {}
+        self._ends = _Entry.__new__(_Entry)
+        self._ends.before = self._ends.after = <PyObject*>self._ends
+        self._flights = {}
+        self._fences = {}
+        self._flushes = {}
+
+    def __dealloc__(self):
+        PyMem_Free(self._moves)
+
+    def __init__(
+        self,
+        create_waiter,
+        inner,
+        *,
+        str key_prefix="",
+        bint hash_tag=False,
+        bint clustered=False,
+        double timeout=1.0,
+        Py_ssize_t max_records=c.NEAR_RECORDS,
+        Py_ssize_t max_bytes=c.NEAR_BYTES,
+        double max_age=60.0,
+        double idle_limit=1.0,
+        tuple prefixes=(),
+        bint serve_stale=False,
+        check=None,
+    ):
+        self._check = check
+        self._thread = 0 if check is None else PyThread_get_thread_ident()
+        self._create_waiter = create_waiter
+        self._inner = inner
+        self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
+        self._clustered = clustered
+        self._boarding = timeout / 20
+        self._max_records = max_records
+        self._max_bytes = max_bytes
+        self._max_age = max_age
+        self._idle_limit = idle_limit
+        self._prefixes = prefixes
+        self._serve_stale = serve_stale
+
+    # -- operations on one record
+
+    def get(self, name):
+        """Return a coroutine that gives the Record, or None."""
+        self._stay()
+        cdef bint stale = False
+        cdef _Entry entry = self._look(name, &stale)
+        if entry is None:
+            return _later(self._read(check_name(name)))
+        return _now(_record_of(entry, stale))
+
+    def head(self, name):
+        """Return a coroutine that gives the version, or None."""
+        self._stay()
+        cdef bint stale = False
+        cdef _Entry entry = self._look(name, &stale)
+        if entry is None or stale:
+            self._misses += 1
+            return _later(self._inner.head(name))
+        return _now(None if entry.raw is None else entry.version)
+
+    def set(self, name, version, data, ttl=None, if_newer=False):
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        waiter = self._inner.set(name, version, data, ttl, if_newer)
+        self.touch(check_name(name))
+        return waiter
+
+    def delete(self, name):
+        """Queue a removal; its waiter gets whether there was such a record."""
+        waiter = self._inner.delete(name)
+        self.touch(check_name(name))
+        return waiter
+
+    # -- bulk operations
+
+    def get_bulk(self, names):
+        """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        self._stay()
+        return self._bulk(GET, names)
+
+    def head_bulk(self, names):
+        """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        self._stay()
+        return self._bulk(HEAD, names)
+
+    def set_bulk(self, records, ttl=None, if_newer=False):
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        if isinstance(records, (dict, Mapping)):
+            records = dict(records.items())
+        waiter = self._inner.set_bulk(records, ttl, if_newer)
+        for name in records:
+            self.touch(check_name(name))
+        return waiter
+
+    def delete_bulk(self, names):
+        """Queue a removal of many records; its waiter gets how many there were."""
+        if not isinstance(names, (str, bytes)):
+            names = list(names)
+        waiter = self._inner.delete_bulk(names)
+        for name in names:
+            self.touch(check_name(name))
+        return waiter
+
+    cdef inline int _stay(self) except -1:
+        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        if self._thread and self._thread != PyThread_get_thread_ident():
+            self._check()
+            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
+        return 0
+
+    # -- for whoever owns it
+
+    def slots_moved(self, slots):
+        """Forget the records of slots that another node serves now."""
+        cdef int slot
+        cdef bint moved = False
+        for slot in slots:
+            if not 0 <= slot < SLOTS:
+                raise IndexError(slot)
+            self._moves[slot] += 1
+            moved = True
+        if moved:
+            self.count_flush("slots")
+
+    def close(self):
+        """Forget everything; from now on nothing is kept, and nothing served."""
+        self._ends.before = self._ends.after = <PyObject*>self._ends
+        self._entries.clear()
+        self._bytes = 0
+        self._max_records = 0
+        self._serve_stale = False
+
+    def stats(self):
+        """Return the counters, the flushes by their reason, and how much is kept."""
+        return {
+            "hits": self._hits,
+            "misses": self._misses,
+            "joins": self._joins,
+            "stale": self._stale,
+            "invalidations": self._invalidations,
+            "evictions": self._evictions,
+            "dropped_fills": self._dropped_fills,
+            "flushes": dict(self._flushes),
+            "records": PyDict_Size(self._entries),
+            "bytes": self._bytes + self._table(),
+        }
+
+    # -- for the pipelines
+
+    cdef int fill(
+        self,
+        Pipeline pipeline,
+        _Epoch epoch,
+        long long serial,
+        str name,
+        long long version,
+        bytes raw,
+    ) except -1:
+        """Keep what a read has found: a record, or with ``raw`` None that there is none.
+
+        ``serial`` tells when the read was issued.
+        """
+        cdef PyObject* fence
+        cdef int slot = 0
+        cdef Py_ssize_t size = 0
+        cdef _Entry entry
+        if self._prefixes and not name.startswith(self._prefixes):
+            return 0
+        # No Python code runs behind this, such as a write of this name that a finalizer issues.
+        entry = _Entry.__new__(_Entry)
+        fence = PyDict_GetItem(self._fences, name) if self._fences else NULL
+        if serial < self._floor or (fence != NULL and serial < <long long><object>fence):
+            self._dropped_fills += 1
+            return 0
+        if self._clustered:
+            slot = self._encoder.slot(name)
+            # What replicas hold is not kept, nor what a former owner has answered.
+            if self._inner.owners[slot] is not pipeline:
+                self._dropped_fills += 1
+                return 0
+        utf8_of(name, &size)
+        size += ENTRY_BYTES + (0 if raw is None else PyBytes_GET_SIZE(raw))
+        self.drop(name)
+        if self._table() + size > self._max_bytes or not self._max_records:
+            return 0
+        self._make_room(1, size)
+        entry.name = name
+        entry.raw = raw
+        entry.epoch = epoch
+        entry.version = version
+        entry.expires = dscache_monotonic() + self._max_age
+        entry.size = size
+        entry.slot = slot
+        entry.moves = self._moves[slot]
+        entry.was_hit = False
+        PyDict_SetItem(self._entries, name, entry)
+        self._append(entry)
+        self._bytes += size
+        self._make_room(0, 0)  # the table may have grown
+        return 0
+
+    cdef bint drop(self, str name) except -1:
+        """Forget what is kept of a name; return whether there was anything."""
+        cdef PyObject* found = PyDict_GetItem(self._entries, name)
+        if found == NULL:
+            return False
+        cdef _Entry entry = <_Entry>found
+        unlink(entry)
+        del self._entries[name]
+        self._bytes -= entry.size
+        return True
+
+    cdef int touch(self, str name) except -1:
+        """Forget a record that is being written here, and let no older read bring it back."""
+        self.drop(name)
+        if self._flights:
+            self._flights.pop(name, None)
+        if PyDict_Size(self._fences) >= NEAR_FENCES:
+            self._floor = last_serial
+            self._fences.clear()
+        PyDict_SetItem(self._fences, name, last_serial)
+        return 0
+
+    cdef bint invalidate(self, keys) except -1:
+        """Forget the records of keys that have changed; return whether it was all of them."""
+        if keys is None:
+            return True
+        for key in <list>keys:
+            name = self._encoder.name_of(<bytes>key) if type(key) is bytes else None
+            if name is not None and self.drop(name):
+                self._invalidations += 1
+        return False
+
+    cdef int count_flush(self, str reason) except -1:
+        """Count that many records became useless at once; nor does anybody join an older read."""
+        self._flights.clear()
+        self._flushes[reason] = self._flushes.get(reason, 0) + 1
+        return 0
+
+    cdef int count_live(self, long change) noexcept:
+        """Note that a connection is tracked from now on, or no more."""
+        self._live += change
+        return 0
+
+    cdef Record last_known(self, str name):
+        """Return what may be served of a record when its node can't be asked."""
+        cdef PyObject* found = PyDict_GetItem(self._entries, name)
+        if found == NULL:
+            return None
+        cdef _Entry entry = <_Entry>found
+        if not self._may_be_stale(entry) or dscache_monotonic() >= entry.expires:
+            return None
+        self._stale += 1
+        return _record_of(entry, True)
+
+    cdef int landed(self, _Flight flight) except -1:
+        """Note that a flight takes nobody on board any more."""
+        if self._flights.get(flight.name) is flight:
+            del self._flights[flight.name]
+        return 0
+
+    # -- small things
+
+    cdef inline _Entry _look(self, name, bint* stale):
+        """Return what may be served of a name at once, and whether it may be outdated."""
+        cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
+        if found == NULL:
+            return None
+        cdef _Entry entry = <_Entry>found
+        cdef _Epoch epoch = entry.epoch
+        cdef double now = dscache_monotonic()
+        if now >= entry.expires:
+            self.drop(name)
+        elif entry.moves == self._moves[entry.slot]:
+            if epoch.state == LIVE:
+                if now - epoch.known <= self._idle_limit:
+                    entry.was_hit = True
+                    self._hits += 1
+                    return entry
+            # That there was no such record can't be marked as outdated.
+            elif self._may_be_stale(entry) and not epoch.reach.up:
+                self._stale += 1
+                stale[0] = True
+                return entry
+        return None
+
+    cdef inline bint _may_be_stale(self, _Entry entry) noexcept:
+        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
+
+    cdef object _read(self, str name):
+        # Made first: Python code may run here, and end or begin flights.
+        cdef object waiter = self._create_waiter()
+        cdef double now = dscache_monotonic()
+        cdef _Flight flight = self._boarding_flight(name, now)
+        if flight is None:
+            flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
+            flight.waiters.append(waiter)
+            self._inner.read(name, flight)
+            PyDict_SetItem(self._flights, name, flight)
+            self._misses += 1
+        else:
+            flight.waiters.append(waiter)
+            self._joins += 1
+        return waiter
+
+    cdef _Flight _boarding_flight(self, str name, double now):
+        """Return the read of a name that is under way and may be joined."""
+        cdef PyObject* found = PyDict_GetItem(self._flights, name) if self._live else NULL
+        if found == NULL or now >= (<_Flight>found).boarding_ends:
+            return None
+        return <_Flight>found
+
+    cdef object _bulk(self, int kind, names):
+        cdef dict found = {}
+        cdef list missing = []
+        cdef list flights = []
+        cdef double now = dscache_monotonic()
+        cdef bint stale
+        cdef _Entry entry
+        cdef _Flight flight
+        cdef str key
+        if isinstance(names, (str, bytes)):
+            raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
+        for name in names:
+            key = check_name(name)
+            if key in found:
+                continue
+            stale = False
+            entry = self._look(key, &stale)
+            if entry is None or (stale and kind == HEAD):
+                PyDict_SetItem(found, key, _UNKNOWN)
+                flight = self._boarding_flight(key, now) if kind == GET else None
+                if flight is None:
+                    missing.append(key)
+                else:
+                    flights.append(flight)
+            elif kind == GET:
+                PyDict_SetItem(found, key, _record_of(entry, stale))
+            else:
+                PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
+        waiter = self._create_waiter()
+        cdef _Gathering gathering = _Gathering.__new__(_Gathering, self, kind, found, waiter)
+        if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
+            for key in missing:
+                gathering.flights.append(
+                    _Flight.__new__(_Flight, self, key, now + self._boarding)
+                )
+        # One more is awaited until all of them are, so that it can't end before.
+        gathering.awaited = 1
+        if missing or not found:
+            gathering.awaited += 1
+            self._inner.read_bulk(kind, missing, gathering)
+        self._misses += PyList_GET_SIZE(missing)
+        self._joins += PyList_GET_SIZE(flights)
+        for flight in flights:
+            part = _Part.__new__(_Part, gathering, flight.name)
+            gathering.awaited += 1
+            flight.waiters.append(part)
+        for flight in gathering.flights:
+            PyDict_SetItem(self._flights, flight.name, flight)
+        gathering.come(False)
+        return waiter
+
+    cdef int _append(self, _Entry entry) noexcept:
+        """Link an entry as the last one."""
+        cdef PyObject* last = self._ends.before
+        entry.before = last
+        entry.after = <PyObject*>self._ends
+        (<_Entry>last).after = <PyObject*>entry
+        self._ends.before = <PyObject*>entry
+        return 0
+
+    cdef Py_ssize_t _table(self) except -1:
+        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        return <Py_ssize_t>getsizeof(self._entries) - NO_TABLE
+
+    cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
+        cdef _Entry entry
+        while self._ends.after != <PyObject*>self._ends and (
+            PyDict_Size(self._entries) + records > self._max_records
+            or self._bytes + self._table() + size > self._max_bytes
+        ):
+            entry = <_Entry>self._ends.after
+            if entry.was_hit and entry.epoch.state == LIVE:
+                entry.was_hit = False
+                unlink(entry)
+                self._append(entry)
+                continue
+            self.drop(entry.name)
+            self._evictions += 1
+        return 0
+
+
+cdef inline void unlink(_Entry entry) noexcept:
+    (<_Entry>entry.before).after = entry.after
+    (<_Entry>entry.after).before = entry.before
+
+
+cdef inline Record _record_of(_Entry entry, bint stale):
+    if entry.raw is None:
+        return None
+    cdef Record record = _record(entry.name, entry.version, entry.raw)
+    record.stale = stale
+    return record
+
+
+@cython.final
+cdef class _Flight:
+    """A read under way of one name: the waiter of the pipeline, for all who wait."""
+
+    cdef NearCache _near
+    cdef str name
+    cdef double boarding_ends
+    cdef list waiters
+
+    def __cinit__(self, NearCache near, str name, double boarding_ends):
+        self._near = near
+        self.name = name
+        self.boarding_ends = boarding_ends
+        self.waiters = []
+
+    def set_result(self, Record record, /):
+        self._near.landed(self)
+        for waiter in self.waiters:
+            _tell(waiter, record)
+            record = _another(record)
+
+    def set_exception(self, error, /):
+        cdef Record known
+        self._near.landed(self)
+        for waiter in self.waiters:
+            known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
+            if known is None:
+                _fail(waiter, partial(c.again, error))
+            else:
+                _tell(waiter, known)
+
+
+@cython.final
+cdef class _Gathering:
+    """A bulk read of which a part was at hand, and others are awaited.
+
+    It is the pipeline's waiter for those that are read for it, in which others may join.
+    """
+
+    cdef NearCache _near
+    cdef int _kind
+    cdef dict _found
+    cdef object _waiter
+    cdef dict _rest
+    cdef dict _errors
+    cdef object _failure
+    cdef Py_ssize_t awaited
+    cdef list flights
+    cdef bint _is_read  # those that are read for it have come
+
+    def __cinit__(self, NearCache near, int kind, dict found, waiter):
+        self._near = near
+        self._kind = kind
+        self._found = found
+        self._waiter = waiter
+        self._rest = {}
+        self._errors = {}
+        self.flights = []
+
+    def set_result(self, found, /):
+        cdef _Flight flight
+        self._rest.update(found)
+        for flight in self.flights:
+            flight.set_result(_another(found.get(flight.name)))
+        self._come()
+
+    def set_exception(self, error, /):
+        cdef _Flight flight
+        cdef dict found = {}
+        cdef dict errors
+        if isinstance(error, BulkError):
+            found = error.result
+            errors = dict(error.errors)
+        else:
+            self._failure = error
+            errors = {name: error for name, known in self._found.items() if known is _UNKNOWN}
+        self._errors.update(errors)
+        self._rest.update(found)
+        for flight in self.flights:
+            if flight.name in errors:
+                flight.set_exception(errors[flight.name])
+            else:
+                flight.set_result(_another(found.get(flight.name)))
+        self._come()
+
+    cdef int take(self, str name, Record record, bint again) except -1:
+        """Take what a flight that was joined has found."""
+        self._rest[name] = record
+        return self.come(again)
+
+    cdef int take_error(self, str name, error, bint again) except -1:
+        """Take why a flight that was joined has failed."""
+        self._errors[name] = error
+        return self.come(again)
+
+    cdef int _come(self) except -1:
+        cdef bint again = self._is_read
+        self._is_read = True
+        return self.come(again)
+
+    cdef int come(self, bint again) except -1:
+        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        self.awaited -= not again
+        return self._end() if self.awaited == 0 else 0
+
+    cdef int _end(self) except -1:
+        """Tell the waiter what became of all."""
+        cdef dict result = {}
+        cdef Record last
+        for name in self._rest:
+            self._errors.pop(name, None)
+        for name, error in list(self._errors.items()):
+            last = None
+            if self._kind == GET and isinstance(error, _AWAY):
+                last = self._near.last_known(name)
+            if last is not None:
+                self._rest[name] = last
+                del self._errors[name]
+        for name, known in self._found.items():
+            value = self._rest.get(name) if known is _UNKNOWN else known
+            if value is not None:
+                PyDict_SetItem(result, name, value)
+        if not self._errors:
+            return _tell(self._waiter, result)
+        failure = self._failure
+        is_served = self._rest or any(
+            getattr(known, "stale", False) for known in self._found.values()
+        )
+        if failure is not None and not is_served:
+            return _fail(self._waiter, lambda: failure)
+        operation = f"{c.OPERATIONS[self._kind]}_bulk"
+        return _fail(self._waiter, partial(BulkError, operation, self._errors, result))
+
+
+@cython.final
+cdef class _Part:
+    """The waiter of one name of a bulk read, on a flight that it has joined."""
+
+    cdef _Gathering _gathering
+    cdef str _name
+    cdef bint _has_come
+
+    def __cinit__(self, _Gathering gathering, str name):
+        self._gathering = gathering
+        self._name = name
+
+    def set_result(self, Record record, /):
+        cdef bint again = self._has_come
+        self._has_come = True
+        self._gathering.take(self._name, record, again)
+
+    def set_exception(self, error, /):
+        cdef bint again = self._has_come
+        self._has_come = True
+        self._gathering.take_error(self._name, error, again)
+
+
+cdef inline Record _another(Record record):
+    """Return a record like this one, for somebody else."""
+    return None if record is None else _record(record.name, record.version, record.raw)
+
+
+async def _now(result):
+    return result
+
+
+async def _later(waiter):
+    return await waiter

@@ -1,0 +1,641 @@
+"""Records kept in the process for as long as Redis has not told of a change; the pure twin of
+``near_cache.pxi``.
+
+Theory of operation
+-------------------
+A server that tracks a connection (RESP3, ``CLIENT TRACKING``) pushes a message over the very same
+connection when a key changes that was read over it. So everything happens in the order of that one
+stream: a reply fills the cache, a push drops what it names, and both are done by the parser.
+
+What is kept is true under four conditions, which a look checks each time:
+
+1. Its **epoch** is live: the connection that brought it is there, and was tracked ever since. A
+   lost connection, a FLUSHALL or a new login ends the epoch, and with it all that it brought.
+2. A command was answered that had been sent within ``idle_limit``. So whatever happened before
+   was told of: that bytes arrive is not enough, as a late link may have more of them on the way.
+3. On a cluster, the record's slot has not moved: from then on another node would tell.
+4. It is younger than ``max_age``.
+
+**Own writes.** A read that is older than a write of the same name may be answered after the write
+was issued, and must not bring back what was before. Each write leaves a **fence**, the serial of
+its time, and an older read fills nothing. Nor does anybody join it.
+
+**One read for all.** Those who miss a name together wait for one **flight**. Who joins one that
+was sent already may get what was true just before: that is within what a near cache promises, the
+time that a message takes. A flight older than a twentieth of the time limit takes nobody on board,
+as its end comes earlier than theirs.
+
+Records leave in the order in which they came, but those that were hit since stay for another round.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from sys import getsizeof
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import BulkError
+from . import constants as c
+from .batch import fail, serials, tell
+from .record import PureRecord as Record
+from .record import check_name
+from .resp import Encoder
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+NEAR_ENTRY_BYTES: Final = 290
+_NO_TABLE: Final = getsizeof(OrderedDict())
+
+_UNKNOWN: Final = object()
+
+# An epoch is live while its connection is tracked, lost when it went, and over when what it brought
+# is known to be outdated.
+LIVE, LOST, OVER = range(3)
+
+
+class Reach:
+    """Whether there is a connection to a node now.
+
+    It is ``over`` when all that came from there up to now is known to be outdated.
+    """
+
+    __slots__ = ("over", "up")
+
+    def __init__(self) -> None:
+        self.up = False
+        self.over = False
+
+
+class Epoch:
+    """The time in which one connection is tracked.
+
+    ``known`` is the time up to which every change is known here: whatever happened before a command
+    was sent was told of before its answer. One mark at a time is followed, not each command.
+    """
+
+    __slots__ = ("_last_mark", "_last_sent", "_mark", "_sent", "known", "reach", "state")
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.state = LIVE
+        self.known = time.monotonic()
+        self._mark = self._last_mark = 0
+        self._sent = self._last_sent = 0.0
+
+    def asked(self, mark: int) -> None:
+        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        self._last_mark, self._last_sent = mark, time.monotonic()
+        if not self._mark:
+            self._mark, self._sent = mark, self._last_sent
+
+    def answered(self, settled: int) -> None:
+        """Note how many commands are settled."""
+        if settled >= self._mark > 0:
+            self.known = self._sent
+            self._mark = self._last_mark if self._last_mark > settled else 0
+            self._sent = self._last_sent
+
+
+class Entry:
+    """What one name was found to hold: a record, or that there is none (``raw`` is None)."""
+
+    __slots__ = ("epoch", "expires", "moves", "raw", "size", "slot", "version", "was_hit")
+
+    def __init__(
+        self, version: int, raw: bytes | None, epoch: Epoch, expires: float, size: int
+    ) -> None:
+        self.version = version
+        self.raw = raw
+        self.epoch = epoch
+        self.expires = expires
+        self.size = size
+        self.slot = 0
+        self.moves = 0
+        self.was_hit = False
+
+
+class NearCache:
+    """The operations of a Pipeline or Router (``inner``), with what was read kept at hand.
+
+    ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
+    without a turn of the event loop. Like everything else they are issued at the call.
+
+    Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
+    to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
+    names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
+    a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    ``check`` is called before a read that comes in another thread, and raises if it must not.
+    """
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        inner: Any,
+        *,
+        key_prefix: str = "",
+        hash_tag: bool = False,
+        clustered: bool = False,
+        timeout: float = 1.0,
+        max_records: int = c.NEAR_RECORDS,
+        max_bytes: int = c.NEAR_BYTES,
+        max_age: float = 60.0,
+        idle_limit: float = 1.0,
+        prefixes: tuple[str, ...] = (),
+        serve_stale: bool = False,
+        check: Callable[[], object] | None = None,
+    ) -> None:
+        self._check = check
+        self._thread = get_ident()
+        self._create_waiter = create_waiter
+        self._inner = inner
+        self._encoder = Encoder(key_prefix, hash_tag)
+        self._clustered = clustered
+        self._boarding = timeout / 20
+        self._max_records = max_records
+        self._max_bytes = max_bytes
+        self._max_age = max_age
+        self._idle_limit = idle_limit
+        self._prefixes = prefixes
+        self._serve_stale = serve_stale
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._bytes = 0
+        self._flights: dict[str, Flight] = {}
+        self._fences: dict[str, int] = {}
+        self._floor = 0
+        # How often each slot has moved.
+        self._moves = array("L", bytes(array("L").itemsize * c.SLOTS))
+        self._live = 0
+        self._counts = dict.fromkeys(
+            ("hits", "misses", "joins", "stale", "invalidations", "evictions", "dropped_fills"), 0
+        )
+        self._flushes: dict[str, int] = {}
+
+    # -- operations on one record
+
+    def get(self, name: str) -> Any:
+        """Return a coroutine that gives the Record, or None."""
+        self._stay()
+        entry, stale = self._look(name)
+        if entry is None:
+            return _later(self._read(check_name(name)))
+        return _now(self._record(name, entry, stale))
+
+    def head(self, name: str) -> Any:
+        """Return a coroutine that gives the version, or None."""
+        self._stay()
+        entry, stale = self._look(name)
+        if entry is None or stale:
+            self._counts["misses"] += 1
+            return _later(self._inner.head(name))
+        return _now(None if entry.raw is None else entry.version)
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        waiter = self._inner.set(name, version, data, ttl, if_newer)
+        self.touch(check_name(name))
+        return waiter
+
+    def delete(self, name: str) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record."""
+        waiter = self._inner.delete(name)
+        self.touch(check_name(name))
+        return waiter
+
+    # -- bulk operations
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        self._stay()
+        return self._bulk(c.GET, names)
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        self._stay()
+        return self._bulk(c.HEAD, names)
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        if isinstance(records, Mapping):
+            records = dict(records.items())
+        waiter = self._inner.set_bulk(records, ttl, if_newer)
+        for name in records:
+            self.touch(check_name(name))
+        return waiter
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a removal of many records; its waiter gets how many there were."""
+        if not isinstance(names, (str, bytes)):
+            names = list(names)
+        waiter = self._inner.delete_bulk(names)
+        for name in names:
+            self.touch(check_name(name))
+        return waiter
+
+    def _stay(self) -> None:
+        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        if self._check is not None and self._thread != get_ident():
+            self._check()
+            self._thread = get_ident()  # the event loop runs there now
+
+    # -- for whoever owns it
+
+    def slots_moved(self, slots: Iterable[int]) -> None:
+        """Forget the records of slots that another node serves now."""
+        moved = 0
+        for slot in slots:
+            self._moves[slot] += 1
+            moved += 1
+        if moved:
+            self.count_flush("slots")
+
+    def close(self) -> None:
+        """Forget everything; from now on nothing is kept, and nothing served."""
+        self._entries.clear()
+        self._bytes = 0
+        self._max_records = 0
+        self._serve_stale = False
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, the flushes by their reason, and how much is kept."""
+        return {
+            **self._counts,
+            "flushes": dict(self._flushes),
+            "records": len(self._entries),
+            "bytes": self._bytes + self._table(),
+        }
+
+    # -- for the pipelines
+
+    def fill(
+        self, pipeline: Pipeline, epoch: Epoch, serial: int, name: str, version: int, raw: Any
+    ) -> None:
+        """Keep what a read has found: a record, or with ``raw`` None that there is none.
+
+        ``serial`` tells when the read was issued.
+        """
+        if self._prefixes and not name.startswith(self._prefixes):
+            return
+        entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, 0)
+        # Garbage collection may have let a finalizer write this name: the fences come after it.
+        if serial < self._floor or serial < self._fences.get(name, 0):
+            self._counts["dropped_fills"] += 1
+            return
+        slot = 0
+        if self._clustered:
+            slot = self._encoder.slot(name)
+            # What replicas hold is not kept, nor what a former owner has answered.
+            if self._inner.owners[slot] is not pipeline:
+                self._counts["dropped_fills"] += 1
+                return
+        size = NEAR_ENTRY_BYTES + len(name.encode()) + (0 if raw is None else len(raw))
+        self.drop(name)
+        if self._table() + size > self._max_bytes or not self._max_records:
+            return
+        self._make_room(1, size)
+        entry.size = size
+        entry.slot = slot
+        entry.moves = self._moves[slot]
+        self._entries[name] = entry
+        self._bytes += size
+        self._make_room(0, 0)  # the table may have grown
+
+    def drop(self, name: str) -> bool:
+        """Forget what is kept of a name; return whether there was anything."""
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            return False
+        self._bytes -= entry.size
+        return True
+
+    def touch(self, name: str) -> None:
+        """Forget a record that is being written here, and let no older read bring it back."""
+        self.drop(name)
+        self._flights.pop(name, None)
+        if len(self._fences) >= c.NEAR_FENCES:
+            self._floor = serials.last
+            self._fences.clear()
+        self._fences[name] = serials.last
+
+    def invalidate(self, keys: list[Any] | None) -> bool:
+        """Forget the records of keys that have changed; return whether it was all of them."""
+        if keys is None:
+            return True
+        for key in keys:
+            name = self._encoder.name_of(key) if type(key) is bytes else None
+            if name is not None and self.drop(name):
+                self._counts["invalidations"] += 1
+        return False
+
+    def count_flush(self, reason: str) -> None:
+        """Count that many records became useless at once; nor does anybody join an older read."""
+        self._flights.clear()
+        self._flushes[reason] = self._flushes.get(reason, 0) + 1
+
+    def count_live(self, change: int) -> None:
+        """Note that a connection is tracked from now on, or no more."""
+        self._live += change
+
+    def last_known(self, name: str) -> Record | None:
+        """Return what may be served of a record when its node can't be asked."""
+        entry = self._entries.get(name)
+        if entry is None or not self._may_be_stale(entry) or time.monotonic() >= entry.expires:
+            return None
+        self._counts["stale"] += 1
+        return self._record(name, entry, True)
+
+    def landed(self, flight: Flight) -> None:
+        """Note that a flight takes nobody on board any more."""
+        if self._flights.get(flight.name) is flight:
+            del self._flights[flight.name]
+
+    # -- small things
+
+    def _look(self, name: Any) -> tuple[Entry | None, bool]:
+        """Return what may be served of a name at once, and whether it may be outdated."""
+        entry = self._entries.get(name) if type(name) is str else None
+        if entry is None:
+            return None, False
+        now = time.monotonic()
+        if now >= entry.expires:
+            self.drop(name)
+        elif entry.moves == self._moves[entry.slot]:
+            epoch = entry.epoch
+            if epoch.state == LIVE:
+                if now - epoch.known <= self._idle_limit:
+                    entry.was_hit = True
+                    self._counts["hits"] += 1
+                    return entry, False
+            # That there was no such record can't be marked as outdated.
+            elif self._may_be_stale(entry) and not epoch.reach.up:
+                self._counts["stale"] += 1
+                return entry, True
+        return None, False
+
+    def _may_be_stale(self, entry: Entry) -> bool:
+        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
+
+    def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
+        return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
+
+    def _read(self, name: str) -> Any:
+        waiter = self._create_waiter()
+        now = time.monotonic()
+        flight = self._boarding_flight(name, now)
+        if flight is None:
+            flight = Flight(self, name, now + self._boarding)
+            flight.waiters.append(waiter)
+            self._inner.read(name, flight)
+            self._flights[name] = flight
+            self._counts["misses"] += 1
+        else:
+            flight.waiters.append(waiter)
+            self._counts["joins"] += 1
+        return waiter
+
+    def _boarding_flight(self, name: str, now: float) -> Flight | None:
+        """Return the read of a name that is under way and may be joined."""
+        flight = self._flights.get(name)
+        return flight if flight is not None and now < flight.boarding_ends and self._live else None
+
+    def _bulk(self, kind: int, names: Iterable[str]) -> Any:
+        if isinstance(names, (str, bytes)):
+            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
+        found: dict[str, Any] = {}
+        missing: list[str] = []
+        flights: list[Flight] = []
+        now = time.monotonic()
+        for name in names:
+            name = check_name(name)
+            if name in found:
+                continue
+            entry, stale = self._look(name)
+            if entry is None or (stale and kind == c.HEAD):
+                found[name] = _UNKNOWN
+                flight = self._boarding_flight(name, now) if kind == c.GET else None
+                if flight is None:
+                    missing.append(name)
+                else:
+                    flights.append(flight)
+            elif kind == c.GET:
+                found[name] = self._record(name, entry, stale)
+            else:
+                found[name] = None if entry.raw is None else entry.version
+        waiter = self._create_waiter()
+        gathering = Gathering(self, kind, found, waiter)
+        if kind == c.GET and len(missing) <= c.NEAR_SHARED:
+            gathering.flights += (Flight(self, name, now + self._boarding) for name in missing)
+        # One more is awaited until all of them are, so that it can't end before.
+        gathering.awaited = 1
+        if missing or not found:
+            gathering.awaited += 1
+            self._inner.read_bulk(kind, missing, gathering)
+        self._counts["misses"] += len(missing)
+        self._counts["joins"] += len(flights)
+        for flight in flights:
+            part = Part(gathering, flight.name)
+            gathering.awaited += 1
+            flight.waiters.append(part)
+        for flight in gathering.flights:
+            self._flights[flight.name] = flight
+        gathering.come(False)
+        return waiter
+
+    def _table(self) -> int:
+        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        return getsizeof(self._entries) - _NO_TABLE
+
+    def _make_room(self, records: int, size: int) -> None:
+        entries = self._entries
+        while entries and (
+            len(entries) + records > self._max_records
+            or self._bytes + self._table() + size > self._max_bytes
+        ):
+            name, entry = next(iter(entries.items()))
+            if entry.was_hit and entry.epoch.state == LIVE:
+                entry.was_hit = False
+                entries.move_to_end(name)
+                continue
+            self.drop(name)
+            self._counts["evictions"] += 1
+
+
+class Flight:
+    """A read under way of one name: the waiter of the pipeline, for all who wait."""
+
+    __slots__ = ("_near", "boarding_ends", "name", "waiters")
+
+    def __init__(self, near: NearCache, name: str, boarding_ends: float) -> None:
+        self._near = near
+        self.name = name
+        self.boarding_ends = boarding_ends
+        self.waiters: list[Any] = []
+
+    def set_result(self, record: Record | None, /) -> None:
+        self._near.landed(self)
+        for waiter in self.waiters:
+            tell(waiter, record)
+            record = _another(record)
+
+    def set_exception(self, error: Exception, /) -> None:
+        self._near.landed(self)
+        for waiter in self.waiters:
+            known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
+            if known is None:
+                fail(waiter, partial(c.again, error))
+            else:
+                tell(waiter, known)
+
+
+class Gathering:
+    """A bulk read of which a part was at hand, and others are awaited.
+
+    It is the pipeline's waiter for those that are read for it, in which others may join.
+    """
+
+    __slots__ = (
+        "_errors",
+        "_failure",
+        "_found",
+        "_is_read",
+        "_kind",
+        "_near",
+        "_rest",
+        "_waiter",
+        "awaited",
+        "flights",
+    )
+
+    def __init__(self, near: NearCache, kind: int, found: dict[str, Any], waiter: Any) -> None:
+        self._near = near
+        self._kind = kind
+        self._found = found
+        self._waiter = waiter
+        self._rest: dict[str, Any] = {}
+        self._errors: dict[str, Exception] = {}
+        self._failure: Exception | None = None
+        self.awaited = 0
+        self.flights: list[Flight] = []
+        self._is_read = False  # those that are read for it have come
+
+    def set_result(self, found: Mapping[str, Any], /) -> None:
+        self._rest.update(found)
+        for flight in self.flights:
+            flight.set_result(_another(found.get(flight.name)))
+        self._come()
+
+    def set_exception(self, error: Exception, /) -> None:
+        found: Mapping[str, Any] = {}
+        if isinstance(error, BulkError):
+            found = error.result
+            errors = dict(error.errors)
+        else:
+            self._failure = error
+            missing = (name for name, known in self._found.items() if known is _UNKNOWN)
+            errors = dict.fromkeys(missing, error)
+        self._errors.update(errors)
+        self._rest.update(found)
+        for flight in self.flights:
+            if flight.name in errors:
+                flight.set_exception(errors[flight.name])
+            else:
+                flight.set_result(_another(found.get(flight.name)))
+        self._come()
+
+    def take(self, name: str, record: Record | None, again: bool) -> None:
+        """Take what a flight that was joined has found."""
+        self._rest[name] = record
+        self.come(again)
+
+    def take_error(self, name: str, error: Exception, again: bool) -> None:
+        """Take why a flight that was joined has failed."""
+        self._errors[name] = error
+        self.come(again)
+
+    def _come(self) -> None:
+        again, self._is_read = self._is_read, True
+        self.come(again)
+
+    def come(self, again: bool) -> None:
+        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        self.awaited -= not again
+        if not self.awaited:
+            self._end()
+
+    def _end(self) -> None:
+        """Tell the waiter what became of all."""
+        for name in self._rest:
+            self._errors.pop(name, None)
+        for name, error in list(self._errors.items()):
+            known = None
+            if self._kind == c.GET and isinstance(error, c.AWAY):
+                known = self._near.last_known(name)
+            if known is not None:
+                self._rest[name] = known
+                del self._errors[name]
+        result: dict[str, Any] = {}
+        for name, known in self._found.items():
+            value = self._rest.get(name) if known is _UNKNOWN else known
+            if value is not None:
+                result[name] = value
+        failure = self._failure
+        is_served = self._rest or any(
+            getattr(known, "stale", False) for known in self._found.values()
+        )
+        if not self._errors:
+            tell(self._waiter, result)
+        elif failure is not None and not is_served:
+            fail(self._waiter, lambda: failure)
+        else:
+            operation = c.OPERATIONS[self._kind] + "_bulk"
+            fail(self._waiter, partial(BulkError, operation, self._errors, result))
+
+
+class Part:
+    """The waiter of one name of a bulk read, on a flight that it has joined."""
+
+    __slots__ = ("_gathering", "_has_come", "_name")
+
+    def __init__(self, gathering: Gathering, name: str) -> None:
+        self._gathering = gathering
+        self._name = name
+        self._has_come = False
+
+    def set_result(self, record: Record | None, /) -> None:
+        again, self._has_come = self._has_come, True
+        self._gathering.take(self._name, record, again)
+
+    def set_exception(self, error: Exception, /) -> None:
+        again, self._has_come = self._has_come, True
+        self._gathering.take_error(self._name, error, again)
+
+
+def _another(record: Record | None) -> Record | None:
+    """Return a record like this one, for somebody else."""
+    return None if record is None else Record(record.name, record.version, record.raw)
+
+
+async def _now(result: Any) -> Any:
+    return result
+
+
+async def _later(waiter: Any) -> Any:
+    return await waiter

@@ -1,0 +1,1435 @@
+"""The operations of one node on their way to Redis and back; the pure twin of ``_fast.pyx``.
+
+Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
+is no socket, event loop or configuration here.
+
+Theory of operation
+-------------------
+An operation joins a **batch**: the records of one kind (reads, writes, ...) issued in one tick
+of the event loop, or one bulk operation. ``take_output`` turns waiting batches into commands of
+up to some hundred records each, and returns about so many at a time: with the first of them the
+server can begin while the next are encoded. A command in flight is a **slot**, and replies come
+in the order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late
+is merely not told, while its reply is parsed and dropped as any other.
+
+Two rules keep the order of operations on one name:
+
+1. An operation joins an open batch only if no later batch of the tick holds its name; else
+   all open batches are closed and it begins a new one. A bulk closes them all.
+2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
+   that was answered before the new read was issued.
+
+A server that has nothing to do gets the first operations of a long tick before it is over: the
+pipeline asks for that by ``begin``, and whoever sends calls ``take_output`` then as well.
+
+A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
+size of the data, and a third of what a script costs the server per record. They share a slot.
+
+A command that is refused for want of its script, or for one of its records, is sent again, and
+keeps its place: the queue is in the order in which the batches were issued. What was sent behind
+it is done first, though. Reads of the names that it writes are therefore read again behind the
+repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
+that one: its waiters hang on the later one's (``Overtaken``), or get the refusal where that would
+tell an untruth. A read that a write has overtaken gets it too: what it would have read is gone.
+
+On a cluster each node has its pipeline, and the ``Router`` gives it what it serves. Records of
+one slot share a command. A command that the node redirects leaves the pipeline, by ``redirected``,
+for whoever knows the nodes; what waits can be taken away by ``release``, and ``adopt`` takes it
+over on another node, in the order in which it was issued. ``fence`` tells when all is answered
+that was in flight at some moment, so that nothing newer overtakes it on another node.
+
+Every waiter is settled by ``tell`` or ``fail``, and a bulk's by ``Bulk.settle``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import attrgetter
+from threading import get_ident
+from typing import Any, Final
+
+import hiredis
+
+from ..errors import ProtocolError, ReplyError, shorten
+from . import constants as c
+from . import envelope as e
+from .batch import (
+    NOBODY,
+    Batch,
+    Bulk,
+    Command,
+    Overtaken,
+    Write,
+    fail,
+    serials,
+    tell,
+    waiter_of,
+    with_waiter,
+)
+from .constants import ErrorOf
+from .latency import Latencies
+from .message import Inbox, pack_message
+from .near_cache import LOST, OVER, Epoch, NearCache, Reach
+from .record import PureRecord as Record
+from .record import check_name, check_version, encode_data, parse_version
+from .resp import Encoder, LengthGuard, pack_command, slot_of_key
+
+_INCOMPLETE: Final = object()
+
+# hiredis's stub gives it a narrower type than it has.
+_Reader: Any = hiredis.Reader
+_serial_of = attrgetter("serial")
+
+# The kinds of which records of one slot share a command, and those that have one for each.
+_GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER)
+_ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY, c.PUBLISH)
+_UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
+_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
+
+
+class Pipeline:
+    """The operations of one node on their way to Redis and their replies on the way back.
+
+    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
+    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
+    queued. ``begin`` is called when so many wait that the server had better begin, and must not
+    raise. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
+    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
+    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
+    server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
+    there is one, and ``inbox`` the Inbox that takes the messages which it is subscribed to; they
+    are ``plain`` replies where the server does not speak RESP3.
+
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
+    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
+    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
+    a reply end the connection.
+
+    ``bound`` to one thread, it also calls ``wake`` before an operation that comes in another.
+
+    On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
+    batch); what was redirected more than ``max_redirections`` times fails.
+    """
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        wake: Callable[[], object],
+        *,
+        begin: Callable[[], object] | None = None,
+        address: str = "",
+        key_prefix: str = "",
+        hash_tag: bool = False,
+        ttl: int = 0,
+        timeout: float = 1.0,
+        max_pending: int = c.MAX_PENDING,
+        max_pending_bytes: int = c.MAX_PENDING_BYTES,
+        refuse_when_full: bool = False,
+        max_reply_bytes: int = c.MAX_REPLY_BYTES,
+        clustered: bool = False,
+        max_redirections: int = c.MAX_REDIRECTIONS,
+        bound: bool = False,
+    ) -> None:
+        self.address = address
+        self._thread = get_ident() if bound else 0
+        self.down: Exception | None = None
+        self.has_msetex = False
+        self.read_only = False
+        self.near: NearCache | None = None
+        self.inbox: Inbox | None = None
+        self.plain = False
+        self._messages = 0
+        self.redirected: list[tuple[str, int, Batch]] = []
+        self.settled = 0
+        self.operations = 0
+        self.pending_bytes = 0
+        self.in_flight = 0
+        self.queued = 0
+        self._create_waiter = create_waiter
+        self._wake = wake
+        self._begin = begin
+        self._encoder = Encoder(key_prefix, hash_tag)
+        self._ttl = ttl
+        self._timeout = timeout
+        self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
+        self._refuse_when_full = refuse_when_full
+        self._max_reply_bytes = max_reply_bytes
+        self._clustered = clustered
+        self._max_redirections = max_redirections
+        self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
+        self._awake = False
+        self._busy = False  # the queue or the slots are being changed: only new operations may come
+        self._open: list[Batch] = []
+        self._queue: deque[Batch] = deque()
+        self._slots: deque[tuple[Batch, int]] = deque()
+        self._returned: list[Batch] = []
+        self._buffer = memoryview(b"")
+        self._counts = dict.fromkeys(
+            ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
+        )
+        self._failed = 0
+        self._calls = 0
+        self._overloads = 0
+        self._batches = 0
+        self._sent = 0
+        self._commands = 0
+        self._flushes = 0
+        self._bytes_out = 0
+        self._bytes_in = 0
+        self._latencies = Latencies()
+        self._now = 0.0  # when the replies at hand have come, as soon as somebody has looked
+        self._reach = Reach()
+        self._epoch: Epoch | None = None
+        self.reset_reader()
+
+    # -- operations on one record
+
+    def get(self, name: str) -> Any:
+        """Queue a read; its waiter gets the Record, or None."""
+        return self._join(c.GET, check_name(name))
+
+    def head(self, name: str) -> Any:
+        """Queue a read of the version; its waiter gets the int, or None."""
+        return self._join(c.HEAD, check_name(name))
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        name = check_name(name)
+        write = self.make_write(name, version, data, ttl, if_newer)
+        self.admit(len(write.text))
+        waiter = write.waiter = self._create_waiter()
+        kind = kind_of(write.ttl, if_newer)
+        while (earlier := self._add(kind, name, write)) is not write:
+            write.waiter = with_waiter(earlier.waiter, waiter)
+            if self._replace(kind, name, earlier, write):
+                self.pending_bytes -= len(earlier.text)
+                break
+        self._calls += 1
+        self.pending_bytes += len(write.text)
+        self._begin_early()
+        return waiter
+
+    def delete(self, name: str) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record."""
+        return self._join(c.DELETE, check_name(name))
+
+    # -- bulk operations
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._add_bulk(c.GET, unique("get_bulk", names))
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._add_bulk(c.HEAD, unique("head_bulk", names))
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        writes, write_ttl, size = self.make_writes(records, ttl, if_newer)
+        return self._add_bulk(kind_of(write_ttl, if_newer), writes, size)
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._add_bulk(c.DELETE, unique("delete_bulk", names))
+
+    # -- reads for the near cache
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        self._join(c.GET, name, waiter)
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._add_bulk(kind, dict.fromkeys(names), 0, waiter)
+
+    # -- any other command
+
+    def command(self, *parts: bytes | str | int) -> tuple[bytes, Any]:
+        """Return the bytes of a command to be sent at once, and the waiter for its reply."""
+        text = pack_command(parts)
+        waiter = self._create_waiter()
+        # No deadline of its own: what bounds a handshake is connectTimeout.
+        batch = Batch(c.COMMAND, math.inf, 0, {str(parts[0]): waiter})
+        batch.freeze()
+        batch.sent = 1
+        # Nothing can fail behind this: a slot whose bytes are lost would take another's reply.
+        self._slots.append((batch, 1))
+        self.in_flight += 1
+        self.operations += 1
+        if self._epoch is not None:
+            self._epoch.asked(self.fence())
+        return text, waiter
+
+    def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
+        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        self._add_command(kind, key, pack_command(parts), waiter)
+
+    # -- messages
+
+    def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
+        """Queue a message; its waiter gets how many connections Redis gave it to.
+
+        ``opening`` is the envelope up to the message, which tells the topic if it is None.
+        """
+        topic = e.topic_of(message) if topic is None else e.check_topic(topic)
+        text = pack_message(topic, opening, message, sharded)
+        self.admit(len(text))
+        # Each with a name of its own, as they are many to a topic.
+        self._messages += 1
+        name = f"{{{topic}}}{self._messages}"
+        waiter = self._create_waiter()
+        self._add_command(c.PUBLISH, name, text, waiter)
+        return waiter
+
+    # -- what changes nodes
+
+    def fence(self) -> int:
+        """Return how far ``settled`` will be when all that is in flight now has been answered."""
+        return self.settled + len(self._slots)
+
+    def release(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
+        """Give away what waits and belongs to another pipeline now, each with that pipeline."""
+        kept: list[Batch] = []
+        released: list[tuple[Any, Batch]] = []
+        split: list[tuple[Batch, Batch]] = []
+        self._open.clear()
+        self._busy = True
+        try:
+            waiting = self._queue.copy()
+            for batch in waiting:
+                if batch.target is not None:
+                    released.append((batch.target, batch))
+                elif batch.asking and not batch.over():
+                    kept.append(batch)  # it was sent here, although the slot is another node's
+                elif not batch.over():
+                    self._release_batch(batch, target_of, kept, released, split)
+            self._replace_queue(kept, len(waiting))
+            for batch, rest in split:
+                batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
+            for _target, batch in released:
+                batch.target = None
+        finally:
+            self._busy = False
+        self._recount()
+        return released
+
+    def _release_batch(
+        self,
+        batch: Batch,
+        target_of: Callable[[int, str], Any],
+        kept: list[Batch],
+        released: list[tuple[Any, Batch]],
+        split: list[tuple[Batch, Batch]],
+    ) -> None:
+        """Decide where the records of a batch go, without changing it yet."""
+        batch.freeze()
+        parts: dict[Any, tuple[dict[str, Any], int]] = {}
+        for i in range(batch.sent, len(batch.names)):
+            name = batch.names[i]
+            target = target_of(batch.kind, name)
+            records, repeated = parts.get(target, ({}, 0))
+            records[name] = batch.entries[i]
+            parts[target] = records, repeated + (i < batch.repeated)
+        if parts.keys() <= {self}:
+            kept.append(batch)
+            return
+        sent = zip(batch.names[: batch.sent], batch.entries[: batch.sent], strict=True)
+        rest = batch.part(dict(sent), 0)
+        rest.freeze()
+        split.append((batch, rest))
+        for target, (records, repeated) in parts.items():
+            part = batch.part(records, repeated)
+            if target is self:
+                kept.append(part)
+            else:
+                released.append((target, part))
+
+    def adopt(self, batches: Iterable[Batch]) -> None:
+        """Queue what another pipeline gave away, each in the place of its age.
+
+        What waits here already, or was even sent, is left alone: whoever could not finish giving
+        something away does it again.
+        """
+        self.rouse()
+        self._open.clear()
+        self._busy = True
+        try:
+            waiting = dict.fromkeys(self._queue)
+            size = len(waiting)
+            for batch in batches:
+                if batch.sent == batch.answered and not batch.settled():
+                    waiting[batch] = None
+            self._replace_queue(list(waiting), size)
+        finally:
+            self._busy = False
+        self._recount()
+
+    def _replace_queue(self, batches: list[Batch], known: int) -> None:
+        """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
+        wait now. The others came while this was being prepared, and stay.
+
+        If it raises, nothing has changed.
+        """
+        while True:
+            while known < len(self._queue):
+                batches.append(self._queue[known])
+                known += 1
+            queue = deque(sorted(batches, key=_serial_of))
+            if known == len(self._queue):
+                break
+        self._queue = queue
+
+    # -- output
+
+    def end_tick(self) -> None:
+        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        self._open.clear()
+        self._awake = False
+
+    def take_output(self) -> bytes:
+        """Return the RESP bytes of some hundred records that wait; they count as sent.
+
+        What more there is waits for the next call, as does what the window doesn't allow yet. If
+        it raises, or the bytes can't be sent, the connection must end.
+        """
+        self._busy = True
+        try:
+            return self._take()
+        except BaseException:
+            # There may be slots without bytes, which would take the replies to other commands.
+            self._severed = True
+            raise
+        finally:
+            self._busy = False
+
+    def _take(self) -> bytes:
+        self.end_tick()
+        queue = self._queue
+        if queue and queue[0].deadline <= (now := time.monotonic()):
+            # The caller was too busy to say so by ``expire``; it must not be sent all the same.
+            self._drop_late(now)
+            self._recount()
+        out: list[bytes] = []
+        size = taken = 0
+        while (
+            queue
+            and self.in_flight < self._window
+            and taken < c.FLUSH_RECORDS
+            and size < c.COMMAND_BYTES
+        ):
+            batch = queue[0]
+            if batch.over() or not batch.records:
+                self.queued -= batch.waiting()
+                queue.popleft()
+                continue
+            self._open.clear()  # it may be one that a finalizer has begun just now
+            batch.freeze()
+            if self._clustered and not batch.hash_slots and batch.kind in _GROUPED:
+                batch.group(self._encoder.slot)
+            text, count = self._encoder.encode(batch, self.has_msetex)
+            if batch.kind in _ONE_BY_ONE:
+                self._slots.extend([(batch, 1)] * count)
+                self._commands += 2 * count if batch.kind == c.HEAD else count
+            else:
+                self._slots.append((batch, count))
+                self._commands += 1
+            out.append(text)
+            size += len(text)
+            taken += count
+            self._batches += not batch.sent
+            self._sent += count
+            batch.sent += count
+            self.queued -= count
+            self.in_flight += count
+            if not batch.waiting():
+                queue.popleft()
+        if out:
+            self._flushes += 1
+            self._bytes_out += size
+            if self._epoch is not None:
+                self._epoch.asked(self.fence())
+        return b"".join(out)
+
+    # -- input
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        if not self._buffer:  # there are pipelines that never read
+            self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send. Whatever it raises, the
+        connection must end: no later reply is taken for that of an operation.
+        """
+        if size > len(self._buffer):
+            raise ValueError("there is no such part of the buffer")
+        try:
+            self.feed(bytes(self._buffer[:size]))
+        except BaseException:
+            self._severed = True
+            raise
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that arrived, and settle what they answer.
+
+        Raises ProtocolError if they are not what Redis would send.
+        """
+        try:
+            self._bytes_in += len(data)
+            self.partial += len(data)
+            self._guard.inspect(data, self.address)
+            self._reader.feed(data)
+            self._parse()
+        except BaseException:
+            self._severed = True
+            raise
+
+    def reset_reader(self) -> None:
+        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        self._version_reply: Any = _INCOMPLETE
+        self._asked = False  # the reply to an ASKING was read, and what was asked comes next
+        self._severed = False  # replies are still to come that belong to nobody
+        self.partial = 0
+        self._guard = LengthGuard(self._max_reply_bytes)
+        self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+
+    # -- what the near cache may believe
+
+    def connected(self, is_tracked: bool) -> None:
+        """Note that there is a connection, and whether its server tells of changes."""
+        self._reach.up = True
+        if is_tracked and self.near is not None:
+            self._epoch = Epoch(self._reach)
+            self.near.count_live(1)
+
+    def unknown(self) -> float:
+        """Return the seconds for which changes may be unknown to the near cache."""
+        return 0.0 if self._epoch is None else time.monotonic() - self._epoch.known
+
+    def forget(self, reason: str) -> None:
+        """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
+        epoch = self._epoch
+        self._end_epoch(OVER, reason)
+        if epoch is not None:
+            self.connected(True)
+            assert self._epoch is not None
+            self._epoch.known = epoch.known
+
+    def _end_epoch(self, state: int, reason: str) -> None:
+        epoch, self._epoch = self._epoch, None
+        if state == OVER:  # and so is what earlier connections brought
+            self._reach.over = True
+            self._reach = Reach()
+        if epoch is not None and self.near is not None:
+            epoch.state = state
+            self.near.count_flush(reason)
+            self.near.count_live(-1)
+
+    # -- time and failure
+
+    def expire(self, now: float) -> float | None:
+        """Fail every operation whose deadline is past; return the next deadline, or None."""
+        pending = self.in_flight
+        next_deadline = math.inf
+        self._busy = True
+        try:
+            for batch, _count in self._slots.copy():  # all: a repeat may be behind younger ones
+                if batch.over():
+                    continue
+                if batch.deadline > now:
+                    next_deadline = min(next_deadline, batch.deadline)
+                else:
+                    make = partial(c.too_late, self.address, self._timeout, pending)
+                    self._fail_batch(batch, make)
+            self._drop_late(now)
+        finally:
+            self._busy = False
+        if self._queue:
+            next_deadline = min(next_deadline, self._queue[0].deadline)
+        self._recount()
+        return None if next_deadline == math.inf else next_deadline
+
+    def _drop_late(self, now: float) -> None:
+        """Fail what waits at the head of the queue and whose deadline is past."""
+        queue = self._queue
+        while queue:
+            batch = queue[0]
+            if not batch.over():
+                if batch.deadline > now:
+                    break
+                pending = self.in_flight
+                make = partial(
+                    c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
+                )
+                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
+                self._open.clear()
+                self._fail_batch(batch, make, doubt)
+            queue.popleft()
+            self.queued -= batch.waiting()
+            self._open.clear()
+
+    def connection_lost(self, reason: Exception, retry: bool) -> None:
+        """Settle the slots of a connection that ended.
+
+        With ``retry``, reads and guarded writes wait for the next connection, in their order
+        and before anything newer; without it, they fail as the other writes do, which may or
+        may not have happened. What was not sent yet stays queued. If it raises, for want of
+        memory, it may be called again and goes on where it was.
+        """
+        self._busy = True
+        try:
+            self._lose(reason, retry)
+        finally:
+            self._busy = False
+        self._recount()
+        self.end_tick()
+        self.reset_reader()
+
+    def _lose(self, reason: Exception, retry: bool) -> None:
+        self._severed = True  # until all is settled: no reply of this connection counts any more
+        kept: dict[Batch, None] = {}
+        for batch, _count in self._slots.copy():
+            if batch.over() or batch in kept:
+                continue
+            if batch.answered >= len(batch.records):
+                # Its last reply was read, though whatever was to follow has failed.
+                if batch.bulk is not None:
+                    batch.bulk.settle(0)
+            elif retry and batch.kind in _REPEATABLE:
+                batch.repeated = max(batch.repeated, batch.sent)
+                kept[batch] = None
+            else:
+                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+        waiting = self._queue.copy()
+        kept.update(dict.fromkeys(one for one in (*waiting, *self._returned) if not one.over()))
+        # What broke the protocol is not to be believed in anything.
+        self._end_epoch(LOST if retry else OVER, "connection")
+        self._reach.up = False
+        self._replace_queue(list(kept), len(waiting))
+        for batch, _count in self._slots:  # none of those that wait has anything in flight now
+            if not batch.over():
+                batch.sent = batch.answered
+        self.settled += len(self._slots)
+        self._slots.clear()
+        self._returned.clear()
+
+    def fail_all(self, error_of: ErrorOf) -> None:
+        """Fail every operation that is queued or in flight, with an error of its own each.
+
+        If any was in flight, the next reply ends the connection, as it would be taken for that of
+        a later operation. If it raises, for want of memory, it may be called again.
+        """
+        doubt = partial(c.in_doubt, error_of)
+        self.end_tick()
+        self._severed = self._severed or bool(self._slots)
+        self._busy = True
+        try:
+            in_flight = [batch for batch, _count in self._slots]
+            for batch in (*in_flight, *self._queue, *self._returned):
+                if not batch.over():
+                    self._fail_batch(batch, error_of, doubt)
+            while self._queue and self._queue[0].over():  # what came meanwhile stays
+                self._queue.popleft()
+            self.settled += len(self._slots)
+            self._slots.clear()
+            self._returned.clear()
+        finally:
+            self._busy = False
+        self._recount()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        counts = self._counts
+        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
+        stats = {
+            "operations": self._calls,
+            "records": records,
+            **counts,
+            "failed": self._failed,
+            "overloaded": self._overloads,
+            "batches": self._batches,
+            "sent": self._sent,
+            "commands": self._commands,
+            "flushes": self._flushes,
+            "bytes_out": self._bytes_out,
+            "bytes_in": self._bytes_in,
+            "queued": self.queued,
+            "in_flight": self.in_flight,
+            "pending": self.operations,
+            "pending_bytes": self.pending_bytes,
+        }
+        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latencies.told()}
+
+    # -- building batches
+
+    def make_writes(
+        self, records: Mapping[str, tuple[int, Any]], ttl: int | None, guard: bool
+    ) -> tuple[dict[str, Any], int, int]:
+        """Return the contents of a ``set_bulk``, their ttl, and how much text they are."""
+        if not isinstance(records, Mapping):
+            raise c.bad_records(records)
+        writes: dict[str, Any] = {}
+        write_ttl = size = 0
+        for name, pair in records.items():
+            name = check_name(name)
+            version, data = check_pair(name, pair)
+            write = writes[name] = self.make_write(name, version, data, ttl, guard)
+            write_ttl = write.ttl
+            size += len(write.text)
+        return writes, write_ttl, size
+
+    def make_write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> Write:
+        """Return the checked and encoded content of a record; raises RecordError."""
+        number = check_version(name, version)
+        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        text = encode_data(name, data)
+        return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
+
+    def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
+        return Batch(kind, time.monotonic() + self._timeout, 0, records)
+
+    def rouse(self) -> None:
+        """Tell whoever flushes that something is about to be queued; raises if it must not."""
+        if not self._awake:
+            self._wake()
+            self._awake = True
+
+    def _enqueue(self, batch: Batch, is_open: bool) -> None:
+        """Let a batch with all that it needs wait, and others join it if it ``is_open``.
+
+        The caller has called ``rouse``.
+        """
+        if not is_open or any(other.kind == batch.kind for other in self._open):
+            self._open.clear()
+        batch.serial = next(serials)
+        if is_open:
+            self._open.append(batch)
+        try:
+            self._queue.append(batch)
+        except BaseException:
+            self._open.clear()
+            raise
+
+    def _joinable(self, kind: int, name: str) -> Batch | None:
+        """Return the open batch that an operation on ``name`` may join by rule 1, or None."""
+        found: Batch | None = None
+        free = True
+        for batch in self._open:
+            if batch.kind == kind:
+                found = batch
+                # Two removals, or two guarded writes, of one name have each its own result.
+                free = kind not in _UNSHARED or name not in batch.records
+            elif found is not None and name in batch.records:
+                free = False
+        return found if free else None
+
+    def _add(self, kind: int, name: str, entry: Any) -> Any:
+        """Let an operation wait; return its entry, or an earlier one of the same name.
+
+        Python's garbage collection, ``wake`` and ``create_waiter`` may issue other operations: a
+        batch is queued with its first record in it, as an empty one would be dropped.
+        """
+        batch = self._joinable(kind, name)
+        if batch is None:
+            batch = self._new_batch(kind, {name: entry})
+            self.rouse()
+            self._enqueue(batch, True)
+        elif (earlier := batch.records.setdefault(name, entry)) is not entry:
+            return earlier
+        self.queued += 1
+        self.operations += 1
+        return entry
+
+    def _replace(self, kind: int, name: str, earlier: Any, entry: Any) -> bool:
+        """Put ``entry`` in the place of an earlier one, unless that was sent meanwhile."""
+        batch = self._joinable(kind, name)
+        if batch is None or batch.records.get(name) is not earlier:
+            return False
+        batch.records[name] = entry
+        return True
+
+    def _add_command(self, kind: int, name: str, text: bytes, waiter: Any) -> None:
+        self._add(kind, name, Command(text, waiter))
+        self.pending_bytes += len(text)
+
+    def admit(self, size: int) -> None:
+        """Raise Overloaded if the pipeline is full, for an operation that writes so much.
+
+        Raises what ``wake`` does if it comes in another thread.
+        """
+        if self._thread and self._thread != get_ident():
+            self._wake()
+            self._thread = get_ident()  # the event loop runs there now
+        if self._refuse_when_full and (
+            self.operations >= self._max_pending
+            # One write that is larger than the limit may go alone.
+            or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
+        ):
+            self._overloads += 1
+            raise c.full(self.address, self.operations, self.pending_bytes)
+
+    def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
+        self.admit(0)
+        if waiter is None:
+            waiter = self._create_waiter()
+        while (earlier := self._add(kind, name, waiter)) is not waiter:
+            if self._replace(kind, name, earlier, with_waiter(earlier, waiter)):
+                break
+        self._calls += 1
+        self._begin_early()
+        return waiter
+
+    def _begin_early(self) -> None:
+        """Let the server begin, if it has nothing to do and a part of the tick's operations."""
+        idle = not self.in_flight and not self._busy
+        if self.queued >= c.EARLY_RECORDS and idle and self._begin is not None:
+            self._begin()
+
+    def _add_bulk(
+        self, kind: int, records: dict[str, Any], size: int = 0, waiter: Any = None
+    ) -> Any:
+        self.admit(size)
+        if waiter is None:
+            waiter = self._create_waiter()
+        if records:
+            self.add_part(new_bulk(kind, records, waiter), kind, records, size)
+        else:
+            self.rouse()
+            self._calls += 1
+            waiter.set_result(new_bulk(kind, records, waiter).result)
+        return waiter
+
+    def add_part(self, bulk: Bulk, kind: int, records: dict[str, Any], size: int) -> None:
+        """Queue those records of a bulk that this node serves."""
+        batch = self._new_batch(kind, records)
+        batch.bulk = bulk
+        batch.counted = True
+        self.rouse()
+        self._enqueue(batch, False)
+        self._calls += 1
+        self.queued += len(records)
+        self.operations += 1
+        self.pending_bytes += size
+
+    # -- replies
+
+    def _parse(self) -> None:
+        gets = self._reader.gets
+        self._now = 0.0
+        self._busy = True
+        try:
+            while True:
+                try:
+                    reply = gets()
+                except c.NO_RESP as error:
+                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                if reply is _INCOMPLETE:
+                    break
+                self.partial = 0
+                if type(reply) is hiredis.PushNotification:
+                    self._take_push(reply)
+                elif self.plain and e.is_plain_message(reply):
+                    self._take_message(reply)
+                else:
+                    self._answer(reply)
+            if self.partial > self._max_reply_bytes:
+                raise ProtocolError(
+                    f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
+                    "without the end of a reply"
+                )
+            if self._returned:
+                waiting = list(self._queue)
+                self._replace_queue([*waiting, *self._returned], len(waiting))
+                self._returned.clear()
+        finally:
+            self._busy = False
+
+    def _take_push(self, push: Any) -> None:
+        """Take a message, or let the near cache forget what has changed.
+
+        Other pushes say nothing to us.
+        """
+        if not c.is_push(push):
+            raise c.no_push(self.address, push)
+        if self.inbox is not None:
+            if push[0] in e.MESSAGES:
+                self._take_message(push)
+            elif push[0] in e.SUBSCRIPTIONS:
+                self._take_subscription(push)
+        if push[0] != b"invalidate" or self.near is None:
+            return
+        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
+            raise self._wrong_shape("a change of keys", push)
+        if self.near.invalidate(push[1]):
+            self.forget("flushall")
+
+    def _take_message(self, push: list[Any]) -> None:
+        if self.inbox is None or len(push) != 3 or not type(push[1]) is type(push[2]) is bytes:
+            raise self._wrong_shape("a subscription", push)
+        self.inbox.take(push[1], push[2])
+
+    def _take_subscription(self, push: list[Any]) -> None:
+        """Take what answers a subscription, though it is no reply; or ends one unasked."""
+        assert self.inbox is not None
+        batch = self._slots[0][0] if self._slots else None
+        asked = batch is not None and batch.kind == c.COMMAND and not batch.over()
+        if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
+            self._answer(list(push))
+        else:
+            self.inbox.note(self, list(push))
+
+    def _answer(self, reply: Any) -> None:
+        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
+        if the reply turns out to be of the wrong shape."""
+        if not self._slots or self._severed:
+            raise ProtocolError(
+                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
+            )
+        batch, count = self._slots[0]
+        if batch.asking and not self._asked:
+            self._asked = True
+            return
+        self._asked = False
+        stored: Any = None
+        if batch.kind == c.HEAD:
+            if self._version_reply is _INCOMPLETE:
+                self._version_reply = reply
+                return
+            stored, self._version_reply = self._version_reply, _INCOMPLETE
+            if batch.asking:
+                stored, reply = reply, stored
+            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
+                reply = stored
+        first = batch.answered
+        was_over = batch.over()
+        refused = type(reply) is ReplyError
+        if was_over:
+            batch.answered += count
+        elif refused:
+            self._refused(batch, count, reply)
+        elif batch.kind == c.GET:
+            self._answer_get(batch, count, reply)
+        elif batch.kind == c.HEAD:
+            self._answer_head(batch, stored, reply)
+        elif batch.kind == c.SET:
+            self._answer_set(batch, count, reply == b"OK", reply)
+        elif batch.kind == c.SET_TTL and self.has_msetex:
+            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
+        elif batch.kind == c.DELETE:
+            self._answer_delete(batch, reply)
+        elif batch.kind == c.COMMAND:
+            batch.answered = 1
+            tell(batch.entries[0], reply)
+        elif batch.kind >= c.READ_KEY:
+            self._answer_key(batch, reply)
+        else:
+            self._answer_script(batch, count, reply)
+        self._slots.popleft()
+        self.settled += 1
+        if self._epoch is not None:
+            self._epoch.answered(self.settled)
+        self.in_flight -= count
+        told = 0
+        if batch.bulk is None:
+            self.operations -= count
+            told = count
+        elif batch.counted and (batch.answered == len(batch.names) or batch.over()):
+            batch.counted = False
+            self.operations -= 1
+            told = 1
+        if told and not (was_over or refused) and batch.kind < c.COMMAND:
+            self._time(batch, told)
+        if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
+            for i in range(first, first + count):
+                self.pending_bytes -= len(batch.entries[i].text)
+        if self.near is not None and c.SET <= batch.kind <= c.DELETE:
+            for i in range(first, first + count):
+                self.near.drop(batch.names[i])
+
+    def _time(self, batch: Batch, count: int) -> None:
+        """Count how long so many operations have taken, from the first call of their batch."""
+        if not self._now:
+            self._now = time.monotonic()
+        row = min(batch.kind, c.SET) if batch.kind < c.DELETE else c.SET + 1
+        if batch.bulk is not None:
+            row += len(c.TIMED) // 2
+        self._latencies.add(row, self._now - (batch.deadline - self._timeout), count)
+
+    def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, 2 * count, "MGET")
+        bulk = batch.bulk
+        # Nobody tells of changes to what only those get who ask.
+        epoch = None if batch.asking else self._epoch
+        settled = 0
+        try:
+            for i in range(0, 2 * count, 2):
+                stored, raw = reply[i], reply[i + 1]
+                name = batch.names[batch.answered]
+                entry = batch.entries[batch.answered]
+                if entry is NOBODY:
+                    batch.answered += 1
+                    continue
+                if type(stored) is bytes and type(raw) is bytes:
+                    version = parse_version(stored)
+                    if version < 0:
+                        self._damaged(batch, name, entry, stored)
+                    else:
+                        self._counts["hits"] += 1
+                        if epoch is not None:
+                            self._keep(epoch, batch, name, version, raw)
+                        if bulk is not None:
+                            bulk.result[name] = Record(name, version, raw)
+                        elif type(entry) is list:
+                            for waiter in entry:
+                                tell(waiter, Record(name, version, raw))
+                        else:
+                            tell(entry, Record(name, version, raw))
+                else:
+                    for value in (stored, raw):
+                        if value is not None and type(value) is not bytes:
+                            raise self._wrong_shape("MGET", value)
+                    if stored is not None or raw is not None:
+                        self._counts["halves"] += 1
+                    self._counts["misses"] += 1
+                    if epoch is not None:
+                        self._keep(epoch, batch, name, 0, None)
+                    if bulk is not None:
+                        bulk.missing.append(name)
+                    else:
+                        tell(entry, None)
+                self._counts["reads"] += 1
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
+
+    def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
+        assert self.near is not None
+        self.near.fill(self, epoch, batch.serial, name, version, raw)
+
+    def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
+        if batch.asking and type(reply) is int:  # how many of both keys there are
+            reply = c.STRING if reply == 2 else c.NO_STRING[0]
+        if reply != c.STRING and reply not in c.NO_STRING:
+            raise self._wrong_shape("TYPE", reply)
+        name = batch.names[batch.answered]
+        entry = batch.entries[batch.answered]
+        has_version = type(stored) is bytes
+        if not has_version and stored is not None and type(stored) is not ReplyError:
+            raise self._wrong_shape("GET", stored)
+        if entry is NOBODY:
+            batch.answered += 1
+            return
+        self._counts["reads"] += 1
+        if has_version and reply == c.STRING:
+            version = parse_version(stored)
+            if version < 0:
+                self._damaged(batch, name, entry, stored)
+            else:
+                self._counts["hits"] += 1
+                if batch.bulk is None:
+                    tell(entry, version)
+                else:
+                    batch.bulk.result[name] = version
+        else:
+            if has_version or reply == c.STRING:
+                self._counts["halves"] += 1
+            self._counts["misses"] += 1
+            if batch.bulk is None:
+                tell(entry, None)
+        batch.answered += 1
+        if batch.bulk is not None:
+            batch.bulk.settle(1)
+
+    def _answer_set(self, batch: Batch, count: int, done: bool, reply: Any) -> None:
+        if not done:
+            raise self._wrong_shape("MSET or MSETEX", reply)
+        if batch.bulk is None:
+            for write in batch.entries[batch.answered : batch.answered + count]:
+                tell(write.waiter, True)
+        self._counts["writes"] += count
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(count)
+
+    def _answer_script(self, batch: Batch, count: int, reply: Any) -> None:
+        self._check_array(reply, count, "the set script")
+        bulk = batch.bulk
+        settled = 0
+        try:
+            for value in reply:
+                name = batch.names[batch.answered]
+                entry = batch.entries[batch.answered]
+                if type(value) is ReplyError:
+                    self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+                elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
+                    raise self._wrong_shape("the set script", value)
+                elif value == c.DAMAGED:
+                    self._damaged(batch, name, entry, None)
+                else:
+                    self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
+                    if bulk is None:
+                        tell(entry.waiter, value == c.WRITTEN)
+                    elif value == c.NOT_NEWER:
+                        bulk.result.add(name)
+                batch.answered += 1
+                settled += 1
+        finally:  # those before one of the wrong shape have their outcome
+            if bulk is not None:
+                bulk.settle(settled)
+
+    def _answer_delete(self, batch: Batch, reply: Any) -> None:
+        if type(reply) is not int or not 0 <= reply <= 2:
+            raise self._wrong_shape("DEL", reply)
+        if reply == 1:
+            self._counts["halves"] += 1
+        entry = batch.entries[batch.answered]
+        self._counts["deletes"] += 1
+        batch.answered += 1
+        if batch.bulk is None:
+            tell(entry, reply == 2)
+        else:
+            batch.bulk.result += reply == 2
+            batch.bulk.settle(1)
+
+    def _answer_key(self, batch: Batch, reply: Any) -> None:
+        if batch.kind == c.READ_KEY:
+            fits = reply is None or type(reply) is bytes
+        elif batch.kind == c.PUBLISH:
+            fits = type(reply) is int and reply >= 0
+        else:
+            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
+        if not fits:
+            raise self._wrong_shape("a command of one key", reply)
+        entry = batch.entries[batch.answered]
+        batch.answered += 1
+        tell(entry.waiter, reply)
+
+    def _check_array(self, reply: Any, length: int, command: str) -> None:
+        if type(reply) is not list or len(reply) != length:
+            raise self._wrong_shape(command, reply)
+
+    def _wrong_shape(self, command: str, reply: Any) -> ProtocolError:
+        return ProtocolError(
+            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
+        )
+
+    def _damaged(self, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
+        self._counts["damaged"] += 1
+        self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
+
+    # -- refusals
+
+    def _refused(self, batch: Batch, count: int, error: ReplyError) -> None:
+        """Give an error reply to the records it belongs to, or send them once more.
+
+        An error reply to a whole command says that nothing of it was done.
+        """
+        if self._clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
+            self._redirected(batch, count, error)
+            return
+        if error.code == "READONLY":
+            self.read_only = True
+        by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
+        lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
+        mixed = error.code == "NOPERM" and count > 1
+        writes = c.SET <= batch.kind <= c.DELETE
+        later: dict[str, tuple[Batch, int, bool]] = {}
+        if lost_script or mixed:
+            later = self._written_after(batch, mixed)
+        again: dict[str, Any] = {}
+        settled = count
+        repeated = 0
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is NOBODY:
+                settled -= 1
+            elif (lost_script or mixed) and name not in later:
+                again[name] = entry
+                repeated += i < batch.repeated
+            else:
+                refusal = self._refusal(error, batch.kind, name)
+                if name not in later or not self._hang(batch, entry, *later[name], refusal):
+                    self._give_error(batch, name, entry, refusal)
+        if again:
+            self._send_again(batch, again, repeated, lost_script, mixed)
+            if writes:
+                self._read_again(batch, again)
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(settled - len(again))
+
+    def _redirected(self, batch: Batch, count: int, error: ReplyError) -> None:
+        """Give away the records of a command that another node, or a later moment, is right for.
+
+        Behind it, commands may be in flight that write the same names. They are redirected as
+        well and follow in their order; or they were done, if the node changed its mind meanwhile,
+        and this must not undo them: a plain write hangs on the one that overtook it, or fails
+        where that would tell an untruth. A guarded one undoes nothing.
+        """
+        later = self._written_after(batch, True) if c.SET <= batch.kind <= c.DELETE else {}
+        trail = (*batch.trail, f"{self.address}: {error.message}")
+        limit = self._max_redirections
+        again: dict[str, Any] = {}
+        failed = repeated = 0
+        for i in range(batch.answered, batch.answered + count):
+            name = batch.names[i]
+            entry = batch.entries[i]
+            if entry is NOBODY:
+                continue
+            refusal = self._refusal(error, batch.kind, name)
+            if len(trail) > limit:
+                context = f"{c.describe(batch.kind, name)} at {self.address}"
+                make = partial(c.led_astray, error.message, trail, limit, context)
+                self._give_error(batch, name, entry, make)
+                failed += 1
+            elif name not in later or batch.kind == c.SET_IF_NEWER:
+                again[name] = entry
+                repeated += i < batch.repeated
+            elif later[name][0].kind != c.SET_IF_NEWER and self._hang(
+                batch, entry, *later[name], refusal
+            ):
+                continue
+            elif error.code in c.FLEETING:
+                self._give_error(batch, name, entry, refusal)
+                failed += 1
+            else:
+                again[name] = entry
+                repeated += i < batch.repeated
+        if again:
+            part = batch.part(again, repeated)
+            part.trail = trail
+            part.asking = False
+            # One whose keys are on their way holds up no other of its slot a second time.
+            part.alone = batch.alone or error.code == "TRYAGAIN"
+            self.redirected.append(
+                (error.message, self.slot_of(batch.kind, next(iter(again))), part)
+            )
+        batch.answered += count
+        if batch.bulk is not None:
+            batch.bulk.settle(failed)
+
+    def slot_of(self, kind: int, name: str) -> int:
+        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        return slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
+
+    def _send_again(
+        self, batch: Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
+    ) -> None:
+        """Queue records of a batch once more, in the batch's place."""
+        repeat = batch.part(again, repeated)
+        repeat.whole_script = lost_script or batch.whole_script
+        repeat.alone = alone or batch.alone
+        repeat.counted = batch.bulk is not None
+        self._returned.append(repeat)
+        self.queued += len(again)
+        self.operations += 1 if repeat.counted else len(again)
+        self.pending_bytes += repeat.text_size()
+
+    def _batches_in_flight(self) -> dict[Batch, None]:
+        return dict.fromkeys(batch for batch, _count in self._slots.copy())
+
+    def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
+        """Let reads in flight behind a write that is repeated be read again behind it."""
+        for later in self._batches_in_flight():
+            if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
+                continue
+            again: dict[str, Any] = {}
+            for i in range(later.answered, later.sent):
+                if later.names[i] in names and later.entries[i] is not NOBODY:
+                    again[later.names[i]] = later.entries[i]
+            if again:
+                self._send_again(later, again, 0, False, False)
+            for i in range(later.answered, later.sent):
+                if later.names[i] in again:
+                    later.entries[i] = NOBODY
+
+    def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
+        """Return where the first later write of each name is that a repeat could undo or see,
+        and whether the name is read between the two.
+
+        If a script is lost, those by script are refused too, and come back in their order, unless
+        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
+        write, though a read between them would see the wrong one.
+        """
+        found: dict[str, tuple[Batch, int, bool]] = {}
+        read: set[str] = set()
+        loaded = mixed
+        for later in self._batches_in_flight():
+            newer = batch.serial < later.serial and later.kind < c.COMMAND
+            guarded = later.kind == c.SET_IF_NEWER
+            by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
+            if newer and later.kind <= c.HEAD:
+                for i in range(later.answered, later.sent):
+                    if later.entries[i] is not NOBODY:
+                        read.add(later.names[i])
+            elif newer and (loaded or not by_script):
+                harmless = guarded and batch.kind == c.SET_IF_NEWER
+                for i in range(later.answered, later.sent):
+                    name = later.names[i]
+                    if name in read or not harmless:
+                        found.setdefault(name, (later, i, name in read))
+            loaded = loaded or later.whole_script
+        return found
+
+    def _hang(
+        self,
+        batch: Batch,
+        entry: Any,
+        later: Batch,
+        i: int,
+        read: bool,
+        refusal: Callable[[], Exception],
+    ) -> bool:
+        """Let the waiters of a refused write wait for the one that overtook it.
+
+        Returns False if its outcome can't be told from that of the later one, as a read's never.
+        """
+        if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
+            return False
+        if later.bulk is not None or later.over() or read:
+            return False
+        there = later.entries[i]
+        if later.kind == c.DELETE:
+            removal = Overtaken(there, refusal, True)
+            later.entries[i] = [removal, Overtaken(entry.waiter, refusal, True)]
+        elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
+            return False
+        else:
+            there.waiter = with_waiter(there.waiter, Overtaken(entry.waiter, refusal, False))
+        return True
+
+    def _recount(self) -> None:
+        """Count what is pending anew, after batches were dropped."""
+        slots, queue = self._slots.copy(), self._queue.copy()
+        pending = dict.fromkeys(batch for batch, _count in slots)
+        pending.update(dict.fromkeys(queue))
+        operations = pending_bytes = 0
+        for batch in pending:
+            if batch.bulk is None:
+                # What is over and was not sent will never be.
+                last = batch.sent if batch.over() else len(batch.records)
+                operations += last - batch.answered
+            else:
+                batch.counted = not batch.over() and batch.answered < len(batch.records)
+                operations += batch.counted
+            pending_bytes += batch.text_size()
+        self.in_flight = sum(count for _batch, count in slots)
+        self.queued = sum(batch.waiting() for batch in queue)
+        self.operations = operations
+        self.pending_bytes = pending_bytes
+
+    def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
+        context = f"{c.describe(kind, name)} at {self.address}"
+        return lambda: ReplyError(error.message, context=context)
+
+    def _give_error(
+        self, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
+    ) -> None:
+        """Give one record its error: to its waiters, or into its bulk's."""
+        self._failed += batch.kind < c.COMMAND
+        if batch.bulk is None:
+            fail(waiter_of(entry), make)
+            return
+        batch.bulk.errors[name] = make()
+        if batch.kind == c.GET:
+            batch.bulk.missing.append(name)
+
+    def _fail_batch(
+        self, batch: Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
+    ) -> None:
+        """Tell all who still wait for a batch that it failed.
+
+        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened. If
+        it raises, it may be called again, and goes on with the record that it had come to.
+        """
+        batch.freeze()
+        doubtful = 0
+        if error_of_doubt is not None and c.is_write(batch.kind):
+            doubtful = max(batch.sent, batch.repeated)
+        bulk = batch.bulk
+        if bulk is not None and not bulk.shared:
+            make = error_of
+            if error_of_doubt is not None and (
+                doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
+            ):
+                make = error_of_doubt
+            fail(bulk.waiter, partial(make, bulk.operation))
+            bulk.over = True
+            self._failed += bulk.remaining
+            batch.expired = True
+            return
+        batch.failed = max(batch.failed, batch.answered)
+        while batch.failed < len(batch.names):
+            name = batch.names[batch.failed]
+            entry = batch.entries[batch.failed]
+            if entry is not NOBODY:
+                make = error_of
+                if error_of_doubt is not None and batch.failed < doubtful:
+                    make = error_of_doubt
+                self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
+                if bulk is not None:
+                    bulk.remaining -= 1
+            batch.failed += 1
+        batch.expired = True
+        if bulk is not None:
+            bulk.settle(0)
+
+
+# -- small things
+
+
+def new_bulk(kind: int, records: dict[str, Any], waiter: Any, shared: bool = False) -> Bulk:
+    """Return the bulk operation of that kind; the names of a read get their records in place."""
+    result: Any = set()
+    if kind == c.GET:
+        result = records  # the names are in their order already
+    elif kind == c.HEAD:
+        result = {}
+    elif kind == c.DELETE:
+        result = 0
+    return Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records), shared)
+
+
+def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Return the version and data of an item of ``set_bulk``, or raise RecordError."""
+    try:
+        version, data = pair
+    except (TypeError, ValueError):
+        raise c.bad_pair(name, pair) from None
+    return version, data
+
+
+def kind_of(ttl: int, if_newer: bool) -> int:
+    if if_newer:
+        return c.SET_IF_NEWER
+    return c.SET_TTL if ttl else c.SET
+
+
+def unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return the names as keys, each once and checked."""
+    if isinstance(names, (str, bytes)):
+        raise c.bad_names(operation, names)
+    return dict.fromkeys(map(check_name, names))

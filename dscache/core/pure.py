@@ -1,0 +1,34 @@
+"""The core in plain Python: what ``_fast`` does, with the same names, results and errors.
+
+Its parts stand in ``_pure_record.py`` (records and their checks), ``_pure_batch.py`` (operations
+that travel together), ``_pure_wire.py`` (RESP and keys), ``_pure_pipeline.py`` (one node, with the
+theory of operation), ``_pure_router.py`` (the nodes of a cluster), ``_pure_near.py`` (records
+kept in the process) and ``_pure_messages.py`` (messages, and where they wait).
+"""
+
+from __future__ import annotations
+
+from .message import Inbox, Mailbox
+from .message import PureMessage as Message
+from .near_cache import NEAR_ENTRY_BYTES, NearCache
+from .pipeline import Pipeline
+from .record import PureRecord as Record
+from .record import check_name, check_version, encode_data, parse_version
+from .resp import slot_of_key
+from .router import Router
+
+__all__ = [
+    "NEAR_ENTRY_BYTES",
+    "Inbox",
+    "Mailbox",
+    "Message",
+    "NearCache",
+    "Pipeline",
+    "Record",
+    "Router",
+    "check_name",
+    "check_version",
+    "encode_data",
+    "parse_version",
+    "slot_of_key",
+]

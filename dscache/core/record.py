@@ -1,0 +1,151 @@
+"""Records, and the checks of what a record may be; the pure twin of ``record.pxi``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from ..errors import shorten
+from . import constants as c
+
+_UNDECODED: Final = object()
+
+_decode_json = msgspec.json.Decoder().decode
+
+
+class Record:
+    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
+
+    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
+    stored, and ``stale`` true only for a last known record served while Redis is away.
+    It unpacks: ``version, data = record``.
+    """
+
+    __slots__ = ("_data", "name", "raw", "stale", "version")
+
+    name: str
+    version: int
+    raw: bytes
+    stale: bool
+    _data: Any
+
+    def __init__(self, name: str, version: int, raw: bytes, stale: bool = False) -> None:
+        set_field = object.__setattr__
+        set_field(self, "name", name)
+        set_field(self, "version", version)
+        set_field(self, "raw", raw)
+        set_field(self, "stale", stale)
+        set_field(self, "_data", _UNDECODED)
+
+    @property
+    def data(self) -> Any:
+        """The decoded JSON: decoded at first access, kept, and shared with no other call.
+
+        Raises RecordError if the stored text is no JSON.
+        """
+        data = self._data
+        if data is _UNDECODED:
+            try:
+                data = _decode_json(self.raw)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                data = c.decode_tolerantly(self.name, self.version, self.raw)
+            object.__setattr__(self, "_data", data)
+        return data
+
+    def decode(self, type: Any, /) -> Any:
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+
+        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+        """
+        return c.decode_as(self.name, self.version, self.raw, type)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.version, self.data))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PureRecord):
+            return NotImplemented
+        return (self.version, self.name, self.raw) == (other.version, other.name, other.raw)
+
+    def __hash__(self) -> int:
+        return hash((self.version, self.name, self.raw))
+
+    def __repr__(self) -> str:
+        stale = ", stale=True" if self.stale else ""
+        return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from .. import make_record
+
+        return (make_record, (self.name, self.version, self.raw, self.stale))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a Record is immutable: {name} can't be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Record is immutable: {name} can't be deleted")
+
+
+# Pickles of dscache 0.1 name the class by this module. It has another name here, and the old one
+# stands for what makes the chosen core's: so they load in either core.
+PureRecord = Record
+del globals()["Record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Record":
+        from .. import make_record
+
+        return make_record
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# -- checks and texts
+
+
+def check_name(name: object) -> str:
+    """Return the name as an exact str, or raise RecordError."""
+    if not isinstance(name, str):
+        raise c.bad_name(name)
+    if type(name) is not str:
+        name = str.__str__(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise c.bad_name(name) from None
+    if not name:
+        raise c.bad_name(name)
+    return name
+
+
+def check_version(name: str, version: object) -> int:
+    """Return the version as an int, or raise RecordError."""
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise c.bad_version(name, version)
+    if not 0 <= version <= c.MAX_VERSION:
+        raise c.bad_version(name, version)
+    return int(version)
+
+
+def encode_data(name: str, data: object) -> bytes:
+    """Return the JSON text of a record's data, or raise RecordError."""
+    try:
+        text = c.encode_json(data)
+    except Exception:  # msgspec raises whatever a user's own type raises
+        return c.encode_tolerantly(name, data)
+    if not text:
+        raise c.empty_raw(name)
+    return text
+
+
+def parse_version(text: bytes) -> int:
+    """Return the version that decimal digits state, or -1 if they state none."""
+    if not text.isdigit():
+        return -1
+    digits = text.lstrip(b"0")
+    if len(digits) > 19:
+        return -1
+    version = int(digits or b"0")
+    return version if version <= c.MAX_VERSION else -1

@@ -1,0 +1,194 @@
+"""RESP of the way out and of the way back; the pure twin of ``resp.pxi``."""
+
+from __future__ import annotations
+
+from binascii import crc_hqx
+from typing import Any, Final
+
+import hiredis
+
+from . import constants as c
+from .batch import Batch
+
+# hiredis's stub gives it a narrower type than it has.
+pack_command: Any = hiredis.pack_command
+
+# What RESP2 and RESP3 announce with a length: texts in bytes, and the others in elements.
+_TEXTS: Final = (b"$", b"=", b"!")
+_LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
+
+
+def _announced(header: bytes) -> int:
+    """Return the length in a header, or -1 if it states none (hiredis refuses what is no RESP)."""
+    digits = header.rstrip(b"\r")
+    if not digits.isdigit() or len(header) > c.HEADER_BYTES:
+        return -1
+    return int(digits) if len(digits) <= 18 else 10**18
+
+
+def slot_of_key(key: bytes) -> int:
+    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
+    start = key.find(c.TAG_OPEN) + 1
+    end = key.find(c.TAG_CLOSE, start) if start else -1
+    return crc_hqx(key[start:end] if end > start else key, 0) % c.SLOTS
+
+
+class Encoder:
+    """Writes the commands of batches, with the keys of one layout."""
+
+    def __init__(self, key_prefix: str, hash_tag: bool) -> None:
+        self._prefix = key_prefix.encode()
+        self._hash_tag = hash_tag
+
+    def keys(self, name: str) -> tuple[bytes, bytes]:
+        """Return the keys of a record: of its version, and of its data."""
+        text = name.encode()
+        if not self._hash_tag:
+            stem = self._prefix + text
+        elif text.startswith(c.TAG_CLOSE):
+            stem = self._prefix + c.TAG_FOR_BRACE + text
+        else:
+            stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
+        return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
+
+    def name_of(self, key: bytes) -> str | None:
+        """Return the name of the record that a key belongs to, or None if it is no record's."""
+        if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)) or not key.startswith(self._prefix):
+            return None
+        text = key[len(self._prefix) : -len(c.DATA_SUFFIX)]
+        if self._hash_tag:
+            if text.startswith(c.TAG_FOR_BRACE + c.TAG_CLOSE):
+                text = text[len(c.TAG_FOR_BRACE) :]
+            elif text.startswith(c.TAG_OPEN) and text.endswith(c.TAG_CLOSE):
+                text = text[len(c.TAG_OPEN) : -len(c.TAG_CLOSE)]
+            else:
+                return None
+        try:
+            return text.decode() or None
+        except UnicodeDecodeError:
+            return None
+
+    def slot(self, name: str) -> int:
+        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        version, data = map(slot_of_key, self.keys(name))
+        return version if version == data else -1
+
+    def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
+        """Return the next command of a batch and its record count; or, of removals and heads,
+        the commands for so many records."""
+        pack = pack_command
+        first = batch.sent
+        kind = batch.kind
+        msetex = kind == c.SET_TTL and has_msetex
+        script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
+        limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
+        last = min(first + (1 if batch.alone else limit), len(batch.names))
+        if c.SET <= kind <= c.SET_IF_NEWER:
+            size = 0
+            for i in range(first, last):
+                size += len(batch.entries[i].text)
+                other_ttl = msetex and batch.entries[i].ttl != batch.entries[first].ttl
+                if size > c.COMMAND_BYTES or other_ttl:
+                    last = max(i, first + 1)
+                    break
+        if batch.hash_slots:
+            slot = batch.hash_slots[first]
+            last = next((i for i in range(first + 1, last) if batch.hash_slots[i] != slot), last)
+        ask = c.ASKING if batch.asking else b""
+        if kind >= c.READ_KEY:
+            commands = (ask + entry.text for entry in batch.entries[first:last])
+            return b"".join(commands), last - first
+        keys: list[bytes] = []
+        for i in range(first, last):
+            keys.extend(self.keys(batch.names[i]))
+        entries = batch.entries[first:last]
+        if kind == c.GET:
+            return ask + pack((b"MGET", *keys)), last - first
+        if kind == c.DELETE:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            return b"".join(ask + pack((b"DEL", *pair)) for pair in pairs), last - first
+        if kind == c.HEAD:
+            pairs = zip(keys[::2], keys[1::2], strict=True)
+            if ask:
+                # On the way from one node to another, a key that has not arrived looks like one
+                # that isn't there. A command of both keys is refused instead; if it is served,
+                # they are both here for what comes next.
+                asked = (ask + pack((b"EXISTS", v, d)) + ask + pack((b"GET", v)) for v, d in pairs)
+                return b"".join(asked), last - first
+            out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
+            return b"".join(out), last - first
+        count = b"%d" % len(keys)
+        if kind == c.SET or msetex:
+            values = (value for w in entries for value in (b"%d" % w.version, w.text))
+            pairs_of = zip(keys, values, strict=True)
+            flat = [part for pair in pairs_of for part in pair]
+            if msetex:
+                lifetime = (b"EX", b"%d" % entries[0].ttl)
+                return ask + pack((b"MSETEX", count, *flat, *lifetime)), last - first
+            return ask + pack((b"MSET", *flat)), last - first
+        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
+        arguments: list[bytes] = []
+        for i, write in enumerate(entries, first):
+            guard = write.guard
+            if i < batch.repeated and guard == c.GUARDED:
+                guard = c.GUARDED_REPEAT
+            arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
+        return ask + pack((*how, count, *keys, *arguments)), last - first
+
+
+class LengthGuard:
+    """Follows the lengths that a server announces, over however many pieces."""
+
+    def __init__(self, max_reply_bytes: int) -> None:
+        self._max_reply_bytes = max_reply_bytes
+        self._skip = 0
+        self._header = b""
+        # Of each array that isn't complete, from the outermost on: how many elements it lacks.
+        self._left: list[int] = []
+
+    def inspect(self, data: bytes, address: str) -> None:
+        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+
+        A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
+        """
+        at = self._skip  # the rest of a text, and of its line end, is passed over
+        data = self._header + data
+        left = self._left
+        while at < len(data):
+            end = data.find(b"\n", at)
+            if end < 0:
+                break
+            mark = data[at : at + 1]
+            length = -1
+            of_text = False
+            if mark in _LENGTHS:
+                length = _announced(data[at + 1 : end])
+                of_text = mark in _TEXTS
+                limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
+                if length > limit:
+                    raise c.too_long(address, length, limit)
+                if of_text and length >= 0:
+                    end += length + 2
+            if length > 0 and not of_text:
+                self._open(mark, length, address)
+            elif left and mark != b"\n":
+                left[-1] -= 1
+                while left and not left[-1]:
+                    left.pop()
+                    if left:
+                        left[-1] -= 1
+            at = end + 1
+        self._skip = max(at - len(data), 0)
+        # Of a line that goes on, a header or not, no more than a header may have.
+        self._header = data[at : at + 2 * c.HEADER_BYTES]
+
+    def _open(self, mark: bytes, length: int, address: str) -> None:
+        """Enter an array, a set, a push, or a map or attributes, which have two for each."""
+        if mark in (b"%", b"|"):
+            length *= 2
+        if len(self._left) == c.MAX_DEPTH:
+            raise c.too_deep(address)
+        total = length + sum(self._left)
+        if total > c.MAX_ELEMENTS:
+            raise c.too_long(address, total, c.MAX_ELEMENTS)
+        self._left.append(length)

@@ -1,0 +1,195 @@
+# Which pipeline an operation goes to, on a cluster; the compiled twin of ``router.py``.
+
+
+@cython.final
+cdef class Router:
+    """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
+
+    ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
+    ``pipeline`` throughout, and whoever knows the nodes writes into them. ``apart`` has the same
+    operations for records whose two keys lie in different slots.
+    """
+
+    cdef public list owners
+    cdef public list readers
+    cdef object _create_waiter
+    cdef object _apart
+    cdef _Encoder _encoder
+    cdef long long _split
+
+    def __init__(
+        self,
+        create_waiter,
+        Pipeline pipeline not None,
+        apart,
+        *,
+        str key_prefix="",
+        bint hash_tag=False,
+    ):
+        self.owners = [pipeline] * SLOTS
+        self.readers = [pipeline] * SLOTS
+        self._create_waiter = create_waiter
+        self._apart = apart
+        self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
+
+    # -- operations on one record
+
+    def get(self, name):
+        """Queue a read; its waiter gets the Record, or None."""
+        cdef str key = check_name(name)
+        cdef int slot = self._encoder.slot(key)
+        if slot < 0:
+            return self._apart.get(key)
+        return (<Pipeline?>self.readers[slot])._join(GET, key)
+
+    def head(self, name):
+        """Queue a read of the version; its waiter gets the int, or None."""
+        cdef str key = check_name(name)
+        cdef int slot = self._encoder.slot(key)
+        if slot < 0:
+            return self._apart.head(key)
+        return (<Pipeline?>self.readers[slot])._join(HEAD, key)
+
+    def set(self, name, version, data, ttl=None, if_newer=False):
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        cdef str key = check_name(name)
+        cdef int slot = self._encoder.slot(key)
+        if slot < 0:
+            return self._apart.set(key, version, data, ttl, if_newer)
+        return (<Pipeline?>self.owners[slot])._put(key, version, data, ttl, if_newer)
+
+    def delete(self, name):
+        """Queue a removal; its waiter gets whether there was such a record."""
+        cdef str key = check_name(name)
+        cdef int slot = self._encoder.slot(key)
+        if slot < 0:
+            return self._apart.delete(key)
+        return (<Pipeline?>self.owners[slot])._join(DELETE, key)
+
+    # -- bulk operations
+
+    def get_bulk(self, names):
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._bulk(GET, _unique("get_bulk", names))
+
+    def head_bulk(self, names):
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._bulk(HEAD, _unique("head_bulk", names))
+
+    def set_bulk(self, records, ttl=None, if_newer=False):
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        cdef dict writes = {}
+        cdef long long write_ttl = 0
+        cdef Py_ssize_t size = 0
+        # They all have the same limits and the same default.
+        cdef Pipeline pipeline = <Pipeline?>self.owners[0]
+        pipeline.make_writes(records, ttl, if_newer, writes, &write_ttl, &size)
+        return self._bulk(_kind_of(write_ttl, if_newer), writes)
+
+    def delete_bulk(self, names):
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._bulk(DELETE, _unique("delete_bulk", names))
+
+    # -- reads for the near cache
+
+    def read(self, str name not None, waiter):
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        cdef int slot = self._encoder.slot(name)
+        if slot < 0:
+            self._apart.read(name, waiter)
+        else:
+            (<Pipeline?>self.readers[slot])._join(GET, name, waiter)
+
+    def read_bulk(self, int kind, names, waiter):
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._bulk(kind, dict.fromkeys(names), waiter)
+
+    # -- for those who know the nodes
+
+    def stats(self):
+        """Return what is to be added to the nodes' counters for those of the whole.
+
+        A bulk is an operation of each node that has a part of it, and yet but one.
+        """
+        return {"operations": -self._split}
+
+    def slot_of(self, name):
+        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        return self._encoder.slot(check_name(name))
+
+    cpdef target_of(self, int kind, str name):
+        """Return the pipeline for what an operation of that kind is about: a record, or a key."""
+        cdef bint reads = kind == GET or kind == HEAD or kind == READ_KEY
+        return (self.readers if reads else self.owners)[self._encoder.slot_of(kind, name)]
+
+    def key_command(self, int kind, str key not None, waiter, *parts):
+        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        self.target_of(kind, key).key_command(kind, key, waiter, *parts)
+
+    def publish(self, topic, bytes opening not None, message, bint sharded):
+        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        cdef long long number = topic_of(topic, message)
+        cdef char digits[20]
+        cdef int slot = slot_of_text(digits, put_digits(digits, number) - digits)
+        return (<Pipeline?>self.owners[slot])._publish(number, opening, message, sharded)
+
+    def admit_keys(self, int kind, sizes):
+        """Raise Overloaded, or what else keeps a node from taking commands of some keys.
+
+        ``sizes`` has for each key how much text is to be written to it.
+        """
+        cdef dict totals = {}
+        cdef Pipeline pipeline
+        for key, size in sizes.items():
+            target = self.target_of(kind, key)
+            totals[target] = totals.get(target, 0) + size
+        for pipeline, total in totals.items():
+            pipeline.admit(total)
+        for pipeline in totals:
+            pipeline.rouse()
+
+    cdef object _bulk(self, int kind, dict records, waiter=None):
+        cdef list pipelines = self.readers if kind <= HEAD else self.owners
+        cdef bint writes = SET <= kind <= SET_IF_NEWER
+        cdef dict parts = {}  # of each pipeline: its records
+        cdef dict sizes = {}  # of each pipeline: the bytes of their text
+        cdef dict apart = {}
+        cdef dict part
+        cdef object last = None
+        cdef Py_ssize_t size
+        cdef int slot
+        cdef Pipeline pipeline
+        for name, entry in records.items():
+            slot = self._encoder.slot(<str>name)
+            if slot < 0:
+                PyDict_SetItem(apart, name, entry)
+                continue
+            if pipelines[slot] is not last:
+                last = <Pipeline?>pipelines[slot]
+                part = <dict>PyDict_SetDefault(parts, last, {})
+            PyDict_SetItem(part, name, entry)
+        if apart:
+            self._apart.check_bulk(kind, apart)
+        for pipeline, part in parts.items():
+            # Refused by one of them, it must not be under way to the others.
+            size = 0
+            if writes:
+                for entry in part.values():
+                    size += PyBytes_GET_SIZE((<_Write>entry).text)
+            sizes[pipeline] = size
+            pipeline.admit(size)
+        for pipeline in parts:
+            pipeline.rouse()
+        if waiter is None:
+            waiter = self._create_waiter()
+        cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
+        self._split += PyDict_Size(parts) - 1
+        if not records:
+            (<Pipeline?>pipelines[0]).admit(0)
+            (<Pipeline?>pipelines[0]).rouse()
+            waiter.set_result(bulk.result)
+        for pipeline, part in parts.items():
+            pipeline.add_part(bulk, kind, part, sizes[pipeline])
+        for name, entry in apart.items():
+            self._apart.join_bulk(bulk, kind, name, entry)
+        return waiter

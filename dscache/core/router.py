@@ -1,0 +1,184 @@
+"""Which pipeline an operation goes to, on a cluster; the pure twin of ``router.pxi``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from . import constants as c
+from . import envelope as e
+from .batch import Write
+from .pipeline import Pipeline, kind_of, new_bulk, unique
+from .record import check_name
+from .resp import Encoder, slot_of_key
+
+
+class Router:
+    """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
+
+    ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
+    ``pipeline`` throughout, and whoever knows the nodes writes into them. ``apart`` has the same
+    operations for records whose two keys lie in different slots.
+    """
+
+    def __init__(
+        self,
+        create_waiter: Callable[[], Any],
+        pipeline: Pipeline,
+        apart: Any,
+        *,
+        key_prefix: str = "",
+        hash_tag: bool = False,
+    ) -> None:
+        self.owners = [pipeline] * c.SLOTS
+        self.readers = [pipeline] * c.SLOTS
+        self._create_waiter = create_waiter
+        self._apart = apart
+        self._encoder = Encoder(key_prefix, hash_tag)
+        self._split = 0
+
+    # -- operations on one record
+
+    def get(self, name: str) -> Any:
+        """Queue a read; its waiter gets the Record, or None."""
+        name = check_name(name)
+        slot = self._encoder.slot(name)
+        return self._apart.get(name) if slot < 0 else self.readers[slot].get(name)
+
+    def head(self, name: str) -> Any:
+        """Queue a read of the version; its waiter gets the int, or None."""
+        name = check_name(name)
+        slot = self._encoder.slot(name)
+        return self._apart.head(name) if slot < 0 else self.readers[slot].head(name)
+
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        name = check_name(name)
+        slot = self._encoder.slot(name)
+        if slot < 0:
+            return self._apart.set(name, version, data, ttl, if_newer)
+        return self.owners[slot].set(name, version, data, ttl, if_newer)
+
+    def delete(self, name: str) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record."""
+        name = check_name(name)
+        slot = self._encoder.slot(name)
+        return self._apart.delete(name) if slot < 0 else self.owners[slot].delete(name)
+
+    # -- bulk operations
+
+    def get_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many records; its waiter gets a dict of those found."""
+        return self._bulk(c.GET, unique("get_bulk", names))
+
+    def head_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a read of many versions; its waiter gets a dict of those found."""
+        return self._bulk(c.HEAD, unique("head_bulk", names))
+
+    def set_bulk(
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None = None,
+        if_newer: bool = False,
+    ) -> Any:
+        """Queue a write of many records; its waiter gets the set of names not written."""
+        # They all have the same limits and the same default.
+        writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer)
+        return self._bulk(kind_of(write_ttl, if_newer), writes)
+
+    def delete_bulk(self, names: Iterable[str]) -> Any:
+        """Queue a removal of many records; its waiter gets how many there were."""
+        return self._bulk(c.DELETE, unique("delete_bulk", names))
+
+    # -- reads for the near cache
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        slot = self._encoder.slot(name)
+        if slot < 0:
+            self._apart.read(name, waiter)
+        else:
+            self.readers[slot].read(name, waiter)
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        self._bulk(kind, dict.fromkeys(names), waiter)
+
+    # -- for those who know the nodes
+
+    def stats(self) -> dict[str, int]:
+        """Return what is to be added to the nodes' counters for those of the whole.
+
+        A bulk is an operation of each node that has a part of it, and yet but one.
+        """
+        return {"operations": -self._split}
+
+    def slot_of(self, name: object) -> int:
+        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        return self._encoder.slot(check_name(name))
+
+    def target_of(self, kind: int, name: str) -> Pipeline:
+        """Return the pipeline for what an operation of that kind is about: a record, or a key."""
+        slot = slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
+        return (self.readers if kind in (c.GET, c.HEAD, c.READ_KEY) else self.owners)[slot]
+
+    def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
+        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        self.target_of(kind, key).key_command(kind, key, waiter, *parts)
+
+    def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
+        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        topic = e.topic_of(message) if topic is None else e.check_topic(topic)
+        return self.owners[slot_of_key(b"%d" % topic)].publish(topic, opening, message, sharded)
+
+    def admit_keys(self, kind: int, sizes: Mapping[str, int]) -> None:
+        """Raise Overloaded, or what else keeps a node from taking commands of some keys.
+
+        ``sizes`` has for each key how much text is to be written to it.
+        """
+        totals: dict[Pipeline, int] = {}
+        for key, size in sizes.items():
+            pipeline = self.target_of(kind, key)
+            totals[pipeline] = totals.get(pipeline, 0) + size
+        for pipeline, total in totals.items():
+            pipeline.admit(total)
+        for pipeline in totals:
+            pipeline.rouse()
+
+    def _bulk(self, kind: int, records: dict[str, Any], waiter: Any = None) -> Any:
+        pipelines = self.readers if kind <= c.HEAD else self.owners
+        parts: dict[Pipeline, dict[str, Any]] = {}
+        apart: dict[str, Any] = {}
+        for name, entry in records.items():
+            slot = self._encoder.slot(name)
+            part = apart if slot < 0 else parts.setdefault(pipelines[slot], {})
+            part[name] = entry
+        if apart:
+            self._apart.check_bulk(kind, apart)
+        sizes: dict[Pipeline, int] = {}
+        for pipeline, part in parts.items():
+            # Refused by one of them, it must not be under way to the others.
+            size = sizes[pipeline] = sum(len(w.text) for w in part.values() if type(w) is Write)
+            pipeline.admit(size)
+        for pipeline in parts:
+            pipeline.rouse()
+        if waiter is None:
+            waiter = self._create_waiter()
+        bulk = new_bulk(kind, records, waiter, shared=True)
+        self._split += len(parts) - 1
+        if not records:
+            pipelines[0].admit(0)
+            pipelines[0].rouse()
+            waiter.set_result(bulk.result)
+        for pipeline, part in parts.items():
+            pipeline.add_part(bulk, kind, part, sizes[pipeline])
+        for name, entry in apart.items():
+            self._apart.join_bulk(bulk, kind, name, entry)
+        return waiter

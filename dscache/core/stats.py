@@ -1,0 +1,46 @@
+"""The counters of ``stats()``: their names, and how those of several pipelines become one's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from .constants import latency_of, mean_batch
+
+# What tells of this moment, and is no more when its pipeline is no more.
+OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
+# The counters of a Pipeline, of which each is the sum of those of several.
+NAMES: Final = (
+    *("operations", "records", "reads", "hits", "misses", "halves", "damaged"),
+    *("writes", "not_newer", "deletes", "failed", "overloaded"),
+    *("batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"),
+    *OF_THE_MOMENT,
+)
+
+
+def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = False) -> None:
+    """Add to counters those of another one; if ``lasting``, without those of the moment."""
+    for name, count in counts.items():
+        if isinstance(count, int) and not (lasting and name in OF_THE_MOMENT):
+            total[name] = total.get(name, 0) + count
+    if (latency := counts.get("latency")) is None:
+        return
+    rows = total.setdefault("latency", latency_of({}))["operations"]
+    for operation, row in latency["operations"].items():
+        own = rows.setdefault(operation, {"count": 0, "sum": 0.0, "buckets": []})
+        buckets = own["buckets"] or [0] * len(row["buckets"])
+        rows[operation] = {
+            "count": own["count"] + row["count"],
+            "sum": own["sum"] + row["sum"],
+            "buckets": [one + more for one, more in zip(buckets, row["buckets"], strict=True)],
+        }
+
+
+def told(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the counters of several as a Pipeline tells its own; others are left out."""
+    total: dict[str, Any] = dict.fromkeys(NAMES, 0)
+    for part in parts:
+        add(total, part)
+    numbers = {name: total[name] for name in NAMES}
+    latency = total.get("latency") or latency_of({})
+    return {**numbers, "mean_batch": mean_batch(numbers), "latency": latency}

@@ -1,0 +1,1 @@
+"""Knowledge of servers that aio and blocking share, sans-IO."""

@@ -1,0 +1,1 @@
+"""Connections and subscriptions of message nodes."""

@@ -1,0 +1,97 @@
+"""Exceptions on every line of an operation, failing allocations, and finalizers that interfere.
+
+Each runs in a process of its own. The long forms are rows of the soak test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dscache.embedded import EmbeddedServer, ServerBinary
+from tests.conftest import BY_AGE, CORES, MakeServer
+from tests.programs.injection import TIMEOUT
+from tests.programs.shortage import scan, scenes
+from tests.support.blocking import run_child
+from tests.support.clusters import ClusterGroup
+
+QUICK = {"commandTimeout": TIMEOUT, "retryStrategy": {"first": 1, "cap": 20}}
+# In what is scanned here, every so many allocations fail; in the soak test, each one does.
+STRIDE = {"fast": 3, "pure": 41}
+FEW = ("get", "mixed read", "set-bulk", "near hit", "messages", "mixed sent lose", "get MOVED")
+
+
+@pytest.fixture(scope="module")
+def binary() -> ServerBinary:
+    """The newest server alone: what is struck here is the client."""
+    return BY_AGE[-1]
+
+
+@pytest.fixture(scope="module")
+def server(
+    binary: ServerBinary, running: Callable[[ServerBinary], EmbeddedServer]
+) -> EmbeddedServer:
+    return running(binary)
+
+
+def assert_holds(backend: str, options: dict[str, Any], kind: str, **more: Any) -> None:
+    where = {"options": options | QUICK, "kind": kind, "uvloop": False, "every": False}
+    where |= {"reconnect": False, **more}
+    result = run_child("injection.py", json.dumps(where), backend=backend)
+    assert result["problems"] == []
+    assert result["cases"] > 20, result
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_lines_of_an_async_cache(server: EmbeddedServer, backend: str, loop: str) -> None:
+    options = {"host": server.host, "port": server.port}
+    assert_holds(backend, options, "async", uvloop=loop == "uvloop")
+
+
+def test_lines_of_a_near_cache(server: EmbeddedServer, backend: str) -> None:
+    options = {"host": server.host, "port": server.port, "nearCache": {}}
+    assert_holds(backend, options, "async")
+
+
+def test_lines_of_a_lost_connection(make_server: MakeServer) -> None:
+    server = make_server()
+    assert_holds("fast", {"host": server.host, "port": server.port}, "async", reconnect=True)
+
+
+def test_lines_of_a_blocking_cache(server: EmbeddedServer, backend: str) -> None:
+    assert_holds(backend, {"host": server.host, "port": server.port}, "blocking")
+
+
+def test_lines_of_a_message_node(server: EmbeddedServer, backend: str) -> None:
+    assert_holds(backend, {"host": server.host, "port": server.port}, "messages")
+
+
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+def test_lines_on_a_cluster(group: ClusterGroup, backend: str, kind: str) -> None:
+    assert_holds(backend, group.options, kind)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("_testcapi") is None,
+    reason="this Python has no _testcapi, which lets allocations fail",
+)
+@pytest.mark.parametrize("backend", CORES)
+def test_single_allocations_fail(backend: str) -> None:
+    result = scan(backend, STRIDE[backend], list(FEW))
+    assert (result["crashes"], result["problems"]) == ([], [])
+    assert result["runs"] > 50
+
+
+def test_scenes_have_every_step() -> None:
+    assert set(FEW) <= scenes().keys()
+
+
+@pytest.mark.parametrize("backend", CORES)
+def test_finalizers_interfere(backend: str) -> None:
+    result = run_child("finalizers.py", backend, "3000", backend=backend)
+    assert result["problems"] == []
+    assert result["finalized"] >= 3000

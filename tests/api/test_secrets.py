@@ -1,0 +1,299 @@
+"""No output holds a password, whatever a server says: errors, frames, log, stats and commands.
+
+Servers repeat the arguments of a command that they don't know, and a hostile one repeats what it
+likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis.credentials import CredentialProvider
+
+import dscache
+from dscache.embedded import EmbeddedServer
+from dscache.errors import DscacheError, ReplyError
+from dscache.net.credentials import Hidden, masked
+from tests.conftest import SERVERS, _server_id
+from tests.support.commands import invoke
+from tests.support.faults import HELLO_REPLY, FakeServer
+from tests.support.waiting import until
+
+SECRET = "hunter2-of-the-app"
+OTHER = "hunter2-of-the-watch"
+SECRETS = (SECRET, OTHER)
+MakeServer = Callable[..., EmbeddedServer]
+
+# Each is what a server does with commands that it was not meant to get.
+RENAMED = {
+    "both": ("--rename-command", "HELLO", "", "--rename-command", "AUTH", ""),
+    "AUTH": ("--rename-command", "AUTH", ""),
+    "HELLO": ("--rename-command", "HELLO", "", "--requirepass", "another"),
+}
+
+
+def told_by(error: BaseException | None) -> str:
+    """Return all that an error tells: its texts, its arguments, and its frames with their locals.
+
+    So for each error that is reachable from it.
+    """
+    told = []
+    seen: set[int] = set()
+    errors = [error]
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        told += [str(one), repr(one), repr(one.args), repr(vars(one))]
+        shown = traceback.TracebackException.from_exception(one, capture_locals=True)
+        # The test's own frame has every secret.
+        shown.stack = traceback.StackSummary.from_list(
+            [frame for frame in shown.stack if frame.filename != __file__]
+        )
+        told += list(shown.format(chain=False))
+        errors += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            errors += one.exceptions
+    return "\n".join(told)
+
+
+def assert_hidden(text: str) -> None:
+    assert text
+    for secret in SECRETS:
+        for part in (secret, secret[:10], repr(secret)[1:-1]):
+            assert part not in text, text
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level(logging.DEBUG)
+    yield
+    for record in caplog.get_records("call"):
+        shown = record.getMessage()
+        if record.exc_info:
+            shown += told_by(record.exc_info[1])
+        assert_hidden(f"{record.name}: {shown}")
+
+
+def config_of(port: int, **more: Any) -> dict[str, Any]:
+    options = {
+        **{"host": "127.0.0.1", "port": port, "username": "app", "password": SECRET},
+        **{"commandTimeout": 3000, "connectTimeout": 3000, "retryStrategy": {"first": 1, "cap": 5}},
+        **more,
+    }
+    return {"name": "redis", "options": options}
+
+
+async def fail_everywhere(config: dict[str, Any], **more: Any) -> str:
+    """Return what all errors and counters tell of a server that no cache can use."""
+    told = []
+    cache = dscache.AsyncCache.from_config(config, **more)
+    for ask in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set("a", 1, {"b": SECRET})):
+        try:
+            await ask()
+        except DscacheError as error:
+            told.append(told_by(error))
+        else:
+            raise AssertionError("the server was of use")
+    told.append(repr(cache.stats()) + cache.description)
+    await cache.close()
+
+    def block() -> None:
+        blocking = dscache.Cache.from_config(config, **more)
+        for ask in (blocking.when_ready, lambda: blocking.get("a")):
+            try:
+                ask()
+            except DscacheError as error:
+                told.append(told_by(error))
+            else:
+                raise AssertionError("the server was of use")
+        told.append(repr(blocking.stats()) + blocking.description)
+        blocking.close()
+
+    await asyncio.to_thread(block)
+    return "\n".join(told)
+
+
+@pytest.mark.parametrize("server", SERVERS, indirect=True, ids=_server_id)
+@pytest.mark.parametrize("renamed", RENAMED)
+async def test_a_server_whose_commands_are_renamed(
+    make_server: MakeServer, renamed: str, backend: str
+) -> None:
+    started = make_server(*RENAMED[renamed])
+    # Redis repeats what it was told; that is what this is about.
+    told = await fail_everywhere(config_of(started.port))
+    assert_hidden(told)
+    url = f"redis://app:{SECRET}@127.0.0.1:{started.port}"
+    for words in (("doctor", "--url", url), ("get", "a", "--url", url)):
+        done = await asyncio.to_thread(invoke, *words)
+        assert_hidden(done.out + done.err + "shown")
+
+
+def repeated(command: list[bytes]) -> bytes:
+    return b"-ERR what is " + b" ".join(command).replace(b"\r\n", b" ") + b"?\r\n"
+
+
+def in_its_name(command: list[bytes]) -> bytes:
+    text = b" ".join(command)
+    return b"%%1\r\n$6\r\nserver\r\n$%d\r\n%b\r\n" % (len(text), text)
+
+
+def as_a_push(command: list[bytes]) -> bytes:
+    return b">2\r\n$0\r\n\r\n$%d\r\n%b\r\n" % (len(command[-1]), command[-1])
+
+
+def cut_in_the_middle(command: list[bytes]) -> bytes:
+    return b"-ERR " + b"x" * (470 - 5) + command[-1] + b"y" * 10_000 + b"\r\n"
+
+
+HOSTILE = {
+    "error": {"HELLO": repeated},
+    "code": {"HELLO": lambda command: b"-" + command[-1] + b"\r\n"},
+    "old": {"HELLO": b"-ERR unknown command\r\n", "AUTH": repeated},
+    "push": {"HELLO": as_a_push},
+    "cut": {"HELLO": cut_in_the_middle},
+    "select": {"SELECT": lambda command: b"-ERR no: " + SECRET.encode() + b"\r\n"},
+}
+
+
+@pytest.mark.parametrize("way", HOSTILE)
+async def test_a_server_that_repeats_what_it_was_told(way: str, backend: str) -> None:
+    async with FakeServer(HOSTILE[way]) as fake:  # type: ignore[arg-type]
+        assert_hidden(await fail_everywhere(config_of(fake.port, db=1)))
+        assert any(SECRET.encode() in word for said in fake.commands for word in said)
+
+
+async def test_a_server_that_calls_itself_by_the_password(backend: str) -> None:
+    async with FakeServer({"HELLO": in_its_name}) as fake:
+        config = config_of(fake.port)
+        async with dscache.AsyncCache.from_config(config) as cache:
+            assert_hidden(cache.description + repr(cache.stats()))
+            assert "***" in cache.description
+
+        def block() -> str:
+            with dscache.Cache.from_config(config) as blocking:
+                blocking.when_ready()
+                return blocking.description + repr(blocking.stats())
+
+        assert_hidden(await asyncio.to_thread(block))
+
+
+async def test_a_sentinel_that_repeats_what_it_was_told(backend: str) -> None:
+    answers = {"AUTH": repeated, "HELLO": repeated, "SENTINEL": repeated}
+    async with FakeServer(answers) as fake:  # type: ignore[arg-type]
+        config = {
+            "name": "redis",
+            "options": {
+                "sentinels": [{"host": "127.0.0.1", "port": fake.port}],
+                "name": "group",
+                "password": SECRET,
+                "sentinelUsername": "watch",
+                "sentinelPassword": OTHER,
+                "commandTimeout": 1000,
+                "connectTimeout": 1000,
+                "retryStrategy": {"first": 1, "cap": 5},
+            },
+        }
+        assert_hidden(await fail_everywhere(config))
+        assert any(OTHER.encode() in word for said in fake.commands for word in said)
+
+
+class Provider(CredentialProvider):
+    """Gives a token, or fails with it in its words."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def get_credentials(self) -> tuple[str, str]:
+        if self.fails:
+            raise ValueError(f"the token {SECRET} is too old")
+        return "app", SECRET
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_token_of_a_provider(fails: bool, backend: str) -> None:
+    async with FakeServer({"HELLO": repeated}) as fake:
+        config = config_of(fake.port, commandTimeout=500, connectTimeout=500)
+        del config["options"]["username"], config["options"]["password"]
+        assert_hidden(await fail_everywhere(config, credentials=Provider(fails)))
+
+
+@pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
+async def test_records_are_not_repeated_either(make_server: MakeServer, backend: str) -> None:
+    """The script for guarded writes has a record's data as its arguments."""
+    started = make_server("--rename-command", "EVALSHA", "", "--rename-command", "EVAL", "")
+    async with dscache.AsyncCache.from_config(started.url) as cache:
+        with pytest.raises(ReplyError) as caught:
+            await cache.set("a", 1, {"token": SECRET}, if_newer=True)
+        assert caught.value.code == "ERR"
+        assert "unknown command" in str(caught.value)
+        told = told_by(caught.value)
+        assert_hidden("\n".join(line for line in told.splitlines() if "data = " not in line))
+
+
+async def test_a_timeout_of_the_handshake(backend: str) -> None:
+    async with FakeServer({"HELLO": b""}) as fake:
+        config = config_of(fake.port, commandTimeout=300, connectTimeout=200)
+        assert_hidden(await fail_everywhere(config))
+
+
+class Renewing(CredentialProvider):
+    """Gives a token, and tells of another."""
+
+    def __init__(self) -> None:
+        self.told: Callable[[Any], Any] | None = None
+
+    def get_credentials(self) -> tuple[str, str]:
+        return "app", SECRET
+
+    def on_next(self, told: Callable[[Any], Any]) -> None:
+        self.told = told
+
+    def try_get(self, claim: str) -> str:
+        return "app"
+
+    def get_value(self) -> str:
+        return OTHER
+
+
+async def test_renewed_credentials_that_are_refused(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = Renewing()
+    async with FakeServer({"HELLO": HELLO_REPLY, "AUTH": repeated}) as fake:
+        config = config_of(fake.port)
+        async with dscache.AsyncCache.from_config(config, credentials=provider) as cache:
+            assert provider.told is not None
+            provider.told(provider)
+            await until(lambda: "AUTH was refused" in caplog.text)
+            assert_hidden(repr(cache.stats()))
+        assert any(OTHER.encode() in word for said in fake.commands for word in said)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ERR no such pa55", "ERR no such ***"),
+        ("pa55", "***"),
+        ("WRONGPASS pa55pa55", "WRONGPASS ******"),
+        ("ERR x pa… (9000 characters)", "ERR x ***… (9000 characters)"),
+        ("ERR x p… (9000 characters)", "ERR x ***… (9000 characters)"),
+        ("ERR x… (9000 characters)", "ERR x… (9000 characters)"),
+    ],
+)
+def test_masked(text: str, shown: str) -> None:
+    assert masked(text, [None, Hidden(""), Hidden("pa55")]) == shown
+
+
+def test_a_hidden_text_is_shown_nowhere() -> None:
+    word = Hidden(SECRET)
+    assert (str(word), repr(word), f"{word}") == ("***", "***", "***")
+    assert word.reveal() == SECRET
+    assert (word == Hidden(SECRET), word == SECRET) == (True, False)
+    assert not hasattr(word, "__dict__")

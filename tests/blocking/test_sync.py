@@ -1,0 +1,926 @@
+"""The blocking Cache: threads, its bounded connections, interruptions, forks, and faults.
+
+What its operations give is tested with those of the asyncio one, in ``test_cache.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis as redis_py
+from redis.credentials import CredentialProvider
+
+import dscache
+from dscache.blocking.connection import Line
+from dscache.embedded import EmbeddedServer, TLSFiles
+from dscache.net.sockets import Attempt
+from dscache.pubsub.subscribers import Messages
+from tests.conftest import SERVERS, _server_id
+from tests.support.blocking import (
+    PATIENCE,
+    LoopThread,
+    Model,
+    ProxyThread,
+    in_threads,
+    run_child,
+    until,
+)
+from tests.support.blocking_checks import (
+    assert_a_place_is_made,
+    assert_bulks_come_through,
+    assert_each_size_is_read,
+    assert_interrupted,
+    assert_struck_at_each_line,
+)
+from tests.support.faults import FakeServer
+from tests.support.sentinels import SentinelGroup
+
+MakeServer = Callable[..., EmbeddedServer]
+Call = Callable[[dscache.Cache], Any]
+
+# For what must not end by a time limit, and for what can end by nothing else.
+PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
+IMPATIENT = {"connectTimeout": 200, "commandTimeout": 200}
+SECRET = "pa55-w0rd"
+
+on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
+
+READS: list[Call] = [
+    lambda cache: cache.get("a"),
+    lambda cache: cache.head("a"),
+    lambda cache: cache.get_bulk(["a"]),
+    lambda cache: cache.head_bulk(["a"]),
+]
+GUARDED: list[Call] = [
+    lambda cache: cache.set("a", 5, "new", if_newer=True),
+    lambda cache: cache.set_bulk({"a": (6, "new")}, if_newer=True),
+]
+PLAIN_WRITES: list[Call] = [
+    lambda cache: cache.set("a", 1, "new"),
+    lambda cache: cache.set("a", 1, "new", ttl=1000),
+    lambda cache: cache.set_bulk({"a": (1, "new")}),
+    lambda cache: cache.delete("a"),
+    lambda cache: cache.delete_bulk(["a"]),
+]
+
+OpenCache = Callable[..., dscache.Cache]
+
+
+@pytest.fixture
+def open_cache(server: EmbeddedServer, backend: str, redis: redis_py.Redis) -> Iterator[OpenCache]:
+    """Open caches on ``server`` or, with ``url``, elsewhere; closed at the end, and drained."""
+    opened: list[dscache.Cache] = []
+
+    def open_one(**options: Any) -> dscache.Cache:
+        if not options.keys() & {"url", "path", "sentinels"}:
+            options["url"] = server.url
+        cache = dscache.Cache.from_config({"name": "redis", "options": options})
+        opened.append(cache)
+        return cache
+
+    yield open_one
+    for cache in opened:
+        cache.close()
+    for cache in opened:
+        stats = cache.stats()
+        left = {name: stats.get(name, 0) for name in ("pending", "in_flight", "queued")}
+        assert not any(left.values()), f"{cache.description}: not drained: {left}"
+        assert stats.get("connections", 0) == 0
+
+
+@pytest.fixture
+def proxy(server: EmbeddedServer) -> Iterator[ProxyThread]:
+    """A proxy in front of ``server`` that fails on command, in a thread of its own."""
+    with ProxyThread(server.host, server.port) as started:
+        yield started
+
+
+# -- threads
+
+
+@on_one_server
+def test_threads_share_a_cache(open_cache: OpenCache, redis: redis_py.Redis) -> None:
+    threads = 32
+    steps = int(os.environ.get("DSCACHE_TEST_OPERATIONS", "20000")) // threads
+    cache = open_cache(maxConnections=8, commandTimeout=PATIENCE * 1000, connectionName="pool")
+    peak = 0
+
+    def work(number: int) -> None:
+        nonlocal peak
+        model = Model(number)
+        for step in range(steps):
+            model.step(cache)
+            if step % 100 == 0:
+                peak = max(peak, sum(one["name"] == "pool" for one in redis.client_list()))
+
+    in_threads(threads, work)
+    stats = cache.stats()
+    assert 1 < peak <= 8
+    assert stats["connects"] == stats["connections"] <= 8
+    assert stats["last_loss"] == ""
+
+
+@on_one_server
+def test_one_thread_needs_one_connection(open_cache: OpenCache) -> None:
+    cache = open_cache()
+    for version in range(100):
+        cache.set("a", version, version)
+        assert cache.head("a") == version
+    assert cache.stats()["connects"] == 1
+
+
+def test_nothing_is_kept_near(
+    open_cache: OpenCache, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(dscache.ConfigError, match=r"options\.nearCache: .* use an AsyncCache"):
+        dscache.Cache.from_config({"name": "redis", "options": {"nearCache": True}})
+    with caplog.at_level("INFO", logger="dscache"):
+        cache = open_cache(url=server.url, nearCache={"required": False})
+    assert "nearCache has no effect" in caplog.text
+    assert cache.set("a", 1, "b") is True
+    assert cache.get("a") == cache.get("a")
+    assert cache.stats()["reads"] == 2
+
+
+def test_a_cache_in_memory_is_for_all_threads(backend: str) -> None:
+    cache = dscache.Cache.from_config({"name": "memory"})
+
+    def work(number: int) -> None:
+        model = Model(number)
+        for _ in range(200):
+            model.step(cache)
+
+    in_threads(8, work)
+    cache.close()
+
+
+# -- all connections in use
+
+
+def connect_all(cache: dscache.Cache, count: int) -> None:
+    """Have the cache open so many connections."""
+    together = threading.Barrier(count)
+
+    def names() -> Iterator[str]:
+        together.wait(PATIENCE)
+        yield "a"
+
+    in_threads(count, lambda _: cache.get_bulk(names()))
+
+
+@contextlib.contextmanager
+def used_up(proxy: ProxyThread, cache: dscache.Cache, count: int) -> Iterator[list[Any]]:
+    """Have so many threads wait for an answer in this block; gives what they got, afterwards."""
+    connect_all(cache, count)
+    results: list[Any] = []
+    proxy.do("stall")
+    threads = [
+        threading.Thread(target=lambda: results.append(cache.get("a"))) for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: cache.stats()["in_flight"] == count)
+    try:
+        yield results
+    finally:
+        proxy.do("resume")
+        for thread in threads:
+            thread.join(PATIENCE)
+
+
+@on_one_server
+def test_who_finds_no_connection_is_told_at_once(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=3, whenFull="error", **PATIENT)
+    cache.set("a", 1, [1])
+    calls = [*READS, *GUARDED, *PLAIN_WRITES]
+    with used_up(proxy, cache, 3) as results:
+        for call in calls:
+            with pytest.raises(dscache.Overloaded, match=r"all 3 connections.*maxConnections"):
+                call(cache)
+        with pytest.raises(dscache.RecordError):
+            cache.get("")
+        assert cache.get_bulk([]) == {}
+    assert [tuple(record) for record in results] == [(1, [1])] * 3
+    assert tuple(cache.get("a")) == (1, [1])
+    assert proxy.connections == 3
+
+
+@on_one_server
+def test_who_finds_no_connection_waits_for_one(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=2, **PATIENT)
+    cache.set("a", 1, [1])
+    with ThreadPoolExecutor(20) as threads:
+        with used_up(proxy, cache, 2):
+            waiting = [threads.submit(cache.set, f"r{n}", n, n) for n in range(20)]
+            until(lambda: len(cache._pool._turns) == 20)  # type: ignore[union-attr]
+            assert not any(one.done() for one in waiting)
+        assert all(one.result(PATIENCE) for one in waiting)
+    assert cache.head_bulk(f"r{n}" for n in range(20)) == {f"r{n}": n for n in range(20)}
+    assert cache.stats()["connects"] == 2
+
+
+@on_one_server
+def test_who_waits_in_vain_is_told_why(
+    open_cache: OpenCache, proxy: ProxyThread, redis: redis_py.Redis
+) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._pool
+    with used_up(proxy, cache, 1):
+        # From here on the others have less patience than the one that waits for its answer.
+        impatient = {"timeout": 0.2}
+        pool._new_pipeline.keywords.update(impatient)
+        for call in (READS[0], PLAIN_WRITES[0]):
+            with pytest.raises(dscache.DeadlineExceeded, match=r"none of the 1 .*maxConnections"):
+                call(cache)
+        assert not pool._turns
+    assert tuple(cache.get("a")) == (1, [1])
+
+
+@on_one_server
+def test_a_place_is_not_lost_with_the_thread_that_had_it(open_cache: OpenCache) -> None:
+    cache = open_cache(maxConnections=1, whenFull="error")
+    cache.set("a", 1, [1])
+    for _ in range(3):
+        assert_a_place_is_made(cache)
+        assert tuple(cache.get("a")) == (1, [1])
+    assert cache.stats()["connections"] == 1
+
+
+@on_one_server
+def test_who_waits_gets_the_place_of_one_that_is_gone(open_cache: OpenCache) -> None:
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._pool
+    taken = [pool._idle.pop()]
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(cache.get, "a")
+        until(lambda: pool._turns)
+        taken.clear()
+        assert tuple(waiting.result(PATIENCE)) == (1, [1])
+
+
+# -- interruptions
+
+
+@on_one_server
+def test_a_signal_handler_that_raises(server: EmbeddedServer, backend: str) -> None:
+    count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "500"))
+    assert_interrupted(server.url, count, backend)
+
+
+@on_one_server
+def test_a_signal_handler_that_raises_over_tls(
+    tls_proxy: ProxyThread, certificates: TLSFiles, backend: str
+) -> None:
+    options = {"url": tls_proxy.url, "tls": {"ca": certificates.authority}}
+    count = int(os.environ.get("DSCACHE_TEST_INTERRUPTIONS", "200"))
+    assert_interrupted(json.dumps(options), count, backend)
+
+
+@on_one_server
+def test_an_exception_at_each_line(server: EmbeddedServer, backend: str) -> None:
+    assert_struck_at_each_line({"url": server.url}, backend)
+
+
+@on_one_server
+def test_a_refusal_that_comes_from_elsewhere_takes_the_operation_back(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RecordError of a signal handler may come when the operation is queued already."""
+    cache = open_cache(maxConnections=1)
+    cache.set("a", 1, "a's")
+    pipeline: Any = cache._pool._idle[-1].pipeline  # type: ignore[union-attr]
+
+    class Struck:
+        def set(self, *arguments: Any) -> Any:
+            pipeline.set(*arguments)
+            raise dscache.RecordError("struck")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+    line: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    line.pipeline = Struck()
+    with pytest.raises(dscache.RecordError, match="struck"):
+        cache.set("a", 2, "never written")
+    line.pipeline = pipeline
+    assert tuple(cache.get("a")) == (1, "a's")  # type: ignore[arg-type]
+    assert cache.stats()["connects"] == 1
+
+
+def test_what_was_interrupted_while_it_was_made_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    attempt = Attempt.__new__(Attempt)
+    del attempt
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        Messages(1, lambda: None, max_pending=1, overflow="disconnect")
+    messages = Messages.__new__(Messages)
+    del messages
+    gc.collect()
+    assert raised == []
+
+
+@on_one_server
+def test_a_half_greeted_connection_is_not_kept(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What strikes a thread that connects may be of the classes of its own errors."""
+    cache = open_cache(maxConnections=1, db=5)
+    receive = Line._receive
+    for kind in (dscache.RecordError, dscache.ConnectError, dscache.ConnectionLost):
+
+        def strike(*_: object, kind: type[Exception] = kind) -> None:
+            raise kind("struck")
+
+        monkeypatch.setattr(Line, "_receive", strike)
+        for call in (cache.when_ready, lambda: cache.get("a")):
+            with pytest.raises(kind, match=r"^struck$"):
+                call()
+            assert not cache._pool._idle  # type: ignore[union-attr]
+        monkeypatch.setattr(Line, "_receive", receive)
+    assert cache.set("a", 1, "in database 5") is True
+    other = open_cache()
+    assert other.get("a") is None
+
+
+@on_one_server
+def test_an_interrupted_line_is_ended(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=1, **PATIENT)
+    cache.set("a", 1, "a's")
+    cache.set("b", 1, "b's")
+    pool: Any = cache._pool
+    for error in (KeyboardInterrupt, SystemExit, TimeoutError, OSError, ValueError):
+        line = pool._idle[-1]
+
+        def strike(*_: object, error: type[BaseException] = error) -> None:
+            raise error("struck")
+
+        line._poller = type("Poller", (), {"poll": strike})()
+        with pytest.raises(error, match="struck"):
+            cache.get("a")
+        assert cache.get("b").data == "b's"  # type: ignore[union-attr]
+        assert pool._idle[-1] is not line
+    assert cache.stats()["connections"] == 1
+
+
+@on_one_server
+def test_what_the_caller_gives_may_raise(open_cache: OpenCache) -> None:
+    cache = open_cache(maxConnections=1)
+
+    def names() -> Iterator[str]:
+        yield "a"
+        raise LookupError("the caller's own")
+
+    for _ in range(3):
+        with pytest.raises(LookupError, match="the caller's own"):
+            cache.get_bulk(names())
+        assert cache.set("a", 1, [1]) is True
+
+
+@on_one_server
+def test_the_caller_may_use_the_cache_in_what_it_gives(open_cache: OpenCache) -> None:
+    cache = open_cache()
+
+    def names() -> Iterator[str]:
+        for name in ("a", "b"):
+            cache.set(name, 1, [name])
+            yield name
+
+    assert {name: record.data for name, record in cache.get_bulk(names()).items()} == {
+        "a": ["a"],
+        "b": ["b"],
+    }
+
+
+@on_one_server
+def test_an_error_keeps_nothing_alive(open_cache: OpenCache, redis: redis_py.Redis) -> None:
+    cache = open_cache()
+    redis.mset({"bad_v": "no number", "bad_d": "1"})
+    gc.collect()
+    gc.disable()
+    try:
+        for call in (lambda: cache.get("bad"), lambda: cache.get("")):
+            with pytest.raises(dscache.RecordError) as caught:
+                call()
+            error = weakref.ref(caught.value)
+            del caught
+            assert error() is None
+    finally:
+        gc.enable()
+
+
+# -- processes and greenlets
+
+
+@on_one_server
+def test_a_fork_with_connections_open(server: EmbeddedServer, backend: str) -> None:
+    result = run_child("forks.py", server.url, "3", backend=backend)
+    assert result["wrong"] == []
+    assert [one["wrong"] for one in result["children"]] == [[], [], []]
+    assert [one["shared"] for one in result["children"]] == [0, 0, 0]
+    assert all(1 <= one["connections"] <= 4 for one in result["children"])
+    assert result["connects"] == result["again"], "the parent's connections were disturbed"
+
+
+@on_one_server
+def test_greenlets(server: EmbeddedServer, backend: str) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        silent_url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        result = run_child("greenlets.py", server.url, silent_url, "100", backend=backend)
+    assert result["wrong"] == []
+    assert result["finished"]
+    assert result["connections"] == 8
+    assert result["killed"] > 0
+    assert result["limited"] == "gevent.Timeout ConnectError"
+    assert result["waited"]
+    assert result["others_ran"]
+    assert result["pending"] == 0
+
+
+# -- the server is lost
+
+
+@on_one_server
+def test_a_restart_between_operations_is_nobodys_business(
+    open_cache: OpenCache, make_server: MakeServer
+) -> None:
+    own = make_server()
+    cache = open_cache(url=own.url, maxConnections=4, **PATIENT)
+    connect_all(cache, 4)
+    own.restart()
+    for call in (*PLAIN_WRITES, *READS, *GUARDED):
+        call(cache)
+    assert cache.stats()["last_loss"]
+    assert cache.is_ready
+
+
+@on_one_server
+@pytest.mark.parametrize("ending", ["fin", "rst"])
+def test_what_may_be_repeated_is_repeated(
+    open_cache: OpenCache, proxy: ProxyThread, ending: str
+) -> None:
+    cache = open_cache(url=proxy.url, **PATIENT)
+    for call in (*READS, *GUARDED):
+        cache.set("a", 1, [1])
+        before = cache.stats()["connects"]
+        proxy.do("cut_after", 3, "replies", ending)
+        assert call(cache) is not None
+        assert cache.stats()["connects"] == before + 1
+        proxy.do("heal")
+
+
+@on_one_server
+def test_a_write_that_may_have_happened_says_so(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, **PATIENT)
+    for call in PLAIN_WRITES:
+        cache.set("a", 1, [1])
+        proxy.do("cut_after", 3)
+        with pytest.raises(dscache.ConnectionLost, match="the write may have happened"):
+            call(cache)
+        proxy.do("heal")
+    assert cache.set("a", 1, [1]) is True
+
+
+@on_one_server
+def test_nobody_waits_longer_than_the_deadline(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, connectTimeout=60_000, commandTimeout=200)
+    cache.set("a", 1, [1])
+    proxy.do("stall")
+    for call in (*READS, *PLAIN_WRITES):
+        with pytest.raises((dscache.DeadlineExceeded, dscache.ConnectError)):
+            call(cache)
+    proxy.do("resume")
+    assert cache.set("a", 2, [2]) is True
+    assert tuple(cache.get("a")) == (2, [2])
+
+
+@on_one_server
+def test_an_answer_too_late_is_nobodys(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=1, commandTimeout=300)
+    cache.set("a", 1, "a's")
+    cache.set("b", 1, "b's")
+    for _ in range(3):
+        proxy.do("stall", "replies")
+        with pytest.raises(dscache.DeadlineExceeded, match="no answer"):
+            cache.get("a")
+        with pytest.raises(dscache.DscacheError):
+            cache.get("a")
+        proxy.do("resume")
+        until(lambda: cache.get("b").data == "b's")  # type: ignore[union-attr]
+
+
+@on_one_server
+def test_a_server_that_is_stopped_and_goes_on(
+    open_cache: OpenCache, make_server: MakeServer
+) -> None:
+    own = make_server()
+    cache = open_cache(url=own.url, **IMPATIENT)
+    cache.set("a", 1, [1])
+    own.pause()
+    try:
+        for call in (*READS, *PLAIN_WRITES):
+            with pytest.raises((dscache.DeadlineExceeded, dscache.ConnectError)):
+                call(cache)
+    finally:
+        own.resume()
+    assert cache.set("a", 2, [2], if_newer=True) in (True, False)
+    assert cache.get("a") is not None
+
+
+@on_one_server
+def test_a_server_that_is_killed_and_started(
+    open_cache: OpenCache, make_server: MakeServer
+) -> None:
+    own = make_server()
+    cache = open_cache(url=own.url, **PATIENT)
+    cache.set("a", 1, [1])
+    own.kill()
+    with ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(cache.set, f"r{n}", n, n) for n in range(8)]
+        until(lambda: cache.stats()["queued"] == 8)
+        own.start()
+        assert [one.result(PATIENCE) for one in waiting] == [True] * 8
+    assert cache.head_bulk(f"r{n}" for n in range(8)) == {f"r{n}": n for n in range(8)}
+
+
+@on_one_server
+def test_no_server_at_all(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    proxy.do("refuse")
+    cache = open_cache(url=proxy.url, **IMPATIENT)
+    address = proxy.url.removeprefix("redis://")
+    for call in (*READS, *GUARDED, *PLAIN_WRITES):
+        with pytest.raises(dscache.ConnectError, match=f"no connection to {address} within 200"):
+            call(cache)
+    with pytest.raises(dscache.ConnectError, match=f"no connection to {address} within 200"):
+        cache.when_ready()
+    with pytest.raises(dscache.RecordError):
+        cache.get("")
+    assert cache.get_bulk([]) == {}
+    assert not cache.is_ready
+    proxy.do("listen")
+    cache.when_ready()
+    assert cache.is_ready
+
+
+@on_one_server
+def test_a_server_that_accepts_and_says_nothing(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    proxy.do("deaf")
+    cache = open_cache(url=proxy.url, **IMPATIENT)
+    with pytest.raises(dscache.ConnectError):
+        cache.get("a")
+    with pytest.raises(dscache.ConnectError, match="no answer within 200 ms"):
+        cache.when_ready()
+    proxy.do("heal")
+    assert cache.get("a") is None
+
+
+@on_one_server
+def test_replies_in_pieces(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, **PATIENT)
+    proxy.do("split", 7)
+    records = {f"r{n}": (n, f"{n}" * 20) for n in range(60)}
+    assert cache.set_bulk(records) == set()
+    found = cache.get_bulk(records)
+    assert {name: tuple(record) for name, record in found.items()} == records
+    assert cache.stats()["connects"] == 1
+
+
+@on_one_server
+def test_full_buffers_on_both_sides(
+    open_cache: OpenCache, proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the server stops reading until its replies are read, a client that only sends hangs."""
+    cache = open_cache(url=proxy.url, **PATIENT)
+    assert_bulks_come_through(cache, 10_000)
+
+
+def test_what_nobody_asked_for_answers_nothing(backend: str) -> None:
+    stray = b'*2\r\n$1\r\n7\r\n$7\r\n"stray"\r\n'
+    nothing = b"*2\r\n$-1\r\n$-1\r\n"
+    thread = LoopThread()
+
+    async def begin() -> FakeServer:
+        return await FakeServer({"MGET": nothing}).__aenter__()
+
+    fake = thread.run(begin())
+    try:
+        with dscache.Cache.from_config(fake.url) as cache:
+            assert cache.get("a") is None
+            for accepted in (2, 3):
+                thread.call(fake.push, stray)
+                line = cache._pool._idle[-1]  # type: ignore[union-attr]
+                until(lambda line=line: line.is_readable(0))
+                assert cache.get("a") is None
+                assert fake.accepted == accepted
+            assert "nobody had asked" in cache.stats()["last_loss"]
+            fake.answers["MGET"] = nothing + stray
+            cache.get("a")
+            assert cache.get("a") is None
+            fake.answers["MGET"] = b"+no array\r\n"
+            with pytest.raises(dscache.ProtocolError, match="MGET"):
+                cache.get("a")
+            fake.answers["MGET"] = nothing
+            assert cache.get("a") is None
+    finally:
+        thread.run(fake.__aexit__())
+        thread.close()
+
+
+# -- the server refuses
+
+
+@on_one_server
+def test_a_wrong_password(open_cache: OpenCache, make_server: MakeServer) -> None:
+    own = make_server("--requirepass", SECRET)
+    for password, code in (("wrong-" + SECRET, "WRONGPASS"), (None, "NOAUTH")):
+        options = {"password": password} if password else {}
+        cache = open_cache(url=own.url, **options, **PATIENT)
+        for call in (lambda cache: cache.when_ready(), READS[0], PLAIN_WRITES[0]):
+            with pytest.raises(dscache.ReplyError) as caught:
+                call(cache)
+            assert caught.value.code == code
+            assert SECRET not in str(caught.value)
+        with pytest.raises(dscache.ReplyError), cache:
+            pytest.fail("it was entered")
+    cache = open_cache(url=own.url, password="to come", **PATIENT)
+    with pytest.raises(dscache.ReplyError):
+        cache.get("a")
+    with redis_py.Redis(host=own.host, port=own.port, password=SECRET) as admin:
+        admin.config_set("requirepass", "to come")
+    assert cache.get("a") is None
+
+
+class Provider(CredentialProvider):
+    """Gives what it is told to, and counts how often it was asked."""
+
+    def __init__(self, *given: str) -> None:
+        self.given = given
+        self.asked = 0
+        self.tell: Callable[[object], object] = lambda token: None
+
+    def get_credentials(self) -> Any:
+        self.asked += 1
+        if not self.given:
+            raise LookupError(SECRET)
+        return self.given
+
+    def on_next(self, callback: Callable[[object], object]) -> None:
+        self.tell = callback
+
+
+@on_one_server
+def test_credentials_are_asked_for_before_each_connection(
+    server: EmbeddedServer, backend: str, make_server: MakeServer
+) -> None:
+    own = make_server("--requirepass", SECRET)
+    provider = Provider(SECRET)
+    options = {"url": own.url, **IMPATIENT}
+    config = {"name": "redis", "options": options}
+    with dscache.Cache.from_config(config, credentials=provider) as cache:
+        assert cache.set("a", 1, [1]) is True
+        assert provider.asked == 1
+        # A streaming provider has a new token: who comes next logs in with it.
+        provider.tell(object())
+        assert tuple(cache.get("a")) == (1, [1])
+        assert provider.asked == 2
+        assert cache.stats()["connections"] == 1
+        provider.given = ()
+        provider.tell(object())
+        with pytest.raises(dscache.ConnectError, match="provider failed: LookupError") as caught:
+            cache.get("a")
+        assert SECRET not in str(caught.value)
+        provider.given = ("default", SECRET)
+        assert tuple(cache.get("a")) == (1, [1])
+
+
+# -- TLS
+
+
+@pytest.fixture
+def tls_proxy(server: EmbeddedServer, certificates: TLSFiles) -> Iterator[ProxyThread]:
+    """A proxy that speaks TLS and fails on command, in a thread of its own."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with ProxyThread(server.host, server.port, tls=context) as started:
+        yield started
+
+
+@on_one_server
+def test_tls(open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFiles) -> None:
+    trusting = {"url": tls_proxy.url, "tls": {"ca": certificates.authority}}
+    cache = open_cache(**trusting, **PATIENT)
+    records = {f"r{n}": (n, "x" * 2000) for n in range(2000)}
+    assert cache.set_bulk(records) == set()
+    for _ in range(2):
+        found = cache.get_bulk(records)
+        assert {name: tuple(record) for name, record in found.items()} == records
+        assert cache.get("absent") is None
+    assert cache.stats()["connects"] == 1
+    tls_proxy.do("cut")
+    assert cache.head("r7") == 7
+    assert cache.stats()["connects"] == 2
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@on_one_server
+def test_what_ends_in_the_middle_of_a_tls_record_is_read(
+    version: str, open_cache: OpenCache, server: EmbeddedServer, certificates: TLSFiles
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with ProxyThread(server.host, server.port, tls=context) as proxy:
+        cache = open_cache(
+            url=proxy.url, tls={"ca": certificates.authority}, commandTimeout=PATIENCE * 1000
+        )
+        assert_each_size_is_read(cache)
+        assert cache.stats()["connects"] == 1
+
+
+@on_one_server
+def test_what_tls_brought_unasked_ends_the_connection(
+    open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFiles
+) -> None:
+    """Bytes of which the socket tells nothing any more must not be taken for the next answer."""
+    cache = open_cache(url=tls_proxy.url, tls={"ca": certificates.authority}, **PATIENT)
+    cache.set("a", 1, "a's")
+    line: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    # The server's next answers come in one TLS record, of which one byte is read.
+    line.sock.setblocking(True)
+    line.sock.sendall(b"*2\r\n$3\r\nGET\r\n$3\r\na_d\r\n")
+    assert line.sock.recv(1) == b"$"
+    line.sock.setblocking(False)
+    assert line.sock.pending()
+    assert cache.get("absent") is None
+    assert cache.get("a").data == "a's"  # type: ignore[union-attr]
+    assert cache.stats()["last_loss"] == "it brought what nobody had asked for"
+
+
+@on_one_server
+def test_certificates_and_names(
+    open_cache: OpenCache, tls_proxy: ProxyThread, certificates: TLSFiles
+) -> None:
+    for tls in ({}, {"ca": certificates.authority, "servername": "elsewhere.example"}):
+        cache = open_cache(url=tls_proxy.url, tls=tls, **PATIENT)
+        for call in (lambda cache: cache.when_ready(), READS[0], PLAIN_WRITES[0]):
+            with pytest.raises(dscache.ConnectError, match="certificate"):
+                call(cache)
+    for tls in (
+        {"ca": certificates.authority, "servername": "localhost"},
+        {"ca": certificates.authority, "servername": "x.example", "checkHostname": False},
+        {"rejectUnauthorized": False},
+    ):
+        assert open_cache(url=tls_proxy.url, tls=tls).get("a") is None
+
+
+@on_one_server
+def test_a_silent_handshake_ends_by_its_deadline(
+    open_cache: OpenCache, tls_proxy: ProxyThread
+) -> None:
+    tls_proxy.do("stall")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"rediss://127.0.0.1:{silent.getsockname()[1]}"
+        cache = open_cache(url=url, **IMPATIENT)
+        with pytest.raises(dscache.ConnectError, match="no answer within 200 ms"):
+            cache.when_ready()
+
+
+# -- Sentinels
+
+
+@on_one_server
+def test_a_failover(open_cache: OpenCache, server: EmbeddedServer) -> None:
+    with SentinelGroup(server.binary) as group:
+        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        in_threads(3, lambda n: cache.set(f"r{n}", n, n))
+        old = group.primary()
+        assert f":{old.port}" in cache._pool.address  # type: ignore[union-attr]
+        with redis_py.Redis(port=old.port) as client:
+            # WAIT is for the writes of its own connection, and so for all before them.
+            client.set("marker", "1")
+            replicas = len(group.servers) - 1
+            assert client.wait(replicas, PATIENCE * 1000) == replicas
+        old.kill()
+        assert cache.head("r2") == 2
+        assert cache.set("a", 1, [1]) is True
+        group.wait_for_primary(old)
+        new = group.primary()
+        assert new.port != old.port
+        assert f":{new.port}" in cache._pool.address  # type: ignore[union-attr]
+
+
+# -- the end
+
+
+@pytest.mark.parametrize("kind", ["redis", "memory"])
+@on_one_server
+def test_from_nothing_to_closed(server: EmbeddedServer, kind: str, backend: str) -> None:
+    options = {"url": server.url} if kind == "redis" else {}
+    cache = dscache.Cache.from_config({"name": kind, "options": options})
+    assert not cache.is_ready
+    assert cache.stats() == {}
+    with cache as entered:
+        assert entered is cache
+        assert cache.is_ready
+        cache.set("a", 1, [1])
+        assert kind in cache.description
+        assert f"{backend} core" in cache.description
+    assert not cache.is_ready
+    assert cache.stats()["writes"] == 1
+    cache.close()
+    empty: list[Call] = [lambda cache: cache.get_bulk([]), lambda cache: cache.when_ready()]
+    for call in (*READS, *GUARDED, *PLAIN_WRITES, *empty):
+        with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+            call(cache)
+    with pytest.raises(dscache.ConnectionLost, match="the cache is closed"), cache:
+        pytest.fail("a closed cache was entered")
+
+
+@on_one_server
+def test_close_lets_others_finish(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=2, closeTimeout=600_000, **PATIENT)
+    cache.set("a", 1, [1])
+    connect_all(cache, 2)
+    with ThreadPoolExecutor(6) as threads:
+        proxy.do("stall")
+        waiting = [threads.submit(cache.get, "a") for _ in range(4)]
+        until(lambda: len(cache._pool._turns) == 2)  # type: ignore[union-attr]
+        closing = [threads.submit(cache.close) for _ in range(2)]
+        until(lambda: closing[0].done() or closing[1].done())
+        with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+            cache.get("a")
+        assert not all(one.done() for one in closing)
+        proxy.do("resume")
+        assert [tuple(one.result(PATIENCE)) for one in waiting] == [(1, [1])] * 4
+        for one in closing:
+            one.result(PATIENCE)
+    until(lambda: proxy.connections == 0)
+
+
+@on_one_server
+def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread) -> None:
+    cache = open_cache(url=proxy.url, maxConnections=2, closeTimeout=50, **PATIENT)
+    cache.set("a", 1, [1])
+    connect_all(cache, 2)
+    with ThreadPoolExecutor(3) as threads:
+        proxy.do("stall")
+        read = threads.submit(cache.get, "a")
+        write = threads.submit(cache.set, "a", 2, [2])
+        until(lambda: cache.stats()["in_flight"] == 2)
+        queued = threads.submit(cache.get, "a")
+        until(lambda: cache._pool._turns)  # type: ignore[union-attr]
+        cache.close()
+        for one in (read, queued):
+            with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
+                one.result(PATIENCE)
+        with pytest.raises(dscache.ConnectionLost, match=r"closed.*the write may have happened"):
+            write.result(PATIENCE)
+
+
+@on_one_server
+def test_what_is_dropped_unclosed_is_closed(server: EmbeddedServer, backend: str) -> None:
+    cache = dscache.Cache.from_config(f"{server.url}?client_name=dropped")
+    cache.set("a", 1, [1])
+    pool = weakref.ref(cache._pool)  # type: ignore[arg-type]
+    del cache
+    gc.collect()
+    assert pool() is None
+    with redis_py.Redis.from_url(server.url) as redis:
+        until(lambda: not [one for one in redis.client_list() if one["name"] == "dropped"])
+
+
+def test_a_subclass_makes_its_own_kind(backend: str) -> None:
+    class Sessions(dscache.Cache):
+        pass
+
+    with Sessions.from_config({"name": "memory"}) as cache:
+        assert type(cache) is Sessions
+
+
+def test_its_import_waits_until_it_is_needed() -> None:
+    program = (
+        "import sys, dscache\n"
+        "assert 'redis' not in sys.modules\n"
+        "assert 'Cache' in dscache.__all__\n"
+        "from dscache import Cache\n"
+        "assert 'redis' in sys.modules\n"
+        "assert dscache.Cache is Cache\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)

@@ -1,0 +1,171 @@
+"""bench: a load, what it measures, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import redis as redis_py
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dscache import AsyncCache, ConnectionLost
+from dscache.admin.latency_chart import draw
+from dscache.admin.load_test import Latencies
+from dscache.embedded import EmbeddedServer
+from tests.support.commands import PATIENCE, failing_after, invoke, plain, run_on_terminal, running
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.fixture
+def client(loaded: EmbeddedServer) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(loaded.url) as opened:
+        opened.flushall()
+        opened.mset({"user/1_v": 1, "user/1_d": "{}"})
+        yield opened
+        # Of a load nothing stays, and nothing else is touched.
+        assert sorted(opened.keys()) == [b"user/1_d", b"user/1_v"]
+
+
+SHORT = ("--seconds", "0.2", "--records", "50", "--tasks", "5")
+
+
+@pytest.mark.parametrize(
+    ("words", "reads", "writes"),
+    [
+        ((), True, True),
+        (("--read-ratio", "1"), True, False),
+        (("--read-ratio", "0", "--bulk", "20"), False, True),
+        (("--bulk", "100", "--size", "1"), True, True),
+    ],
+)
+def test_a_load(
+    words: tuple[str, ...],
+    reads: bool,
+    writes: bool,
+    loaded: EmbeddedServer,
+    client: redis_py.Redis,
+    backend: str,
+) -> None:
+    done = invoke("bench", *SHORT, *words, "--url", loaded.url)
+    assert (done.status, done.err) == (0, "")
+    document = done.document
+    assert (document["core"], document["errors"]) == (backend, 0)
+    for name, expected in (("reads", reads), ("writes", writes)):
+        measured = document[name]
+        assert (measured["operations"] > 0) == expected
+        times = [measured[f"{one}_ms"] for one in ("p50", "p90", "p99", "p99.9", "max")]
+        assert times == sorted(times)
+        assert (measured["mean_ms"] > 0) == expected
+    operations = document["reads"]["operations"] + document["writes"]["operations"]
+    rate = operations * document["bulk"] / document["seconds"]
+    assert document["records_per_second"] == pytest.approx(rate, rel=0.01)
+
+
+def test_records_have_the_size_asked_for(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+    sizes = set()
+    set_bulk = AsyncCache.set_bulk
+
+    def measuring(self, records, **options):
+        sizes.update(len(bytes(data)) for _, data in records.values())
+        return set_bulk(self, records, **options)
+
+    with mock.patch.object(AsyncCache, "set_bulk", measuring):
+        invoke("bench", *SHORT, "--size", "300", "--url", loaded.url)
+    assert sizes == {300}
+
+
+def test_a_drawing(loaded: EmbeddedServer, client: redis_py.Redis, tmp_path: Path) -> None:
+    file = tmp_path / "latency.svg"
+    done = invoke("bench", *SHORT, "--plot", str(file), "--url", loaded.url)
+    assert done.status == 0
+    drawing = ElementTree.parse(file).getroot()
+    assert drawing.tag == f"{SVG}svg"
+    assert len(drawing.findall(f"{SVG}path")) == 2
+    told = [text.text or "" for text in drawing.iter(f"{SVG}text")]
+    assert f"{done.document['records_per_second']:,} records a second" in told
+    assert sum(text.startswith("p99") for text in told) == 4
+
+
+def test_a_terminal(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+    status, written = run_on_terminal("bench", *SHORT, "--url", loaded.url, columns=60)
+    assert status == 0
+    lines = plain(written).splitlines()
+    assert any(line.startswith("reads ") for line in lines)
+    assert "records a second" in plain(written)
+
+
+def test_operations_that_fail_are_counted(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+    broken = failing_after(20, AsyncCache.get, ConnectionLost("it was unplugged"))
+    with mock.patch.object(AsyncCache, "get", broken):
+        done = invoke("bench", *SHORT, "--read-ratio", "1", "--url", loaded.url)
+    assert (done.status, done.document["reads"]["operations"]) == (1, 20)
+    assert done.document["errors"] > 0
+    assert "failed: ConnectionLost: it was unplugged" in done.err
+
+
+def test_ctrl_c_removes_what_it_wrote(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+    with running("bench", "--seconds", "60", "--url", loaded.url) as process:
+        while client.dbsize() < 100:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert process.stderr
+        assert process.stderr.read() == b"dscache: interrupted; its records are removed\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--tasks", "0"), "--tasks"),
+        (("--read-ratio", "1.5"), "--read-ratio"),
+        (("--plot", "latency.png"), "it must end in .svg"),
+        (("--plot", "/nowhere/latency.svg"), "in a folder that is there"),
+    ],
+)
+def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:
+    done = invoke("bench", *words, "--url", "127.0.0.1:1")
+    assert (done.status, error in done.err) == (2, True)
+
+
+# -- numbers
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=200))
+def test_percentiles_are_off_by_little(times: list[int]) -> None:
+    latencies = Latencies()
+    for time in times:
+        latencies.add(time)
+    assert latencies.count == len(times)
+    assert latencies.mean == pytest.approx(sum(times) / len(times) / 1e6)
+    ordered = sorted(times)
+    for percent in (1, 50, 90, 99, 99.9, 100):
+        exact = ordered[max(math.ceil(len(times) * percent / 100) - 1, 0)] / 1e6
+        assert exact * 0.999 <= latencies.percentile(percent) <= exact * 1.04 + 2e-6
+    assert sum(count for _, _, count in latencies.steps()) == len(times)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5000])
+def test_drawings_of_few_and_of_many(count: int) -> None:
+    random.seed(count)
+    reads = Latencies()
+    for _ in range(count):
+        reads.add(int(random.lognormvariate(13, 1.2)))
+    drawing = draw("<title>", "a & b", {"reads": reads, "writes": Latencies()})
+    parsed = ElementTree.fromstring(drawing)
+    assert len(parsed.findall(f"{SVG}path")) == bool(count)
+    assert "nan" not in drawing
+    assert "inf" not in drawing

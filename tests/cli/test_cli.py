@@ -1,0 +1,749 @@
+"""The command line as one meets it: on a terminal, in a pipe, on clusters that are well or not."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.main import get_group
+
+from dscache import ConfigError, ProtocolError, cli
+from dscache.admin import cluster_survey
+from dscache.admin.cluster_report import ClusterReport, NodeReport
+from dscache.admin.cluster_survey import survey
+from dscache.cli import cluster as cluster_command
+from dscache.cli import settings
+from dscache.cli.app import app
+from dscache.config import Config, load
+from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
+from dscache.errors import DscacheError
+from tests.support.clusters import SLOTS, ClusterGroup, ClusterNode
+from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal
+from tests.support.documents import PROJECT, code, prose, section, table
+
+DOCUMENT = PROJECT / "docs" / "cli.md"
+PASSWORD = "pass@word"
+IN_URL = "pass%40word"
+# Where nobody listens.
+NOBODY = "127.0.0.1:1"
+COLUMNS = ("node", "role", "its primary", "slots", "count", "round trip", "server", "health")
+
+
+@pytest.fixture(scope="module")
+def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
+    """Three primaries with a replica each, all with one password."""
+    with ClusterGroup(binary, passwords=PASSWORD) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def lonely(binary: ServerBinary) -> Iterator[ClusterGroup]:
+    """A cluster of one node."""
+    with ClusterGroup(binary, primaries=1, replicas=0) as started:
+        yield started
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def place(node: ClusterNode) -> str:
+    return f"{node.host}:{node.port}"
+
+
+def url_of(node: ClusterNode, password: str = IN_URL) -> str:
+    return f"redis://:{password}@{place(node)}"
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    return load({"name": "redis", "options": options})
+
+
+def look(node: ClusterNode) -> ClusterReport:
+    """Return the report of a survey that begins at one node."""
+    return asyncio.run(survey(settings.on_cluster(load(url_of(node)))))
+
+
+def shown(report: ClusterReport, width: int = 130) -> list[str]:
+    """Return the lines of a report as a terminal of that width shows it."""
+    written = io.StringIO()
+    Console(file=written, width=width).print(cluster_command.page(report, width))
+    return [line.rstrip() for line in written.getvalue().splitlines()]
+
+
+def entries(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    return {node["address"]: node for node in json.loads(done.stdout)["nodes"]}
+
+
+# -- a healthy cluster
+
+
+def test_a_pipe_gets_json_of_all_nodes(group: ClusterGroup) -> None:
+    done = run("cluster", "--url", url_of(group.replicas()[0]))
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert (document["ok"], document["problems"], document["warnings"]) == (True, [], [])
+    assert document["slots"] == {"total": SLOTS, "covered": SLOTS, "uncovered": []}
+    primaries = sorted(group.primaries(), key=lambda node: group.slots_of(node)[0])
+    order = [one for node in primaries for one in (node, group.replica_of(node))]
+    assert [node["address"] for node in document["nodes"]] == [place(node) for node in order]
+    for node, entry in zip(order, document["nodes"], strict=True):
+        assert entry["round_trip_ms"] > 0
+        binary, _, version = node.server.binary.name.partition("-")
+        assert entry["server"] == f"{binary} {version}"
+        slots = group.slots_of(node)
+        is_primary = node in primaries
+        assert {key: entry[key] for key in ("id", "role", "primary", "slots", "slot_count")} == {
+            "id": node.id,
+            "role": "primary" if is_primary else "replica",
+            "primary": None if is_primary else place(order[order.index(node) - 1]),
+            "slots": [[slots[0], slots[-1]]] if is_primary else [],
+            "slot_count": len(slots),
+        }
+        assert (entry["down"], entry["health"]) == (None, "ok")
+
+
+def test_a_terminal_gets_a_table_unless_json_is_asked_for(group: ClusterGroup) -> None:
+    url = url_of(group.nodes[0])
+    status, written = run_on_terminal("cluster", "--url", url)
+    assert status == 0
+    assert "\x1b[32mok" in written
+    lines = plain(written).splitlines()
+    assert re.split("  +", lines[0].rstrip()) == list(COLUMNS)
+    for node in group.nodes:
+        (line,) = (line for line in lines if line.startswith(place(node)))
+        assert line.rstrip().endswith(" ok")
+    assert f"6 nodes, 3 primaries, 3 replicas, {SLOTS} of {SLOTS} slots covered" in lines
+    assert PASSWORD not in written
+    status, written = run_on_terminal("cluster", "--url", url, "--json")
+    assert (status, json.loads(written)["ok"]) == (0, True)
+    assert "\x1b" not in written
+
+
+def test_the_table_shows_who_serves_what(group: ClusterGroup) -> None:
+    report = look(group.nodes[0])
+    lines = shown(report)
+    for node in group.primaries():
+        slots = group.slots_of(node)
+        ranges, count = re.escape(f"{slots[0]}-{slots[-1]}"), len(slots)
+        server = node.server.binary.name.replace("-", " ")
+        rest = rf" +[\d.]+ ms +{re.escape(server)} +ok"
+        assert any(
+            re.fullmatch(rf"{place(node)} +primary +{ranges} +{count}{rest}", one) for one in lines
+        )
+        replica = group.replica_of(node)
+        assert any(
+            re.fullmatch(rf"{place(replica)} +replica +{place(node)}{rest}", one) for one in lines
+        )
+
+
+@pytest.mark.parametrize("width", [60, 80, 99])
+def test_a_narrow_table_leaves_out_what_can_be_missed(width: int) -> None:
+    down = NodeReport(
+        address="127.0.0.1:50002",
+        role="replica",
+        primary="127.0.0.1:50001",
+        down="Connection refused",
+        health="disconnected",
+    )
+    up = NodeReport(
+        address="127.0.0.1:50001",
+        role="primary",
+        slots=((0, SLOTS - 1),),
+        round_trip_ms=0.5,
+        server="redis 7.0.15",
+    )
+    lines = shown(ClusterReport((up, down)), width)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert [line.split()[0] for line in lines if line.startswith("127")] == [
+        up.address,
+        down.address,
+    ]
+    if width >= 80:
+        assert re.split("  +", lines[0]) == [
+            one for one in COLUMNS if one not in ("count", "server")
+        ]
+        assert re.split("  +", lines[2]) == [up.address, "primary", "0-16383", "0.50 ms", "ok"]
+        assert re.split("  +", lines[3]) == [
+            *(down.address, "replica", up.address),
+            *("down", "disconnected"),
+        ]
+    told = " ".join(text.split())
+    assert f"1 primary, 1 replica, {SLOTS} of {SLOTS} slots covered, redis 7.0.15" in told
+    assert f"warning: {down.address}, replica, is down: Connection refused" in told
+    # Servers that differ are what one may be looking for.
+    other = NodeReport(address="a:1", role="primary", round_trip_ms=1.0, server="valkey 9.1.2")
+    assert "redis 7.0.15" not in shown(ClusterReport((up, other)), width)[-1]
+    assert width < 80 or "server" in shown(ClusterReport((up, other)), width)[0].split()
+
+
+def test_the_configuration_may_be_a_file(group: ClusterGroup, folder: Path) -> None:
+    nodes = [{"host": node.host, "port": node.port} for node in group.nodes]
+    options = {"nodes": nodes[:1], "redisOptions": {"password": "${REDIS_PASSWORD}"}}
+    written = json.dumps({"cache": {"name": "redis", "options": options}})
+    (folder / "cluster.json").write_text(written)
+    asked = run("cluster", "--config", "cluster.json", REDIS_PASSWORD=PASSWORD)
+    assert (asked.returncode, asked.stderr, len(entries(asked))) == (0, "", 6)
+    # Without either option, and with a server that isn't said to be one of a cluster.
+    options = {**nodes[1], "password": PASSWORD}
+    written = json.dumps({"cache": {"name": "redis", "options": options}})
+    (folder / "config.yml").write_text(written)
+    default = run("cluster")
+    assert (default.returncode, default.stderr) == (0, "")
+    assert entries(default).keys() == entries(asked).keys()
+
+
+def test_what_the_configuration_warns_of_is_told_once(group: ClusterGroup, folder: Path) -> None:
+    options = {**group.options, "username": "ada"}
+    written = json.dumps({"cache": {"name": "redis", "options": options}})
+    (folder / "config.yml").write_text(written)
+    done = run("cluster")
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"dscache: warning: config\.yml: cache\.options\.username has no effect .*\n", done.stderr
+    )
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["whole", "wounded"])
+async def test_nothing_stays_open(is_killed: bool, group: ClusterGroup, backend: str) -> None:
+    if is_killed:
+        killed, paused, _ = group.replicas()
+        group.kill(killed)
+        group.pause(paused)
+    config = config_of({**group.options, "connectTimeout": 300})
+    tasks, files = asyncio.all_tasks(), open_files()
+    report = await survey(config)
+    assert [node.down is None for node in report.nodes].count(False) == 2 * is_killed
+    assert asyncio.all_tasks() == tasks
+    await asyncio.sleep(0)  # in which transports close their sockets
+    assert open_files() == files
+
+
+# -- what is wrong with it
+
+
+def test_a_killed_replica_is_a_warning(group: ClusterGroup) -> None:
+    replica = group.replicas()[0]
+    group.kill(replica)
+    # At once, when the others may still take it for well, and later.
+    for others_know in (False, True):
+        done = run("cluster", "--url", url_of(group.primaries()[0]))
+        assert (done.returncode, done.stderr) == (0, "")
+        document = json.loads(done.stdout)
+        assert document["ok"]
+        assert document["problems"] == []
+        (warning,) = document["warnings"]
+        assert warning.startswith(f"{place(replica)}, replica, is down: ")
+        entry = entries(done)[place(replica)]
+        assert (entry["role"], entry["round_trip_ms"], entry["server"]) == ("replica", None, "")
+        assert warning.endswith(entry["down"])
+        if others_know:
+            assert entry["health"] == "failed"
+        else:
+            assert entry["health"] in ("unreachable", "disconnected", "suspected", "failed")
+            group.wait_until_ok()
+    report = look(group.primaries()[0])
+    (line,) = (line for line in shown(report, width=200) if line.startswith(place(replica)))
+    assert re.search(r" down: .+ failed$", line)
+    assert shown(report, width=200)[-1] == f"warning: {warning}"
+
+
+def test_a_killed_primary_is_a_problem(group: ClusterGroup) -> None:
+    primary, *others = group.primaries()
+    replica = group.replica_of(primary)
+    slots = group.slots_of(primary)
+    for node in (replica, primary):
+        group.kill(node)
+    group._wait(group._unacquainted)
+    done = run("cluster", "--url", url_of(others[0]))
+    assert (done.returncode, done.stderr) == (1, "")
+    document = json.loads(done.stdout)
+    assert not document["ok"]
+    assert document["slots"]["covered"] == SLOTS  # they are its still, and nobody else's
+    lost = entries(done)[place(primary)]
+    assert (lost["health"], lost["slot_count"]) == ("failed", len(slots))
+    assert document["problems"] == [
+        f"{place(primary)}, primary of {len(slots)} slots, is down: {lost['down']}",
+        "2 of the primaries refuse to serve, as cluster_state is fail",
+    ]
+    (warning,) = document["warnings"]
+    assert warning.startswith(f"{place(replica)}, replica, is down: ")
+    assert {entries(done)[place(node)]["health"] for node in others} == {"cluster down"}
+    status, written = run_on_terminal("cluster", "--url", url_of(others[0]))
+    assert status == 1
+    assert f"problem: {document['problems'][0]}" in plain(written).splitlines()
+
+
+def test_a_primary_that_was_replaced_is_a_warning(group: ClusterGroup) -> None:
+    old = group.primaries()[0]
+    new = group.replica_of(old)
+    group.kill(old)
+    group.wait_until_ok()
+    report = look(new)
+    assert report.problems == []
+    (remark,) = report.remarks
+    assert remark.startswith(f"{place(old)}, primary, is down: ")
+    # Without slots it stands behind all those that have some.
+    assert report.nodes[-1].address == place(old)
+    assert report.nodes[-1].slots == ()
+
+
+def test_a_silent_node_is_given_up(group: ClusterGroup) -> None:
+    replica = group.replicas()[0]
+    group.pause(replica)
+    report = asyncio.run(survey(config_of({**group.options, "connectTimeout": 300})))
+    (silent,) = (node for node in report.nodes if node.address == place(replica))
+    assert silent.down == "no answer within 300 ms"
+    assert report.problems == []
+
+
+def test_a_node_may_refuse_alone(group: ClusterGroup) -> None:
+    refusing = group.replicas()[0]
+    nodes: list[dict[str, Any]] = [
+        {"host": refusing.host, "port": refusing.port, "password": "wrong-one"},
+        {"host": group.nodes[0].host, "port": group.nodes[0].port},
+    ]
+    if refusing is group.nodes[0]:
+        nodes[1] |= {"port": group.nodes[1].port}
+    report = asyncio.run(
+        survey(config_of({"nodes": nodes, "redisOptions": {"password": PASSWORD}}))
+    )
+    down = {node.address: node.down for node in report.nodes if node.down is not None}
+    assert down.keys() == {place(refusing)}
+    assert down[place(refusing)].startswith("WRONGPASS ")
+    assert "wrong-one" not in repr(report)
+
+
+def test_slots_without_a_primary_are_a_problem(lonely: ClusterGroup) -> None:
+    (node,) = lonely.nodes
+    node.ask("CLUSTER", "DELSLOTS", 0, 7, 8)
+    try:
+        done = run("cluster", "--url", place(node))
+        assert (done.returncode, done.stderr) == (1, "")
+        document = json.loads(done.stdout)
+        assert document["slots"] == {
+            "total": SLOTS,
+            "covered": SLOTS - 3,
+            "uncovered": [[0, 0], [7, 8]],
+        }
+        assert document["problems"][-1] == "3 slots have no primary: 0, 7-8"
+        assert entries(done)[place(node)]["slots"] == [[1, 6], [9, SLOTS - 1]]
+        node.ask("CLUSTER", "FLUSHSLOTS")
+        report = asyncio.run(survey(settings.on_cluster(load(place(node)))))
+        assert report.problems == [f"{SLOTS} slots have no primary: 0-{SLOTS - 1}"]
+        assert [one.address for one in report.nodes] == [place(node)]
+    finally:
+        node.ask("CLUSTER", "FLUSHSLOTS")
+        node.ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+        lonely.wait_until_ok()
+
+
+def test_who_may_not_ask_for_nodes_gets_those_of_the_slots(lonely: ClusterGroup) -> None:
+    (node,) = lonely.nodes
+    node.ask("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all", "-cluster|nodes", "-info")
+    try:
+        report = asyncio.run(survey(settings.on_cluster(load(f"redis://ada:secret@{place(node)}"))))
+    finally:
+        node.ask("ACL", "DELUSER", "ada")
+    (only,) = report.nodes
+    assert (only.address, only.id, only.role, only.primary) == (place(node), "", "primary", None)
+    assert (only.slots, only.down, only.health) == (((0, SLOTS - 1),), None, "ok")
+
+
+# -- what ends it
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line of an error of dscache."""
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("dscache: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("dscache: ").rstrip()
+
+
+def test_a_wrong_password(group: ClusterGroup) -> None:
+    said = failure(run("cluster", "--url", url_of(group.nodes[0], "wrong-one")))
+    assert said.startswith("WRONGPASS ")
+    assert said.endswith(f"(connect at {place(group.nodes[0])})")
+    assert "wrong-one" not in said
+    said = failure(run("cluster", "--url", f"redis://{place(group.nodes[0])}"))
+    assert said.startswith("NOAUTH ")
+
+
+def test_no_cluster(binary: ServerBinary) -> None:
+    with EmbeddedServer(binary) as server:
+        said = failure(run("cluster", "--url", server.url))
+        address = f"{server.host}:{server.port}"
+        assert said.startswith(f"redis://{address}: {address} is no node of a cluster (it says ")
+        assert said.endswith("; dscache doctor looks at a single server")
+
+
+def test_nobody_there(folder: Path) -> None:
+    options = {"nodes": [{"host": "127.0.0.1", "port": 1}], "connectTimeout": 100}
+    (folder / "config.yml").write_text(json.dumps({"name": "redis", "options": options}))
+    said = failure(run("cluster"))
+    assert said.startswith(f"no node of the cluster {NOBODY} is ready within 100 ms: {NOBODY}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--url", "h"), "--url: must begin with redis://, rediss:// or unix://, or be host:port"),
+        (("--url", "h.yml"), "--url: must begin with redis://, rediss:// or unix://, or be"),
+        (("--url", "http://h:1"), "URL: must begin with redis://, rediss:// or unix://, not http"),
+        (("--url", f"{NOBODY}?"), "--url: must begin with redis://, rediss:// or unix://"),
+        (("--url", f"redis://{NOBODY}/3"), f"redis://{NOBODY}/3: a cluster has database 0 alone"),
+        (("--url", "unix:///s"), "unix:///s: a cluster has no socket; name one of its nodes"),
+        (("--config", "none.yml"), "none.yml: there is no file none.yml"),
+        (("--config", "redis://:secret@h"), "h: a configuration is a file ending in"),
+    ],
+)
+def test_what_is_configured_wrong(
+    words: Sequence[str], error: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dscache", "cluster", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    # Python prints it and ends with status 1.
+    said = ended.value.code
+    assert isinstance(said, str)
+    assert said.startswith(f"dscache: {error}")
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("cluster",), "one of them is needed, as there is no config.yml here"),
+        (("cluster", "--url", NOBODY, "--config", "c.yml"), "only one of them can be given"),
+        (("cluster", "--ulr", NOBODY), "No such option: --ulr"),
+        (("clutser",), "No such command 'clutser'"),
+    ],
+)
+def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_command_line_on_a_terminal() -> None:
+    status, written = run_on_terminal("cluster", "--url", NOBODY, "--config", "c.yml")
+    assert status == 2
+    assert "only one of them can be given" in plain(written)
+
+
+@pytest.mark.parametrize(
+    ("entry", "error"),
+    [
+        ({"name": "memory"}, "mapping: the cache is inside its process"),
+        (
+            {"name": "redis", "options": {"sentinels": [{}], "name": "g"}},
+            "mapping: a cluster has no Sentinels",
+        ),
+    ],
+)
+def test_what_can_be_no_node(entry: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(error)}"):
+        settings.on_cluster(load(entry))
+
+
+def test_a_url_names_a_node_and_what_all_need(certificates: TLSFiles) -> None:
+    url = (
+        f"rediss://ada:secret@h:7000?ssl_ca_certs={certificates.authority}"
+        "&client_name=me&socket_connect_timeout=0.5"
+    )
+    one = load(url)
+    options = settings.on_cluster(one).options
+    assert [node.address for node in options.nodes or ()] == ["h:7000"]
+    for host in ("h", "another"):
+        node = options.for_node(host, 7000)
+        for name in ("username", "password", "tls", "connection_name", "connect_timeout"):
+            assert getattr(node, name) == getattr(one.options, name), name
+    nodes = config_of({"nodes": [{"host": "h"}]})
+    assert settings.on_cluster(nodes) is nodes
+
+
+# -- how it is installed
+
+
+BLOCKED = """\
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from dscache.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_the_extra_it_says_what_to_install(package: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BLOCKED, package],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert failure(done) == (
+        f"the command line needs {package}; install it with: pip install 'dscache[cli]'"
+    )
+
+
+def test_what_is_missing_elsewhere_is_no_missing_extra() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, "statistics"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'statistics'\n")
+
+
+def test_the_package_names_its_command() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (name, value), *others = project["scripts"].items()
+    assert (name, others) == ("dscache", [])
+    main = EntryPoint(name, value, "console_scripts").load()
+    assert main.__module__ == "dscache.cli"
+    needed = {re.split("[<>=]", one)[0] for one in project["optional-dependencies"]["cli"]}
+    assert needed == {"typer", "rich"}
+
+
+@pytest.mark.parametrize("name", ["", *sorted(get_group(app).commands)])
+def test_help(name: str) -> None:
+    done = invoke(*([name] if name else []), "--help")
+    assert (done.status, done.err) == (0, "")
+    assert "│" not in done.out  # no frames in a pipe
+    wanted = {"--config FILE", "--url URL", "--json"} if name else set(get_group(app).commands)
+    for one in wanted:
+        assert one in done.out
+
+
+@pytest.mark.parametrize("columns", [60, 130])
+def test_help_on_a_terminal(columns: int) -> None:
+    for words in (("--help",), ("export", "--help")):
+        status, written = run_on_terminal(*words, columns=columns)
+        assert status == 0
+        assert "Options" in plain(written)
+        assert max(map(len, plain(written).splitlines())) <= columns
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*\n", done.stdout)
+
+
+def test_without_a_command_it_shows_what_there_is() -> None:
+    done = run()
+    assert done.returncode in (0, 2)  # versions of typer differ
+    assert "Show the nodes of a cluster" in done.stdout + done.stderr
+
+
+# -- what nodes say
+
+
+ASKED = ("10.0.0.9", 7000)
+TAIL = "0 1600000000000 1 connected"
+
+
+def members(text: str, slots: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+    """Return where the nodes of a reply to CLUSTER NODES are, by id."""
+    configured = config_of({"nodes": [{"host": "h"}], **options}).options
+    lines = cluster_survey._parse_nodes(text.encode())
+    found = cluster_survey._members(lines, slots, ASKED, configured)
+    return {member.report.id: member for member in found}
+
+
+@pytest.mark.parametrize(
+    ("line", "address"),
+    [
+        (f"a 10.0.0.1:7000@17000 master - {TAIL}", "10.0.0.1:7000"),
+        (f"a 10.0.0.1:7000 master - {TAIL}", "10.0.0.1:7000"),
+        (f"a 10.0.0.1:7000@17000,,tls-port=0,shard-id=1 master - {TAIL}", "10.0.0.1:7000"),
+        (f"a 10.0.0.1:7000@17000,shard-id=1 master - {TAIL}", "10.0.0.1:7000"),
+        (f"a 10.0.0.1:7000@17000,node.example master - {TAIL}", "10.0.0.1:7000"),
+        (f"a ::1:7000@17000 master - {TAIL}", "[::1]:7000"),
+        (f"a :7000@17000 myself,master - {TAIL}", "10.0.0.9:7000"),
+        (f"a :0@0 master,noaddr - {TAIL}", None),
+        (f"a 10.0.0.1:7000@17000 master,noaddr - {TAIL}", None),
+    ],
+)
+def test_where_a_node_is(line: str, address: str | None) -> None:
+    member = members(line)["a"]
+    assert (member.place is None) == (address is None)
+    assert member.report.address == (address or "a")
+    assert member.report.role == "primary"
+
+
+def test_where_a_node_is_by_the_slots_and_the_map() -> None:
+    lines = "\n".join(
+        [
+            f"a 10.0.0.1:7000@17000,one.example master - {TAIL} 0-5 [7->-b]",
+            f"b 10.0.0.2:7000@17000,two.example master,fail - {TAIL} 8 10-12",
+            f"c 10.0.0.3:7000@17000,three.example slave a {TAIL}",
+            f"d 10.0.0.4:7000@17000 handshake - {TAIL}",
+            f"e 10.0.0.5:7000@17000 slave f {TAIL}",
+        ]
+    )
+    slots = [[0, 5, [b"one.example", 7000, b"a", {}]], [8, 8, [b"two.example", 7000, b"b", {}]]]
+    nat = {"two.example:7000": {"host": "127.0.0.1", "port": 7002}}
+    found = members(lines, slots, natMap=nat)
+    assert {name: one.place for name, one in found.items()} == {
+        "a": ("one.example", 7000),
+        "b": ("127.0.0.1", 7002),
+        # Not among the slots, and named as those are.
+        "c": ("three.example", 7000),
+        "e": ("10.0.0.5", 7000),
+    }
+    assert list(found) == ["a", "c", "b", "e"]
+    assert found["a"].report.slots == ((0, 5),)
+    assert found["b"].report.slots == ((8, 8), (10, 12))
+    assert found["c"].report.primary == "one.example:7000"
+    assert found["e"].report.primary is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "link", "health"),
+    [
+        ("master", "connected", "ok"),
+        ("master,fail?", "disconnected", "suspected"),
+        ("master,fail", "disconnected", "failed"),
+        ("master", "disconnected", "disconnected"),
+        ("myself,master", "disconnected", "ok"),
+    ],
+)
+def test_what_others_say_of_a_node(flags: str, link: str, health: str) -> None:
+    line = f"a 10.0.0.1:7000@17000 {flags} - 0 0 1 {link}"
+    assert members(line)["a"].report.health == health
+
+
+@pytest.mark.parametrize(
+    ("cluster", "replication", "health"),
+    [
+        ({"cluster_state": "ok"}, {"master_link_status": "up"}, "ok"),
+        ({}, {}, "ok"),
+        ({"cluster_state": "ok"}, {"master_link_status": "down"}, "not replicating"),
+        (
+            {"cluster_state": "fail"},
+            {"master_link_status": "down", "master_sync_in_progress": "1"},
+            "synchronizing",
+        ),
+        ({"cluster_state": "fail"}, {"master_link_status": "up"}, "cluster down"),
+    ],
+)
+def test_what_a_replica_says_of_itself(
+    cluster: dict[str, str], replication: dict[str, str], health: str
+) -> None:
+    well = NodeReport(address="a", role="replica")
+    assert cluster_survey._health(well, cluster, replication) == health
+    failed = NodeReport(address="a", role="replica", health="failed")
+    assert cluster_survey._health(failed, cluster, replication) == "failed"
+
+
+@pytest.mark.parametrize("reply", [None, 1, b"a", b"a :x@1 master - 0 0 1 connected", [b"a"]])
+def test_no_reply_to_cluster_nodes(reply: Any) -> None:
+    with pytest.raises(ProtocolError, match=r"^CLUSTER NODES was answered with "):
+        cluster_survey._parse_nodes(reply)
+
+
+def test_many_ranges_are_shortened_and_servers_steer_no_terminal() -> None:
+    ranges = tuple((first, first) for first in range(0, 20, 2))
+    report = ClusterReport(
+        (NodeReport(address="a:1", role="primary", slots=ranges, down="\x1b[2J\nboo"),)
+    )
+    text = "\n".join(shown(report))
+    assert "0, 2, 4, 6, 8, 10 and 4 more" in text
+    assert "\x1b[2J" not in text
+    assert report.problems[0] == "a:1, primary of 10 slots, is down: \x1b[2J\nboo"
+    assert report.nodes[0].slot_count == 10
+
+
+def test_an_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise DscacheError("ERR \x1b[2J\nboo")
+
+    monkeypatch.setattr("dscache.cli.app.app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == "dscache: ERR  [2J boo"
+
+
+# -- what the documentation tells
+
+
+SHARED = ("--config", "--url", "--layout", "--json")
+# Where the options of a command stand that no other one has.
+HEADINGS = {
+    "set": "Records",
+    "export": "export and import",
+    "import": "export and import",
+    "bench": "bench",
+    "migrate": "migrate",
+}
+
+
+def test_every_option_is_documented() -> None:
+    shared = {code(row[0])[0].split()[0] for row in table(DOCUMENT, "What all commands share")}
+    assert shared == set(SHARED)
+    documented: dict[str, set[str]] = {}
+    given: dict[str, set[str]] = {}
+    for name, command in get_group(app).commands.items():
+        options = {
+            word for one in command.params if one.param_type_name == "option" for word in one.opts
+        }
+        missing = {"--layout"} if name in ("cluster", "migrate") else set()
+        assert shared - missing <= options, name
+        if own := options - shared - {"--help"}:
+            given.setdefault(HEADINGS[name], set()).update(own)
+    for heading in given:
+        tables = re.findall(r"^\| `(--[a-z-]+)", section(DOCUMENT, heading), re.MULTILINE)
+        documented[heading] = set(tables)
+    assert given == documented
+
+
+def test_every_command_is_documented() -> None:
+    told = {
+        name for row in re.findall(r"^\| \[(.+?)\]\(#", prose(DOCUMENT), re.M) for name in code(row)
+    }
+    assert told == set(get_group(app).commands)
+
+
+def test_every_key_is_documented() -> None:
+    report = ClusterReport((NodeReport(address="a:1", role="primary"),))
+    document = cluster_command.document(report)
+    for heading, keys in (("Its JSON", document), ("A node of it", document["nodes"][0])):
+        assert [code(row[0])[0] for row in table(DOCUMENT, heading)] == list(keys)
+    described = table(DOCUMENT, "Its JSON")[3][1]
+    assert set(document["slots"]) <= set(code(described))

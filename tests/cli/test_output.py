@@ -1,0 +1,213 @@
+"""The command line where its output goes nowhere: a full disk, a pipe without a reader, nothing."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+
+from dscache import cli
+from dscache.embedded import EmbeddedServer
+from tests.conftest import SERVERS, _server_id
+from tests.support.commands import PATIENCE, invoke
+
+# Nothing here depends on the server's version.
+pytestmark = [
+    pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id),
+    pytest.mark.usefixtures("server"),
+]
+
+BOM = b"\xef\xbb\xbf"
+COMMANDS = {
+    "get": ("get", "a"),
+    "many": ("get", *(f"n{i}" for i in range(500))),
+    "head": ("head", "a"),
+    "set": ("set", "a", "2", "{}"),
+    "delete": ("delete", "a"),
+    "doctor": ("doctor",),
+    "export": ("export", "-"),
+    "import": ("import", "records.ndjson"),
+    "bench": ("bench", "--seconds", "0.2", "--json"),
+    "migrate": ("migrate", "--to", "hashtag", "--dry-run"),
+    "version": ("--version",),
+    "help": ("--help",),
+}
+# What commands say beside their results.
+SAID = ("dscache: no record ", "501 records exported ")
+
+
+@pytest.fixture
+def records(redis: redis_py.Redis, tmp_path: Path) -> Path:
+    for name in ("a", *(f"n{i}" for i in range(500))):
+        redis.mset({f"{name}_v": 1, f"{name}_d": '{"text":"%s"}' % ("x" * 300)})
+    path = tmp_path / "records.ndjson"
+    path.write_text('{"name":"b","version":1,"data":1}\n')
+    return tmp_path
+
+
+@contextmanager
+def no_reader() -> Iterator[int]:
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        yield writes
+    finally:
+        os.close(writes)
+
+
+@contextmanager
+def full_disk() -> Iterator[int]:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def outcome(
+    words: tuple[str, ...], stdout: int, cwd: Path, url: str
+) -> subprocess.CompletedProcess[str]:
+    where = () if words[0].startswith("-") else ("--url", url)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "dscache", *words, *where],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> None:
+    with full_disk() as descriptor:
+        done = outcome(COMMANDS[command], descriptor, records, server.url)
+    *others, last = done.stderr.splitlines()
+    assert last == (
+        "dscache: standard output: it can't be written: No space left on device; make room, or "
+        "write elsewhere"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert all(line.startswith("dscache: ") for line in others)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_without_a_reader(command: str, records: Path, server: EmbeddedServer) -> None:
+    with no_reader() as descriptor:
+        done = outcome(COMMANDS[command], descriptor, records, server.url)
+    assert done.returncode == 1
+    # Of that alone, nothing is said.
+    assert all(line.startswith(SAID) for line in done.stderr.splitlines())
+
+
+def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -m dscache get a --url "$1" >&-', sys.executable, server.url],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "dscache: standard output is closed; redirect it, for example to /dev/null\n"
+    )
+
+
+def test_no_place_for_errors(records: Path, server: EmbeddedServer) -> None:
+    """What is printed of an error must not land among the results."""
+    for where in (">&-", ">/dev/full"):
+        command = f'"$0" -m dscache get no a --url "$1" 2{where}'
+        done = subprocess.run(
+            ["sh", "-c", command, sys.executable, server.url],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stdout.startswith('{"name":"a","version":1,')
+        assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
+def test_an_export_to_a_file_that_may_not_grow(
+    name: str, records: Path, server: EmbeddedServer
+) -> None:
+    """The same command goes on as soon as there is room."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
+
+    words = [sys.executable, "-m", "dscache", "export", name, "--url", server.url]
+    done = subprocess.run(
+        words,
+        cwd=records,
+        preexec_fn=limit,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"{name}.partial: " in done.stderr.splitlines()[-1]
+    again = subprocess.run(words, cwd=records, capture_output=True, timeout=PATIENCE, check=False)
+    assert again.returncode == 0
+    found = (records / name).read_bytes()
+    lines = gzip.decompress(found) if name.endswith(".gz") else found
+    assert len(set(lines.splitlines())) == 501
+
+
+# -- what begins with a byte order mark
+
+
+@pytest.mark.parametrize("source", ["file", "gz", "standard input", "set"])
+def test_records_behind_a_byte_order_mark(
+    source: str, redis: redis_py.Redis, server: EmbeddedServer, tmp_path: Path
+) -> None:
+    text = BOM + b'{"name":"x","version":3,"data":1}\n{"name":"y","version":4,"data":2}\n'
+    path = tmp_path / ("all.gz" if source == "gz" else "all")
+    path.write_bytes(gzip.compress(text) if source == "gz" else text)
+    words = {
+        "standard input": ("import", "-"),
+        "set": ("set",),
+    }.get(source, ("import", str(path)))
+    done = invoke(*words, "--url", server.url, stdin=text)
+    assert done.status == 0, done.err
+    assert redis.mget("x_v", "x_d", "y_v") == [b"3", b"1", b"4"]
+
+
+def test_names_behind_a_byte_order_mark(redis: redis_py.Redis, server: EmbeddedServer) -> None:
+    redis.mset({"a_v": 1, "a_d": "1"})
+    done = invoke("get", "--url", server.url, stdin=BOM + b"a\n")
+    assert (done.status, done.lines) == (0, [{"name": "a", "version": 1, "data": 1}])
+
+
+def test_nothing_but_a_byte_order_mark(server: EmbeddedServer) -> None:
+    for command in ("import", "set"):
+        words = (command, "-") if command == "import" else (command,)
+        assert invoke(*words, "--url", server.url, stdin=BOM + b"\n").status == 0
+
+
+def test_output_of_a_program_is_left_alone(server: EmbeddedServer) -> None:
+    """Who calls the command line in a process of its own keeps what it has put there."""
+    before = sys.stdout
+    done = invoke("get", "no", "--url", server.url)
+    assert done.status == 1
+    assert sys.stdout is before
+    assert issubclass(cli.OutputError, Exception)

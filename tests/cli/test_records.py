@@ -1,0 +1,435 @@
+"""get, set, head and delete: by arguments, through pipes, on a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+
+from dscache import AsyncCache, DscacheError, RecordError
+from dscache.admin import ndjson
+from dscache.cli import settings
+from dscache.config import load
+from dscache.embedded import EmbeddedServer
+from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal, running
+
+
+@pytest.fixture(scope="module")
+def records_server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.fixture
+def client(records_server: EmbeddedServer) -> Iterator[redis_py.Redis]:
+    """A client of the server, which has just been emptied."""
+    with redis_py.Redis.from_url(records_server.url) as opened:
+        opened.flushall()
+        yield opened
+
+
+@pytest.fixture
+def url(records_server: EmbeddedServer, client: redis_py.Redis) -> tuple[str, str]:
+    return "--url", records_server.url
+
+
+Url = tuple[str, str]
+
+
+def test_a_record_there_and_back(url: Url) -> None:
+    done = invoke("set", "user/1", "3", '{"firstname": "Ada"}', *url)
+    assert (done.status, done.err) == (0, "")
+    assert done.lines == [{"name": "user/1", "version": 3, "written": True}]
+    done = invoke("get", "user/1", *url)
+    assert done.out == '{"name":"user/1","version":3,"data":{"firstname": "Ada"}}\n'
+    assert invoke("head", "user/1", *url).lines == [{"name": "user/1", "version": 3}]
+    assert invoke("delete", "user/1", *url).lines == [{"name": "user/1", "deleted": True}]
+    assert invoke("get", "user/1", *url).status == 1
+
+
+def test_what_is_missing_is_told_and_no_line(url: Url) -> None:
+    invoke("set", "here", "1", "[]", *url)
+    for command in ("get", "head"):
+        done = invoke(command, "away", "here", *url)
+        assert done.status == 1
+        assert [line["name"] for line in done.lines] == ["here"]
+        assert done.err == "dscache: no record 'away'\n"
+    done = invoke("get", *map(str, range(8)), *url)
+    assert done.err == "dscache: no record '0', '1', '2', '3', '4' and 3 more\n"
+    done = invoke("delete", "away", "here", *url)
+    assert (done.status, done.err) == (1, "")
+    assert [line["deleted"] for line in done.lines] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        (b'{ "a" :\r\n\t1}', b'{ "a" :  \t1}'),
+        (b'"\\ud800"', b'"\\ud800"'),
+        (b'"\xff"', b'"\xef\xbf\xbd"'),
+        (b"1e400", b"1e400"),
+        (b"12345678901234567890123", b"12345678901234567890123"),
+        (b"[" * 3000 + b"]" * 3000, b"[" * 3000 + b"]" * 3000),
+        ('"\u2028 ü"'.encode(), '"\u2028 ü"'.encode()),
+    ],
+    ids=["line-ends", "surrogate", "no-utf8", "infinity", "integer", "deep", "separator"],
+)
+def test_data_is_passed_through(
+    stored: bytes, shown: bytes, url: Url, client: redis_py.Redis
+) -> None:
+    client.mset({"a_v": 7, "a_d": stored})
+    done = invoke("get", "a", *url)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.encode() == b'{"name":"a","version":7,"data":' + shown + b"}\n"
+    # What get prints, set takes.
+    client.flushall()
+    assert invoke("set", *url, stdin=done.out.encode()).status == 0
+    again = invoke("get", "a", *url)
+    assert again.out == done.out
+
+
+def test_damaged_records_are_told_one_by_one(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": "x", "a_d": "1", "b_v": 2, "b_d": "{", "c_v": 3, "c_d": "[]", "d_v": 4})
+    done = invoke("get", "a", "b", "c", "d", *url)
+    assert done.status == 1
+    assert [line["name"] for line in done.lines] == ["c"]
+    told = done.err.splitlines()
+    assert len(told) == 3
+    assert told[0].startswith("dscache: record 'a': its stored version is no integer")
+    assert told[1].startswith("dscache: record 'b', version 2: stored data is no JSON")
+    assert told[2] == "dscache: no record 'd'"
+    done = invoke("head", "a", "c", *url)
+    assert (done.status, [line["version"] for line in done.lines]) == (1, [3])
+
+
+def test_names_from_standard_input(url: Url) -> None:
+    invoke(
+        "set",
+        *url,
+        stdin=b'{"name":"a b","version":1,"data":{}}\n{"name":"c","version":2,"data":null}',
+    )
+    done = invoke("head", *url, stdin=b"c\r\n\na b\nno such\nc")
+    assert [line["name"] for line in done.lines] == ["c", "a b", "c"]
+    # A name that comes twice in one piece is told once.
+    done = invoke("head", *url, stdin=b"c\nc\n")
+    assert [line["name"] for line in done.lines] == ["c"]
+    done = invoke("head", *url, stdin=b"c\r\n\na b\nno such\n")
+    assert (done.status, done.err) == (1, "dscache: no record 'no such'\n")
+    done = invoke("get", *url, stdin=b"a b\n\xff\n")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "dscache: standard input, line 2: it is no UTF-8: b'\\xff'\n"
+    assert invoke("get", *url).status == 0  # nothing is asked for
+
+
+def test_many_names_are_read_in_pieces(url: Url) -> None:
+    count = 6_000
+    lines = b"".join(b'{"name":"n%d","version":%d,"data":[%d]}\n' % (i, i, i) for i in range(count))
+    done = invoke("set", *url, stdin=lines)
+    assert (done.status, len(done.lines)) == (0, count)
+    done = invoke("get", *url, stdin=b"\n".join(b"n%d" % i for i in range(count)))
+    assert done.out.encode() == lines
+    done = invoke("delete", *url, stdin=b"\n".join(b"n%d" % i for i in range(count)))
+    assert all(line["deleted"] for line in done.lines)
+
+
+def test_a_line_tells_its_lifetime(url: Url, client: redis_py.Redis) -> None:
+    line = b'{"name":"a","version":1,"data":0,"ttl":1000}\n'
+    invoke("set", *url, stdin=line)
+    assert 990 < client.ttl("a_v") <= 1000
+    invoke("set", *url, "--ttl", "50", stdin=line)
+    assert 40 < client.ttl("a_d") <= 50
+    invoke("set", *url, "--ttl", "0", stdin=line)
+    assert client.ttl("a_d") == -1
+    invoke("set", "a", "2", "0", "--ttl", "70", *url)
+    assert 60 < client.ttl("a_d") <= 70
+
+
+def test_if_newer(url: Url) -> None:
+    invoke("set", "a", "5", "[]", *url)
+    done = invoke("set", "a", "5", "[1]", "--if-newer", *url)
+    assert (done.status, done.lines[0]["written"]) == (1, False)
+    assert done.err == "dscache: 1 record not written, as Redis holds no older one\n"
+    assert invoke("set", "a", "6", "[1]", "--if-newer", *url).status == 0
+    assert invoke("set", "a", "1", "[2]", *url).status == 0
+    assert invoke("get", "a", *url).lines[0]["data"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"x", "it is no JSON: character 0: expecting value"),
+        (b"[1]", "it is no record, which is "),
+        (b'{"name":"b","version":1}', "Object missing required field `data`"),
+        (b'{"name":"b","version":"1","data":1}', "Expected `int`, got `str` - at `$.version`"),
+        (b'{"name":"b","version":-1,"data":1}', "record 'b': version must be an int from 0"),
+        (b'{"name":"","version":1,"data":1}', "record '': a name must not be empty"),
+        (b'{"name":"\\ud800","version":1,"data":1}', "a name must be valid Unicode"),
+        (b'{"name":"b","version":1,"data":1,"ttl":-1}', "record 'b': ttl must be whole seconds"),
+        (b'{"name":"b","version":1,"data":1,"tll":1}', "unknown field `tll`"),
+    ],
+)
+def test_a_broken_line_ends_it_with_its_number(line: bytes, error: str, url: Url) -> None:
+    done = invoke("set", *url, stdin=b'\n{"name":"a","version":1,"data":1}\n' + line + b"\n")
+    assert done.status == 1
+    assert done.err.startswith("dscache: standard input, line 3: ")
+    assert error in done.err
+    assert done.err.count("\n") == 1
+    assert [one["name"] for one in done.lines] == ["a"]
+    assert invoke("head", "a", *url).status == 0
+
+
+def test_an_endless_stream_is_answered_as_it_comes(url: Url) -> None:
+    invoke("set", "a", "1", "[]", *url)
+    with running("get", *url) as process:
+        assert process.stdin
+        assert process.stdout
+        for _ in range(3):
+            process.stdin.write(b"a\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["name"] == "a"
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_who_reads_no_further_ends_it_quietly(url: Url) -> None:
+    invoke("set", "a", "1", "[]", *url)
+    with running("get", *url) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        assert process.wait(PATIENCE) == 1
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_it_quietly(url: Url) -> None:
+    invoke("set", "a", "1", "[]", *url)
+    with running("get", *url) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert process.stderr.read() == b""
+
+
+# -- a terminal
+
+
+def test_a_terminal_gets_a_table(url: Url) -> None:
+    long = "x" * 300
+    for name, data in (("user/1", '{"a":1}'), ("user/2", json.dumps(long))):
+        invoke("set", name, "7", data, *url)
+    status, written = run_on_terminal("get", "user/1", "user/2", "away", *url, columns=60)
+    assert status == 1
+    assert "\x1b[33mno record" in written
+    lines = plain(written).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert re.split("  +", lines[0].strip()) == ["name", "version", "data"]
+    assert re.split("  +", lines[2].strip()) == ["user/1", "7", '{"a":1}']
+    assert re.fullmatch(r'user/2 +7  "x+… *', lines[3])
+    # All of it, of a single one.
+    status, written = run_on_terminal("get", "user/2", *url, columns=60)
+    assert (status, plain(written).count("x")) == (0, 300)
+    assert max(map(len, plain(written).splitlines())) <= 60
+
+
+def test_a_terminal_without_colours_and_with_json(url: Url) -> None:
+    invoke("set", "a", "1", '"\\u001b[2J"', *url)
+    status, written = run_on_terminal("delete", "away", *url, NO_COLOR="1")
+    assert (status, "no record" in written) == (1, True)
+    assert "\x1b[3" not in written
+    status, written = run_on_terminal("get", "a", *url, "--json")
+    assert (status, json.loads(written)["version"]) == (0, 1)
+    _, written = run_on_terminal("set", "a", "1", "[]", "--if-newer", *url)
+    assert "not newer" in plain(written).splitlines()[2]
+
+
+def test_what_is_stored_steers_no_terminal(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": b'"\xc2\x9b2J\x7f"'})
+    _, written = run_on_terminal("get", "a", *url)
+    assert "\x9b" not in written
+    assert "\x7f" not in written
+
+
+# -- what is wrong with the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("set", "a"), "a name is followed by its version and its data"),
+        (("set", "a", "1"), "a name is followed by its version and its data"),
+        (("set", "a", "x", "[]"), "valid integer"),
+        (("set", "a", "1", "text"), "it is no JSON"),
+        (("set", "a", "1", "{'a': 1}"), "it is no JSON"),
+        (("get", "a", "--layout", "hash"), "'deepstream', 'hashtag'"),
+    ],
+)
+def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:
+    done = invoke(*words, "--url", "127.0.0.1:1")
+    assert (done.status, done.out) == (2, "")
+    assert error in done.err
+
+
+@pytest.mark.parametrize("command", ["get", "head", "delete", "set", "import"])
+def test_a_terminal_is_no_source(command: str) -> None:
+    ours, its = pty.openpty()
+    words = (command, "-") if command == "import" else (command,)
+    with open(ours), open(its) as terminal:
+        done = invoke(*words, "--url", "127.0.0.1:1", source=terminal)
+    assert (done.status, done.out) == (2, "")
+    assert "nothing is piped into standard input" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("get", "\udcff"), "record '\\udcff': a name must be valid Unicode"),
+        (("get", ""), "record '': a name must not be empty"),
+        (("set", "a", "-0", "[]", "--ttl", "99999999999"), "record 'a': ttl must be whole seconds"),
+    ],
+)
+def test_what_is_no_record(words: tuple[str, ...], error: str, url: Url) -> None:
+    words = tuple(word.replace("-0", "0") for word in words)
+    done = invoke(*words, *url)
+    assert (done.status, done.out) == (1, "")
+    assert error in done.err
+
+
+def test_nobody_there() -> None:
+    done = run("get", "a", "--url", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dscache: no connection to 127.0.0.1:1: Connection refused\n"
+
+
+def test_a_wrong_password_is_not_shown(records_server: EmbeddedServer) -> None:
+    url = records_server.url.replace("://", "://:hidden-one@")
+    done = invoke("get", "a", "--url", url)
+    assert done.status == 1
+    assert "hidden-one" not in done.err
+    assert done.err.startswith("dscache: ")
+
+
+# -- how it reaches the records
+
+
+def test_the_layout_and_the_prefix(
+    records_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    client.mset({"{a}_v": 1, "{a}_d": "[]", "p:b_v": 2, "p:b_d": "{}"})
+    url = ("--url", records_server.url)
+    assert invoke("head", "a", *url).status == 1
+    assert invoke("head", "a", *url, "--layout", "hashtag").lines[0]["version"] == 1
+    options = {"port": records_server.port, "host": "127.0.0.1", "keyPrefix": "p:"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"name": "redis", "options": options}))
+    assert invoke("head", "b", "--config", str(file)).lines[0]["version"] == 2
+
+
+async def test_what_is_shown_is_what_the_primaries_hold(
+    records_server: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    options = {"url": records_server.url, "nearCache": {}, "scaleReads": "slave"}
+    async with settings.opened(load({"name": "redis", "options": options})) as cache:
+        assert cache._config.options.near_cache is None
+        assert cache._config.options.scale_reads == "master"
+        assert cache._config.options.key_layout == "auto"
+
+
+def test_a_socket(records_server: EmbeddedServer, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": "[]"})
+    assert invoke("get", "a", "--url", f"unix://{records_server.path}").lines[0]["data"] == []
+
+
+def test_a_cache_inside_its_process_can_not_be_reached(tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text("cache: {name: memory}")
+    done = invoke("get", "a", "--config", str(file))
+    assert done.status == 1
+    assert done.err == "dscache: config.yml: the cache is inside its process; name a server\n"
+
+
+def test_both_cores_print_the_same(url: Url, backend: str) -> None:
+    text = b'{"name":"a","version":9223372036854775807,"data":[1,"\xc3\xbc"]}\n'
+    assert invoke("set", *url, stdin=text).status == 0
+    assert invoke("get", "a", *url).out.encode() == text
+
+
+# -- lines
+
+
+async def _lines(*pieces: bytes) -> list[list[bytes]]:
+    async def given():
+        for piece in pieces:
+            yield piece
+
+    return [lines async for lines in ndjson.Lines(given(), "file")]
+
+
+async def test_lines_come_as_soon_as_they_are_whole() -> None:
+    assert await _lines(b"a\nb\nc", b"d", b"e\n", b"f") == [[b"a", b"b"], [b"cde"], [b"f"]]
+    assert await _lines() == []
+    assert await _lines(b"\n", b"\n") == [[b""], [b""]]
+
+
+async def test_a_line_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ndjson, "_LONGEST", 1000)
+    with pytest.raises(DscacheError, match=r"^file, line 1: it has no end$"):
+        await _lines(*[b"x" * 100] * 20)
+
+
+async def test_a_pipe_and_a_file_are_read_alike(tmp_path: Path) -> None:
+    text = b"x" * 200_000
+    ours, its = os.pipe()
+    writing = asyncio.get_running_loop().run_in_executor(None, _write_all, its, text)
+    assert b"".join([piece async for piece in ndjson.pieces_of(ours)]) == text
+    await writing
+    os.close(ours)
+    (tmp_path / "file").write_bytes(text)
+    with (tmp_path / "file").open("rb") as file:
+        assert b"".join([piece async for piece in ndjson.pieces_of(file.fileno())]) == text
+
+
+def _write_all(file: int, text: bytes) -> None:
+    with open(file, "wb") as opened:
+        opened.write(text)
+
+
+def test_a_record_that_is_no_json_is_no_line() -> None:
+    with pytest.raises(RecordError, match=r"^record 'a', version 1: stored data is no JSON"):
+        ndjson.encode("a", 1, b'1,"x":2')
+
+
+@pytest.mark.parametrize(
+    ("line", "raw"),
+    [
+        (b'{"name":"a","version":1,"data":{"b":1},"ttl":5}', b'{"b":1}'),
+        (b'{"name":"a","version":1,"data":{"b":"\\ud800","ttl":6},"ttl":5}', None),
+        (b'{"name":"a","version":1,"data":"\\ud800\\"","ttl":5}', b'"\\ud800\\""'),
+        # Not as it is written by us, and so in words of ours.
+        (b'{"version":1,"ttl":5,"name":"a","data":["\\uD800", 1]}', b'["\\ud800",1]'),
+        (b'{"name":"a","version":1,"data":1,"data":"\\uD800","ttl":5}', b'"\\ud800"'),
+    ],
+)
+async def test_what_lines_state_is_what_a_cache_holds(line: bytes, raw: bytes | None) -> None:
+    stated = ndjson.decode(line)
+    assert (stated.name, stated.version, stated.ttl) == ("a", 1, 5)
+    async with AsyncCache.from_config({"name": "memory"}) as cache:
+        await cache.set(stated.name, stated.version, stated.data)
+        record = await cache.get("a")
+        assert record is not None
+        assert record.raw == (b'{"b":"\\ud800","ttl":6}' if raw is None else raw)

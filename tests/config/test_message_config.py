@@ -1,0 +1,142 @@
+"""The configuration of a message node: deepstream's own, a mapping or a URL."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dscache
+from dscache.config import Node, Options
+from dscache.config import messages as message_config
+from dscache.config.messages import MessageOptions, load
+from dscache.config.validation import Written
+
+DATA = Path(__file__).parents[1] / "data"
+ENTRY: dict[str, Any] = {"name": "redis", "options": {"host": "h", "port": 7000}}
+
+
+def test_an_unmodified_file_of_deepstreams() -> None:
+    config = load(DATA / "deepstream-config.yml", environ={"CLUSTER_REDIS_HOST": "10.1.2.4"})
+    assert config.address == "10.1.2.4:6379"
+    assert re.fullmatch("[0-9a-f]{32}", config.server_name)
+    assert config.source == "deepstream-config.yml"
+    again = load(DATA / "deepstream-config.yml", environ={"CLUSTER_REDIS_HOST": "10.1.2.4"})
+    assert again.server_name != config.server_name
+    named = load(DATA / "deepstream-config.yml", "py-1", environ={"CLUSTER_REDIS_HOST": "h"})
+    assert named.server_name == "py-1"
+
+
+def test_the_name_of_the_server(tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text("serverName: ${SERVER:-07}\nclusterNode: {name: Redis}\n")
+    assert load(file, environ={}).server_name == "07"
+    assert load(file, environ={"SERVER": "js 1"}).server_name == "js 1"
+    assert load(file, "py-1", environ={}).server_name == "py-1"
+    assert load({"serverName": "a", "clusterNode": ENTRY}).server_name == "a"
+    assert load({"serverName": "a", **ENTRY}).server_name == "a"
+    assert load("redis://h:7000/2", "b").server_name == "b"
+    for source in ({"clusterNode": ENTRY}, ENTRY, "h:7000", {"serverName": None, **ENTRY}):
+        assert len(load(source).server_name) == 32
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"clusterNode": ENTRY},
+        ENTRY,
+        "redis://h:7000",
+        "h:7000",
+        {"cache": {}, "clusterNode": ENTRY},
+    ],
+    ids=str,
+)
+def test_where_it_goes(source: Any) -> None:
+    config = load(source)
+    assert config.address == "h:7000"
+    assert config.options == MessageOptions(host="h", port=7000)
+
+
+def test_the_plug_in_by_its_path() -> None:
+    entry = {"path": "@deepstream/clusternode-redis", "options": {"url": "redis://:p@h:1/1"}}
+    options = load({"clusterNode": entry}).options
+    assert (options.host, options.port, options.password, options.db) == ("h", 1, "p", 1)
+
+
+def test_own_options() -> None:
+    written = {"overflow": "disconnect", "heartbeat": 250, "maxPending": 7}
+    nodes = [{"host": "a"}, {"host": "b", "password": "secret"}]
+    options = load(ENTRY | {"options": {**written, "nodes": nodes, "sharded": True}}).options
+    assert (options.overflow, options.heartbeat, options.max_pending) == ("disconnect", 250, 7)
+    assert options.sharded is True
+    assert options.nodes == (Node(host="a"), Node(host="b", password="secret"))
+    assert isinstance(options.for_node("a", 6379), MessageOptions)
+    assert "secret" not in repr(load(ENTRY | {"options": {"nodes": nodes}}))
+
+
+def test_what_is_of_records_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    of_records = {
+        **{"keyPrefix": "{", "ttl": 60, "nearCache": True, "keyLayout": "hashtag"},
+        **{"maxConnections": 3, "scaleReads": "slave"},
+    }
+    caplog.set_level(logging.INFO)
+    nodes = [{"host": "a"}]
+    options = load(ENTRY | {"options": {**of_records, "nodes": nodes}}).options
+    assert options == MessageOptions(nodes=(Node(host="a"),), max_connections=3)
+    assert of_records.keys() == message_config._OF_RECORDS.keys()
+    texts = [record.getMessage() for record in caplog.records]
+    for name, why in message_config._OF_RECORDS.items():
+        assert f"mapping: options.{name} has no effect: {why}" in texts
+
+
+def options(**written: Any) -> dict[str, Any]:
+    return {"clusterNode": {"name": "redis", "options": written}}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({}, "mapping: no section clusterNode, the sections are: none; write clusterNode: {"),
+        ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
+        ({"clusternode": ENTRY}, 'is "clusternode" meant to be it?'),
+        ({"clusterNode": None}, "mapping: clusterNode: must be a mapping; write"),
+        ({"clusterNode": {}}, 'clusterNode.name: must be "redis", not missing'),
+        ({"clusterNode": {"name": "memory"}}, "must be \"redis\", not 'memory'"),
+        ({"clusterNode": {"name": None}}, 'must be "redis", not None'),
+        ({"clusterNode": {"path": "x"}}, 'must be "@deepstream/clusternode-redis"'),
+        ({"clusterNode": {"name": "redis", "type": "x"}}, 'clusterNode.type: must be "default"'),
+        ({"clusterNode": {"name": "redis", "option": {}}}, 'did you mean "options"?'),
+        (options(shard=True), 'clusterNode.options.shard: unknown option, did you mean "sharded"?'),
+        (options(sharded=True), "clusterNode.options.sharded: is for a cluster"),
+        (options(overflow="drop"), 'must be "disconnect", "drop_newest" or "drop_oldest", not'),
+        (options(heartbeat=0), "options.heartbeat: must be a whole number from 1 to 2147483647"),
+        (options(prot=1), 'did you mean "port"?'),
+        (options(sentinels=[{}]), "options.name: is missing"),
+        (options(sentinels=[{}], name="x", role="slave"), "options.role: must be master: what"),
+        (options(nodes=[{}], db=1), "a cluster has database 0 alone"),
+        ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
+        ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),
+        ("redis://h/x", "the path must be the number of a database"),
+        ("nowhere", "a configuration is a file ending in"),
+        (7, "must be a path, a mapping or a URL, not int"),
+    ],
+    ids=str,
+)
+def test_mistakes(source: Any, said: str) -> None:
+    with pytest.raises(dscache.ConfigError, match=re.escape(said)):
+        dscache.MessageNode.from_config(source)
+
+
+@pytest.mark.parametrize("name", ["", 7, "\ud800", "a\0"])
+def test_bad_names(name: Any) -> None:
+    with pytest.raises(dscache.ConfigError, match="server_name"):
+        dscache.MessageNode.from_config(ENTRY, server_name=name)
+
+
+def test_own_options_are_few() -> None:
+    assert issubclass(MessageOptions, Written)
+    own = set(MessageOptions.__struct_fields__) - set(Options.__struct_fields__)
+    assert own == {"overflow", "heartbeat", "sharded"}

@@ -1,0 +1,371 @@
+"""Record: lazy, immutable, and nobody else's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+import pickle
+import weakref
+from typing import Any
+
+import msgspec
+import pytest
+
+from dscache import _backend, _fast
+from dscache.core import pure
+from dscache.errors import RecordError
+from tests.support.wire import CORES, Waiter
+
+DEEP = 20_000
+
+
+class Address(msgspec.Struct):
+    city: str
+    zip: int = 0
+
+
+class User(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    home: Address
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+@pytest.fixture(params=CORES)
+def core(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def record(core: Any) -> Any:
+    return core.Record("user/1", 3, b'{"name":"Ada"}')
+
+
+# -- what it holds
+
+
+def test_fields(record: Any) -> None:
+    assert (record.name, record.version, record.raw) == ("user/1", 3, b'{"name":"Ada"}')
+    assert record.data == {"name": "Ada"}
+    assert record.stale is False
+
+
+def test_stale(core: Any) -> None:
+    assert core.Record("a", 1, b"1", True).stale is True
+    assert core.Record("a", 1, b"1", stale=True).stale is True
+    assert core.Record(name="a", version=1, raw=b"1").stale is False
+
+
+@pytest.mark.parametrize("version", [0, 1, 2**31, 2**53 + 1, 2**63 - 1])
+def test_every_version_is_an_exact_int(core: Any, version: int) -> None:
+    record = core.Record("a", version, b"1")
+    assert record.version == version
+    assert type(record.version) is int
+
+
+def test_it_unpacks_into_version_and_data(record: Any) -> None:
+    version, data = record
+    assert (version, data) == (3, {"name": "Ada"})
+    assert data is record.data
+    assert list(record) == [3, {"name": "Ada"}]
+    assert dict([record]) == {3: {"name": "Ada"}}
+
+
+def test_data_is_decoded_at_first_access_and_kept(core: Any) -> None:
+    broken = core.Record("a", 1, b"no json")
+    assert broken.raw == b"no json"
+    assert repr(broken)
+    assert broken == core.Record("a", 1, b"no json")
+    with pytest.raises(RecordError):
+        _ = broken.data
+    record = core.Record("a", 1, b"[1]")
+    assert record.data is record.data
+
+
+def test_data_that_is_null_is_decoded_once_too(core: Any) -> None:
+    record = core.Record("a", 1, b"null")
+    assert record.data is None
+    assert record.data is None
+
+
+def test_two_records_share_no_data(core: Any) -> None:
+    one, two = core.Record("a", 1, b'{"x":[]}'), core.Record("a", 1, b'{"x":[]}')
+    one.data["x"].append(1)
+    assert two.data == {"x": []}
+
+
+# -- immutable
+
+
+@pytest.mark.parametrize("name", ["name", "version", "raw", "stale", "data", "_data", "other"])
+def test_nothing_can_be_set_or_deleted(record: Any, name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^a Record is immutable: {name} can't be set$"):
+        setattr(record, name, 1)
+    with pytest.raises(AttributeError, match=rf"^a Record is immutable: {name} can't be deleted$"):
+        delattr(record, name)
+    assert record.data == {"name": "Ada"}
+
+
+def test_it_has_slots(record: Any) -> None:
+    assert not hasattr(record, "__dict__")
+
+
+def test_it_can_be_freed(core: Any) -> None:
+    """A Record of the compiled core takes no part in garbage collection, and needs none."""
+
+    class Witness:
+        pass
+
+    witness = Witness()
+    record = core.Record("a", 1, b"[]")
+    record.data.append(witness)
+    gone = weakref.ref(witness)
+    gc.disable()
+    try:
+        del witness, record
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# -- as a value
+
+
+def test_equality(core: Any, record: Any) -> None:
+    assert record == core.Record("user/1", 3, b'{"name":"Ada"}')
+    assert record == core.Record("user/1", 3, b'{"name":"Ada"}', stale=True)
+    others = [
+        core.Record("user/2", 3, b'{"name":"Ada"}'),
+        core.Record("user/1", 4, b'{"name":"Ada"}'),
+        core.Record("user/1", 3, b'{"name": "Ada"}'),
+    ]
+    for other in (*others, None, 3, (3, {"name": "Ada"}), "user/1", object()):
+        assert record != other
+        assert other != record
+    assert record.__eq__(3) is NotImplemented
+
+
+def test_hash(core: Any, record: Any) -> None:
+    same = core.Record("user/1", 3, b'{"name":"Ada"}', stale=True)
+    assert hash(record) == hash(same)
+    assert {record: 1}[same] == 1
+    assert len({record, same, core.Record("user/1", 4, b"1")}) == 2
+
+
+def test_no_order(record: Any) -> None:
+    with pytest.raises(TypeError, match="'<' not supported between"):
+        _ = record < record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("user/1", 3, b"{}"), "Record('user/1', 3, b'{}')"),
+        (("user/1", 3, b"{}", True), "Record('user/1', 3, b'{}', stale=True)"),
+        (("a'\n", 0, b"'"), 'Record("a\'\\n", 0, b"\'")'),
+        (("n" * 200, 1, b"d" * 10_000), f"Record('{'n' * 79}…, 1, b'{'d' * 78}…)"),
+    ],
+)
+def test_repr(core: Any, arguments: tuple[Any, ...], text: str) -> None:
+    assert repr(core.Record(*arguments)) == text
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("stale", [False, True])
+def test_pickle(
+    core: Any, protocol: int, decoded: bool, stale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backend, "core", core)
+    record = core.Record("é", 2**63 - 1, b'{"x":[1]}', stale)
+    if decoded:
+        record.data["x"].append(2)
+    back = pickle.loads(pickle.dumps(record, protocol))
+    assert type(back) is core.Record
+    assert back == record
+    assert back.stale is stale
+    assert back.data == {"x": [1]}
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_no_data(core: Any, copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "core", core)
+    record = core.Record("a", 1, b"[1]", True)
+    record.data.append(2)
+    other = copy_of(record)
+    assert other == record
+    assert other.stale is True
+    assert other.data == [1]
+
+
+def test_records_of_the_twins_are_no_equals() -> None:
+    assert _fast.Record("a", 1, b"1") != pure.Record("a", 1, b"1")
+
+
+def test_garbage_collection_looks_at_no_record_of_a_bulk() -> None:
+    """It would cost a large bulk a quarter of its time. The pure core's can't be kept from it."""
+    pairs = {f"r{i}": (1, b"text") for i in range(1000)}
+    pipeline = _fast.Pipeline(Waiter, lambda: None)
+    gc.collect()
+    before = len(gc.get_objects())
+    pipeline.set_bulk({name: (1, i) for i, name in enumerate(pairs)})
+    records = [_fast.Record(name, *pair) for name, pair in pairs.items()]
+    assert len(gc.get_objects()) - before < 100
+    assert pipeline.queued == len(records) == 1000
+
+
+# -- JSON
+
+
+@pytest.mark.parametrize(
+    ("raw", "data"),
+    [
+        (b"null", None),
+        (b"true", True),
+        (b"0", 0),
+        (b"-1.5e3", -1500.0),
+        (b'""', ""),
+        (b"[]", []),
+        (b' {"a" : [1, {"b" : null}]} \n', {"a": [1, {"b": None}]}),
+        (b'{"a":1,"a":2}', {"a": 2}),
+        (b"9223372036854775808", 2**63),
+        (b"18446744073709551616", 2**64),
+        (b"123456789012345678901234567890", 123456789012345678901234567890),
+        # what msgspec refuses, and JSON.parse reads
+        (b"1e400", math.inf),
+        (b'{"a":[-1e400]}', {"a": [-math.inf]}),
+        (rb'"\ud800"', "\ud800"),
+        (rb'{"\udc00":["\ud83d"]}', {"\udc00": ["\ud83d"]}),
+        (b'"\xff\xfe"', "\ufffd\ufffd"),
+        (b'"\xed\xa0\x80"', "\ufffd\ufffd\ufffd"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_json(core: Any, raw: bytes, data: object) -> None:
+    record = core.Record("a", 1, raw)
+    assert record.data == data
+    assert type(record.data) is type(data)
+    assert record.data is record.data
+    assert record.raw == raw
+
+
+def test_deep_json(core: Any) -> None:
+    data = core.Record("a", 1, b"[" * DEEP + b"]" * DEEP).data
+    for _ in range(DEEP - 1):
+        [data] = data
+    assert data == []
+
+
+BROKEN = [
+    b"",
+    b"undefined",
+    b"NaN",
+    b"{",
+    b"[1,]",
+    b"012",
+    b"'a'",
+    b"\xef\xbb\xbf1",
+    b"\xc2\xa01",
+    b'"\n"',
+    b"1 2",
+    b"\0",
+    b"\xff",
+    b"[" * DEEP,
+]
+
+
+@pytest.mark.parametrize("raw", BROKEN, ids=lambda raw: repr(raw)[:20])
+def test_broken_json_names_the_record(core: Any, raw: bytes) -> None:
+    record = core.Record("user/1", 7, raw)
+    for _ in range(2):
+        with pytest.raises(
+            RecordError, match=r"^record 'user/1', version 7: stored data is no JSON: "
+        ) as broken:
+            _ = record.data
+        assert broken.value.name == "user/1"
+        assert broken.value.__cause__ is not None
+    with pytest.raises(RecordError):
+        list(record)
+
+
+# -- decode
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "value"),
+    [
+        (b'{"name":"Ada","home":{"city":"L"}}', User, User("Ada", Address("L"))),
+        (b'{"x":1,"y":2,"z":3}', Point, Point(1, 2)),
+        (b"[1,2]", list[int], [1, 2]),
+        (b"[1,2]", tuple[int, float], (1, 2.0)),
+        (b'{"a":[1]}', dict[str, list[int]], {"a": [1]}),
+        (b"5", int, 5),
+        (b"null", int | None, None),
+        (b'{"a":1}', Any, {"a": 1}),
+        (b'{"city":"L","zip":5}', Address | int, Address("L", 5)),
+        # through the tolerant way
+        (rb'{"city":"\ud800"}', Address, Address("\ud800")),
+        (b'{"city":"\xff"}', Address, Address("\ufffd")),
+        (b"[1e400]", list[float], [math.inf]),
+    ],
+    ids=str,
+)
+def test_decode(core: Any, raw: bytes, kind: Any, value: object) -> None:
+    record = core.Record("a", 1, raw)
+    first, second = record.decode(kind), record.decode(kind)
+    assert first == second == value
+    assert type(first) is type(value)
+    if isinstance(value, (list, dict, msgspec.Struct)):
+        assert first is not second
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "reason"),
+    [
+        (b'{"name":"Ada","home":{"city":5}}', User, "Expected `str`, got `int` - at `$.home.city`"),
+        (b'{"name":"Ada"}', User, "Object missing required field `home`"),
+        (
+            b'{"name":"Ada","home":{"city":"L"},"x":1}',
+            User,
+            "Object contains unknown field `x`",
+        ),
+        (b'[1,"2"]', list[int], "Expected `int`, got `str` - at `$[1]`"),
+        (b'{"x":1.5}', Point, "Expected `int`, got `float` - at `$.x`"),
+        (rb'{"city":"\ud800","zip":"x"}', Address, "Expected `int`, got `str` - at `$.zip`"),
+        (b"1e400", int, "Expected `int`, got `float`"),
+    ],
+    ids=str,
+)
+def test_decode_tells_the_path_of_what_does_not_fit(
+    core: Any, raw: bytes, kind: Any, reason: str
+) -> None:
+    with pytest.raises(RecordError) as misfit:
+        core.Record("user/1", 7, raw).decode(kind)
+    assert str(misfit.value) == f"record 'user/1', version 7: {reason}"
+    assert misfit.value.name == "user/1"
+    assert isinstance(misfit.value.__cause__, msgspec.ValidationError)
+
+
+@pytest.mark.parametrize("raw", BROKEN, ids=lambda raw: repr(raw)[:20])
+def test_decode_of_broken_json(core: Any, raw: bytes) -> None:
+    with pytest.raises(RecordError, match=r"^record 'user/1', version 7: stored data is no JSON: "):
+        core.Record("user/1", 7, raw).decode(User)
+
+
+def test_decode_takes_its_type_by_position_alone(record: Any) -> None:
+    with pytest.raises(TypeError):
+        record.decode(type=dict)
+    with pytest.raises(TypeError):
+        record.decode()
+
+
+def test_decode_of_a_type_that_msgspec_does_not_know(core: Any) -> None:
+    """That is the caller's mistake and none of the record's."""
+    with pytest.raises(TypeError, match="not supported"):
+        core.Record("a", 1, b"1").decode(list[int] | list[str])

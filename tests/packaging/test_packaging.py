@@ -1,0 +1,273 @@
+"""What is built from the sources: the wheel, the pure wheel, the sdist, and failures."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dscache
+from tests.packaging import minimum
+
+PROJECT = Path(__file__).parents[2]
+# Not the whole folder: it may hold an environment, and what a former build left.
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
+FOLDERS = ("dscache", "tests")
+MODULES = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("dscache/**/*.py")}
+PROBE = "import sys; sys.path[:0] = sys.argv[1:]; import dscache; print(dscache.BACKEND)"
+PATIENCE = 300
+
+
+def run(
+    *command: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    inherited = {key: text for key, text in os.environ.items() if not key.startswith("DSCACHE_")}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def copy_sources(target: Path) -> Path:
+    target.mkdir()
+    for name in SOURCES:
+        shutil.copy2(PROJECT / name, target)
+    built = shutil.ignore_patterns("*.so", "*.c", "*.html", "__pycache__")
+    for name in FOLDERS:
+        shutil.copytree(PROJECT / name, target / name, ignore=built)
+    return target
+
+
+def build_wheel(sources: Path, output: Path, **environment: str) -> Path:
+    done = run(
+        *("-m", "pip", "wheel", "--disable-pip-version-check", "--no-index", "--no-deps"),
+        *("--no-build-isolation", "--wheel-dir", str(output), str(sources)),
+        **environment,
+    )
+    assert done.returncode == 0, done.stdout
+    (wheel,) = output.glob("*.whl")
+    return wheel
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def unpack(wheel: Path, target: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def backend_of(installed: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask a fresh interpreter that finds dscache there alone.
+
+    Without ``site``, as an editable install hooks itself in there and would lend the unpacked
+    package the modules that it lacks.
+    """
+    others = [path for path in sys.path if Path(path).resolve() not in (PROJECT, PROJECT / "tests")]
+    return run("-I", "-S", "-c", PROBE, str(installed), *others, **environment)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("compiled") / "sources")
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path) -> Path:
+    # Unoptimised: the compiler is done sooner, and the files are the same.
+    return build_wheel(sources, sources.parent / "wheel", CFLAGS="-O0")
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pure")
+    sources = copy_sources(folder / "sources")
+    return build_wheel(sources, folder / "wheel", DSCACHE_NO_EXTENSIONS="1", CC="no-compiler")
+
+
+def test_the_wheel_holds_the_package_and_no_sources_of_the_core(wheel: Path) -> None:
+    names = names_in(wheel)
+    (extension,) = (name for name in names if name.endswith(".so"))
+    assert extension.startswith("dscache/_fast.")
+    assert names == MODULES | {"dscache/py.typed", "dscache/_fast.pyi", extension}
+
+
+def test_the_metadata_say_what_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(entry).decode().splitlines()
+        assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
+    assert {"Name: dscache", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= {
+        *lines
+    }
+    assert f"Version: {dscache.__version__}" in lines
+    needed = {line.split(": ")[1].split(">")[0] for line in lines if line.startswith("Requires-D")}
+    assert {"hiredis", "msgspec", "PyYAML", "redis"} <= needed
+    extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
+    assert {"uvloop", "cli", "embedded"} <= extras
+
+
+def test_the_wheel_takes_the_compiled_core_and_obeys_the_variable(
+    wheel: Path, tmp_path: Path
+) -> None:
+    installed = unpack(wheel, tmp_path)
+    assert backend_of(installed).stdout == "fast\n"
+    assert backend_of(installed, DSCACHE_BACKEND="fast").stdout == "fast\n"
+    assert backend_of(installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
+
+
+def test_the_pure_wheel_is_for_any_machine(pure_wheel: Path) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert names_in(pure_wheel) == MODULES | {"dscache/py.typed", "dscache/_fast.pyi"}
+
+
+def test_the_pure_wheel_takes_the_pure_core_and_says_so(pure_wheel: Path, tmp_path: Path) -> None:
+    installed = unpack(pure_wheel, tmp_path)
+    by_default = backend_of(installed)
+    assert by_default.stdout.splitlines()[-1] == "pure"
+    assert by_default.stdout.count("the compiled core can't be loaded") == 1
+    assert backend_of(installed, DSCACHE_BACKEND="pure").stdout == "pure\n"
+    refused = backend_of(installed, DSCACHE_BACKEND="fast")
+    assert refused.returncode != 0
+    assert (
+        "ImportError: DSCACHE_BACKEND=fast: dscache._fast can't be loaded: "
+        "No module named 'dscache._fast'" in refused.stdout
+    )
+
+
+def test_an_unknown_backend_is_refused(pure_wheel: Path, tmp_path: Path) -> None:
+    installed = unpack(pure_wheel, tmp_path)
+    refused = backend_of(installed, DSCACHE_BACKEND="fats")
+    assert refused.returncode != 0
+    assert 'DSCACHE_BACKEND=\'fats\': must be "fast" or "pure"' in refused.stdout
+
+
+def test_the_sdist_holds_all_it_takes_to_build_and_test(
+    sources: Path, wheel: Path, tmp_path: Path
+) -> None:
+    # After the wheel, which leaves generated C behind in the folder.
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = run("-c", build, str(tmp_path), cwd=sources)
+    assert done.returncode == 0, done.stdout
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"dscache/_fast.pyx", "dscache/_fast.pyi", "dscache/py.typed", "tests/conftest.py"}
+    assert MODULES | set(SOURCES) | wanted <= names
+    assert [name for name in names if name.endswith((".so", ".c", ".pyc", ".whl"))] == []
+
+
+def test_pytest_finds_the_plugin(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "[pytest11]\ndscache.testing = dscache.testing" in archive.read(entry).decode()
+
+
+# -- releases
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" not in project()["project"]
+    assert project()["project"]["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+)?", dscache.__version__)
+
+
+def test_wheels_are_built_for_the_pythons_that_are_claimed() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    claimed = [
+        f"cp3{name.removeprefix(prefix)}-*"
+        for name in project()["project"]["classifiers"]
+        if name.startswith(prefix)
+    ]
+    assert project()["tool"]["cibuildwheel"]["build"] == claimed
+    told = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert "Python 3.{} to 3.{} on Linux and macOS".format(*range_of(claimed)) in told
+
+
+def range_of(identifiers: list[str]) -> tuple[str, str]:
+    minors = [name.removeprefix("cp3").removesuffix("-*") for name in identifiers]
+    return minors[0], minors[-1]
+
+
+def test_what_is_said_of_the_gil_is_what_the_core_declares(sources: Path, wheel: Path) -> None:
+    generated = (sources / "build" / "cython" / "dscache" / "_fast.c").read_text(encoding="utf-8")
+    # The last of the definitions is the one without a macro from outside.
+    *_, declared = re.findall(r"define __Pyx_FREETHREADING_COMPATIBLE (\w+)", generated)
+    assert declared == "Py_MOD_GIL_USED"
+    told = (PROJECT / "docs" / "building.md").read_text(encoding="utf-8")
+    assert "doesn't declare that it works without the global interpreter lock" in told
+    assert not [name for name in project()["project"]["classifiers"] if "Free Threading" in name]
+    assert not [one for one in project()["tool"]["cibuildwheel"]["build"] if "t-" in one]
+
+
+def test_the_workflows_run_what_there_is() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
+    for path in (PROJECT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        for step in (step for job in jobs.values() for step in job["steps"]):
+            assert step.keys() & {"uses", "run"}
+            words = step.get("run", "").split()
+            if words[:1] == ["make"]:
+                assert words[1] in targets.split()
+            elif words[:1] == [".ci/run"]:
+                assert (PROJECT / ".ci" / "run").stat().st_mode & 0o100
+    assert {path.name for path in (PROJECT / ".github" / "workflows").iterdir()} == {
+        "ci.yml",
+        "release.yml",
+    }
+
+
+@pytest.mark.parametrize(
+    ("core", "compiler"),
+    [("def broken(:\n", None), ("answer = 42\n", "no-such-compiler")],
+    ids=["cython", "compiler"],
+)
+def test_a_failed_build_is_loud_and_names_the_way_out(
+    tmp_path: Path, core: str, compiler: str | None
+) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    (sources / "dscache" / "_fast.pyx").write_text(core)
+    environment = {"CC": compiler} if compiler else {}
+    done = run("setup.py", "build_ext", cwd=sources, **environment)
+    assert done.returncode != 0
+    assert "the compiled core (dscache._fast) could not be built" in done.stdout
+    assert "set DSCACHE_NO_EXTENSIONS=1" in done.stdout
+
+
+def test_the_oldest_versions_are_read_from_the_project(tmp_path: Path) -> None:
+    """``make test-minimum`` installs these; so nothing says them a second time."""
+    found = list(minimum.constraints())
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = list(declared["dependencies"])
+    for extra in minimum.EXTRAS:
+        wanted += declared["optional-dependencies"][extra]
+    assert found == [one.replace(">=", "==") for one in wanted]
+    assert len(found) >= 10
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\ndependencies = ["redis"]\n[project.optional-dependencies]\n')
+    with pytest.raises(ValueError, match="'redis' must begin with name>=version"):
+        list(minimum.constraints(project))

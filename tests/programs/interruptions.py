@@ -1,0 +1,351 @@
+"""Use an AsyncCache while something is raised in its way: ``interruptions.py SCENE LOOP URL``.
+
+Prints, as JSON, what ``after`` finds: 100 records of 100 owners must be read as theirs, and nothing
+may be pending. LOOP is ``asyncio`` or ``uvloop``; ``DSCACHE_BACKEND`` names the core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import resource
+import signal
+import sys
+import time
+from asyncio import selector_events
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+import dscache
+
+OWNERS = [f"owner/{i}" for i in range(100)]
+HUGE = "x" * 60_000_000
+# A cache's operations, in milliseconds, and what the program waits for them at most, in seconds.
+TIMEOUT = 2000
+PATIENCE = 30
+Report = dict[str, Any]
+
+
+async def issued(*calls: Callable[[], Any]) -> list[Any]:
+    """Return what becomes of operations that are issued in one tick, even if issuing one raises."""
+    pending: list[Any] = []
+    for call in calls:
+        try:
+            pending.append(call())
+        except BaseException as error:
+            pending.append(error)
+    return await outcomes(pending)
+
+
+async def outcomes(pending: Iterable[Any]) -> list[Any]:
+    """Return the result or the error of each future; one that has no end is an error."""
+    found = []
+    for one in pending:
+        if asyncio.isfuture(one):
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await asyncio.wait([one])
+                one = one.exception() or one.result()
+            except TimeoutError:
+                one = AssertionError("this operation has no end")
+        found.append(one)
+    return found
+
+
+def wrong_owners(names: Iterable[str], found: Iterable[Any]) -> list[str]:
+    """Return which results are neither errors nor the records of their owners."""
+    return [
+        f"{name}: {one!r}"
+        for name, one in zip(names, found, strict=True)
+        if not isinstance(one, dscache.DscacheError)
+        and (type(one) is not dscache.Record or tuple(one) != (1, {"owner": name}))
+    ]
+
+
+async def after(cache: dscache.AsyncCache) -> Report:
+    """Read all that is there once more, and return what is wrong."""
+    for _ in range(50):  # a connection that was just cut loses what was sent on it
+        found = await issued(*(lambda name=name: cache.get(name) for name in OWNERS))
+        if not any(isinstance(one, BaseException) for one in found):
+            break
+        await asyncio.sleep(0.1)
+    stats = cache.stats()
+    counters = ("queued", "in_flight", "pending", "pending_bytes")
+    return {
+        "wrong": wrong_owners(OWNERS, found),
+        "failed": [repr(one) for one in found if isinstance(one, BaseException)],
+        "pending": {name: stats[name] for name in counters if stats[name]},
+    }
+
+
+# -- scenes: each returns what is wrong, but for the things that ``after`` finds
+
+
+async def short_of_memory(cache: dscache.AsyncCache) -> Report:
+    """Let memory end in the middle of a tick, while a huge record is on its way."""
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])  # noqa: ASYNC240
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    wrong = []
+    for spare in range(10, 250, 24):  # megabytes: in turn each of the copies doesn't fit
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + spare * 1_000_000, limit[1]))
+        try:
+            first = await issued(lambda: cache.get(OWNERS[0]), lambda: cache.set("huge", 1, HUGE))
+            names = OWNERS[1:20]
+            then = await issued(*(lambda name=name: cache.get(name) for name in names))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+        wrong += wrong_owners([OWNERS[0], *names], [first[0], *then])
+        if not isinstance(first[1], (bool, MemoryError, dscache.DscacheError)):
+            wrong.append(f"set huge: {first[1]!r}")
+    return {"wrong": wrong}
+
+
+async def lost_write(cache: dscache.AsyncCache) -> Report:
+    """Let memory end when the socket has taken a part of a huge record, and not the rest."""
+    write = selector_events._SelectorSocketTransport.write
+    failures = [1]
+
+    def failing(transport: Any, data: bytes) -> None:
+        if failures and len(data) > 1_000_000:
+            failures.pop()
+            raise MemoryError
+        write(transport, data)
+
+    selector_events._SelectorSocketTransport.write = failing  # type: ignore[method-assign]
+    ((written, *_), then) = (
+        await issued(lambda: cache.set("huge", 1, HUGE)),
+        await issued(*(lambda name=name: cache.get(name) for name in OWNERS)),
+    )
+    assert not failures
+    stored = (await issued(lambda: cache.get("huge")))[0]
+    wrong = wrong_owners(OWNERS, then)
+    if written is True and (stored is None or stored.data != HUGE):
+        wrong.append(f"set huge returned True, and there is {stored!r}")
+    if stored is not None and not isinstance(stored, BaseException) and stored.data != HUGE:
+        wrong.append("bytes of other commands are in the huge record")
+    return {"wrong": wrong}
+
+
+async def deep(cache: dscache.AsyncCache) -> Report:
+    """Issue operations at the bottom of a deep stack, from any depth that just fits or doesn't."""
+    wrong = []
+
+    def at(depth: int, names: list[str]) -> list[Any]:
+        if depth:
+            return at(depth - 1, names)
+        return [cache.get(name) for name in names]
+
+    room = sys.getrecursionlimit() - len_of_stack()
+    for less in range(40):
+        names = OWNERS[:32]
+        pending: list[Any] = []
+        try:
+            pending = at(room - less, names)
+        except RecursionError:
+            names = []
+        others = OWNERS[32:64]
+        found = await outcomes([*pending, *(cache.get(name) for name in others)])
+        wrong += wrong_owners([*names, *others], found)
+    return {"wrong": wrong}
+
+
+def len_of_stack() -> int:
+    frame = sys._getframe()
+    size = 0
+    while frame is not None:
+        size += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return size
+
+
+async def recursive(cache: dscache.AsyncCache) -> Report:
+    """Let a coroutine await a read, and itself, until the stack ends."""
+
+    async def endless(depth: int) -> Any:
+        await cache.get(OWNERS[depth % 100])
+        return await endless(depth + 1)
+
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await endless(0)
+    except RecursionError:
+        return {}
+    except TimeoutError:
+        return {"wrong": ["the cache has stopped"]}
+    return {"wrong": ["the stack has no end"]}
+
+
+async def signals(cache: dscache.AsyncCache) -> Report:
+    """Let a signal handler raise, again and again, wherever the cache is just then."""
+    errors: list[BaseException] = [
+        MemoryError("signal"),
+        RecursionError("signal"),
+        dscache.RecordError("signal"),
+    ]
+    wrong: list[str] = []
+    armed = False
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)
+    struck = [0, 0.0]
+
+    def handler(*_: object) -> None:
+        # Only within dscache's own frames: elsewhere it is the program that is hit.
+        frame = sys._getframe(1)
+        now = time.monotonic()
+        # One after the other: what deals with the first may not be struck as well.
+        if armed and now > struck[1] + 0.05 and "/dscache/" in frame.f_code.co_filename:
+            struck[0] += 1
+            struck[1] = now
+            raise errors[int(struck[0]) % len(errors)]
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.003, 0.007)
+    end = loop.time() + 5
+    turn = 0
+    while loop.time() < end:
+        names = OWNERS[turn % 60 : turn % 60 + 40]
+        turn += 7
+        armed = True
+        pending: list[Any] = []
+        for name in names:
+            try:
+                pending.append(cache.get(name))
+            except Exception as error:
+                pending.append(dscache.DscacheError(str(error)))
+            with suppress(Exception):
+                cache.set("s/" + name, 1, "x" * 2000).add_done_callback(_retrieve)
+        found = await outcomes(pending)
+        armed = False
+        shortages = (MemoryError, RecursionError)
+        wrong += wrong_owners(
+            names,
+            [dscache.DscacheError() if isinstance(one, shortages) else one for one in found],
+        )
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if struck[0] < 20:
+        wrong.append(f"the handler struck {struck[0]} times only")
+    return {"wrong": wrong}
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    future.cancelled() or future.exception()
+
+
+async def finalizers(cache: dscache.AsyncCache) -> Report:
+    """Let finalizers issue operations, whenever the core's own allocations collect garbage."""
+    pending: list[tuple[str, Any]] = []
+
+    class Finalized:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            self.itself = self  # garbage for the collector alone
+
+        def __del__(self) -> None:
+            name = OWNERS[self.number % 100]
+            pending.append((name, cache.get(name)))
+            if self.number % 3 == 0:
+                cache.set(f"f/{name}", 1, self.number).add_done_callback(_retrieve)
+            if self.number % 10 == 0:
+                cache.get_bulk(OWNERS[:3]).add_done_callback(_retrieve)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(3, 1, 1)
+    try:
+        for turn in range(60):
+            own = []
+            for i in range(50):
+                Finalized(50 * turn + i)
+                name = OWNERS[i]
+                own.append((name, cache.get(name)))
+                if i % 7 == 0:
+                    cache.set(f"f/{name}", 2, i).add_done_callback(_retrieve)
+            await asyncio.sleep(0)
+            pending += own
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    found = await outcomes(future for _, future in pending)
+    wrong = wrong_owners([name for name, _ in pending], found)
+    wrong += [repr(one) for one in found if isinstance(one, BaseException)]
+    if len(pending) < 60 * 50 + 100:
+        wrong.append(f"only {len(pending)} operations were issued")
+    return {"wrong": wrong}
+
+
+async def callbacks(cache: dscache.AsyncCache) -> Report:
+    """Let whatever the connection's own callbacks do fail, one after the other."""
+    from dscache.aio import connection
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)
+    wrong: list[str] = []
+    methods = [
+        name
+        for name, value in vars(connection.Connection).items()
+        if callable(value) and not asyncio.iscoroutinefunction(value) and name != "__init__"
+    ]
+    for name in methods:
+        method = getattr(connection.Connection, name)
+        if name in ("stats",):
+            continue
+        failures = [MemoryError(name)]
+
+        def failing(*args: Any, method: Any = method, failures: Any = failures) -> Any:
+            if failures:
+                raise failures.pop()
+            return method(*args)
+
+        setattr(connection.Connection, name, failing)
+        try:
+            for _ in range(2):
+                own = OWNERS[:20]
+                found = await issued(*(lambda one=one: cache.get(one) for one in own))
+                wrong += wrong_owners(
+                    own,
+                    [dscache.DscacheError() if isinstance(o, MemoryError) else o for o in found],
+                )
+                (kick,) = await issued(lambda: cache._topology.leave("a test"))
+                del kick
+                await asyncio.sleep(0.05)
+        finally:
+            setattr(connection.Connection, name, method)
+        report = await after(cache)
+        wrong += [f"after {name}: {report}"] if any(report.values()) else []
+    return {"wrong": wrong}
+
+
+SCENES = {
+    one.__name__: one
+    for one in (*(short_of_memory, lost_write, deep, recursive, signals, finalizers, callbacks),)
+}
+
+
+async def run(scene: str, url: str) -> Report:
+    host, port = url.removeprefix("redis://").split("/")[0].split(":")
+    options = {
+        "host": host,
+        "port": int(port),
+        "commandTimeout": TIMEOUT,
+        "retryStrategy": {"cap": 100},
+    }
+    config = {"name": "redis", "options": options}
+    async with dscache.AsyncCache.from_config(config) as cache:
+        await cache.set_bulk({name: (1, {"owner": name}) for name in OWNERS})
+        report = await SCENES[scene](cache)
+        left = await after(cache)
+        return {
+            "wrong": [*report.get("wrong", ()), *left["wrong"], *left["failed"]][:10],
+            "pending": left["pending"],
+        }
+
+
+if __name__ == "__main__":
+    scene, loop_name, url = sys.argv[1:]
+    factory = uvloop.new_event_loop if loop_name == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        print(json.dumps(runner.run(run(scene, url))))

@@ -1,0 +1,209 @@
+"""Interrupt a blocking cache at random moments, and see that no answer goes astray.
+
+``python -m tests.programs.interrupts URL COUNT`` prints what happened as JSON; in place of the
+URL may stand options, as JSON. A signal handler raises COUNT
+times, in the thread that uses the cache, while other threads use it as well. Every record's data
+says which record it is and which version, so a reply that reached the wrong caller shows, as does
+a write that ended in the middle of another; and all connections together are as many as the
+threads, so a place that was lost shows as Overloaded. The errors of a cache are raised as well: by
+a handler they say nothing of the operation that they strike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import types
+from collections import Counter
+from typing import Any
+
+import dscache
+from tests.support.blocking import options_of
+
+THREADS = 3
+NAMES = [f"record/{n}" for n in range(50)]
+LARGE = {f"large/{n}": (n, f"large/{n} 0" + "x" * 2000) for n in range(1500)}
+OWNED = {f"owner/{n}": (n, f"owner/{n} {n}") for n in range(100)}
+# More than the buffers of a socket hold.
+BIG = {f"big/{n}": "x" * 2_000_000 for n in range(2)}
+# A bulk takes so much longer than anything else that few signals would meet anything else.
+ACTIONS = ("get", "set", "guarded", "head", "delete", "get_bulk", "head_bulk")
+LONG = ("large", "big_get", "big_set")
+# Until a signal comes, in seconds: from before the operation begins until it is long over.
+LATEST = 0.0004
+
+
+class Struck(BaseException):
+    """As KeyboardInterrupt and a greenlet's end are."""
+
+
+class Alarm(Exception):
+    """As a server's limit for a request is."""
+
+
+KINDS: tuple[type[BaseException], ...] = (
+    *(Struck, Alarm, KeyboardInterrupt, TimeoutError, OSError, MemoryError, RecursionError),
+    *(BlockingIOError, dscache.RecordError, dscache.ReplyError, dscache.ConnectionLost),
+    *(dscache.ConnectError, dscache.DeadlineExceeded, dscache.ProtocolError),
+)
+
+
+class Run:
+    """One run: what was raised, what was caught, and what was wrong."""
+
+    def __init__(self, cache: dscache.Cache, seed: int) -> None:
+        self.cache = cache
+        self.random = random.Random(seed)
+        self.raised = 0
+        self.caught = 0
+        self.armed = False
+        self.struck: BaseException | None = None
+        self.wrong: list[str] = []
+        self.outcomes: Counter[str] = Counter()
+        self.stop = False
+
+    def strike(self, number: int, frame: types.FrameType | None) -> None:
+        if self.armed:
+            self.armed = False
+            self.raised += 1
+            self.struck = KINDS[self.raised % len(KINDS)]("struck")
+            raise self.struck
+
+    def check(self, name: str, record: Any) -> None:
+        if record is None:
+            return
+        said, version, *rest = record.data.split(" ")
+        if (
+            record.name != name
+            or said != name
+            or int(version.rstrip("x")) != (record.version if not name.startswith("large/") else 0)
+            or rest != ([BIG[name], version] if name in BIG else [])
+        ):
+            self.wrong.append(f"{name}: {record!r:.200}")
+
+    def act(self, action: str, name: str, version: int) -> None:
+        cache = self.cache
+        data = f"{name} {version}"
+        if action == "get":
+            self.check(name, cache.get(name))
+        elif action == "set":
+            if cache.set(name, version, data) is not True:
+                self.wrong.append(f"{name}: set")
+        elif action == "guarded":
+            if type(cache.set(name, version, data, ttl=1000, if_newer=True)) is not bool:
+                self.wrong.append(f"{name}: set if_newer")
+        elif action == "head":
+            if type(cache.head(name)) not in (int, type(None)):
+                self.wrong.append(f"{name}: head")
+        elif action == "delete":
+            if type(cache.delete(name)) is not bool:
+                self.wrong.append(f"{name}: delete")
+        elif action == "get_bulk":
+            for key, record in cache.get_bulk(NAMES[:20]).items():
+                self.check(key, record)
+        elif action == "big_get":
+            name = self.random.choice(list(BIG))
+            self.check(name, cache.get(name))
+        elif action == "big_set":
+            name = self.random.choice(list(BIG))
+            if cache.set(name, version, f"{name} {version} {BIG[name]} {version}") is not True:
+                self.wrong.append(f"{name}: set")
+        elif action == "head_bulk":
+            if not cache.head_bulk([name, "never"]).keys() <= {name}:
+                self.wrong.append(f"{name}: head_bulk")
+        else:
+            found = cache.get_bulk(LARGE)
+            if list(found) != list(LARGE):
+                self.wrong.append("a bulk lost records")
+            for key, record in found.items():
+                self.check(key, record)
+
+    def beside(self, seed: int) -> None:
+        """Use the cache undisturbed, in a thread of its own."""
+        own = random.Random(seed)
+        version = 0
+        while not self.stop:
+            version += 1
+            try:
+                self.act(own.choice(ACTIONS), own.choice(NAMES), version)
+            except Exception as error:
+                self.wrong.append(f"in another thread: {error!r}")
+
+    def interrupted(self, count: int) -> None:
+        """Use the cache until it was interrupted so often."""
+        version = 0
+        while self.raised < count and not self.wrong:
+            version += 1
+            is_long = version % 30 == 0
+            action = self.random.choice(LONG if is_long else ACTIONS)
+            latest = 50 * LATEST if is_long else LATEST
+            # Else most signals would meet a thread that connects.
+            self.cache.head("ready")
+            try:
+                self.struck = None
+                self.armed = True
+                signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, latest))
+                self.act(action, self.random.choice(NAMES), version)
+                self.armed = False
+                self.outcomes["undisturbed"] += 1
+            except KINDS as error:
+                # What is raised while a host's name is encoded is raised once more.
+                if self.struck not in (error, error.__cause__):
+                    self.wrong.append(f"{action}: {error!r}")
+                self.caught += 1
+                self.outcomes[type(error).__name__] += 1
+            except dscache.DscacheError as error:
+                self.wrong.append(f"{action}: {error!r}")
+            finally:
+                self.armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(where: str, count: int, seed: int) -> dict[str, Any]:
+    options = options_of(where) | {
+        "maxConnections": THREADS + 1, "whenFull": "error", "commandTimeout": 60_000,
+    }  # fmt: skip
+    cache = dscache.Cache.from_config({"name": "redis", "options": options})
+    cache.set_bulk(LARGE)
+    cache.set_bulk(OWNED)
+    run = Run(cache, seed)
+    signal.signal(signal.SIGALRM, run.strike)
+    threads = [threading.Thread(target=run.beside, args=(seed + n,)) for n in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    run.interrupted(count)
+    seconds = time.monotonic() - began
+    run.stop = True
+    for thread in threads:
+        thread.join()
+    for name in (*NAMES, *BIG, *OWNED):
+        run.check(name, cache.get(name))
+    found = {name: (it.version, it.data) for name, it in cache.get_bulk(OWNED).items()}
+    if found != OWNED:
+        run.wrong.append("records went to others")
+    stats = cache.stats()
+    cache.close()
+    return {
+        "seed": seed,
+        "raised": run.raised,
+        "caught": run.caught,
+        "wrong": run.wrong[:5],
+        "seconds": round(seconds, 1),
+        "outcomes": dict(run.outcomes),
+        "connects": stats["connects"],
+        "connections": max(
+            node["connections"] for node in stats.get("nodes", {"": stats}).values()
+        ),
+        "pending": sum(stats[name] for name in ("pending", "in_flight", "queued", "waiting")),
+    }
+
+
+if __name__ == "__main__":
+    seed = int(os.environ.get("SEED", time.time_ns() % 2**32))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), seed)))

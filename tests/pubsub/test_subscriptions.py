@@ -1,0 +1,230 @@
+"""What a node is subscribed to and what it was told that it missed, without any server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+
+from dscache.config.messages import load
+from dscache.errors import ConfigError, ConnectionLost, ProtocolError, ReplyError
+from dscache.pubsub import subscriptions as module
+from dscache.pubsub.any_node import AnyNode
+from dscache.pubsub.subscriptions import Listener, Subscriptions
+from tests.support.waiting import until
+
+
+class Source:
+    """A connection that answers what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.address = "node.test:6379"
+        self.is_ready = True
+        self.asked: list[list[str]] = []
+        self.left: list[str] = []
+        self.answer: Callable[[list[str]], Any] = lambda command: [command[0].lower(), 1]
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def ask(self, *commands: list[str]) -> list[Any]:
+        self.asked += commands
+        await self.gate.wait()
+        answers = [self.answer(command) for command in commands]
+        for answer in answers:
+            if isinstance(answer, Exception) and not isinstance(answer, ReplyError):
+                raise answer
+        return answers
+
+    def leave(self, reason: str) -> None:
+        self.left.append(reason)
+
+
+class Place:
+    """Some topics at one source, as one of several nodes has them."""
+
+    def __init__(self, ledger: Subscriptions, heartbeat: float = 60.0, **options: Any) -> None:
+        self.source = Source()
+        self.topics: Collection[int] = ()
+        self.listener = Listener(
+            ledger, self.source, lambda: self.topics, heartbeat=heartbeat, **options
+        )
+
+    def have(self, *topics: int) -> None:
+        self.topics = topics
+        self.listener.look()
+
+
+@pytest.fixture
+def gaps() -> list[tuple[float, float]]:
+    return []
+
+
+@pytest.fixture
+async def ledger(gaps: list[tuple[float, float]]) -> Subscriptions:
+    return Subscriptions(lambda since, until: gaps.append((since, until)))
+
+
+async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]) -> None:
+    place = Place(ledger)
+    for topic in (4, 5):
+        ledger.want(topic)
+    place.have(4, 5)
+    place.listener.became_ready()
+    await ledger.when_whole()
+    assert place.source.asked == [["SUBSCRIBE", "4"], ["SUBSCRIBE", "5"]]
+    ledger.unwant(5)
+    place.have(4)
+    await until(lambda: place.source.asked[2:] == [["UNSUBSCRIBE", "5"]])
+    assert ledger.is_whole
+    await place.listener.close()
+    await place.listener.close()
+    assert gaps == []
+
+
+async def test_a_gap_begins_with_the_last_question_that_was_answered(
+    ledger: Subscriptions, gaps: list[tuple[float, float]]
+) -> None:
+    place = Place(ledger, heartbeat=0.01)
+    ledger.want(4)
+    place.have(4)
+    place.listener.became_ready()
+    await ledger.when_whole()
+    await until(lambda: ["PING"] in place.source.asked)
+    await until(lambda: place.source.asked.count(["PING"]) > 2)
+    place.source.gate.clear()
+    asked = place.source.asked.count(["PING"])
+    await until(lambda: place.source.asked.count(["PING"]) > asked)
+    before = place.listener.whole
+    place.listener.became_lost()
+    place.listener.became_lost()
+    assert not ledger.is_whole
+    place.source.gate.set()
+    place.listener.became_ready()
+    await ledger.when_whole()
+    ((since, until_),) = gaps
+    assert since == before <= until_
+    assert (ledger.gaps, ledger.last_gap) == (1, (since, until_))
+    await place.listener.close()
+
+
+async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
+    ledger: Subscriptions, gaps: list[tuple[float, float]]
+) -> None:
+    moves: list[int] = []
+    old = Place(ledger, moved=lambda: moves.append(1))
+    new = Place(ledger, moved=lambda: moves.append(1))
+    ledger.want(4)
+    old.have(4)
+    for place in (old, new):
+        place.listener.became_ready()
+    await ledger.when_whole()
+    # Both have it for a moment: nobody says when the old one has ended.
+    new.have(4)
+    await until(lambda: gaps)
+    assert gaps[0][0] == old.listener.whole
+    old.have()
+    old.listener.ended(4)
+    await asyncio.sleep(0)
+    assert ledger.is_whole
+    assert (len(gaps), moves) == (1, [1])
+    for place in (old, new):
+        await place.listener.close()
+
+
+async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions) -> None:
+    moves: list[int] = []
+    place = Place(ledger, words=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
+    answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
+    place.source.answer = lambda command: answers.pop(0)
+    ledger.want(4)
+    place.have(4)
+    place.listener.became_ready()
+    await ledger.when_whole()
+    assert place.source.asked == [["SSUBSCRIBE", "4"]] * 3
+    assert moves == [1, 1]
+    await place.listener.close()
+
+
+async def test_what_a_link_may_die_of(
+    ledger: Subscriptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ANSWER", 0.01)
+    place = Place(ledger, heartbeat=0.01)
+    ledger.want(4)
+    place.have(4)
+    for answer, left in (
+        (ConnectionLost("gone"), []),
+        (ProtocolError("nonsense"), ["its subscriptions failed: nonsense"]),
+    ):
+        place.source.left.clear()
+        place.source.answer = lambda command, said=answer: said
+        place.listener.became_ready()
+        await until(lambda: place.listener._task is not None and place.listener._task.done())
+        assert place.source.left == left
+    place.source.gate.clear()
+    place.listener.became_ready()
+    await until(lambda: place.source.left[-1:] == ["it did not answer for 0 s"])
+    await place.listener.close()
+
+
+async def test_topics_that_are_wanted_again_meanwhile(
+    ledger: Subscriptions, gaps: list[Any]
+) -> None:
+    place = Place(ledger)
+    ledger.want(4)
+    place.have(4)
+    place.listener.became_ready()
+    await ledger.when_whole()
+    place.source.gate.clear()
+    ledger.unwant(4)
+    place.have()
+    await until(lambda: ["UNSUBSCRIBE", "4"] in place.source.asked)
+    ledger.want(4)
+    place.have(4)
+    place.source.gate.set()
+    await until(lambda: place.source.asked.count(["SUBSCRIBE", "4"]) == 2)
+    await ledger.when_whole()
+    # What came after it was wanted again, and before it was heard again, is missed.
+    assert len(gaps) == 1
+    await place.listener.close()
+
+
+# -- any node of a cluster
+
+WELL = b"cluster_state:ok\r\ncluster_current_epoch:3\r\n"
+
+
+def any_node() -> AnyNode:
+    options = {"nodes": [{"host": "a", "port": 1}, {"host": "b", "port": 2}]}
+    config = load({"name": "redis", "options": options})
+    return AnyNode(config.options, None, config.source)
+
+
+def slots(*ports: int) -> list[Any]:
+    return [[0, 16383, *([b"10.0.0.1", port, b"id"] for port in ports)]]
+
+
+def test_what_a_node_says_of_its_cluster() -> None:
+    node = any_node()
+    assert node.address in ("a:1", "b:2")
+    node.learn(slots(7000, 7001), WELL)
+    assert node.is_well
+    assert sorted(node._known) == [("10.0.0.1", 7000), ("10.0.0.1", 7001)]
+    node.learn(slots(7000), WELL.replace(b"ok", b"fail"))
+    assert not node.is_well
+    node.learn([], WELL)
+    assert (node.is_well, node._known) == (False, [("10.0.0.1", 7000)])
+    node.learn(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
+    assert node.is_well
+    node.learn([], WELL)
+    # Who may not ask has nothing to go by.
+    node.learn(ReplyError("NOPERM no permissions"), WELL)
+    assert not node.is_well
+    with pytest.raises(ConfigError, match="is no node of a cluster"):
+        node.learn(ReplyError("ERR This instance has cluster support disabled"), WELL)
+    with pytest.raises(ReplyError):
+        node.learn(ReplyError("LOADING"), WELL)
+    with pytest.raises(ProtocolError):
+        node.learn(b"?", WELL)

@@ -1,0 +1,58 @@
+"""The short form of the soak test: every row with small sizes, and what must hold at any speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dscache.aio import heartbeat
+from dscache.embedded import ServerBinary, find_server
+from tests.conftest import SERVERS
+from tests.soak import rows
+
+# The rows start servers of their own, to kill them.
+BINARY = SERVERS[0] if SERVERS and isinstance(SERVERS[0], ServerBinary) else find_server()
+
+SIZES: dict[str, dict[str, Any]] = {
+    "kill": {"rounds": 3},
+    "storm": {"operations": 6000, "delays": (0.0, 0.02, 0.2)},
+    "blackhole": {"seconds": 3.0},
+    "freeze": {"seconds": 1.5},
+    "cut": {"step": 1},
+    "fuzz": {"cases": 5000},
+    "failover": {"rounds": 1},
+    "refused": {"seconds": 2.0},
+    "near": {"reads": 100_000, "mischief_pause": 0.05},
+    "away": {"operations": 15_000},
+    "silent": {},
+    "mixed": {"minutes": 4 / 60},
+    "messages": {"count": 9000},
+    "messages-kill": {"rounds": 2},
+    "messages-slow": {"seconds": 1.0, "pause": 0.01},
+    "sync-kill": {"rounds": 2},
+}
+
+# Their short form is in test_sync.py and test_sync_cluster.py.
+OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
+
+# Their short form is in test_cluster.py, where tests share a cluster.
+ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
+
+# Their short form is in test_injection.py.
+IN_PROCESSES = ("injection", "shortage", "finalizers")
+
+
+@pytest.mark.parametrize("row", SIZES)
+async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if row == "silent":
+        monkeypatch.setattr(heartbeat, "_PING_AFTER", 0.2)
+        monkeypatch.setattr(heartbeat, "_PING_ANSWER", 0.2)
+    figures = await rows.run(row, BINARY, **SIZES[row])
+    print(figures.line())
+    assert figures.problems == []
+    assert figures.operations > 0
+
+
+def test_every_row_is_here() -> None:
+    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()

@@ -1,0 +1,69 @@
+"""Message nodes for tests: opened together, closed at the end, when each must be drained."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from dscache.messages import MessageNode
+from tests.conftest import PATIENT
+from tests.soak.figures import COUNTERS
+from tests.support.waiting import own_tasks, until
+
+# Until something must have ended: far more than any machine needs, as it is no measurement.
+
+
+class Nodes:
+    """Nodes by name: ``await nodes("A", **options)``; further ones have the same options."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = PATIENT | options
+        self.opened: list[MessageNode] = []
+
+    async def __call__(self, name: str, *, on_gap: Any = None, **options: Any) -> MessageNode:
+        entry = {"name": "redis", "options": self._options | options}
+        config = {"serverName": name, "clusterNode": entry}
+        node = MessageNode.from_config(config, on_gap=on_gap)
+        self.opened.append(node)
+        await node.when_ready()
+        return node
+
+
+@asynccontextmanager
+async def open_nodes(**options: Any) -> AsyncIterator[Nodes]:
+    """Give what opens nodes, all of which are closed and drained at the end."""
+    nodes = Nodes(**options)
+    try:
+        yield nodes
+    finally:
+        for node in nodes.opened:
+            await node.close()
+    for node in nodes.opened:
+        counters = {name: node.stats()[name] for name in COUNTERS if node.stats()}
+        assert not any(counters.values()), f"{node.description}: not drained: {counters}"
+    assert own_tasks() == []
+
+
+class Heard(list[Any]):
+    """What a callback was called with: the messages' data, and who sent them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.senders: list[str] = []
+
+    def __call__(self, message: Any, sender: str) -> None:
+        self.append(message.data)
+        self.senders.append(sender)
+
+    async def reaches(self, count: int) -> None:
+        """Wait until there are so many."""
+        await until(lambda: len(self) >= count)
+
+
+async def hears(node: MessageNode, topic: int) -> Heard:
+    """Subscribe a node, and return what it hears from now on."""
+    heard = Heard()
+    node.subscribe(topic, heard)
+    await node.when_ready()
+    return heard

@@ -1,0 +1,340 @@
+"""Metrics and spans for OpenTelemetry, as the SDK's own readers and exporters have them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.semconv.attributes import db_attributes, error_attributes, server_attributes
+from opentelemetry.trace import SpanKind, StatusCode
+
+import dscache
+from dscache import otel
+from dscache.config import load
+from tests.aio.test_topology import FakeCluster, names_of, opened
+from tests.conftest import MakeCache
+
+SECRET = "user/of-nobody's-business"
+
+
+# -- metrics
+
+
+@pytest.fixture
+def reader() -> InMemoryMetricReader:
+    return InMemoryMetricReader()
+
+
+@pytest.fixture
+def meters(reader: InMemoryMetricReader) -> Iterator[MeterProvider]:
+    provider = MeterProvider([reader])
+    yield provider
+    provider.shutdown()
+
+
+def points(reader: InMemoryMetricReader, name: str, **wanted: Any) -> list[Any]:
+    """Return the data points of a metric that have some attributes."""
+    data = reader.get_metrics_data()
+    if data is None:
+        return []
+    metrics = [
+        metric
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    ]
+    attributes = {key.replace("_", "."): value for key, value in wanted.items()}
+    return [
+        point
+        for metric in metrics
+        if metric.name == name
+        for point in metric.data.data_points
+        if (point.attributes or {}).items() >= attributes.items()
+    ]
+
+
+async def test_what_was_done(
+    make_cache: MakeCache, meters: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    cache = await make_cache()
+    otel.observe(cache, "main", meters)
+    await cache.set_bulk({"a": (1, 1), "b": (1, 1)})
+    await cache.get("a")
+    await cache.get("no")
+    (point,) = points(reader, "dscache.operations")
+    assert point.value == 3
+    assert point.attributes["dscache.cache"] == "main"
+    assert point.attributes["db.system.name"] == "redis"
+    assert point.attributes["server.port"] == cache._config.options.port
+    for result in ("hit", "miss"):
+        (point,) = points(reader, "dscache.reads", dscache_result=result)
+        assert point.value == 1
+    (point,) = points(reader, "dscache.connections")
+    assert point.value == 1
+    (point,) = points(reader, "dscache.ready")
+    assert point.value == 1
+    (point,) = points(reader, "dscache.operation.duration.count", db_operation_name="get")
+    assert point.value == 2
+    (point,) = points(reader, "dscache.operation.duration.count", db_operation_name="BATCH set")
+    assert point.value == 1
+    (point,) = points(reader, "dscache.operation.duration.sum", db_operation_name="get")
+    assert point.value > 0
+    buckets = points(reader, "dscache.operation.duration.bucket", db_operation_name="get")
+    assert [one.value for one in buckets] == sorted(one.value for one in buckets)
+    assert (buckets[-1].attributes["le"], buckets[-1].value) == ("+Inf", 2)
+
+
+async def test_several_caches_until_they_are_no_more(
+    meters: MeterProvider, reader: InMemoryMetricReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = dscache.AsyncCache.from_config({"name": "memory"})
+    two = dscache.Cache.from_config({"name": "memory"})
+    otel.observe(one, "one", meters)
+    otel.observe(two, "two", meters)
+    otel.observe(two, "two", meters)
+    with pytest.raises(ValueError, match='a cache "one" already'):
+        otel.observe(two, "one", meters)
+    await one.get("a")
+    two.get("a")
+    told = points(reader, "dscache.operations")
+    assert {(point.attributes["dscache.cache"], point.value) for point in told} == {
+        ("one", 1),
+        ("two", 1),
+    }
+    await one.close()
+    del one
+    gc.collect()
+    (point,) = points(reader, "dscache.operations")
+    assert point.attributes["dscache.cache"] == "two"
+    assert caplog.text == ""  # the SDK warns of instruments that are made twice
+
+
+async def test_nodes_of_a_cluster(
+    backend: str, meters: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    async with FakeCluster() as fakes, opened(fakes) as cache:
+        otel.observe(cache, meter_provider=meters)
+        for node in fakes.nodes:
+            (name,) = names_of(node, 1)
+            await cache.set(name, 1, 1)
+        for node in fakes.nodes:
+            (point,) = points(reader, "dscache.node.operations", dscache_node=node.address)
+            assert point.value == 1
+        (point,) = points(reader, "dscache.topology_refreshes")
+        assert point.value >= 1
+
+
+async def test_a_near_cache(
+    make_cache: MakeCache, meters: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    cache = await make_cache(nearCache={})
+    if isinstance(cache, dscache.AsyncCache):
+        otel.observe(cache, meter_provider=meters)
+        await cache.get("a")
+        await cache.get("a")
+        (point,) = points(reader, "dscache.near.reads", dscache_result="hit")
+        assert point.value == 1
+        assert points(reader, "dscache.near.records")
+        topology: Any = cache._topology
+        topology.pipeline.forget("login")
+        (point,) = points(reader, "dscache.near.flushes", dscache_reason="login")
+        assert point.value == 1
+
+
+# -- spans
+
+
+class Spans:
+    """Where spans go, and a tracer of the application."""
+
+    def __init__(self, **options: Any) -> None:
+        self._exporter = InMemorySpanExporter()
+        self.provider = TracerProvider(**options)
+        self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.tracer = self.provider.get_tracer("application")
+
+    def __call__(self) -> list[ReadableSpan]:
+        """Return the spans of caches that have ended since the last time."""
+        found = [one for one in self._exporter.get_finished_spans() if one.kind is SpanKind.CLIENT]
+        self._exporter.clear()
+        return found
+
+
+@pytest.fixture
+def spans() -> Spans:
+    return Spans()
+
+
+async def test_a_span_of_each_operation(make_cache: MakeCache, spans: Spans) -> None:
+    cache = await make_cache(db=0)
+    otel.trace(cache, tracer_provider=spans.provider)
+    names = [SECRET, "no", "never"]
+    with spans.tracer.start_as_current_span("request") as request:
+        await cache.set(SECRET, 1, {"a": 1})
+        assert (await cache.get(SECRET)).version == 1
+        assert await cache.head("no") is None
+        assert await cache.set_bulk(dict.fromkeys(names[:2], (2, 2))) == set()
+        assert len(await cache.get_bulk(name for name in names)) == 2
+        assert len(await cache.head_bulk(names[:1])) == 1
+        assert await cache.delete(SECRET) is True
+        assert await cache.delete_bulk([]) == 0
+        await asyncio.sleep(0)  # when callbacks of the last future have been called
+    found = spans()
+    options = cache._config.options
+    place = f"{options.host}:{options.port}"
+    told = []
+    for span in found:
+        attributes = dict(span.attributes or {})
+        assert attributes.pop(db_attributes.DB_SYSTEM_NAME) == "redis"
+        assert attributes.pop(db_attributes.DB_NAMESPACE) == "0"
+        assert attributes.pop(server_attributes.SERVER_ADDRESS) == options.host
+        assert attributes.pop(server_attributes.SERVER_PORT) == options.port
+        operation = attributes.pop(db_attributes.DB_OPERATION_NAME)
+        assert span.name == f"{operation} {place}"
+        assert span.parent is not None
+        assert span.parent.span_id == request.get_span_context().span_id
+        assert span.status.status_code is StatusCode.UNSET
+        assert SECRET not in span.to_json()
+        size = attributes.pop(db_attributes.DB_OPERATION_BATCH_SIZE, None)
+        told.append((operation, size, attributes.pop("db.response.returned_rows", None)))
+        assert attributes == {}
+    assert told == [
+        ("set", None, None),
+        ("get", None, 1),
+        ("head", None, 0),
+        ("BATCH set", 2, None),
+        ("BATCH get", 3, 2),
+        ("head", None, 1),
+        ("delete", None, None),
+        ("BATCH delete", 0, None),
+    ]
+
+
+async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
+    cache = await make_cache()
+    otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    redis.set("bad_v", "none")
+    redis.set("bad_d", "1")
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(dscache.ReplyError):
+            await cache.set(SECRET, 1, 1)
+    finally:
+        redis.config_set("maxmemory", 0)
+    with pytest.raises(dscache.RecordError):
+        await cache.get("bad")
+    with pytest.raises(dscache.RecordError):
+        await cache.get("")
+    with pytest.raises(dscache.BulkError):
+        await cache.get_bulk(["bad", SECRET])
+    await asyncio.sleep(0)
+    told = []
+    for span in spans():
+        attributes = span.attributes or {}
+        assert span.status.status_code is StatusCode.ERROR
+        assert SECRET not in span.to_json()
+        code = attributes.get(db_attributes.DB_RESPONSE_STATUS_CODE)
+        told.append((attributes[error_attributes.ERROR_TYPE], code))
+    assert told == [
+        ("OOM", "OOM"),
+        ("RecordError", None),
+        ("RecordError", None),
+        ("BulkError", None),
+    ]
+
+
+async def test_what_is_cancelled(make_cache: MakeCache, spans: Spans) -> None:
+    cache = dscache.AsyncCache.from_config({"name": "redis", "options": {"port": 1}})
+    otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    waiting = cache.get("a")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.sleep(0)
+    (span,) = spans()
+    assert (span.attributes or {})[error_attributes.ERROR_TYPE] == "CancelledError"
+    await cache.close()
+
+
+async def test_who_samples_traces_samples_these(make_cache: MakeCache, spans: Spans) -> None:
+    cache = await make_cache(name="memory")
+    unsampled = Spans(sampler=ALWAYS_OFF)
+    tracing = otel.trace(cache, tracer_provider=spans.provider)
+    await cache.get("a")
+    with unsampled.tracer.start_as_current_span("request"):
+        await cache.get("a")
+    await asyncio.sleep(0)
+    assert spans() == []
+    with spans.tracer.start_as_current_span("request"):
+        await cache.get("a")
+        await asyncio.sleep(0)
+        (span,) = spans()
+        assert (span.name, (span.attributes or {})["db.system.name"]) == ("get", "memory")
+        tracing.stop()
+        tracing.stop()
+        await cache.get("a")
+    await asyncio.sleep(0)
+    assert spans() == []
+
+
+async def test_a_share_of_them(make_cache: MakeCache, spans: Spans) -> None:
+    cache = await make_cache(name="memory")
+    for sample, low, high in ((0.0, 0, 0), (0.5, 400, 600), (1.0, 1000, 1000)):
+        tracing = otel.trace(cache, sample=sample, roots=True, tracer_provider=spans.provider)
+        for _ in range(1000):
+            await cache.get("a")
+        await asyncio.sleep(0)
+        tracing.stop()
+        assert low <= len(spans()) <= high
+    for sample in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            otel.trace(cache, sample=sample)
+
+
+@pytest.mark.parametrize("opened_before", [True, False], ids=["opened", "not opened"])
+async def test_with_a_near_cache(
+    opened_before: bool, make_cache: MakeCache, server: Any, spans: Spans
+) -> None:
+    made = await make_cache()
+    if isinstance(made, dscache.AsyncCache):
+        options = {"url": server.url, "nearCache": {}}
+        cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
+        if opened_before:
+            await cache.get("a")
+        tracing = otel.trace(cache, tracer_provider=spans.provider, roots=True)
+        for _ in range(3):
+            assert await cache.get("a") is None
+        assert [span.name.split()[0] for span in spans()] == ["get"] * 3
+        assert cache.stats()["near_cache"]["hits"] >= 2
+        tracing.stop()
+        await cache.get("a")
+        assert spans() == []
+        await cache.close()
+        with pytest.raises(dscache.ConnectionLost):
+            await cache.get("a")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"host": "db", "port": 1, "db": 3}, {"server.address": "db", "server.port": 1}),
+        ({"path": "/run/redis.sock"}, {"server.address": "/run/redis.sock"}),
+        ({"nodes": [{"host": "a", "port": 7}]}, {"server.address": "a", "server.port": 7}),
+        ({"sentinels": [{"host": "s"}], "name": "group"}, {"server.address": "group"}),
+        ({"url": "redis://:secret@db:1/2"}, {"server.address": "db", "server.port": 1}),
+    ],
+)
+def test_where_a_database_is(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = otel.attributes_of(load({"name": "redis", "options": options}))
+    assert found.pop("db.system.name") == "redis"
+    assert found.pop("db.namespace") in ("0", "2", "3")
+    assert found == expected

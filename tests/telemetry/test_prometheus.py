@@ -1,0 +1,228 @@
+"""The metrics for Prometheus, as its own client and parser have them, and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import urllib.request
+from typing import Any
+
+import prometheus_client
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+import dscache
+from dscache import _metrics
+from dscache.prometheus import CacheCollector, register
+from tests.aio.test_topology import FakeCluster, names_of, opened
+from tests.conftest import MakeCache
+
+NODES = {"node": "10.0.0.1:7000"}
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def samples(registry: CollectorRegistry) -> list[Sample]:
+    """Return what a Prometheus would read."""
+    text = generate_latest(registry).decode()
+    return [one for family in text_string_to_metric_families(text) for one in family.samples]
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    named = [one for one in samples(registry) if one.name == name]
+    found = [one.value for one in named if one.labels.items() >= labels.items()]
+    assert len(found) < 2, name
+    return found[0] if found else None
+
+
+async def test_what_was_done(make_cache: MakeCache, registry: CollectorRegistry) -> None:
+    cache = await make_cache()
+    register(cache, "main", registry)
+    await cache.set_bulk({"a": (1, 1), "b": (1, 1), "c": (1, 1)})
+    await cache.set("a", 1, 1, if_newer=True)
+    assert await cache.get("a") is not None
+    assert await cache.get("no") is None
+    of_main = {"cache": "main"}
+    for name, labels, expected in (
+        ("dscache_ready", {}, 1),
+        ("dscache_operations_total", {}, 4),
+        ("dscache_reads_total", {"result": "hit"}, 1),
+        ("dscache_reads_total", {"result": "miss"}, 1),
+        ("dscache_writes_total", {"result": "written"}, 3),
+        ("dscache_writes_total", {"result": "not_newer"}, 1),
+        ("dscache_failed_records_total", {}, 0),
+        ("dscache_batches_total", {}, 4),
+        ("dscache_sent_records_total", {}, 6),
+        ("dscache_connections", {}, 1),
+        ("dscache_pending_operations", {}, 0),
+        ("dscache_operation_duration_seconds_count", {"operation": "get"}, 2),
+        ("dscache_operation_duration_seconds_count", {"operation": "set_bulk"}, 1),
+        ("dscache_operation_duration_seconds_bucket", {"operation": "get", "le": "+Inf"}, 2),
+    ):
+        assert value(registry, name, **of_main, **labels) == expected, (name, labels)
+    took = value(registry, "dscache_operation_duration_seconds_sum", operation="get")
+    assert took == pytest.approx(cache.stats()["latency"]["operations"]["get"]["sum"])
+    assert value(registry, "dscache_sent_bytes_total") == cache.stats()["bytes_out"] > 0
+
+
+async def test_buckets_are_cumulative(make_cache: MakeCache, registry: CollectorRegistry) -> None:
+    cache = await make_cache()
+    register(cache, registry=registry)
+    for _ in range(20):
+        await cache.get("a")
+    buckets = [one for one in samples(registry) if one.name.endswith("_bucket")]
+    assert [one.value for one in buckets] == sorted(one.value for one in buckets)
+    assert buckets[-1].value == 20
+    bounds = [one.labels["le"] for one in buckets]
+    assert bounds[:2] == ["0.00005", "0.0001"]
+    assert bounds[-2:] == ["10.0", "+Inf"]
+
+
+async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry) -> None:
+    caches = {name: await make_cache(name="memory") for name in ("one", "two")}
+    for number, (name, cache) in enumerate(caches.items()):
+        collector = register(cache, name, registry)
+        register(cache, name, registry)  # once more is nothing new
+        for _ in range(number + 1):
+            await cache.get("a")
+    with pytest.raises(ValueError, match='a cache "one" already'):
+        register(caches["two"], "one", registry)
+    assert value(registry, "dscache_operations_total", cache="one") == 1
+    assert value(registry, "dscache_operations_total", cache="two") == 2
+    collector.remove("two")
+    collector.remove("two")
+    assert value(registry, "dscache_operations_total", cache="two") is None
+
+
+async def test_before_it_is_open_and_after_its_end(registry: CollectorRegistry) -> None:
+    cache = dscache.AsyncCache.from_config({"name": "memory"})
+    register(cache, registry=registry)
+    assert [(one.name, one.value) for one in samples(registry)] == [("dscache_ready", 0)]
+    async with cache:
+        await cache.get("a")
+        assert value(registry, "dscache_ready") == 1
+    assert value(registry, "dscache_ready") == 0
+    assert value(registry, "dscache_operations_total") == 1
+
+
+async def test_nodes_of_a_cluster(backend: str, registry: CollectorRegistry) -> None:
+    async with FakeCluster() as fakes, opened(fakes) as cache:
+        registry.register(CacheCollector({"of nodes": cache}))
+        for node in fakes.nodes:
+            (name,) = names_of(node, 1)
+            await cache.set(name, 1, 1)
+        for node in fakes.nodes:
+            assert value(registry, "dscache_node_operations_total", node=node.address) == 1
+            assert value(registry, "dscache_node_connections", node=node.address) == 1
+        assert value(registry, "dscache_operations_total") == len(fakes.nodes)
+        assert value(registry, "dscache_topology_refreshes_total", cache="of nodes") >= 1
+
+
+async def test_a_near_cache(make_cache: MakeCache, registry: CollectorRegistry) -> None:
+    cache = await make_cache(nearCache={})
+    if isinstance(cache, dscache.AsyncCache):
+        register(cache, registry=registry)
+        await cache.set("a", 1, 1)
+        for _ in range(3):
+            await cache.get("a")
+        assert value(registry, "dscache_near_reads_total", result="hit") == 2
+        assert value(registry, "dscache_near_records") == 1
+        topology: Any = cache._topology
+        topology.pipeline.forget("login")
+        assert value(registry, "dscache_near_flushes_total", reason="login") == 1
+
+
+def test_every_counter_has_its_metric() -> None:
+    """What is told otherwise is what can be had from the others, or is no number."""
+    told = {metric.key for metric in (*_metrics.COUNTERS, *_metrics.GAUGES)}
+    with dscache.Cache.from_config({"name": "memory"}) as cache:
+        derived = {"records", "reads", "mean_batch", "latency", "last_loss"}
+        assert cache.stats().keys() - derived == told - {"refreshes"}
+
+
+def test_names_are_as_prometheus_wants_them() -> None:
+    for metric in (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.GAUGES):
+        assert metric.name.replace("_", "").isalpha()
+        assert metric.name == metric.name.lower()
+        assert not metric.name.endswith("_total")
+        assert metric.text.endswith(".")
+        assert ("bytes" in metric.name) == (metric.unit == "By")
+
+
+def test_over_http(registry: CollectorRegistry) -> None:
+    """It is asked in a thread of the server, while the cache is at work in others."""
+    with dscache.Cache.from_config({"name": "memory"}) as cache:
+        register(cache, "web", registry)
+        server, thread = prometheus_client.start_http_server(0, "127.0.0.1", registry)
+        try:
+            cache.set("a", 1, 1)
+            url = f"http://127.0.0.1:{server.server_port}/metrics"
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.headers["Content-Type"].startswith("text/plain")
+                text = answer.read().decode()
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join(30)
+    assert 'dscache_writes_total{cache="web",result="written"} 1.0' in text
+    assert "# TYPE dscache_operation_duration_seconds histogram" in text
+    assert "# HELP dscache_operations_total Calls of get" in text
+
+
+async def test_asked_from_another_thread_while_nodes_come_and_go(
+    backend: str, registry: CollectorRegistry
+) -> None:
+    async with FakeCluster() as fakes, opened(fakes) as cache:
+        register(cache, registry=registry)
+        over = threading.Event()
+        failures: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                while not over.is_set():
+                    generate_latest(registry)
+            except Exception as error:
+                failures.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            topology: Any = cache._topology
+            for number in range(100):
+                node = topology._node(("127.0.0.1", 60_000 + number))
+                await asyncio.gather(*(cache.get(f"n{i}") for i in range(20)))
+                topology._leave(node)
+        finally:
+            over.set()
+            await asyncio.to_thread(asking.join, 30)
+        assert failures == []
+
+
+def test_nothing_is_imported_that_nobody_asks_for() -> None:
+    """Nor needed: redis-py imports OpenTelemetry by itself, where that is there."""
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(('prometheus_client', 'opentelemetry'))\n"
+        "import dscache, dscache.sync, dscache.aio.cluster, dscache.blocking.cluster_pool\n"
+        "print([name for name in ('prometheus', 'otel') if f'dscache.{name}' in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", ["prometheus", "otel"])
+def test_without_what_it_needs(module: str) -> None:
+    wanted = {"prometheus": "prometheus_client", "otel": "opentelemetry"}[module]
+    program = f"import sys; sys.modules['{wanted}'] = None; import dscache.{module}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"install dscache[{module}]" in done.stderr.splitlines()[-1]
