@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ._backend import BACKEND, core, make_message, make_record
+from ._version import __version__
 from .cache import AsyncCache
 from .errors import (
     BulkError,
@@ -18,9 +19,6 @@ from .errors import (
     ReplyError,
     UsageError,
 )
-
-# The one place that says it: the build reads it from here.
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     # The twins have one interface; type checkers read the one written in Python.
