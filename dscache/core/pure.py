@@ -1,9 +1,9 @@
 """The core in plain Python: what ``_fast`` does, with the same names, results and errors.
 
-Its parts stand in ``_pure_record.py`` (records and their checks), ``_pure_batch.py`` (operations
-that travel together), ``_pure_wire.py`` (RESP and keys), ``_pure_pipeline.py`` (one node, with the
-theory of operation), ``_pure_router.py`` (the nodes of a cluster), ``_pure_near.py`` (records
-kept in the process) and ``_pure_messages.py`` (messages, and where they wait).
+Its parts stand beside this module: ``record.py`` (records and their checks), ``batch.py``
+(operations that travel together), ``resp.py`` (RESP and keys), ``pipeline.py`` (one node, with the
+theory of operation), ``router.py`` (the nodes of a cluster), ``near_cache.py`` (records kept in the
+process) and ``message.py`` (messages, and where they wait).
 """
 
 from __future__ import annotations
