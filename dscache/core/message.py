@@ -102,7 +102,7 @@ class Message:
         return len(self.data)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PureMessage):
+        if not isinstance(other, Message):
             return self.data == other if isinstance(other, dict) else NotImplemented
         return (self.topic, self.sender, self.raw) == (other.topic, other.sender, other.raw)
 
@@ -125,19 +125,6 @@ class Message:
 
 
 Mapping.register(Message)
-
-# Pickles of dscache 0.1 name the class by this module. It has another name here, and the old one
-# stands for what makes the chosen core's: so they load in either core.
-PureMessage = Message
-del globals()["Message"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Message":
-        from .. import make_message
-
-        return make_message
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _fill(
@@ -273,7 +260,7 @@ class Inbox:
                 if to is not None and to != self._own:
                     self._counts["foreign"] += 1
                     return None
-                message = PureMessage.__new__(PureMessage)
+                message = Message.__new__(Message)
                 start = at + len(e.BODY)
                 _fill(message, topic, sender.decode("utf-8", "replace"), None, payload, start)
                 return message
@@ -293,7 +280,7 @@ class Inbox:
         if to is not msgspec.UNSET and to != self._name:
             self._counts["foreign"] += 1
             return None
-        return PureMessage(topic, sender, raw)
+        return Message(topic, sender, raw)
 
 
 def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:

@@ -42,8 +42,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import BulkError
 from . import constants as c
 from .batch import fail, serials, tell
-from .record import PureRecord as Record
-from .record import check_name
+from .record import Record, check_name
 from .resp import Encoder
 
 if TYPE_CHECKING:

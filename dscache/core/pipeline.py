@@ -74,8 +74,7 @@ from .constants import ErrorOf
 from .latency import Latencies
 from .message import Inbox, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reach
-from .record import PureRecord as Record
-from .record import check_name, check_version, encode_data, parse_version
+from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import Encoder, LengthGuard, pack_command, slot_of_key
 
 _INCOMPLETE: Final = object()

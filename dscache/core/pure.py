@@ -8,12 +8,10 @@ process) and ``message.py`` (messages, and where they wait).
 
 from __future__ import annotations
 
-from .message import Inbox, Mailbox
-from .message import PureMessage as Message
+from .message import Inbox, Mailbox, Message
 from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
-from .record import PureRecord as Record
-from .record import check_name, check_version, encode_data, parse_version
+from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import slot_of_key
 from .router import Router
 

@@ -65,7 +65,7 @@ class Record:
         return iter((self.version, self.data))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PureRecord):
+        if not isinstance(other, Record):
             return NotImplemented
         return (self.version, self.name, self.raw) == (other.version, other.name, other.raw)
 
@@ -86,20 +86,6 @@ class Record:
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a Record is immutable: {name} can't be deleted")
-
-
-# Pickles of dscache 0.1 name the class by this module. It has another name here, and the old one
-# stands for what makes the chosen core's: so they load in either core.
-PureRecord = Record
-del globals()["Record"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Record":
-        from .. import make_record
-
-        return make_record
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # -- checks and texts
