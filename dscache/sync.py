@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
 from ._forks import in_each_child
+from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config, load
-from .core.memory import MemoryPool
 from .errors import ConfigError, ConnectionLost
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import Config
-from ..core.memory import MemoryNode
 from .connection import Connection
+from .memory import MemoryNode
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider

@@ -6,57 +6,20 @@ the call, so that their order is the order of the calls; what they return is don
 
 from __future__ import annotations
 
-import asyncio
 import heapq
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from .. import _backend
-from .._forks import in_each_child
-from ..aio.lifecycle import check_loop
-from ..blocking.waiter import Outcome
-from ..config import Options
 from ..errors import ConnectionLost
 from . import constants
 from . import stats as counters
 
-_NO_CONNECTIONS: Final = {
+NO_CONNECTIONS: Final = {
     **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
     "last_loss": "",
 }
-
-
-class MemoryNode:
-    """In the place of a Connection: always ready until it is closed."""
-
-    server = ""
-
-    def __init__(self, options: Options) -> None:
-        loop = asyncio.get_running_loop()
-        self.pipeline = MemoryPipeline(
-            loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
-        )
-        # All is at hand already: a near cache would save nothing.
-        self.front = self.pipeline
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it was not closed yet."""
-        return not self.pipeline.closed
-
-    async def when_ready(self) -> None:
-        """Return at once; raises ConnectionLost if it was closed."""
-        self.pipeline.check_open()
-
-    async def close(self) -> None:
-        """Forget all records."""
-        self.pipeline.close()
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters, named as those of a connection."""
-        return {**self.pipeline.stats(), **_NO_CONNECTIONS}
 
 
 class MemoryPipeline:
@@ -228,43 +191,3 @@ class MemoryPipeline:
         there = self._stored(name) is not None
         self._records.pop(name, None)
         return there
-
-
-class MemoryPool:
-    """In the place of a Pool: for any number of threads, and always ready until it is closed."""
-
-    server = ""
-
-    def __init__(self, options: Options) -> None:
-        self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
-        # A signal handler may use the cache in the middle of an operation of its own thread.
-        self._lock = threading.RLock()
-        in_each_child(self, MemoryPool.leave_parent)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it was not closed yet."""
-        return not self._pipeline.closed
-
-    def run(self, operation: str, *arguments: Any) -> Any:
-        """Do one operation of a Pipeline, by its name; return its result or raise its error."""
-        with self._lock:
-            outcome: Outcome = getattr(self._pipeline, operation)(*arguments)
-        return outcome.take()
-
-    def when_ready(self) -> None:
-        """Return at once; raises ConnectionLost if it was closed."""
-        self._pipeline.check_open()
-
-    def close(self) -> None:
-        """Forget all records."""
-        with self._lock:
-            self._pipeline.close()
-
-    def leave_parent(self) -> None:
-        """Begin anew in a forked child: the thread that held the lock is not there."""
-        self._lock = threading.RLock()
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters, named as those of a pool."""
-        return {**self._pipeline.stats(), "waiting": 0, **_NO_CONNECTIONS}

@@ -1,0 +1,41 @@
+"""The cache ``name: memory`` on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ..config import Options
+from ..core.memory import NO_CONNECTIONS, MemoryPipeline
+from .lifecycle import check_loop
+
+
+class MemoryNode:
+    """In the place of a Connection: always ready until it is closed."""
+
+    server = ""
+
+    def __init__(self, options: Options) -> None:
+        loop = asyncio.get_running_loop()
+        self.pipeline = MemoryPipeline(
+            loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
+        )
+        # All is at hand already: a near cache would save nothing.
+        self.front = self.pipeline
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was not closed yet."""
+        return not self.pipeline.closed
+
+    async def when_ready(self) -> None:
+        """Return at once; raises ConnectionLost if it was closed."""
+        self.pipeline.check_open()
+
+    async def close(self) -> None:
+        """Forget all records."""
+        self.pipeline.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, named as those of a connection."""
+        return {**self.pipeline.stats(), **NO_CONNECTIONS}

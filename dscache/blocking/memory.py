@@ -1,0 +1,51 @@
+"""The cache ``name: memory`` for threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from .._forks import in_each_child
+from ..config import Options
+from ..core.memory import NO_CONNECTIONS, MemoryPipeline
+from .waiter import Outcome
+
+
+class MemoryPool:
+    """In the place of a Pool: for any number of threads, and always ready until it is closed."""
+
+    server = ""
+
+    def __init__(self, options: Options) -> None:
+        self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
+        # A signal handler may use the cache in the middle of an operation of its own thread.
+        self._lock = threading.RLock()
+        in_each_child(self, MemoryPool.leave_parent)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was not closed yet."""
+        return not self._pipeline.closed
+
+    def run(self, operation: str, *arguments: Any) -> Any:
+        """Do one operation of a Pipeline, by its name; return its result or raise its error."""
+        with self._lock:
+            outcome: Outcome = getattr(self._pipeline, operation)(*arguments)
+        return outcome.take()
+
+    def when_ready(self) -> None:
+        """Return at once; raises ConnectionLost if it was closed."""
+        self._pipeline.check_open()
+
+    def close(self) -> None:
+        """Forget all records."""
+        with self._lock:
+            self._pipeline.close()
+
+    def leave_parent(self) -> None:
+        """Begin anew in a forked child: the thread that held the lock is not there."""
+        self._lock = threading.RLock()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, named as those of a pool."""
+        return {**self._pipeline.stats(), "waiting": 0, **NO_CONNECTIONS}
