@@ -11,12 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..admin.cluster_config import as_cluster
 from ..admin.cluster_report import ClusterReport, NodeReport, show_slots
 from ..admin.cluster_survey import survey
 from ..config import Config
 from ..core import constants
 from .options import Chosen, with_options
-from .settings import as_cluster, number, plain, print_json, run
+from .settings import number, plain, print_json, run
 
 # Where all columns fit, if addresses are as long as most and the cluster is well.
 _WIDE = 100

@@ -16,13 +16,11 @@ import typer
 from rich.text import Text
 
 from .. import config
-from ..admin.control import Direct
-from ..admin.primaries import is_clustered
+from ..admin.cluster_config import resolved
 from ..cache import AsyncCache
-from ..config import Config, Node, RedisOptions
+from ..config import Config
 from ..config import url as urls
 from ..config.validation import Place
-from ..errors import ReplyError
 
 T = TypeVar("T")
 
@@ -61,71 +59,6 @@ def _load(file: Path | None, url: str | None) -> Config:
             # Else it would be taken for the path of a file.
             urls.parse(url, Place("--url"))
         return config.load(url)
-
-
-def on_cluster(config: Config) -> Config:
-    """Return the configuration of the cluster that the configured server is a node of.
-
-    Its host and port become the one known node, and what it logs in with holds for all. One with
-    ``nodes`` is returned as it is. Raises ConfigError for what can be no node of a cluster.
-    """
-    options = config.options
-    if options.nodes:
-        return config
-    place = Place(config.source)
-    if config.name == "memory":
-        raise place.error("the cache is inside its process; name a node of a cluster")
-    if options.sentinels:
-        raise place.error("a cluster has no Sentinels; name one of its nodes")
-    if options.path:
-        raise place.error("a cluster has no socket; name one of its nodes by host and port")
-    if options.db:
-        raise place.error(f"a cluster has database 0 alone, not {options.db}; leave it out")
-    shared = RedisOptions(username=options.username, password=options.password, tls=options.tls)
-    nodes = (Node(host=options.host, port=options.port),)
-    # What else holds for one server is the fallback on a cluster anyway.
-    options = msgspec.structs.replace(
-        options, nodes=nodes, redis_options=shared, username=None, password=None, tls=None
-    )
-    return msgspec.structs.replace(config, options=options)
-
-
-async def as_cluster(config: Config) -> Config:
-    """Return what ``on_cluster`` does, of a server that is a node of a cluster.
-
-    Raises ConfigError if it is none, what keeps it from being asked, and what ``on_cluster`` does.
-    """
-    cluster = on_cluster(config)
-    if not config.options.nodes:
-        server = await Direct.open(config.options)
-        try:
-            (answer,) = await server.ask(["CLUSTER", "INFO"])
-        finally:
-            server.close()
-        if isinstance(answer, ReplyError) and "cluster support disabled" in answer.message.lower():
-            raise Place(config.source).error(
-                f'{config.address} is no node of a cluster (it says "{answer.message}"); '
-                "dscache doctor looks at a single server"
-            )
-    return cluster
-
-
-async def resolved(config: Config) -> Config:
-    """Return the configuration of the cluster that a server turns out to be a node of.
-
-    A URL can't say that it is one. Raises ConfigError if the records are in no server, and what
-    keeps the server from being asked.
-    """
-    options = config.options
-    if config.name == "memory":
-        raise Place(config.source).error("the cache is inside its process; name a server")
-    if options.nodes or options.sentinels:
-        return config
-    server = await Direct.open(options)
-    try:
-        return on_cluster(config) if await is_clustered(server) else config
-    finally:
-        server.close()
 
 
 @asynccontextmanager

@@ -20,11 +20,10 @@ from rich.console import Console
 from typer.main import get_group
 
 from dscache import ConfigError, ProtocolError, cli
-from dscache.admin import cluster_survey
+from dscache.admin import cluster_config, cluster_survey
 from dscache.admin.cluster_report import ClusterReport, NodeReport
 from dscache.admin.cluster_survey import survey
 from dscache.cli import cluster as cluster_command
-from dscache.cli import settings
 from dscache.cli.app import app
 from dscache.config import Config, load
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
@@ -76,7 +75,7 @@ def config_of(options: dict[str, Any]) -> Config:
 
 def look(node: ClusterNode) -> ClusterReport:
     """Return the report of a survey that begins at one node."""
-    return asyncio.run(survey(settings.on_cluster(load(url_of(node)))))
+    return asyncio.run(survey(cluster_config.on_cluster(load(url_of(node)))))
 
 
 def shown(report: ClusterReport, width: int = 130) -> list[str]:
@@ -350,7 +349,7 @@ def test_slots_without_a_primary_are_a_problem(lonely: ClusterGroup) -> None:
         assert document["problems"][-1] == "3 slots have no primary: 0, 7-8"
         assert entries(done)[place(node)]["slots"] == [[1, 6], [9, SLOTS - 1]]
         node.ask("CLUSTER", "FLUSHSLOTS")
-        report = asyncio.run(survey(settings.on_cluster(load(place(node)))))
+        report = asyncio.run(survey(cluster_config.on_cluster(load(place(node)))))
         assert report.problems == [f"{SLOTS} slots have no primary: 0-{SLOTS - 1}"]
         assert [one.address for one in report.nodes] == [place(node)]
     finally:
@@ -363,7 +362,9 @@ def test_who_may_not_ask_for_nodes_gets_those_of_the_slots(lonely: ClusterGroup)
     (node,) = lonely.nodes
     node.ask("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all", "-cluster|nodes", "-info")
     try:
-        report = asyncio.run(survey(settings.on_cluster(load(f"redis://ada:secret@{place(node)}"))))
+        report = asyncio.run(
+            survey(cluster_config.on_cluster(load(f"redis://ada:secret@{place(node)}")))
+        )
     finally:
         node.ask("ACL", "DELUSER", "ada")
     (only,) = report.nodes
@@ -466,7 +467,7 @@ def test_a_wrong_command_line_on_a_terminal() -> None:
 )
 def test_what_can_be_no_node(entry: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(error)}"):
-        settings.on_cluster(load(entry))
+        cluster_config.on_cluster(load(entry))
 
 
 def test_a_url_names_a_node_and_what_all_need(certificates: TLSFiles) -> None:
@@ -475,14 +476,14 @@ def test_a_url_names_a_node_and_what_all_need(certificates: TLSFiles) -> None:
         "&client_name=me&socket_connect_timeout=0.5"
     )
     one = load(url)
-    options = settings.on_cluster(one).options
+    options = cluster_config.on_cluster(one).options
     assert [node.address for node in options.nodes or ()] == ["h:7000"]
     for host in ("h", "another"):
         node = options.for_node(host, 7000)
         for name in ("username", "password", "tls", "connection_name", "connect_timeout"):
             assert getattr(node, name) == getattr(one.options, name), name
     nodes = config_of({"nodes": [{"host": "h"}]})
-    assert settings.on_cluster(nodes) is nodes
+    assert cluster_config.on_cluster(nodes) is nodes
 
 
 # -- how it is installed

@@ -12,11 +12,11 @@ from redis.exceptions import ResponseError
 from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels, pairs
 from ...cache import AsyncCache
-from ...cli.settings import on_cluster
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Place
 from ...core.constants import read_epoch
 from ...errors import ConfigError, DscacheError, ReplyError, clean
+from ..cluster_config import on_cluster
 from ..cluster_survey import survey
 from ..control import Command, Direct
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
