@@ -78,7 +78,7 @@ class OneRecordACommand(Dscache):
         config = load({"name": "redis", "options": self._options})
         # It redirects nothing, and so no cluster has to be there.
         nobody: Any = object.__new__(Cluster)
-        nobody.became_ready = nobody.became_lost = lambda node: None
+        nobody.on_connected = nobody.on_disconnected = lambda node: None
         connection = Connection(config.options, cluster=nobody)
         self._cache._topology = connection
 

@@ -125,7 +125,7 @@ cdef object _INCOMPLETE = object()
 cdef object _IN_PLACE = object()
 cdef object _HALF = object()
 # The waiters of a record that is read again: nobody is told what the first reply says of it.
-cdef list _NOBODY = []
+cdef list _DISCARDED = []
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 cdef object _encode_json_into = msgspec.json.Encoder().encode_into
@@ -134,10 +134,10 @@ cdef object _decode_json = msgspec.json.Decoder().decode
 
 
 cdef class _Encoder  # of core/resp.pxi, for the batches before it
-cdef class Inbox  # of core/message.pxi
+cdef class MessageDispatcher  # of core/message.pxi
 cdef class NearCache  # of core/near_cache.pxi, as are
 cdef class _Epoch
-cdef class _Reach
+cdef class _Reachability
 
 include "core/record.pxi"
 include "core/batch.pxi"
@@ -155,8 +155,8 @@ cdef class Pipeline:
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one, and ``inbox`` the Inbox that takes the messages which it is subscribed to; they
-    are ``plain`` replies where the server does not speak RESP3.
+    there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
+    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -175,10 +175,10 @@ cdef class Pipeline:
     cdef public bint read_only
     cdef public list redirected
     cdef public NearCache near
-    cdef public Inbox inbox
-    cdef public bint plain
+    cdef public MessageDispatcher inbox
+    cdef public bint resp2_pubsub
     cdef unsigned long long _messages
-    cdef _Reach _reach
+    cdef _Reachability _reach
     cdef _Epoch _epoch
     cdef readonly Py_ssize_t settled
     cdef readonly Py_ssize_t operations
@@ -254,7 +254,7 @@ cdef class Pipeline:
         self._queue = deque()
         self._slots = deque()
         self._returned = []
-        self._reach = _Reach.__new__(_Reach)
+        self._reach = _Reachability.__new__(_Reachability)
         self._replies = _Replies.__new__(_Replies)
         self.reset_reader()
 
@@ -344,7 +344,7 @@ cdef class Pipeline:
 
     cdef object _publish(self, long long topic, bytes opening, message, bint sharded):
         cdef bytes text = pack_message(topic, opening, message, sharded)
-        self.admit(PyBytes_GET_SIZE(text))
+        self.check_capacity(PyBytes_GET_SIZE(text))
         # Each with a name of its own, as they are many to a topic.
         self._messages += 1
         cdef str name = name_of_message(topic, self._messages)
@@ -358,7 +358,7 @@ cdef class Pipeline:
         """Return how far ``settled`` will be when all that is in flight now has been answered."""
         return self.settled + len(self._slots)
 
-    def release(self, target_of):
+    def take_queued(self, target_of):
         """Give away what waits and belongs to another pipeline now, each with that pipeline."""
         cdef _Batch batch, rest
         cdef list kept = []
@@ -371,9 +371,9 @@ cdef class Pipeline:
             for batch in waiting:
                 if batch.target is not None:
                     released.append((batch.target, batch))
-                elif batch.asking and not batch.over():
+                elif batch.asking and not batch.abandoned():
                     kept.append(batch)  # it was sent here, although the slot is another node's
-                elif not batch.over():
+                elif not batch.abandoned():
                     self._release_batch(batch, target_of, kept, released, split)
             self._replace_queue(kept, len(waiting))
             for batch, rest in split:
@@ -417,7 +417,7 @@ cdef class Pipeline:
                 released.append((target, part))
         return 0
 
-    def adopt(self, batches):
+    def requeue(self, batches):
         """Queue what another pipeline gave away, each in the place of its age.
 
         What waits here already, or was even sent, is left alone: whoever could not finish giving
@@ -425,7 +425,7 @@ cdef class Pipeline:
         """
         cdef _Batch batch
         cdef dict waiting
-        self.rouse()
+        self.notify_pending()
         self._open.clear()
         self._busy = True
         try:
@@ -501,7 +501,7 @@ cdef class Pipeline:
             and encoder.size() < COMMAND_BYTES
         ):
             batch = self._queue[0]
-            if batch.over() or not batch.records:
+            if batch.abandoned() or not batch.records:
                 self.queued -= batch.waiting()
                 self._queue.popleft()
                 continue
@@ -614,7 +614,7 @@ cdef class Pipeline:
         self._epoch = None
         if state == OVER:  # and so is what earlier connections brought
             self._reach.over = True
-            self._reach = _Reach.__new__(_Reach)
+            self._reach = _Reachability.__new__(_Reachability)
         if epoch is not None and self.near is not None:
             epoch.state = state
             self.near.count_flush(reason)
@@ -632,12 +632,12 @@ cdef class Pipeline:
         try:
             for slot in self._slots.copy():  # all of them: a repeat may be behind younger ones
                 batch = slot[0]
-                if batch.over():
+                if batch.abandoned():
                     continue
                 if batch.deadline > now:
                     next_deadline = min(next_deadline, batch.deadline)
                 else:
-                    make = partial(c.too_late, self.address, self._timeout, pending)
+                    make = partial(c.no_answer_in_time, self.address, self._timeout, pending)
                     self._fail_batch(batch, make)
             self._drop_late(now)
         finally:
@@ -653,12 +653,13 @@ cdef class Pipeline:
         cdef _Batch batch
         while self._queue:
             batch = self._queue[0]
-            if not batch.over():
+            if not batch.abandoned():
                 if batch.deadline > now:
                     break
                 pending = self.in_flight
                 make = partial(
-                    c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
+                    c.never_sent,
+                    *(self.address, self._timeout, pending, self.down, batch.redirections),
                 )
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
                 self._open.clear()
@@ -691,7 +692,7 @@ cdef class Pipeline:
         self._severed = True  # until all is settled: no reply of this connection counts any more
         for slot in self._slots.copy():
             batch = slot[0]
-            if batch.over() or batch in kept:
+            if batch.abandoned() or batch in kept:
                 continue
             if batch.answered >= PyDict_Size(batch.records):
                 # Its last reply was read, though whatever was to follow has failed.
@@ -704,7 +705,7 @@ cdef class Pipeline:
                 self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
         waiting = self._queue.copy()
         for batch in (*waiting, *self._returned):
-            if not batch.over():
+            if not batch.abandoned():
                 kept[batch] = None
         # What broke the protocol is not to be believed in anything.
         self._end_epoch(LOST if retry else OVER, "connection")
@@ -712,7 +713,7 @@ cdef class Pipeline:
         self._replace_queue(list(kept), len(waiting))
         for slot in self._slots:  # none of those that wait has anything in flight now
             batch = slot[0]
-            if not batch.over():
+            if not batch.abandoned():
                 batch.sent = batch.answered
         self.settled += len(self._slots)
         self._slots.clear()
@@ -733,14 +734,14 @@ cdef class Pipeline:
         try:
             for slot in self._slots.copy():
                 batch = slot[0]
-                if not batch.over():
+                if not batch.abandoned():
                     self._fail_batch(batch, error_of, doubt)
             for batch in (*self._queue, *self._returned):
-                if not batch.over():
+                if not batch.abandoned():
                     self._fail_batch(batch, error_of, doubt)
             while self._queue:  # what a finalizer has issued meanwhile stays
                 batch = self._queue[0]
-                if not batch.over():
+                if not batch.abandoned():
                     break
                 self._queue.popleft()
             self.settled += len(self._slots)
@@ -828,7 +829,7 @@ cdef class Pipeline:
     cdef _Batch _new_batch(self, int kind, dict records):
         return _Batch.__new__(_Batch, kind, dscache_monotonic() + self._timeout, 0, records)
 
-    cdef inline int rouse(self) except -1:
+    cdef inline int notify_pending(self) except -1:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
         if not self._awake:
             self._wake()
@@ -838,7 +839,8 @@ cdef class Pipeline:
     cdef int _enqueue(self, _Batch batch, bint is_open) except -1:
         """Let a batch with all that it needs wait, and others join it if it ``is_open``.
 
-        Runs no Python code, so that nothing can come in between; the caller has called ``rouse``.
+        Runs no Python code, so that nothing can come in between; the caller has called
+        ``notify_pending``.
         """
         global last_serial
         cdef _Batch other
@@ -888,7 +890,7 @@ cdef class Pipeline:
             records = {}
             PyDict_SetItem(records, name, entry)
             batch = self._new_batch(kind, records)
-            self.rouse()
+            self.notify_pending()
             self._enqueue(batch, True)
             found = <PyObject*>entry
         else:
@@ -905,7 +907,7 @@ cdef class Pipeline:
         self.pending_bytes += PyBytes_GET_SIZE(text)
         return 0
 
-    cdef inline int admit(self, Py_ssize_t size) except -1:
+    cdef inline int check_capacity(self, Py_ssize_t size) except -1:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much.
 
         Raises what ``wake`` does if it comes in another thread.
@@ -919,12 +921,12 @@ cdef class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.full(self.address, self.operations, self.pending_bytes)
+            raise c.overloaded(self.address, self.operations, self.pending_bytes)
         return 0
 
     cdef object _put(self, str name, version, data, ttl, guard):
         cdef _Write write = self.make_write(name, version, data, ttl, guard)
-        self.admit(PyBytes_GET_SIZE(write.text))
+        self.check_capacity(PyBytes_GET_SIZE(write.text))
         cdef object waiter = self._create_waiter()
         cdef int kind = _kind_of(write.ttl, guard)
         cdef list waiters = None
@@ -954,7 +956,7 @@ cdef class Pipeline:
         return waiter
 
     cdef object _join(self, int kind, str name, waiter=None):
-        self.admit(0)
+        self.check_capacity(0)
         cdef list waiters = None
         cdef _Batch batch
         cdef object entry
@@ -990,14 +992,14 @@ cdef class Pipeline:
         return 0
 
     cdef object _add_bulk(self, int kind, dict records, Py_ssize_t size=0, waiter=None):
-        self.admit(size)
+        self.check_capacity(size)
         if waiter is None:
             waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, False)
         if records:
             self.add_part(bulk, kind, records, size)
         else:
-            self.rouse()
+            self.notify_pending()
             self._calls += 1
             waiter.set_result(bulk.result)
         return waiter
@@ -1007,7 +1009,7 @@ cdef class Pipeline:
         cdef _Batch batch = self._new_batch(kind, records)
         batch.bulk = bulk
         batch.counted = True
-        self.rouse()
+        self.notify_pending()
         self._enqueue(batch, False)
         self._calls += 1
         self.queued += PyDict_Size(records)
@@ -1029,7 +1031,7 @@ cdef class Pipeline:
                 self.partial = 0
                 if type(reply) is _PUSH:
                     self._take_push(reply)
-                elif self.plain and e.is_plain_message(reply):
+                elif self.resp2_pubsub and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
                     self._answer(reply)
@@ -1052,8 +1054,9 @@ cdef class Pipeline:
         cdef _Batch batch = None
         cdef Py_ssize_t count = 0
         cdef tuple slot
-        # A message comes where a reply is due if it is ``plain``, and two replies of an ``asking``.
-        if self._slots and not self.plain and not self._severed:
+        # A message comes where a reply is due if it is ``resp2_pubsub``, and two replies of an
+        # ``asking``.
+        if self._slots and not self.resp2_pubsub and not self._severed:
             slot = self._slots[0]
             batch = slot[0]
             count = slot[1]
@@ -1107,7 +1110,7 @@ cdef class Pipeline:
             batch = self._slots[0][0]
             if (
                 batch.kind == COMMAND
-                and not batch.over()
+                and not batch.abandoned()
                 and batch.names[0].lower().encode() == push[0]
             ):
                 return self._answer(list(push))
@@ -1141,7 +1144,7 @@ cdef class Pipeline:
         cdef list found = self._replies.take_found()
         cdef Py_ssize_t i, told = 0, first = batch.answered
         cdef bint refused = type(reply) is ReplyError
-        cdef bint was_over = batch.over()
+        cdef bint was_over = batch.abandoned()
         if was_over:
             batch.answered += count
         elif refused:
@@ -1160,7 +1163,7 @@ cdef class Pipeline:
             self._answer_delete(batch, reply)
         elif batch.kind == COMMAND:
             batch.answered = 1
-            _tell(batch.entries[0], reply)
+            _resolve(batch.entries[0], reply)
         elif batch.kind >= READ_KEY:
             self._answer_key(batch, reply)
         else:
@@ -1174,7 +1177,7 @@ cdef class Pipeline:
             self.operations -= count
             told = count
         elif batch.counted and (
-            batch.answered == PyList_GET_SIZE(batch.names) or batch.over()
+            batch.answered == PyList_GET_SIZE(batch.names) or batch.abandoned()
         ):
             batch.counted = False
             self.operations -= 1
@@ -1244,7 +1247,7 @@ cdef class Pipeline:
             for one in found:
                 name = <str>PyList_GET_ITEM(batch.names, batch.answered)
                 entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
-                if entry is _NOBODY:
+                if entry is _DISCARDED:
                     batch.answered += 1
                     continue
                 if type(one) is Record:
@@ -1258,9 +1261,9 @@ cdef class Pipeline:
                         PyDict_SetItem(result, name, record)
                     elif type(entry) is list:
                         for waiter in <list>entry:
-                            _tell(waiter, _record(name, record.version, record.raw))
+                            _resolve(waiter, _record(name, record.version, record.raw))
                     else:
-                        _tell(entry, record)
+                        _resolve(entry, record)
                 elif one is None or one is _HALF:
                     self._halves += one is not None
                     self._misses += 1
@@ -1269,7 +1272,7 @@ cdef class Pipeline:
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:
-                        _tell(entry, None)
+                        _resolve(entry, None)
                 elif type(one) is bytes:
                     self._damaged(batch, name, entry, one)
                 else:
@@ -1294,7 +1297,7 @@ cdef class Pipeline:
             raise self._wrong_shape("TYPE", reply)
         if not has_version and stored is not None and type(stored) is not ReplyError:
             raise self._wrong_shape("GET", stored)
-        if entry is _NOBODY:
+        if entry is _DISCARDED:
             batch.answered += 1
             return 0
         self._reads += 1
@@ -1305,7 +1308,7 @@ cdef class Pipeline:
             else:
                 self._hits += 1
                 if batch.bulk is None:
-                    _tell(entry, version)
+                    _resolve(entry, version)
                 else:
                     batch.bulk.result[name] = version
         else:
@@ -1313,7 +1316,7 @@ cdef class Pipeline:
                 self._halves += 1
             self._misses += 1
             if batch.bulk is None:
-                _tell(entry, None)
+                _resolve(entry, None)
         batch.answered += 1
         if batch.bulk is not None:
             batch.bulk.settle(1)
@@ -1325,7 +1328,7 @@ cdef class Pipeline:
             raise self._wrong_shape("MSET or MSETEX", reply)
         if batch.bulk is None:
             for i in range(batch.answered, batch.answered + count):
-                _tell((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
+                _resolve((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
         self._writes += count
         batch.answered += count
         if batch.bulk is not None:
@@ -1353,7 +1356,7 @@ cdef class Pipeline:
                     else:
                         self._not_newer += 1
                     if bulk is None:
-                        _tell(entry.waiter, value == WRITTEN)
+                        _resolve(entry.waiter, value == WRITTEN)
                     elif value == NOT_NEWER:
                         bulk.result.add(name)
                 batch.answered += 1
@@ -1372,7 +1375,7 @@ cdef class Pipeline:
         self._deletes += 1
         batch.answered += 1
         if batch.bulk is None:
-            _tell(entry, reply == 2)
+            _resolve(entry, reply == 2)
         else:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
@@ -1390,7 +1393,7 @@ cdef class Pipeline:
             raise self._wrong_shape("a command of one key", reply)
         cdef _Command entry = <_Command>PyList_GET_ITEM(batch.entries, batch.answered)
         batch.answered += 1
-        return _tell(entry.waiter, reply)
+        return _resolve(entry.waiter, reply)
 
     cdef list _array(self, reply, Py_ssize_t length, str command):
         if type(reply) is not list or PyList_GET_SIZE(reply) != length:
@@ -1431,7 +1434,7 @@ cdef class Pipeline:
         for i in range(batch.answered, batch.answered + count):
             name = batch.names[i]
             entry = batch.entries[i]
-            if entry is _NOBODY:
+            if entry is _DISCARDED:
                 settled -= 1
             elif (lost_script or mixed) and name not in later:
                 again[name] = entry
@@ -1441,7 +1444,7 @@ cdef class Pipeline:
                 hung = False
                 if name in later:
                     overtaking, at, read = later[name]
-                    hung = self._hang(batch, entry, overtaking, at, read, refusal)
+                    hung = self._attach_to_newer_write(batch, entry, overtaking, at, read, refusal)
                 if not hung:
                     self._give_error(batch, name, entry, refusal)
         if again:
@@ -1464,7 +1467,7 @@ cdef class Pipeline:
         cdef dict later = {}
         cdef dict again = {}
         # No display with a star: what Cython 3.3 makes of it frees an item twice if memory ends.
-        cdef tuple trail = batch.trail + (f"{self.address}: {error.message}",)
+        cdef tuple redirections = batch.redirections + (f"{self.address}: {error.message}",)
         cdef Py_ssize_t limit = self._max_redirections
         cdef Py_ssize_t i, failed = 0, repeated = 0
         cdef str name
@@ -1474,18 +1477,18 @@ cdef class Pipeline:
         for i in range(batch.answered, batch.answered + count):
             name = batch.names[i]
             entry = batch.entries[i]
-            if entry is _NOBODY:
+            if entry is _DISCARDED:
                 continue
-            if len(trail) > limit:
+            if len(redirections) > limit:
                 context = f"{c.describe(batch.kind, name)} at {self.address}"
-                make = partial(c.led_astray, error.message, trail, limit, context)
+                make = partial(c.too_many_redirections, error.message, redirections, limit, context)
                 self._give_error(batch, name, entry, make)
                 failed += 1
                 continue
             if name in later and batch.kind != SET_IF_NEWER:
                 overtaking, at, read = later[name]
                 refusal = self._refusal(error, batch.kind, name)
-                if overtaking.kind != SET_IF_NEWER and self._hang(
+                if overtaking.kind != SET_IF_NEWER and self._attach_to_newer_write(
                     batch, entry, overtaking, at, read, refusal
                 ):
                     continue
@@ -1497,10 +1500,10 @@ cdef class Pipeline:
             repeated += i < batch.repeated
         if again:
             part = batch.part(again, repeated)
-            part.trail = trail
+            part.redirections = redirections
             part.asking = False
             # One whose keys are on their way holds up no other of its slot a second time.
-            part.alone = batch.alone or error.code == "TRYAGAIN"
+            part.one_per_command = batch.one_per_command or error.code == "TRYAGAIN"
             slot = self.slot_of(batch.kind, next(iter(again)))
             self.redirected.append((error.message, slot, part))
         batch.answered += count
@@ -1513,12 +1516,12 @@ cdef class Pipeline:
         return self._encoder.slot_of(kind, name)
 
     cdef int _send_again(
-        self, _Batch batch, dict again, Py_ssize_t repeated, bint lost_script, bint alone
+        self, _Batch batch, dict again, Py_ssize_t repeated, bint lost_script, bint one_per_command
     ) except -1:
         """Queue records of a batch once more, in the batch's place."""
         cdef _Batch repeat = batch.part(again, repeated)
         repeat.whole_script = lost_script or batch.whole_script
-        repeat.alone = alone or batch.alone
+        repeat.one_per_command = one_per_command or batch.one_per_command
         repeat.counted = batch.bulk is not None
         cdef Py_ssize_t size = repeat.text_size()
         self._returned.append(repeat)
@@ -1539,17 +1542,17 @@ cdef class Pipeline:
         cdef dict again
         cdef Py_ssize_t i
         for later in self._batches_in_flight():
-            if later.serial <= batch.serial or later.kind > HEAD or later.over():
+            if later.serial <= batch.serial or later.kind > HEAD or later.abandoned():
                 continue
             again = {}
             for i in range(later.answered, later.sent):
-                if later.names[i] in names and later.entries[i] is not _NOBODY:
+                if later.names[i] in names and later.entries[i] is not _DISCARDED:
                     again[later.names[i]] = later.entries[i]
             if again:
                 self._send_again(later, again, 0, False, False)
             for i in range(later.answered, later.sent):
                 if later.names[i] in again:
-                    later.entries[i] = _NOBODY
+                    later.entries[i] = _DISCARDED
         return 0
 
     cdef dict _written_after(self, _Batch batch, bint mixed):
@@ -1572,7 +1575,7 @@ cdef class Pipeline:
             by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
             if newer and later.kind <= HEAD:
                 for i in range(later.answered, later.sent):
-                    if later.entries[i] is not _NOBODY:
+                    if later.entries[i] is not _DISCARDED:
                         read.add(later.names[i])
             elif newer and (loaded or not by_script):
                 harmless = guarded and batch.kind == SET_IF_NEWER
@@ -1583,7 +1586,7 @@ cdef class Pipeline:
             loaded = loaded or later.whole_script
         return found
 
-    cdef bint _hang(
+    cdef bint _attach_to_newer_write(
         self, _Batch batch, entry, _Batch later, Py_ssize_t i, bint read, refusal
     ) except -1:
         """Let the waiters of a refused write wait for the one that overtook it.
@@ -1594,17 +1597,17 @@ cdef class Pipeline:
         cdef _Write there
         if batch.kind not in (SET, SET_TTL) or batch.bulk is not None:
             return False
-        if later.bulk is not None or later.over() or read:
+        if later.bulk is not None or later.abandoned() or read:
             return False
         write = entry
         if later.kind == DELETE:
-            removal = _Overtaken(later.entries[i], refusal, True)
-            later.entries[i] = [removal, _Overtaken(write.waiter, refusal, True)]
+            removal = _SupersededWrite(later.entries[i], refusal, True)
+            later.entries[i] = [removal, _SupersededWrite(write.waiter, refusal, True)]
             return True
         there = later.entries[i]
         if later.kind == SET_IF_NEWER and there.version <= write.version:
             return False
-        there.waiter = _with(there.waiter, _Overtaken(write.waiter, refusal, False))
+        there.waiter = _with(there.waiter, _SupersededWrite(write.waiter, refusal, False))
         return True
 
     cdef int _recount(self) except -1:
@@ -1635,10 +1638,10 @@ cdef class Pipeline:
         batch.count = last_count
         if batch.bulk is None:
             # What is over and was not sent will never be.
-            last = batch.sent if batch.over() else PyDict_Size(batch.records)
+            last = batch.sent if batch.abandoned() else PyDict_Size(batch.records)
             self.operations += last - batch.answered
         else:
-            batch.counted = not batch.over() and batch.answered < PyDict_Size(batch.records)
+            batch.counted = not batch.abandoned() and batch.answered < PyDict_Size(batch.records)
             self.operations += batch.counted
         self.pending_bytes += batch.text_size()
         return 0
@@ -1651,7 +1654,7 @@ cdef class Pipeline:
         """Give one record its error: to its waiters, or into its bulk's."""
         self._failed += batch.kind < COMMAND
         if batch.bulk is None:
-            return _fail(_waiter_of(entry), make)
+            return _reject(_waiter_of(entry), make)
         batch.bulk.errors[name] = make()
         if batch.kind == GET:
             batch.bulk.missing.append(name)
@@ -1675,7 +1678,7 @@ cdef class Pipeline:
                 doubtful or (batch.kind >= SET and bulk.remaining < bulk.total)
             ):
                 make = error_of_doubt
-            _fail(bulk.waiter, partial(make, bulk.operation))
+            _reject(bulk.waiter, partial(make, bulk.operation))
             bulk.over = True
             self._failed += bulk.remaining
             batch.expired = True
@@ -1684,7 +1687,7 @@ cdef class Pipeline:
         while batch.failed < PyList_GET_SIZE(batch.names):
             name = batch.names[batch.failed]
             entry = batch.entries[batch.failed]
-            if entry is not _NOBODY:
+            if entry is not _DISCARDED:
                 make = error_of
                 if error_of_doubt is not None and batch.failed < doubtful:
                     make = error_of_doubt

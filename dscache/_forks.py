@@ -12,7 +12,7 @@ T = TypeVar("T")
 _alive: WeakKeyDictionary[Any, Callable[[Any], object]] = WeakKeyDictionary()
 
 
-def in_each_child(it: T, renew: Callable[[T], object]) -> None:
+def after_fork_in_child(it: T, renew: Callable[[T], object]) -> None:
     """Have ``renew(it)`` called in each forked child, as long as there is such a thing."""
     _alive[it] = renew
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
-from .aio.lifecycle import Opened, running_loop
+from .aio.lifecycle import AsyncResource, running_loop
 from .aio.topology import Topology, open_topology
 from .config import Config, load
 from .errors import ConnectionLost, UsageError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .core.pure import Record
 
 
-class AsyncCache(Opened):
+class AsyncCache(AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
     Every operation returns an ``asyncio.Future``: it is issued at the call, in the order of the
@@ -209,7 +209,7 @@ class AsyncCache(Opened):
     def _open(self) -> Any:
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        self._pipeline = (self._topology or self._begin()).front
+        self._pipeline = (self._topology or self._begin()).entry
         if self._config.options.near_cache is not None:
             # A hit takes no longer than one more call on the way to it.
             self.__dict__.setdefault("get", self._pipeline.get)

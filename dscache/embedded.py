@@ -31,7 +31,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from dscache._forks import in_each_child
+from dscache._forks import after_fork_in_child
 from dscache.errors import DscacheError, UsageError
 
 _HOST = "127.0.0.1"
@@ -190,7 +190,7 @@ class EmbeddedServer:
         # The end of a pipe that ends with this process, and with no child that it forks.
         self._alive: int | None = None
         self._owner = os.getpid()
-        in_each_child(self, EmbeddedServer._leave_parent)
+        after_fork_in_child(self, EmbeddedServer._reset_after_fork)
 
     @property
     def url(self) -> str:
@@ -364,9 +364,9 @@ class EmbeddedServer:
             watcher.kill()
             watcher.wait()
         # Only now, as the end of the pipe is what it waits for.
-        self._leave_parent()
+        self._reset_after_fork()
 
-    def _leave_parent(self) -> None:
+    def _reset_after_fork(self) -> None:
         alive, self._alive = self._alive, None
         if alive is not None:
             os.close(alive)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
 
 from . import _backend
-from .aio.lifecycle import Opened, check_loop, check_process, running_loop
+from .aio.lifecycle import AsyncResource, check_loop, check_process, running_loop
 from .config.messages import MessageConfig, load
 from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
 from .pubsub.subscribers import Callback, Messages, Subscriber
 from .pubsub.subscriptions import Subscriptions
-from .pubsub.transport import Carrier, open_carrier
+from .pubsub.transport import MessageTransport, open_transport
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -31,7 +31,7 @@ _OWNER = "a MessageNode"
 _ADDRESSEES = 1024
 
 
-class MessageNode(Opened):
+class MessageNode(AsyncResource):
     """One server among others that tell each other things, for one asyncio event loop.
 
     A message is a mapping with a ``topic``, a small integer. What is sent on a topic gets to all
@@ -55,11 +55,11 @@ class MessageNode(Opened):
         self._config = config
         self._credentials = credentials
         self.on_gap = on_gap
-        self._opening = envelope.opening(config.server_name)
+        self._opening = envelope.envelope_prefix(config.server_name)
         self._openings: dict[str, bytes] = {}
         self._sharded = config.options.sharded
         self._publish: Any = None
-        self._carrier: Carrier | None = None
+        self._transport: MessageTransport | None = None
         self._inbox: Any = None
         self._subscriptions: Subscriptions | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -176,7 +176,7 @@ class MessageNode(Opened):
     @property
     def is_ready(self) -> bool:
         """Whether messages go to the server at once, and those of every topic are heard."""
-        carrier, subscriptions = self._carrier, self._subscriptions
+        carrier, subscriptions = self._transport, self._subscriptions
         return (
             carrier is not None
             and subscriptions is not None
@@ -187,7 +187,7 @@ class MessageNode(Opened):
     @property
     def description(self) -> str:
         """What this node is and where its messages go, in one line and without passwords."""
-        server = self._carrier.server if self._carrier is not None else ""
+        server = self._transport.server if self._transport is not None else ""
         what = f"message node {shorten(self.server_name)}"
         return _backend.described(what, self._config.address, server)
 
@@ -200,7 +200,7 @@ class MessageNode(Opened):
         missed. Sent: ``commands flushes``, now ``queued in_flight pending pending_bytes``.
         Connections: ``bytes_out bytes_in connects last_loss``.
         """
-        carrier, subscriptions = self._carrier, self._subscriptions
+        carrier, subscriptions = self._transport, self._subscriptions
         if carrier is None or subscriptions is None:
             return {}
         return {
@@ -225,13 +225,13 @@ class MessageNode(Opened):
         says if it refuses (ReplyError: WRONGPASS, NOAUTH, NOPERM).
         """
         self._begin_if_new()
-        assert self._carrier is not None
+        assert self._transport is not None
         assert self._subscriptions is not None
-        await self._carrier.when_ready()
+        await self._transport.when_ready()
         timeout = self._config.options.connect_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
-                await self._subscriptions.when_whole()
+                await self._subscriptions.wait_confirmed()
         except TimeoutError:
             raise ConnectError(
                 f"{self._config.address} has not confirmed every subscription within {timeout} ms"
@@ -243,9 +243,9 @@ class MessageNode(Opened):
             check_loop(self._loop, _OWNER)
         already, self._closed = self._closed, True
         self._publish = None
-        if already or self._carrier is None:
+        if already or self._transport is None:
             return
-        await self._carrier.close()
+        await self._transport.close()
         seconds = self._config.options.close_timeout / 1000
         subscribers = list(self._subscribers.values())
         for subscriber in subscribers:
@@ -268,18 +268,18 @@ class MessageNode(Opened):
             check_loop(self._loop, _OWNER)
             return
         self._loop = running_loop(_OWNER)
-        self._inbox = _backend.core.Inbox(
+        self._inbox = _backend.core.MessageDispatcher(
             self.server_name, self._ended, self._complain, self._is_crowded
         )
         self._subscriptions = Subscriptions(self._tell_gap)
-        self._carrier = open_carrier(
+        self._transport = open_transport(
             self._config, self._credentials, self._inbox, self._subscriptions
         )
 
     def _open(self) -> Any:
         self._begin_if_new()
-        assert self._carrier is not None
-        self._publish = self._carrier.front.publish
+        assert self._transport is not None
+        self._publish = self._transport.entry.publish
         return self._publish
 
     # -- those who listen
@@ -299,26 +299,26 @@ class MessageNode(Opened):
         return {"max_pending": limit, "overflow": chosen}
 
     def _join(self, topic: int, mailbox: Any) -> None:
-        assert self._carrier is not None
+        assert self._transport is not None
         assert self._subscriptions is not None
         self._mailboxes[mailbox] = topic
         self._inbox.join(topic, mailbox)
-        self._subscriptions.want(topic)
-        self._carrier.look()
+        self._subscriptions.add(topic)
+        self._transport.look()
 
     def _leave(self, mailbox: Any) -> None:
         topic = self._mailboxes.pop(mailbox, None)
         if topic is None:
             return
-        assert self._carrier is not None
+        assert self._transport is not None
         assert self._subscriptions is not None
         self._dropped += mailbox.dropped
         subscriber = self._subscribers.pop(mailbox, None)
         if subscriber is not None:
             self._errors += subscriber.errors
         if self._inbox.leave(topic, mailbox):
-            self._subscriptions.unwant(topic)
-            self._carrier.look()
+            self._subscriptions.remove(topic)
+            self._transport.look()
 
     def _disconnect(self, subscriber: Subscriber) -> None:
         _logger.error(
@@ -331,7 +331,7 @@ class MessageNode(Opened):
         name = envelope.check_server(server, "the server to send to")
         if len(self._openings) >= _ADDRESSEES:
             self._openings.clear()
-        opening = self._openings[name] = envelope.opening(self.server_name, name)
+        opening = self._openings[name] = envelope.envelope_prefix(self.server_name, name)
         return opening
 
     # -- what the connections tell
@@ -340,8 +340,8 @@ class MessageNode(Opened):
         """Note that a server has ended a subscription unasked, as one does whose slots move."""
         kind, channel = push[0], push[1] if len(push) > 1 else None
         is_end = kind in (b"unsubscribe", b"sunsubscribe")
-        if is_end and isinstance(channel, bytes) and channel.isdigit() and self._carrier:
-            self._carrier.ended(pipeline, int(channel))
+        if is_end and isinstance(channel, bytes) and channel.isdigit() and self._transport:
+            self._transport.ended(pipeline, int(channel))
 
     def _complain(self, topic: int, payload: bytes) -> None:
         if not self._damage_logged:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend
-from ._forks import in_each_child
+from ._forks import after_fork_in_child
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config, load
@@ -55,7 +55,7 @@ class Cache:
         self._closed = False
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = threading.RLock()
-        in_each_child(self, Cache._leave_parent)
+        after_fork_in_child(self, Cache._reset_after_fork)
 
     @classmethod
     def from_config(
@@ -227,7 +227,7 @@ class Cache:
     def __repr__(self) -> str:
         return f"<Cache {self._config.name} at {self._config.address}>"
 
-    def _leave_parent(self) -> None:
+    def _reset_after_fork(self) -> None:
         # The thread that held it may not be in the child.
         self._lock = threading.RLock()
 

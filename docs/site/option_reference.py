@@ -17,7 +17,7 @@ from msgspec import inspect
 
 import dscache
 from dscache import config
-from dscache.config.validation import Written
+from dscache.config.validation import ConfigStruct
 
 _TABLE = re.compile(r"^\|.*\n\|[-| :]+\n((?:\|.*\n)*)", re.MULTILINE)
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     """A mapping of options, and the heading that it stands under."""
 
     heading: str
-    struct: type[Written]
+    struct: type[ConfigStruct]
     listed: bool = False
     """Whether the option holds a list of these."""
 
@@ -44,7 +44,7 @@ class Part(NamedTuple):
         return {self.heading: [written] if self.listed else written}
 
 
-def fields(struct: type[Written]) -> dict[str, inspect.Field]:
+def fields(struct: type[ConfigStruct]) -> dict[str, inspect.Field]:
     """Return the options of a part, by the name that they have in a file."""
     described = inspect.type_info(struct)
     assert isinstance(described, inspect.StructType)
@@ -65,7 +65,7 @@ def _inner(name: str, kind: inspect.Type, listed: bool = False) -> Iterator[Part
             yield from _inner(name, one, listed)
     elif isinstance(kind, inspect.VarTupleType):
         yield from _inner(name, kind.item_type, listed=True)
-    elif isinstance(kind, inspect.StructType) and issubclass(kind.cls, Written):
+    elif isinstance(kind, inspect.StructType) and issubclass(kind.cls, ConfigStruct):
         yield Part(name, kind.cls, listed)
 
 
@@ -97,14 +97,14 @@ def _kind(kind: inspect.Type, extra: Mapping[str, Any] | None = None) -> str:
             return f"{unit}, {kind.ge} to {kind.le}" if kind.le else f"{unit}, at least {kind.ge}"
         case inspect.StrType():
             return str(
-                extra.get("wanted", "text, and never shown" if "secret" in extra else "text")
+                extra.get("expected", "text, and never shown" if "secret" in extra else "text")
             )
         case inspect.VarTupleType():
             return f"a list, each entry {_kind(kind.item_type)}"
         case inspect.DictType():
             return f"a mapping, each name in it {_kind(kind.key_type)}"
         case inspect.StructType():
-            return str(getattr(kind.cls, "wanted", "a mapping"))
+            return str(getattr(kind.cls, "expected", "a mapping"))
     raise TypeError(f"no words for an option of type {kind}")
 
 
@@ -151,11 +151,11 @@ def _with_reference(guide: str, part: Part) -> str:
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()]
     told = {row[0].strip("`"): row for row in rows}
     declared = fields(part.struct)
-    wanted = declared.keys() | set(part.struct.consumed)
-    if told.keys() != wanted:
+    expected = declared.keys() | set(part.struct.consumed)
+    if told.keys() != expected:
         raise ValueError(
             f"docs/configuration.md, under {part.heading!r}: the table and the model differ in "
-            f"{', '.join(sorted(told.keys() ^ wanted))}"
+            f"{', '.join(sorted(told.keys() ^ expected))}"
         )
     entries = [_entry(part, name, declared.get(name), row) for name, row in told.items()]
     return f"{guide[: table.start()]}{''.join(entries)}\n{guide[table.end() :]}"

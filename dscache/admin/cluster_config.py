@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from ..config import Config, Node, RedisOptions
-from ..config.validation import Place
+from ..config.validation import Location
 from ..errors import ReplyError
-from .control import Direct
+from .control import ControlConnection
 from .primaries import is_clustered
 
 
@@ -20,7 +20,7 @@ def on_cluster(config: Config) -> Config:
     options = config.options
     if options.nodes:
         return config
-    place = Place(config.source)
+    place = Location(config.source)
     if config.name == "memory":
         raise place.error("the cache is inside its process; name a node of a cluster")
     if options.sentinels:
@@ -45,20 +45,20 @@ async def as_cluster(config: Config) -> Config:
     """
     cluster = on_cluster(config)
     if not config.options.nodes:
-        server = await Direct.open(config.options)
+        server = await ControlConnection.open(config.options)
         try:
-            (answer,) = await server.ask(["CLUSTER", "INFO"])
+            (answer,) = await server.execute_many(["CLUSTER", "INFO"])
         finally:
             server.close()
         if isinstance(answer, ReplyError) and "cluster support disabled" in answer.message.lower():
-            raise Place(config.source).error(
+            raise Location(config.source).error(
                 f'{config.address} is no node of a cluster (it says "{answer.message}"); '
                 "dscache doctor looks at a single server"
             )
     return cluster
 
 
-async def resolved(config: Config) -> Config:
+async def detect_cluster(config: Config) -> Config:
     """Return the configuration of the cluster that a server turns out to be a node of.
 
     A URL can't say that it is one. Raises ConfigError if the records are in no server, and what
@@ -66,10 +66,10 @@ async def resolved(config: Config) -> Config:
     """
     options = config.options
     if config.name == "memory":
-        raise Place(config.source).error("the cache is inside its process; name a server")
+        raise Location(config.source).error("the cache is inside its process; name a server")
     if options.nodes or options.sentinels:
         return config
-    server = await Direct.open(options)
+    server = await ControlConnection.open(options)
     try:
         return on_cluster(config) if await is_clustered(server) else config
     finally:

@@ -24,7 +24,7 @@ from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean, shorten
 from ..net.slots import Address, parse_epoch, parse_slots
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
-from .primaries import facts
+from .primaries import parse_info
 
 _PINGS = 5
 # How many nodes are asked which nodes there are; the newest view counts.
@@ -153,7 +153,7 @@ def _in_order(members: list[_Member]) -> list[_Member]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _NodesLine:
     """What a node says of one node in CLUSTER NODES."""
 
     id: str
@@ -177,7 +177,7 @@ class _Line:
         return "ok" if self.is_linked or "myself" in self.flags else "disconnected"
 
 
-def _parse_nodes(reply: Any) -> list[_Line]:
+def _parse_nodes(reply: Any) -> list[_NodesLine]:
     """Return the lines of a reply to CLUSTER NODES; raises ProtocolError if it is no such."""
     try:
         lines = [_parse_line(line) for line in reply.decode(errors="replace").splitlines() if line]
@@ -187,14 +187,14 @@ def _parse_nodes(reply: Any) -> list[_Line]:
     return [line for line in lines if "handshake" not in line.flags]
 
 
-def _parse_line(line: str) -> _Line:
+def _parse_line(line: str) -> _NodesLine:
     name, where, flags, primary, _, _, _, link, *slots = line.split(" ")
     # ip:port@busport,hostname,shard-id=..., of which old servers leave out the end.
     address, _, more = where.partition(",")
     host, _, port = address.partition("@")[0].rpartition(":")
     # What is being moved, in brackets, is owned by this node still, and listed as such.
     owned = (one.partition("-") for one in slots if not one.startswith("["))
-    return _Line(
+    return _NodesLine(
         id=clean(name),
         host=host,
         name=more.partition(",")[0] if "=" not in more.partition(",")[0] else "",
@@ -206,7 +206,9 @@ def _parse_line(line: str) -> _Line:
     )
 
 
-def _members(lines: list[_Line], slots: Any, asked: Address, options: Options) -> list[_Member]:
+def _members(
+    lines: list[_NodesLine], slots: Any, asked: Address, options: Options
+) -> list[_Member]:
     """Return the nodes of CLUSTER NODES, at the addresses that CLUSTER SLOTS has for them."""
     places = _places(lines, slots, asked)
     places = {name: options.mapped(*place) for name, place in places.items()}
@@ -232,7 +234,7 @@ def _members(lines: list[_Line], slots: Any, asked: Address, options: Options) -
     )
 
 
-def _places(lines: list[_Line], slots: Any, asked: Address) -> Mapping[str, Address]:
+def _places(lines: list[_NodesLine], slots: Any, asked: Address) -> Mapping[str, Address]:
     """Return where each node is, by its id; without those of which nobody knows that."""
     announced: dict[str, Address] = {}
     for entry, known in zip(slots, parse_slots(slots, asked), strict=True):
@@ -254,24 +256,24 @@ def _places(lines: list[_Line], slots: Any, asked: Address) -> Mapping[str, Addr
 # -- a visit
 
 
-class _Attempt:
+class _FirstAttempt:
     """Tells how the first attempt to connect to a node ended: with None, or with its error."""
 
     def __init__(self) -> None:
         self.outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
-    def became_ready(self, node: Connection, /) -> None:
+    def on_connected(self, node: Connection, /) -> None:
         if not self.outcome.done():
             self.outcome.set_result(None)
 
-    def became_lost(self, node: Connection, /) -> None:
+    def on_disconnected(self, node: Connection, /) -> None:
         if not self.outcome.done():
             self.outcome.set_result(str(node.pipeline.down))
 
-    def redirected(self, source: Connection, /) -> None:
+    def on_redirected(self, source: Connection, /) -> None:
         """Nothing is asked that could be."""
 
-    def progressed(self, source: Connection, /) -> None:
+    def on_progress(self, source: Connection, /) -> None:
         """Nothing is watched."""
 
 
@@ -281,7 +283,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
     if member.place is None:
         return _unreached(report, "no node knows its address")
     options = cluster.options_at(member.place)
-    attempt = _Attempt()
+    attempt = _FirstAttempt()
     node = Connection(replace(options, close_timeout=_CLOSE_MS), cluster=attempt)
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
@@ -299,7 +301,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
         report,
         round_trip_ms=round(statistics.median(times) * 1000, 3),
         server=node.server,
-        health=_health(report, facts(info), facts(replication)),
+        health=_health(report, parse_info(info), parse_info(replication)),
     )
 
 

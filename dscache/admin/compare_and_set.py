@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ReplyError
-from .control import Command
-from .primaries import Shards
+from .control import RawCommand
+from .primaries import Primaries
 
 # KEYS: some keys. ARGV: what each must hold; of a version, without leading zeros. Removes all of
 # them if they do. Returns whether they are gone now, or were before.
@@ -51,7 +51,7 @@ DONE = 1
 
 
 async def run_script(
-    shards: Shards, script: bytes, calls: Sequence[tuple[Sequence[bytes], Sequence[bytes]]]
+    shards: Primaries, script: bytes, calls: Sequence[tuple[Sequence[bytes], Sequence[bytes]]]
 ) -> list[Any]:
     """Run a script for each of some keys and arguments; return its answers.
 
@@ -65,11 +65,11 @@ async def run_script(
         by_server.setdefault(shards.owner(keys[0]), []).append(number)
 
     async def ask(server: Any, numbers: Sequence[int]) -> None:
-        commands: list[Command] = [("SCRIPT", "LOAD", script)]
+        commands: list[RawCommand] = [("SCRIPT", "LOAD", script)]
         for number in numbers:
             keys, arguments = calls[number]
             commands.append(("EVALSHA", sha, len(keys), *keys, *arguments))
-        loaded, *its = await server.ask(*commands)
+        loaded, *its = await server.execute_many(*commands)
         if isinstance(loaded, ReplyError):
             raise loaded
         for number, answer in zip(numbers, its, strict=True):

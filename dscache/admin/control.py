@@ -17,9 +17,9 @@ from ..aio.endpoint import Endpoint
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
 from ..net.credentials import Credentials, revealed
-from ..net.handshake import Greeting, explain
+from ..net.handshake import ServerInfo, as_connect_error
 
-Command = Sequence[bytes | str | int]
+RawCommand = Sequence[bytes | str | int]
 
 # hiredis's stubs give both of them narrower types than they have.
 _pack: Any = hiredis.pack_command
@@ -31,7 +31,7 @@ _INCOMPLETE = object()
 _PATIENCE = 10.0
 
 
-class Direct(asyncio.BufferedProtocol):
+class ControlConnection(asyncio.BufferedProtocol):
     """One socket to one server: commands go out at once, replies come back in their order.
 
     ``pushed`` is called with each push of RESP3. ``lost`` is done when the socket has ended, with
@@ -40,7 +40,7 @@ class Direct(asyncio.BufferedProtocol):
 
     def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
         self.address = ""
-        self.greeting = Greeting("", False)
+        self.greeting = ServerInfo("", False)
         self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._pushed = pushed
         self._transport: asyncio.Transport | None = None
@@ -53,7 +53,7 @@ class Direct(asyncio.BufferedProtocol):
     @classmethod
     async def open(
         cls, options: Options, pushed: Callable[[list[Any]], None] | None = None
-    ) -> Direct:
+    ) -> ControlConnection:
         """Return a connection to the server of these options, logged in, within connectTimeout.
 
         Raises ConnectError if it can't be reached, and ReplyError if it refuses.
@@ -64,13 +64,13 @@ class Direct(asyncio.BufferedProtocol):
             async with asyncio.timeout(options.connect_timeout / 1000):
                 await endpoint.open(direct)
                 direct.address = endpoint.address
-                direct.greeting = await endpoint.greet(direct.ask)
+                direct.greeting = await endpoint.greet(direct.execute_many)
         except ReplyError as error:
             direct.close()
             raise ReplyError(error.message, context=f"connect at {endpoint.address}") from error
         except (OSError, DscacheError) as error:
             direct.close()
-            said = explain(error, options.connect_timeout)
+            said = as_connect_error(error, options.connect_timeout)
             raise ConnectError(f"no connection to {endpoint.address}: {said}") from error
         except BaseException:
             direct.close()
@@ -94,7 +94,7 @@ class Direct(asyncio.BufferedProtocol):
         host = str(peer[0]).removeprefix("::ffff:")
         return host == "::1" or host.startswith("127.")
 
-    async def ask(self, *commands: Command) -> list[Any]:
+    async def execute_many(self, *commands: RawCommand) -> list[Any]:
         """Return the replies to some commands, errors of Redis among them.
 
         Raises ConnectionLost if the server is lost before it has answered all, or hangs.
@@ -113,9 +113,9 @@ class Direct(asyncio.BufferedProtocol):
             self._end(ConnectionLost(f"it did not answer for {_PATIENCE:.0f} s"))
             raise self._why_lost() from None
 
-    async def say(self, *command: bytes | str | int) -> Any:
+    async def execute(self, *command: bytes | str | int) -> Any:
         """Return the reply to one command; raises ReplyError if it is an error."""
-        (reply,) = await self.ask(command)
+        (reply,) = await self.execute_many(command)
         if isinstance(reply, ReplyError):
             raise ReplyError(reply.message, context=f"{command[0]!s} at {self.address}")
         return reply

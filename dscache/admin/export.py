@@ -22,10 +22,10 @@ import msgspec
 from ..cache import AsyncCache
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
 from . import ndjson, progress
-from .control import Command
+from .control import RawCommand
 from .key_layout import Layout
-from .primaries import SCAN_COUNT, Shard, Shards
-from .progress import RECORDS, Tally, errors_of, read_state, write_state
+from .primaries import SCAN_COUNT, Primaries, Primary
+from .progress import RECORDS, JobProgress, errors_of, read_state, write_state
 
 # The lifetime of what has ended.
 _GONE = -2
@@ -160,7 +160,7 @@ class Export:
     """One run of an export: the records of a prefix, from all servers at once."""
 
     def __init__(
-        self, cache: AsyncCache, shards: Shards, layout: Layout, prefix: str, tally: Tally
+        self, cache: AsyncCache, shards: Primaries, layout: Layout, prefix: str, tally: JobProgress
     ) -> None:
         self._cache = cache
         self._shards = shards
@@ -191,7 +191,7 @@ class Export:
             if keep is not None:
                 keep(state)
 
-        async def go_through(shard: Shard) -> None:
+        async def go_through(shard: Primary) -> None:
             nonlocal noted
             async for lines in self._lines(shard, state):
                 sink.write(lines)
@@ -226,7 +226,7 @@ class Export:
         tally.halves, tally.damaged = state.halves, state.damaged
         self._halves = state.halves - self._cache.stats()["halves"]
 
-    async def _lines(self, shard: Shard, state: ExportState) -> AsyncIterator[bytes]:
+    async def _lines(self, shard: Primary, state: ExportState) -> AsyncIterator[bytes]:
         """Give the records of one server as lines, and note after each how far it is."""
         tally = self._tally
         scan = state.servers[shard.address]
@@ -258,11 +258,11 @@ class Export:
         finally:
             scanning.cancel()
 
-    def _scan(self, shard: Shard, cursor: bytes | str) -> asyncio.Future[Any]:
+    def _scan(self, shard: Primary, cursor: bytes | str) -> asyncio.Future[Any]:
         command = ("SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT)
-        return asyncio.ensure_future(shard.server.say(*command))
+        return asyncio.ensure_future(shard.server.execute(*command))
 
-    async def _read(self, shard: Shard, found: dict[str, bytes]) -> list[bytes]:
+    async def _read(self, shard: Primary, found: dict[str, bytes]) -> list[bytes]:
         """Return some records as lines."""
         tally = self._tally
         try:
@@ -299,11 +299,11 @@ class Export:
         return [(one.first, one.last, f"{one.primary[0]}:{one.primary[1]}") for one in found]
 
 
-async def lifetimes_of(shard: Shard, keys: list[bytes]) -> list[int | None]:
+async def lifetimes_of(shard: Primary, keys: list[bytes]) -> list[int | None]:
     """Return for how many seconds some keys live on: None for ever, _GONE if no more."""
-    commands: list[Command] = [("PTTL", key) for key in keys]
+    commands: list[RawCommand] = [("PTTL", key) for key in keys]
     lifetimes: list[int | None] = []
-    for answer in await shard.server.ask(*commands):
+    for answer in await shard.server.execute_many(*commands):
         if isinstance(answer, ReplyError) and answer.code not in ("MOVED", "ASK", "TRYAGAIN"):
             raise answer
         if not isinstance(answer, int) or answer == -1:

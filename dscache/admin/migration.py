@@ -19,7 +19,7 @@ from ..errors import BulkError, RecordError, shorten
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
 from .export import lifetimes_of
 from .key_layout import DEEPSTREAM, HASHTAG, Layout
-from .primaries import SCAN_COUNT, Shard, Shards
+from .primaries import SCAN_COUNT, Primaries, Primary
 from .progress import BYTES, RECORDS, TOLD
 
 # How often a record is tried again that is written meanwhile, and seconds in between.
@@ -87,7 +87,7 @@ class Migration:
         self,
         source: AsyncCache,
         target: AsyncCache,
-        shards: Shards,
+        shards: Primaries,
         *,
         prefix: str,
         count: Count,
@@ -137,10 +137,10 @@ class Migration:
 
     # -- what there is
 
-    async def _scan(self, shard: Shard) -> Any:
+    async def _scan(self, shard: Primary) -> Any:
         cursor: Any = b"0"
         while True:
-            cursor, keys = await shard.server.say(
+            cursor, keys = await shard.server.execute(
                 "SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT
             )
             yield list(dict.fromkeys(keys))
@@ -173,7 +173,7 @@ class Migration:
                 continue
             yield name
 
-    async def _read(self, shard: Shard, names: Sequence[str]) -> list[_Found]:
+    async def _read(self, shard: Primary, names: Sequence[str]) -> list[_Found]:
         """Return those records that are there whole, in the old layout."""
         count = self._count
         halves = self._source.stats()["halves"]
@@ -210,7 +210,7 @@ class Migration:
 
     # -- moving
 
-    async def _move(self, shard: Shard, names: Sequence[str]) -> None:
+    async def _move(self, shard: Primary, names: Sequence[str]) -> None:
         """Copy, verify and remove some records; what changes meanwhile, some times over."""
         count = self._count
         waiting = await self._read(shard, names)
@@ -242,7 +242,7 @@ class Migration:
         count.copied += len(copied)
         count.present += len(present - copied)
 
-    async def _read_again(self, shard: Shard, records: Sequence[_Found]) -> list[_Found]:
+    async def _read_again(self, shard: Primary, records: Sequence[_Found]) -> list[_Found]:
         count = self._count
         halves, damaged = count.halves, count.damaged
         found = await self._read(shard, [one.name for one in records])

@@ -15,23 +15,23 @@ from ..core.constants import SLOTS
 from ..core.resp import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
-from .control import Direct
+from .control import ControlConnection
 
 # How many keys a server looks at before it answers somebody else.
 SCAN_COUNT = 1000
 
 
-async def is_clustered(server: Direct) -> bool:
+async def is_clustered(server: ControlConnection) -> bool:
     """Return whether a server is a node of a cluster; not, if it doesn't tell."""
-    (answer,) = await server.ask(["CLUSTER", "INFO"])
+    (answer,) = await server.execute_many(["CLUSTER", "INFO"])
     return isinstance(answer, bytes)
 
 
 @dataclass(slots=True)
-class Shard:
+class Primary:
     """One server whose keys no other one has."""
 
-    server: Direct
+    server: ControlConnection
     address: str
     run_id: str
     """Another one after each start; empty if it doesn't tell."""
@@ -39,10 +39,10 @@ class Shard:
     """How many keys it had at first."""
 
 
-class Shards:
+class Primaries:
     """All servers that hold records: one, or every primary of a cluster."""
 
-    def __init__(self, shards: list[Shard], owners: list[Shard] | None) -> None:
+    def __init__(self, shards: list[Primary], owners: list[Primary] | None) -> None:
         self.all = shards
         self._owners = owners
 
@@ -56,7 +56,7 @@ class Shards:
         """Whether the keys are shared by slots."""
         return self._owners is not None
 
-    def owner(self, key: bytes) -> Direct:
+    def owner(self, key: bytes) -> ControlConnection:
         """Return the server that a key is on."""
         if self._owners is None:
             return self.all[0].server
@@ -70,12 +70,12 @@ class Shards:
         if self._owners is None:
             return []
         # Where a server doesn't know its own host, it is the same one at each time.
-        reply = await self.all[0].server.say("CLUSTER", "SLOTS")
+        reply = await self.all[0].server.execute("CLUSTER", "SLOTS")
         return sorted(parse_slots(reply, ("", 0)), key=lambda one: one.first)
 
 
 @asynccontextmanager
-async def open_shards(cache: AsyncCache) -> AsyncIterator[Shards]:
+async def open_primaries(cache: AsyncCache) -> AsyncIterator[Primaries]:
     """Connect to all servers that hold the records of a cache, which is ready.
 
     Raises ConnectError if one of them can't be reached: what it holds would be missed.
@@ -92,8 +92,8 @@ async def open_shards(cache: AsyncCache) -> AsyncIterator[Shards]:
     else:
         masters, nodes = [], []
         places = [cache._config.options]
-    opened = await asyncio.gather(*map(Direct.open, places), return_exceptions=True)
-    servers = [one for one in opened if isinstance(one, Direct)]
+    opened = await asyncio.gather(*map(ControlConnection.open, places), return_exceptions=True)
+    servers = [one for one in opened if isinstance(one, ControlConnection)]
     try:
         for one in opened:
             if isinstance(one, BaseException):
@@ -101,23 +101,23 @@ async def open_shards(cache: AsyncCache) -> AsyncIterator[Shards]:
         shards = await asyncio.gather(*map(_shard, servers))
         by_node = dict(zip(nodes, shards, strict=False))
         owners = [by_node[node] for node in masters if node is not None]
-        yield Shards(shards, owners or None)
+        yield Primaries(shards, owners or None)
     finally:
         for server in servers:
             server.close()
 
 
-async def _shard(server: Direct) -> Shard:
-    size, info = await server.ask(["DBSIZE"], ["INFO", "server"])
-    return Shard(
+async def _shard(server: ControlConnection) -> Primary:
+    size, info = await server.execute_many(["DBSIZE"], ["INFO", "server"])
+    return Primary(
         server=server,
         address=server.address,
-        run_id=facts(info).get("run_id", ""),
+        run_id=parse_info(info).get("run_id", ""),
         size=size if isinstance(size, int) else 0,
     )
 
 
-def facts(reply: Any) -> dict[str, str]:
+def parse_info(reply: Any) -> dict[str, str]:
     """Return the ``name:value`` lines of a reply; none of a refusal."""
     if not isinstance(reply, bytes):
         return {}

@@ -24,7 +24,7 @@ _COMMAND_MS = 10_000
 TOLD = 10
 
 
-def patient(config: Config) -> Config:
+def with_long_timeouts(config: Config) -> Config:
     """Return a configuration under which operations have time, and wait for room."""
     options = config.options
     replace = msgspec.structs.replace
@@ -35,7 +35,7 @@ def patient(config: Config) -> Config:
 
 
 @dataclass(slots=True)
-class Tally:
+class JobProgress:
     """How far it is, and what came of it; ``done`` of ``total`` is what a bar shows."""
 
     done: int = 0

@@ -22,7 +22,7 @@ import msgspec
 from ..cache import AsyncCache
 from ..errors import BulkError, DscacheError, RecordError
 from . import ndjson, progress
-from .progress import BYTES, RECORDS, Tally, read_state, write_state
+from .progress import BYTES, RECORDS, JobProgress, read_state, write_state
 
 # Chunks that are under way at once.
 _CHUNKS = 4
@@ -41,7 +41,7 @@ class ImportState(msgspec.Struct, forbid_unknown_fields=True):
     broken: int = 0
 
 
-class Source:
+class ImportFile:
     """The file that an import reads, and what is kept beside it of how far it is."""
 
     def __init__(self, path: Path) -> None:
@@ -112,7 +112,7 @@ class Import:
     def __init__(
         self,
         cache: AsyncCache,
-        tally: Tally,
+        tally: JobProgress,
         *,
         ttl: int | None,
         if_newer: bool,

@@ -16,7 +16,7 @@ from ..aio.cluster import Cluster
 from ..cache import AsyncCache
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
-from .control import Command, Direct
+from .control import ControlConnection, RawCommand
 from .key_layout import Layout
 
 CHANGED, DELETED, DAMAGED = "changed", "deleted", "damaged"
@@ -52,7 +52,7 @@ class Watch:
         self._prefix = prefix
         self._layout = Layout.of(cache._config.options)
         starts = [start for start in self._layout.starts(prefix) if start]
-        self._track: Command = [
+        self._track: RawCommand = [
             *("CLIENT", "TRACKING", "ON", "BCAST"),
             *(word for start in starts for word in ("PREFIX", start)),
         ]
@@ -123,11 +123,11 @@ class Watch:
         failures = 0
         while True:
             try:
-                server = await Direct.open(options, self._take)
+                server = await ControlConnection.open(options, self._take)
                 try:
                     await self._check_role(server, options)
                     failures = 0
-                    await server.say(*self._track)
+                    await server.execute(*self._track)
                     if not ready.done():
                         ready.set_result(None)
                     if address in self._lost:
@@ -149,15 +149,15 @@ class Watch:
             failures = min(failures + 1, 30)
             await asyncio.sleep(random.uniform(0, longest))
 
-    async def _stay(self, server: Direct, options: Options) -> None:
+    async def _stay(self, server: ControlConnection, options: Options) -> None:
         """Wait until a server is lost, hangs, or is no primary any more; raises why."""
         while True:
             await asyncio.wait([server.lost], timeout=_LOOK)
             await self._check_role(server, options)
 
-    async def _check_role(self, server: Direct, options: Options) -> None:
+    async def _check_role(self, server: ControlConnection, options: Options) -> None:
         """Raise ReplyError if a server is no primary, and is to be one."""
-        (role,) = await server.ask(["ROLE"])
+        (role,) = await server.execute_many(["ROLE"])
         if isinstance(role, list) and role[0] != b"master" and options.role == "master":
             raise ReplyError(f"{server.address} has become a replica")
 

@@ -19,14 +19,14 @@ from ..core import stats as counters
 from ..errors import ConfigError, ConnectError, ConnectionLost, ReplyError
 from ..net.seeds import AT_ONCE, Seeds
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
-from .cluster_nodes import Members
-from .connection import Connection, Follower
+from .cluster_nodes import ClusterNodes
+from .connection import Connection, NodeListener
 from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
 from .resolver import Resolver
-from .slot_hold import Room
-from .slot_refresh import Lookout
-from .slot_routing import Traffic
+from .slot_hold import SlotHold
+from .slot_refresh import SlotRefresher
+from .slot_routing import SlotRouter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -39,7 +39,7 @@ _OWNER = "an AsyncCache"
 _CLOSED = "the cache was closed before the answer came"
 
 
-class SlotFollower(Follower, Protocol):
+class SlotListener(NodeListener, Protocol):
     """Who wants to know of the nodes' comings and goings, and of their slots'."""
 
     def slots_moved(self) -> None:
@@ -58,7 +58,7 @@ class Cluster:
         credentials: CredentialProvider | None,
         *,
         inbox: Any = None,
-        follower: SlotFollower | None = None,
+        follower: SlotListener | None = None,
     ) -> None:
         options = config.options
         self._options = options
@@ -72,15 +72,15 @@ class Cluster:
         first = options.seeds[0]
         self._shared = options.for_node(first.host, first.port, first)
         self._seeds = Seeds(options)
-        self._members = Members()
+        self._members = ClusterNodes()
         self._resolver = Resolver()
-        self._lookout = Lookout(config, self._seeds, self._members, self._resolver, self)
-        self._stale = self._lookout.stale
-        self._traffic = Traffic(
+        self._refresher = SlotRefresher(config, self._seeds, self._members, self._resolver, self)
+        self._stale = self._refresher.stale
+        self._routing = SlotRouter(
             options, self._shared, self._check_usable, self.look_again, self._open_for
         )
-        self._masters = self._traffic.masters  # one list
-        self.pipeline = self._traffic.router
+        self._masters = self._routing.masters  # one list
+        self.pipeline = self._routing.router
         self._near: Any = None
         if options.near_cache is not None:
             self._near = _backend.core.NearCache(
@@ -97,12 +97,12 @@ class Cluster:
         self._refusal: Exception | None = None
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._keeper = KeptTask(self._lookout.keep, f"dscache {options.address}", self._end)
+        self._keeper = KeptTask(self._refresher.keep, f"dscache {options.address}", self._end)
 
     # -- what a cache wants of its topology
 
     @property
-    def front(self) -> Any:
+    def entry(self) -> Any:
         """Where operations go: the router, or a near cache before it."""
         return self.pipeline if self._near is None else self._near
 
@@ -110,7 +110,7 @@ class Cluster:
     def is_ready(self) -> bool:
         """Whether every slot has a node that is ready."""
         masters = set(self._masters)
-        if self._traffic.unopened and self._masters.count(None) == len(self._traffic.unopened):
+        if self._routing.unopened and self._masters.count(None) == len(self._routing.unopened):
             masters.discard(None)
         return (
             not self._closed
@@ -145,7 +145,7 @@ class Cluster:
                 return
             raise ConnectError(
                 f"no node of the cluster {self._options.address} is ready within {timeout} ms: "
-                f"{self.troubles()}"
+                f"{self.errors_by_node()}"
             ) from None
         self._check_usable()
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -168,7 +168,7 @@ class Cluster:
             await asyncio.sleep(_DRAIN_STEP)
         self._keeper.cancel()
         # What is left has had its time, and the nodes need no more for their part.
-        self._traffic.fail_all(_CLOSED)
+        self._routing.fail_all(_CLOSED)
         await self._members.close()
         await asyncio.wait([self._keeper.task])
         self._give_up(_CLOSED)
@@ -178,13 +178,13 @@ class Cluster:
         nodes = self._members.stats()
         of_nodes = [*self._members.former_stats(), *nodes.values()]
         stats = {
-            **counters.told([*of_nodes, *self._traffic.stats()]),
+            **counters.merged([*of_nodes, *self._routing.stats()]),
             "connections": sum(one["connections"] for one in nodes.values()),
             "connects": sum(one.get("connects", 0) for one in of_nodes),
             "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
             "last_loss": self._last_loss,
             "redirections": self._redirections,
-            "refreshes": self._lookout.refreshes,
+            "refreshes": self._refresher.refreshes,
             "nodes": nodes,
         }
         if self._near is not None:
@@ -197,7 +197,7 @@ class Cluster:
 
     def primaries(self) -> dict[Connection, Options]:
         """Return the nodes that serve slots, with the options of a connection to each."""
-        for slot in list(self._traffic.unopened):
+        for slot in list(self._routing.unopened):
             self._open_for(slot)
         nodes = dict.fromkeys(node for node in self._masters if node is not None)
         return {node: self.options_at(self._members.address_of(node)) for node in nodes}
@@ -212,76 +212,76 @@ class Cluster:
 
     def _is_busy(self) -> bool:
         leaving = (node.pipeline for node in self._members.leaving())
-        return self._traffic.is_busy or any(one.queued or one.in_flight for one in leaving)
+        return self._routing.is_busy or any(one.queued or one.in_flight for one in leaving)
 
     # -- what the connections tell
 
-    def redirected(self, source: Connection) -> None:
+    def on_redirected(self, source: Connection) -> None:
         """Send on what a node has redirected."""
         self._keeper.check()
         redirected = source.pipeline.redirected
-        fresh: set[Room] = set()
-        batches: dict[Room, list[Any]] = {}
+        fresh: set[SlotHold] = set()
+        batches: dict[SlotHold, list[Any]] = {}
         # They stay there until each has its place: called again, it goes on with what has none.
         for words, slot, batch in redirected:
             if batch.sent or batch.settled():
                 continue
             self._redirections += 1
             source.redirections += 1
-            room = self._traffic.shut(slot, source, fresh)
+            hold = self._routing.hold(slot, source, fresh)
             code = words.partition(" ")[0]
             address = None
             if code in ("MOVED", "ASK"):
                 address = parse_redirection(words, slot, self._members.address_of(source))
             target = None
-            self._traffic.stop_reading(slot, source)
+            self._routing.stop_reading(slot, source)
             if address is not None:
                 target = self._node(self._options.mapped(*address))
                 if code == "MOVED":
                     self._masters[slot], target = target, None
-                    self._traffic.unopened.pop(slot, None)
+                    self._routing.unopened.pop(slot, None)
                     self._forget([slot])
-                    self._lookout.moved.add(slot)
+                    self._refresher.moved.add(slot)
                     self._stale.set()
             else:
-                longest = min(RETRY_FIRST * 2 ** len(batch.trail), RETRY_CAP)
-                room.wait(random.uniform(0.5, 1) * longest)
+                longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
+                hold.wait(random.uniform(0.5, 1) * longest)
                 if code != "TRYAGAIN":
                     self._stale.set()
-            room.note(slot, batch, target)
-            batches.setdefault(room, []).append(batch)
-        for room, waiting in batches.items():
-            self._traffic.hand_over(room, waiting)
+            hold.note(slot, batch, target)
+            batches.setdefault(hold, []).append(batch)
+        for hold, waiting in batches.items():
+            self._routing.requeue(hold, waiting)
         del redirected[:]
-        self._traffic.go_on(source)
+        self._routing.resume(source)
 
-    def progressed(self, source: Connection) -> None:
+    def on_progress(self, source: Connection) -> None:
         """Look whether a node has answered what a room waits for."""
-        self._traffic.go_on()
-        source.watched = self._traffic.is_awaited(source)
+        self._routing.resume()
+        source.watched = self._routing.is_awaited(source)
 
-    def became_ready(self, node: Connection) -> None:
+    def on_connected(self, node: Connection) -> None:
         """Note that a node can be asked."""
-        self._lookout.node_ready.set()
+        self._refresher.node_ready.set()
         if self._options.scale_reads != "master":
             self._assign_readers()
         if self._follower is not None:
-            self._follower.became_ready(node)
+            self._follower.on_connected(node)
 
-    def became_lost(self, node: Connection) -> None:
+    def on_disconnected(self, node: Connection) -> None:
         """Note that a node was lost: another one may have its slots by now."""
         self._keeper.check()
         self._last_loss = node.last_loss
         self._stale.set()
         if node.refusal is not None:
-            self._lookout.node_ready.set()  # to tell of it, if all refuse
+            self._refresher.node_ready.set()  # to tell of it, if all refuse
         if self._options.scale_reads != "master":
             self._assign_readers()
-            self._traffic.go_on(node)
+            self._routing.resume(node)
         else:
-            self._traffic.go_on()
+            self._routing.resume()
         if self._follower is not None:
-            self._follower.became_lost(node)
+            self._follower.on_disconnected(node)
 
     def owner(self, slot: int) -> Connection | None:
         """Return the node that is known to serve a slot."""
@@ -311,12 +311,12 @@ class Cluster:
                 resolver=self._resolver,
             )
             self._members.join(address, node)
-            self._traffic.join(node)
+            self._routing.join(node)
         return node
 
     def _open_for(self, slot: int) -> None:
         """Open the node that serves a slot, if it wasn't needed before."""
-        one = self._traffic.unopened.get(slot)
+        one = self._routing.unopened.get(slot)
         if one is None or self._closed:
             return
         mapped = self._options.mapped
@@ -327,11 +327,11 @@ class Cluster:
         its = [
             slot
             for slot in range(one.first, one.last + 1)
-            if self._traffic.unopened.get(slot) is one
+            if self._routing.unopened.get(slot) is one
         ]
         for slot in its:
-            del self._traffic.unopened[slot]
-        self._traffic.hand_slots(dict.fromkeys(its, node))
+            del self._routing.unopened[slot]
+        self._routing.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
         """Connect to the nodes that are configured."""
@@ -340,9 +340,9 @@ class Cluster:
 
     def _leave(self, node: Connection) -> None:
         """Close a node that is no part of the cluster any more, after what it has in flight."""
-        self._traffic.leave(node)
+        self._routing.leave(node)
         if self._follower is not None:
-            self._follower.became_lost(node)
+            self._follower.on_disconnected(node)
         self._members.leave(node)
 
     # -- the view
@@ -353,9 +353,9 @@ class Cluster:
         if not self._loop.is_closed():
             self._give_up(_CLOSED)
 
-    def note_failure(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """Tell those who wait for the slots why there are none."""
-        self._traffic.limbo.pipeline.down = error
+        self._routing.unrouted.pipeline.down = error
         refusing = isinstance(error, ConfigError | ReplyError)
         if not refusing and (nodes := self._members.all()):
             refusals = [node.refusal for node in nodes]
@@ -369,10 +369,10 @@ class Cluster:
         if refusing:
             self._discovered.set()
             message = str(error)
-            self._traffic.limbo.refuse(lambda operation: ConnectError(f"{operation}: {message}"))
+            self._routing.unrouted.refuse(lambda operation: ConnectError(f"{operation}: {message}"))
         else:
             self._discovered.clear()
-            self._traffic.limbo.refuse(None)
+            self._routing.unrouted.refuse(None)
 
     def apply(self, view: tuple[SlotRange, ...]) -> None:
         """Take over a view: open nodes, give slots their owners, and let nodes leave."""
@@ -394,26 +394,28 @@ class Cluster:
             if reads_replicas:
                 nodes += [at(mapped(*replica)) for replica in one.replicas]
             present.update(node for node in nodes if node is not None)
-        for slot in self._lookout.moved:
+        for slot in self._refresher.moved:
             # The view may be the older one; the next will tell.
             masters[slot] = self._masters[slot]
         present.update(node for node in masters if node is not None)
-        self._traffic.unopened = {
+        self._routing.unopened = {
             slot: one for slot, one in unopened.items() if masters[slot] is None
         }
         self.view = view
-        self._traffic.limbo.pipeline.down = ConnectError("no node of the cluster serves this slot")
+        self._routing.unrouted.pipeline.down = ConnectError(
+            "no node of the cluster serves this slot"
+        )
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
         left = {self._masters[slot] for slot in changed}
-        if self._traffic.unopened:
+        if self._routing.unopened:
             left.add(None)  # what waits is what its node is opened for
         self._forget(changed)
-        self._traffic.hand_slots({slot: masters[slot] for slot in changed})
+        self._routing.hand_slots({slot: masters[slot] for slot in changed})
         if self._options.scale_reads != "master":
             self._assign_readers()
-        self._traffic.go_on(*left)
+        self._routing.resume(*left)
         self._refusal = None
-        self._traffic.limbo.refuse(None)
+        self._routing.unrouted.refuse(None)
         self._discovered.set()
         self._let_leave(present)
 
@@ -433,13 +435,13 @@ class Cluster:
         reading = self._members.readers(self.view, self._options)
         if reading != self._reading:
             self._reading = reading
-            self._traffic.read_from(reading)
+            self._routing.read_from(reading)
 
     # -- small things
 
-    def troubles(self) -> str:
+    def errors_by_node(self) -> str:
         """Return what keeps the nodes from being ready, each in a few words."""
-        return self._members.troubles() or str(self._traffic.limbo.pipeline.down)
+        return self._members.errors_by_node() or str(self._routing.unrouted.pipeline.down)
 
     def _check_owner(self) -> None:
         check_process(self._pid, _OWNER)
@@ -452,4 +454,4 @@ class Cluster:
 
     def _give_up(self, reason: str) -> None:
         self._discovered.set()
-        self._traffic.end(reason)
+        self._routing.end(reason)

@@ -14,7 +14,7 @@ from ..net.slots import VIEWS_TO_LEAVE, Address, SlotRange
 from .connection import Connection
 
 
-class Members:
+class ClusterNodes:
     """The nodes of a cluster that are known, each with a connection."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Members:
         """The kinds and versions of the servers, as far as they are known."""
         return ", ".join(sorted({node.server for node in self._nodes.values() if node.server}))
 
-    def troubles(self) -> str:
+    def errors_by_node(self) -> str:
         """Return what keeps the nodes from being ready, each in a few words."""
         down = {address: node.pipeline.down for address, node in self._nodes.items()}
         return "; ".join(f"{address}: {why}" for address, why in down.items() if why)

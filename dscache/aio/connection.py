@@ -19,18 +19,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
-from .._forks import in_each_child
+from .._forks import after_fork_in_child
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.credentials import Credentials, Hidden
-from ..net.handshake import Greeting, explain, refusal_of
+from ..net.handshake import ServerInfo, as_connect_error, permanent_failure
 from .deadlines import Deadlines
 from .endpoint import Endpoint
-from .heartbeat import Pulse, ask, say
+from .heartbeat import Heartbeat, request, send_control
 from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
-from .protocol import Ear, Link
-from .reconnect import Retry
+from .protocol import PushProtocol, SocketProtocol
+from .reconnect import Reconnect
 from .resolver import Resolver
 
 if TYPE_CHECKING:
@@ -46,23 +46,23 @@ _STEADY_AFTER = 1.0
 _GRACE = 1.0
 
 
-class Follower(Protocol):
+class NodeListener(Protocol):
     """Who wants to know of the comings and goings of nodes."""
 
-    def became_ready(self, node: Connection, /) -> None:
+    def on_connected(self, node: Connection, /) -> None:
         """The node can be asked."""
 
-    def became_lost(self, node: Connection, /) -> None:
+    def on_disconnected(self, node: Connection, /) -> None:
         """The node was lost, or could not be reached."""
 
 
-class Observer(Follower, Protocol):
+class ClusterListener(NodeListener, Protocol):
     """What the connection to a node of a cluster tells the cluster."""
 
-    def redirected(self, source: Connection, /) -> None:
+    def on_redirected(self, source: Connection, /) -> None:
         """The node has sent operations away: they are in ``pipeline.redirected``."""
 
-    def progressed(self, source: Connection, /) -> None:
+    def on_progress(self, source: Connection, /) -> None:
         """The node has answered something, while it was ``watched``."""
 
 
@@ -81,7 +81,7 @@ class Connection:
         options: Options,
         credentials: CredentialProvider | None = None,
         *,
-        cluster: Observer | None = None,
+        cluster: ClusterListener | None = None,
         read_only: bool = False,
         near: Any = None,
         endpoint: Any = None,
@@ -122,9 +122,9 @@ class Connection:
         )
         self.pipeline.down = ConnectError("still connecting")
         self.pipeline.inbox = inbox
-        self.front: Any = self.pipeline
+        self.entry: Any = self.pipeline
         if is_near and near is None:
-            self.front = near = _backend.core.NearCache(
+            self.entry = near = _backend.core.NearCache(
                 self._loop.create_future,
                 self.pipeline,
                 check=self._check_owner,
@@ -133,11 +133,11 @@ class Connection:
         self._near = self.pipeline.near = near
         kept = options.near_cache if is_near else None
         idle_limit = None if kept is None else kept.idle_limit / 1000
-        self._pulse = Pulse(self.pipeline, idle_limit, self._check)
-        self._retry = Retry(options.retry_strategy, self.pipeline)
-        self._link: Link | None = None
+        self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
+        self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
+        self._link: SocketProtocol | None = None
         # The socket that is being opened, or is ready, or whose end has not been dealt with.
-        self._socket: Link | None = None
+        self._socket: SocketProtocol | None = None
         self._closed = False
         self._refusal: Callable[[str], Exception] | None = None
         self._attempting = False
@@ -155,8 +155,8 @@ class Connection:
         if self._endpoint.may_move:
             follow = partial(self._endpoint.follow, self._check_place)
             self._tasks.append(KeptTask(follow, f"dscache follows {self.address}"))
-        self._pulse.watch(None)
-        in_each_child(self, Connection._leave_parent)
+        self._heartbeat.watch(None)
+        after_fork_in_child(self, Connection._reset_after_fork)
 
     @property
     def address(self) -> str:
@@ -174,9 +174,9 @@ class Connection:
         """What the server said if it refuses the handshake."""
         return None if self._refusal is None else self._refusal("connect")
 
-    def adopt(self, batches: Iterable[Any]) -> None:
+    def requeue(self, batches: Iterable[Any]) -> None:
         """Take over operations that another node has given away, with the time they have left."""
-        self.pipeline.adopt(batches)
+        self.pipeline.requeue(batches)
         self._deadlines.look()
 
     async def ask(self, *commands: list[Any]) -> list[Any]:
@@ -186,12 +186,12 @@ class Connection:
         """
         if self._link is None:
             raise ConnectionLost(f"no connection to {self.address}")
-        return await ask(self._link, *commands)
+        return await request(self._link, *commands)
 
     def leave(self, reason: str) -> None:
         """End the socket that there is now; another one follows."""
         if self._link is not None:
-            self._link.cut(ConnectionLost(reason))
+            self._link.abort(ConnectionLost(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -220,8 +220,8 @@ class Connection:
             return
         self._check_owner()
         self._closed = True
-        if self.front is not self.pipeline:
-            self.front.close()
+        if self.entry is not self.pipeline:
+            self.entry.close()
         timeout = self._options.close_timeout / 1000
         end = self._loop.time() + timeout
         link = self._link
@@ -236,7 +236,7 @@ class Connection:
         await asyncio.wait([task.task for task in self._tasks])
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
-            link.cut(ConnectionLost("it was closed"))
+            link.abort(ConnectionLost("it was closed"))
 
     def stats(self) -> dict[str, Any]:
         """Return the pipeline's counters, and what became of the connection."""
@@ -248,8 +248,8 @@ class Connection:
             "redirections": self.redirections,
             "last_loss": self.last_loss,
         }
-        if self.front is not self.pipeline:
-            stats["near_cache"] = self.front.stats()
+        if self.entry is not self.pipeline:
+            stats["near_cache"] = self.entry.stats()
         return stats
 
     # -- the way out
@@ -265,7 +265,7 @@ class Connection:
             self._flush_due = True  # now: that may have raised
         self._deadlines.ensure(self._options.command_timeout / 1000)
         if self._link is None:
-            self._retry.hurry()
+            self._reconnect.expedite()
             self._keeper.check()
 
     def _begin(self) -> None:
@@ -285,23 +285,23 @@ class Connection:
 
     # -- the way back, called by the link
 
-    def answered(self) -> None:
+    def on_replies(self) -> None:
         """Go on after replies: what the window held back may go, and a close may end."""
         if self._cluster is not None:
             if self.pipeline.redirected:
-                self._cluster.redirected(self)
+                self._cluster.on_redirected(self)
             elif self.watched:
-                self._cluster.progressed(self)
+                self._cluster.on_progress(self)
         if self.pipeline.read_only:
             self.pipeline.read_only = False
             if self._endpoint.is_discovered and self._link is not None:
-                self._link.cut(ConnectionLost("the server has become a replica"))
+                self._link.abort(ConnectionLost("the server has become a replica"))
                 return
         if self.pipeline.queued and not self._flush_due:
             self._flush()
         self._note_drained()
 
-    def resumed(self) -> None:
+    def on_writable(self) -> None:
         """Go on after the transport had too much to send."""
         if not self._flush_due:
             self._flush()
@@ -319,10 +319,10 @@ class Connection:
         if deadline is not None and self._flush_due:
             self._flush()  # its own turn is late, or never comes as the loop was interrupted
         timeout = self._options.command_timeout / 1000
-        if self._link is not None and self._link.silence() >= timeout:
+        if self._link is not None and self._link.unanswered_for() >= timeout:
             # What is about to expire as well must not be told of the connection that ends here.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
-            self._link.cut(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
+            self._link.abort(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
         self._note_drained()
         return deadline
 
@@ -334,31 +334,33 @@ class Connection:
             self._settle()
             was_well = await self._live()
             self._stuck_at = self._loop.time() + self._options.retry_strategy.cap / 1000 + _GRACE
-            await self._retry.pause(was_well=was_well, is_refused=self._refusal is not None)
+            await self._reconnect.pause(was_well=was_well, is_refused=self._refusal is not None)
 
     async def _live(self) -> bool:
         """Live through one socket; return whether it was of use for a while."""
         timeout = self._options.connect_timeout / 1000
         self._stuck_at = self._loop.time() + timeout + _GRACE
         self._attempting = True
-        link = self._socket = (Link if self.pipeline.inbox is None else Ear)(self, self.pipeline)
+        link = self._socket = (SocketProtocol if self.pipeline.inbox is None else PushProtocol)(
+            self, self.pipeline
+        )
         try:
             async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(partial(ask, link))
+                greeting = await self._endpoint.greet(partial(request, link))
         except Exception as error:
             # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
             # a next one the cache would never be well again.
-            link.cut(error)
+            link.abort(error)
             self._failed(error)
             self._socket = None
             return False
         began = self._loop.time()
         self._stuck_at = math.inf
-        self._became_ready(link, greeting)
+        self._on_connected(link, greeting)
         reason = await asyncio.shield(link.lost)
-        self._became_lost(reason)
+        self._on_disconnected(reason)
         self._socket = None
         return self._loop.time() - began > _STEADY_AFTER
 
@@ -368,8 +370,8 @@ class Connection:
         if link is None:
             return
         reason = ConnectionLost("it was interrupted")
-        link.cut(reason)
-        self._became_lost(reason)
+        link.abort(reason)
+        self._on_disconnected(reason)
         self._socket = None
 
     def _check(self) -> None:
@@ -395,7 +397,7 @@ class Connection:
             if self._link is link:
                 link.close()
             else:
-                link.cut(ConnectionLost("it was closed"))
+                link.abort(ConnectionLost("it was closed"))
         # A loop that was closed has left this task behind, and nobody can be told any more.
         if not self._loop.is_closed():
             self._give_up("the cache was closed before the answer came")
@@ -404,24 +406,24 @@ class Connection:
         """Tell the server of renewed credentials; who connects just now has asked for them."""
         if self._link is not None:
             self.pipeline.forget("login")
-            say(self._link, "AUTH", *words)
+            send_control(self._link, "AUTH", *words)
 
     def _check_place(self) -> None:
         """Leave a server that is no longer the one which the Sentinels name."""
         if self._link is not None and self._endpoint.has_moved:
-            self._link.cut(
+            self._link.abort(
                 ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
             )
 
     # -- changes of state
 
-    def _became_ready(self, link: Link, greeting: Greeting) -> None:
+    def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self._link = link
         self.server = greeting.server
         # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
         # where it redirects every other command: a record would be in two places.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
-        self.pipeline.plain = not greeting.has_pushes and self.pipeline.inbox is not None
+        self.pipeline.resp2_pubsub = not greeting.has_pushes and self.pipeline.inbox is not None
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:
             _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)
@@ -430,15 +432,15 @@ class Connection:
         self._refusal = None
         self.pipeline.down = None
         self._decided.set()
-        self._pulse.watch(link)
+        self._heartbeat.watch(link)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
         if self._cluster is not None:
-            self._cluster.became_ready(self)
+            self._cluster.on_connected(self)
 
-    def _became_lost(self, reason: Exception) -> None:
+    def _on_disconnected(self, reason: Exception) -> None:
         self._link = None
-        self._pulse.watch(None)
+        self._heartbeat.watch(None)
         self._decided.clear()
         self.last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
@@ -447,19 +449,19 @@ class Connection:
         self._note_drained()
         if self._cluster is not None:
             if self.pipeline.redirected:
-                self._cluster.redirected(self)
-            self._cluster.became_lost(self)
+                self._cluster.on_redirected(self)
+            self._cluster.on_disconnected(self)
 
     def _failed(self, error: Exception) -> None:
         """Note that an attempt to connect failed."""
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = explain(error, self._options.connect_timeout)
+        said = as_connect_error(error, self._options.connect_timeout)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said
         self.last_loss = str(said)
-        refusal = refusal_of(error, said, self.address)
+        refusal = permanent_failure(error, said, self.address)
         self._refusal = refusal
         if refusal is None:
             self._decided.clear()
@@ -468,7 +470,7 @@ class Connection:
             self.pipeline.fail_all(refusal)
         self._note_drained()
         if self._cluster is not None:
-            self._cluster.became_lost(self)
+            self._cluster.on_disconnected(self)
 
     def _check_owner(self) -> None:
         check_process(self._pid, self._owner)
@@ -481,11 +483,11 @@ class Connection:
     def _give_up(self, reason: str) -> None:
         self._link = None
         self._decided.set()
-        self._pulse.stop()
+        self._heartbeat.stop()
         self._deadlines.stop()
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
-    def _leave_parent(self) -> None:
+    def _reset_after_fork(self) -> None:
         # Else an operation of the child could join a batch of its parent's unfinished tick,
         # without asking whether it may.
         self.pipeline.end_tick()

@@ -16,13 +16,13 @@ from ..config import Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError
 from ..net.credentials import Credentials, Login, without
-from ..net.handshake import FAMILIES, TCP_OPTIONS, Greeting, introduce, secrets_of
+from ..net.handshake import FAMILIES, TCP_OPTIONS, ServerInfo, handshake, secrets_of
 from .resolver import Resolver
 
 if TYPE_CHECKING:
     from .sentinel import Sentinels
 
-__all__ = ["Ask", "Endpoint", "Greeting"]
+__all__ = ["Ask", "Endpoint", "ServerInfo"]
 
 Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (lists) at once and returns the replies; error replies are among them."""
@@ -118,7 +118,7 @@ class Endpoint:
             server_hostname=(tls.servername or host) if tls else None,
         )
 
-    async def greet(self, ask: Ask) -> Greeting:
+    async def greet(self, ask: Ask) -> ServerInfo:
         """Get the server's consent to work with it.
 
         Raises ReplyError if it refuses (WRONGPASS, NOAUTH, no such database) or is loading, and
@@ -131,8 +131,8 @@ class Endpoint:
             failure = without(error, secrets_of(self._options, login))
         raise failure
 
-    async def _greet(self, ask: Ask, login: Login) -> Greeting:
-        words = introduce(
+    async def _greet(self, ask: Ask, login: Login) -> ServerInfo:
+        words = handshake(
             self._options,
             login,
             self.address,
@@ -145,7 +145,7 @@ class Endpoint:
             try:
                 commands = words.send(await ask(*commands))
             except StopIteration as consent:
-                greeting: Greeting = consent.value
+                greeting: ServerInfo = consent.value
                 break
         if self.has_moved:
             raise ConnectError(f"the Sentinels name another primary by now, {self.named}")

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConnectionLost, ReplyError
 from ..net.credentials import Hidden, masked
 from .deadlines import SureTimer
-from .protocol import Link
+from .protocol import SocketProtocol
 
 # A PING goes out on a link that was idle for so long, in seconds, and must be answered within the
 # other. Together they find a dead peer within 10 s although nothing is asked of it.
@@ -17,7 +17,7 @@ _PING_AFTER = 5.0
 _PING_ANSWER = 4.0
 
 
-async def ask(link: Link, *commands: list[Any]) -> list[Any]:
+async def request(link: SocketProtocol, *commands: list[Any]) -> list[Any]:
     """Send commands at once; return the replies, errors of Redis among them."""
     answers = asyncio.gather(*link.request(*commands), return_exceptions=True)
     either: list[asyncio.Future[Any]] = [answers, link.lost]
@@ -31,20 +31,20 @@ async def ask(link: Link, *commands: list[Any]) -> list[Any]:
     return replies
 
 
-def say(link: Link, *command: str | Hidden) -> None:
+def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
     """Send a command whose refusal ends the link, and whose reply says nothing else."""
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
         if isinstance(error, ReplyError):
             secrets = [word for word in command if isinstance(word, Hidden)]
-            link.cut(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
+            link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
 
     (waiter,) = link.request(list(command))
     waiter.add_done_callback(settled)
 
 
-class Pulse:
+class Heartbeat:
     """Looks after an idle link: asks for a sign of life, and cuts it if none comes.
 
     It beats as long as there is a Connection, whether or not it has a link just then.
@@ -59,13 +59,13 @@ class Pulse:
         self._pipeline = pipeline
         self._check = check
         self._timer = SureTimer(self._beat)
-        self._link: Link | None = None
+        self._link: SocketProtocol | None = None
         self._ping_after = _PING_AFTER
         if idle_limit is not None:
             # Something is answered twice within the time that it may not.
             self._ping_after = min(_PING_AFTER, idle_limit / 2)
 
-    def watch(self, link: Link | None) -> None:
+    def watch(self, link: SocketProtocol | None) -> None:
         """Look after a link from now on, or after none."""
         self._link = link
         self._beat()
@@ -80,12 +80,12 @@ class Pulse:
         # Changes that are told say nothing of those that are not yet.
         wait = self._ping_after - max(link.idle(), self._pipeline.unknown())
         if wait <= 0:
-            silence = link.silence()
+            silence = link.unanswered_for()
             if silence >= _PING_ANSWER:
-                link.cut(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
+                link.abort(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
                 return
             if not silence:
-                say(link, "PING")
+                send_control(link, "PING")
             wait = min(_PING_ANSWER - silence, self._ping_after)
         self._timer.start(wait)
 

@@ -11,7 +11,7 @@ from typing import Self
 from ..errors import UsageError
 
 
-class Opened(ABC):
+class AsyncResource(ABC):
     """What is ready some time after it was opened, and must be closed: ``async with`` does both."""
 
     @abstractmethod

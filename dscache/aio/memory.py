@@ -21,7 +21,7 @@ class MemoryNode:
             loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
         )
         # All is at hand already: a near cache would save nothing.
-        self.front = self.pipeline
+        self.entry = self.pipeline
 
     @property
     def is_ready(self) -> bool:

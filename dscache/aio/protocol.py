@@ -16,13 +16,13 @@ from ..errors import ConnectionLost, ProtocolError
 from ..net.credentials import packed
 
 
-class Owner(Protocol):
+class ProtocolListener(Protocol):
     """What a Link tells its Connection."""
 
-    def answered(self) -> None:
+    def on_replies(self) -> None:
         """Replies came, and were given to whom they belong."""
 
-    def resumed(self) -> None:
+    def on_writable(self) -> None:
         """The transport takes bytes again."""
 
 
@@ -35,7 +35,7 @@ _LONGEST_REST = 1.0
 _PROGRESS = 4096
 
 
-class Link(asyncio.BufferedProtocol):
+class SocketProtocol(asyncio.BufferedProtocol):
     """A socket: it hands what arrives to the pipeline, and knows for how long nothing did.
 
     Any exception may strike at any place here: want of memory, too deep a stack, a signal handler
@@ -46,7 +46,7 @@ class Link(asyncio.BufferedProtocol):
     and the socket is ended by whatever comes first.
     """
 
-    def __init__(self, owner: Owner, pipeline: Any) -> None:
+    def __init__(self, owner: ProtocolListener, pipeline: Any) -> None:
         self._owner = owner
         self._pipeline = pipeline
         self._loop = asyncio.get_running_loop()
@@ -81,7 +81,7 @@ class Link(asyncio.BufferedProtocol):
 
         Called in the middle of an operation, which may be a finalizer's within another ``flush``.
         """
-        if not self.is_sending and not self.is_reading and self.is_clear():
+        if not self.is_sending and not self.is_reading and self.can_write_directly():
             self.flush()
 
     def request(self, *commands: list[Any]) -> list[asyncio.Future[Any]]:
@@ -104,24 +104,24 @@ class Link(asyncio.BufferedProtocol):
     def _is_broken(self) -> bool:
         """Return whether nothing may be sent or believed, and cut what an exception has broken."""
         if (self.is_sending or self.is_reading) and not self.is_cut:
-            self.cut(ConnectionLost("it was interrupted"))
+            self.abort(ConnectionLost("it was interrupted"))
         return self.is_cut
 
     def break_off(self, error: BaseException) -> None:
         """Cut the link as an exception has struck while it was used."""
         self.is_cut = True  # first, as what follows may fail as well
-        self.cut(ConnectionLost(f"it was interrupted by {type(error).__name__}"))
+        self.abort(ConnectionLost(f"it was interrupted by {type(error).__name__}"))
 
     def _write(self, output: bytes) -> None:
         """Send bytes, or as many of them as can't be sent yet later; a lost link drops them."""
         if self._due_since is None:
             self._due_since = self._loop.time()
-        if self.is_clear():
+        if self.can_write_directly():
             output = self._send(output)
         if output and self._transport is not None:
             self._transport.write(output)
 
-    def is_clear(self) -> bool:
+    def can_write_directly(self) -> bool:
         """Whether bytes can go to the socket itself, and not behind others or through TLS."""
         transport = self._transport
         return (
@@ -145,11 +145,11 @@ class Link(asyncio.BufferedProtocol):
         """Return the seconds since anything arrived."""
         return self._loop.time() - self._heard
 
-    def silence(self) -> float:
+    def unanswered_for(self) -> float:
         """Return the seconds for which an answer is due and has made no progress."""
         return 0.0 if self._due_since is None else self._loop.time() - self._due_since
 
-    def cut(self, reason: Exception) -> None:
+    def abort(self, reason: Exception) -> None:
         """End the socket without another word; nothing more is heard of it."""
         self.is_cut = True
         self._reason = self._reason or reason
@@ -186,9 +186,9 @@ class Link(asyncio.BufferedProtocol):
             self._pipeline.buffer_updated(nbytes)
             self._note_progress()
             self.is_reading = False
-            self._owner.answered()
+            self._owner.on_replies()
         except ProtocolError as error:
-            self.cut(error)
+            self.abort(error)
         except BaseException as error:
             self.break_off(error)
             raise
@@ -209,7 +209,7 @@ class Link(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        self._owner.resumed()
+        self._owner.on_writable()
 
     def eof_received(self) -> None:
         self._reason = self._reason or ConnectionLost("the server closed it")
@@ -222,7 +222,7 @@ class Link(asyncio.BufferedProtocol):
             self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))
 
 
-class Ear(Link):
+class PushProtocol(SocketProtocol):
     """A socket over which messages come, which nobody has asked for.
 
     When much has come, it reads on after those who want it had their turn, and as long as they

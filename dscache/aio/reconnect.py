@@ -12,7 +12,7 @@ from ..config import RetryStrategy
 _WANTED_DELAY = 0.25
 
 
-class Retry:
+class Reconnect:
     """The pauses between attempts to connect, on behalf of the operations of a pipeline."""
 
     def __init__(self, strategy: RetryStrategy, pipeline: Any) -> None:
@@ -22,7 +22,7 @@ class Retry:
         # Set when an operation finds no connection.
         self._wanted = asyncio.Event()
 
-    def hurry(self) -> None:
+    def expedite(self) -> None:
         """Note that an operation finds no connection."""
         self._wanted.set()
 

@@ -306,7 +306,7 @@ class Sentinels:
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
 
-    def explain(self, error: Exception, seconds: float) -> str:
+    def as_connect_error(self, error: Exception, seconds: float) -> str:
         """Return why a Sentinel could not be asked, without its password."""
         if isinstance(error, TimeoutError):
             return f"no answer within {seconds * 1000:.0f} ms"

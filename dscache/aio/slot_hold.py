@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from .. import _backend
-from .._forks import in_each_child
+from .._forks import after_fork_in_child
 from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectionLost
@@ -18,14 +18,14 @@ from .deadlines import Deadlines
 _LOOK_AGAIN = 0.05
 
 
-class Source(Protocol):
+class AwaitedNode(Protocol):
     """A node from whose commands in flight a room keeps its distance."""
 
     pipeline: Any
     watched: bool
 
 
-class Room:
+class SlotHold:
     """Operations on some slots of a cluster, which wait until it is certain who serves them.
 
     What a node has redirected waits here, with everything that is issued on the same slots since,
@@ -51,9 +51,9 @@ class Room:
         self._entered = entered
         self._adopting = False
         self._refusal: ErrorOf | None = None
-        self._fences: dict[Source, int] = {}
-        self._redirected: dict[int, dict[Any, Source | None]] = {}
-        self._asked: list[tuple[Any, Source]] = []
+        self._fences: dict[AwaitedNode, int] = {}
+        self._redirected: dict[int, dict[Any, AwaitedNode | None]] = {}
+        self._asked: list[tuple[Any, AwaitedNode]] = []
         self.slots: set[int] = set()
         self.not_before = 0.0
         self.pipeline = _backend.core.Pipeline(
@@ -67,10 +67,10 @@ class Room:
         )
         self._deadlines = Deadlines(self.pipeline.expire)
         # Else an operation of a child could join one of its parent's unfinished tick.
-        in_each_child(self, lambda room: room.pipeline.end_tick())
+        after_fork_in_child(self, lambda hold: hold.pipeline.end_tick())
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[AwaitedNode]:
         """Return the nodes whose answers it waits for."""
         return [*self._fences, *(target for _, target in self._asked)]
 
@@ -81,7 +81,7 @@ class Room:
             return None
         return self._loop.time() + _LOOK_AGAIN if self._asked else self.not_before
 
-    def fence(self, source: Source) -> None:
+    def fence(self, source: AwaitedNode) -> None:
         """Stay shut until ``source`` has answered what is in flight now."""
         self._fences[source] = source.pipeline.fence()
 
@@ -97,11 +97,11 @@ class Room:
         self._asked = [one for one in self._asked if not one[0].settled()]
         return not self._fences and not self._asked and self._loop.time() >= self.not_before
 
-    def note(self, slot: int, batch: Any, target: Source | None) -> None:
+    def note(self, slot: int, batch: Any, target: AwaitedNode | None) -> None:
         """Note that a batch on ``slot`` was redirected, and which node it is to ask, if any."""
         self._redirected.setdefault(slot, {})[batch] = target
 
-    def next_turn(self, slot: int) -> bool:
+    def next_batch(self, slot: int) -> bool:
         """Let operations on ``slot`` go to the nodes that they are to ask.
 
         Returns False if there are none: then all that waits is for the node which serves the slot.
@@ -128,11 +128,11 @@ class Room:
             target.watched = True
         return True
 
-    def adopt(self, batches: Iterable[Any]) -> None:
+    def requeue(self, batches: Iterable[Any]) -> None:
         """Take over what another pipeline gave away, even while the cache is closing."""
         self._adopting = True
         try:
-            self.pipeline.adopt(batches)
+            self.pipeline.requeue(batches)
         finally:
             self._adopting = False
         self._deadlines.look()

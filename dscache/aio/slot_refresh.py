@@ -24,12 +24,12 @@ from ..net.slots import (
     newest,
     read_view,
 )
-from .cluster_nodes import Members
+from .cluster_nodes import ClusterNodes
 from .connection import Connection
 from .resolver import Resolver
 
 
-class Audience(Protocol):
+class RefreshTarget(Protocol):
     """Who is told the view."""
 
     @property
@@ -39,26 +39,26 @@ class Audience(Protocol):
     def open_seeds(self) -> None:
         """Connect to the nodes that are configured."""
 
-    def troubles(self) -> str:
+    def errors_by_node(self) -> str:
         """Return what keeps the nodes from being ready."""
 
     def apply(self, view: tuple[SlotRange, ...]) -> None:
         """Take over a view."""
 
-    def note_failure(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """Note why there is none."""
 
 
-class Lookout:
-    """Keeps the view of a cluster up to date, and tells it to an Audience."""
+class SlotRefresher:
+    """Keeps the view of a cluster up to date, and tells it to a RefreshTarget."""
 
     def __init__(
         self,
         config: Config,
         seeds: Seeds,
-        members: Members,
+        members: ClusterNodes,
         resolver: Resolver,
-        audience: Audience,
+        audience: RefreshTarget,
     ) -> None:
         self._options = config.options
         self._source = config.source
@@ -92,7 +92,7 @@ class Lookout:
             except Exception as error:
                 # Whatever it is: without a next attempt the cache would never be well again.
                 known = isinstance(error, DscacheError)
-                self._audience.note_failure(error if known else ConnectError(repr(error)))
+                self._audience.record_failure(error if known else ConnectError(repr(error)))
                 longest = min(retry.cap, retry.first * 2**failures) / 1000
                 failures = min(failures + 1, 30)
                 self.stale.set()
@@ -122,7 +122,7 @@ class Lookout:
             await self._pause(self._options.slots_refresh_timeout / 1000)
         ready = self._members.ready()
         if not ready:
-            raise ConnectError(f"no node can be reached: {self._audience.troubles()}")
+            raise ConnectError(f"no node can be reached: {self._audience.errors_by_node()}")
         asked = random.sample(ready, min(ASKED, len(ready)))
         self.moved.clear()
         answers = await asyncio.gather(*map(self._view_of, asked), return_exceptions=True)

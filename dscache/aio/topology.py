@@ -16,7 +16,7 @@ class Topology(Protocol):
     """The nodes that a cache or a message node uses, opened on the running event loop."""
 
     @property
-    def front(self) -> Any:
+    def entry(self) -> Any:
         """Where operations and messages go: a Pipeline, or what has its operations."""
 
     @property

@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
-from ..net.cluster_state import ClusterMap
+from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
 from .connection import IN, OUT, refused
-from .connector import TooLate
-from .node_connection import NodeLine, milliseconds
-from .slot_refresh import Inquiry
-from .slot_routing import Routes
-from .waiter import Outcome
+from .connector import ConnectTimeout
+from .node_connection import NodeConnection, milliseconds
+from .slot_refresh import SlotRefresh
+from .slot_routing import SlotRouter
+from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -51,7 +51,7 @@ Closing = Callable[[], ErrorOf | None]
 """Tells how operations fail now, if the cache closes."""
 
 
-class ClusterLine:
+class ClusterConnection:
     """A Router and the lines to its nodes, in the shape of a Line.
 
     ``pipeline`` is where operations go. The other attributes are those of a Line.
@@ -62,9 +62,9 @@ class ClusterLine:
         "_active",
         "_deadline",
         "_hold_until",
-        "_inquiry",
         "_map",
         "_routes",
+        "_slot_refresh",
         "admitted",
         "gone",
         "loss",
@@ -76,7 +76,7 @@ class ClusterLine:
     def __init__(
         self,
         core: Any,
-        cluster_map: ClusterMap,
+        cluster_map: ClusterState,
         options: Options,
         provider: CredentialProvider | None,
     ) -> None:
@@ -86,41 +86,45 @@ class ClusterLine:
         self.gone = False
         self.loss = ""
         self._map = cluster_map
-        self._routes = Routes(core, cluster_map, options, provider)
+        self._routes = SlotRouter(core, cluster_map, options, provider)
         self.pipeline: Any = self._routes.router
-        self._active: set[NodeLine] = set()
+        self._active: set[NodeConnection] = set()
         self._hold_until = 0.0
         self._deadline = inf
-        self._inquiry: Inquiry | None = None
+        self._slot_refresh: SlotRefresh | None = None
 
     # -- one operation
 
-    def exchange(self, outcome: Outcome) -> bool:
+    def send_and_receive(self, outcome: BlockingWaiter) -> bool:
         """Try what nearly every operation takes: one send, one wait, one receive.
 
-        Returns whether it has its outcome. Without it, ``persist`` goes on from there.
+        Returns whether it has its outcome. Without it, ``run_until_done`` goes on from there.
         """
         routes = self._routes
-        woken = routes.woken
-        if len(woken) != 1 or not routes.is_current() or time.monotonic() >= self._map.refresh_at:
+        pending_nodes = routes.pending_nodes
+        if (
+            len(pending_nodes) != 1
+            or not routes.is_current()
+            or time.monotonic() >= self._map.refresh_at
+        ):
             return False
-        node = routes.nodes.get(woken[0])
+        node = routes.nodes.get(pending_nodes[0])
         if node is None or not node.ready:
             return False
-        woken.clear()
-        if not node.exchange(outcome):
+        pending_nodes.clear()
+        if not node.send_and_receive(outcome):
             return False
         if node.pipeline.in_flight:
             node.give_up("it was given up")
         return True
 
-    def persist(self, outcome: Outcome, closing: Closing) -> None:
+    def run_until_done(self, outcome: BlockingWaiter, closing: Closing) -> None:
         """Go on with an operation, with as many nodes as it takes, until its deadline."""
         self._run(lambda now: outcome.done, closing, inf)
 
     def connect(self, deadline: float, closing: Closing) -> None:
         """Ask for the slots, and connect to all who serve them, as far as that is of any use."""
-        failures: dict[NodeLine, int] = {}
+        failures: dict[NodeConnection, int] = {}
 
         def is_done(now: float) -> bool:
             if now >= deadline or closing() is not None:
@@ -155,20 +159,20 @@ class ClusterLine:
             self._redirect(now)
             self._routes.follow()
             self._hand_on(now)
-            active.update(self._routes.take_woken())
+            active.update(self._routes.take_pending_nodes())
             if now >= look_at:
                 # All of an operation has the same deadline, and to look takes its time.
                 deadline = self.expire(now)
                 look_at = inf if deadline is None else deadline
                 self._deadline = min(look_at, self._deadline if deadline is None else limit)
             done = is_done(now)
-            if self._inquire(now, done):
+            if self._refresh_slots(now, done):
                 continue
-            if done and self._inquiry is None:
+            if done and self._slot_refresh is None:
                 break
             self._connect_and_send(now)
             glances += self._wait(now, glances)
-        self._leave_off(now)
+        self._finish(now)
 
     def _redirect(self, now: float) -> None:
         """Take back what nodes have sent away or put off."""
@@ -181,69 +185,69 @@ class ClusterLine:
             for words, slot, batch in redirected:
                 self._note_redirection(node, words, slot, batch, now)
                 batches.append(batch)
-            self._routes.limbo.adopt(batches)
+            self._routes.unrouted.requeue(batches)
 
     def _note_redirection(
-        self, node: NodeLine, words: str, slot: int, batch: Any, now: float
+        self, node: NodeConnection, words: str, slot: int, batch: Any, now: float
     ) -> None:
         cluster_map = self._map
         code = words.partition(" ")[0]
         address = None
         if code in ("MOVED", "ASK"):
             address = parse_redirection(words, slot, node.place.address)
-        cluster_map.avoid(node.place)
+        cluster_map.exclude_replica(node.place)
         node.place.redirections += 1
         if address is None:
-            cluster_map.note_redirected()
-            longest = min(RETRY_FIRST * 2 ** len(batch.trail), RETRY_CAP)
+            cluster_map.record_redirected()
+            longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
             self._hold_until = max(self._hold_until, now + random.uniform(0.5, 1) * longest)
-            self._routes.limbo.down = None
+            self._routes.unrouted.down = None
             if code != "TRYAGAIN":
-                cluster_map.note_stale()
+                cluster_map.record_stale()
             return
         place = cluster_map.announced(address)
         if code == "MOVED":
-            cluster_map.note_moved(slot, place)
+            cluster_map.record_moved(slot, place)
         else:
-            cluster_map.note_redirected()
+            cluster_map.record_redirected()
             batch.ask(self._routes.node(place).pipeline)
 
     def _hand_on(self, now: float) -> None:
         """Give what waits in limbo to the nodes that are to have it, as far as they are known."""
-        limbo = self._routes.limbo
-        if not limbo.queued or now < self._hold_until:
+        unrouted = self._routes.unrouted
+        if not unrouted.queued or now < self._hold_until:
             return
-        self._routes.hand_on(limbo)
-        if limbo.queued:
+        self._routes.hand_on(unrouted)
+        if unrouted.queued:
             cluster_map = self._map
-            limbo.down = cluster_map.trouble
+            unrouted.down = cluster_map.trouble
             if cluster_map.known:
-                cluster_map.note_stale()
+                cluster_map.record_stale()
             elif cluster_map.refusal is not None and now < cluster_map.refresh_at:
                 message = str(cluster_map.refusal("connect"))
-                limbo.fail_all(lambda operation: ConnectError(f"{operation}: {message}"))
+                unrouted.fail_all(lambda operation: ConnectError(f"{operation}: {message}"))
 
-    def _inquire(self, now: float, done: bool) -> bool:
+    def _refresh_slots(self, now: float, done: bool) -> bool:
         """Ask for the slots if that is due, beside the operation; return whether that has ended."""
-        if self._inquiry is None:
+        if self._slot_refresh is None:
             if done or now < self._map.refresh_at:
                 return False
-            claim = self._map.claim(now)
+            claim = self._map.start_refresh(now)
             if not claim:
                 return False
             try:
-                self._inquiry = self._begin_inquiry(claim, now)
+                self._slot_refresh = self._begin_inquiry(claim, now)
             except BaseException:
-                self._map.disclaim(claim)  # else nobody would ask until it ends by itself
+                self._map.abandon_refresh(claim)  # else nobody would ask until it ends by itself
                 raise
         if done and now >= self._deadline:
-            self._inquiry.end()
-        elif not self._inquiry.go_on(now):
+            self._slot_refresh.end()
+        elif not self._slot_refresh.go_on(now):
             return False
-        self._inquiry = None
+        self._slot_refresh = None
         return True
 
-    def _begin_inquiry(self, claim: float, now: float) -> Inquiry:
+    def _begin_inquiry(self, claim: float, now: float) -> SlotRefresh:
         # A node that has an operation to answer will soon have answered more.
         ready = [node for node in self._routes.nodes.values() if node.ready]
         random.shuffle(ready)
@@ -251,14 +255,14 @@ class ClusterLine:
         places = self._map.to_ask(node.place.shown for node in ready)
         nodes = [self._routes.node(place) for place in places]
         self._active.update(nodes)
-        return Inquiry(self._map, claim, now, nodes)
+        return SlotRefresh(self._map, claim, now, nodes)
 
     def _connect_and_send(self, now: float) -> None:
         for node in self._active:
             needed = node.wanted or node.pipeline.queued
             if node.opening is not None:
                 if now >= node.limit:
-                    node.fail(TooLate())
+                    node.fail(ConnectTimeout())
                 elif not needed:
                     node.give_up("it was not needed any more")
                 continue
@@ -276,16 +280,16 @@ class ClusterLine:
     def _wait(self, now: float, glances: int) -> bool:
         """Wait for whatever comes first, and take it; return whether it was but a glance."""
         until = self._deadline
-        if self._inquiry is not None:
-            until = min(until, self._inquiry.until)
+        if self._slot_refresh is not None:
+            until = min(until, self._slot_refresh.until)
         glance = False
-        if self._routes.limbo.queued:
+        if self._routes.unrouted.queued:
             if now < self._hold_until:
                 until = min(until, self._hold_until)
             else:
                 glance = True
         poller = select.poll()
-        watched: dict[int, NodeLine] = {}
+        watched: dict[int, NodeConnection] = {}
         for node in self._active:
             if node.opening is not None:
                 until = min(until, node.limit)
@@ -317,10 +321,10 @@ class ClusterLine:
                 node.receive()
         return glance
 
-    def _leave_off(self, now: float) -> None:
+    def _finish(self, now: float) -> None:
         """End the sockets over which something is still to come, as nobody will be there for it."""
         if now >= self._deadline:
-            self._map.note_stale()
+            self._map.record_stale()
         for node in self._active:
             pipeline = node.pipeline
             if node.opening is not None:
@@ -330,10 +334,10 @@ class ClusterLine:
             if pipeline.queued:
                 pipeline.fail_all(_over)
             pipeline.redirected = []
-        limbo = self._routes.limbo
-        if limbo.queued:
-            limbo.fail_all(_over)
-        self._routes.take_woken()
+        unrouted = self._routes.unrouted
+        if unrouted.queued:
+            unrouted.fail_all(_over)
+        self._routes.take_pending_nodes()
         self._active.clear()
         self._routes.close_departed()
 
@@ -341,24 +345,24 @@ class ClusterLine:
 
     def expire(self, now: float) -> float | None:
         """Fail operations whose deadline is past; return the next deadline of one under way."""
-        deadlines = [self._routes.limbo.expire(now)]
+        deadlines = [self._routes.unrouted.expire(now)]
         deadlines += [node.pipeline.expire(now) for node in self._active]
         return min((one for one in deadlines if one is not None), default=None)
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail the operation that is under way."""
-        self._routes.limbo.fail_all(error_of)
+        self._routes.unrouted.fail_all(error_of)
         for node in self._routes.nodes.values():
             node.pipeline.fail_all(error_of)
 
     def clear(self) -> None:
         """Take back an operation that was refused, as far as it had come; nothing was sent."""
         self.fail_all(refused)
-        self._routes.take_woken()
+        self._routes.take_pending_nodes()
 
-    def take_over(self, spare: ClusterLine) -> None:
+    def take_over(self, spare: ClusterConnection) -> None:
         """Go on with the operation of a line that has no place."""
-        self._routes.adopt_all(spare._routes)
+        self._routes.requeue_all(spare._routes)
 
     def connected(self) -> list[str]:
         """Return the addresses of the nodes to which there is a connection."""
@@ -381,14 +385,14 @@ class ClusterLine:
         self.ready = False
         for node in list(self._routes.nodes.values()):
             node.discard()
-        if self._inquiry is not None:
-            self._inquiry.abandon()
-            self._inquiry = None
+        if self._slot_refresh is not None:
+            self._slot_refresh.abandon()
+            self._slot_refresh = None
 
     def close_departed(self) -> None:
         """Close what leads to nodes that have left, of a line that nobody uses."""
         self._routes.follow()
-        self._routes.take_woken()
+        self._routes.take_pending_nodes()
         self._routes.close_departed()
 
     def count(self) -> None:

@@ -15,12 +15,12 @@ from ..config import Config
 from ..core import stats as counters
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
-from ..net.cluster_state import ClusterMap
-from ..net.slot_table import Place
-from .cluster import ClusterLine
-from .connection import Line
+from ..net.cluster_state import ClusterState
+from ..net.slot_table import NodeInfo
+from .cluster import ClusterConnection
+from .connection import Connection
 from .pool import Pool, closed_meanwhile
-from .waiter import Outcome
+from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -40,18 +40,18 @@ class ClusterPool(Pool):
         self.address = options.address
         self._core = _backend.core
         self._provider = provider
-        self._map = ClusterMap(config)
+        self._map = ClusterState(config)
         self._departures = 0
 
     # -- what differs from one server
 
-    def _new_line(self) -> Line:
-        line = ClusterLine(self._core, self._map, self._options, self._provider)
-        return cast(Line, line)
+    def _new_line(self) -> Connection:
+        line = ClusterConnection(self._core, self._map, self._options, self._provider)
+        return cast(Connection, line)
 
-    def _persist(self, line: Line, outcome: Outcome) -> None:
+    def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, with as many nodes as it takes, until its deadline."""
-        _cluster(line).persist(outcome, self._closing_error)
+        _cluster(line).run_until_done(outcome, self._closing_error)
         if self._departures != self._map.departures:
             self._departures = self._map.departures
             self._close_departed()
@@ -73,7 +73,7 @@ class ClusterPool(Pool):
     def _closing_error(self) -> ErrorOf | None:
         return closed_meanwhile if self._closing else None
 
-    def _make_ready(self, line: Line, deadline: float) -> Exception | None:
+    def _make_ready(self, line: Connection, deadline: float) -> Exception | None:
         """Ask for the slots and connect to their nodes; a shard that is down is only logged.
 
         Returns ConfigError if the server is no cluster, what the nodes say if they all refuse, and
@@ -93,7 +93,7 @@ class ClusterPool(Pool):
         if len(missing) == len(primaries):
             return ConnectError(
                 f"no node of the cluster {self.address} is ready within "
-                f"{self._options.connect_timeout} ms: {cluster_map.troubles()}"
+                f"{self._options.connect_timeout} ms: {cluster_map.errors_by_node()}"
             )
         for place in missing:
             _logger.warning(
@@ -101,16 +101,16 @@ class ClusterPool(Pool):
             )
         return None
 
-    def _note_error(self, line: Line) -> None:
+    def _note_error(self, line: Connection) -> None:
         """Do nothing: the line has told the map what there is to tell."""
 
-    def _count(self, line: Line) -> None:
+    def _count(self, line: Connection) -> None:
         _cluster(line).count()
 
-    def leave_parent(self) -> None:
+    def reset_after_fork(self) -> None:
         """Begin anew in a forked child: nothing that the parent uses is touched."""
-        self._map.leave_parent()
-        super().leave_parent()
+        self._map.reset_after_fork()
+        super().reset_after_fork()
 
     # -- what it tells
 
@@ -139,15 +139,15 @@ class ClusterPool(Pool):
                 parts.setdefault(shown, []).append(counts)
         nodes: dict[str, dict[str, Any]] = {}
         for shown, of_node in parts.items():
-            nodes[shown] = {**counters.told(of_node), "connections": connected[shown]}
+            nodes[shown] = {**counters.merged(of_node), "connections": connected[shown]}
         for place in places:
             nodes[place.shown] |= {**place.connections(), "last_loss": place.last_loss}
         past = cluster_map.past
-        of_none = [line.stats() for line in (*lines, *map(_cluster, list(self._spares)))]
+        of_none = [line.stats() for line in (*lines, *map(_cluster, list(self._unplaced)))]
         of_all = [past, *nodes.values()]
         return {
-            **counters.told([*of_all, *of_none, {"overloaded": self._overloads}]),
-            "waiting": len(self._turns),
+            **counters.merged([*of_all, *of_none, {"overloaded": self._overloads}]),
+            "waiting": len(self._waiters),
             "connections": connected.total(),
             "connects": sum(one.get("connects", 0) for one in of_all),
             "reconnections": sum(one.get("reconnections", 0) for one in of_all),
@@ -157,10 +157,10 @@ class ClusterPool(Pool):
             "nodes": nodes,
         }
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> list[NodeInfo]:
         with self._map.lock:
             return list(self._map.places.values())
 
 
-def _cluster(line: Line) -> ClusterLine:
-    return cast(ClusterLine, line)
+def _cluster(line: Connection) -> ClusterConnection:
+    return cast(ClusterConnection, line)

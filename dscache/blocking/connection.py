@@ -19,8 +19,8 @@ from typing import Any, Final
 from ..core.constants import ErrorOf
 from ..errors import ConnectionLost, ProtocolError
 from ..net.credentials import packed
-from .connector import Dialer, TooLate, raise_foreign
-from .waiter import Outcome
+from .connector import Connector, ConnectTimeout, raise_foreign
+from .waiter import BlockingWaiter
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
@@ -54,7 +54,7 @@ def _always(timeout: int) -> bool:
     return True
 
 
-class Line:
+class Connection:
     """A pipeline and, most of the time, a socket.
 
     ``admitted`` tells that it counts as one of its pool's, ``ready`` that it may be lent again as
@@ -100,7 +100,7 @@ class Line:
 
     # -- one operation
 
-    def exchange(self, outcome: Outcome) -> bool:
+    def send_and_receive(self, outcome: BlockingWaiter) -> bool:
         """Try what nearly every operation takes: one send, one wait, one receive.
 
         Returns whether it has its outcome. Without it, ``stream`` goes on from there if there is
@@ -140,7 +140,7 @@ class Line:
                 # The buffer is full, or TLS had something to say to itself. Where it was raised
                 # by a signal handler, it isn't known how much was sent.
                 raise_foreign(error)
-            self._flow(outcome, memoryview(output)[sent:])
+            self._pump(outcome, memoryview(output)[sent:])
         except (OSError, ProtocolError) as error:
             self._lose(error)
         return outcome.done
@@ -154,19 +154,19 @@ class Line:
         """Fail the operation that is under way."""
         self.pipeline.fail_all(error_of)
 
-    def take_over(self, spare: Line) -> None:
+    def take_over(self, spare: Connection) -> None:
         """Go on with the operation of a line that has no place."""
-        given = spare.pipeline.release(lambda kind, name: self.pipeline)
-        self.pipeline.adopt([batch for _, batch in given])
+        given = spare.pipeline.take_queued(lambda kind, name: self.pipeline)
+        self.pipeline.requeue([batch for _, batch in given])
 
-    def stream(self, outcome: Outcome) -> None:
+    def stream(self, outcome: BlockingWaiter) -> None:
         """Go on with an operation until it has its outcome or the socket is lost."""
         try:
-            self._flow(outcome, NOTHING)
+            self._pump(outcome, NOTHING)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
-    def _flow(self, outcome: Outcome, unsent: memoryview) -> None:
+    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
         """Send and receive, both as far as they go: with full buffers on both sides, a server
         reads no more until its replies are read."""
         pipeline = self.pipeline
@@ -185,7 +185,7 @@ class Line:
             self._receive(events, deadline)
         if pipeline.in_flight or unsent:
             # The answers are still to come, and nobody will be there for them.
-            self.hang_up()
+            self.disconnect()
             pipeline.connection_lost(ConnectionLost("it was given up"), False)
 
     def _send(self, data: memoryview) -> tuple[memoryview, int]:
@@ -228,7 +228,7 @@ class Line:
         """End the socket; what may be repeated waits for the next one."""
         raise_foreign(reason)
         reason = self._reason or reason
-        self.hang_up()
+        self.disconnect()
         self._note_loss(str(reason))
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
         self.pipeline.connection_lost(reason, not isinstance(reason, ProtocolError))
@@ -247,7 +247,7 @@ class Line:
             if isinstance(error, _NOT_NOW):
                 return False
             loss = str(error)
-        self.hang_up()
+        self.disconnect()
         self._note_loss(loss)
         return True
 
@@ -256,7 +256,7 @@ class Line:
 
     # -- the socket
 
-    def open(self, dialer: Dialer, deadline: float) -> str:
+    def open(self, dialer: Connector, deadline: float) -> str:
         """Connect and greet the server; return its address and what it says it is.
 
         Raises OSError, RedisError or a DscacheError.
@@ -288,18 +288,18 @@ class Line:
 
     def _ask(self, commands: list[list[Any]], deadline: float) -> list[Any]:
         """Return the replies to some commands, errors of Redis among them."""
-        outcomes: list[Outcome] = []
+        outcomes: list[BlockingWaiter] = []
         unsent = memoryview(packed(self.pipeline, commands, outcomes))
         events = IN
         while not all(outcome.done for outcome in outcomes):
             if time.monotonic() >= deadline:
-                raise TooLate
+                raise ConnectTimeout
             if unsent:
                 unsent, events = self._send(unsent)
             self._receive(events, deadline)
         return [outcome.reply() for outcome in outcomes]
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """End the socket, if there is one."""
         self.ready = False
         self.sock = None
@@ -341,7 +341,7 @@ class Line:
     def discard(self) -> None:
         """End the line for good."""
         self.gone = True
-        self.hang_up()
+        self.disconnect()
 
 
 def refused(operation: str) -> Exception:

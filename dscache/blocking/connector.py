@@ -29,8 +29,8 @@ from ..config import Options, SentinelNode
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean
 from ..net.credentials import NOTHING, Login, checked, failed, hidden, masked, without
-from ..net.handshake import FAMILIES, TCP_OPTIONS, Greeting, introduce, secrets_of
-from ..net.sockets import handshake
+from ..net.handshake import FAMILIES, TCP_OPTIONS, ServerInfo, handshake, secrets_of
+from ..net.sockets import tls_handshake
 
 if TYPE_CHECKING:
     import socket
@@ -54,7 +54,7 @@ _DOWN = {"o_down", "s_down", "disconnected"}
 _NONSENSE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
-class TooLate(TimeoutError):
+class ConnectTimeout(TimeoutError):
     """The deadline of an attempt to connect is past."""
 
 
@@ -68,13 +68,13 @@ def raise_foreign(error: Exception) -> None:
     cause = error.__cause__
     if isinstance(error, ProtocolError) and cause is not None and not _is_own(cause):
         raise cause
-    if isinstance(error, (DscacheError, TooLate)):
-        is_foreign = not _is_own(error)
+    if isinstance(error, (DscacheError, ConnectTimeout)):
+        is_not_from_socket = not _is_own(error)
     elif isinstance(error, OSError) and error.errno is None:
-        is_foreign = True
+        is_not_from_socket = True
     else:
-        is_foreign = is_of_handler(error)
-    if is_foreign:
+        is_not_from_socket = is_of_handler(error)
+    if is_not_from_socket:
         raise error
 
 
@@ -167,7 +167,7 @@ class _NoParser:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ConnectAttempt:
     """One attempt to reach a server."""
 
     connection: Any
@@ -191,34 +191,34 @@ class Call:
                 raise
             late = isinstance(cause, TimeoutError) and cause.errno is None
             if late and connection.socket_connect_timeout <= 0.001:
-                raise TooLate from cause
+                raise ConnectTimeout from cause
             raise cause from None
         connection._sock.setblocking(False)
         self.secure(connection)
         sock: socket.socket = connection._sock
         return sock
 
-    def greet(self, ask: Callable[[list[list[Any]]], list[Any]]) -> Greeting:
+    def greet(self, ask: Callable[[list[list[Any]]], list[Any]]) -> ServerInfo:
         """Greet the server; ``ask`` returns the replies to some commands.
 
         Raises what ``ask`` raises, or a DscacheError.
         """
         login = self.login()
         try:
-            words = introduce(self.options, login, self.address)
+            words = handshake(self.options, login, self.address)
             commands = next(words)
             while True:
                 try:
                     commands = words.send(ask(commands))
                 except StopIteration as consent:
-                    greeting: Greeting = consent.value
+                    greeting: ServerInfo = consent.value
                     return greeting
         except DscacheError as error:
             failure = without(error, secrets_of(self.options, login))
         raise failure
 
 
-class Dialer:
+class Connector:
     """One server, or the primary or replicas of a group, as the configuration names it.
 
     It begins from nothing each time: hosts, certificates, Sentinels and credentials may all have
@@ -231,7 +231,7 @@ class Dialer:
         # The newest that any Sentinel said: its epoch, host and port.
         self._newest: tuple[int, str, int] = (-1, "", 0)
 
-    def call(self, deadline: float) -> Call:
+    def call(self, deadline: float) -> ConnectAttempt:
         """Prepare an attempt. Raises ConnectError if the Sentinels or the provider fail."""
         options = self._options
         if options.path:
@@ -251,7 +251,7 @@ class Dialer:
                 socket_keepalive=True,
                 socket_keepalive_options=TCP_OPTIONS,
             )
-        return Call(
+        return ConnectAttempt(
             connection,
             address,
             options,
@@ -270,12 +270,12 @@ class Dialer:
             do_handshake_on_connect=False,
         )
         connection._sock = sock
-        for events in handshake(sock):
+        for events in tls_handshake(sock):
             poller = select.poll()
             poller.register(sock.fileno(), events)
             wait = deadline - time.monotonic()
             if wait <= 0:
-                raise TooLate
+                raise ConnectTimeout
             poller.poll(math.ceil(wait * 1000))
 
     # -- Sentinels

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from .._forks import in_each_child
+from .._forks import after_fork_in_child
 from ..config import Options
 from ..core.memory import NO_CONNECTIONS, MemoryPipeline
-from .waiter import Outcome
+from .waiter import BlockingWaiter
 
 
 class MemoryPool:
@@ -17,10 +17,10 @@ class MemoryPool:
     server = ""
 
     def __init__(self, options: Options) -> None:
-        self._pipeline = MemoryPipeline(Outcome, lambda: None, options.ttl)
+        self._pipeline = MemoryPipeline(BlockingWaiter, lambda: None, options.ttl)
         # A signal handler may use the cache in the middle of an operation of its own thread.
         self._lock = threading.RLock()
-        in_each_child(self, MemoryPool.leave_parent)
+        after_fork_in_child(self, MemoryPool.reset_after_fork)
 
     @property
     def is_ready(self) -> bool:
@@ -30,7 +30,7 @@ class MemoryPool:
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
         with self._lock:
-            outcome: Outcome = getattr(self._pipeline, operation)(*arguments)
+            outcome: BlockingWaiter = getattr(self._pipeline, operation)(*arguments)
         return outcome.take()
 
     def when_ready(self) -> None:
@@ -42,7 +42,7 @@ class MemoryPool:
         with self._lock:
             self._pipeline.close()
 
-    def leave_parent(self) -> None:
+    def reset_after_fork(self) -> None:
         """Begin anew in a forked child: the thread that held the lock is not there."""
         self._lock = threading.RLock()
 

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import RedisError
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
-from ..net.cluster_state import ClusterMap
+from ..net.cluster_state import ClusterState
 from ..net.credentials import Login, packed, without
-from ..net.handshake import Greeting, explain, introduce, refusal_of, secrets_of
-from ..net.slot_table import Place
-from ..net.sockets import Attempt
-from .connection import IN, NOTHING, Line
+from ..net.handshake import ServerInfo, as_connect_error, handshake, permanent_failure, secrets_of
+from ..net.slot_table import NodeInfo
+from ..net.sockets import SocketConnect
+from .connection import IN, NOTHING, Connection
 from .connector import login_of, raise_foreign
-from .waiter import Outcome
+from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -34,7 +34,7 @@ _LONGEST_PAUSE: Final = 0.25
 _FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
 
 
-class NodeLine(Line):
+class NodeConnection(Connection):
     """A node's pipeline and, most of the time, a socket.
 
     ``ready`` tells that operations may be sent, ``opening`` that it is being connected, until
@@ -59,13 +59,13 @@ class NodeLine(Line):
     def __init__(
         self,
         pipeline: Any,
-        place: Place,
-        cluster_map: ClusterMap,
+        place: NodeInfo,
+        cluster_map: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
         super().__init__(pipeline, place.options.command_timeout)
         self.place = place
-        self.opening: Generator[int, None, Greeting] | None = None
+        self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
         self.events = IN
         self.limit = 0.0
@@ -119,9 +119,9 @@ class NodeLine(Line):
         except OSError as error:
             self._lose(error)
 
-    def ask(self, commands: Sequence[Sequence[Any]]) -> list[Outcome]:
+    def ask(self, commands: Sequence[Sequence[Any]]) -> list[BlockingWaiter]:
         """Have commands sent behind what is being sent; return what becomes of each."""
-        outcomes: list[Outcome] = []
+        outcomes: list[BlockingWaiter] = []
         self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
         return outcomes
 
@@ -134,15 +134,15 @@ class NodeLine(Line):
 
     def give_up(self, reason: str) -> None:
         """End a socket over which something is still to come, as nobody will be there for it."""
-        self.hang_up()
+        self.disconnect()
         self.pipeline.connection_lost(ConnectionLost(reason), False)
 
-    def _flow(self, outcome: Outcome, unsent: memoryview) -> None:
+    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
         # Who has the other nodes' lines too goes on from here.
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
-        self._map.note_loss(self.place, reason)
+        self._map.record_loss(self.place, reason)
 
     # -- the socket
 
@@ -164,7 +164,7 @@ class NodeLine(Line):
             self.pipeline.down = None
             self.ready = True
             self.connects += 1
-            self._map.note_connected(self.place, consent.value.server, self.connects > 1)
+            self._map.record_connected(self.place, consent.value.server, self.connects > 1)
         except _FAILURES as error:
             self.fail(error)
 
@@ -172,12 +172,12 @@ class NodeLine(Line):
         """Note that an attempt to connect failed."""
         raise_foreign(error)
         options = self.place.options
-        said = explain(error, self._allowed)
-        self.hang_up()
+        said = as_connect_error(error, self._allowed)
+        self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = said
-        refusal = refusal_of(error, said, self.place.shown)
-        self._map.note_unreachable(self.place, said, refusal)
+        refusal = permanent_failure(error, said, self.place.shown)
+        self._map.record_unreachable(self.place, said, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
@@ -186,11 +186,11 @@ class NodeLine(Line):
         self.failures = min(self.failures + 1, 30)
         self.not_before = time.monotonic() + random.uniform(0, longest)
 
-    def _open(self) -> Generator[int, None, Greeting]:
+    def _open(self) -> Generator[int, None, ServerInfo]:
         """Connect and greet the node; yields what its socket is to be watched for."""
         options = self.place.options
         login = login_of(options, self._provider)
-        attempt = Attempt(options)
+        attempt = SocketConnect(options)
         # From here on it is found when this thread is interrupted, or the process forks.
         self._connection = attempt
         yield from attempt.steps()
@@ -201,10 +201,10 @@ class NodeLine(Line):
             failure = without(error, secrets_of(options, login))
         raise failure
 
-    def _greet(self, login: Login) -> Generator[int, None, Greeting]:
+    def _greet(self, login: Login) -> Generator[int, None, ServerInfo]:
         options = self.place.options
         read_only = options.scale_reads != "master"
-        words = introduce(options, login, self.place.shown, read_only=read_only)
+        words = handshake(options, login, self.place.shown, read_only=read_only)
         commands = next(words)
         while True:
             asked = self.ask(commands)
@@ -217,14 +217,14 @@ class NodeLine(Line):
             try:
                 commands = words.send([outcome.reply() for outcome in asked])
             except StopIteration as consent:
-                greeting: Greeting = consent.value
+                greeting: ServerInfo = consent.value
                 return greeting
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """End the socket, if there is one, or the attempt to get one."""
         self.opening = None
         self.unsent = NOTHING
-        super().hang_up()
+        super().disconnect()
 
     def leave(self) -> None:
         """Close the socket without a word to the node: it is another process's as well."""

@@ -33,7 +33,7 @@ from weakref import ref
 from redis.exceptions import RedisError
 
 from .. import _backend
-from .._forks import in_each_child
+from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import stats as counters
 from ..core.constants import ErrorOf
@@ -46,10 +46,10 @@ from ..errors import (
     RecordError,
     ReplyError,
 )
-from ..net.handshake import explain, refusal_of
-from .connection import Line
-from .connector import Dialer, listen, raise_foreign
-from .waiter import Outcome
+from ..net.handshake import as_connect_error, permanent_failure
+from .connection import Connection
+from .connector import Connector, listen, raise_foreign
+from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -79,17 +79,17 @@ class Pool:
         self._limit = options.max_connections
         self._new_pipeline: Callable[[], Any] = partial(
             _backend.core.Pipeline,
-            Outcome,
-            _nobody_sleeps,
+            BlockingWaiter,
+            _no_wakeup,
             address=options.address,
             **options.for_pipeline(),
         )
-        self._dialer = Dialer(options, provider)
-        self._idle: deque[Line] = deque()
+        self._connector = Connector(options, provider)
+        self._idle: deque[Connection] = deque()
         # Lines without a place, from which others have taken over.
-        self._spares: deque[Line] = deque()
-        self._turns: deque[queue.SimpleQueue[Line | None]] = deque()
-        self._lines: list[ref[Line]] = []
+        self._unplaced: deque[Connection] = deque()
+        self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
+        self._lines: list[ref[Connection]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = threading.RLock()
         self._closed = False
@@ -102,14 +102,14 @@ class Pool:
         # What lines that are no more have counted.
         self._counts: dict[str, Any] = {}
         listen(provider, self._renew)
-        in_each_child(self, lambda pool: pool.leave_parent())
+        after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
     # -- operations
 
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
         idle = self._idle
-        line: Line | None = None
+        line: Connection | None = None
         mine = True
         try:
             try:
@@ -117,7 +117,7 @@ class Pool:
             except IndexError:
                 line = self._spare()
             try:
-                outcome: Outcome = getattr(line.pipeline, operation)(*arguments)
+                outcome: BlockingWaiter = getattr(line.pipeline, operation)(*arguments)
             except RecordError:
                 # Nearly always of the arguments. One of a signal handler may come when the
                 # operation is queued already.
@@ -125,14 +125,14 @@ class Pool:
                 mine = False
                 self._put_back(line)
                 raise
-            if not (outcome.done or line.exchange(outcome)):
+            if not (outcome.done or line.send_and_receive(outcome)):
                 if not line.admitted:
                     line = self._admit(line)
-                self._persist(line, outcome)
+                self._run_until_done(line, outcome)
             if outcome.error is not None:
                 self._note_error(line)
             mine = False
-            if not line.ready or line.retired or self._turns:
+            if not line.ready or line.retired or self._waiters:
                 self._put_back(line)
             else:
                 idle.append(line)
@@ -144,7 +144,7 @@ class Pool:
             raise
         return outcome.take()
 
-    def _persist(self, line: Line, outcome: Outcome) -> None:
+    def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, over as many connections as it takes, until its deadline."""
         pipeline = line.pipeline
         while not outcome.done:
@@ -162,29 +162,29 @@ class Pool:
 
     # -- places
 
-    def _spare(self) -> Line:
+    def _spare(self) -> Connection:
         """Return a line that has no place yet."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        while self._spares:
+        while self._unplaced:
             try:
-                line = self._spares.pop()
+                line = self._unplaced.pop()
             except IndexError:
                 break  # another thread was quicker
             if not line.gone:
                 return line
         return self._new_line()
 
-    def _new_line(self) -> Line:
-        return Line(self._new_pipeline(), self._options.command_timeout)
+    def _new_line(self) -> Connection:
+        return Connection(self._new_pipeline(), self._options.command_timeout)
 
-    def _admit(self, spare: Line) -> Line:
+    def _admit(self, spare: Connection) -> Connection:
         """Give a line a place, or its operation another line that has one.
 
         If there is none in time, the operation has failed and the line is without a place.
         Raises Overloaded if nobody is to wait.
         """
-        if not self._turns and self._enter(spare):
+        if not self._waiters and self._reserve(spare):
             return spare
         if self._options.when_full == "error":
             with self._lock:
@@ -207,7 +207,7 @@ class Pool:
                 raise
         return line
 
-    def _enter(self, line: Line) -> bool:
+    def _reserve(self, line: Connection) -> bool:
         """Give a line a place if there is one."""
         with self._lock:
             if len(self._lines) >= self._limit:
@@ -218,22 +218,22 @@ class Pool:
             line.admitted = True
             return True
 
-    def _wait(self, spare: Line, deadline: float) -> Line | None:
+    def _wait(self, spare: Connection, deadline: float) -> Connection | None:
         """Wait for a line that is put back, or for a place; return None at the deadline."""
-        turn: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
-        line: Line | None = None
+        turn: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        line: Connection | None = None
         try:
             while not self._closing:
-                if turn not in self._turns:
+                if turn not in self._waiters:
                     # At first, and if whoever took it was struck before it could give anything.
-                    self._turns.append(turn)
+                    self._waiters.append(turn)
                     try:
                         # Put back before the turn could be seen.
                         line = self._idle.pop()
                         return line
                     except IndexError:
                         pass
-                if self._enter(spare):
+                if self._reserve(spare):
                     return spare
                 rest = deadline - time.monotonic()
                 if rest <= 0:
@@ -252,10 +252,10 @@ class Pool:
         finally:
             self._leave(turn)
 
-    def _leave(self, turn: queue.SimpleQueue[Line | None]) -> None:
+    def _leave(self, turn: queue.SimpleQueue[Connection | None]) -> None:
         """Wait no more; what was given meanwhile is passed on."""
         try:
-            self._turns.remove(turn)
+            self._waiters.remove(turn)
         except ValueError:
             while not turn.empty():
                 given = turn.get_nowait()
@@ -264,14 +264,14 @@ class Pool:
                 elif (following := self._call_next()) is not None:
                     following.put(None)
 
-    def _call_next(self) -> queue.SimpleQueue[Line | None] | None:
+    def _call_next(self) -> queue.SimpleQueue[Connection | None] | None:
         """Return the turn of who has waited longest, if anyone has."""
         try:
-            return self._turns.popleft()
+            return self._waiters.popleft()
         except IndexError:
             return None
 
-    def _put_back(self, line: Line) -> None:
+    def _put_back(self, line: Connection) -> None:
         """Give a line to who waits for one, or to whoever needs one next."""
         mine = True
         try:
@@ -281,7 +281,7 @@ class Pool:
             elif not line.admitted:
                 self._put_aside(line)
             else:
-                turn = self._call_next() if self._turns else None
+                turn = self._call_next() if self._waiters else None
                 is_ready = line.ready
                 # From here on another thread may have it.
                 mine = False
@@ -297,14 +297,14 @@ class Pool:
             del line
             raise
 
-    def _put_aside(self, spare: Line) -> None:
+    def _put_aside(self, spare: Connection) -> None:
         """Keep a line without a place for who needs one next, or what it has counted."""
-        if len(self._spares) < self._limit:
-            self._spares.append(spare)
+        if len(self._unplaced) < self._limit:
+            self._unplaced.append(spare)
         else:
             self._count(spare)
 
-    def _drop(self, line: Line) -> None:
+    def _drop(self, line: Connection) -> None:
         """End a line, and let another one have its place."""
         first = not line.gone
         line.discard()
@@ -320,12 +320,12 @@ class Pool:
         """Forget the lines that are no more."""
         self._lines = [it for it in self._lines if (line := it()) is not None and not line.gone]
 
-    def _present(self) -> list[Line]:
+    def _present(self) -> list[Connection]:
         with self._lock:
             lines = [it() for it in self._lines]
         return [line for line in lines if line is not None and not line.gone]
 
-    def _count(self, line: Line) -> None:
+    def _count(self, line: Connection) -> None:
         """Keep what a pipeline has counted that is given up."""
         said = line.pipeline.stats()
         with self._lock:
@@ -340,7 +340,7 @@ class Pool:
 
     # -- connections
 
-    def _connect(self, line: Line, deadline: float) -> ErrorOf | None:
+    def _connect(self, line: Connection, deadline: float) -> ErrorOf | None:
         """Try to connect a line until the deadline; return how operations fail if that's no use.
 
         ``line.pipeline.down`` tells why it was in vain.
@@ -352,15 +352,15 @@ class Pool:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
             try:
-                server = line.open(self._dialer, limit)
+                server = line.open(self._connector, limit)
             except _FAILURES as error:
                 raise_foreign(error)
-                said = explain(error, math.ceil((limit - now) * 1000))
-                line.hang_up()
+                said = as_connect_error(error, math.ceil((limit - now) * 1000))
+                line.disconnect()
                 line.pipeline.connection_lost(error, True)
                 line.pipeline.down = said
                 self._note_failure(said)
-                refusal = refusal_of(error, said, line.pipeline.address)
+                refusal = permanent_failure(error, said, line.pipeline.address)
                 if refusal is not None:
                     return refusal
             else:
@@ -377,7 +377,7 @@ class Pool:
             time.sleep(pause)
         return closed_meanwhile if self._closing else None
 
-    def _note_success(self, line: Line, server: str) -> None:
+    def _note_success(self, line: Connection, server: str) -> None:
         address = line.pipeline.address
         line.connects += 1
         with self._lock:
@@ -397,12 +397,12 @@ class Pool:
             self._complained = said
             _logger.warning("can't connect to %s: %s", self.address, said)
 
-    def _note_loss(self, line: Line) -> None:
+    def _note_loss(self, line: Connection) -> None:
         if line.loss:
             self._last_loss, line.loss = line.loss, ""
             _logger.info("connection to %s lost: %s", line.pipeline.address, self._last_loss)
 
-    def _note_error(self, line: Line) -> None:
+    def _note_error(self, line: Connection) -> None:
         """Leave a server that has refused a write for being a replica, if there is another."""
         if line.pipeline.read_only:
             line.pipeline.read_only = False
@@ -413,7 +413,7 @@ class Pool:
         """Let new connections replace the others, as there are new credentials."""
         self._retire(lambda other: True)
 
-    def _retire(self, concerns: Callable[[Line], bool]) -> None:
+    def _retire(self, concerns: Callable[[Connection], bool]) -> None:
         """Let new connections replace some: at once those that nobody uses."""
         for line in self._present():
             if concerns(line):
@@ -444,14 +444,14 @@ class Pool:
         """
         timeout = self._options.connect_timeout
         deadline = time.monotonic() + timeout / 1000
-        line: Line | None = None
+        line: Connection | None = None
         mine = True
         try:
             try:
                 line = self._idle.pop()
             except IndexError:
                 spare = self._spare()
-                line = spare if self._enter(spare) else self._wait(spare, deadline)
+                line = spare if self._reserve(spare) else self._wait(spare, deadline)
             if line is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "
@@ -472,7 +472,7 @@ class Pool:
                 # Its traceback holds this frame, which must not hold it in turn.
                 del problem
 
-    def _make_ready(self, line: Line, deadline: float) -> Exception | None:
+    def _make_ready(self, line: Connection, deadline: float) -> Exception | None:
         """Connect a line that has a place; return what keeps it from that until the deadline."""
         if line.is_open():
             return None
@@ -492,10 +492,10 @@ class Pool:
         """Return the pipelines' counters, and what became of the connections."""
         present = self._present()
         parts = [self._counts]
-        parts += [line.pipeline.stats() for line in (*present, *list(self._spares))]
+        parts += [line.pipeline.stats() for line in (*present, *list(self._unplaced))]
         return {
-            **counters.told([*parts, {"overloaded": self._overloads}]),
-            "waiting": len(self._turns),
+            **counters.merged([*parts, {"overloaded": self._overloads}]),
+            "waiting": len(self._waiters),
             "connections": sum(line.sock is not None for line in present),
             "connects": self._connects,
             "reconnections": self._reconnections,
@@ -515,22 +515,22 @@ class Pool:
             line.interrupt(ConnectionLost("the cache was closed"))
 
     def _is_in_use(self) -> bool:
-        return bool(self._turns) or len(self._present()) > len(self._idle)
+        return bool(self._waiters) or len(self._present()) > len(self._idle)
 
-    def leave_parent(self) -> None:
+    def reset_after_fork(self) -> None:
         """Begin anew in a forked child: nothing that the parent uses is touched."""
         lines = [it() for it in self._lines]
         self._lock = threading.RLock()
         self._idle = deque()
-        self._spares.clear()
-        self._turns = deque()
+        self._unplaced.clear()
+        self._waiters = deque()
         self._lines = []
         for line in lines:
             if line is not None:
                 line.leave()
 
 
-def _nobody_sleeps() -> None:
+def _no_wakeup() -> None:
     """Do nothing when an operation is queued: its thread is about to send it."""
 
 

@@ -7,24 +7,24 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..errors import ConfigError, ConnectError, DscacheError, ReplyError
-from ..net.cluster_state import ClusterMap
+from ..net.cluster_state import ClusterState
 from ..net.slots import QUESTIONS, View, newest, read_view
 from .connector import raise_foreign
-from .node_connection import NodeLine
-from .waiter import Outcome
+from .node_connection import NodeConnection
+from .waiter import BlockingWaiter
 
 # After the first answer, the others have this long, in seconds, or as long again as that took.
 _OTHERS: Final = 0.01
 
 
-class Inquiry:
+class SlotRefresh:
     """Nodes that are asked for their view, until enough of them have answered.
 
     ``claim`` is the map's. ``until`` is when to look again though nothing came.
     """
 
     def __init__(
-        self, cluster_map: ClusterMap, claim: float, now: float, nodes: Iterable[NodeLine]
+        self, cluster_map: ClusterState, claim: float, now: float, nodes: Iterable[NodeConnection]
     ) -> None:
         self._map = cluster_map
         self._claim = claim
@@ -34,7 +34,7 @@ class Inquiry:
         self._timeout = cluster_map.timeout
         self._views: list[View] = []
         self._failures: list[Exception] = []
-        self._asked: dict[NodeLine, list[Outcome]] = {}
+        self._asked: dict[NodeConnection, list[BlockingWaiter]] = {}
         # Those that are being connected to, and how often they had failed at that.
         self._awaited = {node: node.failures for node in nodes}
         self.until = now + self._timeout / 1000
@@ -61,7 +61,7 @@ class Inquiry:
         self.end()
         return True
 
-    def _hear(self, node: NodeLine, replies: list[object], now: float) -> None:
+    def _hear(self, node: NodeConnection, replies: list[object], now: float) -> None:
         slots, info = replies
         try:
             if isinstance(slots, Exception) and not isinstance(slots, ReplyError):
@@ -97,11 +97,11 @@ class Inquiry:
             ConnectError(f"{shown}: no answer to CLUSTER SLOTS in {self._timeout} ms")
             for shown in silent
         ]
-        self._map.note_failure(self._error())
+        self._map.record_failure(self._error())
 
     def abandon(self) -> None:
         """Leave it to somebody else."""
-        self._map.disclaim(self._claim)
+        self._map.abandon_refresh(self._claim)
 
     def _error(self) -> Exception:
         """Return what to tell of an inquiry that nobody has answered."""

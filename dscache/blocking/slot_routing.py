@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 from ..config import Options
 from ..core import constants as c
 from ..core import stats as counters
-from ..core.split_records import RecordsApart
+from ..core.split_records import SplitRecords
 from ..errors import ConnectError
-from ..net.cluster_state import ClusterMap
-from ..net.slot_table import Place, Table, reader_of
-from .node_connection import NodeLine
-from .waiter import Outcome
+from ..net.cluster_state import ClusterState
+from ..net.slot_table import NodeInfo, SlotTable, reader_of
+from .node_connection import NodeConnection
+from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 
-class Routes:
+class SlotRouter:
     """The Router of one thread, and the lines to the nodes that it has needed so far.
 
-    ``limbo`` is the pipeline of no node, where operations are of which it isn't known yet who
+    ``unrouted`` is the pipeline of no node, where operations are of which it isn't known yet who
     serves them; also those of a node that wasn't needed before. A pipeline that gets something
-    to do notes its node in ``woken``.
+    to do notes its node in ``pending_nodes``.
     """
 
     __slots__ = (
@@ -34,35 +34,37 @@ class Routes:
         "_seen",
         "_table",
         "apart",
-        "limbo",
         "nodes",
+        "pending_nodes",
         "router",
-        "woken",
+        "unrouted",
     )
 
     def __init__(
         self,
         core: Any,
-        cluster_map: ClusterMap,
+        cluster_map: ClusterState,
         options: Options,
         provider: CredentialProvider | None,
     ) -> None:
         self._map = cluster_map
         self._provider = provider
         self._new_pipeline = partial(
-            core.Pipeline, Outcome, clustered=True, **options.for_pipeline()
+            core.Pipeline, BlockingWaiter, clustered=True, **options.for_pipeline()
         )
-        self._table = Table()
+        self._table = SlotTable()
         self._seen = 0
-        self.nodes: dict[str, NodeLine] = {}
-        self.woken: list[str] = []
-        self.limbo = self._new_pipeline(partial(self.woken.append, ""), address=cluster_map.address)
-        self.apart = RecordsApart(
-            core, Outcome, key_prefix=options.key_prefix, ttl=options.ttl or 0
+        self.nodes: dict[str, NodeConnection] = {}
+        self.pending_nodes: list[str] = []
+        self.unrouted = self._new_pipeline(
+            partial(self.pending_nodes.append, ""), address=cluster_map.address
+        )
+        self.apart = SplitRecords(
+            core, BlockingWaiter, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
         self.router = core.Router(
-            Outcome,
-            self.limbo,
+            BlockingWaiter,
+            self.unrouted,
             self.apart,
             key_prefix=options.key_prefix,
             hash_tag=options.hash_tag,
@@ -93,10 +95,10 @@ class Routes:
             if node.pipeline.queued:
                 self.hand_on(node.pipeline)
 
-    def _rebuild(self, table: Table) -> None:
+    def _rebuild(self, table: SlotTable) -> None:
         """Write the Router's tables anew."""
         owners, readers = self.router.owners, self.router.readers
-        owners[:] = readers[:] = [self.limbo] * c.SLOTS
+        owners[:] = readers[:] = [self.unrouted] * c.SLOTS
         for shard in table.shards:
             first, end = shard.first, shard.last + 1
             owners[first:end] = [self._pipeline(shard.primary)] * (end - first)
@@ -118,34 +120,34 @@ class Routes:
 
     def _pipeline(self, shown: str) -> Any:
         node = self.nodes.get(shown)
-        return self.limbo if node is None else node.pipeline
+        return self.unrouted if node is None else node.pipeline
 
     # -- nodes
 
-    def node(self, place: Place) -> NodeLine:
+    def node(self, place: NodeInfo) -> NodeConnection:
         """Return the line to a node."""
         node = self.nodes.get(place.shown)
         if node is None:
             pipeline = self._new_pipeline(
-                partial(self.woken.append, place.shown), address=place.shown
+                partial(self.pending_nodes.append, place.shown), address=place.shown
             )
             pipeline.down = ConnectError("still connecting")
-            node = NodeLine(pipeline, place, self._map, self._provider)
+            node = NodeConnection(pipeline, place, self._map, self._provider)
             self.nodes[place.shown] = node
             self._rebuild(self._table)
         return node
 
-    def is_primary(self, node: NodeLine) -> bool:
+    def is_primary(self, node: NodeConnection) -> bool:
         """Whether a node is known to serve slots."""
         return node.place.shown in self._table.primaries
 
-    def take_woken(self) -> list[NodeLine]:
+    def take_pending_nodes(self) -> list[NodeConnection]:
         """Return the nodes that got something to do."""
         nodes = []
-        while self.woken:
-            node = self.nodes.get(self.woken.pop())
+        while self.pending_nodes:
+            node = self.nodes.get(self.pending_nodes.pop())
             if node is None:
-                self.limbo.end_tick()
+                self.unrouted.end_tick()
             else:
                 node.pipeline.end_tick()
                 nodes.append(node)
@@ -167,32 +169,32 @@ class Routes:
     def hand_on(self, pipeline: Any) -> None:
         """Hand over what waits in a pipeline and belongs elsewhere by now."""
         batches: dict[Any, list[Any]] = {}
-        for target, batch in pipeline.release(self._target_of):
+        for target, batch in pipeline.take_queued(self._target_of):
             batches.setdefault(target, []).append(batch)
         for target, waiting in batches.items():
-            target.adopt(waiting)
+            target.requeue(waiting)
 
     def _target_of(self, kind: int, name: str) -> Any:
         pipeline = self.router.target_of(kind, name)
-        if pipeline is not self.limbo:
+        if pipeline is not self.unrouted:
             return pipeline
         slot = pipeline.slot_of(kind, name)
         shown = self._table.find(slot, kind in (c.GET, c.HEAD, c.READ_KEY))
         return pipeline if shown is None else self.node(self._map.place_at(shown)).pipeline
 
-    def adopt_all(self, other: Routes) -> None:
+    def requeue_all(self, other: SlotRouter) -> None:
         """Take over all that waits in others, to be handed on."""
-        for pipeline in (other.limbo, *(node.pipeline for node in other.nodes.values())):
-            given = pipeline.release(lambda kind, name: self.limbo)
+        for pipeline in (other.unrouted, *(node.pipeline for node in other.nodes.values())):
+            given = pipeline.take_queued(lambda kind, name: self.unrouted)
             if given:
-                self.limbo.adopt([batch for _, batch in given])
-        other.take_woken()
+                self.unrouted.requeue([batch for _, batch in given])
+        other.take_pending_nodes()
 
     # -- counters
 
     def stats(self) -> dict[str, Any]:
         """Return what was counted of no node: what waits, and records that lie apart."""
-        return counters.told([self.limbo.stats(), self.apart.stats(), self.router.stats()])
+        return counters.merged([self.unrouted.stats(), self.apart.stats(), self.router.stats()])
 
     def keep_counts(self) -> None:
         """Let the map keep what was counted here, as this is no more."""

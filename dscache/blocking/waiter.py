@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Outcome:
+class BlockingWaiter:
     """What becomes of one operation: the waiter of a thread."""
 
     __slots__ = ("_result", "done", "error")

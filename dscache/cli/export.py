@@ -12,9 +12,9 @@ import typer
 from ..admin import ndjson
 from ..admin.export import Export, ExportState, Sink, Target
 from ..admin.key_layout import Layout
-from ..admin.primaries import open_shards
-from ..admin.progress import Tally, patient
-from ..admin.restore import Import, ImportState, Source
+from ..admin.primaries import open_primaries
+from ..admin.progress import JobProgress, with_long_timeouts
+from ..admin.restore import Import, ImportFile, ImportState
 from ..config import Config
 from .options import FLAG, Chosen, with_all_options
 from .progress_bar import progress
@@ -67,11 +67,11 @@ def export(
         )
     if target is not None and not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="FILE")
-    settings = patient(chosen.load())
-    tally = Tally()
+    settings = with_long_timeouts(chosen.load())
+    tally = JobProgress()
 
     async def work() -> None:
-        async with opened(settings) as cache, open_shards(cache) as shards:
+        async with opened(settings) as cache, open_primaries(cache) as shards:
             if restart and target is not None:
                 target.discard()
             found = Layout.of(cache._config.options)
@@ -158,11 +158,11 @@ def import_(
     --if-newer, a record is replaced whatever its version is. Interrupted, the same command goes on
     where it was. The exit status is 1 if there are lines that are no records.
     """
-    source = None if str(file) == _STDIO else Source(file)
+    source = None if str(file) == _STDIO else ImportFile(file)
     if source is None:
         require_input("FILE")
-    settings = patient(chosen.load())
-    tally = Tally(total=0 if source is None else source.length)
+    settings = with_long_timeouts(chosen.load())
+    tally = JobProgress(total=0 if source is None else source.length)
 
     async def work() -> None:
         async with opened(settings) as cache:
@@ -222,11 +222,11 @@ def _shown(of: dict[str, str]) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in of.items())
 
 
-def _look(tally: Tally) -> Any:
+def _look(tally: JobProgress) -> Any:
     return lambda: (tally.done, tally.total, tally.records - tally.resumed)
 
 
-def _pace(tally: Tally, began: float) -> dict[str, Any]:
+def _pace(tally: JobProgress, began: float) -> dict[str, Any]:
     seconds = time.monotonic() - began
     return {
         "resumed": tally.resumed,

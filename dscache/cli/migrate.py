@@ -12,8 +12,8 @@ import typer
 
 from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
-from ..admin.primaries import open_shards
-from ..admin.progress import patient
+from ..admin.primaries import open_primaries
+from ..admin.progress import with_long_timeouts
 from ..cache import AsyncCache
 from ..config import Config
 from .options import FLAG, Chosen, with_options
@@ -54,7 +54,7 @@ def migrate(
     --keep, then configure them with the new one, then without. It can be interrupted and run again
     at any time. The exit status is 1 if records are left in the old layout.
     """
-    settings = patient(chosen.load())
+    settings = with_long_timeouts(chosen.load())
     count = Count()
     configured = to.value
 
@@ -66,7 +66,7 @@ def migrate(
             target = await stack.enter_async_context(
                 AsyncCache(_with_layout(source._config, to.value))
             )
-            shards = await stack.enter_async_context(open_shards(source))
+            shards = await stack.enter_async_context(open_primaries(source))
             # Where the server is a node of a cluster, "auto" is another one.
             asked = _with_layout(source._config, settings.options.key_layout)
             configured = Layout.of(asked.options).kind

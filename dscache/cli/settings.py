@@ -16,11 +16,11 @@ import typer
 from rich.text import Text
 
 from .. import config
-from ..admin.cluster_config import resolved
+from ..admin.cluster_config import detect_cluster
 from ..cache import AsyncCache
 from ..config import Config
 from ..config import url as urls
-from ..config.validation import Place
+from ..config.validation import Location
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def _load(file: Path | None, url: str | None) -> Config:
         assert url is not None
         if "://" not in url and not urls.HOST_AND_PORT.fullmatch(url):
             # Else it would be taken for the path of a file.
-            urls.parse(url, Place("--url"))
+            urls.parse(url, Location("--url"))
         return config.load(url)
 
 
@@ -67,7 +67,7 @@ async def opened(config: Config) -> AsyncIterator[AsyncCache]:
 
     It shows what the primaries hold: not what a replica does still, or a near cache remembers.
     """
-    config = await resolved(config)
+    config = await detect_cluster(config)
     options = msgspec.structs.replace(config.options, scale_reads="master", near_cache=None)
     async with AsyncCache(msgspec.structs.replace(config, options=options)) as cache:
         yield cache

@@ -23,7 +23,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from . import files
-from .validation import Place, Scalar, is_name
+from .validation import Location, Scalar, is_name
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -72,7 +72,7 @@ class Document:
     """One YAML or JSON file, whose nodes are replaced and typed as they are asked for."""
 
     def __init__(
-        self, path: str, environ: Mapping[str, str], place: Place, *, loaded: bool = False
+        self, path: str, environ: Mapping[str, str], place: Location, *, loaded: bool = False
     ):
         """Parse the file; ``loaded`` says that it is one that ``fileLoad()`` names.
 
@@ -105,7 +105,7 @@ class Document:
             return None
         return self._entries(node, self._place, substituted=False)
 
-    def value(self, node: Node, place: Place) -> object:
+    def value(self, node: Node, place: Location) -> object:
         """Return what a node says, replaced and typed, as dicts, lists, text, Scalars and None.
 
         Raises ConfigError for an unset variable, a missing file, a key that stands twice, a
@@ -116,7 +116,7 @@ class Document:
         except RecursionError:
             raise place.error("is nested too deeply") from None
 
-    def _value(self, node: Node, place: Place) -> object:
+    def _value(self, node: Node, place: Location) -> object:
         if isinstance(node, MappingNode):
             entries = self._entries(node, place, substituted=True)
             return self._once(
@@ -133,7 +133,7 @@ class Document:
             )
         return self._scalar(node, place)
 
-    def _once(self, key: tuple[str, int], place: Place, build: Callable[[], T]) -> T:
+    def _once(self, key: tuple[str, int], place: Location, build: Callable[[], T]) -> T:
         """Return what ``build`` makes of a node, which is built once however often it is used.
 
         Aliases of aliases would otherwise grow without bound, or for ever.
@@ -146,7 +146,7 @@ class Document:
             self._open.remove(key)
         return cast(T, self._built[key])
 
-    def _entries(self, node: MappingNode, place: Place, *, substituted: bool) -> dict[str, Node]:
+    def _entries(self, node: MappingNode, place: Location, *, substituted: bool) -> dict[str, Node]:
         """Return the entries of a mapping, with those that it merges from others by ``<<``."""
         return self._once(
             ("replaced entries" if substituted else "entries", id(node)),
@@ -154,7 +154,7 @@ class Document:
             lambda: self._merged(node, place, substituted),
         )
 
-    def _merged(self, node: MappingNode, place: Place, substituted: bool) -> dict[str, Node]:
+    def _merged(self, node: MappingNode, place: Location, substituted: bool) -> dict[str, Node]:
         _refuse_tag(node, place, _MAP)
         entries: dict[str, Node] = {}
         first: dict[str, Node] = {}
@@ -180,7 +180,7 @@ class Document:
             entries = {**self._entries(base, place, substituted=substituted), **entries}
         return entries
 
-    def _scalar(self, node: Node, place: Place) -> object:
+    def _scalar(self, node: Node, place: Location) -> object:
         assert isinstance(node, ScalarNode)
         written: str = node.value
         plain = node.tag == _PLAIN or node.tag in _TYPED_TAGS
@@ -197,17 +197,17 @@ class Document:
             return typed
         return Scalar(typed, value)
 
-    def _call(self, function: str, path: str, place: Place) -> object:
+    def _call(self, function: str, path: str, place: Location) -> object:
         path = os.path.normpath(path)
         if function == "file":
             return path
-        here = Place(f"{place}: {os.path.basename(path)}")
+        here = Location(f"{place}: {os.path.basename(path)}")
         if not path.lower().endswith(SUFFIXES):
             return read_text(path, here)
         document = Document(path, self._environ, here, loaded=True)
         return document.value(document.root, here)
 
-    def _substitute(self, written: str, place: Place) -> str:
+    def _substitute(self, written: str, place: Location) -> str:
         def replaced(found: re.Match[str]) -> str:
             name, has_default, default = found[1].translate(self._unmask).partition(":-")
             value = self._environ.get(name)
@@ -228,7 +228,7 @@ class Document:
         return self._masked.sub(replaced, written)
 
 
-def read_text(path: str, place: Place) -> str:
+def read_text(path: str, place: Location) -> str:
     """Return the text of a UTF-8 file; raises ConfigError if there is none, or it is too large."""
     try:
         return files.read(path, files.MAX_CONFIG_BYTES).decode("utf-8-sig")
@@ -243,7 +243,7 @@ def read_text(path: str, place: Place) -> str:
     raise place.error(problem)
 
 
-def _parse(text: str, place: Place, *, is_json: bool) -> Node:
+def _parse(text: str, place: Location, *, is_json: bool) -> Node:
     """Return the root node; an empty YAML file is null.
 
     What went wrong is reported without the cause, which quotes the line, secrets and all.
@@ -330,7 +330,7 @@ def _typed(text: str) -> bool | int | float | str | None:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
-def _refuse_tag(node: Node, place: Place, allowed: str) -> None:
+def _refuse_tag(node: Node, place: Location, allowed: str) -> None:
     if node.tag != allowed:
         raise place.error("a YAML tag has no meaning here; put text that begins with ! into quotes")
 

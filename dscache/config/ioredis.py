@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .validation import Place
+from .validation import Location
 
 if TYPE_CHECKING:
     from .model import Options
@@ -79,7 +79,7 @@ _NO_EFFECT_BESIDE_NODES = {
 }
 
 
-def check_cluster(options: Options, places: Mapping[str, Place]) -> None:
+def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
     """Refuse what makes no sense with nodes, or without, and note what then has no effect.
 
     ``places`` tells where each option stands that is given.

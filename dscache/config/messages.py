@@ -20,7 +20,7 @@ from . import ioredis, model
 from . import url as urls
 from .document import Document
 from .model import Milliseconds, Options
-from .validation import Place, Written, is_null, nearest, presentable, read, text
+from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
 
 __all__ = ["MessageConfig", "MessageOptions", "load"]
 
@@ -51,7 +51,7 @@ class MessageOptions(Options, frozen=True, kw_only=True):
     sharded: bool = False
 
 
-class MessageConfig(Written, frozen=True, kw_only=True):
+class MessageConfig(ConfigStruct, frozen=True, kw_only=True):
     """A checked configuration: the server's name, the options, and where they were read."""
 
     server_name: str
@@ -64,10 +64,10 @@ class MessageConfig(Written, frozen=True, kw_only=True):
         return self.options.address
 
 
-class _Entry(Written, frozen=True, kw_only=True):
+class _NodeSection(ConfigStruct, frozen=True, kw_only=True):
     """The section clusterNode of deepstream's configuration."""
 
-    wanted: ClassVar[str] = "a mapping such as {name: redis, options: {...}}"
+    expected: ClassVar[str] = "a mapping such as {name: redis, options: {...}}"
 
     name: str | UnsetType | None = UNSET
     path: str | None = None
@@ -88,34 +88,34 @@ def load(
     written; without either, a name is made. Raises ConfigError.
     """
     if server_name is not None:
-        server_name = _checked(server_name, Place("server_name"))
+        server_name = _checked(server_name, Location("server_name"))
     if isinstance(source, Mapping):
-        place = Place("mapping")
+        place = Location("mapping")
         path, entry, written = _find(cast(object, source), model._mapping_or_none, place)
         stated = server_name or _name_of(written, place)
-        return _from_entry(entry, Place("mapping", path), os.getcwd(), stated)
+        return _from_entry(entry, Location("mapping", path), os.getcwd(), stated)
     file = model._path_of(source)
     if file is not None:
         return _from_file(file, os.environ if environ is None else environ, server_name)
-    options, shown = urls.parse(str(source), Place("URL"))
-    place = Place(shown)
+    options, shown = urls.parse(str(source), Location("URL"))
+    place = Location(shown)
     read_options = read(MessageOptions, options, place)
     return _config(read_options, place, os.getcwd(), server_name or _name_of(None, place))
 
 
 def _from_file(path: str, environ: Mapping[str, str], server_name: str | None) -> MessageConfig:
-    file = Place(os.path.basename(path))
+    file = Location(os.path.basename(path))
     document = Document(path, environ, file)
     where, node, named = _find(document.root, document.keys, file)
     if server_name is None:
         here = file.at("serverName")
         server_name = _name_of(None if named is None else document.value(named, here), file)
-    place = Place(file.source, where)
+    place = Location(file.source, where)
     return _from_entry(document.value(node, place), place, document.folder, server_name)
 
 
 def _find(
-    root: T, children: Callable[[T], Mapping[str, T] | None], place: Place
+    root: T, children: Callable[[T], Mapping[str, T] | None], place: Location
 ) -> tuple[str, T, T | None]:
     """Return the section of a configuration, the path of keys to it, and the server's name."""
     sections = children(root)
@@ -129,11 +129,11 @@ def _find(
         return "", root, named
     best = nearest("clusterNode", map(str, sections))
     meant = f'; is "{best}" meant to be it?' if best else ""
-    there = ", ".join(presentable(str(name)) for name in sections) or "none"
+    there = ", ".join(redact_key(str(name)) for name in sections) or "none"
     raise place.error(f"no section clusterNode, the sections are: {there}{meant}; write {_EXAMPLE}")
 
 
-def _name_of(written: object, place: Place) -> str:
+def _name_of(written: object, place: Location) -> str:
     """Return the name of a server as it is written, or one that no other server has."""
     if is_null(written):
         return uuid.uuid4().hex
@@ -142,13 +142,13 @@ def _name_of(written: object, place: Place) -> str:
     return uuid.uuid4().hex if name == _GENERATED else _checked(name, place)
 
 
-def _checked(name: str, place: Place) -> str:
+def _checked(name: str, place: Location) -> str:
     if not isinstance(name, str) or not name:
         raise place.error(f"must be a text that is not empty, not {shorten(name)}")
     return text(name, place)
 
 
-def _from_entry(entry: object, place: Place, folder: str, server_name: str) -> MessageConfig:
+def _from_entry(entry: object, place: Location, folder: str, server_name: str) -> MessageConfig:
     if not isinstance(entry, Mapping):
         raise place.error(f"must be a mapping; write {_EXAMPLE}")
     entry = {name: value for name, value in entry.items() if name != "serverName" or place.path}
@@ -158,7 +158,7 @@ def _from_entry(entry: object, place: Place, folder: str, server_name: str) -> M
     if isinstance(options, Mapping):
         of_url = model._stated_by_url(options, place_of_options.at("url"))
         entry = {**entry, "options": model._with_url(options, of_url)}
-    read_entry = read(_Entry, entry, place)
+    read_entry = read(_NodeSection, entry, place)
     _check_plugin(read_entry, place)
     stated = _without_records(read_entry.options)
     if isinstance(options, Mapping):
@@ -183,7 +183,7 @@ def _without_records(options: MessageOptions) -> MessageOptions:
     )
 
 
-def _check_plugin(entry: _Entry, place: Place) -> None:
+def _check_plugin(entry: _NodeSection, place: Location) -> None:
     # deepstream prefers the path to the name, and either to the type.
     if entry.path is not None:
         if entry.path != _PLUGIN:
@@ -197,7 +197,9 @@ def _check_plugin(entry: _Entry, place: Place) -> None:
         raise place.at("type").error('must be "default"; name: redis chooses what is used')
 
 
-def _config(options: MessageOptions, place: Place, folder: str, server_name: str) -> MessageConfig:
+def _config(
+    options: MessageOptions, place: Location, folder: str, server_name: str
+) -> MessageConfig:
     # What is checked there is the same of a cache: the files of TLS, and what excludes what.
     checked = model._config("redis", options, place, folder).options
     assert isinstance(checked, MessageOptions)

@@ -29,7 +29,7 @@ from . import ioredis
 from . import url as urls
 from .document import SUFFIXES, Document
 from .tls import Tls
-from .validation import Place, Secret, Written, is_null, nearest, presentable, read, text
+from .validation import ConfigStruct, Location, Secret, is_null, nearest, read, redact_key, text
 
 __all__ = [
     "ClusterRetryStrategy",
@@ -49,7 +49,9 @@ T = TypeVar("T")
 
 Host = Annotated[
     str,
-    Meta(pattern=r"[^\s/@\[\]]+", extra={"wanted": "a host name or an address (a URL is for url)"}),
+    Meta(
+        pattern=r"[^\s/@\[\]]+", extra={"expected": "a host name or an address (a URL is for url)"}
+    ),
 ]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 _PORT = r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
@@ -57,7 +59,7 @@ HostAndPort = Annotated[
     str,
     Meta(
         pattern=rf"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):{_PORT}",
-        extra={"wanted": "host:port, with brackets around an IPv6 address"},
+        extra={"expected": "host:port, with brackets around an IPv6 address"},
     ),
 ]
 # What a 32-bit timer holds, as in JavaScript: 24 days.
@@ -69,14 +71,14 @@ Bytes = Annotated[int, Meta(ge=1, le=2**40, extra={"unit": "bytes"})]
 Interval = Annotated[
     int, Meta(ge=1, le=_MOST, extra={"unit": "milliseconds", "zero_is_none": True})
 ]
-NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"wanted": "the beginning of names"})]
+NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"expected": "the beginning of names"})]
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"unit": "seconds", "zero_is_none": True})]
 
 _EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _REDIS_PLUGINS = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
-class Node(Written, frozen=True, kw_only=True):
+class Node(ConfigStruct, frozen=True, kw_only=True):
     """One node of a cluster.
 
     ``password`` is UNSET if it isn't given (``redisOptions.password`` is the fallback), and
@@ -94,7 +96,7 @@ class Node(Written, frozen=True, kw_only=True):
         return join_address(self.host, self.port)
 
 
-class SentinelNode(Written, frozen=True, kw_only=True):
+class SentinelNode(ConfigStruct, frozen=True, kw_only=True):
     """One Sentinel."""
 
     host: Host = "127.0.0.1"
@@ -106,7 +108,7 @@ class SentinelNode(Written, frozen=True, kw_only=True):
         return join_address(self.host, self.port)
 
 
-class RetryStrategy(Written, frozen=True, kw_only=True):
+class RetryStrategy(ConfigStruct, frozen=True, kw_only=True):
     """How long to wait before each attempt to connect.
 
     A random time of up to ``first`` milliseconds, and up to twice as long after each failure,
@@ -117,7 +119,7 @@ class RetryStrategy(Written, frozen=True, kw_only=True):
     cap: Milliseconds = 5000
 
 
-class ClusterRetryStrategy(Written, frozen=True, kw_only=True):
+class ClusterRetryStrategy(ConfigStruct, frozen=True, kw_only=True):
     """How long to wait before a cluster's slots are asked for again, if no node tells them.
 
     A random time of up to ``first`` milliseconds, and up to twice as long after each failure,
@@ -128,14 +130,14 @@ class ClusterRetryStrategy(Written, frozen=True, kw_only=True):
     cap: Milliseconds = 2000
 
 
-class NatTarget(Written, frozen=True, kw_only=True):
+class NatTarget(ConfigStruct, frozen=True, kw_only=True):
     """Where a node is reached from here that announces another address."""
 
     host: Host
     port: Port
 
 
-class NearCacheOptions(Written, frozen=True, kw_only=True):
+class NearCacheOptions(ConfigStruct, frozen=True, kw_only=True):
     """What is kept in the process of what was read, for as long as Redis tells of no change.
 
     ``prefixes`` are of names; () keeps records of any name. ``required``: a server that can't tell
@@ -151,16 +153,16 @@ class NearCacheOptions(Written, frozen=True, kw_only=True):
     serve_stale: bool = False
     required: bool = True
 
-    wanted: ClassVar[str] = "true, false or a mapping of options"
+    expected: ClassVar[str] = "true, false or a mapping of options"
 
     @classmethod
-    def spelled_out(cls, written: object) -> object:
+    def expand_shorthand(cls, written: object) -> object:
         if isinstance(written, bool):
             return {} if written else None
         return written
 
 
-class RedisOptions(Written, frozen=True, kw_only=True):
+class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
     """What holds for every node of a cluster; None is not given."""
 
     no_effect: ClassVar[Mapping[str, str]] = {
@@ -179,7 +181,7 @@ class RedisOptions(Written, frozen=True, kw_only=True):
     family: Literal[4, 6, 0] | None = None
 
 
-class Options(Written, frozen=True, kw_only=True):
+class Options(ConfigStruct, frozen=True, kw_only=True):
     """The options of a cache."""
 
     consumed: ClassVar[tuple[str, ...]] = ("url",)
@@ -278,10 +280,10 @@ class Options(Written, frozen=True, kw_only=True):
 
     def mapped(self, host: str, port: int) -> tuple[str, int]:
         """Return where a node is reached that announces this address: ``natMap`` may tell."""
-        wanted = _same(host, port)
+        expected = _same(host, port)
         for announced, target in (self.nat_map or {}).items():
             its_host, _, its_port = announced.rpartition(":")
-            if _same(its_host.strip("[]"), int(its_port)) == wanted:
+            if _same(its_host.strip("[]"), int(its_port)) == expected:
                 return target.host, target.port
         return host, port
 
@@ -319,7 +321,7 @@ class Options(Written, frozen=True, kw_only=True):
         )
 
 
-class Config(Written, frozen=True, kw_only=True):
+class Config(ConfigStruct, frozen=True, kw_only=True):
     """A checked configuration: which cache, its options, and where they were read."""
 
     name: Literal["redis", "memory"]
@@ -332,7 +334,7 @@ class Config(Written, frozen=True, kw_only=True):
         return "memory" if self.name == "memory" else self.options.address
 
 
-class _Entry(Written, frozen=True, kw_only=True):
+class _CacheSection(ConfigStruct, frozen=True, kw_only=True):
     """A cache entry of deepstream's configuration."""
 
     name: str | UnsetType | None = UNSET
@@ -351,14 +353,14 @@ def load(
     default); a mapping and a URL are taken as they are. Raises ConfigError.
     """
     if isinstance(source, Mapping):
-        place = Place("mapping")
+        place = Location("mapping")
         path, entry = _find_cache(cast(object, source), _mapping_or_none, place)
-        return _from_entry(entry, Place("mapping", path), os.getcwd())
+        return _from_entry(entry, Location("mapping", path), os.getcwd())
     file = _path_of(source)
     if file is not None:
         return _from_file(file, os.environ if environ is None else environ)
-    stated, shown = urls.parse(str(source), Place("URL"))
-    place = Place(shown)
+    stated, shown = urls.parse(str(source), Location("URL"))
+    place = Location(shown)
     return _config("redis", read(Options, stated, place), place, os.getcwd())
 
 
@@ -384,15 +386,15 @@ def _path_of(source: object) -> str | None:
 
 
 def _from_file(path: str, environ: Mapping[str, str]) -> Config:
-    file = Place(os.path.basename(path))
+    file = Location(os.path.basename(path))
     document = Document(path, environ, file)
     where, node = _find_cache(document.root, document.keys, file)
-    place = Place(file.source, where)
+    place = Location(file.source, where)
     return _from_entry(document.value(node, place), place, document.folder)
 
 
 def _find_cache(
-    root: T, children: Callable[[T], Mapping[str, T] | None], place: Place
+    root: T, children: Callable[[T], Mapping[str, T] | None], place: Location
 ) -> tuple[str, T]:
     """Return the cache entry of a configuration, and the path of keys to it."""
     sections = children(root)
@@ -408,7 +410,7 @@ def _find_cache(
     best = nearest("cache", map(str, sections))
     meant = f'; is "{best}" meant to be it?' if best else ""
     # A bare word may be a secret, with its name and colon forgotten.
-    there = ", ".join(presentable(str(k)) for k, v in sections.items() if not _is_bare(k, v))
+    there = ", ".join(redact_key(str(k)) for k, v in sections.items() if not _is_bare(k, v))
     raise place.error(
         f"no section cache, the sections are: {there or 'none'}{meant}; write {_EXAMPLE}"
     )
@@ -425,7 +427,7 @@ def _mapping_or_none(value: object) -> Mapping[str, object] | None:
     return value if isinstance(value, Mapping) else None
 
 
-def _from_entry(entry: object, place: Place, folder: str) -> Config:
+def _from_entry(entry: object, place: Location, folder: str) -> Config:
     if not isinstance(entry, Mapping):
         raise place.error(f"must be a mapping; write {_EXAMPLE}")
     place_of_options = place.at("options")
@@ -434,7 +436,7 @@ def _from_entry(entry: object, place: Place, folder: str) -> Config:
     if isinstance(options, Mapping):
         of_url = _stated_by_url(options, place_of_options.at("url"))
         entry = {**entry, "options": _with_url(options, of_url)}
-    read_entry = read(_Entry, entry, place)
+    read_entry = read(_CacheSection, entry, place)
     if isinstance(options, Mapping):
         places = {name: place_of_options.at(name) for name in options if not is_null(options[name])}
         places.update(dict.fromkeys(of_url, place_of_options.at("url")))
@@ -442,7 +444,7 @@ def _from_entry(entry: object, place: Place, folder: str) -> Config:
     return _config(_name(read_entry, place), read_entry.options, place_of_options, folder)
 
 
-def _name(entry: _Entry, place: Place) -> Literal["redis", "memory"]:
+def _name(entry: _CacheSection, place: Location) -> Literal["redis", "memory"]:
     # deepstream prefers the path to the name, and either to the type.
     if entry.path is not None:
         if entry.path not in _REDIS_PLUGINS:
@@ -463,7 +465,7 @@ def _name(entry: _Entry, place: Place) -> Literal["redis", "memory"]:
     raise place.at("name").error(f'must be "redis" or "memory", not {shown}')
 
 
-def _stated_by_url(options: Mapping[str, object], place: Place) -> dict[str, object]:
+def _stated_by_url(options: Mapping[str, object], place: Location) -> dict[str, object]:
     """Return the options that the ``url`` among them states."""
     url = options.get("url")
     if url is None or url == "":
@@ -490,7 +492,7 @@ def _same(host: str, port: int) -> tuple[str, int]:
 
 
 def _config(
-    name: Literal["redis", "memory"], options: Options, place: Place, folder: str
+    name: Literal["redis", "memory"], options: Options, place: Location, folder: str
 ) -> Config:
     if options.tls:
         options = replace(options, tls=options.tls.located(folder, place.at("tls")))
@@ -512,7 +514,7 @@ def _config(
     return Config(name=name, options=options, source=place.source)
 
 
-def _check_near_cache(options: Options, near: NearCacheOptions, place: Place) -> None:
+def _check_near_cache(options: Options, near: NearCacheOptions, place: Location) -> None:
     if near.mode == "broadcast":
         here = place.at("prefixes")
         for i, one in enumerate(near.prefixes):

@@ -15,18 +15,18 @@ from msgspec.structs import replace
 
 from ..errors import ConfigError
 from . import files as regular_files
-from .validation import Place, Secret, Written
+from .validation import ConfigStruct, Location, Secret
 
 _Stamp = tuple[int, ...] | None
 
 
-class Tls(Written, frozen=True, kw_only=True):
+class Tls(ConfigStruct, frozen=True, kw_only=True):
     """How the server is verified and the client shows who it is.
 
     ``ca``, ``cert`` and ``key`` are PEM text, or the path of a PEM file.
     """
 
-    wanted: ClassVar[str] = "true, false or a mapping of options"
+    expected: ClassVar[str] = "true, false or a mapping of options"
 
     ca: str | None = None
     cert: Secret | None = None
@@ -37,7 +37,7 @@ class Tls(Written, frozen=True, kw_only=True):
     check_hostname: bool = True
 
     @classmethod
-    def spelled_out(cls, written: object) -> object:
+    def expand_shorthand(cls, written: object) -> object:
         if isinstance(written, bool):
             return {} if written else None
         return written
@@ -94,7 +94,7 @@ class Tls(Written, frozen=True, kw_only=True):
                     ) from None
         return context
 
-    def located(self, folder: str, place: Place) -> Tls:
+    def located(self, folder: str, place: Location) -> Tls:
         """Return the same with absolute paths, which are relative to ``folder``.
 
         Raises ConfigError if no context can be made of it.

@@ -13,27 +13,27 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from .validation import Place, nearest
+from .validation import Location, nearest
 
 SCHEMES = "redis://, rediss:// or unix://"
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):([0-9]{1,5})")
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 
 
-class Address(NamedTuple):
+class ParsedUrl(NamedTuple):
     """What a URL says: the options by their names in the configuration, and a text to show."""
 
     options: dict[str, object]
     shown: str
 
 
-def parse(url: str, place: Place) -> Address:
+def parse(url: str, place: Location) -> ParsedUrl:
     """Return what a URL or ``host:port`` says; only the parts that it states are there.
 
     Raises ConfigError, which never quotes the part that may hold a password.
     """
     if bare := HOST_AND_PORT.fullmatch(url):
-        return Address({"host": bare[1].strip("[]"), "port": bare[2]}, url)
+        return ParsedUrl({"host": bare[1].strip("[]"), "port": bare[2]}, url)
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise place.error(f"must begin with {SCHEMES}, or be host:port")
@@ -72,10 +72,10 @@ def parse(url: str, place: Place) -> Address:
         options["tls"] = tls
     elif tls:
         raise place.error("the ssl_ options need a URL that begins with rediss://")
-    return Address(options, shown)
+    return ParsedUrl(options, shown)
 
 
-def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place: Place) -> None:
+def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place: Location) -> None:
     """Refuse a password whose unescaped / ? or # ended the host too early."""
     late = "" if is_unix else parts.path
     if "@" not in parts.netloc and not is_unix:
@@ -84,7 +84,7 @@ def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place:
         raise place.error(f"an @ or # stands where none can be; {_ESCAPE}")
 
 
-def _query(query: str, place: Place) -> tuple[dict[str, object], dict[str, object]]:
+def _query(query: str, place: Location) -> tuple[dict[str, object], dict[str, object]]:
     """Return the options that the query states, those of TLS apart."""
     options: dict[str, object] = {}
     tls: dict[str, object] = {}
@@ -102,8 +102,8 @@ def _query(query: str, place: Place) -> tuple[dict[str, object], dict[str, objec
         try:
             result = read(value)
         except (KeyError, ValueError, OverflowError):
-            wanted = _WANTED.get(read, "something else")
-            raise place.error(f"the query option {name} must be {wanted}") from None
+            expected = _WANTED.get(read, "something else")
+            raise place.error(f"the query option {name} must be {expected}") from None
         if group:
             (tls if group == "tls" else options)[option] = result
     return options, tls
@@ -157,7 +157,7 @@ _QUERY: dict[str, tuple[str, str, Callable[[str], object]]] = {
 }
 
 
-def _decoded(part: str, place: Place) -> str:
+def _decoded(part: str, place: Location) -> str:
     try:
         return unquote(part, errors="strict")
     except UnicodeDecodeError:

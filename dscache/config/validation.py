@@ -26,24 +26,24 @@ _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where something stands: the file (or what else was given) and the path of keys in it."""
 
     source: str
     path: str = ""
 
-    def at(self, key: str) -> Place:
+    def at(self, key: str) -> Location:
         """Return the place of ``key`` in this mapping."""
-        shown = presentable(key)
-        return Place(self.source, f"{self.path}.{shown}" if self.path else shown)
+        shown = redact_key(key)
+        return Location(self.source, f"{self.path}.{shown}" if self.path else shown)
 
-    def item(self, index: int) -> Place:
+    def item(self, index: int) -> Location:
         """Return the place of an entry of this list."""
-        return Place(self.source, f"{self.path}[{index}]")
+        return Location(self.source, f"{self.path}[{index}]")
 
-    def entry(self, name: str) -> Place:
+    def entry(self, name: str) -> Location:
         """Return the place of an entry of this mapping whose names are no options."""
-        return Place(self.source, f'{self.path}["{name}"]')
+        return Location(self.source, f'{self.path}["{name}"]')
 
     def __str__(self) -> str:
         return f"{self.source}: {self.path}" if self.path else self.source
@@ -63,21 +63,21 @@ class Scalar(msgspec.Struct, frozen=True):
     text: str
 
 
-class Written(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Base of the typed configuration: Structs whose ``repr`` shows no secret.
 
-    ``wanted`` says what one is written as. ``consumed`` names options that are used up before
+    ``expected`` says what one is written as. ``consumed`` names options that are used up before
     the Struct is read, ``no_effect`` says of options why they are accepted and have no effect,
     ``unsupported`` what to write instead of options that can't be passed over.
     """
 
-    wanted: ClassVar[str] = "a mapping of options"
+    expected: ClassVar[str] = "a mapping of options"
     consumed: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[Mapping[str, str]] = {}
     unsupported: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def spelled_out(cls, written: object) -> object:
+    def expand_shorthand(cls, written: object) -> object:
         """Return the mapping (or None) that a short form such as ``tls: true`` stands for."""
         return written
 
@@ -96,16 +96,16 @@ class Written(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-T = TypeVar("T", bound=Written)
+T = TypeVar("T", bound=ConfigStruct)
 
 
-def read(struct: type[T], written: object, place: Place) -> T:
+def read(struct: type[T], written: object, place: Location) -> T:
     """Return ``struct`` filled from a mapping of options.
 
     Raises ConfigError for an unknown or missing option, a wrong type and a value out of range.
     """
     if not isinstance(written, Mapping):
-        raise place.error(f"must be {struct.wanted}, not {_kind(written)}")
+        raise place.error(f"must be {struct.expected}, not {_kind(written)}")
     fields = _fields(struct)
     values: dict[str, Any] = {}
     for key, value in written.items():
@@ -123,7 +123,7 @@ def read(struct: type[T], written: object, place: Place) -> T:
             _logger.info("%s has no effect: %s", here, struct.no_effect[key])
         elif key not in struct.unsupported:
             known = [*fields, *struct.consumed, *struct.no_effect]
-            if is_null(value) and nearest(key, known) is None and presentable(key) == key:
+            if is_null(value) and nearest(key, known) is None and redact_key(key) == key:
                 # With a name and a colon forgotten, a bare word may be the secret itself.
                 raise place.error(
                     "there is a name in it without a value, which is no option; it is not shown, "
@@ -143,7 +143,7 @@ def is_null(written: object) -> bool:
     return _plain(written) is None
 
 
-def text(written: object, place: Place, *, secret: bool = False) -> str:
+def text(written: object, place: Location, *, secret: bool = False) -> str:
     """Return ``written`` as text: a number or word of a file as it was written.
 
     Raises ConfigError if it is anything else, or can't be sent as UTF-8.
@@ -170,7 +170,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return folded[found[0]] if found else None
 
 
-def presentable(key: str) -> str:
+def redact_key(key: str) -> str:
     """Return the part of a key that may be shown.
 
     ``password:secret`` or ``password secret``, with the space or the colon forgotten, makes a key
@@ -185,14 +185,14 @@ def is_name(text: str) -> bool:
 
 
 def _unknown(key: str, known: list[str], no_effect: Iterable[str]) -> str:
-    if presentable(key) != key:
+    if redact_key(key) != key:
         return "unknown option; between a name and its value stand a colon and a space"
     if best := nearest(key, [*known, *no_effect]):
         return f'unknown option, did you mean "{best}"?'
     return f"unknown option; there are {', '.join(known)}"
 
 
-def _value(kind: inspect.Type, written: object, place: Place) -> object:
+def _value(kind: inspect.Type, written: object, place: Location) -> object:
     """Return ``written`` as the type of a field, or None if it says null."""
     kind, extra, nullable = _unwrap(kind)
     if isinstance(kind, inspect.StrType):
@@ -211,8 +211,8 @@ def _value(kind: inspect.Type, written: object, place: Place) -> object:
     if plain is None:
         return None
     if isinstance(kind, inspect.StructType):
-        struct = cast(type[Written], kind.cls)
-        plain = struct.spelled_out(plain)
+        struct = cast(type[ConfigStruct], kind.cls)
+        plain = struct.expand_shorthand(plain)
         return None if plain is None else read(struct, plain, place)
     if isinstance(kind, inspect.LiteralType):
         return _choice(kind.values, written, place)
@@ -223,32 +223,36 @@ def _value(kind: inspect.Type, written: object, place: Place) -> object:
     return plain
 
 
-def _text(kind: inspect.StrType, extra: Mapping[str, object], written: object, place: Place) -> str:
+def _text(
+    kind: inspect.StrType, extra: Mapping[str, object], written: object, place: Location
+) -> str:
     secret = bool(extra.get("secret"))
     result = text(written, place, secret=secret)
     if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
-        _refuse(written, place, str(extra["wanted"]), secret)
+        _refuse(written, place, str(extra["expected"]), secret)
     return result
 
 
 def _integer(
-    kind: inspect.IntType, extra: Mapping[str, object], written: object, place: Place
+    kind: inspect.IntType, extra: Mapping[str, object], written: object, place: Location
 ) -> int | None:
     low, high = kind.ge, kind.le
-    wanted = f"a whole number from {low} to {high}" if high else f"a whole number of at least {low}"
+    expected = (
+        f"a whole number from {low} to {high}" if high else f"a whole number of at least {low}"
+    )
     # deepstream's connector takes any falsy ttl as none.
     zero_is_none = bool(extra.get("zero_is_none"))
     if zero_is_none and _plain(written) in (False, ""):
         return None
-    number = _number(written, place, wanted)
+    number = _number(written, place, expected)
     if zero_is_none and number == 0:
         return None
     if (low is not None and number < low) or (high is not None and number > high):
-        _refuse(written, place, wanted)
+        _refuse(written, place, expected)
     return number
 
 
-def _list(kind: inspect.VarTupleType, written: object, place: Place) -> tuple[object, ...]:
+def _list(kind: inspect.VarTupleType, written: object, place: Location) -> tuple[object, ...]:
     if not isinstance(written, (list, tuple)):
         raise place.error(f"must be a list, not {_kind(written)}")
     if not written:
@@ -261,7 +265,9 @@ def _list(kind: inspect.VarTupleType, written: object, place: Place) -> tuple[ob
     )
 
 
-def _entries(kind: inspect.DictType, written: object, place: Place) -> Mapping[str, object] | None:
+def _entries(
+    kind: inspect.DictType, written: object, place: Location
+) -> Mapping[str, object] | None:
     """Return a mapping whose names are no options; a falsy one is none, as in ioredis."""
     if not written:
         return None
@@ -274,40 +280,40 @@ def _entries(kind: inspect.DictType, written: object, place: Place) -> Mapping[s
         if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
             spaced = isinstance(name, str) and re.search(r"\s", name)
             shown = _kind(name) if spaced else _shown(name)
-            raise place.error(f"each name in it must be {extra['wanted']}, not {shown}")
+            raise place.error(f"each name in it must be {extra['expected']}, not {shown}")
         if is_null(value):
             raise place.entry(name).error("must be a mapping of options, not null")
     return {name: _value(kind.value_type, one, place.entry(name)) for name, one in written.items()}
 
 
-def _choice(values: tuple[Any, ...], written: object, place: Place) -> object:
+def _choice(values: tuple[Any, ...], written: object, place: Location) -> object:
     shown = [str(value) if isinstance(value, int) else f'"{value}"' for value in values]
-    wanted = f"{', '.join(shown[:-1])} or {shown[-1]}"
+    expected = f"{', '.join(shown[:-1])} or {shown[-1]}"
     if all(isinstance(value, int) for value in values):
-        choice: object = _number(written, place, wanted)
+        choice: object = _number(written, place, expected)
     else:
         choice = text(written, place)
     if choice not in values:
-        _refuse(written, place, wanted)
+        _refuse(written, place, expected)
     return choice
 
 
-def _number(written: object, place: Place, wanted: str) -> int:
+def _number(written: object, place: Location, expected: str) -> int:
     value = _plain(written)
     if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        _refuse(written, place, wanted)
+        _refuse(written, place, expected)
     return value
 
 
-def _refuse(written: object, place: Place, wanted: str, secret: bool = False) -> NoReturn:
+def _refuse(written: object, place: Location, expected: str, secret: bool = False) -> NoReturn:
     shown = _kind(written) if secret else _shown(written)
     comment = isinstance(written, str) and re.search(r"\s//", written)
     remedy = "; // starts no comment in YAML, # does" if comment else ""
-    raise place.error(f"must be {wanted}, not {shown}{remedy}")
+    raise place.error(f"must be {expected}, not {shown}{remedy}")
 
 
 def _shown(written: object) -> str:
@@ -354,7 +360,7 @@ def _fold(name: str) -> str:
 
 
 @functools.cache
-def _fields(struct: type[Written]) -> dict[str, inspect.Field]:
+def _fields(struct: type[ConfigStruct]) -> dict[str, inspect.Field]:
     described = inspect.type_info(struct)
     assert isinstance(described, inspect.StructType)
     return {field.encode_name: field for field in described.fields}

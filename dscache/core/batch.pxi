@@ -32,7 +32,7 @@ cdef class _Command:
 
 
 @cython.final
-cdef class _Overtaken:
+cdef class _SupersededWrite:
     """The waiters of a refused write, as waiters of the write that overtook it.
 
     In the order they were issued the first was overwritten at once: it is done if the later one
@@ -50,12 +50,12 @@ cdef class _Overtaken:
 
     def set_result(self, done, /):
         if done or self._always:
-            _tell(self._waiter, True)
+            _resolve(self._waiter, True)
         else:
-            _fail(self._waiter, self._refusal)
+            _reject(self._waiter, self._refusal)
 
     def set_exception(self, error, /):
-        _fail(self._waiter, partial(c.again, error))
+        _reject(self._waiter, partial(c.copy_error, error))
 
 
 @cython.final
@@ -98,9 +98,9 @@ cdef class _Bulk:
             self.result.pop(name, None)
         if self.errors:
             error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            _fail(self.waiter, lambda: error)
+            _reject(self.waiter, lambda: error)
         else:
-            _tell(self.waiter, self.result)
+            _resolve(self.waiter, self.result)
         self.over = True
         return 0
 
@@ -146,10 +146,10 @@ cdef class _Batch:
     cdef bint expired  # its waiters have been told; the replies are dropped
     cdef Py_ssize_t repeated  # records before it were sent before, on a connection that was lost
     cdef bint whole_script  # Redis has lost the script: send its text
-    cdef bint alone  # one record a command, to find the one that is refused
+    cdef bint one_per_command  # one record a command, to find the one that is refused
     cdef bint counted  # as one pending operation, if it is of a bulk
     cdef short* hash_slots  # of the names, on a cluster; NULL if there is but one
-    cdef readonly tuple trail  # who has redirected it, and with which words
+    cdef readonly tuple redirections  # who has redirected it, and with which words
     cdef readonly bint asking  # the node has these slots only for those who ask
     cdef object target  # the pipeline that it was redirected to for this once
 
@@ -158,7 +158,7 @@ cdef class _Batch:
         self.deadline = deadline
         self.serial = serial
         self.records = records
-        self.trail = ()
+        self.redirections = ()
 
     def __dealloc__(self):
         PyMem_Free(self.hash_slots)
@@ -219,8 +219,8 @@ cdef class _Batch:
         part.bulk = self.bulk
         part.repeated = repeated
         part.whole_script = self.whole_script
-        part.alone = self.alone
-        part.trail = self.trail
+        part.one_per_command = self.one_per_command
+        part.redirections = self.redirections
         part.asking = self.asking
         return part
 
@@ -231,7 +231,7 @@ cdef class _Batch:
 
     def settled(self):
         """Return whether this batch has its outcome, be it that it was sent on as another one."""
-        return self.over() or self.answered >= PyDict_Size(self.records)
+        return self.abandoned() or self.answered >= PyDict_Size(self.records)
 
     cdef Py_ssize_t text_size(self) except -1:
         """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
@@ -240,7 +240,7 @@ cdef class _Batch:
         if not (SET <= self.kind <= SET_IF_NEWER or self.kind >= READ_KEY):
             return 0
         # What is over and was not sent will never be.
-        last = self.sent if self.over() else PyDict_Size(self.records)
+        last = self.sent if self.abandoned() else PyDict_Size(self.records)
         if self.names is None:
             i = 0
             while last and PyDict_Next(self.records, &i, NULL, &entry):
@@ -250,7 +250,7 @@ cdef class _Batch:
             size += size_of_text(<object>PyList_GET_ITEM(self.entries, i))
         return size
 
-    cdef inline bint over(self) noexcept:
+    cdef inline bint abandoned(self) noexcept:
         """Return whether nobody waits for it any more."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
@@ -320,11 +320,11 @@ cdef list _with(earlier, waiter):
     return earlier
 
 
-cdef int _tell(waiter, result) except -1:
+cdef int _resolve(waiter, result) except -1:
     """Give a waiter, or each of a list, its result, unless it was cancelled."""
     if type(waiter) is list:
         for one in <list>waiter:
-            _tell(one, result)
+            _resolve(one, result)
         return 0
     try:
         waiter.set_result(result)
@@ -333,11 +333,11 @@ cdef int _tell(waiter, result) except -1:
     return 0
 
 
-cdef int _fail(waiter, make) except -1:
+cdef int _reject(waiter, make) except -1:
     """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
     if type(waiter) is list:
         for one in <list>waiter:
-            _fail(one, make)
+            _reject(one, make)
         return 0
     try:
         waiter.set_exception(make())

@@ -26,7 +26,7 @@ class _Serials:
 serials = _Serials()
 
 # The waiters of a record that is read again: nobody is told what the first reply says of it.
-NOBODY: Final[list[Any]] = []
+DISCARDED: Final[list[Any]] = []
 
 
 class Write:
@@ -52,7 +52,7 @@ class Command:
         self.waiter = waiter
 
 
-class Overtaken:
+class SupersededWrite:
     """The waiters of a refused write, as waiters of the write that overtook it.
 
     In the order they were issued the first was overwritten at once: it is done if the later one
@@ -68,12 +68,12 @@ class Overtaken:
 
     def set_result(self, done: bool, /) -> None:
         if done or self._always:
-            tell(self._waiter, True)
+            resolve(self._waiter, True)
         else:
-            fail(self._waiter, self._refusal)
+            reject(self._waiter, self._refusal)
 
     def set_exception(self, error: Exception, /) -> None:
-        fail(self._waiter, partial(c.again, error))
+        reject(self._waiter, partial(c.copy_error, error))
 
 
 class Bulk:
@@ -120,9 +120,9 @@ class Bulk:
             self.result.pop(name, None)
         if self.errors:
             error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            fail(self.waiter, lambda: error)
+            reject(self.waiter, lambda: error)
         else:
-            tell(self.waiter, self.result)
+            resolve(self.waiter, self.result)
         self.over = True
 
     def take(self, kind: int, name: str, result: Any) -> None:
@@ -153,7 +153,6 @@ class Batch:
     """
 
     __slots__ = (
-        "alone",
         "answered",
         "asking",
         "bulk",
@@ -165,12 +164,13 @@ class Batch:
         "hash_slots",
         "kind",
         "names",
+        "one_per_command",
         "records",
+        "redirections",
         "repeated",
         "sent",
         "serial",
         "target",
-        "trail",
         "whole_script",
     )
 
@@ -188,10 +188,10 @@ class Batch:
         self.expired = False  # its waiters have been told; the replies are dropped
         self.repeated = 0  # records before it were sent before, on a connection that was lost
         self.whole_script = False  # Redis has lost the script: send its text
-        self.alone = False  # one record a command, to find the one that is refused
+        self.one_per_command = False  # one record a command, to find the one that is refused
         self.counted = False  # as one pending operation, if it is of a bulk
         self.hash_slots: list[int] = []  # of the names, on a cluster
-        self.trail: tuple[str, ...] = ()  # who has redirected it, and with which words
+        self.redirections: tuple[str, ...] = ()  # who has redirected it, and with which words
         self.asking = False  # the node has these slots only for those who ask
         self.target: Any = None  # the pipeline that it was redirected to for this once
 
@@ -216,8 +216,8 @@ class Batch:
         part.bulk = self.bulk
         part.repeated = repeated
         part.whole_script = self.whole_script
-        part.alone = self.alone
-        part.trail = self.trail
+        part.one_per_command = self.one_per_command
+        part.redirections = self.redirections
         part.asking = self.asking
         return part
 
@@ -231,17 +231,17 @@ class Batch:
         if not (c.SET <= self.kind <= c.SET_IF_NEWER or self.kind >= c.READ_KEY):
             return 0
         # What is over and was not sent will never be.
-        last = self.sent if self.over() else len(self.records)
+        last = self.sent if self.abandoned() else len(self.records)
         entries = self.entries if self.names else list(self.records.values())
         return sum(len(entry.text) for entry in entries[self.answered : last])
 
-    def over(self) -> bool:
+    def abandoned(self) -> bool:
         """Return whether nobody waits for it any more."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
     def settled(self) -> bool:
         """Return whether this batch has its outcome, be it that it was sent on as another one."""
-        return self.over() or self.answered >= len(self.records)
+        return self.abandoned() or self.answered >= len(self.records)
 
     def waiting(self) -> int:
         return len(self.records) - self.sent
@@ -263,14 +263,14 @@ def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
     return earlier
 
 
-def tell(waiter: Any, result: object) -> None:
+def resolve(waiter: Any, result: object) -> None:
     """Give a waiter, or each of a list, its result, unless it was cancelled."""
     for one in waiter if type(waiter) is list else (waiter,):
         with suppress(InvalidStateError):
             one.set_result(result)
 
 
-def fail(waiter: Any, make: Callable[[], Exception]) -> None:
+def reject(waiter: Any, make: Callable[[], Exception]) -> None:
     """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
     for one in waiter if type(waiter) is list else (waiter,):
         with suppress(InvalidStateError):

@@ -208,7 +208,7 @@ ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
 
 
-def again(error: Exception) -> Exception:
+def copy_error(error: Exception) -> Exception:
     """Return an error like this one, for somebody else."""
     other = copy(error)
     other.__cause__ = error.__cause__
@@ -335,7 +335,7 @@ def check_ttl(name: str, ttl: object) -> int:
     return int(ttl)
 
 
-def full(address: str, operations: int, size: int) -> Overloaded:
+def overloaded(address: str, operations: int, size: int) -> Overloaded:
     """Return the error for an operation that a full pipeline refuses."""
     return Overloaded(
         f"{address}: {operations} operations and {size} bytes of writes are pending, which is "
@@ -451,11 +451,13 @@ def bulk_failure(
     return BulkError(operation, errors, result)
 
 
-def led_astray(message: str, trail: tuple[str, ...], limit: int, context: str) -> ReplyError:
+def too_many_redirections(
+    message: str, redirections: tuple[str, ...], limit: int, context: str
+) -> ReplyError:
     """Return the error of an operation that was redirected too often."""
-    path = "; ".join(trail)
+    path = "; ".join(redirections)
     # As the context, of which nothing is left out.
-    redirected = f"redirected {len(trail)} times, and maxRedirections is {limit}: {path}"
+    redirected = f"redirected {len(redirections)} times, and maxRedirections is {limit}: {path}"
     return ReplyError(message, context=f"{redirected}) ({context}")
 
 
@@ -478,7 +480,7 @@ def _doubt_of(operation: str) -> str:
     return "; the write may have happened"
 
 
-def too_late(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
+def no_answer_in_time(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
     """Return the error of an operation that was sent and not answered in time."""
     harmless = operation.startswith(("get", "head", "read"))
     written = "" if harmless else _doubt_of(operation)
@@ -493,16 +495,17 @@ def never_sent(
     timeout: float,
     in_flight: int,
     down: Exception | None,
-    trail: tuple[str, ...],
+    redirections: tuple[str, ...],
     operation: str,
 ) -> Exception:
     """Return the error of an operation that could not be sent in time, and now never will.
 
-    ``down`` is why there is no connection, or None if there is one; ``trail`` who sent it there.
+    ``down`` is why there is no connection, or None if there is one; ``redirections`` who sent it
+    there.
     """
     limit = f"within {timeout * 1000:.0f} ms"
-    if trail:
-        limit += f" (redirected: {'; '.join(trail)})"
+    if redirections:
+        limit += f" (redirected: {'; '.join(redirections)})"
     error: Exception
     if isinstance(down, ReplyError):
         error = ReplyError(down.message, context=f"{operation} at {address}, {limit}")

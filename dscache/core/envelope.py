@@ -47,7 +47,7 @@ class _Opened(msgspec.Struct, rename="camel"):
 _decoder = msgspec.json.Decoder(_Opened)
 
 
-def opening(server_name: str, to: str | None = None) -> bytes:
+def envelope_prefix(server_name: str, to: str | None = None) -> bytes:
     """Return the JSON text of an envelope up to the message."""
     addressee = b"" if to is None else b',"toServer":' + _encode(to)
     return b'{"fromServer":' + _encode(server_name) + addressee + BODY

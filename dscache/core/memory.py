@@ -109,7 +109,7 @@ class MemoryPipeline:
         """Return the counters of a Pipeline; what concerns the wire stays zero."""
         counts = self._counts
         records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
-        return counters.told([{**counts, "records": records}])
+        return counters.merged([{**counts, "records": records}])
 
     def check_open(self) -> None:
         """Raise ConnectionLost if it was closed."""

@@ -132,7 +132,7 @@ _Mapping.register(Message)
 
 
 @cython.final
-cdef class Mailbox:
+cdef class SubscriberQueue:
     """Messages that wait for one subscriber, at most ``max_pending``.
 
     ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
@@ -178,7 +178,7 @@ cdef class Mailbox:
 
 
 @cython.final
-cdef class Inbox:
+cdef class MessageDispatcher:
     """Gives each message that is pushed to one server to those of it who want its topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
@@ -207,11 +207,11 @@ cdef class Inbox:
         self._last_sender = b""
         self._last_name = ""
 
-    def join(self, long long topic, Mailbox mailbox not None):
+    def join(self, long long topic, SubscriberQueue mailbox not None):
         """Give a mailbox what comes on a topic from now on."""
         self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
 
-    def leave(self, long long topic, Mailbox mailbox not None):
+    def leave(self, long long topic, SubscriberQueue mailbox not None):
         """Give a mailbox no more; return whether it was the last of the topic."""
         channel = b"%d" % topic
         mailboxes = self._topics[channel][1]
@@ -254,10 +254,10 @@ cdef class Inbox:
         self._count_received += 1
         mailboxes = place[1]
         if PyList_GET_SIZE(mailboxes) == 1:
-            (<Mailbox>PyList_GET_ITEM(mailboxes, 0)).put(message)
+            (<SubscriberQueue>PyList_GET_ITEM(mailboxes, 0)).put(message)
             return 0
         for mailbox in list(mailboxes):  # one that is disconnected leaves the list
-            (<Mailbox>mailbox).put(message)
+            (<SubscriberQueue>mailbox).put(message)
         return 0
 
     def note(self, pipeline, list push not None):

@@ -139,7 +139,7 @@ def _fill(
     set_field(message, "_data", _UNDECODED)
 
 
-class Mailbox:
+class SubscriberQueue:
     """Messages that wait for one subscriber, at most ``max_pending``.
 
     ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
@@ -177,7 +177,7 @@ class Mailbox:
             self.awake = True  # behind it, as it may raise
 
 
-class Inbox:
+class MessageDispatcher:
     """Gives each message that is pushed to one server to those of it who want its topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
@@ -197,14 +197,14 @@ class Inbox:
         self._own = server_name.encode()
         self._told = told
         self._damaged = damaged
-        self._topics: dict[bytes, tuple[int, list[Mailbox]]] = {}
+        self._topics: dict[bytes, tuple[int, list[SubscriberQueue]]] = {}
         self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
 
-    def join(self, topic: int, mailbox: Mailbox) -> None:
+    def join(self, topic: int, mailbox: SubscriberQueue) -> None:
         """Give a mailbox what comes on a topic from now on."""
         self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
 
-    def leave(self, topic: int, mailbox: Mailbox) -> bool:
+    def leave(self, topic: int, mailbox: SubscriberQueue) -> bool:
         """Give a mailbox no more; return whether it was the last of the topic."""
         channel = b"%d" % topic
         mailboxes = self._topics[channel][1]

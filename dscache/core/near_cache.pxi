@@ -18,7 +18,7 @@ cdef enum:
 
 
 @cython.final
-cdef class _Reach:
+cdef class _Reachability:
     """Whether there is a connection to a node now.
 
     It is ``over`` when all that came from there up to now is known to be outdated.
@@ -35,13 +35,13 @@ cdef class _Epoch:
     was sent was told of before its answer. One mark at a time is followed, not each command.
     """
 
-    cdef _Reach reach
+    cdef _Reachability reach
     cdef int state
     cdef double known
     cdef Py_ssize_t _mark, _last_mark
     cdef double _sent, _last_sent
 
-    def __cinit__(self, _Reach reach):
+    def __cinit__(self, _Reachability reach):
         self.reach = reach
         self.state = LIVE
         self.known = dscache_monotonic()
@@ -380,7 +380,7 @@ cdef class NearCache:
         self._stale += 1
         return _record_of(entry, True)
 
-    cdef int landed(self, _Flight flight) except -1:
+    cdef int landed(self, _PendingRead flight) except -1:
         """Note that a flight takes nobody on board any more."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
@@ -418,9 +418,9 @@ cdef class NearCache:
         # Made first: Python code may run here, and end or begin flights.
         cdef object waiter = self._create_waiter()
         cdef double now = dscache_monotonic()
-        cdef _Flight flight = self._boarding_flight(name, now)
+        cdef _PendingRead flight = self._boarding_flight(name, now)
         if flight is None:
-            flight = _Flight.__new__(_Flight, self, name, now + self._boarding)
+            flight = _PendingRead.__new__(_PendingRead, self, name, now + self._boarding)
             flight.waiters.append(waiter)
             self._inner.read(name, flight)
             PyDict_SetItem(self._flights, name, flight)
@@ -430,12 +430,12 @@ cdef class NearCache:
             self._joins += 1
         return waiter
 
-    cdef _Flight _boarding_flight(self, str name, double now):
+    cdef _PendingRead _boarding_flight(self, str name, double now):
         """Return the read of a name that is under way and may be joined."""
         cdef PyObject* found = PyDict_GetItem(self._flights, name) if self._live else NULL
-        if found == NULL or now >= (<_Flight>found).boarding_ends:
+        if found == NULL or now >= (<_PendingRead>found).boarding_ends:
             return None
-        return <_Flight>found
+        return <_PendingRead>found
 
     cdef object _bulk(self, int kind, names):
         cdef dict found = {}
@@ -444,7 +444,7 @@ cdef class NearCache:
         cdef double now = dscache_monotonic()
         cdef bint stale
         cdef _Entry entry
-        cdef _Flight flight
+        cdef _PendingRead flight
         cdef str key
         if isinstance(names, (str, bytes)):
             raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
@@ -466,11 +466,11 @@ cdef class NearCache:
             else:
                 PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
         waiter = self._create_waiter()
-        cdef _Gathering gathering = _Gathering.__new__(_Gathering, self, kind, found, waiter)
+        cdef _BulkRead gathering = _BulkRead.__new__(_BulkRead, self, kind, found, waiter)
         if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
             for key in missing:
                 gathering.flights.append(
-                    _Flight.__new__(_Flight, self, key, now + self._boarding)
+                    _PendingRead.__new__(_PendingRead, self, key, now + self._boarding)
                 )
         # One more is awaited until all of them are, so that it can't end before.
         gathering.awaited = 1
@@ -532,7 +532,7 @@ cdef inline Record _record_of(_Entry entry, bint stale):
 
 
 @cython.final
-cdef class _Flight:
+cdef class _PendingRead:
     """A read under way of one name: the waiter of the pipeline, for all who wait."""
 
     cdef NearCache _near
@@ -549,7 +549,7 @@ cdef class _Flight:
     def set_result(self, Record record, /):
         self._near.landed(self)
         for waiter in self.waiters:
-            _tell(waiter, record)
+            _resolve(waiter, record)
             record = _another(record)
 
     def set_exception(self, error, /):
@@ -558,13 +558,13 @@ cdef class _Flight:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _fail(waiter, partial(c.again, error))
+                _reject(waiter, partial(c.copy_error, error))
             else:
-                _tell(waiter, known)
+                _resolve(waiter, known)
 
 
 @cython.final
-cdef class _Gathering:
+cdef class _BulkRead:
     """A bulk read of which a part was at hand, and others are awaited.
 
     It is the pipeline's waiter for those that are read for it, in which others may join.
@@ -591,14 +591,14 @@ cdef class _Gathering:
         self.flights = []
 
     def set_result(self, found, /):
-        cdef _Flight flight
+        cdef _PendingRead flight
         self._rest.update(found)
         for flight in self.flights:
             flight.set_result(_another(found.get(flight.name)))
         self._come()
 
     def set_exception(self, error, /):
-        cdef _Flight flight
+        cdef _PendingRead flight
         cdef dict found = {}
         cdef dict errors
         if isinstance(error, BulkError):
@@ -654,26 +654,26 @@ cdef class _Gathering:
             if value is not None:
                 PyDict_SetItem(result, name, value)
         if not self._errors:
-            return _tell(self._waiter, result)
+            return _resolve(self._waiter, result)
         failure = self._failure
         is_served = self._rest or any(
             getattr(known, "stale", False) for known in self._found.values()
         )
         if failure is not None and not is_served:
-            return _fail(self._waiter, lambda: failure)
+            return _reject(self._waiter, lambda: failure)
         operation = f"{c.OPERATIONS[self._kind]}_bulk"
-        return _fail(self._waiter, partial(BulkError, operation, self._errors, result))
+        return _reject(self._waiter, partial(BulkError, operation, self._errors, result))
 
 
 @cython.final
 cdef class _Part:
     """The waiter of one name of a bulk read, on a flight that it has joined."""
 
-    cdef _Gathering _gathering
+    cdef _BulkRead _gathering
     cdef str _name
     cdef bint _has_come
 
-    def __cinit__(self, _Gathering gathering, str name):
+    def __cinit__(self, _BulkRead gathering, str name):
         self._gathering = gathering
         self._name = name
 

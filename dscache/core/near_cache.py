@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BulkError
 from . import constants as c
-from .batch import fail, serials, tell
+from .batch import reject, resolve, serials
 from .record import Record, check_name
 from .resp import Encoder
 
@@ -59,7 +59,7 @@ _UNKNOWN: Final = object()
 LIVE, LOST, OVER = range(3)
 
 
-class Reach:
+class Reachability:
     """Whether there is a connection to a node now.
 
     It is ``over`` when all that came from there up to now is known to be outdated.
@@ -81,7 +81,7 @@ class Epoch:
 
     __slots__ = ("_last_mark", "_last_sent", "_mark", "_sent", "known", "reach", "state")
 
-    def __init__(self, reach: Reach) -> None:
+    def __init__(self, reach: Reachability) -> None:
         self.reach = reach
         self.state = LIVE
         self.known = time.monotonic()
@@ -165,7 +165,7 @@ class NearCache:
         self._serve_stale = serve_stale
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[str, PendingRead] = {}
         self._fences: dict[str, int] = {}
         self._floor = 0
         # How often each slot has moved.
@@ -361,7 +361,7 @@ class NearCache:
         self._counts["stale"] += 1
         return self._record(name, entry, True)
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, flight: PendingRead) -> None:
         """Note that a flight takes nobody on board any more."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
@@ -400,7 +400,7 @@ class NearCache:
         now = time.monotonic()
         flight = self._boarding_flight(name, now)
         if flight is None:
-            flight = Flight(self, name, now + self._boarding)
+            flight = PendingRead(self, name, now + self._boarding)
             flight.waiters.append(waiter)
             self._inner.read(name, flight)
             self._flights[name] = flight
@@ -410,7 +410,7 @@ class NearCache:
             self._counts["joins"] += 1
         return waiter
 
-    def _boarding_flight(self, name: str, now: float) -> Flight | None:
+    def _boarding_flight(self, name: str, now: float) -> PendingRead | None:
         """Return the read of a name that is under way and may be joined."""
         flight = self._flights.get(name)
         return flight if flight is not None and now < flight.boarding_ends and self._live else None
@@ -420,7 +420,7 @@ class NearCache:
             raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
-        flights: list[Flight] = []
+        flights: list[PendingRead] = []
         now = time.monotonic()
         for name in names:
             name = check_name(name)
@@ -439,9 +439,9 @@ class NearCache:
             else:
                 found[name] = None if entry.raw is None else entry.version
         waiter = self._create_waiter()
-        gathering = Gathering(self, kind, found, waiter)
+        gathering = BulkRead(self, kind, found, waiter)
         if kind == c.GET and len(missing) <= c.NEAR_SHARED:
-            gathering.flights += (Flight(self, name, now + self._boarding) for name in missing)
+            gathering.flights += (PendingRead(self, name, now + self._boarding) for name in missing)
         # One more is awaited until all of them are, so that it can't end before.
         gathering.awaited = 1
         if missing or not found:
@@ -477,7 +477,7 @@ class NearCache:
             self._counts["evictions"] += 1
 
 
-class Flight:
+class PendingRead:
     """A read under way of one name: the waiter of the pipeline, for all who wait."""
 
     __slots__ = ("_near", "boarding_ends", "name", "waiters")
@@ -491,7 +491,7 @@ class Flight:
     def set_result(self, record: Record | None, /) -> None:
         self._near.landed(self)
         for waiter in self.waiters:
-            tell(waiter, record)
+            resolve(waiter, record)
             record = _another(record)
 
     def set_exception(self, error: Exception, /) -> None:
@@ -499,12 +499,12 @@ class Flight:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
             if known is None:
-                fail(waiter, partial(c.again, error))
+                reject(waiter, partial(c.copy_error, error))
             else:
-                tell(waiter, known)
+                resolve(waiter, known)
 
 
-class Gathering:
+class BulkRead:
     """A bulk read of which a part was at hand, and others are awaited.
 
     It is the pipeline's waiter for those that are read for it, in which others may join.
@@ -532,7 +532,7 @@ class Gathering:
         self._errors: dict[str, Exception] = {}
         self._failure: Exception | None = None
         self.awaited = 0
-        self.flights: list[Flight] = []
+        self.flights: list[PendingRead] = []
         self._is_read = False  # those that are read for it have come
 
     def set_result(self, found: Mapping[str, Any], /) -> None:
@@ -600,12 +600,12 @@ class Gathering:
             getattr(known, "stale", False) for known in self._found.values()
         )
         if not self._errors:
-            tell(self._waiter, result)
+            resolve(self._waiter, result)
         elif failure is not None and not is_served:
-            fail(self._waiter, lambda: failure)
+            reject(self._waiter, lambda: failure)
         else:
             operation = c.OPERATIONS[self._kind] + "_bulk"
-            fail(self._waiter, partial(BulkError, operation, self._errors, result))
+            reject(self._waiter, partial(BulkError, operation, self._errors, result))
 
 
 class Part:
@@ -613,7 +613,7 @@ class Part:
 
     __slots__ = ("_gathering", "_has_come", "_name")
 
-    def __init__(self, gathering: Gathering, name: str) -> None:
+    def __init__(self, gathering: BulkRead, name: str) -> None:
         self._gathering = gathering
         self._name = name
         self._has_come = False

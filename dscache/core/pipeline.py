@@ -29,16 +29,17 @@ A command that is refused for want of its script, or for one of its records, is 
 keeps its place: the queue is in the order in which the batches were issued. What was sent behind
 it is done first, though. Reads of the names that it writes are therefore read again behind the
 repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
-that one: its waiters hang on the later one's (``Overtaken``), or get the refusal where that would
-tell an untruth. A read that a write has overtaken gets it too: what it would have read is gone.
+that one: its waiters hang on the later one's (``SupersededWrite``), or get the refusal where that
+would tell an untruth. A read that a write has overtaken gets it too: what it would have read is
+gone.
 
 On a cluster each node has its pipeline, and the ``Router`` gives it what it serves. Records of
 one slot share a command. A command that the node redirects leaves the pipeline, by ``redirected``,
-for whoever knows the nodes; what waits can be taken away by ``release``, and ``adopt`` takes it
-over on another node, in the order in which it was issued. ``fence`` tells when all is answered
+for whoever knows the nodes; what waits can be taken away by ``take_queued``, and ``requeue`` takes
+it over on another node, in the order in which it was issued. ``fence`` tells when all is answered
 that was in flight at some moment, so that nothing newer overtakes it on another node.
 
-Every waiter is settled by ``tell`` or ``fail``, and a bulk's by ``Bulk.settle``.
+Every waiter is settled by ``resolve`` or ``reject``, and a bulk's by ``Bulk.settle``.
 """
 
 from __future__ import annotations
@@ -58,22 +59,22 @@ from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import envelope as e
 from .batch import (
-    NOBODY,
+    DISCARDED,
     Batch,
     Bulk,
     Command,
-    Overtaken,
+    SupersededWrite,
     Write,
-    fail,
+    reject,
+    resolve,
     serials,
-    tell,
     waiter_of,
     with_waiter,
 )
 from .constants import ErrorOf
 from .latency import Latencies
-from .message import Inbox, pack_message
-from .near_cache import LOST, OVER, Epoch, NearCache, Reach
+from .message import MessageDispatcher, pack_message
+from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import Encoder, LengthGuard, pack_command, slot_of_key
 
@@ -100,8 +101,8 @@ class Pipeline:
     seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one, and ``inbox`` the Inbox that takes the messages which it is subscribed to; they
-    are ``plain`` replies where the server does not speak RESP3.
+    there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
+    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -139,8 +140,8 @@ class Pipeline:
         self.has_msetex = False
         self.read_only = False
         self.near: NearCache | None = None
-        self.inbox: Inbox | None = None
-        self.plain = False
+        self.inbox: MessageDispatcher | None = None
+        self.resp2_pubsub = False
         self._messages = 0
         self.redirected: list[tuple[str, int, Batch]] = []
         self.settled = 0
@@ -182,7 +183,7 @@ class Pipeline:
         self._bytes_in = 0
         self._latencies = Latencies()
         self._now = 0.0  # when the replies at hand have come, as soon as somebody has looked
-        self._reach = Reach()
+        self._reach = Reachability()
         self._epoch: Epoch | None = None
         self.reset_reader()
 
@@ -207,7 +208,7 @@ class Pipeline:
         """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
         name = check_name(name)
         write = self.make_write(name, version, data, ttl, if_newer)
-        self.admit(len(write.text))
+        self.check_capacity(len(write.text))
         waiter = write.waiter = self._create_waiter()
         kind = kind_of(write.ttl, if_newer)
         while (earlier := self._add(kind, name, write)) is not write:
@@ -289,7 +290,7 @@ class Pipeline:
         """
         topic = e.topic_of(message) if topic is None else e.check_topic(topic)
         text = pack_message(topic, opening, message, sharded)
-        self.admit(len(text))
+        self.check_capacity(len(text))
         # Each with a name of its own, as they are many to a topic.
         self._messages += 1
         name = f"{{{topic}}}{self._messages}"
@@ -303,7 +304,7 @@ class Pipeline:
         """Return how far ``settled`` will be when all that is in flight now has been answered."""
         return self.settled + len(self._slots)
 
-    def release(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
+    def take_queued(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
         """Give away what waits and belongs to another pipeline now, each with that pipeline."""
         kept: list[Batch] = []
         released: list[tuple[Any, Batch]] = []
@@ -315,9 +316,9 @@ class Pipeline:
             for batch in waiting:
                 if batch.target is not None:
                     released.append((batch.target, batch))
-                elif batch.asking and not batch.over():
+                elif batch.asking and not batch.abandoned():
                     kept.append(batch)  # it was sent here, although the slot is another node's
-                elif not batch.over():
+                elif not batch.abandoned():
                     self._release_batch(batch, target_of, kept, released, split)
             self._replace_queue(kept, len(waiting))
             for batch, rest in split:
@@ -360,13 +361,13 @@ class Pipeline:
             else:
                 released.append((target, part))
 
-    def adopt(self, batches: Iterable[Batch]) -> None:
+    def requeue(self, batches: Iterable[Batch]) -> None:
         """Queue what another pipeline gave away, each in the place of its age.
 
         What waits here already, or was even sent, is left alone: whoever could not finish giving
         something away does it again.
         """
-        self.rouse()
+        self.notify_pending()
         self._open.clear()
         self._busy = True
         try:
@@ -434,7 +435,7 @@ class Pipeline:
             and size < c.COMMAND_BYTES
         ):
             batch = queue[0]
-            if batch.over() or not batch.records:
+            if batch.abandoned() or not batch.records:
                 self.queued -= batch.waiting()
                 queue.popleft()
                 continue
@@ -538,7 +539,7 @@ class Pipeline:
         epoch, self._epoch = self._epoch, None
         if state == OVER:  # and so is what earlier connections brought
             self._reach.over = True
-            self._reach = Reach()
+            self._reach = Reachability()
         if epoch is not None and self.near is not None:
             epoch.state = state
             self.near.count_flush(reason)
@@ -553,12 +554,12 @@ class Pipeline:
         self._busy = True
         try:
             for batch, _count in self._slots.copy():  # all: a repeat may be behind younger ones
-                if batch.over():
+                if batch.abandoned():
                     continue
                 if batch.deadline > now:
                     next_deadline = min(next_deadline, batch.deadline)
                 else:
-                    make = partial(c.too_late, self.address, self._timeout, pending)
+                    make = partial(c.no_answer_in_time, self.address, self._timeout, pending)
                     self._fail_batch(batch, make)
             self._drop_late(now)
         finally:
@@ -573,12 +574,17 @@ class Pipeline:
         queue = self._queue
         while queue:
             batch = queue[0]
-            if not batch.over():
+            if not batch.abandoned():
                 if batch.deadline > now:
                     break
                 pending = self.in_flight
                 make = partial(
-                    c.never_sent, self.address, self._timeout, pending, self.down, batch.trail
+                    c.never_sent,
+                    self.address,
+                    self._timeout,
+                    pending,
+                    self.down,
+                    batch.redirections,
                 )
                 doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
                 self._open.clear()
@@ -608,7 +614,7 @@ class Pipeline:
         self._severed = True  # until all is settled: no reply of this connection counts any more
         kept: dict[Batch, None] = {}
         for batch, _count in self._slots.copy():
-            if batch.over() or batch in kept:
+            if batch.abandoned() or batch in kept:
                 continue
             if batch.answered >= len(batch.records):
                 # Its last reply was read, though whatever was to follow has failed.
@@ -620,13 +626,15 @@ class Pipeline:
             else:
                 self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
         waiting = self._queue.copy()
-        kept.update(dict.fromkeys(one for one in (*waiting, *self._returned) if not one.over()))
+        kept.update(
+            dict.fromkeys(one for one in (*waiting, *self._returned) if not one.abandoned())
+        )
         # What broke the protocol is not to be believed in anything.
         self._end_epoch(LOST if retry else OVER, "connection")
         self._reach.up = False
         self._replace_queue(list(kept), len(waiting))
         for batch, _count in self._slots:  # none of those that wait has anything in flight now
-            if not batch.over():
+            if not batch.abandoned():
                 batch.sent = batch.answered
         self.settled += len(self._slots)
         self._slots.clear()
@@ -645,9 +653,9 @@ class Pipeline:
         try:
             in_flight = [batch for batch, _count in self._slots]
             for batch in (*in_flight, *self._queue, *self._returned):
-                if not batch.over():
+                if not batch.abandoned():
                     self._fail_batch(batch, error_of, doubt)
-            while self._queue and self._queue[0].over():  # what came meanwhile stays
+            while self._queue and self._queue[0].abandoned():  # what came meanwhile stays
                 self._queue.popleft()
             self.settled += len(self._slots)
             self._slots.clear()
@@ -707,7 +715,7 @@ class Pipeline:
     def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
         return Batch(kind, time.monotonic() + self._timeout, 0, records)
 
-    def rouse(self) -> None:
+    def notify_pending(self) -> None:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
         if not self._awake:
             self._wake()
@@ -716,7 +724,7 @@ class Pipeline:
     def _enqueue(self, batch: Batch, is_open: bool) -> None:
         """Let a batch with all that it needs wait, and others join it if it ``is_open``.
 
-        The caller has called ``rouse``.
+        The caller has called ``notify_pending``.
         """
         if not is_open or any(other.kind == batch.kind for other in self._open):
             self._open.clear()
@@ -751,7 +759,7 @@ class Pipeline:
         batch = self._joinable(kind, name)
         if batch is None:
             batch = self._new_batch(kind, {name: entry})
-            self.rouse()
+            self.notify_pending()
             self._enqueue(batch, True)
         elif (earlier := batch.records.setdefault(name, entry)) is not entry:
             return earlier
@@ -771,7 +779,7 @@ class Pipeline:
         self._add(kind, name, Command(text, waiter))
         self.pending_bytes += len(text)
 
-    def admit(self, size: int) -> None:
+    def check_capacity(self, size: int) -> None:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much.
 
         Raises what ``wake`` does if it comes in another thread.
@@ -785,10 +793,10 @@ class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.full(self.address, self.operations, self.pending_bytes)
+            raise c.overloaded(self.address, self.operations, self.pending_bytes)
 
     def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
-        self.admit(0)
+        self.check_capacity(0)
         if waiter is None:
             waiter = self._create_waiter()
         while (earlier := self._add(kind, name, waiter)) is not waiter:
@@ -807,13 +815,13 @@ class Pipeline:
     def _add_bulk(
         self, kind: int, records: dict[str, Any], size: int = 0, waiter: Any = None
     ) -> Any:
-        self.admit(size)
+        self.check_capacity(size)
         if waiter is None:
             waiter = self._create_waiter()
         if records:
             self.add_part(new_bulk(kind, records, waiter), kind, records, size)
         else:
-            self.rouse()
+            self.notify_pending()
             self._calls += 1
             waiter.set_result(new_bulk(kind, records, waiter).result)
         return waiter
@@ -823,7 +831,7 @@ class Pipeline:
         batch = self._new_batch(kind, records)
         batch.bulk = bulk
         batch.counted = True
-        self.rouse()
+        self.notify_pending()
         self._enqueue(batch, False)
         self._calls += 1
         self.queued += len(records)
@@ -847,7 +855,7 @@ class Pipeline:
                 self.partial = 0
                 if type(reply) is hiredis.PushNotification:
                     self._take_push(reply)
-                elif self.plain and e.is_plain_message(reply):
+                elif self.resp2_pubsub and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
                     self._answer(reply)
@@ -891,7 +899,7 @@ class Pipeline:
         """Take what answers a subscription, though it is no reply; or ends one unasked."""
         assert self.inbox is not None
         batch = self._slots[0][0] if self._slots else None
-        asked = batch is not None and batch.kind == c.COMMAND and not batch.over()
+        asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
         if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
             self._answer(list(push))
         else:
@@ -920,7 +928,7 @@ class Pipeline:
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
         first = batch.answered
-        was_over = batch.over()
+        was_over = batch.abandoned()
         refused = type(reply) is ReplyError
         if was_over:
             batch.answered += count
@@ -938,7 +946,7 @@ class Pipeline:
             self._answer_delete(batch, reply)
         elif batch.kind == c.COMMAND:
             batch.answered = 1
-            tell(batch.entries[0], reply)
+            resolve(batch.entries[0], reply)
         elif batch.kind >= c.READ_KEY:
             self._answer_key(batch, reply)
         else:
@@ -952,7 +960,7 @@ class Pipeline:
         if batch.bulk is None:
             self.operations -= count
             told = count
-        elif batch.counted and (batch.answered == len(batch.names) or batch.over()):
+        elif batch.counted and (batch.answered == len(batch.names) or batch.abandoned()):
             batch.counted = False
             self.operations -= 1
             told = 1
@@ -985,7 +993,7 @@ class Pipeline:
                 stored, raw = reply[i], reply[i + 1]
                 name = batch.names[batch.answered]
                 entry = batch.entries[batch.answered]
-                if entry is NOBODY:
+                if entry is DISCARDED:
                     batch.answered += 1
                     continue
                 if type(stored) is bytes and type(raw) is bytes:
@@ -1000,9 +1008,9 @@ class Pipeline:
                             bulk.result[name] = Record(name, version, raw)
                         elif type(entry) is list:
                             for waiter in entry:
-                                tell(waiter, Record(name, version, raw))
+                                resolve(waiter, Record(name, version, raw))
                         else:
-                            tell(entry, Record(name, version, raw))
+                            resolve(entry, Record(name, version, raw))
                 else:
                     for value in (stored, raw):
                         if value is not None and type(value) is not bytes:
@@ -1015,7 +1023,7 @@ class Pipeline:
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:
-                        tell(entry, None)
+                        resolve(entry, None)
                 self._counts["reads"] += 1
                 batch.answered += 1
                 settled += 1
@@ -1037,7 +1045,7 @@ class Pipeline:
         has_version = type(stored) is bytes
         if not has_version and stored is not None and type(stored) is not ReplyError:
             raise self._wrong_shape("GET", stored)
-        if entry is NOBODY:
+        if entry is DISCARDED:
             batch.answered += 1
             return
         self._counts["reads"] += 1
@@ -1048,7 +1056,7 @@ class Pipeline:
             else:
                 self._counts["hits"] += 1
                 if batch.bulk is None:
-                    tell(entry, version)
+                    resolve(entry, version)
                 else:
                     batch.bulk.result[name] = version
         else:
@@ -1056,7 +1064,7 @@ class Pipeline:
                 self._counts["halves"] += 1
             self._counts["misses"] += 1
             if batch.bulk is None:
-                tell(entry, None)
+                resolve(entry, None)
         batch.answered += 1
         if batch.bulk is not None:
             batch.bulk.settle(1)
@@ -1066,7 +1074,7 @@ class Pipeline:
             raise self._wrong_shape("MSET or MSETEX", reply)
         if batch.bulk is None:
             for write in batch.entries[batch.answered : batch.answered + count]:
-                tell(write.waiter, True)
+                resolve(write.waiter, True)
         self._counts["writes"] += count
         batch.answered += count
         if batch.bulk is not None:
@@ -1089,7 +1097,7 @@ class Pipeline:
                 else:
                     self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
                     if bulk is None:
-                        tell(entry.waiter, value == c.WRITTEN)
+                        resolve(entry.waiter, value == c.WRITTEN)
                     elif value == c.NOT_NEWER:
                         bulk.result.add(name)
                 batch.answered += 1
@@ -1107,7 +1115,7 @@ class Pipeline:
         self._counts["deletes"] += 1
         batch.answered += 1
         if batch.bulk is None:
-            tell(entry, reply == 2)
+            resolve(entry, reply == 2)
         else:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
@@ -1123,7 +1131,7 @@ class Pipeline:
             raise self._wrong_shape("a command of one key", reply)
         entry = batch.entries[batch.answered]
         batch.answered += 1
-        tell(entry.waiter, reply)
+        resolve(entry.waiter, reply)
 
     def _check_array(self, reply: Any, length: int, command: str) -> None:
         if type(reply) is not list or len(reply) != length:
@@ -1163,14 +1171,16 @@ class Pipeline:
         for i in range(batch.answered, batch.answered + count):
             name = batch.names[i]
             entry = batch.entries[i]
-            if entry is NOBODY:
+            if entry is DISCARDED:
                 settled -= 1
             elif (lost_script or mixed) and name not in later:
                 again[name] = entry
                 repeated += i < batch.repeated
             else:
                 refusal = self._refusal(error, batch.kind, name)
-                if name not in later or not self._hang(batch, entry, *later[name], refusal):
+                if name not in later or not self._attach_to_newer_write(
+                    batch, entry, *later[name], refusal
+                ):
                     self._give_error(batch, name, entry, refusal)
         if again:
             self._send_again(batch, again, repeated, lost_script, mixed)
@@ -1189,25 +1199,25 @@ class Pipeline:
         where that would tell an untruth. A guarded one undoes nothing.
         """
         later = self._written_after(batch, True) if c.SET <= batch.kind <= c.DELETE else {}
-        trail = (*batch.trail, f"{self.address}: {error.message}")
+        redirections = (*batch.redirections, f"{self.address}: {error.message}")
         limit = self._max_redirections
         again: dict[str, Any] = {}
         failed = repeated = 0
         for i in range(batch.answered, batch.answered + count):
             name = batch.names[i]
             entry = batch.entries[i]
-            if entry is NOBODY:
+            if entry is DISCARDED:
                 continue
             refusal = self._refusal(error, batch.kind, name)
-            if len(trail) > limit:
+            if len(redirections) > limit:
                 context = f"{c.describe(batch.kind, name)} at {self.address}"
-                make = partial(c.led_astray, error.message, trail, limit, context)
+                make = partial(c.too_many_redirections, error.message, redirections, limit, context)
                 self._give_error(batch, name, entry, make)
                 failed += 1
             elif name not in later or batch.kind == c.SET_IF_NEWER:
                 again[name] = entry
                 repeated += i < batch.repeated
-            elif later[name][0].kind != c.SET_IF_NEWER and self._hang(
+            elif later[name][0].kind != c.SET_IF_NEWER and self._attach_to_newer_write(
                 batch, entry, *later[name], refusal
             ):
                 continue
@@ -1219,10 +1229,10 @@ class Pipeline:
                 repeated += i < batch.repeated
         if again:
             part = batch.part(again, repeated)
-            part.trail = trail
+            part.redirections = redirections
             part.asking = False
             # One whose keys are on their way holds up no other of its slot a second time.
-            part.alone = batch.alone or error.code == "TRYAGAIN"
+            part.one_per_command = batch.one_per_command or error.code == "TRYAGAIN"
             self.redirected.append(
                 (error.message, self.slot_of(batch.kind, next(iter(again))), part)
             )
@@ -1235,12 +1245,17 @@ class Pipeline:
         return slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
 
     def _send_again(
-        self, batch: Batch, again: dict[str, Any], repeated: int, lost_script: bool, alone: bool
+        self,
+        batch: Batch,
+        again: dict[str, Any],
+        repeated: int,
+        lost_script: bool,
+        one_per_command: bool,
     ) -> None:
         """Queue records of a batch once more, in the batch's place."""
         repeat = batch.part(again, repeated)
         repeat.whole_script = lost_script or batch.whole_script
-        repeat.alone = alone or batch.alone
+        repeat.one_per_command = one_per_command or batch.one_per_command
         repeat.counted = batch.bulk is not None
         self._returned.append(repeat)
         self.queued += len(again)
@@ -1253,17 +1268,17 @@ class Pipeline:
     def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
         """Let reads in flight behind a write that is repeated be read again behind it."""
         for later in self._batches_in_flight():
-            if later.serial <= batch.serial or later.kind > c.HEAD or later.over():
+            if later.serial <= batch.serial or later.kind > c.HEAD or later.abandoned():
                 continue
             again: dict[str, Any] = {}
             for i in range(later.answered, later.sent):
-                if later.names[i] in names and later.entries[i] is not NOBODY:
+                if later.names[i] in names and later.entries[i] is not DISCARDED:
                     again[later.names[i]] = later.entries[i]
             if again:
                 self._send_again(later, again, 0, False, False)
             for i in range(later.answered, later.sent):
                 if later.names[i] in again:
-                    later.entries[i] = NOBODY
+                    later.entries[i] = DISCARDED
 
     def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
         """Return where the first later write of each name is that a repeat could undo or see,
@@ -1282,7 +1297,7 @@ class Pipeline:
             by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
             if newer and later.kind <= c.HEAD:
                 for i in range(later.answered, later.sent):
-                    if later.entries[i] is not NOBODY:
+                    if later.entries[i] is not DISCARDED:
                         read.add(later.names[i])
             elif newer and (loaded or not by_script):
                 harmless = guarded and batch.kind == c.SET_IF_NEWER
@@ -1293,7 +1308,7 @@ class Pipeline:
             loaded = loaded or later.whole_script
         return found
 
-    def _hang(
+    def _attach_to_newer_write(
         self,
         batch: Batch,
         entry: Any,
@@ -1308,16 +1323,16 @@ class Pipeline:
         """
         if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
             return False
-        if later.bulk is not None or later.over() or read:
+        if later.bulk is not None or later.abandoned() or read:
             return False
         there = later.entries[i]
         if later.kind == c.DELETE:
-            removal = Overtaken(there, refusal, True)
-            later.entries[i] = [removal, Overtaken(entry.waiter, refusal, True)]
+            removal = SupersededWrite(there, refusal, True)
+            later.entries[i] = [removal, SupersededWrite(entry.waiter, refusal, True)]
         elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
             return False
         else:
-            there.waiter = with_waiter(there.waiter, Overtaken(entry.waiter, refusal, False))
+            there.waiter = with_waiter(there.waiter, SupersededWrite(entry.waiter, refusal, False))
         return True
 
     def _recount(self) -> None:
@@ -1329,10 +1344,10 @@ class Pipeline:
         for batch in pending:
             if batch.bulk is None:
                 # What is over and was not sent will never be.
-                last = batch.sent if batch.over() else len(batch.records)
+                last = batch.sent if batch.abandoned() else len(batch.records)
                 operations += last - batch.answered
             else:
-                batch.counted = not batch.over() and batch.answered < len(batch.records)
+                batch.counted = not batch.abandoned() and batch.answered < len(batch.records)
                 operations += batch.counted
             pending_bytes += batch.text_size()
         self.in_flight = sum(count for _batch, count in slots)
@@ -1350,7 +1365,7 @@ class Pipeline:
         """Give one record its error: to its waiters, or into its bulk's."""
         self._failed += batch.kind < c.COMMAND
         if batch.bulk is None:
-            fail(waiter_of(entry), make)
+            reject(waiter_of(entry), make)
             return
         batch.bulk.errors[name] = make()
         if batch.kind == c.GET:
@@ -1375,7 +1390,7 @@ class Pipeline:
                 doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
             ):
                 make = error_of_doubt
-            fail(bulk.waiter, partial(make, bulk.operation))
+            reject(bulk.waiter, partial(make, bulk.operation))
             bulk.over = True
             self._failed += bulk.remaining
             batch.expired = True
@@ -1384,7 +1399,7 @@ class Pipeline:
         while batch.failed < len(batch.names):
             name = batch.names[batch.failed]
             entry = batch.entries[batch.failed]
-            if entry is not NOBODY:
+            if entry is not DISCARDED:
                 make = error_of
                 if error_of_doubt is not None and batch.failed < doubtful:
                     make = error_of_doubt

@@ -8,7 +8,7 @@ process) and ``message.py`` (messages, and where they wait).
 
 from __future__ import annotations
 
-from .message import Inbox, Mailbox, Message
+from .message import Message, MessageDispatcher, SubscriberQueue
 from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
 from .record import Record, check_name, check_version, encode_data, parse_version
@@ -17,13 +17,13 @@ from .router import Router
 
 __all__ = [
     "NEAR_ENTRY_BYTES",
-    "Inbox",
-    "Mailbox",
     "Message",
+    "MessageDispatcher",
     "NearCache",
     "Pipeline",
     "Record",
     "Router",
+    "SubscriberQueue",
     "check_name",
     "check_version",
     "encode_data",

@@ -214,7 +214,7 @@ cdef class _Encoder:
         cdef _Write write
         if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
             limit = SCRIPT_RECORDS
-        if batch.alone:
+        if batch.one_per_command:
             limit = 1
         if last > first + limit:
             last = first + limit

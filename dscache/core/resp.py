@@ -82,7 +82,7 @@ class Encoder:
         msetex = kind == c.SET_TTL and has_msetex
         script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
         limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
-        last = min(first + (1 if batch.alone else limit), len(batch.names))
+        last = min(first + (1 if batch.one_per_command else limit), len(batch.names))
         if c.SET <= kind <= c.SET_IF_NEWER:
             size = 0
             for i in range(first, last):

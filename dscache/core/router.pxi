@@ -144,9 +144,9 @@ cdef class Router:
             target = self.target_of(kind, key)
             totals[target] = totals.get(target, 0) + size
         for pipeline, total in totals.items():
-            pipeline.admit(total)
+            pipeline.check_capacity(total)
         for pipeline in totals:
-            pipeline.rouse()
+            pipeline.notify_pending()
 
     cdef object _bulk(self, int kind, dict records, waiter=None):
         cdef list pipelines = self.readers if kind <= HEAD else self.owners
@@ -177,16 +177,16 @@ cdef class Router:
                 for entry in part.values():
                     size += PyBytes_GET_SIZE((<_Write>entry).text)
             sizes[pipeline] = size
-            pipeline.admit(size)
+            pipeline.check_capacity(size)
         for pipeline in parts:
-            pipeline.rouse()
+            pipeline.notify_pending()
         if waiter is None:
             waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
         self._split += PyDict_Size(parts) - 1
         if not records:
-            (<Pipeline?>pipelines[0]).admit(0)
-            (<Pipeline?>pipelines[0]).rouse()
+            (<Pipeline?>pipelines[0]).check_capacity(0)
+            (<Pipeline?>pipelines[0]).notify_pending()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():
             pipeline.add_part(bulk, kind, part, sizes[pipeline])

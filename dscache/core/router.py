@@ -148,9 +148,9 @@ class Router:
             pipeline = self.target_of(kind, key)
             totals[pipeline] = totals.get(pipeline, 0) + size
         for pipeline, total in totals.items():
-            pipeline.admit(total)
+            pipeline.check_capacity(total)
         for pipeline in totals:
-            pipeline.rouse()
+            pipeline.notify_pending()
 
     def _bulk(self, kind: int, records: dict[str, Any], waiter: Any = None) -> Any:
         pipelines = self.readers if kind <= c.HEAD else self.owners
@@ -166,16 +166,16 @@ class Router:
         for pipeline, part in parts.items():
             # Refused by one of them, it must not be under way to the others.
             size = sizes[pipeline] = sum(len(w.text) for w in part.values() if type(w) is Write)
-            pipeline.admit(size)
+            pipeline.check_capacity(size)
         for pipeline in parts:
-            pipeline.rouse()
+            pipeline.notify_pending()
         if waiter is None:
             waiter = self._create_waiter()
         bulk = new_bulk(kind, records, waiter, shared=True)
         self._split += len(parts) - 1
         if not records:
-            pipelines[0].admit(0)
-            pipelines[0].rouse()
+            pipelines[0].check_capacity(0)
+            pipelines[0].notify_pending()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():
             pipeline.add_part(bulk, kind, part, sizes[pipeline])

@@ -18,7 +18,7 @@ from . import constants as c
 from .latency import Latencies
 
 
-class RecordsApart:
+class SplitRecords:
     """The operations of a Router, for records that lie apart.
 
     ``router`` is set after construction, since each needs the other.

@@ -36,7 +36,7 @@ def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = Fal
         }
 
 
-def told(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the counters of several as a Pipeline tells its own; others are left out."""
     total: dict[str, Any] = dict.fromkeys(NAMES, 0)
     for part in parts:

@@ -1,7 +1,7 @@
 """What all lines of a blocking cache know of their cluster: its nodes, and who serves which slot.
 
 Nothing runs in the background here. Who finds that the map may be outdated says so
-(``note_stale``); who next has time for it, and ``claim``s it, asks the nodes anew beside an
+(``record_stale``); who next has time for it, and ``claim``s it, asks the nodes anew beside an
 operation of its own, while the others go on with what is known. A claim ends by itself, since an
 exception may strike whoever holds it.
 
@@ -26,7 +26,7 @@ from ..core import stats as counters
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConfigError, ConnectError, ReplyError
 from .seeds import AT_ONCE, Seeds
-from .slot_table import Place, Shard, Table
+from .slot_table import NodeInfo, Shard, SlotTable
 from .slots import ASKED, GAP, GAP_CAP, GAP_GROWTH, VIEWS_TO_LEAVE, Address, View
 
 _logger = logging.getLogger("dscache")
@@ -38,7 +38,7 @@ _AVOID_CAP: Final = 8.0
 _CLAIM_GRACE: Final = 0.25
 
 
-class ClusterMap:
+class ClusterState:
     """The nodes and slots of a cluster; any thread may use it."""
 
     def __init__(self, config: Config) -> None:
@@ -47,7 +47,7 @@ class ClusterMap:
         self.address = options.address
         self.timeout = options.slots_refresh_timeout
         """How long the nodes have to answer, in milliseconds."""
-        self.table = Table()
+        self.table = SlotTable()
         self.known = False
         """Whether any node has told its view yet."""
         self.refresh_at = 0.0
@@ -62,7 +62,7 @@ class ClusterMap:
         self.redirections = 0
         self.refreshes = 0
         self.last_loss = ""
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, NodeInfo] = {}
         self.lock = threading.RLock()
         self._options = options
         self._interval = (options.slots_refresh_interval or 0) / 1000 or inf
@@ -78,7 +78,7 @@ class ClusterMap:
 
     # -- when it is asked for again
 
-    def note_stale(self) -> None:
+    def record_stale(self) -> None:
         """Have the slots asked for again, as soon as may be."""
         with self.lock:
             if self._claim:
@@ -86,7 +86,7 @@ class ClusterMap:
             else:
                 self.refresh_at = min(self.refresh_at, self._asked_at + self._gap())
 
-    def claim(self, now: float) -> float:
+    def start_refresh(self, now: float) -> float:
         """Take it on to ask for the slots; returns 0 if it isn't due or somebody else does it."""
         with self.lock:
             if now < self.refresh_at:
@@ -95,7 +95,7 @@ class ClusterMap:
             self._is_stale = False
             return self._claim
 
-    def disclaim(self, claim: float) -> None:
+    def abandon_refresh(self, claim: float) -> None:
         """Give up a claim without an answer."""
         with self.lock:
             if claim == self._claim:
@@ -112,21 +112,21 @@ class ClusterMap:
 
     # -- what nodes have told
 
-    def place(self, address: Address) -> Place:
+    def place(self, address: Address) -> NodeInfo:
         """Return the node at an address."""
         shown = join_address(*address)
         found = self.places.get(shown)
         if found is None:
             with self.lock:
-                place = Place(self._seeds.options_at(address))
+                place = NodeInfo(self._seeds.options_at(address))
                 found = self.places.setdefault(shown, place)
         return found
 
-    def announced(self, address: Address) -> Place:
+    def announced(self, address: Address) -> NodeInfo:
         """Return the node that others name by an address."""
         return self.place(self._options.mapped(*address))
 
-    def place_at(self, shown: str) -> Place:
+    def place_at(self, shown: str) -> NodeInfo:
         """Return the node at an address as it is shown, which may be needed for the first time."""
         found = self.places.get(shown)
         if found is None:
@@ -134,32 +134,32 @@ class ClusterMap:
             found = self.place((host.strip("[]"), int(port)))
         return found
 
-    def primaries(self) -> list[Place]:
+    def primaries(self) -> list[NodeInfo]:
         """Return the nodes that serve slots; of very many those that were needed, or else one."""
         all_of_them = self.table.primaries
         known = [place for one in all_of_them if (place := self.places.get(one))]
         return known or [self.place_at(one) for one in list(all_of_them)[:1]]
 
-    def keep_counts(self, place: Place | None, counts: Mapping[str, Any]) -> None:
+    def keep_counts(self, place: NodeInfo | None, counts: Mapping[str, Any]) -> None:
         """Keep what was counted by lines that are no more, of a node or of none."""
         with self.lock:
             known = place is not None and self.places.get(place.shown) is place
             kept = place.counts if known and place is not None else self.past
             counters.add(kept, counts, lasting=True)
 
-    def note_moved(self, slot: int, place: Place) -> None:
+    def record_moved(self, slot: int, place: NodeInfo) -> None:
         """Note that a node was named as the one that serves a slot."""
         with self.lock:
             self.redirections += 1
             self.table.moved.append((slot, place.shown))
-        self.note_stale()
+        self.record_stale()
 
-    def note_redirected(self) -> None:
+    def record_redirected(self) -> None:
         """Count an operation that was sent away, or put off."""
         with self.lock:
             self.redirections += 1
 
-    def apply(self, view: View, since: Table, moved: int) -> None:
+    def apply(self, view: View, since: SlotTable, moved: int) -> None:
         """Take over a view; it was asked for when ``since`` had so many slots that moved."""
         mapped = self._options.mapped
         now = time.monotonic()
@@ -183,14 +183,14 @@ class ClusterMap:
                 shards.append(Shard(one.first, one.last, primary, self._readers(primary, replicas)))
             # Of slots that moved meanwhile, the view may be the older one; the next will tell.
             kept = self.table.moved[moved if self.table is since else 0 :]
-            table = Table(tuple(shards), kept)
+            table = SlotTable(tuple(shards), kept)
             if table != self.table:
                 self.table = table
             self._let_leave()
             self._done(now)
-            self._avoid_no_more_at(now)
+            self._include_replica_at(now)
 
-    def note_failure(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """Note that no node has told its view, and why."""
         retry = self._options.cluster_retry_strategy
         with self.lock:
@@ -241,7 +241,7 @@ class ClusterMap:
 
     # -- whom to ask
 
-    def to_ask(self, ready: Iterable[str]) -> list[Place]:
+    def to_ask(self, ready: Iterable[str]) -> list[NodeInfo]:
         """Return whom to ask for their view: of those who are ``ready`` the first come first."""
         chosen = [place for shown in ready if (place := self.places.get(shown))][:ASKED]
         self._name_seeds()
@@ -289,7 +289,7 @@ class ClusterMap:
         place = self.places.get(shown)
         return place is None or place.avoid_until <= now
 
-    def avoid(self, place: Place) -> None:
+    def exclude_replica(self, place: NodeInfo) -> None:
         """Read from others for a while, if that is a replica that can't be read."""
         with self.lock:
             table = self.table
@@ -308,10 +308,10 @@ class ClusterMap:
             again = now < place.avoid_until + _AVOID_CAP
             place.avoid_for = min(2 * place.avoid_for, _AVOID_CAP) if again else _AVOID_FIRST
             place.avoid_until = now + place.avoid_for
-            self.table = Table(tuple(shards), table.moved.copy())
-            self._avoid_no_more_at(now)
+            self.table = SlotTable(tuple(shards), table.moved.copy())
+            self._include_replica_at(now)
 
-    def _avoid_no_more_at(self, now: float) -> None:
+    def _include_replica_at(self, now: float) -> None:
         """Have the slots asked for again when a replica may be read again."""
         ends = [one.avoid_until for one in self.places.values() if one.avoid_until > now]
         if ends and not self._claim:
@@ -319,7 +319,7 @@ class ClusterMap:
 
     # -- connections
 
-    def note_connected(self, place: Place, server: str, again: bool) -> None:
+    def record_connected(self, place: NodeInfo, server: str, again: bool) -> None:
         """Note that a node was connected to, be it ``again`` by the same line."""
         with self.lock:
             place.connects += 1
@@ -329,31 +329,31 @@ class ClusterMap:
             place.trouble = place.refusal = None
         _logger.info("connected to %s (%s)", place.shown, server or "server unknown")
 
-    def note_unreachable(self, place: Place, said: Exception, refusal: ErrorOf | None) -> None:
+    def record_unreachable(self, place: NodeInfo, said: Exception, refusal: ErrorOf | None) -> None:
         """Note that a node could not be connected to."""
         if str(said) != str(place.trouble):
             _logger.warning("can't connect to %s: %s", place.shown, said)
         place.is_tried, place.trouble, place.refusal = True, said, refusal
-        self._note_lost(place, str(said))
+        self._record_lost(place, str(said))
 
-    def note_loss(self, place: Place, reason: str) -> None:
+    def record_loss(self, place: NodeInfo, reason: str) -> None:
         """Note that a connection was lost: another node may have its slots by now."""
         _logger.info("connection to %s lost: %s", place.shown, reason)
-        self._note_lost(place, reason)
+        self._record_lost(place, reason)
 
-    def _note_lost(self, place: Place, reason: str) -> None:
+    def _record_lost(self, place: NodeInfo, reason: str) -> None:
         place.last_loss = self.last_loss = reason
-        self.avoid(place)
-        self.note_stale()
+        self.exclude_replica(place)
+        self.record_stale()
 
-    def troubles(self) -> str:
+    def errors_by_node(self) -> str:
         """Return what keeps the nodes from being ready, each in a few words."""
         down = {shown: place.trouble for shown, place in list(self.places.items())}
         return "; ".join(f"{shown}: {why}" for shown, why in down.items() if why) or str(
             self.trouble
         )
 
-    def leave_parent(self) -> None:
+    def reset_after_fork(self) -> None:
         """Begin anew in a forked child, with what is known; nobody asks for it yet."""
         self.lock = threading.RLock()
         self._claim = self.refresh_at = 0.0

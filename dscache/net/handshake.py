@@ -34,7 +34,7 @@ TCP_OPTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Greeting:
+class ServerInfo:
     """What a server said of itself."""
 
     server: str
@@ -46,11 +46,11 @@ class Greeting:
     """Whether it speaks RESP3, where what nobody asked for is told from replies."""
 
 
-class Unsuitable(ConnectError):
+class UnsuitableServer(ConnectError):
     """The server can't do what the configuration asks of it."""
 
 
-def introduce(
+def handshake(
     options: Options,
     login: Login,
     address: str,
@@ -58,13 +58,13 @@ def introduce(
     read_only: bool = False,
     is_near: bool = False,
     of_cluster: bool = False,
-) -> Generator[list[list[Word]], list[Any], Greeting]:
+) -> Generator[list[list[Word]], list[Any], ServerInfo]:
     """Get a server's consent to work with it; yields commands, and wants their replies sent.
 
     They are to be sent at once; errors of Redis are among their replies. ``login`` is username
     and password. With ``is_near``, the server is asked to tell of changes, for a near cache; a
     replica only if it is one ``of_cluster``, where it may be promoted on the same connection.
-    Returns the Greeting. Raises ReplyError if the server refuses (WRONGPASS,
+    Returns the ServerInfo. Raises ReplyError if the server refuses (WRONGPASS,
     NOAUTH, no such database) or is loading, and ConnectError if it isn't what the Sentinels
     named it for.
     """
@@ -117,12 +117,12 @@ def introduce(
                 problem = f'it says "{answer.message}" to CLIENT TRACKING ON'
         is_tracked = not problem
         if problem and options.near_cache.required:
-            raise Unsuitable(
+            raise UnsuitableServer(
                 f"{address} can't keep a near cache coherent: {problem}; leave nearCache out, or "
                 "let it be off on such a server with nearCache.required: false"
             )
     has_msetex = isinstance(known, list) and any(known)
-    return Greeting(server, has_msetex, is_tracked, isinstance(greeting, dict))
+    return ServerInfo(server, has_msetex, is_tracked, isinstance(greeting, dict))
 
 
 def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
@@ -158,7 +158,7 @@ def _too_old(said: dict[Any, Any]) -> str:
     return ""
 
 
-def explain(error: Exception, connect_timeout: int) -> Exception:
+def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
     """Return what to tell of an attempt to connect that failed."""
     if isinstance(error, DscacheError):
         return error
@@ -174,17 +174,17 @@ def explain(error: Exception, connect_timeout: int) -> Exception:
     return ConnectError(clean(f"{type(error).__name__}: {error}"))
 
 
-def refusal_of(
+def permanent_failure(
     error: Exception, said: Exception, address: str
 ) -> Callable[[str], Exception] | None:
     """Return how to fail operations at once, if waiting for the next attempt is no use.
 
-    ``said`` is what ``explain`` made of the error.
+    ``said`` is what ``as_connect_error`` made of the error.
     """
     if isinstance(error, ReplyError) and error.code != "LOADING":
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
-    if isinstance(error, Unsuitable):
+    if isinstance(error, UnsuitableServer):
         return lambda operation: ConnectError(f"{operation}: {said}")
     if isinstance(error, (ssl.SSLError, ProtocolError)):
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError

@@ -13,7 +13,7 @@ from ..core.constants import ErrorOf
 from .slots import Address
 
 
-class Place:
+class NodeInfo:
     """A node, as all lines of a cache know it."""
 
     def __init__(self, options: Options) -> None:
@@ -59,7 +59,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class SlotTable:
     """Who serves the slots, by address: the newest view, and what nodes have told since."""
 
     shards: tuple[Shard, ...] = ()

@@ -28,7 +28,7 @@ os.register_at_fork(
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
 
 
-class Attempt:
+class SocketConnect:
     """A socket that is being connected, in the shape of redis-py's connections.
 
     That is ``_sock`` and ``disconnect``: a line knows no more of those than that.
@@ -74,7 +74,7 @@ class Attempt:
                     server_hostname=options.tls.servername or options.host,
                     do_handshake_on_connect=False,
                 )
-            yield from handshake(secure)
+            yield from tls_handshake(secure)
 
     def _reach(self, sock: socket.socket, address: object) -> Generator[int, None, None]:
         sock.setblocking(False)
@@ -100,7 +100,7 @@ class Attempt:
         self.disconnect()
 
 
-def handshake(sock: ssl.SSLSocket) -> Generator[int, None, None]:
+def tls_handshake(sock: ssl.SSLSocket) -> Generator[int, None, None]:
     """Do the handshake of TLS; yields the events that it needs. Raises ssl.SSLError."""
     while True:
         try:

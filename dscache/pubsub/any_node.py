@@ -16,7 +16,7 @@ from ..config import Options
 from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
 from ..net.credentials import Credentials
-from ..net.handshake import Greeting, Unsuitable
+from ..net.handshake import ServerInfo, UnsuitableServer
 from ..net.slots import QUESTIONS, Address, read_view
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class AnyNode:
         )
         await self._endpoint.open(protocol)
 
-    async def greet(self, ask: Ask) -> Greeting:
+    async def greet(self, ask: Ask) -> ServerInfo:
         """Get the node's consent to work with it.
 
         Raises ReplyError if it refuses, and ConnectError if it is of no cluster, or cut off from
@@ -84,7 +84,7 @@ class AnyNode:
         try:
             self.learn(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
-            raise Unsuitable(str(error)) from None
+            raise UnsuitableServer(str(error)) from None
         # Where all say so, one of them is as good as another.
         if not self.is_well and self._cut_off < len(self._seeds) + len(self._known):
             self._cut_off += 1

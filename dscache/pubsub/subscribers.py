@@ -56,7 +56,7 @@ class Subscriber:
         self._room = max_pending
         self._rested_since = 0.0
         self.errors = 0
-        self.mailbox: Any = _backend.core.Mailbox(
+        self.mailbox: Any = _backend.core.SubscriberQueue(
             self._wake, max_pending, envelope.OVERFLOWS.index(overflow)
         )
 
@@ -179,11 +179,11 @@ class Messages:
         self._left = left
         self._waiter: asyncio.Future[None] | None = None
         # What the mailbox knows must not be this, or nobody would ever have it no more.
-        self._bell = _Bell()
+        self._notifier = _Notifier()
         self._limit = max_pending
         self._is_over = False
-        self.mailbox: Any = _backend.core.Mailbox(
-            self._bell.ring, max_pending, envelope.OVERFLOWS.index(overflow)
+        self.mailbox: Any = _backend.core.SubscriberQueue(
+            self._notifier.ring, max_pending, envelope.OVERFLOWS.index(overflow)
         )
 
     def __aiter__(self) -> Self:
@@ -194,17 +194,17 @@ class Messages:
         while not messages:
             if self.mailbox.is_shut:
                 self._end()
-            if self._bell.waiter is not None:
+            if self._notifier.waiter is not None:
                 raise UsageError(
                     f"the messages of topic {self.topic} are waited for already; "
                     "let each who wants them have messages() of its own"
                 )
             self.mailbox.awake = False
-            waiter = self._bell.waiter = self._loop.create_future()
+            waiter = self._notifier.waiter = self._loop.create_future()
             try:
                 await waiter
             finally:
-                self._bell.waiter = None
+                self._notifier.waiter = None
         message: Message = messages.popleft()
         return message, message.sender
 
@@ -216,7 +216,7 @@ class Messages:
         """Take no more messages, and end the iteration when those that wait are taken."""
         self._is_over = True
         self.mailbox.is_shut = True
-        self._bell.ring()
+        self._notifier.ring()
         left, self._left = self._left, _nothing
         left()
 
@@ -243,7 +243,7 @@ class Messages:
                 self._loop.call_soon_threadsafe(left)
 
 
-class _Bell:
+class _Notifier:
     """Wakes who waits for a message."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ _ANSWER = 4.0
 _AGAIN = 0.05
 
 
-class Source(Protocol):
+class PushConnection(Protocol):
     """A connection over which messages come."""
 
     @property
@@ -64,18 +64,18 @@ class Subscriptions:
         """Whether every topic that is wanted is heard."""
         return self._wanted.keys() <= self._heard.keys()
 
-    def want(self, topic: int) -> None:
+    def add(self, topic: int) -> None:
         """Want a topic."""
         self._wanted[topic] = None
 
-    def unwant(self, topic: int) -> None:
+    def remove(self, topic: int) -> None:
         """Want a topic no more."""
         self._wanted.pop(topic, None)
         self._since.pop(topic, None)
         self._refused.pop(topic, None)
         self._tell()
 
-    async def when_whole(self) -> None:
+    async def wait_confirmed(self) -> None:
         """Wait until every topic that is wanted is heard; raises ReplyError if one is refused."""
         while not self.is_whole:
             if self._refused and self._refused.keys() | self._heard.keys() >= self._wanted.keys():
@@ -148,7 +148,7 @@ class Listener:
     def __init__(
         self,
         subscriptions: Subscriptions,
-        source: Source,
+        source: PushConnection,
         goal: Callable[[], Collection[int]],
         *,
         heartbeat: float,
@@ -172,14 +172,14 @@ class Listener:
         """Look whether other topics belong here."""
         self._changed.set()
 
-    def became_ready(self) -> None:
+    def on_connected(self) -> None:
         """Subscribe, on a connection that is new."""
-        self.became_lost()
+        self.on_disconnected()
         self._task = self._loop.create_task(
             self._keep(), name=f"dscache listens to {self._source.address}"
         )
 
-    def became_lost(self) -> None:
+    def on_disconnected(self) -> None:
         """Note that nothing is heard any more."""
         if self._task is not None:
             self._task.cancel()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..aio.cluster import Cluster
 
 
-class Carrier(Topology, Protocol):
+class MessageTransport(Topology, Protocol):
     """The nodes of a message node, which also listen, each to some of the topics."""
 
     def look(self) -> None:
@@ -32,7 +32,7 @@ class Carrier(Topology, Protocol):
         """Note that a server has ended a subscription."""
 
 
-class Pair:
+class PairTransport:
     """A connection that sends and one that listens, to one server or to any node of a cluster.
 
     There are two, as deepstream's own connector has it: a server that closes a connection because
@@ -76,7 +76,7 @@ class Pair:
             self._task = asyncio.get_running_loop().create_task(self._look_after())
 
     @property
-    def front(self) -> Any:
+    def entry(self) -> Any:
         return self._sender.pipeline
 
     @property
@@ -116,26 +116,26 @@ class Pair:
 
     # -- what the listening connection tells
 
-    def redirected(self, source: Connection) -> None:
+    def on_redirected(self, source: Connection) -> None:
         """Take no notice: nothing is asked that could be."""
 
-    def progressed(self, source: Connection) -> None:
+    def on_progress(self, source: Connection) -> None:
         """Take no notice."""
 
-    def became_ready(self, source: Connection) -> None:
+    def on_connected(self, source: Connection) -> None:
         """Subscribe again."""
-        self._listener.became_ready()
+        self._listener.on_connected()
 
-    def became_lost(self, source: Connection) -> None:
+    def on_disconnected(self, source: Connection) -> None:
         """Note that nothing is heard."""
-        self._listener.became_lost()
+        self._listener.on_disconnected()
 
     async def _look_after(self) -> None:
         """Leave a node of a cluster that is cut off from the others, and learn which there are."""
         while True:
             await asyncio.sleep(self._interval)
             for node, connection in self._nodes:
-                if connection.pipeline.plain and connection is self._receiver:
+                if connection.pipeline.resp2_pubsub and connection is self._receiver:
                     continue  # where it listens, it may ask nothing
                 was_well = node.is_well
                 try:
@@ -148,7 +148,7 @@ class Pair:
                     connection.leave("it is cut off from its cluster")
 
 
-class Shards:
+class ShardedTransport:
     """The nodes of a cluster, each with the topics whose slots it serves."""
 
     def __init__(
@@ -171,8 +171,8 @@ class Shards:
         )
 
     @property
-    def front(self) -> Any:
-        return self._cluster.front
+    def entry(self) -> Any:
+        return self._cluster.entry
 
     @property
     def is_ready(self) -> bool:
@@ -205,7 +205,7 @@ class Shards:
 
     # -- what the cluster tells
 
-    def became_ready(self, node: Connection) -> None:
+    def on_connected(self, node: Connection) -> None:
         """Subscribe to what the node serves."""
         listener = self._listeners.get(node)
         if listener is None:
@@ -217,13 +217,13 @@ class Shards:
                 words=("SSUBSCRIBE", "SUNSUBSCRIBE"),
                 moved=self._cluster.look_again,
             )
-        listener.became_ready()
+        listener.on_connected()
 
-    def became_lost(self, node: Connection) -> None:
+    def on_disconnected(self, node: Connection) -> None:
         """Note that nothing of it is heard."""
         listener = self._listeners.get(node)
         if listener is not None:
-            listener.became_lost()
+            listener.on_disconnected()
             if not self._topics_of(node):
                 del self._listeners[node]
 
@@ -241,12 +241,14 @@ class Shards:
 _OF_SENDING = (*("commands", "flushes", "queued", "in_flight", "pending", "pending_bytes"),)
 
 
-def open_carrier(
+def open_transport(
     config: MessageConfig,
     credentials: CredentialProvider | None,
     inbox: Any,
     subscriptions: Subscriptions,
-) -> Carrier:
+) -> MessageTransport:
     """Return the connections that a configuration names, and begin to connect."""
-    kind: Callable[..., Carrier] = Shards if config.options.sharded else Pair
+    kind: Callable[..., MessageTransport] = (
+        ShardedTransport if config.options.sharded else PairTransport
+    )
     return kind(config, credentials, inbox, subscriptions)

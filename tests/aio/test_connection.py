@@ -173,7 +173,7 @@ def test_a_socket_that_has_ended_is_written_to_by_nobody(
         async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
             await cache.set("early", 1, 1)
             connection = cache._topology
-            connection._link.cut(dscache.ConnectionLost("cut by the test"))
+            connection._link.abort(dscache.ConnectionLost("cut by the test"))
             sent = cache.stats()["flushes"]
             reads = [cache.get("early"), *(cache.get(f"none/{number}") for number in range(100))]
             assert cache.stats()["flushes"] == sent

@@ -15,7 +15,7 @@ import pytest
 import dscache
 from dscache import errors
 from dscache.errors import BulkError, ConnectError, DscacheError, RecordError, ReplyError
-from dscache.net.handshake import Unsuitable
+from dscache.net.handshake import UnsuitableServer
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -158,10 +158,10 @@ def test_a_deepcopy_is_deep_and_a_copy_is_not() -> None:
 
 
 def test_a_class_that_is_kept_inside_is_pickled_as_its_public_base() -> None:
-    back = pickle.loads(pickle.dumps(Unsuitable("too old")))
+    back = pickle.loads(pickle.dumps(UnsuitableServer("too old")))
     assert type(back) is ConnectError
     assert str(back) == "too old"
-    assert type(copy.copy(Unsuitable("too old"))) is Unsuitable
+    assert type(copy.copy(UnsuitableServer("too old"))) is UnsuitableServer
 
 
 class Own(ReplyError):

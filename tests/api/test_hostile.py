@@ -95,7 +95,9 @@ def test_an_error_says_how_long_what_it_cut_was() -> None:
 
 def test_a_long_way_is_told_as_a_whole() -> None:
     trail = tuple(f"127.0.0.1:{port}: MOVED 1 127.0.0.1:{port + 1}" for port in range(7000, 7040))
-    error = constants.led_astray("MOVED 1 127.0.0.1:7041", trail, 16, "get 'a' at 127.0.0.1:7040")
+    error = constants.too_many_redirections(
+        "MOVED 1 127.0.0.1:7041", trail, 16, "get 'a' at 127.0.0.1:7040"
+    )
     assert all(one in str(error) for one in trail)
     assert str(error).startswith("MOVED 1 127.0.0.1:7041 (redirected 40 times, and ")
     assert str(error).endswith(") (get 'a' at 127.0.0.1:7040)")

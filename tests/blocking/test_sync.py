@@ -225,7 +225,7 @@ def test_who_finds_no_connection_waits_for_one(open_cache: OpenCache, proxy: Pro
     with ThreadPoolExecutor(20) as threads:
         with used_up(proxy, cache, 2):
             waiting = [threads.submit(cache.set, f"r{n}", n, n) for n in range(20)]
-            until(lambda: len(cache._pool._turns) == 20)  # type: ignore[union-attr]
+            until(lambda: len(cache._pool._waiters) == 20)  # type: ignore[union-attr]
             assert not any(one.done() for one in waiting)
         assert all(one.result(PATIENCE) for one in waiting)
     assert cache.head_bulk(f"r{n}" for n in range(20)) == {f"r{n}": n for n in range(20)}
@@ -246,7 +246,7 @@ def test_who_waits_in_vain_is_told_why(
         for call in (READS[0], PLAIN_WRITES[0]):
             with pytest.raises(dscache.DeadlineExceeded, match=r"none of the 1 .*maxConnections"):
                 call(cache)
-        assert not pool._turns
+        assert not pool._waiters
     assert tuple(cache.get("a")) == (1, [1])
 
 
@@ -268,7 +268,7 @@ def test_who_waits_gets_the_place_of_one_that_is_gone(open_cache: OpenCache) -> 
     taken = [pool._idle.pop()]
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(cache.get, "a")
-        until(lambda: pool._turns)
+        until(lambda: pool._waiters)
         taken.clear()
         assert tuple(waiting.result(PATIENCE)) == (1, [1])
 
@@ -861,7 +861,7 @@ def test_close_lets_others_finish(open_cache: OpenCache, proxy: ProxyThread) -> 
     with ThreadPoolExecutor(6) as threads:
         proxy.do("stall")
         waiting = [threads.submit(cache.get, "a") for _ in range(4)]
-        until(lambda: len(cache._pool._turns) == 2)  # type: ignore[union-attr]
+        until(lambda: len(cache._pool._waiters) == 2)  # type: ignore[union-attr]
         closing = [threads.submit(cache.close) for _ in range(2)]
         until(lambda: closing[0].done() or closing[1].done())
         with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
@@ -885,7 +885,7 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
         write = threads.submit(cache.set, "a", 2, [2])
         until(lambda: cache.stats()["in_flight"] == 2)
         queued = threads.submit(cache.get, "a")
-        until(lambda: cache._pool._turns)  # type: ignore[union-attr]
+        until(lambda: cache._pool._waiters)  # type: ignore[union-attr]
         cache.close()
         for one in (read, queued):
             with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):

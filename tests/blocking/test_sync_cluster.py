@@ -277,7 +277,7 @@ def test_all_lines_in_use(group: ClusterGroup, backend: str) -> None:
                         cache.get("")
                 else:
                     reads += [threads.submit(cache.get, each) for each in (*names, name)]
-                    until(lambda pool=pool: len(pool._turns) == 4)
+                    until(lambda pool=pool: len(pool._waiters) == 4)
                 proxies[busy].do("resume")
                 assert all(read.result(PATIENCE) is not None for read in reads)
                 connections = [one["connections"] for one in cache.stats()["nodes"].values()]
@@ -490,7 +490,7 @@ def test_what_was_closed_between_operations_is_nobodys_business(
             for node in line._routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
-            pool._map.note_stale()
+            pool._map.record_stale()
             until(lambda: time.monotonic() >= pool._map.refresh_at)
         assert cache.set_bulk({name: (2, name) for name in names}) == set()
         assert set(cache.head_bulk(names).values()) == {2}
@@ -940,7 +940,7 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
             write = threads.submit(cache.set, name, 2, [2])
             until(lambda: cache.stats()["in_flight"] == 2)
             queued = threads.submit(cache.get_bulk, names)
-            until(lambda: cache._pool._turns)  # type: ignore[union-attr]
+            until(lambda: cache._pool._waiters)  # type: ignore[union-attr]
             cache.close()
             with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
                 cache.get(name)
@@ -1017,8 +1017,8 @@ def test_a_claim_ends_by_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -
     with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
         pool: Any = cache._pool
         one, other = cluster.nodes
-        pool._map.note_stale()
-        until(lambda: pool._map.claim(time.monotonic()))
+        pool._map.record_stale()
+        until(lambda: pool._map.start_refresh(time.monotonic()))
         for node in cluster.nodes:
             node.knows = [one] * 16384
         views = one.views + other.views

@@ -9,8 +9,8 @@ import pytest
 
 from dscache import ConnectError, ConnectionLost, ReplyError
 from dscache.admin import control
-from dscache.admin.control import Direct
-from dscache.admin.primaries import facts, is_clustered
+from dscache.admin.control import ControlConnection
+from dscache.admin.primaries import is_clustered, parse_info
 from dscache.config import Options, load
 from tests.support.faults import FakeServer
 
@@ -22,35 +22,35 @@ def options_of(fake: FakeServer, **more: Any) -> Options:
 async def test_replies_come_back_in_their_order() -> None:
     answers = {"PING": b"+PONG\r\n", "DBSIZE": b":7\r\n", "NONE": b"_\r\n", "BAD": b"-ERR no\r\n"}
     async with FakeServer(answers) as fake:
-        direct = await Direct.open(options_of(fake))
+        direct = await ControlConnection.open(options_of(fake))
         assert direct.address == f"{fake.host}:{fake.port}"
-        first = asyncio.ensure_future(direct.ask(["PING"], ["BAD"], ["NONE"]))
-        second = asyncio.ensure_future(direct.say("DBSIZE"))
+        first = asyncio.ensure_future(direct.execute_many(["PING"], ["BAD"], ["NONE"]))
+        second = asyncio.ensure_future(direct.execute("DBSIZE"))
         pong, error, none = await first
         assert (pong, none, await second) == (b"PONG", None, 7)
         assert isinstance(error, ReplyError)
-        assert await direct.ask() == []
+        assert await direct.execute_many() == []
         with pytest.raises(ReplyError, match=r"^ERR no \(BAD at 127\.0\.0\.1:\d+\)$"):
-            await direct.say("BAD")
+            await direct.execute("BAD")
         # Who doesn't wait any longer leaves the others their replies.
-        left = asyncio.ensure_future(direct.say("PING"))
+        left = asyncio.ensure_future(direct.execute("PING"))
         await asyncio.sleep(0)
         left.cancel()
-        assert await direct.say("DBSIZE") == 7
+        assert await direct.execute("DBSIZE") == 7
         assert (direct.tls, direct.is_local) == ("", True)
         direct.close()
         direct.close()
         assert str(await direct.lost) == "it was closed"
         with pytest.raises(ConnectionLost, match="it was closed"):
-            await direct.say("PING")
+            await direct.execute("PING")
 
 
 async def test_pushes_are_told_apart() -> None:
     pushes: list[Any] = []
     async with FakeServer({"PING": b"+PONG\r\n"}) as fake:
-        direct = await Direct.open(options_of(fake), pushes.append)
+        direct = await ControlConnection.open(options_of(fake), pushes.append)
         fake.push(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$3\r\na_v\r\n")
-        assert await direct.say("PING") == b"PONG"
+        assert await direct.execute("PING") == b"PONG"
         assert [list(push) for push in pushes] == [[b"invalidate", [b"a_v"]]]
         direct.close()
 
@@ -58,23 +58,23 @@ async def test_pushes_are_told_apart() -> None:
 @pytest.mark.parametrize("answer", [None, b"nonsense\r\n", b":1\r\n:2\r\n"])
 async def test_a_server_that_ends_it_or_is_none(answer: bytes | None) -> None:
     async with FakeServer({"PING": answer}) as fake:
-        direct = await Direct.open(options_of(fake))
+        direct = await ControlConnection.open(options_of(fake))
         if answer and answer.startswith(b":"):
-            assert await direct.say("PING") == 1
+            assert await direct.execute("PING") == 1
         else:
             with pytest.raises(ConnectionLost, match=r"^connection to 127\.0\.0\.1:\d+ lost: "):
-                await direct.say("PING")
+                await direct.execute("PING")
         assert str(await direct.lost)
         with pytest.raises(ConnectionLost):
-            await direct.say("PING")
+            await direct.execute("PING")
 
 
 async def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "_PATIENCE", 0.1)
     async with FakeServer({"PING": b""}) as fake:
-        direct = await Direct.open(options_of(fake))
+        direct = await ControlConnection.open(options_of(fake))
         with pytest.raises(ConnectionLost, match="did not answer"):
-            await direct.say("PING")
+            await direct.execute("PING")
         await direct.lost
 
 
@@ -89,9 +89,9 @@ async def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 async def test_who_is_not_let_in(answer: bytes | None, error: type[Exception], words: str) -> None:
     async with FakeServer({"HELLO": answer}) as fake:
         with pytest.raises(error, match=words):
-            await Direct.open(options_of(fake, connectTimeout=100))
+            await ControlConnection.open(options_of(fake, connectTimeout=100))
     with pytest.raises(ConnectError, match="Connection refused"):
-        await Direct.open(load("127.0.0.1:1").options)
+        await ControlConnection.open(load("127.0.0.1:1").options)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ async def test_who_is_not_let_in(answer: bytes | None, error: type[Exception], w
 )
 async def test_who_is_a_node_of_a_cluster(answer: bytes, expected: bool) -> None:
     async with FakeServer({"CLUSTER": answer}) as fake:
-        direct = await Direct.open(options_of(fake))
+        direct = await ControlConnection.open(options_of(fake))
         assert await is_clustered(direct) is expected
         direct.close()
 
 
 def test_facts() -> None:
-    assert facts(b"# Server\r\nredis_version:7.0.15\r\nempty:\r\n") == {
+    assert parse_info(b"# Server\r\nredis_version:7.0.15\r\nempty:\r\n") == {
         "redis_version": "7.0.15",
         "empty": "",
     }
-    assert facts(ReplyError("NOPERM")) == {}
+    assert parse_info(ReplyError("NOPERM")) == {}

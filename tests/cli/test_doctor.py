@@ -237,7 +237,7 @@ def test_sentinels(tmp_path: Path) -> None:
     ],
 )
 def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
-    found = of_server.judge_round_trip(times)
+    found = of_server.check_round_trip(times)
     assert found.verdict == verdict
     assert advice in found.advice
 
@@ -245,11 +245,11 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
 @pytest.mark.parametrize(
     ("found", "verdict", "words"),
     [
-        (of_server.judge_tls("", verified=False, is_local=False), WARNING, "another machine"),
-        (of_server.judge_login(None, False, is_local=False), WARNING, "without a password"),
-        (of_server.judge_commands({}), OK, "none for records yet"),
+        (of_server.check_tls("", verified=False, is_local=False), WARNING, "another machine"),
+        (of_server.check_login(None, False, is_local=False), WARNING, "without a password"),
+        (of_server.check_commands({}), OK, "none for records yet"),
         (
-            of_server.judge_commands(
+            of_server.check_commands(
                 {
                     "latency_percentiles_usec_mget": "p50=20.031,p99=100.351,p99.9=1003.519",
                     "latency_percentiles_usec_get": "p50=1.003,p99=90000.351",
@@ -259,76 +259,76 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
             "on the server, mget p50 20 µs, p99 100 µs",
         ),
         (
-            of_server.judge_commands({"latency_percentiles_usec_mset": "p50=9.023,p99=12001.1"}),
+            of_server.check_commands({"latency_percentiles_usec_mset": "p50=9.023,p99=12001.1"}),
             WARNING,
             "mset p50 9 µs, p99 12001 µs",
         ),
-        (of_server.judge_commands({"latency_percentiles_usec_mset": "p50=x"}), OK, "none for"),
-        (of_server.judge_server(""), UNKNOWN, "does not tell"),
-        (of_server.judge_server("redis 6.0.20"), BAD, "redis 6.0.20"),
-        (of_server.judge_server("redis 10.2.0"), OK, "redis 10.2.0"),
-        (of_server.judge_server("valkey 8.0.0"), OK, "valkey 8.0.0"),
-        (of_server.judge_role({"role": "master"}, "slave"), WARNING, "primary"),
+        (of_server.check_commands({"latency_percentiles_usec_mset": "p50=x"}), OK, "none for"),
+        (of_server.check_server(""), UNKNOWN, "does not tell"),
+        (of_server.check_server("redis 6.0.20"), BAD, "redis 6.0.20"),
+        (of_server.check_server("redis 10.2.0"), OK, "redis 10.2.0"),
+        (of_server.check_server("valkey 8.0.0"), OK, "valkey 8.0.0"),
+        (of_server.check_role({"role": "master"}, "slave"), WARNING, "primary"),
         (
-            of_server.judge_role({"role": "slave", "master_link_status": "up"}, "slave"),
+            of_server.check_role({"role": "slave", "master_link_status": "up"}, "slave"),
             OK,
             "replica of",
         ),
-        (of_server.judge_role({"role": "slave"}, "slave"), BAD, "without a link"),
-        (of_server.judge_persistence({"loading": "1"}, ""), BAD, "still loading"),
+        (of_server.check_role({"role": "slave"}, "slave"), BAD, "without a link"),
+        (of_server.check_persistence({"loading": "1"}, ""), BAD, "still loading"),
         (
-            of_server.judge_persistence({"rdb_last_bgsave_status": "err"}, ""),
+            of_server.check_persistence({"rdb_last_bgsave_status": "err"}, ""),
             BAD,
             "snapshot failed",
         ),
         (
-            of_server.judge_persistence({"aof_last_write_status": "err"}, ""),
+            of_server.check_persistence({"aof_last_write_status": "err"}, ""),
             BAD,
             "can't be written",
         ),
-        (of_server.judge_persistence({"aof_enabled": "1"}, ""), OK, "append-only"),
-        (of_server.judge_persistence({"aof_enabled": "0"}, ""), WARNING, "loses all records"),
+        (of_server.check_persistence({"aof_enabled": "1"}, ""), OK, "append-only"),
+        (of_server.check_persistence({"aof_enabled": "0"}, ""), WARNING, "loses all records"),
         (
-            of_server.judge_memory({"used_memory": "95", "maxmemory": "100"}, {}, "noeviction"),
+            of_server.check_memory({"used_memory": "95", "maxmemory": "100"}, {}, "noeviction"),
             WARNING,
             "95%",
         ),
         (
-            of_server.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "noeviction"),
+            of_server.check_memory({"used_memory": "5", "maxmemory": "100"}, {}, "noeviction"),
             OK,
             "5 B used of 100 B",
         ),
         (
-            of_server.judge_memory({"used_memory": "5", "maxmemory": "100"}, {}, "volatile-lru"),
+            of_server.check_memory({"used_memory": "5", "maxmemory": "100"}, {}, "volatile-lru"),
             WARNING,
             "volatile-lru",
         ),
         (
-            of_server.judge_memory(
+            of_server.check_memory(
                 {"used_memory": "5", "maxmemory": "100"}, {"evicted_keys": "7"}, "volatile-lru"
             ),
             BAD,
             "7 keys were evicted",
         ),
         (
-            of_server.judge_memory({"used_memory": "5", "maxmemory": "9"}, {}, None),
+            of_server.check_memory({"used_memory": "5", "maxmemory": "9"}, {}, None),
             UNKNOWN,
             "9 B",
         ),
-        (of_server.judge_clock(3.25), WARNING, "3.2 s ahead of ours"),
-        (of_server.judge_clock(-90.0), WARNING, "90.0 s behind ours"),
+        (of_server.check_clock(3.25), WARNING, "3.2 s ahead of ours"),
+        (of_server.check_clock(-90.0), WARNING, "90.0 s behind ours"),
         (
-            of_server.judge_connections({"connected_clients": "90"}, "100"),
+            of_server.check_connections({"connected_clients": "90"}, "100"),
             WARNING,
             "90 of 100",
         ),
         (
-            of_records.judge_layout(Sample(deepstream=3), "deepstream", on_cluster=True),
+            of_records.check_layout(Sample(deepstream=3), "deepstream", on_cluster=True),
             WARNING,
             "on a cluster",
         ),
         (
-            of_records.judge_layout(Sample(others=3), "hashtag", on_cluster=True),
+            of_records.check_layout(Sample(others=3), "hashtag", on_cluster=True),
             OK,
             "3 keys of",
         ),
@@ -340,8 +340,8 @@ def test_judgements(found: Finding, verdict: str, words: str) -> None:
     assert bool(found.advice) == (verdict != OK)
 
 
-def says(**facts: Any) -> SentinelSays:
-    return SentinelSays(**{"address": "s:1", "primary": "a:1", "replicas": 1, **facts})
+def says(**parse_info: Any) -> SentinelSays:
+    return SentinelSays(**{"address": "s:1", "primary": "a:1", "replicas": 1, **parse_info})
 
 
 @pytest.mark.parametrize(
@@ -357,14 +357,14 @@ def says(**facts: Any) -> SentinelSays:
     ],
 )
 def test_what_sentinels_say(said: list[SentinelSays], verdict: str, words: str) -> None:
-    found = of_topology.judge_sentinels(said)
+    found = of_topology.check_sentinels(said)
     assert (found.verdict, words in found.found) == (verdict, True)
 
 
 def test_what_clusters_are() -> None:
     primary = NodeReport(address="a:1", role="primary", slots=((0, 16383),))
     replica = NodeReport(address="a:2", role="replica", primary="a:1")
-    judge = of_topology.judge_cluster
+    judge = of_topology.check_cluster
     assert judge(ClusterReport((primary, replica)), is_configured=True).verdict == OK
     assert judge(ClusterReport((primary,)), is_configured=True).verdict == WARNING
     single = judge(ClusterReport((primary, replica)), is_configured=False)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dscache import AsyncCache, Cache, ReplyError
 from dscache.admin import migration
 from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
-from dscache.admin.primaries import open_shards
+from dscache.admin.primaries import open_primaries
 from dscache.core.resp import slot_of_key
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE
@@ -318,7 +318,7 @@ def test_two_at_once(moved: EmbeddedServer, url: Url, client: redis_py.Redis) ->
         source = AsyncCache.from_config({"name": "redis", "options": options})
         options = {"url": moved.url, "keyLayout": HASHTAG}
         target = AsyncCache.from_config({"name": "redis", "options": options})
-        async with source, target, open_shards(source) as shards:
+        async with source, target, open_primaries(source) as shards:
             job = migration.Migration(source, target, shards, prefix="", count=count, keep=False)
             await job.run()
         return count

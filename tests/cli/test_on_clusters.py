@@ -13,7 +13,7 @@ import pytest
 from dscache import ConnectionLost
 from dscache.admin import export, ndjson, progress
 from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout
-from dscache.admin.primaries import Shards
+from dscache.admin.primaries import Primaries
 from dscache.embedded import ServerBinary
 from dscache.net.slots import SlotRange
 from tests.conftest import BY_AGE
@@ -115,16 +115,16 @@ def test_an_export_goes_on_on_each_node(
 
 def test_slots_that_move_meanwhile_are_told(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
     fill(url, names=["a"])
-    slots = Shards.slots
+    slots = Primaries.slots
     asked = 0
 
-    async def moving(self: Shards) -> list[SlotRange]:
+    async def moving(self: Primaries) -> list[SlotRange]:
         nonlocal asked
         asked += 1
         found = await slots(self)
         return found if asked == 1 else found[1:]
 
-    with mock.patch.object(Shards, "slots", moving):
+    with mock.patch.object(Primaries, "slots", moving):
         done = invoke("export", str(tmp_path / "a.ndjson"), *url)
     assert (done.status, done.document["records"]) == (1, 1)
     assert "slots have moved between nodes meanwhile" in done.err

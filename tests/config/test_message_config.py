@@ -13,7 +13,7 @@ import dscache
 from dscache.config import Node, Options
 from dscache.config import messages as message_config
 from dscache.config.messages import MessageOptions, load
-from dscache.config.validation import Written
+from dscache.config.validation import ConfigStruct
 
 DATA = Path(__file__).parents[1] / "data"
 ENTRY: dict[str, Any] = {"name": "redis", "options": {"host": "h", "port": 7000}}
@@ -137,6 +137,6 @@ def test_bad_names(name: Any) -> None:
 
 
 def test_own_options_are_few() -> None:
-    assert issubclass(MessageOptions, Written)
+    assert issubclass(MessageOptions, ConfigStruct)
     own = set(MessageOptions.__struct_fields__) - set(Options.__struct_fields__)
     assert own == {"overflow", "heartbeat", "sharded"}

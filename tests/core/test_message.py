@@ -26,7 +26,7 @@ GOLDEN = json.loads(
 )
 MESSAGE = {"topic": 4, "name": "news"}
 TEXT = b'{"topic":4,"name":"news"}'
-OPENING = envelope.opening("A")
+OPENING = envelope.envelope_prefix("A")
 
 
 def ignore(*_: object) -> None:
@@ -35,8 +35,8 @@ def ignore(*_: object) -> None:
 
 def inbox_of(core: Any, name: str = "B", topic: int = 4) -> tuple[Any, Any]:
     """Return an inbox with one mailbox for a topic."""
-    inbox = core.Inbox(name, ignore, ignore)
-    mailbox = core.Mailbox(ignore, 1000, envelope.DROP_OLDEST)
+    inbox = core.MessageDispatcher(name, ignore, ignore)
+    mailbox = core.SubscriberQueue(ignore, 1000, envelope.DROP_OLDEST)
     inbox.join(topic, mailbox)
     return inbox, mailbox
 
@@ -48,7 +48,7 @@ def inbox_of(core: Any, name: str = "B", topic: int = 4) -> tuple[Any, Any]:
 @pytest.mark.parametrize("core", CORES)
 def test_what_is_sent_is_what_the_connector_sends(core: Any, vector: dict[str, Any]) -> None:
     exchange = Exchange(core)
-    opening = envelope.opening(vector["server_name"], vector.get("to"))
+    opening = envelope.envelope_prefix(vector["server_name"], vector.get("to"))
     exchange.pipeline.publish(None, opening, json.loads(vector["message"]), False)
     (command,) = exchange.take()
     payload = base64.b64decode(vector["payload"])
@@ -236,7 +236,7 @@ def test_the_twins_read_an_envelope_alike(payload: bytes, name: str) -> None:
     for core in (_fast, pure):
         inbox, mailbox = inbox_of(core, name)
         damaged: list[tuple[int, bytes]] = []
-        inbox = core.Inbox(name, ignore, lambda *what, to=damaged: to.append(what))
+        inbox = core.MessageDispatcher(name, ignore, lambda *what, to=damaged: to.append(what))
         inbox.join(4, mailbox)
         inbox.take(b"4", payload)
         found: list[Any] = [inbox.stats(), damaged]
@@ -253,8 +253,10 @@ def test_the_twins_read_an_envelope_alike(payload: bytes, name: str) -> None:
 @pytest.mark.parametrize("core", CORES)
 def test_subscriptions_and_their_answers(core: Any) -> None:
     told: list[Any] = []
-    inbox = core.Inbox("B", lambda pipeline, push: told.append((pipeline, push)), ignore)
-    mailbox = core.Mailbox(ignore, 10, envelope.DROP_OLDEST)
+    inbox = core.MessageDispatcher(
+        "B", lambda pipeline, push: told.append((pipeline, push)), ignore
+    )
+    mailbox = core.SubscriberQueue(ignore, 10, envelope.DROP_OLDEST)
     inbox.join(4, mailbox)
     exchange = Exchange(core)
     pipeline = exchange.pipeline
@@ -286,7 +288,7 @@ def test_messages_as_replies_of_resp2(core: Any) -> None:
     inbox, mailbox = inbox_of(core)
     exchange = Exchange(core)
     exchange.pipeline.inbox = inbox
-    exchange.pipeline.plain = True
+    exchange.pipeline.resp2_pubsub = True
     _, begun = exchange.pipeline.command("SUBSCRIBE", "4")
     _, alive = exchange.pipeline.command("PING")
     exchange.reply([b"message", b"4", OPENING + b"{}}"], [b"subscribe", b"4", 1])
@@ -335,7 +337,7 @@ def test_mailboxes(core: Any) -> None:
         (envelope.DISCONNECT, [0, 1, 2]),
     ):
         wakes.clear()
-        mailbox = core.Mailbox(lambda: wakes.append(1), 3, overflow)
+        mailbox = core.SubscriberQueue(lambda: wakes.append(1), 3, overflow)
         for number in range(5):
             mailbox.put(core.Message(number, "A", b"{}"))
         assert [message.topic for message in mailbox.messages] == kept
@@ -348,7 +350,7 @@ def test_mailboxes(core: Any) -> None:
 @pytest.mark.parametrize("core", CORES)
 def test_all_who_want_a_topic_get_the_same_message(core: Any) -> None:
     inbox, first = inbox_of(core)
-    second = core.Mailbox(ignore, 1000, envelope.DROP_OLDEST)
+    second = core.SubscriberQueue(ignore, 1000, envelope.DROP_OLDEST)
     inbox.join(4, second)
     inbox.join(5, second)
     inbox.take(b"4", OPENING + TEXT + b"}")
@@ -444,7 +446,7 @@ def test_messages_that_are_redirected_keep_their_order(core: Any) -> None:
     cluster.assign(slot, other)
     redirected = cluster.redirected(node)
     assert [where for _, where, _ in redirected] == [slot] * 5
-    cluster.pipelines[other].adopt([batch for _, _, batch in redirected])
+    cluster.pipelines[other].requeue([batch for _, _, batch in redirected])
     numbers = [json.loads(command[2])["message"]["n"] for command in cluster.take(other)]
     assert numbers == list(range(5))
     cluster.reply(other, 1, 1, 1, 1, 1)

@@ -1137,7 +1137,7 @@ def test_what_only_those_get_who_ask_is_not_kept(cluster: NearCluster) -> None:
     cluster.reply(node, Refusal(f"ASK {slot} {cluster.address(target)}"))
     [(_, _, batch)] = cluster.redirected(node)
     batch.ask(cluster.pipelines[target])
-    cluster.pipelines[target].adopt([batch])
+    cluster.pipelines[target].requeue([batch])
     [asking, command] = cluster.take(target)
     assert (asking, command[0]) == ([b"ASKING"], b"MGET")
     cluster.reply(target, "OK", [b"1", b"1"])
@@ -1160,7 +1160,7 @@ def test_what_was_moved_once_is_kept(cluster: NearCluster) -> None:
     [(_, _, batch)] = cluster.redirected(node)
     cluster.assign(slot, heir)
     cluster.near.slots_moved([slot])
-    cluster.pipelines[heir].adopt([batch])
+    cluster.pipelines[heir].requeue([batch])
     cluster.take(heir)
     cluster.reply(heir, [b"1", b"1"])
     assert call.result().version == 1

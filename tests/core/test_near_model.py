@@ -342,7 +342,7 @@ class World:
         for words, slot, batch in redirected:
             target = int(words.partition(" node")[2][0])
             self.learn(slot, node, target)
-            self.rooms[slot][0].adopt([batch])
+            self.rooms[slot][0].requeue([batch])
 
     def _open_rooms(self) -> None:
         for slot, (room, fences) in list(self.rooms.items()):
@@ -356,8 +356,8 @@ class World:
         self.router.owners[slot] = self.router.readers[slot] = pipeline
 
     def _hand_over(self, pipeline: Any) -> None:
-        for target, batch in pipeline.release(self.router.target_of):
-            target.adopt([batch])
+        for target, batch in pipeline.take_queued(self.router.target_of):
+            target.requeue([batch])
 
     # -- what must hold
 

@@ -448,7 +448,9 @@ def test_a_redirection_within_500(
     assert not node.pipelines[0].read_only
     assert [name for _, _, batch in redirected for name in batch.records] == away
     assert {(words, at) for words, at, _ in redirected} == {(str(refusal), slot("{t7}"))}
-    assert {batch.trail for _, _, batch in redirected} == {(f"{node.address(0)}: {refusal}",)}
+    assert {batch.redirections for _, _, batch in redirected} == {
+        (f"{node.address(0)}: {refusal}",)
+    }
     if bulk:
         [waiter] = node.waiters
         assert not waiter.done
@@ -456,7 +458,7 @@ def test_a_redirection_within_500(
         left = {name for name, w in zip(names, node.waiters, strict=True) if not w.done}
         assert left == set(away)
     # And once they are done as well, all is.
-    node.pipelines[0].adopt(batch for _, _, batch in redirected)
+    node.pipelines[0].requeue(batch for _, _, batch in redirected)
     server = ModelServer()
     for name in away:
         if operation in ("get", "head", "delete"):
@@ -489,7 +491,7 @@ def test_asking(node: ClusterExchange, operation: str, bulk: bool) -> None:
         assert not batch.asking
         batch.ask(node.pipelines[0])
         assert batch.asking
-    node.pipelines[0].adopt(batches)
+    node.pipelines[0].requeue(batches)
     sent = node.take()
     assert sent[::2] == [ASKED] * (len(sent) // 2)
     if operation == "head":
@@ -540,7 +542,7 @@ def test_heads_that_ask(node: ClusterExchange, replies: tuple[Any, Any], expecte
     node.reply(0, ask("{t}"), "string")
     [(_, _, batch)] = node.redirected(0)
     batch.ask(node.pipelines[0])
-    node.pipelines[0].adopt([batch])
+    node.pipelines[0].requeue([batch])
     node.take()
     stored, present = replies
     received = ("OK", present, Push([b"invalidate", None]), "OK", stored)
@@ -564,7 +566,7 @@ def told_to_ask(node: ClusterExchange, operation: Operation) -> Any:
     node.reply(0, ask("{t}"))
     [(_, _, batch)] = node.redirected(0)
     batch.ask(node.pipelines[0])
-    node.pipelines[0].adopt([batch])
+    node.pipelines[0].requeue([batch])
     node.take()
     return waiter
 
@@ -575,7 +577,7 @@ def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
     node.reply(0, Refusal("NOPERM no ASKING for you"), moved("{t}"))
     [(words, _, batch)] = node.redirected(0)
     assert words == moved("{t}")
-    assert len(batch.trail) == 2
+    assert len(batch.redirections) == 2
     assert not batch.asking
     assert not waiter.done
 
@@ -605,7 +607,7 @@ def test_no_more_redirections_than_allowed(core: Any, limit: int, bulk: bool) ->
     for _ in range(limit):
         [(_, _, batch)] = node.redirected(0)
         assert not waiter.done
-        node.pipelines[0].adopt([batch])
+        node.pipelines[0].requeue([batch])
         node.take()
         node.reply(0, moved("{t}", 5))
     node.assert_drained()
@@ -632,7 +634,7 @@ def test_after_tryagain_each_record_goes_by_itself(node: ClusterExchange, operat
     sent = node.take()
     node.reply(0, *[Refusal(TRYAGAIN)] * len(sent))
     for _, _, batch in node.redirected(0):
-        node.pipelines[0].adopt([batch])
+        node.pipelines[0].requeue([batch])
     sent = node.take()
     assert len(sent) == (6 if operation == "head" else 3)
     assert [names_in(command) for command in sent if names_in(command)] == [[n] for n in names]
@@ -689,7 +691,7 @@ def test_a_cancelled_waiter_is_sent_on_all_the_same(node: ClusterExchange) -> No
     waiter.cancel()
     node.reply(0, moved("{t}"))
     [(_, _, batch)] = node.redirected(0)
-    node.pipelines[0].adopt([batch])
+    node.pipelines[0].requeue([batch])
     assert node.take() == [[b"MSET", b"{t}_v", b"1", b"{t}_d", b"1"]]
     node.reply(0, "OK")
     node.assert_drained()
@@ -720,7 +722,7 @@ def test_an_overtaken_write_is_not_repeated(
         [(_, _, batch)] = node.redirected(0)
         assert list(batch.records) == ["{t}"]
         assert not any(waiter.done for waiter in node.waiters)
-        node.pipelines[0].adopt([batch])
+        node.pipelines[0].requeue([batch])
         [command] = node.take()
         verb = b"DEL" if later == "delete" else b"EVALSHA" if later else b"MSET"
         assert command[0] == verb
@@ -781,7 +783,7 @@ def test_writes_follow_each_other_where_each_has_its_own_outcome(node: ClusterEx
     batches = [batch for _, _, batch in node.redirected(0)]
     random.Random(4).shuffle(batches)
     for batch in batches:  # in whatever order they are handed over
-        node.pipelines[0].adopt([batch])
+        node.pipelines[0].requeue([batch])
     server = ModelServer()
     node.serve(0, server)
     node.assert_drained()
@@ -869,7 +871,7 @@ def test_deadlines_are_kept(core: Any) -> None:
     [(_, _, batch)] = nodes.redirected(0)
     assert nodes.pipelines[0].expire(-math.inf) is None
     assert batch.deadline == before
-    nodes.pipelines[1].adopt([batch])
+    nodes.pipelines[1].requeue([batch])
     assert nodes.pipelines[1].expire(-math.inf) == before
     assert nodes.pipelines[1].expire(before) is None
     [waiter] = nodes.waiters
@@ -979,7 +981,7 @@ def test_what_asks_is_left_where_it_was_sent(nodes: ClusterExchange) -> None:
     nodes.reply(0, ask(tag, 1))
     [(_, _, batch)] = nodes.redirected(0)
     batch.ask(nodes.pipelines[1])
-    nodes.pipelines[2].adopt([batch])  # where it waits
+    nodes.pipelines[2].requeue([batch])  # where it waits
     assert nodes.counters(2)[:3] == (1, 0, 1)
     nodes.move(2)
     assert nodes.counters(2)[:3] == (0, 0, 0)
@@ -996,7 +998,7 @@ def test_whoever_is_over_is_released_no_more(nodes: ClusterExchange) -> None:
     nodes.pipelines[0].expire(math.inf)
     nodes.assign(slot(tag), 1)
     nodes.move(0)
-    assert nodes.pipelines[0].release(nodes.router.target_of) == []
+    assert nodes.pipelines[0].take_queued(nodes.router.target_of) == []
     nodes.assert_drained()
 
 
@@ -1005,12 +1007,12 @@ def test_adopting_wakes_or_refuses(nodes: ClusterExchange) -> None:
     [tag] = tags_of(0, 1)
     nodes.issue(Op("set", tag, (1, 1)))
     nodes.assign(slot(tag), 1)
-    released = nodes.pipelines[0].release(nodes.router.target_of)
+    released = nodes.pipelines[0].take_queued(nodes.router.target_of)
     nodes.closed.add(1)
     with pytest.raises(ConnectionLost):
-        nodes.pipelines[1].adopt([batch for _, batch in released])
+        nodes.pipelines[1].requeue([batch for _, batch in released])
     assert nodes.counters(1) == (0, 0, 0, 0)
-    nodes.pipelines[2].adopt([batch for _, batch in released])
+    nodes.pipelines[2].requeue([batch for _, batch in released])
     assert nodes.wakes == [1, 0, 1]
     assert nodes.counters(2) == (1, 0, 1, 1)
     nodes.serve(2, ModelServer())
@@ -1050,7 +1052,7 @@ def test_a_batch_says_when_it_is_settled(node: ClusterExchange, operation: str) 
     [(_, _, batch)] = node.redirected(0)
     assert not batch.settled()
     batch.ask(node.pipelines[0])
-    node.pipelines[0].adopt([batch])
+    node.pipelines[0].requeue([batch])
     node.take()
     assert not batch.settled()
     replies = ["OK", Refusal(TRYAGAIN)] * (2 if operation == "head" else 1)
@@ -1059,7 +1061,7 @@ def test_a_batch_says_when_it_is_settled(node: ClusterExchange, operation: str) 
     [(_, _, again)] = node.redirected(0)
     assert not again.settled()
     assert again.serial == batch.serial
-    node.pipelines[0].adopt([again])
+    node.pipelines[0].requeue([again])
     node.pipelines[0].fail_all(ConnectionLost)
     assert again.settled()
     node.assert_drained()
@@ -1320,7 +1322,7 @@ def test_commands_of_one_key_are_redirected_and_asked(nodes: ClusterExchange) ->
     second.ask(nodes.pipelines[at])
     other = (at + 1) % 3
     nodes.assign(slot("key"), other)
-    nodes.pipelines[at].adopt([first, second])
+    nodes.pipelines[at].requeue([first, second])
     size = nodes.counters(at)[3]
     nodes.move(at)  # the one that asks is sent to the very node that it waits at
     for target in (at, other):
@@ -1476,7 +1478,7 @@ def test_whatever_the_nodes_say_all_is_drained(core: Any, seed: int, layout: str
                 for _, _, batch in nodes.redirected(at):
                     if rnd.random() < 0.5:
                         batch.ask(rnd.choice(nodes.pipelines))
-                    rnd.choice(nodes.pipelines).adopt([batch])
+                    rnd.choice(nodes.pipelines).requeue([batch])
             case 5:
                 nodes.assign(nodes.router.slot_of(rnd.choice(pool)), rnd.randrange(3))
                 nodes.move(at)
@@ -1486,7 +1488,7 @@ def test_whatever_the_nodes_say_all_is_drained(core: Any, seed: int, layout: str
             case 7 if rnd.random() < 0.3:
                 pipeline.expire(math.inf)
     for at in range(3):
-        nodes.pipelines[0].adopt([batch for _, _, batch in nodes.redirected(at)])
+        nodes.pipelines[0].requeue([batch for _, _, batch in nodes.redirected(at)])
     for pipeline in nodes.pipelines:
         pipeline.connection_lost(ConnectionLost("at the end"), rnd.random() < 0.5)
         pipeline.fail_all(ConnectionLost)

@@ -86,10 +86,10 @@ def test_a_latency_begins_with_the_call(core: ModuleType) -> None:
     """The deadline is what remembers it, through queues, connections and nodes."""
     first = Exchange(core, timeout=TIMEOUT)
     first.issue(Op("get", "a"))
-    [(_, batch)] = first.pipeline.release(lambda kind, name: None)
+    [(_, batch)] = first.pipeline.take_queued(lambda kind, name: None)
     # To one with another timeout it seems as if it had been called 30 s before.
     second = Exchange(core, timeout=TIMEOUT + 30)
-    second.pipeline.adopt([batch])
+    second.pipeline.requeue([batch])
     second.run()
     stats = second.pipeline.stats()
     assert rows(stats) == {"get": 1}
@@ -103,9 +103,9 @@ def test_a_latency_begins_with_the_call(core: ModuleType) -> None:
 def test_what_took_no_time_is_in_the_first_bucket(core: ModuleType) -> None:
     first = Exchange(core, timeout=TIMEOUT)
     first.issue(Op("get", "a"))
-    [(_, batch)] = first.pipeline.release(lambda kind, name: None)
+    [(_, batch)] = first.pipeline.take_queued(lambda kind, name: None)
     second = Exchange(core, timeout=TIMEOUT - 1000)
-    second.pipeline.adopt([batch])
+    second.pipeline.requeue([batch])
     second.run()
     row = second.pipeline.stats()["latency"]["operations"]["get"]
     assert row["buckets"][0] == 1
@@ -181,7 +181,7 @@ def test_a_bulk_is_one_operation_on_however_many_nodes(core: ModuleType) -> None
         pipeline.feed(server.answer(pipeline.take_output()))
     assert all(waiter.done for waiter in waiters)
     parts = [pipeline.stats() for pipeline in nodes.pipelines]
-    total = counters.told([*parts, nodes.apart.stats(), nodes.router.stats()])
+    total = counters.merged([*parts, nodes.apart.stats(), nodes.router.stats()])
     assert sum(part["operations"] for part in parts) == 1 + 3 + 3
     assert total["operations"] == 6
     assert total["records"] == total["reads"] + total["writes"] + total["deletes"]
@@ -218,7 +218,7 @@ def test_counters_add_up(core: ModuleType) -> None:
         exchange.issue(Op("get", "a"))
         exchange.take()
     parts = [exchange.pipeline.stats() for exchange in exchanges]
-    total = counters.told(parts)
+    total = counters.merged(parts)
     assert list(total) == list(parts[0])
     assert (total["operations"], total["in_flight"], total["writes"]) == (9, 2, 5)
     assert total["mean_batch"] == total["sent"] / total["batches"]
@@ -230,7 +230,7 @@ def test_counters_add_up(core: ModuleType) -> None:
     # What is kept is nobody else's.
     counters.add(kept, parts[0], lasting=True)
     assert rows(parts[0]) == {"set": 2, "head": 1}
-    assert counters.told([kept])["operations"] == 9 + 4
+    assert counters.merged([kept])["operations"] == 9 + 4
 
 
 # -- a cache

@@ -91,12 +91,20 @@ def members(thing: Any) -> dict[str, Any]:
 
 
 PUBLIC = (
-    *("Inbox", "Mailbox", "Message", "NearCache", "Pipeline", "Record", "Router"),
+    *(
+        "MessageDispatcher",
+        "SubscriberQueue",
+        "Message",
+        "NearCache",
+        "Pipeline",
+        "Record",
+        "Router",
+    ),
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
-    *("add_part", "admit", "make_write", "make_writes", "rouse", "epoch"),
+    *("add_part", "check_capacity", "make_write", "make_writes", "notify_pending", "epoch"),
     *("count_flush", "count_live", "drop", "fill", "invalidate", "landed", "last_known", "touch"),
 }
 
@@ -110,7 +118,15 @@ def test_public_names() -> None:
         }
         # The one in Python is made of several modules, and says what of them is its own.
         assert set(getattr(twin, "__all__", own)) == {*PUBLIC, "NEAR_ENTRY_BYTES"}, twin.__name__
-    for name in ("Inbox", "Mailbox", "Message", "NearCache", "Pipeline", "Record", "Router"):
+    for name in (
+        "MessageDispatcher",
+        "SubscriberQueue",
+        "Message",
+        "NearCache",
+        "Pipeline",
+        "Record",
+        "Router",
+    ):
         fast, pure = (set(members(getattr(twin, name))) for twin in TWINS)
         if name in MAKERS:  # plain attributes there, descriptors of the class here
             made = MAKERS[name](_pure)
@@ -131,8 +147,8 @@ def near(core: Any) -> Any:
 
 
 MAKERS: dict[str, Callable[[Any], Any]] = {
-    "Inbox": lambda core: core.Inbox("A", print, print),
-    "Mailbox": lambda core: core.Mailbox(print, 1, 0),
+    "MessageDispatcher": lambda core: core.MessageDispatcher("A", print, print),
+    "SubscriberQueue": lambda core: core.SubscriberQueue(print, 1, 0),
     "NearCache": near,
     "Pipeline": pipeline,
     "Router": router,
@@ -878,7 +894,7 @@ class ClusterTwins:
             for _, _, batch in nodes.redirected(at):
                 if ask:
                     batch.ask(nodes.pipelines[to])
-                nodes.pipelines[to].adopt([batch])
+                nodes.pipelines[to].requeue([batch])
 
         self.same(follow)
 
@@ -887,9 +903,9 @@ class ClusterTwins:
 
     def move(self, at: int) -> None:
         def move(nodes: ClusterExchange) -> Any:
-            released = nodes.pipelines[at].release(nodes.router.target_of)
+            released = nodes.pipelines[at].take_queued(nodes.router.target_of)
             for target, batch in released:
-                target.adopt([batch])
+                target.requeue([batch])
             return [(nodes.pipelines.index(target), told(batch)) for target, batch in released]
 
         self.same(move)
@@ -908,7 +924,7 @@ class ClusterTwins:
 
 def told(batch: Any) -> Any:
     """Return what a batch says of itself."""
-    return (batch.kind, list(batch.records), batch.trail, batch.asking, batch.settled())
+    return (batch.kind, list(batch.records), batch.redirections, batch.asking, batch.settled())
 
 
 tagged = st.sampled_from([*(f"{{{i % 4}}}{i}" for i in range(10)), "apart", "}"])

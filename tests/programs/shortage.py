@@ -146,15 +146,15 @@ class Scene:
             _LOOP.create_future, lambda: None, address=ADDRESS, timeout=3600.0, **options
         )
         self.pipeline.has_msetex = msetex
-        self.front = self.pipeline
+        self.entry = self.pipeline
         if near:
-            self.front = self.pipeline.near = core.NearCache(
+            self.entry = self.pipeline.near = core.NearCache(
                 _LOOP.create_future, self.pipeline, timeout=3600.0, idle_limit=3600.0
             )
         self.pipeline.connected(near)
         self.operations = operations
         self._calls = [
-            partial(getattr(self.front, one.method), one.argument, *one.rest, **one.options)
+            partial(getattr(self.entry, one.method), one.argument, *one.rest, **one.options)
             for one in operations
         ]
         # There is room for all that a run leaves, lest the harness itself need memory.
@@ -200,7 +200,7 @@ class Scene:
         self.pipeline.expire(math.inf)
 
     def stats(self) -> None:
-        self.front.stats()
+        self.entry.stats()
 
     def answer(self) -> None:
         """Let the server answer what was taken; this step is not the core's."""
@@ -229,7 +229,7 @@ class Scene:
     def finish(self) -> None:
         """Go on over a new connection; all has ended, and belongs to whoever has it."""
         self._again(self.lose)
-        self.pipeline.connected(self.front is not self.pipeline)
+        self.pipeline.connected(self.entry is not self.pipeline)
         self.pipeline.down = None
         probes = [(name, self.pipeline.get(name)) for name in _OWNERS]
         self._serve(self.pipeline)
@@ -371,7 +371,7 @@ class Redirected(Scene):
             ("answer", self.refuse),
             ("feed", self.feed),
             ("answer", self.take),
-            ("adopt", self.adopt),
+            ("adopt", self.requeue),
             ("answer", self.move),
             ("release", self.release),
         ]
@@ -383,8 +383,8 @@ class Redirected(Scene):
         taken, self.pipeline.redirected = self.pipeline.redirected, []
         self._batches = [batch for _, _, batch in taken]
 
-    def adopt(self) -> None:
-        self.other.adopt(self._batches)
+    def requeue(self) -> None:
+        self.other.requeue(self._batches)
 
     def move(self) -> None:
         self._batches = []
@@ -395,9 +395,9 @@ class Redirected(Scene):
     def finish(self) -> None:
         self.pipeline.redirected, left = [], self.pipeline.redirected
         for _, _, batch in left:
-            self.pipeline.adopt([batch])
+            self.pipeline.requeue([batch])
         for _, batch in self._batches:
-            self.pipeline.adopt([batch])
+            self.pipeline.requeue([batch])
         self._serve(self.other)
         super().finish()
         if not all(waiter is None or waiter.done() for waiter in self._told()):
@@ -414,7 +414,7 @@ def _near_fill(core: Any) -> Scene:
 def _near_hit(core: Any) -> Scene:
     scene = Scene(core, *_ALL["get"], *_ALL["get-bulk"], *_ALL["head"], near=True)
     names = [*scene.server.values]
-    scene.front.get_bulk(["a", "b", "c", "none"])
+    scene.entry.get_bulk(["a", "b", "c", "none"])
     scene._serve(scene.pipeline)
     assert names
     push = b"".join(resp(Push([b"invalidate", [b"a_v", b"b_d"]])) for _ in range(2))

@@ -69,12 +69,12 @@ async def ledger(gaps: list[tuple[float, float]]) -> Subscriptions:
 async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]) -> None:
     place = Place(ledger)
     for topic in (4, 5):
-        ledger.want(topic)
+        ledger.add(topic)
     place.have(4, 5)
-    place.listener.became_ready()
-    await ledger.when_whole()
+    place.listener.on_connected()
+    await ledger.wait_confirmed()
     assert place.source.asked == [["SUBSCRIBE", "4"], ["SUBSCRIBE", "5"]]
-    ledger.unwant(5)
+    ledger.remove(5)
     place.have(4)
     await until(lambda: place.source.asked[2:] == [["UNSUBSCRIBE", "5"]])
     assert ledger.is_whole
@@ -87,22 +87,22 @@ async def test_a_gap_begins_with_the_last_question_that_was_answered(
     ledger: Subscriptions, gaps: list[tuple[float, float]]
 ) -> None:
     place = Place(ledger, heartbeat=0.01)
-    ledger.want(4)
+    ledger.add(4)
     place.have(4)
-    place.listener.became_ready()
-    await ledger.when_whole()
+    place.listener.on_connected()
+    await ledger.wait_confirmed()
     await until(lambda: ["PING"] in place.source.asked)
     await until(lambda: place.source.asked.count(["PING"]) > 2)
     place.source.gate.clear()
     asked = place.source.asked.count(["PING"])
     await until(lambda: place.source.asked.count(["PING"]) > asked)
     before = place.listener.whole
-    place.listener.became_lost()
-    place.listener.became_lost()
+    place.listener.on_disconnected()
+    place.listener.on_disconnected()
     assert not ledger.is_whole
     place.source.gate.set()
-    place.listener.became_ready()
-    await ledger.when_whole()
+    place.listener.on_connected()
+    await ledger.wait_confirmed()
     ((since, until_),) = gaps
     assert since == before <= until_
     assert (ledger.gaps, ledger.last_gap) == (1, (since, until_))
@@ -115,11 +115,11 @@ async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
     moves: list[int] = []
     old = Place(ledger, moved=lambda: moves.append(1))
     new = Place(ledger, moved=lambda: moves.append(1))
-    ledger.want(4)
+    ledger.add(4)
     old.have(4)
     for place in (old, new):
-        place.listener.became_ready()
-    await ledger.when_whole()
+        place.listener.on_connected()
+    await ledger.wait_confirmed()
     # Both have it for a moment: nobody says when the old one has ended.
     new.have(4)
     await until(lambda: gaps)
@@ -138,10 +138,10 @@ async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions)
     place = Place(ledger, words=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
     answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
     place.source.answer = lambda command: answers.pop(0)
-    ledger.want(4)
+    ledger.add(4)
     place.have(4)
-    place.listener.became_ready()
-    await ledger.when_whole()
+    place.listener.on_connected()
+    await ledger.wait_confirmed()
     assert place.source.asked == [["SSUBSCRIBE", "4"]] * 3
     assert moves == [1, 1]
     await place.listener.close()
@@ -152,7 +152,7 @@ async def test_what_a_link_may_die_of(
 ) -> None:
     monkeypatch.setattr(module, "_ANSWER", 0.01)
     place = Place(ledger, heartbeat=0.01)
-    ledger.want(4)
+    ledger.add(4)
     place.have(4)
     for answer, left in (
         (ConnectionLost("gone"), []),
@@ -160,11 +160,11 @@ async def test_what_a_link_may_die_of(
     ):
         place.source.left.clear()
         place.source.answer = lambda command, said=answer: said
-        place.listener.became_ready()
+        place.listener.on_connected()
         await until(lambda: place.listener._task is not None and place.listener._task.done())
         assert place.source.left == left
     place.source.gate.clear()
-    place.listener.became_ready()
+    place.listener.on_connected()
     await until(lambda: place.source.left[-1:] == ["it did not answer for 0 s"])
     await place.listener.close()
 
@@ -173,19 +173,19 @@ async def test_topics_that_are_wanted_again_meanwhile(
     ledger: Subscriptions, gaps: list[Any]
 ) -> None:
     place = Place(ledger)
-    ledger.want(4)
+    ledger.add(4)
     place.have(4)
-    place.listener.became_ready()
-    await ledger.when_whole()
+    place.listener.on_connected()
+    await ledger.wait_confirmed()
     place.source.gate.clear()
-    ledger.unwant(4)
+    ledger.remove(4)
     place.have()
     await until(lambda: ["UNSUBSCRIBE", "4"] in place.source.asked)
-    ledger.want(4)
+    ledger.add(4)
     place.have(4)
     place.source.gate.set()
     await until(lambda: place.source.asked.count(["SUBSCRIBE", "4"]) == 2)
-    await ledger.when_whole()
+    await ledger.wait_confirmed()
     # What came after it was wanted again, and before it was heard again, is missed.
     assert len(gaps) == 1
     await place.listener.close()

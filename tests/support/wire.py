@@ -19,7 +19,7 @@ import pytest
 from dscache import _fast
 from dscache.core import constants as c
 from dscache.core import pure
-from dscache.core.split_records import RecordsApart
+from dscache.core.split_records import SplitRecords
 from dscache.errors import ConnectionLost
 
 ADDRESS = "node.test:6379"
@@ -449,7 +449,7 @@ class ClusterExchange:
             )
             for node in range(nodes)
         ]
-        self.apart = RecordsApart(core, self._waiter, key_prefix=key_prefix, ttl=ttl)
+        self.apart = SplitRecords(core, self._waiter, key_prefix=key_prefix, ttl=ttl)
         self.router = core.Router(self._waiter, self.pipelines[0], self.apart, **layout)
         self.apart.router = self.router
         table = [self.pipelines[slot % nodes] for slot in range(c.SLOTS)]
@@ -485,8 +485,8 @@ class ClusterExchange:
 
     def move(self, node: int) -> None:
         """Hand over what waits for a node and belongs to another one by now."""
-        for target, batch in self.pipelines[node].release(self.router.target_of):
-            target.adopt([batch])
+        for target, batch in self.pipelines[node].take_queued(self.router.target_of):
+            target.requeue([batch])
 
     def serve(self, node: int, server: ModelServer) -> list[list[bytes]]:
         """Let a server answer all that a node is given; return the commands."""

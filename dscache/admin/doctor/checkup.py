@@ -13,14 +13,14 @@ from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels, pairs
 from ...cache import AsyncCache
 from ...config import Config, Options, SentinelNode
-from ...config.validation import Place
+from ...config.validation import Location
 from ...core.constants import read_epoch
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
-from ..control import Command, Direct
+from ..control import ControlConnection, RawCommand
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
-from ..primaries import SCAN_COUNT, Shards, facts, is_clustered, open_shards
+from ..primaries import SCAN_COUNT, Primaries, is_clustered, open_primaries, parse_info
 from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
@@ -57,13 +57,13 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
     found: list[Finding] = []
     options = config.options
     if config.name == "memory":
-        raise Place(config.source).error("the cache is inside its process; name a server")
+        raise Location(config.source).error("the cache is inside its process; name a server")
     if options.sentinels:
         found.append(await _look_at_sentinels(options))
     try:
         is_configured = by_url or bool(options.nodes)
         if not options.nodes and not options.sentinels:
-            server = await Direct.open(options)
+            server = await ControlConnection.open(options)
             try:
                 if await is_clustered(server):
                     config = on_cluster(config)
@@ -71,8 +71,8 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
                 server.close()
         if config.options.nodes:
             report = await survey(config)
-            found.append(of_topology.judge_cluster(report, is_configured=is_configured))
-        async with AsyncCache(config) as cache, open_shards(cache) as shards:
+            found.append(of_topology.check_cluster(report, is_configured=is_configured))
+        async with AsyncCache(config) as cache, open_primaries(cache) as shards:
             found += await _look_at_all(shards, config.options)
     except ConfigError:
         raise
@@ -83,73 +83,73 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
     return Checkup(config.address, tuple(found))
 
 
-async def _look_at_all(shards: Shards, options: Options) -> list[Finding]:
+async def _look_at_all(shards: Primaries, options: Options) -> list[Finding]:
     by_node = {shard.address: await _look_at_server(shard.server, options) for shard in shards.all}
     sample = await _take_sample(shards, options)
     layout = HASHTAG if options.hash_tag else DEEPSTREAM
     return [
         *merged(by_node),
-        of_records.judge_layout(sample, layout, on_cluster=bool(options.nodes)),
-        of_records.judge_halves(sample),
+        of_records.check_layout(sample, layout, on_cluster=bool(options.nodes)),
+        of_records.check_halves(sample),
     ]
 
 
 # -- one server
 
 
-async def _look_at_server(server: Direct, options: Options) -> list[Finding]:
+async def _look_at_server(server: ControlConnection, options: Options) -> list[Finding]:
     tls = options.redis_options.tls if options.nodes else options.tls
     info = await _info(server)
     save, policy, most = await _configured(server)
-    scripts, tracking = await server.ask(
+    scripts, tracking = await server.execute_many(
         ["EVAL", "return 1", 0], ["CLIENT", "TRACKING", "ON", "BCAST"]
     )
-    await server.ask(["CLIENT", "TRACKING", "OFF"])
+    await server.execute_many(["CLIENT", "TRACKING", "OFF"])
     username, has_password = _login(options)
     is_local = server.is_local
     found = [
-        of_server.judge_round_trip(await _ping(server)),
-        of_server.judge_commands(info["latencystats"]),
-        of_server.judge_server(server.greeting.server),
-        of_server.judge_role(info["replication"], options.role if not options.nodes else "master"),
-        of_server.judge_tls(
+        of_server.check_round_trip(await _ping(server)),
+        of_server.check_commands(info["latencystats"]),
+        of_server.check_server(server.greeting.server),
+        of_server.check_role(info["replication"], options.role if not options.nodes else "master"),
+        of_server.check_tls(
             server.tls, verified=bool(tls and tls.reject_unauthorized), is_local=is_local
         ),
-        of_server.judge_login(username, has_password, is_local=is_local),
-        of_server.judge_persistence(info["persistence"], save),
-        of_server.judge_memory(
+        of_server.check_login(username, has_password, is_local=is_local),
+        of_server.check_persistence(info["persistence"], save),
+        of_server.check_memory(
             info["memory"], info["stats"], info["memory"].get("maxmemory_policy", policy)
         ),
-        of_server.judge_connections(info["clients"], most),
-        of_server.judge_scripts(_refusal(scripts)),
-        of_server.judge_tracking(_refusal(tracking)),
-        of_server.judge_clock(await _clock(server)),
+        of_server.check_connections(info["clients"], most),
+        of_server.check_scripts(_refusal(scripts)),
+        of_server.check_tracking(_refusal(tracking)),
+        of_server.check_clock(await _clock(server)),
     ]
     return [one for one in found if one is not None]
 
 
-async def _ping(server: Direct) -> list[float]:
+async def _ping(server: ControlConnection) -> list[float]:
     """Return how many milliseconds each of some PINGs took."""
     times: list[float] = []
     end = time.perf_counter() + _PINGS_LAST
-    await server.ask(["PING"])
+    await server.execute_many(["PING"])
     while len(times) < _PINGS and time.perf_counter() < end:
         began = time.perf_counter()
-        await server.ask(["PING"])  # who may not say it is refused in the same time
+        await server.execute_many(["PING"])  # who may not say it is refused in the same time
         times.append((time.perf_counter() - began) * 1000)
     return times or [_PINGS_LAST * 1000]
 
 
-async def _info(server: Direct) -> Mapping[str, Mapping[str, str]]:
+async def _info(server: ControlConnection) -> Mapping[str, Mapping[str, str]]:
     parts = ("replication", "persistence", "memory", "stats", "clients", "latencystats")
-    answers = await server.ask(*(["INFO", part] for part in parts))
-    return {part: facts(answer) for part, answer in zip(parts, answers, strict=True)}
+    answers = await server.execute_many(*(["INFO", part] for part in parts))
+    return {part: parse_info(answer) for part, answer in zip(parts, answers, strict=True)}
 
 
-async def _configured(server: Direct) -> list[str | None]:
+async def _configured(server: ControlConnection) -> list[str | None]:
     """Return some of its configuration; None for what it doesn't tell."""
     names = ("save", "maxmemory-policy", "maxclients")
-    answers = await server.ask(*(["CONFIG", "GET", name] for name in names))
+    answers = await server.execute_many(*(["CONFIG", "GET", name] for name in names))
     values: list[str | None] = []
     for name, answer in zip(names, answers, strict=True):
         value = None
@@ -161,10 +161,10 @@ async def _configured(server: Direct) -> list[str | None]:
     return values
 
 
-async def _clock(server: Direct) -> float | None:
+async def _clock(server: ControlConnection) -> float | None:
     """Return by how many seconds the server's clock is ahead of ours."""
     began = time.time()
-    (answer,) = await server.ask(["TIME"])
+    (answer,) = await server.execute_many(["TIME"])
     if not isinstance(answer, list) or len(answer) != 2:
         return None
     its = int(answer[0]) + int(answer[1]) / 1_000_000
@@ -186,7 +186,7 @@ def _refusal(answer: Any) -> str:
 # -- the keys
 
 
-async def _take_sample(shards: Shards, options: Options) -> Sample:
+async def _take_sample(shards: Primaries, options: Options) -> Sample:
     """Look at some keys of each server, and for the other keys of their records."""
     either, tagged = (Layout(kind, options.key_prefix) for kind in (DEEPSTREAM, HASHTAG))
     sample = Sample()
@@ -194,7 +194,7 @@ async def _take_sample(shards: Shards, options: Options) -> Sample:
     for shard in shards.all:
         cursor: Any = 0
         for _ in range(max(_SAMPLE // SCAN_COUNT // len(shards.all), 1)):
-            cursor, keys = await shard.server.say("SCAN", cursor, "COUNT", SCAN_COUNT)
+            cursor, keys = await shard.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
             # A key of the one layout is one of the other too, of a name in braces.
             ours = [key for key in keys if either.name_of(key) is not None]
             versions = [key for key in ours if is_version_key(key)]
@@ -214,21 +214,21 @@ async def _take_sample(shards: Shards, options: Options) -> Sample:
     return sample
 
 
-async def _lonely(shards: Shards, keys: list[bytes]) -> list[bytes]:
+async def _lonely(shards: Primaries, keys: list[bytes]) -> list[bytes]:
     """Return those keys whose partner isn't there."""
     there = await _exist(shards, [partner(key) for key in keys])
     return [key for key, has_partner in zip(keys, there, strict=True) if not has_partner]
 
 
-async def _exist(shards: Shards, keys: list[bytes]) -> list[bool]:
+async def _exist(shards: Primaries, keys: list[bytes]) -> list[bool]:
     """Return of each key whether it is there; as if it were, if its server doesn't tell."""
-    by_server: dict[Direct, list[int]] = {}
+    by_server: dict[ControlConnection, list[int]] = {}
     for position, key in enumerate(keys):
         by_server.setdefault(shards.owner(key), []).append(position)
     found = [True] * len(keys)
     for server, positions in by_server.items():
-        commands: list[Command] = [("EXISTS", keys[position]) for position in positions]
-        answers = await server.ask(*commands)
+        commands: list[RawCommand] = [("EXISTS", keys[position]) for position in positions]
+        answers = await server.execute_many(*commands)
         for position, answer in zip(positions, answers, strict=True):
             found[position] = answer != 0
     return found
@@ -241,7 +241,7 @@ async def _look_at_sentinels(options: Options) -> Finding:
     group = Sentinels(options, Resolver())
     nodes = options.sentinels or ()
     said = await asyncio.gather(*(_ask_sentinel(group, options, node) for node in nodes))
-    return of_topology.judge_sentinels(said)
+    return of_topology.check_sentinels(said)
 
 
 async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelSays:

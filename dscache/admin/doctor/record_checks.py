@@ -24,7 +24,7 @@ class Sample:
     """Keys of no record."""
 
 
-def judge_halves(sample: Sample) -> Finding:
+def check_halves(sample: Sample) -> Finding:
     """Judge how many records have lost one of their keys."""
     halves = sample.halves
     if not sample.records:
@@ -42,7 +42,7 @@ def judge_halves(sample: Sample) -> Finding:
     )
 
 
-def judge_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:
+def check_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:
     """Judge whether the layout of the keys is the configured one."""
     name = "key layout"
     counts = {DEEPSTREAM: sample.deepstream, HASHTAG: sample.hashtag}

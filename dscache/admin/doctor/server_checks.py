@@ -27,7 +27,7 @@ _CONSOLE = "ask in the hosting company's console, as the server does not tell"
 # -- the way to the server
 
 
-def judge_round_trip(milliseconds: Sequence[float]) -> Finding:
+def check_round_trip(milliseconds: Sequence[float]) -> Finding:
     """Judge how long some PINGs took, one after the other."""
     times = sorted(milliseconds)
     middle = statistics.median(times)
@@ -53,7 +53,7 @@ def judge_round_trip(milliseconds: Sequence[float]) -> Finding:
     return Finding("round trip", OK, found)
 
 
-def judge_commands(latency: Mapping[str, str]) -> Finding:
+def check_commands(latency: Mapping[str, str]) -> Finding:
     """Judge how long the server itself has taken for the commands of records, as it tells."""
     told = {}
     for command in _COMMANDS:
@@ -77,7 +77,7 @@ def judge_commands(latency: Mapping[str, str]) -> Finding:
     return Finding("commands", OK, f"on the server, {found}")
 
 
-def judge_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
+def check_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
     """Judge whether somebody on the way can read along."""
     if spoken:
         if verified:
@@ -100,7 +100,7 @@ def judge_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
     )
 
 
-def judge_login(username: str | None, has_password: bool, *, is_local: bool) -> Finding:
+def check_login(username: str | None, has_password: bool, *, is_local: bool) -> Finding:
     """Judge whether everybody may do everything."""
     if has_password:
         return Finding("login", OK, f"as {shorten(username or 'default')}, with a password")
@@ -118,7 +118,7 @@ def judge_login(username: str | None, has_password: bool, *, is_local: bool) -> 
 # -- the server
 
 
-def judge_server(server: str) -> Finding:
+def check_server(server: str) -> Finding:
     """Judge a server's kind and version, such as ``redis 7.0.15``."""
     if not server:
         return Finding(
@@ -138,7 +138,7 @@ def judge_server(server: str) -> Finding:
     return Finding("server", OK, server)
 
 
-def judge_role(replication: Mapping[str, str], wanted: str) -> Finding:
+def check_role(replication: Mapping[str, str], wanted: str) -> Finding:
     """Judge whether the server is what the configuration takes it for: master or slave."""
     role = replication.get("role")
     if role is None:
@@ -166,7 +166,7 @@ def judge_role(replication: Mapping[str, str], wanted: str) -> Finding:
     return Finding("role", OK, f"replica of {primary}")
 
 
-def judge_persistence(info: Mapping[str, str], save: str | None) -> Finding:
+def check_persistence(info: Mapping[str, str], save: str | None) -> Finding:
     """Judge what a restart would leave; ``save`` is its configuration, None if that is refused."""
     name = "persistence"
     if not info:
@@ -209,7 +209,7 @@ def judge_persistence(info: Mapping[str, str], save: str | None) -> Finding:
     )
 
 
-def judge_memory(
+def check_memory(
     memory: Mapping[str, str], stats: Mapping[str, str], policy: str | None
 ) -> Finding:
     """Judge what happens when memory is short; ``policy`` is None if it isn't told."""
@@ -251,7 +251,7 @@ def judge_memory(
     return Finding(name, OK, shown)
 
 
-def judge_connections(clients: Mapping[str, str], limit: str | None) -> Finding | None:
+def check_connections(clients: Mapping[str, str], limit: str | None) -> Finding | None:
     """Judge whether further clients get in; None if that isn't told."""
     limit = clients.get("maxclients", limit)
     if limit is None or "connected_clients" not in clients:
@@ -269,7 +269,7 @@ def judge_connections(clients: Mapping[str, str], limit: str | None) -> Finding 
     return Finding("connections", OK, found)
 
 
-def judge_scripts(refusal: str) -> Finding:
+def check_scripts(refusal: str) -> Finding:
     """Judge whether scripts may be run; ``refusal`` is what the server said, or empty."""
     if not refusal:
         return Finding("scripts", OK, "may be run")
@@ -282,7 +282,7 @@ def judge_scripts(refusal: str) -> Finding:
     )
 
 
-def judge_tracking(refusal: str) -> Finding:
+def check_tracking(refusal: str) -> Finding:
     """Judge whether the server tells of changes; ``refusal`` is what it said, or empty."""
     if not refusal:
         return Finding("tracking", OK, "the server tells of changes")
@@ -295,7 +295,7 @@ def judge_tracking(refusal: str) -> Finding:
     )
 
 
-def judge_clock(ahead: float | None) -> Finding:
+def check_clock(ahead: float | None) -> Finding:
     """Judge by how many seconds the server's clock is ahead of ours; None if it doesn't tell."""
     if ahead is None:
         return Finding("clock", UNKNOWN, "TIME is refused", "allow the user +time")

@@ -9,7 +9,7 @@ from ..cluster_report import ClusterReport
 from .findings import BAD, OK, WARNING, Finding, number
 
 
-def judge_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
+def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
     """Judge the state of a cluster, and whether the configuration says that it is one."""
     primaries = sum(node.role == "primary" for node in report.nodes)
     found = (
@@ -54,7 +54,7 @@ class SentinelSays:
     """Empty if enough Sentinels are there for a failover, else what it says of that."""
 
 
-def judge_sentinels(said: Sequence[SentinelSays]) -> Finding:
+def check_sentinels(said: Sequence[SentinelSays]) -> Finding:
     """Judge whether the Sentinels would replace a lost primary."""
     name = "sentinels"
     well = [one for one in said if not one.trouble]
