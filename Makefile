@@ -29,7 +29,7 @@ help:
 	@echo "make test-minimum  the suite with the oldest dependencies that pyproject.toml allows"
 	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
 	@echo "make sanitize     the compiled core under sanitizers: a million bad replies, no memory, finalizers"
-	@echo "make lint         ruff, mypy --strict, cython-lint, stubtest"
+	@echo "make lint         ruff, mypy --strict, the directions of imports, cython-lint, stubtest"
 	@echo "make format       let ruff format the code"
 	@echo "make bench        the benchmarks, beside the peers and the limit, into bench/results/"
 	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
@@ -106,6 +106,7 @@ lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict dscache
+	"$(VENV)/bin/lint-imports" --no-cache
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint dscache/_fast.pyx dscache/core/*.pxi
 	$(PY) -m mypy.stubtest dscache._fast
 
