@@ -154,7 +154,7 @@ class Sentinels:
                 connection = await self._connect(node)
                 answer = await question(connection)
         except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
-            return f"{node.address}: {self.explain(error, self._seconds)}"
+            return f"{node.address}: {self.as_connect_error(error, self._seconds)}"
         finally:
             await self._end(connection)
         return answer or f"{node.address}: it knows of none that is up"
@@ -239,7 +239,7 @@ class Sentinels:
                     _logger.warning(
                         "can't hear from the Sentinel %s of a new primary: %s",
                         node.address,
-                        self.explain(error, _PING_ANSWER),
+                        self.as_connect_error(error, _PING_ANSWER),
                     )
                 complained = True
                 if isinstance(error, ResponseError):  # it may be asked, and not listened to

@@ -118,7 +118,7 @@ cdef class Message:
         return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
 
     def __reduce__(self):
-        from . import make_message
+        from ._backend import make_message
         return (make_message, (self.topic, self.sender, self.raw))
 
     def __setattr__(self, name, value):

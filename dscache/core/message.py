@@ -113,7 +113,7 @@ class Message:
         return f"Message({self.topic}, {shorten(self.sender)}, {shorten(self.raw)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from .. import make_message
+        from .._backend import make_message
 
         return (make_message, (self.topic, self.sender, self.raw))
 

@@ -66,7 +66,7 @@ cdef class Record:
         return f"Record({shorten(self.name)}, {self.version}, {shorten(self.raw)}{stale})"
 
     def __reduce__(self):
-        from . import make_record
+        from ._backend import make_record
         return (make_record, (self.name, self.version, self.raw, self.stale))
 
     def __setattr__(self, name, value):

@@ -261,7 +261,7 @@ async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) 
     except TimeoutError:
         return SentinelSays(node.address, f"no answer within {options.connect_timeout} ms")
     except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
-        return SentinelSays(node.address, group.explain(error, 0))
+        return SentinelSays(node.address, group.as_connect_error(error, 0))
     finally:
         await group._end(connection)
     return SentinelSays(
