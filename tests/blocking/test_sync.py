@@ -26,7 +26,7 @@ from redis.credentials import CredentialProvider
 import dscache
 from dscache.blocking.connection import Connection
 from dscache.embedded import EmbeddedServer, TLSFiles
-from dscache.net.sockets import Attempt
+from dscache.net.sockets import SocketConnect
 from dscache.pubsub.subscribers import Messages
 from tests.conftest import SERVERS, _server_id
 from tests.support.blocking import (
@@ -327,7 +327,7 @@ def test_what_was_interrupted_while_it_was_made_ends_quietly(
 ) -> None:
     raised: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", raised.append)
-    attempt = Attempt.__new__(Attempt)
+    attempt = SocketConnect.__new__(SocketConnect)
     del attempt
     with pytest.raises(RuntimeError, match="no running event loop"):
         Messages(1, lambda: None, max_pending=1, overflow="disconnect")
