@@ -125,7 +125,7 @@ class _Instruments:
         for name, known in list(self._caches.items()):
             cache = known()
             if cache is not None:
-                own = attributes_of(cache._config)
+                own = attributes_of(cache.config)
                 yield cache, {f"{NAMESPACE}.cache": name, **own}
 
     def _counted(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
@@ -217,7 +217,7 @@ class Tracing:
         self._tracer = tracer
         self._sample = sample
         self._roots = roots
-        self._attributes = attributes_of(cache._config)
+        self._attributes = attributes_of(cache.config)
         address, port = (self._attributes.get(f"server.{part}") for part in ("address", "port"))
         known = "" if address is None else f" {address}"
         self._target = known if port is None else f"{known}:{port}"

@@ -50,7 +50,7 @@ class Watch:
         self._cache = cache
         self._told = told
         self._prefix = prefix
-        self._layout = Layout.of(cache._config.options)
+        self._layout = Layout.of(cache.config.options)
         starts = [start for start in self._layout.starts(prefix) if start]
         self._track: RawCommand = [
             *("CLIENT", "TRACKING", "ON", "BCAST"),
@@ -110,7 +110,7 @@ class Watch:
 
     def _places(self) -> Mapping[str, Options]:
         topology = self._cache._topology
-        places = [self._cache._config.options]
+        places = [self._cache.config.options]
         if isinstance(topology, Cluster):
             places = list(topology.primaries().values())
         return {options.address: options for options in places}
