@@ -12,15 +12,15 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
-from ..core.constants import (
+from .._limits import (
     MAX_PENDING,
     MAX_PENDING_BYTES,
     MAX_REPLY_BYTES,
     MAX_TTL,
     NEAR_BYTES,
     NEAR_RECORDS,
-    join_address,
 )
+from ..core.constants import join_address
 from . import ioredis
 from .address import Host, HostAndPort, Port, canonical, split_address
 from .tls import Tls

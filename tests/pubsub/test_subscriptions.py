@@ -135,7 +135,7 @@ async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
 
 async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions) -> None:
     moves: list[int] = []
-    place = Place(ledger, words=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
+    place = Place(ledger, commands=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
     answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
     place.source.answer = lambda command: answers.pop(0)
     ledger.add(4)
@@ -150,7 +150,7 @@ async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions)
 async def test_what_a_link_may_die_of(
     ledger: Subscriptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ANSWER", 0.01)
+    monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.01)
     place = Place(ledger, heartbeat=0.01)
     ledger.add(4)
     place.have(4)
