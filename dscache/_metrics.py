@@ -9,7 +9,7 @@ NAMESPACE: Final = "dscache"
 
 
 class Metric(NamedTuple):
-    """The metric for one number of ``stats()``, whose key is ``key``.
+    """The metric for the number that ``stats()`` has under ``key``.
 
     ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``.
     """

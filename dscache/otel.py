@@ -200,8 +200,8 @@ def trace(
 
     In a sampled trace, a random share ``sample`` of the operations (0 to 1) gets a span. With
     ``roots``, operations outside any trace are sampled too. Any other operation costs a look at
-    the current span. Returns a Tracing, whose ``stop()`` ends it. Raises ValueError if ``sample``
-    is not from 0 to 1.
+    the current span. Returns a Tracing; its ``stop()`` ends the tracing. Raises ValueError if
+    ``sample`` is not from 0 to 1.
     """
     if not 0 <= sample <= 1:
         raise ValueError(f"sample must be from 0 to 1, not {sample!r}")

@@ -39,7 +39,7 @@ def register(
 ) -> CacheCollector:
     """Export a cache's metrics in a registry, with the label ``cache`` set to ``name``.
 
-    Each cache of a registry needs its own name. Returns the registry's CacheCollector, whose
+    Each cache of a registry needs its own name. Returns the registry's CacheCollector; its
     ``remove`` ends the export. Raises ValueError if another cache has that name.
     """
     collector = _registered.get(registry)

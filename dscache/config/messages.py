@@ -1,7 +1,7 @@
 """The configuration of a message node: deepstream's section ``clusterNode``, or a URL.
 
-Options, units and errors are those of a cache. The server's name is deepstream's ``serverName``,
-beside the section.
+Options, units and errors are the same as for a cache. The server's name is deepstream's
+``serverName``, beside the section.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def check_sentinels(options: Options, place: Location) -> None:
 
 
 def check_near_cache(options: Options, near: NearCacheOptions, place: Location) -> None:
-    """Raise ConfigError for overlapping prefixes, or a near cache whose reads go to replicas."""
+    """Raise ConfigError for overlapping prefixes, or reads of replicas beside a near cache."""
     if near.mode == "broadcast":
         here = place.at("prefixes")
         for i, one in enumerate(near.prefixes):
@@ -73,7 +73,7 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
 
 
 def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
-    """Refuse options that make no sense with ``nodes``, or without; log those without effect.
+    """Refuse options that make no sense with ``nodes``, or without; log options without effect.
 
     ``places`` has the place of each option that is given. Raises ConfigError.
     """

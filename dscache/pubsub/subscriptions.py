@@ -36,7 +36,7 @@ class PushConnection(Protocol):
 
 
 class Subscriptions:
-    """The topics that a node wants, and the ones whose subscription is confirmed.
+    """The topics that a node wants, and the ones with a confirmed subscription.
 
     ``on_gap`` is called with the begin and the end of an interval in which messages may have been
     missed, in seconds since the epoch.
