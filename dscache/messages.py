@@ -22,7 +22,7 @@ from .pubsub.transport import MessageTransport, open_transport
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from .core.pure import MessageDispatcher, SubscriberQueue
+    from .core.pure import MessageDispatcher, Pipeline, SubscriberQueue
 
 _logger = logging.getLogger("dscache")
 
@@ -204,7 +204,7 @@ class MessageNode(AsyncResource):
             transport is not None
             and subscriptions is not None
             and transport.is_ready
-            and subscriptions.is_whole
+            and subscriptions.is_confirmed
         )
 
     @property
@@ -333,7 +333,7 @@ class MessageNode(AsyncResource):
         self._queues[queue] = topic
         self._dispatcher.join(topic, queue)
         self._subscriptions.add(topic)
-        self._transport.look()
+        self._transport.on_topics_changed()
 
     def _unsubscribe(self, queue: SubscriberQueue | None) -> None:
         topic = None if queue is None else self._queues.pop(queue, None)
@@ -348,7 +348,7 @@ class MessageNode(AsyncResource):
             self._errors += subscriber.errors
         if self._dispatcher.leave(topic, queue):
             self._subscriptions.remove(topic)
-            self._transport.look()
+            self._transport.on_topics_changed()
 
     def _disconnect(self, subscriber: Subscriber) -> None:
         _logger.error(
@@ -366,7 +366,7 @@ class MessageNode(AsyncResource):
 
     # -- events of the connections
 
-    def _on_push(self, pipeline: Any, push: list[Any]) -> None:
+    def _on_push(self, pipeline: Pipeline, push: list[Any]) -> None:
         """Handle a subscription ended by the server, as happens when a slot moves."""
         kind, channel = push[0], push[1] if len(push) > 1 else None
         is_end = kind in (b"unsubscribe", b"sunsubscribe")

@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     def compose_scalar_node(self, anchor: dict[str, Node]) -> ScalarNode:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML has no types here
         node = super().compose_scalar_node(anchor)
         if event.tag == "!":
             node.tag = _STR

@@ -45,7 +45,7 @@ class AnyNode:
         self._current: Address = random.choice(self._seeds)
         self._endpoint: Endpoint | None = None
         self._cut_off = 0
-        self.is_well = True
+        self.is_healthy = True
 
     @property
     def address(self) -> str:
@@ -82,19 +82,19 @@ class AnyNode:
         assert self._endpoint is not None
         server_info = await self._endpoint.greet(ask)
         try:
-            self.learn(*await ask(*map(list, QUESTIONS)))
+            self.update_nodes(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
             raise UnsuitableServer(str(error)) from None
         # If every node is cut off, any of them will do.
-        if not self.is_well and self._cut_off < len(self._seeds) + len(self._known):
+        if not self.is_healthy and self._cut_off < len(self._seeds) + len(self._known):
             self._cut_off += 1
             raise ConnectError(f"{self.address} is cut off from its cluster")
         self._cut_off = 0
         self._untried = []
         return server_info
 
-    def learn(self, slots: object, info: object) -> None:
-        """Update the known nodes, and whether this one ``is_well``.
+    def update_nodes(self, slots: object, info: object) -> None:
+        """Update the known nodes, and whether this one ``is_healthy``.
 
         ``slots`` and ``info`` are the node's replies to QUESTIONS. Raises ConfigError if it belongs
         to no cluster, and ProtocolError for an invalid reply.
@@ -113,4 +113,4 @@ class AnyNode:
         if addresses:
             self._known = list(dict.fromkeys(addresses))
         is_said = not isinstance(info, bytes) or b"cluster_state:ok" in info
-        self.is_well = bool(addresses) and is_said
+        self.is_healthy = bool(addresses) and is_said

@@ -60,7 +60,7 @@ class Subscriptions:
         return self._wanted
 
     @property
-    def is_whole(self) -> bool:
+    def is_confirmed(self) -> bool:
         """Whether every wanted topic is confirmed."""
         return self._wanted.keys() <= self._heard.keys()
 
@@ -77,7 +77,7 @@ class Subscriptions:
 
     async def wait_confirmed(self) -> None:
         """Wait until every wanted topic is confirmed. Raises ReplyError if one is refused."""
-        while not self.is_whole:
+        while not self.is_confirmed:
             if self._refused and self._refused.keys() | self._heard.keys() >= self._wanted.keys():
                 raise next(iter(self._refused.values()))
             waiter: asyncio.Future[None] = self._loop.create_future()
@@ -98,7 +98,7 @@ class Subscriptions:
                 since.append(self._since.pop(topic))
             elif (before := self._heard.get(topic)) is not None and before is not listener:
                 # The former owner of the slot hasn't reported its loss yet.
-                since.append(before.whole)
+                since.append(before.received_until)
             self._refused.pop(topic, None)
             if topic in self._wanted:
                 self._heard[topic] = listener
@@ -164,12 +164,12 @@ class Listener:
         self._moved = moved
         self._loop = asyncio.get_running_loop()
         self._confirmed: dict[int, None] = {}
-        self.whole = 0.0
+        self.received_until = 0.0
         """The time up to which every message was certainly received, in seconds since the epoch."""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def look(self) -> None:
+    def on_topics_changed(self) -> None:
         """Check whether the topics of this connection have changed."""
         self._changed.set()
 
@@ -177,7 +177,7 @@ class Listener:
         """Subscribe on a new connection."""
         self.on_disconnected()
         self._task = self._loop.create_task(
-            self._keep(), name=f"dscache listens to {self._source.address}"
+            self._run(), name=f"dscache listens to {self._source.address}"
         )
 
     def on_disconnected(self) -> None:
@@ -185,11 +185,11 @@ class Listener:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        self._forget(list(self._confirmed), self.whole)
+        self._forget(list(self._confirmed), self.received_until)
 
     def ended(self, topic: int) -> None:
         """Record that the server has ended the subscription to a topic."""
-        self._forget([topic], self.whole)
+        self._forget([topic], self.received_until)
         self._changed.set()
         if self._moved is not None:
             self._moved()
@@ -206,18 +206,18 @@ class Listener:
             self._confirmed.pop(topic, None)
         self._subscriptions.lost(self, topics, since)
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         """Keep the subscriptions up to date, and check the connection by heartbeats."""
         try:
             while True:
                 self._changed.clear()
-                later = await self._adjust()
+                later = await self._update()
                 try:
                     async with asyncio.timeout(_RETRY_AFTER if later else self._heartbeat):
                         await self._changed.wait()
                 except TimeoutError:
                     if not later:
-                        await self._beat()
+                        await self._send_heartbeat()
         except ConnectionLost:
             return  # the connection reports its loss
         except asyncio.CancelledError:
@@ -229,7 +229,7 @@ class Listener:
             if not isinstance(error, Exception):
                 raise
 
-    async def _adjust(self) -> bool:
+    async def _update(self) -> bool:
         """Begin and end subscriptions; return whether one must be retried soon."""
         topics = self._topics()
         missing = [topic for topic in topics if topic not in self._confirmed]
@@ -238,7 +238,7 @@ class Listener:
             return False
         begun = [[self._begin, str(topic)] for topic in missing]
         ended = [[self._end, str(topic)] for topic in extra]
-        at, before = time.time(), self.whole
+        at, before = time.time(), self.received_until
         replies = await self._ask(*begun, *ended)
         confirmed = []
         later = False
@@ -250,18 +250,18 @@ class Listener:
                 self._moved()
             else:
                 self._subscriptions.refused(topic, reply, self._source.address)
-        self.whole = at
+        self.received_until = at
         self._confirmed.update(dict.fromkeys(confirmed))
         self._subscriptions.confirmed(self, confirmed)
         # A topic that moved to another node may have received its last message here long ago.
         self._forget(extra, before)
         return later
 
-    async def _beat(self) -> None:
+    async def _send_heartbeat(self) -> None:
         """Send a heartbeat."""
         at = time.time()
         await self._ask(["PING"])
-        self.whole = at
+        self.received_until = at
 
     async def _ask(self, *commands: list[Any]) -> list[Any]:
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..aio.connection import Connection
 from ..aio.topology import Topology
-from ..config import Config
+from ..config import Config, Options
 from ..config.messages import MessageConfig
 from ..core.resp import slot_of_key
 from ..errors import DscacheError
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from ..aio.cluster import Cluster
-    from ..core.pure import MessageDispatcher
+    from ..core.pure import MessageDispatcher, Pipeline
 
 
 class MessageTransport(Topology, Protocol):
     """The connections of a message node, each of which listens to some of the topics."""
 
-    def look(self) -> None:
+    def on_topics_changed(self) -> None:
         """Check whether the wanted topics have changed."""
 
-    def ended(self, pipeline: Any, topic: int) -> None:
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
         """Record that the server behind ``pipeline`` has ended a subscription."""
 
 
@@ -48,13 +48,13 @@ class PairTransport:
         dispatcher: MessageDispatcher,
         subscriptions: Subscriptions,
     ) -> None:
-        options = config.options
+        options: Options = config.options
         nodes: list[AnyNode | None] = [None, None]
         if options.nodes:
             nodes = [AnyNode(options, credentials, config.source) for _ in nodes]
             first = options.seeds[0]
             # The options of every node; AnyNode replaces the address.
-            options = options.for_node(first.host, first.port, first)  # type: ignore[assignment]
+            options = options.for_node(first.host, first.port, first)
         self._subscriptions = subscriptions
         self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
         self._receiver = Connection(
@@ -64,7 +64,7 @@ class PairTransport:
             subscriptions,
             self._receiver,
             lambda: subscriptions.wanted,
-            heartbeat=options.heartbeat / 1000,
+            heartbeat=config.options.heartbeat / 1000,
         )
         self._nodes = [
             (node, connection)
@@ -74,7 +74,7 @@ class PairTransport:
         self._interval = (options.slots_refresh_interval or 5000) / 1000
         self._task: asyncio.Task[None] | None = None
         if self._nodes:
-            self._task = asyncio.get_running_loop().create_task(self._look_after())
+            self._task = asyncio.get_running_loop().create_task(self._watch_nodes())
 
     @property
     def entry(self) -> Any:
@@ -88,10 +88,10 @@ class PairTransport:
     def server(self) -> str:
         return self._sender.server or self._receiver.server
 
-    def look(self) -> None:
-        self._listener.look()
+    def on_topics_changed(self) -> None:
+        self._listener.on_topics_changed()
 
-    def ended(self, pipeline: Any, topic: int) -> None:
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
         self._listener.ended(topic)
 
     async def when_ready(self) -> None:
@@ -131,21 +131,21 @@ class PairTransport:
         """Record the loss of all topics."""
         self._listener.on_disconnected()
 
-    async def _look_after(self) -> None:
+    async def _watch_nodes(self) -> None:
         """Update the known nodes of the cluster, and leave a node that is cut off from it."""
         while True:
             await asyncio.sleep(self._interval)
             for node, connection in self._nodes:
                 if connection.pipeline.resp2_pubsub and connection is self._receiver:
                     continue  # RESP2 forbids other commands beside subscriptions
-                was_well = node.is_well
+                was_healthy = node.is_healthy
                 try:
                     async with asyncio.timeout(self._interval):
-                        node.learn(*await connection.ask(*map(list, QUESTIONS)))
+                        node.update_nodes(*await connection.ask(*map(list, QUESTIONS)))
                 except (DscacheError, TimeoutError):
                     continue
                 # Only once: if every node is cut off, no other one is better.
-                if was_well and not node.is_well:
+                if was_healthy and not node.is_healthy:
                     connection.leave("it is cut off from its cluster")
 
 
@@ -183,11 +183,11 @@ class ShardedTransport:
     def server(self) -> str:
         return self._cluster.server
 
-    def look(self) -> None:
+    def on_topics_changed(self) -> None:
         for listener in self._listeners.values():
-            listener.look()
+            listener.on_topics_changed()
 
-    def ended(self, pipeline: Any, topic: int) -> None:
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
         for node, listener in self._listeners.items():
             if node.pipeline is pipeline:
                 listener.ended(topic)
@@ -230,7 +230,7 @@ class ShardedTransport:
 
     def slots_moved(self) -> None:
         """Subscribe at the new owners of the slots."""
-        self.look()
+        self.on_topics_changed()
 
     def _topics_of(self, node: Connection) -> Collection[int]:
         owner = self._cluster.owner
