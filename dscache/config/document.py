@@ -270,7 +270,7 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
         raise place.error("is nested too deeply") from None
     raise place.error(
         f"line {where[0]}, column {where[1]}: no valid {'JSON' if is_json else 'YAML'}: {problem}; "
-        "text with special characters must stand in quotes"
+        "put text with special characters in quotes"
     )
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from dscache import AsyncCache, Cache, MessageNode
 from dscache.config import (
     ClusterRetryStrategy,
     Config,
@@ -31,6 +32,7 @@ from dscache.config import (
     Tls,
     load,
 )
+from dscache.config.address import canonical, split_address
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 from tests.support.documents import PROJECT, code, table
@@ -406,7 +408,7 @@ def test_a_broken_line_shows_no_sign_of_a_secret(write: Callable[..., Path]) -> 
     assert "unknown escape character" in said
 
 
-QUOTES = "; text with special characters must stand in quotes"
+QUOTES = "; put text with special characters in quotes"
 
 
 @pytest.mark.parametrize(
@@ -1691,3 +1693,23 @@ def test_structs_are_frozen() -> None:
     config = load({"name": "redis"})
     with pytest.raises(AttributeError, match="immutable"):
         config.options.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cache_class", [AsyncCache, Cache])
+def test_a_cache_has_its_configuration(cache_class: type[AsyncCache | Cache]) -> None:
+    source = {"name": "redis", "options": {"host": "h", "db": 3}}
+    assert cache_class.from_config(source).config == load(source)
+
+
+def test_a_message_node_has_its_configuration() -> None:
+    config = MessageNode.from_config("h:7000", server_name="A").config
+    assert (config.server_name, config.options.host, config.options.port) == ("A", "h", 7000)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("H.example", 1), ("h.EXAMPLE", 1)), (("::1", 1), ("0:0::1", 1)), (("::1", 1), ("[::1]", 1))],
+)
+def test_spellings_of_an_address(one: tuple[str, int], other: tuple[str, int]) -> None:
+    assert (canonical(*one) == canonical(*other)) is ("[" not in other[0])
+    assert split_address(f"[{one[0]}]:{one[1]}") == one
