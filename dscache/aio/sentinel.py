@@ -22,6 +22,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..config import Options, SentinelNode
 from ..core import constants
 from ..errors import ConnectError, clean
+from ..net.backoff import full_jitter
 from ..net.credentials import hidden, masked
 from .resolver import Resolver
 
@@ -320,5 +321,4 @@ def pairs(flat: list[str]) -> dict[str, str]:
 
 
 async def _pause(failures: int) -> None:
-    # Full jitter: the clients of a Sentinel that restarts must not come all at once.
-    await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE, _PAUSE * 2 ** min(failures, 30))))
+    await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))

@@ -6,7 +6,6 @@ It waits for nothing by itself: who has it waits for all nodes at once.
 from __future__ import annotations
 
 import math
-import random
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import RedisError
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
 from ..net.credentials import Login, packed, without
 from ..net.handshake import ServerInfo, as_connect_error, handshake, permanent_failure, secrets_of
@@ -28,8 +28,6 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# While an operation waits, attempts to connect are no further apart; in seconds.
-_LONGEST_PAUSE: Final = 0.25
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
 
@@ -181,10 +179,10 @@ class NodeConnection(Connection):
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
-        # Full jitter: the threads of a server that restarts must not come all at once.
-        longest = min(retry.cap / 1000, retry.first / 1000 * 2**self.failures, _LONGEST_PAUSE)
-        self.failures = min(self.failures + 1, 30)
-        self.not_before = time.monotonic() + random.uniform(0, longest)
+        longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+        pause = full_jitter(retry.first / 1000, longest, self.failures)
+        self.failures += 1
+        self.not_before = time.monotonic() + pause
 
     def _open(self) -> Generator[int, None, ServerInfo]:
         """Connect and greet the node; yields what its socket is to be watched for."""

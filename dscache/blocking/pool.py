@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import random
 import threading
 import time
 from collections import deque
@@ -46,6 +45,7 @@ from ..errors import (
     RecordError,
     ReplyError,
 )
+from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.handshake import as_connect_error, permanent_failure
 from .connection import Connection
 from .connector import Connector, listen, raise_foreign
@@ -56,9 +56,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
-# While an operation waits, attempts to connect are no further apart; in seconds, as all below.
-_LONGEST_PAUSE: Final = 0.25
-# An attempt with less time than this would only hide why the others failed.
+# An attempt with less time than this would only hide why the others failed; in seconds, as all
+# below.
 _LEAST: Final = 0.005
 # How often those who wait for a line look whether one is gone without having been put back.
 _GLANCE: Final = 0.05
@@ -366,10 +365,9 @@ class Pool:
             else:
                 self._note_success(line, server)
                 return None
-            # Full jitter: the threads of a server that restarts must not come all at once.
-            longest = min(retry.cap / 1000, retry.first / 1000 * 2**failures, _LONGEST_PAUSE)
-            failures = min(failures + 1, 30)
-            pause = random.uniform(0, longest)
+            longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+            pause = full_jitter(retry.first / 1000, longest, failures)
+            failures += 1
             rest = deadline - time.monotonic()
             if pause + _LEAST >= rest:
                 time.sleep(max(rest, 0))
