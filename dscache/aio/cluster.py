@@ -19,9 +19,9 @@ from ..errors import ConfigError, ConnectError, ConnectionLost, ReplyError
 from ..net.backoff import half_jitter
 from ..net.seeds import AT_ONCE, Seeds
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
+from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
-from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
 from .resolver import Resolver
 from .slot_hold import SlotHold
@@ -97,7 +97,7 @@ class Cluster:
         self._refusal: Exception | None = None
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._keeper = KeptTask(self._refresher.keep, f"dscache {options.address}", self._end)
+        self._keeper = BackgroundTask(self._refresher.keep, f"dscache {options.address}", self._end)
 
     # -- what a cache wants of its topology
 

@@ -22,14 +22,16 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, ProtocolError
-from ..net.credentials import Credentials, Hidden
-from ..net.handshake import ServerInfo, as_connect_error, permanent_failure
+from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Hidden
+from ..net.handshake import ServerInfo
+from .background_task import BackgroundTask
+from .credentials import Credentials
 from .deadlines import Deadlines
 from .endpoint import Endpoint
-from .heartbeat import Heartbeat, request, send_control
-from .kept_task import KeptTask
+from .heartbeat import Heartbeat
 from .lifecycle import check_loop, check_process
-from .protocol import PushProtocol, SocketProtocol
+from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
 
@@ -107,7 +109,7 @@ class Connection:
             of_cluster=cluster is not None,
             resolver=resolver,
         )
-        login.listen(self._log_in_again, options.address)
+        login.on_renewal(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self.pipeline = _backend.core.Pipeline(
@@ -150,11 +152,11 @@ class Connection:
         self._drained: asyncio.Future[None] | None = None
         self._connects = 0
         self.last_loss = ""
-        self._keeper = KeptTask(self._keep, f"dscache {self.address}", self._end)
+        self._keeper = BackgroundTask(self._keep, f"dscache {self.address}", self._end)
         self._tasks = [self._keeper]
         if self._endpoint.may_move:
             follow = partial(self._endpoint.follow, self._check_place)
-            self._tasks.append(KeptTask(follow, f"dscache follows {self.address}"))
+            self._tasks.append(BackgroundTask(follow, f"dscache follows {self.address}"))
         self._heartbeat.watch(None)
         after_fork_in_child(self, Connection._reset_after_fork)
 

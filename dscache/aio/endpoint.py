@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..config import Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError
-from ..net.credentials import Credentials, Login, without
-from ..net.handshake import FAMILIES, TCP_OPTIONS, ServerInfo, handshake, secrets_of
+from ..net.credentials import Login, without
+from ..net.handshake import ServerInfo, handshake, secrets_of
+from ..net.sockets import FAMILIES, TCP_OPTIONS
+from .credentials import Credentials
 from .resolver import Resolver
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
 from ..core import constants
-from ..errors import ConnectionLost, ProtocolError
-from ..net.credentials import packed
+from ..errors import ConnectionLost, ProtocolError, ReplyError
+from ..net.credentials import Hidden, Word, masked, packed
 
 
 class ProtocolListener(Protocol):
@@ -84,7 +85,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
         if not self.is_sending and not self.is_reading and self.can_write_directly():
             self.flush()
 
-    def request(self, *commands: list[Any]) -> list[asyncio.Future[Any]]:
+    def request(self, *commands: Sequence[Word]) -> list[asyncio.Future[Any]]:
         """Send commands at once, and return the waiters for their replies.
 
         Raises ConnectionLost if the link is cut.
@@ -252,3 +253,33 @@ class PushProtocol(SocketProtocol):
             return
         self._rests = False
         transport.resume_reading()
+
+
+async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
+    """Send commands at once; return the replies, error replies included.
+
+    Raises ConnectionLost, or the reason for which the socket was lost before the last reply.
+    """
+    gathered = asyncio.gather(*link.request(*commands), return_exceptions=True)
+    either: list[asyncio.Future[Any]] = [gathered, link.lost]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not gathered.done():
+        raise link.lost.result()
+    replies = gathered.result()
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, ReplyError):
+            raise reply
+    return replies
+
+
+def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
+    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+
+    def settled(waiter: asyncio.Future[Any]) -> None:
+        error = None if waiter.cancelled() else waiter.exception()
+        if isinstance(error, ReplyError):
+            secrets = [word for word in command if isinstance(word, Hidden)]
+            link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
+
+    (waiter,) = link.request(command)
+    waiter.add_done_callback(settled)

@@ -28,9 +28,9 @@ from redis.retry import Retry
 from ..config import Options, SentinelNode
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean
-from ..net.credentials import NOTHING, Login, checked, failed, hidden, masked, without
-from ..net.handshake import FAMILIES, TCP_OPTIONS, ServerInfo, handshake, secrets_of
-from ..net.sockets import tls_handshake
+from ..net.credentials import NOTHING, Login, checked, hidden, masked, provider_failed, without
+from ..net.handshake import ServerInfo, handshake, secrets_of
+from ..net.sockets import FAMILIES, TCP_OPTIONS, tls_handshake
 
 if TYPE_CHECKING:
     import socket
@@ -386,7 +386,7 @@ def login_of(options: Options, provider: CredentialProvider | None) -> Login:
     except Exception as error:  # whatever it raises, the next attempt may succeed
         if is_of_handler(error):
             raise
-        failure = failed(error)
+        failure = provider_failed(error)
     # Without its words and its frames, either of which may hold a token.
     raise failure
 

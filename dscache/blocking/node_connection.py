@@ -17,8 +17,9 @@ from redis.exceptions import RedisError
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
+from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Login, packed, without
-from ..net.handshake import ServerInfo, as_connect_error, handshake, permanent_failure, secrets_of
+from ..net.handshake import ServerInfo, handshake, secrets_of
 from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
 from .connection import IN, NOTHING, Connection

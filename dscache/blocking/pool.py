@@ -46,7 +46,7 @@ from ..errors import (
     ReplyError,
 )
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
-from ..net.handshake import as_connect_error, permanent_failure
+from ..net.connect_errors import as_connect_error, permanent_failure
 from .connection import Connection
 from .connector import Connector, listen, raise_foreign
 from .waiter import BlockingWaiter

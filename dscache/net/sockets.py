@@ -16,7 +16,21 @@ from collections.abc import Generator
 from typing import Final
 
 from ..config import Options
-from .handshake import FAMILIES, TCP_OPTIONS
+
+FAMILIES: Final = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
+
+# TCP keepalive and user timeout: the system ends a connection on which nothing was acknowledged for
+# 10 s. Names that a platform lacks are left out.
+TCP_OPTIONS: Final = {
+    getattr(socket, name): value
+    for name, value in {
+        "TCP_KEEPIDLE": 4,
+        "TCP_KEEPINTVL": 2,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 10_000,
+    }.items()
+    if hasattr(socket, name)
+}
 
 # Held while a socket is being made that nobody could find yet: a fork then comes before or after,
 # and the child closes what it finds. The child has it too, held by the thread that forked.

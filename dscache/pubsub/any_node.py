@@ -10,13 +10,14 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Ask, Endpoint
 from ..aio.resolver import Resolver
 from ..config import Options
 from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
-from ..net.credentials import Credentials
-from ..net.handshake import ServerInfo, UnsuitableServer
+from ..net.connect_errors import UnsuitableServer
+from ..net.handshake import ServerInfo
 from ..net.slots import QUESTIONS, Address, read_view
 
 if TYPE_CHECKING:
