@@ -30,13 +30,13 @@ else:
     Record = core.Record
 
     def __getattr__(name: str) -> Any:
-        # With it comes redis-py, whose import takes longer than that of all of dscache.
+        # Imported on first use: programs on an event loop don't need it.
         if name == "Cache":
             from .sync import Cache
 
             globals()["Cache"] = Cache
             return Cache
-        # Those who only want records need not wait for it.
+        # Imported on first use: programs without messages don't need it.
         if name == "MessageNode":
             from .messages import MessageNode
 

@@ -33,7 +33,7 @@ from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
 from .connection import IN, OUT, refused
-from .connector import ConnectTimeout
+from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection, milliseconds
 from .slot_refresh import SlotRefresh
 from .slot_routing import SlotRouter

@@ -12,15 +12,20 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Final
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Final
 
+from ..config import Options
 from ..core.constants import ErrorOf
-from ..errors import ConnectionLost, ProtocolError
-from ..net.credentials import packed
-from .connector import Connector, ConnectTimeout, raise_foreign
+from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.credentials import Login, packed, without
+from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.sockets import SocketConnect
+from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
+
+if TYPE_CHECKING:
+    from .connector import Connector
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
@@ -64,9 +69,9 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_connection",
         "_events",
         "_fd",
+        "_holder",
         "_patience",
         "_poller",
         "_reason",
@@ -89,7 +94,7 @@ class Connection:
         self.retired = False
         self.gone = False
         self.is_readable: Callable[[int], object] = _always
-        self._connection: Any = None
+        self._holder: SocketConnect | None = None
         self._poller: Any = None
         self._events = IN
         self._fd = -1
@@ -256,23 +261,91 @@ class Connection:
 
     # -- the socket
 
-    def open(self, dialer: Connector, deadline: float) -> str:
-        """Connect and greet the server; return its address and what it says it is.
+    def open(self, connector: Connector, deadline: float) -> str:
+        """Connect and log in; return the kind and version of the server.
 
-        Raises OSError, RedisError or a DscacheError.
+        Raises OSError, DscacheError or UnicodeError.
         """
-        call = dialer.call(deadline)
-        # From here on it is found when this thread is interrupted, or the process forks.
-        self._connection = call.connection
-        self._attach(call.connect())
-        pipeline = self.pipeline
-        pipeline.address = call.address
-        greeting = call.greet(lambda commands: self._ask(commands, deadline))
-        pipeline.has_msetex = greeting.has_msetex
-        pipeline.down = None
+        host, port = connector.locate(deadline)
+        steps = self._connect(
+            connector.options, host, port, connector.address(host, port), connector.login
+        )
+        try:
+            while True:
+                self._wait(next(steps), deadline)
+        except StopIteration as end:
+            info: ServerInfo = end.value
+        self.pipeline.has_msetex = info.has_msetex
+        self.pipeline.down = None
         self.ready = True
-        server: str = greeting.server
-        return server
+        return info.server
+
+    def _wait(self, events: int, deadline: float) -> None:
+        """Wait until the socket that is being opened has the events, or raise ConnectTimeout."""
+        wait = deadline - time.monotonic()
+        if wait <= 0:
+            raise ConnectTimeout
+        if events & IN and self.has_more:
+            return
+        poller = select.poll()
+        poller.register(self.fd, events)
+        poller.poll(math.ceil(wait * 1000))
+
+    def _connect(
+        self,
+        options: Options,
+        host: str,
+        port: int,
+        address: str,
+        login: Callable[[], Login],
+        *,
+        read_only: bool = False,
+    ) -> Generator[int, None, ServerInfo]:
+        """Connect and log in; yields the events that the socket must have before the next step."""
+        holder = SocketConnect()
+        # From here on the socket is found when this thread is interrupted, or the process forks.
+        self._holder = holder
+        yield from holder.open(options, host, port)
+        self._attach(holder.sock)
+        self.pipeline.address = address
+        user = login()
+        try:
+            return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
+        except DscacheError as error:
+            raise_foreign(error)  # now, while the error has its frames
+            failure = without(error, secrets_of(options, user))
+        raise failure
+
+    def _greet(self, steps: Handshake) -> Generator[int, None, ServerInfo]:
+        """Send the commands of a handshake, and hand it the replies."""
+        commands = next(steps)
+        while True:
+            waiters: list[BlockingWaiter] = []
+            unsent = memoryview(packed(self.pipeline, commands, waiters))
+            while not all(waiter.done for waiter in waiters):
+                events = IN
+                if unsent:
+                    unsent, events = self._send(unsent)
+                yield events
+                self._take()
+            try:
+                commands = steps.send([waiter.reply() for waiter in waiters])
+            except StopIteration as end:
+                info: ServerInfo = end.value
+                return info
+
+    @property
+    def fd(self) -> int:
+        """The socket's file descriptor; there must be one."""
+        assert self._holder is not None
+        return self._holder.sock.fileno()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether OpenSSL keeps data that has left the socket, which poll can't see."""
+        assert self._holder is not None
+        pending = getattr(self._holder.sock, "pending", None)
+        return pending is not None and pending() > 0
 
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -286,28 +359,15 @@ class Connection:
         # gevent's poll of no time sees nothing.
         self.is_readable = self._poller.poll if genuine else _always
 
-    def _ask(self, commands: list[list[Any]], deadline: float) -> list[Any]:
-        """Return the replies to some commands, errors of Redis among them."""
-        outcomes: list[BlockingWaiter] = []
-        unsent = memoryview(packed(self.pipeline, commands, outcomes))
-        events = IN
-        while not all(outcome.done for outcome in outcomes):
-            if time.monotonic() >= deadline:
-                raise ConnectTimeout
-            if unsent:
-                unsent, events = self._send(unsent)
-            self._receive(events, deadline)
-        return [outcome.reply() for outcome in outcomes]
-
     def disconnect(self) -> None:
         """End the socket, if there is one."""
         self.ready = False
         self.sock = None
         self.is_readable = _always
-        connection = self._connection
-        if connection is not None:
-            connection.disconnect()
-            self._connection = None
+        holder = self._holder
+        if holder is not None:
+            holder.close()
+            self._holder = None
 
     def is_open(self) -> bool:
         """Whether there is a socket, and as far as can be told the server at its other end."""
@@ -317,22 +377,16 @@ class Connection:
         return not (self.is_readable(0) and self._is_stale(sock))
 
     def leave(self) -> None:
-        """Close the socket without a word to the server: it is another process's as well."""
-        connection, sock = self._connection, self.sock
-        self.admitted = self.ready = False
-        self.sock = self._connection = None
-        if connection is not None:
-            sock, connection._sock = connection._sock, None
-        if sock is not None:
-            sock.close()
+        """Close the socket in a forked child; the parent's connection goes on."""
+        self.admitted = False
+        self.disconnect()
 
     def interrupt(self, reason: Exception) -> None:
-        """End the socket under a thread that waits at it, and let that be told as the reason."""
+        """End the connection under a thread that waits for it; that thread sees the reason."""
         self._reason = reason
-        sock = self.sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        holder = self._holder
+        if holder is not None:
+            holder.shutdown()
 
     def clear(self) -> None:
         """Take back an operation that was refused, as far as it had come; nothing was sent."""

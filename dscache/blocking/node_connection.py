@@ -6,31 +6,27 @@ It waits for nothing by itself: who has it waits for all nodes at once.
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
-
-from redis.exceptions import RedisError
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
 from ..net.connect_errors import as_connect_error, permanent_failure
-from ..net.credentials import Login, packed, without
-from ..net.handshake import ServerInfo, handshake, secrets_of
+from ..net.credentials import packed
+from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
-from ..net.sockets import SocketConnect
 from .connection import IN, NOTHING, Connection
-from .connector import login_of, raise_foreign
+from .credentials import current_login
+from .foreign_errors import raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 # In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
+_FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
 
 class NodeConnection(Connection):
@@ -81,18 +77,6 @@ class NodeConnection(Connection):
         pipeline = self.pipeline
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
-
-    @property
-    def fd(self) -> int:
-        """The socket's file descriptor; there must be one."""
-        fd: int = self._connection.sock.fileno()
-        return fd
-
-    @property
-    def has_more(self) -> bool:
-        """Whether OpenSSL keeps something that its socket brought, and which poll can't see."""
-        pending = getattr(self._connection.sock, "pending", None)
-        return pending is not None and pending() > 0
 
     # -- what is under way
 
@@ -149,7 +133,14 @@ class NodeConnection(Connection):
         """Begin to connect, which has to be done by ``limit``."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
-        self.opening = self._open()
+        options = self.place.options
+        self.opening = self._connect(
+            options,
+            *self.place.address,
+            self.place.shown,
+            lambda: current_login(options, self._provider),
+            read_only=options.scale_reads != "master",
+        )
         self.step()
 
     def step(self) -> None:
@@ -185,60 +176,11 @@ class NodeConnection(Connection):
         self.failures += 1
         self.not_before = time.monotonic() + pause
 
-    def _open(self) -> Generator[int, None, ServerInfo]:
-        """Connect and greet the node; yields what its socket is to be watched for."""
-        options = self.place.options
-        login = login_of(options, self._provider)
-        attempt = SocketConnect(options)
-        # From here on it is found when this thread is interrupted, or the process forks.
-        self._connection = attempt
-        yield from attempt.steps()
-        self._attach(attempt.sock)
-        try:
-            return (yield from self._greet(login))
-        except DscacheError as error:
-            failure = without(error, secrets_of(options, login))
-        raise failure
-
-    def _greet(self, login: Login) -> Generator[int, None, ServerInfo]:
-        options = self.place.options
-        read_only = options.scale_reads != "master"
-        words = handshake(options, login, self.place.shown, read_only=read_only)
-        commands = next(words)
-        while True:
-            asked = self.ask(commands)
-            while not all(outcome.done for outcome in asked):
-                events = IN
-                if self.unsent:
-                    self.unsent, events = self._send(self.unsent)
-                yield events
-                self._take()
-            try:
-                commands = words.send([outcome.reply() for outcome in asked])
-            except StopIteration as consent:
-                greeting: ServerInfo = consent.value
-                return greeting
-
     def disconnect(self) -> None:
         """End the socket, if there is one, or the attempt to get one."""
         self.opening = None
         self.unsent = NOTHING
         super().disconnect()
-
-    def leave(self) -> None:
-        """Close the socket without a word to the node: it is another process's as well."""
-        self.opening = None
-        self.unsent = NOTHING
-        super().leave()
-
-    def interrupt(self, reason: Exception) -> None:
-        """End the socket under a thread that waits at it, and let that be told as the reason."""
-        self._reason = reason
-        connection = self._connection
-        sock = None if connection is None else connection._sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
 
 def milliseconds(seconds: float) -> int:

@@ -29,8 +29,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-from redis.exceptions import RedisError
-
 from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
@@ -48,7 +46,9 @@ from ..errors import (
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
 from .connection import Connection
-from .connector import Connector, listen, raise_foreign
+from .connector import Connector
+from .credentials import on_renewal
+from .foreign_errors import raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ _GLANCE: Final = 0.05
 # How often a cache that closes looks whether all is done.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (RedisError, OSError, ReplyError, ProtocolError, UnicodeError)
+_FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
 
 
 class Pool:
@@ -100,7 +100,7 @@ class Pool:
         self._complained = ""
         # What lines that are no more have counted.
         self._counts: dict[str, Any] = {}
-        listen(provider, self._renew)
+        on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
     # -- operations

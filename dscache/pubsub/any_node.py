@@ -53,7 +53,7 @@ class AnyNode:
         """Where it is connected to, or was last."""
         return constants.join_address(*self._at)
 
-    async def follow(self, told: object) -> None:
+    async def follow(self, moved: object) -> None:
         """Wait for ever: a node is left for what it says itself."""
         await asyncio.get_running_loop().create_future()
 

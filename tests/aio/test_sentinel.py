@@ -93,7 +93,7 @@ async def test_replicas_are_read_and_refuse_writes(group: SentinelGroup, backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "others"}, 'names a primary of "others": .*knows of none that is up'),
+        ({"name": "others"}, 'names a primary of "others": .*reports no primary that is up'),
         ({"sentinelPassword": "wrong"}, 'names a primary of "records": .*password'),
         ({"sentinels": [{"port": 1}]}, r'a primary of "records": 127\.0\.0\.1:1: '),
         ({"name": "others", "role": "slave"}, 'names a replica of "others": .*No such master'),
