@@ -193,7 +193,7 @@ class Sentinels:
                     for _ in _EVENTS:
                         await connection.read_response()
                 if complained:
-                    _logger.info("the Sentinel %s is there again", node.address)
+                    _logger.info("subscribed to the Sentinel %s again", node.address)
                 complained = False
                 self._note(node.address)  # for news published before the subscription
                 await self._hear(connection, node.address)
@@ -202,7 +202,7 @@ class Sentinels:
                     return
                 if not complained:
                     _logger.warning(
-                        "can't hear from the Sentinel %s of a new primary: %s",
+                        "can't subscribe to the Sentinel %s: %s",
                         node.address,
                         self.shown(error, _PING_ANSWER),
                     )

@@ -1,8 +1,8 @@
-"""One pooled connection of a blocking cache: a socket, the Pipeline over it, and an operation.
+"""One connection of a blocking cache: a socket, the Pipeline over it, and an operation.
 
-A Line serves one thread at a time, and that thread does everything: it sends, waits and receives.
-Its pipeline outlives its sockets, as that of an asyncio connection does, and settles what becomes
-of an operation whose socket is lost or whose time is over.
+A Connection serves one thread at a time, and that thread sends, waits and receives. Its pipeline
+outlives its sockets, and decides what happens to an operation whose socket is lost or whose
+deadline is past.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..config import Options
 from ..core.constants import ErrorOf
@@ -25,6 +25,7 @@ from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
+    from ..core.pure import Pipeline
     from .connector import Connector
 
 IN: Final = select.POLLIN
@@ -34,14 +35,15 @@ _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class _SecurePoller:
-    """The poll object of a TLS socket, which also sees what OpenSSL keeps in its own memory.
+    """The poll object of a TLS socket, which also sees the data that OpenSSL keeps.
 
-    A read takes a part of a TLS record where the buffer ends. The rest of it has left the socket.
+    A read whose buffer ends inside a TLS record takes only a part of it. The rest has left the
+    socket, where poll can't see it.
     """
 
     __slots__ = ("_kept", "_poller", "modify", "pending")
 
-    def __init__(self, poller: Any, fd: int, pending: Callable[[], int]) -> None:
+    def __init__(self, poller: select.poll, fd: int, pending: Callable[[], int]) -> None:
         self._poller = poller
         self._kept = [(fd, IN)]
         self.modify = poller.modify
@@ -50,21 +52,20 @@ class _SecurePoller:
     def poll(self, timeout: int) -> list[tuple[int, int]]:
         if self.pending():
             return self._kept
-        ready: list[tuple[int, int]] = self._poller.poll(timeout)
-        return ready
+        return self._poller.poll(timeout)
 
 
 def _always(timeout: int) -> bool:
-    """Say that there is something to be read, for whom a look costs less than an answer."""
+    """Report a readable socket without a look: the caller's read then finds out."""
     return True
 
 
 class Connection:
     """A pipeline and, most of the time, a socket.
 
-    ``admitted`` tells that it counts as one of its pool's, ``ready`` that it may be lent again as
-    it is, ``retired`` that nobody is to get it again, ``gone`` that its socket was ended for good.
-    ``loss`` is why its last socket was lost, and ``connects`` how many it has had.
+    ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``loss`` is why the
+    last socket was lost, and ``connects`` the number of sockets so far.
     """
 
     __slots__ = (
@@ -86,7 +87,7 @@ class Connection:
         "sock",
     )
 
-    def __init__(self, pipeline: Any, timeout: int) -> None:
+    def __init__(self, pipeline: Pipeline, timeout: int) -> None:
         self.pipeline = pipeline
         self.sock: socket.socket | None = None
         self.admitted = False
@@ -95,7 +96,7 @@ class Connection:
         self.gone = False
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
-        self._poller: Any = None
+        self._poller: select.poll | _SecurePoller
         self._events = IN
         self._fd = -1
         self._patience = timeout
@@ -106,33 +107,33 @@ class Connection:
     # -- one operation
 
     def send_and_receive(self, outcome: BlockingWaiter) -> bool:
-        """Try what nearly every operation takes: one send, one wait, one receive.
+        """Try the usual course of an operation: one send, one wait, one receive.
 
-        Returns whether it has its outcome. Without it, ``stream`` goes on from there if there is
-        still a socket.
+        Returns whether the operation has its result. If not, ``stream`` goes on from there, as
+        long as there is a socket.
         """
         sock = self.sock
         if sock is None:
             return False
-        # Before anything is sent: a server that went away costs a plain write its certainty,
-        # and what nobody asked for must not be taken for the answer.
+        # Checked before anything is sent: if the server has closed the connection, the result of
+        # a plain write would be unknown, and stray data would be taken for the reply.
         if self.is_readable(0) and self._is_stale(sock):
             return False
         pipeline = self.pipeline
         output = pipeline.take_output()
-        if not output:  # this thread was away for so long that the time is over
+        if not output:  # this thread was suspended until the deadline was past
             return outcome.done
         sent = 0
         try:
             try:
-                # While the rest of a bulk is encoded, the server works on what it has.
+                # While the rest of a bulk is encoded, the server works on its beginning.
                 while output:
                     sent = 0
                     sent = sock.send(output)
                     if sent < len(output):
                         break
                     output = pipeline.take_output() if pipeline.queued else b""
-                # Its time may have ended in between, and then there is nothing to wait for.
+                # The deadline may have passed in between; then no reply is awaited.
                 patience = 0 if outcome.done else self._patience
                 if not output and self._poller.poll(patience):
                     size = sock.recv_into(pipeline.get_buffer(-1))
@@ -142,8 +143,8 @@ class Connection:
                     if outcome.done and not pipeline.in_flight:
                         return True
             except _NOT_NOW as error:
-                # The buffer is full, or TLS had something to say to itself. Where it was raised
-                # by a signal handler, it isn't known how much was sent.
+                # The buffer is full, or TLS has data of its own to exchange. If a signal handler
+                # has raised this, the number of bytes sent is unknown.
                 raise_foreign(error)
             self._pump(outcome, memoryview(output)[sent:])
         except (OSError, ProtocolError) as error:
@@ -152,34 +153,35 @@ class Connection:
 
     def expire(self, now: float) -> float | None:
         """Fail an operation whose deadline is past; return the deadline of one under way."""
-        deadline: float | None = self.pipeline.expire(now)
-        return deadline
+        return self.pipeline.expire(now)
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail the operation that is under way."""
         self.pipeline.fail_all(error_of)
 
     def take_over(self, spare: Connection) -> None:
-        """Go on with the operation of a line that has no place."""
+        """Take over the operation of a connection without a place."""
         given = spare.pipeline.take_queued(lambda kind, name: self.pipeline)
         self.pipeline.requeue([batch for _, batch in given])
 
     def stream(self, outcome: BlockingWaiter) -> None:
-        """Go on with an operation until it has its outcome or the socket is lost."""
+        """Go on with an operation until it has its result or the socket is lost."""
         try:
             self._pump(outcome, NOTHING)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        """Send and receive, both as far as they go: with full buffers on both sides, a server
-        reads no more until its replies are read."""
+        """Send and receive at once, until the operation has its result.
+
+        With full buffers on both sides, a server reads no more until its replies are read.
+        """
         pipeline = self.pipeline
         deadline = -math.inf
         while True:
             now = time.monotonic()
             if now >= deadline:
-                deadline = pipeline.expire(now)
+                deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
             events = IN
@@ -189,12 +191,12 @@ class Connection:
                     break
             self._receive(events, deadline)
         if pipeline.in_flight or unsent:
-            # The answers are still to come, and nobody will be there for them.
+            # Replies are outstanding, and no operation awaits them any more.
             self.disconnect()
             pipeline.connection_lost(ConnectionLost("it was given up"), False)
 
     def _send(self, data: memoryview) -> tuple[memoryview, int]:
-        """Send what the socket takes; return the rest, and what to wait for because of it."""
+        """Send as much as the socket takes; return the rest, and the events to wait for."""
         assert self.sock is not None
         try:
             sent = self.sock.send(data)
@@ -204,7 +206,7 @@ class Connection:
         return data[sent:], IN | OUT if sent < len(data) else IN
 
     def _receive(self, events: int, deadline: float) -> None:
-        """Wait until ``deadline`` for what comes, and take it; or until more can be sent."""
+        """Wait until the deadline for data, and take it, or until more can be sent."""
         assert self.sock is not None
         if events != self._events:
             self._poller.modify(self._fd, events)
@@ -218,7 +220,7 @@ class Connection:
             self._take()
 
     def _take(self) -> None:
-        """Take what has come, if anything has."""
+        """Take the data that has arrived, if any."""
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
@@ -230,7 +232,7 @@ class Connection:
         self.pipeline.buffer_updated(size)
 
     def _lose(self, reason: Exception) -> None:
-        """End the socket; what may be repeated waits for the next one."""
+        """End the socket; operations that may be repeated wait for the next one."""
         raise_foreign(reason)
         reason = self._reason or reason
         self.disconnect()
@@ -239,11 +241,11 @@ class Connection:
         self.pipeline.connection_lost(reason, not isinstance(reason, ProtocolError))
 
     def _is_stale(self, sock: socket.socket) -> bool:
-        """Whether the socket has ended, or brought something that nobody asked for.
+        """Whether the server has closed the socket, or sent data without a command.
 
-        What TLS has to say to itself is none of it. A stale socket is no more when this returns.
+        Messages of TLS itself don't count. A stale socket is closed when this returns.
         """
-        loss = "it brought what nobody had asked for"
+        loss = "the server sent data that no command had asked for"
         try:
             if not sock.recv(1):
                 loss = "the server closed it"
@@ -356,11 +358,11 @@ class Connection:
         genuine = type(poller).__module__ == "select"
         pending = getattr(sock, "pending", None)
         self._poller = poller if pending is None else _SecurePoller(poller, self._fd, pending)
-        # gevent's poll of no time sees nothing.
+        # gevent's poll sees nothing with a timeout of zero.
         self.is_readable = self._poller.poll if genuine else _always
 
     def disconnect(self) -> None:
-        """End the socket, if there is one."""
+        """Close the socket, if there is one."""
         self.ready = False
         self.sock = None
         self.is_readable = _always
@@ -370,7 +372,7 @@ class Connection:
             self._holder = None
 
     def is_open(self) -> bool:
-        """Whether there is a socket, and as far as can be told the server at its other end."""
+        """Whether there is a socket, and the server hasn't closed it as far as is known."""
         sock = self.sock
         if sock is None:
             return False
@@ -389,15 +391,15 @@ class Connection:
             holder.shutdown()
 
     def clear(self) -> None:
-        """Take back an operation that was refused, as far as it had come; nothing was sent."""
+        """Drop an operation that its own arguments have failed; nothing was sent."""
         self.pipeline.fail_all(refused)
 
     def discard(self) -> None:
-        """End the line for good."""
+        """End the connection for good."""
         self.gone = True
         self.disconnect()
 
 
 def refused(operation: str) -> Exception:
-    """Return what nobody is told: whoever asked for it was told by what it raised."""
+    """Error for an operation whose caller already has another; never seen."""
     return ConnectionLost(f"{operation}: it was refused")

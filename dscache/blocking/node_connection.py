@@ -1,6 +1,6 @@
-"""One node's socket among those that a thread of a blocking cache has for a cluster.
+"""A blocking connection to one node of a cluster, driven by poll.
 
-It waits for nothing by itself: who has it waits for all nodes at once.
+It never waits by itself: the ClusterConnection that holds it waits for all nodes at once.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
 from ..net.connect_errors import as_connect_error, permanent_failure
-from ..net.credentials import packed
+from ..net.credentials import Word, packed
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
 from .connection import IN, NOTHING, Connection
@@ -25,16 +25,18 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# In what ways an attempt to connect fails; a host name may be none.
+    from ..core.pure import Pipeline
+
+# Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
 
 class NodeConnection(Connection):
     """A node's pipeline and, most of the time, a socket.
 
-    ``ready`` tells that operations may be sent, ``opening`` that it is being connected, until
-    ``limit``; after a failure not again before ``not_before``. ``wanted`` has it connected though
-    no operation waits for it. ``events`` is what its socket is to be watched for.
+    ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
+    ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
+    operation waits for the node. ``events``: the events of poll to wait for.
     """
 
     __slots__ = (
@@ -53,7 +55,7 @@ class NodeConnection(Connection):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         place: NodeInfo,
         cluster_map: ClusterState,
         provider: CredentialProvider | None,
@@ -73,7 +75,7 @@ class NodeConnection(Connection):
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything waits here or is under way."""
+        """Whether an operation or an attempt to connect is under way."""
         pipeline = self.pipeline
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
@@ -81,16 +83,16 @@ class NodeConnection(Connection):
     # -- what is under way
 
     def check(self) -> bool:
-        """Return whether something may be sent; what the node has closed is noticed before.
+        """Whether operations may be sent; notices first if the node has closed the connection.
 
-        Else that would cost a write its certainty.
+        Otherwise the result of a write would be unknown.
         """
         if self.ready and not (self.pipeline.in_flight or self.unsent):
             return self.is_open()
         return self.ready
 
     def flush(self) -> None:
-        """Send what waits, as far as the socket takes it."""
+        """Send the output, as far as the socket takes it."""
         pipeline = self.pipeline
         unsent, self.events = self.unsent, IN
         try:
@@ -102,26 +104,26 @@ class NodeConnection(Connection):
         except OSError as error:
             self._lose(error)
 
-    def ask(self, commands: Sequence[Sequence[Any]]) -> list[BlockingWaiter]:
-        """Have commands sent behind what is being sent; return what becomes of each."""
+    def ask(self, commands: Sequence[Sequence[Word]]) -> list[BlockingWaiter]:
+        """Send commands behind the present output; return the waiters for their replies."""
         outcomes: list[BlockingWaiter] = []
         self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
         return outcomes
 
     def receive(self) -> None:
-        """Take what has come."""
+        """Take the data that has arrived."""
         try:
             self._take()
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def give_up(self, reason: str) -> None:
-        """End a socket over which something is still to come, as nobody will be there for it."""
+        """End a socket with replies outstanding that no operation awaits any more."""
         self.disconnect()
         self.pipeline.connection_lost(ConnectionLost(reason), False)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # Who has the other nodes' lines too goes on from here.
+        # The ClusterConnection sends the rest, beside the other nodes' output.
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
@@ -130,7 +132,7 @@ class NodeConnection(Connection):
     # -- the socket
 
     def begin(self, now: float, limit: float) -> None:
-        """Begin to connect, which has to be done by ``limit``."""
+        """Begin to connect, with ``limit`` as the deadline."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
         options = self.place.options
@@ -144,17 +146,17 @@ class NodeConnection(Connection):
         self.step()
 
     def step(self) -> None:
-        """Go on connecting, as far as it goes without waiting."""
+        """Go on connecting until the next wait."""
         assert self.opening is not None
         try:
             self.events = next(self.opening)
-        except StopIteration as consent:
+        except StopIteration as end:
             self.opening = None
             self.failures = 0
             self.pipeline.down = None
             self.ready = True
             self.connects += 1
-            self._map.record_connected(self.place, consent.value.server, self.connects > 1)
+            self._map.record_connected(self.place, end.value.server, self.connects > 1)
         except _FAILURES as error:
             self.fail(error)
 
@@ -162,12 +164,12 @@ class NodeConnection(Connection):
         """Note that an attempt to connect failed."""
         raise_foreign(error)
         options = self.place.options
-        said = as_connect_error(error, self._allowed)
+        shown = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
-        self.pipeline.down = said
-        refusal = permanent_failure(error, said, self.place.shown)
-        self._map.record_unreachable(self.place, said, refusal)
+        self.pipeline.down = shown
+        refusal = permanent_failure(error, shown, self.place.shown)
+        self._map.record_unreachable(self.place, shown, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
@@ -177,12 +179,12 @@ class NodeConnection(Connection):
         self.not_before = time.monotonic() + pause
 
     def disconnect(self) -> None:
-        """End the socket, if there is one, or the attempt to get one."""
+        """Close the socket, if there is one, or end the attempt to connect."""
         self.opening = None
         self.unsent = NOTHING
         super().disconnect()
 
 
 def milliseconds(seconds: float) -> int:
-    """Return what to give to poll: at least as long."""
+    """Return a timeout for poll, rounded up."""
     return max(math.ceil(seconds * 1000), 0)

@@ -7,9 +7,12 @@ a provider are shown by their type alone: their text may hold a token.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ConnectError, DscacheError, ReplyError, clean
+
+if TYPE_CHECKING:
+    from ..core.pure import Pipeline
 
 Login = tuple[str | None, "Hidden | None"]
 """A username and a password."""
@@ -57,7 +60,7 @@ def revealed(command: Iterable[Word]) -> Iterator[str | bytes | int]:
         yield word.reveal() if isinstance(word, Hidden) else word
 
 
-def packed(pipeline: Any, commands: Iterable[Iterable[Word]], waiters: list[Any]) -> bytes:
+def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list[Any]) -> bytes:
     """Return the bytes of commands, and append the waiters for their replies.
 
     Keep the bytes in no variable that a traceback may show: a password may be among them.

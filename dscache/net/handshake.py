@@ -149,7 +149,7 @@ def _too_old(facts: dict[Any, Any]) -> str:
         major = version.partition(b".")[0]
         if major.isdigit() and int(major) < 7:
             return (
-                f"it is Redis {clean(version.decode(errors='replace'))}, which may tell of a "
+                f"it is Redis {clean(version.decode(errors='replace'))}, which may announce a "
                 "change in the middle of a reply; Redis 7 does not"
             )
     return ""

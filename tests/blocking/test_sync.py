@@ -770,7 +770,7 @@ def test_what_tls_brought_unasked_ends_the_connection(
     assert line.sock.pending()
     assert cache.get("absent") is None
     assert cache.get("a").data == "a's"  # type: ignore[union-attr]
-    assert cache.stats()["last_loss"] == "it brought what nobody had asked for"
+    assert cache.stats()["last_loss"] == "the server sent data that no command had asked for"
 
 
 @on_one_server
