@@ -245,7 +245,7 @@ def test_a_redirection_is_an_address_or_none(where: str) -> None:
 
 
 @given(junk | st.binary() | st.text().map(str.encode))
-def test_parse_info_keeps_only_short_lines(reply: Any) -> None:
+def test_facts_are_short_lines(reply: Any) -> None:
     for name, value in parse_info(reply).items():
         assert_shown_well(name + value)
 
