@@ -10,13 +10,14 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Ask, Endpoint
 from ..aio.resolver import Resolver
 from ..config import Options
 from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
-from ..net.credentials import Credentials
-from ..net.handshake import ServerInfo, UnsuitableServer
+from ..net.connect_errors import UnsuitableServer
+from ..net.handshake import ServerInfo
 from ..net.slots import QUESTIONS, Address, read_view
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class AnyNode:
         """The current node's address, or the last one's: ``host:port``."""
         return constants.join_address(*self._current)
 
-    async def follow(self, callback: object) -> None:
+    async def follow(self, moved: object) -> None:
         """Wait for ever: only a node's own replies make the connection leave it."""
         await asyncio.get_running_loop().create_future()
 

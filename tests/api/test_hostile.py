@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
 from dscache.admin.primaries import parse_info
-from dscache.aio.sentinel import pairs
 from dscache.core import constants
 from dscache.errors import (
     MAX_TEXT,
@@ -28,6 +27,7 @@ from dscache.errors import (
     clean,
     shorten,
 )
+from dscache.net.sentinels import pairs
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
