@@ -1,10 +1,11 @@
-"""One node's socket among those that a thread of a blocking cache has for a cluster.
+"""One thread's connection to one node of a cluster.
 
-It waits for nothing by itself: who has it waits for all nodes at once.
+It never waits by itself: its ClusterConnection polls the sockets of all nodes at once.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import socket
@@ -28,43 +29,48 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# While an operation waits, attempts to connect are no further apart; in seconds.
+    from ..core.pipeline import Pipeline
+
+_logger = logging.getLogger("dscache")
+
+# The longest pause between attempts to connect while an operation waits, in seconds.
 _LONGEST_PAUSE: Final = 0.25
-# In what ways an attempt to connect fails; a host name may be none.
+# The exceptions of a failed attempt to connect; UnicodeError is an invalid host name.
 _FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
 
 
 class NodeConnection(Connection):
     """A node's pipeline and, most of the time, a socket.
 
-    ``ready`` tells that operations may be sent, ``opening`` that it is being connected, until
-    ``limit``; after a failure not again before ``not_before``. ``wanted`` has it connected though
-    no operation waits for it. ``events`` is what its socket is to be watched for.
+    ``ready`` says that operations may be sent. ``opening`` is the attempt to connect under way,
+    which ends at ``limit``; after a failure, none begins before ``not_before``. Both are times of
+    ``time.monotonic()``. ``wanted`` asks for a connection although no operation waits for it.
+    ``events`` is the poll mask of the socket. ``unsent`` are bytes that the socket didn't take yet.
     """
 
     __slots__ = (
         "_allowed",
-        "_map",
         "_provider",
+        "_state",
         "events",
         "failures",
+        "info",
         "limit",
         "not_before",
         "opening",
-        "place",
         "unsent",
         "wanted",
     )
 
     def __init__(
         self,
-        pipeline: Any,
-        place: NodeInfo,
-        cluster_map: ClusterState,
+        pipeline: Pipeline,
+        info: NodeInfo,
+        state: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
-        super().__init__(pipeline, place.options.command_timeout)
-        self.place = place
+        super().__init__(pipeline, info.options.command_timeout)
+        self.info = info
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
         self.events = IN
@@ -73,41 +79,41 @@ class NodeConnection(Connection):
         self.failures = 0
         self.not_before = 0.0
         self.unsent = NOTHING
-        self._map = cluster_map
+        self._state = state
         self._provider = provider
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything waits here or is under way."""
+        """Whether an operation or an attempt to connect is under way or waits."""
         pipeline = self.pipeline
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
 
     @property
     def fd(self) -> int:
-        """The socket's file descriptor; there must be one."""
+        """The file descriptor of the socket, which must exist."""
         fd: int = self._connection.sock.fileno()
         return fd
 
     @property
     def has_more(self) -> bool:
-        """Whether OpenSSL keeps something that its socket brought, and which poll can't see."""
+        """Whether OpenSSL has decrypted bytes of the socket, which poll can't see."""
         pending = getattr(self._connection.sock, "pending", None)
         return pending is not None and pending() > 0
 
     # -- what is under way
 
     def check(self) -> bool:
-        """Return whether something may be sent; what the node has closed is noticed before.
+        """Return whether operations may be sent, and note a socket that the node has closed.
 
-        Else that would cost a write its certainty.
+        A write sent to a closed socket would have an unknown outcome.
         """
         if self.ready and not (self.pipeline.in_flight or self.unsent):
             return self.is_open()
         return self.ready
 
     def flush(self) -> None:
-        """Send what waits, as far as the socket takes it."""
+        """Send waiting operations, as far as the socket takes their bytes."""
         pipeline = self.pipeline
         unsent, self.events = self.unsent, IN
         try:
@@ -120,92 +126,101 @@ class NodeConnection(Connection):
             self._lose(error)
 
     def ask(self, commands: Sequence[Sequence[Any]]) -> list[BlockingWaiter]:
-        """Have commands sent behind what is being sent; return what becomes of each."""
+        """Queue commands behind the bytes being sent; return the waiter of each reply."""
         outcomes: list[BlockingWaiter] = []
         self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
         return outcomes
 
     def receive(self) -> None:
-        """Take what has come."""
+        """Take the bytes that have arrived."""
         try:
             self._take()
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def give_up(self, reason: str) -> None:
-        """End a socket over which something is still to come, as nobody will be there for it."""
+        """End a socket whose outstanding replies no operation waits for any more."""
         self.disconnect()
         self.pipeline.connection_lost(ConnectionLost(reason), False)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # Who has the other nodes' lines too goes on from here.
+        # The ClusterConnection goes on, together with the other nodes.
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
-        self._map.record_loss(self.place, reason)
+        _logger.info("connection to %s lost: %s", self.info.shown, reason)
+        self._state.exclude_replica(self.info)
+        self._state.record_loss(self.info, reason)
 
     # -- the socket
 
     def begin(self, now: float, limit: float) -> None:
-        """Begin to connect, which has to be done by ``limit``."""
+        """Begin an attempt to connect that ends at ``limit``; both times are monotonic."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
         self.opening = self._open()
         self.step()
 
     def step(self) -> None:
-        """Go on connecting, as far as it goes without waiting."""
+        """Go on connecting, as far as possible without waiting."""
         assert self.opening is not None
         try:
             self.events = next(self.opening)
-        except StopIteration as consent:
-            self.opening = None
-            self.failures = 0
-            self.pipeline.down = None
-            self.ready = True
-            self.connects += 1
-            self._map.record_connected(self.place, consent.value.server, self.connects > 1)
+        except StopIteration as done:
+            self._note_connected(done.value)
         except _FAILURES as error:
             self.fail(error)
 
+    def _note_connected(self, server: ServerInfo) -> None:
+        self.opening = None
+        self.failures = 0
+        self.pipeline.down = None
+        self.ready = True
+        self.connects += 1
+        self._state.record_connected(self.info, server.server, self.connects > 1)
+        _logger.info("connected to %s (%s)", self.info.shown, server.server or "server unknown")
+
     def fail(self, error: Exception) -> None:
-        """Note that an attempt to connect failed."""
+        """Note a failed attempt to connect."""
         raise_foreign(error)
-        options = self.place.options
+        options = self.info.options
         said = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = said
-        refusal = permanent_failure(error, said, self.place.shown)
-        self._map.record_unreachable(self.place, said, refusal)
+        refusal = permanent_failure(error, said, self.info.shown)
+        if str(said) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, said)
+        self._state.exclude_replica(self.info)
+        self._state.record_unreachable(self.info, said, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
-        # Full jitter: the threads of a server that restarts must not come all at once.
+        # Full jitter: after a restart of the server, the threads must not all connect at once.
         longest = min(retry.cap / 1000, retry.first / 1000 * 2**self.failures, _LONGEST_PAUSE)
         self.failures = min(self.failures + 1, 30)
         self.not_before = time.monotonic() + random.uniform(0, longest)
 
     def _open(self) -> Generator[int, None, ServerInfo]:
-        """Connect and greet the node; yields what its socket is to be watched for."""
-        options = self.place.options
+        """Connect and do the handshake; yields the poll mask to wait for."""
+        options = self.info.options
         login = login_of(options, self._provider)
         attempt = SocketConnect(options)
-        # From here on it is found when this thread is interrupted, or the process forks.
+        # From here on, an interruption of the thread or a fork of the process finds the socket.
         self._connection = attempt
         yield from attempt.steps()
         self._attach(attempt.sock)
         try:
-            return (yield from self._greet(login))
+            return (yield from self._handshake(login))
         except DscacheError as error:
             raise_foreign(error)
             failure = without(error, secrets_of(options, login))
         raise failure
 
-    def _greet(self, login: Login) -> Generator[int, None, ServerInfo]:
-        options = self.place.options
+    def _handshake(self, login: Login) -> Generator[int, None, ServerInfo]:
+        options = self.info.options
         read_only = options.scale_reads != "master"
-        words = handshake(options, login, self.place.shown, read_only=read_only)
+        words = handshake(options, login, self.info.shown, read_only=read_only)
         commands = next(words)
         while True:
             asked = self.ask(commands)
@@ -217,24 +232,24 @@ class NodeConnection(Connection):
                 self._take()
             try:
                 commands = words.send([outcome.reply() for outcome in asked])
-            except StopIteration as consent:
-                greeting: ServerInfo = consent.value
-                return greeting
+            except StopIteration as done:
+                server: ServerInfo = done.value
+                return server
 
     def disconnect(self) -> None:
-        """End the socket, if there is one, or the attempt to get one."""
+        """End the socket, or the attempt to connect."""
         self.opening = None
         self.unsent = NOTHING
         super().disconnect()
 
     def leave(self) -> None:
-        """Close the socket without a word to the node: it is another process's as well."""
+        """Close the socket without a message to the node: another process uses it too."""
         self.opening = None
         self.unsent = NOTHING
         super().leave()
 
     def interrupt(self, reason: Exception) -> None:
-        """End the socket under a thread that waits at it, and let that be told as the reason."""
+        """End the socket while its thread waits for it; operations fail with ``reason``."""
         self._reason = reason
         connection = self._connection
         sock = None if connection is None else connection._sock
@@ -244,5 +259,5 @@ class NodeConnection(Connection):
 
 
 def milliseconds(seconds: float) -> int:
-    """Return what to give to poll: at least as long."""
+    """Return the timeout for poll, in milliseconds: rounded up and not negative."""
     return max(math.ceil(seconds * 1000), 0)
