@@ -1238,6 +1238,7 @@ cdef class Pipeline:
         cdef Py_ssize_t settled = 0
         cdef object one, entry
         cdef str name
+        cdef int slot
         cdef Record record
         try:
             for one in found:
@@ -1250,8 +1251,9 @@ cdef class Pipeline:
                     record = <Record>one
                     self._hits += 1
                     if epoch is not None:
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
                         self.near.fill(
-                            self, epoch, batch.serial, name, record.version, record.raw
+                            self, epoch, batch.serial, name, record.version, record.raw, slot
                         )
                     if bulk is not None:
                         PyDict_SetItem(result, name, record)
@@ -1264,7 +1266,8 @@ cdef class Pipeline:
                     self._halves += one is not None
                     self._misses += 1
                     if epoch is not None:
-                        self.near.fill(self, epoch, batch.serial, name, 0, None)
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
+                        self.near.fill(self, epoch, batch.serial, name, 0, None, slot)
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:

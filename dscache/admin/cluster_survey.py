@@ -61,15 +61,15 @@ async def survey(config: Config) -> ClusterReport:
 async def _discover(cluster: Cluster) -> None:
     """Wait until some node has told the slots, whichever others are down."""
     ready = asyncio.ensure_future(cluster.when_ready())
-    told = asyncio.ensure_future(cluster._discovered.wait())
+    discovered = asyncio.ensure_future(cluster.when_discovered())
     try:
-        await asyncio.wait([ready, told], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ready, discovered], return_when=asyncio.FIRST_COMPLETED)
         if not cluster.view:
             await ready  # which raises what keeps it from being ready
     finally:
-        for task in (ready, told):
+        for task in (ready, discovered):
             task.cancel()
-        await asyncio.gather(ready, told, return_exceptions=True)
+        await asyncio.gather(ready, discovered, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ async def _list(cluster: Cluster) -> list[_Member]:
     """Return the nodes as the newest view lists them."""
     ready = list(cluster.ready_nodes().items())[:_ASKED]
     answers = await asyncio.gather(
-        *(_view_of(cluster._options, *one) for one in ready), return_exceptions=True
+        *(_view_of(cluster.options, *one) for one in ready), return_exceptions=True
     )
     views = []
     for answer in answers:
@@ -112,7 +112,7 @@ async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[
 
 
 def _members_by_slots(cluster: Cluster) -> list[_Member]:
-    mapped = cluster._options.mapped
+    mapped = cluster.options.mapped
     slots: dict[Address, tuple[Slots, ...]] = {}
     replicas: dict[tuple[Address, Address], None] = {}
     for one in cluster.view:

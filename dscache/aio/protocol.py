@@ -73,7 +73,8 @@ class SocketProtocol(asyncio.BufferedProtocol):
             return
         self.is_sending = True
         try:
-            while not self.paused and (output := self._pipeline.take_output()):
+            pipeline = self._pipeline
+            while pipeline.queued and not self.paused and (output := pipeline.take_output()):
                 self._write(output)
         except BaseException as error:
             self.break_off(error)

@@ -1029,7 +1029,8 @@ class Pipeline:
 
     def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
         assert self.near is not None
-        self.near.fill(self, epoch, batch.serial, name, version, raw)
+        slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
+        self.near.fill(self, epoch, batch.serial, name, version, raw, slot)
 
     def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
         if batch.asking and type(reply) is int:  # how many of both keys there are
