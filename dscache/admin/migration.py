@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from ..cache import AsyncCache
 from ..core.resp import slot_of_key
 from ..errors import BulkError, RecordError, shorten
+from .cache import AdminCache
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
 from .export import lifetimes_of
 from .key_layout import DEEPSTREAM, HASHTAG, Layout
@@ -85,8 +85,8 @@ class Migration:
 
     def __init__(
         self,
-        source: AsyncCache,
-        target: AsyncCache,
+        source: AdminCache,
+        target: AdminCache,
         shards: Primaries,
         *,
         prefix: str,
@@ -95,8 +95,8 @@ class Migration:
     ) -> None:
         self._source, self._target = source, target
         self._shards = shards
-        self._old, self._new = (Layout.of(cache._config.options) for cache in (source, target))
-        key_prefix = target._config.options.key_prefix
+        self._old, self._new = (Layout.of(cache.config.options) for cache in (source, target))
+        key_prefix = target.config.options.key_prefix
         self._tagged, self._untagged = (Layout(kind, key_prefix) for kind in (HASHTAG, DEEPSTREAM))
         self._pattern = self._tagged.pattern("")
         self._prefix = prefix
@@ -197,7 +197,7 @@ class Migration:
         return found
 
     async def _get(
-        self, cache: AsyncCache, names: Sequence[str]
+        self, cache: AdminCache, names: Sequence[str]
     ) -> tuple[dict[str, Any], dict[str, Exception]]:
         """Return the records of some names that are whole, and the errors of those damaged."""
         try:

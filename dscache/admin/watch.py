@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..aio.cluster import Cluster
-from ..cache import AsyncCache
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
+from .cache import AdminCache
 from .control import ControlConnection, RawCommand
 from .key_layout import Layout
 
@@ -46,11 +46,11 @@ class Event:
 class Watch:
     """The records of a cache whose names begin with a prefix; ``told`` is given each event."""
 
-    def __init__(self, cache: AsyncCache, prefix: str, told: Callable[[Event], None]) -> None:
+    def __init__(self, cache: AdminCache, prefix: str, told: Callable[[Event], None]) -> None:
         self._cache = cache
         self._told = told
         self._prefix = prefix
-        self._layout = Layout.of(cache._config.options)
+        self._layout = Layout.of(cache.config.options)
         starts = [start for start in self._layout.starts(prefix) if start]
         self._track: RawCommand = [
             *("CLIENT", "TRACKING", "ON", "BCAST"),
@@ -109,8 +109,8 @@ class Watch:
             )
 
     def _places(self) -> Mapping[str, Options]:
-        topology = self._cache._topology
-        places = [self._cache._config.options]
+        topology = self._cache.topology
+        places = [self._cache.config.options]
         if isinstance(topology, Cluster):
             places = list(topology.primaries().values())
         return {options.address: options for options in places}
@@ -141,9 +141,9 @@ class Watch:
                     ready.set_exception(error)
                     return
                 self._tell_lost(address, str(error))
-                if isinstance(self._cache._topology, Cluster):
+                if isinstance(self._cache.topology, Cluster):
                     # Another node may be the primary by now, which the timer would find out late.
-                    self._cache._topology.look_again()
+                    self._cache.topology.look_again()
             # Full jitter: those that watch a server that restarts must not come all at once.
             longest = min(_LONGEST_PAUSE, _PAUSE * 2**failures)
             failures = min(failures + 1, 30)

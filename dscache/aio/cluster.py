@@ -154,6 +154,10 @@ class Cluster:
         for failure in failures:
             _logger.warning("the cluster serves without one of its shards: %s", failure)
 
+    async def when_discovered(self) -> None:
+        """Wait until a node has given the slots, or all of them have refused."""
+        await self._discovered.wait()
+
     async def close(self) -> None:
         """Finish what was issued, within ``closeTimeout``, and close every node."""
         if self._closed:

@@ -151,12 +151,12 @@ class Sentinels:
         connection: Any = None
         try:
             async with asyncio.timeout(self._seconds):
-                connection = await self._connect(node)
+                connection = await self.connect(node)
                 answer = await question(connection)
         except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
             return f"{node.address}: {self.as_connect_error(error, self._seconds)}"
         finally:
-            await self._end(connection)
+            await self.disconnect(connection)
         return answer or f"{node.address}: it knows of none that is up"
 
     async def _primary(self, connection: Any) -> _Answer | None:
@@ -223,7 +223,7 @@ class Sentinels:
             connection: Any = None
             try:
                 async with asyncio.timeout(_PING_ANSWER):
-                    connection = await self._connect(node)
+                    connection = await self.connect(node)
                     await connection.send_command("SUBSCRIBE", *_EVENTS)
                     for _ in _EVENTS:
                         await connection.read_response()
@@ -245,7 +245,7 @@ class Sentinels:
                 if isinstance(error, ResponseError):  # it may be asked, and not listened to
                     self._note(node.address)
             finally:
-                await self._end(connection)
+                await self.disconnect(connection)
             failures = 0 if self._loop.time() - began > _PING_AFTER else failures + 1
             await _pause(failures)
 
@@ -267,7 +267,7 @@ class Sentinels:
 
     # -- connections
 
-    async def _connect(self, node: SentinelNode) -> Any:
+    async def connect(self, node: SentinelNode) -> Any:
         """Return a connection to a Sentinel, of whose addresses each is tried in turn."""
         failure: Exception = OSError("it has no address")
         for *_, (host, port, *_) in await self._resolver.look_up(node.host, node.port):
@@ -275,12 +275,12 @@ class Sentinels:
             try:
                 await connection.connect()
             except (RedisError, OSError) as error:
-                await self._end(connection)
+                await self.disconnect(connection)
                 failure = error
                 if isinstance(error, (AuthenticationError, ResponseError)):
                     break  # it is there, and says no
             except BaseException:
-                await self._end(connection)
+                await self.disconnect(connection)
                 raise
             else:
                 return connection
@@ -301,7 +301,8 @@ class Sentinels:
             decode_responses=True,
         )
 
-    async def _end(self, connection: Any) -> None:
+    async def disconnect(self, connection: Any) -> None:
+        """End a connection to a Sentinel; None is ignored."""
         if connection is not None and self._loop.is_running():
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import _backend
+from ..admin.cache import open_cache
 from ..admin.latency_chart import draw
 from ..admin.load_test import Latencies, Plan, Result, apply
 from ..errors import DscacheError
 from .options import Chosen, with_all_options
 from .progress_bar import progress
-from .settings import complain, interruptible, number, opened, plain, print_json, run
+from .settings import complain, interruptible, number, plain, print_json, run
 
 _PERCENTILES = (50, 90, 99, 99.9)
 
@@ -70,12 +71,10 @@ def bench(
         return round(min(passed, seconds) * 1000), round(seconds * 1000), result.records
 
     async def work() -> None:
-        async with opened(settings) as cache:
-            topology = cache._topology
-            assert topology is not None
+        async with open_cache(settings) as cache:
             facts.update(
-                address=cache._config.address,
-                server=topology.server,
+                address=cache.config.address,
+                server=cache.topology.server,
                 core=_backend.BACKEND,
                 loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],
             )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..admin import ndjson
+from ..admin.cache import open_cache
 from ..admin.export import Export, ExportState, Sink, Target
 from ..admin.key_layout import Layout
 from ..admin.primaries import open_primaries
@@ -22,7 +23,6 @@ from .settings import (
     complain,
     interruptible,
     number,
-    opened,
     print_json,
     require_input,
     run,
@@ -71,11 +71,11 @@ def export(
     tally = JobProgress()
 
     async def work() -> None:
-        async with opened(settings) as cache, open_primaries(cache) as shards:
+        async with open_cache(settings) as cache, open_primaries(cache) as shards:
             if restart and target is not None:
                 target.discard()
-            found = Layout.of(cache._config.options)
-            of = {**_identity(cache._config), "prefix": prefix}
+            found = Layout.of(cache.config.options)
+            of = {**_identity(cache.config), "prefix": prefix}
             state = target.state() if target is not None else None
             if state is not None and state.of != of:
                 raise typer.BadParameter(
@@ -165,8 +165,8 @@ def import_(
     tally = JobProgress(total=0 if source is None else source.length)
 
     async def work() -> None:
-        async with opened(settings) as cache:
-            of = _identity(cache._config)
+        async with open_cache(settings) as cache:
+            of = _identity(cache.config)
             job = Import(cache, tally, ttl=ttl, if_newer=if_newer, keep_going=keep_going)
             async with progress("import", _look(tally)):
                 if source is None:

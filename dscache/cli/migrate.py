@@ -10,15 +10,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from ..admin.cache import AdminCache, open_cache
 from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
-from ..cache import AsyncCache
 from ..config import Config
 from .options import FLAG, Chosen, with_options
 from .progress_bar import progress
-from .settings import interruptible, number, opened, print_json, run, tell_notes
+from .settings import interruptible, number, print_json, run, tell_notes
 
 
 class _To(StrEnum):
@@ -62,13 +62,13 @@ def migrate(
         nonlocal configured
         old = DEEPSTREAM if to is _To.HASHTAG else HASHTAG
         async with AsyncExitStack() as stack:
-            source = await stack.enter_async_context(opened(_with_layout(settings, old)))
+            source = await stack.enter_async_context(open_cache(_with_layout(settings, old)))
             target = await stack.enter_async_context(
-                AsyncCache(_with_layout(source._config, to.value))
+                AdminCache(_with_layout(source.config, to.value))
             )
             shards = await stack.enter_async_context(open_primaries(source))
             # Where the server is a node of a cluster, "auto" is another one.
-            asked = _with_layout(source._config, settings.options.key_layout)
+            asked = _with_layout(source.config, settings.options.key_layout)
             configured = Layout.of(asked.options).kind
             job = Migration(source, target, shards, prefix=prefix, count=count, keep=keep)
             async with progress("migrate", lambda: (count.done, count.total, count.found)):

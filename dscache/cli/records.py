@@ -13,9 +13,10 @@ from rich.text import Text
 
 from .. import cache as caches
 from ..admin import ndjson
+from ..admin.cache import open_cache
 from ..errors import DscacheError, RecordError
 from .options import FLAG, Chosen, with_all_options
-from .settings import complain, number, opened, plain, require_input, run
+from .settings import complain, number, plain, require_input, run
 from .tables import Answers, Rows, line_of, write_all
 
 # What is asked for at a time, and so what is in memory of an endless stream.
@@ -212,7 +213,7 @@ def set_(
         rows.show()
 
     async def work() -> None:
-        async with opened(settings) as cache:
+        async with open_cache(settings) as cache:
             if one is not None:
                 await put(cache, [one])
             if source is not None:
@@ -281,7 +282,7 @@ def _run_by_name(
 
     async def work() -> int:
         lacking = 0
-        async with opened(settings) as cache:
+        async with open_cache(settings) as cache:
             if names:
                 for first in range(0, len(names), _AT_ONCE):
                     lacking += await look(cache, names[first : first + _AT_ONCE])

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,6 @@ import typer
 from rich.text import Text
 
 from .. import config
-from ..admin.cluster_config import detect_cluster
-from ..cache import AsyncCache
 from ..config import Config
 from ..config import url as urls
 from ..config.validation import Location
@@ -59,18 +57,6 @@ def _load(file: Path | None, url: str | None) -> Config:
             # Else it would be taken for the path of a file.
             urls.parse(url, Location("--url"))
         return config.load(url)
-
-
-@asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[AsyncCache]:
-    """Give a cache that is ready, on the cluster if the server is a node of one.
-
-    It shows what the primaries hold: not what a replica does still, or a near cache remembers.
-    """
-    config = await detect_cluster(config)
-    options = msgspec.structs.replace(config.options, scale_reads="master", near_cache=None)
-    async with AsyncCache(msgspec.structs.replace(config, options=options)) as cache:
-        yield cache
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

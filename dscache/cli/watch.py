@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..admin.cache import open_cache
 from ..admin.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Event, Watch
 from .options import Chosen, with_all_options
-from .settings import INTERRUPTED, complain, opened, plain, run, write
+from .settings import INTERRUPTED, complain, plain, run, write
 
 _STYLES = {
     CHANGED: "",
@@ -54,7 +55,7 @@ def watch(
             console.print(row(event, now.astimezone()), soft_wrap=True)
 
     async def work() -> None:
-        async with opened(settings) as cache:
+        async with open_cache(settings) as cache:
             await Watch(cache, prefix, tell).run(
                 lambda addresses: complain(f"watching {', '.join(addresses)}")
             )

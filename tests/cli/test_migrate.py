@@ -15,8 +15,9 @@ import redis as redis_py
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dscache import AsyncCache, Cache, ReplyError
+from dscache import Cache, ReplyError
 from dscache.admin import migration
+from dscache.admin.cache import AdminCache
 from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
 from dscache.admin.primaries import open_primaries
 from dscache.core.resp import slot_of_key
@@ -315,9 +316,9 @@ def test_two_at_once(moved: EmbeddedServer, url: Url, client: redis_py.Redis) ->
     async def one() -> migration.Count:
         count = migration.Count()
         options = {"url": moved.url}
-        source = AsyncCache.from_config({"name": "redis", "options": options})
+        source = AdminCache.from_config({"name": "redis", "options": options})
         options = {"url": moved.url, "keyLayout": HASHTAG}
-        target = AsyncCache.from_config({"name": "redis", "options": options})
+        target = AdminCache.from_config({"name": "redis", "options": options})
         async with source, target, open_primaries(source) as shards:
             job = migration.Migration(source, target, shards, prefix="", count=count, keep=False)
             await job.run()

@@ -16,7 +16,7 @@ import redis as redis_py
 
 from dscache import AsyncCache, DscacheError, RecordError
 from dscache.admin import ndjson
-from dscache.cli import settings
+from dscache.admin.cache import open_cache
 from dscache.config import load
 from dscache.embedded import EmbeddedServer
 from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal, running
@@ -344,10 +344,10 @@ async def test_what_is_shown_is_what_the_primaries_hold(
     records_server: EmbeddedServer, client: redis_py.Redis
 ) -> None:
     options = {"url": records_server.url, "nearCache": {}, "scaleReads": "slave"}
-    async with settings.opened(load({"name": "redis", "options": options})) as cache:
-        assert cache._config.options.near_cache is None
-        assert cache._config.options.scale_reads == "master"
-        assert cache._config.options.key_layout == "auto"
+    async with open_cache(load({"name": "redis", "options": options})) as cache:
+        assert cache.config.options.near_cache is None
+        assert cache.config.options.scale_reads == "master"
+        assert cache.config.options.key_layout == "auto"
 
 
 def test_a_socket(records_server: EmbeddedServer, client: redis_py.Redis) -> None:

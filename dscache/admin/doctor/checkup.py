@@ -11,16 +11,16 @@ from redis.exceptions import ResponseError
 
 from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels, pairs
-from ...cache import AsyncCache
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.constants import read_epoch
 from ...errors import ConfigError, DscacheError, ReplyError, clean
+from ..cache import AdminCache
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
-from ..control import ControlConnection, RawCommand
+from ..control import ControlConnection, RawCommand, is_clustered
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
-from ..primaries import SCAN_COUNT, Primaries, is_clustered, open_primaries, parse_info
+from ..primaries import SCAN_COUNT, Primaries, open_primaries, parse_info
 from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
@@ -72,7 +72,7 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
         if config.options.nodes:
             report = await survey(config)
             found.append(of_topology.check_cluster(report, is_configured=is_configured))
-        async with AsyncCache(config) as cache, open_primaries(cache) as shards:
+        async with AdminCache(config) as cache, open_primaries(cache) as shards:
             found += await _look_at_all(shards, config.options)
     except ConfigError:
         raise
@@ -110,7 +110,7 @@ async def _look_at_server(server: ControlConnection, options: Options) -> list[F
     found = [
         of_server.check_round_trip(await _ping(server)),
         of_server.check_commands(info["latencystats"]),
-        of_server.check_server(server.greeting.server),
+        of_server.check_server(server.server),
         of_server.check_role(info["replication"], options.role if not options.nodes else "master"),
         of_server.check_tls(
             server.tls, verified=bool(tls and tls.reject_unauthorized), is_local=is_local
@@ -248,7 +248,7 @@ async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) 
     connection: Any = None
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
-            connection = await group._connect(node)
+            connection = await group.connect(node)
             await connection.send_command("SENTINEL", "MASTER", options.name)
             flat = await connection.read_response()
             state = {clean(str(name)): clean(str(value)) for name, value in pairs(flat).items()}
@@ -263,7 +263,7 @@ async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) 
     except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
         return SentinelSays(node.address, group.as_connect_error(error, 0))
     finally:
-        await group._end(connection)
+        await group.disconnect(connection)
     return SentinelSays(
         node.address,
         primary=f"{state.get('ip')}:{state.get('port')}",
