@@ -269,7 +269,7 @@ def test_what_is_written_all_the_time_stays(url: Url, client: redis_py.Redis) ->
     with mock.patch.object(migration.Migration, "_verify", interrupted):
         done = invoke("migrate", "--to", HASHTAG, *url)
     assert (done.status, done.document["changing"], done.document["remaining"]) == (1, 1, 1)
-    assert "record 'a': it is written all the time, or" in done.err
+    assert "record 'a': it keeps changing, or" in done.err
     assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 1
 
 
@@ -367,9 +367,9 @@ def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
         "2 copied to the hashtag layout",
         "0 were there already, the same or newer",
         "2 removed from the deepstream layout",
-        "1 left: halves, of which one key is missing",
-        "nothing whole is left in the deepstream layout",
-        "configure keyLayout: hashtag for all who read and write them",
+        "1 left: halves, with one of two keys missing",
+        "no whole record is left in the deepstream layout",
+        "configure keyLayout: hashtag for all processes that read or write them",
     ]
 
 

@@ -210,7 +210,7 @@ def test_rows_of_a_terminal() -> None:
         "03:04:05.678   flushed  all records were removed",
         "03:04:05.678       gap  changes may be missed from here on: a:1: it was unplugged",
         "03:04:05.678       gap  changes may be missed from here on: too many",
-        "03:04:05.678   resumed  a:1: changes are told again",
+        "03:04:05.678   resumed  a:1: changes are reported again",
         "03:04:05.678         1   [2Ja b",
     ]
 
