@@ -148,6 +148,10 @@ class SocketProtocol(asyncio.BufferedProtocol):
             sent = os.write(self._socket.fileno(), output)
         return output[sent:]
 
+    def get_extra_info(self, name: str) -> Any:
+        """Return what the transport knows under a name, such as ``peername``; None if nothing."""
+        return None if self._transport is None else self._transport.get_extra_info(name)
+
     def idle(self) -> float:
         """Return the seconds since anything arrived."""
         return self._loop.time() - self._heard
