@@ -459,6 +459,11 @@ def too_many_redirections(
     return ReplyError(message, context=f"{redirected}) ({context}")
 
 
+def has_text(kind: int) -> bool:
+    """Return whether the entries of that kind are a Write or Command, with text and a waiter."""
+    return SET <= kind <= SET_IF_NEWER or kind >= READ_KEY
+
+
 def is_write(kind: int) -> bool:
     """Return whether a batch of that kind changes records, or sends messages."""
     return SET <= kind <= DELETE or kind >= WRITE_KEY

@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BulkError
 from . import constants as c
-from .batch import reject, resolve, serials
+from .batch import serials
 from .record import Record, check_name
 from .resp import Encoder
+from .waiters import reject, resolve
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -390,7 +390,7 @@ class Redirected(Scene):
         self._batches = []
 
     def release(self) -> None:
-        self._batches = self.other.release(lambda kind, name: self.pipeline)
+        self._batches = self.other.take_queued(lambda kind, name: self.pipeline)
 
     def finish(self) -> None:
         self.pipeline.redirected, left = [], self.pipeline.redirected
