@@ -21,12 +21,13 @@ BUILT := $(VENV)/.built
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-minimum soak sanitize lint format docs wheel bench bench-smoke clean
+.PHONY: help build demo test test-minimum coverage soak sanitize lint format docs wheel bench bench-smoke clean
 
 help:
 	@echo "make demo         the main job on a private server, with measured records per second"
 	@echo "make test         the whole suite, on both backends and every server found"
 	@echo "make test-minimum  the suite with the oldest dependencies that pyproject.toml allows"
+	@echo "make coverage     the share of lines that the tests run, compiled core included"
 	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
 	@echo "make sanitize     the compiled core under sanitizers: a million bad replies, no memory, finalizers"
 	@echo "make lint         ruff, mypy --strict, the directions of imports, cython-lint, stubtest"
@@ -81,6 +82,25 @@ $(MINIMUM): pyproject.toml tests/packaging/minimum.py
 
 test-minimum: $(MINIMUM)
 	PIP_CONSTRAINT="$(abspath $(MINIMUM))" $(MAKE) test VENV=.venv-minimum ARGS='$(ARGS)'
+
+# The compiled core of the copy traces its lines and is many times slower, so that the tree keeps its
+# own. Cython's plug-in for coverage.py reads the C source beside the extension. A test that fails
+# doesn't end the target: tracing takes stack and time, so a few tests of deep nesting fail here.
+# Processes that tests start aren't measured.
+TRACED := build/traced
+coverage: $(VENV)/.installed-coverage
+	rm -rf $(TRACED)
+	mkdir -p $(TRACED)
+	cp -r dscache tests docs bench examples .ci .github LICENSE Makefile \
+		$(wildcard .*.yaml *.in *.md *.py *.toml) $(TRACED)
+	rm -f $(TRACED)/dscache/*.so
+	sed -i.old '1s/$$/, linetrace=True/' $(TRACED)/dscache/_fast.pyx
+	cd $(TRACED) && CFLAGS='-O0 -DCYTHON_TRACE_NOGIL=1 -DCYTHON_USE_SYS_MONITORING=0' \
+		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
+	cp $(TRACED)/build/cython/dscache/_fast.c $(TRACED)/dscache
+	-cd $(TRACED) && PYTHONPATH=. "$(abspath $(PY))" -m pytest -p tests.support.coverage_plugin \
+		-p no:benchmark $(BESIDE) $(ARGS)
+	cd $(TRACED) && "$(abspath $(PY))" -m coverage combine -q && "$(abspath $(PY))" -m coverage report
 
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m tests.soak $(ARGS)
