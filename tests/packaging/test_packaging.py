@@ -241,6 +241,34 @@ def test_the_workflows_run_what_there_is() -> None:
     }
 
 
+def test_a_commit_is_checked_by_what_make_lint_runs() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.+\n)+)", makefile, re.MULTILINE)
+    settings = yaml.safe_load((PROJECT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (local,) = settings["repos"]
+    entries = "\n".join(hook["entry"] for hook in local["hooks"])
+
+    def tools(commands: str) -> list[str]:
+        known = r"(?:ruff \w+|mypy|lint-imports|cython-lint|mypy\.stubtest)(?= |\"|$)"
+        return re.findall(known, commands, re.MULTILINE)
+
+    assert tools(entries) == tools(recipe)
+    assert len(tools(recipe)) == len(recipe.splitlines())
+
+
+def test_the_forms_of_issues_are_whole() -> None:
+    forms = [*(PROJECT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")]
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() == {"name", "description", "labels", "body"}
+        identifiers = [part["id"] for part in form["body"]]
+        assert len({*identifiers}) == len(identifiers)
+        for part in form["body"]:
+            assert part["type"] in ("textarea", "checkboxes")
+            assert part["attributes"]["label"]
+
+
 @pytest.mark.parametrize(
     ("core", "compiler"),
     [("def broken(:\n", None), ("answer = 42\n", "no-such-compiler")],
