@@ -28,6 +28,7 @@ UNWANTED = shutil.ignore_patterns("__pycache__", "node_modules", "results")
 COMPILER = re.compile(r"(.+-)?(cc|c89|c99|gcc|clang|g\+\+|c\+\+|clang\+\+|cpp|tcc)(-[\d.]+)?")
 OF_SOURCES = (
     "--ignore=tests/packaging/test_packaging.py",
+    "--ignore=tests/docs/test_architecture.py",
     "--deselect=tests/docs/test_docs.py::test_variables",
 )
 
