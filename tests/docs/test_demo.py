@@ -1,4 +1,4 @@
-"""The demo runs on either core, and shows what it should."""
+"""The demo runs on either core and prints the documented output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example of metrics, looked at as ``curl`` would."""
+"""The example of metrics, read over HTTP as ``curl`` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user that docs/operating.md describes may do all that a cache does, and hardly more."""
+"""The user in docs/operating.md may run every command of a cache, and hardly any other."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def create_user(client: redis_py.Redis) -> set[str]:
 
 
 def refused(client: redis_py.Redis) -> list[Any]:
-    """Return what a server has refused to anybody."""
+    """Return the commands that a server has refused to any user."""
     return [entry["object"] for entry in client.acl_log()]
 
 
 def called(client: redis_py.Redis) -> set[str]:
-    """Return the commands that were run."""
+    """Return the commands that the server has run."""
     return {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
 
 
 async def do_everything(options: dict[str, Any]) -> None:
-    """Do all that a cache can do, as each kind of it."""
+    """Run every operation, with each kind of cache."""
     for near in ({}, {"nearCache": True}, {"nearCache": {"mode": "broadcast"}}):
         config = {"name": "redis", "options": {**PATIENCE, **options, **near}}
         async with dscache.AsyncCache.from_config(config) as cache:
@@ -88,7 +88,7 @@ def test_one_server(binary: ServerBinary) -> None:
         asyncio.run(do_everything(options))
         assert refused(client) == []
         of_clusters = {"readonly", "asking", "cluster|slots", "cluster|info"}
-        # These it needs for scripts that were lost, servers without HELLO, and empty data.
+        # For lost scripts, servers without HELLO, and empty data.
         at_times = {"eval", "auth", "client|setname", "ping", "msetex", "exists"}
         assert allowed - called(client) <= of_clusters | at_times
 
@@ -116,7 +116,7 @@ def test_nothing_but_what_is_listed() -> None:
 
 
 def test_the_longest_command() -> None:
-    """ElastiCache Serverless takes 3,999 arguments, and docs/hosting.md says how many ours has."""
+    """ElastiCache Serverless takes 3,999 arguments; docs/hosting.md gives the longest command."""
     # MSETEX, a count, a key and a value for each half, EX and seconds.
     plain = 2 + 4 * constants.COMMAND_RECORDS + 2
     scripted = 3 + (2 + 4) * constants.SCRIPT_RECORDS

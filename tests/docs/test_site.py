@@ -1,4 +1,4 @@
-"""What the site of the documentation makes of the sources is complete and right."""
+"""The generated pages of the site are complete and agree with the sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUIDE = (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 def entries() -> dict[str, str]:
-    """Return what the reference says of each option, by its anchor."""
+    """Return the entry of each option in the reference, by its anchor."""
     _, *split = re.split(r"^#### .*\{ #(\S+) \.option \}\n", reference(GUIDE), flags=re.MULTILINE)
     return dict(zip(split[::2], split[1::2], strict=True))
 
@@ -111,7 +111,7 @@ def pages(nav: Any) -> set[str]:
 def test_every_page_is_in_the_navigation() -> None:
     settings = yaml.safe_load((SITE / "mkdocs.yml").read_text(encoding="utf-8"))
     made = {"examples.md"}
-    # Not imported, as mkdocs need not be there.
+    # Parsed, not imported: mkdocs need not be installed.
     for statement in ast.parse((SITE / "pages.py").read_text(encoding="utf-8")).body:
         match statement:
             case ast.Assign(targets=[ast.Name("ELSEWHERE")], value=value):

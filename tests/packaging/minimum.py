@@ -1,6 +1,6 @@
 """Print the oldest versions that pyproject.toml allows, as constraints for pip.
 
-``make test-minimum`` installs them, so that a bound which no longer works fails there. The tools of
+``make test-minimum`` installs them, so that a bound that no longer works fails there. The tools of
 the tests are left out: no program that uses dscache installs them.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-# The extras that a program installs to use dscache.
+# The extras that programs install; the others are for this project.
 EXTRAS = ("cli", "embedded", "otel", "prometheus", "uvloop")
 _LOWEST = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9.]+)")
 

@@ -1,4 +1,4 @@
-"""What is built from the sources: the wheel, the pure wheel, the sdist, and failures."""
+"""The wheel, the pure wheel, the sdist, failed builds, and the files of the project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import dscache
 from tests.packaging import minimum
 
 PROJECT = Path(__file__).parents[2]
-# Not the whole folder: it may hold an environment, and what a former build left.
+# Not the whole folder: it may hold an environment and the files of earlier builds.
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
 FOLDERS = ("dscache", "tests")
 MODULES = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("dscache/**/*.py")}
@@ -77,10 +77,10 @@ def unpack(wheel: Path, target: Path) -> Path:
 
 
 def backend_of(installed: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Ask a fresh interpreter that finds dscache there alone.
+    """Print the backend in a fresh interpreter that finds dscache in that folder only.
 
-    Without ``site``, as an editable install hooks itself in there and would lend the unpacked
-    package the modules that it lacks.
+    ``-S`` leaves out ``site``, where an editable install would supply modules that the unpacked
+    package lacks.
     """
     others = [path for path in sys.path if Path(path).resolve() not in (PROJECT, PROJECT / "tests")]
     return run("-I", "-S", "-c", PROBE, str(installed), *others, **environment)
@@ -93,7 +93,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources: Path) -> Path:
-    # Unoptimised: the compiler is done sooner, and the files are the same.
+    # Without optimisation: compiling is faster, and the wheel has the same files.
     return build_wheel(sources, sources.parent / "wheel", CFLAGS="-O0")
 
 
@@ -164,7 +164,7 @@ def test_an_unknown_backend_is_refused(pure_wheel: Path, tmp_path: Path) -> None
 def test_the_sdist_holds_all_it_takes_to_build_and_test(
     sources: Path, wheel: Path, tmp_path: Path
 ) -> None:
-    # After the wheel, which leaves generated C behind in the folder.
+    # After the wheel, whose build leaves generated C in the folder.
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     done = run("-c", build, str(tmp_path), cwd=sources)
     assert done.returncode == 0, done.stdout
@@ -214,7 +214,7 @@ def range_of(identifiers: list[str]) -> tuple[str, str]:
 
 def test_what_is_said_of_the_gil_is_what_the_core_declares(sources: Path, wheel: Path) -> None:
     generated = (sources / "build" / "cython" / "dscache" / "_fast.c").read_text(encoding="utf-8")
-    # The last of the definitions is the one without a macro from outside.
+    # The last definition applies unless a macro from outside replaces it.
     *_, declared = re.findall(r"define __Pyx_FREETHREADING_COMPATIBLE (\w+)", generated)
     assert declared == "Py_MOD_GIL_USED"
     told = (PROJECT / "docs" / "building.md").read_text(encoding="utf-8")
