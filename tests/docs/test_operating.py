@@ -1,4 +1,4 @@
-"""The user in docs/operating.md may run every command of a cache, and hardly any other."""
+"""The user that docs/operating.md describes may do all that a cache does, and hardly more."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def refused(client: redis_py.Redis) -> list[Any]:
 
 
 def called(client: redis_py.Redis) -> set[str]:
-    """Return the commands that the server has run."""
+    """Return the commands that were run."""
     return {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
 
 
 async def do_everything(options: dict[str, Any]) -> None:
-    """Run every operation, with each kind of cache."""
+    """Use every feature of each kind of cache."""
     for near in ({}, {"nearCache": True}, {"nearCache": {"mode": "broadcast"}}):
         config = {"name": "redis", "options": {**PATIENCE, **options, **near}}
         async with dscache.AsyncCache.from_config(config) as cache:
@@ -88,7 +88,7 @@ def test_one_server(binary: ServerBinary) -> None:
         asyncio.run(do_everything(options))
         assert refused(client) == []
         of_clusters = {"readonly", "asking", "cluster|slots", "cluster|info"}
-        # For lost scripts, servers without HELLO, and empty data.
+        # These are needed for lost scripts, servers without HELLO, and empty data.
         at_times = {"eval", "auth", "client|setname", "ping", "msetex", "exists"}
         assert allowed - called(client) <= of_clusters | at_times
 
@@ -109,14 +109,14 @@ def test_a_cluster(cluster: ClusterGroup) -> None:
             assert refused(client) == []
 
 
-def test_nothing_but_what_is_listed() -> None:
+def test_only_listed_commands_are_allowed() -> None:
     assert "-@all" in RULES
     assert not [rule for rule in RULES if rule.startswith("+@")]
     assert all(re.fullmatch(r"\+[a-z|]+", rule) for rule in RULES if rule[0] == "+")
 
 
-def test_the_longest_command() -> None:
-    """ElastiCache Serverless takes 3,999 arguments; docs/hosting.md gives the longest command."""
+def test_the_longest_command_has_the_documented_length() -> None:
+    """ElastiCache Serverless accepts 3,999 arguments; docs/hosting.md states dscache's maximum."""
     # MSETEX, a count, a key and a value for each half, EX and seconds.
     plain = 2 + 4 * constants.COMMAND_RECORDS + 2
     scripted = 3 + (2 + 4) * constants.SCRIPT_RECORDS

@@ -1,4 +1,4 @@
-"""Every snippet of the documentation runs and prints the output that the page shows."""
+"""Every snippet of the documentation is run, and its output is compared with the shown one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.documents import DOCUMENTS, PROJECT, Block, blocks
 README = PROJECT / "README.md"
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 PATIENCE = 60
-# Variables that the examples of the documentation read.
+# The environment that the examples of the documentation expect.
 ENVIRON = {"REDIS_HOST": "10.0.0.1", "REDIS_PORT": "7000", "REDIS_PASSWORD": "secret"}
 
 
@@ -50,14 +50,14 @@ def with_sessions() -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[EmbeddedServer]:
-    """The server at REDIS_PORT in the examples of the documentation."""
+    """The server that the documentation's examples find at REDIS_PORT."""
     with EmbeddedServer() as started:
         yield started
 
 
 @pytest.fixture
 def folder(private_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the config.yml of the README; the server is empty."""
+    """The current folder, with the README's config.yml in it; the server is empty."""
     with redis_py.Redis.from_url(private_server.url) as client:
         client.flushall()
     text = next(block.text for block in blocks(README) if block.language == "yaml")
@@ -67,11 +67,11 @@ def folder(private_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
-def test_every_block_is_of_a_kind_that_is_tested() -> None:
+def test_every_block_is_of_a_tested_kind() -> None:
     printed = {block.expected for block in BLOCKS}
     for block in BLOCKS:
         assert block.language in ("python", "pycon", "yaml", "sh", "text"), block.place
-        # A text block is the output of a program, a drawing, or the result of a run.
+        # A text block is a program's output, a drawing, or the result of a run.
         told = block.text in printed or "──" in block.text or "records/s" in block.text
         told |= block.text.startswith("ACL SETUSER")  # see test_operating.py
         assert block.language != "text" or told, block.place
@@ -81,7 +81,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 
 class Session:
-    """The statements of one document, run as ``python -m asyncio`` runs them."""
+    """Runs the statements of one document as ``python -m asyncio`` does."""
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self.names: dict[str, Any] = {"__name__": "__console__"}
@@ -112,7 +112,7 @@ class Session:
 
 @pytest.fixture
 def session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
-    # The documentation shows the output of the compiled core.
+    # The documentation shows the output with the compiled core.
     fast = __import__("dscache._fast", fromlist=["core"])
     monkeypatch.setattr(_backend, "core", fast)
     monkeypatch.setattr(_backend, "BACKEND", "fast")
@@ -170,7 +170,7 @@ def run(folder: Path, *command: str) -> str:
 def test_configuration(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     path.write_text(block.text, encoding="utf-8")
-    # A cache is made, not only the configuration loaded: that refuses unsupported options.
+    # Constructed, not only parsed: an unsupported option must not be shown as an example.
     if "clusterNode" in block.text:
         dscache.MessageNode(message_config.load(path, environ=ENVIRON))
     else:
@@ -192,7 +192,7 @@ def test_the_demo_has_the_configuration_of_the_readme(folder: Path) -> None:
 
 
 def check_pip(words: list[str], folder: Path) -> None:
-    """Check that the command installs this project, with extras that exist."""
+    """Check that the installed name is this project, with existing extras."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert words[0] == "install"
     assert words[1:]
@@ -215,12 +215,12 @@ def check_make(words: list[str], folder: Path) -> None:
 
 
 def check_python(words: list[str], folder: Path) -> None:
-    """Run the program."""
+    """Run it."""
     run(folder, sys.executable, *words)
 
 
 def check_dscache(words: list[str], folder: Path) -> None:
-    """Check that the command and its options exist, without running it."""
+    """Check that this command exists with these options, without running it."""
     name, *arguments = words
     get_group(app).commands[name].make_context(name, arguments)
 

@@ -1,9 +1,9 @@
-"""Test the wheel in dist/ as users install it: a new environment, no compiler, the whole suite.
+"""Test the wheel in dist/ as its users get it: a new environment, no compiler, the whole suite.
 
     python tests/packaging/installed.py [ARGUMENTS OF PYTEST]
 
-The tests run in a folder with everything but the package; those that need its sources are left out.
-``make wheel`` builds the wheel and runs this.
+The tests run in a folder that has everything but the package, so that the sources are out of
+reach. Tests that need the sources are left out. ``make wheel`` builds the wheel and runs this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORK = PROJECT / "build" / "wheel"
 ENVIRONMENT = WORK / "environment"
 SUITE = WORK / "suite"
 PROGRAMS = WORK / "programs"
-# Files that the suite reads. dscache/ and setup.py are absent on purpose.
+# Files that the suite reads; dscache/ and setup.py must not be among them.
 NEEDED = ("tests", "docs", "examples", "bench", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 NEEDED += ("LICENSE", "Makefile", "MANIFEST.in", "pyproject.toml", ".github")
 UNWANTED = shutil.ignore_patterns("__pycache__", "node_modules", "results")
