@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
@@ -17,11 +16,12 @@ from ..config import Config, Options
 from ..core import constants
 from ..core import stats as counters
 from ..errors import ConfigError, ConnectError, ConnectionLost, ReplyError
+from ..net.backoff import half_jitter
 from ..net.seeds import AT_ONCE, Seeds
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
+from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
-from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
 from .resolver import Resolver
 from .slot_hold import SlotHold
@@ -97,7 +97,7 @@ class Cluster:
         self._refusal: Exception | None = None
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._keeper = KeptTask(self._refresher.keep, f"dscache {options.address}", self._end)
+        self._keeper = BackgroundTask(self._refresher.keep, f"dscache {options.address}", self._end)
 
     # -- what a cache wants of its topology
 
@@ -244,8 +244,7 @@ class Cluster:
                     self._refresher.moved.add(slot)
                     self._stale.set()
             else:
-                longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-                hold.wait(random.uniform(0.5, 1) * longest)
+                hold.wait(half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections)))
                 if code != "TRYAGAIN":
                     self._stale.set()
             hold.note(slot, batch, target)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..config import Config
 from ..errors import ConnectError, DscacheError
+from ..net.backoff import full_jitter, half_jitter
 from ..net.seeds import Seeds
 from ..net.slots import (
     ASKED,
@@ -93,15 +94,14 @@ class SlotRefresher:
                 # Whatever it is: without a next attempt the cache would never be well again.
                 known = isinstance(error, DscacheError)
                 self._audience.record_failure(error if known else ConnectError(repr(error)))
-                longest = min(retry.cap, retry.first * 2**failures) / 1000
-                failures = min(failures + 1, 30)
+                seconds = full_jitter(retry.first / 1000, retry.cap / 1000, failures)
+                failures += 1
                 self.stale.set()
-                await self._pause(random.uniform(0, longest))
+                await self._pause(seconds)
                 continue
             failures = 0
-            gap = min(GAP * GAP_GROWTH**unready, GAP_CAP)
-            await asyncio.sleep(random.uniform(gap / 2, gap))
-            unready = 0 if self._audience.is_ready else min(unready + 1, 30)
+            await asyncio.sleep(half_jitter(GAP, GAP_CAP, unready, GAP_GROWTH))
+            unready = 0 if self._audience.is_ready else unready + 1
             if unready:
                 self.stale.set()
 

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
+from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
 from .connection import IN, OUT, refused
-from .connector import ConnectTimeout
+from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection, milliseconds
 from .slot_refresh import SlotRefresh
 from .slot_routing import SlotRouter
@@ -199,8 +200,8 @@ class ClusterConnection:
         node.place.redirections += 1
         if address is None:
             cluster_map.record_redirected()
-            longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-            self._hold_until = max(self._hold_until, now + random.uniform(0.5, 1) * longest)
+            pause = half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections))
+            self._hold_until = max(self._hold_until, now + pause)
             self._routes.unrouted.down = None
             if code != "TRYAGAIN":
                 cluster_map.record_stale()
@@ -304,7 +305,7 @@ class ClusterConnection:
             poller.register(node.fd, node.events)
             watched[node.fd] = node
         if glance:
-            until = min(until, now + min(_GLANCE_FIRST * 2**glances, _GLANCE_LAST))
+            until = min(until, now + longest_pause(_GLANCE_FIRST, _GLANCE_LAST, glances))
         rest = until - time.monotonic()
         if not watched:
             time.sleep(min(max(rest, 0.0), _GLANCE_LAST))

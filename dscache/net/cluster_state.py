@@ -25,6 +25,7 @@ from ..config import Config
 from ..core import stats as counters
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConfigError, ConnectError, ReplyError
+from .backoff import full_jitter, half_jitter
 from .seeds import AT_ONCE, Seeds
 from .slot_table import NodeInfo, Shard, SlotTable
 from .slots import ASKED, GAP, GAP_CAP, GAP_GROWTH, VIEWS_TO_LEAVE, Address, View
@@ -107,8 +108,7 @@ class ClusterState:
         self.refresh_at = now + (self._gap() if self._is_stale else self._interval)
 
     def _gap(self) -> float:
-        longest = min(GAP * GAP_GROWTH**self._fruitless, GAP_CAP)
-        return random.uniform(longest / 2, longest)
+        return half_jitter(GAP, GAP_CAP, self._fruitless, GAP_GROWTH)
 
     # -- what nodes have told
 
@@ -168,7 +168,7 @@ class ClusterState:
             changed = view.ranges != self._view.ranges
             self._view = view
             stayed = self._is_stale and not changed
-            self._fruitless = min(self._fruitless + 1, 30) if stayed else 0
+            self._fruitless = self._fruitless + 1 if stayed else 0
             self._failures = 0
             self.known = True
             self.refusal = None
@@ -197,10 +197,10 @@ class ClusterState:
             self.trouble = error
             self._open_seeds()
             self._done(time.monotonic())
-            longest = min(retry.cap, retry.first * 2**self._failures) / 1000
-            self._failures = min(self._failures + 1, 30)
+            pause = full_jitter(retry.first / 1000, retry.cap / 1000, self._failures)
+            self._failures += 1
             untried = any(not one.is_tried for one in self.places.values())
-            self.refresh_at = self._asked_at + (0 if untried else random.uniform(0, longest))
+            self.refresh_at = self._asked_at + (0 if untried else pause)
             self.refusal = None if self.known else self._refusal_of(error)
             if self.refusal is not None and str(error) != self._complained:
                 self._complained = str(error)
