@@ -11,6 +11,7 @@ from redis.credentials import UsernamePasswordCredentialProvider
 
 import dscache
 from dscache import AsyncCache, Record
+from dscache.config import Config
 
 
 def configured() -> None:
@@ -54,6 +55,7 @@ async def bulk(cache: AsyncCache) -> None:
 async def state(cache: AsyncCache) -> None:
     assert_type(cache.is_ready, bool)
     assert_type(cache.description, str)
+    assert_type(cache.config, Config)
     assert_type(cache.stats(), dict[str, Any])
     assert_type(await cache.when_ready(), None)
     assert_type(await cache.close(), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, assert_type
 
 from dscache import Cache, Record
+from dscache.config import Config
 
 
 def configured() -> None:
@@ -32,6 +33,7 @@ def bulk(cache: Cache) -> None:
 def state(cache: Cache) -> None:
     assert_type(cache.is_ready, bool)
     assert_type(cache.description, str)
+    assert_type(cache.config, Config)
     assert_type(cache.stats(), dict[str, Any])
     # Neither returns anything, which mypy doesn't let a program use.
     cache.when_ready()
