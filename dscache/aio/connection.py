@@ -155,6 +155,7 @@ class Connection:
         self._flush_due = False
         self._deadlines = Deadlines(self._expire)
         self._drained: asyncio.Future[None] | None = None
+        self._first_attempt: asyncio.Future[Exception | None] | None = None
         self._connects = 0
         self.last_loss = ""
         self._keeper = BackgroundTask(self._keep, f"dscache {self.address}", self._end)
@@ -174,6 +175,11 @@ class Connection:
     def is_ready(self) -> bool:
         """Whether operations are sent at once."""
         return self._link is not None
+
+    @property
+    def link(self) -> SocketProtocol | None:
+        """The socket of a connection that is ready, else None."""
+        return self._link
 
     @property
     def refusal(self) -> Exception | None:
@@ -219,6 +225,20 @@ class Connection:
         self._check_open()
         if self._refusal is not None:
             raise self._refusal("connect")
+
+    async def first_attempt(self) -> None:
+        """Wait until the first attempt to connect has ended; raises the error that ended it.
+
+        Must be called in the tick that created the connection.
+        """
+        self._first_attempt = self._loop.create_future()
+        error = await self._first_attempt
+        if error is not None:
+            raise error
+
+    def _end_first_attempt(self, error: Exception | None) -> None:
+        if self._first_attempt is not None and not self._first_attempt.done():
+            self._first_attempt.set_result(error)
 
     async def close(self) -> None:
         """Finish the operations under way within ``closeTimeout``, and end the connection."""
@@ -441,6 +461,7 @@ class Connection:
         self.pipeline.down = None
         self._decided.set()
         self._heartbeat.watch(link)
+        self._end_first_attempt(None)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
         if self._cluster is not None:
@@ -477,6 +498,7 @@ class Connection:
             self._decided.set()
             self.pipeline.fail_all(refusal)
         self._note_drained()
+        self._end_first_attempt(error)
         if self._cluster is not None:
             self._cluster.on_disconnected(self)
 

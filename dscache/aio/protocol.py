@@ -73,7 +73,8 @@ class SocketProtocol(asyncio.BufferedProtocol):
             return
         self.is_sending = True
         try:
-            while not self.paused and (output := self._pipeline.take_output()):
+            pipeline = self._pipeline
+            while pipeline.queued and not self.paused and (output := pipeline.take_output()):
                 self._write(output)
         except BaseException as error:
             self.break_off(error)
@@ -146,6 +147,10 @@ class SocketProtocol(asyncio.BufferedProtocol):
         with suppress(OSError):
             sent = os.write(self._socket.fileno(), output)
         return output[sent:]
+
+    def get_extra_info(self, name: str) -> Any:
+        """Return what the transport knows under a name, such as ``peername``; None if nothing."""
+        return None if self._transport is None else self._transport.get_extra_info(name)
 
     def idle(self) -> float:
         """Return the seconds since anything arrived."""

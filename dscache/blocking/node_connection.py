@@ -5,6 +5,7 @@ It never waits by itself: the ClusterConnection that holds it waits for all node
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from ..core.pure import Pipeline
 
+_logger = logging.getLogger("dscache")
+
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
@@ -41,14 +44,14 @@ class NodeConnection(Connection):
 
     __slots__ = (
         "_allowed",
-        "_map",
         "_provider",
+        "_state",
         "events",
         "failures",
+        "info",
         "limit",
         "not_before",
         "opening",
-        "place",
         "unsent",
         "wanted",
     )
@@ -56,12 +59,12 @@ class NodeConnection(Connection):
     def __init__(
         self,
         pipeline: Pipeline,
-        place: NodeInfo,
-        cluster_map: ClusterState,
+        info: NodeInfo,
+        state: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
-        super().__init__(pipeline, place.options.command_timeout)
-        self.place = place
+        super().__init__(pipeline, info.options.command_timeout)
+        self.info = info
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
         self.events = IN
@@ -70,7 +73,7 @@ class NodeConnection(Connection):
         self.failures = 0
         self.not_before = 0.0
         self.unsent = NOTHING
-        self._map = cluster_map
+        self._state = state
         self._provider = provider
 
     @property
@@ -127,7 +130,9 @@ class NodeConnection(Connection):
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
-        self._map.record_loss(self.place, reason)
+        _logger.info("connection to %s lost: %s", self.info.shown, reason)
+        self._state.exclude_replica(self.info)
+        self._state.record_loss(self.info, reason)
 
     # -- the socket
 
@@ -135,11 +140,11 @@ class NodeConnection(Connection):
         """Begin to connect, with ``limit`` as the deadline."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
-        options = self.place.options
+        options = self.info.options
         self.opening = self._connect(
             options,
-            *self.place.address,
-            self.place.shown,
+            *self.info.address,
+            self.info.shown,
             lambda: current_login(options, self._provider),
             read_only=options.scale_reads != "master",
         )
@@ -150,26 +155,33 @@ class NodeConnection(Connection):
         assert self.opening is not None
         try:
             self.events = next(self.opening)
-        except StopIteration as end:
-            self.opening = None
-            self.failures = 0
-            self.pipeline.down = None
-            self.ready = True
-            self.connects += 1
-            self._map.record_connected(self.place, end.value.server, self.connects > 1)
+        except StopIteration as done:
+            self._note_connected(done.value)
         except _FAILURES as error:
             self.fail(error)
 
+    def _note_connected(self, server: ServerInfo) -> None:
+        self.opening = None
+        self.failures = 0
+        self.pipeline.down = None
+        self.ready = True
+        self.connects += 1
+        self._state.record_connected(self.info, server.server, self.connects > 1)
+        _logger.info("connected to %s (%s)", self.info.shown, server.server or "server unknown")
+
     def fail(self, error: Exception) -> None:
-        """Note that an attempt to connect failed."""
+        """Note a failed attempt to connect."""
         raise_foreign(error)
-        options = self.place.options
+        options = self.info.options
         shown = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = shown
-        refusal = permanent_failure(error, shown, self.place.shown)
-        self._map.record_unreachable(self.place, shown, refusal)
+        refusal = permanent_failure(error, shown, self.info.shown)
+        if str(shown) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, shown)
+        self._state.exclude_replica(self.info)
+        self._state.record_unreachable(self.info, shown, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
