@@ -24,9 +24,9 @@ import redis as redis_py
 from redis.credentials import CredentialProvider
 
 import dscache
-from dscache.blocking.connection import Line
+from dscache.blocking.connection import Connection
 from dscache.embedded import EmbeddedServer, TLSFiles
-from dscache.net.sockets import Attempt
+from dscache.net.sockets import SocketConnect
 from dscache.pubsub.subscribers import Messages
 from tests.conftest import SERVERS, _server_id
 from tests.support.blocking import (
@@ -327,7 +327,7 @@ def test_what_was_interrupted_while_it_was_made_ends_quietly(
 ) -> None:
     raised: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", raised.append)
-    attempt = Attempt.__new__(Attempt)
+    attempt = SocketConnect.__new__(SocketConnect)
     del attempt
     with pytest.raises(RuntimeError, match="no running event loop"):
         Messages(1, lambda: None, max_pending=1, overflow="disconnect")
@@ -343,18 +343,18 @@ def test_a_half_greeted_connection_is_not_kept(
 ) -> None:
     """What strikes a thread that connects may be of the classes of its own errors."""
     cache = open_cache(maxConnections=1, db=5)
-    receive = Line._receive
+    receive = Connection._receive
     for kind in (dscache.RecordError, dscache.ConnectError, dscache.ConnectionLost):
 
         def strike(*_: object, kind: type[Exception] = kind) -> None:
             raise kind("struck")
 
-        monkeypatch.setattr(Line, "_receive", strike)
+        monkeypatch.setattr(Connection, "_receive", strike)
         for call in (cache.when_ready, lambda: cache.get("a")):
             with pytest.raises(kind, match=r"^struck$"):
                 call()
             assert not cache._pool._idle  # type: ignore[union-attr]
-        monkeypatch.setattr(Line, "_receive", receive)
+        monkeypatch.setattr(Connection, "_receive", receive)
     assert cache.set("a", 1, "in database 5") is True
     other = open_cache()
     assert other.get("a") is None
