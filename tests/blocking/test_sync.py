@@ -40,10 +40,10 @@ from tests.support.blocking import (
     until,
 )
 from tests.support.blocking_checks import (
-    assert_a_place_is_made,
-    assert_bulks_come_through,
+    assert_a_lost_connection_frees_its_place,
     assert_each_size_is_read,
     assert_interrupted,
+    assert_large_bulks_work,
     assert_struck_at_each_line,
 )
 from tests.support.faults import FakeServer
@@ -256,7 +256,7 @@ def test_a_place_is_not_lost_with_the_thread_that_had_it(open_cache: OpenCache) 
     cache = open_cache(maxConnections=1, whenFull="error")
     cache.set("a", 1, [1])
     for _ in range(3):
-        assert_a_place_is_made(cache)
+        assert_a_lost_connection_frees_its_place(cache)
         assert tuple(cache.get("a")) == (1, [1])
     assert cache.stats()["connections"] == 1
 
@@ -610,7 +610,7 @@ def test_full_buffers_on_both_sides(
 ) -> None:
     """Where the server stops reading until its replies are read, a client that only sends hangs."""
     cache = open_cache(url=proxy.url, **PATIENT)
-    assert_bulks_come_through(cache, 10_000)
+    assert_large_bulks_work(cache, 10_000)
 
 
 def test_what_nobody_asked_for_answers_nothing(backend: str) -> None:

@@ -41,10 +41,10 @@ from tests.support.blocking import (
     until,
 )
 from tests.support.blocking_checks import (
-    assert_a_place_is_made,
-    assert_bulks_come_through,
+    assert_a_lost_connection_frees_its_place,
     assert_each_size_is_read,
     assert_interrupted,
+    assert_large_bulks_work,
     assert_struck_at_each_line,
 )
 from tests.support.clusters import ClusterGroup, ClusterNode, Failover
@@ -312,7 +312,7 @@ def test_a_bulk_is_sent_to_all_nodes_before_the_first_answer(
 def test_large_bulks(group: ClusterGroup, backend: str) -> None:
     """More than the buffers hold, to all nodes at once."""
     with opened(group, maxPending=1000, **PATIENT) as cache:
-        assert_bulks_come_through(cache, 5000)
+        assert_large_bulks_work(cache, 5000)
 
 
 # -- slots that move
@@ -1007,7 +1007,7 @@ def test_a_place_is_not_lost_with_the_thread_that_had_it(group: ClusterGroup, ba
         names = a_name_each(group)
         assert cache.set_bulk({name: (1, name) for name in names}) == set()
         for _ in range(3):
-            assert_a_place_is_made(cache)
+            assert_a_lost_connection_frees_its_place(cache)
             assert len(cache.get_bulk(names)) == 3
         assert cache.stats()["connections"] == 3
 

@@ -22,7 +22,7 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.pubsub import subscribers, subscriptions
 from tests.conftest import SERVERS, NamedServer
 from tests.support.faults import FaultProxy
-from tests.support.message_nodes import Heard, Nodes, hears, open_nodes
+from tests.support.message_nodes import Nodes, Received, open_nodes, receive_on
 from tests.support.waiting import PATIENCE, until
 
 EVENT = 4
@@ -59,7 +59,7 @@ async def quick(one_server: EmbeddedServer | NamedServer, backend: str) -> Async
 
 async def test_a_message_gets_to_all_others(nodes: Nodes) -> None:
     one, two, three = [await nodes(name) for name in "ABC"]
-    heard = [await hears(node, EVENT) for node in (one, two, three)]
+    heard = [await receive_on(node, EVENT) for node in (one, two, three)]
     assert await one.send(NEWS) == 3
     assert await two.send({"topic": 9}) == 0
     assert await two.send(NEWS | {"name": "more"}) == 3
@@ -76,7 +76,7 @@ async def test_a_message_gets_to_all_others(nodes: Nodes) -> None:
 
 async def test_a_message_for_one_server(nodes: Nodes) -> None:
     one, two, three = [await nodes(name) for name in ("A", "B", 'C "c" \u00e9')]
-    heard = [await hears(node, EVENT) for node in (one, two, three)]
+    heard = [await receive_on(node, EVENT) for node in (one, two, three)]
     assert await one.send_direct("B", NEWS) == 3
     assert await one.send_direct('C "c" \u00e9', NEWS) == 3
     assert await one.send_direct("nobody", NEWS) == 3
@@ -91,7 +91,7 @@ async def test_a_message_for_one_server(nodes: Nodes) -> None:
 
 async def test_the_messages_of_a_tick_travel_together(nodes: Nodes) -> None:
     sender, hearer = await nodes("A"), await nodes("B")
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     before = sender.stats()
     waiters = [sender.send({"topic": EVENT, "number": i}) for i in range(300)]
     assert await asyncio.gather(*waiters) == [1] * 300
@@ -115,7 +115,7 @@ class Plain:
 
 async def test_anything_with_a_topic_is_a_message(quick: Nodes) -> None:
     sender, hearer = await quick("A"), await quick("B")
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     await sender.send(Struct(EVENT, "x"))
     await sender.send(Plain(EVENT, "y"))
     await sender.send(msgspec.Raw(b'{"topic":4,"name":"z"}'), topic=EVENT)
@@ -128,7 +128,7 @@ async def test_the_channel_is_the_topic_and_nothing_else(
     nodes: Nodes, redis: redis_py.Redis
 ) -> None:
     node = await nodes("A", keyPrefix="p:", db=1)
-    heard = await hears(node, EVENT)
+    heard = await receive_on(node, EVENT)
     assert redis.publish("4", '{"fromServer":"js","message":{"topic":4,"x":1}}') == 1
     await heard.reaches(1)
     assert (heard, heard.senders) == ([{"topic": 4, "x": 1}], ["js"])
@@ -139,7 +139,7 @@ async def test_what_is_no_message_is_counted_and_logged_once(
     quick: Nodes, one_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = await quick("A")
-    heard = await hears(node, EVENT)
+    heard = await receive_on(node, EVENT)
     with redis_py.Redis(one_server.host, one_server.port) as redis:
         for text in ("hello", "{}", '{"fromServer":1,"message":{}}', ""):
             redis.publish("4", text)
@@ -158,7 +158,7 @@ async def test_what_is_no_message_is_counted_and_logged_once(
 
 async def test_callbacks_come_and_go(nodes: Nodes, redis: redis_py.Redis) -> None:
     sender, hearer = await nodes("A"), await nodes("B")
-    first, second = Heard(), Heard()
+    first, second = Received(), Received()
     leave_first = hearer.subscribe(EVENT, first)
     leave_second = hearer.subscribe(EVENT, second)
     await hearer.when_ready()
@@ -172,8 +172,8 @@ async def test_callbacks_come_and_go(nodes: Nodes, redis: redis_py.Redis) -> Non
     leave_second()
     await until(lambda: redis.pubsub_numsub("4") == [(b"4", 0)])
     assert await sender.send(NEWS) == 0
-    await hears(hearer, RPC)  # which is confirmed after it has heard that the other has ended
-    third = await hears(hearer, EVENT)
+    await receive_on(hearer, RPC)  # which is confirmed after it has heard that the other has ended
+    third = await receive_on(hearer, EVENT)
     await sender.send(NEWS)
     await third.reaches(1)
     assert (hearer.stats()["topics"], hearer.stats()["gaps"]) == (2, 0)
@@ -259,7 +259,7 @@ async def test_a_callback_that_raises_harms_nobody(
     hearer.subscribe(EVENT, bad)
     hearer.subscribe(EVENT, worse)
     hearer.subscribe(EVENT, print, max_pending=5)
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     for _ in range(3):
         await sender.send(NEWS)
     await heard.reaches(3)
@@ -284,7 +284,7 @@ async def test_a_slow_callback_has_bounded_room(quick: Nodes, overflow: Any, kep
         seen.append(message["number"])
 
     hearer.subscribe(EVENT, slow, max_pending=3, overflow=overflow)
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     await sender.send({"topic": EVENT, "number": 0})
     await heard.reaches(1)
     for i in range(1, 10):
@@ -311,7 +311,7 @@ async def test_a_slow_subscriber_can_be_disconnected(
 
     hearer.subscribe(EVENT, slow)
     messages = hearer.messages(EVENT)
-    last = Heard()
+    last = Received()
     hearer.subscribe(5, last)
     await hearer.when_ready()
     await sender.send({"topic": EVENT, "number": 0})
@@ -474,8 +474,8 @@ async def test_a_lost_server_is_a_gap(nodes: Nodes, make_server: Any) -> None:
     options = {"host": server.host, "port": server.port}
     sender = await nodes("A", **options)
     hearer = await nodes("B", on_gap=lambda *gap: gaps.append(gap), **options)
-    heard = await hears(hearer, EVENT)
-    also = await hears(hearer, 5)
+    heard = await receive_on(hearer, EVENT)
+    also = await receive_on(hearer, 5)
     await sender.send(NEWS)
     await heard.reaches(1)
     began = time.time()
@@ -503,7 +503,7 @@ async def test_a_gap_is_only_of_what_was_heard(nodes: Nodes, proxy: FaultProxy) 
     proxy.cut()
     await until(lambda: node.stats()["connects"] == 4)
     assert node.stats()["gaps"] == 0
-    await hears(node, EVENT)
+    await receive_on(node, EVENT)
     proxy.cut()
     await until(lambda: node.stats()["gaps"] == 1)
     await node.when_ready()
@@ -522,7 +522,7 @@ async def test_on_gap_may_be_a_coroutine(
             raise ValueError("no more of this")
 
     node = await quick("A", host=proxy.host, port=proxy.port, on_gap=on_gap)
-    await hears(node, EVENT)
+    await receive_on(node, EVENT)
     for count in (1, 2):
         proxy.cut()
         await until(lambda n=count: len(told) == n)
@@ -538,7 +538,7 @@ async def test_a_silent_link_is_found_by_its_heartbeat(
     where = {"host": proxy.host, "port": proxy.port, "heartbeat": 50}
     sender = await nodes("A")
     hearer = await nodes("B", **where)
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     proxy.stall("replies")
     began = time.time()
     await sender.send(NEWS)
@@ -559,7 +559,7 @@ async def test_what_is_sent_while_redis_is_away_waits_or_fails(
     where = {"host": proxy.host, "port": proxy.port}
     patient = await nodes("A", **where)
     hasty = await nodes("B", **where, commandTimeout=50)
-    heard = await hears(await nodes("C"), EVENT)
+    heard = await receive_on(await nodes("C"), EVENT)
     await proxy.refuse()
     proxy.cut()
     await until(lambda: not patient.is_ready and not hasty.is_ready)
@@ -578,7 +578,7 @@ async def test_what_is_sent_while_redis_is_away_waits_or_fails(
 
 async def test_a_message_that_was_under_way_says_so(nodes: Nodes, proxy: FaultProxy) -> None:
     sender = await nodes("A", host=proxy.host, port=proxy.port)
-    heard = await hears(await nodes("B"), EVENT)
+    heard = await receive_on(await nodes("B"), EVENT)
     proxy.stall("replies")
     waiting = sender.send(NEWS)
     await heard.reaches(1)
@@ -621,7 +621,7 @@ async def test_a_server_without_resp3(restricted: tuple[EmbeddedServer, Nodes]) 
         gaps: list[Any] = []
         sender = await nodes("A", heartbeat=20)
         hearer = await nodes("B", heartbeat=20, on_gap=lambda *gap: gaps.append(gap))
-        heard = await hears(hearer, EVENT)
+        heard = await receive_on(hearer, EVENT)
         leave = hearer.subscribe(5, heard)
         await hearer.when_ready()
         before = hearer.stats()["bytes_in"]
@@ -647,7 +647,7 @@ async def test_a_refused_subscription(
     with redis_py.Redis(port=server.port) as admin:
         admin.execute_command("ACL", "SETUSER", "default", "resetchannels", "&5")
         node = await nodes("A", heartbeat=20)
-        heard = Heard()
+        heard = Received()
         node.subscribe(EVENT, heard)
         node.subscribe(5, heard)
         with pytest.raises(dscache.ReplyError, match="NOPERM"):
@@ -668,7 +668,7 @@ async def test_a_server_ends_a_subscription(
 ) -> None:
     server, nodes = restricted
     node = await nodes("A")
-    heard = await hears(node, EVENT)
+    heard = await receive_on(node, EVENT)
     with redis_py.Redis(port=server.port) as admin:
         # A channel that is taken away from a user ends his connection.
         admin.execute_command("ACL", "SETUSER", "default", "resetchannels", "&5")

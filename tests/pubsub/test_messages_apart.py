@@ -14,7 +14,7 @@ from dscache.core.resp import slot_of_key
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE
 from tests.support.clusters import ClusterGroup, ClusterNode
-from tests.support.message_nodes import Heard, Nodes, hears, open_nodes
+from tests.support.message_nodes import Nodes, Received, open_nodes, receive_on
 from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import until
 
@@ -43,7 +43,7 @@ def listening(group: ClusterGroup, channel: str, sharded: bool = False) -> list[
     return [node for node in group.nodes if node.is_alive and node.ask(*words)[1]]
 
 
-async def talk(sender: Any, heard: Heard, topic: int = EVENT) -> None:
+async def talk(sender: Any, heard: Received, topic: int = EVENT) -> None:
     """Send until it is heard; what is sent to a node that is being lost may be lost."""
     count = len(heard)
 
@@ -64,7 +64,7 @@ async def test_messages_pass_between_the_nodes_of_a_cluster(
     nodes: Nodes, group: ClusterGroup
 ) -> None:
     one, two, three = [await nodes(name) for name in "ABC"]
-    heard = [await hears(node, EVENT) for node in (one, two, three)]
+    heard = [await receive_on(node, EVENT) for node in (one, two, three)]
     for i in range(200):
         one.send({"topic": EVENT, "number": i})
         two.send_direct("C", {"topic": EVENT, "number": i})
@@ -86,7 +86,7 @@ async def test_a_lost_node_is_replaced_by_any_other(nodes: Nodes, group: Cluster
     gaps: list[Any] = []
     sender = await nodes("A")
     hearer = await nodes("B", on_gap=lambda *gap: gaps.append(gap))
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     (where,) = listening(group, "4")
     await asyncio.to_thread(group.kill, where)
     await until(lambda: gaps)
@@ -101,7 +101,7 @@ async def test_a_node_that_is_cut_off_is_left(backend: str) -> None:
     with ClusterGroup(BY_AGE[0], primaries=1, replicas=1, node_timeout_ms=1000) as group:
         async with open_nodes(**group.options, slotsRefreshInterval=100) as nodes:
             hearer = await nodes("B")
-            heard = await hears(hearer, EVENT)
+            heard = await receive_on(hearer, EVENT)
             (where,) = listening(group, "4")
             if where.role() == "primary":
                 await asyncio.to_thread(group.failover, group.replica_of(where))
@@ -120,7 +120,7 @@ async def test_a_node_that_is_cut_off_is_left(backend: str) -> None:
 
 async def test_sharded_messages(nodes: Nodes, group: ClusterGroup) -> None:
     one, two = await nodes("A", sharded=True), await nodes("B", sharded=True)
-    everything = Heard()
+    everything = Received()
     for topic in TOPICS:
         two.subscribe(topic, everything)
     await two.when_ready()
@@ -137,7 +137,7 @@ async def test_a_topic_whose_slot_moves(nodes: Nodes, group: ClusterGroup) -> No
     gaps: list[Any] = []
     sender = await nodes("A", sharded=True)
     hearer = await nodes("B", sharded=True, on_gap=lambda *gap: gaps.append(gap))
-    heard, other = await hears(hearer, EVENT), await hears(hearer, 5)
+    heard, other = await receive_on(hearer, EVENT), await receive_on(hearer, 5)
     slot = slot_of_key(b"4")
     source = group.primary_of(slot)
     target = next(node for node in group.primaries() if node is not source)
@@ -159,13 +159,13 @@ async def test_a_shard_that_fails_over(nodes: Nodes, group: ClusterGroup) -> Non
     gaps: list[Any] = []
     sender = await nodes("A", sharded=True)
     hearer = await nodes("B", sharded=True, on_gap=lambda *gap: gaps.append(gap))
-    heard = await hears(hearer, EVENT)
+    heard = await receive_on(hearer, EVENT)
     topic = next(
         one
         for one in range(1000)
         if group.primary_of(slot_of_key(b"%d" % one)) is not group.primary_of(slot_of_key(b"4"))
     )
-    elsewhere = await hears(hearer, topic)
+    elsewhere = await receive_on(hearer, topic)
     primary = group.primary_of(slot_of_key(b"4"))
     await asyncio.to_thread(group.kill, primary)
     # The others' topics are none the worse for it.
@@ -196,7 +196,7 @@ async def test_behind_sentinels() -> None:
             gaps: list[Any] = []
             sender = await nodes("A")
             hearer = await nodes("B", on_gap=lambda *gap: gaps.append(gap))
-            heard = await hears(hearer, EVENT)
+            heard = await receive_on(hearer, EVENT)
             assert await sender.send(NEWS) == 1
             await heard.reaches(1)
             old = group.primary()

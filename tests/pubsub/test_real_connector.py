@@ -21,7 +21,7 @@ import redis.asyncio
 
 from dscache.embedded import EmbeddedServer
 from tests.conftest import NamedServer
-from tests.support.message_nodes import Nodes, hears, open_nodes
+from tests.support.message_nodes import Nodes, open_nodes, receive_on
 from tests.support.waiting import until
 
 HERE = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ async def test_both_directions(
 ) -> None:
     print(f"{type(connector).__name__.lower()} connector, {server}")
     node = await nodes("py")
-    heard = [await hears(node, topic) for topic in TOPICS]
+    heard = [await receive_on(node, topic) for topic in TOPICS]
     everything = heard[0]
     for topic in TOPICS[1:]:
         node.subscribe(topic, everything)
