@@ -195,7 +195,7 @@ def test_messages_obey_deadlines_and_limits(core: Any) -> None:
 def test_received_messages_equal_those_of_the_connector(core: Any, vector: dict[str, Any]) -> None:
     dispatcher, queue = dispatcher_of(core, GOLDEN["server_name"])
     exchange = Exchange(core)
-    exchange.pipeline.dispatcher = dispatcher
+    exchange.pipeline.inbox = dispatcher
     exchange.reply(Push([b"message", b"4", base64.b64decode(vector["payload"])]))
     callback = vector["callback"]
     if "never" in callback:
@@ -260,7 +260,7 @@ def test_subscriptions_are_confirmed(core: Any) -> None:
     dispatcher.join(4, queue)
     exchange = Exchange(core)
     pipeline = exchange.pipeline
-    pipeline.dispatcher = dispatcher
+    pipeline.inbox = dispatcher
     asked = [pipeline.command(*words)[1] for words in (("SUBSCRIBE", "4"), ("PING",))]
     asked += [pipeline.command("SUBSCRIBE", "5")[1], pipeline.command("UNSUBSCRIBE", "4")[1]]
     exchange.reply(
@@ -293,7 +293,7 @@ def test_subscriptions_are_confirmed(core: Any) -> None:
 def test_messages_arrive_as_resp2_replies(core: Any) -> None:
     dispatcher, queue = dispatcher_of(core)
     exchange = Exchange(core)
-    exchange.pipeline.dispatcher = dispatcher
+    exchange.pipeline.inbox = dispatcher
     exchange.pipeline.resp2_pubsub = True
     _, begun = exchange.pipeline.command("SUBSCRIBE", "4")
     _, alive = exchange.pipeline.command("PING")
@@ -320,7 +320,7 @@ def test_messages_arrive_as_resp2_replies(core: Any) -> None:
 )
 def test_an_invalid_message_ends_the_connection(core: Any, push: list[Any]) -> None:
     exchange = Exchange(core)
-    exchange.pipeline.dispatcher, _ = dispatcher_of(core)
+    exchange.pipeline.inbox, _ = dispatcher_of(core)
     with pytest.raises(ProtocolError):
         exchange.reply(Push(push))
 
