@@ -1,4 +1,4 @@
-"""Whatever is raised in a cache's way, and wherever: no record goes to another's caller."""
+"""Exceptions raised anywhere in a cache never give a record to another's caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dscache.embedded import EmbeddedServer
 from tests.conftest import NamedServer
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "interruptions.py"
-# lost_write replaces a method of asyncio's, which uvloop has none of.
+# lost_write replaces a method of asyncio that uvloop doesn't have.
 SCENES = [
     (scene, loop)
     for scene in (*("short_of_memory", "deep", "recursive", "signals", "finalizers", "callbacks"),)

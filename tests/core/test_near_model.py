@@ -286,7 +286,7 @@ class World:
         self.pipelines[node].forget("login")
 
     def expire(self) -> None:
-        for pipeline in (*self.pipelines, *(room for room, _ in self.held.values())):
+        for pipeline in (*self.pipelines, *(queue for queue, _ in self.held.values())):
             pipeline.expire(math.inf)
 
     # -- moving slots
@@ -327,9 +327,9 @@ class World:
             for name in NAMES:
                 if SLOTS[name] == slot:
                     self.base[name] = len(self.states[name]) - 1
-        room, fences = self.held.setdefault(slot, (self._new_pipeline("room"), {}))
+        queue, fences = self.held.setdefault(slot, (self._new_pipeline("queue"), {}))
         fences[source] = self.pipelines[source].fence()
-        self.router.owners[slot] = self.router.readers[slot] = room
+        self.router.owners[slot] = self.router.readers[slot] = queue
         self._requeue(self.pipelines[source])
 
     def look_at_slots(self) -> None:
@@ -347,11 +347,11 @@ class World:
             self.held[slot][0].requeue([batch])
 
     def _release_held(self) -> None:
-        for slot, (room, fences) in list(self.held.items()):
+        for slot, (queue, fences) in list(self.held.items()):
             if all(self.pipelines[node].settled >= fence for node, fence in fences.items()):
                 del self.held[slot]
                 self._route(slot)
-                self._requeue(room)
+                self._requeue(queue)
 
     def _route(self, slot: int) -> None:
         pipeline = self.pipelines[self.known_owner[slot]]

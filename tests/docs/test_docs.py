@@ -1,4 +1,4 @@
-"""What the documentation tells of names, options, defaults and errors is what the code has."""
+"""The documentation of names, options, defaults and errors matches the code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARTS = parts()
 
 
 def shown(field: Field) -> str | None:
-    """Return a default as the tables show it; None for one that has a table of its own."""
+    """Return a default as the tables show it; None for one with its own table."""
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         return None

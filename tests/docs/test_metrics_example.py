@@ -1,4 +1,4 @@
-"""The example of metrics, looked at as ``curl`` would."""
+"""The example of metrics, read as ``curl`` would."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.documents import PROJECT
 PATIENCE = 60
 
 
-def test_metrics_are_seen_by_curl() -> None:
+def test_curl_reads_the_metrics() -> None:
     command = [
         sys.executable,
         "-W",
