@@ -607,3 +607,34 @@ async def test_a_failed_entry_leaves_nothing_behind(backend: str) -> None:
         assert not await attempts_continue(fake)
         # Only this test remains in the loop.
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("dscache")]
+
+
+@pytest.mark.parametrize("pushes", [False, True], ids=["bytes", "pushes"])
+async def test_a_reply_that_never_comes_to_its_end_ends_the_connection(
+    backend: str, pushes: bool
+) -> None:
+    """A byte, or a push, now and then is no sign that the answer is coming."""
+    async with FakeServer() as fake:
+        trickling: list[asyncio.Task[None]] = []
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            if not pushes:
+                writer.write(b"*2\r\n$1\r\n1\r\n$1000000\r\n")
+            while not writer.is_closing():
+                writer.write(b">1\r\n+hello\r\n" if pushes else b"x")
+                await asyncio.sleep(0.03)
+
+        def answer(_command: list[bytes]) -> bytes:
+            (writer,) = fake._tasks
+            trickling.append(asyncio.create_task(trickle(writer)))
+            return b""
+
+        fake.answers["MGET"] = answer
+        options = {"connectTimeout": 30_000, "commandTimeout": 300}
+        async with lazy_cache(fake.url, **options) as cache:
+            (error,) = await outcomes(cache.get("a"))
+            assert isinstance(error, dscache.DeadlineExceeded)
+            await until(lambda: "silent" in cache.stats()["last_loss"])
+            await until(lambda: cache.is_ready)
+            assert fake.accepted == 2
+        await asyncio.gather(*trickling, return_exceptions=True)

@@ -1010,7 +1010,7 @@ async def test_a_node_that_leaves_is_closed_after_its_replies(
         leaving, heir, other = fakes.nodes
         async with FaultProxy(leaving.host, leaving.port) as way:
             leaving.announced = way.host.encode(), way.port
-            async with opened(other, slotsRefreshTimeout=50, **PATIENT) as cache:
+            async with opened(other, **PATIENT | {"slotsRefreshTimeout": 50}) as cache:
                 names = names_of(leaving, 5)
                 await cache.set_bulk({name: (1, name) for name in names})
                 leaving.say = lambda command, slot: Refusal(f"MOVED {slot} {heir.address}")

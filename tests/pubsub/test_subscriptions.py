@@ -208,7 +208,7 @@ def slots(*ports: int) -> list[Any]:
     return [[0, 16383, *([b"10.0.0.1", port, b"id"] for port in ports)]]
 
 
-def test_the_cluster_state_reported_by_a_node() -> None:
+async def test_the_cluster_state_reported_by_a_node() -> None:
     node = any_node()
     assert node.address in ("a:1", "b:2")
     node.learn(slots(7000, 7001), WELL)
