@@ -632,7 +632,7 @@ async def test_a_reply_that_never_comes_to_its_end_ends_the_connection(
         fake.answers["MGET"] = answer
         options = {"connectTimeout": 30_000, "commandTimeout": 300}
         async with lazy_cache(fake.url, **options) as cache:
-            (error,) = await outcomes(cache.get("a"))
+            (error,) = await results_of(cache.get("a"))
             assert isinstance(error, dscache.DeadlineExceeded)
             await until(lambda: "silent" in cache.stats()["last_loss"])
             await until(lambda: cache.is_ready)
