@@ -83,7 +83,7 @@ def test_the_server_ends_with_a_process_that_is_killed(binary: ServerBinary, how
             program.kill()
             end = time.monotonic() + PATIENCE
             while process_is_running(int(pid)) or os.path.exists(folder):
-                assert time.monotonic() < end, "the server has outlived its owner"
+                assert time.monotonic() < end, "the server has outlived its program"
                 time.sleep(0.01)
         finally:
             # Including the child that it has forked.

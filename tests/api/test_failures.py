@@ -662,11 +662,11 @@ async def test_garbage_as_a_handshake(backend: str, garbage: str) -> None:
     }
     async with FakeServer({"HELLO": (GARBAGE | others)[garbage], "MGET": FIVE}) as fake:
         cache = lazy_cache(fake.url, password=SECRET, **IMPATIENT)
-        (greeted,) = await results_of(cache.when_ready())
+        (ready,) = await results_of(cache.when_ready())
         (got,) = await results_of(cache.get("a"))
         # Some of it is only unusual, and usable.
         kinds = (dscache.ProtocolError, dscache.ConnectError, dscache.ReplyError)
-        assert greeted is None or isinstance(greeted, kinds), greeted
+        assert ready is None or isinstance(ready, kinds), ready
         assert isinstance(got, kinds) or tuple(got) == (5, [5])
         fake.answers["HELLO"] = HELLO_REPLY
         async with asyncio.timeout(PATIENCE):

@@ -324,7 +324,7 @@ async def test_a_bulk_of_any_size_streams_through_a_bounded_window(make_cache: M
         assert await cache.delete_bulk(f"n{n}" for n in range(count)) == count
     stop.set()
     await watcher
-    assert taken > 20, "it never gave way to anybody else"
+    assert taken > 20, "it never yielded to another task"
     assert 0 < most < c.MAX_PENDING + c.COMMAND_RECORDS
     assert written < count * PER_NAME + 16 * MIB
     assert resident() - before < 2 * count * PER_NAME + 16 * MIB

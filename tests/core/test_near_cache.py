@@ -897,7 +897,7 @@ def until_not_at_hand(near: NearExchange, name: str) -> Call:
     """Read until the record is no longer served at once; return that read."""
     end = time.monotonic() + PATIENCE
     while (call := near.get(name)).was_at_hand:
-        assert time.monotonic() < end, "it is served for ever"
+        assert time.monotonic() < end, "the record is served for ever"
     return call
 
 

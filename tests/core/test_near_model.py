@@ -184,8 +184,8 @@ class World:
         return self.base[name]
 
     def _last_invalidated(self, name: str) -> int:
-        last_known = [number for number, state in enumerate(self.states[name]) if state.has_arrived]
-        return max(last_known, default=0)
+        arrived = [number for number, state in enumerate(self.states[name]) if state.has_arrived]
+        return max(arrived, default=0)
 
     # -- other clients
 

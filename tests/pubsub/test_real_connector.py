@@ -100,7 +100,7 @@ class Recorded:
             body = recorded.partition(b'"message":')[2]
             topic = json.loads(more["message"])["topic"]
             await self._redis.publish(str(topic), written.encode()[:-2] + body)
-        elif action == "received":
+        elif action == "heard":
             while message := await self._pubsub.get_message(timeout=0):
                 opened = json.loads(message["data"])
                 mine = opened.get("toServer", name) == name and opened["fromServer"] != name
@@ -227,7 +227,7 @@ async def test_messages_in_both_directions(
             await node.send_direct("elsewhere", json.loads(message))
         ours = await tap.take(3 * len(MESSAGES))
     async with asyncio.timeout(60):
-        while len(told := await connector.do("received", "js")) < 2 * len(MESSAGES):
+        while len(told := await connector.do("heard", "js")) < 2 * len(MESSAGES):
             await asyncio.sleep(0.01)
     assert {sender for _, sender in told} == {"py"}
     values = [json.loads(text) for text, _ in told]
@@ -258,6 +258,6 @@ async def test_the_connector_receives_numbers(
     await subscribe(connector, redis, "js")
     await node.send({"topic": TOPICS[0], "n": [1.0, 1e21, 2**53, -0.0, True, None]})
     async with asyncio.timeout(60):
-        while not (told := await connector.do("received", "js")):
+        while not (told := await connector.do("heard", "js")):
             await asyncio.sleep(0.01)
     assert json.loads(told[0][0])["n"] == [1, 1e21, 2**53, 0, True, None]

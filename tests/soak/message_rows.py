@@ -155,14 +155,14 @@ class Listener:
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
     """Kill the server and start it again, under load."""
     book = SentMessages()
-    ears = {"B": Listener(), "C": Listener()}
+    listeners = {"B": Listener(), "C": Listener()}
     with EmbeddedServer(binary) as server:
         sender = open_node(server, "A")
-        hearers = [open_node(server, name) for name in ears]
+        hearers = [open_node(server, name) for name in listeners]
         for node in hearers:
-            ear = ears[node.server_name]
-            node.on_gap = ear.note
-            node.subscribe(EVENT, ear.take)
+            listener = listeners[node.server_name]
+            node.on_gap = listener.note
+            node.subscribe(EVENT, listener.take)
         for node in (sender, *hearers):
             await node.when_ready()
         stop = asyncio.Event()
@@ -174,14 +174,15 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
             await asyncio.to_thread(server.start)
             began = time.monotonic()
             await until(
-                lambda n=number: all(len(ear.gaps) > n for ear in ears.values()),
+                lambda n=number: all(len(listener.gaps) > n for listener in listeners.values()),
                 "subscriptions after a kill",
             )
             figures.recovered(time.monotonic() - began)
-            heard = [len(ear.numbers) for ear in ears.values()]
+            heard = [len(listener.numbers) for listener in listeners.values()]
             await until(
                 lambda h=heard: all(
-                    len(ear.numbers) > before for ear, before in zip(ears.values(), h, strict=True)
+                    len(listener.numbers) > before
+                    for listener, before in zip(listeners.values(), h, strict=True)
                 ),
                 "messages after a kill",
             )
@@ -190,16 +191,21 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
         final = book.issue()
         await sender.send({"topic": EVENT, "number": final})
         book.settle(final, True)
-        await until(lambda: all(ear.numbers[-1] == final for ear in ears.values()), "the last one")
-        for name, ear in ears.items():
-            figures.problems += list(ear.problems(book, name))[:5]
-            if len(ear.gaps) != rounds:
-                figures.problems.append(f"{name} was told of {len(ear.gaps)} gaps, not {rounds}")
+        await until(
+            lambda: all(listener.numbers[-1] == final for listener in listeners.values()),
+            "the last one",
+        )
+        for name, listener in listeners.items():
+            figures.problems += list(listener.problems(book, name))[:5]
+            if len(listener.gaps) != rounds:
+                figures.problems.append(
+                    f"{name} was told of {len(listener.gaps)} gaps, not {rounds}"
+                )
         for node in (sender, *hearers):
             await node.close()
             _drained(figures, node)
     figures.operations = final + 1
-    missed = sum(figures.operations - len(ear.numbers) for ear in ears.values())
+    missed = sum(figures.operations - len(listener.numbers) for listener in listeners.values())
     figures.notes.append(f"{rounds} kills, {missed} messages missed, all of them in gaps")
 
 

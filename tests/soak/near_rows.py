@@ -455,14 +455,14 @@ async def _read(
         async with dscache.AsyncCache.from_config(config) as cache:
             reader = Reader(figures, cache, board)
             await cache.when_ready()
-            mischief = Faults(reader, board, proxy, admin)
+            faults = Faults(reader, board, proxy, admin)
             starts = range(0, _PICKS, _PICKS // _TASKS)
             tasks = [asyncio.create_task(reader.read(at)) for at in starts]
             tasks += [asyncio.create_task(reader.probe())]
             tasks += [asyncio.create_task(reader.write(write_pause))]
-            working = asyncio.create_task(mischief.work(mischief_pause))
+            working = asyncio.create_task(faults.work(mischief_pause))
             began = time.monotonic()
-            while reader.reads < reads or not mischief.is_complete:
+            while reader.reads < reads or not faults.is_complete:
                 ended = [task for task in (*tasks, working) if task.done()]
                 for task in ended:
                     task.result()
@@ -477,11 +477,11 @@ async def _read(
             figures.operations = reader.reads
             counts = cache.stats()["near_cache"]
             figures.drained(cache)
-    _tell(figures, reader, mischief, counts, seconds)
+    _tell(figures, reader, faults, counts, seconds)
 
 
 def _tell(
-    figures: Figures, reader: Reader, mischief: Faults, counts: dict[str, Any], seconds: float
+    figures: Figures, reader: Reader, faults: Faults, counts: dict[str, Any], seconds: float
 ) -> None:
     served = counts["hits"] / max(1, counts["hits"] + counts["misses"] + counts["joins"])
     figures.notes.append(f"{reader.reads / seconds:.0f} reads/s, {served:.2%} hits")
@@ -489,7 +489,7 @@ def _tell(
         f"{counts['joins']} joins, {counts['invalidations']} invalidations, "
         f"{counts['dropped_fills']} dropped fills, flushes {counts['flushes']}"
     )
-    figures.notes.append(", ".join(f"{count} x {kind}" for kind, count in mischief.done.items()))
+    figures.notes.append(", ".join(f"{count} x {kind}" for kind, count in faults.done.items()))
     ordered = sorted(reader.stale)
     longest = ordered[-1] / 1e9 if ordered else 0.0
     # Of all reads: a current record counts as outdated for no time at all.

@@ -47,7 +47,7 @@ class FaultProxy:
         """How many bytes went through."""
         self._target = target_host, target_port
         self._tls = tls
-        self._links: set[_Forwarding] = set()
+        self._forwardings: set[_Forwarding] = set()
         self._listener: asyncio.Server | None = None
         self._reservation: socket.socket | None = None
         self._open: dict[Direction, asyncio.Event] = {way: asyncio.Event() for way in BOTH}
@@ -61,7 +61,7 @@ class FaultProxy:
     @property
     def connections(self) -> int:
         """How many connections are open now."""
-        return len(self._links)
+        return len(self._forwardings)
 
     def retarget(self, host: str, port: int) -> None:
         """Forward new connections elsewhere, like a host name whose server has moved."""
@@ -73,10 +73,10 @@ class FaultProxy:
 
     async def __aexit__(self, *_: object) -> None:
         await self.refuse()
-        links = list(self._links)
-        for link in links:
-            link.abort()
-        await asyncio.gather(*(link.task for link in links))
+        forwardings = list(self._forwardings)
+        for forwarding in forwardings:
+            forwarding.abort()
+        await asyncio.gather(*(forwarding.task for forwarding in forwardings))
         if self._reservation is not None:
             self._reservation.close()
             self._reservation = None
@@ -115,8 +115,8 @@ class FaultProxy:
 
     def cut(self, ending: Ending = "fin") -> None:
         """Close all open connections on both sides, orderly or with a reset."""
-        for link in list(self._links):
-            link.end(ending)
+        for forwarding in list(self._forwardings):
+            forwarding.end(ending)
 
     def cut_after(
         self, count: int, direction: Direction = "replies", ending: Ending = "fin"
@@ -160,30 +160,32 @@ class FaultProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        link = _Forwarding(writer)
-        self._links.add(link)
+        forwarding = _Forwarding(writer)
+        self._forwardings.add(forwarding)
         try:
             if self._deaf:
                 cast("asyncio.Transport", writer.transport).pause_reading()
-                await link.ended.wait()
+                await forwarding.ended.wait()
             else:
-                await self._forward(link, reader)
+                await self._forward(forwarding, reader)
         finally:
-            link.end("rst")
-            await link.finished()
-            self._links.discard(link)
+            forwarding.end("rst")
+            await forwarding.finished()
+            self._forwardings.discard(forwarding)
 
-    async def _forward(self, link: _Forwarding, reader: asyncio.StreamReader) -> None:
+    async def _forward(self, forwarding: _Forwarding, reader: asyncio.StreamReader) -> None:
         try:
             target_reader, target_writer = await asyncio.open_connection(*self._target)
         except OSError:
             return
-        link.add(target_writer)
+        forwarding.add(target_writer)
         pumps = [
-            asyncio.create_task(self._pump(link, reader, target_writer, "requests")),
-            asyncio.create_task(self._pump(link, target_reader, link.client, "replies")),
+            asyncio.create_task(self._pump(forwarding, reader, target_writer, "requests")),
+            asyncio.create_task(
+                self._pump(forwarding, target_reader, forwarding.client, "replies")
+            ),
         ]
-        await link.ended.wait()
+        await forwarding.ended.wait()
         for pump in pumps:
             pump.cancel()
         for outcome in await asyncio.gather(*pumps, return_exceptions=True):
@@ -192,7 +194,7 @@ class FaultProxy:
 
     async def _pump(
         self,
-        link: _Forwarding,
+        forwarding: _Forwarding,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         way: Direction,
@@ -207,11 +209,11 @@ class FaultProxy:
                 chunk, ending = self._cut_point(chunk, way)
                 await self._send(chunk, writer, way)
                 if ending:
-                    link.end(ending)
+                    forwarding.end(ending)
         except (ConnectionError, ssl.SSLError):
             pass
         finally:
-            link.end("fin")
+            forwarding.end("fin")
 
     async def _send(self, chunk: bytes, writer: asyncio.StreamWriter, way: Direction) -> None:
         size = self._split.get(way) or len(chunk) or 1

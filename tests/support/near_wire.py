@@ -61,7 +61,7 @@ class Call:
 
     def result(self) -> Any:
         """Return the result or raise the error; there must be one."""
-        assert self.look(), f"{self.operation}: nobody has answered"
+        assert self.look(), f"{self.operation}: there is no reply"
         if self.error is not None:
             raise self.error
         return self.value

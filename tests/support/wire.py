@@ -79,7 +79,7 @@ def commands(output: bytes) -> list[list[bytes]]:
     while (command := reader.gets()) is not False:
         found.append(command)
     packed = b"".join(hiredis.pack_command(tuple(command)) for command in found)
-    assert packed == output, "that is no whole number of commands"
+    assert packed == output, "the last command is incomplete"
     return found
 
 
@@ -126,7 +126,7 @@ class Waiter:
 
     def result(self) -> Any:
         """Return the result or raise the error; there must be one."""
-        assert self.done, "nobody settled this waiter"
+        assert self.done, "this waiter has no result"
         if self.error is not None:
             raise self.error
         return self.value
