@@ -1,4 +1,4 @@
-"""The configuration: every form it may take, every rule of a value, every mistake's text."""
+"""The configuration: every form of it, every rule for a value, every error text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OPTIONS = (
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
 PORT = "must be a whole number from 1 to 65535"
-# Appears in tests as a password, and must never appear in a text.
+# The tests' password, which must never appear in a text.
 SECRET = "hunter2-secret"
 
 Read = Callable[..., Options]
@@ -95,7 +95,7 @@ def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-# What can be given
+# Sources
 
 
 def test_defaults() -> None:
@@ -128,7 +128,7 @@ def test_defaults() -> None:
     )
 
 
-def test_whole_deepstream_file() -> None:
+def test_a_complete_deepstream_file() -> None:
     environ = {"REDIS_HOST": "10.1.2.3", "REDIS_PORT": "6380"}
     config = load(DATA / "deepstream-config.yml", environ=environ)
     assert config == Config(
@@ -206,7 +206,7 @@ def test_cluster(write: Callable[..., Path]) -> None:
 def test_forms_of_a_cache_entry(
     given: Mapping[str, Any], suffix: str | None, write: Callable[..., Path]
 ) -> None:
-    # JSON is YAML as well.
+    # JSON is also YAML.
     source = given if suffix is None else write(json.dumps(given), f"config{suffix}")
     config = load(source, environ={})
     assert (config.name, config.options) == ("redis", Options(port=7000))
@@ -221,7 +221,7 @@ def test_memory(entry: Mapping[str, Any]) -> None:
     assert (config.name, config.address) == ("memory", "memory")
 
 
-def test_cache_entry_alone_in_a_file(write: Callable[..., Path]) -> None:
+def test_a_file_with_only_a_cache_entry(write: Callable[..., Path]) -> None:
     path = write("name: redis\noptions: {prot: 1}\n")
     assert refusal(load, path) == ('config.yml: options.prot: unknown option, did you mean "port"?')
 
@@ -299,7 +299,7 @@ def test_no_cache_entry(source: Any, message: str) -> None:
     assert refusal(load, source) == message
 
 
-# Files that can't be read
+# Unreadable files
 
 
 def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]) -> None:
@@ -320,7 +320,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     )
 
 
-# Reads what the last argument configures, and prints why it can't.
+# Loads the configuration in its last argument, and prints why it can't.
 READ_SAFELY = """
 import resource, signal, sys
 from dscache import ConfigError
@@ -338,7 +338,7 @@ except ConfigError as error:
 @pytest.mark.parametrize("kind", ["fifo", "device", "large", "socket"])
 @pytest.mark.parametrize("place", ["", "ca", "cert", "key", "password"])
 def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> None:
-    """In a process of its own: a pipe would be waited for, and a device never ends."""
+    """In a separate process: reading a pipe would block, and a device never ends."""
     odd = tmp_path / "odd.yml"
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         if kind == "fifo":
@@ -395,14 +395,14 @@ def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> Non
         "{password: !S3CR3T x}",
     ],
 )
-def test_a_line_that_went_wrong_shows_no_secret(options: str, write: Callable[..., Path]) -> None:
+def test_a_line_that_failed_shows_no_secret(options: str, write: Callable[..., Path]) -> None:
     text = f"cache: {{name: redis, options: {options}}}"
     said = {refusal(load, write(text)) for text in (text, f"{options}\n", f"plugins: {options}\n")}
     assert not [one for one in said if "S3CR3T" in one]
 
 
-def test_a_broken_line_shows_no_sign_of_a_secret(write: Callable[..., Path]) -> None:
-    """Not even one sign, which a parser may quote."""
+def test_a_broken_line_shows_no_character_of_a_secret(write: Callable[..., Path]) -> None:
+    """Not even one character, which a parser may quote."""
     said = refusal(load, write('cache: {name: redis, options: {password: "\\q"}}'))
     assert "'q'" not in said
     assert "unknown escape character" in said
@@ -469,7 +469,7 @@ def test_nested_too_deeply(name: str, write: Callable[..., Path]) -> None:
     )
 
 
-def test_keys_that_stand_twice(write: Callable[..., Path], read: Read) -> None:
+def test_duplicate_keys(write: Callable[..., Path], read: Read) -> None:
     assert refusal(read, "port: 1", "db: 0", "port: 2") == (
         "config.yml: cache.options.port: is given twice (lines 4 and 6); keep one"
     )
@@ -479,7 +479,7 @@ def test_keys_that_stand_twice(write: Callable[..., Path], read: Read) -> None:
     assert refusal(load, write('{"cache": {"name": "redis", "name": 1}}', "c.json")) == (
         "c.json: cache.name: is given twice; keep one"
     )
-    # What deepstream reads of another section is its own affair.
+    # Other sections are deepstream's own business.
     assert load(write("rpc: {a: 1, a: 2}\ncache: {name: redis}\n")).name == "redis"
 
 
@@ -511,7 +511,7 @@ cache:
         ("redisOptions: &a {<<: *a}", "cache.options.redisOptions"),
     ],
 )
-def test_alias_inside_its_own_anchor(line: str, place: str, read: Read) -> None:
+def test_an_alias_inside_its_own_anchor(line: str, place: str, read: Read) -> None:
     assert refusal(read, line) == f"config.yml: {place}: contains itself, through an alias"
 
 
@@ -529,12 +529,12 @@ def test_tags(tag: str, value: str, read: Read) -> None:
     )
 
 
-def test_tags_that_yaml_itself_has(read: Read) -> None:
+def test_standard_tags_of_yaml(read: Read) -> None:
     found = read('port: !!int "7000"', "password: !!str null", "username: ! null")
     assert (found.port, found.password, found.username) == (7000, "null", "null")
 
 
-# What a value may be
+# Values
 
 INTEGERS = [
     ("port: 6380", 6380),
@@ -612,7 +612,7 @@ def test_numbers(line: str, expected: int | None, read: Read) -> None:
 
 
 def field(found: Options, line: str) -> object:
-    """Return the value of the option that a line of YAML writes."""
+    """Return the value of the option in a line of YAML."""
     name = line.partition(":")[0]
     return getattr(found, "".join(f"_{c.lower()}" if c.isupper() else c for c in name))
 
@@ -841,7 +841,7 @@ def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> Non
     ],
 )
 @pytest.mark.parametrize("option", ["password", "username", "connectionName"])
-def test_text_arrives_as_it_is_written(
+def test_text_is_taken_literally(
     option: str, written: str, expected: str | None, read: Read, tmp_path: Path
 ) -> None:
     if written == "file(x) ":
@@ -937,7 +937,7 @@ def test_unset_variable(line: str, read: Read) -> None:
     )
 
 
-def test_places_stay_right_beside_placeholders(read: Read) -> None:
+def test_positions_are_right_beside_placeholders(read: Read) -> None:
     assert refusal(read, "host: ${HOST:-{a: b}", "port: ${P} : 1").startswith(
         "config.yml: line 5, column 16: no valid YAML"
     )
@@ -1038,7 +1038,7 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
 
 @pytest.fixture
 def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
-    """Return a function that gives the level and text of what was logged since the last call."""
+    """Return a function that gives the level and text of messages logged since the last call."""
     caplog.set_level(logging.INFO, "dscache")
 
     def logged() -> list[tuple[str, str]]:
@@ -1064,7 +1064,7 @@ Notes = Callable[[], list[tuple[str, str]]]
         "redisOptions: {connectTimeout: 1}",
     ],
 )
-def test_what_is_for_clusters_alone(line: str, read: Read, notes: Notes) -> None:
+def test_options_only_for_clusters(line: str, read: Read, notes: Notes) -> None:
     name = line.partition(":")[0]
     found = read(line)
     assert notes() == [
@@ -1079,7 +1079,7 @@ def test_what_is_for_clusters_alone(line: str, read: Read, notes: Notes) -> None
     assert notes() == []
 
 
-def test_nothing_is_noted_that_is_not_given(notes: Notes) -> None:
+def test_missing_options_are_not_logged(notes: Notes) -> None:
     options()
     options(nodes=[{}])
     options(nodes=[{}], host=None, port=None, password=None, username=None, tls=None, db=None)
@@ -1089,7 +1089,7 @@ def test_nothing_is_noted_that_is_not_given(notes: Notes) -> None:
     assert notes() == []
 
 
-def test_what_has_no_effect_beside_nodes(read: Read, notes: Notes) -> None:
+def test_options_without_effect_beside_nodes(read: Read, notes: Notes) -> None:
     cluster = "nodes: [{host: a, port: 7000}]"
     found = read(cluster, "host: h", "port: 1", "role: slave", "tls: false")
     place = "config.yml: cache.options"
@@ -1112,7 +1112,7 @@ def test_what_has_no_effect_beside_nodes(read: Read, notes: Notes) -> None:
 
 
 @pytest.mark.parametrize("name", ["username", "password"])
-def test_a_login_beside_nodes_is_told_of(name: str, read: Read, notes: Notes) -> None:
+def test_a_login_beside_nodes_is_logged(name: str, read: Read, notes: Notes) -> None:
     line = f"{name}: {SECRET}"
     note = (
         f"config.yml: cache.options.{name} has no effect on a cluster: "
@@ -1163,7 +1163,7 @@ DATABASE_ZERO = "a cluster has database 0 alone"
 )
 def test_refused_on_a_cluster(written: str, message: str, read: Read) -> None:
     name = written.partition(":")[0]
-    # What is wrong with Sentinels is that there are nodes.
+    # The mistake in combining Sentinels is that there are nodes.
     place = "nodes" if name == "sentinels" else name
     beside = ["name: group"] if name == "sentinels" else []
     assert refusal(read, "nodes: [{}]", written, *beside) == (
@@ -1193,7 +1193,7 @@ def test_prefixes_of_a_cluster(prefix: str, layout: str, fits: bool) -> None:
     if fits:
         key = f"{prefix}{{name}}" if layout != "deepstream" else None
         assert options(nodes=[{}], **written).key_prefix == prefix
-        # Redis hashes what stands between the first { and the first } after it, unless nothing.
+        # Redis hashes the text between the first { and the first } after it, unless it is empty.
         assert key is None or key.partition("{")[2].partition("}")[0]
     else:
         assert refusal(options, nodes=[{}], **written).startswith(
@@ -1235,7 +1235,7 @@ def test_nat_map_without_nodes() -> None:
 def test_hash_tag(written: dict[str, Any], expected: bool) -> None:
     found = options(**written)
     assert found.hash_tag is expected
-    # The options of a node alone say the same as those of its cluster.
+    # The options of a single node equal those of its cluster.
     assert found.for_node("h", 1).hash_tag is expected
 
 
@@ -1306,12 +1306,12 @@ def test_logins_of_nodes(read: Read) -> None:
     assert login(found, "f") == ("own", "shared")
     assert login(found, "g") == (None, "own-secret")
     assert login(found, "h") == ("own", "own-secret")
-    # Discovered, at another address or that of a configured node in another spelling.
+    # Discovered, at another address or at that of a configured node in another spelling.
     assert login(found, "z") == ("app", "shared")
     assert login(found, "A") == ("app", "own-secret")
     assert login(found, "0:0:0:0:0:0:0:1") == ("app", "own-secret")
     assert found.for_node("a", 7001).password == "shared"
-    # Discovered at an address of which the caller knows whose it is.
+    # Discovered at an address whose configured node the caller knows.
     assert found.nodes is not None
     assert login(found, "10.0.0.1", found.nodes[0]) == ("app", "own-secret")
     assert login(found, "a", found.nodes[2]) == (None, None)
@@ -1649,7 +1649,7 @@ def test_bad_pem(certificates: TLSFiles, read: Read, write: Callable[..., Path])
         Tls(ca="/no/such.pem").context("here")
 
 
-def test_key_on_disk_does_not_stay(
+def test_a_key_on_disk_is_removed(
     certificates: TLSFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

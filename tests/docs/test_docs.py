@@ -154,7 +154,9 @@ async def test_every_counter_of_messages(server: EmbeddedServer) -> None:
 
 
 def test_signatures() -> None:
-    for row in table(README, "In a program"):
+    rows = table(README, "In a program")
+    assert rows
+    for row in rows:
         for text in code(row[0]):
             name, _, arguments = text.rstrip(")").partition("(")
             parameters = inspect.signature(getattr(dscache.AsyncCache, name)).parameters

@@ -229,7 +229,9 @@ def recorded() -> list[dict[str, Any]]:
 
 def test_sharing_records_with_deepstream(private: EmbeddedServer) -> None:
     with redis_py.Redis.from_url(private.url) as client:
-        for vector in recorded():
+        vectors = recorded()
+        assert len(vectors) == 3
+        for vector in vectors:
             for stored in vector["stored"]:
                 client.set(base64.b64decode(stored["key"]), base64.b64decode(stored["value"]))
             name, version, data = (vector[key] for key in ("name", "version", "data"))

@@ -33,7 +33,7 @@ def test_curl_reads_the_metrics() -> None:
             match = re.fullmatch(
                 r"curl (http://127\.0\.0\.1:\d+/metrics)\n", example.stdout.readline()
             )
-            assert match, "it tells no address"
+            assert match, "it prints no address"
             pattern = r'^dscache_operations_total\{cache="users"\} ([0-9.e+]+)$'
             done = 0.0
             while done < 30:

@@ -235,6 +235,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
 
 @in_language("sh")
 def test_commands(block: Block, folder: Path) -> None:
+    assert block.text.strip(), block.place
     for line in block.text.splitlines():
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):

@@ -1,4 +1,4 @@
-"""What a node is subscribed to and what it was told that it missed, without any server."""
+"""A node's subscriptions and the gaps reported to it, without any server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.waiting import until
 
 
 class Source:
-    """A connection that answers what a test tells it to."""
+    """A connection with replies chosen by a test."""
 
     def __init__(self) -> None:
         self.address = "node.test:6379"
@@ -42,7 +42,7 @@ class Source:
 
 
 class Place:
-    """Some topics at one source, as one of several nodes has them."""
+    """Topics on one source, as one of several nodes has them."""
 
     def __init__(self, ledger: Subscriptions, heartbeat: float = 60.0, **options: Any) -> None:
         self.source = Source()
@@ -66,7 +66,9 @@ async def ledger(gaps: list[tuple[float, float]]) -> Subscriptions:
     return Subscriptions(lambda since, until: gaps.append((since, until)))
 
 
-async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]) -> None:
+async def test_topics_are_subscribed_and_unsubscribed(
+    ledger: Subscriptions, gaps: list[Any]
+) -> None:
     place = Place(ledger)
     for topic in (4, 5):
         ledger.add(topic)
@@ -83,7 +85,7 @@ async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]
     assert gaps == []
 
 
-async def test_a_gap_begins_with_the_last_question_that_was_answered(
+async def test_a_gap_begins_at_the_last_answered_ping(
     ledger: Subscriptions, gaps: list[tuple[float, float]]
 ) -> None:
     place = Place(ledger, heartbeat=0.01)
@@ -109,7 +111,7 @@ async def test_a_gap_begins_with_the_last_question_that_was_answered(
     await place.listener.close()
 
 
-async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
+async def test_a_new_owner_may_confirm_before_the_old_one_ends(
     ledger: Subscriptions, gaps: list[tuple[float, float]]
 ) -> None:
     moves: list[int] = []
@@ -120,7 +122,7 @@ async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
     for place in (old, new):
         place.listener.on_connected()
     await ledger.wait_confirmed()
-    # Both have it for a moment: nobody says when the old one has ended.
+    # Both have it for a moment: the end at the old one is never confirmed.
     new.have(4)
     await until(lambda: gaps)
     assert gaps[0][0] == old.listener.received_until
@@ -133,7 +135,7 @@ async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
         await place.listener.close()
 
 
-async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions) -> None:
+async def test_a_redirecting_node_is_asked_again(ledger: Subscriptions) -> None:
     moves: list[int] = []
     place = Place(ledger, commands=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
     answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
@@ -147,7 +149,7 @@ async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions)
     await place.listener.close()
 
 
-async def test_what_a_link_may_die_of(
+async def test_errors_that_end_a_connection(
     ledger: Subscriptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.01)
@@ -169,7 +171,7 @@ async def test_what_a_link_may_die_of(
     await place.listener.close()
 
 
-async def test_topics_that_are_wanted_again_meanwhile(
+async def test_topics_that_are_subscribed_again_meanwhile(
     ledger: Subscriptions, gaps: list[Any]
 ) -> None:
     place = Place(ledger)
@@ -186,7 +188,7 @@ async def test_topics_that_are_wanted_again_meanwhile(
     place.source.gate.set()
     await until(lambda: place.source.asked.count(["SUBSCRIBE", "4"]) == 2)
     await ledger.wait_confirmed()
-    # What came after it was wanted again, and before it was heard again, is missed.
+    # Messages after the new request and before its confirmation are missed.
     assert len(gaps) == 1
     await place.listener.close()
 
@@ -206,7 +208,7 @@ def slots(*ports: int) -> list[Any]:
     return [[0, 16383, *([b"10.0.0.1", port, b"id"] for port in ports)]]
 
 
-async def test_what_a_node_says_of_its_cluster() -> None:
+async def test_the_cluster_state_reported_by_a_node() -> None:
     node = any_node()
     assert node.address in ("a:1", "b:2")
     node.update_nodes(slots(7000, 7001), WELL)
@@ -219,7 +221,7 @@ async def test_what_a_node_says_of_its_cluster() -> None:
     node.update_nodes(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
     assert node.is_healthy
     node.update_nodes([], WELL)
-    # Who may not ask has nothing to go by.
+    # Without the right to ask there is no information.
     node.update_nodes(ReplyError("NOPERM no permissions"), WELL)
     assert not node.is_healthy
     with pytest.raises(ConfigError, match="is no node of a cluster"):
