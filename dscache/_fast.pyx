@@ -848,15 +848,11 @@ cdef class Pipeline:
             if other.kind == batch.kind or not is_open:
                 self._open.clear()
                 break
-        if is_open:
-            self._open.append(batch)
-        try:
-            self._queue.append(batch)
-        except BaseException:
-            self._open.clear()
-            raise
         last_serial += 1
         batch.serial = last_serial
+        self._queue.append(batch)
+        if is_open:  # behind it: what joins a batch that isn't queued would be lost
+            self._open.append(batch)
         return 0
 
     cdef _Batch _joinable(self, int kind, str name):

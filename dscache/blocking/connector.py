@@ -214,6 +214,7 @@ class ConnectAttempt:
                     greeting: ServerInfo = consent.value
                     return greeting
         except DscacheError as error:
+            raise_foreign(error)
             failure = without(error, secrets_of(self.options, login))
         raise failure
 

@@ -198,6 +198,7 @@ class NodeConnection(Connection):
         try:
             return (yield from self._greet(login))
         except DscacheError as error:
+            raise_foreign(error)
             failure = without(error, secrets_of(options, login))
         raise failure
 

@@ -729,13 +729,9 @@ class Pipeline:
         if not is_open or any(other.kind == batch.kind for other in self._open):
             self._open.clear()
         batch.serial = next(serials)
-        if is_open:
+        self._queue.append(batch)
+        if is_open:  # behind it: what joins a batch that isn't queued would be lost
             self._open.append(batch)
-        try:
-            self._queue.append(batch)
-        except BaseException:
-            self._open.clear()
-            raise
 
     def _joinable(self, kind: int, name: str) -> Batch | None:
         """Return the open batch that an operation on ``name`` may join by rule 1, or None."""

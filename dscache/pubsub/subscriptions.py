@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
-from ..errors import ConnectionLost, ReplyError
+from ..errors import ConnectionLost, DscacheError, ReplyError
 
 _logger = logging.getLogger("dscache")
 
@@ -223,7 +223,8 @@ class Listener:
             raise
         except BaseException as error:
             # Another connection begins anew, whatever it was.
-            self._source.leave(f"its subscriptions failed: {error!r}")
+            reason = error if isinstance(error, DscacheError) else repr(error)
+            self._source.leave(f"its subscriptions failed: {reason}")
             if not isinstance(error, Exception):
                 raise
 

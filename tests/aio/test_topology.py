@@ -1006,7 +1006,7 @@ async def test_who_leaves_is_closed_after_its_answers(backend: str, hasty: None)
         leaving, heir, other = fakes.nodes
         async with FaultProxy(leaving.host, leaving.port) as way:
             leaving.announced = way.host.encode(), way.port
-            async with opened(other, slotsRefreshTimeout=50, **PATIENT) as cache:
+            async with opened(other, **PATIENT | {"slotsRefreshTimeout": 50}) as cache:
                 names = names_of(leaving, 5)
                 await cache.set_bulk({name: (1, name) for name in names})
                 leaving.say = lambda command, slot: Refusal(f"MOVED {slot} {heir.address}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
-from dscache.admin.primaries import facts
+from dscache.admin.primaries import parse_info
 from dscache.aio.sentinel import pairs
 from dscache.core import constants
 from dscache.errors import (
@@ -246,7 +246,7 @@ def test_a_redirection_is_an_address_or_none(where: str) -> None:
 
 @given(junk | st.binary() | st.text().map(str.encode))
 def test_facts_are_short_lines(reply: Any) -> None:
-    for name, value in facts(reply).items():
+    for name, value in parse_info(reply).items():
         assert_shown_well(name + value)
 
 

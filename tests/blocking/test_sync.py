@@ -24,7 +24,7 @@ import redis as redis_py
 from redis.credentials import CredentialProvider
 
 import dscache
-from dscache.blocking.connection import Line
+from dscache.blocking.connection import Connection
 from dscache.embedded import EmbeddedServer, TLSFiles
 from dscache.net.sockets import Attempt
 from dscache.pubsub.subscribers import Messages
@@ -343,18 +343,18 @@ def test_a_half_greeted_connection_is_not_kept(
 ) -> None:
     """What strikes a thread that connects may be of the classes of its own errors."""
     cache = open_cache(maxConnections=1, db=5)
-    receive = Line._receive
+    receive = Connection._receive
     for kind in (dscache.RecordError, dscache.ConnectError, dscache.ConnectionLost):
 
         def strike(*_: object, kind: type[Exception] = kind) -> None:
             raise kind("struck")
 
-        monkeypatch.setattr(Line, "_receive", strike)
+        monkeypatch.setattr(Connection, "_receive", strike)
         for call in (cache.when_ready, lambda: cache.get("a")):
             with pytest.raises(kind, match=r"^struck$"):
                 call()
             assert not cache._pool._idle  # type: ignore[union-attr]
-        monkeypatch.setattr(Line, "_receive", receive)
+        monkeypatch.setattr(Connection, "_receive", receive)
     assert cache.set("a", 1, "in database 5") is True
     other = open_cache()
     assert other.get("a") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from dscache.admin.doctor.record_checks import Sample
 from dscache.admin.doctor.topology_checks import SentinelSays
 from dscache.cli import doctor
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
-from tests.conftest import BINARIES, BY_AGE
+from tests.conftest import BY_AGE
 from tests.support.commands import invoke, plain, run_on_terminal
 from tests.support.documents import PROJECT, code, table
+from tests.support.faults import FaultProxy
 from tests.support.sentinels import GROUP, SentinelGroup
 
 DOCUMENT = PROJECT / "docs" / "cli.md"
@@ -189,16 +191,17 @@ def test_a_terminal(patient: EmbeddedServer, client: redis_py.Redis) -> None:
     assert "1 warning" in lines[-1] or "warnings" in lines[-1]
 
 
-def test_tls(certificates: TLSFiles) -> None:
-    binary = next(binary for binary in BINARIES if binary.tls)
-    with EmbeddedServer(binary, tls=certificates) as server:
-        _, found = look("--url", f"{server.url}?ssl_ca_certs={certificates.authority}")
-        assert found["tls"] == {"verdict": OK, "found": "TLSv1.3", "advice": None}
-        _, found = look("--url", f"{server.url}?ssl_cert_reqs=none")
-        assert found["tls"]["verdict"] == WARNING
-        status, found = look("--url", server.url)
-        assert status == 2
-        assert "certificate" in found["connection"]["found"]
+async def test_tls(tls_proxy: FaultProxy, certificates: TLSFiles) -> None:
+    async def found_by(*words: str) -> tuple[int, dict[str, dict[str, Any]]]:
+        return await asyncio.to_thread(look, *words)
+
+    _, found = await found_by("--url", f"{tls_proxy.url}?ssl_ca_certs={certificates.authority}")
+    assert found["tls"] == {"verdict": OK, "found": "TLSv1.3", "advice": None}
+    _, found = await found_by("--url", f"{tls_proxy.url}?ssl_cert_reqs=none")
+    assert found["tls"]["verdict"] == WARNING
+    status, found = await found_by("--url", tls_proxy.url)
+    assert status == 2
+    assert "certificate" in found["connection"]["found"]
 
 
 def test_sentinels(tmp_path: Path) -> None:

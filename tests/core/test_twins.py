@@ -62,7 +62,10 @@ def shown(value: Any) -> Any:
         if isinstance(value, BulkError):
             more = (shown(value.errors), list(value.errors), shown(value.result))
         elif isinstance(value, RecordError):
-            more = (repr(value.name),)
+            try:
+                more = (repr(value.name),)
+            except RecursionError:
+                more = (type(value.name),)
         elif isinstance(value, ReplyError):
             more = (value.code, value.message)
         return (type(value), str(value), *more, shown(value.__cause__))

@@ -206,7 +206,7 @@ def slots(*ports: int) -> list[Any]:
     return [[0, 16383, *([b"10.0.0.1", port, b"id"] for port in ports)]]
 
 
-def test_what_a_node_says_of_its_cluster() -> None:
+async def test_what_a_node_says_of_its_cluster() -> None:
     node = any_node()
     assert node.address in ("a:1", "b:2")
     node.learn(slots(7000, 7001), WELL)
