@@ -234,6 +234,7 @@ class Connection:
             for task in self._tasks:
                 task.cancel()
         await asyncio.wait([task.task for task in self._tasks])
+        self._give_up("the cache was closed before the answer came")  # again: ``_end`` may fail
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
@@ -274,9 +275,9 @@ class Connection:
             self._link.begin()
 
     def _flush(self) -> None:
-        self._flush_due = False
-        link = self._link
         self.pipeline.end_tick()
+        self._flush_due = False  # behind it: ``_expire`` flushes after an exception in either
+        link = self._link
         if link is not None:
             link.flush()
         # An attempt under way may end the refusal, and has slots of its own in the pipeline.
@@ -316,7 +317,7 @@ class Connection:
         """Fail the operations that take too long, and end a link that is silent meanwhile."""
         self._check()
         deadline: float | None = self.pipeline.expire(now)
-        if deadline is not None and self._flush_due:
+        if self._flush_due:
             self._flush()  # its own turn is late, or never comes as the loop was interrupted
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.unanswered_for() >= timeout:

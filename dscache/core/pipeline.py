@@ -168,6 +168,7 @@ class Pipeline:
         self._queue: deque[Batch] = deque()
         self._slots: deque[tuple[Batch, int]] = deque()
         self._returned: list[Batch] = []
+        self._answering: Batch | None = None
         self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
             ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
@@ -612,11 +613,18 @@ class Pipeline:
 
     def _lose(self, reason: Exception, retry: bool) -> None:
         self._severed = True  # until all is settled: no reply of this connection counts any more
+        wrong = isinstance(reason, ProtocolError)
         kept: dict[Batch, None] = {}
         for batch, _count in self._slots.copy():
             if batch.abandoned() or batch in kept:
                 continue
-            if batch.answered >= len(batch.records):
+            lost = partial(c.lost, self.address, reason, batch.kind)
+            if batch is self._answering and batch.bulk is not None and not wrong:
+                # An exception struck between a record and its count in the bulk (the compiled core
+                # has no such place). No repeat can tell whether it was counted: all of it fails.
+                batch.bulk.shared = False
+                self._fail_batch(batch, lost)
+            elif batch.answered >= len(batch.records):
                 # Its last reply was read, though whatever was to follow has failed.
                 if batch.bulk is not None:
                     batch.bulk.settle(0)
@@ -624,7 +632,8 @@ class Pipeline:
                 batch.repeated = max(batch.repeated, batch.sent)
                 kept[batch] = None
             else:
-                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
+                self._fail_batch(batch, lost)
+        self._answering = None
         waiting = self._queue.copy()
         kept.update(
             dict.fromkeys(one for one in (*waiting, *self._returned) if not one.abandoned())
@@ -923,6 +932,7 @@ class Pipeline:
                 stored, reply = reply, stored
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
+        self._answering = batch
         first = batch.answered
         was_over = batch.abandoned()
         refused = type(reply) is ReplyError
@@ -947,6 +957,7 @@ class Pipeline:
             self._answer_key(batch, reply)
         else:
             self._answer_script(batch, count, reply)
+        self._answering = None
         self._slots.popleft()
         self.settled += 1
         if self._epoch is not None:

@@ -54,6 +54,7 @@ class Subscriber:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._room = max_pending
+        self._turn = 0
         self._rested_since = 0.0
         self.errors = 0
         self.mailbox: Any = _backend.core.SubscriberQueue(
@@ -82,10 +83,20 @@ class Subscriber:
                 self._task.cancel()
 
     def _wake(self) -> None:
+        """Schedule a turn, and a check that it ended."""
+        self._turn += 1
         self._loop.call_soon(self._run)
+        self._loop.call_soon(self._check, self._turn)
+
+    def _check(self, turn: int) -> None:
+        """Schedule a turn that an exception ended as it began, such as a signal handler's."""
+        if turn == self._turn and self._task is None:
+            self._wake()
 
     def _run(self) -> None:
         """Call it for what waits, for one turn."""
+        if self._task is not None:
+            return
         again = True
         now = self._rested_since
         try:
@@ -107,10 +118,11 @@ class Subscriber:
             if mailbox.is_shut:
                 self._disconnect()
             mailbox.awake = False
+            self._turn += 1
         finally:
             self._rested_since = now
             if again:  # there is more, or what a callback raised goes through here
-                self._loop.call_soon(self._run)
+                self._wake()
 
     async def _serve(self, outcome: Awaitable[Any]) -> None:
         """Await what the callback returned, and go on with what waits."""
@@ -126,7 +138,7 @@ class Subscriber:
         finally:
             self._task = None
             if self._loop.is_running():
-                self._loop.call_soon(self._run)
+                self._wake()
 
     def _call(self, message: Message) -> Any:
         try:
