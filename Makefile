@@ -110,7 +110,8 @@ soak: $(VENV)/.installed-test $(BUILT)
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_RUN = cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
-	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:suppressions=tests/soak/asan.supp \
+	UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	"$(abspath $(PY))"
 sanitize: $(VENV)/.installed-test
@@ -120,7 +121,7 @@ sanitize: $(VENV)/.installed-test
 	rm -f $(SANITIZED)/dscache/*.so
 	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -g -O1' LDFLAGS='$(SANITIZERS)' \
 		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
-	$(SANITIZED_RUN) -m tests.soak fuzz finalizers shortage $(ARGS)
+	$(SANITIZED_RUN) -m tests.soak fuzz mutations finalizers shortage $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .

@@ -48,6 +48,7 @@ class Pipeline:
     queued: int
     failed: int
     busy: bool
+    answering: Any
     severed: bool
     def __init__(
         self,

@@ -209,6 +209,7 @@ cdef class Pipeline:
     cdef readonly list returned
     cdef _Replies _replies
     cdef object _version_reply  # of a head: its first reply, until the second one comes
+    cdef public object answering  # always None: no exception comes between a record and its count
     cdef public bint severed  # replies are still to come that belong to no operation
     cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes

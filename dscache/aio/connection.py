@@ -260,6 +260,8 @@ class Connection:
             for task in self._tasks:
                 task.cancel()
         await asyncio.wait([task.task for task in self._tasks])
+        # Again, as an exception may have struck ``_end``.
+        self._give_up("the cache was closed before the answer came")
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
@@ -300,9 +302,9 @@ class Connection:
             self._link.begin()
 
     def _flush(self) -> None:
-        self._flush_due = False
-        link = self._link
         self.pipeline.end_tick()
+        self._flush_due = False  # behind it: ``_expire`` flushes after an exception in either
+        link = self._link
         if link is not None:
             link.flush()
         # An attempt under way may end the refusal, and its commands are in the pipeline.
@@ -342,7 +344,7 @@ class Connection:
         """Fail the operations whose deadline is past, and end a socket that is silent."""
         self._check()
         deadline: float | None = self.pipeline.expire(now)
-        if deadline is not None and self._flush_due:
+        if self._flush_due:
             self._flush()  # call_soon is late, or lost with an interruption of the loop
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.unanswered_for() >= timeout:

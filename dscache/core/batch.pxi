@@ -47,7 +47,7 @@ cdef class _Bulk:
     cdef readonly dict errors
     cdef readonly list missing  # names to take out of a result that began as all names
     cdef public bint over  # the waiter has its outcome
-    cdef readonly bint shared
+    cdef public bint shared
 
     def __cinit__(self, str operation, waiter, result, Py_ssize_t total, bint shared):
         self.operation = operation

@@ -159,6 +159,7 @@ class Pipeline:
         self.queue: deque[Batch] = deque()
         self.slots: deque[tuple[Batch, int]] = deque()
         self.returned: list[Batch] = []
+        self.answering: Batch | None = None  # an exception may strike its bulk
         self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
             ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
@@ -772,6 +773,7 @@ class Pipeline:
                 stored, reply = reply, stored
             if type(stored) is ReplyError and stored.code != "WRONGTYPE":
                 reply = stored
+        self.answering = batch
         first = batch.answered
         was_over = batch.abandoned()
         refused = type(reply) is ReplyError
@@ -796,6 +798,7 @@ class Pipeline:
             self._answer_key(batch, reply)
         else:
             self._answer_script(batch, count, reply)
+        self.answering = None
         self.slots.popleft()
         self.settled += 1
         if self._epoch is not None:

@@ -212,7 +212,13 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
     for batch, _count in pipeline.slots.copy():
         if batch.abandoned() or batch in kept:
             continue
-        if batch.answered >= len(batch.records):
+        lost = partial(c.lost, pipeline.address, reason, batch.kind)
+        if batch is pipeline.answering and batch.bulk is not None and retry:
+            # An exception struck between a record and its count in the bulk. No repeat can tell
+            # whether it was counted, so the whole bulk fails.
+            batch.bulk.shared = False
+            fail_batch(pipeline, batch, lost)
+        elif batch.answered >= len(batch.records):
             # Its last reply was read, but a step after that failed.
             if batch.bulk is not None:
                 batch.bulk.settle(0)
@@ -220,7 +226,8 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
             batch.repeated = max(batch.repeated, batch.sent)
             kept[batch] = None
         else:
-            fail_batch(pipeline, batch, partial(c.lost, pipeline.address, reason, batch.kind))
+            fail_batch(pipeline, batch, lost)
+    pipeline.answering = None
     waiting = pipeline.queue.copy()
     for batch in (*waiting, *pipeline.returned):
         if not batch.abandoned():

@@ -53,6 +53,7 @@ class Subscriber:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._max_pending = max_pending
+        self._turn = 0
         self._rested_since = 0.0
         self.errors = 0
         self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
@@ -82,10 +83,20 @@ class Subscriber:
                 self._task.cancel()
 
     def _wake(self) -> None:
+        """Schedule a turn, and a check that it ended."""
+        self._turn += 1
         self._loop.call_soon(self._run)
+        self._loop.call_soon(self._check, self._turn)
+
+    def _check(self, turn: int) -> None:
+        """Schedule a turn that an exception ended as it began, such as a signal handler's."""
+        if turn == self._turn and self._task is None:
+            self._wake()
 
     def _run(self) -> None:
         """Call the callback for waiting messages, for one turn."""
+        if self._task is not None:
+            return
         again = True
         now = self._rested_since
         try:
@@ -107,10 +118,11 @@ class Subscriber:
             if queue.is_shut:
                 self._report_disconnect()
             queue.awake = False
+            self._turn += 1
         finally:
             self._rested_since = now
             if again:  # messages are left, or a callback's BaseException passes through
-                self._loop.call_soon(self._run)
+                self._wake()
 
     async def _serve(self, result: Awaitable[Any]) -> None:
         """Await the callback's result, then call it for the waiting messages."""
@@ -126,7 +138,7 @@ class Subscriber:
         finally:
             self._task = None
             if self._loop.is_running():
-                self._loop.call_soon(self._run)
+                self._wake()
 
     def _call(self, message: Message) -> Any:
         try:

@@ -6,12 +6,13 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dscache.embedded import EmbeddedServer
-from tests.conftest import NamedServer
+from dscache.embedded import EmbeddedServer, ServerBinary
+from tests.conftest import BY_AGE
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "interruptions.py"
 # lost_write replaces a method of asyncio that uvloop doesn't have.
@@ -22,9 +23,15 @@ SCENES = [
 ] + [("lost_write", "asyncio")]
 
 
+@pytest.fixture(scope="module")
+def server(running: Callable[[ServerBinary], EmbeddedServer]) -> EmbeddedServer:
+    """The newest server alone: the exceptions hit the client."""
+    return running(BY_AGE[-1])
+
+
 @pytest.mark.parametrize(("scene", "loop"), SCENES)
 async def test_each_record_goes_to_its_owner_and_each_operation_ends(
-    server: EmbeddedServer | NamedServer, backend: str, scene: str, loop: str
+    server: EmbeddedServer, backend: str, scene: str, loop: str
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, PROGRAM, scene, loop, server.url),

@@ -449,7 +449,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
             left = {name: sender.stats()[name] for name in COUNTERS if sender.stats().get(name)}
             if number in heard and not left:
                 return True
-            said = left
+            said = left or said
         findings.note(f"of no use any more: {said!r}")
         return False
 

@@ -371,9 +371,9 @@ class Redirected(Scene):
             ("answer", self.refuse),
             ("feed", self.feed),
             ("answer", self.take),
-            ("adopt", self.requeue),
+            ("requeue", self.requeue),
             ("answer", self.move),
-            ("release", self.release),
+            ("take_queued", self.take_queued),
         ]
 
     def refuse(self) -> None:
@@ -389,7 +389,7 @@ class Redirected(Scene):
     def move(self) -> None:
         self._batches = []
 
-    def release(self) -> None:
+    def take_queued(self) -> None:
         self._batches = self.other.take_queued(lambda kind, name: self.pipeline)
 
     def finish(self) -> None:

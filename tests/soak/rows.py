@@ -43,6 +43,7 @@ from tests.soak.figures import (
 from tests.soak.load import Load
 from tests.support.blocking import run_child
 from tests.support.faults import FaultProxy, ProxyProcess
+from tests.support.grammar import TwinFuzzer
 from tests.support.mutation import Fuzzer
 from tests.support.sentinels import SentinelGroup
 
@@ -315,6 +316,31 @@ async def _cut_once(
 
 
 async def fuzz(
+    figures: Figures,
+    binary: ServerBinary,
+    *,
+    replies: int = 1_000_000,
+    seed: int = 0,
+    seconds: float = 3600.0,
+) -> None:
+    """Feed replies made by a grammar to both cores, which must do the same with each."""
+    fuzzer = TwinFuzzer(seed)
+    fuzzer.run(1000)  # each kind of pipeline has its templates then
+    before, began = held(), time.monotonic()
+    while fuzzer.replies < replies and time.monotonic() < began + seconds:
+        fuzzer.run(100)
+        await asyncio.sleep(0)
+    took = time.monotonic() - began
+    figures.memory = (before, held())
+    figures.operations = fuzzer.replies
+    figures.outcomes = fuzzer.outcomes
+    figures.problems += fuzzer.problems
+    if fuzzer.replies < replies:
+        figures.slow.append(f"{fuzzer.replies} of {replies} replies within {seconds:.0f} s")
+    figures.notes.append(f"{fuzzer.cases} exchanges, seed {seed}, {took:.0f} s")
+
+
+async def mutations(
     figures: Figures, binary: ServerBinary, *, cases: int = 1_000_000, seed: int = 0
 ) -> None:
     """Feed mutated replies to the core: an error at worst, and no caller gets another's record."""
@@ -721,6 +747,7 @@ ROWS: dict[str, Row] = {
     "freeze": freeze,
     "cut": cut,
     "fuzz": fuzz,
+    "mutations": mutations,
     "injection": injection,
     "shortage": shortage,
     "finalizers": finalizers,

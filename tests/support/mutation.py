@@ -26,7 +26,7 @@ from tests.support.wire import (
     resp,
 )
 
-_NAMES = [f"n{i}" for i in range(12)]
+NAMES = [f"n{i}" for i in range(12)]
 _TEMPLATES = 400
 _EXAMPLES = 20
 # Seconds: no operation may expire only because the machine was busy for a while.
@@ -38,7 +38,7 @@ _REFUSALS = tuple(map(Refusal, ("ERR no", "", "NOSCRIPT x", "NOPERM x", "READONL
 _TOKENS += (b"*-1\r\n", b"$?\r\n", b"*1\r\n" * 12, b"-NOSCRIPT \r\n", b"-NOPERM no\r\n", b"-\r\n")
 
 
-def _data(name: str, version: int) -> dict[str, Any]:
+def data_of(name: str, version: int) -> dict[str, Any]:
     """Return data that shows its owner and whether it is complete."""
     text = f"{name} {version}"
     return {"text": text, "sum": zlib.crc32(text.encode())}
@@ -174,7 +174,7 @@ class Fuzzer:
         for operation, waiter in zip(template.operations, self._waiters[:known], strict=True):
             if not waiter.done:
                 self._note(f"{operation} was never told after {bad!r}")
-        if plain(probe.result()) != (7, _data("probe", 7)):
+        if plain(probe.result()) != (7, data_of("probe", 7)):
             self._note(f"the probe got {probe} after {bad!r}")
 
     # -- traffic
@@ -251,8 +251,8 @@ class Fuzzer:
         msetex = chance.random() < 0.5
         exchange = Exchange(self._core, msetex=msetex, timeout=_TIMEOUT)
         server = exchange.server
-        for name in [*_NAMES[:8], "probe"]:
-            server.put(name, 7, _encoded(_data(name, 7)))
+        for name in [*NAMES[:8], "probe"]:
+            server.put(name, 7, encoded(data_of(name, 7)))
         if chance.random() < 0.2:
             server.refused.add(b"n1_v")
         server.has_script = chance.random() < 0.8
@@ -260,7 +260,7 @@ class Fuzzer:
             server.values[b"n2_v"] = b"damaged"
         before = copy.copy(server)
         before.values = dict(server.values)
-        operations = tuple(self._operation() for _ in range(chance.randrange(1, 8)))
+        operations = tuple(random_operation(chance) for _ in range(chance.randrange(1, 8)))
         waiters = exchange.issue(*operations)
         replies = server.answer(exchange.pipeline.take_output())
         exchange.pipeline.feed(replies)
@@ -270,39 +270,40 @@ class Fuzzer:
         before.refused, before.has_script = set(), True
         return _Template(operations, msetex, before, replies, expected)
 
-    def _operation(self) -> Operation:
-        chance = self._random
-        name = chance.choice(_NAMES)
-        some = chance.sample(_NAMES, chance.randrange(1, 6))
-        version = chance.randrange(5, 10)
-        options: dict[str, Any] = {}
-        if chance.random() < 0.5:
-            options["ttl"] = 100
-        if chance.random() < 0.5:
-            options["if_newer"] = True
-        match chance.randrange(8):
-            case 0 | 1:
-                return Operation("get", name)
-            case 2:
-                return Operation("head", name)
-            case 3:
-                return Operation("set", name, (version, _data(name, version)), options)
-            case 4:
-                return Operation("delete", name)
-            case 5:
-                return Operation("get_bulk", some)
-            case 6:
-                records = {name: (version, _data(name, version)) for name in some}
-                return Operation("set_bulk", records, (), options)
-            case _:
-                return Operation(chance.choice(("head_bulk", "delete_bulk")), some)
-
     def _note(self, problem: str) -> None:
         if len(self.problems) < _EXAMPLES:
             self.problems.append(f"case {self.cases} of seed {self._seed}: {problem}")
 
 
-def _encoded(data: dict[str, Any]) -> bytes:
+def random_operation(chance: random.Random) -> Operation:
+    """Return an operation on some of ``NAMES``."""
+    name = chance.choice(NAMES)
+    some = chance.sample(NAMES, chance.randrange(1, 6))
+    version = chance.randrange(5, 10)
+    options: dict[str, Any] = {}
+    if chance.random() < 0.5:
+        options["ttl"] = 100
+    if chance.random() < 0.5:
+        options["if_newer"] = True
+    match chance.randrange(8):
+        case 0 | 1:
+            return Operation("get", name)
+        case 2:
+            return Operation("head", name)
+        case 3:
+            return Operation("set", name, (version, data_of(name, version)), options)
+        case 4:
+            return Operation("delete", name)
+        case 5:
+            return Operation("get_bulk", some)
+        case 6:
+            records = {name: (version, data_of(name, version)) for name in some}
+            return Operation("set_bulk", records, (), options)
+        case _:
+            return Operation(chance.choice(("head_bulk", "delete_bulk")), some)
+
+
+def encoded(data: dict[str, Any]) -> bytes:
     return b'{"text":"%s","sum":%d}' % (data["text"].encode(), data["sum"])
 
 
