@@ -101,7 +101,7 @@ class NodeConnection(Connection):
         pending = getattr(self._connection.sock, "pending", None)
         return pending is not None and pending() > 0
 
-    # -- what is under way
+    # -- operations under way
 
     def check(self) -> bool:
         """Return whether operations may be sent, and note a socket that the node has closed.
@@ -184,15 +184,15 @@ class NodeConnection(Connection):
         """Note a failed attempt to connect."""
         raise_foreign(error)
         options = self.info.options
-        said = as_connect_error(error, self._allowed)
+        failure = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
-        self.pipeline.down = said
-        refusal = permanent_failure(error, said, self.info.shown)
-        if str(said) != str(self.info.trouble):
-            _logger.warning("can't connect to %s: %s", self.info.shown, said)
+        self.pipeline.down = failure
+        refusal = permanent_failure(error, failure, self.info.shown)
+        if str(failure) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
         self._state.exclude_replica(self.info)
-        self._state.record_unreachable(self.info, said, refusal)
+        self._state.record_unreachable(self.info, failure, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy

@@ -167,7 +167,7 @@ class ShardedTransport:
             Config(name="redis", options=config.options, source=config.source),
             credentials,
             inbox=inbox,
-            follower=self,
+            listener=self,
         )
 
     @property

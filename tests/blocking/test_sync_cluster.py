@@ -487,7 +487,7 @@ def test_what_was_closed_between_operations_is_nobodys_business(
                 node.ask("CLIENT", "KILL", "TYPE", client, "SKIPME", "yes")
         pool: Any = cache._pool
         for line in pool._present():
-            for node in line._routes.nodes.values():
+            for node in line.routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
             pool._state.record_stale()
