@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import hiredis
 
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Endpoint
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
-from ..net.credentials import Credentials, revealed
-from ..net.handshake import ServerInfo, as_connect_error
+from ..net.connect_errors import as_connect_error
+from ..net.credentials import revealed
+from ..net.handshake import ServerInfo
 
 RawCommand = Sequence[bytes | str | int]
 

@@ -95,8 +95,8 @@ class Migration:
     ) -> None:
         self._source, self._target = source, target
         self._shards = shards
-        self._old, self._new = (Layout.of(cache._config.options) for cache in (source, target))
-        key_prefix = target._config.options.key_prefix
+        self._old, self._new = (Layout.of(cache.config.options) for cache in (source, target))
+        key_prefix = target.config.options.key_prefix
         self._tagged, self._untagged = (Layout(kind, key_prefix) for kind in (HASHTAG, DEEPSTREAM))
         self._pattern = self._tagged.pattern("")
         self._prefix = prefix

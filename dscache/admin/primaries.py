@@ -91,7 +91,7 @@ async def open_primaries(cache: AsyncCache) -> AsyncIterator[Primaries]:
         nodes, places = list(primaries), list(primaries.values())
     else:
         masters, nodes = [], []
-        places = [cache._config.options]
+        places = [cache.config.options]
     opened = await asyncio.gather(*map(ControlConnection.open, places), return_exceptions=True)
     servers = [one for one in opened if isinstance(one, ControlConnection)]
     try:

@@ -7,7 +7,6 @@ So of changes that follow each other quickly only the last is seen.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..aio.cluster import Cluster
 from ..cache import AsyncCache
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
+from ..net.backoff import full_jitter
 from .control import ControlConnection, RawCommand
 from .key_layout import Layout
 
@@ -50,7 +50,7 @@ class Watch:
         self._cache = cache
         self._told = told
         self._prefix = prefix
-        self._layout = Layout.of(cache._config.options)
+        self._layout = Layout.of(cache.config.options)
         starts = [start for start in self._layout.starts(prefix) if start]
         self._track: RawCommand = [
             *("CLIENT", "TRACKING", "ON", "BCAST"),
@@ -110,7 +110,7 @@ class Watch:
 
     def _places(self) -> Mapping[str, Options]:
         topology = self._cache._topology
-        places = [self._cache._config.options]
+        places = [self._cache.config.options]
         if isinstance(topology, Cluster):
             places = list(topology.primaries().values())
         return {options.address: options for options in places}
@@ -144,10 +144,8 @@ class Watch:
                 if isinstance(self._cache._topology, Cluster):
                     # Another node may be the primary by now, which the timer would find out late.
                     self._cache._topology.look_again()
-            # Full jitter: those that watch a server that restarts must not come all at once.
-            longest = min(_LONGEST_PAUSE, _PAUSE * 2**failures)
-            failures = min(failures + 1, 30)
-            await asyncio.sleep(random.uniform(0, longest))
+            await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))
+            failures += 1
 
     async def _stay(self, server: ControlConnection, options: Options) -> None:
         """Wait until a server is lost, hangs, or is no primary any more; raises why."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,12 +17,13 @@ from .. import _backend
 from ..config import Config, Options
 from ..core import stats as counters
 from ..errors import ConnectError, ConnectionLost
+from ..net.backoff import half_jitter
 from ..net.cluster_state import ClusterState
 from ..net.slot_table import NodeInfo
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
+from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
-from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
 from .resolver import Resolver
 from .slot_hold import SlotHold
@@ -98,7 +98,7 @@ class Cluster:
         self._reading: dict[Connection, list[Connection]] = {}
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._keeper = KeptTask(self._refresher.keep, f"dscache {options.address}", self._end)
+        self._keeper = BackgroundTask(self._refresher.keep, f"dscache {options.address}", self._end)
 
     # -- the interface of a Topology
 
@@ -257,8 +257,7 @@ class Cluster:
         self._routing.stop_reading(slot, source)
         if address is None:
             self._state.record_redirected()
-            longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-            hold.wait(random.uniform(0.5, 1) * longest)
+            hold.wait(half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections)))
             if code != "TRYAGAIN":
                 self._state.record_stale()
             return None

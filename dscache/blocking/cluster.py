@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
+from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
 from .connection import IN, OUT, refused
-from .connector import ConnectTimeout
+from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection, milliseconds
 from .slot_refresh import SlotRefresh
 from .slot_routing import SlotRouter
@@ -206,8 +207,8 @@ class ClusterConnection:
         node.info.redirections += 1
         if address is None:
             state.record_redirected()
-            longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-            self._hold_until = max(self._hold_until, now + random.uniform(0.5, 1) * longest)
+            pause = half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections))
+            self._hold_until = max(self._hold_until, now + pause)
             self.routes.unrouted.down = None
             if code != "TRYAGAIN":
                 state.record_stale()
@@ -319,7 +320,7 @@ class ClusterConnection:
             poller.register(node.fd, node.events)
             watched[node.fd] = node
         if checking:
-            until = min(until, now + min(_CHECK_FIRST * 2**checks, _CHECK_LAST))
+            until = min(until, now + longest_pause(_CHECK_FIRST, _CHECK_LAST, checks))
         rest = until - time.monotonic()
         if not watched:
             time.sleep(min(max(rest, 0.0), _CHECK_LAST))

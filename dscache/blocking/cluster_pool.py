@@ -45,7 +45,7 @@ class ClusterPool(Pool):
 
     # -- differences from the pool of one server
 
-    def _new_line(self) -> Connection:
+    def _new_connection(self) -> Connection:
         line = ClusterConnection(self._core, self._state, self._options, self._provider)
         return cast(Connection, line)
 

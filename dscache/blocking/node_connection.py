@@ -1,51 +1,45 @@
-"""One thread's connection to one node of a cluster.
+"""A blocking connection to one node of a cluster, driven by poll.
 
-It never waits by itself: its ClusterConnection polls the sockets of all nodes at once.
+It never waits by itself: the ClusterConnection that holds it waits for all nodes at once.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import random
-import socket
 import time
 from collections.abc import Generator, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
-
-from redis.exceptions import RedisError
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
-from ..net.credentials import Login, packed, without
-from ..net.handshake import ServerInfo, as_connect_error, handshake, permanent_failure, secrets_of
+from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Word, packed
+from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
-from ..net.sockets import SocketConnect
 from .connection import IN, NOTHING, Connection
-from .connector import login_of, raise_foreign
+from .credentials import current_login
+from .foreign_errors import raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from ..core.pipeline import Pipeline
+    from ..core.pure import Pipeline
 
 _logger = logging.getLogger("dscache")
 
-# The longest pause between attempts to connect while an operation waits, in seconds.
-_LONGEST_PAUSE: Final = 0.25
-# The exceptions of a failed attempt to connect; UnicodeError is an invalid host name.
-_FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
+# Errors of an attempt to connect; UnicodeError for a text that can't be a host.
+_FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
 
 class NodeConnection(Connection):
     """A node's pipeline and, most of the time, a socket.
 
-    ``ready`` says that operations may be sent. ``opening`` is the attempt to connect under way,
-    which ends at ``limit``; after a failure, none begins before ``not_before``. Both are times of
-    ``time.monotonic()``. ``wanted`` asks for a connection although no operation waits for it.
-    ``events`` is the poll mask of the socket. ``unsent`` are bytes that the socket didn't take yet.
+    ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
+    ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
+    operation waits for the node. ``events``: the events of poll to wait for.
     """
 
     __slots__ = (
@@ -84,36 +78,24 @@ class NodeConnection(Connection):
 
     @property
     def is_busy(self) -> bool:
-        """Whether an operation or an attempt to connect is under way or waits."""
+        """Whether an operation or an attempt to connect is under way."""
         pipeline = self.pipeline
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
 
-    @property
-    def fd(self) -> int:
-        """The file descriptor of the socket, which must exist."""
-        fd: int = self._connection.sock.fileno()
-        return fd
-
-    @property
-    def has_more(self) -> bool:
-        """Whether OpenSSL has decrypted bytes of the socket, which poll can't see."""
-        pending = getattr(self._connection.sock, "pending", None)
-        return pending is not None and pending() > 0
-
     # -- operations under way
 
     def check(self) -> bool:
-        """Return whether operations may be sent, and note a socket that the node has closed.
+        """Whether operations may be sent; notices first if the node has closed the connection.
 
-        A write sent to a closed socket would have an unknown outcome.
+        Otherwise the result of a write would be unknown.
         """
         if self.ready and not (self.pipeline.in_flight or self.unsent):
             return self.is_open()
         return self.ready
 
     def flush(self) -> None:
-        """Send waiting operations, as far as the socket takes their bytes."""
+        """Send the output, as far as the socket takes it."""
         pipeline = self.pipeline
         unsent, self.events = self.unsent, IN
         try:
@@ -125,26 +107,26 @@ class NodeConnection(Connection):
         except OSError as error:
             self._lose(error)
 
-    def ask(self, commands: Sequence[Sequence[Any]]) -> list[BlockingWaiter]:
-        """Queue commands behind the bytes being sent; return the waiter of each reply."""
+    def ask(self, commands: Sequence[Sequence[Word]]) -> list[BlockingWaiter]:
+        """Send commands behind the present output; return the waiters for their replies."""
         outcomes: list[BlockingWaiter] = []
         self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
         return outcomes
 
     def receive(self) -> None:
-        """Take the bytes that have arrived."""
+        """Take the data that has arrived."""
         try:
             self._take()
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def give_up(self, reason: str) -> None:
-        """End a socket whose outstanding replies no operation waits for any more."""
+        """End a socket with replies outstanding that no operation awaits any more."""
         self.disconnect()
         self.pipeline.connection_lost(ConnectionLost(reason), False)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # The ClusterConnection goes on, together with the other nodes.
+        # The ClusterConnection sends the rest, beside the other nodes' output.
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
@@ -155,14 +137,21 @@ class NodeConnection(Connection):
     # -- the socket
 
     def begin(self, now: float, limit: float) -> None:
-        """Begin an attempt to connect that ends at ``limit``; both times are monotonic."""
+        """Begin to connect, with ``limit`` as the deadline."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
-        self.opening = self._open()
+        options = self.info.options
+        self.opening = self._connect(
+            options,
+            *self.info.address,
+            self.info.shown,
+            lambda: current_login(options, self._provider),
+            read_only=options.scale_reads != "master",
+        )
         self.step()
 
     def step(self) -> None:
-        """Go on connecting, as far as possible without waiting."""
+        """Go on connecting until the next wait."""
         assert self.opening is not None
         try:
             self.events = next(self.opening)
@@ -196,68 +185,18 @@ class NodeConnection(Connection):
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
-        # Full jitter: after a restart of the server, the threads must not all connect at once.
-        longest = min(retry.cap / 1000, retry.first / 1000 * 2**self.failures, _LONGEST_PAUSE)
-        self.failures = min(self.failures + 1, 30)
-        self.not_before = time.monotonic() + random.uniform(0, longest)
-
-    def _open(self) -> Generator[int, None, ServerInfo]:
-        """Connect and do the handshake; yields the poll mask to wait for."""
-        options = self.info.options
-        login = login_of(options, self._provider)
-        attempt = SocketConnect(options)
-        # From here on, an interruption of the thread or a fork of the process finds the socket.
-        self._connection = attempt
-        yield from attempt.steps()
-        self._attach(attempt.sock)
-        try:
-            return (yield from self._handshake(login))
-        except DscacheError as error:
-            raise_foreign(error)
-            failure = without(error, secrets_of(options, login))
-        raise failure
-
-    def _handshake(self, login: Login) -> Generator[int, None, ServerInfo]:
-        options = self.info.options
-        read_only = options.scale_reads != "master"
-        words = handshake(options, login, self.info.shown, read_only=read_only)
-        commands = next(words)
-        while True:
-            asked = self.ask(commands)
-            while not all(outcome.done for outcome in asked):
-                events = IN
-                if self.unsent:
-                    self.unsent, events = self._send(self.unsent)
-                yield events
-                self._take()
-            try:
-                commands = words.send([outcome.reply() for outcome in asked])
-            except StopIteration as done:
-                server: ServerInfo = done.value
-                return server
+        longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+        pause = full_jitter(retry.first / 1000, longest, self.failures)
+        self.failures += 1
+        self.not_before = time.monotonic() + pause
 
     def disconnect(self) -> None:
-        """End the socket, or the attempt to connect."""
+        """Close the socket, if there is one, or end the attempt to connect."""
         self.opening = None
         self.unsent = NOTHING
         super().disconnect()
 
-    def leave(self) -> None:
-        """Close the socket without a message to the node: another process uses it too."""
-        self.opening = None
-        self.unsent = NOTHING
-        super().leave()
-
-    def interrupt(self, reason: Exception) -> None:
-        """End the socket while its thread waits for it; operations fail with ``reason``."""
-        self._reason = reason
-        connection = self._connection
-        sock = None if connection is None else connection._sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
 
 def milliseconds(seconds: float) -> int:
-    """Return the timeout for poll, in milliseconds: rounded up and not negative."""
+    """Return a timeout for poll, rounded up."""
     return max(math.ceil(seconds * 1000), 0)

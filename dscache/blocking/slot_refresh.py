@@ -9,7 +9,7 @@ from typing import Final
 from ..errors import ConfigError, ConnectError, DscacheError, ReplyError
 from ..net.cluster_state import ClusterState
 from ..net.slots import QUESTIONS, View, newest, read_view
-from .connector import raise_foreign
+from .foreign_errors import raise_foreign
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 

@@ -74,7 +74,7 @@ def bench(
             topology = cache._topology
             assert topology is not None
             facts.update(
-                address=cache._config.address,
+                address=cache.config.address,
                 server=topology.server,
                 core=_backend.BACKEND,
                 loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],

@@ -74,8 +74,8 @@ def export(
         async with opened(settings) as cache, open_primaries(cache) as shards:
             if restart and target is not None:
                 target.discard()
-            found = Layout.of(cache._config.options)
-            of = {**_identity(cache._config), "prefix": prefix}
+            found = Layout.of(cache.config.options)
+            of = {**_identity(cache.config), "prefix": prefix}
             state = target.state() if target is not None else None
             if state is not None and state.of != of:
                 raise typer.BadParameter(
@@ -166,7 +166,7 @@ def import_(
 
     async def work() -> None:
         async with opened(settings) as cache:
-            of = _identity(cache._config)
+            of = _identity(cache.config)
             job = Import(cache, tally, ttl=ttl, if_newer=if_newer, keep_going=keep_going)
             async with progress("import", _look(tally)):
                 if source is None:

@@ -64,11 +64,11 @@ def migrate(
         async with AsyncExitStack() as stack:
             source = await stack.enter_async_context(opened(_with_layout(settings, old)))
             target = await stack.enter_async_context(
-                AsyncCache(_with_layout(source._config, to.value))
+                AsyncCache(_with_layout(source.config, to.value))
             )
             shards = await stack.enter_async_context(open_primaries(source))
             # Where the server is a node of a cluster, "auto" is another one.
-            asked = _with_layout(source._config, settings.options.key_layout)
+            asked = _with_layout(source.config, settings.options.key_layout)
             configured = Layout.of(asked.options).kind
             job = Migration(source, target, shards, prefix=prefix, count=count, keep=keep)
             async with progress("migrate", lambda: (count.done, count.total, count.found)):

@@ -22,6 +22,7 @@ from ..config import Config
 from ..core import stats as counters
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConfigError, ConnectError, ReplyError
+from .backoff import full_jitter, half_jitter
 from .seeds import AT_ONCE, Seeds
 from .slot_table import NodeInfo, Shard, SlotTable
 from .slots import ASKED, GAP, GAP_CAP, GAP_GROWTH, VIEWS_TO_LEAVE, Address, View
@@ -33,8 +34,6 @@ _AVOID_FIRST: Final = 0.5
 _AVOID_CAP: Final = 8.0
 # A claim lasts this much longer, in seconds, than the nodes have to answer.
 _CLAIM_GRACE: Final = 0.25
-# Exponents of the backoff stop growing here, long after their caps are reached.
-_COUNT_CAP: Final = 30
 
 
 class ClusterState:
@@ -129,8 +128,7 @@ class ClusterState:
 
     def gap(self) -> float:
         """Return the shortest time from one refresh to the next, in seconds."""
-        longest = min(GAP * GAP_GROWTH**self._fruitless, GAP_CAP)
-        return random.uniform(longest / 2, longest)
+        return half_jitter(GAP, GAP_CAP, self._fruitless, GAP_GROWTH)
 
     def _bring_forward(self, when: float) -> None:
         if when < self.refresh_at:
@@ -229,7 +227,7 @@ class ClusterState:
             self.view = view
             stayed = (self._is_stale or self._is_unready) and not changed
             self._is_unready = False
-            self._fruitless = min(self._fruitless + 1, _COUNT_CAP) if stayed else 0
+            self._fruitless = self._fruitless + 1 if stayed else 0
             self._failures = 0
             self.known = True
             self.refusal = None
@@ -266,10 +264,10 @@ class ClusterState:
             self.trouble = error
             self._open_seeds()
             self._end_claim(time.monotonic())
-            longest = min(retry.cap, retry.first * 2**self._failures) / 1000
-            self._failures = min(self._failures + 1, _COUNT_CAP)
+            pause = full_jitter(retry.first / 1000, retry.cap / 1000, self._failures)
+            self._failures += 1
             untried = any(not node.is_tried for node in self.nodes.values())
-            self.refresh_at = self._asked_at + (0 if untried else random.uniform(0, longest))
+            self.refresh_at = self._asked_at + (0 if untried else pause)
             self.refusal = None if self.known else self._refusal_of(error)
             if self.refusal is not None and str(error) != self._complained:
                 self._complained = str(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Server
+from tests.conftest import EmbeddedServer
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "interruptions.py"
 # lost_write replaces a method of asyncio's, which uvloop has none of.
@@ -23,7 +23,7 @@ SCENES = [
 
 @pytest.mark.parametrize(("scene", "loop"), SCENES)
 async def test_each_record_goes_to_its_owner_and_each_operation_ends(
-    server: Server, backend: str, scene: str, loop: str
+    server: EmbeddedServer, backend: str, scene: str, loop: str
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, PROGRAM, scene, loop, server.url),

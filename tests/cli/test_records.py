@@ -345,9 +345,9 @@ async def test_what_is_shown_is_what_the_primaries_hold(
 ) -> None:
     options = {"url": records_server.url, "nearCache": {}, "scaleReads": "slave"}
     async with settings.opened(load({"name": "redis", "options": options})) as cache:
-        assert cache._config.options.near_cache is None
-        assert cache._config.options.scale_reads == "master"
-        assert cache._config.options.key_layout == "auto"
+        assert cache.config.options.near_cache is None
+        assert cache.config.options.scale_reads == "master"
+        assert cache.config.options.key_layout == "auto"
 
 
 def test_a_socket(records_server: EmbeddedServer, client: redis_py.Redis) -> None:

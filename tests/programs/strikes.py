@@ -40,8 +40,8 @@ ACTIONS: dict[str, Callable[[dscache.Cache, int], object]] = {
     "connect": lambda cache, n: cache.when_ready(),
     "anew": lambda cache, n: cache.get(NAMES[n % 100]),
 }
-# What a finalizer raises reaches nobody, and what is raised by a type that can't be encoded is said
-# in other words; neither has anything to do with a connection.
+# What a finalizer raises reaches nobody, and what is raised by a type that can't be encoded or
+# shown is said in other words; neither has anything to do with a connection.
 UNTOUCHED = {"__del__", "encode_data", "shorten"}
 # How often the lines that some go through are passed over before one is struck: they are many.
 STEPS = {"set big": 7, "set_bulk": 3, "get_bulk": 3, "connect": 5, "anew": 5}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any
-
-from redis.exceptions import ResponseError
+from typing import Any, cast
 
 from ...aio.resolver import Resolver
-from ...aio.sentinel import Sentinels, pairs
+from ...aio.sentinel import Sentinels
 from ...cache import AsyncCache
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.constants import read_epoch
 from ...errors import ConfigError, DscacheError, ReplyError, clean
+from ...net.sentinels import pairs
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
 from ..control import ControlConnection, RawCommand
@@ -245,25 +244,20 @@ async def _look_at_sentinels(options: Options) -> Finding:
 
 
 async def _ask_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelSays:
-    connection: Any = None
+    seconds = options.connect_timeout / 1000
+    name = options.name or ""
     try:
-        async with asyncio.timeout(options.connect_timeout / 1000):
-            connection = await group._connect(node)
-            await connection.send_command("SENTINEL", "MASTER", options.name)
-            flat = await connection.read_response()
-            state = {clean(str(name)): clean(str(value)) for name, value in pairs(flat).items()}
-            await connection.send_command("SENTINEL", "CKQUORUM", options.name)
-            try:
-                await connection.read_response()
-                quorum = ""
-            except ResponseError as error:
-                quorum = clean(str(error))
-    except TimeoutError:
-        return SentinelSays(node.address, f"no answer within {options.connect_timeout} ms")
-    except Exception as error:  # redis-py may make anything of a Sentinel's nonsense
-        return SentinelSays(node.address, group.as_connect_error(error, 0))
-    finally:
-        await group._end(connection)
+        async with asyncio.timeout(seconds):
+            flat, verdict = await group.execute(
+                node, [("SENTINEL", "MASTER", name), ("SENTINEL", "CKQUORUM", name)]
+            )
+        if isinstance(flat, Exception):
+            raise flat
+        facts = pairs(cast(list[str], flat))
+        state = {clean(str(name)): clean(str(value)) for name, value in facts.items()}
+    except Exception as error:  # redis-py may raise anything for replies that are no RESP
+        return SentinelSays(node.address, group.shown(error, seconds))
+    quorum = clean(str(verdict)) if isinstance(verdict, Exception) else ""
     return SentinelSays(
         node.address,
         primary=f"{state.get('ip')}:{state.get('port')}",
