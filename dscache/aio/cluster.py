@@ -1,8 +1,8 @@
 """A Redis Cluster: the connections to its nodes, the routing of operations, and their changes.
 
 ``slot_refresh.py`` asks the nodes for the slots: after a redirection or a lost connection, and
-periodically. ``slot_routing.py`` routes operations meanwhile. ``net/cluster_state.py`` has what is
-known of nodes and slots.
+periodically. ``slot_routing.py`` routes operations meanwhile. ``net/cluster_state.py`` has
+the known nodes and slots.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
 from ..config import Config, Options
-from ..core import constants
 from ..core import stats as counters
 from ..errors import ConnectError, ConnectionLost
 from ..net.backoff import half_jitter
 from ..net.cluster_state import ClusterState
-from ..net.slot_table import NodeInfo, Shard
+from ..net.slot_table import NodeInfo
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
 from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
@@ -57,7 +56,7 @@ class SlotListener(NodeListener, Protocol):
 class Cluster:
     """The nodes of a cluster, opened on the running event loop.
 
-    ``inbox`` takes the messages that the nodes push, and ``follower`` hears of changes.
+    ``inbox`` takes the messages that the nodes push, and ``listener`` is called at changes.
     """
 
     def __init__(
@@ -66,11 +65,11 @@ class Cluster:
         credentials: CredentialProvider | None,
         *,
         inbox: MessageDispatcher | None = None,
-        follower: SlotListener | None = None,
+        listener: SlotListener | None = None,
     ) -> None:
         self.options = options = config.options
         self._inbox = inbox
-        self._follower = follower
+        self._listener = listener
         self._credentials = credentials
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -233,7 +232,7 @@ class Cluster:
         redirected = source.pipeline.redirected
         fresh: set[SlotHold] = set()
         batches: dict[SlotHold, list[Batch]] = {}
-        # They stay in the list until each has its place: a repeated call skips those that have.
+        # The list is cleared last: after a failure, a repeated call skips the batches done already.
         for words, slot, batch in redirected:
             if batch.sent or batch.settled():
                 continue
@@ -250,7 +249,7 @@ class Cluster:
     def _note_redirection(
         self, source: Connection, hold: SlotHold, words: str, slot: int, batch: Batch
     ) -> Connection | None:
-        """Take over what a redirection says; return the node to ask, if it is an ASK."""
+        """Note the words of a redirection; return the node to ask, if it is an ASK."""
         code = words.partition(" ")[0]
         address = None
         if code in ("MOVED", "ASK"):
@@ -284,8 +283,8 @@ class Cluster:
         self._refresher.on_node_decided()
         if self._reads_replicas:
             self._assign_readers()
-        if self._follower is not None:
-            self._follower.on_connected(node)
+        if self._listener is not None:
+            self._listener.on_connected(node)
 
     def on_disconnected(self, node: Connection) -> None:
         """Note a lost node or a failed attempt: another node may have its slots by now."""
@@ -301,8 +300,8 @@ class Cluster:
             self._routing.resume(node)
         else:
             self._routing.resume()
-        if self._follower is not None:
-            self._follower.on_disconnected(node)
+        if self._listener is not None:
+            self._listener.on_disconnected(node)
 
     def owner(self, slot: int) -> Connection | None:
         """Return the node that is known to serve a slot."""
@@ -313,8 +312,8 @@ class Cluster:
         """Drop the near cache's records of slots that have another owner now."""
         if self._near is not None:
             self._near.slots_moved(slots)
-        if self._follower is not None and slots:
-            self._loop.call_soon(self._follower.slots_moved)
+        if self._listener is not None and slots:
+            self._loop.call_soon(self._listener.slots_moved)
 
     # -- the nodes
 
@@ -332,17 +331,12 @@ class Cluster:
         self._routing.join(node)
         return node
 
-    def _node(self, shown: str) -> Connection:
-        return self._nodes.open(self._state.node_at(shown))
-
     def _open_for(self, slot: int) -> None:
         """Connect to the node that serves a slot, if this is the first need of it."""
         shard = self._routing.unopened.get(slot)
         if shard is None or self._closed:
             return
-        node = self._node(shard.primary)
-        for reader in shard.readers:
-            self._node(reader)
+        node = self._nodes.open_shard(shard)
         its = [
             slot
             for slot in range(shard.first, shard.last + 1)
@@ -360,8 +354,8 @@ class Cluster:
     def _leave(self, node: Connection) -> None:
         """Close a departed node, after its commands in flight are answered."""
         self._routing.leave(node)
-        if self._follower is not None:
-            self._follower.on_disconnected(node)
+        if self._listener is not None:
+            self._listener.on_disconnected(node)
         self._nodes.leave(node)
 
     # -- the view
@@ -391,7 +385,7 @@ class Cluster:
 
     def on_refreshed(self) -> None:
         """Follow a new view: connect to nodes, give slots their owners, and drop nodes."""
-        masters, unopened = self._assign_masters()
+        masters, unopened = self._nodes.masters()
         self._routing.unopened = unopened
         self._routing.unrouted.pipeline.down = self._state.trouble
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
@@ -408,42 +402,11 @@ class Cluster:
         for node in self._nodes.departed():
             self._leave(node)
 
-    def _assign_masters(self) -> tuple[list[Connection | None], dict[int, Shard]]:
-        """Return the owner of each slot, and the slots whose owner has no connection yet."""
-        table = self._state.table
-        masters: list[Connection | None] = [None] * constants.SLOTS
-        unopened: dict[int, Shard] = {}
-        for shard in table.shards:
-            slots = range(shard.first, shard.last + 1)
-            node = self._nodes.find(shard.primary)
-            if self._state.opens_all:
-                node = self._node(shard.primary)
-                for reader in shard.readers:
-                    self._node(reader)
-            elif node is None:
-                unopened.update(dict.fromkeys(slots, shard))
-            masters[shard.first : shard.last + 1] = [node] * len(slots)
-        for slot, shown in table.moved:
-            masters[slot] = self._nodes.find(shown)
-            unopened.pop(slot, None)
-        return masters, unopened
-
     # -- reads from replicas
 
     def _assign_readers(self) -> None:
         """Choose the nodes to read from: of each primary, its replicas that are ready."""
-        also_primary = self.options.scale_reads == "all"
-        replicas: dict[Connection, dict[Connection, None]] = {}
-        for shard in self._state.table.shards:
-            if (primary := self._nodes.find(shard.primary)) is None:
-                continue
-            found = map(self._nodes.find, shard.readers)
-            ready = [one for one in found if one is not None and one.is_ready]
-            replicas.setdefault(primary, {}).update(dict.fromkeys(ready))
-        reading = {
-            primary: [one for one in ready if one is not primary] + [primary] * also_primary
-            for primary, ready in replicas.items()
-        }
+        reading = self._nodes.readers(also_primary=self.options.scale_reads == "all")
         if reading != self._reading:
             self._reading = reading
             self._routing.read_from(reading)

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..core.constants import SLOTS
 from ..net.cluster_state import ClusterState
-from ..net.slot_table import NodeInfo
+from ..net.slot_table import NodeInfo, Shard
 from ..net.slots import Address
 from .connection import Connection
 
@@ -35,9 +36,15 @@ class ClusterNodes:
         if node is None:
             node = self._connect(info)
             info.is_tried, info.trouble = True, node.pipeline.down
-            self._infos[node] = info
             self._nodes[info.shown] = node
+        self._infos[node] = info  # a new one if the node has left and come back meanwhile
         return node
+
+    def open_shard(self, shard: Shard) -> Connection:
+        """Return the connection to a shard's primary; connect to the shard's readers too."""
+        for reader in shard.readers:
+            self.open(self._state.node_at(reader))
+        return self.open(self._state.node_at(shard.primary))
 
     def info_of(self, node: Connection) -> NodeInfo:
         """Return the node that a connection leads to, even while it is leaving."""
@@ -46,10 +53,6 @@ class ClusterNodes:
     def address_of(self, node: Connection) -> Address:
         """Return the address of a connection's node, even while it is leaving."""
         return self._infos[node].address
-
-    def all(self) -> list[Connection]:
-        """Return the connections that are not leaving."""
-        return list(self._nodes.values())
 
     def ready(self) -> list[Connection]:
         """Return the connections that can send now."""
@@ -66,11 +69,7 @@ class ClusterNodes:
 
     def departed(self) -> list[Connection]:
         """Return the connections to nodes that the state no longer has."""
-        known = self._state.nodes
-        return [node for node, info in self._infos.items() if self._is_departed(node, info, known)]
-
-    def _is_departed(self, node: Connection, info: NodeInfo, known: Mapping[str, NodeInfo]) -> bool:
-        return node not in self._leaving and known.get(info.shown) is not info
+        return [node for shown, node in self._nodes.items() if shown not in self._state.nodes]
 
     def leave(self, node: Connection) -> None:
         """Close a connection once its commands in flight are answered."""
@@ -88,7 +87,42 @@ class ClusterNodes:
         closing = [node.close() for node in self._nodes.values()]
         await asyncio.gather(*closing, *self._leaving.values())
 
-    # -- what stats() shows of them
+    # -- the slots of each
+
+    def masters(self) -> tuple[list[Connection | None], dict[int, Shard]]:
+        """Return the owner of each slot, and the slots whose owner has no connection yet."""
+        table = self._state.table
+        masters: list[Connection | None] = [None] * SLOTS
+        unopened: dict[int, Shard] = {}
+        for shard in table.shards:
+            slots = range(shard.first, shard.last + 1)
+            known = self._nodes.get(shard.primary)
+            node = self.open_shard(shard) if self._state.opens_all else known
+            if node is None:
+                unopened.update(dict.fromkeys(slots, shard))
+            masters[shard.first : shard.last + 1] = [node] * len(slots)
+        for slot, shown in table.moved:
+            masters[slot] = self._nodes.get(shown)
+            unopened.pop(slot, None)
+        return masters, unopened
+
+    def readers(self, *, also_primary: bool) -> dict[Connection, list[Connection]]:
+        """Return the replicas of each primary that are ready, and the primary if it is read too."""
+        replicas: dict[Connection, dict[Connection, None]] = {}
+        for shard in self._state.table.shards:
+            if (primary := self._nodes.get(shard.primary)) is None:
+                continue
+            found = map(self._nodes.get, shard.readers)
+            ready = [
+                one for one in found if one is not None and one is not primary and one.is_ready
+            ]
+            replicas.setdefault(primary, {}).update(dict.fromkeys(ready))
+        return {
+            primary: [*ready, primary] if also_primary else list(ready)
+            for primary, ready in replicas.items()
+        }
+
+    # -- their part of stats()
 
     @property
     def server(self) -> str:

@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from .. import _backend
 from .._forks import after_fork_in_child
-from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectionLost
 from .deadlines import Deadlines
@@ -35,7 +33,8 @@ class SlotHold:
     the node that redirected them has answered all commands that were in flight when the hold began
     (``fence``): it may redirect more of them. Then all operations go on, oldest first, so that no
     later operation overtakes an earlier one. The hold's pipeline has no connection; it enforces
-    deadlines. ``entered`` is called after each tick in which operations came.
+    deadlines. ``new_pipeline`` makes it from its ``wake``. ``entered`` is called after each tick in
+    which operations came.
 
     Operations that are to ask another node (ASK) go in rounds. That node may refuse one operation,
     because its key is still on its way, and serve the next one. So the slot stays held until the
@@ -44,9 +43,8 @@ class SlotHold:
 
     def __init__(
         self,
-        options: Options,
+        new_pipeline: Callable[[Callable[[], None]], Pipeline],
         check_usable: Callable[[], None],
-        address: str,
         entered: Callable[[], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -59,15 +57,7 @@ class SlotHold:
         self._asked: list[tuple[Batch, AwaitedNode]] = []
         self.slots: set[int] = set()
         self.not_before = 0.0
-        self.pipeline: Pipeline = _backend.core.Pipeline(
-            self._loop.create_future,
-            self._wake,
-            address=address,
-            refuse_when_full=options.when_full == "error",
-            clustered=True,
-            bound=True,
-            **options.for_pipeline(),
-        )
+        self.pipeline = new_pipeline(self._wake)
         self._deadlines = Deadlines(self.pipeline.expire)
         # Otherwise an operation of the child could join a batch of the parent's unfinished tick.
         after_fork_in_child(self, lambda hold: hold.pipeline.end_tick())

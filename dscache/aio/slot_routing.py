@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _backend
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 class SlotRouter:
     """The Router of a cluster, and the SlotHolds where its operations wait.
 
-    ``options`` are the cluster's, ``shared`` those common to all nodes. ``check_usable`` raises if
-    no operation may begin. ``on_stale`` is called if the slots seem to have moved. ``open_for`` is
-    called with a slot whose operations wait, while its node has no connection yet.
+    ``options`` are the cluster's, and ``shared`` the ones common to all nodes. ``check_usable``
+    raises if no operation may begin. ``on_stale`` is called if the slots seem to have moved.
+    ``open_for`` is called with a slot whose operations wait while its node has no connection yet.
     """
 
     def __init__(
@@ -43,8 +44,6 @@ class SlotRouter:
         open_for: Callable[[int], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._address = options.address
-        self._shared = shared
         self._check_usable = check_usable
         self._on_stale = on_stale
         self._open_for = open_for
@@ -55,6 +54,15 @@ class SlotRouter:
         self._readers: Mapping[Connection, list[Connection]] = {}
         self._holders: dict[Pipeline, Connection | SlotHold] = {}
         core = _backend.core
+        self._new_pipeline: Callable[[Callable[[], None]], Pipeline] = partial(
+            core.Pipeline,
+            self._loop.create_future,
+            address=options.address,
+            refuse_when_full=shared.when_full == "error",
+            clustered=True,
+            bound=True,
+            **shared.for_pipeline(),
+        )
         self._apart = SplitRecords(
             core, self._loop.create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
@@ -97,14 +105,14 @@ class SlotRouter:
         for hold in (self.unrouted, *self._held, *self._spare_holds):
             hold.fail(reason)
 
-    # -- who serves what
+    # -- owners of slots
 
     def join(self, node: Connection) -> None:
         """Let a node get operations."""
         self._holders[node.pipeline] = node
 
     def leave(self, node: Connection) -> None:
-        """Let a node get no more operations; those that wait for it go elsewhere."""
+        """Let a node get no more operations; operations that wait for it go elsewhere."""
         del self._holders[node.pipeline]
         self._move(node.pipeline)
 
@@ -148,7 +156,7 @@ class SlotRouter:
             pipeline = candidates[slot % len(candidates)].pipeline
         self.router.readers[slot] = pipeline
 
-    # -- what waits
+    # -- waiting operations
 
     def hold(self, slot: int, source: Connection, fresh: set[SlotHold]) -> SlotHold:
         """Return the hold in which operations on a slot wait until ``source`` has answered.
@@ -215,7 +223,7 @@ class SlotRouter:
             self._move(self.unrouted.pipeline)
 
     def _target_of(self, kind: int, name: str) -> Pipeline:
-        """Return the pipeline of an operation, whose node may be connected to for it."""
+        """Return the pipeline for an operation; this may connect to its node."""
         target = self.router.target_of(kind, name)
         if target is self.unrouted.pipeline:
             self._open_for(target.slot_of(kind, name))
@@ -246,6 +254,6 @@ class SlotRouter:
         return self._spare_holds.pop() if self._spare_holds else self._new_hold()
 
     def _new_hold(self, entered: Callable[[], None] | None = None) -> SlotHold:
-        hold = SlotHold(self._shared, self._check_usable, self._address, entered)
+        hold = SlotHold(self._new_pipeline, self._check_usable, entered)
         self._holders[hold.pipeline] = hold
         return hold

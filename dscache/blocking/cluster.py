@@ -61,7 +61,8 @@ Closing = Callable[[], ErrorOf | None]
 class ClusterConnection:
     """A Router and the connections to its nodes, with the interface of a Connection.
 
-    ``pipeline`` is the target of operations. The other attributes are those of a Connection.
+    ``pipeline`` is the target of operations, and ``routes`` has the connections. The other
+    attributes are the same as a Connection's.
     """
 
     __slots__ = (
@@ -69,7 +70,6 @@ class ClusterConnection:
         "_active",
         "_deadline",
         "_hold_until",
-        "_routes",
         "_slot_refresh",
         "_state",
         "admitted",
@@ -78,6 +78,7 @@ class ClusterConnection:
         "pipeline",
         "ready",
         "retired",
+        "routes",
     )
 
     def __init__(
@@ -93,8 +94,8 @@ class ClusterConnection:
         self.gone = False
         self.loss = ""
         self._state = state
-        self._routes = SlotRouter(core, state, options, provider)
-        self.pipeline: Router = self._routes.router
+        self.routes = SlotRouter(core, state, options, provider)
+        self.pipeline: Router = self.routes.router
         self._active: set[NodeConnection] = set()
         self._hold_until = 0.0
         self._deadline = inf
@@ -107,7 +108,7 @@ class ClusterConnection:
 
         Returns whether the operation is done. If not, ``run_until_done`` goes on from there.
         """
-        routes = self._routes
+        routes = self.routes
         pending_nodes = routes.pending_nodes
         if (
             len(pending_nodes) != 1
@@ -139,7 +140,7 @@ class ClusterConnection:
             state = self._state
             if not state.known:
                 return state.refusal is not None and now < state.refresh_at
-            nodes = [self._routes.node(info) for info in state.primaries()]
+            nodes = [self.routes.node(info) for info in state.primaries()]
             for node in nodes:
                 # A node that has refused is tried once more: a password may be corrected by now.
                 untried = failures.setdefault(node, node.failures) == node.failures
@@ -149,12 +150,12 @@ class ClusterConnection:
             return not any(node.wanted or node.is_busy for node in nodes)
 
         self._run(is_done, closing, deadline)
-        for node in self._routes.nodes.values():
+        for node in self.routes.nodes.values():
             node.wanted = False
 
     def _run(self, is_done: Callable[[float], bool], closing: Closing, limit: float) -> None:
         active = self._active
-        active.update(node for node in self._routes.nodes.values() if node.is_busy)
+        active.update(node for node in self.routes.nodes.values() if node.is_busy)
         self._hold_until = 0.0
         self._deadline = limit
         checks = 0
@@ -164,9 +165,9 @@ class ClusterConnection:
                 self.fail_all(error_of)
             now = time.monotonic()
             self._redirect(now)
-            self._routes.follow()
+            self.routes.follow()
             self._hand_on(now)
-            active.update(self._routes.take_pending_nodes())
+            active.update(self.routes.take_pending_nodes())
             if now >= expire_at:
                 # All parts of an operation have the same deadline, and ``expire`` takes time.
                 deadline = self.expire(now)
@@ -192,7 +193,7 @@ class ClusterConnection:
             for words, slot, batch in redirected:
                 self._note_redirection(node, words, slot, batch, now)
                 batches.append(batch)
-            self._routes.unrouted.requeue(batches)
+            self.routes.unrouted.requeue(batches)
 
     def _note_redirection(
         self, node: NodeConnection, words: str, slot: int, batch: Batch, now: float
@@ -208,7 +209,7 @@ class ClusterConnection:
             state.record_redirected()
             pause = half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections))
             self._hold_until = max(self._hold_until, now + pause)
-            self._routes.unrouted.down = None
+            self.routes.unrouted.down = None
             if code != "TRYAGAIN":
                 state.record_stale()
             return
@@ -217,14 +218,14 @@ class ClusterConnection:
             state.record_moved(slot, info)
         else:
             state.record_redirected()
-            batch.ask(self._routes.node(info).pipeline)
+            batch.ask(self.routes.node(info).pipeline)
 
     def _hand_on(self, now: float) -> None:
         """Move unrouted operations to their nodes, as far as these are known."""
-        unrouted = self._routes.unrouted
+        unrouted = self.routes.unrouted
         if not unrouted.queued or now < self._hold_until:
             return
-        self._routes.hand_on(unrouted)
+        self.routes.hand_on(unrouted)
         if unrouted.queued:
             state = self._state
             unrouted.down = state.trouble
@@ -256,12 +257,12 @@ class ClusterConnection:
 
     def _begin_refresh(self, claim: float, now: float) -> SlotRefresh:
         # First the nodes with an operation under way: they will answer the refresh soon, too.
-        ready = [node for node in self._routes.nodes.values() if node.ready]
+        ready = [node for node in self.routes.nodes.values() if node.ready]
         random.shuffle(ready)
         ready.sort(key=lambda node: node not in self._active)
         self._look_up_seeds(now)
         infos = self._state.to_ask(node.info.shown for node in ready)
-        nodes = [self._routes.node(info) for info in infos]
+        nodes = [self.routes.node(info) for info in infos]
         self._active.update(nodes)
         return SlotRefresh(self._state, claim, now, nodes)
 
@@ -285,7 +286,7 @@ class ClusterConnection:
                 node.check()
             if not node.ready and needed and now >= node.not_before:
                 rest = min(self._deadline - now, node.info.options.connect_timeout / 1000)
-                if not self._routes.is_primary(node):
+                if not self.routes.is_primary(node):
                     rest /= 2  # leave time to read from another node if this one fails
                 if rest >= _LEAST:
                     node.begin(now, now + rest)
@@ -298,7 +299,7 @@ class ClusterConnection:
         if self._slot_refresh is not None:
             until = min(until, self._slot_refresh.until)
         checking = False
-        if self._routes.unrouted.queued:
+        if self.routes.unrouted.queued:
             if now < self._hold_until:
                 until = min(until, self._hold_until)
             else:
@@ -349,56 +350,56 @@ class ClusterConnection:
             if pipeline.queued:
                 pipeline.fail_all(_over)
             pipeline.redirected = []
-        unrouted = self._routes.unrouted
+        unrouted = self.routes.unrouted
         if unrouted.queued:
             unrouted.fail_all(_over)
-        self._routes.take_pending_nodes()
+        self.routes.take_pending_nodes()
         self._active.clear()
-        self._routes.close_departed()
+        self.routes.close_departed()
 
     # -- the interface of a Connection
 
     def expire(self, now: float) -> float | None:
         """Fail operations whose deadline is past; return the next deadline, or None."""
-        deadlines = [self._routes.unrouted.expire(now)]
+        deadlines = [self.routes.unrouted.expire(now)]
         deadlines += [node.pipeline.expire(now) for node in self._active]
         return min((one for one in deadlines if one is not None), default=None)
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail the operation under way."""
-        self._routes.unrouted.fail_all(error_of)
-        for node in self._routes.nodes.values():
+        self.routes.unrouted.fail_all(error_of)
+        for node in self.routes.nodes.values():
             node.pipeline.fail_all(error_of)
 
     def clear(self) -> None:
         """Take back an operation that was refused before any of it was sent."""
         self.fail_all(refused)
-        self._routes.take_pending_nodes()
+        self.routes.take_pending_nodes()
 
     def take_over(self, spare: ClusterConnection) -> None:
         """Take over the operation of a line that has no place in the pool."""
-        self._routes.requeue_all(spare._routes)
+        self.routes.requeue_all(spare.routes)
 
     def connected(self) -> list[str]:
         """Return the addresses of the connected nodes."""
-        return [shown for shown, node in list(self._routes.nodes.items()) if node.ready]
+        return [shown for shown, node in list(self.routes.nodes.items()) if node.ready]
 
     def interrupt(self, reason: Exception) -> None:
         """End the sockets while their thread waits for them."""
-        for node in list(self._routes.nodes.values()):
+        for node in list(self.routes.nodes.values()):
             node.interrupt(reason)
 
     def leave(self) -> None:
         """Close the sockets without a message to the nodes: another process uses them too."""
         self.admitted = False
-        for node in self._routes.nodes.values():
+        for node in self.routes.nodes.values():
             node.leave()
 
     def discard(self) -> None:
         """End all connections for good."""
         self.gone = True
         self.ready = False
-        for node in list(self._routes.nodes.values()):
+        for node in list(self.routes.nodes.values()):
             node.discard()
         if self._slot_refresh is not None:
             self._slot_refresh.abandon()
@@ -406,21 +407,21 @@ class ClusterConnection:
 
     def close_departed(self) -> None:
         """Close the connections to departed nodes; the caller has taken the line from the pool."""
-        self._routes.follow()
-        self._routes.take_pending_nodes()
-        self._routes.close_departed()
+        self.routes.follow()
+        self.routes.take_pending_nodes()
+        self.routes.close_departed()
 
     def count(self) -> None:
         """Let the state keep the counters, at the end of the line."""
-        self._routes.keep_counts()
+        self.routes.keep_counts()
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of no node: of unrouted operations and of split records."""
-        return self._routes.stats()
+        return self.routes.stats()
 
     def stats_of_nodes(self) -> dict[str, dict[str, Any]]:
         """Return the counters of each node."""
-        return {n: node.pipeline.stats() for n, node in list(self._routes.nodes.items())}
+        return {n: node.pipeline.stats() for n, node in list(self.routes.nodes.items())}
 
 
 def _over(operation: str) -> Exception:

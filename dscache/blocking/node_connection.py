@@ -83,7 +83,7 @@ class NodeConnection(Connection):
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
 
-    # -- what is under way
+    # -- operations under way
 
     def check(self) -> bool:
         """Whether operations may be sent; notices first if the node has closed the connection.
@@ -173,15 +173,15 @@ class NodeConnection(Connection):
         """Note a failed attempt to connect."""
         raise_foreign(error)
         options = self.info.options
-        shown = as_connect_error(error, self._allowed)
+        failure = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
-        self.pipeline.down = shown
-        refusal = permanent_failure(error, shown, self.info.shown)
-        if str(shown) != str(self.info.trouble):
-            _logger.warning("can't connect to %s: %s", self.info.shown, shown)
+        self.pipeline.down = failure
+        refusal = permanent_failure(error, failure, self.info.shown)
+        if str(failure) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
         self._state.exclude_replica(self.info)
-        self._state.record_unreachable(self.info, shown, refusal)
+        self._state.record_unreachable(self.info, failure, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy

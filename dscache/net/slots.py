@@ -59,7 +59,7 @@ class View:
         return sum(one.last - one.first + 1 for one in self.ranges)
 
 
-def read_view(slots: Any, info: Any, asked: Address, source: str) -> View:
+def read_view(slots: object, info: object, asked: Address, source: str) -> View:
     """Return the view in a node's replies to CLUSTER SLOTS and CLUSTER INFO.
 
     ``source`` names the configuration in errors. Raises ConfigError if the node belongs to no
@@ -84,7 +84,7 @@ def newest(views: Iterable[View]) -> View:
     return view
 
 
-def parse_slots(reply: Any, asked: Address) -> list[SlotRange]:
+def parse_slots(reply: object, asked: Address) -> list[SlotRange]:
     """Return the ranges in a reply to CLUSTER SLOTS.
 
     A node that doesn't know its own host leaves the host out; the host of ``asked`` is used then.
@@ -135,7 +135,7 @@ def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
     return (host, int(port)) if is_address(host, int(port)) else None
 
 
-def parse_epoch(reply: Any) -> int:
+def parse_epoch(reply: object) -> int:
     """Return the current epoch in a reply to CLUSTER INFO, or -1."""
     if not isinstance(reply, bytes):
         return -1

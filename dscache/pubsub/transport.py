@@ -168,7 +168,7 @@ class ShardedTransport:
             Config(name="redis", options=config.options, source=config.source),
             credentials,
             inbox=dispatcher,
-            follower=self,
+            listener=self,
         )
 
     @property

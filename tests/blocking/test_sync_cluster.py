@@ -487,7 +487,7 @@ def test_connections_closed_between_operations_fail_none(
                 node.ask("CLIENT", "KILL", "TYPE", client, "SKIPME", "yes")
         pool: Any = cache._pool
         for connection in pool._present():
-            for node in connection._routes.nodes.values():
+            for node in connection.routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
             pool._state.record_stale()
