@@ -195,7 +195,7 @@ def test_fixtures_are_listed(run: Run) -> None:
     listed = run("", "--fixtures").stdout.str()
     assert "dscache_memory -- " in listed
     assert "A new, empty dscache.AsyncCache in memory" in listed
-    assert "A private Redis or Valkey server" in listed
+    assert "A private, empty Redis or Valkey server" in listed
     assert "_dscache_process" not in listed
 
 
