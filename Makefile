@@ -1,47 +1,48 @@
-# Everything happens in .venv, which the first target that needs it makes. Wanted of the machine:
-# Python 3.11 or newer with venv and headers, a C compiler, make. Nothing needs root.
+# Each target installs its tools into .venv. The machine needs Python 3.11 or newer with venv and
+# headers, a C compiler and make. Nothing needs root.
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-# The first Python that is new enough and whole; make PYTHON=/path/to/python3.x names another.
+# The first Python with a sufficient version, venv and headers; PYTHON=/path/to/python3.x chooses one.
 PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$candidate" -c 'import ensurepip, os, sys, sysconfig, venv; \
 	header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done)
 
-# Every process that a test starts would compile the package again.
+# With it set, every process that a test starts would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 CREATED := $(VENV)/.created
 BUILT := $(VENV)/.built
 
-# Two pips at once in one environment would break it.
+# Two pips at a time would break their environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-minimum soak sanitize lint format docs wheel bench bench-smoke clean
+.PHONY: help build demo test test-minimum coverage soak sanitize lint format docs wheel bench bench-smoke clean
 
 help:
-	@echo "make demo         the main job on a private server, with measured records per second"
-	@echo "make test         the whole suite, on both backends and every server found"
-	@echo "make test-minimum  the suite with the oldest dependencies that pyproject.toml allows"
-	@echo "make soak         the long form of the fault tests, about an hour, with their figures"
+	@echo "make demo         the main job on a private server, with records per second"
+	@echo "make test         the whole suite, on both cores and every server found"
+	@echo "make test-minimum the suite with the oldest dependencies that pyproject.toml allows"
+	@echo "make coverage     the share of lines that the tests run, compiled core included"
+	@echo "make soak         the long form of the fault tests, about an hour, with figures"
 	@echo "make sanitize     the compiled core under sanitizers: a million bad replies, no memory, finalizers"
-	@echo "make lint         ruff, mypy --strict, the directions of imports, cython-lint, stubtest"
-	@echo "make format       let ruff format the code"
-	@echo "make bench        the benchmarks, beside the peers and the limit, into bench/results/"
-	@echo "make bench-smoke  each benchmark once, hardly measured, to see that it runs"
+	@echo "make lint         ruff, mypy --strict, import directions, cython-lint, stubtest"
+	@echo "make format       ruff format"
+	@echo "make bench        the benchmarks, with other libraries and the limit, into bench/results/"
+	@echo "make bench-smoke  each benchmark once, to see that it runs"
 	@echo "make docs         the site, into build/site"
-	@echo "make wheel        sdist and wheel, into dist/, tried without a compiler by the whole suite"
+	@echo "make wheel        sdist and wheel, into dist/; runs the suite on the wheel, without a compiler"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove the environments and everything built"
-	@echo "ARGS='...' goes to what demo, test, soak, bench... run, such as ARGS='-k name'."
+	@echo "ARGS='...' passes arguments to demo, test, coverage, soak, bench...: ARGS='-k name'"
 
 $(CREATED):
-	@test -n "$(PYTHON)" || { echo "make: no Python found that is 3.11 or newer and has venv" \
-		"and its headers (in Debian: python3-venv, python3-dev); install one, or name one with" \
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv and headers" \
+		"(in Debian: python3-venv, python3-dev); install one, or choose one with" \
 		"make PYTHON=/path/to/python3.x" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: dscache" \
 		"needs Python 3.11 or newer, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1)" >&2; exit 1; }
@@ -49,15 +50,15 @@ $(CREATED):
 	$(PIP) 'setuptools>=77' 'cython>=3.1'
 	@touch $@
 
-# One stamp for each extra that a target needs. The package is installed as a link to this
-# folder, and without the compiled core, which the next rule builds in place.
+# One stamp per extra. The package is installed as a link to this folder and without the compiled
+# core, which the next rule builds in place.
 $(VENV)/.installed-demo: EXTRAS := embedded,uvloop
 $(VENV)/.installed-%: EXTRAS = $*
 $(VENV)/.installed-%: pyproject.toml $(CREATED)
 	DSCACHE_NO_EXTENSIONS=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-# By force, as neither Cython nor setuptools sees that an option in setup.py has changed.
+# Forced, since neither Cython nor setuptools notices a changed option in setup.py.
 $(BUILT): setup.py $(wildcard dscache/*.pyx dscache/core/*.pxi) $(CREATED)
 	CYTHON_FORCE_REGEN=1 $(PY) setup.py -q build_ext --inplace --force
 	@touch $@
@@ -67,13 +68,13 @@ build: $(VENV)/.installed-demo $(BUILT)
 demo: $(VENV)/.installed-demo $(BUILT)
 	$(PY) examples/demo.py $(ARGS)
 
-# Three files at a time on two cores, and so on: conftest.py has it. A process that crashes is not
-# started again, and fails the run. ARGS='-n 0' has all in one, where a debugger and -s work.
+# conftest.py chooses the number of processes, three on two cores. A process that crashes isn't
+# restarted and fails the run. ARGS='-n 0' runs everything in one, where a debugger and -s work.
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
-# In an environment of its own, for which pip takes no other versions than the oldest.
+# In a separate environment, for which pip takes the oldest versions only.
 MINIMUM := build/minimum.txt
 $(MINIMUM): pyproject.toml tests/packaging/minimum.py
 	@mkdir -p $(@D)
@@ -82,11 +83,30 @@ $(MINIMUM): pyproject.toml tests/packaging/minimum.py
 test-minimum: $(MINIMUM)
 	PIP_CONSTRAINT="$(abspath $(MINIMUM))" $(MAKE) test VENV=.venv-minimum ARGS='$(ARGS)'
 
+# The compiled core of the copy traces its lines and is many times slower, so that the tree keeps its
+# own. Cython's plug-in for coverage.py reads the C source beside the extension. With sys.monitoring,
+# the default from Python 3.13 on, coverage.py sees no compiled line (3.13.0). A test that fails
+# doesn't end the target: tracing takes stack and time, so a few tests of deep nesting fail here.
+# Processes that tests start aren't measured.
+TRACED := build/traced
+coverage: $(VENV)/.installed-coverage
+	rm -rf $(TRACED)
+	mkdir -p $(TRACED)
+	cp -r dscache tests docs bench examples .ci .github LICENSE Makefile \
+		$(wildcard .*.yaml *.in *.md *.py *.toml) $(TRACED)
+	rm -f $(TRACED)/dscache/*.so
+	sed -i.old '1s/$$/, linetrace=True/' $(TRACED)/dscache/_fast.pyx
+	cd $(TRACED) && CFLAGS='-O0 -DCYTHON_TRACE_NOGIL=1 -DCYTHON_USE_SYS_MONITORING=0' \
+		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
+	cp $(TRACED)/build/cython/dscache/_fast.c $(TRACED)/dscache
+	-cd $(TRACED) && PYTHONPATH=. "$(abspath $(PY))" -m pytest -p tests.support.coverage_plugin \
+		-p no:benchmark $(BESIDE) $(ARGS)
+	cd $(TRACED) && "$(abspath $(PY))" -m coverage combine -q && "$(abspath $(PY))" -m coverage report
+
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m tests.soak $(ARGS)
 
-# In a copy, as the core that is built here must stay what it is. What either sanitizer reports ends
-# the process.
+# In a copy, so that the tree keeps its own core. The process ends with the first report of a sanitizer.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_RUN = cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
@@ -113,7 +133,7 @@ lint: $(VENV)/.installed-lint $(BUILT)
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
 
-# The wheel is built from the sdist, so that both are tried.
+# The wheel is built from the sdist, so that the suite checks both.
 wheel: $(VENV)/.installed-wheel
 	rm -rf dist build/lib.* build/cython build/bdist.*
 	$(PY) -m build -q --no-isolation

@@ -1,4 +1,4 @@
-"""Charts as SVG: bars beside each other, and lines over an axis. Nothing but text is needed."""
+"""Charts as SVG: bars beside each other, and lines over an axis. They consist of plain text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {
     "peer": "#a9b1ba",
     "limit": "#3b4149",
 }
-# For lines, which have to be told apart: dark ones for ours.
+# Colours of lines, which must be distinguishable: dark ones for dscache.
 STROKES = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#868e96", "#1971c2", "#f08c00")
 INK, FAINT, GRID, PAPER = "#212529", "#5c636a", "#dfe3e7", "#ffffff"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -32,7 +32,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars of one thing, on an axis of their own."""
+    """Bars of one quantity, on a separate axis."""
 
     title: str
     bars: Sequence[Bar]
@@ -80,7 +80,7 @@ def _bar_panel(
     yield _text(x, y + 12, panel.title, size=14, weight=600)
     top, bottom = y + 26, y + 26 + len(panel.bars) * height
     most = max((bar.value for bar in panel.bars), default=1)
-    # Room to the right of the longest bar, for its number.
+    # Space to the right of the longest bar for its number.
     scale = (width - left - 58) / most
     for tick in _ticks(most):
         at = x + left + tick * scale
@@ -101,14 +101,14 @@ def _bar_panel(
 
 
 def lines(title: str, plots: Sequence[Plot]) -> str:
-    """Return a chart of plots, two in a row, each with a legend of its own."""
+    """Return a chart of plots, two in a row, each with its own legend."""
     column = (WIDTH - 3 * MARGIN) / 2
     height = 250.0
     body: list[str] = []
     y = 56.0
     for first in range(0, len(plots), 2):
         row = plots[first : first + 2]
-        # The legend stands below, two in a line.
+        # The legend is below, two entries in a line.
         below = max((len(plot.lines) + 1) // 2 for plot in row) * 18
         for number, plot in enumerate(row):
             x = MARGIN + number * (column + MARGIN)
@@ -169,7 +169,7 @@ class _Axis:
     log: bool
 
     def at(self, value: float) -> float:
-        """Return where a value stands, from 0 to 1."""
+        """Return the position of a value, from 0 to 1."""
         if self.log:
             value = math.log10(max(value, self.low / 10))
             return (value - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
@@ -189,7 +189,7 @@ def _linear(most: float) -> _Axis:
 
 
 def _logarithmic(least: float, most: float) -> _Axis:
-    """Return an axis of decades; of doublings where there are few of those."""
+    """Return an axis of decades, or of doublings if there are few decades."""
     if most / least <= 100 and math.log2(least).is_integer() and math.log2(most).is_integer():
         first, last = round(math.log2(least)), round(math.log2(most))
         return _Axis(
@@ -213,7 +213,7 @@ def _ticks(most: float) -> list[float]:
 
 
 def short(number: float) -> str:
-    """Return a number in a few letters: 950, 1.5 k, 20 k, 2.4 M."""
+    """Return a number in a few characters: 950, 1.5 k, 20 k, 2.4 M."""
     for limit, unit in ((1e6, " M"), (1e3, " k")):
         if number >= limit * 0.9995:
             return f"{number / limit:.3g}{unit}"

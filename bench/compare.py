@@ -1,7 +1,7 @@
 """dscache beside redis-py in one run: interleaved rounds, medians, ratios, and the limit.
 
 ``python bench/compare.py`` prints a table for people, with ``--markdown`` that of the README too.
-It is a small part of what ``run.py`` measures, for a quick look at what a change has brought.
+It is a small part of ``run.py``, for a quick look at the effect of a change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workload import ORDINARY, RECORDS, Work, apart
 WHO = ("fast", "pure", "redis-py", "redis-py-pipelined", SINGLE, BATCHED)
 TASKS = 100
 BULKS = ("get_many", "set_many")
-# What is compared: what it is called, the operation, its tasks, and whether documents are decoded.
+# The comparisons: their label, the operation, its tasks, and whether documents are decoded.
 ROWS = (
     (f"await get, {TASKS} tasks", "get", TASKS, False),
     (f"await get, {TASKS} tasks, decoded", "get", TASKS, True),
@@ -32,7 +32,7 @@ ROWS = (
 
 
 def groups_of(contest: Contest) -> list[Group]:
-    """Return what is measured. redis-py's fastest way is the last row of each group."""
+    """Return the groups of rows. redis-py's fastest way is the last row of each group."""
     groups = []
     for title, operation, tasks, decode in ROWS:
         work = Work(operation, tasks, decode=decode)
@@ -62,7 +62,7 @@ def limits_as_text(limits: Sequence[Row]) -> list[str]:
 
 
 def goals_as_text(groups: Sequence[Group]) -> list[str]:
-    """Return two ratios that tell at a glance whether something has become slow."""
+    """Return two ratios that show at a glance whether something has become slower."""
     get, bulk, decoded = groups[0], groups[3], groups[4]
     return [
         goal(f"{get.title}, fast core to redis-py", get.rows[0], get.rows[-1], 12),
@@ -87,7 +87,7 @@ def as_markdown(groups: Sequence[Group]) -> list[str]:
 
 
 def thousands(number: float) -> str:
-    """Return a number in thousands, with three digits where it has no more."""
+    """Return a number in thousands, with at most three significant digits."""
     return f"{number / 1000:,.{0 if number >= 100_000 else 1}f}"
 
 

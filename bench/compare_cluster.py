@@ -1,8 +1,8 @@
-"""What routing costs, in one run: dscache on clusters beside redis-py's, and beside one server.
+"""The cost of routing, in one run: dscache on clusters beside redis-py's, and beside one server.
 
-``python bench/compare_cluster.py`` starts two clusters and a plain server of its own. On a cluster
-records of different slots can't share a command, so one server is also measured with one record a
-command: by the same core, which is told that its server is a node of a cluster.
+``python bench/compare_cluster.py`` starts two clusters and a plain server. On a cluster, records of
+different slots can't share a command, so one server is also measured with one record a command: by
+the same core, which takes its server for a node of a cluster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from workload import (
     repeatedly,
 )
 
-# The clusters are those of the tests.
+# The clusters of the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.clusters import ClusterGroup
 
@@ -47,7 +47,7 @@ TASKS = 100
 
 
 class Dscache:
-    """An AsyncCache with the fast core, on whatever its options name."""
+    """An AsyncCache with the fast core, on any server that its options name."""
 
     def __init__(self, label: str, options: dict[str, object]) -> None:
         self.label = label
@@ -68,15 +68,15 @@ class Dscache:
         await self._cache.close()
 
     def _open(self) -> None:
-        """Do what has to be done before the cache connects."""
+        """Prepare the cache before it connects."""
 
 
 class OneRecordACommand(Dscache):
-    """The same on one server, whose connection is made as one to a node of a cluster."""
+    """The same on one server, whose connection is made like one to a node of a cluster."""
 
     def _open(self) -> None:
         config = load({"name": "redis", "options": self._options})
-        # It redirects nothing, and so no cluster has to be there.
+        # It redirects nothing, and so no cluster is needed.
         nobody: Any = object.__new__(Cluster)
         nobody.on_connected = nobody.on_disconnected = lambda node: None
         connection = Connection(config.options, cluster=nobody)
@@ -110,7 +110,7 @@ class RedisPyCluster:
 
 @contextlib.contextmanager
 def pinned(groups: Sequence[ClusterGroup]) -> Iterator[None]:
-    """Put all nodes on the core of the plain server."""
+    """Pin all nodes to the core of the plain server."""
     if hasattr(os, "sched_setaffinity") and len(allowed := os.sched_getaffinity(0)) > 1:
         for group in groups:
             for node in group.nodes:

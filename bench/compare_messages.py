@@ -1,8 +1,8 @@
 """Messages beside redis-py and deepstream's own connector, in one run: interleaved, medians.
 
 ``python bench/compare_messages.py`` prints a table. Two nodes on one core, with the server on
-another, both subscribe to a topic and both send on it; a message counts when the other one has
-heard it. What comes back to its sender is dropped, which is part of the work.
+another, both subscribe to a topic and both publish on it; a message counts when the other node has
+received it. Messages that return to their sender are dropped, which is part of the work.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MESSAGE = {
 }
 TASKS = 100
 WINDOW = 1000
-# The connector asks for more than it says that it needs.
+# The connector requires more than it declares.
 PACKAGES = ("@deepstream/clusternode-redis@1.0.1", "@deepstream/protobuf@1.0.8")
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 60_000, "maxPending": 10_000_000}
 
 
 class Counter:
-    """Counts what is heard, and tells when it is all."""
+    """Counts received messages, and signals when all have arrived."""
 
     def __init__(self) -> None:
         self.heard = 0
@@ -49,7 +49,7 @@ class Counter:
         self._done: asyncio.Future[None] | None = None
 
     def expect(self, count: int) -> asyncio.Future[None]:
-        """Return what is done when so many have been heard from now on."""
+        """Return a future that is done once that many messages have arrived from now on."""
         self.heard = 0
         self._count = count
         self._done = asyncio.get_running_loop().create_future()
@@ -76,7 +76,7 @@ async def from_tasks(send: Callable[[int], Awaitable[object]], counter: Counter,
 
 
 async def in_a_window(send: Callable[[int], object], counter: Counter, n: int) -> float:
-    """Send without waiting for what comes of it, a thousand on their way at a time."""
+    """Send without waiting for the results, a thousand in flight at a time."""
     done = counter.expect(n)
     sent = 0
     began = time.perf_counter()
@@ -89,12 +89,12 @@ async def in_a_window(send: Callable[[int], object], counter: Counter, n: int) -
     return time.perf_counter() - began
 
 
-# -- who is measured
+# -- contestants
 
 
 @contextlib.asynccontextmanager
 async def ours(server: EmbeddedServer, core: str, reads: bool) -> AsyncIterator[Any]:
-    """Give what measures two nodes of dscache, in either way."""
+    """Yield a measurement of two nodes of dscache, in either way."""
     options = {"host": server.host, "port": server.port, **PATIENCE}
     counter = Counter()
 
@@ -115,7 +115,7 @@ async def ours(server: EmbeddedServer, core: str, reads: bool) -> AsyncIterator[
 
     @contextlib.asynccontextmanager
     async def listening() -> AsyncIterator[None]:
-        # Those who are not measured must not hear it all as well.
+        # Idle contestants must not receive the messages as well.
         with chosen(core):
             leave = [node.subscribe(TOPIC, callback) for node in nodes]
         for node in nodes:
@@ -141,7 +141,7 @@ async def ours(server: EmbeddedServer, core: str, reads: bool) -> AsyncIterator[
 
 
 class RedisPy:
-    """Two of redis-py's asyncio clients, each with what listens."""
+    """Two of redis-py's asyncio clients, each with a subscriber."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         where = {"host": server.host, "port": server.port}
@@ -180,7 +180,7 @@ class RedisPy:
 
 
 class Deepstream:
-    """deepstream's own connector on Node, in a process of its own."""
+    """deepstream's own connector on Node, in a separate process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -196,7 +196,7 @@ class Deepstream:
 
 @contextlib.asynccontextmanager
 async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
-    """Give the connector, or why it isn't there."""
+    """Yield the connector, or the reason for its absence."""
     with contextlib.ExitStack() as stack:
         reason = ""
         try:
@@ -208,7 +208,7 @@ async def deepstream(server: EmbeddedServer) -> AsyncIterator[Deepstream | str]:
             return
         where = (str(folder), server.host, str(server.port))
         process = await asyncio.create_subprocess_exec(
-            # On a topic of its own: it goes on listening, also while others are measured.
+            # On a topic of its own: it stays subscribed while others are measured.
             *(node, str(HERE / "messages.js"), *where, encode(MESSAGE | {"topic": 5}).decode()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -248,7 +248,7 @@ async def run(server: EmbeddedServer, rounds: int, seconds: float) -> tuple[list
 
 
 async def measure(rows: list[RowInLoop], rounds: int, seconds: float) -> None:
-    """Fill the rows; a measurement ends when all messages have been heard."""
+    """Fill the rows; a measurement ends when all messages have been received."""
     sizes = []
     for row in rows:
         taste = 1000

@@ -1,9 +1,9 @@
-"""What the near cache brings, in one run: interleaved rounds, medians, and the wanted ratios.
+"""The gain of the near cache, in one run: interleaved rounds, medians, and the wanted ratios.
 
 ``python bench/compare_near.py`` prints two tables. The first is of one task that reads a thousand
-records one after the other, all of them at hand, beside redis-py's asyncio client. The second is of
-a hundred tasks that read a hundred thousand records, the popular ones more often, while another
-process writes a hundredth of them anew each second.
+cached records one after the other, beside redis-py's asyncio client. The second is of a hundred
+tasks that read a hundred thousand records, the popular ones more often, while another process
+rewrites a hundredth of them each second.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ DRAWS = 200_000
 REWRITTEN = 0.01
 # The writer's turns a second.
 TURNS = 100
-# A hit gives way to nobody, so whoever reads does so now and then: messages must come in.
+# A hit doesn't yield to the event loop, so readers yield now and then to let invalidations in.
 BURST = 500
 
 
 class Reader(Protocol):
-    """Whoever reads a record: a cache, or redis-py in a cache's place."""
+    """A reader of records: a cache, or redis-py in its place."""
 
     def get(self, name: str) -> Awaitable[object]: ...
 
 
 class RedisPy:
-    """redis-py's asyncio client with hiredis: a command for each record, and nothing decoded."""
+    """redis-py's asyncio client with hiredis: a command for each record, without decoding."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         self._redis: Any = redis.asyncio.Redis(host=server.host, port=server.port)
@@ -66,7 +66,7 @@ def many_names() -> list[str]:
     return [f"record/{number}" for number in range(MANY)]
 
 
-# -- what is measured
+# -- measurements
 
 
 def one_after_the_other(cache: Reader) -> Callable[[int], Any]:
@@ -96,7 +96,7 @@ def from_tasks(cache: Reader, names: list[str]) -> Callable[[int], Any]:
 
 
 def timed(label: str, read: Callable[[int], Awaitable[None]]) -> RowInLoop:
-    """Return a row that measures how long it takes to read so many records."""
+    """Return a row that measures how long it takes to read that many records."""
 
     async def measured(count: int) -> float:
         began = time.perf_counter()
@@ -107,7 +107,7 @@ def timed(label: str, read: Callable[[int], Awaitable[None]]) -> RowInLoop:
 
 
 async def measure(rows: list[RowInLoop], rounds: int, seconds: float, warm: float) -> None:
-    """Fill the rows, when each has been warm for so many seconds."""
+    """Fill the rows, after a warm-up of that many seconds each."""
     least = TASKS * 20
     sizes = []
     for row in rows:
@@ -123,7 +123,7 @@ async def measure(rows: list[RowInLoop], rounds: int, seconds: float, warm: floa
 
 
 def write(host: str, port: int) -> None:
-    """Write a hundredth of the records anew each second, until this process is ended."""
+    """Rewrite a hundredth of the records each second, until this process is ended."""
     names, version = many_names(), VERSION
     each = round(MANY * REWRITTEN / TURNS)
     text = encode(DOCUMENT)
@@ -141,7 +141,7 @@ def write(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def writing(server: EmbeddedServer) -> Iterator[None]:
-    """Let the other process write, on the server's core rather than on ours."""
+    """Let the other process write, on the server's core rather than on this one's."""
     command = [sys.executable, __file__, "--write", server.host, str(server.port)]
     writer = subprocess.Popen(command)
     try:
@@ -220,7 +220,7 @@ def main() -> None:
     if options.write:
         write(options.write[0], int(options.write[1]))
     with EmbeddedServer() as server, apart(server) as placing:
-        # Until what is read has settled between what is written and what is kept.
+        # Until reads and invalidations have reached a balance.
         warm = 10 * options.seconds
         alone, together, counts = uvloop.run(run(server, options.rounds, options.seconds, warm))
         header = facts(server, placing, options.rounds)

@@ -1,8 +1,8 @@
 """The blocking Cache beside redis-py in one run: interleaved rounds, medians, and the limit.
 
 ``python bench/compare_sync.py`` prints the table, and which of the wanted ratios are reached. For a
-single read the limit is ``redis-benchmark -c 1``, a C program that throws the answers away. On a
-cluster of three primaries both read the same records, which lie in slots of their own.
+single read the limit is ``redis-benchmark -c 1``, a C program that discards the replies. On a
+cluster of three primaries both read the same records, each in a different slot.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FAST, PURE, PEER = "fast", "pure", "redis-py"
 
 @dataclass
 class Row:
-    """One thing measured, and the seconds that one call took in each round."""
+    """One row, and the seconds that one call took in each round."""
 
     label: str
     call: Callable[[], object] | None
@@ -63,7 +63,7 @@ class Row:
 
 
 def records_of(values: Sequence[Any]) -> dict[str, tuple[int, Any]]:
-    """Return the records that a bulk has brought, decoded."""
+    """Return the decoded records of a bulk."""
     return {
         name: (int(version), decode(text))
         for name, version, text in zip(NAMES, values[::2], values[1::2], strict=True)
@@ -71,7 +71,7 @@ def records_of(values: Sequence[Any]) -> dict[str, tuple[int, Any]]:
 
 
 class RedisPy:
-    """redis-py's blocking client with hiredis: the fastest way that it has for each."""
+    """redis-py's blocking client with hiredis: its fastest way for each operation."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         self._redis = redis.Redis(host=server.host, port=server.port, protocol=3)
@@ -91,7 +91,7 @@ class RedisPy:
 
 
 class RedisPyCluster:
-    """redis-py's blocking client of a cluster, on the keys that dscache has there."""
+    """redis-py's blocking client of a cluster, on the keys that dscache uses there."""
 
     def __init__(self, port: int) -> None:
         self._redis: Any = redis.RedisCluster(host="127.0.0.1", port=port)
@@ -108,7 +108,7 @@ class RedisPyCluster:
 
 @contextlib.contextmanager
 def caches_on(options: dict[str, Any]) -> Iterator[dict[str, dscache.Cache]]:
-    """Open a cache with each core, which has the records."""
+    """Open a cache with each core, whose server has the records."""
     with contextlib.ExitStack() as stack:
         caches = {}
         for core in CORES:
@@ -204,7 +204,7 @@ def main() -> None:
             )
     get, bulk, written, get_there, bulk_there = groups.values()
     print()
-    # A round that is too short is told as one of no time.
+    # A round that is too short is reported as taking no time.
     if len(get) == 4 and get[3].median:
         _judge("get, fast core to the limit", get[0].median / get[3].median, at_most=1.25)
     _judge("get, redis-py to fast core", get[2].median / get[0].median, at_least=1)

@@ -1,4 +1,4 @@
-"""What stands above the benchmarks of the cores.
+"""Notes above the benchmarks of the cores.
 
 Every one of them handles 1,000 records a call, so that microseconds in the table are nanoseconds a
 record.

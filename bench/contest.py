@@ -23,7 +23,7 @@ from peers import PYTHON
 from rounds import Row
 from workload import KINDS, Work
 
-# Commands that redis-benchmark has under way: more gain nothing.
+# Commands that redis-benchmark keeps in flight: more gain nothing.
 DEPTH = 64
 OURS = ("fast", "fast-asyncio", "pure", "blocking", "blocking-pure")
 DEEPSTREAM = "deepstream"
@@ -39,7 +39,7 @@ EVERYBODY = (*PYTHON, *_OTHERS)
 
 
 class Contest:
-    """Opens those who are named, on a server with the records that are read."""
+    """Opens the named contestants, on a server with the records that they read."""
 
     def __init__(
         self, server: EmbeddedServer, names: Iterable[str] = EVERYBODY, *, strict: bool = False
@@ -88,22 +88,22 @@ class Contest:
             self.ask("fast", "store", Work("set_many", kind=kind, size=count or KINDS[kind].stored))
 
     def ask(self, name: str, what: str, work: Work, **more: Any) -> dict[str, Any]:
-        """Have a contestant that is a process do something else than to be measured."""
+        """Let a contestant in a process do something other than a measurement."""
         process: Any = self._present[name]
         answer: dict[str, Any] = process.ask(what, work, **more)
         return answer
 
     def label(self, name: str) -> str:
-        """Return how one is called in a table."""
+        """Return a contestant's label in a table."""
         return self._present[name].label if name in self._present else label_of(name)
 
     def versions(self) -> dict[str, str]:
-        """Return what was measured, or why it wasn't, by what it is called."""
+        """Return the contestants' versions, or the reasons for their absence, by label."""
         found = {one.label: one.version for one in self._present.values()}
         return found | {label_of(name): f"absent: {why}" for name, why in self.absent.items()}
 
     def row(self, name: str, work: Work, label: str = "") -> Row:
-        """Return a row that measures this work of one of them, and what it costs the server."""
+        """Return a row that measures this work of one contestant, and its cost for the server."""
         facts = {"who": name, "work": asdict(work)}
         label = label or self.label(name)
         if name not in self._present:
@@ -125,5 +125,5 @@ class Contest:
 
 
 def label_of(name: str) -> str:
-    """Return how one is called in a table that need not be there."""
+    """Return the label of a contestant that may be absent."""
     return _OTHERS[name]().label if name in _OTHERS else PYTHON[name].label

@@ -1,4 +1,4 @@
-"""Those who are measured, each in a process of its own that does what it is told over a pipe."""
+"""The contestants, each in a process that takes commands over a pipe."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from workload import KINDS, NAMES, ORDINARY, Work, encode, keys_of
 
 HERE = Path(__file__).parent
 LIMIT = "redis-benchmark"
-# Commands that it has under way, and records in one of them: more gain nothing.
+# Commands that it keeps in flight, and records in one of them: more gain nothing.
 DEPTH = 64
 RECORDS_A_COMMAND = 32
 DEEPSTREAM = "@deepstream/cache-redis"
 DEEPSTREAM_VERSION = "2.0.9"
 _START_SECONDS = 120
-# Of redis-benchmark, which measures whole milliseconds, for each that it has under way.
+# Of redis-benchmark, which measures whole milliseconds, for each command that it keeps in flight.
 _LEAST_REQUESTS = 100
 
 
@@ -40,16 +40,16 @@ class Absent(Exception):
 
 @contextlib.contextmanager
 def from_npm(*packages: str) -> Iterator[tuple[str, Path]]:
-    """Give Node, and a folder with these packages, which is removed again.
+    """Yield Node's program, and a folder with these packages, which is removed at the end.
 
-    Raises Absent where there is no Node, or npm can't get them.
+    Raises Absent if there is no Node, or npm can't get them.
     """
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         raise Absent(f"there is no {'node' if node is None else 'npm'} in PATH")
     wanted = " ".join(packages)
     with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
-        # Else npm would install into a folder above that has one.
+        # Otherwise npm would install into a parent folder that has one.
         Path(folder, "package.json").write_text('{"private": true}', encoding="utf-8")
         quiet = ["--no-audit", "--no-fund", "--loglevel=error"]
         try:
@@ -72,18 +72,18 @@ def from_npm(*packages: str) -> Iterator[tuple[str, Path]]:
 
 
 class Contestant(abc.ABC):
-    """One of those that are compared, from ``open`` to ``close``."""
+    """One contestant, from ``open`` to ``close``."""
 
     label: str
     version: str = ""
 
     @abc.abstractmethod
     def open(self, server: EmbeddedServer) -> None:
-        """Start it. Raises Absent, saying why, if it can't take part."""
+        """Start it. Raises Absent with the reason if it can't take part."""
 
     @abc.abstractmethod
     def measure(self, work: Work, records: int) -> dict[str, float]:
-        """Do that work on about so many records; return records, seconds and processor time."""
+        """Do that work on about that many records; return records, seconds and processor time."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -99,7 +99,7 @@ class _Process(Contestant):
         return self.ask("work", work, records=max(records, work.least))
 
     def ask(self, what: str, work: Work, **more: Any) -> dict[str, Any]:
-        """Have something done, and return what is answered. Raises RuntimeError if it fails."""
+        """Send a request and return the answer. Raises RuntimeError if it fails."""
         assert self._process is not None, f"{self.label} is not open"
         assert self._process.stdin is not None
         line = json.dumps({"do": what, "work": asdict(work), **more})
@@ -146,7 +146,7 @@ class _Process(Contestant):
     def _answer(self, seconds: float) -> dict[str, Any]:
         assert self._process is not None
         assert self._process.stdout is not None
-        # A process that hangs ends the wait by being ended.
+        # A hanging process is killed, which ends the wait.
         watch = threading.Timer(seconds, self._process.kill)
         watch.start()
         try:
@@ -223,7 +223,7 @@ class Deepstream(_Process):
 
 
 class Limit(Contestant):
-    """redis-benchmark: one connection, and a C program that throws the answers away."""
+    """redis-benchmark: one connection, and a C program that discards the replies."""
 
     def __init__(self, depth: int, records: int) -> None:
         self._depth, self._records = depth, records
@@ -241,7 +241,7 @@ class Limit(Contestant):
         self._command = [program, *where, "-c", "1", "-P", str(self._depth)]
 
     def measure(self, work: Work, records: int) -> dict[str, float]:
-        # It sends whole pipelines only.
+        # It sends only whole pipelines.
         batch = self._depth * self._records
         requests = max(1, round(records / batch)) * self._depth
         requests = max(requests, _LEAST_REQUESTS * self._depth)
@@ -257,11 +257,11 @@ class Limit(Contestant):
         return {"records": handled, "seconds": requests / float(values[1])}
 
     def close(self) -> None:
-        """Nothing was left open."""
+        """Do nothing: nothing is left open."""
 
 
 def _said(program: str) -> str:
-    """Return the version that a program tells."""
+    """Return the version that a program reports."""
     done = subprocess.run(
         [program, "--version"], stdout=subprocess.PIPE, text=True, timeout=30, check=False
     )

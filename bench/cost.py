@@ -1,4 +1,4 @@
-"""What a record costs: processor time, instructions, allocations, memory, and waiting."""
+"""The cost of a record: processor time, instructions, allocations, memory, and waiting."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rounds import Group, Pace, Row, measure
 from workload import RECORDS, Work, share_core
 
 WHO = ("fast", "pure", "redis-py", "coredis", "glide", "aiocache", DEEPSTREAM)
-# Those whose every allocation goes through malloc, and that valgrind runs.
+# Contestants whose every allocation goes through malloc, and that valgrind runs.
 WATCHED = ("fast", "pure", "redis-py", "coredis")
 IN_FLIGHT = 100_000
-# What is imported in fresh interpreters, and what the goal allows dscache above redis-py.
+# The imports timed in fresh interpreters, and how far above redis-py the goal allows dscache.
 COMPARED_IMPORTS = ("redis", "dscache")
 IMPORTS = (*COMPARED_IMPORTS, "redis.asyncio", "coredis", "glide", "aiocache")
 IMPORT_GOAL = 0.060
@@ -60,7 +60,7 @@ def processor(contest: Contest, pace: Pace) -> tuple[Table, list[Group]]:
 
 
 def _has(who: str, work: Work) -> bool:
-    """Whether a contestant can do that: deepstream's connector decodes whatever it reads."""
+    """Whether a contestant supports that: deepstream's connector decodes whatever it reads."""
     return who != DEEPSTREAM or work.decode or "get" not in work.operation
 
 
@@ -76,9 +76,9 @@ MEMORY = ("get, asked for", "get, answered", "peak of a bulk", "a record kept", 
 
 
 def memory(beside: EmbeddedServer, names: Sequence[str], records: int) -> tuple[Table, Any]:
-    """Measure what records take that are asked for, that have arrived, and that are kept."""
+    """Measure the memory of records that are requested, that have arrived, and that are kept."""
     told: Reading = {}
-    # A server of its own, as it is going to be stopped, which others would notice.
+    # A separate server, as it is stopped during the measurement, which would affect others.
     with EmbeddedServer() as server:
         share_core(server, beside)
         with _opened(server, "fast") as client:
@@ -137,7 +137,7 @@ def imports(pace: Pace, modules: Sequence[str]) -> tuple[Table, Any, list[str]]:
     program = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     told: dict[str, list[float]] = {}
     rounds = 1 if pace.smoke else max(pace.rounds, 11)
-    # The first round is not kept: it may have to compile.
+    # The first round is discarded: it may have to compile.
     for number in range(rounds + 1):
         for module in modules:
             done = subprocess.run(
@@ -172,8 +172,7 @@ def imports(pace: Pace, modules: Sequence[str]) -> tuple[Table, Any, list[str]]:
 
 
 def latency(contest: Contest, pace: Pace) -> tuple[Table, str, Any]:
-    """Measure how long a get takes at half the load that is the highest for its client, and at
-    half of redis-py's."""
+    """Measure how long a get takes at half its client's highest load, and at half of redis-py's."""
     work = Work("get", decode=False)
     who = [name for name in WHO if name in contest]
     highest: dict[str, float] = {}

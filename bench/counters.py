@@ -1,4 +1,4 @@
-"""Instructions and allocations of a record, counted: they don't depend on who else is at work."""
+"""Instructions and allocations of a record, counted: they don't depend on other work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORKS = {
     "set, 100 tasks": Work("set", TASKS),
     "set_bulk 1000": Work("set_many"),
 }
-# Records of those that take a hundred times as many instructions, which are slow to count.
+# Records of contestants that take a hundred times as many instructions, which are slow to count.
 FEW = 100
 
 Reading = dict[str, dict[str, float | None]]
@@ -39,8 +39,10 @@ Reading = dict[str, dict[str, float | None]]
 
 
 def instructions(server: EmbeddedServer, names: Sequence[str], smoke: bool) -> tuple[Table, Any]:
-    """Count instructions a record: by the processor's counters, or where they are missing by
-    valgrind's callgrind, or not at all."""
+    """Count instructions a record.
+
+    By the processor's counters, by valgrind's callgrind if those are missing, or not at all.
+    """
     counter = _counter()
     wanted = list(WORKS)[2:3] if smoke else list(WORKS)
     title = "Instructions a record"
@@ -56,7 +58,7 @@ def instructions(server: EmbeddedServer, names: Sequence[str], smoke: bool) -> t
                     work = WORKS[what]
                     ours_or_bulk = name in OURS or work.operation.endswith("_many")
                     records = RECORDS if ours_or_bulk else FEW
-                    # The difference, as a request costs something by itself.
+                    # The difference, as a request has a cost by itself.
                     less, more = count_of(work, records), count_of(work, 3 * records)
                     told[label][what] = (more - less) / (2 * records)
         except RuntimeError as error:
@@ -71,7 +73,7 @@ Counter = Callable[[EmbeddedServer, str], Any]
 
 
 def _counter() -> Counter | str:
-    """Return what counts instructions here, or why nothing does."""
+    """Return the available counter of instructions, or the reason for its absence."""
     reasons = []
     if perf := shutil.which("perf"):
         done = _run(perf, "stat", "-x,", "-e", "instructions:u", "true")
@@ -97,7 +99,7 @@ def _by_perf(server: EmbeddedServer, name: str) -> Iterator[Callable[[Work, int]
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            # It tells nobody when it has begun to count.
+            # It doesn't signal when it has begun to count.
             time.sleep(0.5)
             client.measure(work, records)
             watch.send_signal(signal.SIGINT)
@@ -119,7 +121,7 @@ def _perf_count(said: str) -> float | None:
 @contextmanager
 def _by_callgrind(server: EmbeddedServer, name: str) -> Iterator[Callable[[Work, int], float]]:
     with tempfile.TemporaryDirectory(prefix="dscache-bench-") as folder:
-        # Off at first: a Python that only starts would take a minute.
+        # Off at first: merely starting Python would take a minute.
         options = ("--instr-atstart=no", f"--callgrind-out-file={folder}/out")
         before = ("valgrind", "-q", "--tool=callgrind", *options)
         with PythonClient(name, before=before) as client:
@@ -204,7 +206,7 @@ def allocations(server: EmbeddedServer, names: Sequence[str], records: int) -> t
 
 
 def _counting_library(folder: Path) -> Path | str:
-    """Return the library that counts, compiled; or why there is none."""
+    """Return the compiled counting library, or the reason for its absence."""
     if not sys.platform.startswith("linux"):
         return "malloc is counted on Linux only"
     compiler = shutil.which("cc")

@@ -1,4 +1,4 @@
-"""How the cost of a record grows: with the records of a bulk, and with the connections."""
+"""The growth of a record's cost: with the records of a bulk, and with the connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONNECTIONS = (1, 2, 4, 8, 16, 32, 64)
 TASKS_A_CONNECTION = 100
 # Thousands of tasks have done little in the usual time.
 LONGER = 4
-# A bulk that takes seconds is not repeated as often.
+# A bulk that takes seconds is repeated less often.
 LARGE = 100_000
 SMOKE_BULKS, SMOKE_CONNECTIONS = BULKS[:4], CONNECTIONS[:3]
 TEXT = """\

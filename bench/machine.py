@@ -1,4 +1,4 @@
-"""What has to be known of the machine and of a run to read its numbers."""
+"""Facts about the machine and the run that are needed to read the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
 
 
 def facts(server: EmbeddedServer, placing: str, rounds: int) -> list[str]:
-    """Return the lines that stand above the tables."""
+    """Return the lines above the tables."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     return [
         f"{datetime.datetime.now().astimezone():%Y-%m-%d}, {processor()}, {platform.system()}",
@@ -35,7 +35,7 @@ def processor() -> str:
 
 
 def stolen_seconds() -> float | None:
-    """Return the processor time that other machines have taken from this one; None if unknown."""
+    """Return the processor time stolen by other machines; None if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The cores without a server: what ``test_*.py`` measures, by pytest-benchmark, as tables."""
+"""The cores without a server: the benchmarks of ``test_*.py``, by pytest-benchmark, as tables."""
 
 from __future__ import annotations
 

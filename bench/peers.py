@@ -1,7 +1,7 @@
-"""Those that are compared: one class for each client, all with the same few methods.
+"""The compared clients: one class for each, all with the same few methods.
 
-A read is both keys of a record, a write too, and each client does it in the fastest way that it
-has. Nothing here is imported before it is asked for, as a client may not be installed.
+A read is both keys of a record, a write too, and each client does it in its fastest way. Imports
+happen on demand, as a client may not be installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workload import KINDS, VERSION, Work, chosen, decode, encode, keys_of
 
 # A busy machine may stop a benchmark for a while, which is no error.
 PATIENCE_SECONDS = 600
-# The same, as redis-py wants it. Both have a default there, so no more work is done for them.
+# The same for redis-py. Both have a default there, so they cause no more work.
 PATIENCE: dict[str, Any] = {
     "socket_timeout": PATIENCE_SECONDS,
     "socket_connect_timeout": PATIENCE_SECONDS,
@@ -29,13 +29,13 @@ Decoder = Callable[[bytes], Any]
 
 
 class Peer(Protocol):
-    """One client of a server. Where it blocks, its methods are plain functions."""
+    """One client of a server. If it blocks, its methods are plain functions."""
 
     blocking: ClassVar[bool]
 
     def open(self, host: str, port: int) -> Any: ...
     def prepare(self, work: Work) -> None:
-        """Get ready for what follows: the document, its ttl, and whether to decode it."""
+        """Prepare a measurement: the document, its TTL, and whether to decode it."""
 
     def get(self, name: str) -> Any: ...
     def get_many(self, names: Sequence[str]) -> Any: ...
@@ -45,7 +45,7 @@ class Peer(Protocol):
 
 
 class _Json:
-    """The part that clients of plain Redis have to do by themselves: version and document."""
+    """The work that clients of plain Redis leave to the program: version and document."""
 
     blocking: ClassVar[bool] = False
     _document: object
@@ -54,7 +54,7 @@ class _Json:
 
     def prepare(self, work: Work) -> None:
         self._document = KINDS[work.kind].document
-        # bytes of bytes are those bytes: no copy, but what a program would write.
+        # bytes of bytes are the same object: no copy, but what a program would write.
         self._value = decode if work.decode else bytes
         self._ttl = work.ttl
 
@@ -70,7 +70,7 @@ class _Json:
         }
 
     def _pairs(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what is written, each document encoded for itself."""
+        """Return the pairs to write, each document encoded separately."""
         values = [value for _ in names for value in (VERSION, encode(self._document))]
         return dict(zip(keys_of(names), values, strict=True))
 
@@ -85,7 +85,7 @@ class _Json:
 
 
 def _options(host: str, port: int) -> dict[str, object]:
-    """Return a configuration whose bounds are out of the way of a million records."""
+    """Return a configuration whose limits allow a million records."""
     patience = PATIENCE_SECONDS * 1000
     options = {
         "host": host,
@@ -100,14 +100,14 @@ def _options(host: str, port: int) -> dict[str, object]:
 
 
 def _decoded(records: dict[str, Any]) -> dict[str, Any]:
-    """Return the records after the ``.data`` of each was read, which they keep."""
+    """Return the records after reading the ``.data`` of each, which they keep."""
     for record in records.values():
         _ = record.data
     return records
 
 
 class _Dscache:
-    """What AsyncCache and Cache have in common: the records that are written, and what is raw."""
+    """Shared by AsyncCache and Cache: the records that are written, and raw operations."""
 
     _cache: Any
     _get_decoded: Callable[[str], Any]
@@ -123,10 +123,10 @@ class _Dscache:
             self._how["ttl"] = work.ttl
         if work.if_newer:
             self._how["if_newer"] = True
-        # With if_newer each write has to be newer than all before, those of others included, or
-        # nothing would be written. No client writes as fast as nanoseconds pass.
+        # With if_newer each write must be newer than all before, those of other clients included,
+        # or nothing would be written. No client writes faster than one a nanosecond.
         self._versions = itertools.count(time.time_ns()) if work.if_newer else None
-        # Raw, as a server would call them: nothing of ours around what they return.
+        # Raw, as a server would call them: without a wrapper around the results.
         cache = self._cache
         self.get: Any = self._get_decoded if work.decode else cache.get
         self.get_many: Any = self._get_many_decoded if work.decode else cache.get_bulk
@@ -223,7 +223,7 @@ class RedisPy(_Json):
         return await (self._redis.mset(pairs) if self._ttl is None else self._set_with_ttl(pairs))
 
     async def _set_with_ttl(self, pairs: dict[str, Any]) -> Any:
-        # The only way to give all keys their ttl in one step, without a script.
+        # The only way to give all keys their TTL in one step, without a script.
         pipeline = self._redis.pipeline(transaction=True)
         for key, value in pairs.items():
             pipeline.set(key, value, ex=self._ttl)
@@ -303,7 +303,7 @@ class Coredis(_Json):
         import coredis
 
         self._redis: Any = coredis.Redis(host=host, port=port)
-        # It has to be entered and left in one and the same task.
+        # It must be entered and left in the same task.
         self._leave = asyncio.Event()
         entered = asyncio.get_running_loop().create_future()
         self._stay = asyncio.create_task(self._inside(entered))
@@ -398,7 +398,7 @@ class GlideBlocking(_Json):
 
 
 class Aiocache(_Json):
-    """aiocache, which stands on redis-py. It is given msgspec's JSON in place of its own."""
+    """aiocache, which is built on redis-py. It uses msgspec's JSON instead of its own."""
 
     async def open(self, host: str, port: int) -> None:
         import aiocache
@@ -430,7 +430,7 @@ class Aiocache(_Json):
         return await self._cache.multi_set(list(self._pairs(names).items()))
 
     async def close(self) -> None:
-        # Its own close calls what redis-py has deprecated.
+        # Its own close calls a deprecated method of redis-py.
         await self._cache.client.aclose()
 
 
@@ -439,7 +439,7 @@ class Aiocache(_Json):
 
 @dataclass(frozen=True)
 class Python:
-    """A client in Python: how it is called in a table, and how it is made."""
+    """A client in Python: its label in a table, and its class."""
 
     label: str
     create: Callable[[], Peer]
@@ -449,7 +449,7 @@ class Python:
 
     @property
     def version(self) -> str:
-        """Return its version. Raises PackageNotFoundError where it isn't installed."""
+        """Return its version. Raises PackageNotFoundError if it isn't installed."""
         return importlib.metadata.version(self.package)
 
 

@@ -1,4 +1,4 @@
-"""Tables, as Markdown; and everything that was measured, as JSON."""
+"""Tables as Markdown, and all measurements as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Table:
     """Whether all columns hold words."""
 
     def lines(self) -> list[str]:
-        """Return it as Markdown, with spaces for those who read it as it is."""
+        """Return it as Markdown, aligned for reading as plain text."""
         table = [list(self.header), *map(list, self.rows)]
         widths = [max(len(row[i]) for row in table) for i in range(len(self.header))]
         left = len(self.header) if self.words else 1
@@ -82,7 +82,7 @@ def ratio(number: float) -> str:
 
 
 def in_groups(groups: Sequence[Group]) -> list[Table]:
-    """Return a table for each group: records per second, and what a record costs either side."""
+    """Return a table for each group: records per second, and a record's cost on either side."""
     tables = []
     for group in groups:
         reference = group.reference
@@ -127,7 +127,7 @@ def as_text(groups: Sequence[Group]) -> list[str]:
 
 
 def goal(text: str, row: Row | RowInLoop, against: Row | RowInLoop, at_least: float) -> str:
-    """Return a line that tells whether a ratio is reached."""
+    """Return a line that shows whether a ratio is reached."""
     got = row.median / against.median
     verdict = "reached" if got >= at_least else "MISSED"
     return f"{text}: {got:.1f} x, wanted {at_least:g} x: {verdict}"

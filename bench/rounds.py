@@ -1,4 +1,4 @@
-"""Rows that are measured in rounds: each once, then each again, so that a slow spell hits all."""
+"""Rows measured in rounds: each once, then each again, so that a slow spell hits all."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Pace:
 
     @property
     def taste(self) -> int:
-        """Records of a first measurement, which tells how many take the wanted time."""
+        """Records of a first measurement, which shows how many take the wanted time."""
         return 50 if self.smoke else 1000
 
 
 def arguments(description: str | None, *, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """Return a parser of ``--rounds`` and ``--seconds``, with these for who says nothing."""
+    """Return a parser of ``--rounds`` and ``--seconds``, with these defaults."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     text = f"of each measurement ({rounds})"
     parser.add_argument("--rounds", type=_at_least_one, default=rounds, help=text)
@@ -56,7 +56,7 @@ def _above_zero(text: str) -> float:
 
 @dataclass
 class Row:
-    """One thing measured, and what was measured of it in each round."""
+    """One row, and its measurements in each round."""
 
     label: str
     measure: Callable[[int], dict[str, float]] | None
@@ -80,17 +80,17 @@ class Row:
 
     @property
     def best(self) -> float:
-        """The fastest round, the one that was disturbed least."""
+        """The fastest round, which was disturbed least."""
         return max(self.rates)
 
     def each(self, what: str) -> float | None:
-        """Return the median of what was measured, a record; None if it wasn't."""
+        """Return the median of a measurement, per record; None if it wasn't made."""
         if not self.samples or any(what not in sample for sample in self.samples):
             return None
         return statistics.median(sample[what] / sample["records"] for sample in self.samples)
 
     def as_json(self) -> dict[str, Any]:
-        """Return all that is known of it."""
+        """Return all its data."""
         told: dict[str, Any] = {"label": self.label, **self.facts}
         if self.missing:
             return told | {"missing": self.missing}
@@ -99,7 +99,7 @@ class Row:
 
 @dataclass
 class RowInLoop:
-    """One thing measured where an event loop runs already, and its rate in each round."""
+    """One row measured in a running event loop, and its rate in each round."""
 
     label: str
     measure: Callable[[int], Awaitable[float]]
@@ -108,18 +108,18 @@ class RowInLoop:
 
     @property
     def median(self) -> float:
-        """So many a second."""
+        """The median rate per second."""
         return statistics.median(self.rates)
 
     @property
     def best(self) -> float:
-        """The fastest round, the one that was disturbed least."""
+        """The fastest round, which was disturbed least."""
         return max(self.rates)
 
 
 @dataclass
 class Group:
-    """Rows of one workload. With the one called ``base`` the others are compared."""
+    """Rows of one workload. The others are compared with the one called ``base``."""
 
     title: str
     rows: list[Row]
@@ -142,7 +142,7 @@ class Group:
 def measure(groups: Sequence[Group], pace: Pace) -> None:
     """Fill the rows.
 
-    Raises RuntimeError if a needed row fails; of any other, the reason is kept in its place.
+    Raises RuntimeError if a required row fails; any other keeps the reason in its place.
     """
     rows = [row for group in groups for row in group.rows if not row.missing]
     sizes = {id(row): size for row in rows if (size := _size(row, pace))}
@@ -153,7 +153,7 @@ def measure(groups: Sequence[Group], pace: Pace) -> None:
 
 
 async def measure_in_loop(rows: Sequence[RowInLoop], sizes: Sequence[int], rounds: int) -> None:
-    """Fill the rows, each with so many at a time."""
+    """Fill the rows, each with that many operations at a time."""
     for _ in range(rounds):
         for row, size in zip(rows, sizes, strict=True):
             row.rates.append(size / await row.measure(size))

@@ -1,7 +1,7 @@
 """The whole suite: ``python bench/run.py`` measures, and writes Markdown, SVG and JSON.
 
-``--only SECTION`` takes one of its sections, and may be said more than once; ``--smoke`` does each
-thing once and hardly measures it, to see that all of it works.
+``--only SECTION`` selects one of its sections, and may be repeated; ``--smoke`` does each thing
+once and hardly measures it, to check that everything works.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECTIONS = (
     *("goals", "micro", "peers", "workloads", "cost", "growth"),
     *("cluster", "threads", "near", "messages"),
 )
-# Programs of their own, whose text is taken as it is.
+# Separate programs, whose text is taken unchanged.
 PROGRAMS = {
     "cluster": ("compare_cluster.py", "Cluster", "What routing costs."),
     "threads": ("compare_sync.py", "Threads", "`Cache`, which blocks, beside redis-py."),
@@ -49,7 +49,7 @@ SMOKE = Pace(rounds=1, seconds=0.0005, warm=1, smoke=True)
 
 @dataclass
 class Run:
-    """What is to be measured, and what was found so far."""
+    """The sections to measure, and the results so far."""
 
     pace: Pace
     contest: Contest | None = None
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def field(self) -> Contest:
-        """Those who are measured, on a server of their own."""
+        """The contestants, on their own server."""
         assert self.contest is not None
         return self.contest
 
@@ -88,11 +88,11 @@ def measure_growth(run: Run) -> None:
 
 
 def measure_with(name: str) -> Callable[[Run], None]:
-    """Return what runs a program of its own."""
+    """Return a function that runs a separate program."""
     program, title, text = PROGRAMS[name]
 
     def measured(run: Run) -> None:
-        # Less than that, redis-benchmark can't measure.
+        # redis-benchmark can't measure less than that.
         seconds = max(run.pace.seconds, 0.01)
         how = ["--rounds", str(run.pace.rounds), "--seconds", str(seconds)]
         done = subprocess.run(
@@ -137,7 +137,7 @@ CONTESTS: dict[str, Callable[[Run], None]] = {
     "cost": measure_cost,
     "growth": measure_growth,
 }
-# Who takes part in them; in the others of the contests, everybody.
+# The contestants of these; the other contests include all.
 TAKING_PART = {"workloads": workloads.WHO, "cost": cost.WHO, "growth": growth.WHO}
 
 
@@ -165,7 +165,7 @@ def _versions(versions: dict[str, str]) -> list[str]:
 
 
 def measure(run: Run, wanted: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """Measure the wanted sections; return what is to be known of the run, and the versions."""
+    """Measure the wanted sections; return the facts about the run, and the versions."""
 
     def timed(measures: dict[str, Callable[[Run], None]]) -> None:
         for name, measure_it in measures.items():
@@ -177,8 +177,8 @@ def measure(run: Run, wanted: Collection[str]) -> tuple[list[str], dict[str, str
     who = dict.fromkeys(
         one for name in CONTESTS if name in wanted for one in TAKING_PART.get(name, EVERYBODY)
     )
-    # Before the contest, as these programs place themselves on the cores; beside it where nothing
-    # is measured.
+    # Before the contest, as these programs choose their cores themselves; beside it if nothing is
+    # measured.
     with ThreadPoolExecutor(1) as beside:
         others = beside.submit(timed, APART)
         if not run.pace.smoke:

@@ -1,6 +1,7 @@
 """Keep one core awake until the parent is gone: ``python bench/spinner.py CORE``.
 
-In the lowest class of Linux's scheduler: whoever wants the core gets it at once.
+It runs in the lowest class of Linux's scheduler: any other process that wants the core gets it at
+once.
 """
 
 from __future__ import annotations

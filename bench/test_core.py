@@ -1,6 +1,6 @@
-"""The cores alone, without a socket or an event loop: what a record costs to ask and to answer.
+"""The cores alone, without a socket or an event loop: the cost of sending and answering a record.
 
-Beside them, where there is something to compare, what hiredis alone with plain Python costs.
+Where a comparison is possible, hiredis alone with plain Python is measured beside them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TEXT = encode(DOCUMENT)
 RAW = msgspec.Raw(TEXT)
 ROUNDS = 300
 
-# hiredis's stub gives it a narrower type than it has.
+# hiredis's stub declares a narrower type than it has.
 pack_command: Any = hiredis.pack_command
 
 
 class Waiter:
-    """The least that can wait: it takes a result, and an error ends the benchmark."""
+    """A minimal waiter: it takes a result, and an error ends the benchmark."""
 
     __slots__ = ("result",)
 
@@ -45,20 +45,20 @@ def a_core(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def array_of(records: int) -> bytes:
-    """Return what a server answers an MGET of that many records."""
+    """Return a server's reply to an MGET of that many records."""
     version = b"%d" % VERSION
     one = b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(version), version, len(TEXT), TEXT)
     return b"*%d\r\n%b" % (2 * records, records * one)
 
 
 def replies(records: int) -> bytes:
-    """Return what a server answers to reads of that many records, as dscache asks for them."""
+    """Return a server's replies to dscache's reads of that many records."""
     whole, rest = divmod(records, constants.COMMAND_RECORDS)
     return whole * array_of(constants.COMMAND_RECORDS) + (array_of(rest) if rest else b"")
 
 
 def flushed(pipeline: Any) -> bytes:
-    """Return all that a pipeline has to send."""
+    """Return everything that a pipeline has to send."""
     return b"".join(iter(pipeline.take_output, b""))
 
 
@@ -93,7 +93,7 @@ def set_bulk(pipeline: Any) -> None:
 def rounds(
     benchmark: BenchmarkFixture, measured: Callable[[Any], Any], prepare: Callable[[], Any]
 ) -> Any:
-    """Measure a function on a fresh argument each time, without what preparing that costs."""
+    """Measure a function on a fresh argument each time, without the cost of preparing it."""
     return benchmark.pedantic(  # type: ignore[no-untyped-call]
         measured, setup=lambda: ((prepare(),), {}), rounds=ROUNDS, warmup_rounds=5
     )

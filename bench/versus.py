@@ -30,7 +30,7 @@ msgspec, except in the rows called *raw*, where it stays the text that it is. *c
 
 
 def groups_of(contest: Contest) -> dict[str, Group]:
-    """Return what is measured, in the order of the report."""
+    """Return the groups of rows, in the order of the report."""
 
     def one(who: str, operation: str, tasks: int = 1) -> Row:
         return contest.row(who, Work(operation, tasks))
@@ -68,7 +68,7 @@ def groups_of(contest: Contest) -> dict[str, Group]:
 
 @dataclass
 class Goal:
-    """A ratio that dscache is meant to reach, whatever the machine."""
+    """A ratio that dscache is meant to reach on any machine."""
 
     group: str
     against: str
@@ -79,7 +79,7 @@ class Goal:
     against_group: str = ""
 
     def row(self, groups: dict[str, Group]) -> list[str]:
-        """Return the goal, what was measured, and whether that is enough."""
+        """Return the goal, the measurement, and whether it is enough."""
         ours = _find(groups[self.group], self.who, decode=bool(self.decode))
         also = None if self.decode is not None else _find(groups[self.group], self.who, decode=True)
         peer = _find(groups[self.group], self.against, decode=True)
@@ -124,7 +124,7 @@ GOALS_HEADER = ("", "against", "asked", "measured", "with .data read", "")
 
 
 def _find(group: Group, who: str, *, decode: bool) -> Row | None:
-    """Return the row of a contestant; where it has but one, that one."""
+    """Return the row of a contestant; if it has only one, that one."""
     rows = [row for row in group.rows if row.facts["who"] == who]
     fitting = [row for row in rows if row.facts["work"]["decode"] is decode]
     return (fitting or rows or [None])[0]
@@ -152,7 +152,7 @@ def _chart(groups: dict[str, Group]) -> str:
         shown = [
             Bar(row.label.partition(" -c")[0], row.median, _colour(row))
             for row in group.measured
-            # The chart would be twice as high, and tell nothing more.
+            # The chart would be twice as high without saying more.
             if row.facts["who"] not in ("fast-asyncio", "blocking-pure")
         ]
         panels.append(Panel(group.title, shown))

@@ -1,6 +1,6 @@
 """The process in which one Python client is measured, so that none disturbs another.
 
-It takes one JSON object a line and answers with one. Whoever starts it is ``contestants.py``.
+It takes one JSON object a line and answers with one. ``contestants.py`` starts it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import msgspec
 from peers import PYTHON, Peer, Python
 from workload import KINDS, Start, Work, from_tasks, mixed_tasks, names_of, repeatedly, zipf_names
 
-# What a reply to a question about latency lists, in percent.
+# The percentiles that a reply about latency lists.
 PERCENTILES = (50, 90, 99, 99.9)
 SEED = 1
 
 
 class Sample:
-    """What it costs to do something: time, processor time, and allocations if they are counted."""
+    """The cost of some work: time, processor time, and allocations if they are counted."""
 
     def __init__(self) -> None:
         self._heap = _counted_allocations()
@@ -52,7 +52,7 @@ class Sample:
 
 @contextmanager
 def _garbage(work: Work) -> Iterator[None]:
-    """Leave none of what was before, and collect none meanwhile if the work is without that."""
+    """Collect all garbage first, and disable collection if the work is measured without."""
     gc.collect()
     if not work.collects:
         gc.disable()
@@ -69,7 +69,7 @@ def _processor_seconds() -> float:
 
 
 def _counted_allocations() -> Callable[[], tuple[int, int]] | None:
-    """Return what tells the calls of malloc so far and their bytes, where they are counted."""
+    """Return a function for the calls of malloc so far and their bytes, if they are counted."""
     if "allocations" not in os.environ.get("LD_PRELOAD", ""):
         return None
     told = (ctypes.c_uint64 * 2).in_dll(ctypes.CDLL(None), "allocations")
@@ -77,7 +77,7 @@ def _counted_allocations() -> Callable[[], tuple[int, int]] | None:
 
 
 def _resident_bytes() -> int:
-    """Return the memory that this process has now; the most that it ever had without /proc."""
+    """Return the current memory of this process, or its peak without /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -91,7 +91,7 @@ def _most_resident_bytes() -> int:
 
 
 class Worker:
-    """Does what the lines ask for, with one client, or with some more of its kind."""
+    """Executes the lines' requests, with one client, or with several of its kind."""
 
     def __init__(self, peer: Peer, more: Callable[[], Awaitable[Peer]] | None = None) -> None:
         self._peer = peer
@@ -110,10 +110,10 @@ class Worker:
             self._names[key] = names_of(work.kind, count)
         return self._names[key]
 
-    # -- with a client that blocks
+    # -- with a blocking client
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Do what a line asks for. A client that blocks can only be measured."""
+        """Execute a line's request. A blocking client can only be measured."""
         assert asked["do"] == "work", f"a client that blocks can't be asked for {asked['do']}"
         work = msgspec.convert(asked["work"], Work)
         self._peer.prepare(work)
@@ -141,7 +141,7 @@ class Worker:
     # -- with a client of asyncio
 
     async def answer_soon(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Do what a line asks for."""
+        """Execute a line's request."""
         work = msgspec.convert(asked["work"], Work)
         self._peer.prepare(work)
         with _garbage(work):
@@ -186,7 +186,7 @@ class Worker:
             workloads = [from_tasks(one, tasks, each, names, start) for one in operations]
         working = asyncio.gather(*workloads)
         await start.all_there()
-        # The tasks of a server are old, and no longer among what is looked at most often.
+        # The tasks of a server are old, and have left the youngest generation of the collector.
         gc.collect()
         sample = Sample()
         start.give()
@@ -208,7 +208,7 @@ class Worker:
             await peer.close()
 
     async def _store(self, work: Work) -> dict[str, Any]:
-        """Write every record that is going to be read."""
+        """Write every record that will be read."""
         names = self.names(work, work.size)
         for first in range(0, len(names), 10_000):
             await self._peer.set_many(names[first : first + 10_000])
@@ -217,10 +217,10 @@ class Worker:
     async def _latency(
         self, work: Work, count: int, rate: float | None, window: int
     ) -> dict[str, Any]:
-        """Begin so many operations at times drawn beforehand, whatever becomes of them.
+        """Start operations at times drawn beforehand, regardless of their results.
 
-        Each is timed from when it should have begun, so that one that delays those behind it
-        counts for all of them. Without a rate, ``window`` operations are kept under way.
+        Each is timed from its intended start, so that one that delays those behind it counts for
+        all of them. Without a rate, ``window`` operations are kept in flight.
         """
         draw = random.Random(SEED).expovariate
         due = array("d")
@@ -266,7 +266,7 @@ class Worker:
         return {"rate": count / seconds, "percentiles": told, "most": ordered[-1]}
 
     async def _issue(self, work: Work) -> dict[str, Any]:
-        """Issue operations, while the server is stopped, and tell the memory before and after."""
+        """Issue operations while the server is stopped, and report the memory before and after."""
         names = self.names(work, work.size)
         get = self._peer.get
         before = _resident_bytes()
@@ -276,12 +276,12 @@ class Worker:
         return {"before": before, "after": _resident_bytes()}
 
     async def _finish(self) -> dict[str, Any]:
-        """Wait for what was issued."""
+        """Wait for the issued operations."""
         self._kept = await asyncio.gather(*self._kept)
         return {"after": _resident_bytes()}
 
     async def _held(self, work: Work) -> dict[str, Any]:
-        """Tell what the records of one bulk take as long as they are kept, as tracemalloc sees."""
+        """Report the memory of a bulk's records while they are kept, as tracemalloc sees it."""
         names = self.names(work)[: work.size]
         await self._peer.get_many(names)
         tracemalloc.start()
@@ -295,7 +295,7 @@ class Worker:
         return {"records": len(kept), "held": now - before, "peak": most - before}
 
     async def _peak(self, work: Work) -> dict[str, Any]:
-        """Tell by how much one bulk raises the most memory that this process ever had."""
+        """Report by how much one bulk raises the peak memory of this process."""
         await self._peer.get_many(self.names(work)[:100])
         names = self.names(work, work.size)
         before = _resident_bytes()
@@ -315,7 +315,7 @@ def _work_blocking(peer: Peer, host: str, port: int, answers: TextIO) -> None:
     for line in sys.stdin:
         try:
             answer = worker.answer(json.loads(line))
-        except Exception as error:  # the run goes on without this row, or ends, as it likes
+        except Exception as error:  # the run continues without this row, or ends, at its choice
             answer = _error(error)
         print(json.dumps(answer), file=answers, flush=True)
     peer.close()
@@ -345,7 +345,7 @@ async def _work_soon(described: Python, host: str, port: int, answers: TextIO) -
 
 
 def main(name: str, host: str, port: str) -> None:
-    # A client may print what it likes; the answers are the only thing on standard output.
+    # A client may print anything; only answers go to standard output.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     described = PYTHON[name]

@@ -1,6 +1,6 @@
-"""What is measured: the documents, their names, and who works on them from how many tasks.
+"""The workloads: the documents, their names, and how many tasks work on them.
 
-JSON goes through msgspec for every Python client, so that clients are compared, and no decoders.
+JSON goes through msgspec for every Python client, so that clients are compared, not decoders.
 """
 
 from __future__ import annotations
@@ -67,31 +67,31 @@ SIZES = tuple(KINDS)
 # Records that are only written: reads of the others must not find their long versions.
 WRITTEN = "written"
 KINDS[WRITTEN] = Kind(WRITTEN, DOCUMENT, 10_000)
-# As YCSB has it: the most wanted of 10,000 records is asked for in every tenth read.
+# As in YCSB: the most popular of 10,000 records is requested in every tenth read.
 ZIPF = 0.99
 DRAWS = 100_000
 
 
 def names_of(kind: str, count: int | None = None) -> list[str]:
-    """Return the names of that many records of a kind; of all that are stored by default."""
+    """Return the names of that many records of a kind; by default of all that are stored."""
     folder = KINDS[kind].folder
     return [f"{folder}/{number}" for number in range(count or KINDS[kind].stored)]
 
 
 def zipf_names() -> list[str]:
-    """Return names in the order in which they are asked for where some are wanted more."""
+    """Return names in the order of requests when some are more popular."""
     return drawn(names_of(ORDINARY), DRAWS)
 
 
 def drawn(names: Sequence[str], count: int) -> list[str]:
-    """Return so many names, the first ones as often as Zipf's law has it."""
+    """Return that many names, the first ones as often as Zipf's law has it."""
     weights = accumulate(1 / rank**ZIPF for rank in range(1, len(names) + 1))
     return random.Random(1).choices(names, cum_weights=list(weights), k=count)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one row of a table measures."""
+    """The work measured by one row of a table."""
 
     operation: str
     """get, set, mixed (nine gets to a set), zipf (gets), get_many or set_many."""
@@ -111,7 +111,7 @@ class Work:
 
     @property
     def least(self) -> int:
-        """The fewest records that make sense."""
+        """The smallest sensible number of records."""
         return self.size if self.operation.endswith("_many") else self.tasks
 
 
@@ -122,21 +122,21 @@ def core(name: str) -> ModuleType:
 
 @contextmanager
 def chosen(name: str) -> Iterator[None]:
-    """Let caches that are opened in this block have the core of that name."""
+    """Let caches that are opened in this block use the core of that name."""
     with patch.multiple(_backend, core=core(name), BACKEND=name):
         yield
 
 
 @contextmanager
 def apart(server: EmbeddedServer) -> Iterator[str]:
-    """Keep this process and the server on cores of their own; give a sentence that says so.
+    """Keep this process and the server on separate cores; yield a sentence that says so.
 
-    What this process starts in the block stays on its core. Neither core sleeps meanwhile, as they
-    don't under the load that is meant here. On a virtual machine waking one takes a multiple of
-    what is measured: with both asleep, a read that takes 75 us took 300, and a bulk of 1000 that
-    takes 1.1 ms took 3.7.
+    Processes started in the block stay on this process's core. Neither core sleeps meanwhile, as
+    under the load that is meant here. On a virtual machine, waking one takes a multiple of the
+    measured time: with both asleep, a read that takes 75 us took 300, and a bulk of 1000 that takes
+    1.1 ms took 3.7.
 
-    Where there is one core, or the system can't pin a process, nothing is changed.
+    With a single core, or if the system can't pin a process, nothing is changed.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield "client and server where the system puts them"
@@ -160,19 +160,18 @@ def apart(server: EmbeddedServer) -> Iterator[str]:
 
 
 def share_core(server: EmbeddedServer, beside: EmbeddedServer) -> None:
-    """Put a server on the core of another one, where that is possible."""
+    """Put a server on the core of another one, if possible."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(server.pid, os.sched_getaffinity(beside.pid))
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
-    """Return the keys of records, in the order in which a bulk asks for them."""
+    """Return the keys of records, in the order in which a bulk requests them."""
     return [key for name in names for key in (name + "_v", name + "_d")]
 
 
 class Start:
-    """Where tasks wait for each other: to make thousands of them takes as long as what they do in
-    one measurement."""
+    """A barrier for tasks: making thousands of them takes as long as their measured work."""
 
     def __init__(self, tasks: int) -> None:
         self._missing = tasks
@@ -191,7 +190,7 @@ class Start:
         await self._all_there.wait()
 
     def give(self) -> None:
-        """Let all tasks go on."""
+        """Let all tasks continue."""
         self._given.set()
 
 
@@ -202,10 +201,10 @@ async def from_tasks(
     names: Sequence[str] = NAMES,
     start: Start | None = None,
 ) -> None:
-    """Await ``operation`` for that many records altogether, from so many tasks at a time.
+    """Await ``operation`` for that many records altogether, from that many tasks at a time.
 
-    Each takes the next name when it has done with one, so that they end together, and those in step
-    have different names, as reads of one name in a tick would share one read.
+    Each takes the next name when it is done with one, so that they end together; tasks in step have
+    different names, as reads of one name in a tick would share one read.
     """
     left = islice(cycle(names), records)
 

@@ -1,4 +1,4 @@
-"""Other loads than those of the comparison: more tasks, other bulks, documents and writes."""
+"""Loads other than those of the comparison: more tasks, other bulks, documents and writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workload import KINDS, ORDINARY, SIZES, WRITTEN, Work
 TASKS = (1, 10, 100, 1000, 10_000)
 BULKS = (10, 100, 1000, 100_000)
 TTL = 3600
-# A pool of redis-py's opens a connection for each task.
+# A redis-py pool opens a connection for each task.
 MOST_CONNECTIONS = 1000
 WHO = ("fast", "pure", "redis-py")
 TEXT = """\
@@ -20,8 +20,8 @@ ttl in a transaction of SET EX, and has nothing like `if_newer` but a script of 
 
 
 def groups_of(contest: Contest, smoke: bool) -> list[Group]:
-    """Return what is measured, in the order of the report."""
-    # What takes seconds even when it is done but once.
+    """Return the groups of rows, in the order of the report."""
+    # Work that takes seconds even when it is done only once.
     some_tasks, some_bulks = (TASKS[:3], BULKS[:3]) if smoke else (TASKS, BULKS)
     base = contest.label("redis-py")
 

@@ -46,6 +46,8 @@ import msgspec
 
 from .core import constants as c
 from .core import envelope as e
+from .core import recovery
+from .core.waiters import DISCARDED as _discarded
 from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -124,8 +126,7 @@ cdef object _INCOMPLETE = object()
 # The reply to an MGET that was read where it lay; and what of it is half a record.
 cdef object _IN_PLACE = object()
 cdef object _HALF = object()
-# The waiters of a record that is read again: nobody is told what the first reply says of it.
-cdef list _DISCARDED = []
+cdef list _DISCARDED = _discarded
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 cdef object _encode_json_into = msgspec.json.Encoder().encode_into
@@ -183,35 +184,37 @@ cdef class Pipeline:
     cdef _Reachability _reach
     cdef _Epoch _epoch
     cdef readonly Py_ssize_t settled
-    cdef readonly Py_ssize_t operations
-    cdef readonly Py_ssize_t pending_bytes
+    cdef public Py_ssize_t operations
+    cdef public Py_ssize_t pending_bytes
     cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
-    cdef Py_ssize_t _max_redirections
-    cdef bint _refuse_when_full, _clustered
+    cdef readonly Py_ssize_t max_redirections
+    cdef bint _refuse_when_full
+    cdef readonly bint clustered
     cdef unsigned long _thread  # the one it is bound to, or 0
     cdef readonly Py_ssize_t in_flight
-    cdef readonly Py_ssize_t queued
+    cdef public Py_ssize_t queued
     cdef object _create_waiter
     cdef object _wake
     cdef object _begin
     cdef _Encoder _encoder
     cdef _LengthGuard _guard
     cdef long long _ttl
-    cdef double _timeout
+    cdef readonly double timeout
     cdef bint _awake
-    cdef bint _busy  # the queue or the slots are being changed: only new operations may come
-    cdef list _open
-    cdef object _queue
-    cdef object _slots
-    cdef list _returned
+    cdef public bint busy  # the queue or the slots change: only new operations may come
+    cdef readonly list open_batches
+    cdef readonly object queue
+    cdef readonly object slots
+    cdef readonly list returned
     cdef _Replies _replies
     cdef object _version_reply  # of a head: its first reply, until the second one comes
-    cdef bint _severed  # replies are still to come that belong to nobody
+    cdef public bint severed  # replies are still to come that belong to no operation
     cdef bint _asked  # the reply to an ASKING was read, and what was asked comes next
     cdef unsigned long long _reads, _hits, _halves, _damages, _writes, _not_newer, _deletes
     cdef unsigned long long _commands, _flushes, _bytes_out, _bytes_in
-    cdef unsigned long long _misses, _failed, _calls, _overloads, _batches, _sent
+    cdef public unsigned long long failed
+    cdef unsigned long long _misses, _calls, _overloads, _batches, _sent
     cdef unsigned long long[TIMED * (LATENCY_BOUNDS + 1)] _latencies
     cdef double[TIMED] _seconds
     cdef double _now  # when the replies at hand have come, as soon as somebody has looked
@@ -244,18 +247,18 @@ cdef class Pipeline:
         self._begin = begin
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
         self._ttl = ttl
-        self._timeout = timeout
+        self.timeout = timeout
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
         self._refuse_when_full = refuse_when_full
         self._max_reply_bytes = max_reply_bytes
-        self._clustered = clustered
-        self._max_redirections = max_redirections
+        self.clustered = clustered
+        self.max_redirections = max_redirections
         self._window = max(1, min(WINDOW_RECORDS, max_pending))
-        self._open = []
-        self._queue = deque()
-        self._slots = deque()
-        self._returned = []
+        self.open_batches = []
+        self.queue = deque()
+        self.slots = deque()
+        self.returned = []
         self._reach = _Reachability.__new__(_Reachability)
         self._replies = _Replies.__new__(_Replies)
         self.reset_reader()
@@ -324,7 +327,7 @@ cdef class Pipeline:
         cdef tuple slot = (batch, 1)
         cdef tuple command = (text, waiter)
         # Nothing can fail behind this: a slot whose bytes are lost would take another's reply.
-        self._slots.append(slot)
+        self.slots.append(slot)
         self.in_flight += 1
         self.operations += 1
         if self._epoch is not None:
@@ -358,90 +361,25 @@ cdef class Pipeline:
 
     cpdef Py_ssize_t fence(self):
         """Return how far ``settled`` will be when all that is in flight now has been answered."""
-        return self.settled + len(self._slots)
+        return self.settled + len(self.slots)
 
     def take_queued(self, target_of):
-        """Give away what waits and belongs to another pipeline now, each with that pipeline."""
-        cdef _Batch batch, rest
-        cdef list kept = []
-        cdef list released = []
-        cdef list split = []
-        self._open.clear()
-        self._busy = True
-        try:
-            waiting = self._queue.copy()
-            for batch in waiting:
-                if batch.target is not None:
-                    released.append((batch.target, batch))
-                elif batch.asking and not batch.abandoned():
-                    kept.append(batch)  # it was sent here, although the slot is another node's
-                elif not batch.abandoned():
-                    self._release_batch(batch, target_of, kept, released, split)
-            self._replace_queue(kept, len(waiting))
-            for batch, rest in split:
-                batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
-            for _, batch in released:
-                batch.target = None
-        finally:
-            self._busy = False
-        self._recount()
-        return released
+        """Remove the waiting operations that belong to other pipelines now.
 
-    cdef int _release_batch(
-        self, _Batch batch, target_of, list kept, list released, list split
-    ) except -1:
-        """Decide where the records of a batch go, without changing it yet."""
-        cdef dict parts = {}  # of each target: the records, and how many of them are repeated
-        cdef dict records
-        cdef _Batch part
-        cdef Py_ssize_t i
-        batch.freeze()
-        for i in range(batch.sent, PyList_GET_SIZE(batch.names)):
-            name = batch.names[i]
-            target = target_of(batch.kind, name)
-            records, repeated = parts.get(target, ({}, 0))
-            records[name] = batch.entries[i]
-            parts[target] = (records, repeated + (i < batch.repeated))
-        if not parts or (len(parts) == 1 and self in parts):
-            kept.append(batch)
-            return 0
-        records = {}
-        for i in range(batch.sent):
-            records[batch.names[i]] = batch.entries[i]
-        part = batch.part(records, 0)
-        part.freeze()
-        split.append((batch, part))
-        for target, (records, repeated) in parts.items():
-            part = batch.part(records, repeated)
-            if target is self:
-                kept.append(part)
-            else:
-                released.append((target, part))
-        return 0
+        Returns each such batch with its pipeline, in the order of the queue.
+        """
+        return recovery.take_queued(self, target_of)
 
     def requeue(self, batches):
-        """Queue what another pipeline gave away, each in the place of its age.
+        """Queue batches that another pipeline gave away, each in the place of its age.
 
-        What waits here already, or was even sent, is left alone: whoever could not finish giving
-        something away does it again.
+        Batches that wait here already, were sent or have their outcome are skipped, so that a
+        caller that was interrupted may pass the same batches again.
         """
-        cdef _Batch batch
-        cdef dict waiting
         self.notify_pending()
-        self._open.clear()
-        self._busy = True
-        try:
-            waiting = dict.fromkeys(self._queue.copy())
-            size = PyDict_Size(waiting)
-            for batch in batches:
-                if batch.sent == batch.answered and not batch.settled():
-                    waiting[batch] = None
-            self._replace_queue(list(waiting), size)
-        finally:
-            self._busy = False
-        self._recount()
+        recovery.requeue(self, batches)
 
-    cdef int _replace_queue(self, list batches, Py_ssize_t known) except -1:
+    cpdef int replace_queue(self, list batches, Py_ssize_t known) except -1:
         """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
         wait now. The others came while this was being prepared, and stay.
 
@@ -449,20 +387,20 @@ cdef class Pipeline:
         """
         cdef object queue
         while True:
-            while known < len(self._queue):
-                batches.append(self._queue[known])
+            while known < len(self.queue):
+                batches.append(self.queue[known])
                 known += 1
             queue = deque(sorted(batches, key=_serial_of))
-            if known == len(self._queue):
+            if known == len(self.queue):
                 break
-        self._queue = queue
+        self.queue = queue
         return 0
 
     # -- output
 
     cpdef end_tick(self):
         """Let nothing join what is queued any more; for a tick that can't be sent."""
-        self._open.clear()
+        self.open_batches.clear()
         self._awake = False
 
     def take_output(self):
@@ -471,15 +409,15 @@ cdef class Pipeline:
         What more there is waits for the next call, as does what the window doesn't allow yet. If
         it raises, or the bytes can't be sent, the connection must end.
         """
-        self._busy = True
+        self.busy = True
         try:
             return self._take()
         except BaseException:
             # There may be slots without bytes, which would take the replies to other commands.
-            self._severed = True
+            self.severed = True
             raise
         finally:
-            self._busy = False
+            self.busy = False
 
     cdef bytes _take(self):
         cdef _Encoder encoder = self._encoder
@@ -488,37 +426,37 @@ cdef class Pipeline:
         cdef double now
         cdef tuple slot
         self.end_tick()
-        if self._queue:
-            batch = self._queue[0]
+        if self.queue:
+            batch = self.queue[0]
             now = dscache_monotonic()
             if batch.deadline <= now:
                 # The caller was too busy to say so by ``expire``; it must not be sent all the same.
-                self._drop_late(now)
-                self._recount()
+                recovery.drop_late(self, now)
+                self.recount()
         encoder.begin()
         while (
-            self._queue
+            self.queue
             and self.in_flight < self._window
             and taken < FLUSH_RECORDS
             and encoder.size() < COMMAND_BYTES
         ):
-            batch = self._queue[0]
+            batch = self.queue[0]
             if batch.abandoned() or not batch.records:
                 self.queued -= batch.waiting()
-                self._queue.popleft()
+                self.queue.popleft()
                 continue
-            self._open.clear()  # it may be one that a finalizer has begun just now
+            self.open_batches.clear()  # it may be one that a finalizer has begun just now
             batch.freeze()
-            if self._clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
+            if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             count = encoder.encode(batch, self.has_msetex)
             if is_one_by_one(batch.kind):
                 slot = (batch, 1)
-                self._slots.extend([slot] * count)
+                self.slots.extend([slot] * count)
                 self._commands += 2 * count if batch.kind == HEAD else count
             else:
                 slot = (batch, count)
-                self._slots.append(slot)
+                self.slots.append(slot)
                 self._commands += 1
             taken += count
             self._batches += not batch.sent
@@ -527,7 +465,7 @@ cdef class Pipeline:
             self.queued -= count
             self.in_flight += count
             if not batch.waiting():
-                self._queue.popleft()
+                self.queue.popleft()
         if not encoder.size():
             return b""
         self._flushes += 1
@@ -555,7 +493,7 @@ cdef class Pipeline:
             self._parse()
             self._check_partial()
         except BaseException:
-            self._severed = True
+            self.severed = True
             raise
 
     def feed(self, bytes data not None):
@@ -573,7 +511,7 @@ cdef class Pipeline:
                 self._parse()
             self._check_partial()
         except BaseException:
-            self._severed = True
+            self.severed = True
             raise
 
     cdef int _note_arrival(self, const unsigned char* text, Py_ssize_t size) except -1:
@@ -585,7 +523,7 @@ cdef class Pipeline:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
         self._asked = False
-        self._severed = False
+        self.severed = False
         self.partial = 0
         self._guard = _LengthGuard.__new__(_LengthGuard, self._max_reply_bytes)
         self._replies.reset()
@@ -598,6 +536,11 @@ cdef class Pipeline:
         if is_tracked and self.near is not None:
             self._epoch = _Epoch.__new__(_Epoch, self._reach)
             self.near.count_live(1)
+
+    cpdef disconnected(self, bint is_trusted):
+        """Note that the connection ended, and whether what it brought can be trusted."""
+        self._end_epoch(LOST if is_trusted else OVER, "connection")
+        self._reach.up = False
 
     def unknown(self):
         """Return the seconds for which changes may be unknown to the near cache."""
@@ -626,132 +569,35 @@ cdef class Pipeline:
     # -- time and failure
 
     def expire(self, double now):
-        """Fail every operation whose deadline is past; return the next deadline, or None."""
-        cdef _Batch batch
-        cdef Py_ssize_t pending = self.in_flight
-        cdef double next_deadline = INFINITY
-        self._busy = True
-        try:
-            for slot in self._slots.copy():  # all of them: a repeat may be behind younger ones
-                batch = slot[0]
-                if batch.abandoned():
-                    continue
-                if batch.deadline > now:
-                    next_deadline = min(next_deadline, batch.deadline)
-                else:
-                    make = partial(c.no_answer_in_time, self.address, self._timeout, pending)
-                    self._fail_batch(batch, make)
-            self._drop_late(now)
-        finally:
-            self._busy = False
-        if self._queue:
-            batch = self._queue[0]
-            next_deadline = min(next_deadline, batch.deadline)
-        self._recount()
-        return None if next_deadline == INFINITY else next_deadline
+        """Fail every operation whose deadline is past; return the next deadline, or None.
 
-    cdef int _drop_late(self, double now) except -1:
-        """Fail what waits at the head of the queue and whose deadline is past."""
-        cdef _Batch batch
-        while self._queue:
-            batch = self._queue[0]
-            if not batch.abandoned():
-                if batch.deadline > now:
-                    break
-                pending = self.in_flight
-                make = partial(
-                    c.never_sent,
-                    *(self.address, self._timeout, pending, self.down, batch.redirections),
-                )
-                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
-                self._open.clear()
-                self._fail_batch(batch, make, doubt)
-            self._queue.popleft()
-            self.queued -= batch.waiting()
-            self._open.clear()
-        return 0
+        Both are seconds of ``time.monotonic``.
+        """
+        return recovery.expire(self, now)
 
     def connection_lost(self, reason, bint retry):
-        """Settle the slots of a connection that ended.
+        """Settle the operations in flight on a connection that ended.
 
-        With ``retry``, reads and guarded writes wait for the next connection, in their order
-        and before anything newer; without it, they fail as the other writes do, which may or
-        may not have happened. What was not sent yet stays queued. If it raises, for want of
-        memory, it may be called again and goes on where it was.
+        With ``retry``, reads and guarded writes wait for the next connection, in their order and
+        before newer operations. Other writes fail, as all do without ``retry``; they may or may
+        not have happened. Operations that were not sent yet stay queued. After an exception, such
+        as a MemoryError, it may be called again and goes on where it was.
         """
-        self._busy = True
-        try:
-            self._lose(reason, retry)
-        finally:
-            self._busy = False
-        self._recount()
-        self.end_tick()
-        self.reset_reader()
-
-    cdef int _lose(self, reason, bint retry) except -1:
-        cdef _Batch batch
-        cdef dict kept = {}
-        self._severed = True  # until all is settled: no reply of this connection counts any more
-        for slot in self._slots.copy():
-            batch = slot[0]
-            if batch.abandoned() or batch in kept:
-                continue
-            if batch.answered >= PyDict_Size(batch.records):
-                # Its last reply was read, though whatever was to follow has failed.
-                if batch.bulk is not None:
-                    batch.bulk.settle(0)
-            elif retry and batch.kind in (GET, HEAD, SET_IF_NEWER, READ_KEY):
-                batch.repeated = max(batch.repeated, batch.sent)
-                kept[batch] = None
-            else:
-                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
-        waiting = self._queue.copy()
-        for batch in (*waiting, *self._returned):
-            if not batch.abandoned():
-                kept[batch] = None
-        # What broke the protocol is not to be believed in anything.
-        self._end_epoch(LOST if retry else OVER, "connection")
-        self._reach.up = False
-        self._replace_queue(list(kept), len(waiting))
-        for slot in self._slots:  # none of those that wait has anything in flight now
-            batch = slot[0]
-            if not batch.abandoned():
-                batch.sent = batch.answered
-        self.settled += len(self._slots)
-        self._slots.clear()
-        self._returned.clear()
-        return 0
+        recovery.connection_lost(self, reason, retry)
 
     def fail_all(self, error_of):
         """Fail every operation that is queued or in flight, with an error of its own each.
 
-        If any was in flight, the next reply ends the connection, as it would be taken for that of
-        a later operation. If it raises, for want of memory, it may be called again.
+        If any was in flight, the next reply ends the connection, because it would be taken for
+        the reply to a later operation. After an exception it may be called again.
         """
-        cdef _Batch batch
-        cdef object doubt = partial(c.in_doubt, error_of)
-        self.end_tick()
-        self._severed = self._severed or bool(self._slots)
-        self._busy = True
-        try:
-            for slot in self._slots.copy():
-                batch = slot[0]
-                if not batch.abandoned():
-                    self._fail_batch(batch, error_of, doubt)
-            for batch in (*self._queue, *self._returned):
-                if not batch.abandoned():
-                    self._fail_batch(batch, error_of, doubt)
-            while self._queue:  # what a finalizer has issued meanwhile stays
-                batch = self._queue[0]
-                if not batch.abandoned():
-                    break
-                self._queue.popleft()
-            self.settled += len(self._slots)
-            self._slots.clear()
-            self._returned.clear()
-        finally:
-            self._busy = False
-        self._recount()
+        recovery.fail_all(self, error_of)
+
+    cpdef drop_slots(self):
+        """Forget what is in flight or comes back, after each has its outcome or waits again."""
+        self.settled += len(self.slots)
+        self.slots.clear()
+        self.returned.clear()
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -766,7 +612,7 @@ cdef class Pipeline:
             "writes": self._writes,
             "not_newer": self._not_newer,
             "deletes": self._deletes,
-            "failed": self._failed,
+            "failed": self.failed,
             "overloaded": self._overloads,
             "batches": self._batches,
             "sent": self._sent,
@@ -829,7 +675,7 @@ cdef class Pipeline:
         return 0
 
     cdef _Batch _new_batch(self, int kind, dict records):
-        return _Batch.__new__(_Batch, kind, dscache_monotonic() + self._timeout, 0, records)
+        return _Batch.__new__(_Batch, kind, dscache_monotonic() + self.timeout, 0, records)
 
     cdef inline int notify_pending(self) except -1:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
@@ -846,18 +692,18 @@ cdef class Pipeline:
         """
         global last_serial
         cdef _Batch other
-        for other in self._open:
+        for other in self.open_batches:
             if other.kind == batch.kind or not is_open:
-                self._open.clear()
+                self.open_batches.clear()
                 break
         last_serial += 1
         batch.serial = last_serial
-        self._queue.append(batch)
+        self.queue.append(batch)
         if is_open:  # behind it: what joins a batch that isn't queued would be lost
-            self._open.append(batch)
+            self.open_batches.append(batch)
         return 0
 
-    cdef _Batch _joinable(self, int kind, str name):
+    cdef inline _Batch _joinable(self, int kind, str name):
         """Return the open batch that an operation on ``name`` may join by rule 1, or None.
 
         Runs no Python code, so that the batch is still open when the operation joins it at once.
@@ -865,7 +711,7 @@ cdef class Pipeline:
         cdef _Batch batch
         cdef _Batch found = None
         cdef bint free = True
-        for batch in self._open:
+        for batch in self.open_batches:
             if batch.kind == kind:
                 found = batch
                 # Two removals, or two guarded writes, of one name have each its own result.
@@ -874,7 +720,7 @@ cdef class Pipeline:
                 free = False
         return found if free else None
 
-    cdef PyObject* _add(self, int kind, str name, entry) except NULL:
+    cdef inline PyObject* _add(self, int kind, str name, entry) except NULL:
         """Let an operation wait; return its entry, or an earlier one of the same name.
 
         Python code may run here, and issue other operations, but not between the choice of a
@@ -983,7 +829,7 @@ cdef class Pipeline:
         if (
             self.queued >= EARLY_RECORDS
             and not self.in_flight
-            and not self._busy
+            and not self.busy
             and self._begin is not None
         ):
             self._begin()
@@ -1020,7 +866,7 @@ cdef class Pipeline:
     cdef int _parse(self) except -1:
         cdef object reply
         self._now = 0.0
-        self._busy = True
+        self.busy = True
         try:
             while True:
                 reply = self._next_reply()
@@ -1033,19 +879,10 @@ cdef class Pipeline:
                     self._take_message(reply)
                 else:
                     self._answer(reply)
-            if self._returned:
-                self._requeue()
+            if self.returned:
+                recovery.requeue_returned(self)
         finally:
-            self._busy = False
-        return 0
-
-    cdef int _requeue(self) except -1:
-        """Let what is to be sent again wait in its place."""
-        cdef list waiting = list(self._queue)
-        cdef Py_ssize_t size = PyList_GET_SIZE(waiting)
-        waiting.extend(self._returned)
-        self._replace_queue(waiting, size)
-        self._returned.clear()
+            self.busy = False
         return 0
 
     cdef object _next_reply(self):
@@ -1054,8 +891,8 @@ cdef class Pipeline:
         cdef tuple slot
         # A message comes where a reply is due if it is ``resp2_pubsub``, and two replies of an
         # ``asking``.
-        if self._slots and not self.resp2_pubsub and not self._severed:
-            slot = self._slots[0]
+        if self.slots and not self.resp2_pubsub and not self.severed:
+            slot = self.slots[0]
             batch = slot[0]
             count = slot[1]
             if batch.asking:
@@ -1106,8 +943,8 @@ cdef class Pipeline:
     cdef int _take_subscription(self, push) except -1:
         """Take what answers a subscription, though it is no reply; or ends one unasked."""
         cdef _Batch batch
-        if self._slots:
-            batch = self._slots[0][0]
+        if self.slots:
+            batch = self.slots[0][0]
             if (
                 batch.kind == COMMAND
                 and not batch.abandoned()
@@ -1120,11 +957,11 @@ cdef class Pipeline:
     cdef int _answer(self, reply) except -1:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
         if the reply turns out to be of the wrong shape."""
-        if not self._slots or self._severed:
+        if not self.slots or self.severed:
             raise ProtocolError(
                 f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
             )
-        cdef tuple slot = self._slots[0]
+        cdef tuple slot = self.slots[0]
         cdef _Batch batch = slot[0]
         cdef Py_ssize_t count = slot[1]
         cdef object stored = None
@@ -1148,7 +985,7 @@ cdef class Pipeline:
         if was_over:
             batch.answered += count
         elif refused:
-            self._refused(batch, count, reply)
+            recovery.refused(self, batch, count, reply)
         elif batch.kind == GET:
             if reply is not _IN_PLACE:
                 self._add_found(batch, count, found, reply)
@@ -1168,7 +1005,7 @@ cdef class Pipeline:
             self._answer_key(batch, reply)
         else:
             self._answer_script(batch, count, self._array(reply, count, "the set script"))
-        self._slots.popleft()
+        self.slots.popleft()
         self.settled += 1
         if self._epoch is not None:
             self._epoch.answered(self.settled)
@@ -1204,7 +1041,7 @@ cdef class Pipeline:
             row = SET
         if batch.bulk is not None:
             row += TIMED // 2
-        cdef double seconds = self._now - (batch.deadline - self._timeout)
+        cdef double seconds = self._now - (batch.deadline - self.timeout)
         while bucket < LATENCY_BOUNDS and seconds > latency_bounds[bucket]:
             bucket += 1
         self._seconds[row] += seconds * count
@@ -1242,6 +1079,7 @@ cdef class Pipeline:
         cdef Py_ssize_t settled = 0
         cdef object one, entry
         cdef str name
+        cdef int slot
         cdef Record record
         try:
             for one in found:
@@ -1254,8 +1092,9 @@ cdef class Pipeline:
                     record = <Record>one
                     self._hits += 1
                     if epoch is not None:
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
                         self.near.fill(
-                            self, epoch, batch.serial, name, record.version, record.raw
+                            self, epoch, batch.serial, name, record.version, record.raw, slot
                         )
                     if bulk is not None:
                         PyDict_SetItem(result, name, record)
@@ -1268,7 +1107,8 @@ cdef class Pipeline:
                     self._halves += one is not None
                     self._misses += 1
                     if epoch is not None:
-                        self.near.fill(self, epoch, batch.serial, name, 0, None)
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
+                        self.near.fill(self, epoch, batch.serial, name, 0, None, slot)
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:
@@ -1345,7 +1185,8 @@ cdef class Pipeline:
                 name = <str>PyList_GET_ITEM(batch.names, batch.answered)
                 entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
                 if type(value) is ReplyError:
-                    self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+                    make = recovery.refusal(self, value, batch.kind, name)
+                    recovery.give_error(self, batch, name, entry, make)
                 elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
                     raise self._wrong_shape("the set script", value)
                 elif value == DAMAGED:
@@ -1407,226 +1248,31 @@ cdef class Pipeline:
 
     cdef int _damaged(self, _Batch batch, str name, entry, stored) except -1:
         self._damages += 1
-        return self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
-
-    # -- refusals
-
-    cdef int _refused(self, _Batch batch, Py_ssize_t count, error) except -1:
-        """Give an error reply to the records it belongs to, or send them once more.
-
-        An error reply to a whole command says that nothing of it was done.
-        """
-        if self._clustered and batch.kind != COMMAND and error.code in c.REDIRECTIONS:
-            return self._redirected(batch, count, error)
-        if error.code == "READONLY":
-            self.read_only = True
-        cdef bint by_script = batch.kind == SET_TTL or batch.kind == SET_IF_NEWER
-        cdef bint lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
-        cdef bint mixed = error.code == "NOPERM" and count > 1
-        cdef bint writes = SET <= batch.kind <= DELETE
-        cdef dict later = {}
-        cdef dict again = {}
-        cdef Py_ssize_t i, settled = count, repeated = 0
-        cdef str name
-        cdef bint hung
-        if lost_script or mixed:
-            later = self._written_after(batch, mixed)
-        for i in range(batch.answered, batch.answered + count):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is _DISCARDED:
-                settled -= 1
-            elif (lost_script or mixed) and name not in later:
-                again[name] = entry
-                repeated += i < batch.repeated
-            else:
-                refusal = self._refusal(error, batch.kind, name)
-                hung = False
-                if name in later:
-                    overtaking, at, read = later[name]
-                    hung = self._attach_to_newer_write(batch, entry, overtaking, at, read, refusal)
-                if not hung:
-                    self._give_error(batch, name, entry, refusal)
-        if again:
-            self._send_again(batch, again, repeated, lost_script, mixed)
-            if writes:
-                self._read_again(batch, again)
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(settled - len(again))
+        make = partial(c.damaged_version, name, stored)
+        recovery.give_error(self, batch, name, entry, make)
         return 0
 
-    cdef int _redirected(self, _Batch batch, Py_ssize_t count, error) except -1:
-        """Give away the records of a command that another node, or a later moment, is right for.
-
-        Behind it, commands may be in flight that write the same names. They are redirected as
-        well and follow in their order; or they were done, if the node changed its mind meanwhile,
-        and this must not undo them: a plain write hangs on the one that overtook it, or fails
-        where that would tell an untruth. A guarded one undoes nothing.
-        """
-        cdef dict later = {}
-        cdef dict again = {}
-        # No display with a star: what Cython 3.3 makes of it frees an item twice if memory ends.
-        cdef tuple redirections = batch.redirections + (f"{self.address}: {error.message}",)
-        cdef Py_ssize_t limit = self._max_redirections
-        cdef Py_ssize_t i, failed = 0, repeated = 0
-        cdef str name
-        cdef _Batch part, overtaking
-        if SET <= batch.kind <= DELETE:
-            later = self._written_after(batch, True)
-        for i in range(batch.answered, batch.answered + count):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is _DISCARDED:
-                continue
-            if len(redirections) > limit:
-                context = f"{c.describe(batch.kind, name)} at {self.address}"
-                make = partial(c.too_many_redirections, error.message, redirections, limit, context)
-                self._give_error(batch, name, entry, make)
-                failed += 1
-                continue
-            if name in later and batch.kind != SET_IF_NEWER:
-                overtaking, at, read = later[name]
-                refusal = self._refusal(error, batch.kind, name)
-                if overtaking.kind != SET_IF_NEWER and self._attach_to_newer_write(
-                    batch, entry, overtaking, at, read, refusal
-                ):
-                    continue
-                if error.code in c.FLEETING:
-                    self._give_error(batch, name, entry, refusal)
-                    failed += 1
-                    continue
-            again[name] = entry
-            repeated += i < batch.repeated
-        if again:
-            part = batch.part(again, repeated)
-            part.redirections = redirections
-            part.asking = False
-            # One whose keys are on their way holds up no other of its slot a second time.
-            part.one_per_command = batch.one_per_command or error.code == "TRYAGAIN"
-            slot = self.slot_of(batch.kind, next(iter(again)))
-            self.redirected.append((error.message, slot, part))
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(failed)
-        return 0
+    # -- counting
 
     cpdef int slot_of(self, int kind, str name) except -2:
         """Return the slot of what an operation of that kind is about: a record, or one key."""
         return self._encoder.slot_of(kind, name)
 
-    cdef int _send_again(
-        self, _Batch batch, dict again, Py_ssize_t repeated, bint lost_script, bint one_per_command
-    ) except -1:
-        """Queue records of a batch once more, in the batch's place."""
-        cdef _Batch repeat = batch.part(again, repeated)
-        repeat.whole_script = lost_script or batch.whole_script
-        repeat.one_per_command = one_per_command or batch.one_per_command
-        repeat.counted = batch.bulk is not None
-        cdef Py_ssize_t size = repeat.text_size()
-        self._returned.append(repeat)
-        self.queued += len(again)
-        self.operations += 1 if repeat.counted else len(again)
-        self.pending_bytes += size
-        return 0
-
-    cdef dict _batches_in_flight(self):
-        cdef dict batches = {}
-        for slot in self._slots.copy():
-            batches[slot[0]] = None
-        return batches
-
-    cdef int _read_again(self, _Batch batch, dict names) except -1:
-        """Let reads in flight behind a write that is repeated be read again behind it."""
-        cdef _Batch later
-        cdef dict again
-        cdef Py_ssize_t i
-        for later in self._batches_in_flight():
-            if later.serial <= batch.serial or later.kind > HEAD or later.abandoned():
-                continue
-            again = {}
-            for i in range(later.answered, later.sent):
-                if later.names[i] in names and later.entries[i] is not _DISCARDED:
-                    again[later.names[i]] = later.entries[i]
-            if again:
-                self._send_again(later, again, 0, False, False)
-            for i in range(later.answered, later.sent):
-                if later.names[i] in again:
-                    later.entries[i] = _DISCARDED
-        return 0
-
-    cdef dict _written_after(self, _Batch batch, bint mixed):
-        """Return where the first later write of each name is that a repeat could undo or see,
-        and whether the name is read between the two.
-
-        If a script is lost, those by script are refused too, and come back in their order, unless
-        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
-        write, though a read between them would see the wrong one.
-        """
-        cdef _Batch later
-        cdef dict found = {}
-        cdef set read = set()
-        cdef bint loaded = mixed
-        cdef bint newer, guarded, by_script, harmless
-        cdef Py_ssize_t i
-        for later in self._batches_in_flight():
-            newer = batch.serial < later.serial and later.kind < COMMAND
-            guarded = later.kind == SET_IF_NEWER
-            by_script = guarded or (later.kind == SET_TTL and not self.has_msetex)
-            if newer and later.kind <= HEAD:
-                for i in range(later.answered, later.sent):
-                    if later.entries[i] is not _DISCARDED:
-                        read.add(later.names[i])
-            elif newer and (loaded or not by_script):
-                harmless = guarded and batch.kind == SET_IF_NEWER
-                for i in range(later.answered, later.sent):
-                    name = later.names[i]
-                    if name in read or not harmless:
-                        found.setdefault(name, (later, i, name in read))
-            loaded = loaded or later.whole_script
-        return found
-
-    cdef bint _attach_to_newer_write(
-        self, _Batch batch, entry, _Batch later, Py_ssize_t i, bint read, refusal
-    ) except -1:
-        """Let the waiters of a refused write wait for the one that overtook it.
-
-        Returns False if its outcome can't be told from that of the later one, as a read's never.
-        """
-        cdef _Write write
-        cdef _Write there
-        if batch.kind not in (SET, SET_TTL) or batch.bulk is not None:
-            return False
-        if later.bulk is not None or later.abandoned() or read:
-            return False
-        write = entry
-        if later.kind == DELETE:
-            removal = _SupersededWrite(later.entries[i], refusal, True)
-            later.entries[i] = [removal, _SupersededWrite(write.waiter, refusal, True)]
-            return True
-        there = later.entries[i]
-        if later.kind == SET_IF_NEWER and there.version <= write.version:
-            return False
-        there.waiter = _with(there.waiter, _SupersededWrite(write.waiter, refusal, False))
-        return True
-
-    cdef int _recount(self) except -1:
-        """Count what is pending anew, after batches were dropped.
-
-        By index, as that makes no object: nothing can fail here, nor any Python code run.
-        """
+    cpdef int recount(self) except -1:
+        """Count pending records and operations anew, after batches were dropped."""
+        # By index, which makes no object: nothing can fail here, and no Python code runs.
         global last_count
         cdef _Batch batch
         cdef tuple slot
         cdef Py_ssize_t i
         last_count += 1
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
-        for i in range(len(self._slots)):
-            slot = self._slots[i]
+        for i in range(len(self.slots)):
+            slot = self.slots[i]
             self.in_flight += slot[1]
             self._count(slot[0])
-        for i in range(len(self._queue)):
-            batch = self._queue[i]
+        for i in range(len(self.queue)):
+            batch = self.queue[i]
             self.queued += batch.waiting()
             self._count(batch)
         return 0
@@ -1645,61 +1291,6 @@ cdef class Pipeline:
             self.operations += batch.counted
         self.pending_bytes += batch.text_size()
         return 0
-
-    cdef object _refusal(self, error, int kind, str name):
-        context = f"{c.describe(kind, name)} at {self.address}"
-        return lambda: ReplyError(error.message, context=context)
-
-    cdef int _give_error(self, _Batch batch, str name, entry, make) except -1:
-        """Give one record its error: to its waiters, or into its bulk's."""
-        self._failed += batch.kind < COMMAND
-        if batch.bulk is None:
-            return _reject(_waiter_of(entry), make)
-        batch.bulk.errors[name] = make()
-        if batch.kind == GET:
-            batch.bulk.missing.append(name)
-        return 0
-
-    cdef int _fail_batch(self, _Batch batch, error_of, error_of_doubt=None) except -1:
-        """Tell all who still wait for a batch that it failed.
-
-        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened. If
-        it raises, it may be called again, and goes on with the record that it had come to.
-        """
-        cdef Py_ssize_t doubtful = 0
-        cdef _Bulk bulk = batch.bulk
-        cdef str name
-        batch.freeze()
-        if error_of_doubt is not None and c.is_write(batch.kind):
-            doubtful = max(batch.sent, batch.repeated)
-        if bulk is not None and not bulk.shared:
-            make = error_of
-            if error_of_doubt is not None and (
-                doubtful or (batch.kind >= SET and bulk.remaining < bulk.total)
-            ):
-                make = error_of_doubt
-            _reject(bulk.waiter, partial(make, bulk.operation))
-            bulk.over = True
-            self._failed += bulk.remaining
-            batch.expired = True
-            return 0
-        batch.failed = max(batch.failed, batch.answered)
-        while batch.failed < PyList_GET_SIZE(batch.names):
-            name = batch.names[batch.failed]
-            entry = batch.entries[batch.failed]
-            if entry is not _DISCARDED:
-                make = error_of
-                if error_of_doubt is not None and batch.failed < doubtful:
-                    make = error_of_doubt
-                self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
-                if bulk is not None:
-                    bulk.remaining -= 1
-            batch.failed += 1
-        batch.expired = True
-        if bulk is not None:
-            bulk.settle(0)
-        return 0
-
 
 # -- small things
 

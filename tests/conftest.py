@@ -1,7 +1,7 @@
-"""Fixtures: every server found, both cores, caches that must be drained at the end.
+"""Fixtures: every server found, both cores, and caches that must be drained at the end.
 
-``DSCACHE_TEST_URL=redis://host:port/db`` names a server of one's own to test on instead; that
-database is emptied before each test.
+``DSCACHE_TEST_URL=redis://host:port/db`` names an existing server to test on instead; that database
+is emptied before each test.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from tests.support.faults import FaultProxy
 
 CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
-# What a cache counts while it works; each is zero again once nothing is under way.
+# Counters of work in progress in a cache; each returns to zero once the cache is idle.
 DRAINED = ("pending", "in_flight", "queued")
 
-# Of caches that don't say otherwise: on a busy machine nothing fails for want of time.
+# Timeouts of caches that don't set their own: a busy machine must not make a test fail.
 PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 
-# The files that take longest, most of it waiting.
+# The slowest files, which mostly wait.
 LONG = (
     *("test_cluster", "test_sync", "test_sync_cluster", "test_cli", "test_resilience"),
     *("test_cache", "test_sentinel", "test_messages_apart"),
 )
 
-# Time says nothing here: machines differ. The fixtures of one test serve all its examples.
+# Durations prove nothing here, since machines differ. The examples of one test share its fixtures.
 settings.register_profile(
     "dscache",
     deadline=None,
@@ -76,8 +76,8 @@ def _servers() -> list[NamedServer] | list[ServerBinary]:
 
 SERVERS = _servers()
 
-# The kinds of server, also where SERVERS names one of one's own. Where it would take long to start
-# each, the oldest and the newest stand for all.
+# The kinds of server, also when SERVERS is a named server. Where starting each would take long, the
+# oldest and the newest represent all.
 BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_servers()
 BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 OLDEST_AND_NEWEST = list(dict.fromkeys((*BY_AGE[:1], *BY_AGE[-1:])))
@@ -108,12 +108,12 @@ def _where(module: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would all that
-    # they start.
+    # A background run may start with Ctrl-C ignored, and every process started here would inherit
+    # that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("numprocesses", None):
-        _check_cores()  # here, as what one of several processes finds out is no message
+        _check_cores()  # here, since what one of several processes finds out is not reported
     scheme = urlsplit(os.environ.get("DSCACHE_TEST_URL") or "redis:").scheme
     if scheme != "redis":
         raise pytest.UsageError(
@@ -129,10 +129,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes work at a time: more than there are cores, as a third is waiting.
+    """Return how many processes run at once: one more than the cores, as a third of them wait.
 
-    On two cores, three take 9.5 minutes for the suite where two take 11. One alone works on a
-    server of one's own, as each test empties it.
+    On two cores, three processes take 9.5 minutes for the suite where two take 11. A named server
+    gets a single process, as each test empties it.
     """
     if os.environ.get("DSCACHE_TEST_URL"):
         return 1
@@ -145,9 +145,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put what takes long first where files run side by side, lest one be waited for at the end.
+    """Run the slowest files first when files run in parallel, so that none is left for the end.
 
-    End the run before its first test when it could not test what it should.
+    Fail the run before its first test if it can't test what it should.
     """
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.stem not in LONG)
@@ -168,7 +168,7 @@ def _check_cores() -> None:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Callable[[ServerBinary], EmbeddedServer]]:
-    """Give a server of a kind, started when first asked for and stopped after the last test."""
+    """Return a server of a kind, started at the first request and stopped after the last test."""
     with contextlib.ExitStack() as stack:
         yield functools.cache(lambda binary: stack.enter_context(EmbeddedServer(binary)))
 
@@ -177,13 +177,13 @@ def running() -> Iterator[Callable[[ServerBinary], EmbeddedServer]]:
 def server(
     request: pytest.FixtureRequest, running: Callable[[ServerBinary], EmbeddedServer]
 ) -> EmbeddedServer | NamedServer:
-    """A running server: each one found, in turn. Tests share it and leave it as it was."""
+    """A running server: each one found, in turn. Tests share it and leave it as they found it."""
     return request.param if isinstance(request.param, NamedServer) else running(request.param)
 
 
 @pytest.fixture(params=list(CORES))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The core that new caches take: "fast" and "pure", in turn."""
+    """The core that new caches use: "fast" and "pure", in turn."""
     name: str = request.param
     monkeypatch.setattr(_backend, "core", importlib.import_module(CORES[name]))
     monkeypatch.setattr(_backend, "BACKEND", name)
@@ -192,7 +192,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def shared_redis(server: EmbeddedServer | NamedServer) -> Iterator[redis_py.Redis]:
-    """A redis-py client on ``server``: a new one for each test would cost more than most tests."""
+    """A redis-py client on ``server``, shared because making one costs more than most tests."""
     with redis_py.Redis.from_url(server.url) as client:
         yield client
 
@@ -209,7 +209,7 @@ MakeServer = Callable[..., EmbeddedServer]
 
 @pytest.fixture
 def make_server(server: EmbeddedServer | NamedServer) -> Iterator[MakeServer]:
-    """Start further servers of the kind of ``server``, to configure, stop and break at will.
+    """Start more servers of the kind of ``server``, to configure, stop and break at will.
 
     ``make_server(*args, unix_socket=False, tls=None)``; ``args`` are command-line options.
     """
@@ -224,13 +224,13 @@ def make_server(server: EmbeddedServer | NamedServer) -> Iterator[MakeServer]:
 
     yield start
     for one in started:
-        one.kill()  # for it has nothing to save, and would take a while to see the signal to end
+        one.kill()  # it has nothing to save, and would take a while to notice the signal to end
         one.close()
 
 
 @pytest.fixture
 def unix_server(make_server: MakeServer) -> EmbeddedServer:
-    """A private server that listens on a unix socket alone."""
+    """A private server that listens only on a unix socket."""
     return make_server(unix_socket=True)
 
 
@@ -239,7 +239,7 @@ MakeCache = Callable[..., Awaitable["dscache.AsyncCache"]]
 
 @pytest.fixture
 def cache_class() -> Any:
-    """What ``make_cache`` makes: a module may put another class with that interface here."""
+    """The class that ``make_cache`` opens; a module may override it."""
     return dscache.AsyncCache
 
 
@@ -247,11 +247,11 @@ def cache_class() -> Any:
 async def make_cache(
     server: EmbeddedServer | NamedServer, backend: str, redis: redis_py.Redis, cache_class: Any
 ) -> AsyncIterator[MakeCache]:
-    """Open caches on ``server``, closed at the end, when each must be drained.
+    """Open caches on ``server``; they are closed at the end, when each must be drained.
 
-    ``await make_cache(**options)``: options as in the YAML, PATIENT where they say nothing.
+    ``await make_cache(**options)`` takes the options of the YAML, with PATIENT as defaults.
     ``url``, ``path``, ``host`` or ``port`` lead to another server; ``name="memory"`` makes a cache
-    without one.
+    without a server.
     """
     opened: list[dscache.AsyncCache] = []
 
@@ -302,7 +302,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> TLSFiles:
 async def tls_proxy(
     server: EmbeddedServer | NamedServer, certificates: TLSFiles
 ) -> AsyncIterator[FaultProxy]:
-    """A proxy that speaks TLS with the certificate of ``certificates``, and fails on command."""
+    """A proxy that speaks TLS with the certificate of ``certificates`` and fails on command."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates.certificate, certificates.key)
     async with FaultProxy(server.host, server.port, tls=context) as started:
@@ -311,15 +311,15 @@ async def tls_proxy(
 
 @pytest.fixture(scope="module", params=OLDEST_AND_NEWEST, ids=lambda binary: binary.name)
 def binary(request: pytest.FixtureRequest) -> ServerBinary:
-    """The kind of a module's own servers: the oldest and the newest. A module may put one here."""
+    """The kind of a module's own servers: the oldest and the newest. A module may override it."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
-    """Three primaries with a replica each; without one of them the others go on.
+    """Three primaries with a replica each; the cluster keeps serving when one node is lost.
 
-    A module may put another cluster here.
+    A module may override it with another cluster.
     """
     with cluster_rows.start(binary) as started:
         yield started
@@ -327,7 +327,7 @@ def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
 
 @pytest.fixture
 def group(shared_group: ClusterGroup) -> ClusterGroup:
-    """The shared group, whole and empty again after what the last test did to it."""
+    """The shared group, whole and empty again whatever the last test did to it."""
     shared_group.heal()
     for primary in shared_group.primaries():
         primary.ask("FLUSHALL")
@@ -336,6 +336,6 @@ def group(shared_group: ClusterGroup) -> ClusterGroup:
 
 @pytest.fixture(scope="session")
 def guarded_group() -> Iterator[ClusterGroup]:
-    """Nodes with a password, one with another and one without. No test changes them."""
+    """A cluster of nodes with different passwords and one without. Tests don't change them."""
     with ClusterGroup(BY_AGE[0], replicas=0, passwords=[OWN, SHARED, None]) as started:
         yield started

@@ -1,8 +1,8 @@
-"""The reference of the configuration, made of the typed model that reads it.
+"""The reference of the configuration, generated from its typed model.
 
-What an option is for is told by the tables of docs/configuration.md. All else comes from
-``dscache.config``: which options there are, their types, ranges, units and defaults, and what the
-error for a mistake says, which is made for the purpose.
+The tables of docs/configuration.md give the purpose of each option. Names, types, ranges, units and
+defaults come from ``dscache.config``. So does the text of each error: the example of a mistake is
+loaded to produce it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TABLE = re.compile(r"^\|.*\n\|[-| :]+\n((?:\|.*\n)*)", re.MULTILINE)
 
 
 class Part(NamedTuple):
-    """A mapping of options, and the heading that it stands under."""
+    """A mapping of options, and its heading in the guide."""
 
     heading: str
     struct: type[ConfigStruct]
@@ -32,27 +32,27 @@ class Part(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where its options stand in a file."""
+        """The place of its options in a file."""
         if self.struct is config.Options:
             return "cache.options"
         return f"cache.options.{self.heading}{'[0]' if self.listed else ''}"
 
     def as_options(self, written: dict[str, Any]) -> dict[str, Any]:
-        """Return the options in which this part says ``written``."""
+        """Return options that hold ``written`` in this part."""
         if self.struct is config.Options:
             return written
         return {self.heading: [written] if self.listed else written}
 
 
 def fields(struct: type[ConfigStruct]) -> dict[str, inspect.Field]:
-    """Return the options of a part, by the name that they have in a file."""
+    """Return the options of a part, by their name in a file."""
     described = inspect.type_info(struct)
     assert isinstance(described, inspect.StructType)
     return {field.encode_name: field for field in described.fields}
 
 
 def parts() -> list[Part]:
-    """Return every part of the configuration of which the guide has a table."""
+    """Return every part of the configuration that has a table in the guide."""
     found = [Part("options", config.Options)]
     for name, field in fields(config.Options).items():
         found += _inner(name, field.type)
@@ -69,11 +69,11 @@ def _inner(name: str, kind: inspect.Type, listed: bool = False) -> Iterator[Part
         yield Part(name, kind.cls, listed)
 
 
-# -- what an option takes
+# -- the values of an option
 
 
 def takes(field: inspect.Field) -> str:
-    """Say what an option takes: its type, range and unit."""
+    """Return the type, range and unit of an option, in words."""
     return _kind(field.type)
 
 
@@ -109,7 +109,7 @@ def _kind(kind: inspect.Type, extra: Mapping[str, Any] | None = None) -> str:
 
 
 def default(field: inspect.Field) -> str:
-    """Say what holds where an option isn't given."""
+    """Return the default of an option, in words."""
     if field.default_factory is not msgspec.NODEFAULT:
         return "its own defaults"
     value = field.default
@@ -121,7 +121,7 @@ def default(field: inspect.Field) -> str:
 
 
 def mistake(part: Part, written: str) -> str:
-    """Return what the error says if this part states ``written``, without the place."""
+    """Return the text of the error that ``written`` causes in this part, without the place."""
     said = yaml.safe_load(written)
     try:
         config.load({"cache": {"name": "redis", "options": part.as_options(said)}})
@@ -134,9 +134,9 @@ def mistake(part: Part, written: str) -> str:
 
 
 def reference(guide: str) -> str:
-    """Return the guide, docs/configuration.md, with each table of options made anew.
+    """Return the guide, docs/configuration.md, with a generated entry for each row of its tables.
 
-    Raises ValueError if an option of the model has no row there, or a row no option.
+    Raises ValueError for an option of the model without a row, and for a row without an option.
     """
     for part in parts():
         guide = _with_reference(guide, part)
@@ -175,7 +175,7 @@ def _entry(part: Part, name: str, field: inspect.Field | None, row: list[str]) -
 
 
 def _with_reasons(guide: str) -> str:
-    """Put a table of reasons in the place of the lists of options without effect."""
+    """Replace the lists of options without effect by tables that give the reasons."""
     for heading, options in (
         ("Accepted without effect", config.Options.no_effect),
         ("Not supported", config.Options.unsupported),

@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: pages from elsewhere, links, the reference of options."""
+"""The hooks of mkdocs: pages from outside docs/, their links, and the reference of options."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
-# The package is built in place, and may not be installed.
+# The package is built in place and need not be installed.
 sys.path[:0] = [str(PROJECT), str(HERE)]
 
 import dscache  # noqa: E402
 from option_reference import reference  # noqa: E402
 
-# Where on the site the project's documents are that don't stand in docs/.
+# Files outside docs/, and their names on the site.
 ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
@@ -37,19 +37,19 @@ _CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Make the anchors that GitHub makes, and say the version."""
+    """Use GitHub's anchors, and put the version in the footer."""
     config.mdx_configs["toc"]["slugify"] = slug
     config.copyright = f"dscache {dscache.__version__}, Apache-2.0"
     return config
 
 
 def slug(title: str, separator: str) -> str:
-    """Return the anchor of a heading, as GitHub makes it: links are right here and there."""
+    """Return GitHub's anchor of a heading, so that links work there and on the site."""
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", separator)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the documents from elsewhere, the examples' sources and the styles."""
+    """Add the files from outside docs/, the page of examples and the styles."""
     for path, name in ELSEWHERE.items():
         text = (PROJECT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _examples() -> str:
-    """Return the page of examples: each one's source, with what it says of itself above it."""
+    """Return the page of examples: the source of each, under its name."""
     parts = [
         "# Examples\n\nThe suite runs each of them against a real server. [Sharing records with a "
         "deepstream server](examples/deepstream/README.md) has a page of its own.\n"
@@ -74,7 +74,7 @@ def _examples() -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to where documents are on the site; make the reference of options."""
+    """Point links at the pages of the site, and generate the reference of options."""
     name = page.file.src_uri
     if name == "configuration.md":
         try:
@@ -84,7 +84,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     sources = {site: path for path, site in ELSEWHERE.items()} | {"examples.md": "EXAMPLES"}
     folder = posixpath.dirname(sources.get(name, f"docs/{name}"))
 
-    def led(match: re.Match[str]) -> str:
+    def resolved(match: re.Match[str]) -> str:
         opening, target, anchor, closing = match.groups(default="")
         if ":" in target:
             return match[0]
@@ -98,9 +98,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             path = ELSEWHERE.get(path, path.removeprefix("docs/"))
         return f"{opening}{path}{anchor}{closing}"
 
-    # Not in code, where what looks like a link is none.
+    # Code is left alone: brackets and parentheses there aren't links.
     pieces, end = [], 0
     for code in _CODE.finditer(markdown):
-        pieces += [_LINK.sub(led, markdown[end : code.start()]), code[0]]
+        pieces += [_LINK.sub(resolved, markdown[end : code.start()]), code[0]]
         end = code.end()
-    return "".join([*pieces, _LINK.sub(led, markdown[end:])])
+    return "".join([*pieces, _LINK.sub(resolved, markdown[end:])])

@@ -14,13 +14,12 @@ from typing import Any, Self
 
 from .. import _backend
 from ..aio.connection import Connection
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Endpoint
-from ..aio.heartbeat import request
-from ..aio.protocol import SocketProtocol
+from ..aio.protocol import SocketProtocol, request
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
-from ..net.credentials import Credentials
-from ..net.handshake import as_connect_error
+from ..net.connect_errors import as_connect_error
 
 RawCommand = Sequence[bytes | str | int]
 """The words of one command."""

@@ -7,13 +7,13 @@ later, so of several changes in quick succession it sees the last.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..aio.cluster import Cluster
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
+from ..net.backoff import full_jitter
 from .cache import AdminCache
 from .control import ControlConnection, RawCommand, Reply
 from .key_layout import Layout
@@ -151,10 +151,8 @@ class Watch:
                 if isinstance(self._cache.topology, Cluster):
                     # Another node may be the primary by now; the next timer would be late.
                     self._cache.topology.look_again()
-            # Full jitter: clients of a restarted server must not all reconnect at once.
-            longest = min(_LONGEST_PAUSE, _PAUSE * 2**failures)
-            failures = min(failures + 1, 30)
-            await asyncio.sleep(random.uniform(0, longest))
+            await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))
+            failures += 1
 
     async def _stay(self, server: ControlConnection, options: Options) -> None:
         """Wait until a server is lost, hangs or is no longer a primary; raises the reason."""

@@ -16,7 +16,7 @@ cdef class _Write:
     cdef readonly long long ttl
     cdef readonly bytes text
     cdef bytes guard
-    cdef object waiter  # a waiter, a list of them, or None in a bulk
+    cdef public object waiter  # a waiter, a list of them, or None in a bulk
 
 
 @cython.final
@@ -24,38 +24,11 @@ cdef class _Command:
     """A command of one key, ready to be sent, and who waits for its reply."""
 
     cdef bytes text
-    cdef object waiter
+    cdef readonly object waiter
 
     def __cinit__(self, bytes text, waiter):
         self.text = text
         self.waiter = waiter
-
-
-@cython.final
-cdef class _SupersededWrite:
-    """The waiters of a refused write, as waiters of the write that overtook it.
-
-    In the order they were issued the first was overwritten at once: it is done if the later one
-    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
-    """
-
-    cdef object _waiter
-    cdef object _refusal
-    cdef bint _always
-
-    def __cinit__(self, waiter, refusal, bint always):
-        self._waiter = waiter
-        self._refusal = refusal
-        self._always = always
-
-    def set_result(self, done, /):
-        if done or self._always:
-            _resolve(self._waiter, True)
-        else:
-            _reject(self._waiter, self._refusal)
-
-    def set_exception(self, error, /):
-        _reject(self._waiter, partial(c.copy_error, error))
 
 
 @cython.final
@@ -66,15 +39,15 @@ cdef class _Bulk:
     others' records what they are.
     """
 
-    cdef str operation
-    cdef object waiter
+    cdef readonly str operation
+    cdef readonly object waiter
     cdef object result
-    cdef Py_ssize_t total
-    cdef Py_ssize_t remaining
-    cdef dict errors
-    cdef list missing  # names to take out of a result that began as all names
-    cdef bint over  # the waiter has its outcome
-    cdef bint shared
+    cdef readonly Py_ssize_t total
+    cdef public Py_ssize_t remaining
+    cdef readonly dict errors
+    cdef readonly list missing  # names to take out of a result that began as all names
+    cdef public bint over  # the waiter has its outcome
+    cdef readonly bint shared
 
     def __cinit__(self, str operation, waiter, result, Py_ssize_t total, bint shared):
         self.operation = operation
@@ -86,14 +59,17 @@ cdef class _Bulk:
         self.errors = {}
         self.missing = []
 
-    cdef int settle(self, Py_ssize_t count) except -1:
+    cpdef int settle(self, Py_ssize_t count) except -1:
         """Count records that have their outcome; the last one settles the waiter.
 
         If that raises, ``settle(0)`` tries once more.
         """
         self.remaining -= count
-        if self.remaining or self.over:
-            return 0
+        if not (self.remaining or self.over):
+            self._finish()
+        return 0
+
+    cdef int _finish(self) except -1:
         for name in self.missing:
             self.result.pop(name, None)
         if self.errors:
@@ -135,23 +111,23 @@ cdef class _Batch:
     cdef readonly int kind
     cdef readonly double deadline
     cdef readonly long long serial  # given when it is queued
-    cdef readonly dict records
-    cdef list names
-    cdef list entries
-    cdef readonly Py_ssize_t sent
-    cdef Py_ssize_t answered
-    cdef Py_ssize_t failed  # records before it were told of the failure that ends the batch
+    cdef public dict records
+    cdef public list names
+    cdef public list entries
+    cdef public Py_ssize_t sent
+    cdef public Py_ssize_t answered
+    cdef public Py_ssize_t failed  # records before it were told of the failure that ends the batch
     cdef long long count  # of ``last_count``, when it was counted
-    cdef _Bulk bulk
-    cdef bint expired  # its waiters have been told; the replies are dropped
-    cdef Py_ssize_t repeated  # records before it were sent before, on a connection that was lost
-    cdef bint whole_script  # Redis has lost the script: send its text
-    cdef bint one_per_command  # one record a command, to find the one that is refused
-    cdef bint counted  # as one pending operation, if it is of a bulk
+    cdef readonly _Bulk bulk
+    cdef public bint expired  # its waiters have been told; the replies are dropped
+    cdef public Py_ssize_t repeated  # records before it were sent on a connection that was lost
+    cdef public bint whole_script  # Redis has lost the script: send its text
+    cdef public bint one_per_command  # one record a command, to find the one that is refused
+    cdef public bint counted  # as one pending operation, if it is of a bulk
     cdef short* hash_slots  # of the names, on a cluster; NULL if there is but one
-    cdef readonly tuple redirections  # who has redirected it, and with which words
-    cdef readonly bint asking  # the node has these slots only for those who ask
-    cdef object target  # the pipeline that it was redirected to for this once
+    cdef public tuple redirections  # who has redirected it, and with which words
+    cdef public bint asking  # the node has these slots only for those who ask
+    cdef public object target  # the pipeline that it was redirected to for this once
 
     def __cinit__(self, int kind, double deadline, long long serial, dict records):
         self.kind = kind
@@ -163,7 +139,7 @@ cdef class _Batch:
     def __dealloc__(self):
         PyMem_Free(self.hash_slots)
 
-    cdef int freeze(self) except -1:
+    cpdef int freeze(self) except -1:
         cdef list names
         if self.names is None:
             names = PyDict_Keys(self.records)
@@ -213,7 +189,7 @@ cdef class _Batch:
             hash_slots[i] = (keys[order[i]] & ~FRESH) - 1
         return 0
 
-    cdef _Batch part(self, dict records, Py_ssize_t repeated):
+    cpdef _Batch part(self, dict records, Py_ssize_t repeated):
         """Return a batch of some of its records, which is as old and knows as much."""
         cdef _Batch part = _Batch.__new__(_Batch, self.kind, self.deadline, self.serial, records)
         part.bulk = self.bulk
@@ -233,7 +209,7 @@ cdef class _Batch:
         """Return whether this batch has its outcome, be it that it was sent on as another one."""
         return self.abandoned() or self.answered >= PyDict_Size(self.records)
 
-    cdef Py_ssize_t text_size(self) except -1:
+    cpdef Py_ssize_t text_size(self) except -1:
         """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
         cdef Py_ssize_t i, last, size = 0
         cdef PyObject* entry
@@ -250,11 +226,11 @@ cdef class _Batch:
             size += size_of_text(<object>PyList_GET_ITEM(self.entries, i))
         return size
 
-    cdef inline bint abandoned(self) noexcept:
+    cpdef bint abandoned(self) noexcept:
         """Return whether nobody waits for it any more."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
-    cdef inline Py_ssize_t waiting(self) noexcept:
+    cpdef Py_ssize_t waiting(self) noexcept:
         return PyDict_Size(self.records) - self.sent
 
 
@@ -303,21 +279,6 @@ cdef inline Py_ssize_t size_of_text(entry) noexcept:
 
 
 # -- waiters
-
-
-cdef inline object _waiter_of(entry):
-    """Return who waits for a record: a waiter, or a list of them."""
-    if type(entry) is _Write:
-        return (<_Write>entry).waiter
-    return (<_Command>entry).waiter if type(entry) is _Command else entry
-
-
-cdef list _with(earlier, waiter):
-    """Return the waiters of one record, to which one more comes."""
-    if type(earlier) is not list:
-        return [earlier, waiter]
-    (<list>earlier).append(waiter)
-    return earlier
 
 
 cdef int _resolve(waiter, result) except -1:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from asyncio import InvalidStateError
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from . import constants as c
 from .constants import Waiter
+from .waiters import reject, resolve
 
 
 class _Serials:
@@ -24,9 +22,6 @@ class _Serials:
 
 
 serials = _Serials()
-
-# The waiters of a record that is read again: nobody is told what the first reply says of it.
-DISCARDED: Final[list[Any]] = []
 
 
 class Write:
@@ -50,30 +45,6 @@ class Command:
     def __init__(self, text: bytes, waiter: Any) -> None:
         self.text = text
         self.waiter = waiter
-
-
-class SupersededWrite:
-    """The waiters of a refused write, as waiters of the write that overtook it.
-
-    In the order they were issued the first was overwritten at once: it is done if the later one
-    is. If that is a removal, they are done ``always``: both waiters, as the record was there.
-    """
-
-    __slots__ = ("_always", "_refusal", "_waiter")
-
-    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
-        self._waiter = waiter
-        self._refusal = refusal
-        self._always = always
-
-    def set_result(self, done: bool, /) -> None:
-        if done or self._always:
-            resolve(self._waiter, True)
-        else:
-            reject(self._waiter, self._refusal)
-
-    def set_exception(self, error: Exception, /) -> None:
-        reject(self._waiter, partial(c.copy_error, error))
 
 
 class Bulk:
@@ -203,6 +174,8 @@ class Batch:
 
     def group(self, slot_of: Callable[[str], int]) -> None:
         """Bring records of one slot together; those sent before stay before the others."""
+        if len(self.names) < 2:
+            return
         slots = [slot_of(name) for name in self.names]
         order = sorted(range(len(slots)), key=lambda i: (i >= self.repeated, slots[i]))
         names = [self.names[i] for i in order]
@@ -228,7 +201,7 @@ class Batch:
 
     def text_size(self) -> int:
         """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
-        if not (c.SET <= self.kind <= c.SET_IF_NEWER or self.kind >= c.READ_KEY):
+        if not c.has_text(self.kind):
             return 0
         # What is over and was not sent will never be.
         last = self.sent if self.abandoned() else len(self.records)
@@ -245,33 +218,3 @@ class Batch:
 
     def waiting(self) -> int:
         return len(self.records) - self.sent
-
-
-# -- waiters
-
-
-def waiter_of(entry: Any) -> Any:
-    """Return who waits for a record: a waiter, or a list of them."""
-    return entry.waiter if type(entry) is Write or type(entry) is Command else entry
-
-
-def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
-    """Return the waiters of one record, to which one more comes."""
-    if type(earlier) is not list:
-        return [earlier, waiter]
-    earlier.append(waiter)
-    return earlier
-
-
-def resolve(waiter: Any, result: object) -> None:
-    """Give a waiter, or each of a list, its result, unless it was cancelled."""
-    for one in waiter if type(waiter) is list else (waiter,):
-        with suppress(InvalidStateError):
-            one.set_result(result)
-
-
-def reject(waiter: Any, make: Callable[[], Exception]) -> None:
-    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
-    for one in waiter if type(waiter) is list else (waiter,):
-        with suppress(InvalidStateError):
-            one.set_exception(make())

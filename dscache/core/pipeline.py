@@ -58,25 +58,15 @@ import hiredis
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import envelope as e
-from .batch import (
-    DISCARDED,
-    Batch,
-    Bulk,
-    Command,
-    SupersededWrite,
-    Write,
-    reject,
-    resolve,
-    serials,
-    waiter_of,
-    with_waiter,
-)
+from . import recovery
+from .batch import Batch, Bulk, Command, Write, serials
 from .constants import ErrorOf
 from .latency import Latencies
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import Encoder, LengthGuard, pack_command, slot_of_key
+from .waiters import DISCARDED, resolve, with_waiter
 
 _INCOMPLETE: Final = object()
 
@@ -88,7 +78,6 @@ _serial_of = attrgetter("serial")
 _GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER)
 _ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY, c.PUBLISH)
 _UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
-_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
 
 
 class Pipeline:
@@ -156,25 +145,25 @@ class Pipeline:
         self._begin = begin
         self._encoder = Encoder(key_prefix, hash_tag)
         self._ttl = ttl
-        self._timeout = timeout
+        self.timeout = timeout
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
         self._refuse_when_full = refuse_when_full
         self._max_reply_bytes = max_reply_bytes
-        self._clustered = clustered
-        self._max_redirections = max_redirections
+        self.clustered = clustered
+        self.max_redirections = max_redirections
         self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
         self._awake = False
-        self._busy = False  # the queue or the slots are being changed: only new operations may come
-        self._open: list[Batch] = []
-        self._queue: deque[Batch] = deque()
-        self._slots: deque[tuple[Batch, int]] = deque()
-        self._returned: list[Batch] = []
+        self.busy = False  # the queue or the slots are being changed: only new operations may come
+        self.open_batches: list[Batch] = []
+        self.queue: deque[Batch] = deque()
+        self.slots: deque[tuple[Batch, int]] = deque()
+        self.returned: list[Batch] = []
         self._buffer = memoryview(b"")
         self._counts = dict.fromkeys(
             ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
         )
-        self._failed = 0
+        self.failed = 0
         self._calls = 0
         self._overloads = 0
         self._batches = 0
@@ -272,7 +261,7 @@ class Pipeline:
         batch.freeze()
         batch.sent = 1
         # Nothing can fail behind this: a slot whose bytes are lost would take another's reply.
-        self._slots.append((batch, 1))
+        self.slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
         if self._epoch is not None:
@@ -304,105 +293,44 @@ class Pipeline:
 
     def fence(self) -> int:
         """Return how far ``settled`` will be when all that is in flight now has been answered."""
-        return self.settled + len(self._slots)
+        return self.settled + len(self.slots)
 
     def take_queued(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
-        """Give away what waits and belongs to another pipeline now, each with that pipeline."""
-        kept: list[Batch] = []
-        released: list[tuple[Any, Batch]] = []
-        split: list[tuple[Batch, Batch]] = []
-        self._open.clear()
-        self._busy = True
-        try:
-            waiting = self._queue.copy()
-            for batch in waiting:
-                if batch.target is not None:
-                    released.append((batch.target, batch))
-                elif batch.asking and not batch.abandoned():
-                    kept.append(batch)  # it was sent here, although the slot is another node's
-                elif not batch.abandoned():
-                    self._release_batch(batch, target_of, kept, released, split)
-            self._replace_queue(kept, len(waiting))
-            for batch, rest in split:
-                batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
-            for _target, batch in released:
-                batch.target = None
-        finally:
-            self._busy = False
-        self._recount()
-        return released
+        """Remove the waiting operations that belong to other pipelines now.
 
-    def _release_batch(
-        self,
-        batch: Batch,
-        target_of: Callable[[int, str], Any],
-        kept: list[Batch],
-        released: list[tuple[Any, Batch]],
-        split: list[tuple[Batch, Batch]],
-    ) -> None:
-        """Decide where the records of a batch go, without changing it yet."""
-        batch.freeze()
-        parts: dict[Any, tuple[dict[str, Any], int]] = {}
-        for i in range(batch.sent, len(batch.names)):
-            name = batch.names[i]
-            target = target_of(batch.kind, name)
-            records, repeated = parts.get(target, ({}, 0))
-            records[name] = batch.entries[i]
-            parts[target] = records, repeated + (i < batch.repeated)
-        if parts.keys() <= {self}:
-            kept.append(batch)
-            return
-        sent = zip(batch.names[: batch.sent], batch.entries[: batch.sent], strict=True)
-        rest = batch.part(dict(sent), 0)
-        rest.freeze()
-        split.append((batch, rest))
-        for target, (records, repeated) in parts.items():
-            part = batch.part(records, repeated)
-            if target is self:
-                kept.append(part)
-            else:
-                released.append((target, part))
+        Returns each such batch with its pipeline, in the order of the queue.
+        """
+        return recovery.take_queued(self, target_of)
 
     def requeue(self, batches: Iterable[Batch]) -> None:
-        """Queue what another pipeline gave away, each in the place of its age.
+        """Queue batches that another pipeline gave away, each in the place of its age.
 
-        What waits here already, or was even sent, is left alone: whoever could not finish giving
-        something away does it again.
+        Batches that wait here already, were sent or have their outcome are skipped, so that a
+        caller that was interrupted may pass the same batches again.
         """
         self.notify_pending()
-        self._open.clear()
-        self._busy = True
-        try:
-            waiting = dict.fromkeys(self._queue)
-            size = len(waiting)
-            for batch in batches:
-                if batch.sent == batch.answered and not batch.settled():
-                    waiting[batch] = None
-            self._replace_queue(list(waiting), size)
-        finally:
-            self._busy = False
-        self._recount()
+        recovery.requeue(self, batches)
 
-    def _replace_queue(self, batches: list[Batch], known: int) -> None:
+    def replace_queue(self, batches: list[Batch], known: int) -> None:
         """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
         wait now. The others came while this was being prepared, and stay.
 
         If it raises, nothing has changed.
         """
         while True:
-            while known < len(self._queue):
-                batches.append(self._queue[known])
+            while known < len(self.queue):
+                batches.append(self.queue[known])
                 known += 1
             queue = deque(sorted(batches, key=_serial_of))
-            if known == len(self._queue):
+            if known == len(self.queue):
                 break
-        self._queue = queue
+        self.queue = queue
 
     # -- output
 
     def end_tick(self) -> None:
         """Let nothing join what is queued any more; for a tick that can't be sent."""
-        self._open.clear()
+        self.open_batches.clear()
         self._awake = False
 
     def take_output(self) -> bytes:
@@ -411,23 +339,23 @@ class Pipeline:
         What more there is waits for the next call, as does what the window doesn't allow yet. If
         it raises, or the bytes can't be sent, the connection must end.
         """
-        self._busy = True
+        self.busy = True
         try:
             return self._take()
         except BaseException:
             # There may be slots without bytes, which would take the replies to other commands.
-            self._severed = True
+            self.severed = True
             raise
         finally:
-            self._busy = False
+            self.busy = False
 
     def _take(self) -> bytes:
         self.end_tick()
-        queue = self._queue
+        queue = self.queue
         if queue and queue[0].deadline <= (now := time.monotonic()):
             # The caller was too busy to say so by ``expire``; it must not be sent all the same.
-            self._drop_late(now)
-            self._recount()
+            recovery.drop_late(self, now)
+            self.recount()
         out: list[bytes] = []
         size = taken = 0
         while (
@@ -441,16 +369,16 @@ class Pipeline:
                 self.queued -= batch.waiting()
                 queue.popleft()
                 continue
-            self._open.clear()  # it may be one that a finalizer has begun just now
+            self.open_batches.clear()  # it may be one that a finalizer has begun just now
             batch.freeze()
-            if self._clustered and not batch.hash_slots and batch.kind in _GROUPED:
+            if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
             text, count = self._encoder.encode(batch, self.has_msetex)
             if batch.kind in _ONE_BY_ONE:
-                self._slots.extend([(batch, 1)] * count)
+                self.slots.extend([(batch, 1)] * count)
                 self._commands += 2 * count if batch.kind == c.HEAD else count
             else:
-                self._slots.append((batch, count))
+                self.slots.append((batch, count))
                 self._commands += 1
             out.append(text)
             size += len(text)
@@ -488,7 +416,7 @@ class Pipeline:
         try:
             self.feed(bytes(self._buffer[:size]))
         except BaseException:
-            self._severed = True
+            self.severed = True
             raise
 
     def feed(self, data: bytes) -> None:
@@ -503,14 +431,14 @@ class Pipeline:
             self._reader.feed(data)
             self._parse()
         except BaseException:
-            self._severed = True
+            self.severed = True
             raise
 
     def reset_reader(self) -> None:
         """Forget a reply that arrived in part: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._asked = False  # the reply to an ASKING was read, and what was asked comes next
-        self._severed = False  # replies are still to come that belong to nobody
+        self.severed = False  # replies are still to come that belong to nobody
         self.partial = 0
         self._guard = LengthGuard(self._max_reply_bytes)
         self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
@@ -523,6 +451,11 @@ class Pipeline:
         if is_tracked and self.near is not None:
             self._epoch = Epoch(self._reach)
             self.near.count_live(1)
+
+    def disconnected(self, is_trusted: bool) -> None:
+        """Note that the connection ended, and whether what it brought can be trusted."""
+        self._end_epoch(LOST if is_trusted else OVER, "connection")
+        self._reach.up = False
 
     def unknown(self) -> float:
         """Return the seconds for which changes may be unknown to the near cache."""
@@ -550,121 +483,35 @@ class Pipeline:
     # -- time and failure
 
     def expire(self, now: float) -> float | None:
-        """Fail every operation whose deadline is past; return the next deadline, or None."""
-        pending = self.in_flight
-        next_deadline = math.inf
-        self._busy = True
-        try:
-            for batch, _count in self._slots.copy():  # all: a repeat may be behind younger ones
-                if batch.abandoned():
-                    continue
-                if batch.deadline > now:
-                    next_deadline = min(next_deadline, batch.deadline)
-                else:
-                    make = partial(c.no_answer_in_time, self.address, self._timeout, pending)
-                    self._fail_batch(batch, make)
-            self._drop_late(now)
-        finally:
-            self._busy = False
-        if self._queue:
-            next_deadline = min(next_deadline, self._queue[0].deadline)
-        self._recount()
-        return None if next_deadline == math.inf else next_deadline
+        """Fail every operation whose deadline is past; return the next deadline, or None.
 
-    def _drop_late(self, now: float) -> None:
-        """Fail what waits at the head of the queue and whose deadline is past."""
-        queue = self._queue
-        while queue:
-            batch = queue[0]
-            if not batch.abandoned():
-                if batch.deadline > now:
-                    break
-                pending = self.in_flight
-                make = partial(
-                    c.never_sent,
-                    self.address,
-                    self._timeout,
-                    pending,
-                    self.down,
-                    batch.redirections,
-                )
-                doubt = partial(c.not_sent_again, self.address, self._timeout, self.down)
-                self._open.clear()
-                self._fail_batch(batch, make, doubt)
-            queue.popleft()
-            self.queued -= batch.waiting()
-            self._open.clear()
+        Both are seconds of ``time.monotonic``.
+        """
+        return recovery.expire(self, now)
 
     def connection_lost(self, reason: Exception, retry: bool) -> None:
-        """Settle the slots of a connection that ended.
+        """Settle the operations in flight on a connection that ended.
 
-        With ``retry``, reads and guarded writes wait for the next connection, in their order
-        and before anything newer; without it, they fail as the other writes do, which may or
-        may not have happened. What was not sent yet stays queued. If it raises, for want of
-        memory, it may be called again and goes on where it was.
+        With ``retry``, reads and guarded writes wait for the next connection, in their order and
+        before newer operations. Other writes fail, as all do without ``retry``; they may or may
+        not have happened. Operations that were not sent yet stay queued. After an exception, such
+        as a MemoryError, it may be called again and goes on where it was.
         """
-        self._busy = True
-        try:
-            self._lose(reason, retry)
-        finally:
-            self._busy = False
-        self._recount()
-        self.end_tick()
-        self.reset_reader()
-
-    def _lose(self, reason: Exception, retry: bool) -> None:
-        self._severed = True  # until all is settled: no reply of this connection counts any more
-        kept: dict[Batch, None] = {}
-        for batch, _count in self._slots.copy():
-            if batch.abandoned() or batch in kept:
-                continue
-            if batch.answered >= len(batch.records):
-                # Its last reply was read, though whatever was to follow has failed.
-                if batch.bulk is not None:
-                    batch.bulk.settle(0)
-            elif retry and batch.kind in _REPEATABLE:
-                batch.repeated = max(batch.repeated, batch.sent)
-                kept[batch] = None
-            else:
-                self._fail_batch(batch, partial(c.lost, self.address, reason, batch.kind))
-        waiting = self._queue.copy()
-        kept.update(
-            dict.fromkeys(one for one in (*waiting, *self._returned) if not one.abandoned())
-        )
-        # What broke the protocol is not to be believed in anything.
-        self._end_epoch(LOST if retry else OVER, "connection")
-        self._reach.up = False
-        self._replace_queue(list(kept), len(waiting))
-        for batch, _count in self._slots:  # none of those that wait has anything in flight now
-            if not batch.abandoned():
-                batch.sent = batch.answered
-        self.settled += len(self._slots)
-        self._slots.clear()
-        self._returned.clear()
+        recovery.connection_lost(self, reason, retry)
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail every operation that is queued or in flight, with an error of its own each.
 
-        If any was in flight, the next reply ends the connection, as it would be taken for that of
-        a later operation. If it raises, for want of memory, it may be called again.
+        If any was in flight, the next reply ends the connection, because it would be taken for
+        the reply to a later operation. After an exception it may be called again.
         """
-        doubt = partial(c.in_doubt, error_of)
-        self.end_tick()
-        self._severed = self._severed or bool(self._slots)
-        self._busy = True
-        try:
-            in_flight = [batch for batch, _count in self._slots]
-            for batch in (*in_flight, *self._queue, *self._returned):
-                if not batch.abandoned():
-                    self._fail_batch(batch, error_of, doubt)
-            while self._queue and self._queue[0].abandoned():  # what came meanwhile stays
-                self._queue.popleft()
-            self.settled += len(self._slots)
-            self._slots.clear()
-            self._returned.clear()
-        finally:
-            self._busy = False
-        self._recount()
+        recovery.fail_all(self, error_of)
+
+    def drop_slots(self) -> None:
+        """Forget what is in flight or comes back, after each has its outcome or waits again."""
+        self.settled += len(self.slots)
+        self.slots.clear()
+        self.returned.clear()
 
     def stats(self) -> dict[str, Any]:
         """Return the counters: records by kind and outcome, traffic, and what is pending."""
@@ -674,7 +521,7 @@ class Pipeline:
             "operations": self._calls,
             "records": records,
             **counts,
-            "failed": self._failed,
+            "failed": self.failed,
             "overloaded": self._overloads,
             "batches": self._batches,
             "sent": self._sent,
@@ -715,7 +562,7 @@ class Pipeline:
         return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
 
     def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
-        return Batch(kind, time.monotonic() + self._timeout, 0, records)
+        return Batch(kind, time.monotonic() + self.timeout, 0, records)
 
     def notify_pending(self) -> None:
         """Tell whoever flushes that something is about to be queued; raises if it must not."""
@@ -728,18 +575,18 @@ class Pipeline:
 
         The caller has called ``notify_pending``.
         """
-        if not is_open or any(other.kind == batch.kind for other in self._open):
-            self._open.clear()
+        if not is_open or any(other.kind == batch.kind for other in self.open_batches):
+            self.open_batches.clear()
         batch.serial = next(serials)
-        self._queue.append(batch)
+        self.queue.append(batch)
         if is_open:  # behind it: what joins a batch that isn't queued would be lost
-            self._open.append(batch)
+            self.open_batches.append(batch)
 
     def _joinable(self, kind: int, name: str) -> Batch | None:
         """Return the open batch that an operation on ``name`` may join by rule 1, or None."""
         found: Batch | None = None
         free = True
-        for batch in self._open:
+        for batch in self.open_batches:
             if batch.kind == kind:
                 found = batch
                 # Two removals, or two guarded writes, of one name have each its own result.
@@ -806,7 +653,7 @@ class Pipeline:
 
     def _begin_early(self) -> None:
         """Let the server begin, if it has nothing to do and a part of the tick's operations."""
-        idle = not self.in_flight and not self._busy
+        idle = not self.in_flight and not self.busy
         if self.queued >= c.EARLY_RECORDS and idle and self._begin is not None:
             self._begin()
 
@@ -841,7 +688,7 @@ class Pipeline:
     def _parse(self) -> None:
         gets = self._reader.gets
         self._now = 0.0
-        self._busy = True
+        self.busy = True
         try:
             while True:
                 try:
@@ -862,12 +709,10 @@ class Pipeline:
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
                     "without the end of a reply"
                 )
-            if self._returned:
-                waiting = list(self._queue)
-                self._replace_queue([*waiting, *self._returned], len(waiting))
-                self._returned.clear()
+            if self.returned:
+                recovery.requeue_returned(self)
         finally:
-            self._busy = False
+            self.busy = False
 
     def _take_push(self, push: Any) -> None:
         """Take a message, or let the near cache forget what has changed.
@@ -898,7 +743,7 @@ class Pipeline:
     def _take_subscription(self, push: list[Any]) -> None:
         """Take what answers a subscription, though it is no reply; or ends one unasked."""
         assert self.inbox is not None
-        batch = self._slots[0][0] if self._slots else None
+        batch = self.slots[0][0] if self.slots else None
         asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
         if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
             self._answer(list(push))
@@ -908,11 +753,11 @@ class Pipeline:
     def _answer(self, reply: Any) -> None:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way
         if the reply turns out to be of the wrong shape."""
-        if not self._slots or self._severed:
+        if not self.slots or self.severed:
             raise ProtocolError(
                 f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
             )
-        batch, count = self._slots[0]
+        batch, count = self.slots[0]
         if batch.asking and not self._asked:
             self._asked = True
             return
@@ -933,7 +778,7 @@ class Pipeline:
         if was_over:
             batch.answered += count
         elif refused:
-            self._refused(batch, count, reply)
+            recovery.refused(self, batch, count, reply)
         elif batch.kind == c.GET:
             self._answer_get(batch, count, reply)
         elif batch.kind == c.HEAD:
@@ -951,7 +796,7 @@ class Pipeline:
             self._answer_key(batch, reply)
         else:
             self._answer_script(batch, count, reply)
-        self._slots.popleft()
+        self.slots.popleft()
         self.settled += 1
         if self._epoch is not None:
             self._epoch.answered(self.settled)
@@ -980,7 +825,7 @@ class Pipeline:
         row = min(batch.kind, c.SET) if batch.kind < c.DELETE else c.SET + 1
         if batch.bulk is not None:
             row += len(c.TIMED) // 2
-        self._latencies.add(row, self._now - (batch.deadline - self._timeout), count)
+        self._latencies.add(row, self._now - (batch.deadline - self.timeout), count)
 
     def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
@@ -1033,7 +878,8 @@ class Pipeline:
 
     def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
         assert self.near is not None
-        self.near.fill(self, epoch, batch.serial, name, version, raw)
+        slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
+        self.near.fill(self, epoch, batch.serial, name, version, raw, slot)
 
     def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
         if batch.asking and type(reply) is int:  # how many of both keys there are
@@ -1089,7 +935,8 @@ class Pipeline:
                 name = batch.names[batch.answered]
                 entry = batch.entries[batch.answered]
                 if type(value) is ReplyError:
-                    self._give_error(batch, name, entry, self._refusal(value, batch.kind, name))
+                    make = recovery.refusal(self, value, batch.kind, name)
+                    recovery.give_error(self, batch, name, entry, make)
                 elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
                     raise self._wrong_shape("the set script", value)
                 elif value == c.DAMAGED:
@@ -1144,200 +991,17 @@ class Pipeline:
 
     def _damaged(self, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
         self._counts["damaged"] += 1
-        self._give_error(batch, name, entry, partial(c.damaged_version, name, stored))
+        recovery.give_error(self, batch, name, entry, partial(c.damaged_version, name, stored))
 
-    # -- refusals
-
-    def _refused(self, batch: Batch, count: int, error: ReplyError) -> None:
-        """Give an error reply to the records it belongs to, or send them once more.
-
-        An error reply to a whole command says that nothing of it was done.
-        """
-        if self._clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
-            self._redirected(batch, count, error)
-            return
-        if error.code == "READONLY":
-            self.read_only = True
-        by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
-        lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
-        mixed = error.code == "NOPERM" and count > 1
-        writes = c.SET <= batch.kind <= c.DELETE
-        later: dict[str, tuple[Batch, int, bool]] = {}
-        if lost_script or mixed:
-            later = self._written_after(batch, mixed)
-        again: dict[str, Any] = {}
-        settled = count
-        repeated = 0
-        for i in range(batch.answered, batch.answered + count):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is DISCARDED:
-                settled -= 1
-            elif (lost_script or mixed) and name not in later:
-                again[name] = entry
-                repeated += i < batch.repeated
-            else:
-                refusal = self._refusal(error, batch.kind, name)
-                if name not in later or not self._attach_to_newer_write(
-                    batch, entry, *later[name], refusal
-                ):
-                    self._give_error(batch, name, entry, refusal)
-        if again:
-            self._send_again(batch, again, repeated, lost_script, mixed)
-            if writes:
-                self._read_again(batch, again)
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(settled - len(again))
-
-    def _redirected(self, batch: Batch, count: int, error: ReplyError) -> None:
-        """Give away the records of a command that another node, or a later moment, is right for.
-
-        Behind it, commands may be in flight that write the same names. They are redirected as
-        well and follow in their order; or they were done, if the node changed its mind meanwhile,
-        and this must not undo them: a plain write hangs on the one that overtook it, or fails
-        where that would tell an untruth. A guarded one undoes nothing.
-        """
-        later = self._written_after(batch, True) if c.SET <= batch.kind <= c.DELETE else {}
-        redirections = (*batch.redirections, f"{self.address}: {error.message}")
-        limit = self._max_redirections
-        again: dict[str, Any] = {}
-        failed = repeated = 0
-        for i in range(batch.answered, batch.answered + count):
-            name = batch.names[i]
-            entry = batch.entries[i]
-            if entry is DISCARDED:
-                continue
-            refusal = self._refusal(error, batch.kind, name)
-            if len(redirections) > limit:
-                context = f"{c.describe(batch.kind, name)} at {self.address}"
-                make = partial(c.too_many_redirections, error.message, redirections, limit, context)
-                self._give_error(batch, name, entry, make)
-                failed += 1
-            elif name not in later or batch.kind == c.SET_IF_NEWER:
-                again[name] = entry
-                repeated += i < batch.repeated
-            elif later[name][0].kind != c.SET_IF_NEWER and self._attach_to_newer_write(
-                batch, entry, *later[name], refusal
-            ):
-                continue
-            elif error.code in c.FLEETING:
-                self._give_error(batch, name, entry, refusal)
-                failed += 1
-            else:
-                again[name] = entry
-                repeated += i < batch.repeated
-        if again:
-            part = batch.part(again, repeated)
-            part.redirections = redirections
-            part.asking = False
-            # One whose keys are on their way holds up no other of its slot a second time.
-            part.one_per_command = batch.one_per_command or error.code == "TRYAGAIN"
-            self.redirected.append(
-                (error.message, self.slot_of(batch.kind, next(iter(again))), part)
-            )
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(failed)
+    # -- counting
 
     def slot_of(self, kind: int, name: str) -> int:
         """Return the slot of what an operation of that kind is about: a record, or one key."""
         return slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
 
-    def _send_again(
-        self,
-        batch: Batch,
-        again: dict[str, Any],
-        repeated: int,
-        lost_script: bool,
-        one_per_command: bool,
-    ) -> None:
-        """Queue records of a batch once more, in the batch's place."""
-        repeat = batch.part(again, repeated)
-        repeat.whole_script = lost_script or batch.whole_script
-        repeat.one_per_command = one_per_command or batch.one_per_command
-        repeat.counted = batch.bulk is not None
-        self._returned.append(repeat)
-        self.queued += len(again)
-        self.operations += 1 if repeat.counted else len(again)
-        self.pending_bytes += repeat.text_size()
-
-    def _batches_in_flight(self) -> dict[Batch, None]:
-        return dict.fromkeys(batch for batch, _count in self._slots.copy())
-
-    def _read_again(self, batch: Batch, names: Mapping[str, Any]) -> None:
-        """Let reads in flight behind a write that is repeated be read again behind it."""
-        for later in self._batches_in_flight():
-            if later.serial <= batch.serial or later.kind > c.HEAD or later.abandoned():
-                continue
-            again: dict[str, Any] = {}
-            for i in range(later.answered, later.sent):
-                if later.names[i] in names and later.entries[i] is not DISCARDED:
-                    again[later.names[i]] = later.entries[i]
-            if again:
-                self._send_again(later, again, 0, False, False)
-            for i in range(later.answered, later.sent):
-                if later.names[i] in again:
-                    later.entries[i] = DISCARDED
-
-    def _written_after(self, batch: Batch, mixed: bool) -> dict[str, tuple[Batch, int, bool]]:
-        """Return where the first later write of each name is that a repeat could undo or see,
-        and whether the name is read between the two.
-
-        If a script is lost, those by script are refused too, and come back in their order, unless
-        a repeat has brought it before them. A repeat that is guarded can't undo another guarded
-        write, though a read between them would see the wrong one.
-        """
-        found: dict[str, tuple[Batch, int, bool]] = {}
-        read: set[str] = set()
-        loaded = mixed
-        for later in self._batches_in_flight():
-            newer = batch.serial < later.serial and later.kind < c.COMMAND
-            guarded = later.kind == c.SET_IF_NEWER
-            by_script = guarded or (later.kind == c.SET_TTL and not self.has_msetex)
-            if newer and later.kind <= c.HEAD:
-                for i in range(later.answered, later.sent):
-                    if later.entries[i] is not DISCARDED:
-                        read.add(later.names[i])
-            elif newer and (loaded or not by_script):
-                harmless = guarded and batch.kind == c.SET_IF_NEWER
-                for i in range(later.answered, later.sent):
-                    name = later.names[i]
-                    if name in read or not harmless:
-                        found.setdefault(name, (later, i, name in read))
-            loaded = loaded or later.whole_script
-        return found
-
-    def _attach_to_newer_write(
-        self,
-        batch: Batch,
-        entry: Any,
-        later: Batch,
-        i: int,
-        read: bool,
-        refusal: Callable[[], Exception],
-    ) -> bool:
-        """Let the waiters of a refused write wait for the one that overtook it.
-
-        Returns False if its outcome can't be told from that of the later one, as a read's never.
-        """
-        if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
-            return False
-        if later.bulk is not None or later.abandoned() or read:
-            return False
-        there = later.entries[i]
-        if later.kind == c.DELETE:
-            removal = SupersededWrite(there, refusal, True)
-            later.entries[i] = [removal, SupersededWrite(entry.waiter, refusal, True)]
-        elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
-            return False
-        else:
-            there.waiter = with_waiter(there.waiter, SupersededWrite(entry.waiter, refusal, False))
-        return True
-
-    def _recount(self) -> None:
-        """Count what is pending anew, after batches were dropped."""
-        slots, queue = self._slots.copy(), self._queue.copy()
+    def recount(self) -> None:
+        """Count pending records and operations anew, after batches were dropped."""
+        slots, queue = self.slots.copy(), self.queue.copy()
         pending = dict.fromkeys(batch for batch, _count in slots)
         pending.update(dict.fromkeys(queue))
         operations = pending_bytes = 0
@@ -1354,62 +1018,6 @@ class Pipeline:
         self.queued = sum(batch.waiting() for batch in queue)
         self.operations = operations
         self.pending_bytes = pending_bytes
-
-    def _refusal(self, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
-        context = f"{c.describe(kind, name)} at {self.address}"
-        return lambda: ReplyError(error.message, context=context)
-
-    def _give_error(
-        self, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
-    ) -> None:
-        """Give one record its error: to its waiters, or into its bulk's."""
-        self._failed += batch.kind < c.COMMAND
-        if batch.bulk is None:
-            reject(waiter_of(entry), make)
-            return
-        batch.bulk.errors[name] = make()
-        if batch.kind == c.GET:
-            batch.bulk.missing.append(name)
-
-    def _fail_batch(
-        self, batch: Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
-    ) -> None:
-        """Tell all who still wait for a batch that it failed.
-
-        ``error_of_doubt`` makes the error of a write that was sent, and so may have happened. If
-        it raises, it may be called again, and goes on with the record that it had come to.
-        """
-        batch.freeze()
-        doubtful = 0
-        if error_of_doubt is not None and c.is_write(batch.kind):
-            doubtful = max(batch.sent, batch.repeated)
-        bulk = batch.bulk
-        if bulk is not None and not bulk.shared:
-            make = error_of
-            if error_of_doubt is not None and (
-                doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
-            ):
-                make = error_of_doubt
-            reject(bulk.waiter, partial(make, bulk.operation))
-            bulk.over = True
-            self._failed += bulk.remaining
-            batch.expired = True
-            return
-        batch.failed = max(batch.failed, batch.answered)
-        while batch.failed < len(batch.names):
-            name = batch.names[batch.failed]
-            entry = batch.entries[batch.failed]
-            if entry is not DISCARDED:
-                make = error_of
-                if error_of_doubt is not None and batch.failed < doubtful:
-                    make = error_of_doubt
-                self._give_error(batch, name, entry, partial(make, c.describe(batch.kind, name)))
-                if bulk is not None:
-                    bulk.remaining -= 1
-            batch.failed += 1
-        batch.expired = True
-        if bulk is not None:
-            bulk.settle(0)
 
 
 # -- small things

@@ -22,7 +22,7 @@ from tests.support.waiting import PATIENCE, assert_drained, own_tasks, until
 
 @asynccontextmanager
 async def opened(group: ClusterGroup, **options: Any) -> AsyncIterator[dscache.AsyncCache]:
-    """Open a cache that is drained at the end, and leaves nothing behind."""
+    """Open a cache that is drained at the end and leaves nothing behind."""
     async with asyncio.timeout(PATIENCE):
         async with open_cache(group, **options) as cache:
             yield cache
@@ -35,7 +35,7 @@ async def opened(group: ClusterGroup, **options: Any) -> AsyncIterator[dscache.A
 
 @pytest.mark.parametrize("single", [False, True], ids=["bulk", "single"])
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])
-async def test_records_are_where_they_belong(
+async def test_records_are_on_the_nodes_of_their_slots(
     layout: str, single: bool, group: ClusterGroup, backend: str
 ) -> None:
     figures = Figures("cluster-records")
@@ -46,12 +46,12 @@ async def test_records_are_where_they_belong(
         assert stats["redirections"] == 0
         assert (stats["hits"], stats["halves"], stats["damaged"]) == (2000, 0, 0)
         assert (stats["writes"], stats["deletes"]) == (1000, 1000)
-        # A bulk is one operation, on however many nodes.
+        # A bulk is one operation, on any number of nodes.
         assert stats["operations"] == (4000 if single else 4)
         assert stats["records"] == 4000
 
 
-async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
+async def test_records_are_never_torn(group: ClusterGroup, backend: str) -> None:
     figures = Figures("cluster-records")
     async with opened(group, **PATIENT) as cache:
         await cluster_rows.tear_none(figures, cache, 10_000)
@@ -59,8 +59,8 @@ async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
     assert figures.operations >= 10_000
 
 
-async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) -> None:
-    """The default layout, a prefix, lifetimes, guarded writes, and what the cache says of it."""
+async def test_a_cluster_behaves_like_a_server(group: ClusterGroup, backend: str) -> None:
+    """The default layout, a prefix, TTLs, guarded writes, and the description of the cache."""
     primaries = {f"127.0.0.1:{one.port}" for one in group.primaries()}
     async with opened(group, keyPrefix="app/", **PATIENT, **CURIOUS) as cache:
         assert cache.is_ready
@@ -83,7 +83,7 @@ async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: s
         }
         assert await cache.delete_bulk([*names, "none"]) == 300
         assert await cache.get_bulk([]) == {}
-        # No replica is needed, though it is a configured node.
+        # Configured nodes include a replica, but reads don't need it.
         await until(lambda: set(cache.stats()["nodes"]) == primaries)
         stats = cache.stats()
         assert (stats["not_newer"], stats["last_loss"]) == (181, "")
@@ -92,8 +92,8 @@ async def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: s
             assert stats[counter] >= sum(one[counter] for one in stats["nodes"].values()) > 0
 
 
-async def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None:
-    """deepstream's own layout: each key is where Redis wants it, and a half is a miss."""
+async def test_split_records_on_a_cluster(group: ClusterGroup, backend: str) -> None:
+    """deepstream's own layout: each key is on the node of its own slot, and a half is a miss."""
     async with opened(group, keyLayout="deepstream", **PATIENT) as cache:
         assert await cache.set("a", 1, {"b": 1}, ttl=100) is True
         for key, value in (("a_v", "1"), ("a_d", '{"b":1}')):
@@ -113,13 +113,13 @@ async def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None
         assert await cache.get_bulk(["a", "{a}/1"]) == {"{a}/1": await cache.get("{a}/1")}
 
 
-async def test_one_node_that_does_not_know_its_address(backend: str) -> None:
-    """A cluster of one announces no host: it is the one that was asked."""
+async def test_a_single_node_without_an_announced_address(backend: str) -> None:
+    """A cluster of one announces no host, which means the host that was asked."""
     with ClusterGroup(BY_AGE[0], primaries=1, replicas=0) as group:
         async with opened(group, nodes=[{"host": "localhost", "port": group.nodes[0].port}]) as one:
             await one.set_bulk({f"n/{i}": (i, i) for i in range(100)})
             assert len(await one.get_bulk(f"n/{i}" for i in range(100))) == 100
-            # The name that was asked is where it is: a second connection would be one too many.
+            # The node is at the configured name: a second connection would be one too many.
             assert set(one.stats()["nodes"]) == {f"localhost:{group.nodes[0].port}"}
 
 
@@ -128,13 +128,13 @@ async def test_one_of_several_nodes_is_enough(group: ClusterGroup, backend: str)
     async with opened(group, nodes=nodes, **PATIENT, **CURIOUS) as cache:
         await cache.set_bulk({f"n/{i}": (i, i) for i in range(100)})
         assert len(await cache.get_bulk(f"n/{i}" for i in range(100))) == 100
-        # Those that were of no use are closed by and by.
+        # Unused connections are closed eventually.
         primaries = {f"127.0.0.1:{one.port}" for one in group.primaries()}
         await until(lambda: set(cache.stats()["nodes"]) == primaries)
         assert await cache.get("n/1") is not None
 
 
-# -- slots that move
+# -- moving slots
 
 
 async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
@@ -145,8 +145,8 @@ async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
     assert figures.operations > 0
 
 
-async def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
-    """What has moved, what has not, what is half there and what is new: all is found."""
+async def test_records_of_a_migrating_slot(group: ClusterGroup, backend: str) -> None:
+    """Moved, unmoved, half moved and new records of a migrating slot are all found."""
     source, target = group.primaries()[:2]
     room = cluster_rows.prefix_on(group, source)
     slot = slot_of(room)
@@ -155,7 +155,7 @@ async def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
     group.begin_migration(slot, source, target)
     try:
         async with opened(group, maxRedirections=1000, **PATIENT) as cache:
-            await _use_what_moves(group, cache, slot, names, others)
+            await _use_migrating_records(group, cache, slot, names, others)
     finally:
         if slot in group.slots_of(source):
             group.move_keys(slot, source, target)
@@ -163,7 +163,7 @@ async def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
         group.migrate([slot], target, source)
 
 
-async def _use_what_moves(
+async def _use_migrating_records(
     group: ClusterGroup, cache: dscache.AsyncCache, slot: int, names: list[str], others: list[str]
 ) -> None:
     source, target = group.primaries()[:2]
@@ -171,7 +171,7 @@ async def _use_what_moves(
     group.cancel_migration(slot, source, target)
     await cache.set_bulk({name: (i, name) for i, name in enumerate(names)})
     group.begin_migration(slot, source, target)
-    # An odd number of keys: some record is in two places, and has to wait.
+    # An odd number of keys: one record is on two nodes and has to wait.
     assert group.move_keys(slot, source, target, 41) == 41
     waiting = cache.get_bulk(names)
     single = [cache.get(name) for name in names]
@@ -188,7 +188,7 @@ async def _use_what_moves(
     }
     assert [record and record.data for record in await asyncio.gather(*single)] == names
     assert await heads == {name: i for i, name in enumerate(names)}
-    # These don't wait for the one that is new, which must wait until the slot has moved.
+    # These don't wait for the new record, which must wait until the slot has moved.
     assert await rewritten is True
     assert await newer is False
     assert (await cache.get(names[0])).version == 100
@@ -197,14 +197,14 @@ async def _use_what_moves(
     assert await new is True
     assert [one.version for one in (await cache.get_bulk(names)).values()] == [100, *range(1, 50)]
     await until(lambda: cache._topology._masters[slot].address.endswith(str(target.port)))
-    # From then on nothing is redirected any more.
+    # From then on nothing is redirected.
     redirections = cache.stats()["redirections"]
     assert len(await cache.get_bulk(names)) == 50
     assert cache.stats()["redirections"] == redirections
 
 
-async def test_who_leaves_is_closed(backend: str) -> None:
-    """A node without slots that is taken out of the cluster, with operations under way."""
+async def test_a_node_that_leaves_is_closed(backend: str) -> None:
+    """A node without slots is removed from the cluster while it has operations in flight."""
     with cluster_rows.leaving_soon(BY_AGE[0]) as (group, leaving, heir):
         async with opened(group, **PATIENT) as cache:
             await cache.set_bulk({f"n/{i}": (i, i) for i in range(500)})
@@ -218,16 +218,16 @@ async def test_who_leaves_is_closed(backend: str) -> None:
             slots = group.slots_of(leaving)
             await asyncio.to_thread(group.migrate, slots, leaving, heir, at_once=64)
             await asyncio.to_thread(group.forget, leaving)
-            cache._topology._stale.set()
+            cache._topology.look_again()
             await until(lambda: f"127.0.0.1:{leaving.port}" not in cache.stats()["nodes"])
             stop = True
             await asyncio.gather(*readers)
             assert len(cache.stats()["nodes"]) == 2
-            # It is a configured node all the same, and knows a cluster of its own: without slots.
+            # It is still a configured node, in a cluster of its own that has no slots.
             assert await cache.set_bulk({f"n/{i}": (i, i) for i in range(500)}) == set()
 
 
-# -- primaries that are lost or replaced
+# -- lost and replaced primaries
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["orderly", "force", "takeover"])
@@ -269,7 +269,7 @@ async def test_a_bulk_over_a_lost_shard(group: ClusterGroup, backend: str) -> No
                 assert await cache.set(name, 3, name) is True
         group.resume(node)
         async with asyncio.timeout(PATIENCE):
-            while True:  # until its connection is there again
+            while True:  # until its connection is back
                 try:
                     assert await cache.set(lost, 3, lost) is True
                     break
@@ -280,8 +280,8 @@ async def test_a_bulk_over_a_lost_shard(group: ClusterGroup, backend: str) -> No
 # -- other addresses
 
 
-async def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) -> None:
-    """Behind names that lead to the new places, the cache heals by itself."""
+async def test_all_nodes_restart_at_other_addresses(group: ClusterGroup, backend: str) -> None:
+    """Behind names that lead to the new addresses, the cache recovers by itself."""
     first, second = group.nodes[:2]
     async with (
         asyncio.timeout(PATIENCE),
@@ -315,7 +315,7 @@ async def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) 
 async def test_a_node_with_another_password(
     host: str, guarded_group: ClusterGroup, backend: str
 ) -> None:
-    """It is for that node alone, also when that is discovered by its address."""
+    """It is used only for that node, also when the node is discovered by its address."""
     first, second, third = guarded_group.nodes
     nodes = [
         {"host": host, "port": first.port, "password": OWN},
@@ -325,7 +325,7 @@ async def test_a_node_with_another_password(
     async with opened(guarded_group, **options, **PATIENT, **CURIOUS) as cache:
         for name in a_name_each(guarded_group):
             assert await cache.set(name, 1, name) is True
-        # By the addresses that they announce, and the name is left.
+        # By the addresses that they announce; the name is no longer used.
         ports = (first.port, second.port, third.port)
         addresses = {f"127.0.0.1:{port}" for port in ports}
         await until(lambda: set(cache.stats()["nodes"]) == addresses)
@@ -333,7 +333,7 @@ async def test_a_node_with_another_password(
             assert (await cache.get(name)).data == name
 
 
-async def test_a_wrong_password_is_one_nodes_trouble(
+async def test_a_wrong_password_fails_only_its_node(
     guarded_group: ClusterGroup, backend: str
 ) -> None:
     first, _, third = guarded_group.nodes
@@ -373,7 +373,9 @@ async def test_wrong_passwords(
 
 
 @pytest.mark.parametrize("scale", ["master", "slave", "all"])
-async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None:
+async def test_reads_are_spread_over_replicas(
+    scale: str, group: ClusterGroup, backend: str
+) -> None:
     names = [f"n/{i}" for i in range(300)]
     async with opened(group, scaleReads=scale, **PATIENT) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
@@ -393,13 +395,13 @@ async def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -
         assert cache.stats()["redirections"] == 0
 
 
-async def test_a_replica_that_is_gone_is_not_read(group: ClusterGroup, backend: str) -> None:
-    """Its reads go to the primary at once, and nobody is told."""
+async def test_a_lost_replica_is_not_read(group: ClusterGroup, backend: str) -> None:
+    """Its reads go to the primary at once, without an error."""
     names = [f"n/{i}" for i in range(300)]
     quick = {"first": 5, "cap": 50}
     async with opened(group, scaleReads="slave", retryStrategy=quick, **PATIENT) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
-        while len(await cache.get_bulk(names)) < 300:  # replicas come after
+        while len(await cache.get_bulk(names)) < 300:  # replicas connect later
             await asyncio.sleep(0.01)
         topology = cache._topology
         await until(lambda: sum(map(len, topology._reading.values())) == 3)

@@ -1,4 +1,4 @@
-"""A connection's life: the loop and the process it belongs to, attempts, logging, and the end."""
+"""A connection's life: its loop and process, attempts to connect, logging, and closing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.waiting import PATIENCE, until
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 
-# For what must not end by a time limit.
+# Timeouts for operations that must not end by a deadline.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 
-# Nothing here depends on the server's version.
+# No test here depends on the server's version.
 pytestmark = [
     pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id),
     pytest.mark.usefixtures("server"),
@@ -59,7 +59,7 @@ def cache_of(kind: str, server: EmbeddedServer) -> dscache.AsyncCache:
     return dscache.AsyncCache.from_config({"name": "memory"} if kind == "memory" else server.url)
 
 
-async def outcomes(*issued: Awaitable[Any]) -> list[Any]:
+async def results_of(*issued: Awaitable[Any]) -> list[Any]:
     async with asyncio.timeout(PATIENCE):
         return await asyncio.gather(*issued, return_exceptions=True)
 
@@ -78,7 +78,7 @@ KINDS = pytest.mark.parametrize("kind", ["redis", "memory"])
 
 @LOOPS
 @KINDS
-def test_another_loop_is_refused(
+def test_use_in_another_loop_is_refused(
     server: EmbeddedServer, backend: str, kind: str, new_loop: Any
 ) -> None:
     cache = cache_of(kind, server)
@@ -110,7 +110,7 @@ def test_another_loop_is_refused(
 def test_a_part_of_a_tick_is_sent_before_its_end(
     server: EmbeddedServer, backend: str, new_loop: Any, size: int
 ) -> None:
-    """Of the large ones the socket takes a part, and the transport has to send the rest."""
+    """The socket takes part of the large ones, and the transport has to send the rest."""
     names = [f"early/{number}" for number in range(100)]
     text = "x" * size
 
@@ -119,7 +119,7 @@ def test_a_part_of_a_tick_is_sent_before_its_end(
             for version in range(1, 4):
                 before = cache.stats()["flushes"]
                 writes = [cache.set(name, version, [name, text]) for name in names]
-                # Nothing else has run since.
+                # No other callback has run since.
                 assert cache.stats()["flushes"] > before
                 assert 0 < cache.stats()["in_flight"] < len(names)
                 assert all(await asyncio.gather(*writes))
@@ -137,10 +137,10 @@ def test_a_part_of_a_tick_is_sent_before_its_end(
 
 
 @LOOPS
-def test_over_tls_a_tick_goes_out_at_its_end(
+def test_over_tls_a_tick_is_sent_at_its_end(
     server: EmbeddedServer, certificates: TLSFiles, backend: str, new_loop: Any
 ) -> None:
-    """Nothing may pass TLS by."""
+    """Writing directly would bypass TLS."""
 
     async def use_it() -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -164,10 +164,10 @@ def test_over_tls_a_tick_goes_out_at_its_end(
 
 
 @LOOPS
-def test_a_socket_that_has_ended_is_written_to_by_nobody(
+def test_an_ended_socket_is_never_written_to(
     server: EmbeddedServer, backend: str, new_loop: Any
 ) -> None:
-    """Between its end and the news of it, its number may be another file's."""
+    """Between its end and the event for it, another file may get its number."""
 
     async def use_it() -> None:
         async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
@@ -186,7 +186,9 @@ def test_a_socket_that_has_ended_is_written_to_by_nobody(
 
 
 @KINDS
-def test_outside_of_its_loop_it_is_refused(server: EmbeddedServer, backend: str, kind: str) -> None:
+def test_use_outside_of_its_loop_is_refused(
+    server: EmbeddedServer, backend: str, kind: str
+) -> None:
     cache = cache_of(kind, server)
     for call in OPERATIONS:
         with pytest.raises(dscache.UsageError, match="loop"):
@@ -196,7 +198,7 @@ def test_outside_of_its_loop_it_is_refused(server: EmbeddedServer, backend: str,
         for call in OPERATIONS:
             with pytest.raises(dscache.UsageError, match="outside"):
                 call(cache)
-        # What is only read needs no loop.
+        # Reading attributes needs no loop.
         assert cache.is_ready
         assert cache.stats()["pending"] == 0
         assert cache.description
@@ -204,7 +206,9 @@ def test_outside_of_its_loop_it_is_refused(server: EmbeddedServer, backend: str,
 
 
 @KINDS
-async def test_another_thread_is_refused(server: EmbeddedServer, backend: str, kind: str) -> None:
+async def test_use_in_another_thread_is_refused(
+    server: EmbeddedServer, backend: str, kind: str
+) -> None:
     cache = cache_of(kind, server)
     await cache.when_ready()
     errors: list[BaseException] = []
@@ -224,7 +228,7 @@ async def test_another_thread_is_refused(server: EmbeddedServer, backend: str, k
     await cache.close()
 
 
-def test_a_cache_that_its_loop_left_behind_is_closed(server: EmbeddedServer, backend: str) -> None:
+def test_a_cache_of_a_closed_loop_is_closed(server: EmbeddedServer, backend: str) -> None:
     cache = dscache.AsyncCache.from_config(server.url)
     asyncio.run(cache.when_ready())
 
@@ -242,7 +246,7 @@ def test_a_cache_that_its_loop_left_behind_is_closed(server: EmbeddedServer, bac
 
 
 def run_python(program: str, *arguments: str, backend: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in an interpreter of its own, which must come to its end."""
+    """Run a program in its own interpreter, which must end by itself."""
     return subprocess.run(
         [sys.executable, "-W", "default", "-c", textwrap.dedent(program), *arguments],
         env={**os.environ, "DSCACHE_BACKEND": backend},
@@ -253,7 +257,7 @@ def run_python(program: str, *arguments: str, backend: str) -> subprocess.Comple
     )
 
 
-def test_a_forked_child_never_touches_its_parents_socket(
+def test_a_forked_child_never_uses_the_socket_of_its_parent(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str
 ) -> None:
     program = """
@@ -307,7 +311,7 @@ def test_a_forked_child_never_touches_its_parents_socket(
         """
     done = run_python(program, server.url, backend=backend)
     assert (done.returncode, "parent done" in done.stdout) == (0, True), done.stdout + done.stderr
-    # The write that the parent had not sent yet was sent once.
+    # The write that the parent had not yet sent was sent once.
     assert redis.mget("a_v", "b_v") == [b"1", b"1"]
 
 
@@ -324,7 +328,9 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("state", ["idle", "waiting", "connecting"])
-def test_an_interpreter_ends_without_close(server: EmbeddedServer, ending: str, state: str) -> None:
+def test_an_interpreter_ends_with_an_open_cache(
+    server: EmbeddedServer, ending: str, state: str
+) -> None:
     program = f"""
         import asyncio, sys, uvloop
         import dscache
@@ -352,7 +358,7 @@ def test_an_interpreter_ends_without_close(server: EmbeddedServer, ending: str, 
             except (dscache.UsageError, dscache.ConnectionLost):
                 pass
         """
-    # Where nobody says a word, the greeting is never over.
+    # If the server never answers, the handshake never ends.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         done = run_python(program, server.url, address, backend=_backend.BACKEND)
@@ -364,8 +370,8 @@ def test_an_interpreter_ends_without_close(server: EmbeddedServer, ending: str, 
 # -- attempts to connect
 
 
-async def attempts_in_two_seconds(greeting: bytes | None, **options: Any) -> int:
-    async with FakeServer({"HELLO": greeting}) as fake:
+async def attempts_in_two_seconds(hello: bytes | None, **options: Any) -> int:
+    async with FakeServer({"HELLO": hello}) as fake:
         cache = lazy_cache(fake.url, closeTimeout=100, **PATIENT, **options)
         issued = [cache.get("a"), cache.set("a", 1, [])]
         await until(lambda: fake.accepted)
@@ -373,13 +379,13 @@ async def attempts_in_two_seconds(greeting: bytes | None, **options: Any) -> int
         await asyncio.sleep(2)
         count = fake.accepted - before
         await cache.close()
-        for error in await outcomes(*issued):
+        for error in await results_of(*issued):
             assert isinstance(error, dscache.DscacheError)
         await until(lambda: not fake.connections)
         return count
 
 
-async def test_attempts_are_many_and_not_too_many(backend: str) -> None:
+async def test_reconnections_are_paced(backend: str) -> None:
     refusal = b"-WRONGPASS invalid\r\n"
     hasty = {"retryStrategy": {"first": 1, "cap": 5}}
     slow = {"retryStrategy": {"first": 600_000, "cap": 600_000}}
@@ -391,14 +397,14 @@ async def test_attempts_are_many_and_not_too_many(backend: str) -> None:
         attempts_in_two_seconds(refusal, **hasty),
         attempts_in_two_seconds(refusal, **slow),
     )
-    # By far not as many as it could make, and more than one, unless told otherwise.
+    # Far fewer than possible, and more than one, unless configured otherwise.
     assert all(2 <= count <= 60 for count in counts[:4]), counts
     assert counts[4] > 60
     assert counts[5] <= 1
 
 
-async def attempts_go_on(fake: FakeServer) -> bool:
-    # The last one may have been given up before the server has seen it.
+async def attempts_continue(fake: FakeServer) -> bool:
+    # The last one may have been abandoned before the server saw it.
     await asyncio.sleep(0.1)
     await until(lambda: not fake.connections)
     before = fake.accepted
@@ -406,7 +412,7 @@ async def attempts_go_on(fake: FakeServer) -> bool:
     return fake.accepted > before
 
 
-async def test_attempts_end_with_close(backend: str) -> None:
+async def test_close_ends_the_attempts(backend: str) -> None:
     async with FakeServer({"HELLO": None}) as fake:
         cache = lazy_cache(fake.url, retryStrategy={"first": 1, "cap": 2}, **PATIENT)
         ready = asyncio.ensure_future(cache.when_ready())
@@ -415,10 +421,10 @@ async def test_attempts_end_with_close(backend: str) -> None:
             await cache.close()
         with pytest.raises(dscache.ConnectionLost, match="closed"):
             await ready
-        assert not await attempts_go_on(fake)
+        assert not await attempts_continue(fake)
 
 
-async def test_a_cancelled_when_ready_cancels_nothing_else(backend: str, proxy: FaultProxy) -> None:
+async def test_cancelling_when_ready_cancels_nothing_else(backend: str, proxy: FaultProxy) -> None:
     proxy.stall()
     cache = lazy_cache(proxy.url, **PATIENT)
     waiting = [asyncio.ensure_future(cache.when_ready()) for _ in range(3)]
@@ -426,14 +432,16 @@ async def test_a_cancelled_when_ready_cancels_nothing_else(backend: str, proxy: 
     await until(lambda: proxy.accepted)
     waiting[0].cancel()
     proxy.resume()
-    results = await outcomes(*waiting, issued)
+    results = await results_of(*waiting, issued)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [None, None, True]
     assert proxy.accepted == 1
     await cache.close()
 
 
-async def test_ready_is_ready_again_after_a_loss(make_cache: MakeCache, proxy: FaultProxy) -> None:
+async def test_when_ready_waits_again_after_a_loss(
+    make_cache: MakeCache, proxy: FaultProxy
+) -> None:
     cache = await make_cache(url=proxy.url, **PATIENT)
     assert cache.is_ready
     for losses in range(1, 4):
@@ -445,7 +453,7 @@ async def test_ready_is_ready_again_after_a_loss(make_cache: MakeCache, proxy: F
         await asyncio.sleep(0.01)
         assert not waiting.done()
         await proxy.listen()
-        ready, before, written, after = await outcomes(waiting, *issued)
+        ready, before, written, after = await results_of(waiting, *issued)
         assert (ready, cache.is_ready, written) == (None, True, True)
         assert before is None or before.version == losses - 1
         assert tuple(after) == (losses, losses)
@@ -454,25 +462,25 @@ async def test_ready_is_ready_again_after_a_loss(make_cache: MakeCache, proxy: F
         await cache.delete("b")
 
 
-async def test_a_handshake_has_the_time_of_connect_timeout(
+async def test_a_handshake_may_take_connect_timeout(
     make_cache: MakeCache, proxy: FaultProxy
 ) -> None:
-    # Slower than a command may be: operations expire meanwhile, and the connection is made.
+    # Slower than a command may be: operations expire meanwhile, and the connection succeeds.
     proxy.delay(0.15)
     cache = lazy_cache(proxy.url, commandTimeout=100, connectTimeout=PATIENCE * 1000)
     ready = asyncio.ensure_future(cache.when_ready())
     while not ready.done():
-        (error,) = await outcomes(cache.get("a"))
+        (error,) = await results_of(cache.get("a"))
         assert isinstance(error, (dscache.ConnectError, dscache.DeadlineExceeded))
-    assert await outcomes(ready) == [None]
+    assert await results_of(ready) == [None]
     assert cache.stats()["connects"] == proxy.accepted == 1
     await cache.close()
 
 
-# -- what is logged
+# -- logging
 
 
-async def test_one_line_for_each_change_of_state(
+async def test_each_change_of_state_is_logged_once(
     backend: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="dscache")
@@ -489,7 +497,7 @@ async def test_one_line_for_each_change_of_state(
         accepted = proxy.accepted
         proxy.cut()
         await until(lambda: not cache.is_ready)
-        # However many attempts fail for the same reason, it is said once.
+        # Any number of attempts that fail for the same reason are logged once.
         await asyncio.sleep(0.2)
         await proxy.listen()
         await asyncio.wait_for(cache.when_ready(), PATIENCE)
@@ -507,24 +515,22 @@ async def test_one_line_for_each_change_of_state(
     assert [line for line in own_records(caplog) if "lost" in line or "can't" in line] == []
 
 
-async def test_nothing_is_logged_for_each_operation_or_error(
+async def test_operations_and_their_errors_are_not_logged(
     make_cache: MakeCache, redis: redis_py.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = await make_cache()
     redis.mset({"bad_v": "abc", "bad_d": "[]"})
     caplog.set_level(logging.DEBUG, logger="dscache")
     caplog.clear()
-    results = await outcomes(cache.get("bad"), cache.get("a"), cache.set("a", 1, [1]))
+    results = await results_of(cache.get("bad"), cache.get("a"), cache.set("a", 1, [1]))
     assert isinstance(results[0], dscache.RecordError)
     assert own_records(caplog) == []
 
 
-# -- the end
+# -- closing
 
 
-async def test_close_has_a_limit_whatever_is_stuck(
-    make_cache: MakeCache, proxy: FaultProxy
-) -> None:
+async def test_close_ends_by_its_timeout(make_cache: MakeCache, proxy: FaultProxy) -> None:
     cache = await make_cache(url=proxy.url, closeTimeout=200, **PATIENT)
     proxy.stall()
     issued = [
@@ -538,8 +544,8 @@ async def test_close_has_a_limit_whatever_is_stuck(
     await asyncio.sleep(0)
     with pytest.raises(dscache.ConnectionLost, match="closed"):
         cache.get("a")
-    assert await outcomes(*closing) == [None, None]
-    for error in await outcomes(*issued):
+    assert await results_of(*closing) == [None, None]
+    for error in await results_of(*issued):
         assert isinstance(error, dscache.ConnectionLost)
         assert "closed" in str(error)
     assert cache.stats()["pending"] == cache.stats()["queued"] == cache.stats()["in_flight"] == 0
@@ -558,7 +564,7 @@ async def test_close_waits_for_a_slow_server(
     assert redis.mget("a_v", "b_v") == [b"1", b"2"]
 
 
-async def test_close_while_it_is_away_sends_what_waits_if_it_comes_back(
+async def test_close_sends_waiting_operations_if_the_server_returns(
     make_cache: MakeCache, redis: redis_py.Redis, proxy: FaultProxy
 ) -> None:
     options = {"closeTimeout": PATIENCE * 1000, "retryStrategy": {"first": 1, "cap": 5}, **PATIENT}
@@ -571,20 +577,18 @@ async def test_close_while_it_is_away_sends_what_waits_if_it_comes_back(
     await asyncio.sleep(0.02)
     assert not closing.done()
     await proxy.listen()
-    assert await outcomes(closing, written) == [None, True]
+    assert await results_of(closing, written) == [None, True]
     assert redis.get("a_v") == b"1"
 
 
-async def test_a_cancelled_close_closes_all_the_same(
-    make_cache: MakeCache, proxy: FaultProxy
-) -> None:
+async def test_a_cancelled_close_still_closes(make_cache: MakeCache, proxy: FaultProxy) -> None:
     cache = await make_cache(url=proxy.url, closeTimeout=600_000, **PATIENT)
     proxy.stall()
     issued = cache.get("a")
     closing = asyncio.ensure_future(cache.close())
     await asyncio.sleep(0.02)
     closing.cancel()
-    results = await outcomes(closing, issued)
+    results = await results_of(closing, issued)
     assert isinstance(results[0], asyncio.CancelledError)
     assert isinstance(results[1], dscache.ConnectionLost)
     await until(lambda: cache.stats()["pending"] == 0)
@@ -600,6 +604,37 @@ async def test_a_failed_entry_leaves_nothing_behind(backend: str) -> None:
             with pytest.raises(error):
                 async with cache:
                     pytest.fail("it was entered")
-        assert not await attempts_go_on(fake)
-        # Nothing of it is left in the loop but this test.
+        assert not await attempts_continue(fake)
+        # Only this test remains in the loop.
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("dscache")]
+
+
+@pytest.mark.parametrize("pushes", [False, True], ids=["bytes", "pushes"])
+async def test_a_reply_that_never_comes_to_its_end_ends_the_connection(
+    backend: str, pushes: bool
+) -> None:
+    """A byte, or a push, now and then is no sign that the answer is coming."""
+    async with FakeServer() as fake:
+        trickling: list[asyncio.Task[None]] = []
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            if not pushes:
+                writer.write(b"*2\r\n$1\r\n1\r\n$1000000\r\n")
+            while not writer.is_closing():
+                writer.write(b">1\r\n+hello\r\n" if pushes else b"x")
+                await asyncio.sleep(0.03)
+
+        def answer(_command: list[bytes]) -> bytes:
+            (writer,) = fake._tasks
+            trickling.append(asyncio.create_task(trickle(writer)))
+            return b""
+
+        fake.answers["MGET"] = answer
+        options = {"connectTimeout": 30_000, "commandTimeout": 300}
+        async with lazy_cache(fake.url, **options) as cache:
+            (error,) = await results_of(cache.get("a"))
+            assert isinstance(error, dscache.DeadlineExceeded)
+            await until(lambda: "silent" in cache.stats()["last_loss"])
+            await until(lambda: cache.is_ready)
+            assert fake.accepted == 2
+        await asyncio.gather(*trickling, return_exceptions=True)

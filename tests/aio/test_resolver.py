@@ -1,4 +1,4 @@
-"""Look-ups of hosts: what they take of the machine while no name server answers."""
+"""Host lookups: their use of threads while no name server answers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dscache.aio.resolver import Resolver
 from dscache.embedded import EmbeddedServer
 from tests.support.waiting import PATIENCE, until
 
-# The executor of the program has so many threads, which a few attempts would take.
+# The program's executor has this many threads, which a few attempts would occupy.
 THREADS = 2
 HASTY = {"connectTimeout": 40, "retryStrategy": {"first": 1, "cap": 5}}
 
 
 class Names:
-    """The look-ups of names that end in ``.test``, of which none ends before ``answer`` is set."""
+    """Lookups of names that end in ``.test``, none of which ends before ``answer`` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
 
 @asynccontextmanager
 async def small_executor() -> AsyncIterator[ThreadPoolExecutor]:
-    """Give the running loop an executor that slow look-ups would soon have used up."""
+    """Give the running loop an executor that slow lookups would soon exhaust."""
     executor = ThreadPoolExecutor(THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
     yield executor
@@ -100,8 +100,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-async def test_slow_look_ups_leave_the_executor_alone(names: Names, kind: str) -> None:
-    """Attempt upon attempt, each name is looked up once, and never many at a time."""
+async def test_slow_lookups_do_not_use_the_executor(names: Names, kind: str) -> None:
+    """In attempt after attempt, each name is looked up once, and never many at a time."""
     hasty = {**HASTY, "clusterRetryStrategy": {"first": 1, "cap": 5}}
     options = OPTIONS[kind] | (hasty if "nodes" in OPTIONS[kind] else HASTY)
     async with small_executor():
@@ -109,7 +109,7 @@ async def test_slow_look_ups_leave_the_executor_alone(names: Names, kind: str) -
         waiting = begun(cache)
         try:
             await until(lambda: names.begun)
-            await asyncio.sleep(0.5)  # in which there are some ten attempts
+            await asyncio.sleep(0.5)  # time for some ten attempts
             assert names.begun
             assert max(names.begun.values()) == 1
             assert names.most <= 4
@@ -120,7 +120,7 @@ async def test_slow_look_ups_leave_the_executor_alone(names: Names, kind: str) -
             await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_slow_look_ups_for_messages(names: Names) -> None:
+async def test_slow_lookups_of_message_nodes(names: Names) -> None:
     async with small_executor():
         node = dscache.MessageNode.from_config(
             {"name": "redis", "options": {**node_of(1), **HASTY}}, server_name="a"
@@ -129,7 +129,7 @@ async def test_slow_look_ups_for_messages(names: Names) -> None:
         try:
             await until(lambda: names.begun)
             await asyncio.sleep(0.5)
-            # It has one connection to hear and one to speak.
+            # One connection to subscribe and one to publish.
             assert names.begun["n0.test"] <= 2
             assert await run_in_executor() == 7
         finally:
@@ -137,7 +137,7 @@ async def test_slow_look_ups_for_messages(names: Names) -> None:
             await node.close()
 
 
-async def test_the_next_attempt_has_what_the_last_began(
+async def test_the_next_attempt_uses_the_lookup_of_the_last(
     names: Names, server: EmbeddedServer
 ) -> None:
     options = {"host": "slow.test", "port": server.port, **HASTY, "connectTimeout": 500}
@@ -154,7 +154,7 @@ async def test_the_next_attempt_has_what_the_last_began(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "127.1", "::ffff:127.0.0.1"])
-async def test_a_number_takes_no_thread(
+async def test_a_numeric_address_needs_no_thread(
     names: Names, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
@@ -168,7 +168,7 @@ async def test_a_number_takes_no_thread(
 
 
 async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first refuses, and the port is that of the second."""
+    """The first address refuses, and the second one serves the port."""
     look_up = socket.getaddrinfo
 
     def two(host: str, port: Any, *others: int) -> Any:
@@ -189,7 +189,7 @@ async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) 
         await Resolver().connect("two.test", port)
 
 
-async def test_a_name_that_is_none(names: Names) -> None:
+async def test_an_invalid_name(names: Names) -> None:
     with pytest.raises(UnicodeError):
         await Resolver().look_up("a" * 70, 1)
     with pytest.raises(socket.gaierror):

@@ -1,4 +1,4 @@
-"""A cache behind Sentinels: it finds the primary, and the next one when that is replaced."""
+"""A cache behind Sentinels: it finds the primary, and its successor after a failover."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.sentinels import GROUP, FakeSentinel, SentinelGroup
 from tests.support.waiting import PATIENCE, own_tasks, until
 
 PASSWORD = "the-sentinels-own"
-# For what must not end by a time limit.
+# Timeouts for operations that must not end by a deadline.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000, "closeTimeout": 600_000}
 
 
@@ -41,7 +41,7 @@ def shared_group(binary: ServerBinary) -> Iterator[SentinelGroup]:
 
 @pytest.fixture
 def group(shared_group: SentinelGroup) -> SentinelGroup:
-    """The shared group, whole again after what the last test did to it."""
+    """The shared group, whole again whatever the last test did to it."""
     shared_group.heal()
     return shared_group
 
@@ -51,7 +51,7 @@ def open_cache(group: SentinelGroup, **options: Any) -> dscache.AsyncCache:
 
 
 def behind(*sentinels: FakeServer | FaultProxy, **options: Any) -> dscache.AsyncCache:
-    """Return a cache behind Sentinels that are none."""
+    """Return a cache behind fake Sentinels."""
     nodes = [{"host": one.host, "port": one.port} for one in sentinels]
     return dscache.AsyncCache.from_config(
         {"name": "redis", "options": {"sentinels": nodes, "name": GROUP, **options}}
@@ -66,10 +66,10 @@ def named(cache: dscache.AsyncCache) -> int:
 
 
 async def _replicated(group: SentinelGroup) -> None:
-    """Wait until all replicas hold what was written so far: replication is asynchronous."""
+    """Wait until all replicas have everything written so far: replication is asynchronous."""
     replicas = len(group.servers) - 1
     with group.ask(group.primary().port) as client:
-        # WAIT is for the writes of its own connection, and so for all before them.
+        # WAIT covers the writes of its own connection, and thereby all before them.
         client.set("marker", "1")
         while await asyncio.to_thread(client.wait, replicas, 1000) < replicas:
             await asyncio.sleep(0.05)
@@ -93,13 +93,13 @@ async def test_replicas_are_read_and_refuse_writes(group: SentinelGroup, backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "others"}, 'names a primary of "others": .*knows of none that is up'),
+        ({"name": "others"}, 'names a primary of "others": .*reports no primary that is up'),
         ({"sentinelPassword": "wrong"}, 'names a primary of "records": .*password'),
         ({"sentinels": [{"port": 1}]}, r'a primary of "records": 127\.0\.0\.1:1: '),
         ({"name": "others", "role": "slave"}, 'names a replica of "others": .*No such master'),
     ],
 )
-async def test_nobody_knows_a_primary(
+async def test_no_sentinel_knows_a_primary(
     options: dict[str, Any], message: str, group: SentinelGroup
 ) -> None:
     cache = open_cache(group, connectTimeout=1000, **options)
@@ -116,19 +116,19 @@ async def test_the_first_sentinels_may_be_down(group: SentinelGroup, backend: st
         assert await cache.set("a", 1, 1)
 
 
-# -- Sentinels that say what they are told to: which of them is believed
+# -- fake Sentinels: which one is believed
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let lost subscriptions be made again soon."""
+    """Let lost subscriptions be renewed quickly."""
     monkeypatch.setattr(sentinel, "_PAUSE", 0.01)
     monkeypatch.setattr(sentinel, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.mark.parametrize("stale", [0, 1, 2])
 async def test_the_newest_configuration_is_believed(stale: int) -> None:
-    """Whoever comes first: with a stale one among the first two, the third one counts."""
+    """In any order of replies: with a stale one among the first two, the third one decides."""
     async with FakeServer() as old, FakeServer() as new, AsyncExitStack() as stack:
         sentinels = [
             await stack.enter_async_context(
@@ -139,14 +139,14 @@ async def test_the_newest_configuration_is_believed(stale: int) -> None:
         async with asyncio.timeout(PATIENCE), behind(*sentinels, **PATIENT) as cache:
             assert named(cache) == new.port
             assert old.accepted == 0
-            # All of them are listened to, and none of that leads elsewhere.
+            # The cache subscribes to all of them, and none leads it elsewhere.
             await until(lambda: all(one.subscriptions and one.questions > 1 for one in sentinels))
             assert (cache.stats()["connects"], cache.stats()["last_loss"]) == (1, "")
         assert own_tasks() == []
 
 
 async def test_a_majority_is_enough(backend: str) -> None:
-    """A Sentinel that is gone holds nobody up, and neither does one that refuses."""
+    """Neither a lost Sentinel nor one that refuses causes a delay."""
     async with (
         FakeServer() as server,
         FakeSentinel(server.port) as first,
@@ -172,7 +172,7 @@ async def test_one_answer_is_enough() -> None:
         assert named(cache) == server.port
 
 
-async def test_a_sentinel_may_keep_its_epoch_to_itself(hasty: None, backend: str) -> None:
+async def test_a_sentinel_may_omit_its_epoch(hasty: None, backend: str) -> None:
     async with (
         FakeServer() as old,
         FakeServer() as new,
@@ -193,7 +193,9 @@ async def test_a_sentinel_may_keep_its_epoch_to_itself(hasty: None, backend: str
             await until(lambda: cache.is_ready and named(cache) == new.port)
 
 
-async def test_who_may_not_listen_asks(hasty: None, backend: str) -> None:
+async def test_without_the_right_to_subscribe_the_sentinel_is_polled(
+    hasty: None, backend: str
+) -> None:
     async with FakeServer() as old, FakeServer() as new, FakeSentinel(old.port) as only:
         only.answers["SUBSCRIBE"] = b"-NOPERM not for you\r\n"
         async with asyncio.timeout(PATIENCE), behind(only, **PATIENT) as cache:
@@ -202,8 +204,8 @@ async def test_who_may_not_listen_asks(hasty: None, backend: str) -> None:
             await until(lambda: cache.is_ready and named(cache) == new.port)
 
 
-async def test_news_are_verified(hasty: None, backend: str) -> None:
-    """A stale Sentinel may say what it will, as may one that speaks of other groups."""
+async def test_announcements_are_verified(hasty: None, backend: str) -> None:
+    """Events of a stale Sentinel have no effect, nor do those about other groups."""
     async with (
         FakeServer() as old,
         FakeServer() as new,
@@ -225,8 +227,8 @@ async def test_news_are_verified(hasty: None, backend: str) -> None:
         assert named(cache) == new.port
 
 
-async def test_who_brings_news_is_heard_out(hasty: None, backend: str) -> None:
-    """Two that know nothing yet are faster than the one that said so, and are a majority."""
+async def test_the_announcing_sentinel_is_always_asked(hasty: None, backend: str) -> None:
+    """Two Sentinels without the news answer faster than its announcer, and are a majority."""
     async with (
         FakeServer() as old,
         FakeServer() as new,
@@ -242,14 +244,14 @@ async def test_who_brings_news_is_heard_out(hasty: None, backend: str) -> None:
         slow.delay(0.1)
         knowing.primary, knowing.epoch = new.port, 4
         knowing.announce(old.port)
-        # And so it is when the next connection is made.
+        # The same holds when the next connection is made.
         await until(lambda: cache.is_ready and named(cache) == new.port)
         assert cache.stats()["connects"] == 2
         assert str(new.port) in cache.stats()["last_loss"]
 
 
-async def test_a_move_while_it_is_greeted(hasty: None, backend: str) -> None:
-    """A server that is replaced before it has answered the greeting is not used."""
+async def test_a_move_during_the_handshake(hasty: None, backend: str) -> None:
+    """A server that is replaced before it has answered the handshake is not used."""
     async with (
         FakeServer({"HELLO": b"", "*": b""}) as old,
         FakeServer() as new,
@@ -271,14 +273,14 @@ async def test_a_move_while_it_is_greeted(hasty: None, backend: str) -> None:
         await cache.close()
 
 
-# -- subscriptions that break
+# -- broken subscriptions
 
 
 @asynccontextmanager
 async def behind_a_proxy() -> AsyncIterator[
     tuple[FakeSentinel, FaultProxy, dscache.AsyncCache, FakeServer, FakeServer]
 ]:
-    """Give a Sentinel, the way to it, a cache behind them, its primary, and another server."""
+    """Return a Sentinel, its proxy, a cache behind them, its primary, and another server."""
     async with (
         FakeServer() as old,
         FakeServer() as new,
@@ -322,10 +324,10 @@ async def test_a_silent_sentinel_is_found(
         await until(lambda: cache.is_ready and named(cache) == new.port)
 
 
-async def test_few_words_are_made_of_it(
+async def test_a_lost_sentinel_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A Sentinel that is gone is told of once, that it is there again once, the end not at all."""
+    """The loss of a Sentinel is logged once, and so is its return; the end is not logged."""
     caplog.set_level(logging.INFO, "dscache")
     pauses: list[int] = []
 
@@ -335,7 +337,7 @@ async def test_few_words_are_made_of_it(
 
     monkeypatch.setattr(sentinel, "_pause", pause)
 
-    def told() -> list[str]:
+    def logged() -> list[str]:
         records = [one for one in caplog.records if one.name == "dscache"]
         return [one.getMessage() for one in records if str(way.port) in one.getMessage()]
 
@@ -349,7 +351,7 @@ async def test_few_words_are_made_of_it(
     ):
         async with behind(first, second, way, **PATIENT):
             await until(lambda: third.subscriptions == 1)
-            assert told() == []
+            assert logged() == []
             for subscriptions in (2, 3):
                 await way.refuse()
                 way.cut("rst")
@@ -357,18 +359,18 @@ async def test_few_words_are_made_of_it(
                 await until(lambda: len(pauses) > 5)
                 await way.listen()
                 await until(lambda n=subscriptions: third.subscriptions == n)
-                await until(lambda n=subscriptions: len(told()) == 2 * (n - 1))
-        lost, back = told()[:2]
-        assert lost.startswith(f"can't hear from the Sentinel 127.0.0.1:{way.port} of a new")
-        assert "is there again" in back
-        assert len(told()) == 4, told()
+                await until(lambda n=subscriptions: len(logged()) == 2 * (n - 1))
+        lost, back = logged()[:2]
+        assert lost.startswith(f"can't subscribe to the Sentinel 127.0.0.1:{way.port}: ")
+        assert back == f"subscribed to the Sentinel 127.0.0.1:{way.port} again"
+        assert len(logged()) == 4, logged()
 
 
-# -- the end
+# -- closing
 
 
 @pytest.mark.parametrize("state", ["connecting", "connected"])
-async def test_a_close_waits_for_no_sentinel(state: str, backend: str) -> None:
+async def test_close_does_not_wait_for_a_sentinel(state: str, backend: str) -> None:
     gc.collect()
     files = open_files()
     async with FakeServer() as server, AsyncExitStack() as stack:
@@ -413,7 +415,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("state", ["connecting", "connected"])
-async def test_an_interpreter_ends_without_close(ending: str, state: str) -> None:
+async def test_an_interpreter_ends_with_an_open_cache(ending: str, state: str) -> None:
     program = f"""
         import asyncio, os, sys, uvloop
         import dscache
@@ -473,7 +475,7 @@ async def test_an_interpreter_ends_without_close(ending: str, state: str) -> Non
     assert "Exception ignored" not in done.stderr, done.stderr
 
 
-# -- what changes the roles comes last: a group takes its time to be whole again
+# -- changes of role come last: a group takes a while to be whole again
 
 
 async def test_a_demoted_primary_is_left() -> None:
@@ -500,7 +502,7 @@ async def _demote_and_write(group: SentinelGroup) -> None:
 
 
 async def test_failover_under_load(group: SentinelGroup, backend: str) -> None:
-    """Guarded writes go on after a failover, and none that was acknowledged goes backwards."""
+    """Guarded writes continue after a failover, and no acknowledged one is undone."""
     old = group.primary()
     async with asyncio.timeout(60), open_cache(group) as cache:
         acknowledged = dict.fromkeys((f"{backend}/{i}" for i in range(8)), 0)
@@ -536,7 +538,7 @@ async def test_failover_under_load(group: SentinelGroup, backend: str) -> None:
         assert all(acknowledged[name] > before[name] > 0 for name in acknowledged)
         assert cache.stats()["connects"] >= 2
         assert named(cache) == group.primary().port
-        # None of them was told a wrong thing: they were refused, or told of the lost connection.
+        # Every error is a refusal or a lost connection.
         assert {type(error) for error in failures} <= {
             dscache.ConnectionLost,
             dscache.ConnectError,
@@ -548,10 +550,10 @@ async def test_failover_under_load(group: SentinelGroup, backend: str) -> None:
 async def _write_until_moved(
     group: SentinelGroup, cache: dscache.AsyncCache, backend: str
 ) -> tuple[EmbeddedServer, dict[str, int], dict[str, int]]:
-    """Replace the primary, which stays well, under a load of guarded writes.
+    """Replace the healthy primary under a load of guarded writes.
 
-    Returns the old one, what was acknowledged when the cache had moved, and at the end, when
-    each name was written several times more.
+    Returns the old one, the writes acknowledged when the cache had moved, and those acknowledged at
+    the end, when each name was written several times more.
     """
     acknowledged = dict.fromkeys((f"moved/{backend}/{i}" for i in range(8)), 0)
     stop = asyncio.Event()
@@ -564,7 +566,7 @@ async def _write_until_moved(
                 if await cache.set(name, version, [version], if_newer=True):
                     acknowledged[name] = version
             except dscache.DscacheError:
-                pass  # refused, or told of the lost connection
+                pass  # refused, or the connection was lost
             await asyncio.sleep(0.001)
 
     await cache.delete_bulk(acknowledged)
@@ -581,10 +583,10 @@ async def _write_until_moved(
     return old, moved, acknowledged
 
 
-async def test_a_replaced_primary_is_left_while_it_is_well(
+async def test_a_replaced_primary_is_left_while_it_is_healthy(
     group: SentinelGroup, backend: str
 ) -> None:
-    """Nothing that is acknowledged after the move is lost, for it goes to the new primary."""
+    """Writes acknowledged after the move go to the new primary and aren't lost."""
     async with asyncio.timeout(PATIENCE), open_cache(group) as cache:
         old, moved, acknowledged = await _write_until_moved(group, cache, backend)
         assert named(cache) != old.port
@@ -592,18 +594,19 @@ async def test_a_replaced_primary_is_left_while_it_is_well(
         assert cache.stats()["last_loss"] == reason
         assert await cache.head_bulk(acknowledged) == acknowledged
         with group.ask(old.port) as client:
-            # Nothing else would have told: it takes itself for the primary to the end.
+            # Only the Sentinels announced it: the old one believes to the end that it is the
+            # primary.
             assert client.role()[0] == "master"
             stored = client.mget(f"{name}_v" for name in acknowledged)
-        # One write may have been on its way, and was repeated.
+        # One write may have been in flight, and was retried.
         for version, last in zip(stored, moved.values(), strict=True):
             assert int(version) <= last + 1
         await asyncio.to_thread(group.wait_for_primary, old)
         assert named(cache) == group.primary().port
 
 
-async def test_a_sentinel_that_slept_misleads_nobody(group: SentinelGroup, backend: str) -> None:
-    """One that names the old primary, which is well, is outvoted by what the others know."""
+async def test_an_outdated_sentinel_is_outvoted(group: SentinelGroup, backend: str) -> None:
+    """A Sentinel that names the old, healthy primary is outvoted by the others."""
     async with asyncio.timeout(PATIENCE), open_cache(group, connectionName="tested") as cache:
         await cache.set("a", 1, 1)
         group.pause_sentinel(0)
@@ -614,7 +617,7 @@ async def test_a_sentinel_that_slept_misleads_nobody(group: SentinelGroup, backe
         group.resume_sentinel(0)
         for _ in range(3):
             with group.ask(new) as client:
-                # Without the Sentinels' own connections, or they would take it for down.
+                # Without the Sentinels' own connections, or they would mark it as down.
                 (own,) = [one for one in client.client_list() if one["name"] == "tested"]
                 client.client_kill_filter(_id=own["id"])
             connects += 1
@@ -625,7 +628,7 @@ async def test_a_sentinel_that_slept_misleads_nobody(group: SentinelGroup, backe
         assert (named(cache), cache.stats()["connects"]) == (new, connects)
 
 
-async def test_a_sentinel_that_restarts_is_heard_again(backend: str) -> None:
+async def test_a_restarted_sentinel_is_subscribed_to_again(backend: str) -> None:
     with SentinelGroup(OLDEST_AND_NEWEST[0], replicas=1, sentinels=1) as group:
         async with asyncio.timeout(PATIENCE), open_cache(group) as cache:
             await asyncio.to_thread(group.restart_sentinel, 0)

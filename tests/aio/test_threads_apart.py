@@ -1,4 +1,4 @@
-"""An AsyncCache in other threads than its loop's: refused, on one server and on a cluster."""
+"""An AsyncCache used outside its loop's thread is refused, on one server and on a cluster."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ON_NEWEST = pytest.mark.parametrize("binary", BY_AGE[-1:], indirect=True, ids=la
 
 @NEAR
 @ON_ONE_SERVER
-async def test_other_threads_are_refused(make_cache: MakeCache, near: dict[str, Any]) -> None:
+async def test_use_in_other_threads_is_refused(make_cache: MakeCache, near: dict[str, Any]) -> None:
     async with asyncio.timeout(PATIENCE):
         await assert_other_threads_are_refused(await make_cache(**near))
 
 
-async def test_other_threads_are_refused_without_a_server(make_cache: MakeCache) -> None:
+async def test_use_in_other_threads_is_refused_without_a_server(make_cache: MakeCache) -> None:
     await assert_other_threads_are_refused(await make_cache(name="memory"))
 
 
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])
 @NEAR
 @ON_NEWEST
-async def test_other_threads_are_refused_on_a_cluster(
+async def test_use_in_other_threads_is_refused_on_a_cluster(
     group: ClusterGroup, backend: str, near: dict[str, Any], layout: str
 ) -> None:
     if near and layout == "deepstream":
@@ -49,7 +49,7 @@ async def test_other_threads_are_refused_on_a_cluster(
 
 @NEAR
 @ON_ONE_SERVER
-def test_a_loop_may_go_on_in_another_thread(
+def test_a_loop_may_continue_in_another_thread(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str, near: dict[str, Any]
 ) -> None:
     config = {"name": "redis", "options": {"url": server.url, **PATIENT, **near}}

@@ -1,4 +1,4 @@
-"""The way to the right node of a cluster, on nodes that say what a test wants them to."""
+"""Routing to the right node of a cluster, with nodes whose replies a test chooses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 import dscache
-from dscache.aio import cluster, slot_refresh
+from dscache.aio import cluster
 from dscache.core import constants
 from dscache.core import stats as counters
 from dscache.core.resp import slot_of_key
 from dscache.embedded import EmbeddedServer
+from dscache.net import cluster_state
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots
 from tests.conftest import NamedServer
 from tests.soak.figures import open_files
@@ -28,20 +29,20 @@ from tests.support.faults import FakeServer, FaultProxy
 from tests.support.waiting import PATIENCE, assert_drained, own_tasks, until
 from tests.support.wire import ModelRecords, ModelServer, Operation, Refusal, plain, resp
 
-# For what must not end by a time limit.
+# Timeouts for operations that must not end by a deadline.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000, "closeTimeout": 600_000}
 SECRET = "the-password"
 
 
-# -- nodes that are none
+# -- fake nodes
 
 
 class FakeNode(FakeServer):
     """A node of a FakeCluster: it serves, redirects and refuses as Redis does.
 
-    ``knows`` is who serves each slot in its opinion, and ``values`` what it stores. ``say`` may
-    answer a command of keys instead: it gets the command and the slot, and returns a reply, or
-    None to let the node answer.
+    ``knows`` is its view of the slots' owners, and ``values`` its data. ``say`` may answer a
+    command with keys instead: it gets the command and the slot, and returns a reply, or None to let
+    the node answer.
     """
 
     def __init__(self, fakes: FakeCluster) -> None:
@@ -78,12 +79,12 @@ class FakeNode(FakeServer):
 
     @property
     def moved(self) -> list[list[bytes]]:
-        """The commands of keys that it received."""
+        """The commands with keys that it received."""
         own = {b"MGET", b"MSET", b"GET", b"TYPE", b"EXISTS", b"DEL", b"SET", b"EVALSHA", b"EVAL"}
         return [command for command in self.commands if command[0] in own]
 
     def slots(self) -> list[Any]:
-        """Return its answer to CLUSTER SLOTS."""
+        """Return its reply to CLUSTER SLOTS."""
         answer = []
         for owner, group in itertools.groupby(
             range(constants.SLOTS), lambda slot: self.knows[slot]
@@ -151,9 +152,9 @@ class FakeNode(FakeServer):
 
 
 class FakeCluster:
-    """Nodes among which the slots are divided evenly, and who agree about it at first.
+    """Nodes among which the slots are divided evenly, and which agree about it at first.
 
-    ``step`` is called before each command of keys, and may change anything.
+    ``step`` is called before each command with keys, and may change anything.
     """
 
     def __init__(self, primaries: int = 2, replicas: int = 0) -> None:
@@ -177,7 +178,7 @@ class FakeCluster:
         await self._stack.aclose()
 
     def give(self, slot: int, target: FakeNode, *, known_to: Iterable[FakeNode] = ()) -> None:
-        """Move a slot with its keys to another node; all know it unless told otherwise."""
+        """Move a slot with its keys to another node; by default all nodes learn it."""
         for node in self.nodes:
             for key in [key for key in node.values if slot_of_key(key) == slot]:
                 target.values[key] = node.values.pop(key)
@@ -199,7 +200,7 @@ def keys_in(command: list[bytes]) -> list[bytes]:
 
 
 def names_in(node: FakeNode, *verbs: bytes) -> list[str]:
-    """Return the name of each record that a node was asked for, in the layout hashtag."""
+    """Return the name of each record requested from a node, in the layout hashtag."""
     return [
         key.decode()[1:-3]
         for command in node.moved
@@ -214,7 +215,7 @@ def slot_of(name: str) -> int:
 
 
 def names_of(node: FakeNode, count: int) -> list[str]:
-    """Return names whose slots a node serves, each in a slot of its own."""
+    """Return names whose slots a node serves, each in a different slot."""
     slots: dict[int, str] = {}
     for number in itertools.count():
         name = f"user/{number}"
@@ -228,7 +229,7 @@ def names_of(node: FakeNode, count: int) -> list[str]:
 def cache_on(
     *seeds: FakeServer | FaultProxy | FakeCluster | dict[str, Any], **options: Any
 ) -> dscache.AsyncCache:
-    """Return a cache whose configured nodes these are."""
+    """Return a cache with these configured nodes."""
     nodes: list[dict[str, Any]] = []
     for seed in seeds:
         if isinstance(seed, dict):
@@ -243,7 +244,7 @@ def cache_on(
 async def opened(
     *seeds: FakeServer | FaultProxy | FakeCluster | dict[str, Any], **options: Any
 ) -> AsyncIterator[dscache.AsyncCache]:
-    """Open a cache; whatever a test does, it has an end and leaves nothing behind."""
+    """Open a cache; whatever a test does, it ends and leaves nothing behind."""
     async with asyncio.timeout(PATIENCE):
         async with cache_on(*seeds, **options) as cache:
             yield cache
@@ -256,10 +257,10 @@ def nodes_of(cache: dscache.AsyncCache) -> set[str]:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the slots be asked for again soon, and operations be tried again soon."""
-    monkeypatch.setattr(slot_refresh, "GAP", 0.002)
-    monkeypatch.setattr(slot_refresh, "GAP_CAP", 0.02)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the pauses between slot refreshes and between retries."""
+    monkeypatch.setattr(cluster_state, "GAP", 0.002)
+    monkeypatch.setattr(cluster_state, "GAP_CAP", 0.02)
     monkeypatch.setattr(cluster, "RETRY_CAP", 0.01)
 
 
@@ -282,8 +283,10 @@ of_each_kind = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lis
 
 
 @of_each_kind
-async def test_a_circle_ends(operation: Operation, backend: str, hasty: None) -> None:
-    """Two nodes that send everything to each other: the error tells the way."""
+async def test_circular_redirections_end(
+    operation: Operation, backend: str, short_pauses: None
+) -> None:
+    """Two nodes that redirect everything to each other: the error names the path."""
     async with FakeCluster() as fakes:
         first, second = fakes.nodes
         first.say = lambda command, slot: Refusal(f"MOVED {slot} {second.address}")
@@ -314,8 +317,10 @@ async def test_no_redirection_is_allowed(backend: str) -> None:
 
 
 @of_each_kind
-async def test_moved_to_nowhere(operation: Operation, backend: str, hasty: None) -> None:
-    """The nodes know better next time they are asked, and it goes on in circles."""
+async def test_moved_to_an_unreachable_node(
+    operation: Operation, backend: str, short_pauses: None
+) -> None:
+    """The nodes know better at the next refresh, and until then redirect in circles."""
     async with FakeCluster() as fakes, FaultProxy("127.0.0.1", 1) as nowhere:
         await nowhere.refuse()
         there = f"{nowhere.host}:{nowhere.port}"
@@ -328,8 +333,8 @@ async def test_moved_to_nowhere(operation: Operation, backend: str, hasty: None)
             assert "maxRedirections is 3" in str(error.value)
 
 
-async def test_moved_to_nowhere_until_the_deadline(backend: str) -> None:
-    """The error of an operation that is late tells where it has been."""
+async def test_moved_to_an_unreachable_node_until_the_deadline(backend: str) -> None:
+    """The error of an operation that expires names its redirections."""
     async with FakeCluster() as fakes, FaultProxy("127.0.0.1", 1) as nowhere:
         await nowhere.refuse()
         there = f"{nowhere.host}:{nowhere.port}"
@@ -360,7 +365,7 @@ async def test_moved_to_nowhere_until_the_deadline(backend: str) -> None:
         "ASK {other} {there}",
     ],
 )
-async def test_malformed_redirections(words: str, backend: str, hasty: None) -> None:
+async def test_malformed_redirections(words: str, backend: str, short_pauses: None) -> None:
     async with FakeCluster() as fakes:
         first, second = fakes.nodes
         (name,) = names_of(first, 1)
@@ -372,13 +377,13 @@ async def test_malformed_redirections(words: str, backend: str, hasty: None) -> 
                 await cache.get(name)
             assert str(error.value).count(f"{first.address}: {said}") == 4
             assert not second.moved
-            # And then it is as it should be.
+            # Then it works.
             first.say = None
             assert await cache.set(name, 1, 1) is True
 
 
 def bulk_of_500(fakes: FakeCluster) -> tuple[list[str], list[str]]:
-    """Return 500 names, and five of them, each in a slot of its own and of the first node."""
+    """Return 500 names, and five of them, each in a different slot of the first node."""
     some = names_of(fakes.nodes[0], 5)
     slots = set(map(slot_of, some))
     others = (f"other/{number}" for number in itertools.count())
@@ -389,7 +394,7 @@ def bulk_of_500(fakes: FakeCluster) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("single", [False, True], ids=["bulk", "single"])
 async def test_moved_in_a_batch_of_500(single: bool, backend: str) -> None:
-    """Only what is redirected is repeated."""
+    """Only redirected operations are retried."""
     async with FakeCluster(3) as fakes, opened(fakes) as cache:
         names, moved = bulk_of_500(fakes)
         first, second, _ = fakes.nodes
@@ -448,14 +453,14 @@ async def test_ask_in_a_batch_of_500(single: bool, backend: str) -> None:
         assert list(found) == names
         asked = Counter(name for node in fakes.nodes for name in names_in(node, b"MGET"))
         assert asked == Counter(names) + Counter(asked_for)
-        # Each with an ASKING of its own, and the next operation goes where it went before.
+        # Each with its own ASKING, and the next operation goes to the former node.
         assert second.commands.count([b"ASKING"]) == len(asked_for)
         for number, command in enumerate(second.commands):
             if command == [b"ASKING"]:
                 assert second.commands[number + 1][0] == b"MGET"
         assert await cache.get(asked_for[0]) is not None
         assert names_in(first, b"MGET").count(asked_for[0]) == 2
-        # It says nothing of who serves the slot.
+        # ASK does not change the owner of the slot.
         assert cache.stats()["refreshes"] == refreshes
 
 
@@ -471,7 +476,7 @@ async def test_ask_in_a_batch_of_500(single: bool, backend: str) -> None:
     ],
     ids=lambda words: words.partition(" ")[0],
 )
-async def test_what_passes_is_waited_for(words: str, backend: str, hasty: None) -> None:
+async def test_temporary_refusals_are_retried(words: str, backend: str, short_pauses: None) -> None:
     async with FakeCluster() as fakes, opened(fakes, commandTimeout=60_000) as cache:
         for name, operation in OPERATIONS.items():
             refusals = itertools.count()
@@ -490,8 +495,8 @@ async def test_what_passes_is_waited_for(words: str, backend: str, hasty: None) 
                 await until(lambda n=before["refreshes"]: cache.stats()["refreshes"] > n)
 
 
-async def test_many_wait_side_by_side(backend: str) -> None:
-    """What waits in many slots, each for a time of its own, costs no more than that."""
+async def test_operations_wait_side_by_side_in_many_slots(backend: str) -> None:
+    """Operations that wait in many slots, each for its own time, cost no more than that."""
     async with FakeCluster() as fakes:
         served = False
         for node in fakes.nodes:
@@ -531,8 +536,8 @@ async def test_the_deadline_covers_redirections(backend: str) -> None:
             assert set(error.value.errors) == {"a", "b"}
 
 
-async def test_one_node_is_lost_to_a_bulk(backend: str) -> None:
-    """The others' records are there, and their node never noticed."""
+async def test_a_bulk_loses_one_node(backend: str) -> None:
+    """The other nodes' records are in the result, and their node never noticed."""
     async with FakeCluster(3) as fakes:
         first, second, third = fakes.nodes
         async with opened(fakes, commandTimeout=300) as cache:
@@ -553,8 +558,8 @@ async def test_one_node_is_lost_to_a_bulk(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])
-async def test_order_is_kept(layout: str, backend: str, hasty: None) -> None:
-    """Whatever moves meanwhile, operations on one name take effect as they were issued."""
+async def test_operations_keep_their_order(layout: str, backend: str, short_pauses: None) -> None:
+    """Whatever moves meanwhile, operations on one name take effect in the order of their calls."""
     rounds = 20
     async with FakeCluster(3) as fakes:
         tag = "{%s}" if layout == "deepstream" else "%s"
@@ -563,7 +568,7 @@ async def test_order_is_kept(layout: str, backend: str, hasty: None) -> None:
         options = {"maxRedirections": 1000, "commandTimeout": 60_000, "keyLayout": layout}
         async with opened(fakes, **options) as cache:
             fakes.step = chaos.step
-            # While all wait for something to happen, it does.
+            # While all wait for a change, one happens.
             going_on = asyncio.create_task(chaos.go_on())
             model = ModelRecords()
             versions = itertools.count(1)
@@ -604,7 +609,7 @@ def some_operation(names: list[str], versions: itertools.count[int]) -> Operatio
 
 
 class Chaos:
-    """Slots that move between nodes, key by key, as they do when a cluster is resharded."""
+    """Slots that move between nodes, key by key, as when a cluster is resharded."""
 
     def __init__(self, fakes: FakeCluster, slots: list[int]) -> None:
         self.moves = 0
@@ -613,10 +618,10 @@ class Chaos:
         self._visited: dict[int, set[str]] = {slot: set() for slot in slots}
 
     def new_round(self, cache: dscache.AsyncCache) -> None:
-        """Nothing is under way: slots may come again to nodes where they have been.
+        """Nothing is in flight: slots may return to nodes where they have been.
 
-        A node that sends operations away, and gets their slot before it has answered all that it
-        was sent, executes what was issued after them. No client can know.
+        A node that redirects operations, and gets their slot back before it has answered everything
+        it was sent, executes operations issued after them. A client can't know that.
         """
         for slot in self._slots:
             believed = cache._topology._masters[slot].address
@@ -665,7 +670,7 @@ class Chaos:
         self.moves += 1
 
 
-# -- who is asked, and what is believed
+# -- slot refreshes: which node is asked, and which is believed
 
 
 async def test_a_plain_server_is_no_cluster(backend: str) -> None:
@@ -714,7 +719,7 @@ async def test_no_node_can_be_reached(backend: str) -> None:
         assert own_tasks() == []
 
 
-async def test_a_refusal_is_told(backend: str) -> None:
+async def test_a_refusal_is_reported(backend: str) -> None:
     wrong = b"-WRONGPASS invalid username-password pair\r\n"
     async with FakeServer({"HELLO": wrong}) as server, asyncio.timeout(PATIENCE):
         quick = {"first": 5, "cap": 50}
@@ -741,8 +746,8 @@ async def test_a_refusal_is_told(backend: str) -> None:
         b"*0\r\n",
     ],
 )
-async def test_nonsense_about_slots(view: bytes, backend: str, hasty: None) -> None:
-    """Whoever says it is asked again, and when it makes sense all is well."""
+async def test_an_invalid_view_is_ignored(view: bytes, backend: str, short_pauses: None) -> None:
+    """A node that sends it is asked again, and once its reply makes sense everything works."""
     async with FakeCluster() as fakes, asyncio.timeout(PATIENCE):
         for node in fakes.nodes:
             node.answers["CLUSTER"] = view
@@ -753,7 +758,7 @@ async def test_nonsense_about_slots(view: bytes, backend: str, hasty: None) -> N
             node.answers["CLUSTER"] = node._tell
         await until(lambda: cache.is_ready)
         assert await cache.set("a", 1, 1) is True
-        # And once it is known, nonsense changes nothing.
+        # Once the slots are known, nonsense changes nothing.
         for node in fakes.nodes:
             node.answers["CLUSTER"] = view
         fakes.give(slot_of("a"), fakes.nodes[1])
@@ -761,7 +766,7 @@ async def test_nonsense_about_slots(view: bytes, backend: str, hasty: None) -> N
         await cache.close()
 
 
-async def test_slots_that_nobody_serves(backend: str, hasty: None) -> None:
+async def test_slots_without_an_owner(backend: str, short_pauses: None) -> None:
     async with FakeCluster() as fakes, asyncio.timeout(PATIENCE):
         slot = slot_of("a")
         for node in fakes.nodes:
@@ -787,7 +792,7 @@ async def test_a_silent_node_is_not_waited_for(backend: str) -> None:
 
 
 @pytest.mark.parametrize("stale", [0, 1, 2])
-async def test_the_newest_view_is_believed(stale: int, hasty: None) -> None:
+async def test_the_newest_view_is_believed(stale: int, short_pauses: None) -> None:
     async with FakeCluster(3) as fakes:
         for node in fakes.nodes:
             node.epoch = 7
@@ -807,7 +812,7 @@ async def test_the_newest_view_is_believed(stale: int, hasty: None) -> None:
             assert cache.stats()["redirections"] == 0
 
 
-async def test_a_node_that_knows_of_no_slots_is_not_believed(hasty: None) -> None:
+async def test_a_view_without_slots_is_not_believed(short_pauses: None) -> None:
     """It has left the cluster and kept its epoch."""
     async with FakeCluster(2) as fakes, FakeCluster(1) as alone:
         alone.nodes[0].knows = [None] * constants.SLOTS
@@ -818,20 +823,20 @@ async def test_a_node_that_knows_of_no_slots_is_not_believed(hasty: None) -> Non
 
 
 @pytest.mark.parametrize("host", [None, b"", b"?"])
-async def test_hosts_that_are_not_told(host: bytes | None, backend: str) -> None:
-    """A node that doesn't know its own is where it was asked."""
+async def test_nodes_without_an_announced_host(host: bytes | None, backend: str) -> None:
+    """A node that doesn't know its own host is at the address that was asked."""
     async with FakeCluster(1) as fakes, opened(fakes) as cache:
         (node,) = fakes.nodes
         node.announced = (host, node.port)
         refreshes = cache.stats()["refreshes"]
-        cache._topology._stale.set()
+        cache._topology.look_again()
         await until(lambda: cache.stats()["refreshes"] > refreshes)
         assert await cache.set("a", 1, 1) is True
         assert nodes_of(cache) == {node.address}
 
 
-async def test_another_port_of_the_same_host(backend: str) -> None:
-    """``MOVED 5 :6379`` is about the host that says it."""
+async def test_a_redirection_to_another_port_of_the_same_host(backend: str) -> None:
+    """``MOVED 5 :6379`` means the host that sent it."""
     async with FakeCluster() as fakes, opened(fakes) as cache:
         first, second = fakes.nodes
         (name,) = names_of(first, 1)
@@ -841,7 +846,7 @@ async def test_another_port_of_the_same_host(backend: str) -> None:
         assert second.moved
 
 
-def test_addresses_as_they_are_told() -> None:
+def test_announced_addresses() -> None:
     here = ("10.0.0.9", 7)
     tell = parse_redirection
     assert tell("MOVED 5 10.0.0.1:6379", 5, here) == ("10.0.0.1", 6379)
@@ -858,8 +863,8 @@ def test_addresses_as_they_are_told() -> None:
         assert parse_epoch(nothing) == -1
 
 
-async def test_addresses_are_mapped(backend: str, hasty: None) -> None:
-    """Those that nodes announce, of redirections too, lead to nobody from here."""
+async def test_addresses_are_mapped(backend: str, short_pauses: None) -> None:
+    """Announced addresses, also those in redirections, are unreachable from here."""
     async with FakeCluster() as fakes:
         first, second = fakes.nodes
         first.announced, second.announced = (b"10.1.1.1", 7001), (b"fd00::1", 7002)
@@ -876,7 +881,7 @@ async def test_addresses_are_mapped(backend: str, hasty: None) -> None:
             assert nodes_of(cache) == {first.address, second.address}
 
 
-async def test_names_are_looked_up_afresh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_names_are_looked_up_again(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes are gone, and the configured name leads to another address by now."""
     resolve = socket.getaddrinfo
     place = "127.0.0.1"
@@ -910,11 +915,11 @@ async def test_names_are_looked_up_afresh(backend: str, monkeypatch: pytest.Monk
 
 
 # A busy machine takes its time for so large a view.
-PATIENT = dict.fromkeys(("connectTimeout", "commandTimeout", "slotsRefreshTimeout"), 60_000)
+SLOW = dict.fromkeys(("connectTimeout", "commandTimeout", "slotsRefreshTimeout"), 60_000)
 
 
 def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
-    """Let nodes announce one for each slot, two of which they are; return a name of each."""
+    """Let nodes announce one node for each slot, two of which they are; return a name of each."""
     one, other = fakes.nodes
     names = [names_of(node, 1)[0] for node in (one, other)]
     real = {slot_of(name): node for name, node in zip(names, fakes.nodes, strict=True)}
@@ -922,7 +927,7 @@ def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
     def entry(slot: int) -> list[Any]:
         if slot in real:
             return real[slot].entry()
-        # Where nobody listens.
+        # An address without a listener.
         return [b"127.%d.%d.9" % (1 + slot // 256, slot % 256), 1, b"%040x" % slot, []]
 
     answer = [[slot, slot, entry(slot)] for slot in range(constants.SLOTS)]
@@ -932,11 +937,9 @@ def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
 
 
 @pytest.mark.parametrize("layer", ["", "near"])
-async def test_of_very_many_nodes_each_is_opened_when_it_is_needed(
-    backend: str, layer: str
-) -> None:
+async def test_each_of_very_many_nodes_is_opened_on_demand(backend: str, layer: str) -> None:
     near: dict[str, Any] = {"nearCache": {"required": False}} if layer else {}
-    near |= PATIENT
+    near |= SLOW
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
         async with opened(fakes.nodes[0], **near) as cache:
@@ -946,7 +949,7 @@ async def test_of_very_many_nodes_each_is_opened_when_it_is_needed(
             assert await cache.set(names[1], 1, 1) is True
             assert nodes_of(cache) == {node.address for node in fakes.nodes}
             assert set(await cache.get_bulk(names)) == {names[1]}
-            # A slot whose node is away fails alone, and is no hindrance to others.
+            # A slot whose node is down fails alone, without holding up others.
             lost = next(name for i in range(100) if slot_of(name := f"x{i}") % 256 not in (0, 255))
             waiting = asyncio.ensure_future(cache.get(lost))
             await until(lambda: len(nodes_of(cache)) == 3)
@@ -957,10 +960,10 @@ async def test_of_very_many_nodes_each_is_opened_when_it_is_needed(
             assert len(nodes_of(cache)) == 3
 
 
-async def test_operations_that_came_before_the_view_of_many_nodes(backend: str) -> None:
+async def test_operations_issued_before_the_view_of_many_nodes(backend: str) -> None:
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
-        cache = cache_on(fakes.nodes[0], **PATIENT)
+        cache = cache_on(fakes.nodes[0], **SLOW)
         assert await asyncio.gather(*(cache.set(name, 1, 1) for name in names)) == [True, True]
         assert nodes_of(cache) == {node.address for node in fakes.nodes}
         await cache.close()
@@ -970,7 +973,7 @@ async def test_a_blocking_cache_of_very_many_nodes(backend: str) -> None:
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
         node = fakes.nodes[0]
-        options = {"nodes": [{"host": node.host, "port": node.port}], **PATIENT}
+        options = {"nodes": [{"host": node.host, "port": node.port}], **SLOW}
 
         def work() -> None:
             with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
@@ -984,7 +987,7 @@ async def test_a_blocking_cache_of_very_many_nodes(backend: str) -> None:
         await asyncio.to_thread(work)
 
 
-async def test_the_slots_are_not_asked_for_all_the_time(backend: str) -> None:
+async def test_slot_refreshes_are_paced(backend: str) -> None:
     """Whatever many nodes redirect, and however many operations."""
     async with FakeCluster(3) as fakes, opened(fakes) as cache:
         loop = asyncio.get_running_loop()
@@ -1000,8 +1003,10 @@ async def test_the_slots_are_not_asked_for_all_the_time(backend: str) -> None:
         assert asked <= 3 * (2 + (loop.time() - began) / 0.05)
 
 
-async def test_who_leaves_is_closed_after_its_answers(backend: str, hasty: None) -> None:
-    """It says nothing until it is on its way out, and then sends all away."""
+async def test_a_node_that_leaves_is_closed_after_its_replies(
+    backend: str, short_pauses: None
+) -> None:
+    """The node is silent until it is about to leave, and then redirects everything."""
     async with FakeCluster(3) as fakes, asyncio.timeout(PATIENCE):
         leaving, heir, other = fakes.nodes
         async with FaultProxy(leaving.host, leaving.port) as way:
@@ -1017,7 +1022,7 @@ async def test_who_leaves_is_closed_after_its_answers(backend: str, hasty: None)
                     if leaving.knows[slot] is leaving:
                         heir.knows[slot] = other.knows[slot] = heir
                 heir.values.update(leaving.values)
-                cache._topology._stale.set()
+                cache._topology.look_again()
                 gone = f"{way.host}:{way.port}"
                 await until(lambda: gone not in nodes_of(cache))
                 assert leaving.connections == 1
@@ -1052,7 +1057,7 @@ async def test_replicas_are_read(scale: str, backend: str) -> None:
 
 @pytest.mark.parametrize("words", ["LOADING no", "MASTERDOWN no", "CLUSTERDOWN no", "TRYAGAIN no"])
 async def test_a_replica_that_can_not_serve(words: str, backend: str) -> None:
-    """Reads go to its primary, for as long as it says so."""
+    """Reads go to its primary for as long as it refuses."""
     async with (
         FakeCluster(1, 1) as fakes,
         opened(fakes, scaleReads="slave", commandTimeout=60_000) as cache,
@@ -1065,7 +1070,7 @@ async def test_a_replica_that_can_not_serve(words: str, backend: str) -> None:
             assert (await cache.get("a")).version == 1
 
 
-async def test_a_replica_that_is_gone(backend: str) -> None:
+async def test_a_lost_replica(backend: str) -> None:
     async with FakeCluster(1, 1) as fakes, opened(fakes, scaleReads="slave") as cache:
         topology = cache._topology
         await until(lambda: sum(map(len, topology._reading.values())) == 1)
@@ -1078,10 +1083,10 @@ async def test_a_replica_that_is_gone(backend: str) -> None:
         assert names_in(fakes.nodes[0], b"MGET")
 
 
-# -- what a cache tells, and its end
+# -- statistics, and closing
 
 
-async def test_what_is_counted(backend: str) -> None:
+async def test_statistics_of_a_cluster(backend: str) -> None:
     of_all = {*counters.NAMES, "mean_batch", "latency"}
     of_all |= {"connections", "connects", "reconnections", "redirections", "last_loss"}
     async with FakeCluster() as fakes, opened(fakes) as cache:
@@ -1103,8 +1108,8 @@ async def test_what_is_counted(backend: str) -> None:
         assert sum(one["bytes_out"] for one in each) == stats["bytes_out"]
 
 
-async def test_close_finishes_what_is_redirected(backend: str) -> None:
-    """What was issued before is done, though it has to go from node to node."""
+async def test_close_completes_redirected_operations(backend: str) -> None:
+    """Operations issued before it complete, even if they go from node to node."""
     async with FakeCluster() as fakes, asyncio.timeout(PATIENCE):
         first, second = fakes.nodes
         names = names_of(first, 20)
@@ -1131,8 +1136,8 @@ async def test_close_finishes_what_is_redirected(backend: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["unknown", "redirected", "unserved"])
-async def test_close_has_an_end(state: str, backend: str) -> None:
-    """Nobody is left waiting, whatever it is that never comes."""
+async def test_close_ends_by_its_timeout(state: str, backend: str) -> None:
+    """No caller waits for ever, whatever fails to arrive."""
     async with FakeCluster() as fakes, asyncio.timeout(PATIENCE):
         if state == "unknown":
             for node in fakes.nodes:
@@ -1149,7 +1154,7 @@ async def test_close_has_an_end(state: str, backend: str) -> None:
         ready = asyncio.ensure_future(cache.when_ready())
         if state != "unknown":
             await ready
-            await asyncio.sleep(0.05)  # whatever is under way by then is well
+            await asyncio.sleep(0.05)  # any result of the operations in flight is fine
         await cache.close()
         outcomes = await asyncio.gather(*waiting, ready, return_exceptions=True)
         for outcome in outcomes[:3]:
@@ -1170,7 +1175,7 @@ async def test_nothing_stays_open(backend: str) -> None:
         await until(lambda: open_files() <= files)
 
 
-async def test_another_loop_is_told_so(backend: str) -> None:
+async def test_use_in_another_loop_is_refused(backend: str) -> None:
     async with FakeCluster() as fakes, opened(fakes) as cache:
         await cache.set("a", 1, 1)
 
@@ -1187,7 +1192,7 @@ async def test_another_loop_is_told_so(backend: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["served", "unserved"])
-async def test_a_forked_child_is_told_so(state: str, backend: str) -> None:
+async def test_use_in_a_forked_child_is_refused(state: str, backend: str) -> None:
     async with FakeCluster() as fakes:
         if state == "unserved":
             for node in fakes.nodes:

@@ -1,6 +1,6 @@
-"""The public API: its methods and results are the same on every server, core and in memory.
+"""The public API: the same methods and results on every server, core and in memory.
 
-Most tests run with both classes; ``BlockingCache`` gives a Cache the shape of an AsyncCache.
+Most tests run with both classes; ``BlockingCache`` gives a Cache the interface of an AsyncCache.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 Call = Callable[[dscache.AsyncCache], Any]
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
+# Seconds until something must have ended: far more than any machine needs, since it measures
+# nothing.
 PATIENCE = 60
 LAST = 2**63 - 1
-# For what ends by a time limit alone.
+# The timeout of operations that can only end by a deadline.
 IMPATIENT = {"connectTimeout": 300, "commandTimeout": 300}
 SECRET = "pa55-w0rd"
 
-# A test with this mark runs in memory, too.
+# A test with this mark also runs in memory.
 everywhere = pytest.mark.parametrize(
     ("server", "kind"),
     [*((server, "redis") for server in SERVERS), (SERVERS[0], "memory")],
     indirect=True,
     ids=[*map(_server_id, SERVERS), "memory"],
 )
-# What costs much and can't depend on the server's version.
+# Expensive tests whose result can't depend on the server's version.
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
-# What concerns futures, or needs the event loop while an operation is under way.
+# Tests of futures, and tests that need the event loop while an operation is in flight.
 async_only = pytest.mark.parametrize(
     "cache_class", [dscache.AsyncCache], indirect=True, ids=["async"]
 )
@@ -61,13 +62,13 @@ async_only = pytest.mark.parametrize(
 
 @pytest.fixture(params=[dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
 def cache_class(request: pytest.FixtureRequest) -> Any:
-    """The class that is tested, in the shape of an AsyncCache."""
+    """The class under test, with the interface of an AsyncCache."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def kind(request: pytest.FixtureRequest) -> str:
-    """The cache's ``name``: "redis", or "memory" where a test's mark says so."""
+    """The cache's ``name``: "redis", or "memory" if a test's mark says so."""
     return getattr(request, "param", "redis")
 
 
@@ -96,7 +97,7 @@ def pairs(found: Mapping[str, dscache.Record]) -> dict[str, tuple[int, Any]]:
 
 
 def record_commands(redis: redis_py.Redis) -> dict[str, int]:
-    """Return how often the server was asked for each command that a record operation may use."""
+    """Return how often the server has executed each command that a record operation may use."""
     stats = redis.info("commandstats")
     names = ("mget", "mset", "get", "set", "del", "eval", "evalsha", "msetex", "setex")
     return {name: stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in names}
@@ -118,7 +119,7 @@ async def test_a_record_has_its_name_version_data_and_text(cache: dscache.AsyncC
 
 
 @everywhere
-async def test_what_is_not_there(cache: dscache.AsyncCache) -> None:
+async def test_missing_records(cache: dscache.AsyncCache) -> None:
     assert await cache.get("a") is None
     assert await cache.head("a") is None
     assert await cache.delete("a") is False
@@ -165,7 +166,7 @@ class Level(enum.IntEnum):
 
 
 class Name(str):
-    """Like a StrEnum or a lazy string of some framework."""
+    """A str like a StrEnum or a lazy string of some framework."""
 
     __slots__ = ()
 
@@ -174,7 +175,7 @@ class Name(str):
 
 
 @everywhere
-async def test_subclasses_of_int_and_str_are_taken_for_what_they_are(
+async def test_subclasses_of_int_and_str_are_taken_by_value(
     cache: dscache.AsyncCache,
 ) -> None:
     assert await cache.set(Name("a"), Level.HIGH, Level.HIGH) is True
@@ -257,7 +258,7 @@ async def test_any_json_value_is_data(cache: dscache.AsyncCache) -> None:
 
 
 @everywhere
-async def test_what_is_no_number_becomes_null(cache: dscache.AsyncCache) -> None:
+async def test_nan_and_infinity_become_null(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 1, [float("nan"), float("inf"), {"deep": -float("inf")}])
     record = await cache.get("a")
     assert record.raw == b'[null,null,{"deep":null}]'
@@ -310,7 +311,7 @@ async def test_data_of_another_type_is_refused_with_its_path(cache: dscache.Asyn
 
 
 @everywhere
-async def test_raw_text_is_stored_as_it_is(cache: dscache.AsyncCache) -> None:
+async def test_raw_text_is_stored_unchanged(cache: dscache.AsyncCache) -> None:
     text = b' {"b" : 1.0,\n"a":[ ] , "n": 1e2} '
     await cache.set("a", 1, msgspec.Raw(text))
     await cache.set_bulk({"b": (1, msgspec.Raw(text))})
@@ -343,7 +344,7 @@ async def test_data_is_encoded_at_the_call(cache: dscache.AsyncCache) -> None:
 
 
 @everywhere
-async def test_no_two_calls_share_their_decoded_data(cache: dscache.AsyncCache) -> None:
+async def test_calls_do_not_share_decoded_data(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 1, {"list": []})
     first, second, *bulks = await asyncio.gather(
         cache.get("a"), cache.get("a"), cache.get_bulk(["a"]), cache.get_bulk(["a", "a"])
@@ -400,7 +401,7 @@ IF_NEWER: list[tuple[int | None, int, bool]] = [
 @everywhere
 @pytest.mark.parametrize("ttl", [None, 1000], ids=["lasting", "ttl"])
 @pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
-async def test_if_newer_writes_only_what_is_newer(
+async def test_if_newer_writes_only_newer_versions(
     cache: dscache.AsyncCache, bulk: bool, ttl: int | None
 ) -> None:
     rows = {f"{stored} {given}": (stored, given, written) for stored, given, written in IF_NEWER}
@@ -427,7 +428,7 @@ async def test_if_newer_writes_only_what_is_newer(
 
 
 @everywhere
-async def test_guarded_writes_of_one_name_have_each_its_own_result(
+async def test_guarded_writes_of_one_name_have_separate_results(
     cache: dscache.AsyncCache,
 ) -> None:
     versions = [2, 1, 2, 5, 3, 6]
@@ -439,7 +440,7 @@ async def test_guarded_writes_of_one_name_have_each_its_own_result(
 
 
 @everywhere
-async def test_a_guarded_bulk_names_what_it_did_not_write(cache: dscache.AsyncCache) -> None:
+async def test_a_guarded_bulk_returns_the_names_it_did_not_write(cache: dscache.AsyncCache) -> None:
     await cache.set_bulk({f"r{n}": (n, "old") for n in range(300)})
     news = {f"r{n}": (150, "new") for n in range(300)} | {"other": (0, "new")}
     assert await cache.set_bulk(news, if_newer=True) == {f"r{n}" for n in range(150, 300)}
@@ -458,7 +459,7 @@ async def test_a_guarded_bulk_names_what_it_did_not_write(cache: dscache.AsyncCa
         ("0" * 30 + str(LAST - 1), LAST, True),
     ],
 )
-async def test_leading_zeros_do_not_count(
+async def test_leading_zeros_of_a_version_are_ignored(
     cache: dscache.AsyncCache, redis: redis_py.Redis, stored: str, given: int, written: bool
 ) -> None:
     put(redis, "a", stored, '"old"')
@@ -495,7 +496,7 @@ async def test_nothing_is_newer_than_a_damaged_version(
     assert cache.stats()["damaged"] == 2
 
 
-# -- a lifetime
+# -- TTLs
 
 
 @everywhere
@@ -520,12 +521,12 @@ async def test_records_expire(open_cache: MakeCache) -> None:
             await asyncio.sleep(0.02)
     assert await asyncio.gather(*map(cache.get, gone)) == [None] * len(gone)
     assert await cache.delete_bulk(gone) == 0
-    # What expired is nothing that a record would have to be newer than.
+    # An expired record has no version to compare with.
     assert await cache.set("guarded", 1, 1, ttl=0, if_newer=True) is True
     assert list(await cache.head_bulk([*kept, *gone])) == [*kept, "guarded"]
 
 
-async def test_the_lifetime_is_the_given_one_or_the_default(
+async def test_the_ttl_is_the_argument_or_the_default(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     lasting, limited = await make_cache(), await make_cache(ttl=500)
@@ -556,7 +557,7 @@ async def test_both_keys_of_a_record_expire_at_the_same_instant(
 
 
 @everywhere
-async def test_the_longest_lifetime(cache: dscache.AsyncCache) -> None:
+async def test_the_longest_ttl(cache: dscache.AsyncCache) -> None:
     assert await cache.set("a", 1, [1], ttl=10**10) is True
     assert tuple(await cache.get("a")) == (1, [1])
 
@@ -565,7 +566,7 @@ async def test_the_longest_lifetime(cache: dscache.AsyncCache) -> None:
 
 
 @everywhere
-async def test_bulks_return_what_is_found_in_the_order_of_the_names(
+async def test_bulks_return_found_records_in_the_order_of_the_names(
     cache: dscache.AsyncCache,
 ) -> None:
     assert await cache.set_bulk({"a": (1, {"x": 1}), "b": (7, [7]), "c": (0, None)}) == set()
@@ -589,7 +590,7 @@ async def test_names_are_any_iterable_of_names(cache: dscache.AsyncCache) -> Non
 
 
 @everywhere
-async def test_a_pair_is_any_two_values(cache: dscache.AsyncCache) -> None:
+async def test_a_pair_is_any_iterable_of_two_values(cache: dscache.AsyncCache) -> None:
     await cache.set("old", 7, ["data"])
     record = await cache.get("old")
     assert await cache.set_bulk({"a": [1, "list"], "b": record, "c": iter((3, "iter"))}) == set()
@@ -598,7 +599,7 @@ async def test_a_pair_is_any_two_values(cache: dscache.AsyncCache) -> None:
 
 
 @everywhere
-async def test_one_text_is_not_many_names(cache: dscache.AsyncCache) -> None:
+async def test_a_single_str_is_not_many_names(cache: dscache.AsyncCache) -> None:
     for call in (cache.get_bulk, cache.head_bulk, cache.delete_bulk):
         for names in ("abc", b"abc", ""):
             with pytest.raises(dscache.RecordError, match=r"takes an iterable of names"):
@@ -606,7 +607,7 @@ async def test_one_text_is_not_many_names(cache: dscache.AsyncCache) -> None:
 
 
 @everywhere
-async def test_an_iterable_that_raises_stops_its_bulk_alone(cache: dscache.AsyncCache) -> None:
+async def test_an_iterable_that_raises_fails_only_its_bulk(cache: dscache.AsyncCache) -> None:
     def names() -> Iterator[str]:
         yield "a"
         raise LookupError("the caller's own")
@@ -620,7 +621,7 @@ async def test_an_iterable_that_raises_stops_its_bulk_alone(cache: dscache.Async
 
 
 @everywhere
-async def test_empty_bulks_ask_nobody(cache: dscache.AsyncCache) -> None:
+async def test_empty_bulks_send_nothing(cache: dscache.AsyncCache) -> None:
     results = await asyncio.gather(
         cache.get_bulk([]), cache.head_bulk(iter(())), cache.set_bulk({}), cache.delete_bulk(())
     )
@@ -663,7 +664,7 @@ async def test_a_bulk_of_larger_documents_among_single_operations(open_cache: Ma
     assert pairs(await again) == records
 
 
-# -- what is no argument
+# -- invalid arguments
 
 BAD_NAMES = ["", None, 5, 1.5, b"a", ("a",), "\ud800", "a\udfffb"]
 BAD_VERSIONS = [-1, True, False, 1.0, 2**63, 10**30, "1", None, decimal.Decimal(1), float("nan")]
@@ -781,7 +782,7 @@ async def test_set_bulk_takes_a_mapping_of_pairs(cache: dscache.AsyncCache) -> N
     assert await cache.get("a") is None
 
 
-async def test_what_is_refused_at_the_call_is_never_sent(
+async def test_a_call_that_is_refused_sends_nothing(
     cache: dscache.AsyncCache, redis: redis_py.Redis
 ) -> None:
     calls = [call for name in BAD_NAMES for call in bad_name_calls(name)]
@@ -826,7 +827,7 @@ async def test_half_a_record_is_a_miss_for_every_operation(
 
 
 @everywhere
-async def test_it_counts_what_it_does(cache: dscache.AsyncCache) -> None:
+async def test_operations_are_counted(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 1, 1)
     await cache.set("a", 1, 1, if_newer=True)
     await cache.get("a")
@@ -853,7 +854,7 @@ def config(server: EmbeddedServer, kind: str, **options: Any) -> dict[str, Any]:
 
 
 @everywhere
-async def test_from_nothing_to_closed(
+async def test_from_creation_to_close(
     server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
     cache = cache_class.from_config(config(server, kind))
@@ -919,7 +920,7 @@ async def test_a_closed_cache_refuses_at_the_call(
 
 
 @everywhere
-async def test_it_opens_at_its_first_use(
+async def test_a_cache_opens_at_its_first_use(
     server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
     cache = cache_class.from_config(config(server, kind))
@@ -930,7 +931,7 @@ async def test_it_opens_at_its_first_use(
 
 
 @everywhere
-async def test_a_block_closes_it_however_it_ends(
+async def test_a_with_block_always_closes_the_cache(
     server: EmbeddedServer, kind: str, cache_class: Any, backend: str, redis: redis_py.Redis
 ) -> None:
     async with cache_class.from_config(config(server, kind)) as cache:
@@ -955,7 +956,7 @@ async def test_a_block_closes_it_however_it_ends(
 
 
 @everywhere
-async def test_close_finishes_what_was_issued(open_cache: MakeCache) -> None:
+async def test_close_completes_issued_operations(open_cache: MakeCache) -> None:
     cache = await open_cache(closeTimeout=PATIENCE * 1000, commandTimeout=PATIENCE * 1000)
     names = [f"r{n}" for n in range(3000)]
     issued = [
@@ -981,12 +982,12 @@ async def test_two_caches_in_one_process(open_cache: MakeCache, kind: str) -> No
     assert tuple(await two.get("a")) == (2, [2])
 
 
-# -- what an operation returns is a future
+# -- operations return futures
 
 
 @async_only
 @everywhere
-async def test_futures_work_as_futures_do(cache: dscache.AsyncCache) -> None:
+async def test_operations_return_ordinary_futures(cache: dscache.AsyncCache) -> None:
     future = cache.set("a", 1, [1])
     assert isinstance(future, asyncio.Future)
     seen: list[bool] = []
@@ -1011,7 +1012,9 @@ async def as_coroutine(awaitable: Awaitable[Any]) -> Any:
 
 
 @everywhere
-async def test_what_nobody_awaits_is_done_all_the_same(cache: dscache.AsyncCache) -> None:
+async def test_operations_that_are_not_awaited_are_still_executed(
+    cache: dscache.AsyncCache,
+) -> None:
     for version in range(5):
         cache.set("a", version, version)
         cache.set_bulk({"b": (version, version)})
@@ -1020,7 +1023,7 @@ async def test_what_nobody_awaits_is_done_all_the_same(cache: dscache.AsyncCache
 
 @async_only
 @everywhere
-async def test_a_cancelled_waiter_is_nobody_elses_business(cache: dscache.AsyncCache) -> None:
+async def test_cancelling_one_waiter_affects_no_other(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 1, [1])
     calls: list[Call] = [
         lambda cache: cache.get("a"),
@@ -1041,7 +1044,7 @@ async def test_a_cancelled_waiter_is_nobody_elses_business(cache: dscache.AsyncC
             kept = [results[1], results[3], results[4]]
             assert not any(isinstance(result, BaseException) for result in kept)
     assert await cache.head_bulk(["a", "b", "c"]) == {"a": 1, "b": 1, "c": 1}
-    # As the calls were issued: a write whose waiter is gone is a write.
+    # In the order of the calls: a write whose waiter is gone is still a write.
     cache.set("d", 1, [1]).cancel()
     assert await cache.head("d") == 1
 
@@ -1063,7 +1066,7 @@ async def test_cancelling_keeps_the_connection(cache: dscache.AsyncCache) -> Non
 
 
 async def smoke(source: Mapping[str, Any]) -> None:
-    """Use every method once, and the connection for larger things."""
+    """Use every method once, and the connection for larger data."""
     async with asyncio.timeout(PATIENCE), dscache.AsyncCache.from_config(source) as cache:
         results = await asyncio.gather(
             cache.set("a", 1, {"x": [1]}),
@@ -1081,7 +1084,7 @@ async def smoke(source: Mapping[str, Any]) -> None:
         await cache.set_bulk(large)
         assert pairs(await cache.get_bulk(large)) == large
         futures = [cache.get(f"r{n}") for n in range(100)]
-        # In memory, an operation is done at the call.
+        # In memory, an operation completes at the call.
         cancelled = {n for n, future in enumerate(futures) if n % 3 == 0 and future.cancel()}
         for n, result in enumerate(await asyncio.gather(*futures, return_exceptions=True)):
             if n in cancelled:
@@ -1114,7 +1117,7 @@ class TestUvloop:
         self.run({"name": "redis", "options": {"url": unix_server.url}})
 
     @on_one_server
-    def test_a_server_that_is_lost(self, make_server: MakeServer, backend: str) -> None:
+    def test_a_lost_server(self, make_server: MakeServer, backend: str) -> None:
         server = make_server()
 
         async def lose() -> None:
@@ -1129,7 +1132,7 @@ class TestUvloop:
         uvloop.run(lose())
 
     @on_one_server
-    def test_a_certificate_that_nobody_vouches_for(
+    def test_a_certificate_of_an_unknown_authority(
         self, server: EmbeddedServer, certificates: TLSFiles, backend: str
     ) -> None:
         async def refuse() -> None:
@@ -1187,7 +1190,7 @@ async def test_hash_tags_keep_both_keys_in_one_slot(
 
 
 @pytest.mark.parametrize("options", [{}, {"keyLayout": "deepstream"}, {"keyLayout": "auto"}])
-async def test_the_layout_of_one_server_is_deepstreams(
+async def test_the_default_layout_is_that_of_deepstream(
     make_cache: MakeCache, redis: redis_py.Redis, options: dict[str, str]
 ) -> None:
     cache = await make_cache(**options)
@@ -1202,7 +1205,7 @@ async def test_the_connection_has_its_name(make_cache: MakeCache, redis: redis_p
 
 
 async def test_the_database_is_selected(make_cache: MakeCache, make_server: MakeServer) -> None:
-    # On a server of its own, as the others share theirs.
+    # On a private server, as other tests share theirs.
     own = make_server()
     cache = await make_cache(url=own.url, db=3)
     by_url = await make_cache(url=f"{own.url}/4")
@@ -1262,7 +1265,7 @@ async def test_over_a_unix_socket(
 
 
 @on_one_server
-async def test_every_kind_of_source(
+async def test_every_kind_of_configuration_source(
     server: EmbeddedServer, redis: redis_py.Redis, cache_class: Any, backend: str, tmp_path: Path
 ) -> None:
     options = {"host": server.host, "port": server.port}
@@ -1277,7 +1280,7 @@ async def test_every_kind_of_source(
 
 
 @on_one_server
-async def test_a_subclass_makes_its_own_kind(
+async def test_a_subclass_opens_instances_of_itself(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str
 ) -> None:
     class Sessions(dscache.AsyncCache):
@@ -1307,7 +1310,7 @@ async def tls_url(
 
 @pytest.fixture(scope="session")
 def foreign_authority(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of an authority's certificate that issued none of the others."""
+    """The path of the certificate of an authority that issued none of the others."""
     path = tmp_path_factory.mktemp("foreign") / "ca.pem"
     trustme.CA().cert_pem.write_to_path(path)
     return str(path)
@@ -1340,7 +1343,7 @@ async def test_a_certificate_is_verified(
 
 @on_one_server
 @pytest.mark.parametrize("tls", [{}, {"ca": "foreign"}, {"servername": "elsewhere.example"}])
-async def test_a_refused_certificate_is_said_at_once(
+async def test_a_refused_certificate_fails_at_once(
     make_cache: MakeCache,
     tls_url: str,
     certificates: TLSFiles,
@@ -1382,7 +1385,7 @@ async def test_verification_can_be_switched_off(
 
 @async_only
 @on_one_server
-async def test_a_client_shows_its_certificate(
+async def test_a_client_presents_its_certificate(
     make_cache: MakeCache, server: EmbeddedServer, certificates: TLSFiles
 ) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates.authority)
@@ -1404,7 +1407,7 @@ async def test_a_client_shows_its_certificate(
 
 
 @on_one_server
-async def test_tls_where_the_server_has_none(server: EmbeddedServer, backend: str) -> None:
+async def test_tls_to_a_server_without_tls(server: EmbeddedServer, backend: str) -> None:
     options = {"host": server.host, "port": server.port, "tls": True, **IMPATIENT}
     cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
     async with asyncio.timeout(PATIENCE):
@@ -1416,7 +1419,7 @@ async def test_tls_where_the_server_has_none(server: EmbeddedServer, backend: st
 
 
 @on_one_server
-async def test_no_tls_where_the_server_wants_it(tls_url: str, backend: str) -> None:
+async def test_plain_tcp_to_a_server_with_tls(tls_url: str, backend: str) -> None:
     options = {"url": tls_url.replace("rediss", "redis"), **IMPATIENT}
     cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
     async with asyncio.timeout(PATIENCE):

@@ -1,4 +1,4 @@
-"""Who logs in: providers of credentials, and what becomes of those that no longer hold."""
+"""Login: providers of credentials, and credentials that become invalid."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from tests.support.faults import FaultProxy
 from tests.support.waiting import PATIENCE, until
 
 LONG = PATIENCE * 1000
-# Where an attempt follows another, and it is no matter when.
+# Short pauses for tests in which attempts follow each other at any pace.
 AT_ONCE = {"first": 1, "cap": 5}
 USER = "app"
-# Every secret begins so, and nothing that anybody sees may hold it.
+# Every secret begins with this, and no visible text may contain it.
 SECRET = "t0ken"
 
 pytestmark = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_tells_a_secret(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _no_output_has_a_secret(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.DEBUG)
     yield
     for record in caplog.get_records("call"):
@@ -70,7 +70,7 @@ class Account:
     redis: redis_py.Redis
 
     def give(self, *tokens: str) -> None:
-        """Let these tokens be valid, and no others."""
+        """Make these tokens valid, and no others."""
         self.redis.execute_command(
             *("ACL", "SETUSER", USER, "on", "resetpass"),
             *(f">{token}" for token in tokens),
@@ -78,7 +78,7 @@ class Account:
         )
 
     def disconnect(self) -> None:
-        """End all connections of the user."""
+        """Close all connections of the user."""
         self.redis.execute_command("CLIENT", "KILL", "USER", USER)
 
     def connections(self) -> int:
@@ -95,7 +95,7 @@ def account(redis: redis_py.Redis) -> Iterator[Account]:
 
 
 class Blocking(CredentialProvider):
-    """Knows the blocking way alone, as many do; each call gives the next of ``answers``."""
+    """Has only the blocking method, as many do; each call returns the next of ``answers``."""
 
     def __init__(self, *answers: Any, seconds: float = 0.0) -> None:
         self.calls = 0
@@ -125,7 +125,7 @@ class Blocking(CredentialProvider):
 
 
 class Held(Blocking):
-    """Gives no answer before it is let go."""
+    """Returns nothing before it is released."""
 
     def __init__(self, *answers: Any) -> None:
         super().__init__(*answers)
@@ -136,7 +136,7 @@ class Held(Blocking):
 
 
 class Async(Blocking):
-    """Has a way of its own for asyncio."""
+    """Has a separate method for asyncio."""
 
     def get_credentials(self) -> Any:
         pytest.fail("the blocking way was taken")
@@ -149,7 +149,7 @@ class Async(Blocking):
 
 @dataclass
 class Token:
-    """A renewed token as redis-py's providers give it."""
+    """A renewed token in the form of redis-py's providers."""
 
     value: str
     user: str | None = USER
@@ -162,7 +162,7 @@ class Token:
 
 
 class Streaming(StreamingCredentialProvider):
-    """Gives a token, and tells of a new one when a test says so."""
+    """Returns a token, and publishes a new one when a test says so."""
 
     def __init__(self) -> None:
         self.token = f"{SECRET}-0"
@@ -184,7 +184,7 @@ class Streaming(StreamingCredentialProvider):
         return True
 
     def renew(self, token: Any) -> None:
-        """Tell of a new token, in a thread of the provider's own."""
+        """Publish a new token, in a thread of the provider's own."""
         assert self.renewed is not None
         thread = threading.Thread(target=self.renewed, args=(token,))
         thread.start()
@@ -198,8 +198,8 @@ def open_cache(server: Any, provider: CredentialProvider, **options: Any) -> dsc
     )
 
 
-async def outcome(issued: Awaitable[Any]) -> Any:
-    """Return the result or the error of an operation, which may not hang or tell a secret."""
+async def result_of(issued: Awaitable[Any]) -> Any:
+    """Return the result or error of an operation, which must neither hang nor reveal a secret."""
     async with asyncio.timeout(PATIENCE):
         (result,) = await asyncio.gather(issued, return_exceptions=True)
     if isinstance(result, BaseException):
@@ -208,7 +208,7 @@ async def outcome(issued: Awaitable[Any]) -> Any:
 
 
 def assert_silent(cache: dscache.AsyncCache) -> None:
-    """Assert that nothing a cache says of itself holds a secret."""
+    """Assert that no output of a cache contains a secret."""
     assert SECRET not in f"{cache!r} {cache.description} {cache.stats()}"
 
 
@@ -220,7 +220,7 @@ async def test_a_provider_is_asked_before_each_connection(
     server: EmbeddedServer, backend: str, account: Account, kind: type[Blocking]
 ) -> None:
     provider = kind((USER, f"{SECRET}-0"), (USER, f"{SECRET}-1"), (USER, f"{SECRET}-2"))
-    # What the configuration says of users does not count then.
+    # Users in the configuration are ignored then.
     options = {"username": "nobody", "password": f"{SECRET}-wrong", "commandTimeout": LONG}
     async with open_cache(server, provider, **options) as cache:
         for number in range(1, 3):
@@ -229,13 +229,13 @@ async def test_a_provider_is_asked_before_each_connection(
             assert account.connections() == 1
             account.give(f"{SECRET}-{number}")
             account.disconnect()
-            assert await outcome(cache.get("a")) == await outcome(cache.get("a"))
+            assert await result_of(cache.get("a")) == await result_of(cache.get("a"))
             assert provider.calls == number + 1
         assert_silent(cache)
     assert threading.get_ident() not in provider.threads
 
 
-async def test_a_password_alone_is_the_default_users(
+async def test_a_password_alone_is_that_of_the_default_user(
     make_server: Callable[..., EmbeddedServer], backend: str
 ) -> None:
     server = make_server("--requirepass", f"{SECRET}-0")
@@ -272,17 +272,17 @@ async def test_a_provider_that_fails_is_asked_again(
     options = {"connectTimeout": LONG, "commandTimeout": LONG, "retryStrategy": AT_ONCE}
     async with open_cache(server, provider, **options) as cache:
         assert provider.calls == 4
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         assert_silent(cache)
 
 
-async def test_a_provider_that_never_succeeds_is_the_reason(
+async def test_a_provider_that_always_fails_is_the_reason(
     server: EmbeddedServer, backend: str
 ) -> None:
     provider = Async(RuntimeError(f"no luck with {SECRET}"))
     cache = open_cache(server, provider, connectTimeout=300, commandTimeout=300)
     for ask in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set("a", 1, 1)):
-        error = await outcome(ask())
+        error = await result_of(ask())
         assert isinstance(error, dscache.ConnectError)
         assert "the credential provider failed: RuntimeError" in str(error)
     assert "RuntimeError" in cache.stats()["last_loss"]
@@ -291,22 +291,22 @@ async def test_a_provider_that_never_succeeds_is_the_reason(
     assert not cache.stats()["pending"]
 
 
-async def test_a_wrong_token_is_said_at_once(
+async def test_a_wrong_token_fails_at_once(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     provider = Async((USER, f"{SECRET}-wrong"))
     cache = open_cache(server, provider, connectTimeout=LONG, commandTimeout=LONG)
     for ask in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set("a", 1, 1)):
-        error = await outcome(ask())
+        error = await result_of(ask())
         assert isinstance(error, dscache.ReplyError)
         assert error.code == "WRONGPASS"
     account.give(f"{SECRET}-wrong")
     await until(lambda: cache.is_ready)
-    assert await outcome(cache.set("a", 1, 1)) is True
+    assert await result_of(cache.set("a", 1, 1)) is True
     await cache.close()
 
 
-async def test_a_blocking_provider_that_is_slower_than_an_attempt_is_asked_once(
+async def test_a_slow_blocking_provider_is_asked_once(
     proxy: FaultProxy, backend: str, account: Account
 ) -> None:
     provider = Held((USER, f"{SECRET}-0"))
@@ -317,8 +317,8 @@ async def test_a_blocking_provider_that_is_slower_than_an_attempt_is_asked_once(
         assert (provider.calls, provider.under_way) == (1, 1)
     finally:
         provider.let_go.set()
-    assert await outcome(written) is True
-    # On a busy machine there may be no time left to use the answer: then there is another.
+    assert await result_of(written) is True
+    # On a busy machine no time may be left to use the answer; then the provider is asked again.
     assert provider.most_under_way == 1
     await cache.close()
 
@@ -331,15 +331,15 @@ async def test_close_does_not_wait_for_a_provider(
         waiting = cache.get("a")
         await asyncio.sleep(0.02)
         await cache.close()
-        assert isinstance(await outcome(waiting), dscache.ConnectionLost)
+        assert isinstance(await result_of(waiting), dscache.ConnectionLost)
         assert provider.under_way or isinstance(provider, Async)
         await until(lambda provider=provider: not provider.under_way)
 
 
-# -- tokens that are renewed
+# -- renewed tokens
 
 
-async def test_a_renewed_token_is_told_to_the_server(
+async def test_a_renewed_token_is_sent_to_the_server(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     provider = Streaming()
@@ -354,12 +354,12 @@ async def test_a_renewed_token_is_told_to_the_server(
         assert (provider.calls, cache.stats()["connects"]) == (1, 1)
         assert account.redis.acl_log() == []
         assert_silent(cache)
-    # After the close nobody listens, and nothing happens.
+    # After the close nothing is subscribed, and nothing happens.
     provider.renew(Token(f"{SECRET}-2"))
     await asyncio.sleep(0)
 
 
-async def test_a_refused_renewal_ends_the_connection_and_a_fresh_token_makes_the_next(
+async def test_after_a_refused_renewal_a_fresh_token_reconnects(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     provider = Streaming()
@@ -371,11 +371,11 @@ async def test_a_refused_renewal_ends_the_connection_and_a_fresh_token_makes_the
         await until(lambda: cache.stats()["connects"] == 2)
         assert "AUTH was refused: WRONGPASS" in cache.stats()["last_loss"]
         assert provider.calls == 2
-        assert (await outcome(cache.get("a"))).version == 1
+        assert (await result_of(cache.get("a"))).version == 1
         assert_silent(cache)
 
 
-async def test_a_renewal_under_load_disturbs_nobody(
+async def test_a_renewal_under_load_fails_no_operation(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     provider = Streaming()
@@ -393,7 +393,7 @@ async def test_a_renewal_under_load_disturbs_nobody(
 
 
 @pytest.mark.parametrize("user", [USER, None], ids=["user", "password alone"])
-async def test_a_renewal_while_there_is_no_connection_is_left_to_the_next(
+async def test_a_renewal_without_a_connection_is_used_by_the_next(
     server: EmbeddedServer, backend: str, account: Account, proxy: FaultProxy, user: str | None
 ) -> None:
     provider = Streaming()
@@ -405,18 +405,18 @@ async def test_a_renewal_while_there_is_no_connection_is_left_to_the_next(
         account.give(provider.token)
         provider.renew(Token(provider.token, user))
         await proxy.listen()
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         assert provider.calls == cache.stats()["connects"] == 2
 
 
 class Nonsense:
-    """What is no token."""
+    """An object that is no token."""
 
     def try_get(self, key: str) -> str:
         raise ValueError(SECRET)
 
 
-async def test_a_failed_renewal_is_logged_without_its_words(
+async def test_a_failed_renewal_is_logged_without_its_text(
     server: EmbeddedServer, backend: str, account: Account, caplog: pytest.LogCaptureFixture
 ) -> None:
     provider = Streaming()
@@ -431,8 +431,10 @@ async def test_a_failed_renewal_is_logged_without_its_words(
 
 
 class Issuer(IdentityProviderInterface):
-    """Issues tokens that hold for a moment, and a little longer than it says: who has just got
-    one may use it while the next is issued."""
+    """Issues tokens that stay valid a little longer than stated.
+
+    A token just issued may be used while the next one is being issued.
+    """
 
     def __init__(self, account: Account) -> None:
         self.issued = 0
@@ -449,7 +451,7 @@ class Issuer(IdentityProviderInterface):
 
 
 class Managed(StreamingCredentialProvider):
-    """A provider over redis-py's own TokenManager, as redis-entraid is one."""
+    """A provider that uses redis-py's own TokenManager, as redis-entraid does."""
 
     def __init__(self, issuer: Issuer) -> None:
         policy = RetryPolicy(3, 10)
@@ -480,15 +482,15 @@ class Managed(StreamingCredentialProvider):
         self._manager.stop()
 
 
-async def test_the_token_manager_of_redis_py(
+async def test_redis_py_token_manager_works(
     server: EmbeddedServer, backend: str, account: Account, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It awaits what it calls back, which providers with threads do not."""
+    """It awaits its callbacks, which providers with threads do not."""
     issuer = Issuer(account)
     provider = Managed(issuer)
     async with open_cache(server, provider, commandTimeout=LONG) as cache:
         await until(lambda: issuer.issued >= 6)
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         assert_silent(cache)
     provider.stop()
     assert not [record for record in caplog.records if "no new cred" in record.msg]
@@ -500,18 +502,18 @@ async def test_the_token_manager_of_redis_py(
 async def test_a_rotated_password(
     make_server: Callable[..., EmbeddedServer], backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The right error at once, attempts that are no storm, and recovery when it is put right."""
+    """The right error at once, paced attempts, and recovery when the password is corrected."""
     server = make_server("--requirepass", f"{SECRET}-0")
     async with FaultProxy(server.host, server.port) as proxy:
         options = {"host": proxy.host, "port": proxy.port, "password": f"{SECRET}-0"}
         cache = dscache.AsyncCache.from_config(
             {"name": "redis", "options": options | {"commandTimeout": LONG, "connectTimeout": LONG}}
         )
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         with redis_py.Redis(port=server.port, password=f"{SECRET}-0") as admin:
             admin.config_set("requirepass", f"{SECRET}-1")
-            # An open connection goes on; the next one is refused.
-            assert await outcome(cache.set("a", 2, 2)) is True
+            # An open connection continues; the next one is refused.
+            assert await result_of(cache.set("a", 2, 2)) is True
             admin.client_kill_filter(_type="normal", skipme=True)
             await until(lambda: not cache.is_ready)
             before = proxy.accepted
@@ -522,21 +524,21 @@ async def test_a_rotated_password(
                     lambda: cache.set_bulk({"a": (3, 3)}),
                     cache.when_ready,
                 ):
-                    error = await outcome(ask())
+                    error = await result_of(ask())
                     assert isinstance(error, dscache.ReplyError)
                     assert error.code == "WRONGPASS"
                 await asyncio.sleep(0.005)
-            # Operations that are refused at once hurry nobody.
+            # Operations that are refused at once don't speed up the attempts.
             assert proxy.accepted - before <= 15
             admin.config_set("requirepass", f"{SECRET}-0")
         await until(lambda: cache.is_ready)
-        assert (await outcome(cache.get("a"))).version == 2
+        assert (await result_of(cache.get("a"))).version == 2
         await cache.close()
     lines = [r.getMessage() for r in caplog.records if r.name == "dscache"]
     assert sum("can't connect" in line for line in lines) == 1
 
 
-async def test_a_permission_that_is_lost_and_given_back(
+async def test_a_permission_that_is_revoked_and_restored(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     options = {"username": USER, "password": f"{SECRET}-0", "commandTimeout": LONG}
@@ -544,50 +546,50 @@ async def test_a_permission_that_is_lost_and_given_back(
     async with dscache.AsyncCache.from_config(
         {"name": "redis", "options": place | options}
     ) as cache:
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         for permission in ("-mset", "-@write"):
             account.redis.execute_command("ACL", "SETUSER", USER, permission)
-            error = await outcome(cache.set("a", 2, 2))
+            error = await result_of(cache.set("a", 2, 2))
             assert isinstance(error, dscache.ReplyError)
             assert error.code == "NOPERM"
-            assert (await outcome(cache.get("a"))).version == 1
+            assert (await result_of(cache.get("a"))).version == 1
             account.redis.execute_command("ACL", "SETUSER", USER, "+@all")
-            assert await outcome(cache.set("a", 1, 1)) is True
+            assert await result_of(cache.set("a", 1, 1)) is True
         # Without keys there is nothing left to read, and the connection is as good as before.
         account.redis.execute_command("ACL", "SETUSER", USER, "resetkeys", "~b*")
         for call in (cache.get, cache.head, cache.delete):
-            error = await outcome(call("a"))
+            error = await result_of(call("a"))
             assert isinstance(error, dscache.ReplyError)
             assert error.code == "NOPERM"
-        assert await outcome(cache.set("b", 1, 1)) is True
+        assert await result_of(cache.set("b", 1, 1)) is True
         account.redis.execute_command("ACL", "SETUSER", USER, "allkeys")
-        assert (await outcome(cache.get("a"))).version == 1
+        assert (await result_of(cache.get("a"))).version == 1
         assert cache.stats()["connects"] == 1
 
 
-async def test_a_user_who_is_removed_and_comes_back(
+async def test_a_user_who_is_removed_and_restored(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
     provider = Async((USER, f"{SECRET}-0"))
     async with open_cache(server, provider, commandTimeout=LONG) as cache:
-        assert await outcome(cache.set("a", 1, 1)) is True
-        account.redis.acl_deluser(USER)  # which ends the user's connections
+        assert await result_of(cache.set("a", 1, 1)) is True
+        account.redis.acl_deluser(USER)  # which closes the user's connections
         await until(lambda: not cache.is_ready)
-        while True:  # until the first attempt to connect again was refused
-            error = await outcome(cache.set("a", 2, 2))
+        while True:  # until the first attempt to reconnect was refused
+            error = await result_of(cache.set("a", 2, 2))
             if isinstance(error, dscache.ReplyError):
                 break
         assert error.code == "WRONGPASS"
         account.give(f"{SECRET}-0")
         await until(lambda: cache.is_ready)
-        assert await outcome(cache.set("a", 3, 3)) is True
+        assert await result_of(cache.set("a", 3, 3)) is True
 
 
 # -- certificates
 
 
 class Certificates:
-    """An authority, and what it and another one issue: good, and bad in each way."""
+    """An authority, and certificates of it and of another one: good, and bad in each way."""
 
     def __init__(self, folder: Path) -> None:
         authority = trustme.CA()
@@ -626,7 +628,7 @@ class TlsServer:
     options: dict[str, Any]
 
     def present(self, path: str) -> None:
-        """Show this certificate from now on, and end the connections that saw another."""
+        """Present this certificate from now on, and close the connections that saw another."""
         self.context.load_cert_chain(path)
         self.proxy.cut()
 
@@ -636,7 +638,7 @@ async def tls_server(server: EmbeddedServer, issued: Certificates) -> AsyncItera
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     async with (
         FaultProxy(server.host, server.port, tls=context) as inner,
-        # In front of TLS, where each attempt to connect is counted.
+        # A proxy in front of TLS counts the attempts to connect.
         FaultProxy(inner.host, inner.port) as proxy,
     ):
         options = {"host": proxy.host, "port": proxy.port, "tls": {"ca": issued.authority}}
@@ -652,7 +654,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("flaw", SAID)
-async def test_a_bad_certificate_is_said_at_once_until_it_is_a_good_one(
+async def test_a_bad_certificate_fails_at_once_until_it_is_replaced(
     tls_server: TlsServer, issued: Certificates, backend: str, redis: redis_py.Redis, flaw: str
 ) -> None:
     tls_server.present(issued.bad[flaw])
@@ -663,38 +665,38 @@ async def test_a_bad_certificate_is_said_at_once_until_it_is_a_good_one(
         lambda: cache.set("a", 1, 1),
         lambda: cache.get_bulk(["a"]),
     ):
-        error = await outcome(ask())
+        error = await result_of(ask())
         assert type(error) is dscache.ConnectError
         with pytest.raises(dscache.ConnectError, match=f"certificate is refused: .*{SAID[flaw]}"):
             raise error
     tls_server.present(issued.good)
     await until(lambda: cache.is_ready)
-    assert await outcome(cache.set("a", 1, 1)) is True
+    assert await result_of(cache.set("a", 1, 1)) is True
     await cache.close()
 
 
 @pytest.mark.parametrize("flaw", SAID)
-async def test_a_certificate_that_goes_bad_makes_no_storm(
+async def test_reconnections_are_paced_after_a_certificate_goes_bad(
     tls_server: TlsServer, issued: Certificates, backend: str, redis: redis_py.Redis, flaw: str
 ) -> None:
     tls_server.present(issued.good)
     async with dscache.AsyncCache.from_config(
         {"name": "redis", "options": tls_server.options}
     ) as cache:
-        assert await outcome(cache.set("a", 1, 1)) is True
+        assert await result_of(cache.set("a", 1, 1)) is True
         tls_server.present(issued.bad[flaw])
         await until(lambda: not cache.is_ready)
         before = tls_server.proxy.accepted
         for _ in range(100):
-            assert isinstance(await outcome(cache.get("a")), dscache.ConnectError)
+            assert isinstance(await result_of(cache.get("a")), dscache.ConnectError)
             await asyncio.sleep(0.01)
         assert 1 <= tls_server.proxy.accepted - before <= 15
         tls_server.present(issued.good)
         await until(lambda: cache.is_ready)
-        assert (await outcome(cache.get("a"))).version == 1
+        assert (await result_of(cache.get("a"))).version == 1
 
 
-async def test_an_authority_that_is_put_right_is_read_again(
+async def test_a_corrected_authority_is_read_again(
     tls_server: TlsServer, issued: Certificates, backend: str, tmp_path: Path
 ) -> None:
     """Files are read at each connection: a rotated authority needs no restart."""
@@ -703,31 +705,31 @@ async def test_an_authority_that_is_put_right_is_read_again(
     trustme.CA().cert_pem.write_to_path(str(path))
     options = tls_server.options | {"tls": {"ca": str(path)}}
     cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
-    error = await outcome(cache.when_ready())
+    error = await result_of(cache.when_ready())
     assert isinstance(error, dscache.ConnectError)
     path.write_text("no certificate for a moment")
     await asyncio.sleep(0.3)
     path.write_text(issued.authority)
     await until(lambda: cache.is_ready)
-    assert await outcome(cache.set("a", 1, 1)) is True
+    assert await result_of(cache.set("a", 1, 1)) is True
     await cache.close()
 
 
-# -- a peer that falls silent
+# -- a silent peer
 
 
 @pytest.fixture
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def _frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "_PING_AFTER", 0.1)
     monkeypatch.setattr(heartbeat, "_PING_ANSWER", 0.1)
 
 
-@pytest.mark.usefixtures("_hurried")
+@pytest.mark.usefixtures("_frequent_heartbeats")
 async def test_a_silent_peer_is_found_without_traffic(
     make_cache: Callable[..., Awaitable[dscache.AsyncCache]], proxy: FaultProxy
 ) -> None:
     cache = await make_cache(url=proxy.url, connectTimeout=300, commandTimeout=LONG)
-    # A peer that answers is asked now and then, and kept.
+    # A peer that answers is pinged now and then, and kept.
     commands = proxy.forwarded["replies"]
     await until(lambda: proxy.forwarded["replies"] > commands + 3 * len("+PONG\r\n"))
     assert cache.stats()["connects"] == 1
@@ -736,28 +738,28 @@ async def test_a_silent_peer_is_found_without_traffic(
     assert "did not answer" in cache.stats()["last_loss"]
     proxy.resume()
     await until(lambda: cache.is_ready)
-    assert await outcome(cache.set("a", 1, 1)) is True
+    assert await result_of(cache.set("a", 1, 1)) is True
 
 
 @pytest.mark.parametrize("direction", ["requests", "replies"])
-async def test_a_silent_peer_is_found_by_what_it_does_not_answer(
+async def test_a_silent_peer_is_found_by_unanswered_commands(
     make_cache: Callable[..., Awaitable[dscache.AsyncCache]], proxy: FaultProxy, direction: Any
 ) -> None:
     cache = await make_cache(url=proxy.url, connectTimeout=LONG, commandTimeout=200)
     await cache.set("a", 1, 1)
     proxy.stall(direction)
-    assert isinstance(await outcome(cache.get("a")), dscache.DeadlineExceeded)
+    assert isinstance(await result_of(cache.get("a")), dscache.DeadlineExceeded)
     await until(lambda: not cache.is_ready)
     assert "silent" in cache.stats()["last_loss"]
     proxy.resume()
     await until(lambda: cache.is_ready)
-    assert (await outcome(cache.get("a"))).version == 1
+    assert (await result_of(cache.get("a"))).version == 1
     assert cache.stats()["connects"] == 2
 
 
 @pytest.mark.parametrize("family", ["tcp", "tls"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_the_system_watches_the_link_too(
+def test_the_system_watches_the_connection_too(
     server: EmbeddedServer,
     tls_proxy_files: tuple[ssl.SSLContext, str],
     backend: str,
@@ -786,7 +788,7 @@ def test_the_system_watches_the_link_too(
         found = runner.run(look())
     assert found.pop("SO_KEEPALIVE")
     assert found.pop("TCP_NODELAY")
-    # Dead after so many milliseconds without a word, whichever of them finds it first.
+    # Dead after this many silent milliseconds, by heartbeat or by the system.
     assert found.pop("TCP_USER_TIMEOUT", 10_000) == 10_000
     if "TCP_KEEPIDLE" in found:
         probes = found["TCP_KEEPINTVL"] * found["TCP_KEEPCNT"]

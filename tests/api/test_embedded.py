@@ -1,4 +1,4 @@
-"""Private servers start, answer, fail, come back, and leave nothing behind."""
+"""Private servers start, answer, fail, restart, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def port_is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def process_is_there(pid: int) -> bool:
+def process_is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -79,18 +79,18 @@ def test_the_server_ends_with_a_process_that_is_killed(binary: ServerBinary, how
             assert program.stdout is not None
             pid, folder = program.stdout.readline().split()
             time.sleep(0.3)
-            assert process_is_there(int(pid))
+            assert process_is_running(int(pid))
             program.kill()
             end = time.monotonic() + PATIENCE
-            while process_is_there(int(pid)) or os.path.exists(folder):
-                assert time.monotonic() < end, "the server has outlived its owner"
+            while process_is_running(int(pid)) or os.path.exists(folder):
+                assert time.monotonic() < end, "the server has outlived its program"
                 time.sleep(0.01)
         finally:
-            # With the child that it has forked.
+            # Including the child that it has forked.
             os.killpg(program.pid, signal.SIGKILL)
 
 
-def test_nothing_watches_a_server_that_has_ended(binary: ServerBinary) -> None:
+def test_no_process_watches_an_ended_server(binary: ServerBinary) -> None:
     before = open_files()
     with EmbeddedServer(binary) as server:
         for end in (server.restart, server.kill, server.start, server.stop, server.start):
@@ -132,7 +132,7 @@ def test_a_server_is_private_and_keeps_nothing(binary: ServerBinary) -> None:
         with redis.Redis(unix_socket_path=server.path) as connection:
             assert connection.get("k") == b"v"
     assert not server.is_running
-    assert not process_is_there(pid)
+    assert not process_is_running(pid)
     assert port_is_free(port)
     assert not folder.exists()
     server.close()
@@ -147,7 +147,7 @@ def test_two_servers_run_side_by_side(binary: ServerBinary) -> None:
             assert connection.get("k") is None
 
 
-def test_a_unix_socket_alone(binary: ServerBinary) -> None:
+def test_a_server_on_only_a_unix_socket(binary: ServerBinary) -> None:
     with EmbeddedServer(binary, unix_socket=True) as server:
         assert server.url == f"unix://{server.path}"
         assert len(os.fsencode(server.path)) < 100
@@ -156,7 +156,7 @@ def test_a_unix_socket_alone(binary: ServerBinary) -> None:
             assert connection.config_get("port") == {"port": "0"}
 
 
-def test_it_restarts_empty_at_the_same_address(binary: ServerBinary) -> None:
+def test_a_server_restarts_empty_at_the_same_address(binary: ServerBinary) -> None:
     with EmbeddedServer(binary) as server:
         url, path, pid = server.url, server.path, server.pid
         with client(server) as connection:
@@ -169,13 +169,13 @@ def test_it_restarts_empty_at_the_same_address(binary: ServerBinary) -> None:
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_it_comes_back_after_an_end(binary: ServerBinary, end: str) -> None:
+def test_a_server_can_start_again_after_it_ended(binary: ServerBinary, end: str) -> None:
     with EmbeddedServer(binary) as server:
         port, pid = server.port, server.pid
         getattr(server, end)()
         getattr(server, end)()
         assert not server.is_running
-        assert not process_is_there(pid)
+        assert not process_is_running(pid)
         assert port_is_free(port)
         with pytest.raises(UsageError, match="is not running"):
             _ = server.pid
@@ -185,7 +185,7 @@ def test_it_comes_back_after_an_end(binary: ServerBinary, end: str) -> None:
             assert connection.ping()
 
 
-def test_paused_it_is_silent_and_can_still_be_stopped(binary: ServerBinary) -> None:
+def test_a_paused_server_is_silent_and_can_be_stopped(binary: ServerBinary) -> None:
     with EmbeddedServer(binary) as server:
         with client(server, socket_timeout=0.1, retry=None) as connection:
             server.pause()
@@ -199,7 +199,7 @@ def test_paused_it_is_silent_and_can_still_be_stopped(binary: ServerBinary) -> N
         assert not server.is_running
 
 
-def test_it_cannot_be_started_twice(binary: ServerBinary) -> None:
+def test_a_server_cannot_be_started_twice(binary: ServerBinary) -> None:
     with EmbeddedServer(binary) as server:
         with pytest.raises(UsageError, match="is running already"):
             server.start()
@@ -218,7 +218,7 @@ def test_further_options_and_a_password(binary: ServerBinary) -> None:
             connection.ping()
 
 
-def test_a_failed_start_shows_the_log_and_no_password(binary: ServerBinary) -> None:
+def test_a_failed_start_shows_the_log_without_the_password(binary: ServerBinary) -> None:
     options = ("--requirepass", "hush-hush", "--maxmemory", "hush-hush")
     server = EmbeddedServer(binary, args=options)
     with pytest.raises(DscacheError) as caught:
@@ -253,7 +253,9 @@ def test_a_port_that_stays_taken_is_an_error(
             EmbeddedServer(binary).start()
 
 
-def test_tls_works_just_where_it_was_found(binary: ServerBinary, certificates: TLSFiles) -> None:
+def test_tls_works_exactly_where_it_was_detected(
+    binary: ServerBinary, certificates: TLSFiles
+) -> None:
     server = EmbeddedServer(dataclasses.replace(binary, tls=True), tls=certificates)
     if not binary.tls:
         with pytest.raises(DscacheError, match="could not be started"):
@@ -270,7 +272,7 @@ def test_tls_works_just_where_it_was_found(binary: ServerBinary, certificates: T
             connection.ping()
 
 
-def test_tls_with_a_server_that_has_none(certificates: TLSFiles) -> None:
+def test_tls_with_a_server_without_tls(certificates: TLSFiles) -> None:
     plain = dataclasses.replace(find_server(), tls=False)
     with pytest.raises(UsageError, match="was built without TLS"):
         EmbeddedServer(plain, tls=certificates)
@@ -291,7 +293,7 @@ def test_without_any_server_the_error_says_how_to_get_one(
         find_server()
 
 
-def test_programs_in_path_that_are_no_servers_are_passed_over(
+def test_programs_in_path_that_are_not_servers_are_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, text in (
@@ -339,13 +341,13 @@ print(server.pid, server.is_running, server.path)
 """
 
 
-def test_a_program_that_ends_takes_its_server_along_and_its_child_does_not() -> None:
+def test_a_server_ends_with_its_program_but_not_with_a_child() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
     )
     pid, running, path = done.stdout.split()
     assert running == "True"
-    assert not process_is_there(int(pid))
+    assert not process_is_running(int(pid))
     assert not os.path.exists(os.path.dirname(path))
 
 
@@ -358,7 +360,7 @@ def test_an_interrupt_of_the_terminal_does_not_reach_the_server() -> None:
 
 @contextlib.contextmanager
 def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run ``python -m dscache.embedded``; give it, and the first line that it prints."""
+    """Run ``python -m dscache.embedded``; yield the process and the first line of its output."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "dscache.embedded", *arguments],
         stdin=subprocess.DEVNULL,
@@ -384,10 +386,10 @@ def test_on_the_command_line(sent: signal.Signals) -> None:
             pid = connection.info("server")["process_id"]
         process.send_signal(sent)
     assert process.returncode == 0
-    assert not process_is_there(pid)
+    assert not process_is_running(pid)
 
 
-def test_on_the_command_line_at_a_port_that_is_taken() -> None:
+def test_on_the_command_line_at_a_taken_port() -> None:
     with EmbeddedServer() as server:
         with command_line("--port", str(server.port)) as (process, line):
             pass
@@ -399,7 +401,7 @@ def test_on_the_command_line_at_a_port_that_is_taken() -> None:
     assert process.returncode == 2
 
 
-def test_on_the_command_line_when_the_server_is_shot() -> None:
+def test_on_the_command_line_when_the_server_is_killed() -> None:
     with command_line("--port", "0") as (process, line):
         connection = redis.Redis.from_url(line.split()[2].rstrip(";"))
         os.kill(connection.info("server")["process_id"], signal.SIGKILL)

@@ -15,7 +15,7 @@ import pytest
 import dscache
 from dscache import errors
 from dscache.errors import BulkError, ConnectError, DscacheError, RecordError, ReplyError
-from dscache.net.handshake import UnsuitableServer
+from dscache.net.connect_errors import UnsuitableServer
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -32,7 +32,7 @@ KINDS = sorted(set(kinds()), key=lambda kind: kind.__name__)
 
 
 def made(kind: type[DscacheError]) -> DscacheError:
-    """Return an error with all that one of its kind may have."""
+    """Return an error with every attribute that its class may have."""
     error: DscacheError
     if kind is BulkError:
         part = RecordError("record 'a': bad", name="a")
@@ -53,7 +53,7 @@ def made(kind: type[DscacheError]) -> DscacheError:
 
 
 def shown(error: BaseException | None) -> Any:
-    """Return all that an error tells, as a value that can be compared."""
+    """Return the content of an error as a comparable value."""
     if error is None:
         return None
     own = {
@@ -94,14 +94,14 @@ def test_the_tree_is_complete() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_error_survives(kind: type[DscacheError], way: str) -> None:
+def test_every_error_survives_pickling(kind: type[DscacheError], way: str) -> None:
     error = made(kind)
     back = WAYS[way](error)
     assert back is not error
     assert shown(back) == shown(error)
     assert back.__notes__ == ["a note", "another"]
     assert back.__suppress_context__ is True
-    # And as often as anybody likes.
+    # And any number of times.
     assert shown(WAYS[way](back)) == shown(error)
 
 
@@ -109,7 +109,7 @@ def raise_one(name: str) -> None:
     raise made(getattr(errors, name)) from made(ReplyError)
 
 
-def test_every_error_comes_out_of_a_worker() -> None:
+def test_every_error_is_returned_by_a_worker_process() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         for kind in KINDS:
             with pytest.raises(kind) as caught:
@@ -128,9 +128,9 @@ def test_every_error_comes_out_of_a_worker() -> None:
                 assert error.name == ("a", 1)
 
 
-def test_what_can_not_be_pickled_does_not_keep_an_error_back() -> None:
+def test_an_error_is_pickled_without_its_unpicklable_parts() -> None:
     class Misfit(Exception):
-        """An error that is pickled, and never read again."""
+        """An error that can be pickled but not unpickled."""
 
         def __init__(self, one: str, two: str) -> None:
             super().__init__(one)
@@ -157,7 +157,7 @@ def test_a_deepcopy_is_deep_and_a_copy_is_not() -> None:
     assert deep.result is not error.result
 
 
-def test_a_class_that_is_kept_inside_is_pickled_as_its_public_base() -> None:
+def test_a_private_class_is_pickled_as_its_public_base() -> None:
     back = pickle.loads(pickle.dumps(UnsuitableServer("too old")))
     assert type(back) is ConnectError
     assert str(back) == "too old"
@@ -165,9 +165,9 @@ def test_a_class_that_is_kept_inside_is_pickled_as_its_public_base() -> None:
 
 
 class Own(ReplyError):
-    """An error of a program, which builds on one of dscache's."""
+    """A program's error, derived from one of dscache's."""
 
 
-def test_a_class_of_a_program_stays_what_it_is() -> None:
+def test_a_class_of_a_program_keeps_its_type() -> None:
     back = pickle.loads(pickle.dumps(Own("ERR no", context="here")))
     assert (type(back), back.code, str(back)) == (Own, "ERR", "ERR no (here)")

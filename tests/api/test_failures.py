@@ -1,6 +1,6 @@
-"""What happens when something is wrong: with a record, a permission, the server, or on the way.
+"""Failures of records, permissions, servers and networks.
 
-Each operation gets one outcome, its own, and nobody waits longer than its deadline.
+Each operation gets one result, its own, and no call outlasts its deadline.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 Call = Callable[[dscache.AsyncCache, str], Any]
 
-# For what must not end by a time limit, and for what can end by nothing else.
+# Timeouts for operations that must not end by a deadline, and for those that can only end by one.
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 IMPATIENT = {"connectTimeout": 200, "commandTimeout": 200}
-# Where the connection is cut so often that waiting takes most of the time.
+# For tests that cut the connection so often that waiting takes most of the time.
 AT_ONCE = {"first": 1, "cap": 2}
 SECRET = "pa55-w0rd"
 
@@ -60,14 +60,14 @@ BULK_WRITES: dict[str, Call] = {
 SINGLES = SINGLE_READS | SINGLE_WRITES
 READS = SINGLE_READS | BULK_READS
 WRITES = SINGLE_WRITES | BULK_WRITES
-# What Redis refuses for want of memory, which a removal doesn't need.
+# Commands that Redis refuses when out of memory; removals are not among them.
 SETS = {name: call for name, call in WRITES.items() if "delete" not in name}
 OPERATIONS = READS | WRITES
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left_over(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No task dies unseen, no error is left without anybody to tell, and no password is logged."""
+def _nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No task fails unseen, every error is retrieved, and no password is logged."""
     caplog.set_level(logging.DEBUG, "dscache")
     yield
     for record in caplog.get_records("call"):
@@ -76,20 +76,20 @@ def _nothing_is_left_over(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def lazy_cache(url: str = "", **options: Any) -> dscache.AsyncCache:
-    """Return a cache that connects when it is first used, and knows a password."""
+    """Return a cache that connects when it is first used, and has a password."""
     if url:
         options["url"] = url
     return dscache.AsyncCache.from_config({"name": "redis", "options": options})
 
 
-async def outcomes(*issued: Awaitable[Any]) -> list[Any]:
-    """Return the results and errors of operations, of which none may hang."""
+async def results_of(*issued: Awaitable[Any]) -> list[Any]:
+    """Return the results and errors of operations, none of which may hang."""
     async with asyncio.timeout(PATIENCE):
         return await asyncio.gather(*issued, return_exceptions=True)
 
 
 async def error_of(issued: Awaitable[Any]) -> dscache.DscacheError:
-    (error,) = await outcomes(issued)
+    (error,) = await results_of(issued)
     assert isinstance(error, dscache.DscacheError), error
     shown = "".join(traceback.format_exception(error)) + repr(error) + repr(error.args)
     assert SECRET not in shown
@@ -110,10 +110,10 @@ def pairs(found: dict[str, Any]) -> dict[str, tuple[int, Any]]:
     return {name: tuple(record) for name, record in found.items()}
 
 
-# -- the server says no
+# -- refusals of all commands
 
 
-async def test_out_of_memory_refuses_writes_alone(
+async def test_out_of_memory_refuses_only_writes(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     server = make_server("--maxmemory-policy", "noeviction")
@@ -126,7 +126,7 @@ async def test_out_of_memory_refuses_writes_alone(
         removed = cache.delete("b")
         for write in writes:
             assert await code_of(write) == "OOM"
-        got, head, bulk, heads = await outcomes(*reads)
+        got, head, bulk, heads = await results_of(*reads)
         assert (tuple(got), head, pairs(bulk), heads) == (
             (1, "old"),
             1,
@@ -141,18 +141,18 @@ async def test_out_of_memory_refuses_writes_alone(
     assert tuple(await cache.get("c")) == (2, "new")
 
 
-async def test_a_replica_is_read_and_not_written(
+async def test_a_replica_accepts_reads_and_refuses_writes(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     replica = make_server()
     cache = await make_cache(url=replica.url)
     await cache.set("a", 1, "old")
     with redis_py.Redis.from_url(replica.url) as redis:
-        redis.replicaof("127.0.0.1", 1)  # where nobody is: it keeps what it has
+        redis.replicaof("127.0.0.1", 1)  # an unused address: it keeps its data
     issued = {name: call(cache, "a") for name, call in OPERATIONS.items()}
     for name in WRITES:
         assert await code_of(issued.pop(name)) == "READONLY"
-    got, head, bulk, heads = await outcomes(*issued.values())
+    got, head, bulk, heads = await results_of(*issued.values())
     assert (tuple(got), head, pairs(bulk), heads) == ((1, "old"), 1, {"a": (1, "old")}, {"a": 1})
     assert cache.stats()["connects"] == 1
 
@@ -161,7 +161,7 @@ async def test_a_replica_is_read_and_not_written(
 @pytest.mark.parametrize(
     ("password", "code"), [(None, "NOAUTH"), (SECRET, "WRONGPASS")], ids=["none", "wrong"]
 )
-async def test_a_server_that_does_not_know_us_says_so_at_once(
+async def test_a_refused_login_fails_at_once(
     backend: str, make_server: MakeServer, password: str | None, code: str
 ) -> None:
     server = make_server("--requirepass", "another")
@@ -179,11 +179,11 @@ async def test_a_server_that_does_not_know_us_says_so_at_once(
 
 
 @on_one_server
-async def test_a_password_that_is_put_right_is_noticed_under_load(
+async def test_a_corrected_password_is_noticed_under_load(
     backend: str, make_server: MakeServer
 ) -> None:
     server = make_server("--requirepass", "another")
-    # Slow, so that there are operations in the middle of each attempt.
+    # Slow, so that operations are in flight during each attempt.
     async with FaultProxy(server.host, server.port) as proxy:
         proxy.delay(0.01)
         cache = lazy_cache(proxy.url, password=SECRET, **PATIENT)
@@ -210,7 +210,7 @@ async def test_a_password_that_is_put_right_is_noticed_under_load(
         await cache.close()
 
 
-# -- the server says no to some
+# -- refusals of some commands
 
 
 MakeUser = Callable[..., dict[str, str]]
@@ -235,7 +235,7 @@ def make_user(redis: redis_py.Redis) -> Iterator[MakeUser]:
 async def limited(
     make_cache: MakeCache, make_user: MakeUser, redis: redis_py.Redis
 ) -> AsyncIterator[dscache.AsyncCache]:
-    """A cache whose user may touch nothing but ``ok:*``, with some records in place."""
+    """A cache whose user may only access ``ok:*``, with some records in place."""
     for name in ("ok:1", "ok:2", "no:1", "no:2"):
         put(redis, name, 1, '"old"')
     cache = await make_cache(**make_user("+@all", "~ok:*"))
@@ -249,7 +249,7 @@ FORBIDDEN = [name for name in NAMES if name.startswith("no:")]
 
 
 @pytest.mark.parametrize("operation", SINGLES)
-async def test_of_one_tick_only_the_forbidden_fail(
+async def test_only_forbidden_operations_of_a_tick_fail(
     limited: dscache.AsyncCache, operation: str
 ) -> None:
     issued = {name: SINGLES[operation](limited, name) for name in NAMES}
@@ -258,7 +258,7 @@ async def test_of_one_tick_only_the_forbidden_fail(
         assert isinstance(error, dscache.ReplyError)
         assert error.code == "NOPERM"
         assert repr(name) in str(error)
-    results = dict(zip(ALLOWED, await outcomes(*map(issued.get, ALLOWED)), strict=True))
+    results = dict(zip(ALLOWED, await results_of(*map(issued.get, ALLOWED)), strict=True))
     if operation == "get":
         assert results.pop("ok:3") is None
         assert pairs(results) == {"ok:1": (1, "old"), "ok:2": (1, "old")}
@@ -273,7 +273,7 @@ async def test_of_one_tick_only_the_forbidden_fail(
     assert limited.stats()["connects"] == 1
 
 
-async def test_of_a_tick_of_everything_only_the_forbidden_fail(
+async def test_only_forbidden_operations_of_a_mixed_tick_fail(
     limited: dscache.AsyncCache,
 ) -> None:
     issued = [
@@ -286,11 +286,11 @@ async def test_of_a_tick_of_everything_only_the_forbidden_fail(
             assert await code_of(future) == "NOPERM"
         else:
             expected = None if operation in SINGLE_READS else operation != "delete"
-            assert await outcomes(future) == [expected]
+            assert await results_of(future) == [expected]
 
 
 @pytest.mark.parametrize("options", [{}, {"ttl": 1000}, {"if_newer": True}])
-async def test_of_a_bulk_write_only_the_forbidden_fail(
+async def test_only_forbidden_records_of_a_bulk_write_fail(
     limited: dscache.AsyncCache, options: dict[str, Any]
 ) -> None:
     error = await error_of(limited.set_bulk(dict.fromkeys(NAMES, (2, "new")), **options))
@@ -308,7 +308,7 @@ async def test_of_a_bulk_write_only_the_forbidden_fail(
         assert error.result == set(ALLOWED)
 
 
-async def test_of_the_other_bulks_only_the_forbidden_fail(limited: dscache.AsyncCache) -> None:
+async def test_only_forbidden_records_of_the_other_bulks_fail(limited: dscache.AsyncCache) -> None:
     results = []
     for call in (limited.get_bulk, limited.head_bulk, limited.delete_bulk):
         error = await error_of(call(NAMES))
@@ -319,7 +319,7 @@ async def test_of_the_other_bulks_only_the_forbidden_fail(limited: dscache.Async
     assert results[1:] == [{"ok:1": 1, "ok:2": 1}, 2]
 
 
-async def test_a_bulk_of_the_forbidden_alone_is_refused_as_a_whole(
+async def test_a_bulk_of_only_forbidden_records_is_refused_as_a_whole(
     limited: dscache.AsyncCache,
 ) -> None:
     for call in (BULK_READS | BULK_WRITES).values():
@@ -331,16 +331,16 @@ async def test_a_bulk_of_the_forbidden_alone_is_refused_as_a_whole(
 @pytest.mark.parametrize(
     "options", [{"ttl": 1000}, {"if_newer": True}, {"ttl": 1000, "if_newer": True}]
 )
-async def test_a_refusal_moves_no_allowed_record_back(
+async def test_a_refusal_undoes_no_allowed_write(
     limited: dscache.AsyncCache, options: dict[str, Any]
 ) -> None:
-    # The first write shares a command with the forbidden one, and is tried again alone.
+    # The first write shares a command with the forbidden one, and is retried alone.
     issued = [
         limited.set("ok:1", 2, "second"),
         limited.set("no:1", 2, "second"),
         limited.set("ok:1", 3, "third", **options),
     ]
-    results = await outcomes(*issued)
+    results = await results_of(*issued)
     assert (results[0], results[2]) == (True, True)
     assert tuple(await limited.get("ok:1")) == (3, "third")
 
@@ -353,14 +353,14 @@ async def test_a_user_without_a_command(
     issued = {name: call(cache, "a") for name, call in OPERATIONS.items()}
     for name in WRITES:
         assert await code_of(issued.pop(name)) == "NOPERM"
-    got, head, bulk, heads = await outcomes(*issued.values())
+    got, head, bulk, heads = await results_of(*issued.values())
     assert (tuple(got), head) == ((1, "old"), 1)
     assert (pairs(bulk), heads) == ({"a": (1, "old")}, {"a": 1})
     assert redis.mget("a_v", "a_d") == [b"1", b'"old"']
     await cache.close()
 
 
-async def test_a_permission_that_is_taken_away_and_given_back(
+async def test_a_permission_that_is_revoked_and_restored(
     make_cache: MakeCache, make_user: MakeUser, redis: redis_py.Redis
 ) -> None:
     user = make_user("+@all", "~*")
@@ -374,14 +374,14 @@ async def test_a_permission_that_is_taken_away_and_given_back(
     await cache.close()
 
 
-async def test_a_wrong_type_under_a_guarded_write_is_its_own(
+async def test_a_wrong_type_fails_only_its_guarded_write(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     cache = await make_cache()
     redis.rpush("bad_v", "x")
     redis.set("bad_d", "[]")
     names = ["a", "bad", "b"]
-    results = await outcomes(*(cache.set(name, 1, [], if_newer=True) for name in names))
+    results = await results_of(*(cache.set(name, 1, [], if_newer=True) for name in names))
     assert (results[0], results[2]) == (True, True)
     assert isinstance(results[1], dscache.ReplyError)
     assert results[1].code == "WRONGTYPE"
@@ -401,7 +401,7 @@ async def test_a_flushed_script_is_loaded_again(
     cache = await make_cache()
     for version in (1, 2):
         redis.script_flush()
-        results = await outcomes(
+        results = await results_of(
             cache.set("a", version, "single", **options),
             cache.set("b", version, "plain"),
             cache.head("a"),
@@ -415,12 +415,12 @@ async def test_a_flushed_script_is_loaded_again(
     assert cache.stats()["connects"] == 1
 
 
-async def test_after_a_flush_the_order_of_writes_stands(
+async def test_after_a_flush_writes_keep_their_order(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     cache = await make_cache()
     redis.script_flush()
-    await outcomes(
+    await results_of(
         cache.set("a", 1, "first", ttl=1000, if_newer=True),
         cache.set("a", 2, "second"),
         cache.set("b", 1, "first", if_newer=True),
@@ -437,9 +437,7 @@ async def test_after_a_flush_the_order_of_writes_stands(
 
 @on_one_server
 @pytest.mark.parametrize("how", ["option", "URL"])
-async def test_a_database_that_is_not_there(
-    backend: str, make_server: MakeServer, how: str
-) -> None:
+async def test_a_missing_database(backend: str, make_server: MakeServer, how: str) -> None:
     server = make_server()
     options = {"url": server.url, "db": 99} if how == "option" else {"url": f"{server.url}/99"}
     cache = lazy_cache(**options, **PATIENT)
@@ -452,7 +450,7 @@ async def test_a_database_that_is_not_there(
         assert redis.info("keyspace") == {}
 
 
-async def test_a_server_that_loads_its_data_is_waited_for(backend: str) -> None:
+async def test_a_loading_server_is_waited_for(backend: str) -> None:
     loading = b"-LOADING Redis is loading the dataset in memory\r\n"
     answers = {"HELLO": loading, "MGET": b"*2\r\n$1\r\n5\r\n$3\r\n[5]\r\n"}
     async with FakeServer(answers) as fake:
@@ -485,12 +483,12 @@ async def test_a_server_that_loads_its_data_is_waited_for(backend: str) -> None:
     ],
     ids=lambda reply: repr(reply[:10]),
 )
-async def test_any_refusal_reaches_its_operations_alone(backend: str, reply: bytes) -> None:
+async def test_a_refusal_fails_only_its_operations(backend: str, reply: bytes) -> None:
     answers = {"MGET": reply, "MSET": b"+OK\r\n", "DEL": b":2\r\n"}
     async with FakeServer(answers) as fake:
         cache = lazy_cache(fake.url, **PATIENT)
         issued = [cache.get("a"), cache.set("a", 1, []), cache.get("b"), cache.delete("a")]
-        results = await outcomes(*issued, cache.get_bulk(["a", "b"]))
+        results = await results_of(*issued, cache.get_bulk(["a", "b"]))
         assert (results[1], results[3]) == (True, True)
         for index in (0, 2, 4):
             assert isinstance(results[index], dscache.ReplyError)
@@ -499,14 +497,14 @@ async def test_any_refusal_reaches_its_operations_alone(backend: str, reply: byt
         await cache.close()
 
 
-# -- nobody is there
+# -- no server
 
 
 async def refused_everything(cache: dscache.AsyncCache) -> None:
-    """Everything is refused in time, at once and one after the other, as a ConnectError."""
+    """Whether every operation is refused in time, separately and together, with a ConnectError."""
     for _ in range(2):
         issued = [cache.when_ready(), *(call(cache, "a") for call in OPERATIONS.values())]
-        for error in await outcomes(*issued):
+        for error in await results_of(*issued):
             assert isinstance(error, dscache.ConnectError), error
             assert cache.description.split(" at ")[1].split(",")[0] in str(error)
     assert isinstance(await error_of(cache.head("a")), dscache.ConnectError)
@@ -517,28 +515,28 @@ async def refused_everything(cache: dscache.AsyncCache) -> None:
     assert cache.stats()["pending"] == 0
 
 
-async def test_nobody_listens(backend: str) -> None:
+async def test_no_listener(backend: str) -> None:
     with hold_port() as held:
         host, port = held.getsockname()
         await refused_everything(lazy_cache(host=host, port=port, password=SECRET, **IMPATIENT))
 
 
-async def test_there_is_no_such_socket(backend: str, tmp_path: Path) -> None:
+async def test_a_missing_socket(backend: str, tmp_path: Path) -> None:
     await refused_everything(lazy_cache(path=str(tmp_path / "redis.sock"), **IMPATIENT))
 
 
 @pytest.mark.parametrize("host", ["nosuch.invalid", "a" * 64 + ".invalid"])
-async def test_there_is_no_such_host(backend: str, host: str) -> None:
+async def test_an_unknown_host(backend: str, host: str) -> None:
     await refused_everything(lazy_cache(host=host, **IMPATIENT))
 
 
 @on_one_server
-async def test_nobody_speaks(backend: str, proxy: FaultProxy) -> None:
+async def test_a_silent_server(backend: str, proxy: FaultProxy) -> None:
     proxy.deaf()
     await refused_everything(lazy_cache(proxy.url, password=SECRET, **IMPATIENT))
 
 
-async def test_everybody_is_turned_away(backend: str) -> None:
+async def test_a_server_that_closes_every_connection(backend: str) -> None:
     async with FakeServer({"HELLO": None}) as fake:
         await refused_everything(lazy_cache(fake.url, password=SECRET, **IMPATIENT))
 
@@ -549,19 +547,19 @@ async def test_too_many_clients(backend: str, make_server: MakeServer) -> None:
     with redis_py.Redis.from_url(server.url) as redis:
         redis.ping()
         cache = lazy_cache(server.url, **IMPATIENT)
-        (error,) = await outcomes(cache.when_ready())
+        (error,) = await results_of(cache.when_ready())
         assert isinstance(error, dscache.DscacheError)
         assert "max number of clients" in str(error) or isinstance(error, dscache.ConnectError)
         redis.config_set("maxclients", 100)
         async with asyncio.timeout(PATIENCE):
             while not cache.is_ready:
-                await outcomes(cache.get("a"))
+                await results_of(cache.get("a"))
         assert await cache.set("a", 1, [1]) is True
         await cache.close()
 
 
 @on_one_server
-async def test_what_comes_late_is_waited_for(backend: str, proxy: FaultProxy) -> None:
+async def test_a_late_server_is_waited_for(backend: str, proxy: FaultProxy) -> None:
     await proxy.refuse()
     cache = lazy_cache(proxy.url, **PATIENT)
     ready = asyncio.ensure_future(cache.when_ready())
@@ -569,14 +567,14 @@ async def test_what_comes_late_is_waited_for(backend: str, proxy: FaultProxy) ->
     await until(lambda: cache.stats()["last_loss"])
     assert not any(future.done() for future in issued)
     await proxy.listen()
-    results = await outcomes(*issued)
+    results = await results_of(*issued)
     assert results[0] is True
     assert tuple(results[1]) == (1, [1])
     assert results[2:] == [set(), None]
     await cache.close()
 
 
-# -- somebody else is there
+# -- another server
 
 GARBAGE = {
     "HTTP": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
@@ -620,17 +618,17 @@ async def test_garbage_ends_the_connection_and_its_operations(backend: str, garb
         await cache.when_ready()
         issued = [cache.get("a"), cache.set("a", 1, []), cache.delete("b"), cache.get_bulk(["c"])]
         if garbage == "second answer":
-            got, *others = await outcomes(*issued)
+            got, *others = await results_of(*issued)
             assert (got.version, got.raw) == (5, b"5")
         else:
-            others = await outcomes(*issued)
+            others = await results_of(*issued)
         for error in others:
             assert isinstance(error, dscache.ProtocolError), error
             assert fake.url.removeprefix("redis://") in str(error)
         assert "the write may have happened" in str(others[-3])
         assert "the write may have happened" not in str(others[-1])
         fake.answers["MGET"] = FIVE
-        (again,) = await outcomes(cache.get("a"))
+        (again,) = await results_of(cache.get("a"))
         assert tuple(again) == (5, [5])
         assert cache.stats()["connects"] == 2
         await cache.close()
@@ -656,7 +654,7 @@ async def test_every_operation_survives_garbage(backend: str, command: str, oper
 
 
 @pytest.mark.parametrize("garbage", [*GARBAGE, "no role", "no UTF-8", "NOSCRIPT"])
-async def test_garbage_as_a_greeting(backend: str, garbage: str) -> None:
+async def test_garbage_as_a_handshake(backend: str, garbage: str) -> None:
     others = {
         "no role": b"%0\r\n",
         "no UTF-8": b"%1\r\n$6\r\nserver\r\n$2\r\n\xff\xfe\r\n",
@@ -664,11 +662,11 @@ async def test_garbage_as_a_greeting(backend: str, garbage: str) -> None:
     }
     async with FakeServer({"HELLO": (GARBAGE | others)[garbage], "MGET": FIVE}) as fake:
         cache = lazy_cache(fake.url, password=SECRET, **IMPATIENT)
-        (greeted,) = await outcomes(cache.when_ready())
-        (got,) = await outcomes(cache.get("a"))
-        # Some of it is only odd, and one can work with it.
+        (ready,) = await results_of(cache.when_ready())
+        (got,) = await results_of(cache.get("a"))
+        # Some of it is only unusual, and usable.
         kinds = (dscache.ProtocolError, dscache.ConnectError, dscache.ReplyError)
-        assert greeted is None or isinstance(greeted, kinds), greeted
+        assert ready is None or isinstance(ready, kinds), ready
         assert isinstance(got, kinds) or tuple(got) == (5, [5])
         fake.answers["HELLO"] = HELLO_REPLY
         async with asyncio.timeout(PATIENCE):
@@ -680,36 +678,36 @@ async def test_garbage_as_a_greeting(backend: str, garbage: str) -> None:
 
 
 @pytest.mark.parametrize("silence", [b"", b"*2\r\n$1\r\n5\r\n", b"*2\r\n$1\r\n5\r\n$100\r\nabc"])
-async def test_half_an_answer_is_none(backend: str, silence: bytes) -> None:
+async def test_an_incomplete_reply_is_dropped(backend: str, silence: bytes) -> None:
     async with FakeServer({"MGET": silence, "MSET": b""}) as fake:
         cache = lazy_cache(fake.url, **IMPATIENT)
         await cache.when_ready()
         issued = [cache.get("a"), cache.get_bulk(["a", "b"]), cache.set("a", 1, [])]
-        results = await outcomes(*issued)
+        results = await results_of(*issued)
         assert all(isinstance(error, dscache.DeadlineExceeded) for error in results), results
         assert "may have happened" in str(results[2])
         fake.answers["MGET"] = FIVE
         async with asyncio.timeout(PATIENCE):
             while True:
-                (got,) = await outcomes(cache.get("a"))
+                (got,) = await results_of(cache.get("a"))
                 if not isinstance(got, dscache.DscacheError):
                     break
         assert tuple(got) == (5, [5])
         await cache.close()
 
 
-async def test_words_that_nobody_asked_for(backend: str) -> None:
+async def test_unsolicited_replies_end_the_connection(backend: str) -> None:
     async with FakeServer({"MGET": FIVE}) as fake:
         cache = lazy_cache(fake.url, **PATIENT)
         await cache.when_ready()
-        # A push is none of them: RESP3 allows it at any time.
+        # A push is allowed at any time in RESP3.
         fake.push(b">2\r\n+invalidate\r\n*1\r\n$1\r\na\r\n")
-        assert tuple((await outcomes(cache.get("a")))[0]) == (5, [5])
+        assert tuple((await results_of(cache.get("a")))[0]) == (5, [5])
         assert cache.stats()["connects"] == 1
         fake.push(b"+surprise\r\n")
         await until(lambda: cache.stats()["connects"] == 2)
         assert "surprise" in cache.stats()["last_loss"]
-        assert tuple((await outcomes(cache.get("a")))[0]) == (5, [5])
+        assert tuple((await results_of(cache.get("a")))[0]) == (5, [5])
         await cache.close()
 
 
@@ -718,7 +716,7 @@ async def test_words_that_nobody_asked_for(backend: str) -> None:
 
 @on_one_server
 @pytest.mark.parametrize("ending", ["fin", "rst"])
-async def test_a_connection_cut_within_the_answers(
+async def test_a_connection_cut_within_the_replies(
     make_cache: MakeCache, redis: redis_py.Redis, proxy: FaultProxy, ending: Any
 ) -> None:
     cache = await make_cache(url=proxy.url, retryStrategy=AT_ONCE, **PATIENT)
@@ -727,8 +725,8 @@ async def test_a_connection_cut_within_the_answers(
         redis.flushdb()
         for n in range(4):
             put(redis, f"r{n}", n, f'"{n}"')
-        # To the byte it can't be said, as the proxy stands between: where the answers end, nothing
-        # is cut, and the rest of the count is for the next round.
+        # Not exact to the byte, since the proxy stands between: where the replies end nothing is
+        # cut, and the rest of the count is for the next round.
         proxy.cut_after(count, "replies", ending)
         reads = [cache.get(f"r{n}") for n in range(4)]
         reads.append(cache.get_bulk([f"r{n}" for n in range(4)]))
@@ -739,11 +737,11 @@ async def test_a_connection_cut_within_the_answers(
             cache.set_bulk({"bulk": (count, count)}),
         ]
         guarded = cache.set("guarded", count, count, if_newer=True)
-        *got, bulk = await outcomes(*reads)
+        *got, bulk = await results_of(*reads)
         assert [tuple(record) for record in got] == [(n, str(n)) for n in range(4)]
         assert pairs(bulk) == {f"r{n}": (n, str(n)) for n in range(4)}
-        assert await outcomes(guarded) == [True]
-        for outcome in await outcomes(*writes):
+        assert await results_of(guarded) == [True]
+        for outcome in await results_of(*writes):
             if isinstance(outcome, dscache.ConnectionLost):
                 assert "the write may have happened" in str(outcome)
                 uncertain += 1
@@ -760,25 +758,28 @@ async def test_a_connection_cut_within_the_commands(
     make_cache: MakeCache, redis: redis_py.Redis, proxy: FaultProxy
 ) -> None:
     cache = await make_cache(url=proxy.url, retryStrategy=AT_ONCE, **PATIENT)
+    lost = 0
     for count in range(0, 400, 7):
         proxy.cut_after(count, "requests")
-        written, read, guarded = await outcomes(
+        written, read, guarded = await results_of(
             cache.set("a", count, count),
             cache.get("a"),
             cache.set("b", count, count, if_newer=True),
         )
         if isinstance(written, dscache.ConnectionLost):
             assert "may have happened" in str(written)
+            lost += 1
         else:
             assert written is True
             assert tuple(read) == (count, count)
         assert guarded is True
         assert tuple(await cache.get("b")) == (count, count)
         proxy.heal()
+    assert lost
 
 
 @on_one_server
-async def test_what_is_in_flight_when_the_server_dies(
+async def test_operations_in_flight_when_the_server_dies(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     server = make_server()
@@ -792,20 +793,20 @@ async def test_what_is_in_flight_when_the_server_dies(
     meanwhile = [cache.set("b", 3, [3]), cache.get("b"), cache.head("b"), cache.delete("b")]
     assert not any(future.done() for future in meanwhile)
     await asyncio.to_thread(server.start)
-    results = dict(zip(issued, await outcomes(*issued.values()), strict=True))
-    # Reads and guarded writes are repeated, in their order; the server is empty by now.
+    results = dict(zip(issued, await results_of(*issued.values()), strict=True))
+    # Reads and guarded writes are retried in their order; the server is empty by now.
     assert results["get"] is None
     assert results["head"] is None
     assert results["set if_newer"] is True
-    # The others find what they would write, which may be their own first attempt.
+    # The others find the value they would write, which may be their own first attempt.
     assert results["set ttl if_newer"] is True
     assert results["set_bulk if_newer"] == set()
     assert (results["get_bulk"], results["head_bulk"]) == ({}, {})
     for name in ("set", "set ttl", "delete", "set_bulk", "set_bulk ttl", "delete_bulk"):
         assert isinstance(results[name], dscache.ConnectionLost), name
         assert "the write may have happened" in str(results[name])
-    # What was never sent is sent now, reads and writes alike.
-    written, got, head, deleted = await outcomes(*meanwhile)
+    # Operations that were never sent are sent now, reads and writes alike.
+    written, got, head, deleted = await results_of(*meanwhile)
     assert (written, tuple(got), head, deleted) == (True, (3, [3]), 3, True)
     assert cache.stats()["connects"] == 2
     assert cache.stats()["last_loss"]
@@ -841,7 +842,7 @@ async def test_a_server_that_comes_and_goes_under_load(
             group.create_task(work(worker))
         for connects in range(1, 5):
             await until(lambda connects=connects: cache.stats()["connects"] == connects)
-            # What was acknowledged before then is gone with the server that had it.
+            # Writes acknowledged before then are gone with the server that had them.
             acknowledged.clear()
             if connects < 4:
                 await until(lambda: acknowledged)
@@ -856,11 +857,11 @@ async def test_a_server_that_comes_and_goes_under_load(
     assert all(heads[name] >= version for name, version in acknowledged.items())
 
 
-# -- the answer does not come in time
+# -- late replies
 
 
 @on_one_server
-async def test_a_stall_ends_at_the_deadline_and_late_answers_reach_nobody(
+async def test_a_stall_ends_at_the_deadline_and_late_replies_are_dropped(
     make_cache: MakeCache, redis: redis_py.Redis, proxy: FaultProxy
 ) -> None:
     put(redis, "a", 1, '"a"')
@@ -872,19 +873,19 @@ async def test_a_stall_ends_at_the_deadline_and_late_answers_reach_nobody(
         reads = [call(cache, "a") for call in READS.values()]
         writes = [call(cache, "w") for call in WRITES.values()]
         # On a busy machine, the later ones of a tick may outlive the silent connection.
-        for error in await outcomes(*reads):
+        for error in await results_of(*reads):
             assert isinstance(error, (dscache.DeadlineExceeded, dscache.ConnectError))
             assert "200 ms" in str(error)
             assert "may have happened" not in str(error)
-        for error in await outcomes(*writes):
+        for error in await results_of(*writes):
             assert isinstance(error, (dscache.DeadlineExceeded, dscache.ConnectionLost))
             assert "may have happened" in str(error)
-        # What can't be sent now expires just so, and is never sent.
+        # Operations that can't be sent now expire without being sent.
         assert isinstance(await error_of(cache.set("never", 1, 1)), dscache.DscacheError)
         proxy.resume()
         async with asyncio.timeout(PATIENCE):
             while True:
-                got = await outcomes(*(cache.get("b") for _ in range(10)))
+                got = await results_of(*(cache.get("b") for _ in range(10)))
                 if not any(isinstance(one, dscache.DscacheError) for one in got):
                     break
         assert all(tuple(record) == (2, "b") for record in got)
@@ -892,14 +893,14 @@ async def test_a_stall_ends_at_the_deadline_and_late_answers_reach_nobody(
 
 
 @on_one_server
-async def test_what_expires_before_it_is_sent_is_never_sent(
+async def test_operations_that_expire_unsent_are_never_sent(
     make_cache: MakeCache, redis: redis_py.Redis, proxy: FaultProxy
 ) -> None:
     cache = await make_cache(url=proxy.url, commandTimeout=200, retryStrategy=AT_ONCE)
     proxy.cut()
     await proxy.refuse()
     await until(lambda: not cache.is_ready)
-    for error in await outcomes(*(call(cache, "never") for call in WRITES.values())):
+    for error in await results_of(*(call(cache, "never") for call in WRITES.values())):
         assert isinstance(error, (dscache.ConnectError, dscache.DeadlineExceeded))
         assert "may have happened" not in str(error)
     await proxy.listen()
@@ -951,7 +952,7 @@ async def test_a_storm_of_cancellations(
                 choose.choice(tasks[-50:]).cancel()
             if choose.random() < 0.1:
                 await asyncio.sleep(0)
-    for result in await outcomes(*tasks):
+    for result in await results_of(*tasks):
         assert result is None or isinstance(result, asyncio.CancelledError), result
     assert any(task.cancelled() for task in tasks)
     assert not all(task.cancelled() for task in tasks)
@@ -961,10 +962,10 @@ async def test_a_storm_of_cancellations(
     assert sorted(await cache.head_bulk(names)) == sorted(names)
 
 
-# -- what is stored is no record
+# -- damaged records
 
 
-async def test_what_is_damaged_disturbs_no_other(
+async def test_a_damaged_record_fails_only_its_own_reads(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     cache = await make_cache()
@@ -973,7 +974,7 @@ async def test_what_is_damaged_disturbs_no_other(
     put(redis, "good", 4, "[4]")
     redis.set("half_v", 5)
     names = ["version", "data", "good", "half", "missing"]
-    *got, bulk, heads = await outcomes(
+    *got, bulk, heads = await results_of(
         *map(cache.get, names), cache.get_bulk(names), cache.head_bulk(names)
     )
     assert isinstance(got[0], dscache.RecordError)

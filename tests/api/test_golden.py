@@ -28,7 +28,7 @@ class OwnFields(msgspec.Struct):
     c: object = msgspec.UNSET
 
 
-# What the JavaScript expressions are in Python, by the vector's id.
+# The JavaScript expressions in Python, by the vector's id.
 DATA_IN_PYTHON: dict[str, object] = {
     "g039": {"n": math.nan, "i": math.inf, "j": -math.inf, "arr": [math.nan, math.inf]},
     "g060": OwnFields(b=1, c=[None, None, None]),
@@ -49,8 +49,8 @@ VERSIONS_IN_PYTHON: dict[str, object] = {
     "g110": [1, 2],
 }
 NAMES_IN_PYTHON = {"g076": "lone\ud800name", "g077": "lone\udfff"}
-# dscache refuses these at the call. The connector stored them so that nobody could read them
-# again, stored them under another name's keys, or failed.
+# dscache refuses these at the call. The connector stored them unreadably, stored them under another
+# name's keys, or failed.
 REFUSED = {
     "g062": "data can't be encoded",
     "g063": "data can't be encoded",
@@ -85,16 +85,16 @@ def as_javascript(value: object) -> object:
     return value
 
 
-def called_back(value: object) -> object:
-    """Return a value that the connector called back, from how the vectors write it."""
+def callback_value(value: object) -> object:
+    """Return a value of the connector's callback, decoded from the vectors' notation."""
     if isinstance(value, str) and value in JAVASCRIPT_NUMBERS:
         return JAVASCRIPT_NUMBERS[value]
     if value == "<-Infinity>":
         return -math.inf
     if isinstance(value, list):
-        return [called_back(item) for item in value]
+        return [callback_value(item) for item in value]
     if isinstance(value, dict):
-        return {key: called_back(item) for key, item in value.items()}
+        return {key: callback_value(item) for key, item in value.items()}
     return value
 
 
@@ -104,17 +104,17 @@ def as_json(text: bytes) -> object:
 
 
 def argument(vector: Vector, field: str, in_python: dict[str, Any]) -> Any:
-    """Return what was given to the connector: in Python where the vector has JavaScript."""
+    """Return an argument of the connector, in Python if the vector has JavaScript."""
     return in_python[vector["id"]] if f"{field}_js" in vector else vector[field]
 
 
 def arguments(vector: Vector) -> tuple[str, Any, Any, Any]:
-    """Return the name, version, data and ttl that were given to the connector."""
+    """Return the connector's arguments: name, version, data and ttl."""
     data = argument(vector, "data", DATA_IN_PYTHON)
     if "data" in vector:
         data = json.loads(data)
     ttl = vector["ttl"]
-    if isinstance(ttl, str):  # deepstream's configuration may have it in quotes
+    if isinstance(ttl, str):  # deepstream's configuration may quote it
         ttl = int(ttl)
     return (
         argument(vector, "name", NAMES_IN_PYTHON),
@@ -131,7 +131,7 @@ def stored_values(vector: Vector) -> dict[bytes, bytes]:
     }
 
 
-def test_every_vector_is_accounted_for() -> None:
+def test_every_vector_is_used() -> None:
     ids = {vector["id"] for vector in STORED["vectors"]}
     in_javascript = {v["id"] for v in STORED["vectors"] if "data_js" in v}
     assert in_javascript == DATA_IN_PYTHON.keys() | ONLY_IN_JAVASCRIPT
@@ -141,16 +141,16 @@ def test_every_vector_is_accounted_for() -> None:
     assert len(ids) == len(STORED["vectors"])
 
 
-# -- what dscache writes
+# -- writes
 
 
 @pytest.mark.parametrize("vector", vectors(STORED, without=REFUSED.keys() | ONLY_IN_JAVASCRIPT))
-async def test_writes_what_the_connector_wrote(
+async def test_writes_equal_those_of_the_connector(
     cache: dscache.AsyncCache, redis: redis_py.Redis, vector: Vector
 ) -> None:
     name, version, data, ttl = arguments(vector)
     expected = stored_values(vector)
-    # The record of one second might be gone before it is looked at.
+    # A record with a TTL of one second might expire before the check.
     assert await cache.set(name, version, data, ttl=3600 if ttl == 1 else ttl) is True
 
     keys = redis.keys("*")
@@ -171,7 +171,7 @@ async def test_writes_what_the_connector_wrote(
     "vector",
     [pytest.param(v, id=v["id"]) for v in STORED["vectors"] if v["id"] in REFUSED],
 )
-async def test_refuses_what_the_connector_stored_beyond_recovery(
+async def test_data_that_the_connector_stored_unreadably_is_refused(
     cache: dscache.AsyncCache, redis: redis_py.Redis, vector: Vector
 ) -> None:
     name, version, data, ttl = arguments(vector)
@@ -180,13 +180,13 @@ async def test_refuses_what_the_connector_stored_beyond_recovery(
     assert redis.keys("*") == []
 
 
-# -- what dscache reads
+# -- reads
 
 
 @pytest.mark.parametrize(
     "vector", [pytest.param(v, id=v["id"]) for v in STORED["vectors"] if v["stored"]]
 )
-async def test_reads_what_the_connector_wrote(
+async def test_records_of_the_connector_are_read(
     cache: dscache.AsyncCache, redis: redis_py.Redis, vector: Vector
 ) -> None:
     stored = stored_values(vector)
@@ -207,7 +207,7 @@ async def test_reads_what_the_connector_wrote(
     if data:
         assert as_javascript(record.data) == as_json(data)
         _, called_version, called_data = vector["get_callback"]["args"]
-        assert as_javascript(record.data) == as_javascript(called_back(called_data))
+        assert as_javascript(record.data) == as_javascript(callback_value(called_data))
         assert record.version == called_version
     else:
         with pytest.raises(dscache.RecordError, match="no JSON"):
@@ -242,14 +242,14 @@ def put(redis: redis_py.Redis, key: str, state: dict[str, Any], vector_id: str) 
 
 
 @pytest.mark.parametrize("vector", vectors(ANSWERED, without=set()))
-async def test_answers_as_the_connector_or_better(
+async def test_results_equal_those_of_the_connector_or_are_better(
     cache: dscache.AsyncCache, redis: redis_py.Redis, vector: Vector
 ) -> None:
     version = put(redis, "rec_v", vector["v"], vector["id"])
     data = put(redis, "rec_d", vector["d"], vector["id"])
 
     if version is None or data is None:
-        # A record is there only if both of its keys are: anything else is a miss.
+        # A record exists only if both of its keys do: anything else is a miss.
         assert await cache.get("rec") is None
         assert await cache.head("rec") is None
         assert await cache.get_bulk(["rec"]) == {}
@@ -279,7 +279,7 @@ async def test_answers_as_the_connector_or_better(
     [bulk_record] = (await cache.get_bulk(["rec"])).values()
     assert bulk_record == record
     if "never" in vector["get"]:
-        # The connector died of this one.
+        # The connector crashed on this one.
         for broken in (record, bulk_record):
             with pytest.raises(dscache.RecordError, match=r"'rec'.*no JSON: character \d+"):
                 _ = broken.data
@@ -292,7 +292,7 @@ async def test_answers_as_the_connector_or_better(
     else:
         _, called_version, called_data = vector["get"]["args"]
         assert float(record.version) == called_version
-        assert as_javascript(record.data) == as_javascript(called_back(called_data))
+        assert as_javascript(record.data) == as_javascript(callback_value(called_data))
 
 
 async def test_integers_stay_exact_where_javascript_rounds_them(
@@ -320,7 +320,7 @@ async def test_heads_of_several_names(
             cache.head_bulk(names)
         return
     _, called_versions, called_missing = vector["result"]["args"]
-    # The connector has `__proto__` neither among the versions nor among the missing.
+    # The connector lists `__proto__` neither among the versions nor among the missing.
     expected = {**called_versions, **({"__proto__": 9} if "__proto__" in names else {})}
     versions = await cache.head_bulk(names)
     assert versions == expected

@@ -1,6 +1,6 @@
-"""Texts of servers, however long and strange, are one short line in errors, logs and terminals.
+"""Server texts of any length and content become one short line in errors, logs and terminals.
 
-And whatever servers say of their cluster or group, the error is one of dscache's.
+Whatever servers report about their cluster or group, the error is one of dscache's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
 from dscache.admin.primaries import parse_info
-from dscache.aio.sentinel import pairs
 from dscache.core import constants
 from dscache.errors import (
-    MAX_SAID,
+    MAX_TEXT,
     ConfigError,
     ConnectError,
     DscacheError,
@@ -28,12 +27,13 @@ from dscache.errors import (
     clean,
     shorten,
 )
+from dscache.net.sentinels import pairs
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 
 ASKED = ("127.0.0.1", 7000)
-# A line of its own, a control sequence of terminals in both forms, and text from right to left.
+# A line break, terminal control sequences in both forms, and right-to-left text.
 FORGED = "x\nERROR forged \x1b[2J \x9b2J ‮ ⁦ \x00 \x7f"
 LONG = 2_000_000
 REPEATED = "ERR unknown command 'AUTH', with args beginning with: 'app' 'pass\nword' "
@@ -46,7 +46,7 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
-def assert_shown_well(text: str, limit: int = 2 * MAX_SAID) -> None:
+def assert_shown_well(text: str, limit: int = 2 * MAX_TEXT) -> None:
     assert text.isprintable(), ascii(text)
     assert len(text) <= limit
 
@@ -64,36 +64,36 @@ def assert_shown_well(text: str, limit: int = 2 * MAX_SAID) -> None:
         (REPEATED, "ERR unknown command 'AUTH'"),
         ("ERR unknown command `A`, with args beginning with: ", "ERR unknown command `A`"),
         ("ERR unknown command 'A' With Args Beginning With: x", "ERR unknown command 'A'"),
-        ("x" * MAX_SAID, "x" * MAX_SAID),
-        ("x" * 1000, "x" * (MAX_SAID - 19) + "… (1000 characters)"),
+        ("x" * MAX_TEXT, "x" * MAX_TEXT),
+        ("x" * 1000, "x" * (MAX_TEXT - 19) + "… (1000 characters)"),
     ],
 )
-def test_clean(said: str, shown: str) -> None:
+def test_clean_texts_are_short_lines(said: str, shown: str) -> None:
     assert clean(said) == shown
 
 
 @given(st.text(st.characters(exclude_categories=())) | st.text().map(lambda text: text * 400))
 @example("‮" * 1000)
 @example(REPEATED * 100)
-def test_what_is_clean_stays_as_it_is(text: str) -> None:
+def test_clean_texts_are_unchanged(text: str) -> None:
     once = clean(text)
-    assert_shown_well(once, MAX_SAID)
+    assert_shown_well(once, MAX_TEXT)
     assert clean(once) == once
-    if text.isprintable() and len(text) <= MAX_SAID and "with args" not in text.lower():
+    if text.isprintable() and len(text) <= MAX_TEXT and "with args" not in text.lower():
         assert once == text
 
 
-def test_an_error_says_how_long_what_it_cut_was() -> None:
+def test_an_error_gives_the_length_of_text_it_cut() -> None:
     error = ReplyError("OOM " + "x" * LONG, context="get 'a'")
     assert str(error).endswith(f"… ({LONG + 4} characters) (get 'a')")
     assert error.message.startswith("OOM xxx")
     assert error.code == "OOM"
     assert_shown_well(str(error))
-    # Said again, it is cut no further.
+    # Cleaned again, it is cut no further.
     assert ReplyError(error.message).message == error.message
 
 
-def test_a_long_way_is_told_as_a_whole() -> None:
+def test_a_long_path_of_redirections_is_kept_whole() -> None:
     trail = tuple(f"127.0.0.1:{port}: MOVED 1 127.0.0.1:{port + 1}" for port in range(7000, 7040))
     error = constants.too_many_redirections(
         "MOVED 1 127.0.0.1:7041", trail, 16, "get 'a' at 127.0.0.1:7040"
@@ -103,7 +103,7 @@ def test_a_long_way_is_told_as_a_whole() -> None:
     assert str(error).endswith(") (get 'a' at 127.0.0.1:7040)")
 
 
-def test_what_can_not_be_shown_is_named() -> None:
+def test_an_object_without_a_repr_is_named_by_its_type() -> None:
     class Odd:
         def __repr__(self) -> str:
             raise OSError("no")
@@ -123,7 +123,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("command", ["HELLO", "MGET"])
 @pytest.mark.parametrize("way", HOSTILE)
-async def test_nothing_that_a_server_says_is_long_or_strange(
+async def test_server_texts_are_shown_as_short_lines(
     way: str, command: str, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -209,15 +209,15 @@ def test_slots_are_ranges_or_a_protocol_error(reply: Any) -> None:
             assert host.isprintable()
 
 
-def test_slots_that_are_nested_deeply_are_a_protocol_error() -> None:
-    # Not given to hypothesis, which would show it.
+def test_deeply_nested_slots_are_a_protocol_error() -> None:
+    # Not given to hypothesis, which would print it.
     for reply in ([nested(100_000)], nested(100_000), [[0, 1, [nested(100_000), 7000]]]):
         with pytest.raises(ProtocolError, match="CLUSTER SLOTS was answered with a list that"):
             parse_slots(reply, ASKED)
 
 
 @given(view, junk | st.binary())
-def test_a_view_or_an_expected_error(slots: Any, info: Any) -> None:
+def test_a_view_is_parsed_or_an_expected_error(slots: Any, info: Any) -> None:
     try:
         seen = read_view(slots, info, ASKED, "mapping")
     except (ProtocolError, ReplyError, ConfigError) as error:
@@ -245,14 +245,14 @@ def test_a_redirection_is_an_address_or_none(where: str) -> None:
 
 
 @given(junk | st.binary() | st.text().map(str.encode))
-def test_facts_are_short_lines(reply: Any) -> None:
+def test_parse_info_keeps_only_short_lines(reply: Any) -> None:
     for name, value in parse_info(reply).items():
         assert_shown_well(name + value)
 
 
 @given(junk | st.text().map(str.encode))
 @example(b"id 127.0.0.1:%b@1 master - 0 0 1 connected 0-1" % (b"9" * 5000))
-def test_nodes_are_lines_or_a_protocol_error(reply: Any) -> None:
+def test_nodes_are_parsed_or_a_protocol_error(reply: Any) -> None:
     try:
         lines = _parse_nodes(reply)
     except ProtocolError as error:
@@ -274,7 +274,7 @@ SLOTS = {
 
 
 @pytest.mark.parametrize("way", SLOTS)
-async def test_a_hostile_view_is_told_as_what_it_is(way: str, backend: str) -> None:
+async def test_a_hostile_view_is_reported(way: str, backend: str) -> None:
     def answer(command: list[bytes]) -> bytes:
         return SLOTS[way] if command[1] == b"SLOTS" else b"$0\r\n\r\n"
 
@@ -335,7 +335,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("way", PLACES)
-async def test_a_hostile_sentinel_names_none(way: str, backend: str) -> None:
+async def test_a_hostile_sentinel_yields_no_address(way: str, backend: str) -> None:
     async with FakeServer({"SENTINEL": PLACES[way]}) as fake:
         options = {
             "sentinels": [{"host": fake.host, "port": fake.port}],
@@ -358,5 +358,5 @@ async def test_a_hostile_sentinel_names_none(way: str, backend: str) -> None:
         await asyncio.to_thread(block)
 
 
-def test_pairs_of_an_odd_number() -> None:
+def test_an_odd_number_of_values_is_no_map() -> None:
     assert pairs(["a", "1", "b"]) == {"a": "1"}

@@ -1,6 +1,6 @@
-"""Exceptions on every line of an operation, failing allocations, and finalizers that interfere.
+"""Exceptions on every line of an operation, failing allocations, and interfering finalizers.
 
-Each runs in a process of its own. The long forms are rows of the soak test.
+Each test runs in its own process. The long forms are rows of the soak test.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.support.blocking import run_child
 from tests.support.clusters import ClusterGroup
 
 QUICK = {"commandTimeout": TIMEOUT, "retryStrategy": {"first": 1, "cap": 20}}
-# In what is scanned here, every so many allocations fail; in the soak test, each one does.
+# Here only every n-th allocation fails; in the soak test, each one does.
 STRIDE = {"fast": 3, "pure": 41}
 FEW = ("get", "mixed read", "set-bulk", "near hit", "messages", "mixed sent lose", "get MOVED")
 
 
 @pytest.fixture(scope="module")
 def binary() -> ServerBinary:
-    """The newest server alone: what is struck here is the client."""
+    """Only the newest server: the client is under test."""
     return BY_AGE[-1]
 
 
@@ -47,31 +47,33 @@ def assert_holds(backend: str, options: dict[str, Any], kind: str, **more: Any) 
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_lines_of_an_async_cache(server: EmbeddedServer, backend: str, loop: str) -> None:
+def test_exceptions_on_each_line_of_an_async_cache(
+    server: EmbeddedServer, backend: str, loop: str
+) -> None:
     options = {"host": server.host, "port": server.port}
     assert_holds(backend, options, "async", uvloop=loop == "uvloop")
 
 
-def test_lines_of_a_near_cache(server: EmbeddedServer, backend: str) -> None:
+def test_exceptions_on_each_line_of_a_near_cache(server: EmbeddedServer, backend: str) -> None:
     options = {"host": server.host, "port": server.port, "nearCache": {}}
     assert_holds(backend, options, "async")
 
 
-def test_lines_of_a_lost_connection(make_server: MakeServer) -> None:
+def test_exceptions_on_each_line_of_a_lost_connection(make_server: MakeServer) -> None:
     server = make_server()
     assert_holds("fast", {"host": server.host, "port": server.port}, "async", reconnect=True)
 
 
-def test_lines_of_a_blocking_cache(server: EmbeddedServer, backend: str) -> None:
+def test_exceptions_on_each_line_of_a_blocking_cache(server: EmbeddedServer, backend: str) -> None:
     assert_holds(backend, {"host": server.host, "port": server.port}, "blocking")
 
 
-def test_lines_of_a_message_node(server: EmbeddedServer, backend: str) -> None:
+def test_exceptions_on_each_line_of_a_message_node(server: EmbeddedServer, backend: str) -> None:
     assert_holds(backend, {"host": server.host, "port": server.port}, "messages")
 
 
 @pytest.mark.parametrize("kind", ["async", "blocking"])
-def test_lines_on_a_cluster(group: ClusterGroup, backend: str, kind: str) -> None:
+def test_exceptions_on_each_line_on_a_cluster(group: ClusterGroup, backend: str, kind: str) -> None:
     assert_holds(backend, group.options, kind)
 
 
@@ -91,7 +93,7 @@ def test_scenes_have_every_step() -> None:
 
 
 @pytest.mark.parametrize("backend", CORES)
-def test_finalizers_interfere(backend: str) -> None:
+def test_interfering_finalizers_do_no_harm(backend: str) -> None:
     result = run_child("finalizers.py", backend, "3000", backend=backend)
     assert result["problems"] == []
     assert result["finalized"] >= 3000

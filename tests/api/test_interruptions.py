@@ -1,4 +1,4 @@
-"""Whatever is raised in a cache's way, and wherever: no record goes to another's caller."""
+"""Exceptions raised anywhere in a cache never give a record to another's caller."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Server
+from dscache.embedded import EmbeddedServer
+from tests.conftest import NamedServer
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "interruptions.py"
-# lost_write replaces a method of asyncio's, which uvloop has none of.
+# lost_write replaces a method of asyncio that uvloop doesn't have.
 SCENES = [
     (scene, loop)
     for scene in (*("short_of_memory", "deep", "recursive", "signals", "finalizers", "callbacks"),)
@@ -23,7 +24,7 @@ SCENES = [
 
 @pytest.mark.parametrize(("scene", "loop"), SCENES)
 async def test_each_record_goes_to_its_owner_and_each_operation_ends(
-    server: Server, backend: str, scene: str, loop: str
+    server: EmbeddedServer | NamedServer, backend: str, scene: str, loop: str
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, PROGRAM, scene, loop, server.url),

@@ -1,4 +1,4 @@
-"""Bounds: what is pending, what one flush takes, what a hostile server may send."""
+"""Limits: pending operations, the size of a flush, and the replies of a hostile server."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from tests.support.waiting import PATIENCE, assert_drained, until
 
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 
-# What is bounded here does not depend on the server's version.
+# These limits don't depend on the server's version.
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
 LONG = PATIENCE * 1000
 MIB = 1024 * 1024
-# A Python object and its place in a dict or list take this at most.
+# A Python object and its slot in a dict or list take this at most.
 PER_NAME = 600
 
 
 def text_of(size: int) -> msgspec.Raw:
-    """Return JSON text of so many bytes."""
+    """Return JSON text of that many bytes."""
     return msgspec.Raw(b'"' + b"x" * (size - 2) + b'"')
 
 
-async def outcomes(issued: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Return the results and errors of operations, of which none may hang."""
+async def results_of(issued: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Return the results and errors of operations, none of which may hang."""
     async with asyncio.timeout(PATIENCE):
         return await asyncio.gather(*issued, return_exceptions=True)
 
 
 @pytest.fixture
 def peak() -> Any:
-    """Measure the most memory that Python objects took at once since the last call."""
+    """Measure the peak memory of Python objects since the last call."""
     gc.collect()
     tracemalloc.start()
     base = tracemalloc.get_traced_memory()[0]
@@ -55,7 +55,7 @@ def peak() -> Any:
     tracemalloc.stop()
 
 
-# -- operations that are pending
+# -- pending operations
 
 
 @on_one_server
@@ -86,9 +86,9 @@ async def test_a_full_cache_refuses_at_the_call_and_sends_nothing(
         assert str(proxy.port) in str(no.value)
     assert cache.stats() == {**before, "overloaded": 9}
     proxy.resume()
-    assert await outcomes([*reads, bulk, last]) == [None, None, None, set(), True]
+    assert await results_of([*reads, bulk, last]) == [None, None, None, set(), True]
     # There is room again.
-    assert await outcomes(cache.get(f"b{n}") for n in range(5)) != []
+    assert await results_of(cache.get(f"b{n}") for n in range(5)) != []
     assert await cache.head("one more") is None
     assert_drained(cache)
 
@@ -106,20 +106,20 @@ async def test_beyond_the_window_operations_wait_and_all_are_served(
             await asyncio.sleep(0)
     await asyncio.sleep(0.01)
     stats = cache.stats()
-    # The command that reached the bound goes out whole.
+    # The command that reached the limit is sent whole.
     assert 50 <= stats["in_flight"] < 50 + c.COMMAND_RECORDS
     assert stats["queued"] == 2000 - stats["in_flight"]
     proxy.resume()
-    assert set(await outcomes(writes)) == {True}
+    assert set(await results_of(writes)) == {True}
     assert await cache.head_bulk(f"w{n}" for n in range(2000)) == {f"w{n}": n for n in range(2000)}
     assert_drained(cache)
 
 
 @on_one_server
-async def test_room_is_made_by_whatever_ends_an_operation(
+async def test_every_end_of_an_operation_makes_room(
     make_cache: MakeCache, proxy: FaultProxy
 ) -> None:
-    """An answer, a deadline, a lost connection; what is cancelled is still on its way."""
+    """A reply, a deadline or a lost connection; a cancelled operation stays in flight."""
     cache = await make_cache(url=proxy.url, maxPending=3, whenFull="error", commandTimeout=300)
 
     def fill() -> list[asyncio.Future[Any]]:
@@ -128,10 +128,10 @@ async def test_room_is_made_by_whatever_ends_an_operation(
             cache.get("w")
         return issued
 
-    assert await outcomes(fill()) == [True] * 3
+    assert await results_of(fill()) == [True] * 3
     assert_drained(cache)
     proxy.stall()
-    late = await outcomes(fill())
+    late = await results_of(fill())
     assert {type(error) for error in late} <= {dscache.DeadlineExceeded, dscache.ConnectionLost}
     proxy.resume()
     await until(lambda: not cache.stats()["pending"])
@@ -140,21 +140,21 @@ async def test_room_is_made_by_whatever_ends_an_operation(
     lost = fill()
     await asyncio.sleep(0.01)
     proxy.cut("rst")
-    assert {type(error) for error in await outcomes(lost)} == {dscache.ConnectionLost}
+    assert {type(error) for error in await results_of(lost)} == {dscache.ConnectionLost}
     proxy.resume()
     await until(lambda: cache.is_ready)
     for waiter in fill():
         waiter.cancel()
     await until(lambda: not cache.stats()["pending"])
-    assert await outcomes(fill()) == [True] * 3
+    assert await results_of(fill()) == [True] * 3
     assert_drained(cache)
 
 
-# -- bytes that are pending
+# -- pending bytes
 
 
 @on_one_server
-async def test_text_to_be_written_is_bounded(make_cache: MakeCache, proxy: FaultProxy) -> None:
+async def test_pending_text_is_limited(make_cache: MakeCache, proxy: FaultProxy) -> None:
     cache = await make_cache(
         url=proxy.url, maxPendingBytes=MIB, whenFull="error", commandTimeout=LONG
     )
@@ -169,12 +169,12 @@ async def test_text_to_be_written_is_bounded(make_cache: MakeCache, proxy: Fault
     ):
         with pytest.raises(dscache.Overloaded, match=rf"{MIB} bytes .*maxPendingBytes.*not sent"):
             call()
-    # What writes no text needs no room for it.
+    # Operations that write no text need no room for it.
     others = [cache.get("w0"), cache.head("w0"), cache.delete("d"), cache.delete_bulk(["d"])]
     assert cache.stats()["pending_bytes"] == MIB
     proxy.resume()
-    assert await outcomes(writes) == [True] * 4
-    assert (await outcomes(others))[2:] == [False, 0]
+    assert await results_of(writes) == [True] * 4
+    assert (await results_of(others))[2:] == [False, 0]
     assert_drained(cache)
     assert await cache.set("w", 1, part) is True
     assert await cache.head("w") == 1
@@ -182,7 +182,7 @@ async def test_text_to_be_written_is_bounded(make_cache: MakeCache, proxy: Fault
 
 @on_one_server
 @pytest.mark.parametrize("bulk", [False, True], ids=["set", "bulk"])
-async def test_one_write_beyond_all_limits_goes_alone(
+async def test_a_write_beyond_the_limit_is_sent_alone(
     make_cache: MakeCache, proxy: FaultProxy, bulk: bool
 ) -> None:
     cache = await make_cache(
@@ -195,7 +195,7 @@ async def test_one_write_beyond_all_limits_goes_alone(
     with pytest.raises(dscache.Overloaded):
         cache.set("w", 1, 1)
     proxy.resume()
-    assert await outcomes([issued]) == [set() if bulk else True]
+    assert await results_of([issued]) == [set() if bulk else True]
     assert_drained(cache)
     # Behind a small one it must wait its turn.
     proxy.stall()
@@ -203,15 +203,13 @@ async def test_one_write_beyond_all_limits_goes_alone(
     with pytest.raises(dscache.Overloaded):
         cache.set("huge", 2, huge)
     proxy.resume()
-    assert await outcomes([small]) == [True]
+    assert await results_of([small]) == [True]
     assert await cache.head("huge") == 1
     assert_drained(cache)
 
 
 @on_one_server
-async def test_writes_that_collapse_are_counted_once(
-    make_cache: MakeCache, proxy: FaultProxy
-) -> None:
+async def test_collapsed_writes_are_counted_once(make_cache: MakeCache, proxy: FaultProxy) -> None:
     cache = await make_cache(url=proxy.url, commandTimeout=LONG)
     proxy.stall()
     sizes = (5000, 10, 70_000, 300)
@@ -222,7 +220,7 @@ async def test_writes_that_collapse_are_counted_once(
     later = cache.set("w", 9, text_of(40))  # of another tick
     assert cache.stats()["pending_bytes"] == sizes[-1] + 40
     proxy.resume()
-    assert await outcomes([*writes, later]) == [True] * 5
+    assert await results_of([*writes, later]) == [True] * 5
     assert_drained(cache)
     assert await cache.head("w") == 9
 
@@ -230,7 +228,7 @@ async def test_writes_that_collapse_are_counted_once(
 @on_one_server
 @pytest.mark.parametrize("options", [{}, {"ttl": 100}, {"if_newer": True}], ids=str)
 @pytest.mark.parametrize("end", ["expiry", "loss", "expiry while away", "close"])
-async def test_however_writes_end_nothing_stays_counted(
+async def test_writes_are_counted_out_however_they_end(
     make_cache: MakeCache, proxy: FaultProxy, end: str, options: dict[str, Any]
 ) -> None:
     timeout = LONG if end == "loss" else 200
@@ -251,7 +249,7 @@ async def test_however_writes_end_nothing_stays_counted(
     if end == "loss":
         proxy.cut("rst")
         proxy.resume()
-        results = await outcomes(writes)
+        results = await results_of(writes)
         if "if_newer" in options:  # these are sent again
             assert results == [*[True] * 11, set()]
         else:
@@ -259,9 +257,9 @@ async def test_however_writes_end_nothing_stays_counted(
     elif end == "close":
         async with asyncio.timeout(PATIENCE):
             await cache.close()
-        assert all(isinstance(e, dscache.DscacheError) for e in await outcomes(writes))
+        assert all(isinstance(e, dscache.DscacheError) for e in await results_of(writes))
     else:
-        errors = await outcomes(writes)
+        errors = await results_of(writes)
         assert all(isinstance(error, dscache.DscacheError) for error in errors)
     proxy.resume()
     await until(lambda: not cache.stats()["pending"])
@@ -272,7 +270,7 @@ async def test_however_writes_end_nothing_stays_counted(
 async def test_refused_writes_are_counted_out(
     make_cache: MakeCache, server: EmbeddedServer, redis: Any
 ) -> None:
-    """Also those that are repeated, record by record, to find the one that is refused."""
+    """Also writes that are retried one by one to find the refused one."""
     redis.execute_command("ACL", "SETUSER", "limited", "on", ">secret", "~ok*", "+@all")
     try:
         cache = await make_cache(username="limited", password="secret", commandTimeout=LONG)
@@ -280,11 +278,11 @@ async def test_refused_writes_are_counted_out(
             writes = [cache.set(f"ok{n}", 1, text_of(99), **options) for n in range(5)]
             writes += [cache.set(f"no{n}", 1, text_of(77), **options) for n in range(5)]
             assert cache.stats()["pending_bytes"] == 5 * 99 + 5 * 77
-            results = await outcomes(writes)
+            results = await results_of(writes)
             assert {error.code for error in results[5:]} == {"NOPERM"}
             assert_drained(cache)
             redis.script_flush()
-            await outcomes([cache.set_bulk({"ok1": (1, text_of(50)), "no1": (1, 1)}, **options)])
+            await results_of([cache.set_bulk({"ok1": (1, text_of(50)), "no1": (1, 1)}, **options)])
             assert_drained(cache)
         await cache.close()
     finally:
@@ -326,7 +324,7 @@ async def test_a_bulk_of_any_size_streams_through_a_bounded_window(make_cache: M
         assert await cache.delete_bulk(f"n{n}" for n in range(count)) == count
     stop.set()
     await watcher
-    assert taken > 20, "it never gave way to anybody else"
+    assert taken > 20, "it never yielded to another task"
     assert 0 < most < c.MAX_PENDING + c.COMMAND_RECORDS
     assert written < count * PER_NAME + 16 * MIB
     assert resident() - before < 2 * count * PER_NAME + 16 * MIB
@@ -334,10 +332,10 @@ async def test_a_bulk_of_any_size_streams_through_a_bounded_window(make_cache: M
 
 
 @on_one_server
-async def test_what_waits_for_a_full_window_is_not_held_as_bytes(
+async def test_operations_behind_a_full_window_are_not_encoded(
     make_cache: MakeCache, proxy: FaultProxy, peak: Callable[[], int]
 ) -> None:
-    """A stalled connection stops the flush, not the queueing; and no output is made ahead."""
+    """A stalled connection stops the flush, not the queueing; and no output is prepared ahead."""
     cache = await make_cache(url=proxy.url, commandTimeout=LONG, connectTimeout=LONG)
     await cache.set("before", 1, 1)
     proxy.stall()
@@ -353,11 +351,11 @@ async def test_what_waits_for_a_full_window_is_not_held_as_bytes(
     assert link.paused
     assert cache.stats()["queued"] > 300
     assert held < 300
-    # The texts, of which msgspec leaves up to a third of their room unused, and beyond them what
-    # the transport takes.
+    # The texts, of which msgspec leaves up to a third of their room unused, and the transport's
+    # share.
     assert peak() < 600 * 150_000 + 16 * MIB
     proxy.resume()
-    assert set(await outcomes(writes)) == {True}
+    assert set(await results_of(writes)) == {True}
     records = await cache.get_bulk(f"w{n}" for n in range(600))
     assert all(record.raw == raw for record in records.values())
     assert len(records) == 600
@@ -365,7 +363,7 @@ async def test_what_waits_for_a_full_window_is_not_held_as_bytes(
     assert_drained(cache)
 
 
-# -- what a server may send
+# -- server replies
 
 BOMBS = {
     "nested": b"*1\r\n" * 100_000,
@@ -401,18 +399,18 @@ async def test_a_hostile_reply_takes_no_memory(
         cache = await make_cache(
             url=fake.url, maxReplyBytes=2 * MIB, commandTimeout=500, connectTimeout=LONG
         )
-        (error,) = await outcomes([cache.get("a")])
+        (error,) = await results_of([cache.get("a")])
         kinds = (dscache.ProtocolError, dscache.DeadlineExceeded, dscache.ConnectionLost)
         assert isinstance(error, kinds), error
         assert len(str(error)) < 1000
-        # What the fake itself sends is counted, too.
+        # The fake server's own replies are counted, too.
         assert peak() < 48 * MIB + 2 * len(BOMBS[bomb])
         gc.collect()
-        # It is well as soon as the server is.
+        # The cache recovers as soon as the server does.
         fake.answers["MGET"] = b"*2\r\n$1\r\n7\r\n$2\r\n{}\r\n"
         async with asyncio.timeout(PATIENCE):
             while True:
-                (record,) = await outcomes([cache.get("a")])
+                (record,) = await results_of([cache.get("a")])
                 if not isinstance(record, dscache.DscacheError):
                     break
         assert (record.version, record.raw) == (7, b"{}")
@@ -420,7 +418,7 @@ async def test_a_hostile_reply_takes_no_memory(
 
 
 @pytest.mark.parametrize("bomb", [name for name in BOMBS if name != "a line without end"])
-async def test_a_hostile_greeting_takes_no_memory(
+async def test_a_hostile_handshake_takes_no_memory(
     backend: str, peak: Callable[[], int], bomb: str
 ) -> None:
     async with FakeServer({"HELLO": BOMBS[bomb]}) as fake:
@@ -430,7 +428,7 @@ async def test_a_hostile_greeting_takes_no_memory(
             async with asyncio.timeout(PATIENCE):
                 await cache.when_ready()
         await cache.close()
-        # Each attempt to connect makes the fake send it all again.
+        # Each attempt to connect makes the fake server send everything again.
         assert peak() < 48 * MIB + 8 * len(BOMBS[bomb])
 
 
@@ -444,7 +442,7 @@ async def test_a_hostile_greeting_takes_no_memory(
     ],
     ids=["text", "array", "line"],
 )
-async def test_a_reply_without_end_is_cut_off(
+async def test_an_endless_reply_is_cut_off(
     make_cache: MakeCache, backend: str, peak: Callable[[], int], head: bytes, more: bytes
 ) -> None:
     answers = {"MGET": head, "SCRIPT": b"+0\r\n", "COMMAND": b"*0\r\n"}
@@ -465,11 +463,11 @@ async def test_a_reply_without_end_is_cut_off(
 
 
 @on_one_server
-async def test_a_reply_may_be_as_large_as_it_may(make_cache: MakeCache) -> None:
-    """The limit is one reply's: many of them, and texts that look like lengths, are no matter."""
+async def test_a_reply_may_be_as_large_as_the_limit(make_cache: MakeCache) -> None:
+    """The limit is for one reply: many of them, and texts that look like lengths, don't matter."""
     cache = await make_cache(maxReplyBytes=2 * MIB, commandTimeout=LONG)
     tricky = msgspec.Raw(b'"\\r\\n*2147483647\\r\\n"')
-    raw = b'"\r\n>2147483647\r\n$99999999999\r\n"'  # no JSON, but what else may be stored
+    raw = b'"\r\n>2147483647\r\n$99999999999\r\n"'  # not JSON, but valid in Redis
     for n in range(20):
         await cache.set(f"w{n}", n, text_of(MIB))
     await cache.set("tricky", 1, tricky)

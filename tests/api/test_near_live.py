@@ -1,4 +1,4 @@
-"""The near cache on real servers: who else writes, links that fail, clusters, loops and forks."""
+"""The near cache on real servers: other writers, failing connections, clusters, loops and forks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.support.faults import HELLO_REPLY, FakeServer, FaultProxy
 from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import PATIENCE, assert_drained
 
-# A busy machine may be silent for a while, which must not look like a dead link.
+# A busy machine may be silent for a while, which must not look like a dead connection.
 NEAR = {"idleLimit": 30_000}
 
-# What does not depend on the server's version.
+# These tests don't depend on the server's version.
 ON_ONE_SERVER = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
 
@@ -39,7 +39,7 @@ async def until(condition: Callable[[], Awaitable[object]], what: str = "") -> N
 
 
 def counters(cache: dscache.AsyncCache) -> dict[str, Any]:
-    """Return what a cache has counted of its near cache."""
+    """Return the counters of a cache's near cache."""
     found: dict[str, Any] = cache.stats()["near_cache"]
     return found
 
@@ -62,7 +62,7 @@ def put(redis: redis_py.Redis, name: str, version: int, data: str = "1", prefix:
     redis.mset({f"{prefix}{name}_v": version, f"{prefix}{name}_d": data})
 
 
-# -- who else writes
+# -- other writers
 
 CHANGES: dict[str, tuple[Callable[[redis_py.Redis], object], int | None]] = {
     "both keys": (lambda redis: put(redis, "a", 2), 2),
@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[Callable[[redis_py.Redis], object], int | None]] = {
 
 
 @pytest.mark.parametrize("mode", ["default", "broadcast"])
-async def test_what_others_change_arrives(
+async def test_changes_by_other_clients_arrive(
     make_cache: MakeCache, redis: redis_py.Redis, mode: str
 ) -> None:
     cache = await make_cache(nearCache={**NEAR, "mode": mode})
@@ -98,7 +98,7 @@ async def test_what_others_change_arrives(
         await until(lambda: is_at_hand(cache, "a"), what)
         change(redis)
         await until(lambda wanted=version: one_has(cache, wanted), what)
-    # What was not there is kept as well.
+    # Misses are cached as well.
     assert await cache.get("new") is None
     await until(lambda: is_at_hand(cache, "new"))
     put(redis, "new", 3)
@@ -138,12 +138,12 @@ async def test_two_caches_see_what_the_other_writes(
     await one.delete_bulk(names)
     for name in names:
         await until(lambda n=name: one_has(other, None, n))
-    # What it wrote itself it had dropped already.
+    # Its own writes had dropped the record already.
     assert counters(other)["invalidations"] >= 3 * 3 + 2
 
 
-async def test_what_one_has_written_one_reads(make_cache: MakeCache) -> None:
-    """Before the answer, after it, and whatever Redis says of it in between."""
+async def test_a_cache_reads_its_own_writes(make_cache: MakeCache) -> None:
+    """Before the reply, after it, and whatever Redis announces in between."""
     cache = await make_cache(nearCache=NEAR)
     for version in range(1, 300):
         write = cache.set("a", version, version)
@@ -211,7 +211,7 @@ async def opened(url: str, **options: Any) -> AsyncIterator[dscache.AsyncCache]:
 
 @LOOPS
 @ON_ONE_SERVER
-def test_all_ways_to_await(
+def test_every_way_to_await(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str, new_loop: Any
 ) -> None:
     put(redis, "a", 1)
@@ -241,7 +241,7 @@ def test_all_ways_to_await(
 
 @LOOPS
 @ON_ONE_SERVER
-def test_a_hit_takes_no_turn_of_the_loop(
+def test_a_hit_does_not_yield_to_the_loop(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str, new_loop: Any
 ) -> None:
     put(redis, "a", 1)
@@ -259,7 +259,7 @@ def test_a_hit_takes_no_turn_of_the_loop(
             for _ in range(100):
                 assert await version_of(cache, "a") == await cache.head("a") == 1
             assert turns == 0
-            # A coroutine that ends at once: nobody needs a loop to run it.
+            # A coroutine that ends at once: no loop is needed to run it.
             with pytest.raises(StopIteration) as end:
                 cache.get("a").send(None)  # type: ignore[attr-defined]
             assert end.value.value.version == 1
@@ -269,7 +269,7 @@ def test_a_hit_takes_no_turn_of_the_loop(
 
 @LOOPS
 @ON_ONE_SERVER
-def test_who_is_cancelled_or_late_leaves_the_others_their_read(
+def test_a_cancelled_or_expired_caller_keeps_the_shared_read(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str, new_loop: Any
 ) -> None:
     put(redis, "a", 1)
@@ -298,7 +298,7 @@ if sys.version_info >= (3, 12):
 
     @ON_ONE_SERVER
     async def test_eager_tasks(make_cache: MakeCache, redis: redis_py.Redis) -> None:
-        """A task that reads what is at hand has ended when it is made."""
+        """A task that reads a cached record has ended when it is made."""
         put(redis, "a", 1)
         cache = await make_cache(nearCache=NEAR)
         loop = asyncio.get_running_loop()
@@ -317,10 +317,10 @@ if sys.version_info >= (3, 12):
             loop.set_task_factory(None)
 
 
-# -- modes, and servers that can't
+# -- modes, and servers without tracking
 
 
-async def test_broadcasts_are_of_the_prefixes_alone(
+async def test_broadcasts_cover_only_the_prefixes(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     near = {**NEAR, "mode": "broadcast", "prefixes": ["user/", "room/"]}
@@ -331,7 +331,7 @@ async def test_broadcasts_are_of_the_prefixes_alone(
     for name in ("user/1", "room/1", "x/1"):
         put(redis, name, 1, prefix="app:")
         await until(lambda n=name: one_has(cache, 1, n))
-    # Writes from before the first read may still be told of.
+    # Writes from before the first read may still be announced.
     await until(lambda: is_at_hand(cache, "user/1"))
     assert not await is_at_hand(cache, "x/1")
     told = counters(cache)["invalidations"]
@@ -343,7 +343,7 @@ async def test_broadcasts_are_of_the_prefixes_alone(
     await until(lambda: one_has(cache, 2, "user/1"))
     assert counters(cache)["invalidations"] == told + 1
     assert cache.stats()["bytes_in"] < received + 300
-    # Redis holds nothing for it of what it has read.
+    # Redis holds no tracking entries for its reads.
     assert redis.info("stats")["tracking_total_keys"] == 0
 
 
@@ -369,7 +369,7 @@ async def test_a_user_who_may_not_track(make_cache: MakeCache, redis: redis_py.R
 
 
 async def works_without(cache: dscache.AsyncCache) -> None:
-    """Read and write on a server that can't tell of changes: nothing is kept."""
+    """Read and write on a server without tracking: nothing is cached."""
     assert await cache.set("a", 1, [1]) is True
     for _ in range(3):
         assert await version_of(cache, "a") == 1
@@ -379,7 +379,7 @@ async def works_without(cache: dscache.AsyncCache) -> None:
 
 OLD = HELLO_REPLY.replace(b"7.0.0", b"6.2.7")
 UNABLE = {
-    "redis 6": ({"HELLO": OLD}, r"it is Redis 6\.2\.7, which may tell of a change in the middle"),
+    "redis 6": ({"HELLO": OLD}, r"it is Redis 6\.2\.7, which may announce a change in the middle"),
     "resp2": ({"HELLO": b"-ERR unknown command 'HELLO'\r\n"}, r"does not speak RESP3"),
     "no protocol": ({"HELLO": b"-NOPROTO unsupported protocol version\r\n"}, r"not speak RESP3"),
     "no tracking": (
@@ -390,7 +390,7 @@ UNABLE = {
 
 
 @pytest.mark.parametrize("server_kind", UNABLE)
-async def test_a_server_that_does_not_tell_of_changes(server_kind: str, backend: str) -> None:
+async def test_a_server_without_tracking(server_kind: str, backend: str) -> None:
     answers, expected = UNABLE[server_kind]
     found = {"MGET": b"*2\r\n$1\r\n1\r\n$3\r\n[1]\r\n", "MSET": b"+OK\r\n"}
     async with FakeServer({**answers, **found}) as server:
@@ -407,11 +407,11 @@ async def test_a_server_that_does_not_tell_of_changes(server_kind: str, backend:
 
 
 @ON_ONE_SERVER
-async def test_a_server_that_is_a_replica_is_not_kept(
+async def test_records_of_a_replica_are_not_cached(
     make_server: MakeServer, make_cache: MakeCache, server: EmbeddedServer, redis: redis_py.Redis
 ) -> None:
     put(redis, "a", 1)
-    redis.config_set("repl-diskless-sync-delay", 0)  # else it would wait for others
+    redis.config_set("repl-diskless-sync-delay", 0)  # or it would wait for replicas
     replica = make_server("--replicaof", server.host, str(server.port))
     with redis_py.Redis(port=replica.port) as client:
         while client.get("a_v") is None:
@@ -421,13 +421,13 @@ async def test_a_server_that_is_a_replica_is_not_kept(
     assert counters(cache)["records"] == 0
 
 
-# -- links that fail
+# -- failing connections
 
 
 async def one_at_hand(
     make_cache: MakeCache, redis: redis_py.Redis, **options: Any
 ) -> dscache.AsyncCache:
-    """Open a cache that has the record a at hand, in version 1."""
+    """Open a cache that has the record a cached, in version 1."""
     put(redis, "a", 1)
     cache = await make_cache(**options)
     await until(lambda: at_hand_twice(cache, "a"))
@@ -439,7 +439,7 @@ async def at_hand_twice(cache: dscache.AsyncCache, name: str) -> bool:
 
 
 @ON_ONE_SERVER
-async def test_a_deaf_link_serves_nothing(
+async def test_a_silent_connection_serves_nothing(
     make_cache: MakeCache, proxy: FaultProxy, redis: redis_py.Redis
 ) -> None:
     cache = await one_at_hand(make_cache, redis, url=proxy.url, nearCache={"idleLimit": 300})
@@ -462,10 +462,10 @@ async def test_a_deaf_link_serves_nothing(
 
 
 @ON_ONE_SERVER
-async def test_an_idle_link_that_is_well_goes_on_serving(
+async def test_a_healthy_idle_connection_keeps_serving(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
-    """For three times the limit nothing is asked of the server but whether it is there."""
+    """For three times the limit, only pings are sent to the server."""
     idle_limit = 0.5
     near = {"idleLimit": round(idle_limit * 1000)}
     cache = await one_at_hand(make_cache, redis, nearCache=near)
@@ -479,7 +479,8 @@ async def test_an_idle_link_that_is_well_goes_on_serving(
                 await cache.get("a")
                 await asyncio.sleep(0.005)
                 latest, last = max(latest, loop.time() - last), loop.time()
-            # A loop that is late itself hears nothing, and says nothing of the link.
+            # A loop that is late itself receives nothing, which proves nothing about the
+            # connection.
             if latest < idle_limit / 5:
                 break
     assert counters(cache)["misses"] == misses
@@ -487,10 +488,10 @@ async def test_an_idle_link_that_is_well_goes_on_serving(
 
 
 @ON_ONE_SERVER
-async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
+async def test_a_task_that_never_yields_is_served_for_a_limited_time(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
-    """Nothing arrives while a task does nothing but read what is at hand."""
+    """Nothing arrives while a task only reads cached records."""
     cache = await one_at_hand(make_cache, redis, nearCache={"idleLimit": 100})
     put(redis, "a", 2)
     async with asyncio.timeout(PATIENCE):
@@ -499,14 +500,14 @@ async def test_who_never_gives_way_is_served_for_so_long_and_no_longer(
 
 
 @ON_ONE_SERVER
-async def test_a_connection_that_is_killed(make_cache: MakeCache, redis: redis_py.Redis) -> None:
+async def test_a_killed_connection(make_cache: MakeCache, redis: redis_py.Redis) -> None:
     cache = await one_at_hand(make_cache, redis, nearCache=NEAR, connectionName="killed")
     for version in range(2, 8):
         await until(lambda: at_hand_twice(cache, "a"))
         connects = cache.stats()["connects"]
         [client] = [one for one in redis.client_list() if one["name"] == "killed"]
         redis.client_kill_filter(_id=client["id"])
-        put(redis, "a", version)  # of which nobody is told
+        put(redis, "a", version)  # which no invalidation announces
         async with asyncio.timeout(PATIENCE):
             while cache.stats()["connects"] == connects:
                 await asyncio.sleep(0.002)
@@ -515,7 +516,7 @@ async def test_a_connection_that_is_killed(make_cache: MakeCache, redis: redis_p
 
 
 @ON_ONE_SERVER
-async def test_a_server_that_starts_again(make_server: MakeServer, make_cache: MakeCache) -> None:
+async def test_a_restarted_server(make_server: MakeServer, make_cache: MakeCache) -> None:
     server = make_server()
     cache = await make_cache(url=server.url, nearCache=NEAR)
     await cache.set("a", 1, 1)
@@ -527,7 +528,7 @@ async def test_a_server_that_starts_again(make_server: MakeServer, make_cache: M
 
 
 @ON_ONE_SERVER
-async def test_the_last_known_records_of_a_server_that_is_away(
+async def test_the_last_known_records_of_a_lost_server(
     make_server: MakeServer, make_cache: MakeCache
 ) -> None:
     server = make_server()
@@ -548,7 +549,7 @@ async def test_the_last_known_records_of_a_server_that_is_away(
     for call in (cache.head("a"), cache.get("missing"), cache.get("c"), cache.set("b", 3, [3])):
         with pytest.raises(absent):
             await call
-    # The write may not have happened, and yet nobody is to see what was before.
+    # The write may not have happened, and yet no caller may see the earlier record.
     with pytest.raises(absent):
         await cache.get("b")
     with pytest.raises(dscache.BulkError) as caught:
@@ -580,7 +581,7 @@ async def is_answered(cache: dscache.AsyncCache, name: str) -> bool:
 async def test_a_silent_server_and_the_last_known_record(
     make_cache: MakeCache, proxy: FaultProxy, redis: redis_py.Redis
 ) -> None:
-    """The link is there and nothing comes: after its deadline a read is served all the same."""
+    """The connection is open but silent: after its deadline a read is served all the same."""
     put(redis, "a", 1)
     near = {"idleLimit": 50, "serveStale": True}
     cache = await make_cache(
@@ -598,7 +599,7 @@ async def test_a_silent_server_and_the_last_known_record(
 
 @pytest.fixture(scope="module")
 def binary() -> ServerBinary:
-    """The oldest server, of which the cluster is."""
+    """The oldest server, which the cluster consists of."""
     return BY_AGE[0]
 
 
@@ -612,12 +613,12 @@ async def on_cluster(group: ClusterGroup, **options: Any) -> AsyncIterator[dscac
 
 
 def put_on(group: ClusterGroup, name: str, version: int) -> None:
-    """Let another client write a record, where it belongs."""
+    """Let another client write a record on its owner."""
     owner = group.primary_of(slot_of(name))
     owner.ask("MSET", f"{{{name}}}_v", version, f"{{{name}}}_d", "1")
 
 
-async def test_records_of_a_cluster_are_kept(group: ClusterGroup, backend: str) -> None:
+async def test_records_of_a_cluster_are_cached(group: ClusterGroup, backend: str) -> None:
     names = [f"n/{number}" for number in range(60)]
     async with on_cluster(group) as cache:
         await cache.set_bulk({name: (1, name) for name in names})
@@ -632,7 +633,7 @@ async def test_records_of_a_cluster_are_kept(group: ClusterGroup, backend: str) 
         gone = [name for name in names if group.primary_of(slot_of(name)) is primary]
         for name in gone:
             await until(lambda n=name: one_has(cache, None, n))
-        # Its replica may have told of it too.
+        # Its replica may have announced it too.
         assert counters(cache)["flushes"]["flushall"] >= 1
 
 
@@ -651,7 +652,7 @@ async def test_a_slot_that_moves(group: ClusterGroup, backend: str) -> None:
             await asyncio.to_thread(put_on, group, there, 2)
             await asyncio.to_thread(put_on, group, missing, 3)
             await until(lambda: one_has(cache, 2, there))
-            # That there was nothing is believed until the move is heard of.
+            # A miss is believed until the move is known.
             await until(lambda: one_has(cache, 3, missing))
             for name, version in ((there, 4), (missing, 5)):
                 await until(lambda n=name: is_at_hand(cache, n))
@@ -664,13 +665,11 @@ async def test_a_slot_that_moves(group: ClusterGroup, backend: str) -> None:
 
 
 @pytest.mark.parametrize("scale_reads", ["master", "all"])
-async def test_a_primary_that_is_replaced(
-    group: ClusterGroup, backend: str, scale_reads: str
-) -> None:
-    """By one that was connected to before, as a replica."""
+async def test_a_replaced_primary(group: ClusterGroup, backend: str, scale_reads: str) -> None:
+    """By a replica that was connected before."""
     old = group.primaries()[0]
     heir = group.replica_of(old)
-    # Of a primary and its replica, the slot tells which one is read from.
+    # The slot decides which of primary and replica is read.
     odd = [slot for slot in group.slots_of(old) if slot % 2]
     names = (name for name in (f"n/{number}" for number in range(10**6)) if slot_of(name) in odd)
     there, missing = next(names), next(names)
@@ -689,8 +688,8 @@ async def test_a_primary_that_is_replaced(
             await until(lambda: at_hand_twice(cache, missing))
 
 
-async def test_a_shard_that_is_away(group: ClusterGroup, backend: str) -> None:
-    """The others' records are what they were; its own are served as the last known."""
+async def test_a_lost_shard(group: ClusterGroup, backend: str) -> None:
+    """The other shards' records are current; its own are served stale."""
     victim, other, *_ = group.primaries()
     lost, well = f"{prefix_on(group, victim)}/a", f"{prefix_on(group, other)}/a"
     near = {**NEAR, "serveStale": True}
@@ -714,15 +713,15 @@ async def is_stale_or_moved(cache: dscache.AsyncCache, name: str) -> bool:
     return await is_stale(cache, name) or "connection" in counters(cache)["flushes"]
 
 
-async def test_what_replicas_hold_is_not_kept(group: ClusterGroup, backend: str) -> None:
+async def test_replies_of_replicas_are_not_cached(group: ClusterGroup, backend: str) -> None:
     names = [f"n/{number}" for number in range(60)]
     async with on_cluster(group, scaleReads="all") as cache:
         await cache.set_bulk({name: (1, name) for name in names})
-        # Replicas hear of it later, and are read from when they are ready.
+        # Replicas receive it later, and are read from when they are ready.
         await until(lambda: reads_from_replicas(cache, 6))
         await until(lambda: has_all(cache, names))
         kept = [name for name in names if await is_at_hand(cache, name)]
-        # As many readers as there are primaries and replicas; the slot tells which one.
+        # As many readers as there are primaries and replicas; the slot decides which one.
         of_primaries = [name for name in names if slot_of(name) % 2]
         assert set(kept) <= set(of_primaries)
         await until(lambda: all_at_hand(cache, of_primaries))
@@ -733,7 +732,7 @@ async def test_what_replicas_hold_is_not_kept(group: ClusterGroup, backend: str)
 
 
 async def reads_from_replicas(cache: dscache.AsyncCache, count: int) -> bool:
-    """Whether so many nodes have been read from by now."""
+    """Whether that many nodes have been read from by now."""
     await cache.get_bulk([f"unknown/{random.randrange(10**6)}" for _ in range(50)])
     reading = [one for one in cache.stats()["nodes"].values() if one["reads"]]
     return len(reading) == count
@@ -775,7 +774,7 @@ async def test_a_primary_that_the_sentinels_replace(backend: str) -> None:
 def test_a_forked_child_is_served_nothing(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str
 ) -> None:
-    """Neither what is at hand, nor what is read at the moment, nor the last known."""
+    """Neither cached records, nor reads in flight, nor stale records."""
     for name in "ab":
         put(redis, name, 1)
     done = subprocess.run(
@@ -790,10 +789,10 @@ def test_a_forked_child_is_served_nothing(
 
 
 @pytest.mark.parametrize("size", [10, 1000, 10_000, 1_000_000])
-def test_memory_is_what_is_counted(backend: str, size: int) -> None:
-    """Measured in a process of its own, by what the system has given to it."""
+def test_counted_bytes_match_the_memory_in_use(backend: str, size: int) -> None:
+    """Measured in its own process, by the memory that the system has given it."""
     done = subprocess.run(
-        # So much that what one reply takes on its way is little beside it.
+        # So much that the transient memory of one reply is small beside it.
         [
             sys.executable,
             "-m",

@@ -1,4 +1,4 @@
-"""Records and messages as pickles: from either core to the other, and from dscache 0.1 to here."""
+"""Records and messages as pickles: from either core to the other, and from dscache 0.1."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import dscache
 from dscache import _backend
 from tests.core.test_backend import run
 
-# Those of dscache 0.1 were made by that release itself, by both cores and in every protocol.
+# The pickles of dscache 0.1 were made by that release itself, with both cores and every protocol.
 OLD = json.loads((Path(__file__).parents[1] / "data" / "pickles_0.1.json").read_text())
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
-# How a process comes to its core: the variable, and which extension is missing.
+# How a process chooses its core: the variable, and which extension is missing.
 PROCESSES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "fast": (None, ()),
     "pure": ("pure", ()),
@@ -57,7 +57,7 @@ def values(core: Any) -> dict[str, Any]:
 
 
 def read(pickles: list[tuple[str, str]], process: str) -> None:
-    """Load pickles in a process of its own, and compare them with what its core makes."""
+    """Load pickles in a separate process, and compare them with the objects of its core."""
     variable, missing = PROCESSES[process]
     ended = run(READ % (pickles,), variable, sabotaged=missing)
     assert ended.returncode == 0, ended.stderr
@@ -65,7 +65,7 @@ def read(pickles: list[tuple[str, str]], process: str) -> None:
     assert ended.stdout == f"{chosen} {len(pickles)}\n"
 
 
-def test_the_old_ones_are_of_both_cores_kinds_and_all_protocols() -> None:
+def test_old_pickles_cover_both_cores_and_all_protocols() -> None:
     made = {(one["core"], one["kind"], one["protocol"]) for one in OLD}
     kinds = ("record", "message")
     assert made == {
@@ -102,7 +102,7 @@ def test_pickles_of_either_core_are_loaded(process: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_pickle_names_nothing_but_the_package(backend: str, protocol: int) -> None:
+def test_a_pickle_names_only_the_package(backend: str, protocol: int) -> None:
     for kind, value in values(_backend.core).items():
         text = pickle.dumps(value, protocol)
         assert f"make_{kind}".encode() in text
@@ -119,7 +119,7 @@ def test_a_copy_is_equal(backend: str, copy_of: Any) -> None:
         assert copied == value
 
 
-def test_what_pickles_call_makes_the_chosen_cores(backend: str) -> None:
+def test_unpickling_makes_objects_of_the_chosen_core(backend: str) -> None:
     made = dscache.make_record("a", 1, b"[]", True)
     assert made == _backend.core.Record("a", 1, b"[]")
     assert made.stale is True
@@ -127,7 +127,7 @@ def test_what_pickles_call_makes_the_chosen_cores(backend: str) -> None:
     assert dscache.make_message(4, "A", b"{}") == _backend.core.Message(4, "A", b"{}")
 
 
-def test_the_stand_in_for_the_extension_is_no_core() -> None:
+def test_the_module_that_replaces_the_extension_is_no_core() -> None:
     ended = run(
         "import dscache\n"
         "from dscache import _backend\n"
@@ -142,6 +142,6 @@ def test_the_stand_in_for_the_extension_is_no_core() -> None:
     first, second, third = ended.stdout.splitlines()
     assert (first, third) == ("ImportError", "pure")
     assert "it was not built" in second
-    # Where the extension is there, it may still be asked for.
+    # If the extension is there, it may still be chosen.
     ended = run("from dscache import _backend\nprint(_backend.choose('fast')[1].Pipeline)", "pure")
     assert ended.stdout == "<class 'dscache._fast.Pipeline'>\n"

@@ -1,7 +1,6 @@
-"""No output holds a password, whatever a server says: errors, frames, log, stats and commands.
+"""No output contains a password, whatever a server replies: errors, frames, log, stats, commands.
 
-Servers repeat the arguments of a command that they don't know, and a hostile one repeats what it
-likes.
+Servers repeat the arguments of an unknown command, and a hostile one repeats anything.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ OTHER = "hunter2-of-the-watch"
 SECRETS = (SECRET, OTHER)
 MakeServer = Callable[..., EmbeddedServer]
 
-# Each is what a server does with commands that it was not meant to get.
+# Each is a server's reaction to commands that it was not meant to get.
 RENAMED = {
     "both": ("--rename-command", "HELLO", "", "--rename-command", "AUTH", ""),
     "AUTH": ("--rename-command", "AUTH", ""),
@@ -37,10 +36,10 @@ RENAMED = {
 }
 
 
-def told_by(error: BaseException | None) -> str:
-    """Return all that an error tells: its texts, its arguments, and its frames with their locals.
+def content_of(error: BaseException | None) -> str:
+    """Return the content of an error: its texts, its arguments, and its frames with their locals.
 
-    So for each error that is reachable from it.
+    Errors reachable from it are included.
     """
     told = []
     seen: set[int] = set()
@@ -77,7 +76,7 @@ def _log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     for record in caplog.get_records("call"):
         shown = record.getMessage()
         if record.exc_info:
-            shown += told_by(record.exc_info[1])
+            shown += content_of(record.exc_info[1])
         assert_hidden(f"{record.name}: {shown}")
 
 
@@ -91,14 +90,14 @@ def config_of(port: int, **more: Any) -> dict[str, Any]:
 
 
 async def fail_everywhere(config: dict[str, Any], **more: Any) -> str:
-    """Return what all errors and counters tell of a server that no cache can use."""
+    """Return the texts of all errors and counters for a server that no cache can use."""
     told = []
     cache = dscache.AsyncCache.from_config(config, **more)
     for ask in (cache.when_ready, lambda: cache.get("a"), lambda: cache.set("a", 1, {"b": SECRET})):
         try:
             await ask()
         except DscacheError as error:
-            told.append(told_by(error))
+            told.append(content_of(error))
         else:
             raise AssertionError("the server was of use")
     told.append(repr(cache.stats()) + cache.description)
@@ -110,7 +109,7 @@ async def fail_everywhere(config: dict[str, Any], **more: Any) -> str:
             try:
                 ask()
             except DscacheError as error:
-                told.append(told_by(error))
+                told.append(content_of(error))
             else:
                 raise AssertionError("the server was of use")
         told.append(repr(blocking.stats()) + blocking.description)
@@ -122,11 +121,11 @@ async def fail_everywhere(config: dict[str, Any], **more: Any) -> str:
 
 @pytest.mark.parametrize("server", SERVERS, indirect=True, ids=_server_id)
 @pytest.mark.parametrize("renamed", RENAMED)
-async def test_a_server_whose_commands_are_renamed(
+async def test_a_server_with_renamed_commands(
     make_server: MakeServer, renamed: str, backend: str
 ) -> None:
     started = make_server(*RENAMED[renamed])
-    # Redis repeats what it was told; that is what this is about.
+    # Redis repeats the unknown command; that is the point.
     told = await fail_everywhere(config_of(started.port))
     assert_hidden(told)
     url = f"redis://app:{SECRET}@127.0.0.1:{started.port}"
@@ -163,13 +162,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("way", HOSTILE)
-async def test_a_server_that_repeats_what_it_was_told(way: str, backend: str) -> None:
+async def test_a_server_that_repeats_its_commands(way: str, backend: str) -> None:
     async with FakeServer(HOSTILE[way]) as fake:  # type: ignore[arg-type]
         assert_hidden(await fail_everywhere(config_of(fake.port, db=1)))
         assert any(SECRET.encode() in word for said in fake.commands for word in said)
 
 
-async def test_a_server_that_calls_itself_by_the_password(backend: str) -> None:
+async def test_a_server_named_like_the_password(backend: str) -> None:
     async with FakeServer({"HELLO": in_its_name}) as fake:
         config = config_of(fake.port)
         async with dscache.AsyncCache.from_config(config) as cache:
@@ -184,7 +183,7 @@ async def test_a_server_that_calls_itself_by_the_password(backend: str) -> None:
         assert_hidden(await asyncio.to_thread(block))
 
 
-async def test_a_sentinel_that_repeats_what_it_was_told(backend: str) -> None:
+async def test_a_sentinel_that_repeats_its_commands(backend: str) -> None:
     answers = {"AUTH": repeated, "HELLO": repeated, "SENTINEL": repeated}
     async with FakeServer(answers) as fake:  # type: ignore[arg-type]
         config = {
@@ -205,7 +204,7 @@ async def test_a_sentinel_that_repeats_what_it_was_told(backend: str) -> None:
 
 
 class Provider(CredentialProvider):
-    """Gives a token, or fails with it in its words."""
+    """Returns a token, or fails with it in the error text."""
 
     def __init__(self, fails: bool) -> None:
         self.fails = fails
@@ -217,7 +216,7 @@ class Provider(CredentialProvider):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_the_token_of_a_provider(fails: bool, backend: str) -> None:
+async def test_the_token_of_a_provider_is_hidden(fails: bool, backend: str) -> None:
     async with FakeServer({"HELLO": repeated}) as fake:
         config = config_of(fake.port, commandTimeout=500, connectTimeout=500)
         del config["options"]["username"], config["options"]["password"]
@@ -233,7 +232,7 @@ async def test_records_are_not_repeated_either(make_server: MakeServer, backend:
             await cache.set("a", 1, {"token": SECRET}, if_newer=True)
         assert caught.value.code == "ERR"
         assert "unknown command" in str(caught.value)
-        told = told_by(caught.value)
+        told = content_of(caught.value)
         assert_hidden("\n".join(line for line in told.splitlines() if "data = " not in line))
 
 
@@ -244,7 +243,7 @@ async def test_a_timeout_of_the_handshake(backend: str) -> None:
 
 
 class Renewing(CredentialProvider):
-    """Gives a token, and tells of another."""
+    """Returns a token, and publishes another."""
 
     def __init__(self) -> None:
         self.told: Callable[[Any], Any] | None = None
@@ -287,11 +286,11 @@ async def test_renewed_credentials_that_are_refused(
         ("ERR x… (9000 characters)", "ERR x… (9000 characters)"),
     ],
 )
-def test_masked(text: str, shown: str) -> None:
+def test_masked_texts_hide_secrets(text: str, shown: str) -> None:
     assert masked(text, [None, Hidden(""), Hidden("pa55")]) == shown
 
 
-def test_a_hidden_text_is_shown_nowhere() -> None:
+def test_a_hidden_text_is_never_shown() -> None:
     word = Hidden(SECRET)
     assert (str(word), repr(word), f"{word}") == ("***", "***", "***")
     assert word.reveal() == SECRET

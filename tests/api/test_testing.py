@@ -1,4 +1,4 @@
-"""The pytest plugin does for users' tests what it says, whatever runs them."""
+"""The pytest plugin works as documented for users' tests, with every async runner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[..., pytest.RunResult]
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run tests as a user would who has installed dscache and the ``plugins``, and no others.
 
-    The entry point is what loads ours.
+    The plugin of dscache is loaded through its entry point.
     """
 
     def run_tests(source: str, *options: str, plugins: Sequence[str] = ()) -> pytest.RunResult:
@@ -155,7 +155,7 @@ def test_server(run: Run) -> None:
     assert subprocess.run(["kill", "-0", pid], check=False, capture_output=True).returncode != 0
 
 
-def test_without_any_server_it_says_how_to_get_one(
+def test_without_any_server_the_error_says_how_to_get_one(
     run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytester.makeconftest("""
@@ -191,7 +191,7 @@ def test_the_tests_of_the_documentation(run: Run) -> None:
     run("\n\n".join(one.text for one in written)).assert_outcomes(passed=count)
 
 
-def test_fixtures_are_told_of(run: Run) -> None:
+def test_fixtures_are_listed(run: Run) -> None:
     listed = run("", "--fixtures").stdout.str()
     assert "dscache_memory -- " in listed
     assert "A new, empty dscache.AsyncCache in memory" in listed
@@ -199,16 +199,16 @@ def test_fixtures_are_told_of(run: Run) -> None:
     assert "_dscache_process" not in listed
 
 
-def test_it_can_be_left_out_and_named_too(run: Run) -> None:
+def test_the_plugin_can_be_disabled_and_named(run: Run) -> None:
     source = "def test_memory(dscache_memory): pass"
     run(source, "-p", "no:dscache.testing").assert_outcomes(errors=1)
     run(source, "-p", "dscache.testing").assert_outcomes(passed=1)
 
 
-def test_it_comes_with_the_package() -> None:
+def test_the_plugin_comes_with_the_package() -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ((name, value),) = project["entry-points"]["pytest11"].items()
-    # Of two names, pytest would refuse the module the second time.
+    # pytest would refuse the same module under a second name.
     assert name == value == dscache.testing.__name__
     assert EntryPoint(name, value, "pytest11").load() is dscache.testing
 
@@ -220,13 +220,13 @@ def test_it_comes_with_the_package() -> None:
         ("dscache.testing", {"redis", "dscache.embedded"}),
     ],
 )
-def test_nobody_waits_for_an_import_that_is_not_needed(imported: str, unwanted: set[str]) -> None:
+def test_imports_are_deferred_until_needed(imported: str, unwanted: set[str]) -> None:
     code = f"import sys, {imported}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not unwanted & set(done.stdout.split())
 
 
-def test_no_fixture_of_ours_takes_the_place_of_one(request: pytest.FixtureRequest) -> None:
+def test_no_fixture_shadows_one_of_pytest(request: pytest.FixtureRequest) -> None:
     for name in dscache.testing.__all__:
         found = request.session._fixturemanager.getfixturedefs(name, request.node)
         assert [one.func.__module__ for one in found or ()] == ["dscache.testing"]

@@ -1,7 +1,7 @@
-"""Where deepstream's connector goes wrong, and what dscache does in its place.
+"""Faults of deepstream's connector, and the behaviour of dscache in their place.
 
-One section for each fault that was observed with the real connector; the golden vectors have
-what it does right. Clusters and the reading of configurations have tests of their own.
+One section for each fault observed with the real connector; the golden vectors cover its correct
+behaviour. Clusters and configurations have their own tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from tests.support.faults import FaultProxy
 MakeCache = Callable[..., Awaitable[dscache.AsyncCache]]
 MakeServer = Callable[..., EmbeddedServer]
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
+# Seconds until something must have ended: far more than any machine needs, since it measures
+# nothing.
 PATIENCE = 60
 
 
@@ -37,7 +38,7 @@ def get_error(results: list[Any], index: int) -> BaseException:
     return error
 
 
-# -- what is stored is read back as it was meant
+# -- stored data is read back unchanged
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ async def test_half_a_surrogate_pair_is_stored_and_read(
     assert (await cache.get("a")).data == expected
 
 
-# -- a version is decimal digits, not what JavaScript makes a number of
+# -- a version is decimal digits, not anything that JavaScript turns into a number
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ async def test_half_a_surrogate_pair_is_stored_and_read(
         (b"0" * 40 + b"9223372036854775807", 2**63 - 1),
     ],
 )
-async def test_digits_are_a_version(
+async def test_decimal_digits_are_a_version(
     cache: dscache.AsyncCache, redis: redis_py.Redis, text: bytes, version: int
 ) -> None:
     put(redis, "a", text, "[]")
@@ -104,7 +105,7 @@ async def test_digits_are_a_version(
     ],
     ids=repr,
 )  # fmt: skip
-async def test_anything_else_is_an_error_of_that_record_alone(
+async def test_any_other_version_is_an_error_of_only_that_record(
     cache: dscache.AsyncCache, redis: redis_py.Redis, text: bytes
 ) -> None:
     put(redis, "bad", text, "[]")
@@ -141,11 +142,11 @@ async def test_a_write_repairs_a_bad_version(
     assert tuple(await cache.get("a")) == (1, [1])
 
 
-# -- broken data is an error at .data, and nobody else's
+# -- broken data is an error at .data, and affects no other record
 
 
 @pytest.mark.parametrize("text", [b"", b'{"a":', b"[1,]", b"undefined", b"\xef\xbb\xbf{}", b"NaN"])
-async def test_broken_data_disturbs_nobody(
+async def test_broken_data_affects_no_other_record(
     cache: dscache.AsyncCache, redis: redis_py.Redis, text: bytes
 ) -> None:
     put(redis, "broken", 1, text)
@@ -194,7 +195,7 @@ async def test_half_a_record_is_a_counted_miss(
 async def test_a_write_completes_half_a_record(
     cache: dscache.AsyncCache, redis: redis_py.Redis, half: dict[str, str]
 ) -> None:
-    # There is no record, so nothing that the new one would have to be newer than.
+    # There is no record, and so no version to compare with.
     redis.mset(half)
     assert await cache.set("a", 1, [1], if_newer=True) is True
     assert tuple(await cache.get("a")) == (1, [1])
@@ -253,7 +254,7 @@ async def test_any_other_name_works(
 # -- two writes of a name in one tick: both end
 
 
-async def test_of_two_writes_in_a_tick_the_last_is_sent_and_both_end(
+async def test_only_the_last_of_two_writes_in_a_tick_is_sent_and_both_end(
     cache: dscache.AsyncCache, redis: redis_py.Redis
 ) -> None:
     results = await asyncio.gather(cache.set("a", 1, "one"), cache.set("a", 2, "two"))
@@ -282,10 +283,10 @@ async def test_reads_of_one_name_in_a_tick_share_a_command_and_no_data(
     assert all(record.data == {"list": []} for record in records[1:])
 
 
-# -- program order for each name, whatever the operations
+# -- program order for each name, across operations
 
 
-async def test_a_read_before_a_write_sees_what_was_before(
+async def test_a_read_before_a_write_sees_the_earlier_record(
     cache: dscache.AsyncCache, redis: redis_py.Redis
 ) -> None:
     put(redis, "a", 1, '"old"')
@@ -297,7 +298,7 @@ async def test_a_read_before_a_write_sees_what_was_before(
     assert gone is None
 
 
-async def test_heads_and_bulks_overtake_nothing(
+async def test_heads_and_bulks_keep_their_order(
     cache: dscache.AsyncCache, redis: redis_py.Redis
 ) -> None:
     results = await asyncio.gather(
@@ -327,7 +328,7 @@ async def test_data_is_encoded_at_the_call(cache: dscache.AsyncCache) -> None:
     assert (await cache.get("a")).data == {"n": [1]}
 
 
-# -- a lifetime is given to both keys in one step
+# -- a TTL is set on both keys in one step
 
 
 @pytest.mark.parametrize("if_newer", [False, True])
@@ -340,13 +341,13 @@ async def test_both_keys_expire_at_the_same_instant(
         instants = {redis.pexpiretime(f"{name}_v"), redis.pexpiretime(f"{name}_d")}
         assert len(instants) == 1
         assert instants.pop() > 0
-    # No lifetime takes an earlier one away, from both.
+    # A write without a TTL removes an earlier one, from both.
     await cache.set("a", 2, [2], if_newer=if_newer)
     assert (redis.ttl("a_v"), redis.ttl("a_d")) == (-1, -1)
 
 
 @pytest.mark.parametrize("options", [{}, {"ttl": 60}, {"ttl": 60, "if_newer": True}])
-async def test_what_the_server_refuses_leaves_no_half(
+async def test_a_refused_write_leaves_no_half(
     make_cache: MakeCache, make_server: MakeServer, options: dict[str, Any]
 ) -> None:
     server = make_server("--maxmemory-policy", "noeviction")
@@ -412,7 +413,7 @@ async def test_data_that_cannot_be_encoded_is_refused_at_the_call(
     assert sorted(redis.keys("*")) == [b"after_d", b"after_v", b"before_d", b"before_v"]
 
 
-# -- an empty bulk asks nobody
+# -- an empty bulk sends nothing
 
 
 async def test_empty_bulks_have_empty_results_and_send_nothing(cache: dscache.AsyncCache) -> None:
@@ -424,10 +425,10 @@ async def test_empty_bulks_have_empty_results_and_send_nothing(cache: dscache.As
     assert (stats["commands"], stats["bytes_out"], stats["pending"]) == (0, 0, 0)
 
 
-# -- close finishes what was issued, and always ends
+# -- close completes issued operations, and always ends
 
 
-async def test_what_was_issued_before_close_is_done(
+async def test_operations_issued_before_close_complete(
     make_cache: MakeCache, redis: redis_py.Redis
 ) -> None:
     cache = await make_cache()
@@ -451,7 +452,7 @@ async def test_close_may_be_called_again(make_cache: MakeCache) -> None:
         await cache.close()
 
 
-async def test_close_ends_while_redis_is_away(
+async def test_close_ends_while_redis_is_down(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     server = make_server()
@@ -466,9 +467,7 @@ async def test_close_ends_while_redis_is_away(
         await cache.close()
 
 
-async def test_close_ends_while_redis_says_nothing(
-    make_cache: MakeCache, proxy: FaultProxy
-) -> None:
+async def test_close_ends_while_redis_is_silent(make_cache: MakeCache, proxy: FaultProxy) -> None:
     cache = await make_cache(url=proxy.url, commandTimeout=600_000, closeTimeout=100)
     await cache.set("a", 1, [1])
     proxy.stall()
@@ -479,10 +478,10 @@ async def test_close_ends_while_redis_says_nothing(
             await pending
 
 
-# -- no such database: never another one
+# -- a missing database is never replaced by another
 
 
-async def test_without_its_database_it_is_never_ready_and_writes_nowhere(
+async def test_without_its_database_a_cache_never_writes(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     server = make_server("--databases", "2")
@@ -502,7 +501,7 @@ async def test_without_its_database_it_is_never_ready_and_writes_nowhere(
         assert redis.info("keyspace") == {}
 
 
-# -- a URL means what it says
+# -- a URL is taken literally
 
 
 async def test_a_url_with_user_password_and_database(
@@ -526,7 +525,7 @@ async def test_rediss_is_tls(
     make_cache: MakeCache, tls_proxy: FaultProxy, certificates: TLSFiles
 ) -> None:
     assert tls_proxy.url.startswith("rediss://")
-    # The proxy forwards nothing but TLS: that it works is the proof.
+    # The proxy forwards only TLS: working at all is the proof.
     cache = await make_cache(url=tls_proxy.url, tls={"ca": certificates.authority})
     assert await cache.set("a", 1, [1]) is True
     with pytest.raises((dscache.ConnectError, dscache.ReplyError), match="certificate"):
@@ -535,17 +534,17 @@ async def test_rediss_is_tls(
         await make_cache(url=tls_proxy.url.replace("rediss://", "redis://"), connectTimeout=1000)
 
 
-async def test_host_and_port_alone(
+async def test_a_url_with_only_host_and_port(
     server: EmbeddedServer, backend: str, redis: redis_py.Redis
 ) -> None:
     async with dscache.AsyncCache.from_config(f"{server.host}:{server.port}") as cache:
         assert await cache.set("a", 1, [1]) is True
 
 
-# -- numbers and texts where the other was meant
+# -- numbers for texts, and texts for numbers
 
 
-async def test_numeric_text_for_port_and_database_and_a_number_for_a_password(
+async def test_numeric_texts_and_numbers_are_converted(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     server = make_server("--requirepass", "12345")
@@ -555,11 +554,11 @@ async def test_numeric_text_for_port_and_database_and_a_number_for_a_password(
         assert redis.mget("a_v", "a_d") == [b"1", b"[1]"]
 
 
-# -- a password that is refused is said at once
+# -- a refused password fails at once
 
 
 @pytest.mark.parametrize("options", [{}, {"password": "wrong"}], ids=["none", "wrong"])
-async def test_a_refused_password_is_said_at_once_and_not_shown(
+async def test_a_refused_password_fails_at_once_and_is_hidden(
     make_cache: MakeCache, make_server: MakeServer, options: dict[str, str]
 ) -> None:
     server = make_server("--requirepass", "right")
@@ -569,10 +568,10 @@ async def test_a_refused_password_is_said_at_once_and_not_shown(
     assert "wrong" not in str(caught.value).replace("WRONGPASS", "")
 
 
-# -- what it has to say goes to Python's logging
+# -- logging goes through Python's logging
 
 
-async def test_it_logs_as_dscache(
+async def test_logging_uses_the_name_dscache(
     make_cache: MakeCache, make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="dscache")

@@ -1,6 +1,6 @@
-"""The blocking Cache on real clusters: the scenarios of ``test_cluster.py``, done by threads.
+"""The blocking Cache on real clusters: the scenarios of ``test_cluster.py``, in threads.
 
-What is driven by a load is driven by the same, through ``ThreadedCache``.
+Load tests use the same load, through ``ThreadedCache``.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from tests.support.blocking import (
     until,
 )
 from tests.support.blocking_checks import (
-    assert_a_place_is_made,
-    assert_bulks_come_through,
+    assert_a_lost_connection_frees_its_place,
     assert_each_size_is_read,
     assert_interrupted,
+    assert_large_bulks_work,
     assert_struck_at_each_line,
 )
 from tests.support.clusters import ClusterGroup, ClusterNode, Failover
 from tests.support.faults import FakeServer
 
 THREADS = 8
-# What takes long, or has more to do with the cache than with the server, is done on one kind.
+# Tests that take long, or concern the cache more than the server, run on one kind of server.
 on_newest = pytest.mark.parametrize(
     "binary", BY_AGE[-1:], indirect=True, ids=lambda binary: binary.name
 )
@@ -69,7 +69,7 @@ def assert_drained(cache: dscache.Cache) -> None:
 
 @contextlib.contextmanager
 def opened(group: ClusterGroup, **options: Any) -> Iterator[dscache.Cache]:
-    """Open a cache that is drained at the end, and leaves nothing behind."""
+    """Open a cache that is drained at the end and leaves nothing behind."""
     with cache_on(group, **options) as cache:
         yield cache
     assert_drained(cache)
@@ -77,7 +77,7 @@ def opened(group: ClusterGroup, **options: Any) -> Iterator[dscache.Cache]:
 
 @contextlib.asynccontextmanager
 async def threaded(group: ClusterGroup, threads: int = THREADS, **options: Any) -> Any:
-    """Open a cache that threads use, for what drives an asyncio one."""
+    """Open a cache in threads, for loads that drive an asyncio one."""
     async with asyncio.timeout(PATIENCE):
         async with ThreadedCache(cache_on(group, **options), threads) as cache:
             yield cache
@@ -89,7 +89,7 @@ def ports_of(nodes: list[ClusterNode]) -> set[str]:
 
 
 def connect_all(cache: dscache.Cache, count: int, names: Iterable[str]) -> None:
-    """Have the cache open so many connections to the nodes of these names."""
+    """Let the cache open that many connections to the nodes of these names."""
     together = threading.Barrier(count)
 
     def each() -> Iterator[str]:
@@ -103,7 +103,7 @@ def connect_all(cache: dscache.Cache, count: int, names: Iterable[str]) -> None:
 def behind_proxies(
     nodes: list[ClusterNode], **proxy_options: Any
 ) -> Iterator[tuple[dict[ClusterNode, ProxyThread], dict[str, Any]]]:
-    """Put a proxy before each node; gives them, and the options that lead through them."""
+    """Put a proxy before each node; yields them, and the options that lead through them."""
     with contextlib.ExitStack() as stack:
         proxies = {
             node: stack.enter_context(ProxyThread(node.host, node.port, **proxy_options))
@@ -126,7 +126,7 @@ def behind_proxies(
 
 
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])
-async def test_records_are_where_they_belong(
+async def test_records_are_on_the_nodes_of_their_slots(
     layout: str, group: ClusterGroup, backend: str
 ) -> None:
     figures = Figures("sync-cluster")
@@ -138,20 +138,20 @@ async def test_records_are_where_they_belong(
         assert stats["redirections"] == 0
         assert (stats["hits"], stats["halves"], stats["damaged"]) == (1200, 0, 0)
         assert (stats["writes"], stats["deletes"]) == (600, 600)
-        # A bulk is one operation, on however many nodes.
+        # A bulk is one operation, on any number of nodes.
         assert (stats["operations"], stats["records"]) == (4 + 4 * 300, 8 * 300)
 
 
 @on_newest
-async def test_nothing_is_torn(group: ClusterGroup, backend: str) -> None:
+async def test_records_are_never_torn(group: ClusterGroup, backend: str) -> None:
     figures = Figures("sync-cluster")
     async with threaded(group, **PATIENT) as cache:
         await cluster_rows.tear_none(figures, cache, 2000)
     assert figures.problems == []
 
 
-def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) -> None:
-    """The default layout, a prefix, lifetimes, guarded writes, and what the cache says of it."""
+def test_a_cluster_behaves_like_a_server(group: ClusterGroup, backend: str) -> None:
+    """The default layout, a prefix, TTLs, guarded writes, and the description of the cache."""
     with opened(group, keyPrefix="app/", **PATIENT, **CURIOUS) as cache:
         assert cache.is_ready
         server = group.nodes[0].server.binary.name.replace("-", " ")
@@ -175,7 +175,7 @@ def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) ->
         assert cache.delete_bulk([*names, "none"]) == 300
         assert cache.get_bulk([]) == {}
         assert cache.set_bulk({}) == set()
-        # No replica is needed, though it is a configured node.
+        # Configured nodes include a replica, but reads don't need it.
         until(lambda: cache.get("a") and set(cache.stats()["nodes"]) == ports_of(group.primaries()))
         stats = cache.stats()
         assert (stats["not_newer"], stats["last_loss"]) == (181, "")
@@ -184,8 +184,8 @@ def test_what_a_server_does_a_cluster_does(group: ClusterGroup, backend: str) ->
             assert stats[counter] >= sum(one[counter] for one in stats["nodes"].values()) > 0
 
 
-def test_records_that_lie_apart(group: ClusterGroup, backend: str) -> None:
-    """deepstream's own layout: each key is where Redis wants it, and a half is a miss."""
+def test_split_records_on_a_cluster(group: ClusterGroup, backend: str) -> None:
+    """deepstream's own layout: each key is on the node of its own slot, and a half is a miss."""
     with opened(group, keyLayout="deepstream", **PATIENT) as cache:
         assert cache.set("a", 1, {"b": 1}, ttl=100) is True
         for key, value in (("a_v", "1"), ("a_d", '{"b":1}')):
@@ -213,21 +213,21 @@ def test_one_of_several_nodes_is_enough(group: ClusterGroup, backend: str) -> No
         names = [f"n/{i}" for i in range(100)]
         cache.set_bulk({name: (1, name) for name in names})
         assert len(cache.get_bulk(names)) == 100
-        # Those that were of no use are forgotten by and by.
+        # Unused nodes are forgotten eventually.
         primaries = ports_of(group.primaries())
         until(lambda: cache.get("n/1") and set(cache.stats()["nodes"]) == primaries)
 
 
 @pytest.mark.parametrize("host", [None, b"", b"?"])
-def test_a_node_that_does_not_know_its_address(host: bytes | None, backend: str) -> None:
-    """A cluster of one announces no host: it is the one that was asked."""
+def test_a_node_without_an_announced_address(host: bytes | None, backend: str) -> None:
+    """A cluster of one announces no host, which means the host that was asked."""
     with fakes(1) as cluster:
         (node,) = cluster.nodes
         node.announced = host, node.port
         options = {"nodes": [{"host": "localhost", "port": node.port}], **PATIENT}
         with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
             assert cache.set("a", 1, [1]) is True
-            # The name that was asked is where it is: a second connection would be one too many.
+            # The node is at the configured name: a second connection would be one too many.
             assert set(cache.stats()["nodes"]) == {f"localhost:{node.port}"}
 
 
@@ -247,14 +247,14 @@ def test_threads_share_a_cache(group: ClusterGroup, backend: str) -> None:
         stats = cache.stats()
         for node in stats["nodes"].values():
             assert 1 < node["connections"] <= 4
-            # One that connected when it was no longer needed is not counted among them.
+            # One that connected when it was no longer needed is not among them.
             assert node["connects"] >= node["connections"]
         assert (stats["redirections"], stats["last_loss"]) == (0, "")
 
 
 @on_newest
-def test_all_lines_in_use(group: ClusterGroup, backend: str) -> None:
-    """They are bounded for each node, and who waits for one gets it with its connections."""
+def test_all_connections_in_use(group: ClusterGroup, backend: str) -> None:
+    """Connections are limited, and a waiting call gets one with its connections to the nodes."""
     with behind_proxies(group.primaries()) as (proxies, through):
         names = a_name_each(group)
         name, busy = next(iter(names.items()))
@@ -286,7 +286,7 @@ def test_all_lines_in_use(group: ClusterGroup, backend: str) -> None:
 
 
 @on_newest
-def test_a_bulk_is_sent_to_all_nodes_before_the_first_answer(
+def test_a_bulk_is_sent_to_all_nodes_before_the_first_reply(
     group: ClusterGroup, backend: str
 ) -> None:
     primaries = group.primaries()
@@ -312,10 +312,10 @@ def test_a_bulk_is_sent_to_all_nodes_before_the_first_answer(
 def test_large_bulks(group: ClusterGroup, backend: str) -> None:
     """More than the buffers hold, to all nodes at once."""
     with opened(group, maxPending=1000, **PATIENT) as cache:
-        assert_bulks_come_through(cache, 5000)
+        assert_large_bulks_work(cache, 5000)
 
 
-# -- slots that move
+# -- moving slots
 
 
 async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
@@ -326,8 +326,8 @@ async def test_resharding_under_load(group: ClusterGroup, backend: str) -> None:
     assert figures.operations > 0
 
 
-def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
-    """What has moved, what has not, what is half there and what is new: all is found."""
+def test_records_of_a_migrating_slot(group: ClusterGroup, backend: str) -> None:
+    """Moved, unmoved, half moved and new records of a migrating slot are all found."""
     source, target = group.primaries()[:2]
     room = prefix_on(group, source)
     slot = slot_of(room)
@@ -337,7 +337,7 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
         with opened(group, maxRedirections=1000, **PATIENT) as cache:
             cache.set_bulk({name: (i, name) for i, name in enumerate((*names, *others))})
             group.begin_migration(slot, source, target)
-            # An odd number of keys: some record is in two places, and has to wait.
+            # An odd number of keys: one record is on two nodes and has to wait.
             assert group.move_keys(slot, source, target, 41) == 41
             with ThreadPoolExecutor(60) as threads:
                 waiting = threads.submit(cache.get_bulk, names)
@@ -352,14 +352,14 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
                 assert [one.result(PATIENCE).data for one in single] == names  # type: ignore[union-attr]
                 assert cache.set(names[0], 100, "new") is True
                 assert cache.set(names[1], 0, "older", if_newer=True) is False
-                # One that is new must wait until the slot has moved.
+                # A new record must wait until the slot has moved.
                 new = threads.submit(cache.set, f"{names[0]}/new", 1, "new")
                 assert cache.get(names[0]).version == 100  # type: ignore[union-attr]
                 assert not new.done()
                 group.end_migration(slot, source, target)
                 assert new.result(PATIENCE) is True
             assert len(cache.get_bulk(names)) == 50
-            # From then on nothing is redirected any more.
+            # From then on nothing is redirected.
             redirections = cache.stats()["redirections"]
             assert len(cache.get_bulk(names)) == 50
             assert cache.stats()["redirections"] == redirections
@@ -370,8 +370,8 @@ def test_a_slot_on_its_way(group: ClusterGroup, backend: str) -> None:
         group.migrate([slot], target, source)
 
 
-def test_who_leaves_is_closed(backend: str) -> None:
-    """A node without slots that is taken out of the cluster, with operations under way."""
+def test_a_node_that_leaves_is_closed(backend: str) -> None:
+    """A node without slots is removed from the cluster while it has operations in flight."""
     with cluster_rows.leaving_soon(BY_AGE[0]) as (group, leaving, heir):
         names = [f"n/{i}" for i in range(500)]
         with opened(group, **PATIENT, **CURIOUS) as cache, ThreadPoolExecutor(4) as threads:
@@ -387,18 +387,20 @@ def test_who_leaves_is_closed(backend: str) -> None:
             group.forget(leaving)
             left = f"127.0.0.1:{leaving.port}"
             until(lambda: cache.get("n/1") and left not in cache.stats()["nodes"])
-            # That includes what nobody has used since.
-            lines: Any = cache._pool._present  # type: ignore[union-attr]
-            until(lambda: cache.get("n/1") and not any(left in one.connected() for one in lines()))
+            # Including the connections that have been idle since.
+            present: Any = cache._pool._present  # type: ignore[union-attr]
+            until(
+                lambda: cache.get("n/1") and not any(left in one.connected() for one in present())
+            )
             stop.set()
             for reader in readers:
                 reader.result(PATIENCE)
             assert len(cache.stats()["nodes"]) == 2
-            # It is a configured node all the same, and knows a cluster of its own: without slots.
+            # It is still a configured node, in a cluster of its own that has no slots.
             assert cache.set_bulk({name: (2, name) for name in names}) == set()
 
 
-# -- primaries that are lost or replaced
+# -- lost and replaced primaries
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["orderly", "force", "takeover"])
@@ -412,7 +414,7 @@ async def test_failover_under_load(kind: Failover, group: ClusterGroup, backend:
 @on_newest
 async def test_a_killed_primary(group: ClusterGroup, backend: str) -> None:
     figures = Figures("sync-cluster-kill")
-    # Those who wait for the lost shard must not keep threads from the others.
+    # Threads that wait for the lost shard must not hold up the others.
     async with threaded(group, threads=40) as cache:
         await cluster_rows.kill_primary(figures, group, cache, 2)
         assert cache.stats()["last_loss"]
@@ -451,10 +453,8 @@ def test_a_bulk_over_a_lost_shard(group: ClusterGroup, backend: str) -> None:
 
 
 @on_newest
-def test_a_node_that_cannot_be_reached_keeps_no_other_waiting(
-    group: ClusterGroup, backend: str
-) -> None:
-    """It accepts and says nothing: others are connected to, and answer, all the same."""
+def test_an_unreachable_node_delays_no_other(group: ClusterGroup, backend: str) -> None:
+    """It accepts and stays silent: other nodes are connected to, and answer, meanwhile."""
     names = a_name_each(group)
     lost, node = next(iter(names.items()))
     with behind_proxies(group.primaries()) as (proxies, through):
@@ -476,7 +476,7 @@ def test_a_node_that_cannot_be_reached_keeps_no_other_waiting(
 
 @pytest.mark.parametrize("due", [False, True], ids=["", "refresh-is-due"])
 @on_newest
-def test_what_was_closed_between_operations_is_nobodys_business(
+def test_connections_closed_between_operations_fail_none(
     group: ClusterGroup, backend: str, due: bool
 ) -> None:
     names = [f"n/{i}" for i in range(100)]
@@ -486,12 +486,12 @@ def test_what_was_closed_between_operations_is_nobodys_business(
             for client in ("normal", "replica"):
                 node.ask("CLIENT", "KILL", "TYPE", client, "SKIPME", "yes")
         pool: Any = cache._pool
-        for line in pool._present():
-            for node in line._routes.nodes.values():
+        for connection in pool._present():
+            for node in connection._routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
-            pool._map.record_stale()
-            until(lambda: time.monotonic() >= pool._map.refresh_at)
+            pool._state.record_stale()
+            until(lambda: time.monotonic() >= pool._state.refresh_at)
         assert cache.set_bulk({name: (2, name) for name in names}) == set()
         assert set(cache.head_bulk(names).values()) == {2}
         assert "closed" in cache.stats()["last_loss"]
@@ -517,8 +517,8 @@ def test_a_write_that_may_have_happened_says_so(group: ClusterGroup, backend: st
 
 
 @on_newest
-def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) -> None:
-    """Behind names that lead to the new places, the cache heals by itself."""
+def test_all_nodes_restart_at_other_addresses(group: ClusterGroup, backend: str) -> None:
+    """Behind names that lead to the new addresses, the cache recovers by itself."""
     first, second = group.nodes[:2]
     with ProxyThread(first.host, first.port) as one, ProxyThread(second.host, second.port) as other:
         nodes = [{"host": "localhost", "port": way.proxy.port} for way in (one, other)]
@@ -554,7 +554,7 @@ def test_everything_restarts_elsewhere(group: ClusterGroup, backend: str) -> Non
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_node_with_another_password(host: str, guarded_group: ClusterGroup, backend: str) -> None:
-    """It is for that node alone, also when that is discovered by its address."""
+    """It is used only for that node, also when the node is discovered by its address."""
     first, _, third = guarded_group.nodes
     nodes = [
         {"host": host, "port": first.port, "password": OWN},
@@ -570,7 +570,7 @@ def test_a_node_with_another_password(host: str, guarded_group: ClusterGroup, ba
             assert cache.get(name).data == name  # type: ignore[union-attr]
 
 
-def test_a_wrong_password_is_one_nodes_trouble(guarded_group: ClusterGroup, backend: str) -> None:
+def test_a_wrong_password_fails_only_its_node(guarded_group: ClusterGroup, backend: str) -> None:
     first, _, third = guarded_group.nodes
     wrong = "not-the-right-one"
     nodes = [{"port": first.port, "password": wrong}, {"port": third.port, "password": None}]
@@ -601,7 +601,7 @@ def test_wrong_passwords(password: str | None, guarded_group: ClusterGroup, back
     cache.close()
 
 
-def test_who_refused_may_change_its_mind(backend: str) -> None:
+def test_a_refusal_need_not_be_permanent(backend: str) -> None:
     quick = {"first": 1, "cap": 1}
     with fakes() as cluster:
         refusing: Any = cluster.nodes
@@ -617,7 +617,7 @@ def test_who_refused_may_change_its_mind(backend: str) -> None:
                 with pytest.raises(dscache.ConnectError, match="WRONGPASS"):
                     cache.get("a")
             del refusing[0].answers["HELLO"]
-            until(lambda: _is_entered(cache))
+            until(lambda: _opens(cache))
             assert not cache.is_ready
             names = [f"n/{i}" for i in range(20)]
             with pytest.raises(dscache.BulkError, match="WRONGPASS") as error:
@@ -629,7 +629,7 @@ def test_who_refused_may_change_its_mind(backend: str) -> None:
             assert cache.get_bulk(names) == {}
 
 
-def _is_entered(cache: dscache.Cache) -> bool:
+def _opens(cache: dscache.Cache) -> bool:
     try:
         cache.when_ready()
     except dscache.ReplyError:
@@ -638,7 +638,7 @@ def _is_entered(cache: dscache.Cache) -> bool:
 
 
 class Provider(CredentialProvider):
-    """Gives what it is told to, and counts how often it was asked."""
+    """Returns given credentials, and counts the requests for them."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -696,7 +696,7 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
 
 
 @pytest.mark.parametrize("scale", ["master", "slave", "all"])
-def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None:
+def test_reads_are_spread_over_replicas(scale: str, group: ClusterGroup, backend: str) -> None:
     names = [f"n/{i}" for i in range(300)]
     with opened(group, scaleReads=scale, **PATIENT) as cache:
         cache.set_bulk({name: (1, name) for name in names})
@@ -714,12 +714,12 @@ def test_reads_are_scaled(scale: str, group: ClusterGroup, backend: str) -> None
         assert cache.stats()["redirections"] == 0
 
 
-def test_a_replica_that_is_gone_is_not_read(group: ClusterGroup, backend: str) -> None:
-    """Its reads go to the primary at once, and nobody is told."""
+def test_a_lost_replica_is_not_read(group: ClusterGroup, backend: str) -> None:
+    """Its reads go to the primary at once, without an error."""
     names = [f"n/{i}" for i in range(300)]
     with opened(group, scaleReads="slave", **PATIENT, **CURIOUS) as cache:
         cache.set_bulk({name: (1, name) for name in names})
-        until(lambda: len(cache.get_bulk(names)) == 300)  # replicas come after
+        until(lambda: len(cache.get_bulk(names)) == 300)  # replicas connect later
         stop = threading.Event()
 
         def read() -> None:
@@ -746,12 +746,12 @@ def test_a_replica_that_is_gone_is_not_read(group: ClusterGroup, backend: str) -
                 reader.result(PATIENCE)
 
 
-# -- what no real cluster does
+# -- behaviour that no real cluster shows
 
 
 @contextlib.contextmanager
 def fakes(primaries: int = 2, replicas: int = 0) -> Iterator[FakeCluster]:
-    """Nodes that answer as they are told, on a loop in a thread of its own."""
+    """Fake nodes on a loop in its own thread."""
     thread = LoopThread()
 
     async def begin() -> FakeCluster:
@@ -785,8 +785,8 @@ OPERATIONS: dict[str, Callable[[dscache.Cache], Any]] = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_circle_ends(operation: str, backend: str) -> None:
-    """Two nodes that send everything to each other: the error tells the way."""
+def test_circular_redirections_end(operation: str, backend: str) -> None:
+    """Two nodes that redirect everything to each other: the error names the path."""
     with fakes() as cluster:
         one, other = cluster.nodes
         one.say = lambda command, slot: f"-MOVED {slot} {other.address}\r\n".encode()
@@ -809,7 +809,7 @@ def test_a_circle_ends(operation: str, backend: str) -> None:
         *(("set", code) for code in ("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING")),
     ],
 )
-def test_what_is_put_off_is_done_later(operation: str, code: str, backend: str) -> None:
+def test_temporary_refusals_are_retried(operation: str, code: str, backend: str) -> None:
     with fakes() as cluster:
         left = 3
 
@@ -828,7 +828,7 @@ def test_what_is_put_off_is_done_later(operation: str, code: str, backend: str) 
 
 
 @pytest.mark.parametrize("words", ["MOVED", "MOVED x y", "ASK 1 nonsense", "MOVED 77 1.2.3.4:5"])
-def test_a_redirection_to_nowhere_is_tried_again(words: str, backend: str) -> None:
+def test_a_redirection_to_an_unreachable_node_is_retried(words: str, backend: str) -> None:
     with fakes() as cluster:
         for node in cluster.nodes:
             node.say = lambda command, slot: f"-{words}\r\n".encode()
@@ -839,7 +839,7 @@ def test_a_redirection_to_nowhere_is_tried_again(words: str, backend: str) -> No
         assert_drained(cache)
 
 
-def test_a_slot_that_nobody_serves(backend: str) -> None:
+def test_a_slot_without_an_owner(backend: str) -> None:
     with fakes() as cluster:
         for node in cluster.nodes:
             node.knows = [None] * 8192 + node.knows[8192:]
@@ -860,7 +860,7 @@ def test_a_slot_that_nobody_serves(backend: str) -> None:
         assert_drained(cache)
 
 
-def test_no_cluster(server: Any, backend: str) -> None:
+def test_a_single_server_is_no_cluster(server: Any, backend: str) -> None:
     nodes = [{"host": server.host, "port": server.port}]
     cache = dscache.Cache.from_config({"name": "redis", "options": {"nodes": nodes, **PATIENT}})
     with pytest.raises(dscache.ConfigError, match=r"nodes: .* is no node of a cluster.*give host"):
@@ -871,7 +871,7 @@ def test_no_cluster(server: Any, backend: str) -> None:
         pytest.fail("it was entered")
 
 
-def test_nobody_there(backend: str) -> None:
+def test_no_node_is_reachable(backend: str) -> None:
     nodes = [{"port": 1}, {"port": 2}]
     options = {"nodes": nodes, "commandTimeout": 200, "connectTimeout": 200}
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
@@ -885,7 +885,7 @@ def test_nobody_there(backend: str) -> None:
     cache.close()
 
 
-# -- interruptions, processes, greenlets, and the end
+# -- interruptions, processes, greenlets, and closing
 
 
 @on_newest
@@ -956,8 +956,8 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
         assert_drained(cache)
 
 
-def test_close_while_nobody_is_there(backend: str) -> None:
-    """Who waits for a node that can't be reached is told at once."""
+def test_close_while_no_node_is_reachable(backend: str) -> None:
+    """A thread that waits for an unreachable node gets an error at once."""
     options = {"nodes": [{"port": 1}], "closeTimeout": 10, **PATIENT}
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     with ThreadPoolExecutor(1) as threads:
@@ -969,7 +969,7 @@ def test_close_while_nobody_is_there(backend: str) -> None:
 
 
 @on_newest
-def test_from_nothing_to_closed(group: ClusterGroup, backend: str) -> None:
+def test_from_creation_to_close(group: ClusterGroup, backend: str) -> None:
     cache = cache_on(group, **PATIENT)
     assert not cache.is_ready
     assert cache.stats() == {}
@@ -989,7 +989,7 @@ def test_from_nothing_to_closed(group: ClusterGroup, backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])
 @on_newest
-def test_what_is_dropped_unclosed_is_closed(group: ClusterGroup, backend: str, layout: str) -> None:
+def test_a_dropped_cache_is_closed(group: ClusterGroup, backend: str, layout: str) -> None:
     redis_options = {"connectionName": "dropped"}
     cache = cache_on(group, keyLayout=layout, redisOptions=redis_options, **PATIENT)
     cache.set_bulk({f"n/{i}": (1, i) for i in range(50)})
@@ -1002,31 +1002,31 @@ def test_what_is_dropped_unclosed_is_closed(group: ClusterGroup, backend: str, l
 
 
 @on_newest
-def test_a_place_is_not_lost_with_the_thread_that_had_it(group: ClusterGroup, backend: str) -> None:
+def test_an_interrupted_thread_frees_its_place(group: ClusterGroup, backend: str) -> None:
     with opened(group, maxConnections=1, whenFull="error", **PATIENT) as cache:
         names = a_name_each(group)
         assert cache.set_bulk({name: (1, name) for name in names}) == set()
         for _ in range(3):
-            assert_a_place_is_made(cache)
+            assert_a_lost_connection_frees_its_place(cache)
             assert len(cache.get_bulk(names)) == 3
         assert cache.stats()["connections"] == 3
 
 
-def test_a_claim_ends_by_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever had taken it on to ask for the slots was struck, and nobody knows."""
+def test_the_claim_of_a_refresh_expires(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that had claimed the refresh was interrupted without leaving a trace."""
     with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
         pool: Any = cache._pool
         one, other = cluster.nodes
-        pool._map.record_stale()
-        until(lambda: pool._map.start_refresh(time.monotonic()))
+        pool._state.record_stale()
+        until(lambda: pool._state.start_refresh(time.monotonic()))
         for node in cluster.nodes:
             node.knows = [one] * 16384
         views = one.views + other.views
         until(lambda: cache.set("a", 1, 1) and one.views + other.views > views)
 
 
-def test_a_server_that_says_nothing_of_use(backend: str) -> None:
-    """Nonsense in place of a view is no view; the next may be."""
+def test_a_server_with_invalid_views(backend: str) -> None:
+    """Nonsense in place of a view changes nothing; the next reply may be a view."""
     thread = LoopThread()
 
     async def begin() -> FakeServer:

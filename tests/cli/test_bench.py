@@ -1,4 +1,4 @@
-"""bench: a load, what it measures, and that nothing of it stays."""
+"""bench: its load, its measurements, and its cleanup."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def client(loaded: EmbeddedServer) -> Iterator[redis_py.Redis]:
         opened.flushall()
         opened.mset({"user/1_v": 1, "user/1_d": "{}"})
         yield opened
-        # Of a load nothing stays, and nothing else is touched.
+        # A load leaves nothing behind and touches nothing else.
         assert sorted(opened.keys()) == [b"user/1_d", b"user/1_v"]
 
 
@@ -52,7 +52,7 @@ SHORT = ("--seconds", "0.2", "--records", "50", "--tasks", "5")
         (("--bulk", "100", "--size", "1"), True, True),
     ],
 )
-def test_a_load(
+def test_a_load_is_measured(
     words: tuple[str, ...],
     reads: bool,
     writes: bool,
@@ -75,7 +75,7 @@ def test_a_load(
     assert document["records_per_second"] == pytest.approx(rate, rel=0.01)
 
 
-def test_records_have_the_size_asked_for(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_records_have_the_given_size(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
     sizes = set()
     set_bulk = AsyncCache.set_bulk
 
@@ -88,7 +88,7 @@ def test_records_have_the_size_asked_for(loaded: EmbeddedServer, client: redis_p
     assert sizes == {300}
 
 
-def test_a_drawing(loaded: EmbeddedServer, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_a_chart(loaded: EmbeddedServer, client: redis_py.Redis, tmp_path: Path) -> None:
     file = tmp_path / "latency.svg"
     done = invoke("bench", *SHORT, "--plot", str(file), "--url", loaded.url)
     assert done.status == 0
@@ -117,7 +117,7 @@ def test_operations_that_fail_are_counted(loaded: EmbeddedServer, client: redis_
     assert "failed: ConnectionLost: it was unplugged" in done.err
 
 
-def test_ctrl_c_removes_what_it_wrote(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_ctrl_c_removes_the_written_records(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
     with running("bench", "--seconds", "60", "--url", loaded.url) as process:
         while client.dbsize() < 100:
             assert process.poll() is None
@@ -145,7 +145,7 @@ def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=200))
-def test_percentiles_are_off_by_little(times: list[int]) -> None:
+def test_percentiles_are_nearly_exact(times: list[int]) -> None:
     latencies = Latencies()
     for time in times:
         latencies.add(time)
@@ -159,7 +159,7 @@ def test_percentiles_are_off_by_little(times: list[int]) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5000])
-def test_drawings_of_few_and_of_many(count: int) -> None:
+def test_charts_of_few_and_many_values(count: int) -> None:
     random.seed(count)
     reads = Latencies()
     for _ in range(count):

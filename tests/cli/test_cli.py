@@ -1,4 +1,4 @@
-"""The command line as one meets it: on a terminal, in a pipe, on clusters that are well or not."""
+"""The command line as a user sees it: on a terminal, in a pipe, on healthy and broken clusters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.documents import PROJECT, code, prose, section, table
 DOCUMENT = PROJECT / "docs" / "cli.md"
 PASSWORD = "pass@word"
 IN_URL = "pass%40word"
-# Where nobody listens.
+# An address without a listener.
 NOBODY = "127.0.0.1:1"
 COLUMNS = ("node", "role", "its primary", "slots", "count", "round trip", "server", "health")
 
@@ -79,7 +79,7 @@ def look(node: ClusterNode) -> ClusterReport:
 
 
 def shown(report: ClusterReport, width: int = 130) -> list[str]:
-    """Return the lines of a report as a terminal of that width shows it."""
+    """Return the lines of a report as shown by a terminal of that width."""
     written = io.StringIO()
     Console(file=written, width=width).print(cluster_command.page(report, width))
     return [line.rstrip() for line in written.getvalue().splitlines()]
@@ -117,7 +117,7 @@ def test_a_pipe_gets_json_of_all_nodes(group: ClusterGroup) -> None:
         assert (entry["down"], entry["health"]) == (None, "ok")
 
 
-def test_a_terminal_gets_a_table_unless_json_is_asked_for(group: ClusterGroup) -> None:
+def test_a_terminal_gets_a_table_unless_json_is_requested(group: ClusterGroup) -> None:
     url = url_of(group.nodes[0])
     status, written = run_on_terminal("cluster", "--url", url)
     assert status == 0
@@ -134,7 +134,7 @@ def test_a_terminal_gets_a_table_unless_json_is_asked_for(group: ClusterGroup) -
     assert "\x1b" not in written
 
 
-def test_the_table_shows_who_serves_what(group: ClusterGroup) -> None:
+def test_the_table_shows_each_node_and_its_slots(group: ClusterGroup) -> None:
     report = look(group.nodes[0])
     lines = shown(report)
     for node in group.primaries():
@@ -152,7 +152,7 @@ def test_the_table_shows_who_serves_what(group: ClusterGroup) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 99])
-def test_a_narrow_table_leaves_out_what_can_be_missed(width: int) -> None:
+def test_a_narrow_table_omits_the_least_important_columns(width: int) -> None:
     down = NodeReport(
         address="127.0.0.1:50002",
         role="replica",
@@ -187,7 +187,7 @@ def test_a_narrow_table_leaves_out_what_can_be_missed(width: int) -> None:
     told = " ".join(text.split())
     assert f"1 primary, 1 replica, {SLOTS} of {SLOTS} slots covered, redis 7.0.15" in told
     assert f"warning: {down.address}, replica, is down: Connection refused" in told
-    # Servers that differ are what one may be looking for.
+    # Differing versions may be the reason for looking.
     other = NodeReport(address="a:1", role="primary", round_trip_ms=1.0, server="valkey 9.1.2")
     assert "redis 7.0.15" not in shown(ClusterReport((up, other)), width)[-1]
     assert width < 80 or "server" in shown(ClusterReport((up, other)), width)[0].split()
@@ -200,7 +200,7 @@ def test_the_configuration_may_be_a_file(group: ClusterGroup, folder: Path) -> N
     (folder / "cluster.json").write_text(written)
     asked = run("cluster", "--config", "cluster.json", REDIS_PASSWORD=PASSWORD)
     assert (asked.returncode, asked.stderr, len(entries(asked))) == (0, "", 6)
-    # Without either option, and with a server that isn't said to be one of a cluster.
+    # Without either option, and with a server not marked as one of a cluster.
     options = {**nodes[1], "password": PASSWORD}
     written = json.dumps({"cache": {"name": "redis", "options": options}})
     (folder / "config.yml").write_text(written)
@@ -209,7 +209,7 @@ def test_the_configuration_may_be_a_file(group: ClusterGroup, folder: Path) -> N
     assert entries(default).keys() == entries(asked).keys()
 
 
-def test_what_the_configuration_warns_of_is_told_once(group: ClusterGroup, folder: Path) -> None:
+def test_warnings_of_the_configuration_are_shown_once(group: ClusterGroup, folder: Path) -> None:
     options = {**group.options, "username": "ada"}
     written = json.dumps({"cache": {"name": "redis", "options": options}})
     (folder / "config.yml").write_text(written)
@@ -239,13 +239,13 @@ async def test_nothing_stays_open(is_killed: bool, group: ClusterGroup, backend:
     assert open_files() == files
 
 
-# -- what is wrong with it
+# -- problems
 
 
 def test_a_killed_replica_is_a_warning(group: ClusterGroup) -> None:
     replica = group.replicas()[0]
     group.kill(replica)
-    # At once, when the others may still take it for well, and later.
+    # At once, when the other nodes may still believe it is up, and later.
     for others_know in (False, True):
         done = run("cluster", "--url", url_of(group.primaries()[0]))
         assert (done.returncode, done.stderr) == (0, "")
@@ -279,7 +279,7 @@ def test_a_killed_primary_is_a_problem(group: ClusterGroup) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     document = json.loads(done.stdout)
     assert not document["ok"]
-    assert document["slots"]["covered"] == SLOTS  # they are its still, and nobody else's
+    assert document["slots"]["covered"] == SLOTS  # they still belong to it, and to no other
     lost = entries(done)[place(primary)]
     assert (lost["health"], lost["slot_count"]) == ("failed", len(slots))
     assert document["problems"] == [
@@ -294,7 +294,7 @@ def test_a_killed_primary_is_a_problem(group: ClusterGroup) -> None:
     assert f"problem: {document['problems'][0]}" in plain(written).splitlines()
 
 
-def test_a_primary_that_was_replaced_is_a_warning(group: ClusterGroup) -> None:
+def test_a_replaced_primary_is_a_warning(group: ClusterGroup) -> None:
     old = group.primaries()[0]
     new = group.replica_of(old)
     group.kill(old)
@@ -303,12 +303,12 @@ def test_a_primary_that_was_replaced_is_a_warning(group: ClusterGroup) -> None:
     assert report.problems == []
     (remark,) = report.remarks
     assert remark.startswith(f"{place(old)}, primary, is down: ")
-    # Without slots it stands behind all those that have some.
+    # Without slots it comes after all nodes that have some.
     assert report.nodes[-1].address == place(old)
     assert report.nodes[-1].slots == ()
 
 
-def test_a_silent_node_is_given_up(group: ClusterGroup) -> None:
+def test_a_silent_node_times_out(group: ClusterGroup) -> None:
     replica = group.replicas()[0]
     group.pause(replica)
     report = asyncio.run(survey(config_of({**group.options, "connectTimeout": 300})))
@@ -317,7 +317,7 @@ def test_a_silent_node_is_given_up(group: ClusterGroup) -> None:
     assert report.problems == []
 
 
-def test_a_node_may_refuse_alone(group: ClusterGroup) -> None:
+def test_a_single_node_may_refuse(group: ClusterGroup) -> None:
     refusing = group.replicas()[0]
     nodes: list[dict[str, Any]] = [
         {"host": refusing.host, "port": refusing.port, "password": "wrong-one"},
@@ -358,7 +358,7 @@ def test_slots_without_a_primary_are_a_problem(lonely: ClusterGroup) -> None:
         lonely.wait_until_ok()
 
 
-def test_who_may_not_ask_for_nodes_gets_those_of_the_slots(lonely: ClusterGroup) -> None:
+def test_without_cluster_nodes_the_slots_name_the_nodes(lonely: ClusterGroup) -> None:
     (node,) = lonely.nodes
     node.ask("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all", "-cluster|nodes", "-info")
     try:
@@ -372,11 +372,11 @@ def test_who_may_not_ask_for_nodes_gets_those_of_the_slots(lonely: ClusterGroup)
     assert (only.slots, only.down, only.health) == (((0, SLOTS - 1),), None, "ok")
 
 
-# -- what ends it
+# -- errors that end it
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line of an error of dscache."""
+    """Return the single line of an error of dscache."""
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("dscache: ")
     assert done.stderr.count("\n") == 1
@@ -392,7 +392,7 @@ def test_a_wrong_password(group: ClusterGroup) -> None:
     assert said.startswith("NOAUTH ")
 
 
-def test_no_cluster(binary: ServerBinary) -> None:
+def test_a_single_server_is_no_cluster(binary: ServerBinary) -> None:
     with EmbeddedServer(binary) as server:
         said = failure(run("cluster", "--url", server.url))
         address = f"{server.host}:{server.port}"
@@ -400,7 +400,7 @@ def test_no_cluster(binary: ServerBinary) -> None:
         assert said.endswith("; use dscache doctor for a single server")
 
 
-def test_nobody_there(folder: Path) -> None:
+def test_no_node_is_reachable(folder: Path) -> None:
     options = {"nodes": [{"host": "127.0.0.1", "port": 1}], "connectTimeout": 100}
     (folder / "config.yml").write_text(json.dumps({"name": "redis", "options": options}))
     said = failure(run("cluster"))
@@ -420,7 +420,7 @@ def test_nobody_there(folder: Path) -> None:
         (("--config", "redis://:secret@h"), "h: a configuration is a file ending in"),
     ],
 )
-def test_what_is_configured_wrong(
+def test_mistakes_in_the_configuration(
     words: Sequence[str], error: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["dscache", "cluster", *words])
@@ -465,12 +465,12 @@ def test_a_wrong_command_line_on_a_terminal() -> None:
         ),
     ],
 )
-def test_what_can_be_no_node(entry: dict[str, Any], error: str) -> None:
+def test_invalid_nodes(entry: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(error)}"):
         cluster_config.on_cluster(load(entry))
 
 
-def test_a_url_names_a_node_and_what_all_need(certificates: TLSFiles) -> None:
+def test_a_url_gives_a_node_and_the_options_of_all(certificates: TLSFiles) -> None:
     url = (
         f"rediss://ada:secret@h:7000?ssl_ca_certs={certificates.authority}"
         "&client_name=me&socket_connect_timeout=0.5"
@@ -486,7 +486,7 @@ def test_a_url_names_a_node_and_what_all_need(certificates: TLSFiles) -> None:
     assert cluster_config.on_cluster(nodes) is nodes
 
 
-# -- how it is installed
+# -- installation
 
 
 BLOCKED = """\
@@ -504,7 +504,7 @@ main()
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_the_extra_it_says_what_to_install(package: str) -> None:
+def test_without_the_extra_the_error_says_what_to_install(package: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKED, package],
         capture_output=True,
@@ -517,7 +517,7 @@ def test_without_the_extra_it_says_what_to_install(package: str) -> None:
     )
 
 
-def test_what_is_missing_elsewhere_is_no_missing_extra() -> None:
+def test_other_import_errors_are_not_a_missing_extra() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, "statistics"],
         capture_output=True,
@@ -564,13 +564,13 @@ def test_version() -> None:
     assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*\n", done.stdout)
 
 
-def test_without_a_command_it_shows_what_there_is() -> None:
+def test_without_a_command_the_help_is_shown() -> None:
     done = run()
     assert done.returncode in (0, 2)  # versions of typer differ
     assert "Show the nodes of a cluster" in done.stdout + done.stderr
 
 
-# -- what nodes say
+# -- nodes' replies
 
 
 ASKED = ("10.0.0.9", 7000)
@@ -578,7 +578,7 @@ TAIL = "0 1600000000000 1 connected"
 
 
 def members(text: str, slots: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
-    """Return where the nodes of a reply to CLUSTER NODES are, by id."""
+    """Return the addresses in a reply to CLUSTER NODES, by node id."""
     configured = config_of({"nodes": [{"host": "h"}], **options}).options
     lines = cluster_survey._parse_nodes(text.encode())
     found = cluster_survey._members(lines, slots, ASKED, configured)
@@ -599,14 +599,14 @@ def members(text: str, slots: Sequence[Any] = (), **options: Any) -> dict[str, A
         (f"a 10.0.0.1:7000@17000 master,noaddr - {TAIL}", None),
     ],
 )
-def test_where_a_node_is(line: str, address: str | None) -> None:
+def test_the_address_of_a_node(line: str, address: str | None) -> None:
     member = members(line)["a"]
     assert (member.place is None) == (address is None)
     assert member.report.address == (address or "a")
     assert member.report.role == "primary"
 
 
-def test_where_a_node_is_by_the_slots_and_the_map() -> None:
+def test_the_address_of_a_node_by_the_slots_and_the_nat_map() -> None:
     lines = "\n".join(
         [
             f"a 10.0.0.1:7000@17000,one.example master - {TAIL} 0-5 [7->-b]",
@@ -622,7 +622,7 @@ def test_where_a_node_is_by_the_slots_and_the_map() -> None:
     assert {name: one.place for name, one in found.items()} == {
         "a": ("one.example", 7000),
         "b": ("127.0.0.1", 7002),
-        # Not among the slots, and named as those are.
+        # Not among the slots, but named in the same way.
         "c": ("three.example", 7000),
         "e": ("10.0.0.5", 7000),
     }
@@ -643,7 +643,7 @@ def test_where_a_node_is_by_the_slots_and_the_map() -> None:
         ("myself,master", "disconnected", "ok"),
     ],
 )
-def test_what_others_say_of_a_node(flags: str, link: str, health: str) -> None:
+def test_the_state_of_a_node_reported_by_others(flags: str, link: str, health: str) -> None:
     line = f"a 10.0.0.1:7000@17000 {flags} - 0 0 1 {link}"
     assert members(line)["a"].report.health == health
 
@@ -662,7 +662,7 @@ def test_what_others_say_of_a_node(flags: str, link: str, health: str) -> None:
         ({"cluster_state": "fail"}, {"master_link_status": "up"}, "cluster down"),
     ],
 )
-def test_what_a_replica_says_of_itself(
+def test_the_state_a_replica_reports_for_itself(
     cluster: dict[str, str], replication: dict[str, str], health: str
 ) -> None:
     well = NodeReport(address="a", role="replica")
@@ -672,12 +672,12 @@ def test_what_a_replica_says_of_itself(
 
 
 @pytest.mark.parametrize("reply", [None, 1, b"a", b"a :x@1 master - 0 0 1 connected", [b"a"]])
-def test_no_reply_to_cluster_nodes(reply: Any) -> None:
+def test_invalid_replies_to_cluster_nodes(reply: Any) -> None:
     with pytest.raises(ProtocolError, match=r"^unexpected reply to CLUSTER NODES: "):
         cluster_survey._parse_nodes(reply)
 
 
-def test_many_ranges_are_shortened_and_servers_steer_no_terminal() -> None:
+def test_many_ranges_are_shortened_and_control_characters_removed() -> None:
     ranges = tuple((first, first) for first in range(0, 20, 2))
     report = ClusterReport(
         (NodeReport(address="a:1", role="primary", slots=ranges, down="\x1b[2J\nboo"),)
@@ -701,11 +701,11 @@ def test_an_error_is_one_line(
     assert ended.value.code == "dscache: ERR  [2J boo"
 
 
-# -- what the documentation tells
+# -- documentation
 
 
 SHARED = ("--config", "--url", "--layout", "--json")
-# Where the options of a command stand that no other one has.
+# The section for options that no other command has.
 HEADINGS = {
     "set": "Records",
     "export": "export and import",

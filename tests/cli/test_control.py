@@ -1,4 +1,4 @@
-"""The connection of commands that aren't about single records: replies, pushes, and its end."""
+"""The control connection of the commands: replies, pushes, and its end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options_of(fake: FakeServer, **more: Any) -> Options:
     return load({"name": "redis", "options": {"url": fake.url, **more}}).options
 
 
-async def test_replies_come_back_in_their_order() -> None:
+async def test_replies_are_returned_in_order() -> None:
     answers = {"PING": b"+PONG\r\n", "DBSIZE": b":7\r\n", "NONE": b"_\r\n", "BAD": b"-ERR no\r\n"}
     async with FakeServer(answers) as fake:
         direct = await ControlConnection.open(options_of(fake))
@@ -40,7 +40,7 @@ async def test_replies_come_back_in_their_order() -> None:
         assert await direct.execute_many() == []
         with pytest.raises(ReplyError, match=r"^ERR no \(BAD at 127\.0\.0\.1:\d+\)$"):
             await direct.execute("BAD")
-        # Who doesn't wait any longer leaves the others their replies.
+        # A caller that stops waiting leaves the others their replies.
         left = asyncio.ensure_future(direct.execute("PING"))
         await asyncio.sleep(0)
         left.cancel()
@@ -53,7 +53,7 @@ async def test_replies_come_back_in_their_order() -> None:
             await direct.execute("PING")
 
 
-async def test_pushes_are_told_apart() -> None:
+async def test_pushes_are_not_replies() -> None:
     pushes: list[Any] = []
     async with FakeServer({"PING": b"+PONG\r\n"}) as fake:
         direct = await ControlConnection.open(options_of(fake), pushes.append)
@@ -64,7 +64,7 @@ async def test_pushes_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("answer", [None, b"nonsense\r\n", b":1\r\n:2\r\n"])
-async def test_a_server_that_ends_it_or_is_none(answer: bytes | None) -> None:
+async def test_a_connection_that_the_server_ends(answer: bytes | None) -> None:
     async with FakeServer({"PING": answer}) as fake:
         direct = await ControlConnection.open(options_of(fake))
         if answer and answer.startswith(b":"):
@@ -77,7 +77,7 @@ async def test_a_server_that_ends_it_or_is_none(answer: bytes | None) -> None:
             await direct.execute("PING")
 
 
-async def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hanging_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "_ANSWER_TIMEOUT", 0.1)
     async with FakeServer({"PING": b""}) as fake:
         direct = await ControlConnection.open(options_of(fake))
@@ -94,7 +94,7 @@ async def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) 
         (b"", ConnectError, r"^no connection to 127\.0\.0\.1:\d+: no answer within 100 ms$"),
     ],
 )
-async def test_who_is_not_let_in(answer: bytes | None, error: type[Exception], words: str) -> None:
+async def test_a_refused_login(answer: bytes | None, error: type[Exception], words: str) -> None:
     async with FakeServer({"HELLO": answer}) as fake:
         with pytest.raises(error, match=words):
             await ControlConnection.open(options_of(fake, connectTimeout=100))
@@ -110,14 +110,14 @@ async def test_who_is_not_let_in(answer: bytes | None, error: type[Exception], w
         (b"-NOPERM this user has no permissions\r\n", False),
     ],
 )
-async def test_who_is_a_node_of_a_cluster(answer: bytes, expected: bool) -> None:
+async def test_cluster_nodes_are_detected(answer: bytes, expected: bool) -> None:
     async with FakeServer({"CLUSTER": answer}) as fake:
         direct = await ControlConnection.open(options_of(fake))
         assert await is_clustered(direct) is expected
         direct.close()
 
 
-def test_facts() -> None:
+def test_info_is_parsed() -> None:
     assert parse_info(b"# Server\r\nredis_version:7.0.15\r\nempty:\r\n") == {
         "redis_version": "7.0.15",
         "empty": "",

@@ -1,4 +1,4 @@
-"""doctor: each judgement by itself, and servers that are set well and badly."""
+"""doctor: each check alone, and well and badly configured servers."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ CHECKS = (
     ),
     *("scripts", "tracking", "clock", "key layout", "halves"),
 )
-# What says more of the machine that tests run on than of the server.
+# Checks that depend more on the test machine than on the server.
 FICKLE = {"round trip", "commands", "clock"}
 
 
 @pytest.fixture(scope="module")
-def patient(binary: ServerBinary) -> Iterator[EmbeddedServer]:
-    """A server whose settings tests change; the next one gets it as it was."""
+def restored_server(binary: ServerBinary) -> Iterator[EmbeddedServer]:
+    """A server whose settings tests change; each test gets it in its original state."""
     with EmbeddedServer(binary) as started:
         yield started
 
 
 @pytest.fixture
-def client(patient: EmbeddedServer) -> Iterator[redis_py.Redis]:
-    with redis_py.Redis.from_url(patient.url, decode_responses=True) as opened:
+def client(restored_server: EmbeddedServer) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(restored_server.url, decode_responses=True) as opened:
         opened.flushall()
         yield opened
         opened.replicaof("NO", "ONE")
@@ -69,7 +69,7 @@ def client(patient: EmbeddedServer) -> Iterator[redis_py.Redis]:
 
 
 def look(*words: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Return the exit status of doctor, and what it found by check."""
+    """Return the exit status of doctor, and its findings by check."""
     done = invoke("doctor", *words)
     assert done.err == ""
     document = done.document
@@ -82,25 +82,25 @@ def look(*words: str) -> tuple[int, dict[str, dict[str, Any]]]:
 # -- real servers
 
 
-def test_a_server_that_is_well(patient: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_a_healthy_server(restored_server: EmbeddedServer, client: redis_py.Redis) -> None:
     client.config_set("save", "3600 1")
     client.mset({"a_v": 1, "a_d": "{}", "another": 1})
-    status, found = look("--url", patient.url)
+    status, found = look("--url", restored_server.url)
     assert tuple(found) == CHECKS
     assert {name for name, one in found.items() if one["verdict"] != OK} <= FICKLE
     assert status == (0 if all(one["verdict"] == OK for one in found.values()) else 1)
-    assert found["server"]["found"] == patient.binary.name.replace("-", " ")
+    assert found["server"]["found"] == restored_server.binary.name.replace("-", " ")
     assert found["persistence"]["found"] == "snapshots (save 3600 1)"
     assert found["halves"]["found"] == "none in a sample of 1 record"
     assert found["key layout"]["found"] == "deepstream, as configured"
 
 
-def test_a_server_that_evicts(patient: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_a_server_that_evicts(restored_server: EmbeddedServer, client: redis_py.Redis) -> None:
     client.config_set("maxmemory-policy", "allkeys-random")
     client.config_set("maxmemory", client.info("memory")["used_memory"] + 2_000_000)
     for number in range(600):
         client.mset({f"r{number}_v": 1, f"r{number}_d": "x" * 10_000})
-    status, found = look("--url", patient.url)
+    status, found = look("--url", restored_server.url)
     assert status == 2
     assert found["memory"]["verdict"] == BAD
     assert "allkeys-random; " in found["memory"]["found"]
@@ -109,9 +109,11 @@ def test_a_server_that_evicts(patient: EmbeddedServer, client: redis_py.Redis) -
     assert found["persistence"]["verdict"] == WARNING
 
 
-def test_halves_are_found_from_either_side(patient: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_halves_are_found_by_either_key(
+    restored_server: EmbeddedServer, client: redis_py.Redis
+) -> None:
     client.mset({"a_v": 1, "b_d": "{}", "{c}_v": 1, "{c}_d": "{}", "d_v": 1, "d_d": 1})
-    _, found = look("--url", patient.url)
+    _, found = look("--url", restored_server.url)
     assert found["halves"]["found"].startswith("2 of 4 sampled records have only one key")
 
 
@@ -127,36 +129,36 @@ def test_halves_are_found_from_either_side(patient: EmbeddedServer, client: redi
         ((), (), OK),
     ],
 )
-def test_the_layout_that_is_found(
+def test_the_layout_is_detected(
     keys: tuple[str, ...],
     words: tuple[str, ...],
     verdict: str,
-    patient: EmbeddedServer,
+    restored_server: EmbeddedServer,
     client: redis_py.Redis,
 ) -> None:
     for key in keys:
         client.mset({f"{key}_v": 1, f"{key}_d": "{}"})
-    _, found = look("--url", patient.url, *words)
+    _, found = look("--url", restored_server.url, *words)
     assert found["key layout"]["verdict"] == verdict
     assert (verdict == OK) or "dscache migrate --to" in found["key layout"]["advice"]
 
 
-def test_a_replica(patient: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_a_replica(restored_server: EmbeddedServer, client: redis_py.Redis) -> None:
     client.replicaof("127.0.0.1", "1")
-    status, found = look("--url", patient.url)
+    status, found = look("--url", restored_server.url)
     assert (status, found["role"]["verdict"]) == (2, BAD)
     assert found["role"]["found"] == "replica of 127.0.0.1:1"
 
 
-def test_what_a_user_may_not_ask_is_unknown(
-    patient: EmbeddedServer, client: redis_py.Redis
+def test_a_forbidden_check_is_unknown(
+    restored_server: EmbeddedServer, client: redis_py.Redis
 ) -> None:
     client.execute_command(
         *("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all"),
         *("-config", "-info", "-time", "-eval", "-client|tracking"),
     )
     client.mset({"a_v": 1, "a_d": "{}"})
-    status, found = look("--url", patient.url.replace("://", "://ada:secret@"))
+    status, found = look("--url", restored_server.url.replace("://", "://ada:secret@"))
     unknown = {name for name, one in found.items() if one["verdict"] == UNKNOWN}
     assert unknown == {"role", "persistence", "memory", "clock"}
     assert found["scripts"]["verdict"] == WARNING
@@ -166,23 +168,25 @@ def test_what_a_user_may_not_ask_is_unknown(
     assert status == 1
     assert found["login"]["found"] == "as 'ada', with a password"
     client.execute_command("ACL", "SETUSER", "ada", "+info", "+time", "+eval", "+client")
-    _, found = look("--url", patient.url.replace("://", "://ada:secret@"))
+    _, found = look("--url", restored_server.url.replace("://", "://ada:secret@"))
     assert found["persistence"]["verdict"] == UNKNOWN
     assert found["memory"]["verdict"] == OK
 
 
-def test_nobody_there_and_a_wrong_password(patient: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_an_unreachable_server_and_a_wrong_password(
+    restored_server: EmbeddedServer, client: redis_py.Redis
+) -> None:
     status, found = look("--url", "127.0.0.1:1")
     assert (status, list(found)) == (2, ["connection"])
     assert found["connection"]["found"].endswith("Connection refused")
-    status, found = look("--url", patient.url.replace("://", "://eve:hidden-one@"))
+    status, found = look("--url", restored_server.url.replace("://", "://eve:hidden-one@"))
     assert (status, list(found)) == (2, ["connection"])
     assert found["connection"]["found"].startswith("WRONGPASS ")
     assert "hidden-one" not in str(found)
 
 
-def test_a_terminal(patient: EmbeddedServer, client: redis_py.Redis) -> None:
-    status, written = run_on_terminal("doctor", "--url", patient.url, columns=60)
+def test_a_terminal(restored_server: EmbeddedServer, client: redis_py.Redis) -> None:
+    status, written = run_on_terminal("doctor", "--url", restored_server.url, columns=60)
     assert status == 1  # as nothing is kept
     assert "\x1b[33mwarning" in written
     lines = plain(written).splitlines()
@@ -227,7 +231,7 @@ def test_sentinels(tmp_path: Path) -> None:
     assert GROUP
 
 
-# -- judgements
+# -- checks
 
 
 @pytest.mark.parametrize(
@@ -337,7 +341,7 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
         ),
     ],
 )
-def test_judgements(found: Finding, verdict: str, words: str) -> None:
+def test_checks(found: Finding, verdict: str, words: str) -> None:
     assert found.verdict == verdict
     assert words in found.found
     assert bool(found.advice) == (verdict != OK)
@@ -359,12 +363,12 @@ def says(**parse_info: Any) -> SentinelReport:
         ([says(replicas=0)] * 3, WARNING, "without replicas"),
     ],
 )
-def test_what_sentinels_say(said: list[SentinelReport], verdict: str, words: str) -> None:
+def test_checks_of_sentinels(said: list[SentinelReport], verdict: str, words: str) -> None:
     found = of_topology.check_sentinels(said)
     assert (found.verdict, words in found.found) == (verdict, True)
 
 
-def test_what_clusters_are() -> None:
+def test_checks_of_clusters() -> None:
     primary = NodeReport(address="a:1", role="primary", slots=((0, 16383),))
     replica = NodeReport(address="a:2", role="replica", primary="a:1")
     judge = of_topology.check_cluster
@@ -376,16 +380,16 @@ def test_what_clusters_are() -> None:
     assert judge(ClusterReport((short, replica)), is_configured=True).verdict == BAD
 
 
-def test_of_several_nodes_the_worst_is_told() -> None:
+def test_the_worst_finding_of_several_nodes_is_shown() -> None:
     good, bad = Finding("a", OK, "fine"), Finding("a", BAD, "broken", "mend it")
     assert findings.merged({"x": [good], "y": [good]}) == [good]
     assert findings.merged({"x": [good], "y": [bad]}) == [Finding("a", BAD, "y: broken", "mend it")]
 
 
-# -- what it shows
+# -- output
 
 
-def test_what_servers_say_steers_no_terminal() -> None:
+def test_server_texts_are_shown_without_control_characters() -> None:
     checkup = Checkup("a:1", (Finding("tracking", WARNING, "\x1b[2J\nboo", "\x07"),))
     written = io.StringIO()
     Console(file=written, width=80).print(doctor.page(checkup))

@@ -1,4 +1,4 @@
-"""export and import: there and back, interrupted, gone on with, and what is wrong in between."""
+"""export and import: round trips, interruptions, resumption, and errors in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def dumped() -> Iterator[EmbeddedServer]:
-    """The oldest server; a cluster of the newest stands in another module."""
+    """The oldest server; another module covers a cluster of the newest."""
     with EmbeddedServer(BY_AGE[0]) as started:
         yield started
 
@@ -73,12 +73,12 @@ def names_in(file: Path) -> list[str]:
     return [json.loads(line)["name"] for line in text.splitlines()]
 
 
-# -- there and back
+# -- round trips
 
 
 @pytest.mark.parametrize("layout", ["deepstream", "hashtag"])
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
-def test_there_and_back(
+def test_a_round_trip(
     name: str, layout: str, url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
     text = "".join(
@@ -111,7 +111,7 @@ def test_there_and_back(
     assert os.listdir(tmp_path) == [name]
 
 
-def test_through_a_pipe_and_in_another_layout(url: Url, client: redis_py.Redis) -> None:
+def test_a_round_trip_through_a_pipe_to_another_layout(url: Url, client: redis_py.Redis) -> None:
     fill(client, 10)
     exported = invoke("export", "-", *url)
     assert exported.err.startswith("10 records exported (")
@@ -136,7 +136,7 @@ def test_records_of_a_prefix(
     assert sorted(names_in(file)) == sorted(name for name in names if name.startswith(prefix))
 
 
-def test_lifetimes_go_along(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_ttls_are_exported(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     client.mset({"a_v": 1, "a_d": 1, "b_v": 1, "b_d": 1, "c_v": 1, "c_d": 1})
     for key in ("a_v", "a_d"):
         client.expire(key, 1000)
@@ -161,7 +161,9 @@ def test_lifetimes_go_along(url: Url, client: redis_py.Redis, tmp_path: Path) ->
     assert {client.ttl(f"{name}_v") for name in "abc"} == {-1}
 
 
-def test_halves_and_damage_stay_behind(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_halves_and_damaged_records_are_not_exported(
+    url: Url, client: redis_py.Redis, tmp_path: Path
+) -> None:
     client.mset({"a_v": 1, "b_v": 1, "b_d": "{", "c_v": "x", "c_d": "1", "d_v": 1, "d_d": "1"})
     client.set(b"\xff_v", 1)
     file = tmp_path / "all.ndjson"
@@ -178,7 +180,7 @@ def test_halves_and_damage_stay_behind(url: Url, client: redis_py.Redis, tmp_pat
     assert names_in(file) == ["d"]
 
 
-def test_only_what_is_newer(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_importing_only_newer_records(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     fill(client, 10)
     file = str(tmp_path / "all.ndjson")
     invoke("export", file, *url)
@@ -210,11 +212,11 @@ def test_large_records_are_read_a_few_at_a_time(
     assert max(asked[1:] or [0]) <= 3 or len(asked) == 1
 
 
-# -- interrupted
+# -- interruptions
 
 
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
-def test_an_export_goes_on_where_it_was(
+def test_an_export_resumes(
     name: str, url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
@@ -227,7 +229,7 @@ def test_an_export_goes_on_where_it_was(
     assert sorted(os.listdir(tmp_path)) == [f"{name}.partial", f"{name}.resume"]
     state = json.loads((tmp_path / f"{name}.resume").read_bytes())
     assert 0 < state["records"] <= MANY // 2
-    # What a killed process has written behind the last note is not trusted.
+    # Output that a killed process wrote after its last checkpoint is not trusted.
     with (tmp_path / f"{name}.partial").open("ab") as partial:
         partial.write(b"nonsense")
     done = invoke("export", str(file), *url)
@@ -238,7 +240,7 @@ def test_an_export_goes_on_where_it_was(
     assert os.listdir(tmp_path) == [name]
 
 
-def test_an_export_of_a_server_that_was_restarted_begins_anew(
+def test_an_export_of_a_restarted_server_starts_over(
     url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
@@ -259,7 +261,7 @@ def test_an_export_of_a_server_that_was_restarted_begins_anew(
     assert len(names_in(file)) == 5000 + state["records"]
 
 
-def test_an_unfinished_export_is_of_the_same_records(
+def test_an_unfinished_export_resumes_only_with_the_same_records(
     url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
     fill(client, 3000)
@@ -273,14 +275,14 @@ def test_an_unfinished_export_is_of_the_same_records(
     assert "--restart" in done.err
     done = invoke("export", str(file), "--prefix", "r/1", "--restart", *url)
     assert (done.status, done.document["resumed"]) == (0, 0)
-    # And one that is finished isn't replaced unasked.
+    # And a finished one isn't replaced unless requested.
     done = invoke("export", str(file), *url)
     assert (done.status, "exists already" in done.err) == (2, True)
     done = invoke("export", str(file), "--restart", *url)
     assert (done.status, done.document["records"]) == (0, 3000)
 
 
-def test_a_state_that_is_broken_names_the_way_out(
+def test_a_broken_state_file_names_the_remedy(
     url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
     (tmp_path / "a.ndjson.resume").write_text("{")
@@ -301,7 +303,7 @@ def test_two_exports_into_one_file(url: Url, client: redis_py.Redis, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
-def test_an_import_goes_on_where_it_was(
+def test_an_import_resumes(
     name: str, url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
@@ -316,7 +318,7 @@ def test_an_import_goes_on_where_it_was(
     assert (done.status, done.err) == (1, "dscache: it was unplugged\n")
     state = json.loads((tmp_path / f"{name}.imported").read_bytes())
     assert 0 < state["line"] == state["records"] < MANY
-    # Those that are done are not written again.
+    # Completed records are not written again.
     client.delete(*(f"{one}_v" for one in names_in(file)[: state["line"]]))
     done = invoke("import", str(file), *url)
     assert done.status == 0
@@ -324,13 +326,13 @@ def test_an_import_goes_on_where_it_was(
     assert (done.document["records"], done.document["resumed"]) == (MANY, state["records"])
     assert len(contents(client)) == 2 * MANY - state["line"]
     assert os.listdir(tmp_path) == [name]
-    # With another file of that name, it begins with the first line.
+    # With another file of that name, it begins at the first line.
     (tmp_path / f"{name}.imported").write_text(json.dumps({**state, "changed": 0}))
     done = invoke("import", str(file), *url)
     assert (done.err, contents(client)) == ("", before)
 
 
-def test_ctrl_c_says_so(url: Url, client: redis_py.Redis) -> None:
+def test_ctrl_c_is_reported(url: Url, client: redis_py.Redis) -> None:
     with running("import", "-", *url) as process:
         assert process.stdin
         assert process.stderr
@@ -343,7 +345,7 @@ def test_ctrl_c_says_so(url: Url, client: redis_py.Redis) -> None:
         assert process.stderr.read() == b"dscache: interrupted\n"
 
 
-def test_a_disk_that_is_full(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_a_full_disk(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     fill(client, 10)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     file = tmp_path / "all.ndjson"
@@ -352,12 +354,12 @@ def test_a_disk_that_is_full(url: Url, client: redis_py.Redis, tmp_path: Path) -
     assert done.status == 1
     assert done.err == f"dscache: {file}.partial: No space left on device\n"
     assert invoke("export", str(file), *url).status == 0
-    # An import that can't keep how far it is can't be gone on with, and works all the same.
+    # An import that can't store its progress can't be resumed, and works all the same.
     with mock.patch.object(restore, "write_state", failing_after(0, print, full)):
         assert invoke("import", str(file), *url).document["records"] == 10
 
 
-def test_what_is_deleted_meanwhile_is_no_half(
+def test_a_record_deleted_meanwhile_is_no_half(
     url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
     fill(client, 10)
@@ -372,10 +374,10 @@ def test_what_is_deleted_meanwhile_is_no_half(
     assert (done.status, done.document["records"], done.document["halves"]) == (0, 8, 1)
 
 
-# -- what is wrong with lines
+# -- invalid lines
 
 
-def test_a_broken_line_ends_it(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+def test_a_broken_line_ends_the_import(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     file = tmp_path / "all.ndjson"
     good = [f'{{"name":"n{number}","version":1,"data":0}}\n' for number in range(3000)]
     file.write_text("".join([*good[:2500], "nonsense\n", *good[2500:]]))
@@ -385,7 +387,7 @@ def test_a_broken_line_ends_it(url: Url, client: redis_py.Redis, tmp_path: Path)
         f"dscache: {file}, line 2501: it is not JSON: character 0: expecting value\n"
     )
     assert client.dbsize() == 5000
-    # Again, it ends at the same line, at once; told to keep going it passes it over.
+    # Run again, it ends at the same line at once; with keep-going it skips the line.
     done = invoke("import", str(file), *url)
     assert (done.status, done.err.splitlines()[0]) == (1, "dscache: resuming after line 2,500")
     done = invoke("import", str(file), "--keep-going", *url)
@@ -404,7 +406,7 @@ def test_many_broken_lines_are_counted(url: Url, client: redis_py.Redis) -> None
     assert told[-1] == f"dscache: and {30 - progress.MAX_NOTES} more"
 
 
-def test_what_is_damaged_in_redis_can_be_passed_over(url: Url, client: redis_py.Redis) -> None:
+def test_damaged_records_in_redis_can_be_skipped(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": "x", "a_d": "1", "b_v": "x", "b_d": "1"})
     text = b"".join(b'{"name":"%c","version":1,"data":0}\n' % one for one in b"abc")
     text = text.replace(b'"b","version":1,', b'"b","version":1,"ttl":50,')
@@ -430,7 +432,7 @@ def test_lines_of_one_name_keep_their_order(url: Url, client: redis_py.Redis) ->
     assert client.ttl("a_d") == -1
 
 
-def test_files_that_are_none(url: Url, tmp_path: Path) -> None:
+def test_invalid_files(url: Url, tmp_path: Path) -> None:
     done = invoke("import", str(tmp_path / "none"), *url)
     assert done.err == f"dscache: {tmp_path / 'none'}: No such file or directory\n"
     (tmp_path / "a.gz").write_bytes(b"no gzip")
@@ -450,7 +452,7 @@ def test_files_that_are_none(url: Url, tmp_path: Path) -> None:
     assert done.status == 2
 
 
-def test_redis_that_takes_no_more(url: Url, client: redis_py.Redis) -> None:
+def test_a_server_out_of_memory(url: Url, client: redis_py.Redis) -> None:
     text = b"".join(b'{"name":"n%d","version":1,"data":0}\n' % i for i in range(5000))
     client.config_set("maxmemory", 1)
     try:
@@ -464,7 +466,7 @@ def test_redis_that_takes_no_more(url: Url, client: redis_py.Redis) -> None:
 # -- a terminal
 
 
-def test_a_terminal_gets_a_bar_and_a_sentence(
+def test_a_terminal_gets_a_progress_bar_and_a_summary(
     url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
     file = str(tmp_path / "all.ndjson")

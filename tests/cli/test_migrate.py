@@ -1,4 +1,4 @@
-"""migrate: from one key layout to the other and back, while others write, and what stays behind."""
+"""migrate: from one key layout to the other and back, with other writers, and records that stay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHER = {DEEPSTREAM: HASHTAG, HASHTAG: DEEPSTREAM}
 
 @pytest.fixture(scope="module")
 def moved() -> Iterator[EmbeddedServer]:
-    """The newest server; a cluster of the oldest stands in another module."""
+    """The newest server; another module covers a cluster of the oldest."""
     with EmbeddedServer(BY_AGE[-1]) as started:
         yield started
 
@@ -73,7 +73,7 @@ def keys_of(layout: str, names: list[str]) -> set[bytes]:
 @given(
     st.text(min_size=1), st.sampled_from([DEEPSTREAM, HASHTAG]), st.sampled_from(["", "p:", "*"])
 )
-def test_keys_lead_back_to_their_names(name: str, kind: str, key_prefix: str) -> None:
+def test_keys_map_back_to_their_names(name: str, kind: str, key_prefix: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -106,18 +106,18 @@ def test_keys_lead_back_to_their_names(name: str, kind: str, key_prefix: str) ->
         (b"\xff_v", None, None),
     ],
 )
-def test_whose_key_it_is(key: bytes, by_name: str | None, by_tag: str | None) -> None:
+def test_the_owner_of_a_key(key: bytes, by_name: str | None, by_tag: str | None) -> None:
     assert Layout(DEEPSTREAM).name_of(key) == by_name
     assert Layout(HASHTAG).name_of(key) == by_tag
     assert Layout(HASHTAG, "p:").name_of(key) is None
     assert Layout(HASHTAG, "p:").name_of(b"p:" + key) == by_tag
 
 
-# -- there and back
+# -- round trips
 
 
 @pytest.mark.parametrize("to", [HASHTAG, DEEPSTREAM])
-def test_there_and_back(to: str, url: Url, client: redis_py.Redis) -> None:
+def test_a_round_trip(to: str, url: Url, client: redis_py.Redis) -> None:
     old = OTHER[to]
     fill(url, old, NAMES)
     client.set("a stranger", 1)
@@ -136,7 +136,7 @@ def test_there_and_back(to: str, url: Url, client: redis_py.Redis) -> None:
     assert keys(client) == keys_of(old, NAMES) | {b"a stranger"}
 
 
-def test_many(url: Url, client: redis_py.Redis) -> None:
+def test_many_records(url: Url, client: redis_py.Redis) -> None:
     names = [f"r/{number}" for number in range(5000)]
     fill(url, DEEPSTREAM, names)
     assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 5000
@@ -171,7 +171,7 @@ def test_a_prefix_of_names_and_of_keys(
     assert keys(client) == stay | {b"p:{a/1}_v", b"p:{a/1}_d"}
 
 
-def test_lifetimes_stay(url: Url, client: redis_py.Redis) -> None:
+def test_ttls_are_kept(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": 1, "b_v": 1, "b_d": 1})
     for key in ("a_v", "a_d"):
         client.pexpire(key, 100_000)
@@ -180,12 +180,12 @@ def test_lifetimes_stay(url: Url, client: redis_py.Redis) -> None:
     assert client.ttl("{b}_v") == client.ttl("{b}_d") == -1
 
 
-# -- what stays
+# -- records left behind
 
 
-def test_what_is_not_whole_stays(url: Url, client: redis_py.Redis) -> None:
+def test_incomplete_records_stay(url: Url, client: redis_py.Redis) -> None:
     client.mset({"half_v": 1, "bad_v": "x", "bad_d": 1, "empty_v": 1, "empty_d": "", "a_v": 1})
-    client.set("a_d", "{")  # no JSON, but it can be moved as it is
+    client.set("a_d", "{")  # not JSON, but it can be moved unchanged
     done = invoke("migrate", "--to", HASHTAG, *url)
     assert done.status == 1
     assert (done.document["damaged"], done.document["halves"]) == (2, 1)
@@ -210,7 +210,7 @@ def test_versions_are_compared(url: Url, client: redis_py.Redis) -> None:
     assert {key for key in keys(client) if not key.startswith(b"{")} == {b"other_v", b"other_d"}
 
 
-def test_what_is_damaged_over_there_stays(url: Url, client: redis_py.Redis) -> None:
+def test_damaged_records_at_the_target_stay(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": 1, "{a}_v": "x", "{a}_d": 2, "b_v": 1, "b_d": 1})
     done = invoke("migrate", "--to", HASHTAG, *url)
     counts = {name: done.document[name] for name in ("damaged", "copied", "removed", "changing")}
@@ -222,20 +222,20 @@ def test_what_is_damaged_over_there_stays(url: Url, client: redis_py.Redis) -> N
     assert client.mget("a_v", "{a}_v") == [b"1", b"x"]
 
 
-def test_what_would_be_another_record_stays(url: Url, client: redis_py.Redis) -> None:
+def test_a_name_that_would_change_its_record_stays(url: Url, client: redis_py.Redis) -> None:
     fill(url, HASHTAG, ["{a}", "b", "}{0}}c"])
     done = invoke("migrate", "--to", DEEPSTREAM, *url)
     assert (done.status, done.document["ambiguous"], done.document["removed"]) == (1, 2, 1)
     assert keys(client) == keys_of(DEEPSTREAM, ["b"]) | keys_of(HASHTAG, ["{a}", "}{0}}c"])
-    # From the other side, they can't be told from those that are there already.
+    # From the other side, they can't be told from the existing ones.
     fill(url, DEEPSTREAM, ["{d}"])
     assert invoke("migrate", "--to", HASHTAG, *url).document["found"] == 1
 
 
-# -- while others write
+# -- with other writers
 
 
-def test_what_is_written_before_it_is_removed_is_moved_again(
+def test_a_record_written_before_its_removal_is_moved_again(
     url: Url, client: redis_py.Redis
 ) -> None:
     fill(url, DEEPSTREAM, ["a", "b"])
@@ -255,7 +255,7 @@ def test_what_is_written_before_it_is_removed_is_moved_again(
     assert keys(client) == keys_of(HASHTAG, ["a", "b"])
 
 
-def test_what_is_written_all_the_time_stays(url: Url, client: redis_py.Redis) -> None:
+def test_a_record_written_constantly_stays(url: Url, client: redis_py.Redis) -> None:
     fill(url, DEEPSTREAM, ["a"])
     verify = migration.Migration._verify
     versions = iter(range(10, 100))
@@ -273,7 +273,7 @@ def test_what_is_written_all_the_time_stays(url: Url, client: redis_py.Redis) ->
     assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 1
 
 
-def test_in_three_steps_with_servers_that_write(
+def test_a_migration_in_three_steps_with_writing_servers(
     moved: EmbeddedServer, url: Url, client: redis_py.Redis
 ) -> None:
     names = [f"r/{number}" for number in range(300)]
@@ -294,7 +294,7 @@ def test_in_three_steps_with_servers_that_write(
     thread.start()
     try:
         assert invoke("migrate", "--to", HASHTAG, "--keep", *url).document["removed"] == 0
-        # It may leave some that are written all the time, and never loses one.
+        # It may leave some that are written constantly, and never loses one.
         moving = invoke("migrate", "--to", HASHTAG, *url)
         assert moving.document["conflicts"] == 0
     finally:
@@ -309,7 +309,7 @@ def test_in_three_steps_with_servers_that_write(
         ]
 
 
-def test_two_at_once(moved: EmbeddedServer, url: Url, client: redis_py.Redis) -> None:
+def test_two_concurrent_migrations(moved: EmbeddedServer, url: Url, client: redis_py.Redis) -> None:
     names = [f"r/{number}" for number in range(2000)]
     fill(url, DEEPSTREAM, names)
 
@@ -331,7 +331,7 @@ def test_two_at_once(moved: EmbeddedServer, url: Url, client: redis_py.Redis) ->
     assert keys(client) == keys_of(HASHTAG, names)
 
 
-def test_interrupted_it_goes_on(url: Url, client: redis_py.Redis) -> None:
+def test_an_interrupted_migration_resumes(url: Url, client: redis_py.Redis) -> None:
     names = [f"r/{number}" for number in range(4000)]
     fill(url, DEEPSTREAM, names)
     remove = migration.Migration._remove
@@ -352,7 +352,7 @@ def test_interrupted_it_goes_on(url: Url, client: redis_py.Redis) -> None:
     assert keys(client) == keys_of(HASHTAG, names)
 
 
-# -- what it shows
+# -- output
 
 
 def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
@@ -361,7 +361,7 @@ def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
     status, written = run_on_terminal("migrate", "--to", "hashtag", *url, columns=60)
     assert status == 0
     lines = plain(written).splitlines()
-    # In front of the first stands what takes the bar away.
+    # The first number follows the sequence that clears the progress bar.
     assert lines[-7].endswith("3 records found in the deepstream layout")
     assert lines[-6:] == [
         "2 copied to the hashtag layout",

@@ -1,4 +1,4 @@
-"""The commands on clusters: every primary is scanned, listened to and looked at."""
+"""The commands on clusters: they scan, watch and check every primary."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_export_and_import(layout: str, url: Url, group: ClusterGroup, tmp_path:
     assert exported(url, layout) == EXPECTED
 
 
-def test_an_export_goes_on_on_each_node(
+def test_an_export_resumes_on_each_node(
     url: Url, group: ClusterGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
@@ -113,7 +113,9 @@ def test_an_export_goes_on_on_each_node(
     assert sorted(found) == sorted(NAMES)
 
 
-def test_slots_that_move_meanwhile_are_told(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
+def test_slots_that_move_meanwhile_are_reported(
+    url: Url, group: ClusterGroup, tmp_path: Path
+) -> None:
     fill(url, names=["a"])
     slots = Primaries.slots
     asked = 0
@@ -140,7 +142,7 @@ def test_migrate(to: str, url: Url, group: ClusterGroup) -> None:
     done = invoke("migrate", "--to", to, "--keep", *url)
     assert (done.status, done.document["copied"]) == (0, len(NAMES))
     assert keys(group) == keys_of(old) | keys_of(to)
-    # One that was written since, and one that is newer over there.
+    # One that was written since, and one that is newer at the target.
     invoke("set", "r/1", "10000", "[1]", *url, "--layout", old)
     invoke("set", "r/2", "10001", "[2]", *url, "--layout", to)
     done = invoke("migrate", "--to", to, *url)
@@ -155,7 +157,7 @@ def test_migrate(to: str, url: Url, group: ClusterGroup) -> None:
     assert found[:-2] == [line for line in EXPECTED if line["name"] not in ("r/1", "r/2")]
 
 
-def test_lifetimes_and_conflicts_of_two_nodes(url: Url, group: ClusterGroup) -> None:
+def test_ttls_and_conflicts_of_two_nodes(url: Url, group: ClusterGroup) -> None:
     invoke("set", "a", "1", "[]", "--ttl", "500", *url)
     invoke("set", "b", "1", "[1]", *url)
     invoke("set", "b", "1", "[2]", *url, "--layout", DEEPSTREAM)
@@ -163,7 +165,7 @@ def test_lifetimes_and_conflicts_of_two_nodes(url: Url, group: ClusterGroup) -> 
     assert (done.status, done.document["conflicts"], done.document["removed"]) == (1, 1, 1)
     for key in ("a_v", "a_d"):
         assert 400 < group.owner(key).ask("TTL", key) <= 500
-    # Older ones over there are replaced, key by key.
+    # Older ones at the target are replaced, key by key.
     invoke("set", "b", "2", "[3]", *url)
     done = invoke("migrate", "--to", DEEPSTREAM, *url)
     assert (done.status, done.document["copied"], done.document["removed"]) == (0, 1, 1)
@@ -187,8 +189,8 @@ def test_watch(url: Url, group: ClusterGroup) -> None:
 
 
 @pytest.mark.parametrize("is_lost", [False, True], ids=["handed over", "lost"])
-def test_watch_goes_on_with_another_primary(is_lost: bool) -> None:
-    """What was missed in between is told as a gap, and what comes then is heard."""
+def test_watch_continues_with_another_primary(is_lost: bool) -> None:
+    """The time in between is reported as a gap, and later changes are shown."""
     with ClusterGroup(BY_AGE[-1], primaries=3, replicas=1, passwords=PASSWORD) as group:
         old = group.primaries()[0]
         new = group.replica_of(old)
@@ -211,7 +213,7 @@ def test_watch_goes_on_with_another_primary(is_lost: bool) -> None:
             gaps = {one["node"] for one in events if one["event"] == "gap"}
             assert place(new) in gaps
             assert gaps <= {place(old), place(new)}
-            # It isn't told as well again before the new primary is listened to.
+            # It isn't reported as healthy before the new primary is subscribed to.
             assert [one["node"] for one in events if one["event"] == "resumed"] == [place(new)]
             assert invoke("set", name, "7", "[]", *url).status == 0
             while events[-1]["event"] != "changed":
@@ -228,7 +230,7 @@ def test_doctor(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
     assert found["role"]["verdict"] == found["halves"]["verdict"] == "ok"
     assert found["key layout"]["found"] == "hashtag, as configured"
     group.owner("{r/1}_v").ask("DEL", "{r/1}_v")
-    # A file that names a single server is of no use to a program.
+    # A program can't use a configuration that names a single server.
     node = group.nodes[0]
     options = {"host": node.host, "port": node.port, "password": PASSWORD}
     file = tmp_path / "config.json"
@@ -242,7 +244,7 @@ def test_doctor(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
     assert found["key layout"]["verdict"] == "bad"
 
 
-def test_a_primary_that_is_away(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
+def test_an_unreachable_primary(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
     fill(url, names=NAMES[:30])
     *_, away = group.nodes
     group.kill(away)

@@ -1,4 +1,4 @@
-"""The command line where its output goes nowhere: a full disk, a pipe without a reader, nothing."""
+"""The command line without usable output: a full disk, a pipe without a reader, no stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dscache.embedded import EmbeddedServer
 from tests.conftest import SERVERS, _server_id
 from tests.support.commands import PATIENCE, invoke
 
-# Nothing here depends on the server's version.
+# These tests don't depend on the server's version.
 pytestmark = [
     pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id),
     pytest.mark.usefixtures("server"),
@@ -40,7 +40,7 @@ COMMANDS = {
     "version": ("--version",),
     "help": ("--help",),
 }
-# What commands say beside their results.
+# Output of commands beside their results.
 SAID = ("dscache: no record ", "501 records exported ")
 
 
@@ -72,7 +72,7 @@ def full_disk() -> Iterator[int]:
         os.close(descriptor)
 
 
-def outcome(
+def result_of(
     words: tuple[str, ...], stdout: int, cwd: Path, url: str
 ) -> subprocess.CompletedProcess[str]:
     where = () if words[0].startswith("-") else ("--url", url)
@@ -92,7 +92,7 @@ def outcome(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> None:
     with full_disk() as descriptor:
-        done = outcome(COMMANDS[command], descriptor, records, server.url)
+        done = result_of(COMMANDS[command], descriptor, records, server.url)
     *others, last = done.stderr.splitlines()
     assert last == (
         "dscache: standard output can't be written: No space left on device; make room, or "
@@ -106,9 +106,9 @@ def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> Non
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_pipe_without_a_reader(command: str, records: Path, server: EmbeddedServer) -> None:
     with no_reader() as descriptor:
-        done = outcome(COMMANDS[command], descriptor, records, server.url)
+        done = result_of(COMMANDS[command], descriptor, records, server.url)
     assert done.returncode == 1
-    # Of that alone, nothing is said.
+    # This alone is not reported.
     assert all(line.startswith(SAID) for line in done.stderr.splitlines())
 
 
@@ -127,8 +127,8 @@ def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:
     )
 
 
-def test_no_place_for_errors(records: Path, server: EmbeddedServer) -> None:
-    """What is printed of an error must not land among the results."""
+def test_no_stream_for_errors(records: Path, server: EmbeddedServer) -> None:
+    """An error text must not land among the results."""
     for where in (">&-", ">/dev/full"):
         command = f'"$0" -m dscache get no a --url "$1" 2{where}'
         done = subprocess.run(
@@ -145,10 +145,10 @@ def test_no_place_for_errors(records: Path, server: EmbeddedServer) -> None:
 
 
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
-def test_an_export_to_a_file_that_may_not_grow(
+def test_an_export_to_a_file_of_limited_size(
     name: str, records: Path, server: EmbeddedServer
 ) -> None:
-    """The same command goes on as soon as there is room."""
+    """The same command resumes as soon as there is space."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
@@ -173,7 +173,7 @@ def test_an_export_to_a_file_that_may_not_grow(
     assert len(set(lines.splitlines())) == 501
 
 
-# -- what begins with a byte order mark
+# -- input with a byte order mark
 
 
 @pytest.mark.parametrize("source", ["file", "gz", "standard input", "set"])
@@ -198,14 +198,14 @@ def test_names_behind_a_byte_order_mark(redis: redis_py.Redis, server: EmbeddedS
     assert (done.status, done.lines) == (0, [{"name": "a", "version": 1, "data": 1}])
 
 
-def test_nothing_but_a_byte_order_mark(server: EmbeddedServer) -> None:
+def test_only_a_byte_order_mark(server: EmbeddedServer) -> None:
     for command in ("import", "set"):
         words = (command, "-") if command == "import" else (command,)
         assert invoke(*words, "--url", server.url, stdin=BOM + b"\n").status == 0
 
 
-def test_output_of_a_program_is_left_alone(server: EmbeddedServer) -> None:
-    """Who calls the command line in a process of its own keeps what it has put there."""
+def test_the_streams_of_a_calling_program_are_kept(server: EmbeddedServer) -> None:
+    """A program that calls the command line in its own process keeps its streams."""
     before = sys.stdout
     done = invoke("get", "no", "--url", server.url)
     assert done.status == 1

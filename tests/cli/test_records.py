@@ -1,4 +1,4 @@
-"""get, set, head and delete: by arguments, through pipes, on a terminal."""
+"""get, set, head and delete: with arguments, through pipes, on a terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def url(records_server: EmbeddedServer, client: redis_py.Redis) -> tuple[str, st
 Url = tuple[str, str]
 
 
-def test_a_record_there_and_back(url: Url) -> None:
+def test_a_record_makes_a_round_trip(url: Url) -> None:
     done = invoke("set", "user/1", "3", '{"firstname": "Ada"}', *url)
     assert (done.status, done.err) == (0, "")
     assert done.lines == [{"name": "user/1", "version": 3, "written": True}]
@@ -55,7 +55,7 @@ def test_a_record_there_and_back(url: Url) -> None:
     assert invoke("get", "user/1", *url).status == 1
 
 
-def test_what_is_missing_is_told_and_no_line(url: Url) -> None:
+def test_missing_records_are_reported_and_print_no_line(url: Url) -> None:
     invoke("set", "here", "1", "[]", *url)
     for command in ("get", "head"):
         done = invoke(command, "away", "here", *url)
@@ -82,21 +82,19 @@ def test_what_is_missing_is_told_and_no_line(url: Url) -> None:
     ],
     ids=["line-ends", "surrogate", "no-utf8", "infinity", "integer", "deep", "separator"],
 )
-def test_data_is_passed_through(
-    stored: bytes, shown: bytes, url: Url, client: redis_py.Redis
-) -> None:
+def test_data_is_unchanged(stored: bytes, shown: bytes, url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 7, "a_d": stored})
     done = invoke("get", "a", *url)
     assert (done.status, done.err) == (0, "")
     assert done.out.encode() == b'{"name":"a","version":7,"data":' + shown + b"}\n"
-    # What get prints, set takes.
+    # set accepts the output of get.
     client.flushall()
     assert invoke("set", *url, stdin=done.out.encode()).status == 0
     again = invoke("get", "a", *url)
     assert again.out == done.out
 
 
-def test_damaged_records_are_told_one_by_one(url: Url, client: redis_py.Redis) -> None:
+def test_damaged_records_are_reported_separately(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": "x", "a_d": "1", "b_v": 2, "b_d": "{", "c_v": 3, "c_d": "[]", "d_v": 4})
     done = invoke("get", "a", "b", "c", "d", *url)
     assert done.status == 1
@@ -118,7 +116,7 @@ def test_names_from_standard_input(url: Url) -> None:
     )
     done = invoke("head", *url, stdin=b"c\r\n\na b\nno such\nc")
     assert [line["name"] for line in done.lines] == ["c", "a b", "c"]
-    # A name that comes twice in one piece is told once.
+    # A name given twice in one batch is reported once.
     done = invoke("head", *url, stdin=b"c\nc\n")
     assert [line["name"] for line in done.lines] == ["c"]
     done = invoke("head", *url, stdin=b"c\r\n\na b\nno such\n")
@@ -126,10 +124,10 @@ def test_names_from_standard_input(url: Url) -> None:
     done = invoke("get", *url, stdin=b"a b\n\xff\n")
     assert (done.status, done.out) == (1, "")
     assert done.err == "dscache: standard input, line 2: it is not UTF-8: b'\\xff'\n"
-    assert invoke("get", *url).status == 0  # nothing is asked for
+    assert invoke("get", *url).status == 0  # nothing is sent for it
 
 
-def test_many_names_are_read_in_pieces(url: Url) -> None:
+def test_many_names_are_read_in_batches(url: Url) -> None:
     count = 6_000
     lines = b"".join(b'{"name":"n%d","version":%d,"data":[%d]}\n' % (i, i, i) for i in range(count))
     done = invoke("set", *url, stdin=lines)
@@ -140,7 +138,7 @@ def test_many_names_are_read_in_pieces(url: Url) -> None:
     assert all(line["deleted"] for line in done.lines)
 
 
-def test_a_line_tells_its_lifetime(url: Url, client: redis_py.Redis) -> None:
+def test_a_line_has_its_ttl(url: Url, client: redis_py.Redis) -> None:
     line = b'{"name":"a","version":1,"data":0,"ttl":1000}\n'
     invoke("set", *url, stdin=line)
     assert 990 < client.ttl("a_v") <= 1000
@@ -176,7 +174,7 @@ def test_if_newer(url: Url) -> None:
         (b'{"name":"b","version":1,"data":1,"tll":1}', "unknown field `tll`"),
     ],
 )
-def test_a_broken_line_ends_it_with_its_number(line: bytes, error: str, url: Url) -> None:
+def test_a_broken_line_ends_the_command_with_its_number(line: bytes, error: str, url: Url) -> None:
     done = invoke("set", *url, stdin=b'\n{"name":"a","version":1,"data":1}\n' + line + b"\n")
     assert done.status == 1
     assert done.err.startswith("dscache: standard input, line 3: ")
@@ -186,7 +184,7 @@ def test_a_broken_line_ends_it_with_its_number(line: bytes, error: str, url: Url
     assert invoke("head", "a", *url).status == 0
 
 
-def test_an_endless_stream_is_answered_as_it_comes(url: Url) -> None:
+def test_an_endless_stream_is_answered_as_it_arrives(url: Url) -> None:
     invoke("set", "a", "1", "[]", *url)
     with running("get", *url) as process:
         assert process.stdin
@@ -199,7 +197,7 @@ def test_an_endless_stream_is_answered_as_it_comes(url: Url) -> None:
         assert process.wait(PATIENCE) == 0
 
 
-def test_who_reads_no_further_ends_it_quietly(url: Url) -> None:
+def test_a_reader_that_stops_ends_the_command_quietly(url: Url) -> None:
     invoke("set", "a", "1", "[]", *url)
     with running("get", *url) as process:
         assert process.stdin
@@ -212,7 +210,7 @@ def test_who_reads_no_further_ends_it_quietly(url: Url) -> None:
         assert process.stderr.read() == b""
 
 
-def test_ctrl_c_ends_it_quietly(url: Url) -> None:
+def test_ctrl_c_ends_the_command_quietly(url: Url) -> None:
     invoke("set", "a", "1", "[]", *url)
     with running("get", *url) as process:
         assert process.stdin
@@ -241,7 +239,7 @@ def test_a_terminal_gets_a_table(url: Url) -> None:
     assert re.split("  +", lines[0].strip()) == ["name", "version", "data"]
     assert re.split("  +", lines[2].strip()) == ["user/1", "7", '{"a":1}']
     assert re.fullmatch(r'user/2 +7  "x+… *', lines[3])
-    # All of it, of a single one.
+    # A single record is shown whole.
     status, written = run_on_terminal("get", "user/2", *url, columns=60)
     assert (status, plain(written).count("x")) == (0, 300)
     assert max(map(len, plain(written).splitlines())) <= 60
@@ -258,14 +256,14 @@ def test_a_terminal_without_colours_and_with_json(url: Url) -> None:
     assert "not newer" in plain(written).splitlines()[2]
 
 
-def test_what_is_stored_steers_no_terminal(url: Url, client: redis_py.Redis) -> None:
+def test_stored_data_is_shown_without_control_characters(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": b'"\xc2\x9b2J\x7f"'})
     _, written = run_on_terminal("get", "a", *url)
     assert "\x9b" not in written
     assert "\x7f" not in written
 
 
-# -- what is wrong with the command line
+# -- invalid command lines
 
 
 @pytest.mark.parametrize(
@@ -286,7 +284,7 @@ def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["get", "head", "delete", "set", "import"])
-def test_a_terminal_is_no_source(command: str) -> None:
+def test_a_terminal_is_not_read_from(command: str) -> None:
     ours, its = pty.openpty()
     words = (command, "-") if command == "import" else (command,)
     with open(ours), open(its) as terminal:
@@ -303,14 +301,14 @@ def test_a_terminal_is_no_source(command: str) -> None:
         (("set", "a", "-0", "[]", "--ttl", "99999999999"), "record 'a': ttl must be whole seconds"),
     ],
 )
-def test_what_is_no_record(words: tuple[str, ...], error: str, url: Url) -> None:
+def test_invalid_records(words: tuple[str, ...], error: str, url: Url) -> None:
     words = tuple(word.replace("-0", "0") for word in words)
     done = invoke(*words, *url)
     assert (done.status, done.out) == (1, "")
     assert error in done.err
 
 
-def test_nobody_there() -> None:
+def test_an_unreachable_server() -> None:
     done = run("get", "a", "--url", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "dscache: no connection to 127.0.0.1:1: Connection refused\n"
@@ -324,7 +322,7 @@ def test_a_wrong_password_is_not_shown(records_server: EmbeddedServer) -> None:
     assert done.err.startswith("dscache: ")
 
 
-# -- how it reaches the records
+# -- layouts and addresses
 
 
 def test_the_layout_and_the_prefix(
@@ -340,7 +338,7 @@ def test_the_layout_and_the_prefix(
     assert invoke("head", "b", "--config", str(file)).lines[0]["version"] == 2
 
 
-async def test_what_is_shown_is_what_the_primaries_hold(
+async def test_the_primaries_are_read(
     records_server: EmbeddedServer, client: redis_py.Redis
 ) -> None:
     options = {"url": records_server.url, "nearCache": {}, "scaleReads": "slave"}
@@ -355,7 +353,7 @@ def test_a_socket(records_server: EmbeddedServer, client: redis_py.Redis) -> Non
     assert invoke("get", "a", "--url", f"unix://{records_server.path}").lines[0]["data"] == []
 
 
-def test_a_cache_inside_its_process_can_not_be_reached(tmp_path: Path) -> None:
+def test_a_cache_in_memory_can_not_be_reached(tmp_path: Path) -> None:
     file = tmp_path / "config.yml"
     file.write_text("cache: {name: memory}")
     done = invoke("get", "a", "--config", str(file))
@@ -380,13 +378,13 @@ async def _lines(*pieces: bytes) -> list[list[bytes]]:
     return [lines async for lines in ndjson.Lines(given(), "file")]
 
 
-async def test_lines_come_as_soon_as_they_are_whole() -> None:
+async def test_lines_are_returned_as_soon_as_they_are_complete() -> None:
     assert await _lines(b"a\nb\nc", b"d", b"e\n", b"f") == [[b"a", b"b"], [b"cde"], [b"f"]]
     assert await _lines() == []
     assert await _lines(b"\n", b"\n") == [[b""], [b""]]
 
 
-async def test_a_line_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ndjson, "_LONGEST", 1000)
     with pytest.raises(DscacheError, match=r"^file, line 1: it has no line end$"):
         await _lines(*[b"x" * 100] * 20)
@@ -409,7 +407,7 @@ def _write_all(file: int, text: bytes) -> None:
         opened.write(text)
 
 
-def test_a_record_that_is_no_json_is_no_line() -> None:
+def test_a_record_of_invalid_json_prints_no_line() -> None:
     with pytest.raises(RecordError, match=r"^record 'a', version 1: stored data is no JSON"):
         ndjson.encode("a", 1, b'1,"x":2')
 
@@ -420,12 +418,12 @@ def test_a_record_that_is_no_json_is_no_line() -> None:
         (b'{"name":"a","version":1,"data":{"b":1},"ttl":5}', b'{"b":1}'),
         (b'{"name":"a","version":1,"data":{"b":"\\ud800","ttl":6},"ttl":5}', None),
         (b'{"name":"a","version":1,"data":"\\ud800\\"","ttl":5}', b'"\\ud800\\""'),
-        # Not as it is written by us, and so in words of ours.
+        # Not in the format written by dscache, and therefore in other words.
         (b'{"version":1,"ttl":5,"name":"a","data":["\\uD800", 1]}', b'["\\ud800",1]'),
         (b'{"name":"a","version":1,"data":1,"data":"\\uD800","ttl":5}', b'"\\ud800"'),
     ],
 )
-async def test_what_lines_state_is_what_a_cache_holds(line: bytes, raw: bytes | None) -> None:
+async def test_the_documented_lines_are_what_a_cache_holds(line: bytes, raw: bytes | None) -> None:
     stated = ndjson.decode(line)
     assert (stated.name, stated.version, stated.ttl) == ("a", 1, 5)
     async with AsyncCache.from_config({"name": "memory"}) as cache:

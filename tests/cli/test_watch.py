@@ -1,4 +1,4 @@
-"""watch: what is told of changes, and of the times in which they may be missed."""
+"""watch: reported changes, and periods in which changes may be missed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def client(watched: EmbeddedServer) -> Iterator[redis_py.Redis]:
 
 
 class Watching:
-    """A watch in a process of its own, which listens already."""
+    """A watch in its own process, which is subscribed already."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout
@@ -74,7 +74,9 @@ def write(client: redis_py.Redis, key: str, version: int) -> None:
     client.mset({f"{key}_v": version, f"{key}_d": "{}"})
 
 
-def test_changes_as_they_happen(watched: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_changes_are_reported_as_they_happen(
+    watched: EmbeddedServer, client: redis_py.Redis
+) -> None:
     with watching("--url", watched.url) as watch:
         assert watch.said == f"dscache: watching {watched.host}:{watched.port}\n"
         write(client, "a", 7)
@@ -93,7 +95,7 @@ def test_changes_as_they_happen(watched: EmbeddedServer, client: redis_py.Redis)
         client.mset({"b_v": 1, "b_d": 1})
         client.pexpire("b_v", 1)
         client.pexpire("b_d", 1)
-        client.keys()  # which looks at all keys, and so at whether they are expired
+        client.keys()  # which accesses all keys, and thereby expires them
         events = watch.until("b")
         while events[-1]["event"] != "deleted":
             events.append(watch.next())
@@ -122,13 +124,13 @@ def test_records_of_a_prefix(
     with watching(*words, "--url", watched.url) as watch:
         for key in [*keys, *keys]:
             write(client, key, 1)
-        # The last one that counts comes twice, or once if it came quickly.
+        # The last change may be reported twice, or once if it was quick.
         wanted = [name for name in keys.values() if name]
         events = watch.until(wanted[-1])
         assert {event["name"] for event in events} == set(wanted)
 
 
-def test_a_gap_is_told(watched: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_a_gap_is_reported(watched: EmbeddedServer, client: redis_py.Redis) -> None:
     with watching("--url", watched.url) as watch:
         client.client_kill_filter(_type="normal", skipme=True)
         node = f"{watched.host}:{watched.port}"
@@ -140,9 +142,7 @@ def test_a_gap_is_told(watched: EmbeddedServer, client: redis_py.Redis) -> None:
         assert watch.until("a")[-1]["version"] == 1
 
 
-def test_a_primary_that_is_replaced_is_a_gap(
-    watched: EmbeddedServer, client: redis_py.Redis
-) -> None:
+def test_a_replaced_primary_is_a_gap(watched: EmbeddedServer, client: redis_py.Redis) -> None:
     with watching("--url", watched.url) as watch:
         client.replicaof("127.0.0.1", "1")
         try:
@@ -154,7 +154,9 @@ def test_a_primary_that_is_replaced_is_a_gap(
         assert watch.next()["event"] == "resumed"
 
 
-def test_who_may_not_hear_of_changes(watched: EmbeddedServer, client: redis_py.Redis) -> None:
+def test_a_user_without_the_right_to_subscribe(
+    watched: EmbeddedServer, client: redis_py.Redis
+) -> None:
     client.execute_command(
         "ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all", "-client|tracking"
     )
@@ -164,7 +166,7 @@ def test_who_may_not_hear_of_changes(watched: EmbeddedServer, client: redis_py.R
     assert "secret" not in done.err
 
 
-def test_nobody_there() -> None:
+def test_an_unreachable_server() -> None:
     done = invoke("watch", "--url", "127.0.0.1:1")
     assert (done.status, "Connection refused" in done.err) == (1, True)
 
@@ -177,13 +179,13 @@ async def test_more_changes_than_can_be_read_are_a_gap(monkeypatch: pytest.Monke
     assert [event.kind for event in told] == ["gap"]
     assert "more than 10 records" in str(told[0].reason)
     assert not watch._names
-    # Pushes of another kind are none of its business.
+    # Pushes of other kinds are ignored.
     watch._take([b"message", b"a", b"b"])
     watch._take([b"message", b"a"])
     assert len(told) == 1
 
 
-# -- what it shows
+# -- output
 
 
 EVENTS = [
@@ -197,7 +199,7 @@ EVENTS = [
 ]
 
 
-def test_rows_of_a_terminal() -> None:
+def test_rows_on_a_terminal() -> None:
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     when = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
     for event in [*EVENTS, Event("changed", "\x1b[2Ja\nb", 1)]:

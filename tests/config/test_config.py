@@ -1,4 +1,4 @@
-"""The configuration: every form it may take, every rule of a value, every mistake's text."""
+"""The configuration: every form of it, every rule for a value, every error text."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from dscache import AsyncCache, Cache, MessageNode
 from dscache.config import (
     ClusterRetryStrategy,
     Config,
@@ -31,6 +32,7 @@ from dscache.config import (
     Tls,
     load,
 )
+from dscache.config.address import canonical, split_address
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 from tests.support.documents import PROJECT, code, table
@@ -47,7 +49,7 @@ OPTIONS = (
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
 PORT = "must be a whole number from 1 to 65535"
-# Appears in tests as a password, and must never appear in a text.
+# The tests' password, which must never appear in a text.
 SECRET = "hunter2-secret"
 
 Read = Callable[..., Options]
@@ -93,7 +95,7 @@ def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-# What can be given
+# Sources
 
 
 def test_defaults() -> None:
@@ -126,7 +128,7 @@ def test_defaults() -> None:
     )
 
 
-def test_whole_deepstream_file() -> None:
+def test_a_complete_deepstream_file() -> None:
     environ = {"REDIS_HOST": "10.1.2.3", "REDIS_PORT": "6380"}
     config = load(DATA / "deepstream-config.yml", environ=environ)
     assert config == Config(
@@ -204,7 +206,7 @@ def test_cluster(write: Callable[..., Path]) -> None:
 def test_forms_of_a_cache_entry(
     given: Mapping[str, Any], suffix: str | None, write: Callable[..., Path]
 ) -> None:
-    # JSON is YAML as well.
+    # JSON is also YAML.
     source = given if suffix is None else write(json.dumps(given), f"config{suffix}")
     config = load(source, environ={})
     assert (config.name, config.options) == ("redis", Options(port=7000))
@@ -219,7 +221,7 @@ def test_memory(entry: Mapping[str, Any]) -> None:
     assert (config.name, config.address) == ("memory", "memory")
 
 
-def test_cache_entry_alone_in_a_file(write: Callable[..., Path]) -> None:
+def test_a_file_with_only_a_cache_entry(write: Callable[..., Path]) -> None:
     path = write("name: redis\noptions: {prot: 1}\n")
     assert refusal(load, path) == ('config.yml: options.prot: unknown option, did you mean "port"?')
 
@@ -246,7 +248,7 @@ def test_address(source: str, address: str) -> None:
         ({}, f"mapping: no section cache, the sections are: none; write {EXAMPLE}"),
         (
             {"rpc": {}, "Cache": {}},
-            'mapping: no section cache, the sections are: rpc, Cache; is "Cache" meant to be it?; '
+            'mapping: no section cache, the sections are: rpc, Cache; did you mean "Cache"?; '
             f"write {EXAMPLE}",
         ),
         (
@@ -297,7 +299,7 @@ def test_no_cache_entry(source: Any, message: str) -> None:
     assert refusal(load, source) == message
 
 
-# Files that can't be read
+# Unreadable files
 
 
 def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]) -> None:
@@ -318,7 +320,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     )
 
 
-# Reads what the last argument configures, and prints why it can't.
+# Loads the configuration in its last argument, and prints why it can't.
 READ_SAFELY = """
 import resource, signal, sys
 from dscache import ConfigError
@@ -336,7 +338,7 @@ except ConfigError as error:
 @pytest.mark.parametrize("kind", ["fifo", "device", "large", "socket"])
 @pytest.mark.parametrize("place", ["", "ca", "cert", "key", "password"])
 def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> None:
-    """In a process of its own: a pipe would be waited for, and a device never ends."""
+    """In a separate process: reading a pipe would block, and a device never ends."""
     odd = tmp_path / "odd.yml"
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         if kind == "fifo":
@@ -393,20 +395,20 @@ def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> Non
         "{password: !S3CR3T x}",
     ],
 )
-def test_a_line_that_went_wrong_shows_no_secret(options: str, write: Callable[..., Path]) -> None:
+def test_a_line_that_failed_shows_no_secret(options: str, write: Callable[..., Path]) -> None:
     text = f"cache: {{name: redis, options: {options}}}"
     said = {refusal(load, write(text)) for text in (text, f"{options}\n", f"plugins: {options}\n")}
     assert not [one for one in said if "S3CR3T" in one]
 
 
-def test_a_broken_line_shows_no_sign_of_a_secret(write: Callable[..., Path]) -> None:
-    """Not even one sign, which a parser may quote."""
+def test_a_broken_line_shows_no_character_of_a_secret(write: Callable[..., Path]) -> None:
+    """Not even one character, which a parser may quote."""
     said = refusal(load, write('cache: {name: redis, options: {password: "\\q"}}'))
     assert "'q'" not in said
     assert "unknown escape character" in said
 
 
-QUOTES = "; text with special characters must stand in quotes"
+QUOTES = "; put text with special characters in quotes"
 
 
 @pytest.mark.parametrize(
@@ -467,17 +469,17 @@ def test_nested_too_deeply(name: str, write: Callable[..., Path]) -> None:
     )
 
 
-def test_keys_that_stand_twice(write: Callable[..., Path], read: Read) -> None:
+def test_duplicate_keys(write: Callable[..., Path], read: Read) -> None:
     assert refusal(read, "port: 1", "db: 0", "port: 2") == (
-        "config.yml: cache.options.port: stands twice (lines 4 and 6); keep one"
+        "config.yml: cache.options.port: is given twice (lines 4 and 6); keep one"
     )
     assert refusal(load, write("cache: {}\ncache: {}\n")) == (
-        "config.yml: cache: stands twice (lines 1 and 2); keep one"
+        "config.yml: cache: is given twice (lines 1 and 2); keep one"
     )
     assert refusal(load, write('{"cache": {"name": "redis", "name": 1}}', "c.json")) == (
-        "c.json: cache.name: stands twice; keep one"
+        "c.json: cache.name: is given twice; keep one"
     )
-    # What deepstream reads of another section is its own affair.
+    # Other sections are deepstream's own business.
     assert load(write("rpc: {a: 1, a: 2}\ncache: {name: redis}\n")).name == "redis"
 
 
@@ -509,7 +511,7 @@ cache:
         ("redisOptions: &a {<<: *a}", "cache.options.redisOptions"),
     ],
 )
-def test_alias_inside_its_own_anchor(line: str, place: str, read: Read) -> None:
+def test_an_alias_inside_its_own_anchor(line: str, place: str, read: Read) -> None:
     assert refusal(read, line) == f"config.yml: {place}: contains itself, through an alias"
 
 
@@ -527,12 +529,12 @@ def test_tags(tag: str, value: str, read: Read) -> None:
     )
 
 
-def test_tags_that_yaml_itself_has(read: Read) -> None:
+def test_standard_tags_of_yaml(read: Read) -> None:
     found = read('port: !!int "7000"', "password: !!str null", "username: ! null")
     assert (found.port, found.password, found.username) == (7000, "null", "null")
 
 
-# What a value may be
+# Values
 
 INTEGERS = [
     ("port: 6380", 6380),
@@ -610,7 +612,7 @@ def test_numbers(line: str, expected: int | None, read: Read) -> None:
 
 
 def field(found: Options, line: str) -> object:
-    """Return the value of the option that a line of YAML writes."""
+    """Return the value of the option in a line of YAML."""
     name = line.partition(":")[0]
     return getattr(found, "".join(f"_{c.lower()}" if c.isupper() else c for c in name))
 
@@ -679,7 +681,7 @@ def field(found: Options, line: str) -> object:
         ("nodes: 'h:1'", "nodes: must be a list, not text"),
         ("nodes: {host: h}", "nodes: must be a list, not a mapping"),
         ("nodes:", "nodes: must be a list, not null"),
-        ("nodes: []", "nodes: must have at least one entry; without any, leave it out"),
+        ("nodes: []", "nodes: must have at least one entry; leave the option out if there is none"),
         ("nodes: [{}, null]", "nodes[1]: must be a mapping of options, not null"),
         ("nodes: ['h:1']", "nodes[0]: must be a mapping of options, not text"),
         ("nodes: [{port: x}]", f"nodes[0].port: {PORT}, not 'x'"),
@@ -694,7 +696,7 @@ def field(found: Options, line: str) -> object:
         (f"password:{SECRET}", ": must be a mapping of options, not text"),
         (
             f"{{password:{SECRET}}}",
-            "password: unknown option; between a name and its value stand a colon and a space",
+            "password: unknown option; separate a name from its value by a colon and a space",
         ),
         ("prot: 1", 'prot: unknown option, did you mean "port"?'),
         ("key_prefix: a", 'key_prefix: unknown option, did you mean "keyPrefix"?'),
@@ -705,12 +707,15 @@ def field(found: Options, line: str) -> object:
         ("retryStrategy: {first: 0}", None),
         ("whenFull: drop", 'whenFull: must be "error" or "wait", not \'drop\''),
         ("maxPending: 0", None),
-        ("zzz: 1", f"zzz: unknown option; there are {OPTIONS}"),
+        ("zzz: 1", f"zzz: unknown option; the options are {OPTIONS}"),
         ("nodes: [{}, {prot: 1}]", 'nodes[1].prot: unknown option, did you mean "port"?'),
         ("nodes: [{lazyConnect: 1}]", None),
         ("redisOptions: {ttl: 1}", None),
         ("tls: {CA: x}", 'tls.CA: unknown option, did you mean "ca"?'),
-        ("sentinels: [{host: a}]", "name: is missing; it is the group that the Sentinels watch"),
+        (
+            "sentinels: [{host: a}]",
+            "name: is missing; write the name of the group the Sentinels watch",
+        ),
         ("sentinels: null", "sentinels: must be a list, not null"),
         ("sentinels: [{prot: 1}]", 'sentinels[0].prot: unknown option, did you mean "port"?'),
         ("role: primary", 'role: must be "master" or "slave", not \'primary\''),
@@ -797,8 +802,8 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
 )
 def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> None:
     assert refusal(options, nearCache=True, **others) == (
-        f"mapping: options.nearCache: with {option}: slave all is read from replicas, and "
-        "what they hold is not kept; leave one of the two out"
+        f"mapping: options.nearCache: with {option}: slave every read goes to a replica, and "
+        f"reads of replicas are not cached; leave one of the two out"
     )
     assert options(nearCache={"required": False}, **others).near_cache
     # Without Sentinels or nodes, the option has no effect.
@@ -836,7 +841,7 @@ def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> Non
     ],
 )
 @pytest.mark.parametrize("option", ["password", "username", "connectionName"])
-def test_text_arrives_as_it_is_written(
+def test_text_is_taken_literally(
     option: str, written: str, expected: str | None, read: Read, tmp_path: Path
 ) -> None:
     if written == "file(x) ":
@@ -932,7 +937,7 @@ def test_unset_variable(line: str, read: Read) -> None:
     )
 
 
-def test_places_stay_right_beside_placeholders(read: Read) -> None:
+def test_positions_are_right_beside_placeholders(read: Read) -> None:
     assert refusal(read, "host: ${HOST:-{a: b}", "port: ${P} : 1").startswith(
         "config.yml: line 5, column 16: no valid YAML"
     )
@@ -1033,7 +1038,7 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
 
 @pytest.fixture
 def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
-    """Return a function that gives the level and text of what was logged since the last call."""
+    """Return a function that gives the level and text of messages logged since the last call."""
     caplog.set_level(logging.INFO, "dscache")
 
     def logged() -> list[tuple[str, str]]:
@@ -1059,7 +1064,7 @@ Notes = Callable[[], list[tuple[str, str]]]
         "redisOptions: {connectTimeout: 1}",
     ],
 )
-def test_what_is_for_clusters_alone(line: str, read: Read, notes: Notes) -> None:
+def test_options_only_for_clusters(line: str, read: Read, notes: Notes) -> None:
     name = line.partition(":")[0]
     found = read(line)
     assert notes() == [
@@ -1074,7 +1079,7 @@ def test_what_is_for_clusters_alone(line: str, read: Read, notes: Notes) -> None
     assert notes() == []
 
 
-def test_nothing_is_noted_that_is_not_given(notes: Notes) -> None:
+def test_missing_options_are_not_logged(notes: Notes) -> None:
     options()
     options(nodes=[{}])
     options(nodes=[{}], host=None, port=None, password=None, username=None, tls=None, db=None)
@@ -1084,32 +1089,34 @@ def test_nothing_is_noted_that_is_not_given(notes: Notes) -> None:
     assert notes() == []
 
 
-def test_what_has_no_effect_beside_nodes(read: Read, notes: Notes) -> None:
+def test_options_without_effect_beside_nodes(read: Read, notes: Notes) -> None:
     cluster = "nodes: [{host: a, port: 7000}]"
     found = read(cluster, "host: h", "port: 1", "role: slave", "tls: false")
     place = "config.yml: cache.options"
     assert notes() == [
-        ("INFO", f"{place}.host has no effect on a cluster: the servers are those of nodes"),
-        ("INFO", f"{place}.port has no effect on a cluster: the servers are those of nodes"),
-        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds"),
+        ("INFO", f"{place}.host has no effect on a cluster: nodes names the servers"),
+        ("INFO", f"{place}.port has no effect on a cluster: nodes names the servers"),
+        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls is used"),
         (
             "INFO",
             f"{place}.role has no effect on a cluster: "
-            "scaleReads tells where a cluster's records are read",
+            "scaleReads selects the nodes that serve reads",
         ),
     ]
     assert found.address == "a:7000"
     assert (found.for_node("a", 7000).host, found.for_node("a", 7000).port) == ("a", 7000)
     read(cluster, "tls: true", "redisOptions: {tls: {servername: s}}")
-    assert notes() == [("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds")]
+    assert notes() == [
+        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls is used")
+    ]
 
 
 @pytest.mark.parametrize("name", ["username", "password"])
-def test_a_login_beside_nodes_is_told_of(name: str, read: Read, notes: Notes) -> None:
+def test_a_login_beside_nodes_is_logged(name: str, read: Read, notes: Notes) -> None:
     line = f"{name}: {SECRET}"
     note = (
         f"config.yml: cache.options.{name} has no effect on a cluster: "
-        f"a node's own holds, or redisOptions.{name}; write it there"
+        f"the node's own {name} or redisOptions.{name} is used; write it there"
     )
     found = read("nodes: [{}]", line)
     assert notes() == [("WARNING", note)]
@@ -1122,9 +1129,15 @@ def test_url_beside_nodes(notes: Notes) -> None:
     found = options(nodes=[{"port": 7000}], url=f"redis://u:{SECRET}@h:1", path="/own")
     place = "mapping: options.url has no effect on a cluster"
     assert notes() == [
-        ("INFO", f"{place}: the servers are those of nodes"),
-        ("WARNING", f"{place}: a node's own holds, or redisOptions.username; write it there"),
-        ("WARNING", f"{place}: a node's own holds, or redisOptions.password; write it there"),
+        ("INFO", f"{place}: nodes names the servers"),
+        (
+            "WARNING",
+            f"{place}: the node's own username or redisOptions.username is used; write it there",
+        ),
+        (
+            "WARNING",
+            f"{place}: the node's own password or redisOptions.password is used; write it there",
+        ),
     ]
     assert (found.address, found.path) == ("127.0.0.1:7000", None)
     for url, message in (
@@ -1132,7 +1145,7 @@ def test_url_beside_nodes(notes: Notes) -> None:
             "redis://h/3",
             f"{DATABASE_ZERO}, not 3; leave it out, and let keyPrefix keep records apart",
         ),
-        ("rediss://h", "on a cluster redisOptions.tls holds; write it there"),
+        ("rediss://h", "on a cluster redisOptions.tls is used; write it there"),
         ("unix:///run/redis.sock", "a cluster has no socket; leave it out, or nodes"),
     ):
         assert refusal(options, nodes=[{}], url=url) == f"mapping: options.url: {message}"
@@ -1150,7 +1163,7 @@ DATABASE_ZERO = "a cluster has database 0 alone"
 )
 def test_refused_on_a_cluster(written: str, message: str, read: Read) -> None:
     name = written.partition(":")[0]
-    # What is wrong with Sentinels is that there are nodes.
+    # The mistake in combining Sentinels is that there are nodes.
     place = "nodes" if name == "sentinels" else name
     beside = ["name: group"] if name == "sentinels" else []
     assert refusal(read, "nodes: [{}]", written, *beside) == (
@@ -1180,11 +1193,11 @@ def test_prefixes_of_a_cluster(prefix: str, layout: str, fits: bool) -> None:
     if fits:
         key = f"{prefix}{{name}}" if layout != "deepstream" else None
         assert options(nodes=[{}], **written).key_prefix == prefix
-        # Redis hashes what stands between the first { and the first } after it, unless nothing.
+        # Redis hashes the text between the first { and the first } after it, unless it is empty.
         assert key is None or key.partition("{")[2].partition("}")[0]
     else:
         assert refusal(options, nodes=[{}], **written).startswith(
-            "mapping: options.keyPrefix: the { in it begins an empty hash tag"
+            "mapping: options.keyPrefix: its { begins an empty hash tag"
         )
     assert options(**written).key_prefix == prefix
 
@@ -1201,8 +1214,8 @@ def test_nat_map_without_nodes() -> None:
     mapping = {"h:1": {"host": "i", "port": 2}}
     sentinels = {"sentinels": [{}], "name": "group"}
     assert refusal(options, natMap=mapping, **sentinels) == (
-        "mapping: options.natMap: is for the nodes of a cluster; let the Sentinels tell addresses "
-        "that can be reached from here"
+        "mapping: options.natMap: is for the nodes of a cluster; configure the Sentinels to "
+        "announce addresses that can be reached from here"
     )
     assert options(natMap={}, **sentinels).nat_map is None
 
@@ -1222,7 +1235,7 @@ def test_nat_map_without_nodes() -> None:
 def test_hash_tag(written: dict[str, Any], expected: bool) -> None:
     found = options(**written)
     assert found.hash_tag is expected
-    # The options of a node alone say the same as those of its cluster.
+    # The options of a single node equal those of its cluster.
     assert found.for_node("h", 1).hash_tag is expected
 
 
@@ -1293,12 +1306,12 @@ def test_logins_of_nodes(read: Read) -> None:
     assert login(found, "f") == ("own", "shared")
     assert login(found, "g") == (None, "own-secret")
     assert login(found, "h") == ("own", "own-secret")
-    # Discovered, at another address or that of a configured node in another spelling.
+    # Discovered, at another address or at that of a configured node in another spelling.
     assert login(found, "z") == ("app", "shared")
     assert login(found, "A") == ("app", "own-secret")
     assert login(found, "0:0:0:0:0:0:0:1") == ("app", "own-secret")
     assert found.for_node("a", 7001).password == "shared"
-    # Discovered at an address of which the caller knows whose it is.
+    # Discovered at an address whose configured node the caller knows.
     assert found.nodes is not None
     assert login(found, "10.0.0.1", found.nodes[0]) == ("app", "own-secret")
     assert login(found, "a", found.nodes[2]) == (None, None)
@@ -1397,7 +1410,7 @@ def test_url(url: str, expected: dict[str, Any]) -> None:
 
 ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 UNREADABLE = f"the host or the port can't be read; {ESCAPE}"
-SPILLED = f"an @ or # stands where none can be; {ESCAPE}"
+SPILLED = f"an @ or # is in the wrong place; {ESCAPE}"
 DATABASE = "the path must be the number of a database, as in redis://host/3"
 
 
@@ -1425,7 +1438,7 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
         ),
         (
             "redis://h?z=1",
-            'unknown query option "z", there are db, username, password, client_name, '
+            'unknown query option "z", the options are db, username, password, client_name, '
             "socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile, "
             "ssl_cert_reqs, ssl_check_hostname, protocol",
         ),
@@ -1636,7 +1649,7 @@ def test_bad_pem(certificates: TLSFiles, read: Read, write: Callable[..., Path])
         Tls(ca="/no/such.pem").context("here")
 
 
-def test_key_on_disk_does_not_stay(
+def test_a_key_on_disk_is_removed(
     certificates: TLSFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -1680,3 +1693,23 @@ def test_structs_are_frozen() -> None:
     config = load({"name": "redis"})
     with pytest.raises(AttributeError, match="immutable"):
         config.options.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cache_class", [AsyncCache, Cache])
+def test_a_cache_has_its_configuration(cache_class: type[AsyncCache | Cache]) -> None:
+    source = {"name": "redis", "options": {"host": "h", "db": 3}}
+    assert cache_class.from_config(source).config == load(source)
+
+
+def test_a_message_node_has_its_configuration() -> None:
+    config = MessageNode.from_config("h:7000", server_name="A").config
+    assert (config.server_name, config.options.host, config.options.port) == ("A", "h", 7000)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("H.example", 1), ("h.EXAMPLE", 1)), (("::1", 1), ("0:0::1", 1)), (("::1", 1), ("[::1]", 1))],
+)
+def test_spellings_of_an_address(one: tuple[str, int], other: tuple[str, int]) -> None:
+    assert (canonical(*one) == canonical(*other)) is ("[" not in other[0])
+    assert split_address(f"[{one[0]}]:{one[1]}") == one

@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 ENTRY: dict[str, Any] = {"name": "redis", "options": {"host": "h", "port": 7000}}
 
 
-def test_an_unmodified_file_of_deepstreams() -> None:
+def test_an_unmodified_file_of_deepstream() -> None:
     config = load(DATA / "deepstream-config.yml", environ={"CLUSTER_REDIS_HOST": "10.1.2.4"})
     assert config.address == "10.1.2.4:6379"
     assert re.fullmatch("[0-9a-f]{32}", config.server_name)
@@ -54,19 +54,19 @@ def test_the_name_of_the_server(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_where_it_goes(source: Any) -> None:
+def test_the_server_address(source: Any) -> None:
     config = load(source)
     assert config.address == "h:7000"
     assert config.options == MessageOptions(host="h", port=7000)
 
 
-def test_the_plug_in_by_its_path() -> None:
+def test_the_plugin_by_its_path() -> None:
     entry = {"path": "@deepstream/clusternode-redis", "options": {"url": "redis://:p@h:1/1"}}
     options = load({"clusterNode": entry}).options
     assert (options.host, options.port, options.password, options.db) == ("h", 1, "p", 1)
 
 
-def test_own_options() -> None:
+def test_options_of_message_nodes() -> None:
     written = {"overflow": "disconnect", "heartbeat": 250, "maxPending": 7}
     nodes = [{"host": "a"}, {"host": "b", "password": "secret"}]
     options = load(ENTRY | {"options": {**written, "nodes": nodes, "sharded": True}}).options
@@ -77,7 +77,7 @@ def test_own_options() -> None:
     assert "secret" not in repr(load(ENTRY | {"options": {"nodes": nodes}}))
 
 
-def test_what_is_of_records_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+def test_options_for_records_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     of_records = {
         **{"keyPrefix": "{", "ttl": 60, "nearCache": True, "keyLayout": "hashtag"},
         **{"maxConnections": 3, "scaleReads": "slave"},
@@ -86,9 +86,9 @@ def test_what_is_of_records_has_no_effect(caplog: pytest.LogCaptureFixture) -> N
     nodes = [{"host": "a"}]
     options = load(ENTRY | {"options": {**of_records, "nodes": nodes}}).options
     assert options == MessageOptions(nodes=(Node(host="a"),), max_connections=3)
-    assert of_records.keys() == message_config._OF_RECORDS.keys()
+    assert of_records.keys() == message_config.RECORD_OPTIONS.keys()
     texts = [record.getMessage() for record in caplog.records]
-    for name, why in message_config._OF_RECORDS.items():
+    for name, why in message_config.RECORD_OPTIONS.items():
         assert f"mapping: options.{name} has no effect: {why}" in texts
 
 
@@ -101,7 +101,7 @@ def options(**written: Any) -> dict[str, Any]:
     [
         ({}, "mapping: no section clusterNode, the sections are: none; write clusterNode: {"),
         ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
-        ({"clusternode": ENTRY}, 'is "clusternode" meant to be it?'),
+        ({"clusternode": ENTRY}, 'did you mean "clusternode"?'),
         ({"clusterNode": None}, "mapping: clusterNode: must be a mapping; write"),
         ({"clusterNode": {}}, 'clusterNode.name: must be "redis", not missing'),
         ({"clusterNode": {"name": "memory"}}, "must be \"redis\", not 'memory'"),
@@ -115,7 +115,10 @@ def options(**written: Any) -> dict[str, Any]:
         (options(heartbeat=0), "options.heartbeat: must be a whole number from 1 to 2147483647"),
         (options(prot=1), 'did you mean "port"?'),
         (options(sentinels=[{}]), "options.name: is missing"),
-        (options(sentinels=[{}], name="x", role="slave"), "options.role: must be master: what"),
+        (
+            options(sentinels=[{}], name="x", role="slave"),
+            "options.role: must be master: a message",
+        ),
         (options(nodes=[{}], db=1), "a cluster has database 0 alone"),
         ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
         ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),
@@ -136,7 +139,7 @@ def test_bad_names(name: Any) -> None:
         dscache.MessageNode.from_config(ENTRY, server_name=name)
 
 
-def test_own_options_are_few() -> None:
+def test_message_nodes_have_few_options() -> None:
     assert issubclass(MessageOptions, ConfigStruct)
     own = set(MessageOptions.__struct_fields__) - set(Options.__struct_fields__)
     assert own == {"overflow", "heartbeat", "sharded"}

@@ -1,4 +1,4 @@
-"""The context of TLS: made once for all attempts, off the loop, and again after a change."""
+"""The TLS context: made once for all attempts, off the loop, and again after a change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.waiting import PATIENCE, until
 
 
 class Made:
-    """The contexts that were made since, each by the thread that made it."""
+    """The contexts made since, each with the thread that made it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.threads: list[int] = []
@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 @pytest.fixture
 def files(certificates: TLSFiles, tmp_path: Path) -> TLSFiles:
-    """Files of its own for each test, which last changed a while ago."""
+    """Separate files for each test, which last changed a while ago."""
     own = TLSFiles(str(tmp_path / "cert"), str(tmp_path / "key"), str(tmp_path / "ca"))
     shutil.copy(certificates.certificate, own.certificate)
     shutil.copy(certificates.key, own.key)
@@ -54,7 +54,7 @@ def files(certificates: TLSFiles, tmp_path: Path) -> TLSFiles:
 
 @dataclass
 class NoServer:
-    """A listener that ends every connection at once."""
+    """A listener that closes every connection at once."""
 
     port: int
     attempts: int = 0
@@ -85,7 +85,7 @@ def options_of(files: TLSFiles, port: int) -> dict[str, Any]:
 
 
 async def settled(files: TLSFiles) -> None:
-    """Wait until the files are so old that another change would be seen."""
+    """Wait until the files are so old that another change would be noticed."""
     Tls(ca=files.authority, cert=files.certificate, key=files.key).context()
     await asyncio.sleep(0.2)
 
@@ -99,7 +99,7 @@ async def test_attempts_share_one_context(files: TLSFiles, no_server: NoServer, 
     get = asyncio.ensure_future(cache.get("a"))
     await until(lambda: no_server.attempts > 10)
     assert len(made.threads) <= 1
-    # A change makes another, on a thread that is not the loop's.
+    # A change makes another one, on a thread that is not the loop's.
     os.utime(files.certificate)
     await until(lambda: made.threads)
     assert threading.get_ident() not in made.threads
@@ -136,15 +136,15 @@ def test_a_change_of_any_file_makes_another(files: TLSFiles, made: Made) -> None
         assert tls.context() is not before
 
 
-def test_one_that_was_changed_just_now_is_read_again(files: TLSFiles) -> None:
-    """Within one tick of the clock of files, a second change would not be seen."""
+def test_a_file_changed_just_now_is_read_again(files: TLSFiles) -> None:
+    """Within one tick of the file system's clock, a second change would go unnoticed."""
     tls = Tls(ca=files.authority)
     os.utime(files.authority)
     first = tls.context()
     assert tls.context() is not first
 
 
-def test_half_of_a_change_is_tried_again(files: TLSFiles, tmp_path: Path) -> None:
+def test_an_incomplete_change_is_tried_again(files: TLSFiles, tmp_path: Path) -> None:
     tls = Tls(ca=files.authority, cert=files.certificate, key=files.key)
     asyncio.run(settled(files))
     good = tls.context()
@@ -157,7 +157,7 @@ def test_half_of_a_change_is_tried_again(files: TLSFiles, tmp_path: Path) -> Non
     assert tls.context() is not good
 
 
-def test_the_systems_authorities_are_watched(
+def test_the_authorities_of_the_system_are_watched(
     files: TLSFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", files.authority)
@@ -168,7 +168,7 @@ def test_the_systems_authorities_are_watched(
     assert Tls().context() is not before
 
 
-def test_not_all_that_were_ever_made_are_kept(files: TLSFiles) -> None:
+def test_old_contexts_are_dropped(files: TLSFiles) -> None:
     asyncio.run(settled(files))
     first = Tls(ca=files.authority).context()
     for i in range(100):

@@ -1,4 +1,4 @@
-"""Which core a process gets, seen from outside: each test starts an interpreter of its own."""
+"""The choice of a core, seen from outside: each test starts its own interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPECTED = {
     "fast": "fast fast dscache._fast\ndscache._fast True\n",
     "pure": "pure pure dscache.core.pure\ndscache.core.pipeline True\n",
 }
-# Stands in for an extension that was not built, or that fails as it is loaded.
+# Stands in for an extension that was not built, or that fails to load.
 SABOTAGE = """
 import importlib.abc, importlib.machinery, sys
 
@@ -64,13 +64,13 @@ def run(
 @pytest.mark.parametrize(
     ("variable", "chosen"), [(None, "fast"), ("", "fast"), ("fast", "fast"), ("pure", "pure")]
 )
-def test_the_variable_is_obeyed(variable: str | None, chosen: str) -> None:
+def test_the_environment_variable_chooses_the_core(variable: str | None, chosen: str) -> None:
     ended = run(SHOW, variable)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, EXPECTED[chosen], "")
 
 
 @pytest.mark.parametrize("variable", ["nonsense", "FAST", " fast", "1"])
-def test_nonsense_is_refused(variable: str) -> None:
+def test_an_unknown_value_is_refused(variable: str) -> None:
     ended = run(SHOW, variable)
     assert ended.returncode == 1
     assert ended.stdout == ""
@@ -79,7 +79,7 @@ def test_nonsense_is_refused(variable: str) -> None:
     )
 
 
-def test_without_the_extension_the_pure_core_is_taken_and_the_reason_logged_once() -> None:
+def test_without_the_extension_the_pure_core_is_used_and_the_reason_logged_once() -> None:
     ended = run(SHOW + "import dscache._backend, dscache.cache\n", sabotaged=("fast",))
     assert (ended.returncode, ended.stdout) == (0, EXPECTED["pure"])
     [line] = ended.stderr.splitlines()
@@ -87,19 +87,19 @@ def test_without_the_extension_the_pure_core_is_taken_and_the_reason_logged_once
     assert "DSCACHE_BACKEND=pure" in line
 
 
-def test_the_warning_comes_from_our_logger() -> None:
+def test_the_warning_uses_the_logger_of_the_package() -> None:
     code = "import logging; logging.basicConfig(format='%(name)s %(levelname)s')\n" + SHOW
     ended = run(code, sabotaged=("fast",))
     assert ended.stderr == "dscache WARNING\n"
 
 
-def test_the_pure_core_asked_for_says_nothing_of_a_missing_extension() -> None:
+def test_choosing_the_pure_core_hides_the_warning_of_a_missing_extension() -> None:
     ended = run(SHOW, "pure", sabotaged=("fast",))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, EXPECTED["pure"], "")
 
 
 @pytest.mark.parametrize("name", ["fast", "pure"])
-def test_a_core_that_is_asked_for_and_missing_is_an_error(name: str) -> None:
+def test_choosing_a_missing_core_is_an_error(name: str) -> None:
     ended = run(SHOW, name, sabotaged=(name,))
     assert ended.returncode == 1
     assert ended.stdout == ""
@@ -112,7 +112,7 @@ def test_a_core_that_is_asked_for_and_missing_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(
     "error", ["RuntimeError('it is broken')", "AttributeError('no such thing')", "SystemError()"]
 )
-def test_an_extension_that_is_broken_does_not_hide(variable: str | None, error: str) -> None:
+def test_a_broken_extension_is_an_error(variable: str | None, error: str) -> None:
     ended = run(SHOW, variable, sabotaged=("fast",), error=error)
     assert ended.returncode == 1
     assert ended.stdout == ""
@@ -130,14 +130,14 @@ print(_backend.BACKEND)
 """
 
 
-def test_an_extension_built_for_other_constants_is_not_taken() -> None:
-    """They are compiled into it, and the pure core reads them afresh."""
+def test_an_extension_built_for_other_constants_is_refused() -> None:
+    """The constants are compiled into the extension, and the pure core reads them afresh."""
     ended = run(OTHER_CONSTANTS)
     assert (ended.returncode, ended.stdout) == (0, "pure\n")
     assert "was built for another dscache.core.constants; build it again" in ended.stderr
 
 
-def test_a_cache_takes_the_chosen_core() -> None:
+def test_a_cache_uses_the_chosen_core() -> None:
     code = """
 import asyncio, dscache
 async def main():

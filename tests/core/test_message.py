@@ -1,4 +1,4 @@
-"""Messages in both cores: their envelope, what becomes of a push, and where messages wait."""
+"""Messages in both cores: their envelope, the handling of pushes, and the queues of subscribers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from dscache import _backend, _fast
 from dscache.core import envelope, pure
-from dscache.errors import ConnectionLost, MessageError, Overloaded, ProtocolError, ReplyError
+from dscache.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    MessageError,
+    Overloaded,
+    ProtocolError,
+    ReplyError,
+)
 from tests.support import wire
 from tests.support.wire import CORES, Exchange, Push, Refusal
 
@@ -30,30 +37,30 @@ OPENING = envelope.envelope_prefix("A")
 
 
 def ignore(*_: object) -> None:
-    """Be told what nobody asks for."""
+    """Ignore a callback."""
 
 
-def inbox_of(core: Any, name: str = "B", topic: int = 4) -> tuple[Any, Any]:
-    """Return an inbox with one mailbox for a topic."""
-    inbox = core.MessageDispatcher(name, ignore, ignore)
-    mailbox = core.SubscriberQueue(ignore, 1000, envelope.DROP_OLDEST)
-    inbox.join(topic, mailbox)
-    return inbox, mailbox
+def dispatcher_of(core: Any, name: str = "B", topic: int = 4) -> tuple[Any, Any]:
+    """Return a dispatcher with one queue for a topic."""
+    dispatcher = core.MessageDispatcher(name, ignore, ignore)
+    queue = core.SubscriberQueue(ignore, 1000, envelope.DROP_OLDEST)
+    dispatcher.join(topic, queue)
+    return dispatcher, queue
 
 
-# -- on the way out
+# -- sending
 
 
 @pytest.mark.parametrize("vector", GOLDEN["sent"], ids=lambda vector: vector["id"])
 @pytest.mark.parametrize("core", CORES)
-def test_what_is_sent_is_what_the_connector_sends(core: Any, vector: dict[str, Any]) -> None:
+def test_sent_bytes_equal_those_of_the_connector(core: Any, vector: dict[str, Any]) -> None:
     exchange = Exchange(core)
     opening = envelope.envelope_prefix(vector["server_name"], vector.get("to"))
     exchange.pipeline.publish(None, opening, json.loads(vector["message"]), False)
     (command,) = exchange.take()
     payload = base64.b64decode(vector["payload"])
     assert command[:2] == [b"PUBLISH", vector["channel"].encode()]
-    # JavaScript writes 1e-7 and 0.000001 in a way of its own, and means the same.
+    # JavaScript formats 1e-7 and 0.000001 differently; the values are equal.
     ours, theirs = (
         (json.loads(text) if vector["id"] == "numbers" else text) for text in (command[2], payload)
     )
@@ -61,7 +68,7 @@ def test_what_is_sent_is_what_the_connector_sends(core: Any, vector: dict[str, A
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_messages_of_a_tick_go_out_in_their_order(core: Any) -> None:
+def test_messages_of_a_tick_are_sent_in_order(core: Any) -> None:
     exchange = Exchange(core)
     waiters = [
         exchange.pipeline.publish(None, OPENING, {"topic": i % 3, "number": i}, False)
@@ -117,7 +124,7 @@ class Plain:
         (4, msgspec.Raw(b""), "message on topic 4: it is an empty msgspec.Raw"),
     ],
 )
-def test_bad_messages(core: Any, topic: Any, message: Any, said: str) -> None:
+def test_invalid_messages_are_refused(core: Any, topic: Any, message: Any, said: str) -> None:
     exchange = Exchange(core)
     with pytest.raises(MessageError, match=said):
         exchange.pipeline.publish(topic, OPENING, message, False)
@@ -126,7 +133,7 @@ def test_bad_messages(core: Any, topic: Any, message: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_any_message_that_has_a_topic(core: Any) -> None:
+def test_any_object_with_a_topic_is_a_message(core: Any) -> None:
     exchange = Exchange(core)
     for message in (Struct(7), collections.ChainMap({"topic": 7}), {"topic": 7, "t": "\ud800"}):
         if isinstance(message, collections.ChainMap):
@@ -158,7 +165,7 @@ def test_a_message_is_never_sent_twice(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_what_redis_says_to_a_message(core: Any) -> None:
+def test_replies_to_a_message(core: Any) -> None:
     exchange = Exchange(core)
     waiters = [exchange.pipeline.publish(None, OPENING, MESSAGE, False) for _ in range(3)]
     exchange.take()
@@ -175,37 +182,38 @@ def test_what_redis_says_to_a_message(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_deadlines_and_bounds(core: Any) -> None:
+def test_messages_obey_deadlines_and_limits(core: Any) -> None:
     exchange = Exchange(core, timeout=0.0, max_pending=2, refuse_when_full=True)
     late = exchange.pipeline.publish(None, OPENING, MESSAGE, False)
     exchange.pipeline.publish(None, OPENING, MESSAGE, False)
     with pytest.raises(Overloaded):
         exchange.pipeline.publish(None, OPENING, MESSAGE, False)
     assert exchange.take() == []
-    with pytest.raises(Exception, match=r"send on topic 4: not sent to .*; nothing was done"):
+    doubtless = r"send on topic 4: not sent to .*; nothing was done"
+    with pytest.raises(DeadlineExceeded, match=doubtless):
         late.result()
     exchange.assert_drained()
 
 
-# -- on the way back
+# -- receiving
 
 
 @pytest.mark.parametrize("vector", GOLDEN["received"], ids=lambda vector: vector["id"])
 @pytest.mark.parametrize("core", CORES)
-def test_what_is_heard_is_what_the_connector_hears(core: Any, vector: dict[str, Any]) -> None:
-    inbox, mailbox = inbox_of(core, GOLDEN["server_name"])
+def test_received_messages_equal_those_of_the_connector(core: Any, vector: dict[str, Any]) -> None:
+    dispatcher, queue = dispatcher_of(core, GOLDEN["server_name"])
     exchange = Exchange(core)
-    exchange.pipeline.inbox = inbox
+    exchange.pipeline.inbox = dispatcher
     exchange.reply(Push([b"message", b"4", base64.b64decode(vector["payload"])]))
     callback = vector["callback"]
     if "never" in callback:
-        assert not mailbox.messages
-        assert inbox.stats()["damaged"] == ("logged" in vector)
+        assert not queue.messages
+        assert dispatcher.stats()["damaged"] == ("logged" in vector)
     else:
-        (message,) = mailbox.messages
+        (message,) = queue.messages
         assert message.data == json.loads(callback["message"])
         assert (message.sender, message.topic) == (callback["from_server"], 4)
-        # Of one that has more after the message, only the whole tells where it ends.
+        # In an envelope with more after the message, only a full parse tells where it ends.
         assert vector["id"] == "more" or json.loads(message.raw) == message.data
 
 
@@ -234,13 +242,13 @@ ENVELOPES = st.recursive(
 def test_the_twins_read_an_envelope_alike(payload: bytes, name: str) -> None:
     results = []
     for core in (_fast, pure):
-        inbox, mailbox = inbox_of(core, name)
+        dispatcher, queue = dispatcher_of(core, name)
         damaged: list[tuple[int, bytes]] = []
-        inbox = core.MessageDispatcher(name, ignore, lambda *what, to=damaged: to.append(what))
-        inbox.join(4, mailbox)
-        inbox.take(b"4", payload)
-        found: list[Any] = [inbox.stats(), damaged]
-        for message in mailbox.messages:
+        dispatcher = core.MessageDispatcher(name, ignore, lambda *what, to=damaged: to.append(what))
+        dispatcher.join(4, queue)
+        dispatcher.take(b"4", payload)
+        found: list[Any] = [dispatcher.stats(), damaged]
+        for message in queue.messages:
             found += [repr(message), hash(message), message.raw]
             try:
                 found.append(message.data)
@@ -251,16 +259,16 @@ def test_the_twins_read_an_envelope_alike(payload: bytes, name: str) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_subscriptions_and_their_answers(core: Any) -> None:
+def test_subscriptions_are_confirmed(core: Any) -> None:
     told: list[Any] = []
-    inbox = core.MessageDispatcher(
+    dispatcher = core.MessageDispatcher(
         "B", lambda pipeline, push: told.append((pipeline, push)), ignore
     )
-    mailbox = core.SubscriberQueue(ignore, 10, envelope.DROP_OLDEST)
-    inbox.join(4, mailbox)
+    queue = core.SubscriberQueue(ignore, 10, envelope.DROP_OLDEST)
+    dispatcher.join(4, queue)
     exchange = Exchange(core)
     pipeline = exchange.pipeline
-    pipeline.inbox = inbox
+    pipeline.inbox = dispatcher
     asked = [pipeline.command(*words)[1] for words in (("SUBSCRIBE", "4"), ("PING",))]
     asked += [pipeline.command("SUBSCRIBE", "5")[1], pipeline.command("UNSUBSCRIBE", "4")[1]]
     exchange.reply(
@@ -279,15 +287,21 @@ def test_subscriptions_and_their_answers(core: Any) -> None:
     assert asked[3].result() == [b"unsubscribe", b"4", 0]
     unasked = [[b"sunsubscribe", b"9", 0], [b"unsubscribe", b"4", 0]]
     assert told == [(pipeline, push) for push in unasked]
-    assert inbox.stats() == {"received": 1, "own": 0, "foreign": 0, "unwanted": 1, "damaged": 0}
+    assert dispatcher.stats() == {
+        "received": 1,
+        "own": 0,
+        "foreign": 0,
+        "unwanted": 1,
+        "damaged": 0,
+    }
     exchange.assert_drained()
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_messages_as_replies_of_resp2(core: Any) -> None:
-    inbox, mailbox = inbox_of(core)
+def test_messages_arrive_as_resp2_replies(core: Any) -> None:
+    dispatcher, queue = dispatcher_of(core)
     exchange = Exchange(core)
-    exchange.pipeline.inbox = inbox
+    exchange.pipeline.inbox = dispatcher
     exchange.pipeline.resp2_pubsub = True
     _, begun = exchange.pipeline.command("SUBSCRIBE", "4")
     _, alive = exchange.pipeline.command("PING")
@@ -295,7 +309,7 @@ def test_messages_as_replies_of_resp2(core: Any) -> None:
     exchange.reply([b"message", b"4", OPENING + b"{}}"], [b"pong", b""])
     assert begun.result() == [b"subscribe", b"4", 1]
     assert alive.result() == [b"pong", b""]
-    assert [message.sender for message in mailbox.messages] == ["A", "A"]
+    assert [message.sender for message in queue.messages] == ["A", "A"]
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -312,24 +326,24 @@ def test_messages_as_replies_of_resp2(core: Any) -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_message_ends_the_connection(core: Any, push: list[Any]) -> None:
+def test_an_invalid_message_ends_the_connection(core: Any, push: list[Any]) -> None:
     exchange = Exchange(core)
-    exchange.pipeline.inbox, _ = inbox_of(core)
+    exchange.pipeline.inbox, _ = dispatcher_of(core)
     with pytest.raises(ProtocolError):
         exchange.reply(Push(push))
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_pushes_without_an_inbox_say_nothing(core: Any) -> None:
+def test_pushes_without_a_dispatcher_are_ignored(core: Any) -> None:
     exchange = Exchange(core)
     exchange.reply(Push([b"message", b"4", b"x"]), Push([b"subscribe", b"4", 1]))
 
 
-# -- where messages wait
+# -- subscriber queues
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_mailboxes(core: Any) -> None:
+def test_a_full_queue_follows_its_overflow_policy(core: Any) -> None:
     wakes: list[int] = []
     for overflow, kept in (
         (envelope.DROP_OLDEST, [2, 3, 4]),
@@ -337,30 +351,30 @@ def test_mailboxes(core: Any) -> None:
         (envelope.DISCONNECT, [0, 1, 2]),
     ):
         wakes.clear()
-        mailbox = core.SubscriberQueue(lambda: wakes.append(1), 3, overflow)
+        queue = core.SubscriberQueue(lambda: wakes.append(1), 3, overflow)
         for number in range(5):
-            mailbox.put(core.Message(number, "A", b"{}"))
-        assert [message.topic for message in mailbox.messages] == kept
+            queue.put(core.Message(number, "A", b"{}"))
+        assert [message.topic for message in queue.messages] == kept
         is_shut = overflow == envelope.DISCONNECT
-        assert (mailbox.dropped, mailbox.is_shut) == (1 if is_shut else 2, is_shut)
-        assert (wakes, mailbox.awake) == ([1], True)
-        assert mailbox.received == (4 if is_shut else 5)
+        assert (queue.dropped, queue.is_shut) == (1 if is_shut else 2, is_shut)
+        assert (wakes, queue.awake) == ([1], True)
+        assert queue.received == (4 if is_shut else 5)
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_all_who_want_a_topic_get_the_same_message(core: Any) -> None:
-    inbox, first = inbox_of(core)
+def test_subscribers_of_a_topic_share_one_message(core: Any) -> None:
+    dispatcher, first = dispatcher_of(core)
     second = core.SubscriberQueue(ignore, 1000, envelope.DROP_OLDEST)
-    inbox.join(4, second)
-    inbox.join(5, second)
-    inbox.take(b"4", OPENING + TEXT + b"}")
+    dispatcher.join(4, second)
+    dispatcher.join(5, second)
+    dispatcher.take(b"4", OPENING + TEXT + b"}")
     assert first.messages[0] is second.messages[0]
     assert first.messages[0].data is second.messages[0].data
-    assert sorted(inbox.topics()) == [4, 5]
-    assert inbox.leave(4, first) is False
-    assert inbox.leave(4, second) is True
-    assert inbox.topics() == [5]
-    inbox.take(b"4", OPENING + TEXT + b"}")
+    assert sorted(dispatcher.topics()) == [4, 5]
+    assert dispatcher.leave(4, first) is False
+    assert dispatcher.leave(4, second) is True
+    assert dispatcher.topics() == [5]
+    dispatcher.take(b"4", OPENING + TEXT + b"}")
     assert (len(first.messages), len(second.messages)) == (1, 1)
 
 
@@ -368,11 +382,11 @@ def test_all_who_want_a_topic_get_the_same_message(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_a_message_is_read_as_what_it_holds(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_of_a_message_is_decoded(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "core", core)
-    inbox, mailbox = inbox_of(core)
-    inbox.take(b"4", OPENING + TEXT + b"}")
-    message = mailbox.messages[0]
+    dispatcher, queue = dispatcher_of(core)
+    dispatcher.take(b"4", OPENING + TEXT + b"}")
+    message = queue.messages[0]
     assert message.raw == TEXT
     assert message.raw is message.raw
     assert message.data == MESSAGE
@@ -401,10 +415,10 @@ def test_a_message_is_read_as_what_it_holds(core: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_a_message_that_is_no_json(core: Any) -> None:
-    inbox, mailbox = inbox_of(core)
-    inbox.take(b"4", OPENING + b"{]}}")
-    (message,) = mailbox.messages
+def test_a_message_of_invalid_json(core: Any) -> None:
+    dispatcher, queue = dispatcher_of(core)
+    dispatcher.take(b"4", OPENING + b"{]}}")
+    (message,) = queue.messages
     for _ in range(2):
         with pytest.raises(MessageError, match="message on topic 4 from 'A': it is no JSON: "):
             _ = message.data
@@ -413,10 +427,10 @@ def test_a_message_that_is_no_json(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_what_javascript_writes_and_msgspec_refuses(core: Any) -> None:
-    inbox, mailbox = inbox_of(core)
-    inbox.take(b"4", OPENING + b'{"t":"\\ud800","n":1e400}}')
-    assert mailbox.messages[0].data == {"t": "\ud800", "n": float("inf")}
+def test_a_message_may_hold_javascript_that_msgspec_refuses(core: Any) -> None:
+    dispatcher, queue = dispatcher_of(core)
+    dispatcher.take(b"4", OPENING + b'{"t":"\\ud800","n":1e400}}')
+    assert queue.messages[0].data == {"t": "\ud800", "n": float("inf")}
 
 
 # -- the nodes of a cluster
@@ -436,7 +450,7 @@ def test_a_message_goes_to_the_node_of_its_slot(core: Any) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_messages_that_are_redirected_keep_their_order(core: Any) -> None:
+def test_redirected_messages_keep_their_order(core: Any) -> None:
     cluster = wire.ClusterExchange(core)
     slot = core.slot_of_key(b"4")
     node, other = slot % 3, (slot + 1) % 3

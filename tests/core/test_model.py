@@ -1,7 +1,7 @@
-"""Random operations against models: no wrong value, nobody who waits for ever, nothing left.
+"""Random operations against models: no wrong value, no endless wait, nothing left behind.
 
-First on real servers through the public API, then on the core alone with everything that can
-happen to a connection.
+First on real servers through the public API, then on the core alone with every mishap of a
+connection.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPERATIONS = 100_000
 FEWER = 20_000
 TASKS = 20
 NAMES = [f"record/{i}" for i in range(6)]
-# Far more than any machine needs, and less than for ever.
+# Far more than any machine needs, and still finite.
 PATIENCE = 120
 
 
@@ -77,8 +77,8 @@ def random_operation(chance: random.Random, serial: int) -> Operation:
 async def check_random_operations(cache: dscache.AsyncCache, count: int) -> None:
     """Issue operations from many tasks, and compare each result with the model's.
 
-    All share one event loop and one connection, so that the order in which they are issued is
-    the order in which they take effect: the model executes each as it is issued.
+    All share one event loop and one connection, so that operations take effect in the order in
+    which they are issued: the model executes each as it is issued.
     """
     seed = int(os.environ.get("DSCACHE_TEST_SEED") or random.SystemRandom().getrandbits(32))
     print(f"to repeat: DSCACHE_TEST_SEED={seed}")
@@ -134,18 +134,18 @@ async def test_random_operations_in_memory() -> None:
         await check_random_operations(cache, OPERATIONS)
 
 
-# -- the core, and all that can happen to a connection
+# -- the core, and every mishap of a connection
 
 
 @dataclass
 class Issued:
-    """One operation on one name (a bulk is one for each of its names), and what came of it."""
+    """One operation on one name (a bulk is one for each of its names), and its result."""
 
     operation: Operation
     name: str
     waiter: Waiter
-    # Others may have been done before it, or it twice, since its connection was lost or, if it
-    # is guarded, since it was refused: only its waiter's fate is certain.
+    # Others may have run before it, or it twice, because its connection was lost or, if it is
+    # guarded, because it was refused: only the fate of its waiter is certain.
     disturbed: bool = False
 
     @property
@@ -157,7 +157,7 @@ class Issued:
         return bool(self.operation.options.get("if_newer"))
 
     def after(self, state: Any) -> tuple[Any, Any]:
-        """Return the result on a record's state, and the record's state after it."""
+        """Return the result on a record's state, and the state afterwards."""
         oracle = ModelRecords()
         if state is not None:
             oracle.records[self.name] = state
@@ -173,7 +173,7 @@ class Issued:
         return result, oracle.records.get(self.name)
 
     def explained(self, states: set[Any]) -> set[Any]:
-        """Return the states a record may be in after this, or none if it has a wrong result."""
+        """Return the possible states of a record afterwards, or none if the result is wrong."""
         every = {self.after(state) for state in states}
         done = {state for _, state in every}
         error = self.waiter.error
@@ -185,7 +185,7 @@ class Issued:
             if self.waiter.cancelled or error is not None or self.disturbed:
                 return states
         elif self.disturbed:
-            # Its guard may have compared with a state that a lost write left.
+            # Its guard may have compared with a state left by a lost write.
             return states | done | {self.after(None)[1]}
         elif self.waiter.cancelled:
             return states | done
@@ -196,11 +196,11 @@ class Issued:
         assert error is None, error
         if self.operation.method == "delete_bulk" and len(self.operation.argument) > 1:
             return done
-        told = self._told(result)
+        told = self._result_for(result)
         return {state for expected, state in every if expected == told}
 
-    def _told(self, result: Any) -> Any:
-        """Return what a result says of this name."""
+    def _result_for(self, result: Any) -> Any:
+        """Return the part of a result that concerns this name."""
         match self.operation.method:
             case "get_bulk" | "head_bulk":
                 return plain(result.get(self.name))
@@ -211,7 +211,7 @@ class Issued:
         return plain(result)
 
 
-# One name may not be touched: whatever shares a command with it is refused at first.
+# One name is forbidden: a command that contains it is refused as a whole at first.
 ALLOWED, FORBIDDEN = ("a", "b"), "no"
 names = st.sampled_from(["a", "a", "a", "b", FORBIDDEN])
 bulk_names = st.lists(names, unique=True, min_size=1, max_size=3)
@@ -267,12 +267,12 @@ class Connections(RuleBasedStateMachine):
             [waiter] = self.exchange.issue(operation)
             argument = operation.argument
             on: Iterable[str] = [argument] if isinstance(argument, str) else argument
-            # Two guarded writes, the first sent again alone, may change places.
+            # Two guarded writes, the first of which was retried alone, may change places.
             shaky = self.forbidden and bool(operation.options.get("if_newer"))
             self.issued += [Issued(operation, name, waiter, shaky) for name in on]
 
     def _with_data(self, operation: Operation) -> Operation:
-        """Return an operation with what it writes, which is never the same twice."""
+        """Return an operation with the data to write, which never repeats."""
         self.serial += 1
         match operation.method:
             case "set":
@@ -290,18 +290,18 @@ class Connections(RuleBasedStateMachine):
         if which < len(self.exchange.waiters):
             self.exchange.waiters[which].cancel()
 
-    # -- the way
+    # -- transport
 
     @rule(executed=st.integers(0, 20), delivered=st.integers(0, 200))
     def move(self, executed: int, delivered: int) -> None:
-        """Let a part of what is under way arrive, on both ways, and send what waits."""
+        """Deliver a part of the bytes in transit in both directions, and send what waits."""
         self._execute(executed)
         self._deliver(delivered)
         self._flush()
 
     @rule()
     def catch_up(self) -> None:
-        """Let all that is under way arrive."""
+        """Deliver all bytes in transit."""
         self._execute(len(self.requests))
         self._deliver(len(self.replies))
 
@@ -319,7 +319,7 @@ class Connections(RuleBasedStateMachine):
         if received:
             self.pipeline.feed(received)
 
-    # -- what goes wrong
+    # -- mishaps
 
     @rule(
         mishap=st.sampled_from(["script", "script", "lose", "expire first", "expire all"]),
@@ -339,7 +339,7 @@ class Connections(RuleBasedStateMachine):
                 self.pipeline.expire(math.inf)
 
     def _lose(self, executed: int) -> None:
-        """Lose the connection: some of what was sent is still executed, and nothing answered."""
+        """Lose the connection: some sent commands are still executed, but none is answered."""
         self._execute(executed)
         self.requests.clear()
         self.replies = b""
@@ -348,7 +348,7 @@ class Connections(RuleBasedStateMachine):
                 issued.disturbed = True
         self.pipeline.connection_lost(OSError("cut"), True)
 
-    # -- what must hold
+    # -- invariants
 
     @invariant()
     def counters_add_up(self) -> None:

@@ -1,7 +1,7 @@
-"""The near cache by itself: bytes in, bytes out, and no socket; on both cores.
+"""The near cache alone, on both cores: bytes in, bytes out, and no socket.
 
-One section for each rule that it keeps. What random operations make of it is in
-``test_near_model.py``, and what real servers do in ``test_near_live.py``.
+One section for each of its rules. ``test_near_model.py`` covers random operations, and
+``test_near_live.py`` real servers.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def near(core: Any) -> NearExchange:
 
 
 def asked(sent: list[list[bytes]]) -> list[bytes]:
-    """Return the version keys that were read, each as the name that it is of."""
+    """Return the names whose version keys were read."""
     return [key[:-2] for command in sent if command[0] == b"MGET" for key in command[1::2]]
 
 
-# -- what is kept
+# -- caching
 
 
 def test_a_record_is_read_once(near: NearExchange) -> None:
@@ -65,7 +65,7 @@ def test_a_record_is_read_once(near: NearExchange) -> None:
 
 
 def test_each_read_has_a_record_of_its_own(near: NearExchange) -> None:
-    """What one caller does to the decoded data is not seen by another."""
+    """A caller's changes to the decoded data are invisible to other callers."""
     near.server.write("a", 1, b'{"b":[1]}')
     together = [near.get("a") for _ in range(3)]
     near.run()
@@ -79,7 +79,7 @@ def test_each_read_has_a_record_of_its_own(near: NearExchange) -> None:
     assert len({id(record) for record in records}) == len(records)
 
 
-def test_misses_are_kept(near: NearExchange) -> None:
+def test_misses_are_cached(near: NearExchange) -> None:
     assert near.read("a") is None
     call = near.get("a")
     assert call.was_at_hand
@@ -94,7 +94,7 @@ def test_misses_are_kept(near: NearExchange) -> None:
 
 
 @pytest.mark.parametrize("reply", [[b"3", None], [None, b"1"], [None, None]])
-def test_half_a_record_is_kept_as_none(near: NearExchange, reply: list[Any]) -> None:
+def test_half_a_record_is_cached_as_a_miss(near: NearExchange, reply: list[Any]) -> None:
     call = near.get("a")
     near.take()
     near.reply(reply)
@@ -105,7 +105,7 @@ def test_half_a_record_is_kept_as_none(near: NearExchange, reply: list[Any]) -> 
     assert not near.has("a")
 
 
-def test_head_is_served_from_what_a_read_kept(near: NearExchange) -> None:
+def test_head_is_served_from_a_cached_record(near: NearExchange) -> None:
     near.fill("a", version=7)
     head = near.issue("head", "a")
     assert head.was_at_hand
@@ -114,7 +114,7 @@ def test_head_is_served_from_what_a_read_kept(near: NearExchange) -> None:
     assert near.run() == []
 
 
-def test_a_head_that_misses_keeps_nothing(near: NearExchange) -> None:
+def test_a_head_that_misses_caches_nothing(near: NearExchange) -> None:
     near.server.write("a", 7, b"1")
     heads = [near.issue("head", "a"), near.issue("head_bulk", ["a"])]
     sent = near.run()
@@ -124,7 +124,7 @@ def test_a_head_that_misses_keeps_nothing(near: NearExchange) -> None:
     assert not near.get("a").was_at_hand
 
 
-def test_a_bulk_read_is_kept(near: NearExchange) -> None:
+def test_a_bulk_read_is_cached(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     near.issue("get_bulk", ["a", "b"])
     near.run()
@@ -142,7 +142,7 @@ def test_bad_names_are_refused_at_the_call(near: NearExchange, method: str, name
     assert near.stats()["records"] == 0
 
 
-def test_a_name_of_a_kind_of_str_is_the_same_name(near: NearExchange) -> None:
+def test_a_name_of_a_str_subclass_is_the_same_name(near: NearExchange) -> None:
     class Name(str):
         __slots__ = ()
 
@@ -152,7 +152,7 @@ def test_a_name_of_a_kind_of_str_is_the_same_name(near: NearExchange) -> None:
     assert near.get("b").was_at_hand
 
 
-# -- what Redis tells
+# -- invalidations
 
 NAMES = (
     "a",
@@ -197,7 +197,7 @@ def test_a_change_of_either_key_drops_the_record(
     assert near.count("records", "invalidations") == (len(NAMES), 2 * len(NAMES))
 
 
-def test_a_message_may_name_many_keys(near: NearExchange) -> None:
+def test_an_invalidation_may_name_many_keys(near: NearExchange) -> None:
     near.fill(*"abcd")
     near.push(b"a_v", b"b_d", b"b_v", b"nobody_v", b"d_d")
     assert [name for name in "abcd" if near.has(name)] == ["c"]
@@ -228,10 +228,10 @@ def test_foreign_keys_drop_nothing(core: Any, key: Any) -> None:
     assert near.count("invalidations") == tagged.count("invalidations") == (0,)
 
 
-def test_everything_is_dropped_when_everything_is_gone(near: NearExchange) -> None:
+def test_a_flush_of_the_server_drops_everything(near: NearExchange) -> None:
     near.fill(*"abc")
     near.server.flush()
-    assert near.has("a")  # it has not been told
+    assert near.has("a")  # no invalidation has arrived
     near.arrive()
     assert not any(map(near.has, "abc"))
     assert near.stats()["flushes"] == {"flushall": 1}
@@ -252,7 +252,7 @@ def test_everything_is_dropped_when_everything_is_gone(near: NearExchange) -> No
     ],
     ids=lambda push: push[0].decode(),
 )
-def test_other_pushes_say_nothing(near: NearExchange, push: list[Any]) -> None:
+def test_other_pushes_are_ignored(near: NearExchange, push: list[Any]) -> None:
     near.fill("a")
     near.reply(Push(push))
     assert near.has("a")
@@ -271,17 +271,17 @@ def test_other_pushes_say_nothing(near: NearExchange, push: list[Any]) -> None:
     ],
     ids=repr,
 )
-def test_messages_of_the_wrong_shape_end_the_connection(core: Any, push: list[Any]) -> None:
+def test_malformed_invalidations_end_the_connection(core: Any, push: list[Any]) -> None:
     near = NearExchange(core, serve_stale=True)
     near.fill("a")
     with pytest.raises(ProtocolError, match=r"node.test:6379 answered a change of keys with"):
         near.reply(Push(push))
     near.lose(retry=False)
-    # What broke the protocol is not to be believed in anything.
+    # A connection that broke the protocol isn't trusted for anything.
     assert not near.get("a").was_at_hand
 
 
-def test_without_a_near_cache_messages_say_nothing(core: Any) -> None:
+def test_without_a_near_cache_invalidations_are_ignored(core: Any) -> None:
     pipeline = core.Pipeline(object, int)
     pipeline.feed(resp(Push([b"invalidate"])) + resp(Push([b"invalidate", None])))
     pipeline.connected(True)
@@ -290,7 +290,7 @@ def test_without_a_near_cache_messages_say_nothing(core: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
-def test_messages_may_come_in_pieces(near: NearExchange, size: int) -> None:
+def test_invalidations_may_arrive_in_pieces(near: NearExchange, size: int) -> None:
     near.fill(*"ab")
     near.server.write("a", 2, b"2")
     read = near.get("b")
@@ -303,8 +303,8 @@ def test_messages_may_come_in_pieces(near: NearExchange, size: int) -> None:
     assert near.read("a").version == near.read("b").version == 2
 
 
-def test_a_reply_and_what_changed_it_arrive_together(near: NearExchange) -> None:
-    """The reader has what was true, and nobody after it."""
+def test_a_reply_and_its_invalidation_arrive_together(near: NearExchange) -> None:
+    """The reader gets the value that was current; later readers don't."""
     near.server.write("a", 1, b"1")
     call = near.get("a")
     near.send()
@@ -346,13 +346,13 @@ def test_a_write_drops_the_record_when_it_is_issued(near: NearExchange, write: W
     known = read.result()
     stored = near.server.values.get(b"a_d")
     assert (known and known.raw) == stored != b"1"
-    # The read was issued behind the write, so that what it found is true.
+    # The read was issued after the write, so its result is current.
     assert near.has("a")
     near.assert_drained()
 
 
-def test_a_read_before_a_write_keeps_nothing(near: NearExchange, write: Write) -> None:
-    """The answer comes after the write was issued, and is from before it."""
+def test_a_read_before_a_write_caches_nothing(near: NearExchange, write: Write) -> None:
+    """The reply arrives after the write was issued, but reads the state before it."""
     near.server.write("a", 1, b"1")
     before = near.get("a")
     near.send()
@@ -369,7 +369,7 @@ def test_a_read_before_a_write_keeps_nothing(near: NearExchange, write: Write) -
     assert (known and known.raw) == near.server.values.get(b"a_d") != b"1"
 
 
-def test_a_read_before_a_write_in_one_tick_keeps_nothing(near: NearExchange, write: Write) -> None:
+def test_a_read_before_a_write_in_one_tick_caches_nothing(near: NearExchange, write: Write) -> None:
     near.server.write("a", 1, b"1")
     before = near.get("a")
     write(near)
@@ -381,7 +381,7 @@ def test_a_read_before_a_write_in_one_tick_keeps_nothing(near: NearExchange, wri
     assert plain(near.get("a").result()) == plain(after.result())
 
 
-def test_bulk_reads_before_a_write_keep_nothing(near: NearExchange, write: Write) -> None:
+def test_bulk_reads_before_a_write_cache_nothing(near: NearExchange, write: Write) -> None:
     near.server.write("a", 1, b"1")
     near.server.write("z", 1, b"1")
     before = near.issue("get_bulk", ["z", "a"])
@@ -397,10 +397,10 @@ def test_bulk_reads_before_a_write_keep_nothing(near: NearExchange, write: Write
 @pytest.mark.parametrize(
     "outcome", ["refused", "expired", "lost", "lost_and_retried", "broken", "cancelled"]
 )
-def test_whatever_becomes_of_a_write(
+def test_a_write_drops_the_record_whatever_its_result(
     near: NearExchange, write: Write, outcome: str, sent: bool
 ) -> None:
-    """The record is read again, whether the write has happened or nobody knows."""
+    """The record is read again, whether the write took effect or its fate is unknown."""
     near.fill("a")
     call = write(near)
     if outcome == "refused":
@@ -478,8 +478,8 @@ def test_a_write_of_another_name_changes_nothing(near: NearExchange) -> None:
     assert near.has("b")
 
 
-def test_its_own_writes_are_not_kept(near: NearExchange) -> None:
-    """Redis would not tell of their changes before they are read."""
+def test_its_own_writes_are_not_cached(near: NearExchange) -> None:
+    """Redis doesn't invalidate them until they have been read."""
     near.issue("set", "a", 1, 1)
     near.issue("set_bulk", {"b": (1, 1)})
     near.run()
@@ -487,8 +487,8 @@ def test_its_own_writes_are_not_kept(near: NearExchange) -> None:
     assert not near.has("a")
 
 
-def test_so_many_writes_that_not_all_are_remembered(near: NearExchange) -> None:
-    """Reads from before them keep nothing then; those behind them do."""
+def test_more_writes_than_are_remembered(near: NearExchange) -> None:
+    """Reads issued before them cache nothing then; reads issued after them do."""
     near.server.write("old", 1, b"1")
     near.server.write("a", 1, b"1")
     before = [near.get("old"), near.get("a")]
@@ -508,8 +508,8 @@ def test_so_many_writes_that_not_all_are_remembered(near: NearExchange) -> None:
     assert near.read("a").version == 2
 
 
-def test_a_write_answered_drops_the_record_again(core: Any) -> None:
-    """Where the slot is another's by then, a read may be kept while the write is under way."""
+def test_an_answered_write_drops_the_record_again(core: Any) -> None:
+    """When the slot has moved meanwhile, a read may be cached while the write is in flight."""
     cluster = NearCluster(core)
     name = "{a}"
     slot = cluster.router.slot_of(name)
@@ -525,10 +525,10 @@ def test_a_write_answered_drops_the_record_again(core: Any) -> None:
     assert not cluster.issue("get", name).was_at_hand
 
 
-# -- one read for all
+# -- sharing reads
 
 
-def test_reads_that_miss_together_share_one_read(near: NearExchange) -> None:
+def test_concurrent_misses_share_one_read(near: NearExchange) -> None:
     near.server.write("a", 1, b"[]")
     calls = [near.get("a") for _ in range(100)]
     assert asked(near.send()) == [b"a"]
@@ -543,7 +543,7 @@ def test_reads_that_miss_together_share_one_read(near: NearExchange) -> None:
     near.assert_drained()
 
 
-def test_nobody_joins_a_read_across_a_write(near: NearExchange, write: Write) -> None:
+def test_reads_are_not_shared_across_a_write(near: NearExchange, write: Write) -> None:
     near.server.write("a", 1, b"1")
     before = near.get("a")
     near.send()
@@ -555,7 +555,7 @@ def test_nobody_joins_a_read_across_a_write(near: NearExchange, write: Write) ->
     assert near.count("misses", "joins") == (2, 1)
 
 
-def test_nobody_joins_a_read_that_is_no_longer_young(core: Any) -> None:
+def test_an_old_read_is_not_shared(core: Any) -> None:
     near = NearExchange(core, timeout=0.0)
     near.server.write("a", 1, b"1")
     calls = [near.get("a") for _ in range(3)]
@@ -566,7 +566,7 @@ def test_nobody_joins_a_read_that_is_no_longer_young(core: Any) -> None:
     assert near.count("misses", "joins") == (4, 0)
 
 
-def test_nobody_joins_where_nobody_tells(near: NearExchange) -> None:
+def test_reads_are_not_shared_without_tracking(near: NearExchange) -> None:
     near.lose()
     near.pipeline.connected(False)
     calls = [near.get("a") for _ in range(3)]
@@ -579,7 +579,7 @@ def test_nobody_joins_where_nobody_tells(near: NearExchange) -> None:
 
 @pytest.mark.parametrize("which", [(0,), (2,), (1,), (0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("sent", [False, True])
-def test_who_is_cancelled_leaves_the_others_their_read(
+def test_cancelling_one_caller_keeps_the_shared_read(
     near: NearExchange, which: tuple[int, ...], sent: bool
 ) -> None:
     near.server.write("a", 1, b"1")
@@ -601,7 +601,7 @@ def test_who_is_cancelled_leaves_the_others_their_read(
 
 @pytest.mark.parametrize("failure", ["refused", "damaged", "expired", "lost", "broken"])
 @pytest.mark.parametrize("first_is_cancelled", [False, True])
-def test_a_read_that_fails_fails_for_all_and_poisons_nothing(
+def test_a_failed_read_fails_for_all_callers_and_caches_nothing(
     near: NearExchange, failure: str, first_is_cancelled: bool
 ) -> None:
     near.server.write("a", 1, b"1")
@@ -624,7 +624,7 @@ def test_a_read_that_fails_fails_for_all_and_poisons_nothing(
             reason: Exception = ConnectionLost("cut")
             if failure == "broken":
                 reason = ProtocolError("nonsense")
-            near.server.hang_up()
+            near.server.disconnect()
             near.pipeline.connection_lost(reason, False)
             near.pipeline.connected(True)
     expected = {
@@ -657,7 +657,7 @@ def test_a_read_that_fails_fails_for_all_and_poisons_nothing(
     near.assert_drained()
 
 
-def test_a_bulk_shares_what_is_read_by_others(near: NearExchange) -> None:
+def test_a_bulk_shares_reads_in_flight(near: NearExchange) -> None:
     for name in "abc":
         near.server.write(name, 1, b"[]")
     one = near.get("a")
@@ -678,7 +678,7 @@ def test_a_bulk_shares_what_is_read_by_others(near: NearExchange) -> None:
     near.assert_drained()
 
 
-def test_versions_are_not_read_for_those_who_read_records(near: NearExchange) -> None:
+def test_a_read_does_not_share_a_head(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     head = near.issue("head_bulk", ["a"])
     read = near.get("a")
@@ -689,7 +689,7 @@ def test_versions_are_not_read_for_those_who_read_records(near: NearExchange) ->
     assert near.stats()["joins"] == 0
 
 
-def test_nobody_joins_a_bulk_across_a_write(near: NearExchange, write: Write) -> None:
+def test_bulks_are_not_shared_across_a_write(near: NearExchange, write: Write) -> None:
     near.server.write("a", 1, b"1")
     before = near.issue("get_bulk", ["a", "z"])
     near.send()
@@ -703,10 +703,10 @@ def test_nobody_joins_a_bulk_across_a_write(near: NearExchange, write: Write) ->
     found = after.result().get("a")
     assert (found and found.raw) == stored != b"1"
     assert plain(read.result()) == plain(found)
-    assert near.stats()["joins"] == 2  # of z, and of a by the last
+    assert near.stats()["joins"] == 2  # of z, and of a by the last read
 
 
-def test_a_long_bulk_is_not_joined(near: NearExchange) -> None:
+def test_a_long_bulk_is_not_shared(near: NearExchange) -> None:
     names = [f"n/{number}" for number in range(c.NEAR_SHARED + 1)]
     near.issue("get_bulk", names)
     assert near.read(names[0]) is None
@@ -719,7 +719,7 @@ def test_a_long_bulk_is_not_joined(near: NearExchange) -> None:
     assert near.stats()["joins"] == 1
 
 
-def test_a_bulk_that_is_cancelled_leaves_the_others_their_reads(near: NearExchange) -> None:
+def test_cancelling_a_bulk_keeps_its_shared_reads(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     bulk = near.issue("get_bulk", ["a", "b"])
     read, other = near.get("a"), near.issue("get_bulk", ["b", "a"])
@@ -730,7 +730,7 @@ def test_a_bulk_that_is_cancelled_leaves_the_others_their_reads(near: NearExchan
     near.assert_drained()
 
 
-def test_a_bulk_fails_in_what_it_has_joined(near: NearExchange) -> None:
+def test_a_bulk_fails_for_a_shared_read_that_fails(near: NearExchange) -> None:
     near.server.write("b", 1, b"1")
     near.server.refused = {b"a_v"}
     read = near.get("a")
@@ -746,7 +746,7 @@ def test_a_bulk_fails_in_what_it_has_joined(near: NearExchange) -> None:
     near.assert_drained()
 
 
-def test_reads_fail_with_the_bulk_that_they_have_joined(near: NearExchange) -> None:
+def test_reads_fail_with_the_bulk_they_share(near: NearExchange) -> None:
     near.server.write("b", 1, b"1")
     near.server.refused = {b"a_v"}
     bulk = near.issue("get_bulk", ["a", "b", "m"])
@@ -769,7 +769,7 @@ def test_reads_fail_with_the_bulk_that_they_have_joined(near: NearExchange) -> N
     near.assert_drained()
 
 
-def test_a_bulk_is_lost_but_for_what_it_has_joined(near: NearExchange) -> None:
+def test_a_lost_bulk_has_the_results_of_its_shared_reads(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     read = near.get("a")
     near.send()
@@ -797,7 +797,7 @@ def test_an_error_keeps_its_cause(near: NearExchange) -> None:
         assert caught.value.__cause__ is near.pipeline.down
 
 
-def test_a_read_that_is_sent_again_is_kept(near: NearExchange) -> None:
+def test_a_retried_read_is_cached(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     call = near.get("a")
     near.send()
@@ -809,7 +809,7 @@ def test_a_read_that_is_sent_again_is_kept(near: NearExchange) -> None:
     assert near.has("a")
 
 
-def test_a_full_pipeline_refuses_a_read_and_keeps_no_trace(core: Any) -> None:
+def test_a_read_refused_by_a_full_pipeline_leaves_no_trace(core: Any) -> None:
     near = NearExchange(core, pipeline={"refuse_when_full": True, "max_pending": 2})
     near.fill("a")
     calls = [near.get("b"), near.get("c")]
@@ -820,8 +820,8 @@ def test_a_full_pipeline_refuses_a_read_and_keeps_no_trace(core: Any) -> None:
         near.issue("get_bulk", ["a", "d"])
     with pytest.raises(Overloaded):
         near.issue("set", "a", 2, 2)
-    assert near.get("a").was_at_hand  # a write that was not issued has changed nothing
-    calls.append(near.get("b"))  # to join takes no room
+    assert near.get("a").was_at_hand  # a write that was not issued changes nothing
+    calls.append(near.get("b"))  # a shared read needs no capacity
     near.run()
     calls.append(near.get("d"))
     near.run()
@@ -829,11 +829,11 @@ def test_a_full_pipeline_refuses_a_read_and_keeps_no_trace(core: Any) -> None:
     assert near.pipeline.operations == 0
 
 
-# -- until when it is believed
+# -- validity
 
 
 @pytest.mark.parametrize("retry", [False, True])
-def test_a_lost_connection_ends_what_it_brought(near: NearExchange, retry: bool) -> None:
+def test_a_lost_connection_drops_its_records(near: NearExchange, retry: bool) -> None:
     near.fill(*"ab")
     near.lose(retry)
     assert not near.get("a").was_at_hand
@@ -844,13 +844,13 @@ def test_a_lost_connection_ends_what_it_brought(near: NearExchange, retry: bool)
     assert near.stats()["flushes"] == {"connection": 1}
 
 
-def test_an_attempt_that_fails_ends_nothing(near: NearExchange) -> None:
+def test_a_failed_reconnection_drops_nothing(near: NearExchange) -> None:
     near.lose()
     near.lose()
     assert near.stats()["flushes"] == {"connection": 1}
 
 
-def test_without_tracking_nothing_is_kept(near: NearExchange) -> None:
+def test_without_tracking_nothing_is_cached(near: NearExchange) -> None:
     near.fill("a")
     near.lose()
     near.pipeline.connected(False)
@@ -865,7 +865,7 @@ def test_without_tracking_nothing_is_kept(near: NearExchange) -> None:
     assert near.get("a").was_at_hand
 
 
-def test_what_was_known_may_be_forgotten(near: NearExchange) -> None:
+def test_all_records_may_be_forgotten(near: NearExchange) -> None:
     near.fill(*"ab")
     flying = near.get("c")
     near.send()
@@ -878,8 +878,8 @@ def test_what_was_known_may_be_forgotten(near: NearExchange) -> None:
     assert near.stats()["flushes"] == {"login": 1}
 
 
-def test_nobody_joins_a_read_from_before_a_flush(near: NearExchange) -> None:
-    """In a forked child it would never be answered."""
+def test_reads_are_not_shared_after_a_reset(near: NearExchange) -> None:
+    """In a forked child such a read would never be answered."""
     flying = near.get("a")
     near.send()
     near.pipeline.forget("fork")
@@ -889,19 +889,19 @@ def test_nobody_joins_a_read_from_before_a_flush(near: NearExchange) -> None:
     assert flying.result() is None
 
 
-# Longer than a busy machine lets a test wait between two lines of it.
+# Longer than a busy machine pauses a test between two of its lines.
 IDLE_LIMIT = 0.3
 
 
 def until_not_at_hand(near: NearExchange, name: str) -> Call:
-    """Read until it is not served at once, and return that read."""
+    """Read until the record is no longer served at once; return that read."""
     end = time.monotonic() + PATIENCE
     while (call := near.get(name)).was_at_hand:
-        assert time.monotonic() < end, "it is served for ever"
+        assert time.monotonic() < end, "the record is served for ever"
     return call
 
 
-def test_a_silent_link_serves_nothing(core: Any) -> None:
+def test_a_silent_connection_serves_nothing(core: Any) -> None:
     near = NearExchange(core, idle_limit=IDLE_LIMIT)
     near.fill("a")
     call = until_not_at_hand(near, "a")
@@ -912,8 +912,8 @@ def test_a_silent_link_serves_nothing(core: Any) -> None:
     assert near.get("a").was_at_hand
 
 
-def test_what_a_late_link_brings_is_no_sign_that_nothing_else_has_changed(core: Any) -> None:
-    """More may be on the way, up to the answer of what was sent after the silence."""
+def test_late_input_does_not_prove_that_nothing_else_changed(core: Any) -> None:
+    """More may still arrive, up to the reply to a command sent after the silence."""
     near = NearExchange(core, idle_limit=IDLE_LIMIT)
     near.fill(*"abc")
     near.get("missing")
@@ -924,7 +924,7 @@ def test_what_a_late_link_brings_is_no_sign_that_nothing_else_has_changed(core: 
     near.push(b"x_v")
     near.server.write("b", 2, b"2")
     assert not near.get("a").was_at_hand
-    # An answer tells of what was before its question, and that is as long ago.
+    # A reply reflects the moment its command was sent, which is equally long ago.
     near.arrive()
     assert not near.get("a").was_at_hand
     assert near.pipeline.unknown() >= time.monotonic() - early - 0.01
@@ -934,7 +934,7 @@ def test_what_a_late_link_brings_is_no_sign_that_nothing_else_has_changed(core: 
     assert not near.get("b").was_at_hand
 
 
-def test_of_many_commands_each_tells_of_its_own_time(core: Any) -> None:
+def test_each_reply_proves_the_time_of_its_own_command(core: Any) -> None:
     near = NearExchange(core, idle_limit=IDLE_LIMIT)
     near.fill("a")
     near.get("first")
@@ -952,7 +952,7 @@ def test_of_many_commands_each_tells_of_its_own_time(core: Any) -> None:
     assert near.get("a").was_at_hand
 
 
-def test_a_ping_asks_too(core: Any) -> None:
+def test_a_ping_proves_freshness_too(core: Any) -> None:
     near = NearExchange(core, idle_limit=IDLE_LIMIT)
     near.fill("a")
     until_not_at_hand(near, "a").cancel()
@@ -972,7 +972,7 @@ def test_buffered_answers_count_as_well(core: Any) -> None:
     assert near.get("a").was_at_hand
 
 
-def test_a_flush_makes_a_late_link_no_better(core: Any) -> None:
+def test_a_flush_does_not_refresh_a_late_connection(core: Any) -> None:
     near = NearExchange(core, idle_limit=IDLE_LIMIT)
     near.fill("a")
     until_not_at_hand(near, "a").cancel()
@@ -980,14 +980,14 @@ def test_a_flush_makes_a_late_link_no_better(core: Any) -> None:
     assert near.pipeline.unknown() > IDLE_LIMIT
 
 
-def test_what_is_old_is_read_again(core: Any) -> None:
+def test_a_record_beyond_its_maximum_age_is_read_again(core: Any) -> None:
     near = NearExchange(core, max_age=0.05, serve_stale=True)
     near.fill("a")
     call = until_not_at_hand(near, "a")
     assert near.stats()["records"] == 0
     near.run()
     assert call.result().version == 1
-    # Hits don't make it younger.
+    # Hits don't renew it.
     call = until_not_at_hand(near, "a")
     near.lose()
     assert not near.get("a").was_at_hand
@@ -996,7 +996,7 @@ def test_what_is_old_is_read_again(core: Any) -> None:
         call.result()
 
 
-def test_misses_become_old_too(core: Any) -> None:
+def test_misses_beyond_their_maximum_age_are_read_again(core: Any) -> None:
     near = NearExchange(core, max_age=0.05)
     assert near.read("a") is None
     until_not_at_hand(near, "a")
@@ -1026,7 +1026,7 @@ class NearCluster(ClusterExchange):
         return int(self.router.slot_of(name) % len(self.pipelines))
 
     def read(self, name: str, node: int | None = None) -> Call:
-        """Read a record, which a node has, or the one of its slot."""
+        """Read a record, from a given node or from the owner of its slot."""
         node = self.node_of(name) if node is None else node
         call: Call = self.issue("get", name)
         if not call.was_at_hand:
@@ -1055,7 +1055,7 @@ def names_in_other_slots(cluster: NearCluster, number: int) -> list[str]:
     return list(found.values())
 
 
-def test_records_of_a_cluster_are_kept(cluster: NearCluster) -> None:
+def test_records_of_a_cluster_are_cached(cluster: NearCluster) -> None:
     names = names_in_other_slots(cluster, 30)
     assert {cluster.node_of(name) for name in names} == {0, 1, 2}
     for name in names:
@@ -1088,7 +1088,7 @@ def test_a_slot_that_moves_loses_its_records(cluster: NearCluster) -> None:
     assert cluster.near.stats()["flushes"] == {"slots": 1}
 
 
-def test_a_slot_that_moves_and_comes_back_has_lost_them_too(cluster: NearCluster) -> None:
+def test_a_slot_that_moves_and_returns_loses_its_records(cluster: NearCluster) -> None:
     cluster.read("a")
     slot = cluster.router.slot_of("a")
     cluster.near.slots_moved([slot])
@@ -1096,12 +1096,12 @@ def test_a_slot_that_moves_and_comes_back_has_lost_them_too(cluster: NearCluster
     assert not cluster.issue("get", "a").was_at_hand
 
 
-def test_slots_that_are_none_are_refused(cluster: NearCluster) -> None:
+def test_invalid_slots_are_refused(cluster: NearCluster) -> None:
     with pytest.raises(IndexError):
         cluster.near.slots_moved([c.SLOTS])
 
 
-def test_what_a_former_owner_answers_is_not_kept(cluster: NearCluster) -> None:
+def test_replies_of_a_former_owner_are_not_cached(cluster: NearCluster) -> None:
     call = cluster.issue("get", "a")
     slot, node = cluster.router.slot_of("a"), cluster.node_of("a")
     cluster.take(node)
@@ -1113,7 +1113,7 @@ def test_what_a_former_owner_answers_is_not_kept(cluster: NearCluster) -> None:
     assert cluster.near.stats()["dropped_fills"] == 1
 
 
-def test_nobody_joins_a_read_of_a_former_owner(cluster: NearCluster) -> None:
+def test_reads_of_a_former_owner_are_not_shared(cluster: NearCluster) -> None:
     before = cluster.issue("get", "a")
     slot, node = cluster.router.slot_of("a"), cluster.node_of("a")
     cluster.take(node)
@@ -1129,7 +1129,7 @@ def test_nobody_joins_a_read_of_a_former_owner(cluster: NearCluster) -> None:
     assert cluster.issue("get", "a").result().version == 2
 
 
-def test_what_only_those_get_who_ask_is_not_kept(cluster: NearCluster) -> None:
+def test_replies_after_asking_are_not_cached(cluster: NearCluster) -> None:
     call = cluster.issue("get", "a")
     slot, node = cluster.router.slot_of("a"), cluster.node_of("a")
     cluster.take(node)
@@ -1144,14 +1144,14 @@ def test_what_only_those_get_who_ask_is_not_kept(cluster: NearCluster) -> None:
     assert call.result().version == 1
     again = cluster.issue("get", "a")
     assert not again.was_at_hand
-    # It has been answered, and nobody waits for it.
+    # The read was answered, and no caller waits for it.
     assert cluster.near.stats()["joins"] == 0
     cluster.take(node)
     cluster.reply(node, [b"1", b"1"])
     assert cluster.issue("get", "a").was_at_hand
 
 
-def test_what_was_moved_once_is_kept(cluster: NearCluster) -> None:
+def test_a_read_redirected_once_is_cached(cluster: NearCluster) -> None:
     call = cluster.issue("get", "a")
     slot, node = cluster.router.slot_of("a"), cluster.node_of("a")
     cluster.take(node)
@@ -1167,7 +1167,7 @@ def test_what_was_moved_once_is_kept(cluster: NearCluster) -> None:
     assert cluster.issue("get", "a").was_at_hand
 
 
-def test_a_node_that_is_lost_takes_its_own_records_alone(cluster: NearCluster) -> None:
+def test_a_lost_node_drops_only_its_own_records(cluster: NearCluster) -> None:
     names = names_in_other_slots(cluster, 30)
     for name in names:
         cluster.read(name)
@@ -1181,8 +1181,8 @@ def test_a_node_that_is_lost_takes_its_own_records_alone(cluster: NearCluster) -
 
 
 @pytest.mark.parametrize("is_tracked", [False, True])
-def test_what_a_replica_answers_is_not_kept(cluster: NearCluster, is_tracked: bool) -> None:
-    """Until it is promoted, on the same connection."""
+def test_replies_of_a_replica_are_not_cached(cluster: NearCluster, is_tracked: bool) -> None:
+    """Not even after its promotion on the same connection."""
     slot = cluster.router.slot_of("a")
     replica = cluster.pipelines[(cluster.node_of("a") + 1) % 3]
     replica.connection_lost(ConnectionLost("cut"), True)
@@ -1198,7 +1198,7 @@ def test_what_a_replica_answers_is_not_kept(cluster: NearCluster, is_tracked: bo
     assert cluster.issue("get", "a").was_at_hand == is_tracked
 
 
-def test_records_whose_keys_lie_apart_are_not_kept(core: Any) -> None:
+def test_split_records_are_not_cached(core: Any) -> None:
     cluster = NearCluster(core, hash_tag=False)
     assert cluster.router.slot_of("a") == -1
     for expected in ([b"1", b"1"], [b"2", b"2"]):
@@ -1215,27 +1215,27 @@ def test_records_whose_keys_lie_apart_are_not_kept(core: Any) -> None:
         cluster.reply(node, *("OK" for _ in cluster.take(node)))
     assert written.result() is True
     assert cluster.near.stats()["records"] == 0
-    # One with a hash tag is like any other.
+    # A record with a hash tag is cached like any other.
     cluster.read("{t}a")
     assert cluster.issue("get", "{t}a").was_at_hand
 
 
-# -- what may be kept
+# -- what is cacheable
 
 
-def test_prefixes(core: Any) -> None:
+def test_only_names_with_the_prefixes_are_cached(core: Any) -> None:
     near = NearExchange(core, prefixes=("user/", "ä"))
     names = ["user/1", "user/", "users", "ä", "äö", "a", "x/user/1"]
     near.fill(*names)
     assert [name for name in names if near.has(name)] == ["user/1", "user/", "ä", "äö"]
     assert near.stats()["dropped_fills"] == 0
-    # The others share a read all the same, as long as it is under way.
+    # Reads of other names are still shared while in flight.
     calls = [near.get("a") for _ in range(3)]
     assert asked(near.run()) == [b"a"]
     assert [call.result().version for call in calls] == [1, 1, 1]
 
 
-def test_no_more_records_than_allowed(core: Any) -> None:
+def test_the_number_of_records_is_limited(core: Any) -> None:
     near = NearExchange(core, max_records=3)
     near.fill(*"abcde")
     assert [name for name in "abcde" if near.has(name)] == ["c", "d", "e"]
@@ -1246,23 +1246,23 @@ def test_no_more_records_than_allowed(core: Any) -> None:
     )
 
 
-def test_what_was_hit_stays_for_another_round(core: Any) -> None:
+def test_a_hit_record_survives_one_more_round(core: Any) -> None:
     near = NearExchange(core, max_records=3)
     near.fill(*"abc")
     assert near.get("a").was_at_hand
-    near.fill("d")  # b leaves, as a was hit
-    near.fill("e")  # c leaves; a has not been hit again
+    near.fill("d")  # b is evicted, as a was hit
+    near.fill("e")  # c is evicted; a has not been hit again
     assert [name for name in "abcde" if near.has(name)] == ["a", "d", "e"]
     near = NearExchange(core, max_records=3)
     near.fill(*"abc")
     for name in "abc":
         assert near.get(name).was_at_hand
-    near.fill("d")  # all were hit: after a round the first leaves
+    near.fill("d")  # all were hit: after one round the first is evicted
     near.fill("e")
     assert [name for name in "abcde" if near.has(name)] == ["c", "d", "e"]
 
 
-def test_hits_in_bulk_and_heads_count_as_well(core: Any) -> None:
+def test_hits_by_bulks_and_heads_count_too(core: Any) -> None:
     near = NearExchange(core, max_records=3)
     near.fill(*"abc")
     near.issue("get_bulk", ["a"])
@@ -1271,7 +1271,7 @@ def test_hits_in_bulk_and_heads_count_as_well(core: Any) -> None:
     assert [name for name in "abcd" if near.has(name)] == ["a", "b", "d"]
 
 
-def test_what_nobody_may_be_served_does_not_stay(core: Any) -> None:
+def test_a_record_that_may_not_be_served_is_evicted(core: Any) -> None:
     near = NearExchange(core, max_records=3)
     near.fill(*"abc")
     for name in "abc":
@@ -1284,7 +1284,7 @@ def test_what_nobody_may_be_served_does_not_stay(core: Any) -> None:
     assert [name for name in "abcdef" if near.has(name)] == ["d", "e", "f"]
 
 
-def test_no_more_bytes_than_allowed(core: Any) -> None:
+def test_the_number_of_bytes_is_limited(core: Any) -> None:
     each, table = size_of(core, "a", b"1" * 1000), table_of(core, 3)
     near = NearExchange(core, max_bytes=table + 3 * each)
     near.fill(*"abc", data=b"1" * 1000)
@@ -1296,12 +1296,12 @@ def test_no_more_bytes_than_allowed(core: Any) -> None:
     assert [name for name in "abcd" if near.has(name)] == ["c", "d"]
 
 
-def test_what_is_too_large_is_not_kept(core: Any) -> None:
+def test_a_record_that_is_too_large_is_not_cached(core: Any) -> None:
     near = NearExchange(core, max_bytes=2000)
     near.fill(*"ab")
     near.fill("c", data=b"1" * 2000)
     assert [name for name in "abc" if near.has(name)] == ["a", "b"]
-    # Nor is what was known of it before.
+    # Its earlier entry is gone too.
     near.fill("a", version=2, data=b"2" * 2000)
     assert not near.has("a")
     assert near.count("records", "bytes", "evictions") == (
@@ -1325,7 +1325,7 @@ def test_bytes_count_names_as_they_are_sent(core: Any, name: str) -> None:
     assert near.stats()["bytes"] == table_of(core, 2) + both
 
 
-def test_everything_that_leaves_gives_its_room_back(core: Any) -> None:
+def test_every_removal_frees_its_bytes(core: Any) -> None:
     near = NearExchange(core, max_records=4)
     for round in range(20):
         near.fill(*"abcdef", version=round)
@@ -1341,7 +1341,7 @@ def test_everything_that_leaves_gives_its_room_back(core: Any) -> None:
     assert near.stats()["bytes"] <= table_of(core, 6)
 
 
-def test_nothing_may_be_kept_of_one_record_or_one_byte(core: Any) -> None:
+def test_a_limit_may_be_one_record_or_one_byte(core: Any) -> None:
     near = NearExchange(core, max_records=1)
     near.fill(*"ab")
     assert near.has("b")
@@ -1354,7 +1354,7 @@ def test_nothing_may_be_kept_of_one_record_or_one_byte(core: Any) -> None:
 # -- bulks
 
 
-def test_a_bulk_is_partly_at_hand(near: NearExchange) -> None:
+def test_a_bulk_is_partly_served_from_memory(near: NearExchange) -> None:
     near.fill(*"bd")
     near.server.write("a", 5, b"5")
     near.server.write("c", 6, b"6")
@@ -1369,7 +1369,7 @@ def test_a_bulk_is_partly_at_hand(near: NearExchange) -> None:
     assert list(heads.result().items()) == [("a", 5), ("d", 1)]
 
 
-def test_a_bulk_is_all_at_hand(near: NearExchange) -> None:
+def test_a_bulk_is_served_from_memory(near: NearExchange) -> None:
     near.fill(*"ab")
     near.read("missing")
     bulk = near.issue("get_bulk", ("b", "missing", "a"))
@@ -1381,7 +1381,7 @@ def test_a_bulk_is_all_at_hand(near: NearExchange) -> None:
     assert near.run() == []
 
 
-def test_a_bulk_is_not_at_hand_at_all(near: NearExchange) -> None:
+def test_a_bulk_is_served_by_the_server(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     bulk = near.issue("get_bulk", (name for name in "ab"))
     assert not bulk.was_at_hand
@@ -1406,7 +1406,7 @@ def test_an_empty_bulk(near: NearExchange, method: str, nothing: Any, result: An
 
 
 @pytest.mark.parametrize("method", ["get_bulk", "head_bulk"])
-def test_bulks_refuse_what_a_pipeline_refuses(near: NearExchange, method: str) -> None:
+def test_bulks_refuse_the_arguments_a_pipeline_refuses(near: NearExchange, method: str) -> None:
     near.fill("a")
     for names in ("ab", b"ab"):
         with pytest.raises(RecordError, match=rf"{method} takes an iterable of names"):
@@ -1418,7 +1418,7 @@ def test_bulks_refuse_what_a_pipeline_refuses(near: NearExchange, method: str) -
     near.assert_drained()
 
 
-def test_hits_are_in_the_result_of_a_bulk_of_which_a_part_fails(near: NearExchange) -> None:
+def test_a_partly_failed_bulk_has_its_hits(near: NearExchange) -> None:
     near.fill(*"ab")
     near.server.write("c", 1, b"1")
     near.server.write("e", 1, b"1")
@@ -1452,7 +1452,7 @@ def test_a_bulk_is_lost(near: NearExchange) -> None:
     near.assert_drained()
 
 
-def test_a_bulk_that_was_cancelled_is_kept_all_the_same(near: NearExchange) -> None:
+def test_a_cancelled_bulk_is_still_cached(near: NearExchange) -> None:
     near.server.write("a", 1, b"1")
     bulk = near.issue("get_bulk", ["a"])
     near.send()
@@ -1462,7 +1462,7 @@ def test_a_bulk_that_was_cancelled_is_kept_all_the_same(near: NearExchange) -> N
     near.assert_drained()
 
 
-# -- while Redis is away
+# -- while Redis is down
 
 
 @pytest.fixture
@@ -1473,12 +1473,12 @@ def away(core: Any) -> NearExchange:
 
 
 def late(near: NearExchange) -> None:
-    """Let all time be over."""
+    """Let every deadline pass."""
     near.pipeline.expire(2 * FOREVER + time.monotonic())
 
 
-def test_a_bulk_of_known_and_unknown_names_while_away(away: NearExchange) -> None:
-    """What is known is in its result, whether that was clear at once or in the end."""
+def test_a_bulk_of_known_and_unknown_names_while_down(away: NearExchange) -> None:
+    """The known records are in its result, whether the loss shows at once or at the end."""
     away.lose()
     bulk = away.issue("get_bulk", ["a", "c"])
     late(away)
@@ -1488,7 +1488,7 @@ def test_a_bulk_of_known_and_unknown_names_while_away(away: NearExchange) -> Non
     assert caught.value.result["a"].stale
 
 
-def test_who_joined_is_served_the_last_known_record_too(core: Any) -> None:
+def test_shared_reads_are_served_the_last_known_record_too(core: Any) -> None:
     away = NearExchange(core, serve_stale=True, idle_limit=0.0)
     away.fill(*"ab")
     until_not_at_hand(away, "a")
@@ -1500,7 +1500,7 @@ def test_who_joined_is_served_the_last_known_record_too(core: Any) -> None:
         assert all(record.stale for record in bulk.result().values())
 
 
-def test_the_last_known_record_is_served_at_once_while_away(away: NearExchange) -> None:
+def test_the_last_known_record_is_served_at_once_while_down(away: NearExchange) -> None:
     away.lose()
     call = away.get("a")
     assert call.was_at_hand
@@ -1518,7 +1518,7 @@ def test_the_last_known_record_is_served_at_once_while_away(away: NearExchange) 
     assert away.get("a").result().stale is False
 
 
-def test_not_without_the_option(near: NearExchange) -> None:
+def test_stale_records_need_the_option(near: NearExchange) -> None:
     near.fill("a")
     near.lose()
     call = near.get("a")
@@ -1530,7 +1530,7 @@ def test_not_without_the_option(near: NearExchange) -> None:
 
 @pytest.mark.parametrize("sent", [False, True])
 def test_the_last_known_record_is_served_in_place_of_an_error(core: Any, sent: bool) -> None:
-    """The link is there, and silent."""
+    """The connection is open, but silent."""
     away = NearExchange(core, serve_stale=True, idle_limit=0.0)
     away.fill(*"ab")
     calls = [until_not_at_hand(away, "a"), away.get("a")]
@@ -1546,7 +1546,7 @@ def test_the_last_known_record_is_served_in_place_of_an_error(core: Any, sent: b
 
 
 def test_a_lost_read_is_answered_with_the_last_known_record(away: NearExchange) -> None:
-    """The server was there again when it was asked, and went once more."""
+    """The server was back when the read was sent, and then failed again."""
     away.lose()
     away.pipeline.connected(True)
     call, bulk = away.get("a"), away.issue("get_bulk", ["b", "c", "a"])
@@ -1562,9 +1562,7 @@ def test_a_lost_read_is_answered_with_the_last_known_record(away: NearExchange) 
 
 
 @pytest.mark.parametrize("error", [ReplyError("ERR no"), ProtocolError("nonsense")], ids=repr)
-def test_errors_that_tell_of_more_than_absence_are_raised(
-    away: NearExchange, error: Exception
-) -> None:
+def test_errors_other_than_a_lost_server_are_raised(away: NearExchange, error: Exception) -> None:
     away.lose()
     away.pipeline.connected(True)
     call = away.get("a")
@@ -1601,7 +1599,7 @@ def test_misses_are_never_stale(away: NearExchange) -> None:
     assert list(caught.value.result) == ["a"]
 
 
-def test_nothing_is_stale_of_which_a_change_is_known(away: NearExchange) -> None:
+def test_an_invalidated_record_is_not_served_stale(away: NearExchange) -> None:
     away.server.write("a", 2, b"2")
     away.arrive()
     away.lose()
@@ -1609,7 +1607,7 @@ def test_nothing_is_stale_of_which_a_change_is_known(away: NearExchange) -> None
     assert away.get("b").was_at_hand
 
 
-def test_nothing_is_stale_that_was_written_here(away: NearExchange, write: Write) -> None:
+def test_a_record_written_here_is_not_served_stale(away: NearExchange, write: Write) -> None:
     write(away)
     away.lose()
     assert not away.get("a").was_at_hand
@@ -1621,23 +1619,23 @@ def test_nothing_is_stale_that_was_written_here(away: NearExchange, write: Write
         call.result()
 
 
-def test_nothing_is_stale_that_is_written_while_away(away: NearExchange, write: Write) -> None:
+def test_a_record_written_while_down_is_not_served_stale(away: NearExchange, write: Write) -> None:
     away.lose()
     write(away)
     assert not away.get("a").was_at_hand
 
 
-def test_nothing_is_stale_after_everything_is_gone(away: NearExchange) -> None:
+def test_nothing_is_served_stale_after_a_flush_of_the_server(away: NearExchange) -> None:
     away.server.flush()
     away.arrive()
     away.lose()
     assert not away.get("a").was_at_hand
 
 
-def test_nothing_is_stale_after_everything_is_gone_on_a_later_connection(
+def test_nothing_is_served_stale_after_a_flush_on_a_later_connection(
     away: NearExchange,
 ) -> None:
-    """What an earlier connection brought was removed with all the rest."""
+    """The records of an earlier connection were removed with everything else."""
     away.lose()
     away.pipeline.connected(True)
     away.server.flush()
@@ -1650,7 +1648,7 @@ def test_nothing_is_stale_after_everything_is_gone_on_a_later_connection(
         call.result()
 
 
-def test_what_came_after_everything_was_gone_is_stale(away: NearExchange) -> None:
+def test_a_record_read_after_a_flush_is_served_stale(away: NearExchange) -> None:
     away.server.flush()
     away.arrive()
     away.fill("c")
@@ -1659,7 +1657,7 @@ def test_what_came_after_everything_was_gone_is_stale(away: NearExchange) -> Non
     assert not away.get("a").was_at_hand
 
 
-def test_nothing_is_stale_of_who_broke_the_protocol(away: NearExchange) -> None:
+def test_nothing_is_served_stale_after_a_protocol_error(away: NearExchange) -> None:
     away.lose(retry=False)
     assert not away.get("a").was_at_hand
     call = away.get("b")
@@ -1668,7 +1666,7 @@ def test_nothing_is_stale_of_who_broke_the_protocol(away: NearExchange) -> None:
         call.result()
 
 
-def test_a_node_that_is_away_has_stale_records_alone(core: Any) -> None:
+def test_only_the_records_of_a_lost_node_are_stale(core: Any) -> None:
     cluster = NearCluster(core, serve_stale=True)
     names = names_in_other_slots(cluster, 12)
     for name in names:
@@ -1678,7 +1676,7 @@ def test_a_node_that_is_away_has_stale_records_alone(core: Any) -> None:
         call = cluster.issue("get", name)
         assert call.was_at_hand
         assert call.result().stale == (cluster.node_of(name) == 1)
-    # Its slots are another's now: that one is to be asked.
+    # Its slots belong to the other node now, which must be asked.
     moved = next(name for name in names if cluster.node_of(name) == 1)
     slot = cluster.router.slot_of(moved)
     cluster.assign(slot, 2)
@@ -1686,10 +1684,10 @@ def test_a_node_that_is_away_has_stale_records_alone(core: Any) -> None:
     assert not cluster.issue("get", moved).was_at_hand
 
 
-# -- the end
+# -- closing
 
 
-def test_closed_it_keeps_and_serves_nothing(core: Any) -> None:
+def test_a_closed_near_cache_caches_and_serves_nothing(core: Any) -> None:
     near = NearExchange(core, serve_stale=True)
     near.fill(*"ab")
     flying = near.get("c")
@@ -1706,7 +1704,7 @@ def test_closed_it_keeps_and_serves_nothing(core: Any) -> None:
     near.near.close()
 
 
-def test_counters(near: NearExchange) -> None:
+def test_counters_of_the_near_cache(near: NearExchange) -> None:
     assert near.stats() == {
         **dict.fromkeys(("hits", "misses", "joins", "stale", "invalidations", "evictions"), 0),
         **{"dropped_fills": 0, "flushes": {}, "records": 0, "bytes": 0},
@@ -1715,13 +1713,13 @@ def test_counters(near: NearExchange) -> None:
     assert near.stats()["flushes"] == {}
 
 
-def test_it_is_freed(core: Any) -> None:
-    """Nothing of it is left, though a pipeline and a near cache know each other."""
+def test_a_near_cache_is_freed(core: Any) -> None:
+    """Nothing of it remains, although a pipeline and its near cache refer to each other."""
     import gc
     import weakref
 
     class Made:
-        """What nobody else knows."""
+        """An object with a single reference."""
 
         def __call__(self) -> Promise:
             return Promise()
@@ -1744,7 +1742,7 @@ def test_it_is_freed(core: Any) -> None:
 
 
 async def pair(core: Any) -> tuple[Any, Any]:
-    """Return a pipeline and the near cache before it, with the futures of the running loop."""
+    """Return a pipeline and its near cache, with futures of the running loop."""
     create = asyncio.get_running_loop().create_future
     pipeline = core.Pipeline(create, lambda: None, timeout=FOREVER)
     pipeline.near = core.NearCache(create, pipeline, timeout=FOREVER, idle_limit=FOREVER)
@@ -1752,7 +1750,7 @@ async def pair(core: Any) -> tuple[Any, Any]:
     return pipeline, pipeline.near
 
 
-async def test_tasks_wait_for_one_read(core: Any) -> None:
+async def test_tasks_share_one_read(core: Any) -> None:
     pipeline, near = await pair(core)
     tasks = [asyncio.create_task(near.get("a")) for _ in range(5)]
     assert [command[0] for command in commands(pipeline.take_output())] == [b"MGET"]
@@ -1770,8 +1768,8 @@ async def test_tasks_wait_for_one_read(core: Any) -> None:
     assert commands(pipeline.take_output()) == []
 
 
-async def test_a_read_may_be_dropped_without_a_look(core: Any) -> None:
-    """Who never awaits is told nothing, and nobody else is the worse for it."""
+async def test_a_read_may_be_dropped_without_awaiting_it(core: Any) -> None:
+    """A caller that never awaits gets no result, and no other caller is affected."""
     pipeline, near = await pair(core)
     near.get("a").close()
     waiting = asyncio.create_task(near.get("a"))
@@ -1782,7 +1780,7 @@ async def test_a_read_may_be_dropped_without_a_look(core: Any) -> None:
     assert pipeline.in_flight == 0
 
 
-async def test_a_hit_takes_no_turn_of_the_loop(core: Any) -> None:
+async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
     pipeline, near = await pair(core)
     task = asyncio.create_task(near.get("a"))
     pipeline.take_output()

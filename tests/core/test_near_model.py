@@ -1,11 +1,11 @@
-"""Random operations on a near cache, beside servers whose messages come late: nothing too old.
+"""Random operations on a near cache with delayed invalidations: it serves nothing too old.
 
-Two nodes serve two slots, others write as well, connections end, slots move, and what the servers
-say lies in the stream until it arrives, byte by byte. A read may then give what was true when it
-was issued, or anything newer, but for changes that are not yet told: those whose message has not
-arrived. What this cache itself wrote counts from the moment when it was issued.
+Two nodes serve two slots, other clients write too, connections end, slots move, and the servers'
+output waits in the stream until it arrives, byte by byte. A read may return the value at the time
+it was issued or any newer one; changes whose invalidation has not arrived may be missing. This
+cache's own writes count from the moment they were issued.
 
-Both cores are driven through the same steps, and must do the same.
+Both cores go through the same steps, and must do the same.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MAX_RECORDS = 2
 
 
 def address(node: int) -> str:
-    """Return where a node is."""
+    """Return a node's address."""
     return f"node{node}.test:6379"
 
 
 @dataclass
 class State:
-    """What a record was from some moment on: its version and data, or None."""
+    """A record from some moment on: its version and data, or None."""
 
     content: tuple[int, int] | None
     node: int
@@ -49,7 +49,7 @@ class State:
     """Which of the node's streams that was."""
     is_said: bool
     """Whether the stream says that the record has changed."""
-    is_told: bool = False
+    has_arrived: bool = False
     """Whether that has arrived."""
 
 
@@ -65,7 +65,7 @@ class Write:
     """How many states there were when it was answered."""
 
     def floor(self, name: str, states: list[State]) -> int:
-        """Return the number of the state that whoever reads later must see, or one after it."""
+        """Return the number of the earliest state that a later reader may see."""
         if not self.call.done or self.call.error is not None:
             return self.state
         result, argument = self.call.value, self.operation.argument
@@ -88,18 +88,18 @@ class Write:
 
 @dataclass
 class Read:
-    """A read of one name (a bulk is one for each), and what it may give."""
+    """A read of one name (a bulk is one for each), and the states it may return."""
 
     name: str
     call: Call
-    told: int
+    last_known: int
     """The number of the last state that was known when it was issued."""
     written: list[Write]
-    told_by_name: int
+    last_invalidated: int
     """The last of which the stream has said that it is another one."""
 
     def value(self) -> tuple[str, Any]:
-        """Return what it gave: a record, a version, or an error."""
+        """Return the result: a record, a version, or an error."""
         error, result = self.call.error, self.call.value
         if error is not None:
             errors = getattr(error, "errors", None)
@@ -113,7 +113,7 @@ class Read:
 
 
 class World:
-    """One core's near cache, the nodes, and the book of what every record was."""
+    """One core's near cache, the nodes, and the history of every record."""
 
     def __init__(self, core: Any, serve_stale: bool, is_tracked: bool) -> None:
         self.core = core
@@ -137,11 +137,11 @@ class World:
         self.is_up = [False for _ in NODES]
         self.owner = {X: 0, Y: 1}
         self.known_owner = dict(self.owner)
-        # Where operations on a slot wait that has moved: a pipeline, and how far its former
-        # owners must have answered before anything goes to the new one.
-        self.rooms: dict[int, tuple[Any, dict[int, int]]] = {}
+        # Operations on a slot that has moved wait here: a pipeline, and how far the former owners
+        # must have answered before anything goes to the new one.
+        self.held: dict[int, tuple[Any, dict[int, int]]] = {}
         self.states = {name: [State(None, self.owner[SLOTS[name]], 0, 0, False)] for name in NAMES}
-        # What is known for other reasons than a message.
+        # States known for other reasons than an invalidation.
         self.base = dict.fromkeys(NAMES, 0)
         self.reads: list[Read] = []
         self.open_reads: list[Read] = []
@@ -159,21 +159,21 @@ class World:
     def issue(self, operation: Operation) -> None:
         argument = operation.argument
         on = [argument] if isinstance(argument, str) else list(dict.fromkeys(argument))
-        floors = [(self._told(name), self._told_by_name(name)) for name in on]
+        floors = [(self._last_known(name), self._last_invalidated(name)) for name in on]
         before = [len(self.states[name]) - 1 for name in on]
         written = [list(self.writes[name]) for name in on]
         call = Call(operation, operation.on(self.near))
         self.calls.append(call)
         for number, name in enumerate(on):
             if operation.method.startswith(("get", "head")):
-                told, by_name = floors[number]
-                read = Read(name, call, told, written[number], by_name)
+                last_known, by_name = floors[number]
+                read = Read(name, call, last_known, written[number], by_name)
                 self.reads.append(read)
                 self.open_reads.append(read)
             else:
                 self.writes[name].append(Write(operation, call, before[number]))
 
-    def _told(self, name: str) -> int:
+    def _last_known(self, name: str) -> int:
         """Return the number of the last state of a record that is known here."""
         states, node = self.states[name], self.known_owner[SLOTS[name]]
         server = self.servers[node]
@@ -183,11 +183,11 @@ class World:
                 return number
         return self.base[name]
 
-    def _told_by_name(self, name: str) -> int:
-        told = [number for number, state in enumerate(self.states[name]) if state.is_told]
-        return max(told, default=0)
+    def _last_invalidated(self, name: str) -> int:
+        arrived = [number for number, state in enumerate(self.states[name]) if state.has_arrived]
+        return max(arrived, default=0)
 
-    # -- the others
+    # -- other clients
 
     def elsewhere(self, name: str, kind: str, version: int, serial: int) -> None:
         node = self.owner[SLOTS[name]]
@@ -208,7 +208,7 @@ class World:
         self._observe(node)
 
     def _observe(self, node: int) -> None:
-        """Note what the last command has changed on a node."""
+        """Record the changes made by the last command on a node."""
         server = self.servers[node]
         for name in NAMES:
             if self.owner[SLOTS[name]] == node:
@@ -220,10 +220,10 @@ class World:
                     state = State(content, node, server.offset, self.streams[node], is_said)
                     self.states[name].append(state)
 
-    # -- the way
+    # -- transport
 
     def send(self) -> None:
-        """Flush all nodes that are there."""
+        """Flush all nodes that are up."""
         for node in NODES:
             if self.is_up[node]:
                 self.requests[node] += commands(self.pipelines[node].take_output())
@@ -235,7 +235,7 @@ class World:
         del self.requests[node][:count]
 
     def arrive(self, node: int, size: int) -> None:
-        """Let so many bytes arrive, and do what a cluster's client does about redirections."""
+        """Deliver that many bytes, and handle redirections as a cluster's client does."""
         if received := self.servers[node].receive(size):
             self.pipelines[node].feed(received)
         server = self.servers[node]
@@ -243,12 +243,14 @@ class World:
         for states in self.states.values():
             for state in states:
                 if (state.node, state.stream) == (node, self.streams[node]):
-                    state.is_told = state.is_told or (state.is_said and state.mark <= arrived)
+                    state.has_arrived = state.has_arrived or (
+                        state.is_said and state.mark <= arrived
+                    )
         self._redirected(node)
-        self._open_rooms()
+        self._release_held()
 
     def catch_up(self) -> None:
-        """Let all that is under way arrive."""
+        """Deliver all bytes in transit."""
         for node in NODES:
             if self.is_up[node]:
                 self.execute(node, len(self.requests[node]))
@@ -261,13 +263,13 @@ class World:
             return
         self.execute(node, executed)
         self.requests[node].clear()
-        self.servers[node].hang_up()
+        self.servers[node].disconnect()
         self.streams[node] += 1
         self.is_up[node] = False
         reason: Exception = ProtocolError("nonsense") if broken else ConnectionLost("cut")
         self.pipelines[node].connection_lost(reason, not broken)
-        self._hand_over(self.pipelines[node])
-        self._open_rooms()
+        self._requeue(self.pipelines[node])
+        self._release_held()
 
     def connect(self, node: int, is_tracked: bool) -> None:
         if self.is_up[node]:
@@ -276,7 +278,7 @@ class World:
         self.servers[node].is_tracking = is_tracked
         self.pipelines[node].connected(is_tracked)
         for name in NAMES:
-            # What another connection brought is not served any more.
+            # The records of another connection aren't served any more.
             if self.owner[SLOTS[name]] == node == self.known_owner[SLOTS[name]]:
                 self.base[name] = len(self.states[name]) - 1
 
@@ -284,17 +286,17 @@ class World:
         self.pipelines[node].forget("login")
 
     def expire(self) -> None:
-        for pipeline in (*self.pipelines, *(room for room, _ in self.rooms.values())):
+        for pipeline in (*self.pipelines, *(queue for queue, _ in self.held.values())):
             pipeline.expire(math.inf)
 
-    # -- slots that move
+    # -- moving slots
 
     def move_slot(self, slot: int) -> None:
-        """Let a slot go to the other node, which tells nobody here.
+        """Move a slot to the other node without notice to this client.
 
-        It does not come back within the round trip of a command: what was sent is executed before.
+        It does not return within the round trip of a command: everything sent is executed before.
         """
-        if slot in self.rooms or self.owner[slot] != self.known_owner[slot]:
+        if slot in self.held or self.owner[slot] != self.known_owner[slot]:
             for node in NODES:
                 self.execute(node, len(self.requests[node]))
         source, target = self.owner[slot], 1 - self.owner[slot]
@@ -318,51 +320,51 @@ class World:
                         server.moved[key] = f"MOVED {slot} {address(owner)}"
 
     def learn(self, slot: int, source: int, target: int) -> None:
-        """Hear that a slot is another node's now."""
+        """Learn that a slot has moved to another node."""
         if self.known_owner[slot] != target:
             self.known_owner[slot] = target
             self.near.slots_moved([slot])
             for name in NAMES:
                 if SLOTS[name] == slot:
                     self.base[name] = len(self.states[name]) - 1
-        room, fences = self.rooms.setdefault(slot, (self._new_pipeline("room"), {}))
+        queue, fences = self.held.setdefault(slot, (self._new_pipeline("queue"), {}))
         fences[source] = self.pipelines[source].fence()
-        self.router.owners[slot] = self.router.readers[slot] = room
-        self._hand_over(self.pipelines[source])
+        self.router.owners[slot] = self.router.readers[slot] = queue
+        self._requeue(self.pipelines[source])
 
     def look_at_slots(self) -> None:
-        """Ask who serves which slot."""
+        """Look up the owner of each slot."""
         for slot, owner in self.owner.items():
             if owner != self.known_owner[slot]:
                 self.learn(slot, self.known_owner[slot], owner)
-        self._open_rooms()
+        self._release_held()
 
     def _redirected(self, node: int) -> None:
         redirected, self.pipelines[node].redirected = self.pipelines[node].redirected, []
         for words, slot, batch in redirected:
             target = int(words.partition(" node")[2][0])
             self.learn(slot, node, target)
-            self.rooms[slot][0].requeue([batch])
+            self.held[slot][0].requeue([batch])
 
-    def _open_rooms(self) -> None:
-        for slot, (room, fences) in list(self.rooms.items()):
+    def _release_held(self) -> None:
+        for slot, (queue, fences) in list(self.held.items()):
             if all(self.pipelines[node].settled >= fence for node, fence in fences.items()):
-                del self.rooms[slot]
+                del self.held[slot]
                 self._route(slot)
-                self._hand_over(room)
+                self._requeue(queue)
 
     def _route(self, slot: int) -> None:
         pipeline = self.pipelines[self.known_owner[slot]]
         self.router.owners[slot] = self.router.readers[slot] = pipeline
 
-    def _hand_over(self, pipeline: Any) -> None:
+    def _requeue(self, pipeline: Any) -> None:
         for target, batch in pipeline.take_queued(self.router.target_of):
             target.requeue([batch])
 
-    # -- what must hold
+    # -- invariants
 
     def look(self) -> None:
-        """Check the reads that have ended since the last look."""
+        """Check the reads that have ended since the last call."""
         for writes in self.writes.values():
             for write in writes:
                 if not write.answered and write.call.look():
@@ -381,7 +383,7 @@ class World:
         assert stats["records"] * size_of(self.core, "") <= stats["bytes"]
 
     def check(self, reads: list[Read]) -> None:
-        """Assert of reads that have ended that they gave nothing too old."""
+        """Assert that reads that have ended returned nothing too old."""
         for read in reads:
             if not read.call.done:
                 continue
@@ -391,7 +393,7 @@ class World:
             states = self.states[read.name]
             is_stale = kind == "record" and found is not None and found.stale
             assert self.serve_stale or not is_stale
-            floors = [read.told_by_name if is_stale else read.told]
+            floors = [read.last_invalidated if is_stale else read.last_known]
             floors += [write.floor(read.name, states) for write in read.written]
             allowed = [state.content for state in states[max(floors) :]]
             if kind == "version":
@@ -402,7 +404,7 @@ class World:
                 assert content in allowed, (read, floors, states)
 
     def finish(self) -> None:
-        """Let everything come to its end, and assert that what is known then is true."""
+        """Bring everything to its end, and assert that the known records are current."""
         for node in NODES:
             if not self.servers[node].is_tracking:
                 self.lose(node, 0, False)
@@ -412,7 +414,7 @@ class World:
             self.look_at_slots()
             self.send()
             self.catch_up()
-            if not any(self.requests) and not self.rooms and not self._is_busy():
+            if not any(self.requests) and not self.held and not self._is_busy():
                 break
         assert not self._is_busy()
         self.look()
@@ -443,7 +445,7 @@ class World:
         return self.promises[-1]
 
 
-# -- what happens
+# -- operations and mishaps
 
 names = st.sampled_from(NAMES)
 some_names = st.lists(names, min_size=1, max_size=3)
@@ -478,7 +480,7 @@ slots = st.sampled_from((X, Y))
 
 
 class Near(RuleBasedStateMachine):
-    """Both cores in two worlds of their own, to which the same happens."""
+    """Both cores in two worlds, to which the same happens."""
 
     @initialize(
         serve_stale=st.booleans(),
@@ -521,7 +523,7 @@ class Near(RuleBasedStateMachine):
             world.issue(operation)
 
     def _with_data(self, operation: Operation) -> Operation:
-        """Return an operation with what it writes, which is never the same twice."""
+        """Return an operation with the data to write, which never repeats."""
         self.serial += 1
         if operation.method == "set":
             return replace(operation, rest=(operation.rest[0], self.serial))
@@ -536,7 +538,7 @@ class Near(RuleBasedStateMachine):
             if which < len(world.calls):
                 world.calls[-1 - which].cancel()
 
-    # -- the others
+    # -- other clients
 
     @rule(
         name=names,
@@ -548,7 +550,7 @@ class Near(RuleBasedStateMachine):
         for world in self.worlds:
             world.elsewhere(name, kind, version, self.serial)
 
-    # -- the way
+    # -- transport
 
     @rule()
     def send(self) -> None:
@@ -563,7 +565,7 @@ class Near(RuleBasedStateMachine):
 
     @rule(node=nodes)
     def execute_one_after_the_other(self, node: int) -> None:
-        """Let the answer to one command arrive before the next is executed."""
+        """Deliver the reply to each command before the next is executed."""
         for world in self.worlds:
             world.send()
             world.execute(node, 1)
@@ -580,7 +582,7 @@ class Near(RuleBasedStateMachine):
             world.send()
             world.catch_up()
 
-    # -- what goes wrong
+    # -- mishaps
 
     @rule(
         kind=st.sampled_from(["lose", "lose", "break", "flush", "log in", "expire", "move"]),
@@ -621,7 +623,7 @@ class Near(RuleBasedStateMachine):
         for world in self.worlds:
             world.look_at_slots()
 
-    # -- what must hold
+    # -- invariants
 
     @invariant()
     def nothing_is_too_old(self) -> None:
@@ -633,7 +635,7 @@ class Near(RuleBasedStateMachine):
         if not hasattr(self, "worlds"):
             return
         fast, pure = self.worlds
-        # An entry takes more bytes of the pure core.
+        # An entry takes more bytes in the pure core.
         assert fast.near.stats() | {"bytes": 0} == pure.near.stats() | {"bytes": 0}
         assert fast.requests == pure.requests
         for one, other in zip(fast.calls, pure.calls, strict=True):

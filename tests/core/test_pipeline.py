@@ -1,4 +1,4 @@
-"""The core by itself: operations in, bytes out; bytes in, outcomes out.
+"""The core alone: operations in, bytes out; bytes in, results out.
 
 One section for each rule that a Pipeline keeps, on both cores.
 """
@@ -48,7 +48,7 @@ from tests.support.wire import (
 
 Op = Operation
 
-# Records in flight at most, beside the last command that still found room.
+# The most records in flight, apart from the last command that still fitted.
 WINDOW = min(c.WINDOW_RECORDS, c.MAX_PENDING)
 
 
@@ -70,7 +70,7 @@ def record(name: str, version: int, data: bytes = b"1") -> list[bytes]:
     return [b"%d" % version, data]
 
 
-# -- what goes over the wire
+# -- commands on the wire
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_commands(exchange: Exchange, operation: Operation, sent: list[list[byte
     assert exchange.take() == sent
 
 
-def test_msetex_takes_the_place_of_the_script_where_the_server_has_it(core: Any) -> None:
+def test_msetex_replaces_the_script_where_the_server_has_it(core: Any) -> None:
     exchange = Exchange(core, msetex=True)
     waiters = exchange.issue(
         Op("set", "a", (1, 1), {"ttl": 60}),
@@ -138,7 +138,7 @@ def test_msetex_takes_the_place_of_the_script_where_the_server_has_it(core: Any)
 @pytest.mark.parametrize(
     ("given", "argument"), [(None, b"30"), (0, None), (5, b"5"), (c.MAX_TTL, b"10000000000")]
 )
-def test_default_ttl(core: Any, given: int | None, argument: bytes | None) -> None:
+def test_the_default_ttl_is_sent(core: Any, given: int | None, argument: bytes | None) -> None:
     exchange = Exchange(core, ttl=30)
     exchange.issue(Op("set", "a", (1, 1), {"ttl": given}))
     [sent] = exchange.take()
@@ -215,7 +215,7 @@ def test_prefix_and_hash_tag(core: Any) -> None:
 
 
 def _keys_sent(exchange: Exchange, operation: str, name: str) -> list[bytes]:
-    """Return the two keys that an operation on a record names."""
+    """Return the two keys in the command of a record operation."""
     match operation:
         case "set":
             exchange.issue(Op("set", name, (1, 1)))
@@ -418,7 +418,7 @@ def test_removals_of_a_name_each_have_their_result(exchange: Exchange) -> None:
 @pytest.mark.parametrize(
     "operation", [Op("get", "a"), Op("head", "a"), Op("set", "a", (1, 1))], ids=lambda op: op.method
 )
-def test_nothing_joins_what_was_sent(exchange: Exchange, operation: Operation) -> None:
+def test_nothing_joins_a_sent_batch(exchange: Exchange, operation: Operation) -> None:
     exchange.issue(operation)
     first = exchange.take()
     exchange.issue(operation)
@@ -473,7 +473,7 @@ def test_a_wake_that_raises_leaves_nothing_queued(core: Any, operation: Operatio
     assert pipeline.take_output() == b""
 
 
-def test_a_server_without_work_may_begin_before_the_tick_is_over(core: Any) -> None:
+def test_an_idle_server_gets_work_before_the_tick_ends(core: Any) -> None:
     begun: list[list[list[bytes]]] = []
     exchange = Exchange(core, begin=lambda: begun.append(exchange.take()))
     reads = [Op("get", f"r{number}") for number in range(c.EARLY_RECORDS // 2)]
@@ -484,14 +484,14 @@ def test_a_server_without_work_may_begin_before_the_tick_is_over(core: Any) -> N
     [[read, write]] = begun
     assert read == [b"MGET", *(key for one in reads for key in keys_of(one.argument))]
     assert len(write) == 1 + 4 * len(writes)
-    # Now it has work: the others go all together, when the tick is over.
+    # Now it is busy: the other operations go together at the end of the tick.
     exchange.issue(*(Op("delete", f"d{number}") for number in range(2 * c.EARLY_RECORDS)))
     assert len(begun) == 1
     assert len(exchange.take()) == 2 * c.EARLY_RECORDS
     assert exchange.wakes == 2
 
 
-def test_until_somebody_takes_them_each_operation_asks_to_begin(core: Any) -> None:
+def test_each_operation_asks_for_a_flush_until_one_happens(core: Any) -> None:
     begun: list[int] = []
     exchange = Exchange(core, begin=lambda: begun.append(exchange.pipeline.queued))
     names = [f"r{number}" for number in range(c.EARLY_RECORDS + 2)]
@@ -500,7 +500,7 @@ def test_until_somebody_takes_them_each_operation_asks_to_begin(core: Any) -> No
     assert exchange.run() == [[b"MGET", *(key for name in names for key in keys_of(name))]]
 
 
-def test_nothing_to_send_is_no_bytes_and_no_flush(exchange: Exchange) -> None:
+def test_without_operations_nothing_is_flushed(exchange: Exchange) -> None:
     assert exchange.pipeline.take_output() == b""
     assert exchange.pipeline.stats()["flushes"] == 0
 
@@ -521,7 +521,7 @@ def test_an_empty_bulk_sends_nothing(
     [waiter] = exchange.issue(operation)
     assert waiter.result() == result
     assert type(waiter.result()) is type(result)
-    # An empty bulk on a closed cache must say so too.
+    # An empty bulk on a closed cache must report the closing too.
     assert exchange.wakes == 1
     assert exchange.pipeline.take_output() == b""
     exchange.assert_drained()
@@ -544,7 +544,9 @@ def test_an_empty_bulk_sends_nothing(
     ids=["get", "set", "ttl", "if_newer"],
 )
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_records_in_a_command(exchange: Exchange, operation: Any, limit: int, extra: int) -> None:
+def test_the_number_of_records_in_a_command_is_limited(
+    exchange: Exchange, operation: Any, limit: int, extra: int
+) -> None:
     names = [f"n{i}" for i in range(2 * limit + extra)]
     [waiter] = exchange.issue(operation(names))
     sent = exchange.run()
@@ -557,8 +559,8 @@ def test_records_in_a_command(exchange: Exchange, operation: Any, limit: int, ex
 
 
 @pytest.mark.parametrize("method", ["get_bulk", "set_bulk", "head_bulk", "delete_bulk"])
-def test_the_server_may_begin_on_a_part_of_a_bulk(exchange: Exchange, method: str) -> None:
-    """While the rest is encoded, it works on that."""
+def test_a_large_bulk_is_sent_in_parts(exchange: Exchange, method: str) -> None:
+    """The server works on the first part while the rest is encoded."""
     names = [f"n{i}" for i in range(3 * c.FLUSH_RECORDS + 1)]
     rest = dict.fromkeys(names, (1, 1)) if method == "set_bulk" else names
     exchange.issue(Op("get", "single"), Op(method, rest))
@@ -566,11 +568,11 @@ def test_the_server_may_begin_on_a_part_of_a_bulk(exchange: Exchange, method: st
     while output := exchange.pipeline.take_output():
         counts.append(exchange.pipeline.in_flight - sum(counts))
         assert commands(output)
-    # A batch is not torn for what went before it.
+    # A batch is not split to fill up the window.
     assert counts == [1 + c.FLUSH_RECORDS, c.FLUSH_RECORDS, c.FLUSH_RECORDS, 1]
 
 
-def test_the_window_bounds_what_is_in_flight(exchange: Exchange) -> None:
+def test_the_window_limits_the_records_in_flight(exchange: Exchange) -> None:
     names = [f"n{i}" for i in range(WINDOW + 2000)]
     for name in names[::3]:
         exchange.server.put(name, 7, b"1")
@@ -592,7 +594,7 @@ def test_the_window_bounds_what_is_in_flight(exchange: Exchange) -> None:
     assert list(waiter.result()) == names[::3]
 
 
-def test_removals_in_flight_are_bounded_too(exchange: Exchange) -> None:
+def test_removals_in_flight_are_limited_too(exchange: Exchange) -> None:
     names = [f"n{i}" for i in range(WINDOW + 2000)]
     [waiter] = exchange.issue(Op("delete_bulk", names))
     output = b""
@@ -606,7 +608,7 @@ def test_removals_in_flight_are_bounded_too(exchange: Exchange) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"ttl": 9}, {"if_newer": True}], ids=str)
 @pytest.mark.parametrize("msetex", [False, True], ids=["script", "msetex"])
-def test_text_in_a_command_is_bounded(core: Any, options: dict[str, Any], msetex: bool) -> None:
+def test_the_text_of_a_command_is_limited(core: Any, options: dict[str, Any], msetex: bool) -> None:
     exchange = Exchange(core, msetex=msetex)
     third = "x" * (c.COMMAND_BYTES // 3 - len('""'))
     huge = "y" * (3 * c.COMMAND_BYTES)
@@ -634,7 +636,7 @@ def test_text_in_a_command_is_bounded(core: Any, options: dict[str, Any], msetex
 # -- a reply belongs to its slot
 
 
-def test_a_cancelled_waiter_is_not_told_and_its_reply_reaches_nobody(exchange: Exchange) -> None:
+def test_the_reply_to_a_cancelled_waiter_is_dropped(exchange: Exchange) -> None:
     for version, name in enumerate("abc"):
         exchange.server.put(name, version, b"1")
     first, second, third = exchange.issue(Op("get", "a"), Op("get", "b"), Op("get", "b"))
@@ -681,8 +683,8 @@ def test_cancelled_futures_detach(core: Any, operation: Operation, reply: str) -
     asyncio.run(scenario())
 
 
-def test_an_expired_operation_takes_its_reply_with_it(exchange: Exchange) -> None:
-    """What leaked users' data elsewhere: the next caller gets the reply of one who gave up."""
+def test_the_reply_to_an_expired_operation_is_dropped(exchange: Exchange) -> None:
+    """Otherwise the next caller would get the reply to the abandoned request."""
     for version, name in enumerate("abcdef"):
         exchange.server.put(name, version, b"1")
     late = exchange.issue(
@@ -742,7 +744,7 @@ def test_half_a_reply_is_forgotten_with_its_connection(core: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_replies_may_come_in_pieces_of_any_size(core: Any, size: int) -> None:
+def test_replies_may_arrive_in_pieces_of_any_size(core: Any, size: int) -> None:
     for via_buffer in (False, True):
         exchange, oracle = Exchange(core), ModelRecords()
         chosen = random.Random(size)
@@ -762,13 +764,13 @@ def test_replies_may_come_in_pieces_of_any_size(core: Any, size: int) -> None:
         assert exchange.pipeline.stats()["bytes_in"] == len(replies)
 
 
-# Beside what the buffer holds, and beyond it; the keys and lengths of a record take some bytes too.
+# Around the size of the buffer and beyond it; a record's keys and lengths take some bytes too.
 _SIZES = [0, 1, 100, c.READ_BUFFER_BYTES // 2, c.READ_BUFFER_BYTES - 40, c.READ_BUFFER_BYTES]
 _SIZES += [c.READ_BUFFER_BYTES + 1, 3 * c.READ_BUFFER_BYTES]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_replies_of_any_size_may_come_in_pieces_of_any_size(core: Any, seed: int) -> None:
+def test_replies_of_any_size_may_arrive_in_pieces_of_any_size(core: Any, seed: int) -> None:
     chosen = random.Random(seed)
     exchange = Exchange(core)
     expected: dict[str, tuple[int, str]] = {}
@@ -785,7 +787,7 @@ def test_replies_of_any_size_may_come_in_pieces_of_any_size(core: Any, seed: int
         elif kind == "damaged":
             exchange.server.put(name, chosen.choice([2**63, "x", "1" * 400]), b"1")
             damaged.append(name)
-    for _ in range(3):  # what is left of one reading must not be in the way of the next
+    for _ in range(3):  # the rest of one read must not disturb the next
         names = chosen.sample(list(map(str, range(30))), 30)
         bulk, *singles, last = exchange.issue(
             Op("get_bulk", names), *(Op("get", name) for name in names), Op("head", names[0])
@@ -814,7 +816,7 @@ def test_replies_of_any_size_may_come_in_pieces_of_any_size(core: Any, seed: int
         assert last.done
 
 
-def test_what_is_left_of_a_reply_that_nobody_waits_for_answers_nothing(exchange: Exchange) -> None:
+def test_the_rest_of_an_abandoned_reply_answers_nothing(exchange: Exchange) -> None:
     for name in "abc":
         exchange.server.put(name, 1, b'"of %s"' % name.encode())
     [waiter] = exchange.issue(Op("get_bulk", ["a", "b", "c"]))
@@ -828,7 +830,7 @@ def test_what_is_left_of_a_reply_that_nobody_waits_for_answers_nothing(exchange:
 
 @pytest.mark.parametrize("names", [["a"], ["x", "y", "z"], ["x", "y", "z", "a"]], ids=len)
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
-def test_half_a_reply_is_not_followed_by_anothers(
+def test_half_a_reply_is_not_completed_by_another(
     exchange: Exchange, names: list[str], part: float
 ) -> None:
     for name in "abc":
@@ -846,8 +848,8 @@ def test_half_a_reply_is_not_followed_by_anothers(
 
 
 @pytest.mark.parametrize("via_buffer", [False, True])
-def test_room_for_replies_does_not_end(exchange: Exchange, via_buffer: bool) -> None:
-    """Each is whole when it comes, and they are many times what there is room for."""
+def test_the_reply_buffer_is_reused(exchange: Exchange, via_buffer: bool) -> None:
+    """Each reply is whole, and together they are many times the size of the buffer."""
     text = "x" * (c.READ_BUFFER_BYTES // 3)
     exchange.server.put("a", 1, b'"%s"' % text.encode())
     for _ in range(20):
@@ -861,7 +863,7 @@ def test_room_for_replies_does_not_end(exchange: Exchange, via_buffer: bool) -> 
         assert plain(waiter.result()) == (1, text)
 
 
-def test_the_buffer_has_no_more_than_it_has(exchange: Exchange) -> None:
+def test_more_bytes_than_the_buffer_holds_are_refused(exchange: Exchange) -> None:
     buffer = exchange.pipeline.get_buffer(-1)
     with pytest.raises(ValueError, match="no such part"):
         exchange.pipeline.buffer_updated(len(buffer) + 1)
@@ -873,7 +875,7 @@ def test_buffer(exchange: Exchange) -> None:
     assert (len(buffer), buffer.readonly) == (c.READ_BUFFER_BYTES, False)
 
 
-# -- what else comes over the wire
+# -- other input
 
 
 def test_pushes_answer_nothing(exchange: Exchange) -> None:
@@ -888,8 +890,8 @@ def test_pushes_answer_nothing(exchange: Exchange) -> None:
 @pytest.mark.parametrize(
     "push", [[], [None, None], [1], [b"7", b"{}"], [b"", b""], [[b"a"]]], ids=repr
 )
-def test_a_push_without_a_kind_is_an_array_gone_wrong(exchange: Exchange, push: list[Any]) -> None:
-    """If it were passed over, the next reply would go to whom this one belongs to."""
+def test_a_push_without_a_kind_is_a_protocol_error(exchange: Exchange, push: list[Any]) -> None:
+    """If it were skipped, the next reply would go to the caller of this one."""
     waiters = exchange.issue(Op("get", "a"))
     exchange.take()
     waiters += exchange.issue(Op("get", "b"))
@@ -900,7 +902,7 @@ def test_a_push_without_a_kind_is_an_array_gone_wrong(exchange: Exchange, push: 
 
 
 @pytest.mark.parametrize("reply", ["OK", b"x", None, 1, [], Refusal("ERR no"), {}, True], ids=repr)
-def test_a_reply_without_a_slot(exchange: Exchange, reply: object) -> None:
+def test_a_reply_without_a_command_ends_the_connection(exchange: Exchange, reply: object) -> None:
     with pytest.raises(ProtocolError, match=rf"^{ADDRESS} sent a reply that no operation waits"):
         exchange.reply(reply)
 
@@ -913,7 +915,7 @@ def test_a_reply_without_a_slot(exchange: Exchange, reply: object) -> None:
         *(b"*2\r\n$1\r\n1\r\n$+1\r\n1\r\n", b"*2\r\n_\r\n_x\r\n", b"*2\r\n$1\r1\r\n$1\r\n1\r\n"),
     ],
 )
-def test_what_is_no_resp(exchange: Exchange, data: bytes) -> None:
+def test_invalid_resp_ends_the_connection(exchange: Exchange, data: bytes) -> None:
     [waiter] = exchange.issue(Op("get", "a"))
     exchange.take()
     with pytest.raises(ProtocolError, match=rf"^{ADDRESS} sent no valid reply: "):
@@ -945,10 +947,10 @@ HOSTILE: list[tuple[Operation, list[object]]] = [
     [(operation, reply) for operation, replies in HOSTILE for reply in replies],
     ids=lambda value: value.method if isinstance(value, Op) else repr(value)[:30],
 )
-def test_a_reply_of_the_wrong_shape(
+def test_an_unexpected_reply_ends_the_connection(
     exchange: Exchange, operation: Operation, reply: object
 ) -> None:
-    """It ends the connection, and everybody on it fails exactly once."""
+    """It ends the connection, and every operation on it fails exactly once."""
     exchange.issue(operation, Op("get", "later"))
     exchange.take()
     with pytest.raises(
@@ -971,7 +973,7 @@ def test_a_reply_of_the_wrong_shape(
     ],
     ids=repr,
 )
-def test_a_reply_to_a_head_of_the_wrong_shape(
+def test_an_unexpected_reply_to_a_head_ends_the_connection(
     exchange: Exchange, replies: tuple[object, ...]
 ) -> None:
     exchange.issue(Op("head", "a"), Op("set", "b", (1, 1)))
@@ -981,7 +983,7 @@ def test_a_reply_to_a_head_of_the_wrong_shape(
     _lose_all(exchange)
 
 
-def test_what_came_before_a_wrong_reply_counts(exchange: Exchange) -> None:
+def test_replies_before_an_unexpected_one_count(exchange: Exchange) -> None:
     first, second, third = exchange.issue(
         Op("get", "a"), Op("set", "b", (1, 1)), Op("get_bulk", ["c"])
     )
@@ -995,7 +997,7 @@ def test_what_came_before_a_wrong_reply_counts(exchange: Exchange) -> None:
     assert isinstance(third.error, ProtocolError)
 
 
-def test_records_before_a_wrong_one_in_a_reply_are_told_once(exchange: Exchange) -> None:
+def test_records_before_an_invalid_one_get_one_result(exchange: Exchange) -> None:
     first, second, third = exchange.issue(*(Op("get", name) for name in "abc"))
     exchange.take()
     with pytest.raises(ProtocolError):
@@ -1008,7 +1010,7 @@ def test_records_before_a_wrong_one_in_a_reply_are_told_once(exchange: Exchange)
 
 
 def _lose_all(exchange: Exchange) -> None:
-    """Assert that a connection that ended for what came over it fails all that was on it."""
+    """Assert that a connection ended by its input fails everything on it."""
     reason = ProtocolError(f"{ADDRESS} sent nonsense")
     exchange.pipeline.connection_lost(reason, False)
     exchange.assert_drained()
@@ -1022,7 +1024,7 @@ def _lose_all(exchange: Exchange) -> None:
 # -- deadlines
 
 
-def test_expire_tells_the_next_deadline(core: Any) -> None:
+def test_expire_returns_the_next_deadline(core: Any) -> None:
     exchange = Exchange(core, timeout=1000)
     assert exchange.pipeline.expire(0) is None
     exchange.issue(Op("get", "a"))
@@ -1039,7 +1041,7 @@ def test_expire_tells_the_next_deadline(core: Any) -> None:
     assert second.done
 
 
-def test_an_expired_operation_that_was_not_sent_is_never_sent(exchange: Exchange) -> None:
+def test_an_operation_that_expired_unsent_is_never_sent(exchange: Exchange) -> None:
     waiters = exchange.issue(*_steps("a", 0))
     exchange.pipeline.expire(math.inf)
     assert exchange.pipeline.stats()["pending"] == 0
@@ -1052,8 +1054,8 @@ def test_an_expired_operation_that_was_not_sent_is_never_sent(exchange: Exchange
     assert later.result() is None
 
 
-def test_what_expired_while_nobody_looked_is_not_sent(core: Any) -> None:
-    """An event loop that was busy for long flushes before its timers get to run."""
+def test_an_operation_that_expired_unnoticed_is_not_sent(core: Any) -> None:
+    """An event loop that was busy for long flushes before its timers run."""
     exchange = Exchange(core, timeout=0.0)
     waiters = exchange.issue(*_steps("a", 0))
     assert exchange.pipeline.take_output() == b""
@@ -1089,8 +1091,8 @@ def test_the_rest_of_an_expired_bulk_is_never_sent(exchange: Exchange) -> None:
     assert sent < len(names)
 
 
-def test_a_repeat_expires_at_the_deadline_of_its_operation(core: Any) -> None:
-    """Also if what was issued after it, and expires after it, is before it on the wire."""
+def test_a_retry_expires_at_the_deadline_of_its_operation(core: Any) -> None:
+    """Even if an operation issued later, with a later deadline, precedes it on the wire."""
     exchange = Exchange(core, timeout=1000)
     [early] = exchange.issue(Op("set", "a", (1, 1), {"ttl": 60}))
     deadline = exchange.pipeline.expire(0)
@@ -1120,7 +1122,7 @@ def test_a_repeat_expires_at_the_deadline_of_its_operation(core: Any) -> None:
     ],
     ids=lambda value: value.method if isinstance(value, Op) else "",
 )
-def test_texts_of_what_came_too_late(
+def test_texts_of_expired_operations(
     core: Any, operation: Operation, name: str, written: bool
 ) -> None:
     exchange = Exchange(core, timeout=2.5)
@@ -1153,7 +1155,7 @@ def test_texts_of_what_came_too_late(
         ),
     ],
 )
-def test_what_could_not_be_sent_says_why(
+def test_an_unsent_operation_expires_with_the_reason(
     exchange: Exchange, down: Exception, kind: type[Exception], text: str
 ) -> None:
     exchange.pipeline.down = down
@@ -1164,10 +1166,10 @@ def test_what_could_not_be_sent_says_why(
     assert waiter.error.__cause__ is down
 
 
-# -- a connection that is lost
+# -- a lost connection
 
 
-# Whether an operation may be sent a second time, when nobody knows if the first arrived.
+# Whether an operation may be sent again when the fate of its first attempt is unknown.
 REPEATABLE: list[tuple[Operation, bool]] = [
     (Op("get", "a"), True),
     (Op("head", "a"), True),
@@ -1187,7 +1189,7 @@ REPEATABLE: list[tuple[Operation, bool]] = [
 
 @pytest.mark.parametrize(("operation", "repeatable"), REPEATABLE, ids=str)
 @pytest.mark.parametrize("retry", [True, False])
-def test_what_is_sent_again(
+def test_idempotent_operations_are_sent_again(
     exchange: Exchange, operation: Operation, repeatable: bool, retry: bool
 ) -> None:
     [sent] = exchange.issue(operation)
@@ -1211,7 +1213,7 @@ def test_what_is_sent_again(
     assert waiting.error is None
 
 
-def test_what_was_not_sent_is_sent_on_the_next_connection(exchange: Exchange) -> None:
+def test_unsent_operations_are_sent_on_the_next_connection(exchange: Exchange) -> None:
     waiters = exchange.issue(*_steps("a", 0))
     expected = [operation.on(ModelRecords()) for operation in _steps("a", 0)[:1]]
     exchange.pipeline.connection_lost(OSError("cut"), False)
@@ -1220,14 +1222,14 @@ def test_what_was_not_sent_is_sent_on_the_next_connection(exchange: Exchange) ->
     assert not any(waiter.error for waiter in waiters)
 
 
-def test_nothing_joins_what_waited_for_a_connection(exchange: Exchange) -> None:
+def test_nothing_joins_a_batch_that_waited_for_a_connection(exchange: Exchange) -> None:
     exchange.issue(Op("get", "a"))
     exchange.pipeline.connection_lost(OSError("cut"), True)
     exchange.issue(Op("get", "a"))
     assert len(exchange.run()) == 2
 
 
-def test_repeats_keep_their_order_and_go_before_anything_newer(exchange: Exchange) -> None:
+def test_retries_keep_their_order_and_precede_newer_operations(exchange: Exchange) -> None:
     exchange.issue(Op("get", "a"), Op("get_bulk", ["b"]), Op("get", "c"))
     exchange.take()
     exchange.issue(Op("get", "d"))
@@ -1236,7 +1238,7 @@ def test_repeats_keep_their_order_and_go_before_anything_newer(exchange: Exchang
     assert [command[1] for command in exchange.take()] == [b"a_v", b"b_v", b"c_v", b"d_v", b"e_v"]
 
 
-def test_only_what_was_not_answered_is_sent_again(exchange: Exchange) -> None:
+def test_only_unanswered_operations_are_sent_again(exchange: Exchange) -> None:
     names = [f"n{i}" for i in range(2 * c.COMMAND_RECORDS + 5)]
     for name in names:
         exchange.server.put(name, 1, b"1")
@@ -1249,7 +1251,7 @@ def test_only_what_was_not_answered_is_sent_again(exchange: Exchange) -> None:
     assert list(waiter.result()) == names
 
 
-def test_a_guarded_write_that_is_repeated_knows_its_own_first_attempt(exchange: Exchange) -> None:
+def test_a_retried_guarded_write_recognizes_its_first_attempt(exchange: Exchange) -> None:
     [waiter] = exchange.issue(Op("set", "a", (3, "mine"), {"if_newer": True}))
     exchange.server.answer(exchange.pipeline.take_output())
     exchange.pipeline.connection_lost(OSError("cut"), True)
@@ -1258,7 +1260,7 @@ def test_a_guarded_write_that_is_repeated_knows_its_own_first_attempt(exchange: 
     assert waiter.result() is True
 
 
-def test_a_guarded_write_that_is_repeated_respects_others(exchange: Exchange) -> None:
+def test_a_retried_guarded_write_respects_other_writers(exchange: Exchange) -> None:
     [waiter] = exchange.issue(Op("set", "a", (3, "mine"), {"if_newer": True}))
     exchange.take()
     exchange.server.put("a", 3, b'"theirs"')
@@ -1268,7 +1270,7 @@ def test_a_guarded_write_that_is_repeated_respects_others(exchange: Exchange) ->
     assert exchange.server.values[b"a_d"] == b'"theirs"'
 
 
-def test_only_records_that_were_sent_are_repeats(exchange: Exchange) -> None:
+def test_only_records_that_were_sent_are_retries(exchange: Exchange) -> None:
     """Of a bulk that a lost connection cut in two; also if the script is lost then."""
     names = [f"n{i}" for i in range(WINDOW + 1000)]
     [waiter] = exchange.issue(
@@ -1285,8 +1287,8 @@ def test_only_records_that_were_sent_are_repeats(exchange: Exchange) -> None:
     assert waiter.result() == set(names[sent:])
 
 
-def test_a_first_attempt_is_never_taken_for_a_repeat(exchange: Exchange) -> None:
-    """What waited for a connection was not sent, and what is equal in Redis is somebody else's."""
+def test_a_first_attempt_is_never_taken_for_a_retry(exchange: Exchange) -> None:
+    """An operation that waited for a connection was not sent: an equal value is another's."""
     exchange.server.put("a", 3, b'"same"')
     [waiter] = exchange.issue(Op("set", "a", (3, "same"), {"if_newer": True}))
     exchange.pipeline.connection_lost(OSError("cut"), True)
@@ -1295,7 +1297,7 @@ def test_a_first_attempt_is_never_taken_for_a_repeat(exchange: Exchange) -> None
     assert waiter.result() is False
 
 
-def test_a_lost_connection_fails_with_the_protocol_error_that_ended_it(exchange: Exchange) -> None:
+def test_a_connection_lost_to_a_protocol_error_fails_with_it(exchange: Exchange) -> None:
     read, write = exchange.issue(Op("get", "a"), Op("set", "b", (1, 1)))
     exchange.take()
     exchange.pipeline.connection_lost(ProtocolError("it sent nonsense"), False)
@@ -1304,15 +1306,15 @@ def test_a_lost_connection_fails_with_the_protocol_error_that_ended_it(exchange:
     assert str(write.error) == "set 'b': it sent nonsense; the write may have happened"
 
 
-def test_everybody_gets_an_error_of_their_own(exchange: Exchange) -> None:
+def test_each_caller_gets_a_separate_error(exchange: Exchange) -> None:
     waiters = exchange.issue(*[Op("get", "a")] * 3, Op("get", "b"))
     exchange.take()
     exchange.pipeline.connection_lost(OSError("cut"), False)
     assert len({id(waiter.error) for waiter in waiters}) == 4
 
 
-def test_fail_all(exchange: Exchange) -> None:
-    """What was sent and writes may have happened, which no other word may hide."""
+def test_fail_all_keeps_the_doubt_about_writes(exchange: Exchange) -> None:
+    """Sent writes may have taken effect, and every other error text must still say so."""
     sent = exchange.issue(*_steps("a", 0))
     exchange.take()
     waiting = exchange.issue(*_steps("a", 1))
@@ -1352,7 +1354,7 @@ def test_fail_all(exchange: Exchange) -> None:
     ids=["up", "down", "refused"],
 )
 @pytest.mark.parametrize("bulk", [False, True], ids=["set", "bulk"])
-def test_a_repeat_that_was_not_sent_in_time_may_have_happened(
+def test_a_retry_that_expired_unsent_may_have_happened(
     exchange: Exchange, bulk: bool, down: Exception | None, kind: type[Exception], text: str
 ) -> None:
     guarded = (0, True)
@@ -1366,12 +1368,12 @@ def test_a_repeat_that_was_not_sent_in_time_may_have_happened(
     assert type(write.error) is kind
     with pytest.raises(kind, match=text):
         write.result()
-    # Neither a read nor what never was sent is in doubt.
+    # Reads and operations never sent are not in doubt.
     assert "may have happened" not in f"{read.error} {later.error}"
     exchange.assert_drained()
 
 
-def test_a_bulk_of_which_a_part_was_written_may_have_happened(exchange: Exchange) -> None:
+def test_a_partly_written_bulk_may_have_happened(exchange: Exchange) -> None:
     records = {f"n{i}": (1, "x") for i in range(WINDOW + 1500)}
     [bulk] = exchange.issue(Op("set_bulk", records))
     output = exchange.pipeline.take_output()
@@ -1401,8 +1403,10 @@ def test_a_bulk_of_which_a_part_was_written_may_have_happened(exchange: Exchange
         "NOSCRIPT",
     ],
 )
-def test_a_refused_command(core: Any, operation: Operation, msetex: bool, message: str) -> None:
-    """It fails those who asked for it, each with an error of their own, and nobody else."""
+def test_a_refused_command_fails_only_its_callers(
+    core: Any, operation: Operation, msetex: bool, message: str
+) -> None:
+    """It fails its own callers, each with a separate error, and no others."""
     exchange = Exchange(core, msetex=msetex)
     before, refused, after = exchange.issue(
         Op("head_bulk", ["x"]), operation, Op("get_bulk", ["y"])
@@ -1434,7 +1438,7 @@ def test_a_refused_command(core: Any, operation: Operation, msetex: bool, messag
     assert str(refused.error) == f"{message} ({method} {name!r} at {ADDRESS})"
 
 
-def test_a_refused_batch_tells_each_waiter(exchange: Exchange) -> None:
+def test_a_refused_batch_fails_each_waiter(exchange: Exchange) -> None:
     waiters = exchange.issue(Op("get", "a"), Op("get", "a"), Op("get", "b"))
     exchange.take()
     exchange.reply(Refusal("ERR no"))
@@ -1454,7 +1458,7 @@ def test_a_head_of_a_key_of_another_type_is_a_miss(exchange: Exchange) -> None:
 
 
 @pytest.mark.parametrize("refusals", [(0,), (1,), (0, 1)])
-def test_a_head_that_is_refused(exchange: Exchange, refusals: tuple[int, ...]) -> None:
+def test_a_refused_head(exchange: Exchange, refusals: tuple[int, ...]) -> None:
     exchange.server.put("b", 2, b"1")
     refused, fine = exchange.issue(Op("head", "a"), Op("head", "b"))
     exchange.server.refused = {keys_of("a")[index] for index in refusals}
@@ -1493,9 +1497,7 @@ MANY = [f"n{i}" for i in range(7)]
     ],
     ids=["get", "head", "set", "ttl", "if_newer", "delete"],
 )
-def test_noperm_hits_only_the_records_that_are_refused(
-    core: Any, operation: Any, msetex: bool
-) -> None:
+def test_noperm_fails_only_the_forbidden_records(core: Any, operation: Any, msetex: bool) -> None:
     exchange = Exchange(core, msetex=msetex)
     exchange.server.refused = {*keys_of("n2"), keys_of("n5")[1]}
     waiters = exchange.issue(*map(operation, MANY))
@@ -1524,7 +1526,7 @@ def test_noperm_hits_only_the_records_that_are_refused(
     ],
     ids=["get", "head", "set", "ttl", "if_newer", "delete"],
 )
-def test_a_bulk_with_refused_records_has_the_result_of_the_others(
+def test_a_bulk_with_refused_records_has_the_other_results(
     core: Any, operation: Operation, result: object, msetex: bool
 ) -> None:
     exchange = Exchange(core, msetex=msetex)
@@ -1540,14 +1542,12 @@ def test_a_bulk_with_refused_records_has_the_result_of_the_others(
     assert plain(error.result) == result
     assert str(error) == (
         f"{operation.method}: 2 of the records failed ('n2' and 1 more): "
-        f"{error.errors['n2']}; the others' result is in .result"
+        f"{error.errors['n2']}; the result of the others is in .result"
     )
 
 
 @pytest.mark.parametrize("operation", [op for op, _ in REPEATABLE if "_bulk" in op.method], ids=str)
-def test_a_bulk_of_which_all_is_refused_is_the_refusal(
-    exchange: Exchange, operation: Operation
-) -> None:
+def test_a_fully_refused_bulk_raises_the_refusal(exchange: Exchange, operation: Operation) -> None:
     exchange.server.refused = {*keys_of("a"), *keys_of("b")}
     [waiter] = exchange.issue(operation)
     exchange.run()
@@ -1570,10 +1570,10 @@ LATER = [
 
 @pytest.mark.parametrize("later", LATER, ids=str)
 @pytest.mark.parametrize("first", [{}, {"ttl": 60}, {"if_newer": True}], ids=str)
-def test_what_noperm_sends_again_undoes_no_later_write(
+def test_a_retry_after_noperm_undoes_no_later_write(
     core: Any, first: dict[str, Any], later: Operation
 ) -> None:
-    """The later write was on its way already. Whoever is told True has not lost their data."""
+    """The later write was already in flight. A caller that got True hasn't lost its data."""
     for stored, msetex in itertools.product([None, 2, 5], [False, True]):
         exchange, oracle = Exchange(core, msetex=msetex), ModelRecords()
         if stored is not None:
@@ -1590,11 +1590,11 @@ def test_what_noperm_sends_again_undoes_no_later_write(
         assert isinstance(refused.error, ReplyError)
         state = exchange.server.values.get(b"a_d")
         if isinstance(overtaken.error, ReplyError):
-            # It is as if it had never been issued.
+            # As if it had never been issued.
             assert overtaken.error.code == "NOPERM"
             assert overtaking.result() == later.on(oracle)
         elif first.get("if_newer") and later.options.get("if_newer"):
-            # Both guard themselves, in the order in which Redis had them.
+            # Both are guarded, in the order in which Redis received them.
             assert overtaking.result() == later.on(oracle)
             assert overtaken.result() == old.on(oracle)
         else:
@@ -1614,10 +1614,10 @@ def test_what_noperm_sends_again_undoes_no_later_write(
     ],
     ids=["set", "ttl", "guarded", "delete"],
 )
-def test_an_overtaken_write_is_done_if_the_later_one_is(
+def test_a_superseded_write_succeeds_if_the_later_one_does(
     exchange: Exchange, later: Operation
 ) -> None:
-    """Nobody fails for want of a right to another record of the same tick."""
+    """No write fails for lack of permission on another record of the same tick."""
     exchange.server.refused = {*keys_of("no")}
     first = Op("set", "a", (1, "old"))
     no, one, two = exchange.issue(Op("set", "no", (1, 1)), first, first)
@@ -1629,7 +1629,7 @@ def test_an_overtaken_write_is_done_if_the_later_one_is(
 
 @pytest.mark.parametrize("outcome", ["refused", "lost", "late"])
 @pytest.mark.parametrize("method", ["set", "delete"])
-def test_an_overtaken_write_fails_if_the_later_one_does(
+def test_a_superseded_write_fails_if_the_later_one_does(
     exchange: Exchange, outcome: str, method: str
 ) -> None:
     exchange.server.refused = {*keys_of("no")}
@@ -1654,8 +1654,8 @@ def test_an_overtaken_write_fails_if_the_later_one_does(
     assert len({id(error) for error in errors}) == 3
 
 
-def test_a_write_read_before_it_was_overtaken_is_refused(exchange: Exchange) -> None:
-    """Who reads between the two has seen that it was not done."""
+def test_a_write_read_before_it_was_superseded_is_refused(exchange: Exchange) -> None:
+    """A read between the two has seen that the first was not executed."""
     exchange.server.refused = {*keys_of("no")}
     exchange.server.put("a", 7, b'"stored"')
     _, first = exchange.issue(Op("set", "no", (1, 1)), Op("set", "a", (1, "old")))
@@ -1673,10 +1673,8 @@ def test_a_write_read_before_it_was_overtaken_is_refused(exchange: Exchange) -> 
 
 
 @pytest.mark.parametrize("later", LATER, ids=str)
-def test_a_read_that_is_sent_again_sees_no_later_write(
-    exchange: Exchange, later: Operation
-) -> None:
-    """What it would have read is gone: an error says so, where a value would be a wrong one."""
+def test_a_retried_read_sees_no_later_write(exchange: Exchange, later: Operation) -> None:
+    """The value it should have read is gone: an error says so, where a value would be wrong."""
     for name in "abc":
         exchange.server.put(name, 2, b'"old"')
     exchange.server.refused = {*keys_of("no")}
@@ -1696,10 +1694,8 @@ def test_a_read_that_is_sent_again_sees_no_later_write(
 
 @pytest.mark.parametrize("msetex", [False, True], ids=["script", "msetex"])
 @pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
-def test_reads_behind_a_write_that_is_sent_again_see_it(
-    core: Any, msetex: bool, bulk: bool
-) -> None:
-    """Refused are a script that is lost, and a batch for one of its records."""
+def test_reads_behind_a_retried_write_see_it(core: Any, msetex: bool, bulk: bool) -> None:
+    """Refused are a lost script, and a batch because of one of its records."""
     for options in ({}, {"ttl": 9}, {"if_newer": True}):
         exchange = Exchange(core, msetex=msetex)
         exchange.server.refused = {*keys_of("no")}
@@ -1774,8 +1770,8 @@ def test_a_script_that_stays_lost_is_an_error(exchange: Exchange, options: dict[
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one chunk", "a chunk each"])
-def test_repeats_of_a_lost_script_keep_their_order(exchange: Exchange, together: bool) -> None:
-    """Also when their refusals arrive apart, and nothing is sent in between."""
+def test_retries_of_a_lost_script_keep_their_order(exchange: Exchange, together: bool) -> None:
+    """Also when their refusals arrive separately, with nothing sent in between."""
     waiters = exchange.issue(
         Op("set", "a", (5, "first"), {"ttl": 60}),
         Op("set_bulk", {"a": (6, "second")}, (60,)),
@@ -1795,8 +1791,8 @@ def test_repeats_of_a_lost_script_keep_their_order(exchange: Exchange, together:
     assert (queued.result().version, queued.result().data) == (4, "last")
 
 
-def test_a_repeat_keeps_its_place_when_the_connection_is_lost(exchange: Exchange) -> None:
-    """It was issued before the guarded write that is still on its way."""
+def test_a_retry_keeps_its_place_when_the_connection_is_lost(exchange: Exchange) -> None:
+    """It was issued before the guarded write that is still in flight."""
     first, second = exchange.issue(
         Op("set", "a", (5, "old"), {"ttl": 60}), Op("set", "a", (6, "new"), {"if_newer": True})
     )
@@ -1808,7 +1804,7 @@ def test_a_repeat_keeps_its_place_when_the_connection_is_lost(exchange: Exchange
     assert exchange.server.values[b"a_d"] == b'"new"'
 
 
-def test_a_repeat_does_not_undo_a_later_write(exchange: Exchange) -> None:
+def test_a_retry_does_not_undo_a_later_write(exchange: Exchange) -> None:
     exchange.server.has_script = False
     first, other = exchange.issue(
         Op("set", "a", (1, "old"), {"ttl": 60}), Op("set", "b", (1, "b"), {"ttl": 60})
@@ -1823,8 +1819,8 @@ def test_a_repeat_does_not_undo_a_later_write(exchange: Exchange) -> None:
     assert exchange.server.values[b"b_d"] == b'"b"'
 
 
-def test_a_repeat_that_loads_the_script_lets_later_writes_overtake(exchange: Exchange) -> None:
-    """A write behind it is done by script, and one before it, refused, comes too late."""
+def test_a_retry_that_loads_the_script_is_superseded_by_later_writes(exchange: Exchange) -> None:
+    """A write behind it is executed by the script; a refused one before it comes too late."""
     refused = resp(Refusal(NOSCRIPT))
     [loads] = exchange.issue(Op("set", "z", (1, 1), {"ttl": 9}))
     exchange.take()
@@ -1840,8 +1836,8 @@ def test_a_repeat_that_loads_the_script_lets_later_writes_overtake(exchange: Exc
     assert exchange.server.values[b"a_d"] == b'"new"'
 
 
-def test_guarded_writes_with_a_read_between_do_not_change_places(exchange: Exchange) -> None:
-    """The read has seen that the first was not done, and must not see the second."""
+def test_guarded_writes_around_a_read_keep_their_order(exchange: Exchange) -> None:
+    """The read has seen that the first was not executed, and must not see the second."""
     exchange.server.refused = {*keys_of("no")}
     exchange.server.put("a", 1, b'"stored"')
     guard = {"if_newer": True}
@@ -1854,10 +1850,10 @@ def test_guarded_writes_with_a_read_between_do_not_change_places(exchange: Excha
 
 
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1), (2, 2)])
-def test_guarded_writes_that_change_places_guard_themselves(
+def test_reordered_guarded_writes_stay_guarded(
     exchange: Exchange, versions: tuple[int, int]
 ) -> None:
-    """A repeat of one is harmless to the other: both have a result, and none is refused."""
+    """The retry of one doesn't affect the other: both have a result, and none is refused."""
     exchange.server.refused = {*keys_of("no")}
     guard = {"if_newer": True}
     no, first = exchange.issue(
@@ -1871,7 +1867,7 @@ def test_guarded_writes_that_change_places_guard_themselves(
     assert exchange.server.values[b"a_v"] == b"2"
 
 
-def test_a_repeat_does_not_bring_back_what_was_deleted(exchange: Exchange) -> None:
+def test_a_retry_does_not_restore_a_deleted_record(exchange: Exchange) -> None:
     exchange.server.has_script = False
     first, later = exchange.issue(Op("set", "a", (1, 1), {"ttl": 60}), Op("delete", "a"))
     exchange.run()
@@ -1880,7 +1876,7 @@ def test_a_repeat_does_not_bring_back_what_was_deleted(exchange: Exchange) -> No
 
 
 @pytest.mark.parametrize("first", [{"ttl": 60}, {"if_newer": True}], ids=["ttl", "guarded"])
-def test_a_refusal_is_told_where_nobody_knows_what_else_to_tell(
+def test_a_refusal_is_the_result_when_the_outcome_is_unknown(
     exchange: Exchange, first: dict[str, Any]
 ) -> None:
     exchange.server.has_script = False
@@ -2020,7 +2016,7 @@ def test_a_bad_argument_raises_at_the_call_and_queues_nothing(
     exchange.run()
 
 
-def test_a_name_that_is_a_kind_of_str_is_taken_as_its_text(exchange: Exchange) -> None:
+def test_a_name_of_a_str_subclass_is_its_text(exchange: Exchange) -> None:
     class Name(str):
         __slots__ = ()
 
@@ -2065,8 +2061,8 @@ def test_a_command_gets_its_reply(exchange: Exchange, reply: object) -> None:
 
 
 @pytest.mark.parametrize("message", ["WRONGPASS invalid", NOPERM, "NOSCRIPT", NOSCRIPT, "ERR"])
-def test_a_command_that_is_refused(exchange: Exchange, message: str) -> None:
-    """Whatever the code: nothing but a script is sent again for want of a script."""
+def test_a_refused_raw_command_is_not_sent_again(exchange: Exchange, message: str) -> None:
+    """Whatever the code: only a script is sent again after NOSCRIPT."""
     _, waiter = exchange.pipeline.command("HELLO", "3")
     [later] = exchange.issue(Op("set", "HELLO", (1, 1)))
     exchange.take()
@@ -2083,7 +2079,7 @@ def test_a_command_that_is_refused(exchange: Exchange, message: str) -> None:
     [Op("get", "a"), Op("head", "a"), Op("set", "a", (1, 1)), Op("delete", "a")],
     ids=lambda op: op.method,
 )
-def test_noscript_for_what_is_no_script(exchange: Exchange, operation: Operation) -> None:
+def test_noscript_for_a_command_without_a_script(exchange: Exchange, operation: Operation) -> None:
     [refused, later] = exchange.issue(operation, Op("set_bulk", {"a": (2, 2)}))
     sent = exchange.take()
     exchange.reply(*[Refusal(NOSCRIPT)] * (len(sent) - 1), "OK")
@@ -2103,7 +2099,7 @@ def test_a_command_is_lost_with_its_connection(exchange: Exchange) -> None:
 # -- counters
 
 
-def test_stats_count_records_by_kind_and_outcome(exchange: Exchange) -> None:
+def test_stats_count_records_by_kind_and_result(exchange: Exchange) -> None:
     exchange.server.put("there", 5, b"1")
     exchange.server.put("bad", "x", b"1")
     exchange.server.values[b"half_d"] = b"1"
@@ -2147,7 +2143,7 @@ def test_stats_count_records_by_kind_and_outcome(exchange: Exchange) -> None:
     }
 
 
-def test_pending_counts_operations_and_what_they_write(exchange: Exchange) -> None:
+def test_pending_counts_operations_and_their_data(exchange: Exchange) -> None:
     exchange.issue(Op("get", "a"), Op("get", "a"), Op("set_bulk", {"a": (1, "x"), "b": (1, "y")}))
     exchange.take()
     exchange.issue(Op("get", "a"), Op("set", "a", (1, "old")), Op("set", "a", (1, "newer")))
@@ -2158,10 +2154,10 @@ def test_pending_counts_operations_and_what_they_write(exchange: Exchange) -> No
 
 @pytest.mark.parametrize("operation", ["get", "head", "set", "ttl", "guarded", "delete", "bulk"])
 @pytest.mark.parametrize("replies", [True, False], ids=["late", "none"])
-def test_what_expires_in_part_sent_is_counted_out(
+def test_a_partly_sent_batch_that_expires_is_no_longer_counted(
     exchange: Exchange, operation: str, replies: bool
 ) -> None:
-    """One tick of more than the window takes, of which the rest is never sent."""
+    """One tick larger than the window, the rest of which is never sent."""
     names = [f"n{i}" for i in range(WINDOW + 1500)]
     match operation:
         case "set" | "ttl" | "guarded":

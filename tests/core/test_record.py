@@ -1,4 +1,4 @@
-"""Record: lazy, immutable, and nobody else's."""
+"""Record: lazy, immutable, and not shared."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_data_is_decoded_at_first_access_and_kept(core: Any) -> None:
     assert record.data is record.data
 
 
-def test_data_that_is_null_is_decoded_once_too(core: Any) -> None:
+def test_null_data_is_decoded_once_too(core: Any) -> None:
     record = core.Record("a", 1, b"null")
     assert record.data is None
     assert record.data is None
@@ -112,12 +112,12 @@ def test_nothing_can_be_set_or_deleted(record: Any, name: str) -> None:
     assert record.data == {"name": "Ada"}
 
 
-def test_it_has_slots(record: Any) -> None:
+def test_a_record_has_slots(record: Any) -> None:
     assert not hasattr(record, "__dict__")
 
 
-def test_it_can_be_freed(core: Any) -> None:
-    """A Record of the compiled core takes no part in garbage collection, and needs none."""
+def test_a_record_is_freed(core: Any) -> None:
+    """A Record of the compiled core is not tracked by the garbage collector, and needn't be."""
 
     class Witness:
         pass
@@ -158,7 +158,7 @@ def test_hash(core: Any, record: Any) -> None:
     assert len({record, same, core.Record("user/1", 4, b"1")}) == 2
 
 
-def test_no_order(record: Any) -> None:
+def test_records_have_no_order(record: Any) -> None:
     with pytest.raises(TypeError, match="'<' not supported between"):
         _ = record < record
 
@@ -204,12 +204,12 @@ def test_a_copy_shares_no_data(core: Any, copy_of: Any, monkeypatch: pytest.Monk
     assert other.data == [1]
 
 
-def test_records_of_the_twins_are_no_equals() -> None:
+def test_records_of_different_cores_are_not_equal() -> None:
     assert _fast.Record("a", 1, b"1") != pure.Record("a", 1, b"1")
 
 
-def test_garbage_collection_looks_at_no_record_of_a_bulk() -> None:
-    """It would cost a large bulk a quarter of its time. The pure core's can't be kept from it."""
+def test_garbage_collection_skips_the_records_of_a_bulk() -> None:
+    """Tracking would cost a large bulk a quarter of its time. The pure core can't avoid it."""
     pairs = {f"r{i}": (1, b"text") for i in range(1000)}
     pipeline = _fast.Pipeline(Waiter, lambda: None)
     gc.collect()
@@ -237,7 +237,7 @@ def test_garbage_collection_looks_at_no_record_of_a_bulk() -> None:
         (b"9223372036854775808", 2**63),
         (b"18446744073709551616", 2**64),
         (b"123456789012345678901234567890", 123456789012345678901234567890),
-        # what msgspec refuses, and JSON.parse reads
+        # values that msgspec refuses and JSON.parse accepts
         (b"1e400", math.inf),
         (b'{"a":[-1e400]}', {"a": [-math.inf]}),
         (rb'"\ud800"', "\ud800"),
@@ -309,7 +309,7 @@ def test_broken_json_names_the_record(core: Any, raw: bytes) -> None:
         (b"null", int | None, None),
         (b'{"a":1}', Any, {"a": 1}),
         (b'{"city":"L","zip":5}', Address | int, Address("L", 5)),
-        # through the tolerant way
+        # through the tolerant decoder
         (rb'{"city":"\ud800"}', Address, Address("\ud800")),
         (b'{"city":"\xff"}', Address, Address("\ufffd")),
         (b"[1e400]", list[float], [math.inf]),
@@ -342,9 +342,7 @@ def test_decode(core: Any, raw: bytes, kind: Any, value: object) -> None:
     ],
     ids=str,
 )
-def test_decode_tells_the_path_of_what_does_not_fit(
-    core: Any, raw: bytes, kind: Any, reason: str
-) -> None:
+def test_decode_names_the_path_of_a_mismatch(core: Any, raw: bytes, kind: Any, reason: str) -> None:
     with pytest.raises(RecordError) as misfit:
         core.Record("user/1", 7, raw).decode(kind)
     assert str(misfit.value) == f"record 'user/1', version 7: {reason}"
@@ -353,19 +351,19 @@ def test_decode_tells_the_path_of_what_does_not_fit(
 
 
 @pytest.mark.parametrize("raw", BROKEN, ids=lambda raw: repr(raw)[:20])
-def test_decode_of_broken_json(core: Any, raw: bytes) -> None:
+def test_decode_refuses_broken_json(core: Any, raw: bytes) -> None:
     with pytest.raises(RecordError, match=r"^record 'user/1', version 7: stored data is no JSON: "):
         core.Record("user/1", 7, raw).decode(User)
 
 
-def test_decode_takes_its_type_by_position_alone(record: Any) -> None:
+def test_decode_takes_its_type_only_by_position(record: Any) -> None:
     with pytest.raises(TypeError):
         record.decode(type=dict)
     with pytest.raises(TypeError):
         record.decode()
 
 
-def test_decode_of_a_type_that_msgspec_does_not_know(core: Any) -> None:
-    """That is the caller's mistake and none of the record's."""
+def test_decode_into_a_type_unknown_to_msgspec(core: Any) -> None:
+    """The caller made the mistake, not the record."""
     with pytest.raises(TypeError, match="not supported"):
         core.Record("a", 1, b"1").decode(list[int] | list[str])

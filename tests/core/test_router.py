@@ -1,6 +1,6 @@
-"""The core on a cluster, by itself: which node is given what, and what a node sends away.
+"""The core on a cluster, alone: which node gets which operation, and which it redirects.
 
-No sockets and no topology: tests say what the nodes answer, and hand over what they redirect.
+No sockets and no topology: tests provide the nodes' replies, and requeue redirected operations.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ASKED = [b"ASKING"]
 TRYAGAIN = "TRYAGAIN Multiple keys request during rehashing of slot"
 CLUSTERDOWN = "CLUSTERDOWN Hash slot not served"
 GUARDED = {"if_newer": True}
-# A record whose keys lie on different ones of three nodes.
+# A record whose keys are on different nodes of three.
 APART = next(n for n in map(str, range(99)) if len({key_slot(k) % 3 for k in keys_of(n)}) == 2)
 
 
@@ -64,12 +64,12 @@ def nodes(core: Any) -> ClusterExchange:
 
 @pytest.fixture
 def node(core: Any) -> ClusterExchange:
-    """One node that serves all slots."""
+    """A single node that serves all slots."""
     return ClusterExchange(core, 1)
 
 
 def slot(name: str) -> int:
-    """Return the slot of a name that has a hash tag, or of a tag."""
+    """Return the slot of a name with a hash tag, or of a tag."""
     return key_slot(name.encode())
 
 
@@ -92,12 +92,12 @@ def keys(*names: str) -> list[bytes]:
 
 
 def names_in(command: list[bytes]) -> list[str]:
-    """Return the records that a command is about."""
+    """Return the records named by a command."""
     return [part[:-2].decode() for part in command if part.endswith(b"_v")]
 
 
 def values(*names: str, version: int = 1) -> list[bytes]:
-    """Return what MGET answers for records that are there."""
+    """Return the MGET reply for records that exist."""
     return [value for _ in names for value in (b"%d" % version, b"{}")]
 
 
@@ -110,7 +110,7 @@ def ask(name: str, node: int = 1) -> Refusal:
 
 
 def serving(nodes: ClusterExchange) -> tuple[list[ModelServer], Callable[..., list[Any]]]:
-    """Return a server for each of three nodes, and what has them do operations, to the end."""
+    """Return a server for each of three nodes, and a function that runs operations to the end."""
     servers = [ModelServer() for _ in range(3)]
 
     def ask_all(*operations: Operation) -> list[Any]:
@@ -143,8 +143,8 @@ NAMES = [
 
 @pytest.mark.parametrize("hash_tag", [False, True])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_slots_of_names(core: Any, prefix: str, hash_tag: bool) -> None:
-    """The slot is that of the two keys which are sent, or none if they have not the same."""
+def test_names_map_to_their_slots(core: Any, prefix: str, hash_tag: bool) -> None:
+    """The slot is that of the two keys actually sent, or none if they differ."""
     nodes = ClusterExchange(core, 1, key_prefix=prefix, hash_tag=hash_tag)
     pipeline = nodes.pipelines[0]
     for name in NAMES:
@@ -162,7 +162,7 @@ def test_slots_of_names(core: Any, prefix: str, hash_tag: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["", None, 5, b"a", "\ud800"])
-def test_no_slot_of_what_is_no_name(nodes: ClusterExchange, name: Any) -> None:
+def test_an_invalid_name_has_no_slot(nodes: ClusterExchange, name: Any) -> None:
     for call in ("slot_of", "get", "head", "delete"):
         with pytest.raises(RecordError):
             getattr(nodes.router, call)(name)
@@ -172,7 +172,7 @@ def test_no_slot_of_what_is_no_name(nodes: ClusterExchange, name: Any) -> None:
 
 
 def test_the_known_slots(core: Any) -> None:
-    """Of the specification: the check value of the CRC, and the empty key."""
+    """From the specification: the check value of the CRC, and the empty key."""
     assert core.slot_of_key(b"123456789") == 0x31C3
     assert core.slot_of_key(b"") == 0
     assert core.slot_of_key(b"foo{}{bar}") == key_slot(b"foo{}{bar}") != key_slot(b"bar")
@@ -180,7 +180,7 @@ def test_the_known_slots(core: Any) -> None:
     assert core.slot_of_key(b"foo{bar}{zap}") == core.slot_of_key(b"bar")
 
 
-# -- each to its node
+# -- routing to nodes
 
 
 OPERATIONS = [
@@ -200,8 +200,10 @@ READS = ("get", "head", "get_bulk", "head_bulk")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
-def test_to_the_node_of_its_slot(nodes: ClusterExchange, operation: Operation) -> None:
-    """And there it is what it is on a single server."""
+def test_each_operation_goes_to_the_node_of_its_slot(
+    nodes: ClusterExchange, operation: Operation
+) -> None:
+    """There it behaves as on a single server."""
     nodes.router.readers[slot("{a}")] = nodes.pipelines[1]
     nodes.router.owners[slot("{a}")] = nodes.pipelines[2]
     nodes.issue(operation)
@@ -212,8 +214,8 @@ def test_to_the_node_of_its_slot(nodes: ClusterExchange, operation: Operation) -
 
 
 @pytest.mark.parametrize("layout", ["deepstream", "hashtag"])
-def test_every_operation_comes_through(core: Any, layout: str) -> None:
-    """Three servers, each with the slots of one node: what was written is read again."""
+def test_every_operation_works_on_several_nodes(core: Any, layout: str) -> None:
+    """Three servers, each with one node's slots: written records can be read again."""
     nodes = ClusterExchange(core, hash_tag=layout == "hashtag")
     servers, ask_all = serving(nodes)
     names = [f"{{{i}}}" if layout == "deepstream" else f"user/{i}" for i in range(200)]
@@ -237,7 +239,7 @@ def test_every_operation_comes_through(core: Any, layout: str) -> None:
     assert len(ask_all(Op("get_bulk", names))[0]) == 140
 
 
-def test_bulks_of_nothing(nodes: ClusterExchange) -> None:
+def test_empty_bulks(nodes: ClusterExchange) -> None:
     waiters = nodes.issue(
         Op("get_bulk", []), Op("head_bulk", []), Op("set_bulk", {}), Op("delete_bulk", [])
     )
@@ -258,20 +260,18 @@ def test_bulks_of_nothing(nodes: ClusterExchange) -> None:
         ("set_bulk", {"{a}": (1, 1), "{b}": (1, object())}),
     ],
 )
-def test_a_bulk_that_is_wrong_queues_nothing(
-    nodes: ClusterExchange, method: str, argument: Any
-) -> None:
+def test_an_invalid_bulk_queues_nothing(nodes: ClusterExchange, method: str, argument: Any) -> None:
     with pytest.raises(RecordError):
         getattr(nodes.router, method)(argument)
     nodes.assert_drained()
     assert nodes.wakes == [0, 0, 0]
 
 
-# -- slots share commands
+# -- grouping by slot
 
 
 def test_reads_of_a_tick_are_grouped_by_slot(node: ClusterExchange) -> None:
-    """One MGET for each slot, wherever its names stood, and in their order."""
+    """One MGET for each slot, wherever its names stood in the tick, in their order."""
     names = [f"{{t{i % 7}}}{i}" for i in range(100)]
     random.Random(1).shuffle(names)
     waiters = node.issue(*(Op("get", name) for name in names))
@@ -320,7 +320,7 @@ def test_writes_are_grouped_by_slot(
 
 
 @pytest.mark.parametrize(("method", "verbs"), [("head", [b"GET", b"TYPE"]), ("delete", [b"DEL"])])
-def test_what_has_a_command_for_each_keeps_its_order(
+def test_operations_with_a_command_each_keep_their_order(
     node: ClusterExchange, method: str, verbs: list[bytes]
 ) -> None:
     names = [f"{{t{i}}}" for i in range(50)]
@@ -331,8 +331,8 @@ def test_what_has_a_command_for_each_keeps_its_order(
     assert list(seen) == names
 
 
-def test_order_of_the_names_in_the_result(nodes: ClusterExchange) -> None:
-    """It is the caller's, not that of slots and nodes."""
+def test_the_result_keeps_the_order_of_the_names(nodes: ClusterExchange) -> None:
+    """The caller's order, not that of slots and nodes."""
     names = [f"{{{i}}}" for i in range(100)]
     random.Random(2).shuffle(names)
     [waiter] = nodes.issue(Op("get_bulk", names))
@@ -341,8 +341,8 @@ def test_order_of_the_names_in_the_result(nodes: ClusterExchange) -> None:
     assert list(waiter.result()) == names
 
 
-def test_one_by_one_after_a_refusal_stays_in_its_slot(node: ClusterExchange) -> None:
-    """Of records that the user may not touch, each has its command, and no other slot has."""
+def test_retries_one_by_one_stay_in_their_slot(node: ClusterExchange) -> None:
+    """Each forbidden record gets its own command, and other slots are unaffected."""
     server = ModelServer()
     names = [f"{{t{i % 2}}}{i}" for i in range(10)]
     server.refused = set(keys_of(names[4]))
@@ -353,7 +353,7 @@ def test_one_by_one_after_a_refusal_stays_in_its_slot(node: ClusterExchange) -> 
     node.assert_drained()
 
 
-def test_a_lost_connection_keeps_those_sent_before_the_others(node: ClusterExchange) -> None:
+def test_a_lost_connection_keeps_sent_operations_before_the_others(node: ClusterExchange) -> None:
     """Guarded writes that may have happened are told apart from those that can't have."""
     names = [f"{{t{i}}}" for i in range(300)]
     node.issue(*(Op("set", name, (1, 1), GUARDED) for name in names))
@@ -370,7 +370,7 @@ def test_a_lost_connection_keeps_those_sent_before_the_others(node: ClusterExcha
 
 
 def test_bytes_are_counted_after_a_part_was_answered(node: ClusterExchange) -> None:
-    """Grouped by slot, the texts stand in another order than they were issued."""
+    """Grouped by slot, the texts are in another order than they were issued."""
     names = tags_of(0, 20, 1)
     random.Random(3).shuffle(names)
     texts = {name: "x" * (2**i) for i, name in enumerate(names[:12])}
@@ -422,10 +422,10 @@ def issue(node: ClusterExchange, model: Op, names: list[str], bulk: bool) -> Non
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 @pytest.mark.parametrize("operation", BATCHES)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.split()[0])
-def test_a_redirection_within_500(
+def test_one_redirection_among_500_records(
     node: ClusterExchange, refusal: Refusal, operation: str, bulk: bool
 ) -> None:
-    """Those records go away, the others have their results, and nothing else is counted."""
+    """The redirected records leave, the others have their results, and nothing else is counted."""
     model, done = BATCHES[operation]
     names = [f"{{t{i % 50}}}{i}" for i in range(500)]
     away = [name for name in names if name.startswith("{t7}")]
@@ -457,7 +457,7 @@ def test_a_redirection_within_500(
     else:
         left = {name for name, w in zip(names, node.waiters, strict=True) if not w.done}
         assert left == set(away)
-    # And once they are done as well, all is.
+    # Once these are done too, the bulk is complete.
     node.pipelines[0].requeue(batch for _, _, batch in redirected)
     server = ModelServer()
     for name in away:
@@ -479,8 +479,8 @@ def test_a_redirection_within_500(
 
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 @pytest.mark.parametrize("operation", BATCHES)
-def test_asking(node: ClusterExchange, operation: str, bulk: bool) -> None:
-    """What was told to ask does so before each command, once, and drops what that answers."""
+def test_asking_precedes_each_command(node: ClusterExchange, operation: str, bulk: bool) -> None:
+    """A batch redirected by ASK sends ASKING before each command, once, and drops its reply."""
     model, done = BATCHES[operation]
     names = ["{t}1", "{t}2"]
     issue(node, model, names, bulk)
@@ -509,11 +509,11 @@ def test_asking(node: ClusterExchange, operation: str, bulk: bool) -> None:
         else:
             replies = ["OK", done * 2 if operation == "get" else done]
     received = b"".join(map(resp, replies))
-    for byte in received:  # in as many pieces as there can be
+    for byte in received:  # in as many pieces as possible
         node.pipelines[0].feed(bytes([byte]))
     node.assert_drained()
     assert all(waiter.error is None for waiter in node.waiters)
-    # What comes later asks no more.
+    # Later commands don't send ASKING.
     node.issue(Op("get", "{t}3"))
     assert node.take() == [[b"MGET", *keys("{t}3")]]
 
@@ -536,7 +536,7 @@ def test_asking(node: ClusterExchange, operation: str, bulk: bool) -> None:
         ((b"5", b"x"), ProtocolError),
     ],
 )
-def test_heads_that_ask(node: ClusterExchange, replies: tuple[Any, Any], expected: Any) -> None:
+def test_heads_follow_ask(node: ClusterExchange, replies: tuple[Any, Any], expected: Any) -> None:
     [waiter] = node.issue(Op("head", "{t}"))
     node.take()
     node.reply(0, ask("{t}"), "string")
@@ -559,8 +559,8 @@ def test_heads_that_ask(node: ClusterExchange, replies: tuple[Any, Any], expecte
         assert waiter.result() == expected
 
 
-def told_to_ask(node: ClusterExchange, operation: Operation) -> Any:
-    """Issue an operation that has been told to ask, and does so; return its waiter."""
+def redirected_by_ask(node: ClusterExchange, operation: Operation) -> Any:
+    """Issue an operation that is redirected by ASK and follows it; return its waiter."""
     [waiter] = node.issue(operation)
     node.take()
     node.reply(0, ask("{t}"))
@@ -572,8 +572,8 @@ def told_to_ask(node: ClusterExchange, operation: Operation) -> Any:
 
 
 def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
-    """Without its effect, the command behind it says what there is to say."""
-    waiter = told_to_ask(node, Op("get", "{t}"))
+    """Without its effect, the command behind it gets the deciding reply."""
+    waiter = redirected_by_ask(node, Op("get", "{t}"))
     node.reply(0, Refusal("NOPERM no ASKING for you"), moved("{t}"))
     [(words, _, batch)] = node.redirected(0)
     assert words == moved("{t}")
@@ -582,12 +582,14 @@ def test_a_refused_asking_decides_nothing(node: ClusterExchange) -> None:
     assert not waiter.done
 
 
-def test_what_asks_survives_a_lost_connection_and_a_lost_script(node: ClusterExchange) -> None:
-    waiter = told_to_ask(node, Op("set", "{t}", (1, 1), GUARDED))
+def test_an_asking_batch_survives_a_lost_connection_and_a_lost_script(
+    node: ClusterExchange,
+) -> None:
+    waiter = redirected_by_ask(node, Op("set", "{t}", (1, 1), GUARDED))
     node.reply(0, "OK", Refusal(NOSCRIPT))
     asked, [verb, *_] = node.take()
     assert (asked, verb) == (ASKED, b"EVAL")
-    node.reply(0, "OK")  # which is no half of what comes next
+    node.reply(0, "OK")  # not half of the next command
     node.pipelines[0].connection_lost(ConnectionLost("cut"), True)
     asked, command = node.take()
     assert (asked, command[0], command[-1]) == (ASKED, b"EVAL", c.GUARDED_REPEAT)
@@ -598,8 +600,8 @@ def test_what_asks_survives_a_lost_connection_and_a_lost_script(node: ClusterExc
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
-def test_no_more_redirections_than_allowed(core: Any, limit: int, bulk: bool) -> None:
-    """Then the error has the whole path."""
+def test_the_number_of_redirections_is_limited(core: Any, limit: int, bulk: bool) -> None:
+    """The error then has the whole path."""
     node = ClusterExchange(core, 1, max_redirections=limit)
     [waiter] = node.issue(Op("get_bulk", ["{t}", "{u}"]) if bulk else Op("get", "{t}"))
     for command in node.take():
@@ -626,8 +628,8 @@ def test_no_more_redirections_than_allowed(core: Any, limit: int, bulk: bool) ->
 
 
 @pytest.mark.parametrize("operation", BATCHES)
-def test_after_tryagain_each_record_goes_by_itself(node: ClusterExchange, operation: str) -> None:
-    """One whose keys are on their way makes no other of its slot wait once more."""
+def test_after_tryagain_each_record_is_sent_alone(node: ClusterExchange, operation: str) -> None:
+    """A record whose keys are being moved must not delay the others of its slot again."""
     model, done = BATCHES[operation]
     names = ["{t}1", "{t}2", "{t}3"]
     node.issue(*(Op(model.method, name, model.rest, model.options) for name in names))
@@ -651,8 +653,8 @@ def test_after_tryagain_each_record_goes_by_itself(node: ClusterExchange, operat
     assert list(batch.records) == ["{t}2"]
 
 
-def test_refusals_that_are_no_redirections(node: ClusterExchange) -> None:
-    """Only a node of a cluster redirects, and a command of nobody's records never is."""
+def test_refusals_other_than_redirections(node: ClusterExchange) -> None:
+    """Only a node of a cluster redirects, and never a command that has no key."""
     pipeline = node.pipelines[0]
     _, hello = pipeline.command("HELLO", 3)
     waiters = node.issue(Op("get", "{t}"), Op("set", "{u}", (1, 1)))
@@ -664,7 +666,7 @@ def test_refusals_that_are_no_redirections(node: ClusterExchange) -> None:
 
 
 @pytest.mark.parametrize("words", ["MOVED 1 a:1", "ASK 1 a:1", CLUSTERDOWN, "READONLY x"])
-def test_a_server_that_is_no_cluster_redirects_nothing(core: Any, words: str) -> None:
+def test_a_single_server_redirects_nothing(core: Any, words: str) -> None:
     nodes = ClusterExchange(core, 1)
     alone = core.Pipeline(Waiter, int)
     waiter = alone.set("{t}", 1, 1)
@@ -676,7 +678,7 @@ def test_a_server_that_is_no_cluster_redirects_nothing(core: Any, words: str) ->
     nodes.assert_drained()
 
 
-def test_whoever_expired_is_not_sent_on(node: ClusterExchange) -> None:
+def test_an_expired_operation_is_not_redirected(node: ClusterExchange) -> None:
     late, _ = node.issue(Op("get", "{t}"), Op("set", "{t}", (1, 1)))
     node.take()
     node.pipelines[0].expire(math.inf)
@@ -685,7 +687,7 @@ def test_whoever_expired_is_not_sent_on(node: ClusterExchange) -> None:
     node.assert_drained()
 
 
-def test_a_cancelled_waiter_is_sent_on_all_the_same(node: ClusterExchange) -> None:
+def test_a_cancelled_operation_is_still_redirected(node: ClusterExchange) -> None:
     [waiter] = node.issue(Op("set", "{t}", (1, 1)))
     node.take()
     waiter.cancel()
@@ -697,7 +699,7 @@ def test_a_cancelled_waiter_is_sent_on_all_the_same(node: ClusterExchange) -> No
     node.assert_drained()
 
 
-# -- a write that a later one has overtaken
+# -- a superseded write
 
 
 PLAIN = [{}, {"ttl": 9}]
@@ -707,10 +709,10 @@ PLAIN = [{}, {"ttl": 9}]
 @pytest.mark.parametrize("later", [*PLAIN, "delete"])
 @pytest.mark.parametrize("words", [moved("{t}"), ask("{t}"), TRYAGAIN, CLUSTERDOWN])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "only-the-first"])
-def test_an_overtaken_write_is_not_repeated(
+def test_a_superseded_write_is_not_retried(
     node: ClusterExchange, first: dict[str, int], later: Any, words: str, both: bool
 ) -> None:
-    """Its waiters get the later one's outcome, wherever that is done."""
+    """Its waiters get the result of the later one, wherever that is executed."""
     second = Op("delete", "{t}") if later == "delete" else Op("set", "{t}", (2, 2), later)
     one = node.issue(Op("set", "{t}", (1, 1), first))
     node.take()
@@ -736,10 +738,10 @@ def test_an_overtaken_write_is_not_repeated(
 
 @pytest.mark.parametrize("words", [CLUSTERDOWN, "LOADING x", "MASTERDOWN x", "READONLY x"])
 @pytest.mark.parametrize("first", ["set", "delete"])
-def test_what_is_over_at_once_undoes_no_guarded_write(
+def test_a_retry_undoes_no_guarded_write_behind_it(
     node: ClusterExchange, words: str, first: str
 ) -> None:
-    """The node may serve the next command already: then a repeat would come behind it."""
+    """The node may already serve the next command; a retry would come after it."""
     [one] = node.issue(Op("delete", "{t}") if first == "delete" else Op("set", "{t}", (1, 1)))
     node.take()
     [two] = node.issue(Op("set", "{t}", (2, 2), GUARDED))
@@ -751,7 +753,7 @@ def test_what_is_over_at_once_undoes_no_guarded_write(
     node.assert_drained()
 
 
-def test_the_error_of_the_later_write_is_the_first_ones_as_well(node: ClusterExchange) -> None:
+def test_a_superseded_write_gets_the_error_of_the_later_one(node: ClusterExchange) -> None:
     one = node.issue(Op("set", "{t}", (1, 1)))
     node.take()
     two = node.issue(Op("set", "{t}", (2, 2)))
@@ -764,8 +766,8 @@ def test_the_error_of_the_later_write_is_the_first_ones_as_well(node: ClusterExc
     assert one[0].error is not two[0].error
 
 
-def test_writes_follow_each_other_where_each_has_its_own_outcome(node: ClusterExchange) -> None:
-    """Guarded ones, removals and bulks: all are redirected, and are done in their order."""
+def test_writes_with_separate_results_keep_their_order(node: ClusterExchange) -> None:
+    """Guarded ones, removals and bulks: all are redirected and executed in their order."""
     steps = [
         Op("set", "{t}", (1, 1)),
         Op("set", "{t}", (2, 2), GUARDED),
@@ -782,7 +784,7 @@ def test_writes_follow_each_other_where_each_has_its_own_outcome(node: ClusterEx
     node.reply(0, *[moved("{t}")] * 7, moved("{t}"), "string")
     batches = [batch for _, _, batch in node.redirected(0)]
     random.Random(4).shuffle(batches)
-    for batch in batches:  # in whatever order they are handed over
+    for batch in batches:  # in any order of requeueing
         node.pipelines[0].requeue([batch])
     server = ModelServer()
     node.serve(0, server)
@@ -792,11 +794,11 @@ def test_writes_follow_each_other_where_each_has_its_own_outcome(node: ClusterEx
     assert [results[i] for i in (0, 1, 3, 4, 6, 7)] == [True, True, True, set(), set(), 4]
 
 
-# -- from one node to another
+# -- moving between nodes
 
 
-def test_what_waits_goes_where_its_slot_is(nodes: ClusterExchange) -> None:
-    """Each record by itself, in the order in which all were issued."""
+def test_waiting_operations_go_to_the_new_owner_of_their_slot(nodes: ClusterExchange) -> None:
+    """Each record separately, in the order in which all were issued."""
     stays, goes = tags_of(0, 2)
     nodes.issue(
         Op("get", f"{stays}1"),
@@ -835,8 +837,8 @@ def test_what_waits_goes_where_its_slot_is(nodes: ClusterExchange) -> None:
     assert list(nodes.waiters[3].result()) == [f"{goes}3", f"{goes}4"]
 
 
-def test_adopted_operations_keep_their_age(nodes: ClusterExchange) -> None:
-    """Older ones come before what is queued already, younger ones behind it."""
+def test_requeued_operations_keep_their_age(nodes: ClusterExchange) -> None:
+    """Older operations go before the queued ones, younger ones after them."""
     [first], [second] = tags_of(0, 1), tags_of(1, 1)
     order = [(first, 1), (second, 2), (first, 3), (second, 4), (first, 5)]
     for tag, version in order:  # bulks join nothing
@@ -848,7 +850,7 @@ def test_adopted_operations_keep_their_age(nodes: ClusterExchange) -> None:
     nodes.assert_drained()
 
 
-def test_nothing_joins_what_was_handed_over(nodes: ClusterExchange) -> None:
+def test_nothing_joins_a_requeued_batch(nodes: ClusterExchange) -> None:
     [tag] = tags_of(0, 1)
     nodes.issue(Op("get", f"{tag}1"))
     nodes.assign(slot(tag), 1)
@@ -860,8 +862,8 @@ def test_nothing_joins_what_was_handed_over(nodes: ClusterExchange) -> None:
     assert [command[0] for command in nodes.take(0)] == [b"MGET"]
 
 
-def test_deadlines_are_kept(core: Any) -> None:
-    """An operation has no longer for having been handed over."""
+def test_requeued_operations_keep_their_deadlines(core: Any) -> None:
+    """An operation gains no time by being requeued."""
     nodes = ClusterExchange(core)
     [tag] = tags_of(0, 1)
     nodes.issue(Op("get", tag))
@@ -881,11 +883,11 @@ def test_deadlines_are_kept(core: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["get_bulk", "set_bulk", "guarded", "delete_bulk", "set"])
-def test_of_a_batch_partly_sent_the_rest_moves(core: Any, method: str) -> None:
-    """What is in flight stays where it was sent; both parts together are the whole."""
+def test_the_rest_of_a_partly_sent_batch_moves(core: Any, method: str) -> None:
+    """The part in flight stays where it was sent; together both parts are the whole."""
     nodes = ClusterExchange(core, 2, max_pending=10)
     tag, other = tags_of(0, 2, 2)
-    # Of removals, some hundred are sent at once, each by a command of its own.
+    # Several hundred removals are sent at once, each in its own command.
     count = 3 * c.COMMAND_RECORDS if method == "delete_bulk" else 60
     names = [f"{tag if i % 2 else other}{i:04}" for i in range(count)]
     match method:
@@ -935,8 +937,8 @@ def test_of_a_batch_partly_sent_the_rest_moves(core: Any, method: str) -> None:
     assert all((list(r) if method == "get_bulk" else r) == expected for r in results)
 
 
-def test_a_batch_of_the_whole_node_moves_as_it_is(nodes: ClusterExchange) -> None:
-    """Also the part of it that was in flight on a connection that ended."""
+def test_a_batch_that_moves_as_a_whole_is_unchanged(nodes: ClusterExchange) -> None:
+    """Including the part that was in flight on a lost connection."""
     tag, _ = tags_of(0, 2)
     names = [f"{tag}{i}" for i in range(c.COMMAND_RECORDS + 10)]
     nodes.issue(Op("get_bulk", names))
@@ -954,8 +956,8 @@ def test_a_batch_of_the_whole_node_moves_as_it_is(nodes: ClusterExchange) -> Non
     nodes.assert_drained()
 
 
-def test_guarded_writes_sent_before_are_told_apart_on_the_next_node(nodes: ClusterExchange) -> None:
-    """They may have happened on the node that was lost, whose replica now has their slot."""
+def test_guarded_writes_sent_before_stay_in_doubt_on_the_next_node(nodes: ClusterExchange) -> None:
+    """They may have happened on the lost node, whose replica now has their slot."""
     tag, _ = tags_of(0, 2)
     size = c.WINDOW_RECORDS
     names = [f"{tag}{i}" for i in range(c.SCRIPT_RECORDS + 5)]
@@ -973,8 +975,8 @@ def test_guarded_writes_sent_before_are_told_apart_on_the_next_node(nodes: Clust
     assert [set(guard) for guard in guards] == [{c.GUARDED_REPEAT}, {c.GUARDED_REPEAT}, {c.GUARDED}]
 
 
-def test_what_asks_is_left_where_it_was_sent(nodes: ClusterExchange) -> None:
-    """Its slot is another node's still. Before that, it goes to whom it shall ask."""
+def test_an_asking_batch_stays_where_it_was_sent(nodes: ClusterExchange) -> None:
+    """Its slot still belongs to the other node. Unsent, it goes to the node named by ASK."""
     [tag] = tags_of(0, 1)
     nodes.issue(Op("get", tag))
     nodes.take(0)
@@ -992,7 +994,7 @@ def test_what_asks_is_left_where_it_was_sent(nodes: ClusterExchange) -> None:
     nodes.assert_drained()
 
 
-def test_whoever_is_over_is_released_no_more(nodes: ClusterExchange) -> None:
+def test_a_finished_operation_is_not_taken(nodes: ClusterExchange) -> None:
     [tag] = tags_of(0, 1)
     nodes.issue(Op("set", tag, (1, 1)), Op("set_bulk", {tag: (2, 2)}))
     nodes.pipelines[0].expire(math.inf)
@@ -1002,8 +1004,8 @@ def test_whoever_is_over_is_released_no_more(nodes: ClusterExchange) -> None:
     nodes.assert_drained()
 
 
-def test_adopting_wakes_or_refuses(nodes: ClusterExchange) -> None:
-    """A node that is closed takes nothing over, and what it was offered is as it was."""
+def test_requeueing_requests_a_flush_or_is_refused(nodes: ClusterExchange) -> None:
+    """A closed node takes nothing over and leaves the offered batches unchanged."""
     [tag] = tags_of(0, 1)
     nodes.issue(Op("set", tag, (1, 1)))
     nodes.assign(slot(tag), 1)
@@ -1019,8 +1021,8 @@ def test_adopting_wakes_or_refuses(nodes: ClusterExchange) -> None:
     nodes.assert_drained()
 
 
-def test_fence(node: ClusterExchange) -> None:
-    """It is reached when everything is answered that was in flight, however it ended."""
+def test_a_fence_is_passed_when_all_before_it_is_answered(node: ClusterExchange) -> None:
+    """It is passed once everything in flight before it is answered, with any result."""
     pipeline = node.pipelines[0]
     assert pipeline.fence() == pipeline.settled == 0
     node.issue(Op("get", "{t}"), Op("head", "{t}"))
@@ -1044,7 +1046,7 @@ def test_fence(node: ClusterExchange) -> None:
 
 
 @pytest.mark.parametrize("operation", BATCHES)
-def test_a_batch_says_when_it_is_settled(node: ClusterExchange, operation: str) -> None:
+def test_a_batch_reports_when_it_is_settled(node: ClusterExchange, operation: str) -> None:
     model, _ = BATCHES[operation]
     node.issue(Op(model.method, "{t}", model.rest, model.options))
     sent = node.take()
@@ -1081,7 +1083,7 @@ LOSSES: dict[str, Any] = {
 @pytest.mark.parametrize("method", ["get_bulk", "head_bulk", "set_bulk", "guarded", "delete_bulk"])
 @pytest.mark.parametrize("when", ["queued", "sent", "partly"])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
-def test_one_lost_node_leaves_the_others_results(
+def test_one_lost_node_keeps_the_results_of_the_others(
     nodes: ClusterExchange, method: str, loss: str, when: str, first: bool
 ) -> None:
     tags = {node: tags_of(node, 3) for node in range(3)}
@@ -1097,7 +1099,7 @@ def test_one_lost_node_leaves_the_others_results(
         if method not in ("set_bulk", "guarded"):
             servers[node_of(name)].put(name, 5, b"{}")
     if when == "queued" and loss == "connection_lost":
-        when = "sent"  # what is only queued waits for another connection
+        when = "sent"  # queued operations wait for another connection
 
     def lose() -> None:
         nonlocal lost
@@ -1137,8 +1139,8 @@ def test_one_lost_node_leaves_the_others_results(
             assert error.result == set()
 
 
-def test_doubt_is_told_of_what_was_sent_only(core: Any) -> None:
-    """Of one bulk, the writes in flight may have happened, and those that waited can't have."""
+def test_only_sent_writes_are_in_doubt(core: Any) -> None:
+    """Of one bulk, the writes in flight may have happened, and the waiting ones can't have."""
     nodes = ClusterExchange(core, 2, max_pending=1)
     tags = tags_of(0, 3, 2)
     [waiter] = nodes.issue(Op("set_bulk", dict.fromkeys(tags, (1, 1))))
@@ -1164,10 +1166,10 @@ def test_doubt_is_told_of_what_was_sent_only(core: Any) -> None:
     ],
     ids=lambda value: value.method if isinstance(value, Op) else "",
 )
-def test_a_wrong_reply_leaves_nobody_waiting(
+def test_an_unexpected_reply_leaves_no_waiter_without_a_result(
     core: Any, operation: Operation, replies: list[Any], good: int
 ) -> None:
-    """What came before it counts, and what is on the other node as well."""
+    """The replies before it count, and so do those of the other node."""
     nodes = ClusterExchange(core, 2)
     nodes.assign(slot("{t}"), 0)
     nodes.assign(slot("{u}"), 1)
@@ -1203,9 +1205,7 @@ BULKS = [
 
 @pytest.mark.parametrize("bulk", BULKS, ids=lambda bulk: bulk.method)
 @pytest.mark.parametrize("full", [0, 1, 2])
-def test_refused_by_one_node_a_bulk_is_under_way_to_none(
-    core: Any, bulk: Operation, full: int
-) -> None:
+def test_a_bulk_refused_by_one_node_sends_nothing(core: Any, bulk: Operation, full: int) -> None:
     nodes = ClusterExchange(core, max_pending=1, refuse_when_full=True)
     nodes.issue(Op("get", tags_of(full, 1)[0]))
     before = [nodes.counters(at) for at in range(3)]
@@ -1220,7 +1220,7 @@ def test_refused_by_one_node_a_bulk_is_under_way_to_none(
 
 @pytest.mark.parametrize("bulk", BULKS, ids=lambda bulk: bulk.method)
 @pytest.mark.parametrize("closed", [0, 1, 2])
-def test_a_bulk_for_a_closed_node_is_under_way_to_none(
+def test_a_bulk_naming_a_closed_node_sends_nothing(
     nodes: ClusterExchange, bulk: Operation, closed: int
 ) -> None:
     nodes.closed.add(closed)
@@ -1241,11 +1241,11 @@ def test_text_is_counted_at_each_node(core: Any) -> None:
     nodes.issue(Op("set", tags[1], (2, "yy")))
 
 
-# -- commands of one key, and records whose keys lie apart
+# -- single-key commands, and split records
 
 
-def test_commands_of_one_key(node: ClusterExchange) -> None:
-    """Each is what it is, and its reply is given as it came."""
+def test_single_key_commands(node: ClusterExchange) -> None:
+    """Each is sent unchanged, and its reply is returned as it came."""
     pipeline = node.pipelines[0]
     waiters = [Waiter() for _ in range(7)]
     sends: list[tuple[int, str, tuple[Any, ...]]] = [
@@ -1291,7 +1291,7 @@ def test_commands_of_one_key(node: ClusterExchange) -> None:
         *((c.WRITE_KEY, reply) for reply in (None, 2, -1, True, b"x", "QUEUED", [])),
     ],
 )
-def test_a_wrong_reply_to_a_command_of_one_key(
+def test_an_unexpected_reply_to_a_single_key_command(
     node: ClusterExchange, kind: int, reply: Any
 ) -> None:
     waiters = [Waiter(), Waiter()]
@@ -1307,7 +1307,7 @@ def test_a_wrong_reply_to_a_command_of_one_key(
         assert ("may have happened" in str(waiter.error)) is (kind == c.WRITE_KEY)
 
 
-def test_commands_of_one_key_are_redirected_and_asked(nodes: ClusterExchange) -> None:
+def test_single_key_commands_follow_moved_and_ask(nodes: ClusterExchange) -> None:
     at = node_of("key")
     read, write = Waiter(), Waiter()
     nodes.router.key_command(c.READ_KEY, "key", read, "GET", "key")
@@ -1324,14 +1324,14 @@ def test_commands_of_one_key_are_redirected_and_asked(nodes: ClusterExchange) ->
     nodes.assign(slot("key"), other)
     nodes.pipelines[at].requeue([first, second])
     size = nodes.counters(at)[3]
-    nodes.move(at)  # the one that asks is sent to the very node that it waits at
+    nodes.move(at)  # the ASKING one is sent to the node at which it waits
     for target in (at, other):
         nodes.move(target)
     assert nodes.counters(at)[3] + nodes.counters(other)[3] in (size, 0)
 
 
 @pytest.mark.parametrize("retry", [True, False])
-def test_commands_of_one_key_on_a_lost_connection(node: ClusterExchange, retry: bool) -> None:
+def test_single_key_commands_on_a_lost_connection(node: ClusterExchange, retry: bool) -> None:
     """Reads are sent again, writes are not."""
     read, write = Waiter(), Waiter()
     node.pipelines[0].key_command(c.READ_KEY, "key", read, "GET", "key")
@@ -1350,8 +1350,8 @@ def test_commands_of_one_key_on_a_lost_connection(node: ClusterExchange, retry: 
     node.assert_drained()
 
 
-def test_records_apart(nodes: ClusterExchange) -> None:
-    """Each key goes to its own node, and the results are those of records that lie together."""
+def test_split_records(nodes: ClusterExchange) -> None:
+    """Each key goes to its own node, and the results equal those of ordinary records."""
     servers, ask_all = serving(nodes)
     names = [f"user/{i}" for i in range(30)]
 
@@ -1379,7 +1379,7 @@ def test_records_apart(nodes: ClusterExchange) -> None:
     assert (counts["writes"], counts["deletes"], counts["hits"]) == (31, 31, 62)
 
 
-def test_a_subclass_of_str_is_a_name_also_apart(nodes: ClusterExchange) -> None:
+def test_a_str_subclass_names_a_split_record_too(nodes: ClusterExchange) -> None:
     class Name(str):
         __slots__ = ()
 
@@ -1401,7 +1401,7 @@ def test_a_subclass_of_str_is_a_name_also_apart(nodes: ClusterExchange) -> None:
     ],
     ids=str,
 )
-def test_no_guard_apart(nodes: ClusterExchange, operation: Operation) -> None:
+def test_a_split_record_can_not_be_guarded(nodes: ClusterExchange, operation: Operation) -> None:
     with pytest.raises(RecordError, match="if_newer"):
         nodes.issue(operation)
     nodes.assert_drained()
@@ -1420,8 +1420,8 @@ def test_no_guard_apart(nodes: ClusterExchange, operation: Operation) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("key", keys_of(APART))
-def test_no_half_of_a_record_apart_is_refused(core: Any, operation: Operation, key: bytes) -> None:
-    """Where a node is full or closed, the other half isn't under way either."""
+def test_a_split_record_is_refused_as_a_whole(core: Any, operation: Operation, key: bytes) -> None:
+    """If one node is full or closed, the other half isn't sent either."""
     nodes = ClusterExchange(core, 3, max_pending=1, refuse_when_full=True)
     at = key_slot(key) % 3
     nodes.router.key_command(c.READ_KEY, key.decode(), Waiter(), "GET", key)
@@ -1437,8 +1437,8 @@ def test_no_half_of_a_record_apart_is_refused(core: Any, operation: Operation, k
     nodes.assert_drained()
 
 
-def test_a_bulk_apart_may_be_larger_than_the_limit(core: Any) -> None:
-    """As any bulk may: it is refused as a whole, or not."""
+def test_a_bulk_of_split_records_may_exceed_the_limit(core: Any) -> None:
+    """Like any bulk, it is accepted or refused as a whole."""
     nodes = ClusterExchange(core, 3, max_pending=5, refuse_when_full=True)
     names = [f"user/{i}" for i in range(100)]
     [waiter] = nodes.issue(Op("set_bulk", dict.fromkeys(names, (1, 1))))
@@ -1449,13 +1449,13 @@ def test_a_bulk_apart_may_be_larger_than_the_limit(core: Any) -> None:
     nodes.assert_drained()
 
 
-# -- all of it at once
+# -- everything at once
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["deepstream", "hashtag"]))
 @pytest.mark.parametrize("core", CORES)
-def test_whatever_the_nodes_say_all_is_drained(core: Any, seed: int, layout: str) -> None:
-    """Random operations, replies, losses and moves: everybody is told once, nothing is counted."""
+def test_everything_is_drained_whatever_the_nodes_reply(core: Any, seed: int, layout: str) -> None:
+    """Random operations, replies, losses and moves: one result each, and counters of zero."""
     rnd = random.Random(seed)
     nodes = ClusterExchange(core, hash_tag=layout == "hashtag", max_redirections=2, max_pending=9)
     pool = [*(f"{{{i % 4}}}{i}" for i in range(12)), "}x", APART]

@@ -1,4 +1,4 @@
-"""What ``stats()`` counts: operations, batches, failures and latencies, of one node and of many."""
+"""The counters of ``stats()``: operations, batches, failures, latencies; of one or many nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_fresh_pipeline_has_counted_nothing(core: ModuleType) -> None:
     assert rows(stats) == {}
 
 
-def test_each_call_is_an_operation_and_each_answered_one_has_a_latency(core: ModuleType) -> None:
+def test_each_call_is_an_operation_and_each_answer_has_a_latency(core: ModuleType) -> None:
     exchange = Exchange(core)
     names = [f"n{i}" for i in range(c.COMMAND_RECORDS + 1)]
     exchange.issue(
@@ -65,7 +65,7 @@ def test_each_call_is_an_operation_and_each_answered_one_has_a_latency(core: Mod
     exchange.run()
     stats = exchange.pipeline.stats()
     assert stats["operations"] == len(names) + 10
-    # The bulk of no names has gone nowhere.
+    # The empty bulk was sent nowhere.
     assert rows(stats) == {
         **{"get": len(names), "head": 1, "set": 3, "delete": 1},
         **{"get_bulk": 1, "head_bulk": 1, "set_bulk": 1, "delete_bulk": 1},
@@ -74,7 +74,7 @@ def test_each_call_is_an_operation_and_each_answered_one_has_a_latency(core: Mod
     assert stats["mean_batch"] == stats["sent"] / 10
 
 
-def test_calls_that_share_a_record_are_operations_of_their_own(core: ModuleType) -> None:
+def test_calls_that_share_a_record_are_separate_operations(core: ModuleType) -> None:
     exchange = Exchange(core)
     exchange.issue(Op("get", "a"), Op("get", "a"), Op("set", "a", (1, 1)), Op("set", "a", (2, 2)))
     exchange.run()
@@ -83,11 +83,11 @@ def test_calls_that_share_a_record_are_operations_of_their_own(core: ModuleType)
 
 
 def test_a_latency_begins_with_the_call(core: ModuleType) -> None:
-    """The deadline is what remembers it, through queues, connections and nodes."""
+    """The deadline carries its start time through queues, connections and nodes."""
     first = Exchange(core, timeout=TIMEOUT)
     first.issue(Op("get", "a"))
     [(_, batch)] = first.pipeline.take_queued(lambda kind, name: None)
-    # To one with another timeout it seems as if it had been called 30 s before.
+    # A pipeline with a longer timeout takes the operation to have been called 30 s earlier.
     second = Exchange(core, timeout=TIMEOUT + 30)
     second.pipeline.requeue([batch])
     second.run()
@@ -100,7 +100,7 @@ def test_a_latency_begins_with_the_call(core: ModuleType) -> None:
     assert (first.pipeline.stats()["operations"], stats["operations"]) == (1, 0)
 
 
-def test_what_took_no_time_is_in_the_first_bucket(core: ModuleType) -> None:
+def test_a_latency_of_zero_is_in_the_first_bucket(core: ModuleType) -> None:
     first = Exchange(core, timeout=TIMEOUT)
     first.issue(Op("get", "a"))
     [(_, batch)] = first.pipeline.take_queued(lambda kind, name: None)
@@ -111,7 +111,7 @@ def test_what_took_no_time_is_in_the_first_bucket(core: ModuleType) -> None:
     assert row["buckets"][0] == 1
 
 
-def test_an_operation_that_is_sent_again_is_one(core: ModuleType) -> None:
+def test_a_retried_operation_counts_once(core: ModuleType) -> None:
     exchange = Exchange(core)
     exchange.server.has_script = False
     exchange.issue(
@@ -141,7 +141,7 @@ def test_failures_are_counted_by_record_and_have_no_latency(core: ModuleType) ->
     assert (stats["failed"], stats["records"], rows(stats)) == (3 + 3 + 3 + 3, 0, {})
 
 
-def test_what_a_connection_says_to_its_server_is_no_operation(core: ModuleType) -> None:
+def test_the_handshake_counts_no_operations(core: ModuleType) -> None:
     exchange = Exchange(core)
     exchange.pipeline.command("PING")
     exchange.reply("PONG")
@@ -151,7 +151,7 @@ def test_what_a_connection_says_to_its_server_is_no_operation(core: ModuleType) 
     assert (stats["operations"], stats["failed"], rows(stats)) == (0, 0, {})
 
 
-def test_what_a_full_pipeline_refuses_is_overloaded(core: ModuleType) -> None:
+def test_refusals_of_a_full_pipeline_count_as_overloaded(core: ModuleType) -> None:
     exchange = Exchange(core, max_pending=2, refuse_when_full=True)
     exchange.issue(Op("get", "a"), Op("get", "b"))
     for operation in (Op("get", "c"), Op("set", "c", (1, 1)), Op("get_bulk", ["c"])):
@@ -162,7 +162,7 @@ def test_what_a_full_pipeline_refuses_is_overloaded(core: ModuleType) -> None:
     exchange.run()
 
 
-# -- many
+# -- several pipelines
 
 
 def test_a_bulk_is_one_operation_on_however_many_nodes(core: ModuleType) -> None:
@@ -186,11 +186,11 @@ def test_a_bulk_is_one_operation_on_however_many_nodes(core: ModuleType) -> None
     assert total["operations"] == 6
     assert total["records"] == total["reads"] + total["writes"] + total["deletes"]
     assert (total["reads"], total["writes"], total["deletes"]) == (1 + 30 + 1, 31, 2)
-    # Each node has a latency of its part of a bulk.
+    # Each node has a latency for its part of a bulk.
     assert rows(total) == {"get": 2, "get_bulk": 3, "set_bulk": 3}
 
 
-def test_records_apart_count_what_others_count(core: ModuleType) -> None:
+def test_split_records_count_like_others(core: ModuleType) -> None:
     nodes = ClusterExchange(core)
     server = ModelServer()
     server.put("bad", "x", b"1")
@@ -227,7 +227,7 @@ def test_counters_add_up(core: ModuleType) -> None:
     for part in parts:
         counters.add(kept, part, lasting=True)
     assert "in_flight" not in kept
-    # What is kept is nobody else's.
+    # The returned counters are a separate copy.
     counters.add(kept, parts[0], lasting=True)
     assert rows(parts[0]) == {"set": 2, "head": 1}
     assert counters.merged([kept])["operations"] == 9 + 4
@@ -236,7 +236,7 @@ def test_counters_add_up(core: ModuleType) -> None:
 # -- a cache
 
 
-async def test_a_cache_tells_of_its_connection(make_cache: MakeCache) -> None:
+async def test_a_cache_reports_its_connection(make_cache: MakeCache) -> None:
     cache = await make_cache()
     assert await cache.set("a", 1, {"b": 1})
     assert await cache.get("a") is not None
@@ -251,9 +251,7 @@ async def test_a_cache_tells_of_its_connection(make_cache: MakeCache) -> None:
     assert rows(stats) == {"get": 2, "set": 1, "get_bulk": 1}
 
 
-async def test_a_connection_that_is_made_again_is_counted(
-    make_cache: MakeCache, redis: redis_py.Redis
-) -> None:
+async def test_reconnections_are_counted(make_cache: MakeCache, redis: redis_py.Redis) -> None:
     cache = await make_cache(connectionName="again")
     for number in range(3):
         if number:
@@ -280,7 +278,7 @@ async def test_memory_has_the_counters_of_the_others(make_cache: MakeCache) -> N
     of_the_wire = {"batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"}
     for name in set(counters.NAMES) - of_the_wire:
         assert counted[name] == there[name], name
-    # Nothing travels.
+    # Nothing is sent.
     assert rows(counted) == {}
 
 
@@ -302,6 +300,6 @@ async def test_threads_that_wait_for_a_connection_are_counted(
                 await asyncio.to_thread(redis.execute_command, "CLIENT", "UNPAUSE")
             assert await asyncio.gather(*calls) == [True] * 3
         stats = cache.stats()
-        # Two of them were begun without a connection, and are counted all the same.
+        # Two operations were issued without a connection, and are counted too.
         assert (stats["waiting"], stats["operations"]) == (0, 4)
         assert rows(stats) == {"set": 4}

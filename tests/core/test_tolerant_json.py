@@ -1,4 +1,4 @@
-"""The tolerant way through JSON: what msgspec refuses and deepstream's records may hold."""
+"""Tolerant JSON: what msgspec refuses and deepstream's records may hold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def decode_deep(raw: bytes) -> object:
     return tolerant_json.decode_deep(str(raw, "utf-8", "replace"))
 
 
-# The whole way, and each of its later stages alone.
+# The full decoder, and each of its later stages alone.
 DECODERS = [tolerant_json.decode, decode_tolerantly, decode_deep]
 
 
@@ -40,7 +40,7 @@ def decode(request: pytest.FixtureRequest) -> Callable[[bytes], Any]:
     return chosen
 
 
-# -- decode: what JSON.parse reads
+# -- decode: what JSON.parse accepts
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def decode(request: pytest.FixtureRequest) -> Callable[[bytes], Any]:
         (rb'"\ud83d\u0041"', "\ud83dA"),
         (rb'"\ud83d\\ude00"', "\ud83d\\ude00"),
         (rb'{"\ud800":{"\udfff":[]}}', {"\ud800": {"\udfff": []}}),
-        # bytes that are no UTF-8: as many U+FFFD as the WHATWG's decoder makes
+        # invalid UTF-8: as many U+FFFD as the WHATWG's decoder makes
         (b'"\xff\xfe"', "\ufffd\ufffd"),
         (b'"\xc3("', "\ufffd("),
         (b'"\xe2\x82"', "\ufffd"),
@@ -117,10 +117,10 @@ def test_integers_stay_integers_and_floats_floats(decode: Callable[[bytes], Any]
     assert kinds == [int, int, int, float, float, float, int, float]
 
 
-def test_reads_more_digits_than_the_interpreter_would_convert(
+def test_reads_more_digits_than_the_interpreter_converts(
     decode: Callable[[bytes], Any],
 ) -> None:
-    # The interpreter's own limit may be lower or lifted; the outcome must not depend on it.
+    # The interpreter's own limit may be lower or lifted; the result must not depend on it.
     assert decode(b"[" + b"1" * 1_000_000 + b"]") == [math.inf]
 
 
@@ -149,7 +149,7 @@ def test_refuses_what_javascript_refuses(decode: Callable[[bytes], Any], raw: by
     with pytest.raises(ValueError, match=r"^character \d+: ") as caught:
         decode(raw)
     assert type(caught.value) is ValueError
-    # Python's own error would keep the whole text alive, and show it in a traceback.
+    # Python's own error would keep the whole text alive and show it in a traceback.
     assert not isinstance(caught.value.__context__, json.JSONDecodeError)
 
 
@@ -172,7 +172,7 @@ def test_refuses_what_javascript_refuses(decode: Callable[[bytes], Any], raw: by
         (b'["\\x"]', "character 2: invalid \\escape"),
     ],
 )
-def test_says_where_and_what_was_expected(raw: bytes, message: str) -> None:
+def test_errors_name_the_position_and_the_expectation(raw: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=r"^character") as caught:
         decode_deep(raw)
     assert str(caught.value).startswith(message)
@@ -220,7 +220,7 @@ def test_refuses_broken_deep_text(raw: bytes) -> None:
         tolerant_json.decode(raw)
 
 
-# Each is large enough that a quadratic step would take minutes.
+# Each is so large that a quadratic step would take minutes.
 @pytest.mark.parametrize(
     ("raw", "is_json"),
     [
@@ -244,7 +244,7 @@ def test_refuses_broken_deep_text(raw: bytes) -> None:
         "space", "space before NaN", "arrays", "objects", "commas", "signs", "quotes",
     ],
 )  # fmt: skip
-def test_large_hostile_text_is_dealt_with(raw: bytes, is_json: bool) -> None:
+def test_large_hostile_text_takes_linear_time(raw: bytes, is_json: bool) -> None:
     if is_json:
         assert tolerant_json.decode(raw) is not None
     else:
@@ -415,7 +415,7 @@ CYCLIC = "nested too deeply or cyclic"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refusals_have_the_path_and_the_reason(
+def test_refusals_name_the_path_and_the_reason(
     data: object, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -425,7 +425,7 @@ def test_refusals_have_the_path_and_the_reason(
     assert caught.value.__context__ is None
 
 
-def test_data_may_hold_one_object_many_times() -> None:
+def test_data_may_contain_one_object_many_times() -> None:
     part = {"s": "\ud800"}
     assert tolerant_json.decode(tolerant_json.encode([part, [part, part]])) == [part, [part, part]]
 
@@ -438,11 +438,11 @@ def test_encoding_leaves_the_data_alone() -> None:
     assert data["n"][1] == {"t": (1, 2)}
 
 
-# -- both ways, on anything
+# -- round trips
 
 
 def joined(text: str) -> str:
-    """Return text with the halves of each pair joined, as JSON and JavaScript see it."""
+    """Return text with each surrogate pair joined, as JSON and JavaScript see it."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
@@ -464,11 +464,11 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_every_json_value_comes_back(value: object) -> None:
+def test_every_json_value_survives_a_round_trip(value: object) -> None:
     text = tolerant_json.encode(value)
     for decode in DECODERS:
         assert decode(text) == value
-    # With a NaN beside it, it is written piece by piece.
+    # The NaN beside it forces writing it piece by piece.
     text = tolerant_json.encode([math.nan, value])
     for decode in DECODERS:
         assert decode(text) == [None, value]

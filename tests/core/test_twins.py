@@ -1,7 +1,7 @@
-"""The twins are equal: whatever goes in, the same comes out, errors and their texts included.
+"""The twins are equal: the same input gives the same output, errors and their texts included.
 
-The pure core is the model of the compiled one. Hypothesis drives both through the same steps,
-with arguments, replies and chunks that no decent caller or server would send among them.
+The pure core is the model of the compiled one. Hypothesis drives both through the same steps, with
+arguments, replies and chunks that no sane caller or server would send among them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from tests.support.wire import (
 TWINS = (_fast, _pure)
 
 
-# -- what can be compared
+# -- comparable values
 
 
 def shown(value: Any) -> Any:
@@ -79,7 +79,7 @@ def shown(value: Any) -> Any:
 
 
 def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what a call returns or raises, to be compared."""
+    """Return the result or the error of a call, for comparison."""
     try:
         return shown(call(*args, **kwargs))
     except Exception as error:
@@ -119,7 +119,7 @@ def test_public_names() -> None:
             for name, value in members(twin).items()
             if getattr(value, "__module__", None) == twin.__name__ or name.isupper()
         }
-        # The one in Python is made of several modules, and says what of them is its own.
+        # The Python core consists of several modules and lists its own names.
         assert set(getattr(twin, "__all__", own)) == {*PUBLIC, "NEAR_ENTRY_BYTES"}, twin.__name__
     for name in (
         "MessageDispatcher",
@@ -273,10 +273,10 @@ class Color(enum.Enum):
 
 
 class Stubborn:
-    """Fails whatever is asked of it."""
+    """An object that fails every access."""
 
     def __getattr__(self, name: str) -> object:
-        if name == "_repr_pretty_":  # what Hypothesis may ask
+        if name == "_repr_pretty_":  # for Hypothesis
             raise AttributeError
         raise OSError("no")
 
@@ -328,7 +328,7 @@ HOSTILE_IDS = [f"{i}-{type(value).__name__}" for i, value in enumerate(HOSTILE)]
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=HOSTILE_IDS)
-def test_checks(value: Any) -> None:
+def test_checks_are_equal(value: Any) -> None:
     for check in (
         lambda twin: twin.check_name(value),
         lambda twin: twin.check_version("n", value),
@@ -340,8 +340,8 @@ def test_checks(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=HOSTILE_IDS)
-def test_arguments(value: Any) -> None:
-    """Each argument of each operation: the same answer, the same bytes."""
+def test_arguments_give_equal_results(value: Any) -> None:
+    """Each argument of each operation: the same result, the same bytes."""
     calls: list[Callable[[Any], Any]] = [
         lambda p: p.get(value),
         lambda p: p.head(value),
@@ -377,7 +377,7 @@ def test_arguments(value: Any) -> None:
 @example("a", 0, b"0" * 100)
 @example("a", 0, b"0" * 100 + b"18446744073709551617")
 @example("a", 0, b"\xb2")
-def test_texts(name: str, version: int, text: bytes) -> None:
+def test_error_texts_are_equal(name: str, version: int, text: bytes) -> None:
     for check in (
         lambda twin: twin.check_name(name),
         lambda twin: twin.check_version(name, version),
@@ -409,12 +409,12 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_data(data: Any) -> None:
+def test_encoded_data_is_equal(data: Any) -> None:
     fast, pure = (outcome(twin.encode_data, "n", data) for twin in TWINS)
     assert fast == pure
 
 
-# -- the same outcomes
+# -- the same results
 
 
 names = st.sampled_from(["a", "b", "c", "}", "é"])
@@ -444,7 +444,7 @@ operations = st.one_of(
         options,
     ),
 )
-# Replies that a server might send, if not to this command, and some that none would.
+# Replies that a server might send, though not to this command, and some that none would.
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -486,7 +486,7 @@ RAW = [
 
 
 class Twins:
-    """Both cores, each with waiters of its own, led through the same steps."""
+    """Both cores, each with its own waiters, driven through the same steps."""
 
     def __init__(self, **options: Any) -> None:
         self.both = [Exchange(twin, **options) for twin in TWINS]
@@ -495,7 +495,7 @@ class Twins:
         self.alive = True
 
     def same(self, call: Callable[[Exchange], Any]) -> Any:
-        """Do something with both, assert that it came out equal, and return what came out."""
+        """Run something on both, assert that the results are equal, and return the result."""
         fast, pure = (outcome(call, exchange) for exchange in self.both)
         assert fast == pure
         self.compare()
@@ -538,7 +538,7 @@ class Twins:
                 exchange.waiters[which % len(exchange.waiters)].cancel()
 
     def feed(self, received: bytes, cuts: list[int]) -> None:
-        """Let bytes arrive in chunks; what a Pipeline refuses ends its connection."""
+        """Deliver bytes in chunks; invalid input ends the connection of a Pipeline."""
         bounds = [0, *sorted({cut % (len(received) + 1) for cut in cuts}), len(received)]
         for start, end in itertools.pairwise(bounds):
             chunk = received[start:end]
@@ -549,7 +549,7 @@ class Twins:
                 return
 
     def answer(self, spoil: str, at: int, garbage: bytes, cuts: list[int]) -> None:
-        """Let the server answer what was sent, more or less."""
+        """Let the server answer the requests, more or less."""
         received = self.server.answer(self.unanswered)
         self.unanswered = b""
         at %= len(received) + 1
@@ -632,7 +632,7 @@ steps = st.one_of(
     refused=st.sets(st.sampled_from([b"a_v", b"b_d", b"}_v"])),
     has_script=st.booleans(),
 )
-def test_outcomes(
+def test_results_are_equal(
     steps: list[tuple[Any, ...]],
     msetex: bool,
     options: dict[str, Any],
@@ -645,7 +645,7 @@ def test_outcomes(
     twins.server.values.update({b"c_v": None, b"c_d": b"1", b"b_v": b"x", b"b_d": b"1"})
     for step, *arguments in steps:
         getattr(twins, step)(*arguments)
-    # Whatever happened: nobody waits for ever, and nothing stays counted.
+    # Whatever happened: no waiter is left without a result, and all counters return to zero.
     twins.lose(ConnectionLost("at the end"), True)
     twins.expire(True)
     for exchange in twins.both:
@@ -660,7 +660,7 @@ def test_outcomes(
     cuts=cuts,
     via_buffer=st.booleans(),
 )
-def test_replies(
+def test_replies_give_equal_results(
     issued: list[Operation], given_replies: list[Any], cuts: list[int], via_buffer: bool
 ) -> None:
     """Any replies to any commands, which reach further than spoiled ones of a real server."""
@@ -696,7 +696,7 @@ def routers(**options: Any) -> list[ClusterExchange]:
 prefixes = st.sampled_from(["", "app:", "{app}:", "{", "{}", "{a", "}{", "a}{b"]) | st.text(
     "{}ab:é", max_size=5
 )
-# Names of which the braces matter, and any names there are.
+# Names in which the braces matter, and arbitrary names.
 some_names = st.text("{}0_vdé", min_size=1, max_size=8) | st.text(st.characters(), min_size=1)
 
 
@@ -710,8 +710,8 @@ def is_unicode(name: str) -> bool:
 @example("a}b", "{", True)
 @example("{}{a}", "", False)
 @example("a}", "{", False)
-def test_slots(name: str, prefix: str, hash_tag: bool) -> None:
-    """Both say the slot that redis-py computes of the keys that are really sent."""
+def test_slots_are_those_of_redis_py(name: str, prefix: str, hash_tag: bool) -> None:
+    """Both compute the slot that redis-py computes of the keys actually sent."""
     for twin in TWINS:
         nodes = ClusterExchange(twin, 1, key_prefix=prefix, hash_tag=hash_tag)
         if not is_unicode(name):
@@ -733,7 +733,7 @@ def test_slots(name: str, prefix: str, hash_tag: bool) -> None:
     st.sampled_from(["", "app:"]),
 )
 def test_no_two_records_share_a_key(names: list[str], prefix: str) -> None:
-    """Under the layout hashtag: both keys lie in one slot, and no other record has them."""
+    """With the layout hashtag, both keys are in one slot, and no other record has them."""
     sent = []
     for twin in TWINS:
         pipeline = twin.Pipeline(object, int, key_prefix=prefix, hash_tag=True)
@@ -839,7 +839,7 @@ def _keys_of(name: str, hash_tag: bool) -> tuple[bytes, bytes]:
 
 
 class ClusterTwins:
-    """Both cores, each with a Router and three nodes, led through the same steps."""
+    """Both cores, each with a Router and three nodes, driven through the same steps."""
 
     def __init__(self, **options: Any) -> None:
         self.both = routers(**options)
@@ -853,7 +853,7 @@ class ClusterTwins:
 
     @staticmethod
     def state(nodes: ClusterExchange) -> Any:
-        """Return all that can be seen."""
+        """Return the whole visible state."""
         return [
             nodes.wakes,
             counters(nodes.apart),
@@ -862,7 +862,7 @@ class ClusterTwins:
                 (
                     counters(pipeline),
                     *(pipeline.settled, pipeline.fence(), pipeline.read_only),
-                    [(words, at, told(batch)) for words, at, batch in pipeline.redirected],
+                    [(words, at, described(batch)) for words, at, batch in pipeline.redirected],
                 )
                 for pipeline in nodes.pipelines
             ],
@@ -876,7 +876,7 @@ class ClusterTwins:
         self.same(lambda nodes: nodes.router.key_command(kind, key, nodes._waiter(), verb, key))
 
     def answer(self, at: int, refusals: list[str | None]) -> None:
-        """Flush a node and let it answer, with a refusal here and there."""
+        """Flush a node and let it answer, with some refusals."""
         fast, pure = (nodes.pipelines[at].take_output() for nodes in self.both)
         assert fast == pure
         for command, refusal in zip(commands(fast), itertools.cycle(refusals)):
@@ -891,7 +891,7 @@ class ClusterTwins:
         assert fast == pure
 
     def follow(self, at: int, to: int, ask: bool) -> None:
-        """Hand over what a node has redirected."""
+        """Requeue what a node has redirected."""
 
         def follow(nodes: ClusterExchange) -> None:
             for _, _, batch in nodes.redirected(at):
@@ -909,7 +909,7 @@ class ClusterTwins:
             released = nodes.pipelines[at].take_queued(nodes.router.target_of)
             for target, batch in released:
                 target.requeue([batch])
-            return [(nodes.pipelines.index(target), told(batch)) for target, batch in released]
+            return [(nodes.pipelines.index(target), described(batch)) for target, batch in released]
 
         self.same(move)
 
@@ -925,8 +925,8 @@ class ClusterTwins:
         self.same(lambda nodes: nodes.pipelines[at].fail_all(ConnectionLost))
 
 
-def told(batch: Any) -> Any:
-    """Return what a batch says of itself."""
+def described(batch: Any) -> Any:
+    """Return the attributes of a batch."""
     return (batch.kind, list(batch.records), batch.redirections, batch.asking, batch.settled())
 
 
@@ -996,7 +996,7 @@ cluster_steps = st.one_of(
     ),
     has_script=st.booleans(),
 )
-def test_outcomes_on_a_cluster(
+def test_results_on_a_cluster_are_equal(
     steps: list[tuple[Any, ...]], options: dict[str, Any], has_script: bool
 ) -> None:
     twins = ClusterTwins(**options)

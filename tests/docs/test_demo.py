@@ -47,7 +47,7 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("backend", ["fast", "pure"])
-def test_demo(backend: str) -> None:
+def test_the_demo_runs(backend: str) -> None:
     done = run("--records", str(RECORDS), "--seconds", "0.02", DSCACHE_BACKEND=backend)
     assert done.returncode == 0, done.stdout
     printed = done.stdout.splitlines()
@@ -59,7 +59,7 @@ def test_demo(backend: str) -> None:
     assert "Traceback" not in done.stdout
 
 
-def test_demo_refuses_what_it_can_not_do() -> None:
+def test_the_demo_refuses_impossible_options() -> None:
     done = run("--records", "10")
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1].endswith(

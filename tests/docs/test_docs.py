@@ -1,4 +1,4 @@
-"""What the documentation tells of names, options, defaults and errors is what the code has."""
+"""The documentation of names, options, defaults and errors matches the code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARTS = parts()
 
 
 def shown(field: Field) -> str | None:
-    """Return a default as the tables show it; None for one that has a table of its own."""
+    """Return a default as the tables show it; None for one with its own table."""
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         return None
@@ -80,7 +80,7 @@ def test_every_option_of_messages() -> None:
         if name not in of_caches
     }
     assert documented == own
-    assert message_config._OF_RECORDS.keys() <= set(code(section(MESSAGES, "Options")))
+    assert message_config.RECORD_OPTIONS.keys() <= set(code(section(MESSAGES, "Options")))
 
 
 def test_options_without_effect() -> None:
@@ -96,7 +96,7 @@ def test_unsupported_options() -> None:
 
 def test_options_of_a_url() -> None:
     documented = [name for row in table(CONFIGURATION, "URL") for name in code(row[0])]
-    assert sorted(documented) == sorted(urls._QUERY)
+    assert sorted(documented) == sorted(urls.QUERY_OPTIONS)
 
 
 # -- the API
@@ -154,7 +154,9 @@ async def test_every_counter_of_messages(server: EmbeddedServer) -> None:
 
 
 def test_signatures() -> None:
-    for row in table(README, "In a program"):
+    rows = table(README, "In a program")
+    assert rows
+    for row in rows:
         for text in code(row[0]):
             name, _, arguments = text.rstrip(")").partition("(")
             parameters = inspect.signature(getattr(dscache.AsyncCache, name)).parameters

@@ -1,4 +1,4 @@
-"""The examples run, and do on a real server what they say."""
+"""The examples run, and do on a real server what they claim."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shared() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def private(shared: EmbeddedServer) -> EmbeddedServer:
-    """A server with nothing in it."""
+    """An empty server."""
     with redis_py.Redis.from_url(shared.url) as client:
         client.flushall()
     return shared
@@ -56,7 +56,7 @@ def free_port() -> int:
 def running(
     command: Sequence[str], log: Path, folder: Path = PROJECT, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a server; at the end it must go by Ctrl-C, without a traceback."""
+    """Run a server; at the end it must stop by Ctrl-C, without a traceback."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -79,7 +79,7 @@ def running(
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], log: Path) -> Any:
-    """Return what ``condition`` gives once it is true, while the process is there."""
+    """Return the result of ``condition`` once it is true, while the process runs."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError, httpx.HTTPError):
@@ -120,7 +120,8 @@ def test_fastapi(fastapi_url: str, private: EmbeddedServer) -> None:
         assert early.recv(PATIENCE) == '{"open":true}'
         with connect(watch) as late, dscache.Cache.from_config(private.url) as elsewhere:
             assert late.recv(PATIENCE) == '{"open":true}'
-            # Whoever writes: text that only this one writer formats so arrives as it is stored.
+            # Any writer's record: text in a format that only this writer uses arrives as it is
+            # stored.
             elsewhere.set("room/1", 2, msgspec.Raw(b'{ "open" : false, "by": "\\u00c4da" }'))
             for client in (early, late):
                 assert client.recv(PATIENCE) == '{ "open" : false, "by": "\\u00c4da" }'
@@ -129,7 +130,7 @@ def test_fastapi(fastapi_url: str, private: EmbeddedServer) -> None:
         assert early.recv(PATIENCE) == "[]"
 
 
-def test_fastapi_while_redis_is_away(private: EmbeddedServer, fastapi_url: str) -> None:
+def test_fastapi_while_redis_is_down(private: EmbeddedServer, fastapi_url: str) -> None:
     record = f"{fastapi_url}/records/room/1"
     with httpx.Client(timeout=PATIENCE) as http:
         private.stop()
@@ -220,21 +221,23 @@ def share(server: EmbeddedServer, *arguments: str) -> str:
 
 
 def recorded() -> list[dict[str, Any]]:
-    """Return what deepstream's own connector was recorded to store, in the plainest cases."""
+    """Return the recorded output of deepstream's own connector, for the plainest cases."""
     path = PROJECT / "tests" / "api" / "golden" / "stored_by_connector.json"
     vectors = json.loads(path.read_text(encoding="utf-8"))["vectors"]
     return [vector for vector in vectors if vector["id"] in ("g001", "g002", "g004")]
 
 
-def test_sharing_what_deepstream_stored(private: EmbeddedServer) -> None:
+def test_sharing_records_with_deepstream(private: EmbeddedServer) -> None:
     with redis_py.Redis.from_url(private.url) as client:
-        for vector in recorded():
+        vectors = recorded()
+        assert len(vectors) == 3
+        for vector in vectors:
             for stored in vector["stored"]:
                 client.set(base64.b64decode(stored["key"]), base64.b64decode(stored["value"]))
             name, version, data = (vector[key] for key in ("name", "version", "data"))
             assert share(private, name) == f"{name} {version} {data}\n"
 
-            # And back: what is written is what the connector would have stored.
+            # And back: dscache writes what the connector would have stored.
             client.delete(f"{name}_v", f"{name}_d")
             assert share(private, name) == f"{name} None\n"
             assert share(private, name, data) == f"{name} 1 {data}\n"
@@ -252,14 +255,14 @@ def printed() -> list[str]:
     return text.splitlines(keepends=True)
 
 
-def test_the_readme_of_sharing_tells_what_is_printed(private: EmbeddedServer) -> None:
+def test_the_readme_of_sharing_shows_the_output(private: EmbeddedServer) -> None:
     ada, lovelace = '{"firstname":"Ada"}', '{"firstname":"Ada","lastname":"Lovelace"}'
     assert share(private, "user/1", ada) == printed()[1]
     assert share(private, "user/1", lovelace) == printed()[2]
 
 
 def real_server(private: EmbeddedServer, tmp_path: Path) -> None:
-    """What the README shows, with a deepstream server and client of Node's."""
+    """The README's example, with a deepstream server and client on Node."""
     environment = {
         "REDIS_HOST": private.host,
         "REDIS_PORT": str(private.port),
@@ -289,6 +292,6 @@ def real_server(private: EmbeddedServer, tmp_path: Path) -> None:
 
 
 SERVER = DEEPSTREAM / "node_modules" / "@deepstream" / "server" / "dist" / "bin" / "deepstream"
-# There wherever `npm install` was run in the example's folder.
+# Present wherever `npm install` was run in the example's folder.
 if shutil.which("node") and SERVER.exists():
     test_sharing_with_a_deepstream_server = real_server

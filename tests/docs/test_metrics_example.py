@@ -1,4 +1,4 @@
-"""The example of metrics, looked at as ``curl`` would."""
+"""The example of metrics, read as ``curl`` would."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.documents import PROJECT
 PATIENCE = 60
 
 
-def test_metrics_are_seen_by_curl() -> None:
+def test_curl_reads_the_metrics() -> None:
     command = [
         sys.executable,
         "-W",
@@ -33,7 +33,7 @@ def test_metrics_are_seen_by_curl() -> None:
             match = re.fullmatch(
                 r"curl (http://127\.0\.0\.1:\d+/metrics)\n", example.stdout.readline()
             )
-            assert match, "it tells no address"
+            assert match, "it prints no address"
             pattern = r'^dscache_operations_total\{cache="users"\} ([0-9.e+]+)$'
             done = 0.0
             while done < 30:

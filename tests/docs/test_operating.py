@@ -36,7 +36,7 @@ def create_user(client: redis_py.Redis) -> set[str]:
 
 
 def refused(client: redis_py.Redis) -> list[Any]:
-    """Return what a server has refused to anybody."""
+    """Return the commands that a server has refused to any user."""
     return [entry["object"] for entry in client.acl_log()]
 
 
@@ -46,7 +46,7 @@ def called(client: redis_py.Redis) -> set[str]:
 
 
 async def do_everything(options: dict[str, Any]) -> None:
-    """Do all that a cache can do, as each kind of it."""
+    """Use every feature of each kind of cache."""
     for near in ({}, {"nearCache": True}, {"nearCache": {"mode": "broadcast"}}):
         config = {"name": "redis", "options": {**PATIENCE, **options, **near}}
         async with dscache.AsyncCache.from_config(config) as cache:
@@ -88,7 +88,7 @@ def test_one_server(binary: ServerBinary) -> None:
         asyncio.run(do_everything(options))
         assert refused(client) == []
         of_clusters = {"readonly", "asking", "cluster|slots", "cluster|info"}
-        # These it needs for scripts that were lost, servers without HELLO, and empty data.
+        # These are needed for lost scripts, servers without HELLO, and empty data.
         at_times = {"eval", "auth", "client|setname", "ping", "msetex", "exists"}
         assert allowed - called(client) <= of_clusters | at_times
 
@@ -109,14 +109,14 @@ def test_a_cluster(cluster: ClusterGroup) -> None:
             assert refused(client) == []
 
 
-def test_nothing_but_what_is_listed() -> None:
+def test_only_listed_commands_are_allowed() -> None:
     assert "-@all" in RULES
     assert not [rule for rule in RULES if rule.startswith("+@")]
     assert all(re.fullmatch(r"\+[a-z|]+", rule) for rule in RULES if rule[0] == "+")
 
 
-def test_the_longest_command() -> None:
-    """ElastiCache Serverless takes 3,999 arguments, and docs/hosting.md says how many ours has."""
+def test_the_longest_command_has_the_documented_length() -> None:
+    """ElastiCache Serverless accepts 3,999 arguments; docs/hosting.md states dscache's maximum."""
     # MSETEX, a count, a key and a value for each half, EX and seconds.
     plain = 2 + 4 * constants.COMMAND_RECORDS + 2
     scripted = 3 + (2 + 4) * constants.SCRIPT_RECORDS

@@ -1,4 +1,4 @@
-"""Every snippet of the documentation is run, and what it is shown to print is compared."""
+"""Every snippet of the documentation is run, and its output is compared with the shown one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.documents import DOCUMENTS, PROJECT, Block, blocks
 README = PROJECT / "README.md"
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 PATIENCE = 60
-# What the examples of the documentation expect of the environment.
+# The environment that the examples of the documentation expect.
 ENVIRON = {"REDIS_HOST": "10.0.0.1", "REDIS_PORT": "7000", "REDIS_PASSWORD": "secret"}
 
 
@@ -67,11 +67,11 @@ def folder(private_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
-def test_every_block_is_of_a_kind_that_is_tested() -> None:
+def test_every_block_is_of_a_tested_kind() -> None:
     printed = {block.expected for block in BLOCKS}
     for block in BLOCKS:
         assert block.language in ("python", "pycon", "yaml", "sh", "text"), block.place
-        # A text is what a program prints, a drawing, or the result of a run.
+        # A text block is a program's output, a drawing, or the result of a run.
         told = block.text in printed or "──" in block.text or "records/s" in block.text
         told |= block.text.startswith("ACL SETUSER")  # see test_operating.py
         assert block.language != "text" or told, block.place
@@ -81,14 +81,14 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 
 class Session:
-    """What ``python -m asyncio`` does with the statements of one document."""
+    """Runs the statements of one document as ``python -m asyncio`` does."""
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self.names: dict[str, Any] = {"__name__": "__console__"}
         self._runner = runner
 
     def run(self, example: doctest.Example, place: str) -> str:
-        """Run one statement; return what it prints, or the last line of its traceback."""
+        """Run one statement; return its output, or the last line of its traceback."""
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         compiled = compile(example.source, place, "single", flags=flags, dont_inherit=True)
         printed = io.StringIO()
@@ -112,7 +112,7 @@ class Session:
 
 @pytest.fixture
 def session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
-    # The documentation shows what one sees who has the compiled core.
+    # The documentation shows the output with the compiled core.
     fast = __import__("dscache._fast", fromlist=["core"])
     monkeypatch.setattr(_backend, "core", fast)
     monkeypatch.setattr(_backend, "BACKEND", "fast")
@@ -170,7 +170,7 @@ def run(folder: Path, *command: str) -> str:
 def test_configuration(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     path.write_text(block.text, encoding="utf-8")
-    # Made, and not only read: what isn't supported yet must not be shown as an example.
+    # Constructed, not only parsed: an unsupported option must not be shown as an example.
     if "clusterNode" in block.text:
         dscache.MessageNode(message_config.load(path, environ=ENVIRON))
     else:
@@ -192,7 +192,7 @@ def test_the_demo_has_the_configuration_of_the_readme(folder: Path) -> None:
 
 
 def check_pip(words: list[str], folder: Path) -> None:
-    """Check that what is installed is this project, with extras that it has."""
+    """Check that the installed name is this project, with existing extras."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert words[0] == "install"
     assert words[1:]
@@ -220,7 +220,7 @@ def check_python(words: list[str], folder: Path) -> None:
 
 
 def check_dscache(words: list[str], folder: Path) -> None:
-    """Check that there is such a command with such options, without running it."""
+    """Check that this command exists with these options, without running it."""
     name, *arguments = words
     get_group(app).commands[name].make_context(name, arguments)
 
@@ -235,6 +235,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
 
 @in_language("sh")
 def test_commands(block: Block, folder: Path) -> None:
+    assert block.text.strip(), block.place
     for line in block.text.splitlines():
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):

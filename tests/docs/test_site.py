@@ -1,4 +1,4 @@
-"""What the site of the documentation makes of the sources is complete and right."""
+"""The pages generated for the documentation's site are complete and correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUIDE = (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 def entries() -> dict[str, str]:
-    """Return what the reference says of each option, by its anchor."""
+    """Return the reference's text about each option, by its anchor."""
     _, *split = re.split(r"^#### .*\{ #(\S+) \.option \}\n", reference(GUIDE), flags=re.MULTILINE)
     return dict(zip(split[::2], split[1::2], strict=True))
 
@@ -38,7 +38,7 @@ def test_every_option_has_an_entry() -> None:
 
 
 @pytest.mark.parametrize("part", parts(), ids=lambda part: part.heading)
-def test_every_entry_tells_type_default_purpose_and_error(part: Part) -> None:
+def test_every_entry_has_type_default_purpose_and_error(part: Part) -> None:
     told = entries()
     for name, field in fields(part.struct).items():
         purpose, facts, error = re.fullmatch(
@@ -69,12 +69,12 @@ def test_every_entry_tells_type_default_purpose_and_error(part: Part) -> None:
         (config.NatTarget, "port", "a whole number, 1 to 65535; default: none, it must be given"),
     ],
 )
-def test_what_an_option_takes(struct: Any, name: str, facts: str) -> None:
+def test_the_types_of_options(struct: Any, name: str, facts: str) -> None:
     field = fields(struct)[name]
     assert f"{takes(field)}; default: {default(field)}".startswith(facts)
 
 
-def test_an_error_is_the_one_that_is_raised() -> None:
+def test_documented_errors_are_those_raised() -> None:
     options = parts()[0]
     assert mistake(options, "port: 70000") == "must be a whole number from 1 to 65535, not 70000"
     with pytest.raises(ValueError, match="port: 6379 is no mistake"):
@@ -85,7 +85,7 @@ def test_an_error_is_the_one_that_is_raised() -> None:
     ("old", "new", "name"),
     [("| `family` |", "| `familly` |", "familly, family"), ("| `maxAge` | ", "", "maxAge")],
 )
-def test_a_table_that_differs_from_the_model_ends_the_build(old: str, new: str, name: str) -> None:
+def test_a_table_that_differs_from_the_model_fails_the_build(old: str, new: str, name: str) -> None:
     row = next(line for line in GUIDE.splitlines() if line.startswith(old))
     changed = row.replace(old, new) if new else ""
     with pytest.raises(ValueError, match=rf"the table and the model differ in .*{name.split()[0]}"):
@@ -111,7 +111,7 @@ def pages(nav: Any) -> set[str]:
 def test_every_page_is_in_the_navigation() -> None:
     settings = yaml.safe_load((SITE / "mkdocs.yml").read_text(encoding="utf-8"))
     made = {"examples.md"}
-    # Not imported, as mkdocs need not be there.
+    # Not imported, as mkdocs may not be installed.
     for statement in ast.parse((SITE / "pages.py").read_text(encoding="utf-8")).body:
         match statement:
             case ast.Assign(targets=[ast.Name("ELSEWHERE")], value=value):

@@ -1,9 +1,9 @@
-"""Try the wheel in dist/ as its users get it: a new environment, no compiler, the whole suite.
+"""Test the wheel in dist/ as its users get it: a new environment, no compiler, the whole suite.
 
     python tests/packaging/installed.py [ARGUMENTS OF PYTEST]
 
-Nothing of the sources is near: the tests run in a folder that has all but the package. What needs
-the sources is left out. ``make wheel`` builds the wheel and runs this.
+The tests run in a folder that has everything but the package, so that the sources are out of
+reach. Tests that need the sources are left out. ``make wheel`` builds the wheel and runs this.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ WORK = PROJECT / "build" / "wheel"
 ENVIRONMENT = WORK / "environment"
 SUITE = WORK / "suite"
 PROGRAMS = WORK / "programs"
-# What the suite reads beside itself; dscache/ and setup.py are what it must do without.
+# Files that the suite reads; dscache/ and setup.py must not be among them.
 NEEDED = ("tests", "docs", "examples", "bench", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 NEEDED += ("LICENSE", "Makefile", "MANIFEST.in", "pyproject.toml", ".github")
 UNWANTED = shutil.ignore_patterns("__pycache__", "node_modules", "results")
 COMPILER = re.compile(r"(.+-)?(cc|c89|c99|gcc|clang|g\+\+|c\+\+|clang\+\+|cpp|tcc)(-[\d.]+)?")
 OF_SOURCES = (
     "--ignore=tests/packaging/test_packaging.py",
+    "--ignore=tests/docs/test_architecture.py",
     "--deselect=tests/docs/test_docs.py::test_variables",
 )
 
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 
 def lend_programs() -> None:
-    """Fill a folder with links to every program in PATH but compilers."""
+    """Fill a folder with links to every program in PATH except compilers."""
     PROGRAMS.mkdir(parents=True)
     for folder in os.get_exec_path():
         for path in sorted(Path(folder).glob("*")):

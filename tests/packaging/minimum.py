@@ -1,6 +1,6 @@
 """Print the oldest versions that pyproject.toml allows, as constraints for pip.
 
-``make test-minimum`` installs them, so that a bound which no longer works fails there. The tools of
+``make test-minimum`` installs them, so that a bound that no longer works fails there. The tools of
 the tests are left out: no program that uses dscache installs them.
 """
 

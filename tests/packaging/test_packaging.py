@@ -1,4 +1,4 @@
-"""What is built from the sources: the wheel, the pure wheel, the sdist, and failures."""
+"""The products of the sources: the wheel, the pure wheel, the sdist, and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import dscache
 from tests.packaging import minimum
 
 PROJECT = Path(__file__).parents[2]
-# Not the whole folder: it may hold an environment, and what a former build left.
+# Not the whole folder: it may hold an environment and the files of an earlier build.
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
 FOLDERS = ("dscache", "tests")
 MODULES = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("dscache/**/*.py")}
@@ -77,7 +77,7 @@ def unpack(wheel: Path, target: Path) -> Path:
 
 
 def backend_of(installed: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Ask a fresh interpreter that finds dscache there alone.
+    """Ask a fresh interpreter that finds dscache only there.
 
     Without ``site``, as an editable install hooks itself in there and would lend the unpacked
     package the modules that it lacks.
@@ -93,7 +93,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources: Path) -> Path:
-    # Unoptimised: the compiler is done sooner, and the files are the same.
+    # Unoptimised: the compiler finishes sooner, and the files are the same.
     return build_wheel(sources, sources.parent / "wheel", CFLAGS="-O0")
 
 
@@ -111,7 +111,7 @@ def test_the_wheel_holds_the_package_and_no_sources_of_the_core(wheel: Path) -> 
     assert names == MODULES | {"dscache/py.typed", "dscache/_fast.pyi", extension}
 
 
-def test_the_metadata_say_what_it_needs(wheel: Path) -> None:
+def test_the_metadata_lists_the_dependencies(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(entry).decode().splitlines()
@@ -126,7 +126,7 @@ def test_the_metadata_say_what_it_needs(wheel: Path) -> None:
     assert {"uvloop", "cli", "embedded"} <= extras
 
 
-def test_the_wheel_takes_the_compiled_core_and_obeys_the_variable(
+def test_the_wheel_uses_the_compiled_core_and_obeys_the_variable(
     wheel: Path, tmp_path: Path
 ) -> None:
     installed = unpack(wheel, tmp_path)
@@ -140,7 +140,7 @@ def test_the_pure_wheel_is_for_any_machine(pure_wheel: Path) -> None:
     assert names_in(pure_wheel) == MODULES | {"dscache/py.typed", "dscache/_fast.pyi"}
 
 
-def test_the_pure_wheel_takes_the_pure_core_and_says_so(pure_wheel: Path, tmp_path: Path) -> None:
+def test_the_pure_wheel_uses_the_pure_core_and_says_so(pure_wheel: Path, tmp_path: Path) -> None:
     installed = unpack(pure_wheel, tmp_path)
     by_default = backend_of(installed)
     assert by_default.stdout.splitlines()[-1] == "pure"
@@ -161,10 +161,10 @@ def test_an_unknown_backend_is_refused(pure_wheel: Path, tmp_path: Path) -> None
     assert 'DSCACHE_BACKEND=\'fats\': must be "fast" or "pure"' in refused.stdout
 
 
-def test_the_sdist_holds_all_it_takes_to_build_and_test(
+def test_the_sdist_has_everything_to_build_and_test(
     sources: Path, wheel: Path, tmp_path: Path
 ) -> None:
-    # After the wheel, which leaves generated C behind in the folder.
+    # After the wheel, which leaves generated C in the folder.
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     done = run("-c", build, str(tmp_path), cwd=sources)
     assert done.returncode == 0, done.stdout
@@ -189,13 +189,13 @@ def project() -> dict[str, Any]:
     return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_stated_once() -> None:
     assert "version" not in project()["project"]
     assert project()["project"]["dynamic"] == ["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+)?", dscache.__version__)
 
 
-def test_wheels_are_built_for_the_pythons_that_are_claimed() -> None:
+def test_wheels_are_built_for_the_claimed_pythons() -> None:
     prefix = "Programming Language :: Python :: 3."
     claimed = [
         f"cp3{name.removeprefix(prefix)}-*"
@@ -212,9 +212,9 @@ def range_of(identifiers: list[str]) -> tuple[str, str]:
     return minors[0], minors[-1]
 
 
-def test_what_is_said_of_the_gil_is_what_the_core_declares(sources: Path, wheel: Path) -> None:
+def test_the_documented_gil_mode_is_the_declared_one(sources: Path, wheel: Path) -> None:
     generated = (sources / "build" / "cython" / "dscache" / "_fast.c").read_text(encoding="utf-8")
-    # The last of the definitions is the one without a macro from outside.
+    # The last definition is the one used without an external macro.
     *_, declared = re.findall(r"define __Pyx_FREETHREADING_COMPATIBLE (\w+)", generated)
     assert declared == "Py_MOD_GIL_USED"
     told = (PROJECT / "docs" / "building.md").read_text(encoding="utf-8")
@@ -223,7 +223,7 @@ def test_what_is_said_of_the_gil_is_what_the_core_declares(sources: Path, wheel:
     assert not [one for one in project()["tool"]["cibuildwheel"]["build"] if "t-" in one]
 
 
-def test_the_workflows_run_what_there_is() -> None:
+def test_the_workflows_name_existing_targets() -> None:
     makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     (targets,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
     for path in (PROJECT / ".github" / "workflows").glob("*.yml"):
@@ -241,12 +241,40 @@ def test_the_workflows_run_what_there_is() -> None:
     }
 
 
+def test_a_commit_is_checked_by_what_make_lint_runs() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.+\n)+)", makefile, re.MULTILINE)
+    settings = yaml.safe_load((PROJECT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (local,) = settings["repos"]
+    entries = "\n".join(hook["entry"] for hook in local["hooks"])
+
+    def tools(commands: str) -> list[str]:
+        known = r"(?:ruff \w+|mypy|lint-imports|cython-lint|mypy\.stubtest)(?= |\"|$)"
+        return re.findall(known, commands, re.MULTILINE)
+
+    assert tools(entries) == tools(recipe)
+    assert len(tools(recipe)) == len(recipe.splitlines())
+
+
+def test_the_forms_of_issues_are_whole() -> None:
+    forms = [*(PROJECT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")]
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() == {"name", "description", "labels", "body"}
+        identifiers = [part["id"] for part in form["body"]]
+        assert len({*identifiers}) == len(identifiers)
+        for part in form["body"]:
+            assert part["type"] in ("textarea", "checkboxes")
+            assert part["attributes"]["label"]
+
+
 @pytest.mark.parametrize(
     ("core", "compiler"),
     [("def broken(:\n", None), ("answer = 42\n", "no-such-compiler")],
     ids=["cython", "compiler"],
 )
-def test_a_failed_build_is_loud_and_names_the_way_out(
+def test_a_failed_build_is_loud_and_names_the_remedy(
     tmp_path: Path, core: str, compiler: str | None
 ) -> None:
     sources = copy_sources(tmp_path / "sources")
@@ -259,7 +287,7 @@ def test_a_failed_build_is_loud_and_names_the_way_out(
 
 
 def test_the_oldest_versions_are_read_from_the_project(tmp_path: Path) -> None:
-    """``make test-minimum`` installs these; so nothing says them a second time."""
+    """``make test-minimum`` installs these, so that they are stated once."""
     found = list(minimum.constraints())
     declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     wanted = list(declared["dependencies"])

@@ -1,8 +1,8 @@
-"""Let finalizers use the pipeline in the middle of what it does.
+"""Let finalizers use the pipeline in the middle of its work.
 
-``python tests/programs/finalizers.py BACKEND COUNT`` prints what it found as JSON. Garbage
-collection runs at every allocation, and so within the core's own. What it finds has a ``__del__``,
-or a callback of a weak reference, that issues a read, a write or a bulk on the same pipeline and
+``python tests/programs/finalizers.py BACKEND COUNT`` prints its findings as JSON. Garbage
+collection runs at every allocation, including those of the core. The garbage has a ``__del__``, or
+a callback of a weak reference, that issues a read, a write or a bulk on the same pipeline and
 leaves new garbage for the next allocation.
 """
 
@@ -32,7 +32,7 @@ def _data(name: str) -> dict[str, str]:
 
 
 class _Loop:
-    """Part of a cycle, so that garbage collection alone can find it."""
+    """Part of a cycle, so that only garbage collection can find it."""
 
     def __init__(self, scene: Finalizers, more: int) -> None:
         self.own = self
@@ -66,7 +66,7 @@ class Finalizers:
         )
 
     def run(self, count: int) -> None:
-        """Go on until so many finalizers have run."""
+        """Continue until that many finalizers have run."""
         usual = gc.get_threshold()
         gc.disable()
         gc.set_threshold(1)
@@ -79,14 +79,14 @@ class Finalizers:
             self._loop.close()
 
     def interfere(self, more: int) -> None:
-        """Issue an operation, from within a finalizer."""
+        """Issue an operation from within a finalizer."""
         self.finalized += 1
         self._issue(self._operation())
         if more:
             self._leave(more - 1)
 
     def _leave(self, more: int) -> None:
-        """Leave garbage that interferes, and the garbage that it leaves as well."""
+        """Leave garbage that interferes, and that leaves more such garbage."""
         if self._random.random() < 0.7:
             _Mourned(self, more)
             return
@@ -103,7 +103,7 @@ class Finalizers:
         for _ in range(self._random.randrange(1, 6)):
             self._amid(self._issue, self._operation())
         for turn in range(1000):
-            self._calm = turn > 10  # else there would always be more to send
+            self._calm = turn > 10  # otherwise there would always be more to send
             output = self._amid(pipeline.take_output)
             if not output:
                 break
@@ -133,7 +133,7 @@ class Finalizers:
             self._check(operation, waiter)
 
     def _amid(self, step: Any, *arguments: Any) -> Any:
-        """Do something of the core with garbage about, which its allocations find."""
+        """Call the core while there is garbage, which its allocations find."""
         for _ in range(0 if self._calm else self._random.randrange(1, 4)):
             self._leave(self._random.randrange(4))
         gc.enable()
@@ -186,7 +186,7 @@ class Finalizers:
 
 
 def main(backend: str, count: int, seed: int = 0) -> dict[str, Any]:
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors that nobody has looked at
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors that were never retrieved
     finalizers = Finalizers(
         importlib.import_module({"fast": "dscache._fast", "pure": "dscache.core.pure"}[backend]),
         seed,

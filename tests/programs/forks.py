@@ -24,7 +24,7 @@ OPERATIONS = 100
 
 
 def sockets() -> set[tuple[int, int]]:
-    """Return which sockets this process has open."""
+    """Return the open sockets of this process."""
     found = set()
     for fd in range(3, 256):
         try:
@@ -37,7 +37,7 @@ def sockets() -> set[tuple[int, int]]:
 
 
 def use(cache: dscache.Cache, who: str, wrong: list[str], stop: threading.Event | None) -> None:
-    """Write and read records of one's own, until told to stop or for some operations."""
+    """Write and read this thread's own records, until stopped or for a number of operations."""
     version = 0
     while not stop.is_set() if stop else version < OPERATIONS:
         version += 1

@@ -1,17 +1,17 @@
-"""Raise an exception on every line that an operation passes, one after the other.
+"""Raise an exception on every line that an operation executes, one after the other.
 
-``python -m tests.programs.injection WHERE`` prints what it found as JSON. WHERE is a mapping as
-JSON: the ``options`` that lead to a server or a cluster, the ``kind`` of user ("async", "blocking"
-or "messages"), whether the loop is ``uvloop``'s, and whether ``every`` exception is raised on every
+``python -m tests.programs.injection WHERE`` prints its findings as JSON. WHERE is a mapping as
+JSON: the ``options`` of a server or cluster, the ``kind`` of user ("async", "blocking" or
+"messages"), whether the loop is ``uvloop``'s, and whether ``every`` exception is raised on every
 line, or each in turn. ``DSCACHE_BACKEND`` names the core.
 
-Each action, such as a read or a write, runs once to find the lines that it passes in dscache and in
-what dscache calls of asyncio. Then it runs once for each line, on which an exception is raised the
+Each action, such as a read or a write, runs once to record its lines in dscache and in the parts of
+asyncio that dscache calls. Then it runs once for each line, on which an exception is raised the
 first time. Whatever the exception hits, each operation must end, 100 records must be those of their
-owners, the counters must be zero, and the cache must be of use as before.
+owners, the counters must be zero, and the cache must work as before.
 
-The event loop is entered again when an exception has ended it, as by a server that survives.
-Asyncio's own scheduler is left alone: what it loses there, nobody can know of.
+The event loop is entered again when an exception has ended it, as in a server that survives.
+Asyncio's own scheduler is left alone: its losses there can't be detected.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from dscache.messages import MessageNode
 
 OWNERS = [f"owner/{i}" for i in range(100)]
 COUNTERS = ("queued", "in_flight", "pending", "pending_bytes")
-# Milliseconds: what has lost its way ends with its deadline.
+# Milliseconds: a stuck operation ends by its deadline.
 TIMEOUT = 500
-# Seconds until an operation has no end, or a cache is of no use any more.
+# Seconds until an operation counts as endless, or a cache as broken.
 PATIENCE = 5.0
 BIG = "x" * 300_000
 
@@ -59,7 +59,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _may_fail(frame: types.FrameType) -> bool:
-    """Whether the code is dscache's, a transport's, or something that dscache has called."""
+    """Whether the code is dscache's, a transport's, or called by dscache."""
     name = frame.f_code.co_filename
     if _is_ours(name) or frame.f_code.co_qualname.startswith("_Selector"):
         return True
@@ -70,9 +70,10 @@ def _may_fail(frame: types.FrameType) -> bool:
 
 
 class Tracer:
-    """Notes the lines that are passed, and raises on one of them.
+    """Records the executed lines, and raises on one of them.
 
-    A frame that is kept, as a coroutine's, keeps its tracer: it asks for the present one.
+    A frame that outlives a call, such as a coroutine's, keeps its tracer and therefore looks up the
+    current one.
     """
 
     _present: ClassVar[Tracer | None] = None
@@ -114,7 +115,7 @@ class Tracer:
 
 
 class Findings:
-    """What was done, and what must not be."""
+    """The actions done, and the violations."""
 
     def __init__(self) -> None:
         self.cases = 0
@@ -132,7 +133,7 @@ def _write(name: str) -> dict[str, Any]:
 
 
 def _is_fit(name: str, record: Any) -> bool:
-    """Whether a record is that of its owner, or there is none."""
+    """Whether a record is that of its owner, or missing."""
     return record is None or (record.name == name and record.data["name"] == name)
 
 
@@ -166,7 +167,7 @@ def _check_result(findings: Findings, call: Any, result: Any) -> None:
 
 
 class Survivor:
-    """Runs a loop, and goes on after what ends it."""
+    """Runs a loop, and continues after exceptions that end it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -195,7 +196,7 @@ async def _act(findings: Findings, calls: list[Call], tracer: Tracer) -> None:
             try:
                 issued.append((call, asyncio.ensure_future(call())))
             except BaseException:
-                continue  # it has ended: its caller knows
+                continue  # it has ended with an error for its caller
         if issued:
             await asyncio.wait([future for _, future in issued], timeout=PATIENCE)
     for call, future in issued:
@@ -206,7 +207,7 @@ async def _act(findings: Findings, calls: list[Call], tracer: Tracer) -> None:
 
 
 async def _probe(findings: Findings, cache: Any) -> bool:
-    """Wait until a cache is of use; return False if it never is."""
+    """Wait until a cache works; return False if it never does."""
     end = time.monotonic() + PATIENCE
     said: Any = None
     while time.monotonic() < end:
@@ -246,7 +247,7 @@ async def _close(cache: Any, findings: Findings) -> None:
 def _each(
     known: set[Site], sites: dict[Site, None], every: bool
 ) -> Iterator[tuple[Site, BaseException]]:
-    """Give what is to be raised where; a line that was struck in another action is done."""
+    """Yield each exception with its line; a line hit in an earlier action is skipped."""
     for site in sites:
         if every:
             for make in _EXCEPTIONS:
@@ -311,7 +312,7 @@ def _run_async(findings: Findings, where: dict[str, Any]) -> None:
 
 
 async def _act_and_close(findings: Findings, cache: Any, tracer: Tracer) -> None:
-    """Close a cache that has operations under way: each has an end, and a second close works."""
+    """Close a cache with operations in flight: each ends, and a second close works."""
     with tracer:
         futures = []
         try:
@@ -414,7 +415,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
 
 
 def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
-    """Strike a MessageNode that sends; what another one hears is whole, and comes in order."""
+    """Strike a MessageNode that publishes; another receives complete messages in order."""
     survivor = Survivor(uvloop.new_event_loop() if where["uvloop"] else asyncio.new_event_loop())
     known: set[Site] = set()
     heard: list[int] = []
@@ -439,7 +440,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
         end = time.monotonic() + PATIENCE
         said: Any = None
         while time.monotonic() < end:
-            # One that is sent while the listener connects is missed, as Redis keeps none.
+            # A message sent while the listener connects is missed, as Redis stores none.
             try:
                 await asyncio.wait_for(sender.send({"number": number}, topic=7), PATIENCE)
             except BaseException as error:
@@ -473,7 +474,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
 
 
 def main(where: dict[str, Any]) -> dict[str, Any]:
-    # A log line of every loss would be most of the time.
+    # Logging every loss would take most of the time.
     logging.getLogger("dscache").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     faulthandler.dump_traceback_later(where.get("seconds", 300), exit=True)

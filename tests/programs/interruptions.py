@@ -1,7 +1,7 @@
-"""Use an AsyncCache while something is raised in its way: ``interruptions.py SCENE LOOP URL``.
+"""Use an AsyncCache while exceptions are raised in it: ``interruptions.py SCENE LOOP URL``.
 
-Prints, as JSON, what ``after`` finds: 100 records of 100 owners must be read as theirs, and nothing
-may be pending. LOOP is ``asyncio`` or ``uvloop``; ``DSCACHE_BACKEND`` names the core.
+Prints the violations found by ``after`` as JSON: 100 records of 100 owners must be read as theirs,
+and nothing may be pending. LOOP is ``asyncio`` or ``uvloop``; ``DSCACHE_BACKEND`` names the core.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ import dscache
 
 OWNERS = [f"owner/{i}" for i in range(100)]
 HUGE = "x" * 60_000_000
-# A cache's operations, in milliseconds, and what the program waits for them at most, in seconds.
+# Timeouts of a cache's operations, in milliseconds, and of the program, in seconds.
 TIMEOUT = 2000
 PATIENCE = 30
 Report = dict[str, Any]
 
 
 async def issued(*calls: Callable[[], Any]) -> list[Any]:
-    """Return what becomes of operations that are issued in one tick, even if issuing one raises."""
+    """Return the results of operations issued in one tick, even if issuing one raises."""
     pending: list[Any] = []
     for call in calls:
         try:
             pending.append(call())
         except BaseException as error:
             pending.append(error)
-    return await outcomes(pending)
+    return await results_of(pending)
 
 
-async def outcomes(pending: Iterable[Any]) -> list[Any]:
-    """Return the result or the error of each future; one that has no end is an error."""
+async def results_of(pending: Iterable[Any]) -> list[Any]:
+    """Return the result or the error of each future; one that never ends is an error."""
     found = []
     for one in pending:
         if asyncio.isfuture(one):
@@ -68,8 +68,8 @@ def wrong_owners(names: Iterable[str], found: Iterable[Any]) -> list[str]:
 
 
 async def after(cache: dscache.AsyncCache) -> Report:
-    """Read all that is there once more, and return what is wrong."""
-    for _ in range(50):  # a connection that was just cut loses what was sent on it
+    """Read all records once more, and return the violations."""
+    for _ in range(50):  # a connection cut just now loses the commands sent on it
         found = await issued(*(lambda name=name: cache.get(name) for name in OWNERS))
         if not any(isinstance(one, BaseException) for one in found):
             break
@@ -83,11 +83,11 @@ async def after(cache: dscache.AsyncCache) -> Report:
     }
 
 
-# -- scenes: each returns what is wrong, but for the things that ``after`` finds
+# -- scenes: each returns its violations, apart from those that ``after`` finds
 
 
 async def short_of_memory(cache: dscache.AsyncCache) -> Report:
-    """Let memory end in the middle of a tick, while a huge record is on its way."""
+    """Let memory end in the middle of a tick, while a huge record is being sent."""
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])  # noqa: ASYNC240
     limit = resource.getrlimit(resource.RLIMIT_AS)
     wrong = []
@@ -132,7 +132,7 @@ async def lost_write(cache: dscache.AsyncCache) -> Report:
 
 
 async def deep(cache: dscache.AsyncCache) -> Report:
-    """Issue operations at the bottom of a deep stack, from any depth that just fits or doesn't."""
+    """Issue operations at the bottom of a deep stack, at depths around the limit."""
     wrong = []
 
     def at(depth: int, names: list[str]) -> list[Any]:
@@ -149,7 +149,7 @@ async def deep(cache: dscache.AsyncCache) -> Report:
         except RecursionError:
             names = []
         others = OWNERS[32:64]
-        found = await outcomes([*pending, *(cache.get(name) for name in others)])
+        found = await results_of([*pending, *(cache.get(name) for name in others)])
         wrong += wrong_owners([*names, *others], found)
     return {"wrong": wrong}
 
@@ -181,7 +181,7 @@ async def recursive(cache: dscache.AsyncCache) -> Report:
 
 
 async def signals(cache: dscache.AsyncCache) -> Report:
-    """Let a signal handler raise, again and again, wherever the cache is just then."""
+    """Let a signal handler raise repeatedly, wherever the cache is at that moment."""
     errors: list[BaseException] = [
         MemoryError("signal"),
         RecursionError("signal"),
@@ -194,10 +194,10 @@ async def signals(cache: dscache.AsyncCache) -> Report:
     struck = [0, 0.0]
 
     def handler(*_: object) -> None:
-        # Only within dscache's own frames: elsewhere it is the program that is hit.
+        # Only within dscache's own frames: elsewhere the program is hit.
         frame = sys._getframe(1)
         now = time.monotonic()
-        # One after the other: what deals with the first may not be struck as well.
+        # One after the other: the handling of the first must not be struck as well.
         if armed and now > struck[1] + 0.05 and "/dscache/" in frame.f_code.co_filename:
             struck[0] += 1
             struck[1] = now
@@ -219,7 +219,7 @@ async def signals(cache: dscache.AsyncCache) -> Report:
                 pending.append(dscache.DscacheError(str(error)))
             with suppress(Exception):
                 cache.set("s/" + name, 1, "x" * 2000).add_done_callback(_retrieve)
-        found = await outcomes(pending)
+        found = await results_of(pending)
         armed = False
         shortages = (MemoryError, RecursionError)
         wrong += wrong_owners(
@@ -237,13 +237,13 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 
 
 async def finalizers(cache: dscache.AsyncCache) -> Report:
-    """Let finalizers issue operations, whenever the core's own allocations collect garbage."""
+    """Let finalizers issue operations whenever the core's own allocations collect garbage."""
     pending: list[tuple[str, Any]] = []
 
     class Finalized:
         def __init__(self, number: int) -> None:
             self.number = number
-            self.itself = self  # garbage for the collector alone
+            self.itself = self  # garbage that only the collector finds
 
         def __del__(self) -> None:
             name = OWNERS[self.number % 100]
@@ -269,7 +269,7 @@ async def finalizers(cache: dscache.AsyncCache) -> Report:
     finally:
         gc.set_threshold(*thresholds)
     gc.collect()
-    found = await outcomes(future for _, future in pending)
+    found = await results_of(future for _, future in pending)
     wrong = wrong_owners([name for name, _ in pending], found)
     wrong += [repr(one) for one in found if isinstance(one, BaseException)]
     if len(pending) < 60 * 50 + 100:
@@ -278,7 +278,7 @@ async def finalizers(cache: dscache.AsyncCache) -> Report:
 
 
 async def callbacks(cache: dscache.AsyncCache) -> Report:
-    """Let whatever the connection's own callbacks do fail, one after the other."""
+    """Let every callback of the connection fail, one after the other."""
     from dscache.aio import connection
 
     loop = asyncio.get_running_loop()

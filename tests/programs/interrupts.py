@@ -1,12 +1,11 @@
-"""Interrupt a blocking cache at random moments, and see that no answer goes astray.
+"""Interrupt a blocking cache at random moments, and check that no reply goes astray.
 
-``python -m tests.programs.interrupts URL COUNT`` prints what happened as JSON; in place of the
-URL may stand options, as JSON. A signal handler raises COUNT
-times, in the thread that uses the cache, while other threads use it as well. Every record's data
-says which record it is and which version, so a reply that reached the wrong caller shows, as does
-a write that ended in the middle of another; and all connections together are as many as the
-threads, so a place that was lost shows as Overloaded. The errors of a cache are raised as well: by
-a handler they say nothing of the operation that they strike.
+``python -m tests.programs.interrupts URL COUNT`` prints the results as JSON; options as JSON may
+replace the URL. A signal handler raises COUNT times, in the thread that uses the cache, while other
+threads use it as well. Every record's data contains its name and version, so that a misdelivered
+reply shows, as does a write that ended in the middle of another. There are as many connections as
+threads, so a lost place shows as Overloaded. The cache's own error classes are raised as well: from
+a handler they say nothing about the interrupted operation.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ LARGE = {f"large/{n}": (n, f"large/{n} 0" + "x" * 2000) for n in range(1500)}
 OWNED = {f"owner/{n}": (n, f"owner/{n} {n}") for n in range(100)}
 # More than the buffers of a socket hold.
 BIG = {f"big/{n}": "x" * 2_000_000 for n in range(2)}
-# A bulk takes so much longer than anything else that few signals would meet anything else.
+# A bulk takes so much longer than other operations that few signals would hit any of those.
 ACTIONS = ("get", "set", "guarded", "head", "delete", "get_bulk", "head_bulk")
 LONG = ("large", "big_get", "big_set")
-# Until a signal comes, in seconds: from before the operation begins until it is long over.
+# Seconds until a signal: from before the operation begins to long after its end.
 LATEST = 0.0004
 
 
 class Struck(BaseException):
-    """As KeyboardInterrupt and a greenlet's end are."""
+    """Raised like KeyboardInterrupt and a greenlet's end."""
 
 
 class Alarm(Exception):
-    """As a server's limit for a request is."""
+    """Raised like a server's limit for a request."""
 
 
 KINDS: tuple[type[BaseException], ...] = (
@@ -54,7 +53,7 @@ KINDS: tuple[type[BaseException], ...] = (
 
 
 class Run:
-    """One run: what was raised, what was caught, and what was wrong."""
+    """One run: the exceptions raised and caught, and the violations."""
 
     def __init__(self, cache: dscache.Cache, seed: int) -> None:
         self.cache = cache
@@ -124,7 +123,7 @@ class Run:
                 self.check(key, record)
 
     def beside(self, seed: int) -> None:
-        """Use the cache undisturbed, in a thread of its own."""
+        """Use the cache undisturbed, in another thread."""
         own = random.Random(seed)
         version = 0
         while not self.stop:
@@ -135,14 +134,14 @@ class Run:
                 self.wrong.append(f"in another thread: {error!r}")
 
     def interrupted(self, count: int) -> None:
-        """Use the cache until it was interrupted so often."""
+        """Use the cache until it was interrupted that often."""
         version = 0
         while self.raised < count and not self.wrong:
             version += 1
             is_long = version % 30 == 0
             action = self.random.choice(LONG if is_long else ACTIONS)
             latest = 50 * LATEST if is_long else LATEST
-            # Else most signals would meet a thread that connects.
+            # Otherwise most signals would hit a thread that connects.
             self.cache.head("ready")
             try:
                 self.struck = None
@@ -152,7 +151,7 @@ class Run:
                 self.armed = False
                 self.outcomes["undisturbed"] += 1
             except KINDS as error:
-                # What is raised while a host's name is encoded is raised once more.
+                # An exception raised while a host's name is encoded is raised once more.
                 if self.struck not in (error, error.__cause__):
                     self.wrong.append(f"{action}: {error!r}")
                 self.caught += 1

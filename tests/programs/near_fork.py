@@ -1,6 +1,6 @@
 """Fork while a near cache is in use: ``python -m tests.programs.near_fork URL BACKEND``.
 
-The child is served nothing by the cache that it inherited, and the parent goes on.
+The inherited cache serves nothing in the child, and the parent continues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dscache import _backend
 
 
 def refused(cache: dscache.AsyncCache, calls: list[Any]) -> int:
-    """Be the child: return how many calls were not refused."""
+    """Return, in the child, how many calls were not refused."""
     served = 0
     for call in calls:
         try:
@@ -54,9 +54,9 @@ async def main(url: str) -> None:
         fork(cache, calls)
         assert await reading is None
         hits = cache.stats()["near_cache"]["hits"]
-        await cache.get_bulk(["a", "b"])  # a fork ends nothing of the parent's
+        await cache.get_bulk(["a", "b"])  # a fork affects nothing in the parent
         assert cache.stats()["near_cache"]["hits"] == hits + 2
-        # As it is while there is no connection.
+        # As without a connection.
         cache._topology.pipeline.connection_lost(dscache.ConnectionLost("cut"), True)  # type: ignore[union-attr]
         assert (await cache.get("a")).stale
         fork(cache, calls)

@@ -1,9 +1,8 @@
 """Fill a near cache.
 
-``python -m tests.programs.near_memory BACKEND SIZE MAX_BYTES`` prints two numbers.
-
-How many bytes it counts, and how many this process holds more than with nothing in it. SIZE is
-that of a record's data.
+``python -m tests.programs.near_memory BACKEND SIZE MAX_BYTES`` prints two numbers: the bytes it
+counts, and how many bytes this process holds more than with an empty one. SIZE is that of a
+record's data.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from tests.support.wire import resp
 ROUNDS = 2
 
 
-class Nobody:
-    """Who waits for the outcome of a bulk, and does nothing with it."""
+class Ignored:
+    """A waiter of a bulk that ignores its result."""
 
     def set_result(self, result: object, /) -> None: ...
     def set_exception(self, error: Exception, /) -> None: ...
 
 
 def read(pipeline: Any, names: list[str], data: bytes) -> None:
-    """Read records, all with the same data, over a wire without a server."""
+    """Read records, all with the same data, through a pipeline without a server."""
     pipeline.near.get_bulk(names)
     while output := pipeline.take_output():
         reader = hiredis.Reader()
@@ -39,9 +38,9 @@ def read(pipeline: Any, names: list[str], data: bytes) -> None:
 
 def main(backend: str, size: int, max_bytes: int) -> None:
     _, core = _backend.choose(backend)
-    pipeline = core.Pipeline(Nobody, int, timeout=3600.0)
+    pipeline = core.Pipeline(Ignored, int, timeout=3600.0)
     pipeline.near = core.NearCache(
-        Nobody,
+        Ignored,
         pipeline,
         timeout=3600.0,
         max_records=10**9,
@@ -56,7 +55,7 @@ def main(backend: str, size: int, max_bytes: int) -> None:
     def names(first: int) -> list[str]:
         return [f"{number:010}" for number in range(first, first + at_once)]
 
-    # What is made once, by the first that are kept.
+    # Objects made once, by the first records.
     read(pipeline, names(0), data)
     pipeline.connection_lost(ConnectionError("cut"), True)
     before, counted = held(), pipeline.near.stats()["bytes"]

@@ -1,15 +1,15 @@
-"""Let single allocations fail within the core, one after the other, and look at what is left.
+"""Let single allocations fail within the core, one after the other, and check its state.
 
-``python -m tests.programs.shortage BACKEND STRIDE [SCENE...]`` prints what it found as JSON. Every
+``python -m tests.programs.shortage BACKEND STRIDE [SCENE...]`` prints its findings as JSON. Every
 scene is a few steps, such as issuing operations, taking the output and feeding the replies. In each
 step the first allocation fails in one run, the second one in the next run, and so on to the last;
 with a STRIDE of 7, every seventh. The runs are done in child processes, as one may crash: the
-parent notes where, and goes on behind it.
+parent records the place, and continues behind it.
 
 After every run, each operation must have ended, with its own record or with an error; the counters
-must be zero; and each of 100 records must be that of its owner. An exception of ``take_output``
-or of ``feed`` ends the connection, as it must in a Connection. A step that settles operations,
-such as ``connection_lost``, is repeated when it raises.
+must be zero; and each of 100 records must be that of its owner. An exception of ``take_output`` or
+of ``feed`` ends the connection, as it must in a Connection. A step that settles operations, such as
+``connection_lost``, is repeated when it raises.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ import hiredis
 from dscache.errors import ConnectionLost, DscacheError
 from tests.support.wire import ADDRESS, ModelServer, Operation, Push, Refusal, commands, resp
 
-# More allocations than any step makes, and than are behind one that fails; more replies.
+# More than the allocations of any step, than those behind a failed one, and than the replies.
 _MOST = 2000
 _ROOM = (None,) * 50
 _REPLIES = 8
-# Where a child is: the scene, the step, the replies before, the allocation; and its runs so far.
+# A child's progress: the scene, the step, the replies before, the allocation; and its runs so far.
 _PLACE = struct.Struct("5q")
 _OWNERS = [f"owner/{i}" for i in range(100)]
 _COUNTERS = ("queued", "in_flight", "pending", "pending_bytes")
 _EXAMPLES = 40
-# A scene whose core is badly damaged must not keep a run for ever.
+# A scene whose core is badly damaged must not run for ever.
 _CRASHES = 200
-# Seconds until a run has no end: it takes a millisecond.
+# Seconds until a run counts as endless: it takes a millisecond.
 _PATIENCE = 10
 
 _READER = hiredis.Reader
@@ -66,7 +66,7 @@ def _text(name: str) -> bytes:
 
 
 def _awaited(waiter: Any) -> Any:
-    """Return a future: a near cache gives coroutines, which begin when they are awaited."""
+    """Return a future: a near cache returns coroutines, which begin when they are awaited."""
     if not asyncio.iscoroutine(waiter):
         return waiter
     task = _LOOP.create_task(waiter)
@@ -75,10 +75,10 @@ def _awaited(waiter: Any) -> Any:
 
 
 class Shield:
-    """Lets allocations fail in the core alone, and not in the Reader of hiredis.
+    """Lets allocations fail only in the core, and not in the Reader of hiredis.
 
-    hiredis crashes by itself when it can't make an error reply. So where there are some, what
-    fails is an allocation of that number after so many replies that it gave.
+    hiredis crashes when it can't make an error reply. With error replies, the failing allocation is
+    therefore counted from a given number of replies returned by it.
     """
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ class Shield:
         self.reached = False
 
     def arm(self, replies: int, number: int) -> None:
-        """Let an allocation fail after so many replies; with none, at once."""
+        """Let an allocation fail after that many replies; with none, at once."""
         self.replies, self.number, self.reached = replies, number, False
         if not replies:
             _set_failure(number)
 
     def reader(self, make: Callable[..., Any], **options: Any) -> Any:
-        """Return what stands for a Reader."""
+        """Return a replacement of a Reader."""
         real = make(**options)
         return types.SimpleNamespace(
             feed=partial(self.past, real.feed),
@@ -117,7 +117,7 @@ class Shield:
 
 
 class Scene:
-    """One pipeline, operations on it, and a server; with what a caller of the core does."""
+    """One pipeline, operations on it, a server, and the duties of a caller of the core."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Scene:
         self.core = core
         self.shield = Shield() if shielded else None
         if self.shield is not None:
-            # The core asks for its Reader here whenever it begins anew.
+            # The core gets its Reader here whenever it starts afresh.
             make = partial(self.shield.reader, _READER)
             hiredis.Reader = make  # type: ignore[assignment, misc]
             hiredis.pack_command = partial(self.shield.past, _PACK)
@@ -157,7 +157,7 @@ class Scene:
             partial(getattr(self.entry, one.method), one.argument, *one.rest, **one.options)
             for one in operations
         ]
-        # There is room for all that a run leaves, lest the harness itself need memory.
+        # Space for everything that a run leaves, so that the harness itself needs no memory.
         self.waiters: list[Any] = [None] * len(operations)
         self.refused: list[BaseException | None] = [None] * len(operations)
         self.output = b""
@@ -169,7 +169,7 @@ class Scene:
     # -- steps
 
     def issue(self) -> None:
-        """Issue each operation; one that raises is over, and the others go on."""
+        """Issue each operation; one that raises is over, and the others continue."""
         for i, call in enumerate(self._calls):
             try:
                 self.waiters[i] = call()
@@ -203,13 +203,13 @@ class Scene:
         self.entry.stats()
 
     def answer(self) -> None:
-        """Let the server answer what was taken; this step is not the core's."""
+        """Let the server answer the taken output; this step is not the core's."""
         self.replies = self.server.answer(self.output)
 
-    # -- what a run does
+    # -- the course of a run
 
     def after(self, name: str, error: BaseException | None) -> bool:
-        """Do what a Connection does after a step that raised; return whether the run goes on."""
+        """Do what a Connection does after a step that raised; return whether the run continues."""
         if error is None:
             return True
         if not isinstance(error, (MemoryError, DscacheError)):
@@ -227,7 +227,7 @@ class Scene:
             self.problems.append(f"{step.__name__}, done once more, raised {error!r}")
 
     def finish(self) -> None:
-        """Go on over a new connection; all has ended, and belongs to whoever has it."""
+        """Continue over a new connection; everything has ended, with the results of its owners."""
         self._again(self.lose)
         self.pipeline.connected(self.entry is not self.pipeline)
         self.pipeline.down = None
@@ -356,7 +356,7 @@ def _refusals(core: Any, operations: tuple[Operation, ...], refusal: str, **opti
 
 
 class Redirected(Scene):
-    """A node of a cluster sends everything away, to another node."""
+    """A node of a cluster redirects everything to another node."""
 
     def __init__(self, core: Any, *operations: Operation, refusal: str) -> None:
         super().__init__(core, *operations, shielded=True, clustered=True)
@@ -390,7 +390,7 @@ class Redirected(Scene):
         self._batches = []
 
     def release(self) -> None:
-        self._batches = self.other.release(lambda kind, name: self.pipeline)
+        self._batches = self.other.take_queued(lambda kind, name: self.pipeline)
 
     def finish(self) -> None:
         self.pipeline.redirected, left = [], self.pipeline.redirected
@@ -463,7 +463,7 @@ def _messages(core: Any) -> Scene:
 
 
 def _commands(core: Any) -> Scene:
-    """Return a scene of commands outside records, as of a handshake."""
+    """Return a scene of commands other than records', as of a handshake."""
     scene = Scene(core, shielded=True)
     scene.operations = (Operation("command", "HELLO"),)
 
@@ -524,7 +524,7 @@ def _set_failure(number: int) -> None:
 
 
 def _was_reached() -> bool:
-    """Whether the failure that was set has come, and is not one of the next allocations."""
+    """Whether the set failure has occurred and was not one of the next allocations."""
     try:
         for _ in _ROOM:
             bytes(100)
@@ -542,7 +542,7 @@ def _end_failures() -> None:
 def _strike(
     shield: Shield | None, replies: int, number: int, step: Callable[[], object]
 ) -> tuple[BaseException | None, bool]:
-    """Run a step in which an allocation fails; return what it raised, and if it made so many."""
+    """Run a step with a failing allocation; return its exception, and whether it got that far."""
     caught: BaseException | None = None
     if shield is None:
         _set_failure(number)
@@ -563,7 +563,7 @@ def _strike(
 
 
 def _run(make: Callable[[], Scene], target: int, replies: int, number: int) -> tuple[Scene, bool]:
-    """Run a scene, in which one allocation of its step ``target`` fails, if it makes so many."""
+    """Run a scene in which one allocation of its step ``target`` fails, if it makes that many."""
     scene = make()
     reached = False
     for i, (name, step) in enumerate(scene.steps):
@@ -579,7 +579,7 @@ def _run(make: Callable[[], Scene], target: int, replies: int, number: int) -> t
 
 
 def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
-    """Go on from the place in the file ``progress``, where each next one is noted."""
+    """Continue from the place in the file ``progress``, where each next one is recorded."""
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)  # and then die of it, as a run has no end
     core = importlib.import_module({"fast": "dscache._fast", "pure": "dscache.core.pure"}[backend])
@@ -593,7 +593,7 @@ def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
         make = partial(found[name], core)
         if index > first[0]:
             place[:] = _PLACE.pack(index, 0, 0, 0, runs)
-        for _ in range(2):  # what is made once, at the first use
+        for _ in range(2):  # objects made once, at the first use
             scene, _ = _run(make, -1, 0, 0)
         for target, (step, _) in enumerate(scene.steps):
             for replies in range(_REPLIES if scene.shield is not None else 1):
@@ -614,7 +614,7 @@ def _child(backend: str, stride: int, wanted: list[str], progress: str) -> None:
 
 
 def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict[str, Any]:
-    """Run the children; return how many runs there were, the crashes and the problems."""
+    """Run the children; return the number of runs, the crashes and the problems."""
     names = wanted or list(scenes())
     place: tuple[int, ...] = (0, 0, 0, 0, 0)
     crashes: list[str] = []
@@ -652,7 +652,7 @@ def scan(backend: str, stride: int = 1, wanted: list[str] | None = None) -> dict
 
 
 def _crash(done: subprocess.CompletedProcess[str], place: str) -> str:
-    """Describe how a child ended: by which signal, and what it said last."""
+    """Describe how a child ended: by which signal, and its last output."""
     how = f"exit {done.returncode}"
     if done.returncode < 0:
         how = signal.Signals(-done.returncode).name

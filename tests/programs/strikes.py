@@ -1,10 +1,10 @@
-"""Interrupt a blocking cache at each line of each operation, and see that no answer goes astray.
+"""Interrupt a blocking cache at each line of each operation, and check that no reply goes astray.
 
-``python -m tests.programs.strikes OPTIONS`` prints what happened as JSON; the options are JSON too.
-A trace function raises when an operation reaches its first line of this package, the next time at
-its second one, and so on until it comes through undisturbed. After each, the records of others are
-what they were, a record written in part holds nothing of another, and no place is lost: there is
-one connection, to each node of a cluster, and nobody waits.
+``python -m tests.programs.strikes OPTIONS`` prints the results as JSON; the options are JSON too. A
+trace function raises when an operation reaches its first line of this package, the next time at its
+second one, and so on until it completes undisturbed. After each, the records of others are
+unchanged, a record written in part contains nothing of another, and no place is lost: there is one
+connection, to each node of a cluster, and no waiting thread.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ACTIONS: dict[str, Callable[[dscache.Cache, int], object]] = {
     "connect": lambda cache, n: cache.when_ready(),
     "anew": lambda cache, n: cache.get(NAMES[n % 100]),
 }
-# What a finalizer raises reaches nobody, and what is raised by a type that can't be encoded is said
-# in other words; neither has anything to do with a connection.
+# An exception in a finalizer reaches no caller, and one raised by a type that can't be encoded is
+# reported in other words; neither concerns a connection.
 UNTOUCHED = {"__del__", "encode_data", "shorten"}
-# How often the lines that some go through are passed over before one is struck: they are many.
+# How many hits of frequently executed lines are skipped before one is struck.
 STEPS = {"set big": 7, "set_bulk": 3, "get_bulk": 3, "connect": 5, "anew": 5}
 
 
@@ -73,14 +73,14 @@ def blocks(path: str) -> frozenset[int]:
 
 
 def _names(frame: types.FrameType) -> Iterator[str]:
-    """Give the names of a function and of the one that has called it."""
+    """Return the names of a function and of its caller."""
     yield frame.f_code.co_name
     if frame.f_back is not None:
         yield frame.f_back.f_code.co_name
 
 
 class Striker:
-    """A trace function that raises at the line that comes after so many others."""
+    """A trace function that raises at the line after that many others."""
 
     def __init__(self, after: int, kind: type[BaseException]) -> None:
         self.left = after
@@ -102,7 +102,7 @@ class Striker:
 
 
 def strike(action: Callable[[], object], after: int, kind: type[BaseException]) -> str:
-    """Do something that is struck after so many lines; return what became of it."""
+    """Run a function that is struck after that many lines; return its result."""
     striker = Striker(after, kind)
     sys.settrace(striker)
     try:
@@ -113,7 +113,7 @@ def strike(action: Callable[[], object], after: int, kind: type[BaseException]) 
         return ""
     finally:
         sys.settrace(None)
-        # They keep the locals of all calls that were traced, even of those that let go of them.
+        # They keep the locals of all traced calls, even of those that have dropped them.
         striker.error.__traceback__ = striker.error.__context__ = None
     return f"swallowed at {striker.where}" if striker.has_struck else "undisturbed"
 
@@ -133,7 +133,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         for name, action in ACTIONS.items():
             step = STEPS.get(name, 1)
             if "nodes" in options:
-                # To connect takes a thousand lines for each node.
+                # Connecting takes a thousand lines for each node.
                 step *= 45 if name in ("connect", "anew") else 3
             for number in itertools.count():
                 kind = next(kinds)

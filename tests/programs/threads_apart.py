@@ -1,4 +1,4 @@
-"""What must hold of an AsyncCache that other threads try to use."""
+"""Checks of an AsyncCache that other threads try to use."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CALLS: dict[str, Callable[[dscache.AsyncCache], Any]] = {
 async def assert_other_threads_are_refused(cache: dscache.AsyncCache) -> None:
     """Use a cache in another thread: before and within a tick, with and without a loop there."""
     assert await cache.set("a", 1, "here") is True
-    assert await cache.get("a") == await cache.get("a")  # at hand, if anything is kept
+    assert await cache.get("a") == await cache.get("a")  # cached, if there is a near cache
     for in_tick in (False, True):
         waiting = []
         if in_tick:
-            for name in ("a", "b", "c"):  # on a cluster they may be several nodes'
+            for name in ("a", "b", "c"):  # on a cluster they may be on several nodes
                 waiting += [
                     cache.set(name, 1, "here"),
                     asyncio.ensure_future(cache.get(name)),
@@ -40,7 +40,7 @@ async def assert_other_threads_are_refused(cache: dscache.AsyncCache) -> None:
         for with_loop in (False, True):
             outcomes = _in_a_thread(cache, with_loop)
             expected = dict.fromkeys(CALLS, "UsageError")
-            if outcomes["guarded"] == "RecordError":  # where records lie apart, for anybody
+            if outcomes["guarded"] == "RecordError":  # when records are split, for any caller
                 expected["guarded"] = "RecordError"
             assert outcomes == expected, (in_tick, with_loop)
         await asyncio.gather(*waiting)

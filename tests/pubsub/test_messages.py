@@ -1,4 +1,4 @@
-"""Messages between servers: what is sent and heard, who waits for it, and what is lost."""
+"""Messages between servers: sending, receiving, subscriptions, and losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.pubsub import subscribers, subscriptions
 from tests.conftest import SERVERS, NamedServer
 from tests.support.faults import FaultProxy
-from tests.support.message_nodes import Heard, Nodes, hears, open_nodes
+from tests.support.message_nodes import Nodes, Received, open_nodes, receive_on
 from tests.support.waiting import PATIENCE, until
 
 EVENT = 4
@@ -49,25 +49,25 @@ def one_server(
 
 @pytest.fixture
 async def quick(one_server: EmbeddedServer | NamedServer, backend: str) -> AsyncIterator[Nodes]:
-    """The same for what differs between the cores and not between the servers."""
+    """The same for tests that depend on the core and not on the server."""
     async with open_nodes(host=one_server.host, port=one_server.port) as opened:
         yield opened
 
 
-# -- sent and heard
+# -- sending and receiving
 
 
-async def test_a_message_gets_to_all_others(nodes: Nodes) -> None:
+async def test_a_message_reaches_all_other_nodes(nodes: Nodes) -> None:
     one, two, three = [await nodes(name) for name in "ABC"]
-    heard = [await hears(node, EVENT) for node in (one, two, three)]
+    received = [await receive_on(node, EVENT) for node in (one, two, three)]
     assert await one.send(NEWS) == 3
     assert await two.send({"topic": 9}) == 0
     assert await two.send(NEWS | {"name": "more"}) == 3
-    await heard[2].reaches(2)
-    await until(lambda: len(heard[0]) == len(heard[1]) == 1)
-    assert heard[2] == [NEWS, NEWS | {"name": "more"}]
-    assert heard[2].senders == ["A", "B"]
-    assert (heard[0].senders, heard[1].senders) == (["B"], ["A"])
+    await received[2].reaches(2)
+    await until(lambda: len(received[0]) == len(received[1]) == 1)
+    assert received[2] == [NEWS, NEWS | {"name": "more"}]
+    assert received[2].senders == ["A", "B"]
+    assert (received[0].senders, received[1].senders) == (["B"], ["A"])
     assert one.stats()["own"] == 1
     assert one.is_ready
     assert one.server_name == "A"
@@ -76,30 +76,30 @@ async def test_a_message_gets_to_all_others(nodes: Nodes) -> None:
 
 async def test_a_message_for_one_server(nodes: Nodes) -> None:
     one, two, three = [await nodes(name) for name in ("A", "B", 'C "c" \u00e9')]
-    heard = [await hears(node, EVENT) for node in (one, two, three)]
+    received = [await receive_on(node, EVENT) for node in (one, two, three)]
     assert await one.send_direct("B", NEWS) == 3
     assert await one.send_direct('C "c" \u00e9', NEWS) == 3
     assert await one.send_direct("nobody", NEWS) == 3
     assert await one.send_direct("A", NEWS) == 3
     await one.send(NEWS | {"name": "last"})
-    for each in heard[1:]:
+    for each in received[1:]:
         await each.reaches(2)
         assert each == [NEWS, NEWS | {"name": "last"}]
-    assert heard[0] == []
+    assert received[0] == []
     assert two.stats()["foreign"] == 3
 
 
-async def test_the_messages_of_a_tick_travel_together(nodes: Nodes) -> None:
+async def test_the_messages_of_a_tick_are_sent_together(nodes: Nodes) -> None:
     sender, hearer = await nodes("A"), await nodes("B")
-    heard = await hears(hearer, EVENT)
+    received = await receive_on(hearer, EVENT)
     before = sender.stats()
     waiters = [sender.send({"topic": EVENT, "number": i}) for i in range(300)]
     assert await asyncio.gather(*waiters) == [1] * 300
     stats = sender.stats()
     assert stats["commands"] - before["commands"] == 300
     assert stats["flushes"] - before["flushes"] == -(-300 // FLUSH_RECORDS)
-    await heard.reaches(300)
-    assert [one["number"] for one in heard] == list(range(300))
+    await received.reaches(300)
+    assert [one["number"] for one in received] == list(range(300))
 
 
 class Struct(msgspec.Struct):
@@ -115,50 +115,47 @@ class Plain:
 
 async def test_anything_with_a_topic_is_a_message(quick: Nodes) -> None:
     sender, hearer = await quick("A"), await quick("B")
-    heard = await hears(hearer, EVENT)
+    received = await receive_on(hearer, EVENT)
     await sender.send(Struct(EVENT, "x"))
     await sender.send(Plain(EVENT, "y"))
     await sender.send(msgspec.Raw(b'{"topic":4,"name":"z"}'), topic=EVENT)
     await sender.send_direct("B", msgspec.Raw(b'["\\ud800"]'), topic=EVENT)
-    await heard.reaches(4)
-    assert heard == [*({"topic": EVENT, "name": name} for name in "xyz"), ["\ud800"]]
+    await received.reaches(4)
+    assert received == [*({"topic": EVENT, "name": name} for name in "xyz"), ["\ud800"]]
 
 
-async def test_the_channel_is_the_topic_and_nothing_else(
-    nodes: Nodes, redis: redis_py.Redis
-) -> None:
+async def test_the_channel_is_only_the_topic(nodes: Nodes, redis: redis_py.Redis) -> None:
     node = await nodes("A", keyPrefix="p:", db=1)
-    heard = await hears(node, EVENT)
+    received = await receive_on(node, EVENT)
     assert redis.publish("4", '{"fromServer":"js","message":{"topic":4,"x":1}}') == 1
-    await heard.reaches(1)
-    assert (heard, heard.senders) == ([{"topic": 4, "x": 1}], ["js"])
+    await received.reaches(1)
+    assert (received, received.senders) == ([{"topic": 4, "x": 1}], ["js"])
     assert redis.execute_command("PUBSUB", "CHANNELS") == [b"4"]
 
 
-async def test_what_is_no_message_is_counted_and_logged_once(
+async def test_an_invalid_message_is_counted_and_logged_once(
     quick: Nodes, one_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = await quick("A")
-    heard = await hears(node, EVENT)
+    received = await receive_on(node, EVENT)
     with redis_py.Redis(one_server.host, one_server.port) as redis:
         for text in ("hello", "{}", '{"fromServer":1,"message":{}}', ""):
             redis.publish("4", text)
         redis.publish("4", '{"fromServer":"B","message":{"topic":4}}')
-    await heard.reaches(1)
+    await received.reaches(1)
     assert node.stats()["damaged"] == 4
     complaints = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert complaints == [
-        "on topic 4 there was b'hello', which is no message of deepstream's; further ones are "
-        "only counted"
+        "topic 4: received b'hello', which is no deepstream message; further ones are only counted"
     ]
 
 
-# -- those who listen
+# -- subscribers
 
 
-async def test_callbacks_come_and_go(nodes: Nodes, redis: redis_py.Redis) -> None:
+async def test_callbacks_subscribe_and_unsubscribe(nodes: Nodes, redis: redis_py.Redis) -> None:
     sender, hearer = await nodes("A"), await nodes("B")
-    first, second = Heard(), Heard()
+    first, second = Received(), Received()
     leave_first = hearer.subscribe(EVENT, first)
     leave_second = hearer.subscribe(EVENT, second)
     await hearer.when_ready()
@@ -172,8 +169,8 @@ async def test_callbacks_come_and_go(nodes: Nodes, redis: redis_py.Redis) -> Non
     leave_second()
     await until(lambda: redis.pubsub_numsub("4") == [(b"4", 0)])
     assert await sender.send(NEWS) == 0
-    await hears(hearer, RPC)  # which is confirmed after it has heard that the other has ended
-    third = await hears(hearer, EVENT)
+    await receive_on(hearer, RPC)  # which is confirmed after the end of the other has been received
+    third = await receive_on(hearer, EVENT)
     await sender.send(NEWS)
     await third.reaches(1)
     assert (hearer.stats()["topics"], hearer.stats()["gaps"]) == (2, 0)
@@ -203,12 +200,12 @@ async def test_messages_are_iterated_over(nodes: Nodes, redis: redis_py.Redis) -
     async with other:
         waiting = asyncio.create_task(anext(other))
         await asyncio.sleep(0)
-        with pytest.raises(dscache.UsageError, match="waited for already"):
+        with pytest.raises(dscache.UsageError, match="is already being awaited"):
             await anext(other)
     with pytest.raises(StopAsyncIteration):
         await waiting
     await other.aclose()
-    # Of the loop that was left by break, nobody has said that it is over.
+    # No one ended the iterator that was left by break.
     gc.collect()
     await until(lambda: redis.pubsub_numsub("4") == [(b"4", 0)])
     assert hearer.stats()["subscribers"] == 0
@@ -224,7 +221,7 @@ async def test_an_iteration_ends_with_the_node(quick: Nodes) -> None:
     assert [message.data async for message, _ in messages] == [NEWS]
 
 
-async def test_what_a_callback_returns_is_awaited_before_the_next(quick: Nodes) -> None:
+async def test_an_async_callback_is_awaited_before_the_next(quick: Nodes) -> None:
     sender, hearer = await quick("A"), await quick("B")
     log: list[Any] = []
 
@@ -245,7 +242,7 @@ async def test_what_a_callback_returns_is_awaited_before_the_next(quick: Nodes) 
     leave()
 
 
-async def test_a_callback_that_raises_harms_nobody(
+async def test_a_callback_that_raises_affects_no_other(
     quick: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
     sender, hearer = await quick("A"), await quick("B")
@@ -259,22 +256,24 @@ async def test_a_callback_that_raises_harms_nobody(
     hearer.subscribe(EVENT, bad)
     hearer.subscribe(EVENT, worse)
     hearer.subscribe(EVENT, print, max_pending=5)
-    heard = await hears(hearer, EVENT)
+    received = await receive_on(hearer, EVENT)
     for _ in range(3):
         await sender.send(NEWS)
-    await heard.reaches(3)
+    await received.reaches(3)
     await until(lambda: hearer.stats()["errors"] == 6)
-    assert heard == [NEWS] * 3
+    assert received == [NEWS] * 3
     texts = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
-    assert sum("bad failed at a message from 'A' on topic 4" in text for text in texts) == 3
-    assert sum("worse failed at a message on topic 4" in text for text in texts) == 3
+    assert sum("bad failed for a message from 'A' on topic 4" in text for text in texts) == 3
+    assert sum("worse failed for a message on topic 4" in text for text in texts) == 3
     assert hearer.stats()["connects"] == 2
 
 
 @pytest.mark.parametrize(
     ("overflow", "kept"), [("drop_oldest", range(7, 10)), ("drop_newest", range(1, 4))]
 )
-async def test_a_slow_callback_has_bounded_room(quick: Nodes, overflow: Any, kept: range) -> None:
+async def test_a_slow_callback_has_a_limited_queue(
+    quick: Nodes, overflow: Any, kept: range
+) -> None:
     sender, hearer = await quick("A"), await quick("B")
     gate = asyncio.Event()
     seen: list[int] = []
@@ -284,12 +283,12 @@ async def test_a_slow_callback_has_bounded_room(quick: Nodes, overflow: Any, kep
         seen.append(message["number"])
 
     hearer.subscribe(EVENT, slow, max_pending=3, overflow=overflow)
-    heard = await hears(hearer, EVENT)
+    received = await receive_on(hearer, EVENT)
     await sender.send({"topic": EVENT, "number": 0})
-    await heard.reaches(1)
+    await received.reaches(1)
     for i in range(1, 10):
         sender.send({"topic": EVENT, "number": i})
-    await heard.reaches(10)
+    await received.reaches(10)
     assert (hearer.stats()["dropped"], hearer.stats()["waiting"]) == (6, 3)
     gate.set()
     await until(lambda: len(seen) == 4)
@@ -311,7 +310,7 @@ async def test_a_slow_subscriber_can_be_disconnected(
 
     hearer.subscribe(EVENT, slow)
     messages = hearer.messages(EVENT)
-    last = Heard()
+    last = Received()
     hearer.subscribe(5, last)
     await hearer.when_ready()
     await sender.send({"topic": EVENT, "number": 0})
@@ -323,26 +322,26 @@ async def test_a_slow_subscriber_can_be_disconnected(
     gate.set()
     await until(lambda: len(seen) == 4)
     taken = [(await anext(messages))[0]["number"] for _ in range(3)]
-    with pytest.raises(dscache.Overloaded, match="3 messages on topic 4 waited to be taken"):
+    with pytest.raises(dscache.Overloaded, match="3 messages on topic 4 were waiting"):
         await anext(messages)
     assert (seen, taken) == ([0, 1, 2, 3], [0, 1, 2])
     await until(lambda: hearer.stats()["subscribers"] == 1)
     assert hearer.stats()["dropped"] == 2
-    assert "a callback on topic 4 was disconnected" in caplog.text
+    assert "disconnected a callback on topic 4" in caplog.text
     with pytest.raises(StopAsyncIteration):
         await anext(messages)
 
 
 @pytest.mark.parametrize("loop_factory", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("turn", [None, 0.0], ids=["long", "short"])
-def test_a_burst_is_nobodys_fault(
+def test_a_burst_drops_nothing(
     one_server: EmbeddedServer,
     backend: str,
     loop_factory: Any,
     turn: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not even where a turn is over after one message, as on a machine that is busy otherwise."""
+    """Not even if a turn ends after one message, as on a busy machine."""
     if turn is not None:
         monkeypatch.setattr(subscribers, "_SHORTEST", turn)
         monkeypatch.setattr(subscribers, "_LONGEST", turn)
@@ -355,7 +354,7 @@ def test_a_burst_is_nobodys_fault(
             numbers: list[int] = []
             node.subscribe(EVENT, lambda message, sender: numbers.append(message["number"]))
             await node.when_ready()
-            # It blocks the loop, and so all of them wait in the sockets' buffers.
+            # It blocks the loop, so that all messages wait in the sockets' buffers.
             with (
                 redis_py.Redis(one_server.host, one_server.port) as redis,
                 redis.pipeline(transaction=False) as pipeline,
@@ -372,7 +371,7 @@ def test_a_burst_is_nobodys_fault(
         runner.run(listen())
 
 
-async def test_callbacks_give_way_to_the_cache(
+async def test_callbacks_yield_to_the_cache(
     quick: Nodes, one_server: EmbeddedServer, backend: str
 ) -> None:
     sender, hearer = await quick("A"), await quick("B")
@@ -390,17 +389,17 @@ async def test_callbacks_give_way_to_the_cache(
         before = calls
         for _ in range(5):
             await cache.get("nothing")
-        # A read takes a few turns of the loop, and each has room for one call.
+        # A read takes a few turns of the loop, and one call runs in each.
         assert calls - before < 200
         await sender.close()
         await hearer.close()
     assert calls < 1000
 
 
-# -- what goes wrong at the call
+# -- refusals at the call
 
 
-async def test_what_is_refused_at_the_call(quick: Nodes) -> None:
+async def test_bad_arguments_are_refused_at_the_call(quick: Nodes) -> None:
     node = await quick("A")
     for call in (
         lambda: node.send({}),
@@ -457,7 +456,7 @@ def test_a_node_belongs_to_one_loop(one_server: EmbeddedServer, backend: str) ->
         runner.run(close())
 
 
-async def test_a_forked_child_is_told(quick: Nodes) -> None:
+async def test_use_in_a_forked_child_is_refused(quick: Nodes) -> None:
     node = await quick("A")
     node._pid = os.getpid() + 1
     with pytest.raises(dscache.UsageError, match="after a fork"):
@@ -465,7 +464,7 @@ async def test_a_forked_child_is_told(quick: Nodes) -> None:
     node._pid = os.getpid()
 
 
-# -- what is lost
+# -- losses
 
 
 async def test_a_lost_server_is_a_gap(nodes: Nodes, make_server: Any) -> None:
@@ -474,17 +473,17 @@ async def test_a_lost_server_is_a_gap(nodes: Nodes, make_server: Any) -> None:
     options = {"host": server.host, "port": server.port}
     sender = await nodes("A", **options)
     hearer = await nodes("B", on_gap=lambda *gap: gaps.append(gap), **options)
-    heard = await hears(hearer, EVENT)
-    also = await hears(hearer, 5)
+    received = await receive_on(hearer, EVENT)
+    also = await receive_on(hearer, 5)
     await sender.send(NEWS)
-    await heard.reaches(1)
+    await received.reaches(1)
     began = time.time()
     await asyncio.to_thread(server.restart)
     await until(lambda: gaps)
     await hearer.when_ready()
     await sender.send(NEWS)
     await sender.send({"topic": 5})
-    await heard.reaches(2)
+    await received.reaches(2)
     await also.reaches(1)
     (gap,) = gaps
     assert gap[0] <= began <= gap[1] <= time.time()
@@ -492,10 +491,10 @@ async def test_a_lost_server_is_a_gap(nodes: Nodes, make_server: Any) -> None:
     assert (stats["gaps"], stats["last_gap"]) == (1, gap)
     assert stats["missed_seconds"] == pytest.approx(gap[1] - gap[0])
     assert stats["last_loss"]
-    assert heard == [NEWS, NEWS]
+    assert received == [NEWS, NEWS]
 
 
-async def test_a_gap_is_only_of_what_was_heard(nodes: Nodes, proxy: FaultProxy) -> None:
+async def test_a_gap_covers_only_confirmed_topics(nodes: Nodes, proxy: FaultProxy) -> None:
     def failing(since: float, until: float) -> None:
         raise ValueError("on_gap is wrong")
 
@@ -503,7 +502,7 @@ async def test_a_gap_is_only_of_what_was_heard(nodes: Nodes, proxy: FaultProxy) 
     proxy.cut()
     await until(lambda: node.stats()["connects"] == 4)
     assert node.stats()["gaps"] == 0
-    await hears(node, EVENT)
+    await receive_on(node, EVENT)
     proxy.cut()
     await until(lambda: node.stats()["gaps"] == 1)
     await node.when_ready()
@@ -522,7 +521,7 @@ async def test_on_gap_may_be_a_coroutine(
             raise ValueError("no more of this")
 
     node = await quick("A", host=proxy.host, port=proxy.port, on_gap=on_gap)
-    await hears(node, EVENT)
+    await receive_on(node, EVENT)
     for count in (1, 2):
         proxy.cut()
         await until(lambda n=count: len(told) == n)
@@ -531,14 +530,14 @@ async def test_on_gap_may_be_a_coroutine(
     await until(lambda: "no more of this" in caplog.text)
 
 
-async def test_a_silent_link_is_found_by_its_heartbeat(
+async def test_a_silent_connection_is_found_by_its_heartbeat(
     nodes: Nodes, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subscriptions, "_ANSWER", 0.2)
+    monkeypatch.setattr(subscriptions, "_REPLY_TIMEOUT", 0.2)
     where = {"host": proxy.host, "port": proxy.port, "heartbeat": 50}
     sender = await nodes("A")
     hearer = await nodes("B", **where)
-    heard = await hears(hearer, EVENT)
+    received = await receive_on(hearer, EVENT)
     proxy.stall("replies")
     began = time.time()
     await sender.send(NEWS)
@@ -549,17 +548,17 @@ async def test_a_silent_link_is_found_by_its_heartbeat(
     since, _ = hearer.stats()["last_gap"]
     assert since <= began
     await sender.send({"topic": EVENT, "name": "after"})
-    await until(lambda: heard and heard[-1] == {"topic": EVENT, "name": "after"})
+    await until(lambda: received and received[-1] == {"topic": EVENT, "name": "after"})
     assert "did not answer" in hearer.stats()["last_loss"]
 
 
-async def test_what_is_sent_while_redis_is_away_waits_or_fails(
+async def test_a_message_sent_while_redis_is_down_waits_or_fails(
     nodes: Nodes, proxy: FaultProxy
 ) -> None:
     where = {"host": proxy.host, "port": proxy.port}
     patient = await nodes("A", **where)
     hasty = await nodes("B", **where, commandTimeout=50)
-    heard = await hears(await nodes("C"), EVENT)
+    received = await receive_on(await nodes("C"), EVENT)
     await proxy.refuse()
     proxy.cut()
     await until(lambda: not patient.is_ready and not hasty.is_ready)
@@ -572,16 +571,16 @@ async def test_what_is_sent_while_redis_is_away_waits_or_fails(
     assert not waiting.done()
     await proxy.listen()
     assert await waiting == 1
-    await heard.reaches(1)
-    assert heard.senders == ["A"]
+    await received.reaches(1)
+    assert received.senders == ["A"]
 
 
-async def test_a_message_that_was_under_way_says_so(nodes: Nodes, proxy: FaultProxy) -> None:
+async def test_a_lost_message_in_flight_says_so(nodes: Nodes, proxy: FaultProxy) -> None:
     sender = await nodes("A", host=proxy.host, port=proxy.port)
-    heard = await hears(await nodes("B"), EVENT)
+    received = await receive_on(await nodes("B"), EVENT)
     proxy.stall("replies")
     waiting = sender.send(NEWS)
-    await heard.reaches(1)
+    await received.reaches(1)
     proxy.heal()
     proxy.stall("replies")
     proxy.cut()
@@ -590,11 +589,11 @@ async def test_a_message_that_was_under_way_says_so(nodes: Nodes, proxy: FaultPr
     proxy.heal()
     await sender.when_ready()
     await sender.send(NEWS | {"name": "next"})
-    await heard.reaches(2)
-    assert heard == [NEWS, NEWS | {"name": "next"}]
+    await received.reaches(2)
+    assert received == [NEWS, NEWS | {"name": "next"}]
 
 
-async def test_when_nobody_answers(backend: str, proxy: FaultProxy) -> None:
+async def test_a_server_that_never_replies(backend: str, proxy: FaultProxy) -> None:
     await proxy.refuse()
     url = f"redis://{proxy.host}:{proxy.port}?socket_connect_timeout=0.1"
     node = dscache.MessageNode.from_config(url)
@@ -603,12 +602,12 @@ async def test_when_nobody_answers(backend: str, proxy: FaultProxy) -> None:
     await node.close()
 
 
-# -- what servers allow
+# -- servers with restrictions
 
 
 @pytest.fixture
 async def restricted(make_server: Any, backend: str) -> AsyncIterator[tuple[Any, Nodes]]:
-    """A server of one's own, and nodes on it."""
+    """A private server, and nodes on it."""
     server = make_server()
     async with open_nodes(host=server.host, port=server.port) as opened:
         yield server, opened
@@ -621,14 +620,14 @@ async def test_a_server_without_resp3(restricted: tuple[EmbeddedServer, Nodes]) 
         gaps: list[Any] = []
         sender = await nodes("A", heartbeat=20)
         hearer = await nodes("B", heartbeat=20, on_gap=lambda *gap: gaps.append(gap))
-        heard = await hears(hearer, EVENT)
-        leave = hearer.subscribe(5, heard)
+        received = await receive_on(hearer, EVENT)
+        leave = hearer.subscribe(5, received)
         await hearer.when_ready()
         before = hearer.stats()["bytes_in"]
-        await until(lambda: hearer.stats()["bytes_in"] > before)  # a heartbeat's answer
+        await until(lambda: hearer.stats()["bytes_in"] > before)  # the reply to a heartbeat
         for i in range(100):
             sender.send({"topic": EVENT + i % 2, "number": i})
-        await heard.reaches(100)
+        await received.reaches(100)
         leave()
         await until(lambda: admin.pubsub_numsub("5") == [(b"5", 0)])
         assert gaps == []
@@ -636,7 +635,7 @@ async def test_a_server_without_resp3(restricted: tuple[EmbeddedServer, Nodes]) 
         await until(lambda: gaps)
         await hearer.when_ready()
         await sender.send(NEWS)
-        await heard.reaches(101)
+        await received.reaches(101)
         assert hearer.description.endswith("core")
 
 
@@ -647,9 +646,9 @@ async def test_a_refused_subscription(
     with redis_py.Redis(port=server.port) as admin:
         admin.execute_command("ACL", "SETUSER", "default", "resetchannels", "&5")
         node = await nodes("A", heartbeat=20)
-        heard = Heard()
-        node.subscribe(EVENT, heard)
-        node.subscribe(5, heard)
+        received = Received()
+        node.subscribe(EVENT, received)
+        node.subscribe(5, received)
         with pytest.raises(dscache.ReplyError, match="NOPERM"):
             await node.when_ready()
         with pytest.raises(dscache.ReplyError, match=r"NOPERM.*send on topic 4"):
@@ -657,27 +656,27 @@ async def test_a_refused_subscription(
         assert await node.send({"topic": 5}) == 1
         assert "refuses a subscription to topic 4: NOPERM" in caplog.text
         admin.execute_command("ACL", "SETUSER", "default", "allchannels")
-        # The next heartbeat asks once more.
+        # The next heartbeat subscribes again.
         await until(lambda: node.is_ready)
         assert admin.pubsub_numsub("4") == [(b"4", 1)]
         assert node.stats()["gaps"] == 0
 
 
-async def test_a_server_ends_a_subscription(
+async def test_a_subscription_ended_by_the_server(
     restricted: tuple[EmbeddedServer, Nodes],
 ) -> None:
     server, nodes = restricted
     node = await nodes("A")
-    heard = await hears(node, EVENT)
+    received = await receive_on(node, EVENT)
     with redis_py.Redis(port=server.port) as admin:
-        # A channel that is taken away from a user ends his connection.
+        # Revoking a channel closes the user's connection.
         admin.execute_command("ACL", "SETUSER", "default", "resetchannels", "&5")
         await until(lambda: not node.is_ready)
         admin.execute_command("ACL", "SETUSER", "default", "allchannels")
         await until(lambda: node.stats()["gaps"] == 1)
         await node.when_ready()
         admin.publish("4", '{"fromServer":"B","message":{"topic":4}}')
-    await heard.reaches(1)
+    await received.reaches(1)
 
 
 async def test_wrong_password(restricted: tuple[EmbeddedServer, Nodes]) -> None:
@@ -694,7 +693,7 @@ async def test_wrong_password(restricted: tuple[EmbeddedServer, Nodes]) -> None:
         assert await good.send(NEWS) == 0
 
 
-async def test_nobody_waits_longer_than_closing_takes(quick: Nodes) -> None:
+async def test_no_call_outlasts_the_close(quick: Nodes) -> None:
     sender = await quick("A")
     hearer = await quick("B", closeTimeout=50)
     begun = asyncio.Event()

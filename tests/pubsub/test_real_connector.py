@@ -1,7 +1,7 @@
 """Messages to and from deepstream's own connector, ``@deepstream/clusternode-redis``, on Node.
 
-It comes from npm. Where there is no Node, or npm can't get it, the recording of what it did stands
-in for it, and the tests say so in what they print.
+It comes from npm. Without Node, or if npm can't get it, a recording of the connector replaces it,
+and the tests print that.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import redis.asyncio
 
 from dscache.embedded import EmbeddedServer
 from tests.conftest import NamedServer
-from tests.support.message_nodes import Nodes, hears, open_nodes
+from tests.support.message_nodes import Nodes, open_nodes, receive_on
 from tests.support.waiting import until
 
 HERE = Path(__file__).parents[1]
 GOLDEN = json.loads((HERE / "api" / "golden" / "messages_by_connector.json").read_text("utf-8"))
-# It asks for more than it says that it needs.
+# It requires more than it declares.
 PACKAGES = ("@deepstream/clusternode-redis@1.0.1", "@deepstream/protobuf@1.0.8")
 MESSAGES = [one["message"] for one in GOLDEN["sent"] if one["server_name"] == "A"]
 TOPICS = sorted({json.loads(message)["topic"] for message in MESSAGES})
@@ -34,7 +34,7 @@ TOPICS = sorted({json.loads(message)["topic"] for message in MESSAGES})
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The folder that the connector was installed in, or None where that is not possible."""
+    """The folder in which the connector was installed, or None if that is impossible."""
     folder = tmp_path_factory.mktemp("connector")
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
@@ -64,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 
 class Real:
-    """The connector itself, in a process of its own."""
+    """The connector itself, in its own process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -78,7 +78,7 @@ class Real:
 
 
 class Recorded:
-    """What the connector did when it was recorded, done again."""
+    """A recording of the connector's actions, replayed."""
 
     def __init__(self, server: EmbeddedServer | NamedServer) -> None:
         self._redis: Any = redis.asyncio.Redis(host=server.host, port=server.port)
@@ -119,7 +119,7 @@ class Recorded:
 async def connector(
     installed: Path | None, server: EmbeddedServer | NamedServer
 ) -> AsyncIterator[Real | Recorded]:
-    """deepstream's connector on ``server``, or what stands in for it."""
+    """deepstream's connector on ``server``, or its recording."""
     if installed is None:
         recorded = Recorded(server)
         yield recorded
@@ -153,7 +153,7 @@ async def nodes(
 
 
 async def subscribe(connector: Real | Recorded, redis: redis_py.Redis, name: str) -> None:
-    """Have the connector listen, and wait until Redis knows of it."""
+    """Have the connector subscribe, and wait until Redis has the subscription."""
     counts = {topic: redis.pubsub_numsub(str(topic))[0][1] for topic in TOPICS}
     for topic in TOPICS:
         await connector.do("subscribe", name, topic=topic)
@@ -165,7 +165,7 @@ async def subscribe(connector: Real | Recorded, redis: redis_py.Redis, name: str
 
 
 class Tap:
-    """All that is published, byte for byte."""
+    """All published messages, byte for byte."""
 
     def __init__(self, server: EmbeddedServer | NamedServer) -> None:
         self._redis = redis_py.Redis(server.host, server.port)
@@ -183,7 +183,7 @@ class Tap:
         self._redis.close()
 
     async def take(self, count: int) -> list[tuple[bytes, bytes]]:
-        """Return so many messages: their channels and their bytes."""
+        """Return that many messages: their channels and their bytes."""
         found: list[tuple[bytes, bytes]] = []
         async with asyncio.timeout(60):
             while len(found) < count:
@@ -194,7 +194,7 @@ class Tap:
         return found
 
 
-async def test_both_directions(
+async def test_messages_in_both_directions(
     connector: Real | Recorded,
     nodes: Nodes,
     server: EmbeddedServer | NamedServer,
@@ -202,15 +202,15 @@ async def test_both_directions(
 ) -> None:
     print(f"{type(connector).__name__.lower()} connector, {server}")
     node = await nodes("py")
-    heard = [await hears(node, topic) for topic in TOPICS]
-    everything = heard[0]
+    received = [await receive_on(node, topic) for topic in TOPICS]
+    everything = received[0]
     for topic in TOPICS[1:]:
         node.subscribe(topic, everything)
     await node.when_ready()
     await connector.do("open", "js")
     await subscribe(connector, redis, "js")
     async with Tap(server) as tap:
-        # Broadcast, to us alone, to somebody else, and what it has no right to hear itself.
+        # To all, to this node alone, to another, and one that must not be delivered back.
         for message in MESSAGES:
             await connector.do("send", "js", message=message)
             await connector.do("sendDirect", "js", to="py", message=message)
@@ -232,7 +232,7 @@ async def test_both_directions(
     assert {sender for _, sender in told} == {"py"}
     values = [json.loads(text) for text, _ in told]
     assert sorted(values, key=str) == sorted(expected, key=str)
-    # Nobody heard what was his own, or for somebody else.
+    # No node received its own messages, or those for another node.
     assert len(everything) == 2 * len(MESSAGES)
     assert node.stats()["own"] == 3 * len(MESSAGES)
     assert node.stats()["foreign"] == len(MESSAGES)
@@ -243,14 +243,14 @@ async def test_both_directions(
     ):
         if '"to"' in message or b'"toServer":"py"' in their[1]:
             their = (their[0], their[1].replace(b'"toServer":"py"', b'"toServer":"js"', 1))
-        # JavaScript writes 1e-7 and 0.000001 in a way of its own, and means the same.
+        # JavaScript formats 1e-7 and 0.000001 differently; the values are equal.
         if '"n":' in message:
             assert json.loads(their[1]) == json.loads(our[1])
         else:
             assert their == our
 
 
-async def test_what_the_connector_hears_of_numbers(
+async def test_the_connector_receives_numbers(
     connector: Real | Recorded, nodes: Nodes, redis: redis_py.Redis
 ) -> None:
     node = await nodes("py")

@@ -1,4 +1,4 @@
-"""What a node is subscribed to and what it was told that it missed, without any server."""
+"""A node's subscriptions and the gaps reported to it, without any server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.waiting import until
 
 
 class Source:
-    """A connection that answers what a test tells it to."""
+    """A connection with replies chosen by a test."""
 
     def __init__(self) -> None:
         self.address = "node.test:6379"
@@ -42,7 +42,7 @@ class Source:
 
 
 class Place:
-    """Some topics at one source, as one of several nodes has them."""
+    """Topics on one source, as one of several nodes has them."""
 
     def __init__(self, ledger: Subscriptions, heartbeat: float = 60.0, **options: Any) -> None:
         self.source = Source()
@@ -53,7 +53,7 @@ class Place:
 
     def have(self, *topics: int) -> None:
         self.topics = topics
-        self.listener.look()
+        self.listener.on_topics_changed()
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ async def ledger(gaps: list[tuple[float, float]]) -> Subscriptions:
     return Subscriptions(lambda since, until: gaps.append((since, until)))
 
 
-async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]) -> None:
+async def test_topics_are_subscribed_and_unsubscribed(
+    ledger: Subscriptions, gaps: list[Any]
+) -> None:
     place = Place(ledger)
     for topic in (4, 5):
         ledger.add(topic)
@@ -77,13 +79,13 @@ async def test_topics_are_begun_and_ended(ledger: Subscriptions, gaps: list[Any]
     ledger.remove(5)
     place.have(4)
     await until(lambda: place.source.asked[2:] == [["UNSUBSCRIBE", "5"]])
-    assert ledger.is_whole
+    assert ledger.is_confirmed
     await place.listener.close()
     await place.listener.close()
     assert gaps == []
 
 
-async def test_a_gap_begins_with_the_last_question_that_was_answered(
+async def test_a_gap_begins_at_the_last_answered_ping(
     ledger: Subscriptions, gaps: list[tuple[float, float]]
 ) -> None:
     place = Place(ledger, heartbeat=0.01)
@@ -96,10 +98,10 @@ async def test_a_gap_begins_with_the_last_question_that_was_answered(
     place.source.gate.clear()
     asked = place.source.asked.count(["PING"])
     await until(lambda: place.source.asked.count(["PING"]) > asked)
-    before = place.listener.whole
+    before = place.listener.received_until
     place.listener.on_disconnected()
     place.listener.on_disconnected()
-    assert not ledger.is_whole
+    assert not ledger.is_confirmed
     place.source.gate.set()
     place.listener.on_connected()
     await ledger.wait_confirmed()
@@ -109,7 +111,7 @@ async def test_a_gap_begins_with_the_last_question_that_was_answered(
     await place.listener.close()
 
 
-async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
+async def test_a_new_owner_may_confirm_before_the_old_one_ends(
     ledger: Subscriptions, gaps: list[tuple[float, float]]
 ) -> None:
     moves: list[int] = []
@@ -120,22 +122,22 @@ async def test_a_new_owner_may_confirm_before_the_old_one_is_heard_to_leave(
     for place in (old, new):
         place.listener.on_connected()
     await ledger.wait_confirmed()
-    # Both have it for a moment: nobody says when the old one has ended.
+    # Both have it for a moment: the end at the old one is never confirmed.
     new.have(4)
     await until(lambda: gaps)
-    assert gaps[0][0] == old.listener.whole
+    assert gaps[0][0] == old.listener.received_until
     old.have()
     old.listener.ended(4)
     await asyncio.sleep(0)
-    assert ledger.is_whole
+    assert ledger.is_confirmed
     assert (len(gaps), moves) == (1, [1])
     for place in (old, new):
         await place.listener.close()
 
 
-async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions) -> None:
+async def test_a_redirecting_node_is_asked_again(ledger: Subscriptions) -> None:
     moves: list[int] = []
-    place = Place(ledger, words=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
+    place = Place(ledger, commands=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
     answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
     place.source.answer = lambda command: answers.pop(0)
     ledger.add(4)
@@ -147,10 +149,10 @@ async def test_a_node_that_sends_elsewhere_is_asked_again(ledger: Subscriptions)
     await place.listener.close()
 
 
-async def test_what_a_link_may_die_of(
+async def test_errors_that_end_a_connection(
     ledger: Subscriptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ANSWER", 0.01)
+    monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.01)
     place = Place(ledger, heartbeat=0.01)
     ledger.add(4)
     place.have(4)
@@ -169,7 +171,7 @@ async def test_what_a_link_may_die_of(
     await place.listener.close()
 
 
-async def test_topics_that_are_wanted_again_meanwhile(
+async def test_topics_that_are_subscribed_again_meanwhile(
     ledger: Subscriptions, gaps: list[Any]
 ) -> None:
     place = Place(ledger)
@@ -186,7 +188,7 @@ async def test_topics_that_are_wanted_again_meanwhile(
     place.source.gate.set()
     await until(lambda: place.source.asked.count(["SUBSCRIBE", "4"]) == 2)
     await ledger.wait_confirmed()
-    # What came after it was wanted again, and before it was heard again, is missed.
+    # Messages after the new request and before its confirmation are missed.
     assert len(gaps) == 1
     await place.listener.close()
 
@@ -206,25 +208,25 @@ def slots(*ports: int) -> list[Any]:
     return [[0, 16383, *([b"10.0.0.1", port, b"id"] for port in ports)]]
 
 
-async def test_what_a_node_says_of_its_cluster() -> None:
+async def test_the_cluster_state_reported_by_a_node() -> None:
     node = any_node()
     assert node.address in ("a:1", "b:2")
-    node.learn(slots(7000, 7001), WELL)
-    assert node.is_well
+    node.update_nodes(slots(7000, 7001), WELL)
+    assert node.is_healthy
     assert sorted(node._known) == [("10.0.0.1", 7000), ("10.0.0.1", 7001)]
-    node.learn(slots(7000), WELL.replace(b"ok", b"fail"))
-    assert not node.is_well
-    node.learn([], WELL)
-    assert (node.is_well, node._known) == (False, [("10.0.0.1", 7000)])
-    node.learn(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
-    assert node.is_well
-    node.learn([], WELL)
-    # Who may not ask has nothing to go by.
-    node.learn(ReplyError("NOPERM no permissions"), WELL)
-    assert not node.is_well
+    node.update_nodes(slots(7000), WELL.replace(b"ok", b"fail"))
+    assert not node.is_healthy
+    node.update_nodes([], WELL)
+    assert (node.is_healthy, node._known) == (False, [("10.0.0.1", 7000)])
+    node.update_nodes(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
+    assert node.is_healthy
+    node.update_nodes([], WELL)
+    # Without the right to ask there is no information.
+    node.update_nodes(ReplyError("NOPERM no permissions"), WELL)
+    assert not node.is_healthy
     with pytest.raises(ConfigError, match="is no node of a cluster"):
-        node.learn(ReplyError("ERR This instance has cluster support disabled"), WELL)
+        node.update_nodes(ReplyError("ERR This instance has cluster support disabled"), WELL)
     with pytest.raises(ReplyError):
-        node.learn(ReplyError("LOADING"), WELL)
+        node.update_nodes(ReplyError("LOADING"), WELL)
     with pytest.raises(ProtocolError):
-        node.learn(b"?", WELL)
+        node.update_nodes(b"?", WELL)

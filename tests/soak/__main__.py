@@ -1,12 +1,12 @@
-"""The long form of the fault tests: each row does its worst, prints its figures and a verdict.
+"""The long form of the fault tests: each row causes faults, prints its figures and a verdict.
 
     make soak                                  every row, about an hour
     make soak ARGS="kill storm --scale 0.1"    two rows, a tenth as long
     make soak ARGS="mixed --minutes 5 --backend pure --uvloop"
 
 Exits with 1 if something did not hold. ``tests/soak/test_resilience.py`` calls the same rows with
-small sizes and asserts what must hold at any speed (``Figures.problems``); what depends on the
-speed of the machine (``Figures.slow``) counts here alone.
+small sizes and asserts the limits that hold at any speed (``Figures.problems``); those that depend
+on the speed of the machine (``Figures.slow``) count only here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _cores(wanted: str) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the rows that are named; return 1 if something did not hold."""
+    """Run the named rows; return 1 if something did not hold."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--scale", type=float, default=1.0, help="times what the long form does")
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    # Losses are what is done here; the figures tell of them.
+    # Losses are intended here; the figures show them.
     for name in ("dscache", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR)
     binary = find_server()

@@ -1,8 +1,8 @@
-"""The rows of the soak test on a cluster of three primaries and three replicas.
+"""Soak rows on a cluster of three primaries and three replicas.
 
-Replication is asynchronous: a primary that is killed or replaced by force takes with it what it
-acknowledged and had not replicated. What is asserted then is that nothing fails, that nobody gets
-another's record, and that what is acknowledged by the new primary stays.
+Replication is asynchronous: a primary that is killed or replaced by force loses writes that it
+acknowledged and had not replicated. The rows then assert that nothing fails, that no caller gets
+another's record, and that writes acknowledged by the new primary stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.soak.figures import PATIENCE, Figures, resident, until
 from tests.soak.load import Load
 from tests.support.clusters import SLOTS, ClusterGroup, ClusterNode, Failover
 
-# For caches: what is noticed when the slots are next asked for need not take long.
+# For caches: findings of the next slot refresh should not take long.
 CURIOUS = {"slotsRefreshInterval": 50}
 KINDS: tuple[Failover, ...] = ("", "FORCE", "TAKEOVER")
 NODE_TIMEOUT_MS = 1000
@@ -34,7 +34,7 @@ KEPT_RATE = 0.8
 _WRITERS = 10
 _READERS = 10
 _AT_ONCE = 1000
-# What is made once, by the first use of each operation and layout.
+# Objects made once, by the first use of each operation and layout.
 _KEPT_BLOCKS = 5000
 
 
@@ -43,7 +43,7 @@ def start(binary: ServerBinary) -> ClusterGroup:
     return ClusterGroup(
         binary,
         node_timeout_ms=NODE_TIMEOUT_MS,
-        # One shard's fault must not be the others', and a shard without slots stays what it is.
+        # One shard's fault must not affect the others, and a shard without slots stays a primary.
         full_coverage=False,
         args=("--cluster-allow-replica-migration", "no"),
     )
@@ -60,14 +60,14 @@ def slot_of(name: str) -> int:
 
 
 def prefix_on(group: ClusterGroup, node: ClusterNode) -> str:
-    """Return a prefix whose names all lie in one slot, which that node serves."""
+    """Return a prefix whose names all share one slot, served by that node."""
     slots = set(group.slots_of(node))
     # The tag of "{{prefix}/name}_v" ends at the first brace.
     return next(tag for i in range(10**6) if slot_of(tag := f"{{shard-{i}}}") in slots)
 
 
 def a_name_each(group: ClusterGroup) -> dict[str, ClusterNode]:
-    """Return the name of a record of each primary, by which that is found."""
+    """Return the name of a record of each primary, to find that primary by."""
     found: dict[str, ClusterNode] = {}
     for node in group.primaries():
         slots = set(group.slots_of(node))
@@ -79,9 +79,9 @@ def a_name_each(group: ClusterGroup) -> dict[str, ClusterNode]:
 def leaving_soon(
     binary: ServerBinary,
 ) -> Iterator[tuple[ClusterGroup, ClusterNode, ClusterNode]]:
-    """Give a new cluster, and the node that is to give its slots to another one, and that one.
+    """Yield a new cluster, and the nodes from which and to which its slots move.
 
-    To be quick about it, it has few slots left when it begins.
+    The first has few slots at the beginning, so that the move is quick.
     """
     args = ("--cluster-allow-replica-migration", "no")
     with ClusterGroup(binary, primaries=3, replicas=0, args=args) as group:
@@ -95,7 +95,7 @@ def leaving_soon(
 
 
 def replicate(group: ClusterGroup) -> None:
-    """Wait until the replicas have what was written; raises AssertionError if they don't get it."""
+    """Wait until the replicas have all writes; raises AssertionError if they don't get them."""
     for node in group.primaries():
         with node.client() as client:
             client.set(f"{{{prefix_on(group, node)}}}", "marker")
@@ -133,7 +133,7 @@ async def records(
                 blocks.append(sys.getallocatedblocks())
             if layout == "hashtag":
                 await tear_none(figures, cache, reads)
-    # So many records at once leave their room behind in pieces: what counts is what is in use.
+    # That many records at once fragment the heap: only the memory in use counts.
     figures.memory = (resident(), resident())
     figures.notes.append(f"blocks in use {' > '.join(map(str, blocks))}")
     if blocks[-1] - blocks[0] > _KEPT_BLOCKS:
@@ -148,7 +148,7 @@ async def keep_records(
     count: int,
     single: bool,
 ) -> None:
-    """Write records with ordinary names; all come back, and each key is where it belongs."""
+    """Write records with ordinary names; all can be read, and each key is on its node."""
     kind = "single" if single else "bulk"
     names = [f"{kind}/{i}" for i in range(count - len(_ODD))] + [f"{kind}{odd}" for odd in _ODD]
     names[:2] = "}", "{}"
@@ -188,7 +188,7 @@ async def keep_records(
         figures.problems.append(f"{layout}, {kind}: {gone} of {count} records were removed")
 
 
-# Names that are less ordinary, and those that begin with a brace.
+# Unusual names, and names that begin with a brace.
 _ODD = ("{tag}/a", "{}", "}", "}{", "a{b}c", "ä/ö", "x y", "{", "{{x}}")
 
 
@@ -212,7 +212,7 @@ def _keys_of(group: ClusterGroup, node: ClusterNode) -> tuple[int, list[str]]:
 
 
 async def tear_none(figures: Figures, cache: dscache.AsyncCache, reads: int) -> None:
-    """Let readers look while writers write: version and data are of one write."""
+    """Read while writers write: version and data must be of one write."""
     names = [f"torn/{i}" for i in range(10 * _WRITERS)]
     done = 0
     torn: list[str] = []
@@ -249,7 +249,7 @@ async def tear_none(figures: Figures, cache: dscache.AsyncCache, reads: int) -> 
         figures.problems.append(f"{len(torn)} reads were of two writes: {torn[0]}")
 
 
-# -- slots that move
+# -- moving slots
 
 
 async def reshard(figures: Figures, binary: ServerBinary, *, slots: int = 4000) -> None:
@@ -261,7 +261,7 @@ async def reshard(figures: Figures, binary: ServerBinary, *, slots: int = 4000) 
 async def move_slots(
     figures: Figures, group: ClusterGroup, cache: dscache.AsyncCache, count: int
 ) -> None:
-    """Move so many slots there and back: no error, nothing lost, and nothing out of order."""
+    """Move that many slots there and back: no error, nothing lost, and nothing out of order."""
     source, target = (await asyncio.to_thread(group.primaries))[:2]
     owned = await asyncio.to_thread(group.slots_of, source)
     load = Load(cache, timeout=5.0, names=150, pause=0.002, prefix="moving")
@@ -291,7 +291,7 @@ async def move_slots(
         figures.problems.append("nothing was redirected")
 
 
-# -- primaries that are lost or replaced
+# -- lost primaries
 
 
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 3) -> None:
@@ -305,7 +305,7 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 3) -> No
 async def kill_primary(
     figures: Figures, group: ClusterGroup, cache: dscache.AsyncCache, number: int = 0
 ) -> None:
-    """Kill one primary, and start it again when its replica is in its place."""
+    """Kill one primary, and start it again once its replica has been promoted."""
     shard = number % 3
     primaries = await asyncio.to_thread(group.primaries)
     victim = await asyncio.to_thread(group.primary_of, shard * (SLOTS // 3))
@@ -346,7 +346,7 @@ async def kill_primary(
         figures.take(load)
         if failed := load.outcomes.total() - load.outcomes["ok"]:
             figures.problems.append(f"{failed} failed on other shards: {dict(load.outcomes)}")
-    # What it acknowledged last is lost with it, but nobody gets another's.
+    # Its last acknowledged writes are lost with it, but no caller gets another's record.
     figures.problems += [wrong for wrong in lost.wrong if "another's" in wrong]
     for before, during in zip(usual, rates, strict=True):
         if during < KEPT_RATE * before:
@@ -368,14 +368,14 @@ def _wait_for_role(node: ClusterNode) -> None:
         time.sleep(0.02)
 
 
-# When the others were last asked for their votes on a shard of a cluster.
+# When the other primaries were last asked to vote on a shard of a cluster.
 _votes: WeakKeyDictionary[ClusterGroup, dict[int, float]] = WeakKeyDictionary()
 
 
 async def _may_vote(group: ClusterGroup, shard: int) -> None:
-    """Wait until the other primaries vote again on a shard, which they do once in a while.
+    """Wait until the other primaries vote again on a shard, which they do only now and then.
 
-    An orderly failover that they don't vote for keeps the shard's writes waiting for five seconds.
+    An orderly failover without their votes keeps the shard's writes waiting for five seconds.
     """
     votes = _votes.setdefault(group, {})
     while time.monotonic() < votes.get(shard, 0.0) + 2.5 * NODE_TIMEOUT_MS / 1000:
@@ -401,7 +401,7 @@ async def fail_over(
     number: int,
     patience: float,
 ) -> None:
-    """Replace one primary; nobody is told of an error, and orderly, nothing is lost."""
+    """Replace one primary: no call gets an error, and an orderly failover loses nothing."""
     shard = number % 3
     primary = await asyncio.to_thread(group.primary_of, shard * (SLOTS // 3))
     replica = await asyncio.to_thread(group.replica_of, primary)

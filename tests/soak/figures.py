@@ -1,4 +1,4 @@
-"""What a row of the soak test measures, and what that may be."""
+"""Measurements of a soak row, and their limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import dscache
 from tests.soak.load import Load
 from tests.support.faults import FaultProxy
 
-# What must hold, where it depends on the machine: seconds, bytes, connections.
+# Limits that depend on the machine: seconds, bytes, connections.
 LATENESS = 0.050
 RECOVERY = 1.0
 DEAD_PEER = 10.0
@@ -31,13 +31,13 @@ MEMORY = 16 * 1024 * 1024
 ATTEMPTS_A_MINUTE = 25
 
 # A warm process under load holds the same from minute to minute: bytes, and Python objects, of
-# which a few hundred more or less are under way.
+# which a few hundred more or less are in use.
 WARM_AFTER = 300.0
 PLATEAU = 64 * 1024
 OBJECTS = 300
 OBJECTS_A_FAULT = 0.25
 
-# How long anything may take that depends on the other side coming back.
+# How long anything may take that depends on the return of the other side.
 PATIENCE = 60.0
 COUNTERS = ("pending", "pending_bytes", "in_flight", "queued")
 
@@ -53,9 +53,9 @@ async def until(condition: Callable[[], object], what: str) -> float:
 
 
 class Samples:
-    """What this process holds from fault to fault, in room that is there from the beginning.
+    """Memory and objects of this process after each fault, in space allocated at the beginning.
 
-    Else what is measured would grow by being measured.
+    Otherwise the measurement itself would grow.
     """
 
     def __init__(self, room: int) -> None:
@@ -65,7 +65,7 @@ class Samples:
         self._objects = array("q", [0]) * room
 
     def take(self) -> None:
-        """Take a sample, after what was garbage is gone; beyond the room, none."""
+        """Take a sample after a garbage collection; once the space is used up, none."""
         if self.count < len(self._times):
             gc.collect()
             self._times[self.count] = time.monotonic()
@@ -74,10 +74,10 @@ class Samples:
             self.count += 1
 
     def plateau(self) -> Plateau | None:
-        """Compare the samples of a process that is warm; None if there are too few.
+        """Compare the samples of a warm process; None if there are too few.
 
-        Of those, the first and the last third are compared: by their medians, as what is under
-        way differs from one moment to the next.
+        The first and the last third are compared, by their medians, as the work in flight varies
+        from moment to moment.
         """
         if not self.count:
             return None
@@ -100,7 +100,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """How far a warm process went up: its memory, by a line through it, and its objects.
+    """The growth of a warm process: its memory, by a line through it, and its objects.
 
     ``faults`` is how many there were between the two times that are compared.
     """
@@ -117,7 +117,7 @@ def _median(values: array[int]) -> int:
 
 @dataclass
 class Figures:
-    """What a row measured: ``problems`` must never be, ``slow`` not on a machine for the job."""
+    """A row's measurements: ``problems`` are never allowed, ``slow`` not on a suitable machine."""
 
     row: str
     operations: int = 0
@@ -132,14 +132,14 @@ class Figures:
     slow: list[str] = field(default_factory=list)
 
     def take(self, load: Load) -> None:
-        """Add what a load counted and what it found wrong."""
+        """Add the counts of a load and its violations."""
         self.operations += load.operations
         self.outcomes += load.outcomes
         self.problems += load.wrong
         self.lateness = max(load.lateness, self.lateness or -math.inf)
 
     def recovered(self, seconds: float) -> None:
-        """Note how long it took to serve again; the longest counts."""
+        """Record how long the recovery took; the longest counts."""
         self.recovery = max(seconds, self.recovery or 0.0)
 
     def drained(self, cache: dscache.AsyncCache) -> None:
@@ -149,7 +149,7 @@ class Figures:
             self.problems.append(f"not drained: {counters}")
 
     def grew(self, samples: Samples) -> None:
-        """Check that a process which has been through many faults holds what it held before."""
+        """Check that a process still holds after many faults what it held before."""
         plateau = samples.plateau()
         if plateau is None:
             return
@@ -162,7 +162,7 @@ class Figures:
             self.slow.append(f"{plateau.objects} objects were left by {plateau.faults} faults")
 
     def judge(self) -> None:
-        """Compare what was measured with what it may be."""
+        """Compare the measurements with their limits."""
         if self.lateness is not None and self.lateness > LATENESS:
             self.slow.append(f"{self.lateness * 1000:.0f} ms beyond a deadline")
         if self.recovery is not None and self.recovery > RECOVERY:
@@ -194,10 +194,10 @@ HEADING = (
 
 @contextlib.asynccontextmanager
 async def measured(figures: Figures) -> AsyncIterator[None]:
-    """Measure what is around: time, memory and open files, and judge it at the end."""
+    """Measure time, memory and open files around a block, and judge them at the end."""
     await _warm_up()
     memory = held()
-    # As servers do: a collection that walks all that was imported takes 100 ms of its own.
+    # As servers do: a collection that walks all imported modules takes 100 ms by itself.
     gc.freeze()
     files, began = open_files(), time.monotonic()
     try:
@@ -212,7 +212,7 @@ async def measured(figures: Figures) -> AsyncIterator[None]:
 
 
 async def _warm_up() -> None:
-    """Make what is made once in a process or loop, which belongs to no row's account."""
+    """Make the objects that a process or loop makes once, which count for no row."""
     async with FaultProxy("127.0.0.1", 1) as proxy:
         reader, writer = await asyncio.open_connection("localhost", proxy.port)
         with contextlib.suppress(ConnectionError):
@@ -224,7 +224,7 @@ async def _warm_up() -> None:
 
 def resident() -> int:
     """Return how many bytes of memory this process holds."""
-    # Linux adds up what statm shows by processor, and may be half a MiB wrong with two of them.
+    # Linux sums the counters of statm per processor, and may be half a MiB off with two of them.
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -236,12 +236,12 @@ def resident() -> int:
 
 
 def held() -> int:
-    """Return how many bytes this process holds once it has given back what is free.
+    """Return how many bytes this process holds once it has returned its free memory.
 
-    The many proxies of a row leave its heap in pieces of tens of MiB, with nothing in them.
+    The many proxies of a row fragment its heap into tens of MiB of free pieces.
     """
     gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc alone can be asked to
+    with contextlib.suppress(AttributeError):  # only glibc has this call
         ctypes.CDLL(None).malloc_trim(0)
     return resident()
 

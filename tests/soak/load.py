@@ -1,8 +1,8 @@
-"""A load of every operation on a cache, and the book of what each answer may be.
+"""A load of every operation on a cache, and a ledger of the answers that are allowed.
 
-Each name has one writer, which writes version after version and notes what became of each. What
-anybody reads must then be what that book allows: nothing older than what was acknowledged before
-the read, nothing that was refused, nothing of another name.
+Each name has one writer, which writes version after version and records the result of each. The
+ledger limits what any read may return: nothing older than acknowledged before the read, nothing
+that was refused, nothing of another name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, Self
 
 import dscache
 
-# A write that may have happened can lie in a stalled network, and arrive as late as this.
+# A write that may have happened can stay in a stalled network, and arrive as late as this.
 _LATE_SECONDS = 60.0
 _EXAMPLES = 20
 
 
 class Ledger:
-    """What may be stored under one name: kept by its only writer, asked by every reader.
+    """The possible state of one name: kept by its only writer, checked by every reader.
 
     Step by step it writes version 1, 2, 3 and so on; with ``removes``, every fourth step is a
-    removal instead. A ``guarded`` name is written with ``if_newer``. If ``late``, a write of
-    which nobody knows the outcome may still arrive after later ones; a guarded one can't.
+    removal instead. A ``guarded`` name is written with ``if_newer``. If ``late``, a write with an
+    unknown result may still arrive after later ones; a guarded one can't.
     """
 
     def __init__(
@@ -48,37 +48,37 @@ class Ledger:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the last acknowledged step is what is stored."""
+        """Whether the last acknowledged step is the stored one."""
         return not self._unknown and self.acknowledged + len(self._never) == self.issued
 
     def data(self, step: int) -> dict[str, Any]:
-        """Return the data of a step, which says whose it is."""
+        """Return the data of a step, which names its owner."""
         return {"name": self.name, "step": step, "text": "x" * (step % 50)}
 
     def begin(self) -> int:
-        """Return the next step, which is being issued."""
+        """Return the next step, which is about to be issued."""
         self.issued += 1
         return self.issued
 
     def done(self, step: int) -> None:
-        """Note that a step was acknowledged."""
+        """Record that a step was acknowledged."""
         self.acknowledged = step
         self._never.clear()
         if not self.late:
             self._unknown.clear()
 
     def refused(self, step: int) -> None:
-        """Note that a step certainly was not done."""
+        """Record that a step was certainly not executed."""
         self._never.add(step)
 
     def unknown(self, step: int, now: float) -> None:
-        """Note that a step may have been done, or may still be."""
+        """Record that a step may have been executed, or may still be."""
         self._unknown[step] = now
         while len(self._unknown) > 1 and next(iter(self._unknown.values())) < now - _LATE_SECONDS:
             del self._unknown[next(iter(self._unknown))]
 
     def allows(self, version: int | None, floor: int) -> bool:
-        """Whether a read may find this; ``floor`` was acknowledged when the read was issued."""
+        """Whether a read may return this; ``floor`` was acknowledged when the read was issued."""
         if version is None:
             steps = range(floor, self.issued + 1)
             return any(self.is_removal(s) and s not in self._never for s in steps) or any(
@@ -90,12 +90,12 @@ class Ledger:
 
 
 class Load:
-    """Writers and readers on one cache from ``async with`` on until its end.
+    """Writers and readers on one cache, from ``async with`` on until its end.
 
-    ``wrong`` describes each answer that should not have been, ``outcomes`` counts operations by
-    the type of their error (or "ok", "cancelled"), ``lateness`` is by how many seconds the
-    slowest operation missed its deadline (negative if none did). ``flood`` is how many operations
-    a second are issued beside these, whether or not the ones before were answered.
+    ``wrong`` describes each answer that is not allowed, ``outcomes`` counts operations by the type
+    of their error (or "ok", "cancelled"), ``lateness`` is by how many seconds the slowest operation
+    missed its deadline (negative if none did). ``flood`` is how many further operations a second
+    are issued, whether or not the ones before were answered.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Load:
                 raise outcome
 
     async def verify(self) -> None:
-        """Compare everything that is stored with the book; nothing may be under way."""
+        """Compare all stored records with the ledger; nothing may be in flight."""
         stored = await self._cache.get_bulk(list(self._of))
         for ledger in self._ledgers:
             self._check(ledger, stored.get(ledger.name), ledger.acknowledged)
@@ -228,7 +228,7 @@ class Load:
             await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
 
     async def _pour(self) -> None:
-        """Issue operations at a steady rate; what became of them is counted, and no more."""
+        """Issue operations at a steady rate; their results are only counted."""
         issued = 0
         began = self._loop.time()
         under_way: set[asyncio.Future[Any]] = set()

@@ -1,4 +1,4 @@
-"""The rows of the soak test on messages: all in order, lost servers, and who is too slow."""
+"""Soak rows on messages: order, lost servers, and slow subscribers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.soak.figures import Figures, held, until
 
 EVENT = 4
 TEXT = "x" * 60
-# So many of a sender are under way at a time.
+# The messages of one sender in flight at a time.
 _WINDOW = 500
-# What gets keep of their rate beside a slow subscriber.
+# The least part of their rate that reads keep beside a slow subscriber.
 _KEPT = 0.8
 _READERS = 50
 _NEWS_A_SECOND = 5000
@@ -36,13 +36,13 @@ def open_node(server: EmbeddedServer, name: str, **options: Any) -> dscache.Mess
     return dscache.MessageNode.from_config(config)
 
 
-# -- everybody hears everything
+# -- complete delivery
 
 
 async def everything(
     figures: Figures, binary: ServerBinary, *, count: int = 1_000_000, nodes: int = 3
 ) -> None:
-    """Have some nodes send at once: each hears all of the others' once, in each sender's order."""
+    """Let several nodes send at once: each receives all others' messages once, in order."""
     names = [f"node-{number}" for number in range(nodes)]
     each = count // nodes
     options = {"maxPending": 10 * count, "commandTimeout": 60_000}
@@ -101,10 +101,10 @@ async def _send(node: dscache.MessageNode, count: int) -> int:
 # -- the server is killed
 
 
-class Book:
-    """What was sent: when each was issued, when its outcome came, and whether Redis took it.
+class SentMessages:
+    """All sent messages: when each was issued, when its result came, and whether Redis took it.
 
-    In arrays, as what a row keeps of its own must not look like what dscache keeps.
+    In arrays, as the row's own memory must not look like that of dscache.
     """
 
     def __init__(self) -> None:
@@ -113,21 +113,21 @@ class Book:
         self.is_taken = bytearray()
 
     def issue(self) -> int:
-        """Note a message that is about to be sent; return its number."""
+        """Record a message that is about to be sent; return its number."""
         self.issued.append(time.time())
         self.settled.append(0.0)
         self.is_taken.append(False)
         return len(self.issued) - 1
 
     def settle(self, number: int, is_taken: bool) -> None:
-        """Note the outcome of a message."""
+        """Record the result of a message."""
         self.settled[number] = time.time()
         self.is_taken[number] = is_taken
 
 
 @dataclass
-class Ear:
-    """What one node hears, and the gaps that it is told of."""
+class Listener:
+    """The messages received by one node, and the gaps reported to it."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
     gaps: list[tuple[float, float]] = field(default_factory=list)
@@ -138,8 +138,8 @@ class Ear:
     def note(self, since: float, until: float) -> None:
         self.gaps.append((since, until))
 
-    def problems(self, book: Book, me: str) -> Iterator[str]:
-        """Tell what it heard twice or too late, and what it missed without being told."""
+    def problems(self, book: SentMessages, me: str) -> Iterator[str]:
+        """Return messages received twice or too late, and those missed outside of any gap."""
         last = -1
         for number in self.numbers:
             if number <= last:
@@ -154,15 +154,15 @@ class Ear:
 
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
     """Kill the server and start it again, under load."""
-    book = Book()
-    ears = {"B": Ear(), "C": Ear()}
+    book = SentMessages()
+    listeners = {"B": Listener(), "C": Listener()}
     with EmbeddedServer(binary) as server:
         sender = open_node(server, "A")
-        hearers = [open_node(server, name) for name in ears]
+        hearers = [open_node(server, name) for name in listeners]
         for node in hearers:
-            ear = ears[node.server_name]
-            node.on_gap = ear.note
-            node.subscribe(EVENT, ear.take)
+            listener = listeners[node.server_name]
+            node.on_gap = listener.note
+            node.subscribe(EVENT, listener.take)
         for node in (sender, *hearers):
             await node.when_ready()
         stop = asyncio.Event()
@@ -174,14 +174,15 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
             await asyncio.to_thread(server.start)
             began = time.monotonic()
             await until(
-                lambda n=number: all(len(ear.gaps) > n for ear in ears.values()),
+                lambda n=number: all(len(listener.gaps) > n for listener in listeners.values()),
                 "subscriptions after a kill",
             )
             figures.recovered(time.monotonic() - began)
-            heard = [len(ear.numbers) for ear in ears.values()]
+            heard = [len(listener.numbers) for listener in listeners.values()]
             await until(
                 lambda h=heard: all(
-                    len(ear.numbers) > before for ear, before in zip(ears.values(), h, strict=True)
+                    len(listener.numbers) > before
+                    for listener, before in zip(listeners.values(), h, strict=True)
                 ),
                 "messages after a kill",
             )
@@ -190,21 +191,26 @@ async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> N
         final = book.issue()
         await sender.send({"topic": EVENT, "number": final})
         book.settle(final, True)
-        await until(lambda: all(ear.numbers[-1] == final for ear in ears.values()), "the last one")
-        for name, ear in ears.items():
-            figures.problems += list(ear.problems(book, name))[:5]
-            if len(ear.gaps) != rounds:
-                figures.problems.append(f"{name} was told of {len(ear.gaps)} gaps, not {rounds}")
+        await until(
+            lambda: all(listener.numbers[-1] == final for listener in listeners.values()),
+            "the last one",
+        )
+        for name, listener in listeners.items():
+            figures.problems += list(listener.problems(book, name))[:5]
+            if len(listener.gaps) != rounds:
+                figures.problems.append(
+                    f"{name} was told of {len(listener.gaps)} gaps, not {rounds}"
+                )
         for node in (sender, *hearers):
             await node.close()
             _drained(figures, node)
     figures.operations = final + 1
-    missed = sum(figures.operations - len(ear.numbers) for ear in ears.values())
+    missed = sum(figures.operations - len(listener.numbers) for listener in listeners.values())
     figures.notes.append(f"{rounds} kills, {missed} messages missed, all of them in gaps")
 
 
 async def _load(
-    figures: Figures, node: dscache.MessageNode, book: Book, stop: asyncio.Event
+    figures: Figures, node: dscache.MessageNode, book: SentMessages, stop: asyncio.Event
 ) -> None:
     def settled(number: int, waiter: asyncio.Future[int]) -> None:
         error = waiter.exception()
@@ -222,13 +228,13 @@ async def _load(
         await asyncio.wait([waiter])
 
 
-# -- a subscriber is slow
+# -- a slow subscriber
 
 
 async def slow(
     figures: Figures, binary: ServerBinary, *, seconds: float = 10.0, pause: float = 0.01
 ) -> None:
-    """Let one subscriber fall behind: its room is bounded, and the cache is none the slower."""
+    """Let one subscriber fall behind: its queue is limited, and the cache is no slower."""
     limit = 1000
     with EmbeddedServer(binary) as server:
         cache = dscache.AsyncCache.from_config(server.url)
@@ -280,7 +286,7 @@ async def slow(
 
 
 async def _settled(count: Any) -> None:
-    """Wait until nothing more comes."""
+    """Wait until no more messages arrive."""
     before = -1
     while before != count():
         before = count()
@@ -288,7 +294,7 @@ async def _settled(count: Any) -> None:
 
 
 async def _gets(cache: dscache.AsyncCache, seconds: float) -> float:
-    """Return how many reads a second there are from some tasks."""
+    """Return how many reads a second some tasks achieve."""
     end = time.monotonic() + seconds
     done = 0
 
@@ -304,7 +310,7 @@ async def _gets(cache: dscache.AsyncCache, seconds: float) -> float:
 
 @contextmanager
 def _flood(server: EmbeddedServer) -> Iterator[None]:
-    """Have another process send messages, many a second, for as long as the block lasts."""
+    """Let another process publish messages, many a second, for the duration of the block."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.soak.message_rows", server.host, str(server.port)],
         cwd=Path(__file__).parents[2],

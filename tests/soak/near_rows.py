@@ -1,14 +1,15 @@
-"""The row of the soak test on the near cache: eight others write, and nothing that is read is old.
+"""The soak row of the near cache: eight processes write, and no read returns an outdated record.
 
-Each name has one writer, which publishes in memory that all processes share what it has issued and
-what was acknowledged. A read may then give nothing older than what was acknowledged before, but
-for what the link and the loop had not delivered yet. How far that is, a probe says: a question to
-the server, over the same link as the messages. Of all that was acknowledged before a probe was
-sent, its answer brings the last word. So the first rule is exact, and knows no allowance:
+Each name has one writer, which publishes in shared memory what it has issued and what was
+acknowledged. A read may return nothing older than acknowledged before it, except for changes that
+the connection and the event loop had not delivered yet. A probe measures that delay: a command to
+the server over the connection that also carries the invalidations. Its reply follows the
+invalidations of everything acknowledged before the probe was sent. So the first rule is exact and
+has no tolerance:
 
-    Once a probe is answered, no read gives what was outdated when the probe was sent.
+    Once a probe is answered, no read returns what was outdated when the probe was sent.
 
-The second is what a user sees: for how long what was read had been outdated.
+The second rule limits what a user sees: for how long a returned record had been outdated.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from tests.support.faults import ProxyProcess
 WRITERS = 8
 NAMES = 2000
 ZIPF = 0.99
-# Every so many steps, a record is removed instead of written.
+# Every n-th step removes a record instead of writing it.
 REMOVAL = 7
-# For how long a user may see what is outdated, beside what link and loop take, in seconds.
+# For how many seconds a user may see outdated records, apart from delays of connection and loop.
 LAG = 0.050
 IDLE_LIMIT = 0.5
 COMMAND_TIMEOUT = 5.0
 _TASKS = 32
 _PICKS = 128_000
-# A hit gives way to nobody, so a task does after some.
+# A hit doesn't yield to the event loop, so a task does after this many.
 _BURST = 50
 _RING = 64
 _EXAMPLES = 10
-# While the first are under way, everything starts at once.
+# During the first ones everything starts at once.
 _COLD_PROBES = 100
 _READER = "near-reader"
 
@@ -58,7 +59,7 @@ def names_of(count: int) -> list[str]:
 
 
 def popular(count: int, size: int, chance: random.Random) -> list[int]:
-    """Return numbers of names, as often as Zipf's law has it."""
+    """Return numbers of names, distributed by Zipf's law."""
     weights = [1 / rank**ZIPF for rank in range(1, count + 1)]
     return chance.choices(range(count), weights, k=size)
 
@@ -66,7 +67,7 @@ def popular(count: int, size: int, chance: random.Random) -> list[int]:
 class Board:
     """What the writers publish, in a file that all processes have mapped.
 
-    Of each name the last step ``issued`` and ``acked``, the step at which everything was ``gone``,
+    For each name the last step ``issued`` and ``acked``, the step at which everything was ``gone``,
     and when its last steps were acknowledged (``times``). ``writes`` counts those of each writer.
     """
 
@@ -92,7 +93,7 @@ class Board:
 
     @property
     def pause(self) -> int:
-        """Which pause it is now; 0 for none."""
+        """The number of the current pause; 0 for none."""
         return self._flags[1]
 
     @pause.setter
@@ -114,17 +115,17 @@ class Board:
         return self.times[index * _RING + (step + 1) % _RING]
 
     def may_be_gone(self, index: int, floor: int) -> bool:
-        """Whether there may be no record, where a step was the last that is known."""
+        """Whether the record may be missing when this step was the last known one."""
         issued = self.issued[index]
         removal = -(-floor // REMOVAL) * REMOVAL
         return removal <= issued or floor <= self.gone[index] <= issued
 
 
-# -- a process that writes
+# -- a writing process
 
 
 def write(host: str, port: int, path: str, number: int, pause: float) -> None:
-    """Write the names of one writer until told to end; each step is acknowledged by Redis."""
+    """Write the names of one writer until stopped; Redis acknowledges each step."""
     names = names_of(NAMES)
     board = Board(Path(path), NAMES)
     chance = random.Random(number)
@@ -147,7 +148,7 @@ def write(host: str, port: int, path: str, number: int, pause: float) -> None:
 
 
 def owner_of(index: int) -> int:
-    """Return who writes a name: one of the writers, or with WRITERS the reader itself."""
+    """Return the writer of a name: one of the writers, or with WRITERS the reader itself."""
     return index % (WRITERS + 1)
 
 
@@ -169,7 +170,7 @@ def _take_step(client: redis_py.Redis, name: str, step: int) -> None:
         client.delete(version, data)
     else:
         client.pexpire(version, 1)
-        # Redis deletes what has expired when it is asked for, if not before.
+        # Redis deletes an expired record when it is accessed, if not before.
         while client.exists(version):
             time.sleep(0.0002)
 
@@ -178,7 +179,7 @@ def _take_step(client: redis_py.Redis, name: str, step: int) -> None:
 
 
 class Reader:
-    """Reads of popular names through a near cache, and what each of them may give."""
+    """Reads of popular names through a near cache, and the answers each of them allows."""
 
     def __init__(self, figures: Figures, cache: dscache.AsyncCache, board: Board) -> None:
         self.reads = 0
@@ -192,19 +193,19 @@ class Reader:
         self._board = board
         self._names = names_of(board.count)
         self._picks = popular(board.count, _PICKS, random.Random(1))
-        # Of each name, what was acknowledged when the last answered probe was sent.
+        # For each name, the step acknowledged when the last answered probe was sent.
         self._floor = array("q", bytes(8 * board.count))
-        # What was written here counts from the moment when it was issued.
+        # The cache's own writes count from the moment they were issued.
         self._own = array("q", bytes(8 * board.count))
         self._doubtful: set[int] = set()
-        # For how long something outdated was given, in ns: as long as all is well, and otherwise.
+        # For how many ns an outdated record was served: while all is well, and otherwise.
         self.stale = array("q")
         self.stale_in_trouble = array("q")
 
     # -- tasks
 
     async def read(self, at: int) -> None:
-        """Read, from some point of what is picked on, until told to stop."""
+        """Read, from some position in the picks, until stopped."""
         picks = self._picks
         names, board, get = self._names, self._board, self._cache.get
         acked, own, now = board.acked, self._own, time.monotonic_ns
@@ -236,7 +237,7 @@ class Reader:
             await asyncio.sleep(0)
 
     async def probe(self) -> None:
-        """Ask the server something, again and again: the answer has seen all there was to tell."""
+        """Send a command to the server repeatedly: its reply follows all earlier invalidations."""
         loop = asyncio.get_running_loop()
         while not self.stop:
             floor = array("q", self._board.acked.tobytes())
@@ -254,7 +255,7 @@ class Reader:
             await asyncio.sleep(0.001)
 
     async def write(self, pause: float) -> None:
-        """Write own names, and read them before the answer and after it."""
+        """Write own names, and read them before the reply and after it."""
         chance = random.Random(0)
         board = self._board
         own = [
@@ -283,7 +284,7 @@ class Reader:
         try:
             written = await issued
         except dscache.DscacheError:
-            # It may happen yet, whenever; from now on nothing of this name is certain.
+            # It may still happen at any time; from now on nothing about this name is certain.
             self._doubtful.add(index)
             self._own[index] = before
             await asyncio.wait([reading])
@@ -300,7 +301,7 @@ class Reader:
         if (record is None) != removal or (record is not None and record.version != step):
             self._wrong(index, f"own step {step} and then {record!r}", step)
 
-    # -- what is found
+    # -- checks
 
     def _outdated(self, index: int, step: int, began: int) -> None:
         since = self._board.was_outdated_at(index, step)
@@ -318,11 +319,11 @@ class Reader:
             )
 
 
-# -- what goes wrong
+# -- faults
 
 
-class Mischief:
-    """What happens to the reader's link and to the records, one thing after the other."""
+class Faults:
+    """Faults of the reader's connection and of the records, one after the other."""
 
     def __init__(
         self, reader: Reader, board: Board, proxy: ProxyProcess, admin: redis_py.Redis
@@ -341,7 +342,7 @@ class Mischief:
         }
 
     async def work(self, pause: float) -> None:
-        """Do them all, again and again, with time to recover in between."""
+        """Cause them all repeatedly, with time to recover in between."""
         while True:
             for kind in random.sample(list(self._kinds), len(self._kinds)):
                 await asyncio.sleep(pause)
@@ -350,11 +351,11 @@ class Mischief:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything has happened at least once."""
+        """Whether every fault has happened at least once."""
         return self.done.keys() == self._kinds.keys()
 
     async def _flush(self) -> None:
-        """Remove everything, while nobody writes."""
+        """Remove everything while no process writes."""
         board = self._board
         self._pauses += 1
         board.pause = self._pauses
@@ -389,7 +390,7 @@ class Mischief:
         await self._settle()
 
     async def _settle(self) -> None:
-        """Wait until what was held back has arrived."""
+        """Wait until delayed data has arrived."""
         probes = self._reader.probes
         while self._reader.probes < probes + 2:
             await asyncio.sleep(0.001)
@@ -404,7 +405,7 @@ async def near(
     write_pause: float = 0.02,
     mischief_pause: float = 2.0,
 ) -> None:
-    """Read popular records through a near cache, while others write and the link suffers."""
+    """Read popular records through a near cache, while others write and the connection suffers."""
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(binary) as server:
         path = Path(folder, "board")
         board = Board(path, NAMES)
@@ -454,14 +455,14 @@ async def _read(
         async with dscache.AsyncCache.from_config(config) as cache:
             reader = Reader(figures, cache, board)
             await cache.when_ready()
-            mischief = Mischief(reader, board, proxy, admin)
+            faults = Faults(reader, board, proxy, admin)
             starts = range(0, _PICKS, _PICKS // _TASKS)
             tasks = [asyncio.create_task(reader.read(at)) for at in starts]
             tasks += [asyncio.create_task(reader.probe())]
             tasks += [asyncio.create_task(reader.write(write_pause))]
-            working = asyncio.create_task(mischief.work(mischief_pause))
+            working = asyncio.create_task(faults.work(mischief_pause))
             began = time.monotonic()
-            while reader.reads < reads or not mischief.is_complete:
+            while reader.reads < reads or not faults.is_complete:
                 ended = [task for task in (*tasks, working) if task.done()]
                 for task in ended:
                     task.result()
@@ -476,11 +477,11 @@ async def _read(
             figures.operations = reader.reads
             counts = cache.stats()["near_cache"]
             figures.drained(cache)
-    _tell(figures, reader, mischief, counts, seconds)
+    _tell(figures, reader, faults, counts, seconds)
 
 
 def _tell(
-    figures: Figures, reader: Reader, mischief: Mischief, counts: dict[str, Any], seconds: float
+    figures: Figures, reader: Reader, faults: Faults, counts: dict[str, Any], seconds: float
 ) -> None:
     served = counts["hits"] / max(1, counts["hits"] + counts["misses"] + counts["joins"])
     figures.notes.append(f"{reader.reads / seconds:.0f} reads/s, {served:.2%} hits")
@@ -488,10 +489,10 @@ def _tell(
         f"{counts['joins']} joins, {counts['invalidations']} invalidations, "
         f"{counts['dropped_fills']} dropped fills, flushes {counts['flushes']}"
     )
-    figures.notes.append(", ".join(f"{count} x {kind}" for kind, count in mischief.done.items()))
+    figures.notes.append(", ".join(f"{count} x {kind}" for kind, count in faults.done.items()))
     ordered = sorted(reader.stale)
     longest = ordered[-1] / 1e9 if ordered else 0.0
-    # Of all reads: those that gave what was true were outdated for no time at all.
+    # Of all reads: a current record counts as outdated for no time at all.
     rank = len(ordered) - max(1, reader.reads // 1000)
     usual = ordered[rank] / 1e9 if rank >= 0 else 0.0
     of_those = ordered[len(ordered) * 999 // 1000] / 1e9 if ordered else 0.0

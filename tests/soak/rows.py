@@ -1,6 +1,6 @@
-"""The rows of the soak test: each makes something fail, and writes what it finds into Figures.
+"""The rows of the soak test: each makes something fail, and writes its findings into Figures.
 
-``problems`` are what must never be; the sizes are those of the long form.
+``problems`` are never allowed; the sizes are those of the long form.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tests.support.sentinels import SentinelGroup
 
 
 class Row(Protocol):
-    """A row: makes things fail, and writes what it finds into ``figures``."""
+    """A row: makes things fail, and writes its findings into ``figures``."""
 
     async def __call__(self, figures: Figures, binary: ServerBinary, **sizes: Any) -> None: ...
 
@@ -82,7 +82,7 @@ async def back_to(load: Load, usual: float) -> float:
 
 
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
-    """Kill the server and start it again, under load; it keeps what it acknowledged."""
+    """Kill the server and start it again, under load; it keeps the acknowledged writes."""
     safe = ("--appendonly", "yes", "--appendfsync", "always")
     with EmbeddedServer(binary, args=safe) as server:
         async with open_cache(host=server.host, port=server.port) as cache:
@@ -109,7 +109,7 @@ async def storm(
     operations: int = 1_000_000,
     delays: tuple[float, ...] = (0.0, 0.05, 0.5),
 ) -> None:
-    """Cancel at random what waits for answers that come late, and look at all the others'."""
+    """Cancel random operations whose replies come late, and check the results of all others."""
     with EmbeddedServer(binary) as server:
         async with FaultProxy(server.host, server.port) as proxy:
             for delay in delays:
@@ -121,7 +121,7 @@ async def storm(
                     stats = cache.stats()
                     if (stats["connects"], stats["last_loss"]) != (1, ""):
                         figures.problems.append(f"connection lost: {stats['last_loss']}")
-                    # A bulk that was cancelled may still be on its way.
+                    # A cancelled bulk may still be in flight.
                     await until(lambda s=cache.stats: not s()["pending"], "draining")
                     figures.drained(cache)
     figures.operations = figures.outcomes.total()
@@ -184,7 +184,7 @@ async def _storm(
                 figures.outcomes["cancelled"] += 1
             elif outcome is not None:
                 figures.problems.append(repr(outcome))
-        if figures.memory == (0, 0):  # what so many tasks take once, they take again
+        if figures.memory == (0, 0):  # memory that so many tasks take once is reused
             figures.memory = (held(), 0)
     figures.memory = (figures.memory[0], held())
 
@@ -192,7 +192,7 @@ async def _storm(
 async def blackhole(
     figures: Figures, binary: ServerBinary, *, seconds: float = 60.0, flood: int = 1000
 ) -> None:
-    """Swallow everything for a while, as a network that is gone, then heal."""
+    """Swallow everything for a while, like a dead network, then heal."""
     with EmbeddedServer(binary) as server:
         async with FaultProxy(server.host, server.port) as proxy, _behind(proxy) as cache:
             await _silence(
@@ -203,7 +203,7 @@ async def blackhole(
 async def freeze(
     figures: Figures, binary: ServerBinary, *, seconds: float = 10.0, flood: int = 1000
 ) -> None:
-    """Stop the server's process, whose sockets stay open, then let it go on."""
+    """Stop the server's process, whose sockets stay open, then resume it."""
     with EmbeddedServer(binary) as server:
         async with open_cache(host=server.host, port=server.port) as cache:
             await _silence(
@@ -256,13 +256,13 @@ async def cut(figures: Figures, binary: ServerBinary, *, step: int = 1) -> None:
             cuts = range(0, length + 1, step)
             await asyncio.gather(*(one(count, f"cut/{number}/{count}") for count in cuts))
             figures.notes.append(f"{len(cuts)} cuts of {direction} by {ending}")
-            # What so many proxies at once take, the next ones take again.
+            # Memory that so many concurrent proxies take once is reused.
             now = held()
             figures.memory = (figures.memory[0] or now, now)
 
 
 async def _exchanged(server: EmbeddedServer, direction: Any) -> int:
-    """Return how many bytes of a direction the operations of a cut take."""
+    """Return how many bytes the operations of a cut exchange in a direction."""
     async with FaultProxy(server.host, server.port) as proxy, _behind(proxy) as cache:
         await _prepare(cache, "cut/0")
         before = proxy.forwarded[direction]
@@ -294,7 +294,7 @@ async def _cut_once(
             proxy.cut_after(count, direction, ending)
             async with asyncio.timeout(PATIENCE):
                 outcomes = await asyncio.gather(*_operations(cache, name), return_exceptions=True)
-                proxy.heal()  # a cut that came too late must not hit what is next
+                proxy.heal()  # a cut that came too late must not hit the next operations
                 stored = await cache.get(f"{name}/w")
             for outcome in outcomes:
                 is_error = isinstance(outcome, BaseException)
@@ -302,7 +302,7 @@ async def _cut_once(
             figures.operations += len(outcomes)
             record, version, plain, guarded = outcomes
             where = f"cut after {count} bytes of {direction}"
-            # Reads and guarded writes are sent again, and right.
+            # Reads and guarded writes are sent again, with the right results.
             if getattr(record, "data", None) != {"name": name, "text": "x" * 100} or version != 1:
                 figures.problems.append(f"{where}: read {record!r}, version {version!r}")
             if guarded is not True or stored is None or stored.data != [name, 3]:
@@ -317,7 +317,7 @@ async def _cut_once(
 async def fuzz(
     figures: Figures, binary: ServerBinary, *, cases: int = 1_000_000, seed: int = 0
 ) -> None:
-    """Feed mutated replies to the core: an error at worst, and nobody gets another's."""
+    """Feed mutated replies to the core: an error at worst, and no caller gets another's record."""
     fuzzer = Fuzzer(_backend.core, seed)
     fuzzer.run(100)
     before, began = held(), time.monotonic()
@@ -332,7 +332,7 @@ async def fuzz(
 
 
 async def injection(figures: Figures, binary: ServerBinary, *, every: bool = True) -> None:
-    """Raise each exception on each line that an operation passes, in processes of their own."""
+    """Raise each exception on each line that an operation executes, in separate processes."""
     with EmbeddedServer(binary) as server:
         options = {"host": server.host, "port": server.port, "commandTimeout": TIMEOUT}
         options["retryStrategy"] = {"first": 1, "cap": 20}
@@ -354,7 +354,7 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
 async def shortage(
     figures: Figures, binary: ServerBinary, *, stride: int = 1, scenes: list[str] | None = None
 ) -> None:
-    """Let each single allocation of the core fail, in processes of their own."""
+    """Let each single allocation of the core fail, in separate processes."""
     result = await asyncio.to_thread(scan, _backend.BACKEND, stride, scenes)
     figures.operations = result["runs"]
     figures.problems += result["crashes"] + result["problems"]
@@ -362,7 +362,7 @@ async def shortage(
 
 
 async def finalizers(figures: Figures, binary: ServerBinary, *, count: int = 100_000) -> None:
-    """Let finalizers use a pipeline in the middle of what it does."""
+    """Let finalizers use a pipeline in the middle of its work."""
     result = await asyncio.to_thread(
         run_child, "finalizers.py", _backend.BACKEND, str(count), backend=_backend.BACKEND
     )
@@ -371,7 +371,7 @@ async def finalizers(figures: Figures, binary: ServerBinary, *, count: int = 100
 
 
 async def refused(figures: Figures, binary: ServerBinary, *, seconds: float = 60.0) -> None:
-    """Rotate a password and spoil certificates: the error at once, no storm, then all is well."""
+    """Rotate a password and spoil certificates: errors at once, paced attempts, then recovery."""
     with tempfile.TemporaryDirectory() as folder:
         rows = [_wrong_password(figures, binary, seconds)]
         rows += [
@@ -420,7 +420,7 @@ async def _wrong_certificate(
     with EmbeddedServer(binary) as server:
         async with (
             FaultProxy(server.host, server.port, tls=context) as inner,
-            # In front of TLS, where every attempt to connect is counted.
+            # A proxy in front of TLS counts every attempt to connect.
             FaultProxy(inner.host, inner.port) as proxy,
             open_cache(host=proxy.host, port=proxy.port, tls={"ca": trusted}) as cache,
         ):
@@ -484,7 +484,7 @@ async def _error_of(waiter: Awaitable[Any]) -> BaseException | None:
 
 
 async def away(figures: Figures, binary: ServerBinary, *, operations: int = 100_000) -> None:
-    """Queue operations while the server is away: refused beyond a limit, or all served later."""
+    """Queue operations while the server is down: refused beyond a limit, or all served later."""
     with EmbeddedServer(binary) as server:
         for when_full in ("error", "wait"):
             async with FaultProxy(server.host, server.port) as proxy:
@@ -531,7 +531,7 @@ async def _away(
 
 
 async def silent(figures: Figures, binary: ServerBinary) -> None:
-    """Let the other side fall silent for good: it is found idle, and while in use."""
+    """Let the peer fall silent for good: it is found while idle, and while in use."""
     with EmbeddedServer(binary) as server:
         async with FaultProxy(server.host, server.port) as proxy, _behind(proxy) as cache:
             await cache.set("silent", 1, "here")
@@ -545,7 +545,7 @@ async def silent(figures: Figures, binary: ServerBinary) -> None:
             proxy.stall()
             began = time.monotonic()
             error = await _error_of(cache.get("silent"))
-            # Without a connection, if the link was found dead before that.
+            # Without a connection, if it was found dead before that.
             if not isinstance(error, (dscache.DeadlineExceeded, dscache.ConnectError)):
                 figures.problems.append(f"a read without an answer: {error!r}")
             await until(lambda: not cache.is_ready, "a link in use to be found dead")
@@ -565,8 +565,8 @@ async def failover(figures: Figures, binary: ServerBinary, *, rounds: int = 3) -
     """Kill the primary behind Sentinels, or replace it, under load of guarded writes."""
     for _ in range(rounds):
         for happen in (_fail_over, _replace):
-            # A group of its own each time: Sentinels that have just failed over may do so once
-            # more of themselves, and what a primary acknowledges that is none any more is lost.
+            # A new group each time: Sentinels may repeat a recent failover by themselves, and a
+            # former primary loses the writes that it acknowledges.
             with SentinelGroup(binary) as group:
                 async with open_cache(**group.options) as cache:
                     await happen(figures, group, cache)
@@ -593,8 +593,8 @@ async def _fail_over(figures: Figures, group: SentinelGroup, cache: dscache.Asyn
 
 
 async def _replace(figures: Figures, group: SentinelGroup, cache: dscache.AsyncCache) -> None:
-    # What the old primary acknowledges last is lost: it answers before it replicates, and the
-    # replica leaves it before the Sentinels say so. Hence two loads.
+    # The last writes acknowledged by the old primary are lost: it answers before it replicates, and
+    # the replica leaves it before the Sentinels announce that. Hence two loads.
     before = Load(cache, timeout=1.0, guarded_only=True, prefix="before")
     after = Load(cache, timeout=1.0, guarded_only=True, prefix="after")
     connects = cache.stats()["connects"]
@@ -645,7 +645,7 @@ async def _mixed(
     counts: Counter[str] = Counter()
     samples = Samples(int(seconds / 0.35) + 1)  # no fault takes less
     end = time.monotonic() + seconds
-    # One client for all: redis-py keeps a little of each.
+    # One client for all: redis-py keeps a little memory for each.
     with redis_py.Redis(port=server.port) as admin:
         faults = _faults(proxy, server, admin)
         admin.ping()
@@ -674,7 +674,7 @@ async def _mixed(
 def _faults(
     proxy: ProxyProcess, server: EmbeddedServer, admin: redis_py.Redis
 ) -> dict[str, Callable[[], Awaitable[object]]]:
-    """Return what can go wrong, by name. None of it duplicates or alters what is delivered."""
+    """Return the faults by name. None of them duplicates or alters delivered data."""
 
     def ask(*command: str) -> Awaitable[object]:
         return asyncio.to_thread(admin.execute_command, *command)

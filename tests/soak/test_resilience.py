@@ -1,4 +1,4 @@
-"""The short form of the soak test: every row with small sizes, and what must hold at any speed."""
+"""The short form of the soak test: small rows, and the checks that hold at any speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dscache.embedded import ServerBinary, find_server
 from tests.conftest import SERVERS
 from tests.soak import rows
 
-# The rows start servers of their own, to kill them.
+# The rows start their own servers, to kill them.
 BINARY = SERVERS[0] if SERVERS and isinstance(SERVERS[0], ServerBinary) else find_server()
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -33,13 +33,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "sync-kill": {"rounds": 2},
 }
 
-# Their short form is in test_sync.py and test_sync_cluster.py.
+# test_sync.py and test_sync_cluster.py have their short form.
 OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 
-# Their short form is in test_cluster.py, where tests share a cluster.
+# test_cluster.py has their short form, with a shared cluster.
 ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
 
-# Their short form is in test_injection.py.
+# test_injection.py has their short form.
 IN_PROCESSES = ("injection", "shortage", "finalizers")
 
 

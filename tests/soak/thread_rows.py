@@ -1,4 +1,4 @@
-"""The rows of the soak test for the blocking Cache: threads, interruptions, and lost servers."""
+"""Soak rows for the blocking Cache: threads, interruptions, and lost servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNDISTURBED = 4
 async def threads(
     figures: Figures, binary: ServerBinary, *, operations: int = 1_000_000, count: int = 32
 ) -> None:
-    """Have many threads use few connections; each knows what its own records must be."""
+    """Let many threads use few connections; each checks its own records."""
     await asyncio.to_thread(_threads, figures, binary, operations, count)
 
 
@@ -104,7 +104,7 @@ def _interrupts(figures: Figures, what: str, where: str, count: int) -> None:
 
 
 async def kill(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
-    """Kill the server and start it again under threads; it keeps what it acknowledged."""
+    """Kill the server and start it again under threads; it keeps the acknowledged writes."""
     safe = ("--appendonly", "yes", "--appendfsync", "always")
     with EmbeddedServer(binary, args=safe) as server:
         options = {"host": server.host, "port": server.port}
@@ -146,12 +146,12 @@ async def reshard(figures: Figures, binary: ServerBinary, *, slots: int = 4000) 
 
 
 def _threaded(options: dict[str, Any], count: int) -> Any:
-    """Return a cache that so many threads use, to be entered; driven as an asyncio one."""
+    """Return a cache that many threads use, to be entered; driven as an asyncio one."""
     return ThreadedCache(dscache.Cache.from_config({"name": "redis", "options": options}), count)
 
 
 def _load(cache: Any) -> Load:
-    # As many as there are threads: who waits for a thread would seem late.
+    # As many as there are threads: an operation that waits for a thread would seem late.
     return Load(cache, timeout=1.0, names=_LOADED // 2, readers=_LOADED // 2)
 
 

@@ -1,4 +1,4 @@
-"""A blocking cache in the shape of an asyncio one, and what tests of it need beside it."""
+"""A blocking cache with the interface of an asyncio one, and helpers for its tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.support.faults import FaultProxy
 
 T = TypeVar("T")
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
+# Seconds until something must have ended: far more than any machine needs, since it measures
+# nothing.
 PATIENCE = 60
 
 
@@ -35,7 +36,7 @@ def until(condition: Callable[[], object], what: str = "it") -> None:
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """Return what ``work`` returns in so many threads, which run at once."""
+    """Return the results of ``work`` in that many threads, which run at once."""
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(work, range(count)))
 
@@ -43,7 +44,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 def run_child(
     script: str, *arguments: str, backend: str, seconds: float = 5.0 * PATIENCE
 ) -> dict[str, Any]:
-    """Return the JSON that a program of ``tests/programs`` prints, within so many seconds."""
+    """Return the JSON that a program of ``tests/programs`` prints within that many seconds."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parents[1] / "programs" / script), *arguments],
         env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -57,13 +58,13 @@ def run_child(
 
 
 def options_of(where: str) -> dict[str, Any]:
-    """Return the options that lead to a URL, or that are written as JSON."""
+    """Return the options for a URL, or parse options written as JSON."""
     options: dict[str, Any] = json.loads(where) if where.startswith("{") else {"url": where}
     return options
 
 
 class BlockingCache:
-    """A Cache with the methods of an AsyncCache: each has ended when its call returns."""
+    """A Cache with the methods of an AsyncCache; each call has completed when it returns."""
 
     def __init__(self, cache: dscache.Cache) -> None:
         self._cache = cache
@@ -81,7 +82,7 @@ class BlockingCache:
                 future.set_result(operation(*args, **kwargs))
             except dscache.RecordError as error:
                 if "stored" not in str(error):
-                    raise  # of the arguments, which the other one refuses at the call
+                    raise  # of the arguments, which AsyncCache refuses at the call
                 future.set_exception(error)
             except dscache.DscacheError as error:
                 if "the cache is closed" in str(error):
@@ -125,9 +126,9 @@ class BlockingCache:
 
 
 class ThreadedCache:
-    """A Cache with the methods of an AsyncCache, each done by one of several threads.
+    """A Cache with the methods of an AsyncCache, each run by one of several threads.
 
-    So what drives an AsyncCache drives a Cache, from as many threads at once.
+    A driver of an AsyncCache therefore drives a Cache too, from as many threads at once.
     """
 
     def __init__(self, cache: dscache.Cache, threads: int) -> None:
@@ -156,7 +157,7 @@ class ThreadedCache:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for what fails on command beside a blocking cache."""
+    """An event loop in its own thread, for servers that fail on command beside a blocking cache."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -164,11 +165,11 @@ class LoopThread:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Return what a coroutine returns there."""
+        """Return the result of a coroutine run in the loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return what a function returns there."""
+        """Return the result of a function called in the loop."""
 
         async def called() -> T:
             return function(*arguments)
@@ -182,7 +183,7 @@ class LoopThread:
 
 
 class ProxyThread:
-    """A FaultProxy in a thread of its own; its methods may be called from any other."""
+    """A FaultProxy in its own thread; its methods may be called from any other."""
 
     def __init__(self, host: str, port: int, **options: Any) -> None:
         self._thread = LoopThread()
@@ -203,7 +204,7 @@ class ProxyThread:
         return self._thread.call(lambda: self.proxy.connections)
 
     def do(self, method: str, *arguments: Any) -> None:
-        """Call a method of the proxy, and await it if it is to be awaited."""
+        """Call a method of the proxy, and await the result if it is awaitable."""
 
         async def done() -> None:
             result = getattr(self.proxy, method)(*arguments)
@@ -221,7 +222,7 @@ class ProxyThread:
 
 
 class Model:
-    """What one thread's records must be, none of which anybody else writes."""
+    """The expected state of one thread's records, which nothing else writes."""
 
     def __init__(self, number: int) -> None:
         self.random = random.Random(number)

@@ -1,4 +1,4 @@
-"""What must hold of a Cache on one server and on a cluster alike."""
+"""Checks that hold for a Cache both on one server and on a cluster."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.support.blocking import run_child
 
 
 def assert_interrupted(where: str, count: int, backend: str) -> None:
-    """Have a program raise so often from a signal handler, and assert that nothing came of it."""
+    """Let a program raise that often from a signal handler; assert that the cache stays correct."""
     result = run_child("interrupts.py", where, str(count), backend=backend)
     assert result["wrong"] == [], result
     assert result["raised"] == count
-    # What is raised in a finalizer reaches nobody.
+    # An exception raised in a finalizer reaches no caller.
     assert result["caught"] > 0.98 * count, result
     assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
     assert result["connections"] <= 4
@@ -26,16 +26,16 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
 
 
 def assert_struck_at_each_line(options: dict[str, Any], backend: str) -> None:
-    """Have a program strike a cache at each of its lines, and assert that nothing came of it."""
+    """Let a program interrupt a cache at each of its lines; assert that it stays correct."""
     result = run_child("strikes.py", json.dumps(options), backend=backend)
-    assert result["wrong"] == []
+    assert result["wrong"] == [], result
     assert all(count >= 3 for count in result["strikes"].values()), result
     assert result["pending"] == result["pending_bytes"] == result["left"] == 0
     assert result["connections"] == 1
 
 
-def assert_a_place_is_made(cache: dscache.Cache) -> None:
-    """Lose the only line of a cache, as if an exception had struck right after it was taken."""
+def assert_a_lost_connection_frees_its_place(cache: dscache.Cache) -> None:
+    """Lose a cache's only connection, as if an exception had struck right after it was taken."""
     pool: Any = cache._pool
     line = pool._idle.pop()
     with pytest.raises(dscache.Overloaded):
@@ -45,8 +45,8 @@ def assert_a_place_is_made(cache: dscache.Cache) -> None:
     assert gone() is None
 
 
-def assert_bulks_come_through(cache: dscache.Cache, count: int) -> None:
-    """Write, read and remove in bulks of more than the buffers on both sides hold."""
+def assert_large_bulks_work(cache: dscache.Cache, count: int) -> None:
+    """Write, read and remove in bulks larger than the buffers of both sides."""
     names = [f"{'long name ' * 50}{n}" for n in range(count)]
     records = {name: (n, "x" * 500) for n, name in enumerate(names)}
     assert cache.set_bulk(records, if_newer=True) == set()
@@ -60,7 +60,7 @@ def assert_bulks_come_through(cache: dscache.Cache, count: int) -> None:
 def assert_each_size_is_read(cache: dscache.Cache) -> None:
     """Read records whose replies end shortly before, at and after each end of the read buffer.
 
-    Over TLS, one in some of them ends in the middle of a TLS record, of at most 16 KiB.
+    Over TLS, some of them end in the middle of a TLS record, which holds at most 16 KiB.
     """
     sizes = [
         end + beyond

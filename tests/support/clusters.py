@@ -1,4 +1,4 @@
-"""A Redis Cluster of our own, for tests of resharding, failover, lost nodes and new addresses."""
+"""A private Redis Cluster for tests of resharding, failover, lost nodes and new addresses."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ _HOST = "127.0.0.1"
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _PORT_TRIES = 5
-# A server gives up a handshake after the node timeout, and at the earliest after one second.
+# A server abandons a handshake after the node timeout, and at the earliest after one second.
 _MEET_AGAIN_SECONDS = 1.5
-# A server gives up a manual failover that did not come about after five.
+# A server abandons a manual failover that has not completed after five seconds.
 _FAILOVER_AGAIN_SECONDS = 5.5
 _KEYS_AT_ONCE = 100
 _SLOTS_AT_ONCE = 16
-# To one node; fewer than redis-py allows by default, as several threads may need some.
+# Connections to one node: fewer than redis-py's default, but enough for several threads.
 _CONNECTIONS = 32
-# Where files are in memory. Servers wait for the disk with each change of a slot.
+# A folder in memory: servers sync to disk at each change of a slot.
 _MEMORY = Path("/dev/shm")
 _MIGRATE_MS = 5000
 _PORTS = re.compile(r"^([0-9a-f]{40})( [^ ,:]*):\d+@\d+", re.MULTILINE)
-# How nodes log in to each other when each has a password of its own: which of them is the
-# primary changes, and a server has room for a single password of its primary.
+# The user with which nodes log in to each other when each has its own password: roles change, and a
+# server can store only one password for its primary.
 _REPLICATION_USER = "replication"
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """What one node says of another, or of itself, in CLUSTER NODES."""
+    """One node's line in another node's CLUSTER NODES, or in its own."""
 
     id: str
     address: str
@@ -80,7 +80,7 @@ class _Line:
 class ClusterNode:
     """One server of a cluster. Its id and data stay; start_all() may give it other ports.
 
-    ``server`` is then another one, so keep the node and not its server.
+    ``server`` is replaced then, so keep a reference to the node and not to its server.
     """
 
     def __init__(
@@ -108,54 +108,54 @@ class ClusterNode:
 
     @property
     def address(self) -> str:
-        """Host, port and the port of the cluster bus, as CLUSTER NODES has them."""
+        """Host, port and cluster bus port, as in CLUSTER NODES."""
         return f"{self.host}:{self.ports}"
 
     @property
     def ports(self) -> str:
-        """The port, and that of the cluster bus."""
+        """The port and the cluster bus port."""
         return f"{self.port}@{self.bus_port}"
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs and is not paused."""
+        """Whether the server runs and is not paused."""
         return self.server.is_running and not self.is_paused
 
     def __repr__(self) -> str:
         return f"<node {self.id[:8]} at {self.address}>"
 
     def role(self) -> Literal["primary", "replica"]:
-        """Return what the node takes itself for."""
+        """Return the role that the node reports for itself."""
         return "primary" if self.ask("ROLE")[0] == "master" else "replica"
 
     def client(self) -> redis.Redis:
-        """Return a new redis-py client of this one node, that follows no redirection."""
+        """Return a new redis-py client of this node that follows no redirections."""
         return redis.Redis(
             self.host,
             self.port,
             password=self.password,
             decode_responses=True,
-            # Keys need not be UTF-8, and must come through.
+            # Keys need not be UTF-8 and must be returned unchanged.
             encoding_errors="surrogateescape",
             socket_timeout=2 * _MIGRATE_MS / 1000,
             retry=Retry(NoBackoff(), 0),
         )
 
     def ask(self, *words: bytes | str | int) -> Any:
-        """Send one command and return its answer. Raises redis.RedisError."""
+        """Send one command and return its reply. Raises redis.RedisError."""
         if self._control is None:
             raise redis.ConnectionError(f"{self!r} was never started")
         return self._control.execute_command(*words)
 
     def ask_all(self, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any]:
-        """Send commands over several connections at once, and return all answers in order.
+        """Send commands over several connections at once and return all replies in order.
 
-        Raises redis.RedisError, of the first that failed, when all have been answered.
+        Raises redis.RedisError, that of the first command to fail, once all have been answered.
         """
         if self._control is None:
             raise redis.ConnectionError(f"{self!r} was never started")
-        # One connection would do, had not some servers each change of a slot wait there until
-        # the replicas have it too.
+        # One connection would do if some servers didn't wait at each change of a slot until the
+        # replicas have it too.
         pool = self._control.connection_pool
         taken = []
         answers: list[Any] = []
@@ -171,7 +171,7 @@ class ClusterNode:
                     answers.append(error)
         except BaseException:
             for connection in taken:
-                connection.disconnect()  # or its answer would be taken for the next one's
+                connection.disconnect()  # or the next request would get its reply
             raise
         finally:
             for connection in taken:
@@ -182,14 +182,14 @@ class ClusterNode:
         return answers
 
     def reads(self) -> int:
-        """Return how many commands that read records it has answered."""
+        """Return how many commands that read records the node has executed."""
         stats = self.ask("INFO", "commandstats")
         return sum(
             int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("mget", "get")
         )
 
     def view(self) -> dict[str, _Line]:
-        """Return what the node knows of the cluster, by node id. Raises redis.RedisError."""
+        """Return the node's view of the cluster, by node id. Raises redis.RedisError."""
         lines = {}
         for text in self.ask("CLUSTER", "NODES").splitlines():
             name, address, flags, primary, _, _, epoch, link, *ranges = text.split()
@@ -200,13 +200,13 @@ class ClusterNode:
                 primary.strip("-"),
                 int(epoch),
                 link == "connected",
-                # "[" begins a slot that is being moved.
+                # "[" begins a slot that is migrating.
                 tuple(one for one in ranges if not one.startswith("[")),
             )
         return lines
 
     def launch(self) -> None:
-        """Start the server, on free ports if it had none. Raises DscacheError."""
+        """Start the server, on free ports if it has none. Raises DscacheError."""
         fixed = self.port != 0
         for attempt in range(1, _PORT_TRIES + 1):
             if not fixed:
@@ -223,7 +223,7 @@ class ClusterNode:
         self.id = self.id or self.ask("CLUSTER", "MYID")
 
     def choose_ports(self) -> None:
-        """Take other ports, from the next launch on; nobody gets the former ones."""
+        """Choose other ports for the next launch; the former ones stay reserved."""
         self.server.close()
         held = [hold_port(), hold_port()]
         self.port, self.bus_port = (one.getsockname()[1] for one in held)
@@ -237,17 +237,17 @@ class ClusterNode:
             self._control = None
 
     def rewrite_ports(self, ports: dict[str, str]) -> None:
-        """Put each node's new ports into the file in which a stopped one keeps what it knows."""
+        """Write each node's new ports into the file in which a stopped node keeps its view."""
         text = self._known.read_text()
         self._known.write_text(_PORTS.sub(lambda one: f"{one[1]}{one[2]}:{ports[one[1]]}", text))
 
     def end(self) -> None:
-        """Ask the server to end, and don't wait for it."""
+        """Ask the server to end without waiting for it."""
         with contextlib.suppress(UsageError, ProcessLookupError):
             os.kill(self.server.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End the server, and let its ports go."""
+        """End the server and release its ports."""
         self.server.close()
         if self._control is not None:
             self._control.close()
@@ -259,16 +259,16 @@ class ClusterNode:
             "--cluster-enabled": "yes",
             "--cluster-config-file": str(self._known),
             "--cluster-port": str(self.bus_port),
-            # Not the server's own folder, which goes when a start fails.
+            # Not the server's own folder, which is removed when a start fails.
             "--dir": str(self._folder),
             "--appendonly": "yes",
-            # A killed process loses nothing that it wrote; only a machine's crash would.
+            # A killed process loses nothing it has written; only a crash of the machine would.
             "--appendfsync": "no",
-            # Else a primary waits 5 s for further replicas before it serves the first.
+            # Otherwise a primary waits 5 s for further replicas before it serves the first.
             "--repl-diskless-sync-delay": "0",
-            # Else a primary that is to stop waits up to 10 s for a paused replica.
+            # Otherwise a stopping primary waits up to 10 s for a paused replica.
             "--shutdown-timeout": "0",
-            # Else a replica that was paused for long is never promoted.
+            # Otherwise a replica that was paused for long is never promoted.
             "--cluster-replica-validity-factor": "0",
         }
         return [*(word for option in options.items() for word in option), *self._args]
@@ -282,7 +282,7 @@ Failover = Literal["", "FORCE", "TAKEOVER"]
 
 
 class Together(abc.ABC):
-    """Servers that are all started and stopped together, in a with block."""
+    """Servers started and stopped together, in a with block."""
 
     def __enter__(self) -> Self:
         try:
@@ -311,10 +311,10 @@ class Together(abc.ABC):
 class ClusterGroup(Together):
     """Primaries with replicas that form a cluster, all started and stopped together.
 
-    Replicas are spread over the primaries in turn. ``passwords`` is one for all nodes, or a
-    list of each node's own, primaries first, where None stands for a node without. ``args`` are
-    further options of each server, and win over those set here. Calls block, and may come from
-    several threads. What is waited for in vain raises TimeoutError, saying what was missing.
+    Replicas are spread over the primaries in turn. ``passwords`` is one password for all nodes, or
+    a list with each node's own, primaries first, with None for a node without. ``args`` are further
+    options of each server and override those set here. Calls block, and may come from several
+    threads. A wait that fails raises TimeoutError with what was missing.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ class ClusterGroup(Together):
             for node in (*self.nodes, *self._left):
                 self._folders.callback(node.close)
 
-    # -- what there is
+    # -- the nodes
 
     @property
     def options(self) -> dict[str, object]:
@@ -377,19 +377,19 @@ class ClusterGroup(Together):
         return {"nodes": nodes}
 
     def primaries(self) -> list[ClusterNode]:
-        """Return the primaries, also those without slots, but none that is taken for down."""
+        """Return the primaries, also those without slots, except any that is marked as failed."""
         view = self._view()
         return [one for one in self.nodes if (line := view[one.id]).is_primary and not line.is_down]
 
     def replicas(self) -> list[ClusterNode]:
-        """Return the replicas, but none that is taken for down."""
+        """Return the replicas, except any that is marked as failed."""
         view = self._view()
         return [
             one for one in self.nodes if not (line := view[one.id]).is_primary and not line.is_down
         ]
 
     def primary_of(self, slot: int) -> ClusterNode:
-        """Return the node that owns a slot, be it down. Raises LookupError when none does."""
+        """Return the owner of a slot, even if it is down. Raises LookupError if there is none."""
         view = self._view()
         for node in self.nodes:
             if slot in view[node.id].slots():
@@ -397,33 +397,33 @@ class ClusterGroup(Together):
         raise LookupError(f"no node owns slot {slot}")
 
     def replica_of(self, node: ClusterNode) -> ClusterNode:
-        """Return the first replica of ``node`` that is up. Raises LookupError when none is."""
+        """Return the first replica of ``node`` that is up. Raises LookupError if there is none."""
         for replica in self._replicas_of(node, self._view()):
             if replica.is_alive:
                 return replica
         raise LookupError(f"{node!r} has no replica that is up")
 
     def slots_of(self, node: ClusterNode) -> list[int]:
-        """Return the slots that a node owns, in order."""
+        """Return a node's slots in order."""
         return list(self._view()[node.id].slots())
 
     def owner(self, key: str | bytes) -> ClusterNode:
-        """Return the node that owns a key's slot. Raises LookupError when none does."""
+        """Return the owner of a key's slot. Raises LookupError if there is none."""
         return self.primary_of(key_slot(key.encode() if isinstance(key, str) else key))
 
     def wait_until_ok(self) -> None:
-        """Wait until all that run serve, agree about each other, and have been replicated to.
+        """Wait until all running nodes serve, agree about each other, and have been replicated.
 
-        Nodes that were killed or paused must have been noticed, and own no slots any more: who
-        is not replicated must be started again before.
+        Nodes that were killed or paused must have been marked as failed and own no slots: start a
+        primary without a replica again before calling this.
         """
         self._wait(self._missing)
 
     def wait_until_noticed(self) -> None:
-        """Wait until all that run know where the others are, and which of them are down."""
+        """Wait until all running nodes know each other's addresses and which nodes are down."""
         self._wait(self._unacquainted)
 
-    # -- slots that move
+    # -- moving slots
 
     def migrate(
         self,
@@ -434,11 +434,11 @@ class ClusterGroup(Together):
         pause: float = 0.0,
         at_once: int = _SLOTS_AT_ONCE,
     ) -> None:
-        """Move slots with their keys, ``at_once`` of them at a time, while clients go on.
+        """Move slots with their keys, ``at_once`` of them at a time, while clients keep working.
 
-        With ``pause``, these stay for so many seconds where half of each one's keys have moved.
-        A primary that loses its last slot becomes a replica, as servers have it by default; the
-        option ``--cluster-allow-replica-migration no`` keeps it what it is.
+        With ``pause``, each batch stays half migrated for that many seconds. A primary that loses
+        its last slot becomes a replica, which is the servers' default; the option
+        ``--cluster-allow-replica-migration no`` keeps it a primary.
         """
         todo = list(slots)
         for first in range(0, len(todo), at_once):
@@ -453,7 +453,7 @@ class ClusterGroup(Together):
             self._end(some, source, target)
 
     def begin_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
-        """Open a slot: from now on ``source`` sends whoever wants a key it lacks to ``target``."""
+        """Open a slot: ``source`` now answers ASK with ``target`` for keys it lacks."""
         self._begin([slot], source, target)
 
     def move_keys(
@@ -471,19 +471,19 @@ class ClusterGroup(Together):
         return moved
 
     def end_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
-        """Give an open slot whose keys have all been moved to ``target``."""
+        """Assign an open slot, all of whose keys have been moved, to ``target``."""
         self._end([slot], source, target)
 
     def cancel_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
-        """Let an open slot be the source's again, with all its keys.
+        """Return an open slot to the source with all its keys.
 
-        Keys that were moved can't be moved back within an open slot: clients would miss them
-        meanwhile. When there are any, the slot goes to ``target`` in full and then comes back.
+        Keys can't be moved back within an open slot: clients would miss them meanwhile. If any have
+        been moved, the whole slot goes to ``target`` and then comes back.
         """
-        # The source first: from then on no client is sent to the target any more.
+        # The source first: from then on it sends no client to the target.
         if not target.ask("CLUSTER", "COUNTKEYSINSLOT", slot):
             source.ask("CLUSTER", "SETSLOT", slot, "STABLE")
-            # A client that was sent there just before may have written.
+            # A client sent there just before may have written.
             if not target.ask("CLUSTER", "COUNTKEYSINSLOT", slot):
                 target.ask("CLUSTER", "SETSLOT", slot, "STABLE")
                 return
@@ -504,19 +504,19 @@ class ClusterGroup(Together):
 
     def _end(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
         commands = [("CLUSTER", "SETSLOT", slot, "NODE", target.id) for slot in slots]
-        # The target first: were it lost in between, the source would still own the slots.
+        # The target first: if it were lost in between, the source would still own the slots.
         target.ask_all(commands)
-        # Then all shall hear it from the target. Redis 7.0 gives a slot to whoever claims it,
-        # in however old a message, if it was told of an owner from whom it hears too late.
+        # Then the target announces it to all. Redis 7.0 gives a slot to any node that claims it,
+        # even in an old message, if it heard of the owner before hearing from it.
         self._wait(lambda: self._disowned(set(slots), target))
         source.ask_all(commands)
 
-    # -- nodes that come and go
+    # -- nodes that leave and return
 
     def failover(self, replica: ClusterNode, kind: Failover = "") -> None:
-        """Make a replica the primary, and wait until all that run see it.
+        """Promote a replica, and wait until all running nodes have noticed.
 
-        Raises redis.ResponseError when the server refuses.
+        Raises redis.ResponseError if the server refuses.
         """
         view = self._view()
         line = view[replica.id]
@@ -524,7 +524,7 @@ class ClusterGroup(Together):
             raise ValueError(f"{replica!r} can't be promoted: it is no replica, or is down")
         old = self._node(line.primary)
         if not kind and old.is_alive:
-            # A server refuses while the link is being made.
+            # A server refuses until its replication link is up.
             self._wait(lambda: self._unlinked(replica, old))
         again = 0.0
 
@@ -542,23 +542,23 @@ class ClusterGroup(Together):
         node.server.kill()
 
     def start(self, node: ClusterNode) -> None:
-        """Start a node that was killed or stopped, where it was and with its data."""
+        """Start a killed or stopped node at its old address and with its data."""
         if node not in self.nodes:
             raise ValueError(f"{node!r} has left the cluster")
         node.launch()
 
     def pause(self, node: ClusterNode) -> None:
-        """Freeze a node: its connections stay open and nothing answers."""
+        """Freeze a node: its connections stay open and it answers nothing."""
         node.is_paused = True
         node.server.pause()
 
     def resume(self, node: ClusterNode) -> None:
-        """Let a paused node go on."""
+        """Resume a paused node."""
         node.server.resume()
         node.is_paused = False
 
     def heal(self) -> None:
-        """Start what was killed and resume what was paused, and wait until all is well."""
+        """Start killed nodes, resume paused ones, and wait until the cluster is healthy."""
         for node in self.nodes:
             if node.is_paused:
                 self.resume(node)
@@ -567,15 +567,15 @@ class ClusterGroup(Together):
         self.wait_until_ok()
 
     def stop_all(self) -> None:
-        """Stop all nodes; what they store stays."""
+        """Stop all nodes; their data stays."""
         replicas = self.replicas() if any(node.is_alive for node in self.nodes) else []
-        # Replicas first, as they would else be promoted by the primaries that are still there.
+        # Replicas first, as the remaining primaries would otherwise promote them.
         for node in sorted(self.nodes, key=lambda one: one not in replicas):
             node.server.stop()
             node.is_paused = False
 
     def start_all(self, on_new_ports: bool = True) -> None:
-        """Start all nodes, by default at other addresses, and wait until all is well."""
+        """Start all nodes, by default at other addresses, and wait until the cluster is healthy."""
         for attempt in range(1, _PORT_TRIES + 1):
             if on_new_ports:
                 for node in self.nodes:
@@ -598,8 +598,8 @@ class ClusterGroup(Together):
     def forget(self, node: ClusterNode) -> None:
         """Remove a node without slots from the cluster; its replicas go to another primary.
 
-        Its server runs on, alone, until the end. All others must be running, as who misses the
-        news brings the node back.
+        Its server keeps running, alone, until the end. All other nodes must be running: a node that
+        misses the removal would bring this one back.
         """
         view = self._view()
         if view[node.id].ranges:
@@ -616,7 +616,7 @@ class ClusterGroup(Together):
             replica.ask("CLUSTER", "REPLICATE", fewest.id)
             self._wait(lambda r=replica, p=fewest: self._unlinked(r, p))
         for other in others:
-            # Later servers pass it on, so that one may have heard of it already.
+            # A node may have learnt it from the others already.
             try:
                 other.ask("CLUSTER", "FORGET", node.id)
             except redis.ResponseError as error:
@@ -628,10 +628,10 @@ class ClusterGroup(Together):
         self._left.append(node)
         self.wait_until_ok()
 
-    # -- how it begins
+    # -- forming the cluster
 
     def _logins(self) -> tuple[str, ...]:
-        """How replicas log in to primaries."""
+        """Return how replicas log in to primaries."""
         if self._shared:
             return ("--masterauth", self._shared)
         if not any(self._own):
@@ -657,7 +657,7 @@ class ClusterGroup(Together):
             self.nodes.append(node)
             node.launch()
         for number, node in enumerate(self.nodes):
-            # All different, or nodes would have to find out who gives way.
+            # Distinct epochs; nodes with equal ones would have to resolve the conflict first.
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         primaries = self.nodes[: self._primaries]
         for number, node in enumerate(primaries):
@@ -683,7 +683,7 @@ class ClusterGroup(Together):
 
         def missing() -> str:
             nonlocal again
-            # Each is told of each: that is quicker than gossip.
+            # Each node meets each: quicker than gossip.
             strangers = [
                 (node, other)
                 for number, node in enumerate(self.nodes)
@@ -700,7 +700,7 @@ class ClusterGroup(Together):
 
         self._wait(missing)
 
-    # -- what is waited for: each returns what is missing, "" when nothing is
+    # -- conditions to wait for: each returns what is missing, "" if nothing is
 
     def _missing(self) -> str:
         alive = [node for node in self.nodes if node.is_alive]
@@ -742,7 +742,7 @@ class ClusterGroup(Together):
                         return f"{node!r} has not noticed that {other!r} is down"
                     continue
                 odd = line.flags & {"fail", "fail?", "handshake", "noaddr"}
-                # A lone node has nobody who would tell it its host.
+                # A lone node has no peer that could tell it its host.
                 expected = (other.address, f":{other.ports}")[: 1 + (len(ids) == 1)]
                 if odd or not line.is_linked or line.address not in expected:
                     flags = ",".join(sorted(line.flags))
@@ -780,7 +780,7 @@ class ClusterGroup(Together):
             if rest := slots.difference(view[owner.id].slots()):
                 return f"{node!r} does not know that {owner!r} owns slot {min(rest)}"
             # A new owner takes a new epoch unless it knows of none above its own. Before it has
-            # heard of the last owner's, it would keep one that others hold to be outdated.
+            # heard of the last owner's epoch, it would keep one that other nodes consider outdated.
             if view[owner.id].epoch != epoch:
                 return f"{node!r} does not know the epoch of {owner!r}"
         return ""
@@ -798,10 +798,10 @@ class ClusterGroup(Together):
                 raise TimeoutError(f"after {_PATIENCE_SECONDS:g} s: {complaint}")
             time.sleep(_POLL_SECONDS)
 
-    # -- looking things up
+    # -- lookups
 
     def _view(self) -> dict[str, _Line]:
-        """What the node knows that has heard the latest news."""
+        """Return the view of the node with the newest epoch."""
         views = []
         last: redis.RedisError | None = None
         for node in self.nodes:
@@ -812,7 +812,7 @@ class ClusterGroup(Together):
                     last = error
         if not views:
             raise redis.ConnectionError("no node of the cluster answers") from last
-        # One that has just come back believes for a moment in what was before.
+        # A node that has just returned briefly believes its old view.
         return max(views, key=lambda view: max(line.epoch for line in view.values()))
 
     def _node(self, name: str) -> ClusterNode:
@@ -832,17 +832,17 @@ def _shape(view: dict[str, _Line]) -> dict[str, tuple[bool, str, tuple[str, ...]
 def _migration(target: ClusterNode, keys: Sequence[str]) -> tuple[bytes | str | int, ...]:
     password = ("AUTH", target.password) if target.password else ()
     to = (target.host, target.port, "", 0, _MIGRATE_MS)
-    # Here, as redis-py with hiredis packs what is no UTF-8 in no other form.
+    # Encoded here, since redis-py with hiredis packs non-UTF-8 text in no other form.
     encoded = (key.encode(errors="surrogateescape") for key in keys)
     return ("MIGRATE", *to, *password, "KEYS", *encoded)
 
 
 def hold_port() -> socket.socket:
-    """Bind a free port without listening, so that a server can have it and nobody else.
+    """Bind a free port without listening, which reserves it for one server.
 
-    A server binds it a second time, which Linux allows because both say so and only one of
-    them listens. While a killed server is away nobody is given its port, and none of those that
-    keep trying to reach it can be connected to itself.
+    A server binds it a second time, which Linux allows because both ask for it and only one of them
+    listens. While a killed server is away, no other process gets its port, and a client that keeps
+    reconnecting can't connect to itself.
     """
     held = socket.socket()
     held.bind((_HOST, 0))

@@ -1,4 +1,4 @@
-"""Run the command line as one meets it: in this process, in a pipe, on a terminal."""
+"""Run the command line as a user would: in this process, in a pipe, on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 60
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a command: its exit status, and what it wrote."""
+    """The result of a command: its exit status and output."""
 
     status: int
     out: str
@@ -32,17 +32,17 @@ class Done:
 
     @property
     def lines(self) -> list[Any]:
-        """The JSON of each line of its output."""
+        """Parse each line of the output as JSON."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
     def document(self) -> Any:
-        """The JSON that its output is."""
+        """Parse the output as one JSON document."""
         return json.loads(self.out)
 
 
 def invoke(*words: str, stdin: bytes = b"", source: TextIO | None = None) -> Done:
-    """Run the command line in this process, with its output in a pipe, so to say.
+    """Run the command line in this process, with its output captured as in a pipe.
 
     It reads ``stdin``, or ``source`` if that is given.
     """
@@ -72,7 +72,7 @@ def invoke(*words: str, stdin: bytes = b"", source: TextIO | None = None) -> Don
 def run(
     *words: str, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, with its output in a pipe."""
+    """Run the command line in its own process, with its output in a pipe."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "dscache", *words],
         cwd=cwd,
@@ -86,7 +86,7 @@ def run(
 
 
 def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tuple[int, str]:
-    """Run it on a terminal of its own; return its exit status and all it wrote there."""
+    """Run the command line on its own terminal; return its exit status and all its output."""
     ours, its = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     with subprocess.Popen(
@@ -101,7 +101,7 @@ def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tupl
         while True:
             try:
                 piece = os.read(ours, 65536)
-            except OSError:  # how Linux tells that the other side has ended
+            except OSError:  # Linux raises this when the other side has ended
                 break
             if not piece:
                 break
@@ -112,7 +112,7 @@ def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tupl
 
 @contextlib.contextmanager
 def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the command line with pipes for all it reads and writes; it is gone at the end."""
+    """Start the command line with pipes for all its streams; the process has ended on exit."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "dscache", *words], **{**pipes, **options}
@@ -124,12 +124,12 @@ def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def plain(written: str) -> str:
-    """Return what a terminal was sent, without its colours."""
+    """Return a terminal's output without its colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", written).replace("\r\n", "\n")
 
 
 def failing_after(count: int, work: Callable[..., Any], error: Exception) -> Callable[..., Any]:
-    """Return ``work`` as something that raises ``error`` after so many calls."""
+    """Return ``work`` wrapped to raise ``error`` after that many calls."""
     left = count
 
     def limited(*args: Any, **keywords: Any) -> Any:

@@ -37,7 +37,7 @@ class Block:
 
 
 def blocks(document: Path) -> list[Block]:
-    """Return the fenced blocks of a document, in their order."""
+    """Return the fenced blocks of a document in order."""
     source = document.read_text(encoding="utf-8")
     matches = list(_FENCE.finditer(source))
     found = []
@@ -63,14 +63,14 @@ def section(document: Path, heading: str) -> str:
 
 
 def table(document: Path, heading: str) -> list[list[str]]:
-    """Return the rows of the first table under a heading, without its head."""
+    """Return the rows of the first table under a heading, without its header."""
     rows = [line for line in section(document, heading).splitlines() if line.startswith("|")]
     assert len(rows) > 2, f"{document.name}: no table under {heading!r}"
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
 def code(text: str) -> list[str]:
-    """Return what stands in backticks."""
+    """Return the text in backticks."""
     return _CODE.findall(text)
 
 
@@ -80,6 +80,6 @@ def links(document: Path) -> list[str]:
 
 
 def anchors(document: Path) -> set[str]:
-    """Return the anchors that GitHub makes of a document's headings."""
+    """Return the anchors that GitHub derives from a document's headings."""
     titles = (title for _, title in _HEADING.findall(prose(document)))
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

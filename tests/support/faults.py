@@ -1,7 +1,7 @@
-"""A TCP proxy that fails on command, and a server that answers what a test tells it to.
+"""A TCP proxy that fails on command, and a server that sends the replies a test gives it.
 
-Both live in the event loop that starts them and end with their ``async with`` block; the proxy
-can live in a process of its own instead.
+Both live in the event loop that starts them and end with their ``async with`` block; the proxy can
+also run in its own process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CHUNK = 65536
 
 
 class FaultProxy:
-    """Forward connections to a target, and break them in the ways that networks do.
+    """Forward connections to a target, and break them the way networks do.
 
-    What is set holds for all connections, those open and those to come, until ``heal()``.
-    With ``tls`` clients must speak TLS to the proxy, which forwards in plain: few servers that
-    come in wheels were built with it.
+    Settings hold for all connections, open and new, until ``heal()``. With ``tls``, clients must
+    speak TLS to the proxy, which forwards plain TCP: few servers that come in wheels were built
+    with TLS.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FaultProxy:
         """How many bytes went through."""
         self._target = target_host, target_port
         self._tls = tls
-        self._links: set[_Link] = set()
+        self._forwardings: set[_Forwarding] = set()
         self._listener: asyncio.Server | None = None
         self._reservation: socket.socket | None = None
         self._open: dict[Direction, asyncio.Event] = {way: asyncio.Event() for way in BOTH}
@@ -61,10 +61,10 @@ class FaultProxy:
     @property
     def connections(self) -> int:
         """How many connections are open now."""
-        return len(self._links)
+        return len(self._forwardings)
 
     def retarget(self, host: str, port: int) -> None:
-        """Forward new connections elsewhere, as a name does whose server has moved."""
+        """Forward new connections elsewhere, like a host name whose server has moved."""
         self._target = host, port
 
     async def __aenter__(self) -> Self:
@@ -73,10 +73,10 @@ class FaultProxy:
 
     async def __aexit__(self, *_: object) -> None:
         await self.refuse()
-        links = list(self._links)
-        for link in links:
-            link.abort()
-        await asyncio.gather(*(link.task for link in links))
+        forwardings = list(self._forwardings)
+        for forwarding in forwardings:
+            forwarding.abort()
+        await asyncio.gather(*(forwarding.task for forwarding in forwardings))
         if self._reservation is not None:
             self._reservation.close()
             self._reservation = None
@@ -84,7 +84,7 @@ class FaultProxy:
     def heal(self) -> None:
         """Forward everything unchanged and at once again.
 
-        A connection that was cut stays cut, and one that met deaf ears is never heard.
+        A connection that was cut stays cut, and one that was accepted while deaf is never read.
         """
         self._delay = 0.0
         self._deaf = False
@@ -96,36 +96,36 @@ class FaultProxy:
         self.resume()
 
     def delay(self, seconds: float) -> None:
-        """Hold each chunk back for so long, in both directions."""
+        """Delay each chunk by that many seconds, in both directions."""
         self._delay = seconds
 
     def stall(self, *directions: Direction) -> None:
-        """Forward nothing in these directions, by default in both; what comes is kept."""
+        """Hold back everything in these directions, by default in both."""
         for way in directions or BOTH:
             self._open[way].clear()
 
     def resume(self) -> None:
-        """End a stall: what was kept goes out now."""
+        """End a stall: what was held back is sent now."""
         for gate in self._open.values():
             gate.set()
 
     def deaf(self) -> None:
-        """Accept new connections and never read from them, nor connect to the target."""
+        """Accept new connections, but neither read from them nor connect to the target."""
         self._deaf = True
 
     def cut(self, ending: Ending = "fin") -> None:
         """Close all open connections on both sides, orderly or with a reset."""
-        for link in list(self._links):
-            link.end(ending)
+        for forwarding in list(self._forwardings):
+            forwarding.end(ending)
 
     def cut_after(
         self, count: int, direction: Direction = "replies", ending: Ending = "fin"
     ) -> None:
-        """Let so many more bytes pass, then cut the connection that the last of them came over."""
+        """Let that many more bytes pass, then cut the connection that carried the last of them."""
         self._cut_after[direction] = count, ending
 
     def corrupt(self, function: Callable[[bytes], bytes], direction: Direction = "replies") -> None:
-        """Send what ``function`` makes of the next chunk instead of that chunk."""
+        """Replace the next chunk with what ``function`` returns for it."""
         self._alterations[direction].append(function)
 
     def duplicate(self, direction: Direction = "replies") -> None:
@@ -133,15 +133,15 @@ class FaultProxy:
         self.corrupt(lambda chunk: chunk + chunk, direction)
 
     def garble(self, direction: Direction = "replies") -> None:
-        """Send what is no RESP in front of the next chunk."""
+        """Send invalid RESP in front of the next chunk."""
         self.corrupt(lambda chunk: b"?!" + chunk, direction)
 
     def split(self, size: int, direction: Direction = "replies") -> None:
-        """Send at most so many bytes at a time."""
+        """Send at most that many bytes at a time."""
         self._split[direction] = size
 
     async def refuse(self) -> None:
-        """Stop listening: new connections are refused, open ones go on."""
+        """Stop listening: new connections are refused, open ones continue."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -150,8 +150,8 @@ class FaultProxy:
     async def listen(self) -> None:
         """Listen, always on the same port."""
         if self._reservation is None:
-            # Bound and not listening, a port refuses, and nobody else can be given it: neither
-            # a server in between, nor a client that tries so often that it meets itself.
+            # A port that is bound but not listening refuses connections and stays reserved: neither
+            # another server nor a client that reconnects to itself can get it.
             self._reservation = _bound_socket(0)
             self.port = self._reservation.getsockname()[1]
         if self._listener is None:
@@ -160,30 +160,32 @@ class FaultProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        link = _Link(writer)
-        self._links.add(link)
+        forwarding = _Forwarding(writer)
+        self._forwardings.add(forwarding)
         try:
             if self._deaf:
                 cast("asyncio.Transport", writer.transport).pause_reading()
-                await link.ended.wait()
+                await forwarding.ended.wait()
             else:
-                await self._forward(link, reader)
+                await self._forward(forwarding, reader)
         finally:
-            link.end("rst")
-            await link.finished()
-            self._links.discard(link)
+            forwarding.end("rst")
+            await forwarding.finished()
+            self._forwardings.discard(forwarding)
 
-    async def _forward(self, link: _Link, reader: asyncio.StreamReader) -> None:
+    async def _forward(self, forwarding: _Forwarding, reader: asyncio.StreamReader) -> None:
         try:
             target_reader, target_writer = await asyncio.open_connection(*self._target)
         except OSError:
             return
-        link.add(target_writer)
+        forwarding.add(target_writer)
         pumps = [
-            asyncio.create_task(self._pump(link, reader, target_writer, "requests")),
-            asyncio.create_task(self._pump(link, target_reader, link.client, "replies")),
+            asyncio.create_task(self._pump(forwarding, reader, target_writer, "requests")),
+            asyncio.create_task(
+                self._pump(forwarding, target_reader, forwarding.client, "replies")
+            ),
         ]
-        await link.ended.wait()
+        await forwarding.ended.wait()
         for pump in pumps:
             pump.cancel()
         for outcome in await asyncio.gather(*pumps, return_exceptions=True):
@@ -192,7 +194,7 @@ class FaultProxy:
 
     async def _pump(
         self,
-        link: _Link,
+        forwarding: _Forwarding,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         way: Direction,
@@ -207,11 +209,11 @@ class FaultProxy:
                 chunk, ending = self._cut_point(chunk, way)
                 await self._send(chunk, writer, way)
                 if ending:
-                    link.end(ending)
+                    forwarding.end(ending)
         except (ConnectionError, ssl.SSLError):
             pass
         finally:
-            link.end("fin")
+            forwarding.end("fin")
 
     async def _send(self, chunk: bytes, writer: asyncio.StreamWriter, way: Direction) -> None:
         size = self._split.get(way) or len(chunk) or 1
@@ -221,7 +223,7 @@ class FaultProxy:
             self.forwarded[way] += len(piece)
             await writer.drain()
             if size < len(chunk):
-                # Twice, so that a reader in this event loop has its turn in between.
+                # Twice, so that a reader in this event loop runs in between.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
 
@@ -237,10 +239,10 @@ class FaultProxy:
 
 
 class ProxyProcess:
-    """A FaultProxy in a process of its own, which takes nothing of this one's time and memory.
+    """A FaultProxy in its own process, so that it takes no time and memory of this one.
 
-    asyncio's streams receive into objects of 256 KiB each, which leaves the heap of a process in
-    pieces: under faults its memory grows by the minute, although nothing is kept.
+    asyncio's streams receive into objects of 256 KiB each, which fragments the heap of a process:
+    under faults its memory grows by the minute although nothing is kept.
     """
 
     def __init__(self, target_host: str, target_port: int) -> None:
@@ -284,7 +286,7 @@ class ProxyProcess:
 
 
 async def _obey(host: str, port: int, control: int) -> None:
-    """Be the process of a ProxyProcess: do what it says until it ends, in whatever way."""
+    """Run the process of a ProxyProcess: obey it until it ends, however it ends."""
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control))
     async with FaultProxy(host, port) as proxy:
         writer.write(b"%d\n" % proxy.port)
@@ -297,7 +299,7 @@ async def _obey(host: str, port: int, control: int) -> None:
     writer.close()
 
 
-class _Link:
+class _Forwarding:
     """The two sockets of one forwarded connection, which end together."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
@@ -321,17 +323,17 @@ class _Link:
             if ending == "rst":
                 _reset(writer)
             else:
-                writer.close()  # orderly: what is written goes out first
+                writer.close()  # orderly: pending data is sent first
 
     def abort(self) -> None:
-        """End at once, even if an orderly end is under way that a silent peer holds up."""
+        """End at once, even during an orderly end that a silent peer delays."""
         self.ended.set()
         for writer in self._writers:
             _reset(writer)
 
     async def finished(self) -> None:
         for writer in self._writers:
-            # What arrives behind the end of a TLS connection is an SSLError.
+            # Data that arrives after the end of a TLS connection is an SSLError.
             with contextlib.suppress(ConnectionError, ssl.SSLError):
                 await writer.wait_closed()
 
@@ -352,11 +354,11 @@ Answer = bytes | None | Callable[[list[bytes]], bytes | None]
 
 
 class FakeServer:
-    """Answer each command with the bytes that a test names for it, right or wrong.
+    """Answer each command with the bytes that a test gives for it, valid or not.
 
-    ``answers`` maps a command's name to bytes, or to a function that gets the whole command
-    and returns them; ``b""`` is silence and None closes the connection. The key ``"*"`` is for
-    every other command; what a client says to introduce itself is answered as Redis would.
+    ``answers`` maps a command's name to bytes, or to a function that takes the whole command and
+    returns them; ``b""`` stays silent and None closes the connection. The key ``"*"`` matches every
+    other command; the handshake is answered as Redis would.
     """
 
     def __init__(
@@ -380,7 +382,7 @@ class FakeServer:
 
     @property
     def connections(self) -> int:
-        """How many connections are open now."""
+        """The number of open connections."""
         return len(self._tasks)
 
     async def __aenter__(self) -> Self:
@@ -398,7 +400,7 @@ class FakeServer:
         await asyncio.gather(*tasks)
 
     def push(self, data: bytes) -> None:
-        """Send bytes that nobody asked for to every open connection."""
+        """Send unsolicited bytes to every open connection."""
         for writer in self._tasks:
             writer.write(data)
 
@@ -440,7 +442,7 @@ def _send_at_once(writer: asyncio.StreamWriter) -> None:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close a connection so that the other side gets a reset instead of an end of stream."""
+    """Close a connection with a reset instead of an end of stream."""
     if not writer.transport.is_closing():
         linger_for_nothing = struct.pack("ii", 1, 0)
         sock = writer.get_extra_info("socket")

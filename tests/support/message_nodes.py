@@ -1,4 +1,4 @@
-"""Message nodes for tests: opened together, closed at the end, when each must be drained."""
+"""Message nodes for tests: opened together and closed at the end, when each must be drained."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from tests.conftest import PATIENT
 from tests.soak.figures import COUNTERS
 from tests.support.waiting import own_tasks, until
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
+# Seconds until something must have ended: far more than any machine needs, since it measures
+# nothing.
 
 
 class Nodes:
-    """Nodes by name: ``await nodes("A", **options)``; further ones have the same options."""
+    """Nodes by name: ``await nodes("A", **options)``; later ones take the same options."""
 
     def __init__(self, **options: Any) -> None:
         self._options = PATIENT | options
@@ -32,7 +33,7 @@ class Nodes:
 
 @asynccontextmanager
 async def open_nodes(**options: Any) -> AsyncIterator[Nodes]:
-    """Give what opens nodes, all of which are closed and drained at the end."""
+    """Yield an opener of nodes, all of which are closed and drained at the end."""
     nodes = Nodes(**options)
     try:
         yield nodes
@@ -45,8 +46,8 @@ async def open_nodes(**options: Any) -> AsyncIterator[Nodes]:
     assert own_tasks() == []
 
 
-class Heard(list[Any]):
-    """What a callback was called with: the messages' data, and who sent them."""
+class Received(list[Any]):
+    """A callback's calls: the data of the messages, and their senders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,13 +58,13 @@ class Heard(list[Any]):
         self.senders.append(sender)
 
     async def reaches(self, count: int) -> None:
-        """Wait until there are so many."""
+        """Wait until that many messages have arrived."""
         await until(lambda: len(self) >= count)
 
 
-async def hears(node: MessageNode, topic: int) -> Heard:
-    """Subscribe a node, and return what it hears from now on."""
-    heard = Heard()
+async def receive_on(node: MessageNode, topic: int) -> Received:
+    """Subscribe a node; return the messages it receives from now on."""
+    heard = Received()
     node.subscribe(topic, heard)
     await node.when_ready()
     return heard

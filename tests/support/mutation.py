@@ -1,6 +1,6 @@
 """Replies as a broken network or a hostile server would make them, for the core.
 
-A Fuzzer keeps one Pipeline for all its cases, so that whatever a broken connection leaves behind
+A Fuzzer keeps one Pipeline for all its cases, so that anything a broken connection leaves behind
 would show in the next one. It runs without an event loop and without pytest.
 """
 
@@ -29,9 +29,9 @@ from tests.support.wire import (
 _NAMES = [f"n{i}" for i in range(12)]
 _TEMPLATES = 400
 _EXAMPLES = 20
-# Seconds: no operation may expire only because the machine did something else for a while.
+# Seconds: no operation may expire only because the machine was busy for a while.
 _TIMEOUT = 3600.0
-# Bytes that mean something in RESP, which random ones seldom hit.
+# Bytes with a meaning in RESP, which random bytes seldom hit.
 _TOKENS = (b"*", b"$", b"%", b"~", b">", b"_", b":", b"+", b"-", b"#", b",", b"(", b"=", b"|", b"!")
 _TOKENS += (b"\r\n", b"\r", b"\n", b"-1", b"0", b"9", b"\x00", b"\xff", b"$-1\r\n", b"*0\r\n")
 _REFUSALS = tuple(map(Refusal, ("ERR no", "", "NOSCRIPT x", "NOPERM x", "READONLY x")))
@@ -39,13 +39,13 @@ _TOKENS += (b"*-1\r\n", b"$?\r\n", b"*1\r\n" * 12, b"-NOSCRIPT \r\n", b"-NOPERM 
 
 
 def _data(name: str, version: int) -> dict[str, Any]:
-    """Return data that says whose it is, and shows whether it is whole."""
+    """Return data that shows its owner and whether it is complete."""
     text = f"{name} {version}"
     return {"text": text, "sum": zlib.crc32(text.encode())}
 
 
 def _is_anothers(name: str, data: Any) -> bool:
-    """Whether whole data is that of another name."""
+    """Whether complete data belongs to another name."""
     if not isinstance(data, dict) or not isinstance(data.get("text"), str):
         return False
     text = data["text"]
@@ -54,7 +54,7 @@ def _is_anothers(name: str, data: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Template:
-    """Operations of a tick, and what a server of these records sends and answers to them."""
+    """Operations of a tick, and the traffic of a server of these records for them."""
 
     operations: tuple[Operation, ...]
     msetex: bool
@@ -64,7 +64,7 @@ class _Template:
 
 
 class Fuzzer:
-    """Feeds a core one mutated exchange after the other, and notes what must not be."""
+    """Feeds a core one mutated exchange after the other, and records violations."""
 
     def __init__(self, core: Any, seed: int) -> None:
         self.cases = 0
@@ -78,14 +78,14 @@ class Fuzzer:
         self._pipeline = self._new_pipeline()
 
     def run(self, cases: int) -> None:
-        """Run so many cases more."""
+        """Run that many more cases."""
         for _ in range(cases):
             self.cases += 1
             template = self._random.choice(self._templates)
             bad = self._mutate(template.replies)
             try:
                 self._run(template, bad)
-            except Exception as error:  # whatever it is, it must not be
+            except Exception as error:  # no error of any kind is allowed here
                 self._note(f"{error!r} from {bad!r} to {template.operations}")
                 self._pipeline = self._new_pipeline()
 
@@ -104,7 +104,7 @@ class Fuzzer:
             (i for i, pair in enumerate(zip(good, bad, strict=False)) if pair[0] != pair[1]),
             min(len(good), len(bad)),
         )
-        # Who was answered before the first wrong byte has the right answer.
+        # Waiters answered before the first wrong byte have the right answer.
         pipeline.feed(bad[:same])
         for waiter, expected in zip(self._waiters, template.expected, strict=True):
             if waiter.done and _outcome(waiter) != expected:
@@ -120,7 +120,7 @@ class Fuzzer:
             good[same:],
         ):
             self._check_owners(template, bad)
-        # As a Connection does: nothing is sent again after what was no answer at all.
+        # As a Connection does: nothing is sent again after an invalid reply.
         retry = not isinstance(reason, ProtocolError) and self._random.random() < 0.5
         pipeline.connection_lost(reason, retry)
         self._finish(template, bad)
@@ -134,7 +134,7 @@ class Fuzzer:
                 buffer[: len(piece)] = piece
                 self._pipeline.buffer_updated(len(piece))
             if self._random.random() < 0.1:
-                # Replies may cause repeats, which go out whenever there is a flush.
+                # Replies may cause retries, which go out at the next flush.
                 self._pipeline.take_output()
 
     def _pieces(self, data: bytes) -> list[bytes]:
@@ -142,7 +142,7 @@ class Fuzzer:
         return [data[: points[0]], data[points[0] : points[1]], data[points[1] :]]
 
     def _check_owners(self, template: _Template, bad: bytes) -> None:
-        """Look for records under a name that is not theirs, after one byte was changed."""
+        """Look for records under another record's name after one byte was changed."""
         for operation, waiter in zip(template.operations, self._waiters, strict=True):
             if operation.method not in ("get", "get_bulk") or not waiter.value:
                 continue
@@ -156,7 +156,7 @@ class Fuzzer:
                     self._note(f"{operation} got {record!r} from {bad!r}")
 
     def _finish(self, template: _Template, bad: bytes) -> None:
-        """Go on over a new connection to a sane server: all is answered, and rightly."""
+        """Continue on a new connection to a sane server: everything is answered, correctly."""
         pipeline = self._pipeline
         known = len(self._waiters)
         server = template.server
@@ -177,7 +177,7 @@ class Fuzzer:
         if plain(probe.result()) != (7, _data("probe", 7)):
             self._note(f"the probe got {probe} after {bad!r}")
 
-    # -- what is sent
+    # -- traffic
 
     def _mutate(self, data: bytes) -> bytes:
         chance = self._random
@@ -215,7 +215,7 @@ class Fuzzer:
                 return data[:end] + data[at:end] + data[end:]
 
     def _value(self, depth: int) -> Any:
-        """Return any value of RESP."""
+        """Return any RESP value."""
         chance = self._random
         simple = (
             None,
@@ -264,7 +264,7 @@ class Fuzzer:
         waiters = exchange.issue(*operations)
         replies = server.answer(exchange.pipeline.take_output())
         exchange.pipeline.feed(replies)
-        # What needs a second round has no expected outcome of the first.
+        # An operation that needs a second round has no expected result in the first.
         expected = tuple(_outcome(waiter) if waiter.done else None for waiter in waiters)
         server.executed.clear()
         before.refused, before.has_script = set(), True

@@ -1,7 +1,7 @@
-"""A near cache by itself: calls stepped by hand, and servers that tell of changes.
+"""A near cache alone: calls stepped by hand, and servers that send invalidations.
 
-The server's messages lie in a row until a test lets them arrive, whole or in pieces: what the
-near cache may still believe depends on what has arrived, and on nothing else.
+The server's messages queue up until a test delivers them, whole or in pieces: what the near cache
+may still believe depends only on what has arrived.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READS = frozenset((b"GET", b"MGET", b"TYPE", b"EXISTS"))
 
 
 class Promise(Waiter):
-    """A Waiter that can be awaited."""
+    """An awaitable Waiter."""
 
     def __await__(self) -> Generator[Promise, None, Any]:
         while not self.done:
@@ -39,7 +39,7 @@ class Promise(Waiter):
 
 
 class Call:
-    """An operation that was issued, and is stepped as an event loop would step it."""
+    """An issued operation, stepped as an event loop would step it."""
 
     def __init__(self, operation: Operation, awaitable: Any) -> None:
         self.operation = operation
@@ -54,20 +54,20 @@ class Call:
         """Whether it ended without waiting for anybody."""
 
     def look(self) -> bool:
-        """Go on if what it waits for is there; return whether it has ended."""
+        """Continue if what it waits for is there; return whether it has ended."""
         if not self.done and not self.cancelled and self._promise.done:
             self._step()
         return self.done
 
     def result(self) -> Any:
         """Return the result or raise the error; there must be one."""
-        assert self.look(), f"{self.operation}: nobody has answered"
+        assert self.look(), f"{self.operation}: there is no reply"
         if self.error is not None:
             raise self.error
         return self.value
 
     def cancel(self) -> None:
-        """Be cancelled, as a task is: what it waits for first, then itself."""
+        """Cancel the call as a task is cancelled: first what it waits for, then itself."""
         if self.look() or self.cancelled:
             return
         self._promise.cancel()
@@ -96,11 +96,11 @@ class Call:
 
 
 class TrackingServer(ModelServer):
-    """A server that tells a client of changes to what it has read, once each.
+    """A server that invalidates a client's reads, once each.
 
-    ``sent`` is what the client has not received of the stream, and ``offset`` how long the
-    stream was up to now. ``named`` are the keys that the last command made it tell of. Keys in
-    ``moved`` are another's, and commands on them are refused with what stands there.
+    ``sent`` is the part of the stream that the client has not received, and ``offset`` the length
+    of the stream so far. ``named`` are the keys that the last command invalidated. Keys in
+    ``moved`` belong to another node, and commands on them get the error stored there.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class TrackingServer(ModelServer):
         self._changed: dict[bytes, None] = {}
 
     def serve(self, command: list[bytes]) -> None:
-        """Execute a command of the client; its reply goes first, then what it has changed."""
+        """Execute a command of the client; its reply comes first, then its invalidations."""
         self.named.clear()
         keys = [argument for argument in command[1:] if argument in self.moved]
         if keys:
@@ -139,7 +139,7 @@ class TrackingServer(ModelServer):
         self.elsewhere(b"MSET", version_key, b"%d" % version, data_key, data)
 
     def remove(self, name: str) -> None:
-        """Let another client, or time, remove a record."""
+        """Let another client, or expiry, remove a record."""
         self.elsewhere(b"DEL", *keys_of(name))
 
     def flush(self) -> None:
@@ -152,12 +152,12 @@ class TrackingServer(ModelServer):
             self._send(resp(Push([b"invalidate", None])))
 
     def receive(self, size: int) -> bytes:
-        """Take up to so many bytes out of the stream."""
+        """Take up to that many bytes from the stream."""
         received, self.sent = self.sent[:size], self.sent[size:]
         return received
 
-    def hang_up(self) -> None:
-        """Forget the client, and what it has not received, until ``is_tracking`` is set again."""
+    def disconnect(self) -> None:
+        """Forget the client and its unreceived bytes until ``is_tracking`` is set again."""
         self.sent = b""
         self.is_tracking = False
         self._read.clear()
@@ -184,7 +184,7 @@ class TrackingServer(ModelServer):
 
 
 class NearExchange:
-    """A near cache of one of the cores before a Pipeline, and a server that tells of changes.
+    """A near cache of one of the cores before a Pipeline, and a server with tracking.
 
     ``near`` are options of the near cache, the others of both.
     """
@@ -226,27 +226,27 @@ class NearExchange:
         return commands(self.pipeline.take_output())
 
     def reply(self, *values: object) -> None:
-        """Let values arrive, all at once."""
+        """Deliver values as replies, all at once."""
         self.pipeline.feed(b"".join(map(resp, values)))
 
     def push(self, *keys: Any) -> None:
-        """Let a message arrive that these keys have changed."""
+        """Deliver an invalidation of these keys."""
         self.reply(Push([b"invalidate", list(keys)]))
 
     def send(self) -> list[list[bytes]]:
-        """Flush, and let the server execute it all; nothing of what it says arrives."""
+        """Flush, and let the server execute everything; none of its output arrives."""
         sent = self.take()
         for command in sent:
             self.server.serve(command)
         return sent
 
     def arrive(self, size: int = 2**30) -> None:
-        """Let so many bytes of what the server says arrive."""
+        """Deliver that many bytes of the server's output."""
         if received := self.server.receive(size):
             self.pipeline.feed(received)
 
     def run(self) -> list[list[bytes]]:
-        """Flush and let everything arrive until all is settled; return the commands."""
+        """Flush and deliver everything until all is settled; return the commands."""
         sent: list[list[bytes]] = []
         while more := self.send():
             sent += more
@@ -255,20 +255,20 @@ class NearExchange:
         return sent
 
     def read(self, name: str) -> Any:
-        """Read a record, from wherever it comes; return what it is."""
+        """Read a record, from cache or server, and return it."""
         call = self.get(name)
         self.run()
         return call.result()
 
     def fill(self, *names: str, version: int = 1, data: bytes = b"1") -> None:
-        """Let the server have records of these names, and read them."""
+        """Put records of these names on the server, and read them."""
         for name in names:
             self.server.write(name, version, data)
             assert self.read(name) is not None
 
     def has(self, name: str) -> bool:
-        """Whether a name is known here. What is under way arrives; nothing is kept by this."""
-        call = self.issue("head", name)  # whose answer is not kept
+        """Whether a name is cached. Pending input arrives; this check caches nothing."""
+        call = self.issue("head", name)  # its reply is not cached
         if not call.was_at_hand:
             call.cancel()
             self.run()
@@ -276,8 +276,8 @@ class NearExchange:
 
     def lose(self, retry: bool = True) -> None:
         """Lose the connection."""
-        self.server.hang_up()
-        self.server.is_tracking = True  # of the next one
+        self.server.disconnect()
+        self.server.is_tracking = True  # of the next connection
         self.pipeline.connection_lost(ConnectionLost("cut"), retry)
 
     def stats(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class NearExchange:
         return tuple(stats[name] for name in names)
 
     def assert_drained(self) -> None:
-        """Assert that nothing is pending and everybody was told."""
+        """Assert that nothing is pending and that every waiter has a result."""
         stats = self.pipeline.stats()
         counters = {name: stats[name] for name in ("queued", "in_flight", "pending")}
         assert not any(counters.values()), counters
@@ -303,12 +303,12 @@ class NearExchange:
 
 
 def size_of(core: Any, name: str, data: bytes = b"") -> int:
-    """Return the bytes that an entry counts for, apart from its place in the dict of all."""
+    """Return the bytes that an entry counts for, without its slot in the dict."""
     return int(core.NEAR_ENTRY_BYTES) + len(name.encode()) + len(data)
 
 
 def table_of(core: Any, entries: int = 1) -> int:
-    """Return the bytes that the dict of so many entries counts for."""
+    """Return the bytes that a dict of that many entries counts for."""
     empty: dict[str, None] = OrderedDict() if core.__name__ == "dscache.core.pure" else {}
     filled = empty.copy()
     for key in range(entries):

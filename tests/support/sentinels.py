@@ -1,6 +1,6 @@
-"""A primary, replicas and Sentinels of our own, for tests of what happens when one fails over.
+"""A private primary with replicas and Sentinels, for tests of failover.
 
-And a Sentinel that says what a test tells it to.
+Also a fake Sentinel that says what a test gives it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tests.support.clusters import Together, hold_port
 from tests.support.faults import FakeServer
 
 GROUP = "records"
-# How long a primary must be silent to be called down, and how long a failover may take.
+# How long a primary must be silent to count as down, and how long a failover may take.
 DOWN_AFTER_MS = 500
 FAILOVER_TIMEOUT_MS = 3000
 _PATIENCE_SECONDS = 30
 _AT_ONCE = ("--repl-diskless-sync-delay", "0")
-# How long Sentinels wait, in milliseconds, before they ask each other and the servers again; and
-# how long where nothing is tested but waited for.
+# Milliseconds between the Sentinels' questions to each other and to the servers; the second value
+# is for phases in which nothing is tested.
 _PERIODS = {"INFO-PERIOD": 10_000, "PUBLISH-PERIOD": 2000, "PING-PERIOD": 1000, "ASK-PERIOD": 1000}
 _HURRIED_MS = 100
-# One that a busy machine stops for longer takes the clock to be wrong, and then does nothing for
-# half a minute.
+# A Sentinel stopped for longer by a busy machine takes the clock to be wrong, and then does nothing
+# for half a minute.
 _TILT_MS = 20_000
 
 
@@ -48,7 +48,7 @@ class SentinelGroup(Together):
         self._processes: list[subprocess.Popen[bytes]] = []
         self._held: list[socket.socket] = []
         self.ports: list[int] = []
-        # Else a primary waits 5 s for further replicas before it serves the first.
+        # Otherwise a primary waits 5 s for further replicas before it serves the first.
         self.servers = [EmbeddedServer(binary, args=_AT_ONCE)]
         self._replicas = replicas
         self._sentinels = sentinels
@@ -61,7 +61,7 @@ class SentinelGroup(Together):
         return {"sentinels": nodes, "name": GROUP, **secret}
 
     def primary(self, sentinel: int = 0) -> EmbeddedServer:
-        """Return the server that a Sentinel takes for the primary."""
+        """Return the primary's server, according to a Sentinel."""
         port = self._named(self.ports[sentinel])
         return next(server for server in self.servers if server.port == port)
 
@@ -72,15 +72,15 @@ class SentinelGroup(Together):
         return redis.Redis(port=port, password=password, decode_responses=True, socket_timeout=5)
 
     def wait_for_primary(self, old: EmbeddedServer) -> float:
-        """Wait until every Sentinel names another primary than ``old``; return when it was."""
+        """Wait until every Sentinel names another primary than ``old``; return when that was."""
         for port in self.ports:
             _wait(lambda port=port: self._named(port) != old.port, "the Sentinels did not agree")
         return time.monotonic()
 
     def fail_over(self, sentinel: int = 0) -> EmbeddedServer:
-        """Have a Sentinel replace the primary, which is well; return the old one.
+        """Have a Sentinel replace a healthy primary; return the old one.
 
-        That goes on being a primary until ``heal()``, as it would behind a partition.
+        The old one stays a primary until ``heal()``, as it would behind a partition.
         """
         old = self.primary(sentinel)
         with self.ask(old.port) as client:
@@ -94,15 +94,15 @@ class SentinelGroup(Together):
         self._processes[number].send_signal(signal.SIGSTOP)
 
     def resume_sentinel(self, number: int) -> None:
-        """Let a paused Sentinel go on."""
+        """Resume a paused Sentinel."""
         self._processes[number].send_signal(signal.SIGCONT)
 
     def restart_sentinel(self, number: int) -> None:
-        """Kill a Sentinel and start it again, with all it knew."""
+        """Kill a Sentinel and start it again with its state."""
         self._processes[number].kill()
         self._processes[number].wait()
         self._processes[number] = self._spawn(number)
-        with self._hurried():
+        with self._fast_polling():
             _wait(lambda: self._knows_all(self.ports[number]), "the Sentinel did not come back")
 
     def heal(self) -> None:
@@ -114,7 +114,7 @@ class SentinelGroup(Together):
                 server.start()
             with self.ask(server.port) as client:
                 client.execute_command("ACL", "SETUSER", "default", "+@all")
-        with self._hurried():
+        with self._fast_polling():
             _wait(self._is_whole, "the group did not become whole again")
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class SentinelGroup(Together):
             process.kill()
             process.wait()
         for server in self.servers:
-            server.kill()  # a primary that is asked to end waits for its replicas
+            server.kill()  # a stopping primary waits for its replicas
             server.close()
         while self._held:
             self._held.pop().close()
@@ -144,13 +144,13 @@ class SentinelGroup(Together):
                 )
         for number in range(self._sentinels):
             self._start_sentinel(number)
-        with self._hurried():
+        with self._fast_polling():
             for port in self.ports:
                 _wait(lambda port=port: self._knows_all(port), "a Sentinel did not find the others")
 
     @contextlib.contextmanager
-    def _hurried(self) -> Iterator[None]:
-        """Let the Sentinels ask all the time what they would hear of by and by."""
+    def _fast_polling(self) -> Iterator[None]:
+        """Make the Sentinels poll constantly instead of at their usual pace."""
         self._pace(dict.fromkeys(_PERIODS, _HURRIED_MS))
         yield
         self._pace(_PERIODS)
@@ -216,7 +216,7 @@ class SentinelGroup(Together):
             return False
         for server in self.servers:
             with self.ask(server.port) as client:
-                # The Sentinels would say so too, in their own time of ten seconds.
+                # The Sentinels would notice too, but only within ten seconds.
                 if server is not primary and client.role()[2] != primary.port:
                     client.replicaof("127.0.0.1", str(primary.port))
         with self.ask(primary.port) as client:
@@ -238,7 +238,7 @@ class SentinelGroup(Together):
 
 
 class FakeSentinel(FakeServer):
-    """Say that the group has its primary at ``port``, by a configuration of ``epoch``."""
+    """Claim that the group's primary is at ``port``, by a configuration of ``epoch``."""
 
     def __init__(self, port: int, epoch: int = 1) -> None:
         super().__init__({"SENTINEL": self._say, "SUBSCRIBE": self._subscribe})
@@ -252,11 +252,11 @@ class FakeSentinel(FakeServer):
 
     @property
     def subscriptions(self) -> int:
-        """How often somebody has subscribed to its news."""
+        """How often a client has subscribed to its events."""
         return sum(command[0] == b"SUBSCRIBE" for command in self.commands)
 
     def announce(self, old: int, group: str = GROUP) -> None:
-        """Say to everybody who is connected that the primary is no longer at ``old``."""
+        """Announce to every connected client that the primary is no longer at ``old``."""
         words = f"{group} 127.0.0.1 {old} 127.0.0.1 {self.primary}"
         self.push(_array("message", "+switch-master", words))
 
@@ -285,7 +285,7 @@ def _accepted(sentinel: redis.Redis) -> bool:
     try:
         sentinel.execute_command("SENTINEL FAILOVER", GROUP)
     except redis.ResponseError as error:
-        if "NOGOODSLAVE" in str(error):  # it takes a replica's word for some seconds only
+        if "NOGOODSLAVE" in str(error):  # it believes a replica for only a few seconds
             return False
         raise
     return True

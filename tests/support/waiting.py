@@ -1,4 +1,4 @@
-"""What tests wait for, and what must be left when a cache has nothing to do."""
+"""Waiting in tests, and what an idle cache must show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 import dscache
 from tests.soak.figures import COUNTERS
 
-# Until something must have ended: far more than any machine needs, as it is no measurement.
+# Seconds until something must have ended: far more than any machine needs, since it measures
+# nothing.
 PATIENCE = 60
 
 
@@ -20,7 +21,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def assert_drained(cache: dscache.AsyncCache) -> None:
-    """Assert that nothing is under way."""
+    """Assert that no operation is in progress."""
     stats = cache.stats()
     counters = {name: stats[name] for name in COUNTERS}
     assert not any(counters.values()), f"{cache.description}: not drained: {counters}"

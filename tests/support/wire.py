@@ -1,8 +1,8 @@
-"""Both ends of a wire for tests of the core: RESP by hand, waiters, and two models of Redis.
+"""Both ends of a connection for tests of the core: RESP, waiters, and two models of Redis.
 
 ``ModelServer`` executes the commands that a Pipeline emits. ``ModelRecords`` is the oracle beside
-it: it knows nothing of commands and executes operations one after the other. What a Pipeline
-answers must be what ``ModelRecords`` answers, however the operations were batched.
+it: it knows nothing of commands and executes operations one after the other. A Pipeline must answer
+what ``ModelRecords`` answers, however the operations were batched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Refusal(str):
 
 
 class Push(list[Any]):
-    """A push of RESP3, which answers nothing."""
+    """A RESP3 push, which answers no command."""
 
 
 def resp(value: object) -> bytes:
@@ -79,12 +79,12 @@ def commands(output: bytes) -> list[list[bytes]]:
     while (command := reader.gets()) is not False:
         found.append(command)
     packed = b"".join(hiredis.pack_command(tuple(command)) for command in found)
-    assert packed == output, "that is no whole number of commands"
+    assert packed == output, "the last command is incomplete"
     return found
 
 
 def flushed(pipeline: Any) -> bytes:
-    """Return all that a pipeline has to send, as far as its window allows."""
+    """Return everything a pipeline has to send, as far as its window allows."""
     return b"".join(iter(pipeline.take_output, b""))
 
 
@@ -94,7 +94,7 @@ def keys_of(name: str) -> tuple[bytes, bytes]:
 
 
 def counters(counted: Any) -> dict[str, Any]:
-    """Return what a Pipeline, or what has its counters, has counted; times are left out."""
+    """Return the counters of a Pipeline, or of anything with its counters, without times."""
     stats: dict[str, Any] = counted.stats()
     return {name: stats[name] for name in stats if name != "latency"}
 
@@ -103,7 +103,7 @@ def counters(counted: Any) -> dict[str, Any]:
 
 
 class Waiter:
-    """What a Pipeline gives one outcome to, and never a second one."""
+    """A receiver of one result, never of a second."""
 
     def __init__(self) -> None:
         self.done = False
@@ -121,12 +121,12 @@ class Waiter:
         self.error = error
 
     def cancel(self) -> None:
-        """Want no outcome any more, as a cancelled ``asyncio.Future``."""
+        """Refuse a result from now on, as a cancelled ``asyncio.Future`` does."""
         self.cancelled = not self.done
 
     def result(self) -> Any:
         """Return the result or raise the error; there must be one."""
-        assert self.done, "nobody settled this waiter"
+        assert self.done, "this waiter has no result"
         if self.error is not None:
             raise self.error
         return self.value
@@ -225,10 +225,10 @@ class ModelRecords:
 
 
 class ModelServer:
-    """As much of Redis as dscache asks for, in memory and in one thread.
+    """As much of Redis as dscache needs, in memory and in one thread.
 
-    ``values`` holds a key's bytes, or None for a key of another type than string. ``refused``
-    are keys that the user may not touch. ``has_script`` is whether EVALSHA finds its script.
+    ``values`` holds a key's bytes, or None for a key of another type than string. ``refused`` are
+    keys that the user may not access. ``has_script`` is whether EVALSHA finds its script.
     """
 
     def __init__(self) -> None:
@@ -239,13 +239,13 @@ class ModelServer:
         self.executed: list[list[bytes]] = []
 
     def put(self, name: str, version: object, data: bytes | None) -> None:
-        """Store a record, or what looks like one."""
+        """Store a record, or something that looks like one."""
         version_key, data_key = keys_of(name)
         self.values[version_key] = str(version).encode()
         self.values[data_key] = data
 
     def answer(self, output: bytes) -> bytes:
-        """Execute what a client sent, and return what it receives."""
+        """Execute a client's request, and return its replies."""
         return b"".join(resp(self.execute(command)) for command in commands(output))
 
     def execute(self, command: list[bytes]) -> Any:
@@ -361,7 +361,7 @@ class ModelServer:
 
 
 class Exchange:
-    """A Pipeline of one of the cores, its waiters, and a server that it talks to."""
+    """A Pipeline of one of the cores, its waiters, and its server."""
 
     def __init__(
         self,
@@ -388,7 +388,7 @@ class Exchange:
         return commands(flushed(self.pipeline))
 
     def reply(self, *values: object) -> None:
-        """Let values arrive as replies, all at once."""
+        """Deliver values as replies, all at once."""
         self.pipeline.feed(b"".join(map(resp, values)))
 
     def run(self) -> list[list[bytes]]:
@@ -400,7 +400,7 @@ class Exchange:
         return self.server.executed[before:]
 
     def assert_drained(self) -> None:
-        """Assert that nothing is pending and everybody was told."""
+        """Assert that nothing is pending and that every waiter has a result."""
         stats = self.pipeline.stats()
         counters = {name: stats[name] for name in ("queued", "in_flight", "pending")}
         assert not any(counters.values()), counters
@@ -418,7 +418,7 @@ class Exchange:
 class ClusterExchange:
     """The Router of one of the cores, the pipelines of some nodes, and their waiters.
 
-    Node ``i`` of ``n`` serves the slots that leave ``i`` when divided by ``n``; reads go there too.
+    Node ``i`` of ``n`` serves the slots that leave ``i`` when divided by ``n``, reads included.
     """
 
     def __init__(
@@ -457,11 +457,11 @@ class ClusterExchange:
 
     @staticmethod
     def address(node: int) -> str:
-        """Return where a node is, for messages."""
+        """Return a node's address, for messages."""
         return f"node{node}.test:6379"
 
     def assign(self, slot: int, node: int) -> None:
-        """Give a slot to a node, from now on."""
+        """Assign a slot to a node from now on."""
         self.router.owners[slot] = self.router.readers[slot] = self.pipelines[node]
 
     def issue(self, *operations: Operation) -> list[Waiter]:
@@ -473,30 +473,30 @@ class ClusterExchange:
         return commands(flushed(self.pipelines[node]))
 
     def reply(self, node: int, *values: object) -> None:
-        """Let values arrive as replies of a node, all at once."""
+        """Deliver values as replies of a node, all at once."""
         self.pipelines[node].feed(b"".join(map(resp, values)))
 
     def redirected(self, node: int) -> list[tuple[str, int, Any]]:
-        """Take what a node has sent away."""
+        """Take the operations that a node has redirected."""
         pipeline = self.pipelines[node]
         taken: list[tuple[str, int, Any]] = pipeline.redirected
         pipeline.redirected = []
         return taken
 
     def move(self, node: int) -> None:
-        """Hand over what waits for a node and belongs to another one by now."""
+        """Hand over operations that wait at a node but now belong to another."""
         for target, batch in self.pipelines[node].take_queued(self.router.target_of):
             target.requeue([batch])
 
     def serve(self, node: int, server: ModelServer) -> list[list[bytes]]:
-        """Let a server answer all that a node is given; return the commands."""
+        """Let a server answer everything that a node sends; return the commands."""
         before = len(server.executed)
         while output := self.pipelines[node].take_output():
             self.pipelines[node].feed(server.answer(output))
         return server.executed[before:]
 
     def counters(self, node: int) -> tuple[int, int, int, int]:
-        """Return what waits for a node, is in flight, is pending, and has how many bytes."""
+        """Return a node's counters: waiting, in flight, pending, and bytes."""
         pipeline = self.pipelines[node]
         return (
             pipeline.queued,
@@ -506,7 +506,7 @@ class ClusterExchange:
         )
 
     def assert_drained(self) -> None:
-        """Assert that nothing is pending and everybody was told."""
+        """Assert that nothing is pending and that every waiter has a result."""
         for node, pipeline in enumerate(self.pipelines):
             assert self.counters(node) == (0, 0, 0, 0)
             assert not pipeline.redirected

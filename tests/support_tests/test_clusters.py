@@ -1,4 +1,4 @@
-"""The clusters that tests run on: they form, reshard, fail over, move and leave nothing behind."""
+"""The test clusters form, reshard, fail over, move and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
 
 @pytest.fixture
 def client(group: ClusterGroup) -> Iterator[RedisCluster]:
-    """A plain client of the whole cluster, that follows redirections."""
+    """A plain client of the whole cluster that follows redirections."""
     nodes = [StartupNode(node.host, node.port) for node in group.nodes]
     with RedisCluster(startup_nodes=nodes, password=PASSWORD, decode_responses=True) as opened:
         yield opened
@@ -68,7 +68,7 @@ def test_all_slots_are_served_and_replicated(group: ClusterGroup, client: RedisC
         assert group.primary_of(key_slot(key.encode())) is owner
         with owner.client() as direct:
             assert direct.get(key) is not None
-            # WAIT is for the writes of its own connection.
+            # WAIT covers the writes of its own connection.
             direct.set(key, "replicated")
             assert direct.wait(1, 5000) == 1
         with group.replica_of(owner).client() as direct:
@@ -119,7 +119,7 @@ def where(keys: list[str], *nodes: ClusterNode) -> list[int]:
     return [node.ask("CLUSTER", "COUNTKEYSINSLOT", slot) for node in nodes]
 
 
-def test_a_move_stops_where_one_wants(group: ClusterGroup, client: RedisCluster) -> None:
+def test_a_move_can_be_paused_and_cancelled(group: ClusterGroup, client: RedisCluster) -> None:
     keys = in_one_slot(250)
     slot = key_slot(keys[0].encode())
     source = group.primary_of(slot)
@@ -163,7 +163,7 @@ def test_a_move_stops_where_one_wants(group: ClusterGroup, client: RedisCluster)
     group.migrate([slot], target, source)
 
 
-def test_keys_move_that_are_no_text(group: ClusterGroup) -> None:
+def test_binary_keys_are_moved(group: ClusterGroup) -> None:
     key = b"\xff\x00{no text}\xfe"
     source = group.owner(key)
     target = next(node for node in group.primaries() if node is not source)
@@ -176,7 +176,7 @@ def test_keys_move_that_are_no_text(group: ClusterGroup) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "FORCE", "TAKEOVER"])
-def test_a_replica_takes_over(kind: Failover, group: ClusterGroup, client: RedisCluster) -> None:
+def test_a_replica_is_promoted(kind: Failover, group: ClusterGroup, client: RedisCluster) -> None:
     client.set("key", kind)
     old = group.owner("key")
     new = group.replica_of(old)
@@ -195,7 +195,7 @@ def test_a_replica_takes_over(kind: Failover, group: ClusterGroup, client: Redis
     assert client.get("key") == kind
 
 
-def test_a_killed_primary_is_replaced_and_comes_back(
+def test_a_killed_primary_is_replaced_and_returns(
     group: ClusterGroup, client: RedisCluster
 ) -> None:
     old = group.owner("key")
@@ -218,7 +218,7 @@ def test_a_killed_primary_is_replaced_and_comes_back(
     assert group.replica_of(new) is old
 
 
-def test_a_paused_node_is_silent_and_comes_back(group: ClusterGroup) -> None:
+def test_a_paused_node_is_silent_and_returns(group: ClusterGroup) -> None:
     replica = group.replicas()[0]
     group.pause(replica)
     with (
@@ -233,7 +233,9 @@ def test_a_paused_node_is_silent_and_comes_back(group: ClusterGroup) -> None:
     assert replica in group.replicas()
 
 
-def test_all_come_back_elsewhere_with_their_data(group: ClusterGroup, client: RedisCluster) -> None:
+def test_all_nodes_return_at_other_addresses_with_their_data(
+    group: ClusterGroup, client: RedisCluster
+) -> None:
     values = {f"key/{number}": str(number) for number in range(300)}
     client.mset_nonatomic(values)
     ports = {node.port for node in group.nodes}
@@ -267,20 +269,20 @@ def test_each_node_may_have_its_own_password(binary: ServerBinary) -> None:
         slot = group.slots_of(first)[0]
         group.migrate([slot], first, second)
         group.migrate([slot], second, first)
-        # Whoever becomes a replica can log in to whoever was one before.
+        # Any new replica can log in to any former primary.
         group.failover(third)
         group.wait_until_ok()
         group.failover(first)
         group.wait_until_ok()
         assert group.replica_of(first) is third
-        # Keys too go to a node with a password.
+        # Keys can be migrated to a node with a password too.
         key = next(key for key in map(str, range(100)) if group.owner(key) is first)
         first.ask("SET", key, "v")
         group.migrate([key_slot(key.encode())], first, second)
         assert second.ask("GET", key) == "v"
 
 
-def test_nodes_leave_for_good(binary: ServerBinary) -> None:
+def test_nodes_are_removed(binary: ServerBinary) -> None:
     keep = ("--cluster-allow-replica-migration", "no")
     with ClusterGroup(binary, primaries=6, replicas=1, args=keep, full_coverage=False) as group:
         first, second, third, *others, last, replica = group.nodes
@@ -297,13 +299,14 @@ def test_nodes_leave_for_good(binary: ServerBinary) -> None:
         assert set(slots) < set(group.slots_of(second))
         group.forget(replica)
         assert group.nodes == [*rest, last]
-        # They are there still, each alone.
+        # They still run, each alone.
         for left in (first, replica):
             assert list(left.view()) == [left.id]
             with pytest.raises(ValueError, match="has left"):
                 group.start(left)
 
-        # Of one that nobody follows, the slots are lost. The others serve on, as they may here.
+        # The slots of a primary without replicas are lost. The others keep serving, as configured
+        # here.
         group.kill(last)
         group.wait_until_noticed()
         assert group.primaries() == rest
@@ -313,7 +316,7 @@ def test_nodes_leave_for_good(binary: ServerBinary) -> None:
     assert not any(server.is_running for server in servers)
 
 
-def test_what_is_waited_for_in_vain_is_named(
+def test_a_failed_wait_names_what_is_missing(
     group: ClusterGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = group.replicas()[0]
@@ -352,13 +355,13 @@ def test_a_failed_start_leaves_nothing_behind(
     assert not any(folder.exists() for folder in folders)
 
 
-def test_a_lone_primary_on_ports_that_others_want(
+def test_a_lone_primary_on_contested_ports(
     binary: ServerBinary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with clusters.hold_port() as taken:
         taken.listen()
         hold = clusters.hold_port
-        # A port that is taken for the bus: the server has opened its other one by then.
+        # A taken bus port: the server has opened its other one by then.
         ports = iter([hold(), taken.dup(), hold(), hold()])
         monkeypatch.setattr(clusters, "hold_port", lambda: next(ports))
         with ClusterGroup(binary, primaries=1, replicas=0) as group:
@@ -369,7 +372,7 @@ def test_a_lone_primary_on_ports_that_others_want(
             node.ask("SET", "key", "v")
             port = node.port
             group.stop_all()
-            # Nobody else is given its port meanwhile, neither a server nor a client.
+            # Meanwhile neither another server nor a client can get its port.
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection((node.host, port))
             group.start_all(on_new_ports=False)
@@ -377,7 +380,7 @@ def test_a_lone_primary_on_ports_that_others_want(
             assert node.ask("GET", "key") == "v"
 
 
-def test_mistakes_are_named(binary: ServerBinary) -> None:
+def test_mistakes_are_reported(binary: ServerBinary) -> None:
     with pytest.raises(ValueError, match="2 passwords for 6 nodes"):
         ClusterGroup(binary, passwords=["a", "b"])
     with pytest.raises(ValueError, match="needs a primary"):

@@ -15,7 +15,7 @@ from tests.support.faults import HELLO_REPLY, FakeServer, FaultProxy
 
 PING = b"*1\r\n$4\r\nPING\r\n"
 PONG = b"+PONG\r\n"
-# Far more than anything here takes; it only turns a hang into a failure.
+# Far longer than anything here takes; it only turns a hang into a failure.
 PATIENCE = 10
 
 
@@ -32,7 +32,7 @@ async def connected(
 
 
 async def silent(reader: asyncio.StreamReader) -> bool:
-    """Whether nothing arrives in a while that is long enough for loopback."""
+    """Whether nothing arrives for a while that is long enough for loopback."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.1):
             await reader.read(1)
@@ -127,7 +127,7 @@ async def test_cuts_a_stalled_connection(proxy: FaultProxy) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, len(PONG), len(PONG) + 1])
-async def test_cuts_after_so_many_bytes_of_the_replies(proxy: FaultProxy, count: int) -> None:
+async def test_cuts_after_a_number_of_bytes_of_the_replies(proxy: FaultProxy, count: int) -> None:
     async with connected(proxy) as (reader, writer):
         proxy.cut_after(count)
         writer.write(PING * 3)
@@ -137,7 +137,7 @@ async def test_cuts_after_so_many_bytes_of_the_replies(proxy: FaultProxy, count:
         assert await reader.readexactly(len(PONG)) == PONG
 
 
-async def test_cuts_after_so_many_bytes_of_the_requests(proxy: FaultProxy) -> None:
+async def test_cuts_after_a_number_of_bytes_of_the_requests(proxy: FaultProxy) -> None:
     async with connected(proxy) as (reader, writer):
         proxy.cut_after(len(PING) - 1, "requests")
         writer.write(PING)
@@ -156,7 +156,7 @@ async def test_cuts_over_several_chunks_with_a_reset(proxy: FaultProxy) -> None:
         assert proxy.forwarded["replies"] == len(PONG) + 2
 
 
-async def test_is_deaf_to_new_connections_alone(proxy: FaultProxy) -> None:
+async def test_is_deaf_only_to_new_connections(proxy: FaultProxy) -> None:
     async with connected(proxy) as (old_reader, old_writer):
         old_writer.write(PING)
         await old_reader.readexactly(len(PONG))
@@ -233,7 +233,7 @@ async def test_splits_replies(proxy: FaultProxy) -> None:
         assert max(map(len, pieces)) == 2
 
 
-async def test_ends_connections_whose_target_is_away() -> None:
+async def test_ends_connections_whose_target_is_down() -> None:
     async with FaultProxy("127.0.0.1", 1) as proxy, connected(proxy) as (reader, _):
         with pytest.raises(ConnectionResetError):
             await reader.read()
@@ -278,7 +278,7 @@ def command(*words: bytes) -> bytes:
     return hiredis.pack_command(words)
 
 
-async def test_fake_server_answers_as_told() -> None:
+async def test_fake_server_sends_the_given_replies() -> None:
     answers = {
         "GET": b"$1\r\nx\r\n",
         "MGET": lambda words: b"*%d\r\n" % (len(words) - 1) + b"$-1\r\n" * (len(words) - 1),
@@ -303,7 +303,7 @@ async def test_fake_server_answers_as_told() -> None:
         assert fake.commands[1:4] == [[b"get", b"k"], [b"MGET", b"a", b"b"], [b"SET", b"k", b"v"]]
 
 
-def test_the_introduction_it_gives_is_one_that_hiredis_reads() -> None:
+def test_hiredis_reads_its_handshake() -> None:
     parser = hiredis.Reader(encoding="ascii")
     parser.feed(HELLO_REPLY)
     assert parser.gets() == {

@@ -1,4 +1,4 @@
-"""Metrics and spans for OpenTelemetry, as the SDK's own readers and exporters have them."""
+"""Metrics and spans for OpenTelemetry, as the SDK's own readers and exporters see them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def points(reader: InMemoryMetricReader, name: str, **wanted: Any) -> list[Any]:
     ]
 
 
-async def test_what_was_done(
+async def test_operations_are_measured(
     make_cache: MakeCache, meters: MeterProvider, reader: InMemoryMetricReader
 ) -> None:
     cache = await make_cache()
@@ -74,7 +74,7 @@ async def test_what_was_done(
     assert point.value == 3
     assert point.attributes["dscache.cache"] == "main"
     assert point.attributes["db.system.name"] == "redis"
-    assert point.attributes["server.port"] == cache._config.options.port
+    assert point.attributes["server.port"] == cache.config.options.port
     for result in ("hit", "miss"):
         (point,) = points(reader, "dscache.reads", dscache_result=result)
         assert point.value == 1
@@ -93,7 +93,7 @@ async def test_what_was_done(
     assert (buckets[-1].attributes["le"], buckets[-1].value) == ("+Inf", 2)
 
 
-async def test_several_caches_until_they_are_no_more(
+async def test_several_caches_until_they_are_gone(
     meters: MeterProvider, reader: InMemoryMetricReader, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = dscache.AsyncCache.from_config({"name": "memory"})
@@ -115,7 +115,7 @@ async def test_several_caches_until_they_are_no_more(
     gc.collect()
     (point,) = points(reader, "dscache.operations")
     assert point.attributes["dscache.cache"] == "two"
-    assert caplog.text == ""  # the SDK warns of instruments that are made twice
+    assert caplog.text == ""  # the SDK warns about instruments that are made twice
 
 
 async def test_nodes_of_a_cluster(
@@ -154,7 +154,7 @@ async def test_a_near_cache(
 
 
 class Spans:
-    """Where spans go, and a tracer of the application."""
+    """An exporter of spans, and a tracer of the application."""
 
     def __init__(self, **options: Any) -> None:
         self._exporter = InMemorySpanExporter()
@@ -163,7 +163,7 @@ class Spans:
         self.tracer = self.provider.get_tracer("application")
 
     def __call__(self) -> list[ReadableSpan]:
-        """Return the spans of caches that have ended since the last time."""
+        """Return the spans of caches that have ended since the last call."""
         found = [one for one in self._exporter.get_finished_spans() if one.kind is SpanKind.CLIENT]
         self._exporter.clear()
         return found
@@ -187,9 +187,9 @@ async def test_a_span_of_each_operation(make_cache: MakeCache, spans: Spans) -> 
         assert len(await cache.head_bulk(names[:1])) == 1
         assert await cache.delete(SECRET) is True
         assert await cache.delete_bulk([]) == 0
-        await asyncio.sleep(0)  # when callbacks of the last future have been called
+        await asyncio.sleep(0)  # when callbacks of the last future have run
     found = spans()
-    options = cache._config.options
+    options = cache.config.options
     place = f"{options.host}:{options.port}"
     told = []
     for span in found:
@@ -252,7 +252,7 @@ async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
     ]
 
 
-async def test_what_is_cancelled(make_cache: MakeCache, spans: Spans) -> None:
+async def test_cancelled_operations(make_cache: MakeCache, spans: Spans) -> None:
     cache = dscache.AsyncCache.from_config({"name": "redis", "options": {"port": 1}})
     otel.trace(cache, tracer_provider=spans.provider, roots=True)
     waiting = cache.get("a")
@@ -265,7 +265,7 @@ async def test_what_is_cancelled(make_cache: MakeCache, spans: Spans) -> None:
     await cache.close()
 
 
-async def test_who_samples_traces_samples_these(make_cache: MakeCache, spans: Spans) -> None:
+async def test_the_sampler_of_the_application_decides(make_cache: MakeCache, spans: Spans) -> None:
     cache = await make_cache(name="memory")
     unsampled = Spans(sampler=ALWAYS_OFF)
     tracing = otel.trace(cache, tracer_provider=spans.provider)
@@ -286,7 +286,7 @@ async def test_who_samples_traces_samples_these(make_cache: MakeCache, spans: Sp
     assert spans() == []
 
 
-async def test_a_share_of_them(make_cache: MakeCache, spans: Spans) -> None:
+async def test_a_share_of_the_spans_is_sampled(make_cache: MakeCache, spans: Spans) -> None:
     cache = await make_cache(name="memory")
     for sample, low, high in ((0.0, 0, 0), (0.5, 400, 600), (1.0, 1000, 1000)):
         tracing = otel.trace(cache, sample=sample, roots=True, tracer_provider=spans.provider)
@@ -333,7 +333,7 @@ async def test_with_a_near_cache(
         ({"url": "redis://:secret@db:1/2"}, {"server.address": "db", "server.port": 1}),
     ],
 )
-def test_where_a_database_is(options: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_address_of_a_database(options: dict[str, Any], expected: dict[str, Any]) -> None:
     found = otel.attributes_of(load({"name": "redis", "options": options}))
     assert found.pop("db.system.name") == "redis"
     assert found.pop("db.namespace") in ("0", "2", "3")

@@ -1,4 +1,4 @@
-"""The metrics for Prometheus, as its own client and parser have them, and over HTTP."""
+"""The metrics for Prometheus, as its own client and parser see them, and over HTTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def registry() -> CollectorRegistry:
 
 
 def samples(registry: CollectorRegistry) -> list[Sample]:
-    """Return what a Prometheus would read."""
+    """Return the samples that Prometheus would read."""
     text = generate_latest(registry).decode()
     return [one for family in text_string_to_metric_families(text) for one in family.samples]
 
@@ -42,7 +42,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     return found[0] if found else None
 
 
-async def test_what_was_done(make_cache: MakeCache, registry: CollectorRegistry) -> None:
+async def test_operations_are_measured(make_cache: MakeCache, registry: CollectorRegistry) -> None:
     cache = await make_cache()
     register(cache, "main", registry)
     await cache.set_bulk({"a": (1, 1), "b": (1, 1), "c": (1, 1)})
@@ -89,7 +89,7 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
     caches = {name: await make_cache(name="memory") for name in ("one", "two")}
     for number, (name, cache) in enumerate(caches.items()):
         collector = register(cache, name, registry)
-        register(cache, name, registry)  # once more is nothing new
+        register(cache, name, registry)  # registering again adds nothing
         for _ in range(number + 1):
             await cache.get("a")
     with pytest.raises(ValueError, match='a cache "one" already'):
@@ -101,7 +101,7 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
     assert value(registry, "dscache_operations_total", cache="two") is None
 
 
-async def test_before_it_is_open_and_after_its_end(registry: CollectorRegistry) -> None:
+async def test_before_opening_and_after_closing(registry: CollectorRegistry) -> None:
     cache = dscache.AsyncCache.from_config({"name": "memory"})
     register(cache, registry=registry)
     assert [(one.name, one.value) for one in samples(registry)] == [("dscache_ready", 0)]
@@ -140,14 +140,14 @@ async def test_a_near_cache(make_cache: MakeCache, registry: CollectorRegistry) 
 
 
 def test_every_counter_has_its_metric() -> None:
-    """What is told otherwise is what can be had from the others, or is no number."""
+    """The exceptions are derivable from the others, or not numbers."""
     told = {metric.key for metric in (*_metrics.COUNTERS, *_metrics.GAUGES)}
     with dscache.Cache.from_config({"name": "memory"}) as cache:
         derived = {"records", "reads", "mean_batch", "latency", "last_loss"}
         assert cache.stats().keys() - derived == told - {"refreshes"}
 
 
-def test_names_are_as_prometheus_wants_them() -> None:
+def test_names_follow_the_rules_of_prometheus() -> None:
     for metric in (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.GAUGES):
         assert metric.name.replace("_", "").isalpha()
         assert metric.name == metric.name.lower()
@@ -157,7 +157,7 @@ def test_names_are_as_prometheus_wants_them() -> None:
 
 
 def test_over_http(registry: CollectorRegistry) -> None:
-    """It is asked in a thread of the server, while the cache is at work in others."""
+    """The server's own thread reads them while the cache is in use in others."""
     with dscache.Cache.from_config({"name": "memory"}) as cache:
         register(cache, "web", registry)
         server, thread = prometheus_client.start_http_server(0, "127.0.0.1", registry)
@@ -176,7 +176,7 @@ def test_over_http(registry: CollectorRegistry) -> None:
     assert "# HELP dscache_operations_total Calls of get" in text
 
 
-async def test_asked_from_another_thread_while_nodes_come_and_go(
+async def test_collection_from_another_thread_while_nodes_change(
     backend: str, registry: CollectorRegistry
 ) -> None:
     async with FakeCluster() as fakes, opened(fakes) as cache:
@@ -205,8 +205,8 @@ async def test_asked_from_another_thread_while_nodes_come_and_go(
         assert failures == []
 
 
-def test_nothing_is_imported_that_nobody_asks_for() -> None:
-    """Nor needed: redis-py imports OpenTelemetry by itself, where that is there."""
+def test_exporters_are_imported_on_demand() -> None:
+    """redis-py imports OpenTelemetry by itself where it is installed."""
     program = (
         "import sys; sys.modules |= dict.fromkeys(('prometheus_client', 'opentelemetry'))\n"
         "import dscache, dscache.sync, dscache.aio.cluster, dscache.blocking.cluster_pool\n"
@@ -219,7 +219,7 @@ def test_nothing_is_imported_that_nobody_asks_for() -> None:
 
 
 @pytest.mark.parametrize("module", ["prometheus", "otel"])
-def test_without_what_it_needs(module: str) -> None:
+def test_without_its_client_library(module: str) -> None:
     wanted = {"prometheus": "prometheus_client", "otel": "opentelemetry"}[module]
     program = f"import sys; sys.modules['{wanted}'] = None; import dscache.{module}"
     done = subprocess.run(

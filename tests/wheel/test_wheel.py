@@ -1,4 +1,4 @@
-"""A wheel is whole: tried on each machine that a release is built for, without a server."""
+"""A wheel is complete: tested on each machine that a release is built for, without a server."""
 
 import asyncio
 import inspect
@@ -8,7 +8,7 @@ import pytest
 import dscache
 
 
-def test_it_has_the_compiled_core() -> None:
+def test_the_wheel_has_the_compiled_core() -> None:
     assert dscache.BACKEND == "fast"
     assert type(dscache.Record("a", 1, b"[]")).__module__ == "dscache._fast"
 
@@ -23,7 +23,7 @@ def test_records_in_memory(dscache_memory: dscache.AsyncCache) -> None:
     asyncio.run(main())
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_an_absent_server() -> None:
     options = {"port": 1, "commandTimeout": 100}
     config = {"name": "redis", "options": options}
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from redis.exceptions import ResponseError
+from typing import TYPE_CHECKING, cast
 
 from ...aio.resolver import Resolver
-from ...aio.sentinel import Sentinels, pairs
+from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.constants import read_epoch
 from ...errors import ConfigError, DscacheError, ReplyError, clean
+from ...net.sentinels import pairs
 from ..cache import AdminCache
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
@@ -29,7 +28,7 @@ from .record_checks import Sample
 from .topology_checks import SentinelReport
 
 if TYPE_CHECKING:
-    from redis.asyncio import Connection as SentinelConnection
+    pass
 
 _PINGS = 200
 # The most seconds that all PINGs may take, as all below.
@@ -251,25 +250,20 @@ async def _check_sentinels(options: Options) -> Finding:
 
 
 async def _query_sentinel(group: Sentinels, options: Options, node: SentinelNode) -> SentinelReport:
-    connection: SentinelConnection | None = None
+    seconds = options.connect_timeout / 1000
+    name = options.name or ""
     try:
-        async with asyncio.timeout(options.connect_timeout / 1000):
-            connection = await group.connect(node)
-            await connection.send_command("SENTINEL", "MASTER", options.name)
-            flat = await connection.read_response()
-            state = {clean(str(name)): clean(str(value)) for name, value in pairs(flat).items()}
-            await connection.send_command("SENTINEL", "CKQUORUM", options.name)
-            try:
-                await connection.read_response()
-                quorum = ""
-            except ResponseError as error:
-                quorum = clean(str(error))
-    except TimeoutError:
-        return SentinelReport(node.address, f"no answer within {options.connect_timeout} ms")
-    except Exception as error:  # redis-py may raise anything for an invalid reply
-        return SentinelReport(node.address, group.as_connect_error(error, 0))
-    finally:
-        await group.disconnect(connection)
+        async with asyncio.timeout(seconds):
+            flat, verdict = await group.execute(
+                node, [("SENTINEL", "MASTER", name), ("SENTINEL", "CKQUORUM", name)]
+            )
+        if isinstance(flat, Exception):
+            raise flat
+        facts = pairs(cast(list[str], flat))
+        state = {clean(str(name)): clean(str(value)) for name, value in facts.items()}
+    except Exception as error:  # redis-py may raise anything for replies that are no RESP
+        return SentinelReport(node.address, group.shown(error, seconds))
+    quorum = clean(str(verdict)) if isinstance(verdict, Exception) else ""
     return SentinelReport(
         node.address,
         primary=f"{state.get('ip')}:{state.get('port')}",

@@ -1,0 +1,502 @@
+"""Retries, redirections, timeouts and lost connections: the cold half of both cores.
+
+Each function takes a pipeline, compiled or pure, and works through its public attributes. The
+hot half, which encodes commands and reads replies, stays in each core.
+
+Rules that every function keeps, whatever raises and wherever:
+
+* No operation is lost. An operation leaves a queue or a slot only when it has its outcome or
+  waits elsewhere. What may fail is prepared first; then the queue is replaced in one step.
+* No operation gets two outcomes. A waiter that is settled again raises InvalidStateError, which
+  ``resolve`` and ``reject`` ignore; ``Batch.failed`` and ``Bulk.over`` mark the place reached.
+* ``connection_lost``, ``fail_all`` and ``fail_batch`` may be called again after an exception,
+  such as a MemoryError, and go on from there.
+* While the queue or the slots change, the pipeline is ``busy``. Finalizers and waiters may issue
+  operations meanwhile; these join the end of the queue and do not flush.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import ReplyError
+from . import constants as c
+from .constants import ErrorOf
+from .waiters import DISCARDED, SupersededWrite, reject, with_waiter
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .pipeline import Pipeline
+
+# Kinds that may be sent again when a connection was lost: doing them twice changes nothing.
+_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
+
+# Of each name, its first later write: the batch, the place in it, and whether a read is between.
+_Later = dict[str, tuple["Batch", int, bool]]
+
+
+# -- operations that change nodes
+
+
+def take_queued(
+    pipeline: Pipeline, target_of: Callable[[int, str], Any]
+) -> list[tuple[Any, Batch]]:
+    """Remove the waiting operations that belong to other pipelines now.
+
+    Returns each such batch with its pipeline, in the order of the queue.
+    """
+    kept: list[Batch] = []
+    released: list[tuple[Any, Batch]] = []
+    split: list[tuple[Batch, Batch]] = []
+    pipeline.open_batches.clear()
+    pipeline.busy = True
+    try:
+        waiting = pipeline.queue.copy()
+        for batch in waiting:
+            if batch.target is not None:
+                released.append((batch.target, batch))
+            elif batch.asking and not batch.abandoned():
+                kept.append(batch)  # it was sent here, although the slot is another node's
+            elif not batch.abandoned():
+                _divide(pipeline, batch, target_of, kept, released, split)
+        # Once the queue is replaced nothing may fail, or ``released`` is lost: iterators are made
+        # before, so that nothing allocates behind it.
+        split_rest, gone = iter(split), iter(released)
+        pipeline.replace_queue(kept, len(waiting))
+        for batch, rest in split_rest:
+            batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
+        for _target, batch in gone:
+            batch.target = None
+    finally:
+        pipeline.busy = False
+    pipeline.recount()
+    return released
+
+
+def _divide(
+    pipeline: Pipeline,
+    batch: Batch,
+    target_of: Callable[[int, str], Any],
+    kept: list[Batch],
+    released: list[tuple[Any, Batch]],
+    split: list[tuple[Batch, Batch]],
+) -> None:
+    """Decide where the records of a batch go, without changing the batch yet."""
+    batch.freeze()
+    # Of each target: its records, and how many of them are repeated.
+    parts: dict[Any, tuple[dict[str, Any], int]] = {}
+    for i in range(batch.sent, len(batch.names)):
+        name = batch.names[i]
+        target = target_of(batch.kind, name)
+        records, repeated = parts.get(target, ({}, 0))
+        records[name] = batch.entries[i]
+        parts[target] = records, repeated + (i < batch.repeated)
+    if parts.keys() <= {pipeline}:
+        kept.append(batch)
+        return
+    sent = zip(batch.names[: batch.sent], batch.entries[: batch.sent], strict=True)
+    rest = batch.part(dict(sent), 0)
+    rest.freeze()
+    split.append((batch, rest))
+    for target, (records, repeated) in parts.items():
+        part = batch.part(records, repeated)
+        if target is pipeline:
+            kept.append(part)
+        else:
+            released.append((target, part))
+
+
+def requeue(pipeline: Pipeline, batches: Iterable[Batch]) -> None:
+    """Queue batches that another pipeline gave away, each in the place of its age.
+
+    Batches that wait here already, were sent or have their outcome are skipped, so that a caller
+    that was interrupted may pass the same batches again.
+    """
+    pipeline.open_batches.clear()
+    pipeline.busy = True
+    try:
+        waiting = dict.fromkeys(pipeline.queue.copy())
+        size = len(waiting)
+        for batch in batches:
+            if batch.sent == batch.answered and not batch.settled():
+                waiting[batch] = None
+        pipeline.replace_queue(list(waiting), size)
+    finally:
+        pipeline.busy = False
+    pipeline.recount()
+
+
+def requeue_returned(pipeline: Pipeline) -> None:
+    """Queue the batches that must be sent again, each in the place of its age."""
+    waiting = list(pipeline.queue)
+    pipeline.replace_queue([*waiting, *pipeline.returned], len(waiting))
+    pipeline.returned.clear()
+
+
+# -- time and failure
+
+
+def expire(pipeline: Pipeline, now: float) -> float | None:
+    """Fail every operation whose deadline is past; return the next deadline, or None.
+
+    Both are seconds of ``time.monotonic``.
+    """
+    pending = pipeline.in_flight
+    next_deadline = math.inf
+    pipeline.busy = True
+    try:
+        for batch, _count in pipeline.slots.copy():  # all: a repeat may be behind younger ones
+            if batch.abandoned():
+                continue
+            if batch.deadline > now:
+                next_deadline = min(next_deadline, batch.deadline)
+            else:
+                make = partial(c.no_answer_in_time, pipeline.address, pipeline.timeout, pending)
+                fail_batch(pipeline, batch, make)
+        drop_late(pipeline, now)
+    finally:
+        pipeline.busy = False
+        pipeline.recount()
+    if pipeline.queue:
+        next_deadline = min(next_deadline, pipeline.queue[0].deadline)
+    return None if next_deadline == math.inf else next_deadline
+
+
+def drop_late(pipeline: Pipeline, now: float) -> None:
+    """Fail batches at the head of the queue whose deadline is past; the caller counts anew."""
+    queue = pipeline.queue
+    while queue:
+        batch = queue[0]
+        if not batch.abandoned():
+            if batch.deadline > now:
+                break
+            make = partial(
+                c.never_sent,
+                pipeline.address,
+                pipeline.timeout,
+                pipeline.in_flight,
+                pipeline.down,
+                batch.redirections,
+            )
+            doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
+            pipeline.open_batches.clear()
+            fail_batch(pipeline, batch, make, doubt)
+        queue.popleft()
+        pipeline.open_batches.clear()
+
+
+def connection_lost(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
+    """Settle the slots of a connection that ended.
+
+    With ``retry``, reads and guarded writes wait for the next connection, in their order and
+    before newer operations. Other writes fail, as all do without ``retry``; they may or may not
+    have happened. Operations that were not sent yet stay queued. After an exception it may be
+    called again, and goes on where it was.
+    """
+    pipeline.busy = True
+    try:
+        _settle_slots(pipeline, reason, retry)
+    finally:
+        pipeline.busy = False
+    pipeline.recount()
+    pipeline.end_tick()
+    pipeline.reset_reader()
+
+
+def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
+    pipeline.severed = True  # until all is settled: no reply of this connection counts any more
+    kept: dict[Batch, None] = {}
+    for batch, _count in pipeline.slots.copy():
+        if batch.abandoned() or batch in kept:
+            continue
+        if batch.answered >= len(batch.records):
+            # Its last reply was read, but a step after that failed.
+            if batch.bulk is not None:
+                batch.bulk.settle(0)
+        elif retry and batch.kind in _REPEATABLE:
+            batch.repeated = max(batch.repeated, batch.sent)
+            kept[batch] = None
+        else:
+            fail_batch(pipeline, batch, partial(c.lost, pipeline.address, reason, batch.kind))
+    waiting = pipeline.queue.copy()
+    for batch in (*waiting, *pipeline.returned):
+        if not batch.abandoned():
+            kept[batch] = None
+    # After a protocol error, nothing that the connection brought can be trusted.
+    pipeline.disconnected(retry)
+    pipeline.replace_queue(list(kept), len(waiting))
+    for batch, _count in pipeline.slots:  # no waiting batch has anything in flight now
+        if not batch.abandoned():
+            batch.sent = batch.answered
+    pipeline.drop_slots()
+
+
+def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
+    """Fail every operation that is queued or in flight, with an error of its own each.
+
+    If any was in flight, the next reply ends the connection, because it would be taken for the
+    reply to a later operation. After an exception it may be called again.
+    """
+    doubt = partial(c.in_doubt, error_of)
+    pipeline.end_tick()
+    pipeline.severed = pipeline.severed or bool(pipeline.slots)
+    pipeline.busy = True
+    try:
+        in_flight = [batch for batch, _count in pipeline.slots.copy()]
+        for batch in (*in_flight, *pipeline.queue, *pipeline.returned):
+            if not batch.abandoned():
+                fail_batch(pipeline, batch, error_of, doubt)
+        # Operations that a finalizer issued meanwhile stay.
+        while pipeline.queue and pipeline.queue[0].abandoned():
+            pipeline.queue.popleft()
+        pipeline.drop_slots()
+    finally:
+        pipeline.busy = False
+    pipeline.recount()
+
+
+def fail_batch(
+    pipeline: Pipeline, batch: Batch, error_of: ErrorOf, error_of_doubt: ErrorOf | None = None
+) -> None:
+    """Give an error to every operation of a batch that has no outcome yet.
+
+    ``error_of_doubt`` makes the error of a write that was sent and so may have happened. After
+    an exception it may be called again, and goes on with the record that it had come to.
+    """
+    batch.freeze()
+    doubtful = 0
+    if error_of_doubt is not None and c.is_write(batch.kind):
+        doubtful = max(batch.sent, batch.repeated)
+    bulk = batch.bulk
+    if bulk is not None and not bulk.shared:
+        make = error_of
+        if error_of_doubt is not None and (
+            doubtful or (batch.kind >= c.SET and bulk.remaining < bulk.total)
+        ):
+            make = error_of_doubt
+        reject(bulk.waiter, partial(make, bulk.operation))
+        bulk.over = True
+        pipeline.failed += bulk.remaining
+        batch.expired = True
+        return
+    batch.failed = max(batch.failed, batch.answered)
+    while batch.failed < len(batch.names):
+        name = batch.names[batch.failed]
+        entry = batch.entries[batch.failed]
+        if entry is DISCARDED:
+            batch.failed += 1
+            continue
+        make = error_of
+        if error_of_doubt is not None and batch.failed < doubtful:
+            make = error_of_doubt
+        give_error(pipeline, batch, name, entry, partial(make, c.describe(batch.kind, name)))
+        if bulk is None:
+            batch.failed += 1
+        else:  # both or none, whatever fails
+            batch.failed, bulk.remaining = batch.failed + 1, bulk.remaining - 1
+    batch.expired = True
+    if bulk is not None:
+        bulk.settle(0)
+
+
+def give_error(
+    pipeline: Pipeline, batch: Batch, name: str, entry: Any, make: Callable[[], Exception]
+) -> None:
+    """Give the error of one record to its waiters, or add it to the errors of its bulk."""
+    pipeline.failed += batch.kind < c.COMMAND
+    if batch.bulk is None:
+        reject(entry.waiter if c.has_text(batch.kind) else entry, make)
+        return
+    batch.bulk.errors[name] = make()
+    if batch.kind == c.GET:
+        batch.bulk.missing.append(name)
+
+
+# -- refusals
+
+
+def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> None:
+    """Give an error reply to the records it belongs to, or send them once more.
+
+    An error reply to a whole command means that Redis did nothing of it.
+    """
+    if pipeline.clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
+        _redirected(pipeline, batch, count, error)
+        return
+    if error.code == "READONLY":
+        pipeline.read_only = True
+    by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
+    lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
+    mixed = error.code == "NOPERM" and count > 1
+    later = _written_after(pipeline, batch, mixed) if lost_script or mixed else {}
+    again: dict[str, Any] = {}
+    settled = count
+    repeated = 0
+    for i in range(batch.answered, batch.answered + count):
+        name = batch.names[i]
+        entry = batch.entries[i]
+        if entry is DISCARDED:
+            settled -= 1
+        elif (lost_script or mixed) and name not in later:
+            again[name] = entry
+            repeated += i < batch.repeated
+        else:
+            make = refusal(pipeline, error, batch.kind, name)
+            if name not in later or not _attach_to_newer_write(batch, entry, *later[name], make):
+                give_error(pipeline, batch, name, entry, make)
+    if again:
+        _send_again(pipeline, batch, again, repeated, lost_script, mixed)
+        if c.SET <= batch.kind <= c.DELETE:
+            _read_again(pipeline, batch, again)
+    batch.answered += count
+    if batch.bulk is not None:
+        batch.bulk.settle(settled - len(again))
+
+
+def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
+    """Return what makes the error of one record from an error reply."""
+    context = f"{c.describe(kind, name)} at {pipeline.address}"
+    return lambda: ReplyError(error.message, context=context)
+
+
+def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> None:
+    """Give away the records of a command that another node, or a later moment, is right for.
+
+    Commands in flight behind it may write the same names. Either they are redirected as well and
+    follow in their order; or they were done, if the node changed its view meanwhile, and this
+    write must not undo them: a plain write is attached to the newer one, or fails where that
+    would report a wrong outcome. A guarded write undoes nothing.
+    """
+    later = _written_after(pipeline, batch, True) if c.SET <= batch.kind <= c.DELETE else {}
+    redirections = (*batch.redirections, f"{pipeline.address}: {error.message}")
+    limit = pipeline.max_redirections
+    again: dict[str, Any] = {}
+    failed = repeated = 0
+    for i in range(batch.answered, batch.answered + count):
+        name = batch.names[i]
+        entry = batch.entries[i]
+        if entry is DISCARDED:
+            continue
+        make = refusal(pipeline, error, batch.kind, name)
+        if len(redirections) > limit:
+            context = f"{c.describe(batch.kind, name)} at {pipeline.address}"
+            make = partial(c.too_many_redirections, error.message, redirections, limit, context)
+            give_error(pipeline, batch, name, entry, make)
+            failed += 1
+        elif name not in later or batch.kind == c.SET_IF_NEWER:
+            again[name] = entry
+            repeated += i < batch.repeated
+        elif later[name][0].kind != c.SET_IF_NEWER and _attach_to_newer_write(
+            batch, entry, *later[name], make
+        ):
+            continue
+        elif error.code in c.FLEETING:
+            give_error(pipeline, batch, name, entry, make)
+            failed += 1
+        else:
+            again[name] = entry
+            repeated += i < batch.repeated
+    if again:
+        part = batch.part(again, repeated)
+        part.redirections = redirections
+        part.asking = False
+        # A batch whose keys are being migrated must not hold up others of its slot again.
+        part.one_per_command = batch.one_per_command or error.code == "TRYAGAIN"
+        slot = pipeline.slot_of(batch.kind, next(iter(again)))
+        pipeline.redirected.append((error.message, slot, part))
+    batch.answered += count
+    if batch.bulk is not None:
+        batch.bulk.settle(failed)
+
+
+def _send_again(
+    pipeline: Pipeline,
+    batch: Batch,
+    again: dict[str, Any],
+    repeated: int,
+    lost_script: bool,
+    one_per_command: bool,
+) -> None:
+    """Queue records of a batch once more, in the place of the batch."""
+    repeat = batch.part(again, repeated)
+    repeat.whole_script = lost_script or batch.whole_script
+    repeat.one_per_command = one_per_command or batch.one_per_command
+    repeat.counted = batch.bulk is not None
+    size = repeat.text_size()
+    pipeline.returned.append(repeat)
+    pipeline.queued += len(again)
+    pipeline.operations += 1 if repeat.counted else len(again)
+    pipeline.pending_bytes += size
+
+
+def _batches_in_flight(pipeline: Pipeline) -> dict[Batch, None]:
+    return dict.fromkeys(batch for batch, _count in pipeline.slots.copy())
+
+
+def _read_again(pipeline: Pipeline, batch: Batch, names: Mapping[str, Any]) -> None:
+    """Repeat reads in flight behind a repeated write, so that they see it."""
+    for later in _batches_in_flight(pipeline):
+        if later.serial <= batch.serial or later.kind > c.HEAD or later.abandoned():
+            continue
+        again: dict[str, Any] = {}
+        for i in range(later.answered, later.sent):
+            if later.names[i] in names and later.entries[i] is not DISCARDED:
+                again[later.names[i]] = later.entries[i]
+        if again:
+            _send_again(pipeline, later, again, 0, False, False)
+        for i in range(later.answered, later.sent):
+            if later.names[i] in again:
+                later.entries[i] = DISCARDED
+
+
+def _written_after(pipeline: Pipeline, batch: Batch, mixed: bool) -> _Later:
+    """Return, for each name, its first later write in flight that a repeat could undo or see.
+
+    If a script is lost, later writes by script are refused too and come back in their order,
+    unless a repeat has brought the script before them. A guarded repeat can't undo another
+    guarded write, but a read between them would see the wrong one.
+    """
+    found: _Later = {}
+    read: set[str] = set()
+    loaded = mixed
+    for later in _batches_in_flight(pipeline):
+        newer = batch.serial < later.serial and later.kind < c.COMMAND
+        guarded = later.kind == c.SET_IF_NEWER
+        by_script = guarded or (later.kind == c.SET_TTL and not pipeline.has_msetex)
+        if newer and later.kind <= c.HEAD:
+            for i in range(later.answered, later.sent):
+                if later.entries[i] is not DISCARDED:
+                    read.add(later.names[i])
+        elif newer and (loaded or not by_script):
+            harmless = guarded and batch.kind == c.SET_IF_NEWER
+            for i in range(later.answered, later.sent):
+                name = later.names[i]
+                if name in read or not harmless:
+                    found.setdefault(name, (later, i, name in read))
+        loaded = loaded or later.whole_script
+    return found
+
+
+def _attach_to_newer_write(
+    batch: Batch, entry: Any, later: Batch, i: int, read: bool, make: Callable[[], Exception]
+) -> bool:
+    """Let the waiters of a refused write wait for the newer write of the same name.
+
+    Returns False if the newer outcome doesn't determine the outcome of the refused write.
+    """
+    if batch.kind not in (c.SET, c.SET_TTL) or batch.bulk is not None:
+        return False
+    if later.bulk is not None or later.abandoned() or read:
+        return False
+    there = later.entries[i]
+    if later.kind == c.DELETE:
+        removal = SupersededWrite(there, make, True)
+        later.entries[i] = [removal, SupersededWrite(entry.waiter, make, True)]
+    elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
+        return False
+    else:
+        there.waiter = with_waiter(there.waiter, SupersededWrite(entry.waiter, make, False))
+    return True

@@ -1,0 +1,61 @@
+"""Waiters: objects that get the result or the error of an operation. Both cores use them."""
+
+from __future__ import annotations
+
+from asyncio import InvalidStateError
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from . import constants as c
+
+# The waiters of a record that is read again: its first reply has no effect.
+DISCARDED: Final[list[Any]] = []
+
+
+class SupersededWrite:
+    """The waiters of a refused write, attached to a newer write of the same name.
+
+    The newer write would have overwritten the refused one at once, so the refused write counts
+    as done if the newer one is. With ``always`` the newer one is a removal: both get True,
+    because the record existed between them.
+    """
+
+    __slots__ = ("_always", "_refusal", "_waiter")
+
+    def __init__(self, waiter: Any, refusal: Callable[[], Exception], always: bool) -> None:
+        self._waiter = waiter
+        self._refusal = refusal
+        self._always = always
+
+    def set_result(self, done: bool, /) -> None:
+        if done or self._always:
+            resolve(self._waiter, True)
+        else:
+            reject(self._waiter, self._refusal)
+
+    def set_exception(self, error: Exception, /) -> None:
+        reject(self._waiter, partial(c.copy_error, error))
+
+
+def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
+    """Return the waiters of one record with one more added."""
+    if type(earlier) is not list:
+        return [earlier, waiter]
+    earlier.append(waiter)
+    return earlier
+
+
+def resolve(waiter: Any, result: object) -> None:
+    """Give a waiter, or each of a list, the result, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_result(result)
+
+
+def reject(waiter: Any, make: Callable[[], Exception]) -> None:
+    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
+    for one in waiter if type(waiter) is list else (waiter,):
+        with suppress(InvalidStateError):
+            one.set_exception(make())

@@ -1,0 +1,77 @@
+"""The types of AsyncCache. Type checkers read this file (test_typing.py); nothing runs it."""
+
+from __future__ import annotations
+
+from asyncio import Future
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, assert_type
+
+from redis.credentials import UsernamePasswordCredentialProvider
+
+import dscache
+from dscache import AsyncCache, Record
+from dscache.config import Config
+
+
+def configured() -> None:
+    assert_type(AsyncCache.from_config("redis://127.0.0.1:6379"), AsyncCache)
+    assert_type(AsyncCache.from_config(Path("config.yml")), AsyncCache)
+    assert_type(AsyncCache.from_config({"name": "memory"}), AsyncCache)
+    provider = UsernamePasswordCredentialProvider("user", "password")
+    assert_type(AsyncCache.from_config("host:6379", credentials=provider), AsyncCache)
+
+
+class Named(AsyncCache):
+    """A subclass: ``from_config`` and ``async with`` keep its type."""
+
+
+async def of_a_subclass() -> None:
+    assert_type(Named.from_config({"name": "memory"}), Named)
+    async with Named.from_config({"name": "memory"}) as cache:
+        assert_type(cache, Named)
+
+
+async def single(cache: AsyncCache) -> None:
+    assert_type(cache.get("n"), Awaitable[Record | None])
+    assert_type(cache.head("n"), Awaitable[int | None])
+    assert_type(cache.set("n", 1, {}), Future[bool])
+    assert_type(cache.delete("n"), Future[bool])
+    assert_type(await cache.get("n"), Record | None)
+    assert_type(await cache.head("n"), int | None)
+    assert_type(await cache.set("n", 1, {"a": [1]}, ttl=60, if_newer=True), bool)
+    assert_type(await cache.set("n", 1, {}, ttl=None), bool)
+    assert_type(await cache.delete("n"), bool)
+
+
+async def bulk(cache: AsyncCache) -> None:
+    names = {"a", "b"}
+    assert_type(await cache.get_bulk(names), dict[str, Record])
+    assert_type(await cache.head_bulk(iter(names)), dict[str, int])
+    assert_type(await cache.set_bulk({"a": (1, {}), "b": (2, [])}, ttl=60), set[str])
+    assert_type(await cache.delete_bulk(["a"]), int)
+
+
+async def state(cache: AsyncCache) -> None:
+    assert_type(cache.is_ready, bool)
+    assert_type(cache.description, str)
+    assert_type(cache.config, Config)
+    assert_type(cache.stats(), dict[str, Any])
+    assert_type(await cache.when_ready(), None)
+    assert_type(await cache.close(), None)
+
+
+async def refused(cache: AsyncCache) -> None:
+    cache.get(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.head(b"n")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.set("n", "1", {})  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.set("n", 1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    cache.set("n", 1, {}, 60)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    cache.set("n", 1, {}, ttl=1.5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.get_bulk(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.set_bulk({"n": 1})  # type: ignore[dict-item] # pyright: ignore[reportArgumentType]
+    cache.is_ready = True  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+    AsyncCache.from_config(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    dscache.AsyncCache("host")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with cache:  # type: ignore[attr-defined] # pyright: ignore[reportGeneralTypeIssues]
+        pass

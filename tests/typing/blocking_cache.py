@@ -1,0 +1,48 @@
+"""The types of Cache. Type checkers read this file (test_typing.py); nothing runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, assert_type
+
+from dscache import Cache, Record
+from dscache.config import Config
+
+
+def configured() -> None:
+    assert_type(Cache.from_config("redis://127.0.0.1:6379"), Cache)
+    assert_type(Cache.from_config(Path("config.yml")), Cache)
+    with Cache.from_config({"name": "memory"}) as cache:
+        assert_type(cache, Cache)
+
+
+def single(cache: Cache) -> None:
+    assert_type(cache.get("n"), Record | None)
+    assert_type(cache.head("n"), int | None)
+    assert_type(cache.set("n", 1, {"a": [1]}, ttl=60, if_newer=True), bool)
+    assert_type(cache.delete("n"), bool)
+
+
+def bulk(cache: Cache) -> None:
+    assert_type(cache.get_bulk(["a"]), dict[str, Record])
+    assert_type(cache.head_bulk(("a", "b")), dict[str, int])
+    assert_type(cache.set_bulk({"a": (1, {})}, if_newer=True), set[str])
+    assert_type(cache.delete_bulk({"a": 1}), int)
+
+
+def state(cache: Cache) -> None:
+    assert_type(cache.is_ready, bool)
+    assert_type(cache.description, str)
+    assert_type(cache.config, Config)
+    assert_type(cache.stats(), dict[str, Any])
+    # Neither returns anything, which mypy doesn't let a program use.
+    cache.when_ready()
+    cache.close()
+
+
+def refused(cache: Cache) -> None:
+    cache.get(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.set("n", 1, {}, 60)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    cache.set_bulk([("n", 1, {})])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    if (record := cache.get("n")) is None:
+        record.version  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
