@@ -1,7 +1,7 @@
-"""What dscache does, on a private server that is gone at the end.
+"""A demo of dscache on a private server that ends with it.
 
-Every named character that Python knows of, up to some thousand, becomes a record: written, read
-back, compared, and looked at with redis-py. The last part measures both on the same records.
+It writes some thousand named Unicode characters as records, reads them back, compares them and
+shows them with redis-py. The last part measures dscache and redis-py on the same records.
 
     make demo
     python examples/demo.py --records 500 --seconds 0.05
@@ -42,7 +42,7 @@ ROUNDS = 5
 
 
 def characters(count: int) -> dict[str, dict[str, Any]]:
-    """Return the first so many named characters, as names of records and their data."""
+    """Return the first ``count`` named characters, as names of records and their data."""
     found: dict[str, dict[str, Any]] = {}
     for code in range(sys.maxunicode + 1):
         name = unicodedata.name(chr(code), "")
@@ -58,7 +58,7 @@ def characters(count: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-# -- what is printed
+# -- output
 
 
 def headline(text: str) -> None:
@@ -70,7 +70,7 @@ def line(what: str, result: object) -> None:
 
 
 async def timed(what: str, operation: Awaitable[Any], count: int, outcome: str) -> Any:
-    """Await an operation on ``count`` records; print its outcome, and the time it took."""
+    """Await an operation on ``count`` records; print its outcome and its time."""
     began = time.perf_counter()
     result = await operation
     seconds = time.perf_counter() - began
@@ -138,7 +138,7 @@ async def in_bulk(cache: dscache.AsyncCache, data: dict[str, dict[str, Any]]) ->
     each = f"{took * 1000:8.1f} ms {took / count * 1e6:7.2f} µs/record"
     line("every .data decoded and compared", f"{f'{equal:,} equal':24} {each}")
     await timed("head_bulk", cache.head_bulk(data), count, "{} versions")
-    # Every second one is to become version 2; then all are, unless they are already.
+    # Write version 2 of every second record, then of all that don't have it yet.
     second = {name: (2, one) for name, one in list(data.items())[::2]}
     await timed(
         "set_bulk, version 2 of every second", cache.set_bulk(second), count // 2, "{} refused"
@@ -167,7 +167,7 @@ async def removal(cache: dscache.AsyncCache, data: dict[str, dict[str, Any]]) ->
 
 
 class Measured:
-    """A way to read records, and how many a second it read in each round."""
+    """A way to read records, and its records per second in each round."""
 
     def __init__(self, label: str, read: Callable[[], Awaitable[None]], records: int) -> None:
         self.label = label
@@ -176,7 +176,7 @@ class Measured:
         self._records = records
 
     async def rate(self, seconds: float) -> float:
-        """Read again and again until the time is over; return records per second."""
+        """Read repeatedly for some seconds; return the records per second."""
         began = time.perf_counter()
         count = 0
         while (took := time.perf_counter() - began) < seconds or not count:
@@ -193,7 +193,7 @@ async def comparison(
     keys = [key for name in names for key in (f"{name}_v", f"{name}_d")]
 
     def tasks(get: Callable[[str], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
-        # Each of the tasks reads names of its own, one after the other.
+        # Each task reads its own names, one after the other.
         async def task(own: list[str]) -> None:
             for name in own:
                 await get(name)
@@ -230,7 +230,7 @@ async def comparison(
             pipeline.mget(f"{name}_v", f"{name}_d")
         _ = [(int(v), decode(d)) for v, d in await pipeline.execute()]
 
-    # What comes last in each group is what the others are compared with.
+    # The last entry of each group is the base of the comparison.
     groups: dict[str, list[tuple[str, Callable[[], Awaitable[None]]]]] = {
         f"One at a time, from {TASKS} tasks": [
             ("dscache: await get", tasks(cache.get)),
@@ -250,7 +250,7 @@ async def comparison(
     }
     everyone = [one for entries in measured.values() for one in entries]
     for one in everyone:
-        await one.rate(0)  # what is cold at first isn't counted
+        await one.rate(0)  # warm up
     for _ in range(ROUNDS):
         for one in everyone:
             one.rates.append(await one.rate(seconds))
@@ -263,7 +263,7 @@ async def comparison(
 
 
 def opened(server: EmbeddedServer) -> dscache.AsyncCache:
-    """Return a cache as the file says; it connects when it is entered."""
+    """Return a cache configured by a file; ``async with`` connects it."""
     os.environ["REDIS_PORT"] = str(server.port)
     headline(f"config.yml, with REDIS_PORT={server.port}")
     print("".join(f"  {text}\n" for text in CONFIG.splitlines()), end="")
@@ -289,8 +289,12 @@ async def demo(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--records", type=int, default=5000, help="to write and read (5000)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement (0.2)")
+    parser.add_argument(
+        "--records", type=int, default=5000, help="number of records to write and read (5000)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="duration of each measurement (0.2)"
+    )
     options = parser.parse_args()
     if options.records < TASKS or options.seconds <= 0:
         parser.error(f"--records must be at least {TASKS}, --seconds above 0")

@@ -1,4 +1,4 @@
-"""A FastAPI service whose WebSocket clients see a record change, whoever changes it.
+"""A FastAPI service that sends every change of a record to its WebSocket clients.
 
     pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 uvicorn --app-dir examples fastapi_service:app
@@ -7,7 +7,7 @@
     curl -i localhost:8000/records/room/1
     python -m websockets ws://localhost:8000/watch/room/1
 
-No record is decoded on its way out: what Redis holds is JSON text already.
+It sends records without decoding them, as Redis holds JSON text.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from fastapi.responses import JSONResponse
 import dscache
 
 URL = os.environ.get("REDIS_URL", "redis://localhost:6379")
-# With a near cache, to look at a record that hasn't changed costs no round trip.
+# With a near cache, reading an unchanged record takes no round trip.
 CONFIG = {"name": "redis", "options": {"url": URL, "nearCache": True}}
-LOOK_EVERY = 0.02
+POLL_SECONDS = 0.02
 
 
 @asynccontextmanager
@@ -38,8 +38,8 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(dscache.DscacheError)
 async def unavailable(request: Request, error: dscache.DscacheError) -> JSONResponse:
-    mine = isinstance(error, dscache.RecordError)  # a bad name or version is the client's fault
-    return JSONResponse({"detail": str(error)}, status_code=422 if mine else 503)
+    is_invalid = isinstance(error, dscache.RecordError)  # the client's name or version
+    return JSONResponse({"detail": str(error)}, status_code=422 if is_invalid else 503)
 
 
 @app.get("/records/{name:path}")
@@ -63,19 +63,19 @@ async def watch(socket: WebSocket, name: str) -> None:
     forwarding = asyncio.create_task(forward(socket, name))
     try:
         async for _ in socket.iter_text():
-            pass  # until the client leaves: it has nothing to say
+            pass  # reads until the client leaves, and ignores its messages
     finally:
         forwarding.cancel()
         await asyncio.gather(forwarding, return_exceptions=True)
 
 
 async def forward(socket: WebSocket, name: str) -> None:
-    """Send a record's JSON text now, and whenever it has changed."""
+    """Send a record's JSON text now and after each change."""
     seen = None
     while True:
-        with suppress(dscache.DscacheError):  # while Redis is away, there is nothing new
+        with suppress(dscache.DscacheError):  # Redis is unavailable: try again later
             record = await app.state.cache.get(name)
             if record is not None and record.version != seen:
                 await socket.send_text(record.raw.decode())
                 seen = record.version
-        await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A Flask service with threads: polls, in which no vote is lost.
+"""A threaded Flask service for polls that loses no vote.
 
     pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 flask --app examples/flask_service.py run
@@ -6,7 +6,7 @@
     curl -X POST localhost:5000/polls/lunch/pizza
     curl localhost:5000/polls/lunch
 
-One Cache serves all threads, and all processes of a server that forks.
+One Cache serves all threads, and all processes of a forking server.
 """
 
 import os
@@ -33,7 +33,7 @@ def vote(name, answer):
         record = cache.get(f"poll/{name}")
         version, votes = record or (0, {})
         votes[answer] = votes.get(answer, 0) + 1
-        # If another thread or process was faster, Redis has this version: count on top of that.
+        # If another thread or process has written this version first, add the vote to its count.
         if cache.set(f"poll/{name}", version + 1, votes, if_newer=True):
             return votes
 

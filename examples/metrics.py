@@ -1,9 +1,9 @@
-"""A small program at work, whose metrics can be looked at.
+"""A small program with a load, and its metrics for Prometheus.
 
     python examples/metrics.py --port 9100
     curl http://127.0.0.1:9100/metrics
 
-It has a private server, unless --url names one, and goes on until Ctrl-C. It needs the extras
+It starts a private server unless --url names one, and runs until Ctrl-C. It needs the extras
 ``prometheus`` and ``embedded``.
 """
 
@@ -24,7 +24,7 @@ USERS = 1000
 
 
 async def visit(cache: dscache.AsyncCache) -> None:
-    """Do what a visitor of some site does: look at some users, and change one."""
+    """Read some users and change one, like a visitor of a site."""
     user = f"user/{random.randrange(USERS)}"
     record = await cache.get(user)
     version = 0 if record is None else record.version
@@ -44,8 +44,10 @@ async def work(url: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--port", type=int, default=9100, help="of the metrics; 0 for any")
-    parser.add_argument("--url", help="of a Redis, in place of a private server")
+    parser.add_argument(
+        "--port", type=int, default=9100, help="port of the metrics; 0 for a free one"
+    )
+    parser.add_argument("--url", help="URL of a Redis in place of a private server")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
         url = options.url or stack.enter_context(EmbeddedServer()).url

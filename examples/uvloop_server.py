@@ -1,12 +1,12 @@
-"""A TCP server on uvloop that keeps typed records: the scores of a game.
+"""A TCP server on uvloop that keeps the scores of a game as typed records.
 
     pip install '.[examples]'
     REDIS_URL=redis://localhost:6379 python examples/uvloop_server.py 7777
 
     echo '{"do":"score","player":"ada","points":5}' | nc -N localhost 7777
 
-A line is a request, and a line answers it. What a client sends, what Redis holds and what goes
-back are Structs: whatever doesn't fit is refused with the place in it that doesn't.
+Each line is a request, and the reply is one line. Requests, records and replies are Structs, so
+that invalid data is refused with the place of the mistake.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ import dscache
 
 
 class Player(msgspec.Struct):
-    """What Redis holds of a player."""
+    """The record of a player."""
 
     points: int = 0
     games: int = 0
 
 
 class Score(msgspec.Struct, tag_field="do", tag="score"):
-    """A request: a player has made points."""
+    """A request that adds points to a player."""
 
     player: str
     points: int
 
 
 class Show(msgspec.Struct, tag_field="do", tag="show"):
-    """A request: how many are they?"""
+    """A request for the record of a player."""
 
     player: str
 
@@ -56,7 +56,7 @@ async def score(cache: dscache.AsyncCache, request: Score) -> Player:
 
 async def show(cache: dscache.AsyncCache, request: Show) -> msgspec.Raw | None:
     record = await cache.get(f"player/{request.player}")
-    return record and msgspec.Raw(record.raw)  # as it is: it need not be decoded to be shown
+    return record and msgspec.Raw(record.raw)  # the stored text, not decoded
 
 
 async def answer(cache: dscache.AsyncCache, line: bytes) -> object:

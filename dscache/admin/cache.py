@@ -44,7 +44,7 @@ async def open_cache(config: Config) -> AsyncIterator[AdminCache]:
     options = replace(config.options, scale_reads="master", near_cache=None)
     config = replace(config, options=options)
     if not options.nodes and not options.sentinels:
-        # A URL can't tell a cluster node from a single server: the server itself is asked.
+        # A URL can't tell a cluster node from a single server; CLUSTER INFO does.
         cache = AdminCache(config)
         try:
             server = await _connect_once(cache)

@@ -27,7 +27,7 @@ from .control import Reply
 from .primaries import parse_info
 
 _PINGS = 5
-# The number of nodes that are asked for the list of nodes; the newest view wins.
+# The number of nodes that report their view of the cluster; the newest view wins.
 _VIEWS = 3
 # Milliseconds to close a visit, which leaves nothing behind that is worth waiting for.
 _CLOSE_MS = 100
@@ -99,7 +99,9 @@ async def _list(cluster: Cluster, options: Options) -> list[_Member]:
     return max(views, key=lambda view: view[0])[1]
 
 
-async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[int, list[_Member]]:
+async def _view_of(
+    options: Options, node: Connection, source: Address
+) -> tuple[int, list[_Member]]:
     """Return a node's epoch and the nodes it lists.
 
     Raises ConnectError without an answer within ``slotsRefreshTimeout``, ReplyError for a refusal,
@@ -115,7 +117,7 @@ async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[
     for reply in (nodes, slots):
         if isinstance(reply, ReplyError):
             raise reply
-    return parse_epoch(info), _members(_parse_nodes(nodes), slots, asked, options)
+    return parse_epoch(info), _members(_parse_nodes(nodes), slots, source, options)
 
 
 def _members_by_slots(cluster: Cluster, options: Options) -> list[_Member]:
@@ -152,9 +154,9 @@ def _in_order(members: list[_Member]) -> list[_Member]:
 
     def rank(member: _Member) -> tuple[int, str, bool, str]:
         report = member.report
-        shard = report.address if report.role == "primary" else report.primary or ""
+        primary = report.address if report.role == "primary" else report.primary or ""
         is_replica = report.role != "primary"
-        return starts.get(shard, constants.SLOTS + 1), shard, is_replica, report.address
+        return starts.get(primary, constants.SLOTS + 1), primary, is_replica, report.address
 
     return sorted(members, key=rank)
 
@@ -164,7 +166,7 @@ def _in_order(members: list[_Member]) -> list[_Member]:
 
 @dataclass(frozen=True, slots=True)
 class _NodesLine:
-    """One line of CLUSTER NODES: a node as the asked node sees it."""
+    """One line of CLUSTER NODES: a node as another node sees it."""
 
     id: str
     host: str
@@ -217,10 +219,10 @@ def _parse_line(line: str) -> _NodesLine:
 
 
 def _members(
-    lines: list[_NodesLine], slots: Reply, asked: Address, options: Options
+    lines: list[_NodesLine], slots: Reply, source: Address, options: Options
 ) -> list[_Member]:
     """Return the nodes of CLUSTER NODES at their addresses in CLUSTER SLOTS."""
-    places = _places(lines, slots, asked)
+    places = _places(lines, slots, source)
     places = {name: options.mapped(*place) for name, place in places.items()}
     shown = {
         line.id: constants.join_address(*places[line.id]) if line.id in places else line.id[:12]
@@ -244,10 +246,10 @@ def _members(
     )
 
 
-def _places(lines: list[_NodesLine], slots: Reply, asked: Address) -> Mapping[str, Address]:
+def _places(lines: list[_NodesLine], slots: Reply, source: Address) -> Mapping[str, Address]:
     """Return the address of each node by its id; nodes without a known address are left out."""
     announced: dict[str, Address] = {}
-    for entry, known in zip(slots, parse_slots(slots, asked), strict=True):
+    for entry, known in zip(slots, parse_slots(slots, source), strict=True):
         for node, place in zip(entry[2:], (known.primary, *known.replicas), strict=True):
             if len(node) > 2 and isinstance(node[2], bytes):
                 announced[clean(node[2].decode(errors="replace"))] = place
@@ -255,7 +257,7 @@ def _places(lines: list[_NodesLine], slots: Reply, asked: Address) -> Mapping[st
     by_name = any(announced.get(line.id) == (line.name, line.port) for line in lines)
     places = {}
     for line in lines:
-        host = (by_name and line.name) or line.host or (asked[0] if "myself" in line.flags else "")
+        host = (by_name and line.name) or line.host or (source[0] if "myself" in line.flags else "")
         if line.id in announced:
             places[line.id] = announced[line.id]
         elif constants.is_address(host, line.port) and "noaddr" not in line.flags:

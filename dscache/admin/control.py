@@ -48,7 +48,7 @@ class ControlConnection:
 
     @classmethod
     async def open(
-        cls, options: Options, on_push: Callable[[list[Any]], object] | None = None
+        cls, options: Options, on_push: Callable[[list[Reply]], object] | None = None
     ) -> Self:
         """Connect to the server of these options and log in, within ``connectTimeout``.
 

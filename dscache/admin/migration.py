@@ -175,7 +175,7 @@ class Migration:
                 # Its keys in deepstream layout would read as another record in hashtag layout.
                 self._count.ambiguous += 1
                 self._count.note(
-                    f"record {shorten(name)}: its keys in the deepstream layout would be those of "
+                    f"record {shorten(name)}: its keys in the deepstream layout would be keys of "
                     "another record in the hashtag layout; it is not moved"
                 )
                 continue

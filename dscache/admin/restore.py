@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import msgspec
 
@@ -219,8 +219,8 @@ class Import:
     async def _write(self, chunk: _Chunk) -> int:
         """Write the records of a chunk; return the number of records that were not newer."""
         cache, if_newer = self._cache, self._if_newer
-        together: dict[str, tuple[int, Any]] = {}
-        waiting: list[asyncio.Future[Any]] = []
+        together: dict[str, tuple[int, object]] = {}
+        waiting: list[asyncio.Future[bool] | asyncio.Future[set[str]]] = []
         for line in chunk.records:
             if line.ttl is None or self._ttl is not None:
                 together[line.name] = line.version, line.data

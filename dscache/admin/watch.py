@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..aio.cluster import Cluster
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
 from ..net.backoff import full_jitter
 from .cache import AdminCache
-from .control import ControlConnection, RawCommand
+from .control import ControlConnection, RawCommand, Reply
 from .key_layout import Layout
 
 CHANGED, DELETED, DAMAGED = "changed", "deleted", "damaged"
@@ -174,7 +173,7 @@ class Watch:
 
     # -- events
 
-    def _take(self, push: list[Any]) -> None:
+    def _take(self, push: list[Reply]) -> None:
         if len(push) != 2 or push[0] != b"invalidate":
             return
         keys = push[1]

@@ -32,8 +32,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         python = platform.python_version()
         typer.echo(f"dscache {__version__}, {_backend.BACKEND} core, Python {python}")
         raise typer.Exit

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -104,7 +104,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, Any]:
+def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, object]:
     """Return the result as the JSON document to print."""
     return {
         **facts,

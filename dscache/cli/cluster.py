@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import typer
 from rich import box
@@ -45,7 +44,7 @@ async def _survey(config: Config) -> ClusterReport:
     return await survey(await as_cluster(config))
 
 
-def document(report: ClusterReport) -> dict[str, Any]:
+def document(report: ClusterReport) -> dict[str, object]:
     """Return a report as the JSON document to print."""
     return {
         "ok": not report.problems,

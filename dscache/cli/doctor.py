@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -38,7 +36,7 @@ def doctor(
         raise typer.Exit(checkup.status)
 
 
-def document(checkup: Checkup) -> dict[str, Any]:
+def document(checkup: Checkup) -> dict[str, object]:
     """Return the findings as the JSON document to print."""
     return {
         "verdict": checkup.verdict,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,7 +50,7 @@ def pace(job: JobProgress, began: float) -> dict[str, int | float]:
     }
 
 
-def conclude(summary: Mapping[str, Any], words: list[str], *, as_json: bool, err: bool) -> None:
+def conclude(summary: Mapping[str, object], words: list[str], *, as_json: bool, err: bool) -> None:
     """Print the summary; raises typer.Exit with status 1 unless its ``ok`` is true.
 
     ``words`` state the result on a terminal. With ``err`` they go to standard error.

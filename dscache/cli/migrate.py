@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -70,8 +70,8 @@ def migrate(
             )
             primaries = await stack.enter_async_context(open_primaries(source))
             # On a cluster, which the source may have turned out to be, "auto" is hashtag.
-            asked = _with_layout(source.config, config.options.key_layout)
-            configured = Layout.of(asked.options).kind
+            configuration = _with_layout(source.config, config.options.key_layout)
+            configured = Layout.of(configuration.options).kind
             job = Migration(source, target, primaries, prefix=prefix, count=count, keep=keep)
             async with progress("migrate", lambda: (count.done, count.total, count.found)):
                 await (job.count() if dry_run else job.run())
@@ -97,7 +97,7 @@ def _with_layout(config: Config, layout: str) -> Config:
     return msgspec.structs.replace(config, options=options)
 
 
-def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dict[str, Any]:
+def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dict[str, object]:
     """Return the result as the JSON document to print."""
     return {
         "ok": dry_run or not (count.left or (count.unexplained and not keep)),

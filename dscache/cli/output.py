@@ -14,9 +14,9 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C, as in shells: 128 plus the number of the signal."""
 
 
-def wants_json(asked: bool) -> bool:
+def wants_json(requested: bool) -> bool:
     """Return whether to print JSON: with ``--json``, or if standard output is no terminal."""
-    return asked or not sys.stdout.isatty()
+    return requested or not sys.stdout.isatty()
 
 
 def print_json(document: object) -> None:

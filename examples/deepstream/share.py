@@ -1,9 +1,9 @@
 """Read and write the records that a deepstream server keeps in Redis.
 
     python share.py NAME          prints the record
-    python share.py NAME JSON     writes it first, as its next version
+    python share.py NAME JSON     writes the record first, as its next version
 
-The configuration is deepstream's own file, config.yml beside this one.
+The configuration is deepstream's own file, config.yml in the same folder.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ async def main(name: str, json: str | None = None) -> None:
         if json is not None:
             data = msgspec.json.decode(json)
             version = await cache.head(name)
-            # Not the plain set: if deepstream was faster, its version must not be overwritten.
+            # if_newer keeps the version that deepstream may have written in between.
             if not await cache.set(
                 name, 1 if version is None else version + 1, data, if_newer=True
             ):

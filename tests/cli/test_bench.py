@@ -133,7 +133,7 @@ def test_ctrl_c_removes_the_written_records(loaded: EmbeddedServer, client: redi
         (("--tasks", "0"), "--tasks"),
         (("--read-ratio", "1.5"), "--read-ratio"),
         (("--plot", "latency.png"), "it must end in .svg"),
-        (("--plot", "/nowhere/latency.svg"), "in a folder that is there"),
+        (("--plot", "/nowhere/latency.svg"), "in a folder that exists"),
     ],
 )
 def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:

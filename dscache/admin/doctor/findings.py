@@ -59,12 +59,12 @@ def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
     result = []
     for found in checks.values():
         verdict = worst(one.verdict for _, one in found)
-        those = [(address, one) for address, one in found if one.verdict == verdict]
+        worst_of = [(address, one) for address, one in found if one.verdict == verdict]
         if len({one.found for _, one in found}) == 1:
             result.append(found[0][1])
             continue
-        texts = "; ".join(f"{address}: {one.found}" for address, one in those)
-        result.append(replace(those[0][1], found=texts))
+        texts = "; ".join(f"{address}: {one.found}" for address, one in worst_of)
+        result.append(replace(worst_of[0][1], found=texts))
     return result
 
 
