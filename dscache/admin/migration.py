@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from ..cache import AsyncCache
-from ..core.resp import slot_of_key
+from ..core.keys import slot_of_key
 from ..errors import BulkError, RecordError, shorten
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
 from .export import lifetimes_of

@@ -12,7 +12,7 @@ from ..aio.cluster import Cluster
 from ..cache import AsyncCache
 from ..config import Options
 from ..core.constants import SLOTS
-from ..core.resp import slot_of_key
+from ..core.keys import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
 from .control import ControlConnection

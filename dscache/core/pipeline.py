@@ -61,11 +61,12 @@ from . import envelope as e
 from . import recovery
 from .batch import Batch, Bulk, Command, Write, serials
 from .constants import ErrorOf
+from .keys import slot_of_key
 from .latency import Latencies
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
-from .resp import Encoder, LengthGuard, pack_command, slot_of_key
+from .resp import Encoder, LengthGuard, pack_command
 from .waiters import DISCARDED, resolve, with_waiter
 
 _INCOMPLETE: Final = object()

@@ -15,11 +15,12 @@ from ...cache import AsyncCache
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.constants import read_epoch
+from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
 from ..control import ControlConnection, RawCommand
-from ..key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
+from ..key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..primaries import SCAN_COUNT, Primaries, is_clustered, open_primaries, parse_info
 from . import record_checks as of_records
 from . import server_checks as of_server
