@@ -147,28 +147,28 @@ include "core/resp.pxi"
 
 @cython.final
 cdef class Pipeline:
-    """The operations of one node on their way to Redis and their replies on the way back.
+    """The operations of one node on their way to Redis, and their replies on the way back.
 
-    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
-    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
-    queued. ``begin`` is called when so many wait that the server had better begin, and must not
-    raise. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
-    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
-    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
-    server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
-    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3. ``on_push`` is
-    called with each push that is for neither.
+    ``create_waiter`` makes the object that an operation returns. ``wake`` is called before the
+    first operation since the last ``take_output`` is queued; if it raises, nothing is queued.
+    ``begin`` is called when enough operations wait for an idle server, and must not raise.
+    ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
+    none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
+    ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
+    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
+    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
+    arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
+    push for neither of them.
 
-    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
-    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
-    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
-    a reply end the connection.
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
+    Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
+    text to be written; without it, the operation waits. More than ``max_reply_bytes`` without the
+    end of a reply end the connection.
 
-    ``bound`` to one thread, it also calls ``wake`` before an operation that comes in another.
+    A pipeline ``bound`` to one thread also calls ``wake`` before an operation from another thread.
 
-    On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
-    batch); what was redirected more than ``max_redirections`` times fails.
+    On a ``clustered`` node, ``redirected`` holds the operations that it sent away, as (error text,
+    slot, batch). An operation redirected more than ``max_redirections`` times fails.
     """
 
     cdef public str address
@@ -361,7 +361,7 @@ cdef class Pipeline:
     # -- what changes nodes
 
     cpdef Py_ssize_t fence(self):
-        """Return how far ``settled`` will be when all that is in flight now has been answered."""
+        """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
     def take_queued(self, target_of):
@@ -400,15 +400,15 @@ cdef class Pipeline:
     # -- output
 
     cpdef end_tick(self):
-        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        """Close the open batches, for a tick that can't be sent."""
         self.open_batches.clear()
         self._awake = False
 
     def take_output(self):
-        """Return the RESP bytes of some hundred records that wait; they count as sent.
+        """Return the RESP bytes of some hundred waiting records, which then count as sent.
 
-        What more there is waits for the next call, as does what the window doesn't allow yet. If
-        it raises, or the bytes can't be sent, the connection must end.
+        Further records wait for the next call, or until the window has room for them. If it
+        raises, or the bytes can't be sent, the connection must end.
         """
         self.busy = True
         try:
@@ -478,14 +478,14 @@ cdef class Pipeline:
     # -- input
 
     def get_buffer(self, size_hint):
-        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        """Return the buffer for received bytes, as ``asyncio.BufferedProtocol`` requires."""
         return self._replies.buffer()
 
     def buffer_updated(self, Py_ssize_t size):
-        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+        """Read the first ``size`` bytes of the buffer, and settle the operations they answer.
 
-        Raises ProtocolError if they are not what Redis would send. Whatever it raises, the
-        connection must end: no later reply is taken for that of an operation.
+        Raises ProtocolError for bytes that Redis would not send. After any exception the
+        connection must end: no later reply is given to an operation.
         """
         if size > self._replies.room():
             raise ValueError("there is no such part of the buffer")
@@ -498,9 +498,9 @@ cdef class Pipeline:
             raise
 
     def feed(self, bytes data not None):
-        """Take bytes that arrived, and settle what they answer.
+        """Read received bytes, and settle the operations they answer.
 
-        Raises ProtocolError if they are not what Redis would send.
+        Raises ProtocolError for bytes that Redis would not send.
         """
         cdef const char* text = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
@@ -521,7 +521,7 @@ cdef class Pipeline:
         return self._guard.inspect(text, size, self.address)
 
     cpdef reset_reader(self):
-        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        """Drop a partial reply: the next bytes come from a new connection."""
         self._version_reply = _INCOMPLETE
         self._asked = False
         self.severed = False
@@ -532,7 +532,7 @@ cdef class Pipeline:
     # -- what the near cache may believe
 
     cpdef connected(self, bint is_tracked):
-        """Note that there is a connection, and whether its server tells of changes."""
+        """Note that there is a connection, and whether its server reports changed keys."""
         self._reach.up = True
         if is_tracked and self.near is not None:
             self._epoch = _Epoch.__new__(_Epoch, self._reach)
@@ -544,11 +544,11 @@ cdef class Pipeline:
         self._reach.up = False
 
     def unknown(self):
-        """Return the seconds for which changes may be unknown to the near cache."""
+        """Return the seconds for which the near cache may have missed changes."""
         return 0.0 if self._epoch is None else dscache_monotonic() - self._epoch.known
 
     cpdef forget(self, str reason):
-        """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
+        """Drop every record read so far from the near cache, and count the ``reason``."""
         cdef _Epoch epoch = self._epoch
         self._end_epoch(OVER, reason)
         if epoch is not None:
@@ -595,7 +595,7 @@ cdef class Pipeline:
         recovery.fail_all(self, error_of)
 
     cpdef drop_slots(self):
-        """Forget what is in flight or comes back, after each has its outcome or waits again."""
+        """Drop the slots and returned batches, once each operation is settled or queued."""
         self.settled += len(self.slots)
         self.slots.clear()
         self.returned.clear()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..core.resp import slot_of_key
+from ..core.keys import slot_of_key
 from ..errors import BulkError, RecordError, shorten
 from .cache import AdminCache
 from .compare_and_set import DONE, REMOVE, SWAP, run_script

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..aio.cluster import Cluster
 from ..aio.connection import Connection
 from ..core.constants import SLOTS
-from ..core.resp import slot_of_key
+from ..core.keys import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
 from .cache import AdminCache

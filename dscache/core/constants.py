@@ -247,14 +247,6 @@ def read_epoch(text: object) -> int:
     return int(text) if is_number else -1  # type: ignore[call-overload]
 
 
-def key_stem(text: str, hash_tag: bool) -> str:
-    """Return how the keys of names begin that begin with some text, behind the key prefix."""
-    if not hash_tag:
-        return text
-    opening = TAG_FOR_BRACE if text.startswith(TAG_CLOSE.decode()) else TAG_OPEN
-    return opening.decode() + text
-
-
 # -- counters
 
 

@@ -5,41 +5,59 @@ is no socket, event loop or configuration here.
 
 Theory of operation
 -------------------
-An operation joins a **batch**: the records of one kind (reads, writes, ...) issued in one tick
-of the event loop, or one bulk operation. ``take_output`` turns waiting batches into commands of
-up to some hundred records each, and returns about so many at a time: with the first of them the
-server can begin while the next are encoded. A command in flight is a **slot**, and replies come
-in the order of the slots. A slot belongs to the pipeline: a waiter that is cancelled or too late
-is merely not told, while its reply is parsed and dropped as any other.
+**Batches and slots.** An operation joins a batch: the records of one kind (reads, writes, ...)
+issued in one tick of the event loop, or one bulk operation. ``take_output`` turns waiting batches
+into commands of up to some hundred records each, and returns about as many records at a time, so
+that the server begins with the first ones while the next are encoded. A command in flight is a
+slot, and replies come in the order of the slots. A slot belongs to the pipeline: if its waiter is
+cancelled or late, the reply is still parsed, and then dropped.
 
-Two rules keep the order of operations on one name:
+**Order.** Two rules keep the order of operations on one name:
 
-1. An operation joins an open batch only if no later batch of the tick holds its name; else
+1. An operation joins an open batch only if no later batch of the tick holds its name. Otherwise
    all open batches are closed and it begins a new one. A bulk closes them all.
 2. Nothing joins a batch after ``take_output``: a read already sent may be older than a write
    that was answered before the new read was issued.
 
-A server that has nothing to do gets the first operations of a long tick before it is over: the
-pipeline asks for that by ``begin``, and whoever sends calls ``take_output`` then as well.
+**Early output.** When the server is idle, the pipeline calls ``begin`` before a long tick ends,
+and the owner of the socket then calls ``take_output`` for the operations issued so far.
 
-A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key: whatever the
-size of the data, and a third of what a script costs the server per record. They share a slot.
+**Heads.** A head costs two commands, ``GET`` of the version and ``TYPE`` of the data's key. Their
+cost doesn't grow with the data, and is a third of the server time of a script per record. The two
+commands share a slot.
 
-A command that is refused for want of its script, or for one of its records, is sent again, and
-keeps its place: the queue is in the order in which the batches were issued. What was sent behind
-it is done first, though. Reads of the names that it writes are therefore read again behind the
-repeat. A write that a later one of its name has overtaken is not repeated, since it would undo
-that one: its waiters hang on the later one's (``SupersededWrite``), or get the refusal where that
-would tell an untruth. A read that a write has overtaken gets it too: what it would have read is
-gone.
+**Repeats.** Redis may refuse a command because it lost the script, or because of one of its
+records. Such a command is sent again and keeps its place: the queue is ordered by the serial
+numbers of the batches. Commands sent behind it are done before the repeat, however:
 
-On a cluster each node has its pipeline, and the ``Router`` gives it what it serves. Records of
-one slot share a command. A command that the node redirects leaves the pipeline, by ``redirected``,
-for whoever knows the nodes; what waits can be taken away by ``take_queued``, and ``requeue`` takes
-it over on another node, in the order in which it was issued. ``fence`` tells when all is answered
-that was in flight at some moment, so that nothing newer overtakes it on another node.
+* Reads of the names that it writes are read again behind the repeat.
+* A write that a later write of its name has overtaken isn't repeated, because it would undo the
+  later one. Its waiters are attached to the later write (``SupersededWrite``), or get the refusal
+  where the later outcome doesn't determine theirs.
+* A read that a later write has overtaken gets the refusal, because the value is gone.
 
-Every waiter is settled by ``resolve`` or ``reject``, and a bulk's by ``Bulk.settle``.
+**Clusters.** Each node has its pipeline, and the ``Router`` chooses it by slot. Records of one
+hash slot share a command. A command that the node redirects leaves the pipeline through
+``redirected``, for the code that knows the nodes. ``take_queued`` removes waiting operations that
+belong to another node, and ``requeue`` adds them to that node's pipeline in the order in which
+they were issued. ``fence`` returns the value that ``settled`` reaches once everything in flight
+is answered, so that nothing newer overtakes it on another node.
+
+**Failures.** Timeouts, lost connections, refusals and redirections are handled in
+``recovery.py``, the same module for both cores.
+
+**Re-entrancy.** A finalizer, a waiter, ``wake`` or ``create_waiter`` may issue operations in the
+middle of any method. A batch is therefore queued with its first record already in it. While the
+queue or the slots change, ``busy`` is set, so that such operations are queued but don't call
+``begin``; code that replaces the queue keeps operations that arrived meanwhile.
+
+**Exceptions.** Any line may raise, such as a MemoryError or a KeyboardInterrupt. An operation
+stays in the queue, in a slot or in ``redirected`` until it has its outcome. If ``take_output`` or
+``feed`` raises, the pipeline is ``severed``: commands may have no bytes or replies no reader, so
+it accepts no further reply, and the connection must end. ``connection_lost`` and ``fail_all`` may
+then be called until they succeed, and ``connection_lost`` makes the pipeline usable again.
+
+Waiters are settled by ``resolve`` or ``reject``, and the waiter of a bulk by ``Bulk.settle``.
 """
 
 from __future__ import annotations
@@ -61,11 +79,12 @@ from . import envelope as e
 from . import recovery
 from .batch import Batch, Bulk, Command, Write, serials
 from .constants import ErrorOf
+from .keys import slot_of_key
 from .latency import Latencies
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
-from .resp import Encoder, LengthGuard, pack_command, slot_of_key
+from .resp import Encoder, LengthGuard, pack_command
 from .waiters import DISCARDED, resolve, with_waiter
 
 _INCOMPLETE: Final = object()
@@ -81,28 +100,28 @@ _UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
 
 
 class Pipeline:
-    """The operations of one node on their way to Redis and their replies on the way back.
+    """The operations of one node on their way to Redis, and their replies on the way back.
 
-    ``create_waiter`` makes what an operation returns. ``wake`` is called when the first
-    operation since the last ``take_output`` is about to be queued; if it raises, nothing is
-    queued. ``begin`` is called when so many wait that the server had better begin, and must not
-    raise. ``timeout`` is in seconds, ``ttl`` (the default lifetime of records) in whole
-    seconds, 0 for none. ``address`` is for messages, and so is ``down``: why there is no
-    connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
-    server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
-    there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
-    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3. ``on_push`` is
-    called with each push that is for neither.
+    ``create_waiter`` makes the object that an operation returns. ``wake`` is called before the
+    first operation since the last ``take_output`` is queued; if it raises, nothing is queued.
+    ``begin`` is called when enough operations wait for an idle server, and must not raise.
+    ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
+    none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
+    ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
+    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
+    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
+    arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
+    push for neither of them.
 
-    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
-    finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
-    written, raises Overloaded; else it waits. More than ``max_reply_bytes`` without the end of
-    a reply end the connection.
+    At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
+    Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
+    text to be written; without it, the operation waits. More than ``max_reply_bytes`` without the
+    end of a reply end the connection.
 
-    ``bound`` to one thread, it also calls ``wake`` before an operation that comes in another.
+    A pipeline ``bound`` to one thread also calls ``wake`` before an operation from another thread.
 
-    On a ``clustered`` node, ``redirected`` holds what it sent away, as (its words, the slot, the
-    batch); what was redirected more than ``max_redirections`` times fails.
+    On a ``clustered`` node, ``redirected`` holds the operations that it sent away, as (error text,
+    slot, batch). An operation redirected more than ``max_redirections`` times fails.
     """
 
     def __init__(
@@ -293,7 +312,7 @@ class Pipeline:
     # -- what changes nodes
 
     def fence(self) -> int:
-        """Return how far ``settled`` will be when all that is in flight now has been answered."""
+        """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
     def take_queued(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
@@ -330,15 +349,15 @@ class Pipeline:
     # -- output
 
     def end_tick(self) -> None:
-        """Let nothing join what is queued any more; for a tick that can't be sent."""
+        """Close the open batches, for a tick that can't be sent."""
         self.open_batches.clear()
         self._awake = False
 
     def take_output(self) -> bytes:
-        """Return the RESP bytes of some hundred records that wait; they count as sent.
+        """Return the RESP bytes of some hundred waiting records, which then count as sent.
 
-        What more there is waits for the next call, as does what the window doesn't allow yet. If
-        it raises, or the bytes can't be sent, the connection must end.
+        Further records wait for the next call, or until the window has room for them. If it
+        raises, or the bytes can't be sent, the connection must end.
         """
         self.busy = True
         try:
@@ -401,16 +420,16 @@ class Pipeline:
     # -- input
 
     def get_buffer(self, size_hint: int) -> memoryview:
-        """Return where to put what arrives, as ``asyncio.BufferedProtocol`` asks for it."""
+        """Return the buffer for received bytes, as ``asyncio.BufferedProtocol`` requires."""
         if not self._buffer:  # there are pipelines that never read
             self._buffer = memoryview(bytearray(c.READ_BUFFER_BYTES))
         return self._buffer
 
     def buffer_updated(self, size: int) -> None:
-        """Take the first ``size`` bytes of the buffer, and settle what they answer.
+        """Read the first ``size`` bytes of the buffer, and settle the operations they answer.
 
-        Raises ProtocolError if they are not what Redis would send. Whatever it raises, the
-        connection must end: no later reply is taken for that of an operation.
+        Raises ProtocolError for bytes that Redis would not send. After any exception the
+        connection must end: no later reply is given to an operation.
         """
         if size > len(self._buffer):
             raise ValueError("there is no such part of the buffer")
@@ -421,9 +440,9 @@ class Pipeline:
             raise
 
     def feed(self, data: bytes) -> None:
-        """Take bytes that arrived, and settle what they answer.
+        """Read received bytes, and settle the operations they answer.
 
-        Raises ProtocolError if they are not what Redis would send.
+        Raises ProtocolError for bytes that Redis would not send.
         """
         try:
             self._bytes_in += len(data)
@@ -436,7 +455,7 @@ class Pipeline:
             raise
 
     def reset_reader(self) -> None:
-        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        """Drop a partial reply: the next bytes come from a new connection."""
         self._version_reply: Any = _INCOMPLETE
         self._asked = False  # the reply to an ASKING was read, and what was asked comes next
         self.severed = False  # replies are still to come that belong to nobody
@@ -447,7 +466,7 @@ class Pipeline:
     # -- what the near cache may believe
 
     def connected(self, is_tracked: bool) -> None:
-        """Note that there is a connection, and whether its server tells of changes."""
+        """Note that there is a connection, and whether its server reports changed keys."""
         self._reach.up = True
         if is_tracked and self.near is not None:
             self._epoch = Epoch(self._reach)
@@ -459,11 +478,11 @@ class Pipeline:
         self._reach.up = False
 
     def unknown(self) -> float:
-        """Return the seconds for which changes may be unknown to the near cache."""
+        """Return the seconds for which the near cache may have missed changes."""
         return 0.0 if self._epoch is None else time.monotonic() - self._epoch.known
 
     def forget(self, reason: str) -> None:
-        """Let nothing that was read so far be served by the near cache; ``reason`` is counted."""
+        """Drop every record read so far from the near cache, and count the ``reason``."""
         epoch = self._epoch
         self._end_epoch(OVER, reason)
         if epoch is not None:
@@ -509,7 +528,7 @@ class Pipeline:
         recovery.fail_all(self, error_of)
 
     def drop_slots(self) -> None:
-        """Forget what is in flight or comes back, after each has its outcome or waits again."""
+        """Drop the slots and returned batches, once each operation is settled or queued."""
         self.settled += len(self.slots)
         self.slots.clear()
         self.returned.clear()

@@ -8,11 +8,11 @@ process) and ``message.py`` (messages, and where they wait).
 
 from __future__ import annotations
 
+from .keys import slot_of_key
 from .message import Message, MessageDispatcher, SubscriberQueue
 from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
 from .record import Record, check_name, check_version, encode_data, parse_version
-from .resp import slot_of_key
 from .router import Router
 
 __all__ = [

@@ -163,7 +163,10 @@ cdef class _Encoder:
         return crc % SLOTS
 
     cdef str name_of(self, bytes key):
-        """Return the name of the record that a key belongs to, or None if it is no record's."""
+        """Return the name of the record that a key belongs to, or None if it is no record's.
+
+        A key belongs to a record exactly if ``keys.KeyLayout.keys`` returns it for its name.
+        """
         if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)):
             return None
         cdef bytes text = None
@@ -172,6 +175,8 @@ cdef class _Encoder:
             text = key[len(self._opening_for_brace) : -SUFFIX_SIZE]
         elif key.startswith(self._opening) and key[:-SUFFIX_SIZE].endswith(self._closing):
             text = key[len(self._opening) : -SUFFIX_SIZE - len(self._closing)]
+            if self._closing and text.startswith(c.TAG_CLOSE):
+                return None  # such a name has the other tag
         try:
             return text.decode() or None if text is not None else None
         except UnicodeDecodeError:

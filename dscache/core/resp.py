@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from binascii import crc_hqx
 from typing import Any, Final
 
 import hiredis
 
 from . import constants as c
 from .batch import Batch
+from .keys import KeyLayout
 
 # hiredis's stub gives it a narrower type than it has.
 pack_command: Any = hiredis.pack_command
@@ -26,52 +26,8 @@ def _announced(header: bytes) -> int:
     return int(digits) if len(digits) <= 18 else 10**18
 
 
-def slot_of_key(key: bytes) -> int:
-    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
-    start = key.find(c.TAG_OPEN) + 1
-    end = key.find(c.TAG_CLOSE, start) if start else -1
-    return crc_hqx(key[start:end] if end > start else key, 0) % c.SLOTS
-
-
-class Encoder:
+class Encoder(KeyLayout):
     """Writes the commands of batches, with the keys of one layout."""
-
-    def __init__(self, key_prefix: str, hash_tag: bool) -> None:
-        self._prefix = key_prefix.encode()
-        self._hash_tag = hash_tag
-
-    def keys(self, name: str) -> tuple[bytes, bytes]:
-        """Return the keys of a record: of its version, and of its data."""
-        text = name.encode()
-        if not self._hash_tag:
-            stem = self._prefix + text
-        elif text.startswith(c.TAG_CLOSE):
-            stem = self._prefix + c.TAG_FOR_BRACE + text
-        else:
-            stem = self._prefix + c.TAG_OPEN + text + c.TAG_CLOSE
-        return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
-
-    def name_of(self, key: bytes) -> str | None:
-        """Return the name of the record that a key belongs to, or None if it is no record's."""
-        if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)) or not key.startswith(self._prefix):
-            return None
-        text = key[len(self._prefix) : -len(c.DATA_SUFFIX)]
-        if self._hash_tag:
-            if text.startswith(c.TAG_FOR_BRACE + c.TAG_CLOSE):
-                text = text[len(c.TAG_FOR_BRACE) :]
-            elif text.startswith(c.TAG_OPEN) and text.endswith(c.TAG_CLOSE):
-                text = text[len(c.TAG_OPEN) : -len(c.TAG_CLOSE)]
-            else:
-                return None
-        try:
-            return text.decode() or None
-        except UnicodeDecodeError:
-            return None
-
-    def slot(self, name: str) -> int:
-        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
-        version, data = map(slot_of_key, self.keys(name))
-        return version if version == data else -1
 
     def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
         """Return the next command of a batch and its record count; or, of removals and heads,

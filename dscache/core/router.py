@@ -8,9 +8,10 @@ from typing import Any
 from . import constants as c
 from . import envelope as e
 from .batch import Write
+from .keys import slot_of_key
 from .pipeline import Pipeline, kind_of, new_bulk, unique
 from .record import check_name
-from .resp import Encoder, slot_of_key
+from .resp import Encoder
 
 
 class Router:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RecordError, shorten
 from . import constants as c
+from .keys import KeyLayout
 from .latency import Latencies
 
 
@@ -31,7 +32,7 @@ class SplitRecords:
     ) -> None:
         self._core = core
         self._create_waiter = create_waiter
-        self._prefix = key_prefix
+        self._layout = KeyLayout(key_prefix, hash_tag=False)
         self._ttl = ttl
         names = ("operations", "reads", "hits", "misses", "halves", "damaged", "writes", "deletes")
         self._counts = dict.fromkeys((*names, "failed"), 0)
@@ -174,8 +175,8 @@ class SplitRecords:
         self.router.admit_keys(kind, of_keys)
 
     def _keys(self, name: str) -> tuple[str, str]:
-        stem = self._prefix + name
-        return stem + c.VERSION_SUFFIX.decode(), stem + c.DATA_SUFFIX.decode()
+        version_key, data_key = self._layout.keys(name)
+        return version_key.decode(), data_key.decode()
 
     def _record(self, name: str, stored: Any, raw: Any) -> Any:
         """Return the record that two replies make, or None; raises RecordError."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import NearCacheOptions, Options
 from ..core import constants
+from ..core.keys import key_stem
 from ..errors import ConnectError, ReplyError, clean
 from .connect_errors import UnsuitableServer
 from .credentials import Hidden, Login, Word, hidden, masked
@@ -128,7 +129,7 @@ def _tracking(options: Options, near: NearCacheOptions) -> list[Word]:
         command.append("BCAST")
         opening = options.key_prefix
         for prefix in near.prefixes:
-            stem = constants.key_stem(prefix, options.hash_tag)
+            stem = key_stem(prefix, options.hash_tag)
             command += ["PREFIX", opening + stem]
         if not near.prefixes and opening:
             command += ["PREFIX", opening]

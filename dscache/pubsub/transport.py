@@ -10,7 +10,7 @@ from ..aio.connection import Connection
 from ..aio.topology import Topology
 from ..config import Config, Options
 from ..config.messages import MessageConfig
-from ..core.resp import slot_of_key
+from ..core.keys import slot_of_key
 from ..errors import DscacheError
 from ..net.slots import QUESTIONS
 from .any_node import AnyNode

@@ -19,7 +19,7 @@ import dscache
 from dscache.aio import cluster
 from dscache.core import constants
 from dscache.core import stats as counters
-from dscache.core.resp import slot_of_key
+from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer
 from dscache.net import cluster_state
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from dscache import Cache, ReplyError
 from dscache.admin import migration
 from dscache.admin.cache import AdminCache
-from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
+from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from dscache.admin.primaries import open_primaries
-from dscache.core.resp import slot_of_key
+from dscache.core.keys import is_version_key, partner, slot_of_key
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE
 from tests.support.commands import invoke, plain, run_on_terminal

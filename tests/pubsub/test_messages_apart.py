@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dscache
-from dscache.core.resp import slot_of_key
+from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE
 from tests.support.clusters import ClusterGroup, ClusterNode

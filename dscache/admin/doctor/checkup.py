@@ -12,13 +12,14 @@ from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.constants import read_epoch
+from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.sentinels import pairs
 from ..cache import AdminCache
 from ..cluster_config import on_cluster
 from ..cluster_survey import survey
 from ..control import ControlConnection, RawCommand, Reply, is_clustered
-from ..key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
+from ..key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..primaries import SCAN_COUNT, Primaries, open_primaries, parse_info
 from . import record_checks as of_records
 from . import server_checks as of_server
