@@ -1,24 +1,24 @@
-# Everything happens in .venv, which the first target that needs it makes. Wanted of the machine:
-# Python 3.11 or newer with venv and headers, a C compiler, make. Nothing needs root.
+# Everything is installed into .venv, which the first target that needs it creates. Required: Python
+# 3.11 or newer with venv and headers, a C compiler, make. Nothing needs root.
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-# The first Python that is new enough and whole; make PYTHON=/path/to/python3.x names another.
+# The first Python that is new enough and complete; make PYTHON=/path/to/python3.x chooses another.
 PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$candidate" -c 'import ensurepip, os, sys, sysconfig, venv; \
 	header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done)
 
-# Every process that a test starts would compile the package again.
+# With it, every process that a test starts would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 CREATED := $(VENV)/.created
 BUILT := $(VENV)/.built
 
-# Two pips at once in one environment would break it.
+# Two pips at once would break the environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help build demo test test-minimum soak sanitize lint format docs wheel bench bench-smoke clean
@@ -49,15 +49,15 @@ $(CREATED):
 	$(PIP) 'setuptools>=77' 'cython>=3.1'
 	@touch $@
 
-# One stamp for each extra that a target needs. The package is installed as a link to this
-# folder, and without the compiled core, which the next rule builds in place.
+# One stamp for each extra. The package is installed in editable mode, without the compiled core,
+# which the next rule builds in place.
 $(VENV)/.installed-demo: EXTRAS := embedded,uvloop
 $(VENV)/.installed-%: EXTRAS = $*
 $(VENV)/.installed-%: pyproject.toml $(CREATED)
 	DSCACHE_NO_EXTENSIONS=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-# By force, as neither Cython nor setuptools sees that an option in setup.py has changed.
+# Forced, because neither Cython nor setuptools notices a changed option in setup.py.
 $(BUILT): setup.py $(wildcard dscache/*.pyx dscache/core/*.pxi) $(CREATED)
 	CYTHON_FORCE_REGEN=1 $(PY) setup.py -q build_ext --inplace --force
 	@touch $@
@@ -67,13 +67,13 @@ build: $(VENV)/.installed-demo $(BUILT)
 demo: $(VENV)/.installed-demo $(BUILT)
 	$(PY) examples/demo.py $(ARGS)
 
-# Three files at a time on two cores, and so on: conftest.py has it. A process that crashes is not
-# started again, and fails the run. ARGS='-n 0' has all in one, where a debugger and -s work.
+# conftest.py chooses the number of processes, such as three on two cores. A process that crashes
+# isn't restarted, and fails the run. ARGS='-n 0' runs one process, for a debugger or -s.
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
-# In an environment of its own, for which pip takes no other versions than the oldest.
+# A separate environment, in which pip installs the oldest allowed versions.
 MINIMUM := build/minimum.txt
 $(MINIMUM): pyproject.toml tests/packaging/minimum.py
 	@mkdir -p $(@D)
@@ -85,8 +85,8 @@ test-minimum: $(MINIMUM)
 soak: $(VENV)/.installed-test $(BUILT)
 	$(PY) -m tests.soak $(ARGS)
 
-# In a copy, as the core that is built here must stay what it is. What either sanitizer reports ends
-# the process.
+# In a copy, so that the core built in place stays as it is. A report of either sanitizer ends the
+# process.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_RUN = cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
@@ -113,7 +113,7 @@ lint: $(VENV)/.installed-lint $(BUILT)
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff format .
 
-# The wheel is built from the sdist, so that both are tried.
+# The wheel is built from the sdist, so that both are tested.
 wheel: $(VENV)/.installed-wheel
 	rm -rf dist build/lib.* build/cython build/bdist.*
 	$(PY) -m build -q --no-isolation

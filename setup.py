@@ -1,7 +1,7 @@
-"""Build ``dscache._fast``, the one compiled module; everything else stands in pyproject.toml.
+"""Build ``dscache._fast``, the one compiled module; everything else is in pyproject.toml.
 
-``DSCACHE_NO_EXTENSIONS=1`` builds the pure-Python package. Without it a failed build is an
-error: quietly installing the slow half would be the worst outcome.
+``DSCACHE_NO_EXTENSIONS=1`` builds the pure-Python package. Without it a failed build is an error,
+because silently installing the slow core would be worse.
 """
 
 import os
@@ -19,7 +19,7 @@ REMEDY = (
 
 
 class LoudBuild(build_ext):
-    """Build the extension, or stop with the reason and the way out."""
+    """Build the extension, or stop with the reason and the remedy."""
 
     def run(self):
         try:
@@ -29,13 +29,13 @@ class LoudBuild(build_ext):
 
 
 def compiled_modules():
-    """Return the extensions to build: none when the environment says so."""
+    """Return the extensions to build: none if DSCACHE_NO_EXTENSIONS is set."""
     if PURE:
         return []
     try:
         from Cython.Build import cythonize
 
-        # What the user's CFLAGS say about optimising wins: ours would come after it.
+        # The compiler takes the last -O, which would override the user's CFLAGS.
         optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
         fast = Extension("dscache._fast", ["dscache/_fast.pyx"], extra_compile_args=optimise)
         return cythonize([fast], build_dir="build/cython", language_level=3)

@@ -21,7 +21,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    # The twins have one interface; type checkers read the one written in Python.
+    # Both cores have the same interface; type checkers read the one written in Python.
     from .core.pure import Message, Record
     from .messages import MessageNode
     from .sync import Cache
@@ -30,13 +30,13 @@ else:
     Record = core.Record
 
     def __getattr__(name: str) -> Any:
-        # With it comes redis-py, whose import takes longer than that of all of dscache.
+        # Cache imports redis-py, which takes longer to import than all of dscache.
         if name == "Cache":
             from .sync import Cache
 
             globals()["Cache"] = Cache
             return Cache
-        # Those who only want records need not wait for it.
+        # Programs without messages don't pay for this import.
         if name == "MessageNode":
             from .messages import MessageNode
 

@@ -1,8 +1,8 @@
 """Choose the core: ``_fast`` (Cython) or ``core.pure`` (Python), which behave the same.
 
 ``DSCACHE_BACKEND=fast|pure`` obeys or raises. Unset, the compiled core is taken, else the
-pure one, with the reason logged once. Whoever needs the core uses ``_backend.core`` at the
-moment of construction and never imports a twin by its name.
+pure one, with the reason logged once. Other modules use ``_backend.core`` at the moment of
+construction and never import either core by its name.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
 
 
 class _StandIn(ModuleType):
-    """What pickles find as the compiled core in a process that has the pure one."""
+    """A module under the compiled core's name for unpickling, in a process with the pure core."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.__name__} was not loaded, and has no {name}")
 
 
 def _stand_in() -> None:
-    """Let pickles load that name the compiled core, which is not loaded, and may not be there.
+    """Let pickles that name the compiled core load when it is not loaded or not installed.
 
-    Those of dscache 0.1 do, and their classes are made here by the pure core.
+    Pickles of dscache 0.1 do so; the pure core makes their objects.
     """
     name = _MODULES["fast"]
     if name not in sys.modules:
@@ -83,7 +83,7 @@ def make_message(topic: int, sender: str, raw: bytes) -> Message:
     return message
 
 
-# By this name they are pickled, whatever module they stand in.
+# Pickles contain this module name, wherever the functions are defined.
 make_record.__module__ = make_message.__module__ = __package__
 
 BACKEND, core = choose(os.environ.get("DSCACHE_BACKEND"))
@@ -91,7 +91,7 @@ if BACKEND == "pure":
     _stand_in()
 
 
-def described(what: str, address: str, server: str) -> str:
-    """Return in one line what something is, where its server is and which core does the work."""
+def described(subject: str, address: str, server: str) -> str:
+    """Return one line with a subject, its server's address and kind, and the core."""
     known = f" ({server})" if server else ""
-    return f"dscache {what} at {address}{known}, {BACKEND} core"
+    return f"dscache {subject} at {address}{known}, {BACKEND} core"

@@ -39,6 +39,7 @@ class Pipeline:
     read_only: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
+    on_push: Callable[[list[Any]], object] | None
     inbox: MessageDispatcher | None
     resp2_pubsub: bool
     def __init__(

@@ -156,7 +156,8 @@ cdef class Pipeline:
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
     there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
-    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3.
+    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3. ``on_push`` is
+    called with each push that is for neither.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -175,6 +176,7 @@ cdef class Pipeline:
     cdef public bint read_only
     cdef public list redirected
     cdef public NearCache near
+    cdef public object on_push
     cdef public MessageDispatcher inbox
     cdef public bint resp2_pubsub
     cdef unsigned long long _messages
@@ -1074,7 +1076,7 @@ cdef class Pipeline:
     cdef int _take_push(self, push) except -1:
         """Take a message, or let the near cache forget what has changed.
 
-        Other pushes say nothing to us.
+        All other pushes go to ``on_push``.
         """
         if self.inbox is not None and is_message(push):
             return self._take_message(push)
@@ -1083,6 +1085,8 @@ cdef class Pipeline:
         if self.inbox is not None and push[0] in e.SUBSCRIPTIONS:
             return self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
+            if self.on_push is not None:
+                self.on_push(push)
             return 0
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise self._wrong_shape("a change of keys", push)
@@ -1238,6 +1242,7 @@ cdef class Pipeline:
         cdef Py_ssize_t settled = 0
         cdef object one, entry
         cdef str name
+        cdef int slot
         cdef Record record
         try:
             for one in found:
@@ -1250,8 +1255,9 @@ cdef class Pipeline:
                     record = <Record>one
                     self._hits += 1
                     if epoch is not None:
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
                         self.near.fill(
-                            self, epoch, batch.serial, name, record.version, record.raw
+                            self, epoch, batch.serial, name, record.version, record.raw, slot
                         )
                     if bulk is not None:
                         PyDict_SetItem(result, name, record)
@@ -1264,7 +1270,8 @@ cdef class Pipeline:
                     self._halves += one is not None
                     self._misses += 1
                     if epoch is not None:
-                        self.near.fill(self, epoch, batch.serial, name, 0, None)
+                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
+                        self.near.fill(self, epoch, batch.serial, name, 0, None, slot)
                     if bulk is not None:
                         bulk.missing.append(name)
                     else:

@@ -1,4 +1,4 @@
-"""What a forked child puts right before anything of its parent's is used there."""
+"""Hooks run in a forked child before it uses inherited objects."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
-_alive: WeakKeyDictionary[Any, Callable[[Any], object]] = WeakKeyDictionary()
+_hooks: WeakKeyDictionary[Any, Callable[[Any], object]] = WeakKeyDictionary()
 
 
-def after_fork_in_child(it: T, renew: Callable[[T], object]) -> None:
-    """Have ``renew(it)`` called in each forked child, as long as there is such a thing."""
-    _alive[it] = renew
+def after_fork_in_child(target: T, reset: Callable[[T], object]) -> None:
+    """Call ``reset(target)`` in each forked child; ``target`` is referenced weakly."""
+    _hooks[target] = reset
 
 
-def _renew_all() -> None:
-    for it, renew in _alive.items():
-        renew(it)
+def _reset_all() -> None:
+    for target, reset in _hooks.items():
+        reset(target)
 
 
-os.register_at_fork(after_in_child=_renew_all)
+os.register_at_fork(after_in_child=_reset_all)

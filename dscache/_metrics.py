@@ -1,4 +1,4 @@
-"""What metrics are made of ``stats()``: declared once, for whoever shows them."""
+"""The metrics made of ``stats()``, declared once for all exporters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ NAMESPACE: Final = "dscache"
 
 
 class Metric(NamedTuple):
-    """One number of ``stats()``, or of a part of it, as a metric.
+    """The metric for the number that ``stats()`` has under ``key``.
 
-    ``name`` is in words with underscores; ``labels`` tell apart those that share it.
+    ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``.
     """
 
     key: str
@@ -21,8 +21,9 @@ class Metric(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
 
 
-_FOUND: Final = "Records that were read, by whether Redis had them."
-_WRITTEN: Final = "Records that were written, and those that if_newer has kept from it."
+_FOUND: Final = "Records read, by whether Redis had them."
+_WRITTEN: Final = "Records written, and records skipped by if_newer."
+NEAR_FLUSHES: Final = "How often the near cache was emptied."
 
 COUNTERS: Final = (
     Metric("operations", "operations", "{operation}", "Calls of get, set, get_bulk and the like."),
@@ -30,45 +31,47 @@ COUNTERS: Final = (
     Metric("misses", "reads", "{record}", _FOUND, (("result", "miss"),)),
     Metric("writes", "writes", "{record}", _WRITTEN, (("result", "written"),)),
     Metric("not_newer", "writes", "{record}", _WRITTEN, (("result", "not_newer"),)),
-    Metric("deletes", "deletes", "{record}", "Records that were to be deleted."),
+    Metric("deletes", "deletes", "{record}", "Records passed to delete."),
     Metric("halves", "half_records", "{record}", "Misses of which Redis held one of two keys."),
-    Metric("damaged", "damaged_records", "{record}", "Records whose stored version is none."),
-    Metric("failed", "failed_records", "{record}", "Records whose call ended in an error."),
-    Metric("overloaded", "overloads", "{operation}", "Calls that were refused by whenFull: error."),
-    Metric("batches", "batches", "{batch}", "Batches of records that were sent together."),
+    Metric("damaged", "damaged_records", "{record}", "Records whose stored version is invalid."),
+    Metric("failed", "failed_records", "{record}", "Records whose operation ended in an error."),
+    Metric("overloaded", "overloads", "{operation}", "Calls refused by whenFull: error."),
+    Metric("batches", "batches", "{batch}", "Batches of records sent together."),
     Metric("sent", "sent_records", "{record}", "Records in these batches, repeats included."),
-    Metric("commands", "commands", "{command}", "Commands that were sent for records."),
-    Metric("flushes", "flushes", "{flush}", "Writes to sockets that brought them out."),
-    Metric("bytes_out", "sent_bytes", "By", "Bytes that were sent for records."),
-    Metric("bytes_in", "received_bytes", "By", "Bytes that were received."),
-    Metric("connects", "connects", "{connection}", "Connections that were made."),
-    Metric("reconnections", "reconnections", "{connection}", "Those made after one was lost."),
-    Metric("redirections", "redirections", "{redirection}", "What nodes of a cluster sent away."),
-    Metric("refreshes", "topology_refreshes", "{refresh}", "Views of a cluster that were taken."),
+    Metric("commands", "commands", "{command}", "Commands sent for records."),
+    Metric("flushes", "flushes", "{flush}", "Writes to sockets."),
+    Metric("bytes_out", "sent_bytes", "By", "Bytes sent for records."),
+    Metric("bytes_in", "received_bytes", "By", "Bytes received."),
+    Metric("connects", "connects", "{connection}", "Connections made."),
+    Metric("reconnections", "reconnections", "{connection}", "Connections made after a loss."),
+    Metric("redirections", "redirections", "{redirection}", "Redirections by nodes of a cluster."),
+    Metric("refreshes", "topology_refreshes", "{refresh}", "Refreshes of the slots of a cluster."),
 )
 GAUGES: Final = (
     Metric("connections", "connections", "{connection}", "Connections that are ready."),
-    Metric("queued", "queued_records", "{record}", "Records that wait to be sent."),
-    Metric("in_flight", "in_flight_records", "{record}", "Records that wait for their answer."),
+    Metric("queued", "queued_records", "{record}", "Records waiting to be sent."),
+    Metric("in_flight", "in_flight_records", "{record}", "Records waiting for their reply."),
     Metric("pending", "pending_operations", "{operation}", "Operations under way."),
     Metric("pending_bytes", "pending_bytes", "By", "Bytes of writes under way."),
-    Metric("waiting", "waiting_threads", "{thread}", "Threads that wait for a connection."),
+    Metric("waiting", "waiting_threads", "{thread}", "Threads waiting for a connection."),
 )
-_NEAR_READS: Final = "Reads of the near cache: kept, asked of Redis, or joined to one under way."
+_NEAR_READS: Final = "Reads of the near cache: hits, reads of Redis, and joins of a pending read."
 NEAR_COUNTERS: Final = (
     Metric("hits", "near_reads", "{record}", _NEAR_READS, (("result", "hit"),)),
     Metric("misses", "near_reads", "{record}", _NEAR_READS, (("result", "miss"),)),
     Metric("joins", "near_reads", "{record}", _NEAR_READS, (("result", "join"),)),
-    Metric("stale", "near_stale_reads", "{record}", "Records served while Redis was away."),
-    Metric("invalidations", "near_invalidations", "{record}", "Kept records that have changed."),
-    Metric("evictions", "near_evictions", "{record}", "Kept records that made room for others."),
-    Metric("dropped_fills", "near_dropped_fills", "{record}", "Reads too old to be kept."),
+    Metric("stale", "near_stale_reads", "{record}", "Records served while Redis was unreachable."),
+    Metric(
+        "invalidations", "near_invalidations", "{record}", "Cached records invalidated by Redis."
+    ),
+    Metric("evictions", "near_evictions", "{record}", "Cached records evicted for space."),
+    Metric("dropped_fills", "near_dropped_fills", "{record}", "Reads too old to be cached."),
 )
 NEAR_GAUGES: Final = (
-    Metric("records", "near_records", "{record}", "Records that are kept."),
-    Metric("bytes", "near_bytes", "By", "Bytes that they take."),
+    Metric("records", "near_records", "{record}", "Records in the near cache."),
+    Metric("bytes", "near_bytes", "By", "Bytes of the near cache."),
 )
-# What is told of each node of a cluster besides.
+# Keys that the counters of each node of a cluster have as well.
 OF_NODES: Final = frozenset(
     (
         *("operations", "failed", "bytes_out", "bytes_in", "connects", "reconnections"),
@@ -88,17 +91,16 @@ class Sample(NamedTuple):
 
 
 def counters(stats: Mapping[str, Any]) -> Iterator[Sample]:
-    """Return what only grows, as far as a cache has counted it."""
+    """Return the values that only grow, as far as ``stats`` has them."""
     yield from _samples(COUNTERS, stats)
     yield from _samples(NEAR_COUNTERS, stats.get("near_cache", {}))
     for reason, count in stats.get("near_cache", {}).get("flushes", {}).items():
-        text = "How often all that was kept was forgotten."
-        yield Sample("near_flushes", "{flush}", text, {"reason": reason}, count)
+        yield Sample("near_flushes", "{flush}", NEAR_FLUSHES, {"reason": reason}, count)
     yield from _of_nodes(COUNTERS, stats)
 
 
 def gauges(stats: Mapping[str, Any]) -> Iterator[Sample]:
-    """Return what goes up and down."""
+    """Return the values that rise and fall, as far as ``stats`` has them."""
     yield from _samples(GAUGES, stats)
     yield from _samples(NEAR_GAUGES, stats.get("near_cache", {}))
     yield from _of_nodes(GAUGES, stats)

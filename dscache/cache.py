@@ -6,7 +6,7 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import _backend
 from .aio.lifecycle import AsyncResource, running_loop
@@ -20,26 +20,44 @@ if TYPE_CHECKING:
     from .core.pure import Record
 
 
+class _Operations(Protocol):
+    """The operations of a Pipeline, a Router, a NearCache or a MemoryPipeline."""
+
+    def get(self, name: str) -> Awaitable[Record | None]: ...
+    def head(self, name: str) -> Awaitable[int | None]: ...
+    def set(
+        self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool
+    ) -> asyncio.Future[bool]: ...
+    def delete(self, name: str) -> asyncio.Future[bool]: ...
+    def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]: ...
+    def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]: ...
+    def set_bulk(
+        self, records: Mapping[str, tuple[int, Any]], ttl: int | None, if_newer: bool
+    ) -> asyncio.Future[builtins.set[str]]: ...
+    def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]: ...
+
+
 class AsyncCache(AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
-    Every operation returns an ``asyncio.Future``: it is issued at the call, in the order of the
-    calls, whether or when it is awaited. All operations of one tick of the loop travel together.
-    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine, to be awaited once,
-    in place of the Future; they are issued at the call all the same.
+    Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
+    calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
+    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine instead of a Future.
+    It must be awaited once; the operation is still issued at the call.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
-    ConnectionLost if the cache is closed, UsageError on another event loop. Its future may end
-    in ReplyError (Redis said no), DeadlineExceeded (``commandTimeout`` is over), ConnectError or
-    ConnectionLost (no connection, or lost before the answer), ProtocolError, RecordError (what
-    is stored is no record), or for the bulk forms BulkError, which holds the others' result.
+    ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
+    with ReplyError (Redis returned an error), DeadlineExceeded (no reply within
+    ``commandTimeout``), ConnectError (no connection), ConnectionLost (lost before the reply),
+    ProtocolError (an invalid reply), or RecordError (the stored value is no record). A bulk
+    operation fails with BulkError, which holds the results of the other records.
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
         self._config = config
         self._credentials = credentials
         self._topology: Topology | None = None
-        self._pipeline: Any = None
+        self._pipeline: _Operations | None = None
         self._closed = False
 
     @classmethod
@@ -49,31 +67,33 @@ class AsyncCache(AsyncResource):
         *,
         credentials: CredentialProvider | None = None,
     ) -> Self:
-        """Return a cache as a file, a mapping or a URL configures it.
+        """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. It connects when it is
-        first used, or entered by ``async with``. ``credentials`` is a provider as redis-py has
-        them, asked before each connection, and in place of the configured username and
-        password. Raises ConfigError.
+        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
+        first operation, or on entering ``async with``. ``credentials`` is a
+        ``redis.CredentialProvider``, called before each connection; it replaces the configured
+        username and password.
+
+        Raises ConfigError for a bad configuration.
         """
         return cls(load(source), credentials)
 
     def get(self, name: str) -> Awaitable[Record | None]:
-        """Return the Record of that name, or None if there is none, or half of one.
+        """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
-        ``name`` is any text that isn't empty. Ends in RecordError if what Redis holds is no
-        record, and raises it at the call for a bad name.
+        ``name`` is any text that isn't empty. Raises RecordError at the call for a bad name. The
+        future fails with RecordError if the stored value is no record.
         """
-        return (self._pipeline or self._open()).get(name)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).get(name)
 
     def head(self, name: str) -> Awaitable[int | None]:
-        """Return the version of the record of that name, an int, or None if there is none.
+        """Read the version of a record; the result is an int, or None if it doesn't exist.
 
-        Ends in RecordError if what Redis holds is no version, and raises it at the call for a
-        bad name.
+        Raises RecordError at the call for a bad name. The future fails with RecordError if the
+        stored value is no version.
         """
-        return (self._pipeline or self._open()).head(name)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).head(name)
 
     def set(
         self,
@@ -84,42 +104,42 @@ class AsyncCache(AsyncResource):
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> asyncio.Future[bool]:
-        """Write a record: version and data in one atomic step. Returns True.
+        """Write a record, version and data in one atomic step; the result is True.
 
         ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
-        anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is encoded
-        at the call. ``ttl`` is the record's lifetime in seconds: None for the configured default,
-        0 for none. With ``if_newer``, returns False and writes nothing if Redis holds that version
-        or a higher one. Raises RecordError at the call if one of them is none of that. Ends in
-        ConnectionLost or DeadlineExceeded if a plain write may or may not have happened, which
-        ``if_newer`` makes harmless to repeat.
+        any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is
+        encoded at the call. ``ttl`` is the record's lifetime in seconds: None for the configured
+        default, 0 for no expiry. With ``if_newer``, nothing is written and the result is False if
+        Redis holds this version or a higher one.
+
+        Raises RecordError at the call for a bad argument. If a plain write may or may not have
+        happened, the future fails with ConnectionLost or DeadlineExceeded; with ``if_newer`` it
+        is safe to repeat.
         """
-        return (self._pipeline or self._open()).set(  # type: ignore[no-any-return]
-            name, version, data, ttl, if_newer
-        )
+        return (self._pipeline or self._open()).set(name, version, data, ttl, if_newer)
 
     def delete(self, name: str) -> asyncio.Future[bool]:
-        """Remove a record, whole, half or damaged; return whether there was one.
+        """Remove a record, even a half or damaged one; the result is whether it existed.
 
         Raises RecordError at the call for a bad name.
         """
-        return (self._pipeline or self._open()).delete(name)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).delete(name)
 
     def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
-        """Return the records found, by name, in the order of ``names``.
+        """Read records; the result maps the names found to Records, in the order of ``names``.
 
-        Raises RecordError at the call for a bad name, and then asks for none of them. Ends in
-        BulkError if some can't be read: it has their errors, and the records of the others.
+        Raises RecordError at the call for a bad name; no record is read then. The future fails
+        with BulkError if some records can't be read; it has their errors and the other records.
         """
-        return (self._pipeline or self._open()).get_bulk(names)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).get_bulk(names)
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
-        """Return the versions of the records found, by name, in the order of ``names``.
+        """Read versions; the result maps the names found to versions, in the order of ``names``.
 
-        Raises RecordError at the call for a bad name, and then asks for none of them. Ends in
-        BulkError if some can't be read: it has their errors, and the versions of the others.
+        Raises RecordError at the call for a bad name; no version is read then. The future fails
+        with BulkError if some versions can't be read; it has their errors and the other versions.
         """
-        return (self._pipeline or self._open()).head_bulk(names)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).head_bulk(names)
 
     def set_bulk(
         self,
@@ -128,63 +148,72 @@ class AsyncCache(AsyncResource):
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> asyncio.Future[builtins.set[str]]:
-        """Write records, given as ``{name: (version, data)}``; return the names not written.
+        """Write records ``{name: (version, data)}``; the result is the set of names not written.
 
-        Each record is atomic, the bulk is not: it goes out in commands of some hundred records.
-        Without ``if_newer`` all are written, and the set is empty. ``ttl`` is in seconds, and
-        holds for all of them. Raises RecordError at the call for a bad record, and then writes
-        none. Ends in BulkError if some were not written for another reason: it has their errors.
+        Each record is written atomically, but the bulk isn't: it is sent in commands of some
+        hundred records. Without ``if_newer`` all are written and the set is empty. ``ttl`` is the
+        lifetime of all these records in seconds.
+
+        Raises RecordError at the call for a bad record; no record is written then. The future
+        fails with BulkError, which has the errors, if a write failed.
         """
-        return (self._pipeline or self._open()).set_bulk(  # type: ignore[no-any-return]
-            records, ttl, if_newer
-        )
+        return (self._pipeline or self._open()).set_bulk(records, ttl, if_newer)
 
     def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]:
-        """Remove records; return how many there were.
+        """Remove records; the result is the number of records that existed.
 
-        Raises RecordError at the call for a bad name, and then removes none. Ends in BulkError if
-        some could not be removed: it has their errors, and the number of the others.
+        Raises RecordError at the call for a bad name; no record is removed then. The future fails
+        with BulkError if some records can't be removed; it has their errors and the number of
+        the others.
         """
-        return (self._pipeline or self._open()).delete_bulk(names)  # type: ignore[no-any-return]
+        return (self._pipeline or self._open()).delete_bulk(names)
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        return self._config
 
     @property
     def is_ready(self) -> bool:
-        """Whether operations go to the server at once."""
+        """Whether operations are sent at once: bool."""
         return self._topology is not None and self._topology.is_ready
 
     @property
     def description(self) -> str:
-        """What this cache is and where its records are, in one line and without passwords."""
+        """One line that names the cache, its server and the core; contains no password."""
         server = self._topology.server if self._topology is not None else ""
         return _backend.described(f"{self._config.name} cache", self._config.address, server)
 
     def stats(self) -> dict[str, Any]:
-        """Return counters since the cache was opened; before that, nothing.
+        """Return counters since the cache was opened, as a dict; empty before that.
 
-        Calls: ``operations``. Records: ``records`` (all that were answered), ``reads``, of these
-        ``hits misses`` and ``halves`` (a miss of which Redis held one key), ``damaged writes
-        not_newer deletes``, ``failed`` (their call ended in an error), ``overloaded`` (calls that
+        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
+        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
+        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
         were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
         bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
         ``pending_bytes``, ``connections``. Connections so far: ``connects reconnections
-        redirections last_loss``. ``latency`` has its ``bounds`` in seconds, and of each operation
-        ``count``, ``sum`` in seconds and ``buckets``, from the call to the answer. On a cluster
-        also ``refreshes``, and ``nodes`` with the counters of each. With a near
-        cache ``near_cache``: its ``hits misses joins stale invalidations evictions
-        dropped_fills``, ``flushes`` by their reason, and what is kept, ``records`` and ``bytes``.
+        redirections last_loss``. ``latency`` has its ``bounds`` in seconds and, for each
+        operation, ``count``, ``sum`` in seconds and ``buckets``, from the call to the result. On a
+        cluster also ``refreshes``, and ``nodes`` with the counters of each. With a near cache
+        ``near_cache``: its ``hits misses joins stale invalidations evictions dropped_fills``,
+        ``flushes`` by reason, and the ``records`` and ``bytes`` it keeps.
         """
         return {} if self._topology is None else self._topology.stats()
 
     async def when_ready(self) -> None:
-        """Wait until the cache is ready to serve.
+        """Wait until the cache is connected.
 
-        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
-        says if it refuses (ReplyError: WRONGPASS, NOAUTH, no such database).
+        Raises ConnectError after ``connectTimeout``, and ReplyError at once if the server refuses
+        the login or the database (WRONGPASS, NOAUTH).
         """
         await (self._topology or self._begin()).when_ready()
 
     async def close(self) -> None:
-        """Finish what was issued, within ``closeTimeout``, and close; the second time, nothing."""
+        """Close, after pending operations have finished or ``closeTimeout`` is over.
+
+        A second call does nothing. Raises UsageError on another event loop.
+        """
         self._closed = True
         self._pipeline = None
         self.__dict__.pop("get", None)
@@ -192,25 +221,26 @@ class AsyncCache(AsyncResource):
             if self._topology is not None:
                 await self._topology.close()
         except UsageError:
-            self._closed = False  # another loop, or process, has closed nothing
+            self._closed = False  # the call of another loop or process closes nothing
             raise
 
     def __repr__(self) -> str:
         return f"<AsyncCache {self._config.name} at {self._config.address}>"
 
     def _begin(self) -> Topology:
-        """Bind the cache to the running event loop, and begin to connect."""
+        """Bind the cache to the running event loop and start connecting."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
         running_loop("an AsyncCache")
         self._topology = open_topology(self._config, self._credentials)
         return self._topology
 
-    def _open(self) -> Any:
+    def _open(self) -> _Operations:
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        self._pipeline = (self._topology or self._begin()).entry
+        pipeline: _Operations = (self._topology or self._begin()).entry
+        self._pipeline = pipeline
         if self._config.options.near_cache is not None:
-            # A hit takes no longer than one more call on the way to it.
-            self.__dict__.setdefault("get", self._pipeline.get)
-        return self._pipeline
+            # A hit takes about as long as this method's own call would.
+            self.__dict__.setdefault("get", pipeline.get)
+        return pipeline

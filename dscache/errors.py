@@ -1,20 +1,20 @@
 """Every error that dscache raises, in one tree.
 
 DscacheError
-├── ConfigError        the configuration is wrong; names the place, the value and the remedy
-├── UsageError         the cache is used in a way it can't serve: another loop, a forked child
-├── RecordError        a name, version, ttl or JSON text is bad; names the record
-├── MessageError       a topic or message is bad, or a server's name
-├── BulkError          some records of a bulk failed; has the result of all the others
-├── ConnectError       no connection could be made; nothing was sent
-├── ConnectionLost     the connection ended before the answer came
-├── DeadlineExceeded   no answer within commandTimeout
-├── Overloaded         a bounded queue is full
-├── ReplyError         Redis said no; ``code`` is the first word of what it said
-└── ProtocolError      what arrived is not what Redis would send
+├── ConfigError        bad configuration; names the place, the value and the remedy
+├── UsageError         unsupported use of a cache: another event loop, a forked child
+├── RecordError        bad name, version, ttl or JSON text; names the record
+├── MessageError       bad topic, message or server name
+├── BulkError          some records of a bulk failed; has the results of the others
+├── ConnectError       no connection; nothing was sent
+├── ConnectionLost     connection lost before the reply, or the cache is closed
+├── DeadlineExceeded   no reply within commandTimeout
+├── Overloaded         a bounded queue is full; nothing was sent
+├── ReplyError         error reply of Redis; ``code`` is its first word
+└── ProtocolError      invalid reply; the connection was closed
 
-The first five blame the caller or the data, the next four the way to the server, the last
-two the server. No message ever holds a password. Each can be pickled and copied.
+The first five are caused by the caller or the data, the next four on the way to the server, the
+last two by the server. No text contains a password. Every error can be pickled and copied.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class DscacheError(Exception):
     """Base of every error that dscache raises."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the constructors, whose arguments are not those of the exception. A class that
-        # dscache keeps for itself may move; its public base does not.
+        # Unpickling skips the constructors, because their arguments differ from ``args``. A
+        # private class may move to another module; its public base doesn't.
         kind = next(
             one
             for one in type(self).__mro__
             if one.__module__ == __name__ or one.__module__.partition(".")[0] != __package__
         )
         state = {name: _portable(value) for name, value in vars(self).items()}
-        # As bytes, so that a cause which can't be pickled, or not be read again, is left out.
+        # Pickled separately: a cause that can't be pickled or unpickled is left out.
         state[_CAUSE] = _pickled(self.__cause__)
         state[_SUPPRESSED] = self.__suppress_context__
         return (_empty, (kind, *self.args), state)
@@ -65,7 +65,7 @@ class DscacheError(Exception):
         vars(copied).update(copy.deepcopy(vars(self), memo))
         try:
             copied.__cause__ = copy.deepcopy(self.__cause__, memo)
-        except Exception:  # of another library, it may refuse in any way
+        except Exception:  # another library's exception may raise anything
             copied.__cause__ = self.__cause__
         copied.__suppress_context__ = self.__suppress_context__
         return copied
@@ -79,41 +79,41 @@ class DscacheError(Exception):
 
 
 def _empty(kind: type[_Error], *args: Any) -> _Error:
-    """Return an error with its text alone. Pickles name this function: it stays here."""
+    """Return an error with its arguments alone. Pickles refer to this function by name."""
     return kind.__new__(kind, *args)
 
 
 def _pickled(value: object) -> bytes | None:
-    """Return a pickle of a value, or None if there is none that can be read again."""
+    """Return a pickle of a value, or None if it can't be pickled or unpickled."""
     if value is None:
         return None
     try:
         text = pickle.dumps(value)
         pickle.loads(text)
-    except Exception:  # whatever another's type raises
+    except Exception:  # another library's type may raise anything
         return None
     return text
 
 
 def _portable(value: object) -> object:
-    """Return a value that can be pickled: the same, or else how it is shown."""
+    """Return the value if it can be pickled, or its shortened ``repr``."""
     if type(value) in (str, bytes, int, float, bool, type(None)):
         return value
     return value if _pickled(value) else shorten(value)
 
 
 class ConfigError(DscacheError):
-    """The configuration is wrong: the message names the place, the value and the remedy."""
+    """Bad configuration; the text names the place, the value and the remedy."""
 
 
 class UsageError(DscacheError, RuntimeError):
-    """The cache is used in a way that it can't serve, such as from another event loop."""
+    """Unsupported use of a cache or message node, such as from another event loop."""
 
 
 class RecordError(DscacheError, ValueError):
-    """A record's name, version, ttl or JSON text is bad.
+    """Bad name, version, ttl or JSON text of a record.
 
-    ``name`` is the record's name as it was given, which may be of any type.
+    ``name`` is the record's name as the caller passed it, of any type.
     """
 
     def __init__(self, message: str, *, name: object = None) -> None:
@@ -122,14 +122,14 @@ class RecordError(DscacheError, ValueError):
 
 
 class MessageError(DscacheError, ValueError):
-    """A message's topic, JSON text or addressee is bad."""
+    """Bad topic or JSON text of a message, or bad name of a server."""
 
 
 class BulkError(DscacheError):
-    """Some records of a bulk operation failed; the others' outcome is in ``result``.
+    """Failure of some records of a bulk operation.
 
-    ``errors`` maps the name of each failed record to its error. ``result`` is what the call
-    would have returned for all the other records.
+    ``errors`` is a dict of the failed records' names and exceptions. ``result`` is the operation's
+    result for the other records.
     """
 
     def __init__(self, operation: str, errors: Mapping[str, Exception], result: Any) -> None:
@@ -137,22 +137,22 @@ class BulkError(DscacheError):
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
         super().__init__(
             f"{operation}: {len(errors)} of the records failed ({shorten(name)}{more}): {error}; "
-            "the others' result is in .result"
+            "the result of the others is in .result"
         )
         self.errors = dict(errors)
         self.result = result
 
 
 class ConnectError(DscacheError, ConnectionError):
-    """No connection could be made; the operation was not sent."""
+    """No connection; the operation was not sent."""
 
 
 class ConnectionLost(DscacheError, ConnectionError):
-    """The connection ended before the answer came, or the cache is closed."""
+    """Connection lost before the reply, or the cache is closed."""
 
 
 class DeadlineExceeded(DscacheError, TimeoutError):
-    """The answer did not come within ``commandTimeout``."""
+    """No reply within ``commandTimeout``."""
 
 
 class Overloaded(DscacheError):
@@ -160,11 +160,11 @@ class Overloaded(DscacheError):
 
 
 class ReplyError(DscacheError):
-    """Redis answered with an error.
+    """Error reply of Redis.
 
-    ``code`` is its first word (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...). ``message``
-    is what it said: at most 500 characters, without control characters, and without the arguments
-    that it may repeat, of which one may be a password.
+    ``code`` is its first word, a str (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...).
+    ``message`` is its text: at most 500 characters, without control characters, and without the
+    command's arguments, which may contain a password.
     """
 
     def __init__(self, message: str, *, context: str = "") -> None:
@@ -175,27 +175,27 @@ class ReplyError(DscacheError):
 
 
 class ProtocolError(DscacheError):
-    """What arrived is not what Redis would send; the connection was closed at once."""
+    """Invalid reply; the connection was closed at once."""
 
 
-MAX_SAID: Final = 500
+MAX_TEXT: Final = 500
 _REPEATED: Final = re.compile(r",? *with args beginning with:.*", re.DOTALL | re.IGNORECASE)
 
 
 def clean(text: str) -> str:
-    """Return what a server said as errors, logs and terminals may show it: short and in one line.
+    """Return a server's text in a form that is safe to show: one line of at most 500 characters.
 
-    Control characters, and those that change the direction of text, are escaped. Arguments that
-    it repeats are left out: a password may be among them, or a record's data. What is clean stays
-    as it is.
+    Control characters, and characters that change the direction of text, are escaped. The
+    command's arguments are cut off, as they may contain a password or a record's data. A clean
+    text is returned unchanged.
     """
-    if len(text) > MAX_SAID:
-        told = f"… ({len(text)} characters)"
-        text = _printable(_REPEATED.sub("", text[:MAX_SAID]))[: MAX_SAID - len(told)] + told
+    if len(text) > MAX_TEXT:
+        ending = f"… ({len(text)} characters)"
+        text = _printable(_REPEATED.sub("", text[:MAX_TEXT]))[: MAX_TEXT - len(ending)] + ending
     elif " args beginning " in text.lower() or not text.isprintable():
         text = _printable(_REPEATED.sub("", text))
-        if len(text) > MAX_SAID:
-            text = text[: MAX_SAID - 1] + "…"
+        if len(text) > MAX_TEXT:
+            text = text[: MAX_TEXT - 1] + "…"
     return text
 
 
@@ -206,9 +206,9 @@ def _printable(text: str) -> str:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """Return the ``repr`` of a name or value, cut to about ``limit`` characters."""
+    """Return the ``repr`` of a value, cut to about ``limit`` characters."""
     try:
         text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else repr(value)
-    except Exception as error:  # nested too deeply, or what a caller's own type raises
+    except Exception as error:  # nested too deeply, or raised by the caller's own type
         text = f"a {type(value).__name__} that can't be shown ({type(error).__name__})"
     return text if len(text) <= limit + 2 else f"{text[:limit]}…"

@@ -1,4 +1,4 @@
-"""MessageNode: messages between servers, as deepstream's Redis connector passes them on."""
+"""MessageNode: messages between servers, compatible with deepstream's Redis connector."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from weakref import WeakSet
 
 from . import _backend
@@ -22,28 +22,33 @@ from .pubsub.transport import MessageTransport, open_transport
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .core.pure import MessageDispatcher, Pipeline, SubscriberQueue
+
 _logger = logging.getLogger("dscache")
 
 Overflow = Literal["drop_oldest", "drop_newest", "disconnect"]
 
-_OWNER = "a MessageNode"
-# For so many servers the beginning of what is sent to them alone is kept.
-_ADDRESSEES = 1024
+Publish = Callable[[int | None, bytes, Any, bool], asyncio.Future[int]]
+"""Publishes a message: topic (None: the message has it), envelope prefix, message, sharded."""
+
+_OWNER: Final = "a MessageNode"
+# Number of servers for which the envelope prefix of direct messages is cached.
+_MAX_DIRECT_PREFIXES: Final = 1024
 
 
 class MessageNode(AsyncResource):
-    """One server among others that tell each other things, for one asyncio event loop.
+    """A server that exchanges messages with other servers, for one asyncio event loop.
 
-    A message is a mapping with a ``topic``, a small integer. What is sent on a topic gets to all
-    other servers that have subscribed to it at that moment, Python's and deepstream's. Redis keeps
-    nothing for those who are absent: ``on_gap(since, until)`` is called when it may be that
-    something was missed, with the two times in seconds since the epoch.
+    A message is a mapping with a ``topic``, an int. A message sent on a topic reaches all other
+    servers, Python's and deepstream's, that are subscribed to it at that moment. Redis stores no
+    messages. ``on_gap(since, until)`` is called after an interval in which messages may have been
+    missed; both times are floats, in seconds since the epoch.
 
-    An operation raises at the call: MessageError for a bad topic, message or addressee,
+    An operation raises at the call: MessageError for a bad topic, message or server name,
     ConnectionLost if the node is closed, UsageError on another event loop. The future of a message
-    may end in ConnectionLost, DeadlineExceeded, ReplyError or ProtocolError, or in ConnectError if
-    the server can't be used, each saying if it may have been delivered all the same. It is never
-    sent a second time.
+    can fail with ConnectionLost, DeadlineExceeded, ReplyError, ProtocolError, or ConnectError if
+    the server can't be used; the error says whether the message may have been delivered. A message
+    is never sent twice.
     """
 
     def __init__(
@@ -55,23 +60,23 @@ class MessageNode(AsyncResource):
         self._config = config
         self._credentials = credentials
         self.on_gap = on_gap
-        self._opening = envelope.envelope_prefix(config.server_name)
-        self._openings: dict[str, bytes] = {}
+        self._prefix = envelope.envelope_prefix(config.server_name)
+        self._direct_prefixes: dict[str, bytes] = {}
         self._sharded = config.options.sharded
-        self._publish: Any = None
+        self._publish: Publish | None = None
         self._transport: MessageTransport | None = None
-        self._inbox: Any = None
+        self._dispatcher: MessageDispatcher | None = None
         self._subscriptions: Subscriptions | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._subscribers: dict[Any, Subscriber] = {}
-        # Nobody who has dropped one wants its messages any more.
+        self._subscribers: dict[SubscriberQueue, Subscriber] = {}
+        # Weak references: a dropped iterator ends its subscription.
         self._readers: WeakSet[Messages] = WeakSet()
         self._pid = os.getpid()
         self._dropped = 0
         self._errors = 0
         self._damage_logged = False
-        self._telling: set[asyncio.Future[Any]] = set()
-        self._mailboxes: dict[Any, int] = {}
+        self._gap_tasks: set[asyncio.Future[Any]] = set()
+        self._queues: dict[SubscriberQueue, int] = {}
         self._closed = False
 
     @classmethod
@@ -83,39 +88,40 @@ class MessageNode(AsyncResource):
         credentials: CredentialProvider | None = None,
         on_gap: Callable[[float, float], object] | None = None,
     ) -> Self:
-        """Return a node as a file, a mapping or a URL configures it.
+        """Return a node configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's YAML or JSON file, of which the section
         ``clusterNode`` and ``serverName`` are read, a mapping of the same shape, a URL or
-        ``host:port``. ``server_name`` wins over what is written there; each server needs one of its
-        own, and without any it gets one that nobody has. It connects when it is first used, or
-        entered by ``async with``. Raises ConfigError.
+        ``host:port``. ``server_name`` overrides the configured name. Each server needs a unique
+        name; without one, a random name is generated. The node connects at the first operation,
+        or on entering ``async with``. ``credentials`` is a ``redis.CredentialProvider``, called
+        before each connection.
+
+        Raises ConfigError for a bad configuration.
         """
         return cls(load(source, server_name), credentials, on_gap)
 
     # -- messages
 
     def send(self, message: Any, *, topic: int | None = None) -> asyncio.Future[int]:
-        """Send a message to all other servers; return how many connections Redis gave it to.
+        """Send a message to all other servers; the result is the number of receiving connections.
 
-        ``message`` is anything msgspec encodes, with a ``topic``, or ``msgspec.Raw`` for text that
-        is JSON already, with ``topic`` said beside it. It is encoded at the call.
+        ``message`` is any value that msgspec encodes, with a ``topic``. For text that is JSON
+        already, it is ``msgspec.Raw``, and the argument ``topic`` is required. The message is
+        encoded at the call. Raises MessageError at the call if it is bad.
         """
-        return (self._publish or self._open())(  # type: ignore[no-any-return]
-            topic, self._opening, message, self._sharded
-        )
+        return (self._publish or self._open())(topic, self._prefix, message, self._sharded)
 
     def send_direct(
         self, server: str, message: Any, *, topic: int | None = None
     ) -> asyncio.Future[int]:
-        """Send a message to one server; return how many connections Redis gave it to.
+        """Send a message to one server; the result is the number of receiving connections.
 
-        It goes to all who have subscribed to its topic, and the others drop it.
+        ``server`` is the server's name. Redis delivers the message to all subscribers of its
+        topic, and the other servers drop it. Raises MessageError at the call if it is bad.
         """
-        opening = self._openings.get(server) or self._opening_for(server)
-        return (self._publish or self._open())(  # type: ignore[no-any-return]
-            topic, opening, message, self._sharded
-        )
+        prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
+        return (self._publish or self._open())(topic, prefix, message, self._sharded)
 
     def subscribe(
         self,
@@ -125,22 +131,30 @@ class MessageNode(AsyncResource):
         max_pending: int | None = None,
         overflow: Overflow | None = None,
     ) -> Callable[[], None]:
-        """Have ``callback(message, from_server)`` called for each message on a topic.
+        """Call ``callback(message, from_server)`` for each message on a topic.
 
-        Returns what ends it. What the callback returns is awaited before the next message, if it
-        can be. ``max_pending`` messages may wait for it, and ``overflow`` decides on those beyond:
-        by default as configured. ``when_ready`` tells when Redis has confirmed it.
+        Returns a function that ends the subscription. If the callback returns an awaitable, it is
+        awaited before the next message. At most ``max_pending`` messages wait for the callback,
+        and ``overflow`` decides about further ones; both default to the configuration.
+        ``when_ready()`` waits until Redis has confirmed the subscription. Raises MessageError for
+        a bad argument.
         """
         topic = envelope.check_topic(topic)
-        options = self._limits(max_pending, overflow)
-        self._begin_if_new()
-        subscriber = Subscriber(topic, callback, lambda: self._disconnect(subscriber), **options)
-        self._subscribers[subscriber.mailbox] = subscriber
-        self._join(topic, subscriber.mailbox)
+        limit, policy = self._limits(max_pending, overflow)
+        self._ensure_open()
+        subscriber = Subscriber(
+            topic,
+            callback,
+            lambda: self._disconnect(subscriber),
+            max_pending=limit,
+            overflow=policy,
+        )
+        self._subscribers[subscriber.queue] = subscriber
+        self._subscribe(topic, subscriber.queue)
 
         def unsubscribe() -> None:
             subscriber.stop()
-            self._leave(subscriber.mailbox)
+            self._unsubscribe(subscriber.queue)
 
         return unsubscribe
 
@@ -151,80 +165,89 @@ class MessageNode(AsyncResource):
         max_pending: int | None = None,
         overflow: Overflow | None = None,
     ) -> Messages:
-        """Return the messages on a topic from now on: ``async for message, sender in ...``.
+        """Return an iterator over new messages on a topic: ``async for message, sender in ...``.
 
-        The iteration ends when the node is closed. With ``overflow="disconnect"`` it raises
-        Overloaded when too many have waited.
+        At most ``max_pending`` messages wait for the iteration, and ``overflow`` decides about
+        further ones; both default to the configuration. The iteration ends when the node is
+        closed. With ``overflow="disconnect"`` it raises Overloaded when more messages wait. Raises
+        MessageError for a bad argument.
         """
         topic = envelope.check_topic(topic)
-        options = self._limits(max_pending, overflow)
-        self._begin_if_new()
-        mailbox: Any = None
-        reader = Messages(topic, lambda: self._leave(mailbox), **options)
-        mailbox = reader.mailbox
-        self._join(topic, mailbox)
+        limit, policy = self._limits(max_pending, overflow)
+        self._ensure_open()
+        queue: SubscriberQueue | None = None
+        reader = Messages(
+            topic, lambda: self._unsubscribe(queue), max_pending=limit, overflow=policy
+        )
+        queue = reader.queue
+        self._subscribe(topic, queue)
         self._readers.add(reader)
         return reader
 
-    # -- what there is to know
+    # -- state
+
+    @property
+    def config(self) -> MessageConfig:
+        """The checked configuration."""
+        return self._config
 
     @property
     def server_name(self) -> str:
-        """The name by which other servers know this one."""
+        """This server's name among the other servers: str."""
         return self._config.server_name
 
     @property
     def is_ready(self) -> bool:
-        """Whether messages go to the server at once, and those of every topic are heard."""
-        carrier, subscriptions = self._transport, self._subscriptions
+        """Whether messages are sent at once and all subscriptions are confirmed: bool."""
+        transport, subscriptions = self._transport, self._subscriptions
         return (
-            carrier is not None
+            transport is not None
             and subscriptions is not None
-            and carrier.is_ready
-            and subscriptions.is_whole
+            and transport.is_ready
+            and subscriptions.is_confirmed
         )
 
     @property
     def description(self) -> str:
-        """What this node is and where its messages go, in one line and without passwords."""
+        """One line that names the node, its server and the core; contains no password."""
         server = self._transport.server if self._transport is not None else ""
-        what = f"message node {shorten(self.server_name)}"
-        return _backend.described(what, self._config.address, server)
+        subject = f"message node {shorten(self.server_name)}"
+        return _backend.described(subject, self._config.address, server)
 
     def stats(self) -> dict[str, Any]:
-        """Return counters since the node was opened; before that, nothing.
+        """Return counters since the node was opened, as a dict; empty before that.
 
-        Heard: ``received`` for somebody here, ``own`` and ``foreign`` (for other servers) that were
-        passed over, ``unwanted damaged``; ``dropped`` for want of room, ``waiting`` now, and
-        ``errors`` of callbacks. ``gaps``, ``missed_seconds`` and ``last_gap`` of what may have been
-        missed. Sent: ``commands flushes``, now ``queued in_flight pending pending_bytes``.
-        Connections: ``bytes_out bytes_in connects last_loss``.
+        Messages: ``received`` by subscribers here, ignored ``own`` and ``foreign`` ones (sent by
+        this server, and addressed to others), ``unwanted damaged``, ``dropped`` by full queues,
+        ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``, ``missed_seconds`` and
+        ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight pending
+        pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
         """
-        carrier, subscriptions = self._transport, self._subscriptions
-        if carrier is None or subscriptions is None:
+        transport, subscriptions = self._transport, self._subscriptions
+        if transport is None or subscriptions is None or self._dispatcher is None:
             return {}
         return {
-            **self._inbox.stats(),
-            "dropped": self._dropped + sum(mailbox.dropped for mailbox in self._mailboxes),
-            "waiting": sum(len(mailbox.messages) for mailbox in self._mailboxes),
+            **self._dispatcher.stats(),
+            "dropped": self._dropped + sum(queue.dropped for queue in self._queues),
+            "waiting": sum(len(queue.messages) for queue in self._queues),
             "errors": self._errors + sum(one.errors for one in self._subscribers.values()),
-            "subscribers": len(self._mailboxes),
+            "subscribers": len(self._queues),
             "topics": len(subscriptions.wanted),
             "gaps": subscriptions.gaps,
             "missed_seconds": subscriptions.missed,
             "last_gap": subscriptions.last_gap,
-            **carrier.stats(),
+            **transport.stats(),
         }
 
-    # -- its life
+    # -- lifecycle
 
     async def when_ready(self) -> None:
-        """Wait until the node is connected, and every subscription so far is confirmed.
+        """Wait until the node is connected and every subscription so far is confirmed.
 
-        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
-        says if it refuses (ReplyError: WRONGPASS, NOAUTH, NOPERM).
+        Raises ConnectError after ``connectTimeout``, and ReplyError at once if the server refuses
+        the login or a subscription (WRONGPASS, NOAUTH, NOPERM).
         """
-        self._begin_if_new()
+        self._ensure_open()
         assert self._transport is not None
         assert self._subscriptions is not None
         await self._transport.when_ready()
@@ -238,7 +261,10 @@ class MessageNode(AsyncResource):
             ) from None
 
     async def close(self) -> None:
-        """Finish what was sent, within ``closeTimeout``, and close; the second time, nothing."""
+        """Close, after messages have been sent or ``closeTimeout`` is over.
+
+        A second call does nothing. Raises UsageError on another event loop.
+        """
         if self._loop is not None:
             check_loop(self._loop, _OWNER)
         already, self._closed = self._closed, True
@@ -252,15 +278,15 @@ class MessageNode(AsyncResource):
             subscriber.stop()
         for reader in list(self._readers):
             reader.close()
-        for mailbox in list(self._mailboxes):
-            self._leave(mailbox)
+        for queue in list(self._queues):
+            self._unsubscribe(queue)
         await asyncio.gather(*(one.finish(seconds) for one in subscribers))
 
     def __repr__(self) -> str:
         return f"<MessageNode {shorten(self.server_name)} at {self._config.address}>"
 
-    def _begin_if_new(self) -> None:
-        """Bind the node to the running event loop, and begin to connect."""
+    def _ensure_open(self) -> None:
+        """Bind the node to the running event loop and start connecting, unless that is done."""
         if self._closed:
             raise ConnectionLost("the message node is closed")
         check_process(self._pid, _OWNER)
@@ -268,26 +294,28 @@ class MessageNode(AsyncResource):
             check_loop(self._loop, _OWNER)
             return
         self._loop = running_loop(_OWNER)
-        self._inbox = _backend.core.MessageDispatcher(
-            self.server_name, self._ended, self._complain, self._is_crowded
+        dispatcher: MessageDispatcher = _backend.core.MessageDispatcher(
+            self.server_name, self._on_push, self._on_damaged, self._is_crowded
         )
-        self._subscriptions = Subscriptions(self._tell_gap)
+        self._dispatcher = dispatcher
+        self._subscriptions = Subscriptions(self._report_gap)
         self._transport = open_transport(
-            self._config, self._credentials, self._inbox, self._subscriptions
+            self._config, self._credentials, dispatcher, self._subscriptions
         )
 
-    def _open(self) -> Any:
-        self._begin_if_new()
+    def _open(self) -> Publish:
+        self._ensure_open()
         assert self._transport is not None
-        self._publish = self._transport.entry.publish
-        return self._publish
+        publish: Publish = self._transport.entry.publish
+        self._publish = publish
+        return publish
 
-    # -- those who listen
+    # -- subscribers
 
     def _is_crowded(self) -> bool:
         return any(subscriber.is_crowded for subscriber in self._subscribers.values())
 
-    def _limits(self, max_pending: int | None, overflow: Overflow | None) -> dict[str, Any]:
+    def _limits(self, max_pending: int | None, overflow: Overflow | None) -> tuple[int, Overflow]:
         options = self._config.options
         limit = options.max_pending if max_pending is None else max_pending
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
@@ -296,73 +324,75 @@ class MessageNode(AsyncResource):
         if chosen not in envelope.OVERFLOWS:
             known = ", ".join(envelope.OVERFLOWS)
             raise MessageError(f"overflow must be one of {known}, not {shorten(chosen)}")
-        return {"max_pending": limit, "overflow": chosen}
+        return limit, chosen
 
-    def _join(self, topic: int, mailbox: Any) -> None:
+    def _subscribe(self, topic: int, queue: SubscriberQueue) -> None:
         assert self._transport is not None
+        assert self._dispatcher is not None
         assert self._subscriptions is not None
-        self._mailboxes[mailbox] = topic
-        self._inbox.join(topic, mailbox)
+        self._queues[queue] = topic
+        self._dispatcher.join(topic, queue)
         self._subscriptions.add(topic)
-        self._transport.look()
+        self._transport.on_topics_changed()
 
-    def _leave(self, mailbox: Any) -> None:
-        topic = self._mailboxes.pop(mailbox, None)
-        if topic is None:
+    def _unsubscribe(self, queue: SubscriberQueue | None) -> None:
+        topic = None if queue is None else self._queues.pop(queue, None)
+        if queue is None or topic is None:
             return
         assert self._transport is not None
+        assert self._dispatcher is not None
         assert self._subscriptions is not None
-        self._dropped += mailbox.dropped
-        subscriber = self._subscribers.pop(mailbox, None)
+        self._dropped += queue.dropped
+        subscriber = self._subscribers.pop(queue, None)
         if subscriber is not None:
             self._errors += subscriber.errors
-        if self._inbox.leave(topic, mailbox):
+        if self._dispatcher.leave(topic, queue):
             self._subscriptions.remove(topic)
-            self._transport.look()
+            self._transport.on_topics_changed()
 
     def _disconnect(self, subscriber: Subscriber) -> None:
         _logger.error(
-            "a callback on topic %d was disconnected: too many messages waited for it",
+            "disconnected a callback on topic %d: too many messages waited for it",
             subscriber.topic,
         )
-        self._leave(subscriber.mailbox)
+        self._unsubscribe(subscriber.queue)
 
-    def _opening_for(self, server: str) -> bytes:
+    def _direct_prefix(self, server: str) -> bytes:
         name = envelope.check_server(server, "the server to send to")
-        if len(self._openings) >= _ADDRESSEES:
-            self._openings.clear()
-        opening = self._openings[name] = envelope.envelope_prefix(self.server_name, name)
-        return opening
+        if len(self._direct_prefixes) >= _MAX_DIRECT_PREFIXES:
+            self._direct_prefixes.clear()
+        prefix = self._direct_prefixes[name] = envelope.envelope_prefix(self.server_name, name)
+        return prefix
 
-    # -- what the connections tell
+    # -- events of the connections
 
-    def _ended(self, pipeline: Any, push: list[Any]) -> None:
-        """Note that a server has ended a subscription unasked, as one does whose slots move."""
+    def _on_push(self, pipeline: Pipeline, push: list[Any]) -> None:
+        """Handle a subscription ended by the server, as happens when a slot moves."""
         kind, channel = push[0], push[1] if len(push) > 1 else None
         is_end = kind in (b"unsubscribe", b"sunsubscribe")
         if is_end and isinstance(channel, bytes) and channel.isdigit() and self._transport:
             self._transport.ended(pipeline, int(channel))
 
-    def _complain(self, topic: int, payload: bytes) -> None:
+    def _on_damaged(self, topic: int, payload: bytes) -> None:
         if not self._damage_logged:
             self._damage_logged = True
             _logger.error(
-                "on topic %d there was %s, which is no message of deepstream's; further ones are "
-                "only counted",
+                "topic %d: received %s, which is no deepstream message; further ones are only "
+                "counted",
                 topic,
                 shorten(payload),
             )
 
-    def _tell_gap(self, since: float, until: float) -> None:
+    def _report_gap(self, since: float, until: float) -> None:
         if self.on_gap is None:
             return
-        outcome = self.on_gap(since, until)
-        if inspect.isawaitable(outcome):
-            task = asyncio.ensure_future(outcome)
-            self._telling.add(task)
-            task.add_done_callback(self._gap_told)
+        result = self.on_gap(since, until)
+        if inspect.isawaitable(result):
+            task = asyncio.ensure_future(result)
+            self._gap_tasks.add(task)
+            task.add_done_callback(self._on_gap_done)
 
-    def _gap_told(self, task: asyncio.Future[Any]) -> None:
-        self._telling.discard(task)
+    def _on_gap_done(self, task: asyncio.Future[Any]) -> None:
+        self._gap_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("on_gap failed", exc_info=error)

@@ -1,9 +1,9 @@
-"""Metrics and spans of caches for OpenTelemetry; wants the extra ``otel``.
+"""Metrics and spans of caches for OpenTelemetry; requires the extra ``otel``.
 
-Metrics are observable instruments over ``stats()``, so that they cost an operation nothing. Spans
-are begun for calls in a trace that is sampled, so that who samples traces samples these too. The
-names are those of the semantic conventions for databases, and what they have none for begins with
-``dscache.``. What records are called or contain is no part of any of it.
+Metrics are observable instruments over ``stats()``, so they cost an operation nothing. Spans are
+started for calls inside a sampled trace, so the sampling of traces covers them. Names follow the
+semantic conventions for databases (opentelemetry.io/docs/specs/semconv/database); other names
+begin with ``dscache.``. Metrics and spans contain no names and no content of records.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ._metrics import (
     GAUGES,
     NAMESPACE,
     NEAR_COUNTERS,
+    NEAR_FLUSHES,
     NEAR_GAUGES,
     OF_NODES,
     Metric,
@@ -50,7 +51,7 @@ _READS: Final = ("get", "head", "get_bulk", "head_bulk")
 
 
 def attributes_of(config: Config) -> dict[str, str | int]:
-    """Return the attributes that say which database a cache has, as it is configured."""
+    """Return the attributes of a cache's database, as configured."""
     if config.name == "memory":
         return {"db.system.name": "memory"}
     options = config.options
@@ -75,10 +76,10 @@ _observed: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
 def observe(
     cache: AsyncCache | Cache, name: str = "default", meter_provider: MeterProvider | None = None
 ) -> None:
-    """Let OpenTelemetry observe a cache's counters, with the attribute ``dscache.cache``.
+    """Export a cache's counters, with the attribute ``dscache.cache`` set to ``name``.
 
-    That is until the cache is no more. Several caches of one provider, which is the global one by
-    default, have a name each. Raises ValueError if it has another cache of that name already.
+    The export ends when the cache is garbage-collected. Each cache of a provider, by default the
+    global one, needs its own name. Raises ValueError if another cache has that name.
     """
     provider = meter_provider or metrics_api.get_meter_provider()
     instruments = _observed.get(provider)
@@ -88,7 +89,7 @@ def observe(
 
 
 class _Instruments:
-    """The instruments of one provider, and the caches that they observe."""
+    """The instruments of one provider, and the observed caches."""
 
     def __init__(self, meter: Meter) -> None:
         self._caches: dict[str, ref[AsyncCache | Cache]] = {}
@@ -98,34 +99,34 @@ class _Instruments:
             f"{NAMESPACE}.near.flushes",
             [partial(self._counted, "near_flushes")],
             "{flush}",
-            "How often all that was kept was forgotten.",
+            NEAR_FLUSHES,
         )
         meter.create_observable_gauge(
             f"{NAMESPACE}.ready", [self._ready], "1", "Whether the cache is ready to serve."
         )
         duration = f"{NAMESPACE}.operation.duration"
         for part, unit, text in (
-            ("sum", "s", "Seconds that operations took, from the call to the answer."),
-            ("count", "{operation}", "Operations that were answered."),
-            ("bucket", "{operation}", "Of these, those that took at most le seconds."),
+            ("sum", "s", "Seconds of operations, from the call to the result."),
+            ("count", "{operation}", "Operations with a result."),
+            ("bucket", "{operation}", "Operations of at most le seconds."),
         ):
             meter.create_observable_counter(
                 f"{duration}.{part}", [partial(self._durations, part)], unit, text
             )
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
-        """Observe one more cache."""
+        """Observe another cache. Raises ValueError if a different cache has that name."""
         known = self._caches.get(name)
-        there = None if known is None else known()
-        if there not in (None, cache):
-            raise ValueError(f'there is a cache "{name}" already; give each a name of its own')
+        present = None if known is None else known()
+        if present not in (None, cache):
+            raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
         self._caches[name] = ref(cache)
 
     def _each(self) -> Iterable[tuple[AsyncCache | Cache, dict[str, Any]]]:
         for name, known in list(self._caches.items()):
             cache = known()
             if cache is not None:
-                own = attributes_of(cache._config)
+                own = attributes_of(cache.config)
                 yield cache, {f"{NAMESPACE}.cache": name, **own}
 
     def _counted(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
@@ -165,7 +166,7 @@ class _Instruments:
 def _declare(
     create: Callable[..., Any],
     metrics: Iterable[Metric],
-    told: Callable[[str, CallbackOptions], Iterable[Observation]],
+    observe: Callable[[str, CallbackOptions], Iterable[Observation]],
 ) -> None:
     names: dict[str, Metric] = {}
     for metric in metrics:
@@ -176,11 +177,11 @@ def _declare(
         of, _, rest = name.partition("_")
         dotted = f"{of}.{rest}" if of in ("near", "node") else name
         text = f"Of one node: {metric.text}" if of == "node" else metric.text
-        create(f"{NAMESPACE}.{dotted}", [partial(told, name)], metric.unit, text)
+        create(f"{NAMESPACE}.{dotted}", [partial(observe, name)], metric.unit, text)
 
 
 def _shown(operation: str, batch: bool) -> str:
-    """Return ``db.operation.name``: a batch has the name of what it does many times."""
+    """Return ``db.operation.name``; a batch is named after its single operation."""
     single = operation.removesuffix("_bulk")
     return f"BATCH {single}" if batch and single != operation else single
 
@@ -195,11 +196,12 @@ def trace(
     roots: bool = False,
     tracer_provider: TracerProvider | None = None,
 ) -> Tracing:
-    """Begin a span for operations of a cache, from the call to its outcome.
+    """Start spans for operations of a cache, from the call to the result.
 
-    Of those in a sampled trace that is a share of ``sample``, drawn at random, and with ``roots``
-    also of those outside any trace. Others cost a look at the current span. Returns what ends it.
-    Raises ValueError if ``sample`` is not from 0 to 1.
+    In a sampled trace, a random share ``sample`` of the operations (0 to 1) gets a span. With
+    ``roots``, operations outside any trace are sampled too. Any other operation costs a look at
+    the current span. Returns a Tracing; its ``stop()`` ends the tracing. Raises ValueError if
+    ``sample`` is not from 0 to 1.
     """
     if not 0 <= sample <= 1:
         raise ValueError(f"sample must be from 0 to 1, not {sample!r}")
@@ -217,16 +219,16 @@ class Tracing:
         self._tracer = tracer
         self._sample = sample
         self._roots = roots
-        self._attributes = attributes_of(cache._config)
+        self._attributes = attributes_of(cache.config)
         address, port = (self._attributes.get(f"server.{part}") for part in ("address", "port"))
         known = "" if address is None else f" {address}"
         self._target = known if port is None else f"{known}:{port}"
-        # In front of the class's own, so that a cache that nobody traces has nothing to ask.
+        # Set on the instance, so that an untraced cache pays nothing.
         self._wrappers = {name: self._wrapped(name) for name in (*_SINGLE, *_BULK)}
         cache.__dict__.update(self._wrappers)
 
     def stop(self) -> None:
-        """Begin no more spans; those under way end by themselves."""
+        """Start no more spans; open spans end with their operations."""
         for name, wrapper in self._wrappers.items():
             if self._cache.__dict__.get(name) is wrapper:
                 del self._cache.__dict__[name]
@@ -243,9 +245,9 @@ class Tracing:
             if is_bulk and arguments:
                 many, *others = arguments
                 if not hasattr(many, "__len__"):
-                    many = list(many)  # what can be read but once
+                    many = list(many)  # an iterator can be read only once
                 arguments, size = (many, *others), len(many)
-            # A batch of one is none, by the conventions.
+            # By the conventions, a batch of one operation is a single operation.
             span = self._begin(operation, is_bulk and size != 1, size)
             try:
                 result = own(*arguments, **options)
@@ -309,6 +311,6 @@ def _fail(span: Span, error: BaseException) -> None:
         kind = error.code
         span.set_attribute("db.response.status_code", kind)
     span.set_attribute("error.type", kind)
-    # Without the message, in which the record has its name.
+    # The error's text is left out, as it contains the record's name.
     span.set_status(Status(StatusCode.ERROR))
     span.end()

@@ -1,7 +1,7 @@
-"""The metrics of caches for Prometheus; wants the extra ``prometheus``.
+"""Metrics of caches for Prometheus; requires the extra ``prometheus``.
 
-Nothing is counted here: ``stats()`` is asked when Prometheus asks. It may be asked from any thread,
-such as that of ``prometheus_client.start_http_server``.
+Nothing is counted here: each scrape calls ``stats()``. It may come from any thread, such as the one
+of ``prometheus_client.start_http_server``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _registered: WeakKeyDictionary[CollectorRegistry, CacheCollector] = WeakKeyDicti
 def register(
     cache: AsyncCache | Cache, name: str = "default", registry: CollectorRegistry = REGISTRY
 ) -> CacheCollector:
-    """Show a cache's metrics in a registry, with the label ``cache`` being its name.
+    """Export a cache's metrics in a registry, with the label ``cache`` set to ``name``.
 
-    Several caches of one registry have a name each. Returns the collector that has the cache, for
-    ``remove``. Raises ValueError if the registry has a cache of that name already.
+    Each cache of a registry needs its own name. Returns the registry's CacheCollector; its
+    ``remove`` ends the export. Raises ValueError if another cache has that name.
     """
     collector = _registered.get(registry)
     if collector is None:
@@ -51,32 +51,32 @@ def register(
 
 
 class CacheCollector(Collector):
-    """A collector of ``prometheus_client`` for some caches, by name."""
+    """A ``prometheus_client`` collector for caches, a mapping of their names to them."""
 
     def __init__(self, caches: Mapping[str, AsyncCache | Cache] | None = None) -> None:
         self._caches: dict[str, AsyncCache | Cache] = dict(caches or {})
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
-        """Show one more cache. Raises ValueError if there is one of that name."""
+        """Export another cache. Raises ValueError if a different cache has that name."""
         if self._caches.setdefault(name, cache) is not cache:
-            raise ValueError(f'there is a cache "{name}" already; give each a name of its own')
+            raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
 
     def remove(self, name: str) -> None:
-        """Show a cache no more, if there is one of that name."""
+        """Stop exporting the cache of that name, if there is one."""
         self._caches.pop(name, None)
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: which metrics there are depends on the caches."""
+        """Return nothing: the metrics depend on the caches."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metrics of all caches as they are now."""
+        """Return the current metrics of all caches."""
         ready = GaugeMetricFamily(
             f"{NAMESPACE}_ready", "Whether the cache is ready to serve: 1 or 0.", labels=("cache",)
         )
         latency = HistogramMetricFamily(
             f"{NAMESPACE}_operation_duration_seconds",
-            "How long operations took, from the call to the answer.",
+            "Time of operations, from the call to the result.",
             labels=("cache", "operation"),
         )
         counted: dict[str, CounterMetricFamily] = {}
@@ -112,5 +112,5 @@ def _add_latency(family: HistogramMetricFamily, cache: str, latency: Mapping[str
 
 
 def _shown(bound: float) -> str:
-    """Return a bound as Prometheus is used to it: 0.0001, not 1e-04."""
+    """Return a bound in Prometheus's usual form: 0.0001, not 1e-04."""
     return f"{bound:.5f}".rstrip("0").removesuffix(".") + (".0" if bound >= 1 else "")

@@ -6,9 +6,9 @@ import builtins
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
 
 from . import _backend
 from ._forks import after_fork_in_child
@@ -25,18 +25,60 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("dscache")
 
 
+class _Run(Protocol):
+    """Executes one operation of a Pipeline by name and returns its result."""
+
+    @overload
+    def __call__(self, operation: Literal["get"], name: str, /) -> Record | None: ...
+    @overload
+    def __call__(self, operation: Literal["head"], name: str, /) -> int | None: ...
+    @overload
+    def __call__(
+        self,
+        operation: Literal["set"],
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None,
+        if_newer: bool,
+        /,
+    ) -> bool: ...
+    @overload
+    def __call__(self, operation: Literal["delete"], name: str, /) -> bool: ...
+    @overload
+    def __call__(
+        self, operation: Literal["get_bulk"], names: Iterable[str], /
+    ) -> dict[str, Record]: ...
+    @overload
+    def __call__(
+        self, operation: Literal["head_bulk"], names: Iterable[str], /
+    ) -> dict[str, int]: ...
+    @overload
+    def __call__(
+        self,
+        operation: Literal["set_bulk"],
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None,
+        if_newer: bool,
+        /,
+    ) -> builtins.set[str]: ...
+    @overload
+    def __call__(self, operation: Literal["delete_bulk"], names: Iterable[str], /) -> int: ...
+
+
 class Cache:
     """Records in Redis, for any number of threads.
 
-    An operation has ended when its call returns: the calling thread sends it over a connection
-    of its own, borrowed from at most ``maxConnections``, and waits for the answer. On a cluster
-    it has one to each node, as far as it needs them.
+    An operation is complete when its call returns. The calling thread sends it over a connection
+    that it borrows, out of at most ``maxConnections``, and waits for the reply. On a cluster a
+    thread borrows a connection to each node it needs.
 
-    It raises RecordError for a bad name, version, ttl or data, or if what is stored is no
-    record, ConnectionLost if the cache is closed, ReplyError (Redis said no), DeadlineExceeded
-    (``commandTimeout`` is over), ConnectError or ConnectionLost (no connection, or lost before
-    the answer), Overloaded (all connections are in use, and ``whenFull`` is error),
-    ProtocolError, or in the bulk forms BulkError, which holds the others' result.
+    An operation raises RecordError for a bad name, version, ttl or data, or if the stored value is
+    no record, ConnectionLost if the cache is closed, ReplyError (Redis returned an error),
+    DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
+    ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
+    ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,
+    which holds the results of the other records.
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
@@ -44,16 +86,16 @@ class Cache:
         if near is not None and config.name == "redis":
             if near.required:
                 raise ConfigError(
-                    f"{config.source}: cache.options.nearCache: a Cache keeps nothing near; leave "
+                    f"{config.source}: cache.options.nearCache: a Cache has no near cache; leave "
                     "it out, set nearCache.required: false, or use an AsyncCache"
                 )
-            _logger.info("%s: nearCache has no effect: a Cache keeps nothing near", config.source)
+            _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
         self._config = config
         self._credentials = credentials
         self._pool: Pool | MemoryPool | None = None
-        self._run: Callable[..., Any] | None = None
+        self._run: _Run | None = None
         self._closed = False
-        # A signal handler may use the cache while its thread is in the middle of anything.
+        # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
 
@@ -64,30 +106,32 @@ class Cache:
         *,
         credentials: CredentialProvider | None = None,
     ) -> Self:
-        """Return a cache as a file, a mapping or a URL configures it.
+        """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. It connects when it is
-        first used, or entered by ``with``. ``credentials`` is a provider as redis-py has them,
-        asked before each connection, and in place of the configured username and password.
-        Raises ConfigError.
+        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
+        first operation, or on entering ``with``. ``credentials`` is a
+        ``redis.CredentialProvider``, called before each connection; it replaces the configured
+        username and password.
+
+        Raises ConfigError for a bad configuration.
         """
         return cls(load(source), credentials)
 
     def get(self, name: str) -> Record | None:
-        """Return the Record of that name, or None if there is none, or half of one.
+        """Return a Record, or None if it doesn't exist or lacks one of its two keys.
 
-        ``name`` is any text that isn't empty. Raises RecordError for any other, or if what Redis
-        holds is no record.
+        ``name`` is any text that isn't empty. Raises RecordError for a bad name, or if the stored
+        value is no record.
         """
-        return (self._run or self._open())("get", name)  # type: ignore[no-any-return]
+        return (self._run or self._open())("get", name)
 
     def head(self, name: str) -> int | None:
-        """Return the version of the record of that name, an int, or None if there is none.
+        """Return the version of a record, an int, or None if it doesn't exist.
 
-        Raises RecordError for a bad name, or if what Redis holds is no version.
+        Raises RecordError for a bad name, or if the stored value is no version.
         """
-        return (self._run or self._open())("head", name)  # type: ignore[no-any-return]
+        return (self._run or self._open())("head", name)
 
     def set(
         self,
@@ -98,41 +142,41 @@ class Cache:
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> bool:
-        """Write a record: version and data in one atomic step. Returns True.
+        """Write a record, version and data in one atomic step, and return True.
 
         ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
-        anything msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl`` is the
-        record's lifetime in seconds: None for the configured default, 0 for none. With
-        ``if_newer``, returns False and writes nothing if Redis holds that version or a higher one.
-        Raises RecordError if one of them is none of that, and ConnectionLost or DeadlineExceeded
-        if a plain write may or may not have happened, which ``if_newer`` makes harmless to repeat.
+        any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl``
+        is the record's lifetime in seconds: None for the configured default, 0 for no expiry. With
+        ``if_newer``, nothing is written and False is returned if Redis holds this version or a
+        higher one.
+
+        Raises RecordError for a bad argument, and ConnectionLost or DeadlineExceeded if a plain
+        write may or may not have happened; with ``if_newer`` it is safe to repeat.
         """
-        return (self._run or self._open())(  # type: ignore[no-any-return]
-            "set", name, version, data, ttl, if_newer
-        )
+        return (self._run or self._open())("set", name, version, data, ttl, if_newer)
 
     def delete(self, name: str) -> bool:
-        """Remove a record, whole, half or damaged; return whether there was one.
+        """Remove a record, even a half or damaged one; return whether it existed.
 
         Raises RecordError for a bad name.
         """
-        return (self._run or self._open())("delete", name)  # type: ignore[no-any-return]
+        return (self._run or self._open())("delete", name)
 
     def get_bulk(self, names: Iterable[str]) -> dict[str, Record]:
-        """Return the records found, by name, in the order of ``names``.
+        """Return the Records found by their names, in the order of ``names``.
 
-        Raises RecordError for a bad name, and then asks for none of them, and BulkError if some
-        can't be read: it has their errors, and the records of the others.
+        Raises RecordError for a bad name; no record is read then. Raises BulkError if some records
+        can't be read; it has their errors and the other records.
         """
-        return (self._run or self._open())("get_bulk", names)  # type: ignore[no-any-return]
+        return (self._run or self._open())("get_bulk", names)
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found, by name, in the order of ``names``.
+        """Return the versions of the records found by their names, in the order of ``names``.
 
-        Raises RecordError for a bad name, and then asks for none of them, and BulkError if some
-        can't be read: it has their errors, and the versions of the others.
+        Raises RecordError for a bad name; no version is read then. Raises BulkError if some
+        versions can't be read; it has their errors and the other versions.
         """
-        return (self._run or self._open())("head_bulk", names)  # type: ignore[no-any-return]
+        return (self._run or self._open())("head_bulk", names)
 
     def set_bulk(
         self,
@@ -141,66 +185,72 @@ class Cache:
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> builtins.set[str]:
-        """Write records, given as ``{name: (version, data)}``; return the names not written.
+        """Write records ``{name: (version, data)}``; return the set of names not written.
 
-        Each record is atomic, the bulk is not: it goes out in commands of some hundred records.
-        Without ``if_newer`` all are written, and the set is empty. ``ttl`` is in seconds, and
-        holds for all of them. Raises RecordError for a bad record, and then writes none, and
-        BulkError if some were not written for another reason: it has their errors.
+        Each record is written atomically, but the bulk isn't: it is sent in commands of some
+        hundred records. Without ``if_newer`` all are written and the set is empty. ``ttl`` is the
+        lifetime of all these records in seconds.
+
+        Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
+        the errors, if a write failed.
         """
-        return (self._run or self._open())(  # type: ignore[no-any-return]
-            "set_bulk", records, ttl, if_newer
-        )
+        return (self._run or self._open())("set_bulk", records, ttl, if_newer)
 
     def delete_bulk(self, names: Iterable[str]) -> int:
-        """Remove records; return how many there were.
+        """Remove records; return the number of records that existed.
 
-        Raises RecordError for a bad name, and then removes none, and BulkError if some could not
-        be removed: it has their errors, and the number of the others.
+        Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
+        records can't be removed; it has their errors and the number of the others.
         """
-        return (self._run or self._open())("delete_bulk", names)  # type: ignore[no-any-return]
+        return (self._run or self._open())("delete_bulk", names)
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        return self._config
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is a connection to the server, or on a cluster to all primaries."""
+        """Whether the server, or every primary of a cluster, is connected: bool."""
         return self._pool is not None and self._pool.is_ready
 
     @property
     def description(self) -> str:
-        """What this cache is and where its records are, in one line and without passwords."""
+        """One line that names the cache, its server and the core; contains no password."""
         server = self._pool.server if self._pool is not None else ""
         return _backend.described(f"{self._config.name} cache", self._config.address, server)
 
     def stats(self) -> dict[str, Any]:
-        """Return counters since the cache was opened; before that, nothing.
+        """Return counters since the cache was opened, as a dict; empty before that.
 
-        Calls: ``operations``. Records: ``records`` (all that were answered), ``reads``, of these
-        ``hits misses`` and ``halves`` (a miss of which Redis held one key), ``damaged writes
-        not_newer deletes``, ``failed`` (their call ended in an error), ``overloaded`` (calls that
+        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
+        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
+        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
         were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
         bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
         ``pending_bytes``, threads ``waiting`` for a connection, ``connections``. Connections so
         far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds`` in
-        seconds, and of each operation ``count``, ``sum`` in seconds and ``buckets``, from the call
-        to the answer. On a cluster also ``refreshes``, and ``nodes`` with the counters of each.
+        seconds and, for each operation, ``count``, ``sum`` in seconds and ``buckets``, from the
+        call to the result. On a cluster also ``refreshes``, and ``nodes`` with the counters of
+        each.
         """
         return {} if self._pool is None else self._pool.stats()
 
     def when_ready(self) -> None:
-        """Wait until the cache is ready to serve.
+        """Wait until the cache is connected.
 
-        Raises ConnectError if it isn't within ``connectTimeout``, at once what the server says if
-        it refuses (ReplyError: WRONGPASS, NOAUTH, no such database), and ConfigError if ``nodes``
-        are configured and of no cluster.
+        Raises ConnectError after ``connectTimeout``, ReplyError at once if the server refuses the
+        login or the database (WRONGPASS, NOAUTH), and ConfigError if ``nodes`` belong to no
+        cluster.
         """
         self._open()
         assert self._pool is not None
         self._pool.when_ready()
 
     def close(self) -> None:
-        """Let other threads finish, within ``closeTimeout``, and close; the second time, nothing.
+        """Close, after other threads' operations have finished or ``closeTimeout`` is over.
 
-        What begins after this call is refused.
+        Later operations raise ConnectionLost. A second call does nothing.
         """
         with self._lock:
             already, self._closed = self._closed, True
@@ -228,11 +278,11 @@ class Cache:
         return f"<Cache {self._config.name} at {self._config.address}>"
 
     def _reset_after_fork(self) -> None:
-        # The thread that held it may not be in the child.
+        # The thread that held the lock may not exist in the child.
         self._lock = threading.RLock()
 
-    def _open(self) -> Callable[..., Any]:
-        """Return what does the operations."""
+    def _open(self) -> _Run:
+        """Return the function that executes operations; it opens the pool at first."""
         with self._lock:
             if self._closed:
                 raise ConnectionLost("the cache is closed")
@@ -241,10 +291,11 @@ class Cache:
                 if self._config.name == "memory":
                     self._pool = MemoryPool(options)
                 elif options.nodes:
-                    from .blocking.cluster_pool import ClusterPool  # of no use to most
+                    from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
 
                     self._pool = ClusterPool(self._config, self._credentials)
                 else:
                     self._pool = Pool(options, self._credentials)
-            self._run = self._pool.run
-            return self._run
+            run: _Run = self._pool.run
+            self._run = run
+            return run

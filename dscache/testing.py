@@ -1,7 +1,7 @@
-"""A pytest plugin: fixtures with which users of dscache test their own code.
+"""A pytest plugin: fixtures for tests of programs that use dscache.
 
-``pip install dscache`` is enough for pytest to find it; ``-p no:dscache.testing`` leaves it out.
-It needs no other plugin: whatever runs a project's async tests, or none, will do.
+pytest finds it after ``pip install dscache``; ``-p no:dscache.testing`` disables it. It works with
+any plugin for async tests, or without one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import DscacheError
 if TYPE_CHECKING:
     from .embedded import EmbeddedServer
 
-# Seconds after which a server that doesn't answer is given up.
+# Limit for the server's reply, in seconds.
 _PATIENCE = 5
 
 __all__ = ["dscache_memory", "dscache_server"]
@@ -27,16 +27,15 @@ __all__ = ["dscache_memory", "dscache_server"]
 def dscache_memory() -> AsyncCache:
     """A new, empty dscache.AsyncCache in memory, which opens on the event loop of its test.
 
-    It needs no server, and nothing need be closed: it ends with the test. Its API, results and
-    errors are those of a cache in Redis.
+    It needs no server and no closing. Its API, results and errors are the same as in Redis.
     """
-    # Not opened here: no fixture knows on which loop a test will run.
+    # Not opened here: a fixture doesn't know the event loop of the test.
     return AsyncCache.from_config({"name": "memory"})
 
 
 @pytest.fixture(scope="session")
 def _dscache_process() -> Iterator[EmbeddedServer]:
-    # With it comes redis-py, which tests without a server need not wait for.
+    # Imports redis-py, which tests without a server don't need.
     from .embedded import EmbeddedServer
 
     try:
@@ -50,12 +49,12 @@ def _dscache_process() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
-    """A private Redis or Valkey server, a dscache.embedded.EmbeddedServer, with nothing in it.
+    """A private, empty Redis or Valkey server, a dscache.embedded.EmbeddedServer.
 
-    Give ``dscache_server.url`` to what is tested. One server is started for the whole run (one
-    for each process of pytest-xdist), when first asked for; each test finds it running and
-    empty, whatever the test before has left, stopped or paused. Without any server to start, the
-    test fails with the way to get one.
+    Pass ``dscache_server.url`` to the tested program. One server is started for the whole run (one
+    for each process of pytest-xdist), at its first use. Each test gets it running and empty, even
+    if the previous test left data or stopped or paused it. If no server is installed, the test
+    fails with the remedy.
     """
     import redis
     from redis.backoff import NoBackoff
@@ -75,5 +74,5 @@ def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
         ) as client:
             client.flushall()
     except redis.RedisError:
-        server.restart()  # it has a password now, is some other server's replica, is busy...
+        server.restart()  # the test before may have set a password or made it a replica
     return server

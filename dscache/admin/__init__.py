@@ -1,1 +1,1 @@
-"""Work on whole servers and clusters, without a terminal."""
+"""Operations on whole servers and clusters, without a terminal."""

@@ -1,4 +1,4 @@
-"""The configuration of the cluster that a server is a node of."""
+"""The configuration of a cluster, derived from that of one of its nodes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..config import Config, Node, RedisOptions
 from ..config.validation import Location
 from ..errors import ReplyError
 from .control import ControlConnection
-from .primaries import is_clustered
 
 
 def on_cluster(config: Config) -> Config:
-    """Return the configuration of the cluster that the configured server is a node of.
+    """Return the configuration of the cluster that the configured server belongs to.
 
-    Its host and port become the one known node, and what it logs in with holds for all. One with
-    ``nodes`` is returned as it is. Raises ConfigError for what can be no node of a cluster.
+    The server's host and port become the only seed, and its credentials apply to all nodes. A
+    configuration with ``nodes`` is returned unchanged. Raises ConfigError if the configuration
+    can't name a cluster node: memory, Sentinels, a unix socket, or a database other than 0.
     """
     options = config.options
     if options.nodes:
@@ -31,7 +31,7 @@ def on_cluster(config: Config) -> Config:
         raise place.error(f"a cluster has database 0 alone, not {options.db}; leave it out")
     shared = RedisOptions(username=options.username, password=options.password, tls=options.tls)
     nodes = (Node(host=options.host, port=options.port),)
-    # What else holds for one server is the fallback on a cluster anyway.
+    # A cluster falls back to the other options of the single server anyway.
     options = msgspec.structs.replace(
         options, nodes=nodes, redis_options=shared, username=None, password=None, tls=None
     )
@@ -39,38 +39,21 @@ def on_cluster(config: Config) -> Config:
 
 
 async def as_cluster(config: Config) -> Config:
-    """Return what ``on_cluster`` does, of a server that is a node of a cluster.
+    """Return the configuration of the cluster that the configured server belongs to.
 
-    Raises ConfigError if it is none, what keeps it from being asked, and what ``on_cluster`` does.
+    Asks the server with CLUSTER INFO. Raises ConfigError as ``on_cluster`` does and if the server
+    runs without cluster support, and ConnectError or ReplyError if it can't be asked.
     """
     cluster = on_cluster(config)
     if not config.options.nodes:
         server = await ControlConnection.open(config.options)
         try:
-            (answer,) = await server.execute_many(["CLUSTER", "INFO"])
+            (reply,) = await server.execute_many(["CLUSTER", "INFO"])
         finally:
             server.close()
-        if isinstance(answer, ReplyError) and "cluster support disabled" in answer.message.lower():
+        if isinstance(reply, ReplyError) and "cluster support disabled" in reply.message.lower():
             raise Location(config.source).error(
-                f'{config.address} is no node of a cluster (it says "{answer.message}"); '
-                "dscache doctor looks at a single server"
+                f'{config.address} is not a cluster node (it says "{reply.message}"); '
+                "use dscache doctor for a single server"
             )
     return cluster
-
-
-async def detect_cluster(config: Config) -> Config:
-    """Return the configuration of the cluster that a server turns out to be a node of.
-
-    A URL can't say that it is one. Raises ConfigError if the records are in no server, and what
-    keeps the server from being asked.
-    """
-    options = config.options
-    if config.name == "memory":
-        raise Location(config.source).error("the cache is inside its process; name a server")
-    if options.nodes or options.sentinels:
-        return config
-    server = await ControlConnection.open(options)
-    try:
-        return on_cluster(config) if await is_clustered(server) else config
-    finally:
-        server.close()

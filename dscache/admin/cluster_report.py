@@ -1,4 +1,4 @@
-"""What a look at a cluster found: each node and how it is, and what that means for records."""
+"""The result of a survey of a cluster: the state of each node, and its effect on records."""
 
 from __future__ import annotations
 
@@ -8,63 +8,63 @@ from dataclasses import dataclass
 from ..core import constants
 
 Slots = tuple[int, int]
-"""The first and the last of a range."""
+"""The first and the last slot of a range."""
 
 CLUSTER_DOWN = "cluster down"
-"""The health of a node that answers CLUSTERDOWN to whatever is asked of its records."""
+"""The health of a node that answers every command on records with CLUSTERDOWN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
-    """One node of a cluster: what the others say of it, and how it answered."""
+    """One node of a cluster, as other nodes report it and as it answered itself."""
 
     address: str
     id: str = ""
-    """Its id in the cluster; empty if no node told it."""
+    """The node's id in the cluster; empty if no node reports it."""
     role: str
     """``primary`` or ``replica``."""
     primary: str | None = None
-    """Of a replica, the address of its primary; None if that isn't known."""
+    """The address of a replica's primary; None if unknown, and for a primary."""
     slots: tuple[Slots, ...] = ()
-    """Of a primary, the ranges of slots that it owns."""
+    """The ranges of slots that a primary owns."""
     round_trip_ms: float | None = None
-    """The median of some PINGs; None if the node can't be reached."""
+    """The median time of 5 PINGs in milliseconds; None if the node can't be reached."""
     down: str | None = None
-    """Why the node can't be reached from here; None if it can."""
+    """The reason that the node can't be reached from here; None if it can."""
     server: str = ""
-    """Its kind and version, such as ``redis 7.0.15``; empty if it didn't tell."""
+    """The server's kind and version, such as ``redis 7.0.15``; empty if unknown."""
     health: str = "ok"
-    """``ok``, or what the other nodes or it itself say is wrong with it."""
+    """``ok``, or the fault that other nodes or the node itself report."""
 
     @property
     def slot_count(self) -> int:
-        """How many slots it owns."""
+        """The number of slots the node owns."""
         return _count(self.slots)
 
     @property
     def is_down(self) -> bool:
-        """Whether it can't be reached from here, or is taken for down by the cluster."""
+        """Whether the node can't be reached from here, or the cluster considers it failed."""
         return self.down is not None or self.health == "failed"
 
     @property
     def trouble(self) -> str:
-        """What is wrong with it, as the rest of a sentence; empty if nothing is."""
+        """The fault, to follow the address in a sentence; empty if there is none."""
         if self.down is not None:
             return f"is down: {self.down}"
         if self.health == "failed":
-            return "answers, but the cluster takes it for down"
+            return "answers, but the cluster considers it failed"
         return "" if self.health == "ok" else f"answers, but: {self.health}"
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterReport:
-    """The nodes of a cluster: each primary by its first slot, and after it its replicas."""
+    """The nodes of a cluster: primaries by their first slot, each followed by its replicas."""
 
     nodes: tuple[NodeReport, ...]
 
     @property
     def uncovered(self) -> list[Slots]:
-        """The ranges of slots that no primary owns."""
+        """The ranges of slots without a primary."""
         missing: list[Slots] = []
         expected = 0
         owned = sorted(one for node in self.nodes for one in node.slots)
@@ -76,12 +76,12 @@ class ClusterReport:
 
     @property
     def covered(self) -> int:
-        """How many slots have a primary that owns them, be it up or down."""
+        """The number of slots that have a primary, up or down."""
         return constants.SLOTS - _count(self.uncovered)
 
     @property
     def problems(self) -> list[str]:
-        """What keeps records from being served."""
+        """The faults that keep records from being served."""
         found = [
             f"{node.address}, primary of {node.slot_count} slots, {node.trouble}"
             for node in self.nodes
@@ -95,13 +95,13 @@ class ClusterReport:
 
     @property
     def remarks(self) -> list[str]:
-        """What is wrong as well, but keeps no record from being served."""
+        """The other faults, which keep no record from being served."""
         return [
             f"{node.address}, {node.role}, {node.trouble}"
             for node in self.nodes
             if node.trouble
             and not (node.slots and node.is_down)
-            # Of all nodes one after the other it would hide what else there is.
+            # One line for each node would hide the other remarks.
             and not (node.health == CLUSTER_DOWN and self._refusing)
         ]
 
@@ -111,7 +111,7 @@ class ClusterReport:
 
 
 def show_slots(ranges: Iterable[Slots], limit: int = 6) -> str:
-    """Return ranges of slots as ``0-5460, 5462``, and of very many how many more there are."""
+    """Return ranges of slots as ``0-5460, 5462``; after ``limit`` ranges, the number of others."""
     shown = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + more

@@ -1,8 +1,8 @@
-"""Look at every node of a cluster from here: what it is, what it serves, and how it is.
+"""A survey of a cluster from here: each node with its role, slots, version and health.
 
-The nodes are those that CLUSTER NODES lists. CLUSTER SLOTS, by which operations are routed, leaves
-out what one looks for in trouble: replicas that failed or aren't in step yet, primaries without
-slots. Each node is then visited by a short-lived connection, made just as a cache makes its own.
+CLUSTER NODES lists the nodes. CLUSTER SLOTS, which routes operations, omits the nodes that matter
+most in trouble: failed replicas, replicas out of step and primaries without slots. A short-lived
+connection, made as a cache makes its own, then visits each node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -24,12 +23,13 @@ from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean, shorten
 from ..net.slots import Address, parse_epoch, parse_slots
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
+from .control import Reply
 from .primaries import parse_info
 
 _PINGS = 5
-# How many nodes are asked which nodes there are; the newest view counts.
-_ASKED = 3
-# A visit leaves nothing behind that would be worth waiting for.
+# The number of nodes that are asked for the list of nodes; the newest view wins.
+_VIEWS = 3
+# Milliseconds to close a visit, which leaves nothing behind that is worth waiting for.
 _CLOSE_MS = 100
 
 
@@ -37,54 +37,55 @@ _CLOSE_MS = 100
 
 
 async def survey(config: Config) -> ClusterReport:
-    """Return how each node of the cluster is that ``nodes`` of a configuration names.
+    """Return a report on every node of the cluster that ``nodes`` of a configuration names.
 
-    All nodes are visited at once, each for ``connectTimeout`` at most, and nothing stays open.
-    Raises ConfigError if the server is no cluster, ReplyError if it refuses, and ConnectError if
-    no node can be reached within ``connectTimeout``.
+    Visits all nodes at once, each for at most ``connectTimeout``, and closes every connection.
+    Raises ConfigError if the server runs without cluster support, ReplyError if it refuses the
+    handshake, and ConnectError if no node can be reached within ``connectTimeout``.
     """
+    options = config.options
     cluster = Cluster(config, None)
     try:
         try:
             await _discover(cluster)
         except ConnectError:
-            # Nodes of which none has slots serve nothing, and can be looked at all the same.
-            if not (members := await _list(cluster)):
+            # Nodes without slots serve no record, and can be surveyed all the same.
+            if not (members := await _list(cluster, options)):
                 raise
         else:
-            members = await _list(cluster)
+            members = await _list(cluster, options)
     finally:
         await cluster.close()
     return ClusterReport(tuple(await asyncio.gather(*(_visit(cluster, one) for one in members))))
 
 
 async def _discover(cluster: Cluster) -> None:
-    """Wait until some node has told the slots, whichever others are down."""
+    """Wait until one node has reported the slots, even if others are down."""
     ready = asyncio.ensure_future(cluster.when_ready())
-    told = asyncio.ensure_future(cluster._discovered.wait())
+    discovered = asyncio.ensure_future(cluster.when_discovered())
     try:
-        await asyncio.wait([ready, told], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ready, discovered], return_when=asyncio.FIRST_COMPLETED)
         if not cluster.view:
-            await ready  # which raises what keeps it from being ready
+            await ready  # raises the reason
     finally:
-        for task in (ready, told):
+        for task in (ready, discovered):
             task.cancel()
-        await asyncio.gather(ready, told, return_exceptions=True)
+        await asyncio.gather(ready, discovered, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A node as the others know it, and where it is reached from here, if that is known."""
+    """A node as the others report it, and its address from here, or None if unknown."""
 
     place: Address | None
     report: NodeReport
 
 
-async def _list(cluster: Cluster) -> list[_Member]:
-    """Return the nodes as the newest view lists them."""
-    ready = list(cluster.ready_nodes().items())[:_ASKED]
+async def _list(cluster: Cluster, options: Options) -> list[_Member]:
+    """Return the nodes in the newest view of the cluster."""
+    ready = list(cluster.ready_nodes().items())[:_VIEWS]
     answers = await asyncio.gather(
-        *(_view_of(cluster._options, *one) for one in ready), return_exceptions=True
+        *(_view_of(options, *one) for one in ready), return_exceptions=True
     )
     views = []
     for answer in answers:
@@ -92,12 +93,18 @@ async def _list(cluster: Cluster) -> list[_Member]:
             views.append(answer)
         elif not isinstance(answer, DscacheError):
             raise answer
-    # Who may not ask for the nodes (by an ACL, or at a hosting company) still has the slots.
-    return max(views, key=lambda view: view[0])[1] if views else _members_by_slots(cluster)
+    if not views:
+        # CLUSTER NODES may be forbidden, by an ACL or a hosting company; the slots are known.
+        return _members_by_slots(cluster, options)
+    return max(views, key=lambda view: view[0])[1]
 
 
 async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[int, list[_Member]]:
-    """Return a node's epoch and the nodes that it lists; raises DscacheError if it doesn't."""
+    """Return a node's epoch and the nodes it lists.
+
+    Raises ConnectError without an answer within ``slotsRefreshTimeout``, ReplyError for a refusal,
+    and ProtocolError for an unexpected reply.
+    """
     try:
         async with asyncio.timeout(options.slots_refresh_timeout / 1000):
             nodes, slots, info = await node.ask(
@@ -111,8 +118,8 @@ async def _view_of(options: Options, node: Connection, asked: Address) -> tuple[
     return parse_epoch(info), _members(_parse_nodes(nodes), slots, asked, options)
 
 
-def _members_by_slots(cluster: Cluster) -> list[_Member]:
-    mapped = cluster._options.mapped
+def _members_by_slots(cluster: Cluster, options: Options) -> list[_Member]:
+    mapped = options.mapped
     slots: dict[Address, tuple[Slots, ...]] = {}
     replicas: dict[tuple[Address, Address], None] = {}
     for one in cluster.view:
@@ -133,7 +140,10 @@ def _member(
 
 
 def _in_order(members: list[_Member]) -> list[_Member]:
-    """Return primaries by their first slot and those without last, each before its replicas."""
+    """Return primaries in order of their first slot, each before its replicas.
+
+    Primaries without slots come last.
+    """
     starts = {
         one.report.address: min(one.report.slots, default=(constants.SLOTS, 0))[0]
         for one in members
@@ -154,17 +164,17 @@ def _in_order(members: list[_Member]) -> list[_Member]:
 
 @dataclass(frozen=True, slots=True)
 class _NodesLine:
-    """What a node says of one node in CLUSTER NODES."""
+    """One line of CLUSTER NODES: a node as the asked node sees it."""
 
     id: str
     host: str
-    """Its address; empty if that isn't known."""
+    """The node's IP address; empty if unknown."""
     name: str
-    """The host name that it announces; empty if it doesn't."""
+    """The host name the node announces; empty if none."""
     port: int
     flags: frozenset[str]
     primary: str
-    """The id of its primary; ``-`` if it is one itself."""
+    """The id of the node's primary; ``-`` for a primary."""
     is_linked: bool
     slots: tuple[Slots, ...]
 
@@ -177,22 +187,22 @@ class _NodesLine:
         return "ok" if self.is_linked or "myself" in self.flags else "disconnected"
 
 
-def _parse_nodes(reply: Any) -> list[_NodesLine]:
-    """Return the lines of a reply to CLUSTER NODES; raises ProtocolError if it is no such."""
+def _parse_nodes(reply: Reply) -> list[_NodesLine]:
+    """Return the lines of a reply to CLUSTER NODES; raises ProtocolError for any other reply."""
     try:
         lines = [_parse_line(line) for line in reply.decode(errors="replace").splitlines() if line]
     except (AttributeError, ValueError) as error:
-        raise ProtocolError(f"CLUSTER NODES was answered with {shorten(reply)}") from error
-    # Who is only being met is known by a name for the meantime, and may be no new node.
+        raise ProtocolError(f"unexpected reply to CLUSTER NODES: {shorten(reply)}") from error
+    # A node in handshake has a temporary id, and may be listed under its own id already.
     return [line for line in lines if "handshake" not in line.flags]
 
 
 def _parse_line(line: str) -> _NodesLine:
     name, where, flags, primary, _, _, _, link, *slots = line.split(" ")
-    # ip:port@busport,hostname,shard-id=..., of which old servers leave out the end.
+    # ip:port@busport,hostname,shard-id=...; old servers omit the end.
     address, _, more = where.partition(",")
     host, _, port = address.partition("@")[0].rpartition(":")
-    # What is being moved, in brackets, is owned by this node still, and listed as such.
+    # A slot in brackets is being moved; its owner also lists it among its ranges.
     owned = (one.partition("-") for one in slots if not one.startswith("["))
     return _NodesLine(
         id=clean(name),
@@ -207,9 +217,9 @@ def _parse_line(line: str) -> _NodesLine:
 
 
 def _members(
-    lines: list[_NodesLine], slots: Any, asked: Address, options: Options
+    lines: list[_NodesLine], slots: Reply, asked: Address, options: Options
 ) -> list[_Member]:
-    """Return the nodes of CLUSTER NODES, at the addresses that CLUSTER SLOTS has for them."""
+    """Return the nodes of CLUSTER NODES at their addresses in CLUSTER SLOTS."""
     places = _places(lines, slots, asked)
     places = {name: options.mapped(*place) for name, place in places.items()}
     shown = {
@@ -234,14 +244,14 @@ def _members(
     )
 
 
-def _places(lines: list[_NodesLine], slots: Any, asked: Address) -> Mapping[str, Address]:
-    """Return where each node is, by its id; without those of which nobody knows that."""
+def _places(lines: list[_NodesLine], slots: Reply, asked: Address) -> Mapping[str, Address]:
+    """Return the address of each node by its id; nodes without a known address are left out."""
     announced: dict[str, Address] = {}
     for entry, known in zip(slots, parse_slots(slots, asked), strict=True):
         for node, place in zip(entry[2:], (known.primary, *known.replicas), strict=True):
             if len(node) > 2 and isinstance(node[2], bytes):
                 announced[clean(node[2].decode(errors="replace"))] = place
-    # A cluster announces its nodes by address or by name, as its certificates may need.
+    # A cluster announces IP addresses or host names; certificates may require the latter.
     by_name = any(announced.get(line.id) == (line.name, line.port) for line in lines)
     places = {}
     for line in lines:
@@ -256,39 +266,19 @@ def _places(lines: list[_NodesLine], slots: Any, asked: Address) -> Mapping[str,
 # -- a visit
 
 
-class _FirstAttempt:
-    """Tells how the first attempt to connect to a node ended: with None, or with its error."""
-
-    def __init__(self) -> None:
-        self.outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-
-    def on_connected(self, node: Connection, /) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(None)
-
-    def on_disconnected(self, node: Connection, /) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(str(node.pipeline.down))
-
-    def on_redirected(self, source: Connection, /) -> None:
-        """Nothing is asked that could be."""
-
-    def on_progress(self, source: Connection, /) -> None:
-        """Nothing is watched."""
-
-
 async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
-    """Return the report of a node, with what it answers itself."""
+    """Return the report on a node, completed with the node's own answers."""
     report = member.report
     if member.place is None:
         return _unreached(report, "no node knows its address")
     options = cluster.options_at(member.place)
-    attempt = _FirstAttempt()
-    node = Connection(replace(options, close_timeout=_CLOSE_MS), cluster=attempt)
+    node = Connection(replace(options, close_timeout=_CLOSE_MS, near_cache=None))
     try:
         async with asyncio.timeout(options.connect_timeout / 1000):
-            if (error := await attempt.outcome) is not None:
-                return _unreached(report, error)
+            try:
+                await node.first_attempt()
+            except Exception:  # an attempt may fail in any way
+                return _unreached(report, str(node.pipeline.down))
             times = [await _ping(node) for _ in range(_PINGS)]
             info, replication = await node.ask(["CLUSTER", "INFO"], ["INFO", "replication"])
     except TimeoutError:
@@ -307,7 +297,7 @@ async def _visit(cluster: Cluster, member: _Member) -> NodeReport:
 
 async def _ping(node: Connection) -> float:
     began = time.perf_counter()
-    await node.ask(["PING"])  # a user who may not say it is refused in the same time
+    await node.ask(["PING"])  # a refusal takes the same time
     return time.perf_counter() - began
 
 
@@ -317,7 +307,7 @@ def _unreached(report: NodeReport, reason: str) -> NodeReport:
 
 
 def _health(report: NodeReport, cluster: Mapping[str, str], replication: Mapping[str, str]) -> str:
-    """Return what is wrong with a node that answers: the others' word first, then its own."""
+    """Return the health of a node that answers: as other nodes report it, then as it does."""
     if report.health != "ok":
         return report.health
     if replication.get("master_sync_in_progress") == "1":

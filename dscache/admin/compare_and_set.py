@@ -1,18 +1,17 @@
-"""Change keys on several servers, each only if it still holds what was found there."""
+"""Scripts that change keys only if they are unchanged, run on several servers."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import ReplyError
-from .control import RawCommand
+from .control import ControlConnection, RawCommand, Reply
 from .primaries import Primaries
 
-# KEYS: some keys. ARGV: what each must hold; of a version, without leading zeros. Removes all of
-# them if they do. Returns whether they are gone now, or were before.
+# KEYS: keys of one record. ARGV: the value that each must have; a version without leading zeros.
+# Removes all of them if they do. Returns 1 if they are gone, now or before, else 0.
 REMOVE = b"""
 local missing = 0
 for k = 1, #KEYS do
@@ -30,8 +29,8 @@ redis.call('DEL', unpack(KEYS))
 return 1
 """
 
-# KEYS: one key. ARGV: 1 and what it must hold, or 0 and anything if it must be absent; what it
-# shall hold; for how many milliseconds, or 0 for ever. Returns whether that was so.
+# KEYS: one key. ARGV: 1 and the value it must have, or 0 and any value if it must be absent; the
+# new value; its lifetime in milliseconds, or 0 for none. Returns 1 if it was written, else 0.
 SWAP = b"""
 local held = redis.pcall('GET', KEYS[1])
 if ARGV[1] == '0' then
@@ -48,40 +47,41 @@ return 1
 """
 
 DONE = 1
+"""The reply of both scripts that means success."""
 
 
 async def run_script(
-    shards: Primaries, script: bytes, calls: Sequence[tuple[Sequence[bytes], Sequence[bytes]]]
-) -> list[Any]:
-    """Run a script for each of some keys and arguments; return its answers.
+    primaries: Primaries, script: bytes, calls: Sequence[tuple[Sequence[bytes], Sequence[bytes]]]
+) -> list[Reply]:
+    """Run a script once for each pair of keys and arguments; return its replies in order.
 
-    A slot that has just moved is an answer like any other that nothing was done. Raises
-    ReplyError for all other refusals.
+    The reply is a ReplyError where the slot has just moved. Raises ReplyError for any other error
+    reply, and ConnectionLost.
     """
     sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
-    answers: list[Any] = [None] * len(calls)
-    by_server: dict[Any, list[int]] = {}
+    replies: list[Reply] = [None] * len(calls)
+    by_server: dict[ControlConnection, list[int]] = {}
     for number, (keys, _) in enumerate(calls):
-        by_server.setdefault(shards.owner(keys[0]), []).append(number)
+        by_server.setdefault(primaries.owner(keys[0]), []).append(number)
 
-    async def ask(server: Any, numbers: Sequence[int]) -> None:
+    async def run_on(server: ControlConnection, numbers: Sequence[int]) -> None:
         commands: list[RawCommand] = [("SCRIPT", "LOAD", script)]
         for number in numbers:
             keys, arguments = calls[number]
             commands.append(("EVALSHA", sha, len(keys), *keys, *arguments))
-        loaded, *its = await server.execute_many(*commands)
+        loaded, *others = await server.execute_many(*commands)
         if isinstance(loaded, ReplyError):
             raise loaded
-        for number, answer in zip(numbers, its, strict=True):
-            answers[number] = answer
+        for number, reply in zip(numbers, others, strict=True):
+            replies[number] = reply
 
-    await asyncio.gather(*(ask(server, numbers) for server, numbers in by_server.items()))
-    for answer in answers:
-        if isinstance(answer, ReplyError) and answer.code not in (
+    await asyncio.gather(*(run_on(server, numbers) for server, numbers in by_server.items()))
+    for reply in replies:
+        if isinstance(reply, ReplyError) and reply.code not in (
             "MOVED",
             "ASK",
             "TRYAGAIN",
             "CLUSTERDOWN",
         ):
-            raise answer
-    return answers
+            raise reply
+    return replies

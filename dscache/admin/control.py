@@ -1,181 +1,171 @@
-"""A connection to one server for whatever isn't about single records: scanning, asking, hearing.
+"""A connection to one server for commands that aren't about single records: SCAN, INFO, TRACKING.
 
-It is made just as a cache makes its own, by the same Endpoint, and is not made again once it is
-lost: who uses it knows what a gap means there.
+It has the socket, the handshake and the pipeline of a cache's own connection, or shares the socket
+of a cache. It doesn't reconnect: a SCAN cursor and a tracking subscription end with their socket,
+and only the caller knows what the gap costs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, Self
 
-import hiredis
-
+from .. import _backend
+from ..aio.connection import Connection
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Endpoint
+from ..aio.protocol import SocketProtocol, request
 from ..config import Options
-from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
-from ..net.credentials import Credentials, revealed
-from ..net.handshake import ServerInfo, as_connect_error
+from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
+from ..net.connect_errors import as_connect_error
 
 RawCommand = Sequence[bytes | str | int]
+"""The words of one command."""
+Reply = Any
+"""A reply of any RESP type; an error reply is a ReplyError."""
 
-# hiredis's stubs give both of them narrower types than they have.
-_pack: Any = hiredis.pack_command
-_Reader: Any = hiredis.Reader
-
-_READ_BYTES = 256 * 1024
-_INCOMPLETE = object()
-# A server that doesn't answer for so long, in seconds, has hung: no command here takes long.
-_PATIENCE = 10.0
+# Seconds without a reply after which the server counts as hung: every command here is short.
+_ANSWER_TIMEOUT = 10.0
 
 
-class ControlConnection(asyncio.BufferedProtocol):
-    """One socket to one server: commands go out at once, replies come back in their order.
+class ControlConnection:
+    """One socket to one server: commands go out at once, and replies arrive in the same order.
 
-    ``pushed`` is called with each push of RESP3. ``lost`` is done when the socket has ended, with
-    the reason.
+    Made by ``open``, which connects, or by ``share``, which uses the socket of a cache.
+
+    Attributes:
+        address: ``host:port`` or the path of the server.
+        server: The server's kind and version, such as ``redis 7.0.15``; empty if unknown.
     """
 
-    def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
-        self.address = ""
-        self.greeting = ServerInfo("", False)
-        self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        self._pushed = pushed
-        self._transport: asyncio.Transport | None = None
-        self._reason: Exception | None = None
-        self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
-        self._buffer = bytearray(_READ_BYTES)
-        # Who waits for replies: how many are still to come, those that are here, the waiter.
-        self._waiting: deque[tuple[int, list[Any], asyncio.Future[list[Any]]]] = deque()
+    def __init__(self, link: SocketProtocol, address: str, server: str, *, is_shared: bool) -> None:
+        self.address = address
+        self.server = server
+        self._link = link
+        self._is_shared = is_shared
 
     @classmethod
     async def open(
-        cls, options: Options, pushed: Callable[[list[Any]], None] | None = None
-    ) -> ControlConnection:
-        """Return a connection to the server of these options, logged in, within connectTimeout.
+        cls, options: Options, on_push: Callable[[list[Any]], object] | None = None
+    ) -> Self:
+        """Connect to the server of these options and log in, within ``connectTimeout``.
 
-        Raises ConnectError if it can't be reached, and ReplyError if it refuses.
+        ``on_push`` is called with each RESP3 push. Raises ConnectError if the server can't be
+        reached, and ReplyError if it refuses the handshake.
         """
-        direct = cls(pushed)
         endpoint = Endpoint(options, Credentials(options, None))
+        pipeline = _backend.core.Pipeline(
+            asyncio.get_running_loop().create_future,
+            _do_nothing,
+            address=options.address,
+            **options.for_pipeline(),
+        )
+        pipeline.on_push = on_push
+        link = SocketProtocol(_IgnoreProgress(), pipeline)
         try:
             async with asyncio.timeout(options.connect_timeout / 1000):
-                await endpoint.open(direct)
-                direct.address = endpoint.address
-                direct.greeting = await endpoint.greet(direct.execute_many)
-        except ReplyError as error:
-            direct.close()
-            raise ReplyError(error.message, context=f"connect at {endpoint.address}") from error
-        except (OSError, DscacheError) as error:
-            direct.close()
-            said = as_connect_error(error, options.connect_timeout)
-            raise ConnectError(f"no connection to {endpoint.address}: {said}") from error
-        except BaseException:
-            direct.close()
+                await endpoint.open(link)
+                pipeline.address = endpoint.address
+                info = await endpoint.greet(partial(request, link))
+        except BaseException as error:
+            link.abort(ConnectionLost("it was closed"))
+            if isinstance(error, (OSError, DscacheError)):
+                raise connect_failure(error, endpoint.address, options) from error
             raise
-        return direct
+        return cls(link, endpoint.address, info.server, is_shared=False)
+
+    @classmethod
+    def share(cls, connection: Connection) -> Self:
+        """Return a control connection over the current socket of a cache's connection.
+
+        Raises ConnectionLost if that connection isn't ready.
+        """
+        link = connection.link
+        if link is None:
+            raise ConnectionLost(f"no connection to {connection.address}")
+        return cls(link, connection.address, connection.server, is_shared=True)
+
+    @property
+    def lost(self) -> asyncio.Future[Exception]:
+        """A future that resolves to the reason when the socket has ended."""
+        return self._link.lost
 
     @property
     def tls(self) -> str:
-        """The version of TLS that is spoken; empty if none is."""
-        transport = self._transport
-        spoken = None if transport is None else transport.get_extra_info("ssl_object")
-        return "" if spoken is None else spoken.version() or "TLS"
+        """The TLS version in use, such as ``TLSv1.3``; empty without TLS."""
+        ssl_object = self._link.get_extra_info("ssl_object")
+        return "" if ssl_object is None else ssl_object.version() or "TLS"
 
     @property
     def is_local(self) -> bool:
-        """Whether the server is on this machine."""
-        transport = self._transport
-        peer = None if transport is None else transport.get_extra_info("peername")
+        """Whether the server runs on this machine."""
+        peer = self._link.get_extra_info("peername")
         if not isinstance(peer, tuple):
-            return True  # a socket file
+            return True  # a unix socket
         host = str(peer[0]).removeprefix("::ffff:")
         return host == "::1" or host.startswith("127.")
 
-    async def execute_many(self, *commands: RawCommand) -> list[Any]:
-        """Return the replies to some commands, errors of Redis among them.
+    async def execute_many(self, *commands: RawCommand) -> list[Reply]:
+        """Return the replies to commands that are sent together, in order; errors included.
 
-        Raises ConnectionLost if the server is lost before it has answered all, or hangs.
+        Raises ConnectionLost if the socket ends first, or no reply arrives within 10 s.
         """
         if not commands:
             return []
-        if self._transport is None or self._reason is not None:
-            raise self._why_lost()
-        waiter: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((len(commands), [], waiter))
-        self._transport.write(b"".join(_pack(tuple(revealed(command))) for command in commands))
+        link = self._link
         try:
-            async with asyncio.timeout(_PATIENCE):
-                return await asyncio.shield(waiter)
-        except TimeoutError:
-            self._end(ConnectionLost(f"it did not answer for {_PATIENCE:.0f} s"))
-            raise self._why_lost() from None
+            async with asyncio.timeout(_ANSWER_TIMEOUT) as limit:
+                return await request(link, *(list(command) for command in commands))
+        except (OSError, DscacheError) as error:
+            reason: Exception = error
+            if link.lost.done():
+                reason = link.lost.result()
+            elif limit.expired():
+                reason = ConnectionLost(f"it did not answer for {_ANSWER_TIMEOUT:.0f} s")
+                link.abort(reason)
+            raise ConnectionLost(f"connection to {self.address} lost: {reason}") from None
 
-    async def execute(self, *command: bytes | str | int) -> Any:
-        """Return the reply to one command; raises ReplyError if it is an error."""
+    async def execute(self, *command: bytes | str | int) -> Reply:
+        """Return the reply to one command.
+
+        Raises ReplyError for an error reply, and ConnectionLost as ``execute_many`` does.
+        """
         (reply,) = await self.execute_many(command)
         if isinstance(reply, ReplyError):
             raise ReplyError(reply.message, context=f"{command[0]!s} at {self.address}")
         return reply
 
     def close(self) -> None:
-        """End the connection; a second call does nothing."""
-        self._end(ConnectionLost("it was closed"))
+        """End the socket, unless a cache owns it; a second call does nothing."""
+        if not self._is_shared:
+            self._link.abort(ConnectionLost("it was closed"))
 
-    def _why_lost(self) -> ConnectionLost:
-        return ConnectionLost(f"connection to {self.address} lost: {self._reason}")
 
-    def _end(self, reason: Exception) -> None:
-        self._reason = self._reason or reason
-        if self._transport is not None:
-            self._transport.abort()
+class _IgnoreProgress:
+    """A ProtocolListener without a queue to flush."""
 
-    # -- called by the event loop
+    def on_replies(self) -> None:
+        """Do nothing: nothing waits for the window."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        if self._reason is not None:  # given up before it was there
-            self._transport.abort()
+    def on_writable(self) -> None:
+        """Do nothing: every command is already written."""
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self._buffer
 
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._reason is not None:
-            return
-        try:
-            self._reader.feed(self._buffer, 0, nbytes)
-            while (reply := self._reader.gets()) is not _INCOMPLETE:
-                if type(reply) is hiredis.PushNotification:
-                    if self._pushed is not None:
-                        self._pushed(reply)
-                else:
-                    self._take(reply)
-        except (hiredis.HiredisError, TypeError, ValueError, ArithmeticError) as error:
-            self._end(ProtocolError(f"it sent what is no RESP: {error}"))
+def _do_nothing() -> None:
+    pass
 
-    def _take(self, reply: Any) -> None:
-        if not self._waiting:
-            raise ValueError("a reply that nobody has asked for")
-        count, replies, waiter = self._waiting[0]
-        replies.append(reply)
-        if len(replies) == count:
-            self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(replies)
 
-    def eof_received(self) -> None:
-        self._reason = self._reason or ConnectionLost("the server closed it")
+def connect_failure(error: Exception, address: str, options: Options) -> DscacheError:
+    """Return the error to raise for an attempt to connect that ended with ``error``."""
+    if isinstance(error, ReplyError):
+        return ReplyError(error.message, context=f"connect at {address}")
+    reason = as_connect_error(error, options.connect_timeout)
+    return ConnectError(f"no connection to {address}: {reason}")
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._reason = self._reason or exc or ConnectionLost("it was closed")
-        while self._waiting:
-            _, _, waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_exception(self._why_lost())
-                waiter.exception()  # who was cancelled meanwhile does not look
-        if not self.lost.done():
-            self.lost.set_result(self._reason)
+
+async def is_clustered(server: ControlConnection) -> bool:
+    """Return whether a server is a cluster node; False if it refuses CLUSTER INFO."""
+    (reply,) = await server.execute_many(["CLUSTER", "INFO"])
+    return isinstance(reply, bytes)

@@ -1,7 +1,7 @@
-"""All records of a prefix into lines of text: in bounded memory, and to be gone on with.
+"""Export of all records of a prefix into lines of JSON, resumable and in bounded memory.
 
-An export goes through the keys of each primary by SCAN. Where it stands is kept in a file beside
-the one it writes: how far that is whole, and the cursor of each server.
+It iterates over the keys of each primary with SCAN. A file beside the output keeps its state: the
+number of valid bytes, and the cursor of each server.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import io
 import os
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -27,25 +27,29 @@ from .key_layout import Layout
 from .primaries import SCAN_COUNT, Primaries, Primary
 from .progress import RECORDS, JobProgress, errors_of, read_state, write_state
 
-# The lifetime of what has ended.
+if TYPE_CHECKING:
+    from zlib import _Compress
+
+# The lifetime of a key that no longer exists, as PTTL returns it.
 _GONE = -2
 
 
-# -- where an export goes
+# -- the output
 
 
 class Sink:
-    """A file that lines are written to; gzip in pieces that can be gone on after."""
+    """The file that takes the lines; its gzip members end where an export can resume."""
 
     def __init__(self, file: BinaryIO, *, compressed: bool, durable: bool) -> None:
         self._file = file
         self._durable = durable
         self._compressed = compressed
-        self._gzip: Any = None
+        self._gzip: _Compress | None = None
         self.is_whole = True
-        """Whether all that was written was taken: after an error, some of it may not have been."""
+        """Whether all bytes were accepted; False during a write and after a failed one."""
 
     def write(self, lines: bytes) -> None:
+        """Write lines, compressed if so configured."""
         self.is_whole = False
         if not self._compressed:
             self._file.write(lines)
@@ -56,10 +60,10 @@ class Sink:
         self.is_whole = True
 
     def settle(self) -> int:
-        """Have on disk what was written; return how long the file is then, if it is durable."""
+        """Flush to disk; return the length of the file in bytes, or 0 if it isn't durable."""
         self.is_whole = False
         if self._gzip is not None:
-            # The next piece is a member of its own, which readers of gzip join to this one.
+            # The next piece is a gzip member of its own; readers concatenate members.
             self._file.write(self._gzip.flush())
             self._gzip = None
         self._file.flush()
@@ -72,7 +76,7 @@ class Sink:
 
 
 class _ScanState(msgspec.Struct, forbid_unknown_fields=True):
-    """How far the keys of one server have been gone through."""
+    """The position of SCAN on one server."""
 
     run_id: str
     cursor: str = "0"
@@ -80,7 +84,7 @@ class _ScanState(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ExportState(msgspec.Struct, forbid_unknown_fields=True):
-    """Where an export stands; it holds for the same records alone."""
+    """The state of an export; ``of`` identifies its records."""
 
     of: dict[str, str]
     slots: list[tuple[int, int, str]] = []
@@ -93,7 +97,7 @@ class ExportState(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Target:
-    """The file that an export writes, whole once it has its name, and what it keeps beside it."""
+    """The output of an export: a partial file until it is complete, and the state beside it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,53 +106,57 @@ class Target:
 
     @property
     def is_compressed(self) -> bool:
+        """Whether the name ends in ``.gz``."""
         return self.path.suffix == ".gz"
 
     def discard(self) -> None:
-        """Forget an export that was not finished."""
+        """Remove the files of an unfinished export."""
         self._state.unlink(missing_ok=True)
         self._partial.unlink(missing_ok=True)
 
     def state(self) -> ExportState | None:
-        """Return where an export stands that was not finished; None if there is none.
+        """Return the state of an unfinished export; None if there is none.
 
-        Raises DscacheError if that can't be told any more.
+        Raises DscacheError if it can't be read.
         """
-        found: ExportState | None = read_state(self._state, ExportState)
+        found = read_state(self._state, ExportState)
         if found is not None and not self._partial.exists():
             return None
         return found
 
     @contextmanager
     def open(self, state: ExportState | None) -> Iterator[Sink]:
-        """Give the file, cut to what the state knows of. Raises DscacheError."""
+        """Open the partial file, cut to the length in the state.
+
+        Raises DscacheError if another export writes it, or if it is shorter than the state.
+        """
         with errors_of(self._partial):
-            # A file that another export is writing must not be emptied.
+            # Not "wb": that would empty a file that another export is writing.
             file = self._partial.open("r+b" if state else "ab")
         with errors_of(self._partial), file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise DscacheError(
-                    f"{self.path}: another export writes it; wait for its end"
+                    f"{self.path}: another export is writing it; wait until it ends"
                 ) from None
             if not state:
                 file.truncate(0)
             else:
                 if file.seek(0, io.SEEK_END) < state.size:
                     raise DscacheError(
-                        f"{self._partial}: it is shorter than it was; begin anew with --restart"
+                        f"{self._partial}: it is shorter than before; start over with --restart"
                     )
                 file.truncate(state.size)
                 file.seek(state.size)
             yield Sink(file, compressed=self.is_compressed, durable=True)
 
     def save(self, state: ExportState) -> None:
-        """Keep where the export stands."""
+        """Save the state."""
         write_state(self._state, state)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the partial file to its final name, and remove the state."""
         self._partial.replace(self.path)
         self._state.unlink(missing_ok=True)
 
@@ -157,89 +165,90 @@ class Target:
 
 
 class Export:
-    """One run of an export: the records of a prefix, from all servers at once."""
+    """One run of an export: the records of a prefix, read from all primaries at once."""
 
     def __init__(
-        self, cache: AsyncCache, shards: Primaries, layout: Layout, prefix: str, tally: JobProgress
+        self, cache: AsyncCache, primaries: Primaries, layout: Layout, prefix: str, job: JobProgress
     ) -> None:
         self._cache = cache
-        self._shards = shards
+        self._primaries = primaries
         self._layout = layout
         self._prefix = prefix
         self._pattern = layout.pattern(prefix)
-        self._tally = tally
-        self._at_once = RECORDS
+        self._job = job
+        self._batch = RECORDS
         self._halves = 0
 
     async def run(
-        self, sink: Sink, state: ExportState, keep: Callable[[ExportState], None] | None
+        self, sink: Sink, state: ExportState, save: Callable[[ExportState], None] | None
     ) -> None:
-        """Write all records to a sink, on from a state; ``keep`` is given it again and again.
+        """Write the records to a sink, from a state on; ``save`` receives the state now and then.
 
-        Raises what keeps a server from being read; what was written until then stays.
+        Raises ConnectionLost, ReplyError or another DscacheError if a server can't be read; the
+        lines before remain written.
         """
         slots = await self._slots()
         if not state.servers:
             state.slots = slots
-        self._take_up(state)
-        noted = time.monotonic()
+        self._resume(state)
+        saved = time.monotonic()
 
         def settle() -> None:
             if not sink.is_whole:
-                return  # what was kept last still holds
+                return  # the last saved state is still valid
             state.size = sink.settle()
-            if keep is not None:
-                keep(state)
+            if save is not None:
+                save(state)
 
-        async def go_through(shard: Primary) -> None:
-            nonlocal noted
-            async for lines in self._lines(shard, state):
+        async def export_from(primary: Primary) -> None:
+            nonlocal saved
+            async for lines in self._lines(primary, state):
                 sink.write(lines)
-                if keep is not None and time.monotonic() > noted + progress.NOTE_EVERY:
+                if save is not None and time.monotonic() > saved + progress.SAVE_INTERVAL:
                     settle()
-                    noted = time.monotonic()
+                    saved = time.monotonic()
 
         try:
-            await all_of(go_through(shard) for shard in self._shards.all)
+            await run_all(export_from(primary) for primary in self._primaries.all)
             if state.slots != await self._slots():
-                self._tally.warnings.append(
-                    "slots have moved between nodes meanwhile, and with them records that may "
-                    "have been missed: export again"
+                self._job.warnings.append(
+                    "slots moved between nodes during the export, so records may be missing: "
+                    "export again"
                 )
         finally:
             settle()
 
-    def _take_up(self, state: ExportState) -> None:
-        """Go on where it was, on each server that is still the same process."""
-        tally = self._tally
+    def _resume(self, state: ExportState) -> None:
+        """Keep the cursor of each server that is still the same process."""
+        job = self._job
         servers = {}
-        for shard in self._shards.all:
-            scan = state.servers.get(shard.address)
-            if scan is None or not scan.run_id or scan.run_id != shard.run_id:
-                # A cursor means nothing to another process: its keys are in another order.
-                scan = _ScanState(shard.run_id)
-            servers[shard.address] = scan
+        for primary in self._primaries.all:
+            scan = state.servers.get(primary.address)
+            if scan is None or not scan.run_id or scan.run_id != primary.run_id:
+                # A cursor is void in another process, which orders its keys differently.
+                scan = _ScanState(primary.run_id)
+            servers[primary.address] = scan
         state.servers = servers
-        tally.total = max(self._shards.size, state.visited)
-        tally.done = state.visited
-        tally.records = tally.resumed = state.records
-        tally.halves, tally.damaged = state.halves, state.damaged
+        job.total = max(self._primaries.size, state.visited)
+        job.done = state.visited
+        job.records = job.resumed = state.records
+        job.halves, job.damaged = state.halves, state.damaged
         self._halves = state.halves - self._cache.stats()["halves"]
 
-    async def _lines(self, shard: Primary, state: ExportState) -> AsyncIterator[bytes]:
-        """Give the records of one server as lines, and note after each how far it is."""
-        tally = self._tally
-        scan = state.servers[shard.address]
+    async def _lines(self, primary: Primary, state: ExportState) -> AsyncIterator[bytes]:
+        """Yield the records of one server as lines, and update the state after each batch."""
+        job = self._job
+        scan = state.servers[primary.address]
         if scan.done:
             return
-        scanning = self._scan(shard, scan.cursor)
+        scanning = self._scan(primary, scan.cursor)
         try:
             while not scan.done:
                 cursor, keys = await scanning
                 scan.done = int(cursor) == 0
                 if not scan.done:
-                    # The server goes on while what it has found is read and written.
-                    scanning = self._scan(shard, cursor)
+                    # The server scans on while the records found are read and written.
+                    scanning = self._scan(primary, cursor)
                 found: dict[str, bytes] = {}
                 for key in keys:
                     name = self._layout.name_of(key)
@@ -248,37 +257,39 @@ class Export:
                 names = list(found)
                 lines: list[bytes] = []
                 while names:
-                    some, names = names[: self._at_once], names[self._at_once :]
-                    lines += await self._read(shard, {name: found[name] for name in some})
+                    some, names = names[: self._batch], names[self._batch :]
+                    lines += await self._read(primary, {name: found[name] for name in some})
                 scan.cursor = cursor.decode()
-                tally.done = min(tally.done + SCAN_COUNT, tally.total)
-                state.visited, state.records = tally.done, tally.records
-                state.halves, state.damaged = tally.halves, tally.damaged
+                job.done = min(job.done + SCAN_COUNT, job.total)
+                state.visited, state.records = job.done, job.records
+                state.halves, state.damaged = job.halves, job.damaged
                 yield b"".join(lines)
         finally:
             scanning.cancel()
 
-    def _scan(self, shard: Primary, cursor: bytes | str) -> asyncio.Future[Any]:
+    def _scan(
+        self, primary: Primary, cursor: bytes | str
+    ) -> asyncio.Future[tuple[bytes, list[bytes]]]:
         command = ("SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT)
-        return asyncio.ensure_future(shard.server.execute(*command))
+        return asyncio.ensure_future(primary.server.execute(*command))
 
-    async def _read(self, shard: Primary, found: dict[str, bytes]) -> list[bytes]:
-        """Return some records as lines."""
-        tally = self._tally
+    async def _read(self, primary: Primary, found: dict[str, bytes]) -> list[bytes]:
+        """Return records as lines, and count halves and damaged ones."""
+        job = self._job
         try:
             records = await self._cache.get_bulk(found)
         except BulkError as error:
             for reason in error.errors.values():
                 if not isinstance(reason, RecordError):
                     raise
-                tally.damaged += 1
-                tally.note(str(reason))
+                job.damaged += 1
+                job.note(str(reason))
             records = error.result
-        # What is gone since its key was found is no half.
-        tally.halves = self._halves + self._cache.stats()["halves"]
+        # A record deleted since SCAN found its key isn't counted as a half.
+        job.halves = self._halves + self._cache.stats()["halves"]
         lines = []
         size = 0
-        lifetimes = await lifetimes_of(shard, [found[name] for name in records])
+        lifetimes = await lifetimes_of(primary, [found[name] for name in records])
         for (name, record), lifetime in zip(records.items(), lifetimes, strict=True):
             if lifetime == _GONE:
                 continue
@@ -287,36 +298,36 @@ class Export:
             try:
                 lines.append(ndjson.encode(name, record.version, raw, lifetime))
             except RecordError as error:
-                tally.damaged += 1
-                tally.note(str(error))
-        tally.records += len(lines)
+                job.damaged += 1
+                job.note(str(error))
+        job.records += len(lines)
         if records:
-            self._at_once = max(min(RECORDS, progress.BYTES * len(records) // (size + 1)), 1)
+            self._batch = max(min(RECORDS, progress.BYTES * len(records) // (size + 1)), 1)
         return lines
 
     async def _slots(self) -> list[tuple[int, int, str]]:
-        found = await self._shards.slots()
+        found = await self._primaries.slots()
         return [(one.first, one.last, f"{one.primary[0]}:{one.primary[1]}") for one in found]
 
 
-async def lifetimes_of(shard: Primary, keys: list[bytes]) -> list[int | None]:
-    """Return for how many seconds some keys live on: None for ever, _GONE if no more."""
+async def lifetimes_of(primary: Primary, keys: list[bytes]) -> list[int | None]:
+    """Return the remaining seconds of keys: None without a lifetime, _GONE if there is no key."""
     commands: list[RawCommand] = [("PTTL", key) for key in keys]
     lifetimes: list[int | None] = []
-    for answer in await shard.server.execute_many(*commands):
+    for answer in await primary.server.execute_many(*commands):
         if isinstance(answer, ReplyError) and answer.code not in ("MOVED", "ASK", "TRYAGAIN"):
             raise answer
         if not isinstance(answer, int) or answer == -1:
             lifetimes.append(None)
         else:
-            # It ends no sooner than it would have.
+            # Rounded up, so that no lifetime gets shorter.
             lifetimes.append(_GONE if answer < 0 else max(-(-answer // 1000), 1))
     return lifetimes
 
 
-async def all_of(works: Any) -> None:
-    """Do all of some work at once; raises the first error, when all of it has ended."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def run_all(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run coroutines at once; raises the first error after all have ended."""
+    tasks = [asyncio.ensure_future(one) for one in jobs]
     try:
         for task in asyncio.as_completed(tasks):
             await task

@@ -1,4 +1,4 @@
-"""The keys of records in one layout, and the way back from a key to its record's name."""
+"""The keys of records in a layout, and the name of the record that a key belongs to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPECIAL = b"*?[]^-\\"
 
 
 class Layout:
-    """How the names of records become keys: ``deepstream`` or ``hashtag``, behind a prefix."""
+    """The mapping of names to keys: ``deepstream`` or ``hashtag``, after a key prefix."""
 
     def __init__(self, kind: str, key_prefix: str = "") -> None:
         self.kind = kind
@@ -23,15 +23,15 @@ class Layout:
 
     @classmethod
     def of(cls, options: Options) -> Layout:
-        """Return the layout that a configuration has."""
+        """Return the layout that options configure."""
         return cls(HASHTAG if options.hash_tag else DEEPSTREAM, options.key_prefix)
 
     def keys(self, name: str) -> tuple[bytes, bytes]:
-        """Return the keys of a record: of its version, and of its data."""
+        """Return the version key and the data key of a record."""
         return self._encoder.keys(name)
 
     def name_of(self, key: bytes) -> str | None:
-        """Return the name of the record that a key is of, or None if it is of none."""
+        """Return the name of the record that a key belongs to, or None if there can't be one."""
         if not key.endswith(_SUFFIXES) or not key.startswith(self._prefix):
             return None
         stem = key[len(self._prefix) : -2]
@@ -44,11 +44,11 @@ class Layout:
             return None
         try:
             return stem.decode()
-        except UnicodeDecodeError:  # no name is written as such
+        except UnicodeDecodeError:  # no name is encoded like this
             return None
 
     def starts(self, prefix: str) -> list[bytes]:
-        """Return how the keys of all records begin whose names begin with ``prefix``."""
+        """Return the beginnings of the keys of all records whose names begin with ``prefix``."""
         text = prefix.encode()
         if self.kind != HASHTAG:
             return [self._prefix + text]
@@ -59,7 +59,7 @@ class Layout:
         return [braced if text.startswith(constants.TAG_CLOSE) else plain]
 
     def pattern(self, prefix: str) -> bytes:
-        """Return what SCAN is to match for the version keys of these records, and maybe others."""
+        """Return a MATCH pattern for SCAN that covers the version keys of these records."""
         starts = self.starts(prefix)
         start = starts[0] if len(starts) == 1 else self._prefix
         escaped = b"".join(
@@ -70,7 +70,7 @@ class Layout:
 
 
 def _untagged(stem: bytes) -> bytes | None:
-    """Return the name inside the hash tag of a key without its suffix; None if it has none."""
+    """Return the name in the hash tag of a key without its suffix; None without a hash tag."""
     brace, opened = constants.TAG_FOR_BRACE, constants.TAG_OPEN
     if stem.startswith(brace + constants.TAG_CLOSE):
         return stem[len(brace) :]
@@ -81,11 +81,11 @@ def _untagged(stem: bytes) -> bytes | None:
 
 
 def is_version_key(key: bytes) -> bool:
-    """Return whether a record's version is under a key."""
+    """Return whether a key is a version key."""
     return key.endswith(constants.VERSION_SUFFIX)
 
 
 def partner(key: bytes) -> bytes:
-    """Return the other key of the record that a key is of."""
+    """Return the other key of the record that a key belongs to."""
     other = constants.DATA_SUFFIX if is_version_key(key) else constants.VERSION_SUFFIX
     return key[:-2] + other

@@ -1,4 +1,4 @@
-"""A distribution of latencies as a drawing: SVG that stands alone, for light and dark pages."""
+"""A chart of latency distributions as a standalone SVG, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .load_test import Latencies
 
 _WIDTH, _HEIGHT = 880, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 140, 56
-# Above the curves, the percentiles have so many rows, and a letter of them about so many points.
+# Rows for percentiles above the curves, their height, and the width of a letter, in points.
 _ROWS, _ROW, _LETTER = 4, 13, 6.2
 # Points of the curve in one octave of the axis.
 _FINENESS = 6
@@ -41,7 +41,7 @@ _STYLE = """
 
 
 def draw(title: str, note: str, series: Mapping[str, Latencies]) -> str:
-    """Return the SVG of some distributions, by their names; those of no operation are left out."""
+    """Return the SVG of named distributions; omits distributions without operations."""
     drawn = {name: one for name, one in series.items() if one.count}
     low, high = _range(drawn.values())
     plot = _Plot(low, high)
@@ -65,7 +65,7 @@ def draw(title: str, note: str, series: Mapping[str, Latencies]) -> str:
 
 
 class _Plot:
-    """Where on the drawing a latency is, on an axis of equal octaves."""
+    """The mapping of latencies to positions, on a logarithmic axis."""
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
@@ -73,20 +73,20 @@ class _Plot:
         self.count = max(round((self._last - self._first) * _FINENESS), 2)
 
     def x(self, milliseconds: float) -> float:
-        """Return how far right a latency is."""
+        """Return the x coordinate of a latency."""
         share = (math.log2(milliseconds) - self._first) / (self._last - self._first)
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, share: float, top: float) -> float:
-        """Return how far down a share of operations is."""
+        """Return the y coordinate of a share of operations."""
         return _HEIGHT - _BOTTOM - share / top * (_HEIGHT - _TOP - _BOTTOM)
 
     def edge(self, number: int) -> float:
-        """Return the latency at which a part of the axis begins."""
+        """Return the latency in milliseconds at which a part of the axis begins."""
         return float(2 ** (self._first + (self._last - self._first) * number / self.count))
 
     def shares(self, latencies: Latencies) -> list[float]:
-        """Return which share of the operations lies in each part of the axis."""
+        """Return the share of the operations in each part of the axis."""
         counts = [0.0] * self.count
         width = (self._last - self._first) / self.count
         for low, high, count in latencies.steps():
@@ -96,7 +96,7 @@ class _Plot:
             if span <= 0:
                 counts[min(max(int(begin), 0), self.count - 1)] += count
                 continue
-            # A step may lie across an edge: then it counts in part on either side.
+            # A step across an edge counts in part on either side.
             for part in range(int(begin), min(int(end) + 1, self.count)):
                 covered = min(end, part + 1) - max(begin, part)
                 counts[part] += count * max(covered, 0) / span
@@ -104,7 +104,7 @@ class _Plot:
 
 
 def _range(series: Iterable[Latencies]) -> tuple[float, float]:
-    """Return between which latencies, in milliseconds, nearly all are."""
+    """Return the bounds of nearly all latencies, in milliseconds."""
     lows, highs = [], []
     for one in series:
         first = next(one.steps())
@@ -142,7 +142,7 @@ def _axes(plot: _Plot, top: float) -> list[str]:
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(
         f'<text class="note" x="{middle}" y="{_HEIGHT - 14}" text-anchor="middle">'
-        "time of an operation, on a logarithmic scale; how high, which share of the operations"
+        "latency (logarithmic scale); the height is the share of the operations"
         "</text>"
     )
     return parts
@@ -156,7 +156,7 @@ def _curve(plot: _Plot, number: int, shares: Sequence[float], top: float) -> lis
     floor = plot.y(0, top)
     points = [(plot.x(plot.low), floor), *points, (plot.x(plot.high), floor)]
     path = [f"M{points[0][0]:.1f},{floor:.1f}"]
-    # Through the middles of the segments, each with its corner as control point: no overshoot.
+    # Through the midpoints of the segments, with the corners as control points: no overshoot.
     for (x, y), (next_x, next_y) in pairwise(points[1:]):
         path.append(f"Q{x:.1f},{y:.1f} {(x + next_x) / 2:.1f},{(y + next_y) / 2:.1f}")
     path.append(f"L{points[-1][0]:.1f},{floor:.1f}Z")
@@ -164,7 +164,7 @@ def _curve(plot: _Plot, number: int, shares: Sequence[float], top: float) -> lis
 
 
 def _marks(plot: _Plot, series: Iterable[Latencies]) -> list[str]:
-    """Return the lines of the percentiles, with what they are in rows where they have room."""
+    """Return the lines of the percentiles, with their labels in rows that don't overlap."""
     marks = sorted(
         (one.percentile(percent), number % 2, percent)
         for number, one in enumerate(series)
@@ -202,7 +202,7 @@ def _legend(series: Mapping[str, Latencies]) -> list[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return round latencies on the axis: not too few, and no more than have room."""
+    """Return round latencies for the axis: at most 12, and as many as that allows."""
     found: list[float] = []
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

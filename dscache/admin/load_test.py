@@ -1,4 +1,4 @@
-"""A load of one's choice against one's own Redis, and how long its operations took."""
+"""A synthetic load on a Redis, and the latencies of its operations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ..cache import AsyncCache
 from ..errors import DscacheError
 
 _PREFIX = "dscache-bench/"
-_AT_ONCE = 1000
-# Of so many steps is each octave of a Latencies: what it tells is off by 3 % at most.
+# Records in one request when they are first written, and when they are removed.
+_BATCH = 1000
+# Steps in each octave of a Latencies: its percentiles are off by 3 % at most.
 _STEPS = 32
 _STEP_BITS = 5
-# A task whose operation failed waits for so many seconds, and does not storm what is down.
+# Seconds that a task waits after a failed operation, to spare a server that is down.
 _AFTER_ERROR = 0.01
-# Text around the letters of a record.
+# JSON text around the letters of a record.
 _FRAME = b'{"text":""}'
 
 
 class Latencies:
-    """How often an operation took how long: counted in steps, and so of any number of them."""
+    """A histogram of latencies with logarithmic steps, in constant memory."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,7 +38,7 @@ class Latencies:
         self._steps: Counter[int] = Counter()
 
     def add(self, nanoseconds: int) -> None:
-        """Count one operation."""
+        """Count an operation that took this long."""
         self.count += 1
         self.total += nanoseconds
         if nanoseconds > self.longest:
@@ -51,26 +52,26 @@ class Latencies:
 
     @property
     def mean(self) -> float:
-        """The mean in milliseconds; 0 of none."""
+        """The mean in milliseconds; 0 without operations."""
         return self.total / self.count / 1e6 if self.count else 0.0
 
     @property
-    def most(self) -> float:
-        """The longest in milliseconds."""
+    def longest_ms(self) -> float:
+        """The longest latency in milliseconds."""
         return self.longest / 1e6
 
     def percentile(self, percent: float) -> float:
-        """Return in how many milliseconds so many percent were done; 0 of none."""
+        """Return a percentile in milliseconds; 0 without operations."""
         wanted = self.count * percent / 100
         seen = 0
         for _, high, count in self.steps():
             seen += count
             if seen >= wanted:
-                return min(high, self.most)
-        return self.most
+                return min(high, self.longest_ms)
+        return self.longest_ms
 
     def steps(self) -> Iterator[tuple[float, float, int]]:
-        """Give how many operations took from so many milliseconds up to so many, in order."""
+        """Yield each step in order: its lower and upper bound in milliseconds, and its count."""
         for step in sorted(self._steps):
             octave, within = step >> _STEP_BITS, step & (_STEPS - 1)
             low = 2.0**octave * (1 + within / _STEPS)
@@ -80,7 +81,7 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What load it is."""
+    """The parameters of a load."""
 
     tasks: int
     seconds: float
@@ -88,14 +89,14 @@ class Plan:
     size: int
     """Bytes of each record's JSON text."""
     bulk: int
-    """Records of one operation."""
+    """Records in one operation."""
     records: int
-    """How many different ones there are."""
+    """The number of different records."""
 
 
 @dataclass(slots=True)
 class Result:
-    """What came of it, up to now."""
+    """The counts of a load so far."""
 
     reads: Latencies = field(default_factory=Latencies)
     writes: Latencies = field(default_factory=Latencies)
@@ -106,21 +107,22 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Records a second."""
+        """Records per second."""
         return self.records / self.seconds if self.seconds else 0.0
 
 
 async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
-    """Put a load on a cache, under names of its own, which are gone afterwards.
+    """Put a load on a cache, on records of its own, which it removes afterwards.
 
-    Raises what keeps the records from being written at first, or from being removed.
+    Counts failed operations in the result. Raises DscacheError if the records can't be written at
+    the start, or removed at the end.
     """
     prefix = f"{_PREFIX}{secrets.token_hex(4)}/"
     names = [f"{prefix}{i}" for i in range(max(plan.records, plan.bulk))]
     data = _document(plan.size)
     try:
-        for first in range(0, len(names), _AT_ONCE):
-            await cache.set_bulk(dict.fromkeys(names[first : first + _AT_ONCE], (0, data)), ttl=0)
+        for first in range(0, len(names), _BATCH):
+            await cache.set_bulk(dict.fromkeys(names[first : first + _BATCH], (0, data)), ttl=0)
         result.began = time.perf_counter()
         end = result.began + plan.seconds
         works = [_work(cache, plan, result, names, data, end) for _ in range(plan.tasks)]
@@ -129,12 +131,12 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
         finally:
             result.seconds = time.perf_counter() - result.began
     finally:
-        for first in range(0, len(names), _AT_ONCE):
-            await cache.delete_bulk(names[first : first + _AT_ONCE])
+        for first in range(0, len(names), _BATCH):
+            await cache.delete_bulk(names[first : first + _BATCH])
 
 
 def _document(size: int) -> msgspec.Raw:
-    # Of letters at random, as a server or a link may compress.
+    # Random letters, as a server or a link may compress.
     letters = "".join(random.choices(string.ascii_letters, k=max(size - len(_FRAME), 0)))
     return msgspec.Raw(_FRAME[:-2] + letters.encode() + _FRAME[-2:])
 
@@ -147,7 +149,7 @@ async def _work(
     data: msgspec.Raw,
     end: float,
 ) -> None:
-    """Do one operation after the other until the end."""
+    """Run one operation after the other until ``end``."""
     clock, chance, ratio, bulk = time.perf_counter_ns, random.random, plan.read_ratio, plan.bulk
     last = len(names) - bulk + 1
     finish = int(end * 1e9)

@@ -1,78 +1,82 @@
-"""Move records from one key layout to the other, while servers go on with either.
+"""Migration of records from one key layout to the other, while both layouts are in use.
 
-Each record is copied if it is newer than what is there, the copy is read again, and only then are
-the old keys removed, if they still hold what was copied. What can't be moved safely stays.
+It copies each record unless the new layout has a version as new, verifies the copy, and only then
+removes the old keys, if they are unchanged. A record that can't be moved safely stays.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..cache import AsyncCache
 from ..core.resp import slot_of_key
 from ..errors import BulkError, RecordError, shorten
+from .cache import AdminCache
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
 from .export import lifetimes_of
 from .key_layout import DEEPSTREAM, HASHTAG, Layout
 from .primaries import SCAN_COUNT, Primaries, Primary
-from .progress import BYTES, RECORDS, TOLD
+from .progress import BYTES, MAX_NOTES, RECORDS
 
-# How often a record is tried again that is written meanwhile, and seconds in between.
+if TYPE_CHECKING:
+    from ..core.pure import Record
+
+# Attempts for a record that keeps changing, and the seconds between them.
 _ROUNDS = 4
 _PAUSE = 0.05
 
 
 @dataclass(slots=True)
 class Count:
-    """What came of the records that were found in the old layout."""
+    """The counts of a migration, by what happened to the records of the old layout."""
 
     done: int = 0
     total: int = 0
-    """Of the keys, for a bar."""
+    """The number of keys to visit, for a progress bar."""
     found: int = 0
     copied: int = 0
     """Written in the new layout."""
     present: int = 0
-    """In the new layout already, the same or newer."""
+    """In the new layout already, with the same or a newer version."""
     removed: int = 0
-    """Whose old keys are gone, with a verified record in the new layout."""
+    """Removed from the old layout, after the copy was verified."""
     changing: int = 0
-    """Written again and again meanwhile, and left alone."""
+    """Left in place, as they kept changing."""
     conflicts: int = 0
-    """Of one version in both layouts, with other data."""
+    """Left in place: both layouts have one version with different data."""
     ambiguous: int = 0
-    """Whose keys in one layout are those of another record in the other."""
+    """Left in place: their keys mean another record in the other layout."""
     damaged: int = 0
     halves: int = 0
     already: int = 0
-    """Records in the new layout, as far as a dry run has seen."""
+    """Records in the new layout, counted by a dry run."""
     remaining: int = 0
     """Records in the old layout at the end."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> int:
-        """How many were left in the old layout for a reason."""
+        """The number of records left in the old layout for a known reason."""
         return self.changing + self.conflicts + self.ambiguous + self.damaged
 
     @property
     def unexplained(self) -> int:
-        """How many are in the old layout at the end and were not left there for a reason."""
+        """The number of records in the old layout at the end without a known reason."""
         return max(self.remaining - self.left - self.halves, 0)
 
     def note(self, message: str) -> None:
-        if len(self.notes) < TOLD:
+        """Add the text of a fault, unless there are enough."""
+        if len(self.notes) < MAX_NOTES:
             self.notes.append(message)
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A record in the old layout, and its lifetime in seconds."""
+    """A record in the old layout, with its lifetime in seconds."""
 
     name: str
     version: int
@@ -81,66 +85,70 @@ class _Found:
 
 
 class Migration:
-    """From one layout, which is that of ``source``, to the other, which is that of ``target``."""
+    """A migration from the layout of ``source`` to that of ``target``.
+
+    With ``keep``, the keys of the old layout stay.
+    """
 
     def __init__(
         self,
-        source: AsyncCache,
-        target: AsyncCache,
-        shards: Primaries,
+        source: AdminCache,
+        target: AdminCache,
+        primaries: Primaries,
         *,
         prefix: str,
         count: Count,
         keep: bool,
     ) -> None:
         self._source, self._target = source, target
-        self._shards = shards
-        self._old, self._new = (Layout.of(cache._config.options) for cache in (source, target))
-        key_prefix = target._config.options.key_prefix
+        self._primaries = primaries
+        self._old, self._new = (Layout.of(cache.config.options) for cache in (source, target))
+        key_prefix = target.config.options.key_prefix
         self._tagged, self._untagged = (Layout(kind, key_prefix) for kind in (HASHTAG, DEEPSTREAM))
         self._pattern = self._tagged.pattern("")
         self._prefix = prefix
         self._count = count
         self._keep = keep
-        self._at_once = RECORDS
+        self._batch = RECORDS
 
-    async def look(self) -> None:
-        """Count what is there, and change nothing."""
+    async def count(self) -> None:
+        """Count the records, and change nothing."""
         count = self._count
-        count.total = self._shards.size
-        for shard in self._shards.all:
-            async for keys in self._scan(shard):
+        count.total = self._primaries.size
+        for primary in self._primaries.all:
+            async for keys in self._scan(primary):
                 names = list(self._names(keys))
                 count.already += sum(self._is_of(self._new, key) for key in keys)
                 while names:
-                    some, names = names[: self._at_once], names[self._at_once :]
-                    found = await self._read(shard, some)
+                    some, names = names[: self._batch], names[self._batch :]
+                    found = await self._read(primary, some)
                     verified, conflicts = await self._verify(found)
                     count.present += len(verified)
                     self._note_conflicts(conflicts)
                     count.copied += len(found) - len(verified) - len(conflicts)
 
     async def run(self) -> None:
-        """Move the records, and count what is left."""
+        """Move the records, and count those that remain."""
         count = self._count
-        count.total = self._shards.size * (1 if self._keep else 2)
-        for shard in self._shards.all:
-            async for keys in self._scan(shard):
+        count.total = self._primaries.size * (1 if self._keep else 2)
+        for primary in self._primaries.all:
+            async for keys in self._scan(primary):
                 names = list(self._names(keys))
                 while names:
-                    some, names = names[: self._at_once], names[self._at_once :]
-                    await self._move(shard, some)
+                    some, names = names[: self._batch], names[self._batch :]
+                    await self._move(primary, some)
         if not self._keep:
-            for shard in self._shards.all:
-                async for keys in self._scan(shard):
+            for primary in self._primaries.all:
+                async for keys in self._scan(primary):
                     count.remaining += sum(self._is_of(self._old, key) for key in keys)
 
-    # -- what there is
+    # -- reading
 
-    async def _scan(self, shard: Primary) -> Any:
-        cursor: Any = b"0"
+    async def _scan(self, primary: Primary) -> AsyncIterator[list[bytes]]:
+        cursor: bytes = b"0"
+        keys: list[bytes]
         while True:
-            cursor, keys = await shard.server.execute(
+            cursor, keys = await primary.server.execute(
                 "SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT
             )
             yield list(dict.fromkeys(keys))
@@ -149,14 +157,14 @@ class Migration:
                 return
 
     def _is_of(self, layout: Layout, key: bytes) -> bool:
-        """Return whether a key is one of a layout; what may be of both is of hashtag."""
+        """Return whether a key belongs to a layout; a key of both counts as hashtag."""
         name = self._tagged.name_of(key)
         if layout.kind != HASHTAG:
             name = self._untagged.name_of(key) if name is None else None
         return name is not None and name.startswith(self._prefix)
 
     def _names(self, keys: Iterable[bytes]) -> Iterable[str]:
-        """Give the names of the records of some keys that may be moved."""
+        """Yield the names of the records of keys that can be moved."""
         for key in keys:
             if not self._is_of(self._old, key):
                 continue
@@ -164,25 +172,25 @@ class Migration:
             assert name is not None
             self._count.found += 1
             if self._tagged.name_of(self._untagged.keys(name)[0]) is not None:
-                # Moved, it would be taken for a record of the old layout.
+                # Its keys in deepstream layout would read as another record in hashtag layout.
                 self._count.ambiguous += 1
                 self._count.note(
                     f"record {shorten(name)}: its keys in the deepstream layout would be those of "
-                    "another record in the hashtag layout; it stays where it is"
+                    "another record in the hashtag layout; it is not moved"
                 )
                 continue
             yield name
 
-    async def _read(self, shard: Primary, names: Sequence[str]) -> list[_Found]:
-        """Return those records that are there whole, in the old layout."""
+    async def _read(self, primary: Primary, names: Sequence[str]) -> list[_Found]:
+        """Return the whole records of the old layout, and count the others."""
         count = self._count
         halves = self._source.stats()["halves"]
         records, damaged = await self._get(self._source, names)
         self._note_damaged(damaged)
-        # What is gone since its key was found is no half.
+        # A record deleted since SCAN found its key isn't counted as a half.
         count.halves += self._source.stats()["halves"] - halves
         keys = [self._old.keys(name)[0] for name in records]
-        lifetimes = await lifetimes_of(shard, keys)
+        lifetimes = await lifetimes_of(primary, keys)
         found = []
         size = 0
         for (name, record), ttl in zip(records.items(), lifetimes, strict=True):
@@ -193,13 +201,13 @@ class Migration:
             elif ttl is None or ttl > 0:
                 found.append(_Found(name, record.version, record.raw, ttl))
         if records:
-            self._at_once = max(min(RECORDS, BYTES * len(records) // (size + 1)), 1)
+            self._batch = max(min(RECORDS, BYTES * len(records) // (size + 1)), 1)
         return found
 
     async def _get(
-        self, cache: AsyncCache, names: Sequence[str]
-    ) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """Return the records of some names that are whole, and the errors of those damaged."""
+        self, cache: AdminCache, names: Sequence[str]
+    ) -> tuple[Mapping[str, Record], Mapping[str, Exception]]:
+        """Return the whole records of some names, and the errors of damaged ones."""
         try:
             return await cache.get_bulk(names), {}
         except BulkError as error:
@@ -210,16 +218,16 @@ class Migration:
 
     # -- moving
 
-    async def _move(self, shard: Primary, names: Sequence[str]) -> None:
-        """Copy, verify and remove some records; what changes meanwhile, some times over."""
+    async def _move(self, primary: Primary, names: Sequence[str]) -> None:
+        """Copy, verify and remove records; retries those that change meanwhile."""
         count = self._count
-        waiting = await self._read(shard, names)
+        waiting = await self._read(primary, names)
         copied: set[str] = set()
         present: set[str] = set()
         for turn in range(_ROUNDS):
             if turn:
                 await asyncio.sleep(_PAUSE * turn)
-                waiting = await self._read_again(shard, waiting)
+                waiting = await self._read_again(primary, waiting)
             written, damaged = await self._copy(waiting)
             copied |= written
             self._note_damaged(damaged)
@@ -236,17 +244,17 @@ class Migration:
         count.changing += len(waiting)
         for one in waiting:
             count.note(
-                f"record {shorten(one.name)}: it is written all the time, or half of it is there "
-                "already; run this again"
+                f"record {shorten(one.name)}: it keeps changing, or the new layout has half of it; "
+                "run this again"
             )
         count.copied += len(copied)
         count.present += len(present - copied)
 
-    async def _read_again(self, shard: Primary, records: Sequence[_Found]) -> list[_Found]:
+    async def _read_again(self, primary: Primary, records: Sequence[_Found]) -> list[_Found]:
         count = self._count
         halves, damaged = count.halves, count.damaged
-        found = await self._read(shard, [one.name for one in records])
-        # They were counted as whole already; what is gone by now, somebody else has removed.
+        found = await self._read(primary, [one.name for one in records])
+        # They have been counted as whole already; the missing ones were removed by another process.
         count.halves, count.damaged = halves, damaged
         return found
 
@@ -259,21 +267,21 @@ class Migration:
         for name in names:
             self._count.conflicts += 1
             self._count.note(
-                f"record {shorten(name)}: both layouts have the same version of it, with other "
+                f"record {shorten(name)}: both layouts have the same version of it, with different "
                 "data; write a newer version, or delete one of them"
             )
 
     async def _copy(self, records: Sequence[_Found]) -> tuple[set[str], Mapping[str, Exception]]:
         """Write records in the new layout unless it has newer ones.
 
-        Returns which were written, and the errors of those that the new layout has damaged.
+        Returns the names written, and the errors of records that are damaged in the new layout.
         """
         apart = [one for one in records if self._is_apart(self._new, one.name)]
         written = await self._copy_apart(apart) if apart else set()
         others = {one.name: one for one in records}
         for one in apart:
             del others[one.name]
-        # In one tick, and so in few commands; each has a lifetime of its own.
+        # One by one, as each has its own lifetime; calls of one tick share commands.
         outcomes = await asyncio.gather(
             *(
                 self._target.set(
@@ -294,7 +302,7 @@ class Migration:
         return written, damaged
 
     async def _verify(self, records: Sequence[_Found]) -> tuple[list[_Found], set[str]]:
-        """Return what the new layout has, the same or newer, and names with other data there."""
+        """Return the records that the new layout has, the same or newer, and the conflicts."""
         there, _ = await self._get(self._target, [one.name for one in records])
         verified = []
         conflicts = set()
@@ -309,16 +317,16 @@ class Migration:
         return verified, conflicts
 
     async def _remove(self, records: Sequence[_Found]) -> set[str]:
-        """Remove the old keys that hold what was copied; return whose are gone."""
+        """Remove old keys that are unchanged; return the names whose keys are gone."""
         old = self._old
         whole = [one for one in records if not self._is_apart(old, one.name)]
         apart = [one for one in records if self._is_apart(old, one.name)]
         outcomes = await run_script(
-            self._shards,
+            self._primaries,
             REMOVE,
             [(old.keys(one.name), (b"%d" % one.version, one.raw)) for one in whole],
         )
-        # Somebody else may have removed some: another run of this, which has copied them too.
+        # Keys may be gone already: removed by another run, which has copied them too.
         gone = {one.name for one, outcome in zip(whole, outcomes, strict=True) if outcome == DONE}
         self._count.removed += len(gone)
         return gone | await self._remove_apart(apart)
@@ -326,13 +334,13 @@ class Migration:
     # -- records whose two keys lie on different nodes
 
     def _is_apart(self, layout: Layout, name: str) -> bool:
-        if not self._shards.is_cluster:
+        if not self._primaries.is_cluster:
             return False
         version, data = layout.keys(name)
         return slot_of_key(version) != slot_of_key(data)
 
     async def _copy_apart(self, records: Sequence[_Found]) -> set[str]:
-        """Write each of the two keys only if it still holds what was found there before."""
+        """Write each of the two keys only if it still has the value found before."""
         there, _ = await self._get(self._target, [one.name for one in records])
         older = [
             one
@@ -348,12 +356,12 @@ class Migration:
             swaps.append(((data,), (*was, one.raw, ms)))
             was = (b"0", b"") if held is None else (b"1", b"%d" % held.version)
             swaps.append(((version,), (*was, b"%d" % one.version, ms)))
-        outcomes = await run_script(self._shards, SWAP, swaps)
+        outcomes = await run_script(self._primaries, SWAP, swaps)
         pairs = zip(older, outcomes[::2], outcomes[1::2], strict=True)
         return {one.name for one, data, version in pairs if data == version == DONE}
 
     async def _remove_apart(self, records: Sequence[_Found]) -> set[str]:
-        """Remove the version first: a writer who comes in between leaves a whole record again."""
+        """Remove the version first: a write in between leaves a whole record again."""
         if not records:
             return set()
         now, _ = await self._get(self._source, [one.name for one in records])
@@ -363,14 +371,14 @@ class Migration:
             if (still := now.get(one.name)) is not None
             and (still.version, still.raw) == (one.version, one.raw)
         ]
-        for position, of in enumerate(("version", "raw")):
+        for position in range(2):
             outcomes = await run_script(
-                self._shards,
+                self._primaries,
                 REMOVE,
                 [
                     (
                         (self._old.keys(one.name)[position],),
-                        (b"%d" % one.version if of == "version" else one.raw,),
+                        (b"%d" % one.version if position == 0 else one.raw,),
                     )
                     for one in same
                 ],

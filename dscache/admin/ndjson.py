@@ -1,6 +1,6 @@
-"""Records as lines of text: ``{"name":...,"version":...,"data":...,"ttl":...}``, one a line.
+"""Records as lines of JSON: ``{"name":...,"version":...,"data":...,"ttl":...}``, one a line.
 
-The data is passed through as it is stored, and not decoded in between.
+The data keeps its stored text and isn't decoded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .. import _backend
 from ..core import constants, tolerant_json
 from ..errors import DscacheError, RecordError, shorten
 
-# A value of Redis ends at 512 MiB; what is longer is no line of ours.
+# The longest line: a value in Redis has at most 512 MiB (proto-max-bulk-len).
 _LONGEST = 2**29 + 2**20
 PIECE = 64 * 1024
-# What some editors and shells put before the first line of UTF-8.
+"""Bytes in one read."""
 BOM = b"\xef\xbb\xbf"
+"""The byte order mark that some editors and shells write before UTF-8."""
 
-# What is around the data of a line as ``encode`` writes it.
+# A line as ``encode`` writes it, with its data as group 1.
 _AS_WRITTEN = re.compile(
     rb'\{"name":"(?:[^"\\]|\\.)*","version":[0-9]+,"data":(.*?)(?:,"ttl":[0-9]+)?\}\s*', re.DOTALL
 )
@@ -34,7 +35,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Line(msgspec.Struct, forbid_unknown_fields=True):
-    """One record as a line states it; ``ttl`` is its lifetime in seconds, if it has one."""
+    """One record of a line; ``ttl`` is its lifetime in seconds, or None."""
 
     name: str
     version: int
@@ -53,35 +54,35 @@ _read = msgspec.json.Decoder(_RawLine).decode
 
 
 def encode(name: str, version: int, raw: bytes, ttl: int | None = None) -> bytes:
-    """Return a record as one line, with its end.
+    """Return a record as one line, with its line end.
 
-    Raises RecordError if the stored text is no JSON.
+    Raises RecordError if the stored text is not JSON.
     """
     end = b"" if ttl is None else b',"ttl":%d' % ttl
-    text = _presentable(name, version, raw)
+    text = _on_one_line(name, version, raw)
     return b'{"name":%b,"version":%d,"data":%b%b}\n' % (_encode(name), version, text, end)
 
 
-def _presentable(name: str, version: int, raw: bytes) -> bytes:
-    """Return stored JSON text in one line of UTF-8, as all who read the record see it."""
+def _on_one_line(name: str, version: int, raw: bytes) -> bytes:
+    """Return stored JSON text as one line of UTF-8, as readers of the record see it."""
     try:
         _skip(raw)
     except (msgspec.DecodeError, RecursionError):
-        # It is stricter than what readers of records take.
+        # msgspec is stricter than the readers of records.
         constants.decode_tolerantly(name, version, raw)
     if not raw.isascii():
         raw = raw.decode(errors="replace").encode()
     if b"\n" in raw or b"\r" in raw:
-        # A line end is white space between values: within a text it would be written as \n.
+        # A raw line end can only be white space between values: a string escapes it.
         raw = raw.replace(b"\r", b" ").replace(b"\n", b" ")
     return raw
 
 
 def decode(text: bytes) -> Line:
-    """Return the record that a line states, checked as ``set`` would check it.
+    """Return the record of a line, checked as ``set`` checks it.
 
-    Its data is ``msgspec.Raw``, or for text that msgspec refuses and records may hold, decoded.
-    Raises RecordError.
+    Its data is ``msgspec.Raw``, or a decoded value where msgspec refuses text that records may
+    contain. Raises RecordError.
     """
     line: Line
     text = text.removeprefix(BOM)
@@ -102,15 +103,15 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
     try:
         value = tolerant_json.decode(text)
     except ValueError as error:
-        raise RecordError(f"it is no JSON: {error}") from error
+        raise RecordError(f"it is not JSON: {error}") from error
     try:
         line = msgspec.convert(value, Line)
     except msgspec.ValidationError as error:
         raise RecordError(
-            f'it is no record, which is {{"name":...,"version":...,"data":...}}: {error}'
+            f'it is not a record, which is {{"name":...,"version":...,"data":...}}: {error}'
         ) from refusal
     if match := _AS_WRITTEN.fullmatch(text):
-        # Encoded once more, it would be another text, or too deep for that.
+        # Encoded again, the text would differ, or be nested too deeply.
         with suppress(ValueError):
             tolerant_json.decode(match[1])
             line.data = msgspec.Raw(match[1])
@@ -118,7 +119,12 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
 
 
 class Lines:
-    """The lines of some text, as many at a time as are there; ``number`` of the last one given."""
+    """The lines of a text, as many at a time as have arrived.
+
+    Attributes:
+        shown: The name of the source, for messages.
+        number: The number of the last line handled, counted by the reader.
+    """
 
     def __init__(self, pieces: AsyncIterator[bytes], shown: str, *, number: int = 0) -> None:
         self.shown = shown
@@ -134,7 +140,7 @@ class Lines:
                 rest.append(tail)
                 size += len(tail)
                 if size > _LONGEST:
-                    raise DscacheError(f"{self.place(self.number + 1)}: it has no end")
+                    raise DscacheError(f"{self.place(self.number + 1)}: it has no line end")
                 continue
             lines = b"".join((*rest, head)).split(b"\n")
             rest, size = [tail], len(tail)
@@ -143,13 +149,13 @@ class Lines:
             yield [last]
 
     def place(self, number: int) -> str:
-        """Return where a line stands, for messages."""
+        """Return the position of a line, for messages."""
         return f"{self.shown}, line {number}"
 
     async def names(self, most: int) -> AsyncIterator[list[str]]:
-        """Give the names that stand one a line, at most so many at a time; none of empty lines.
+        """Yield names, one a line and at most ``most`` at a time; skips empty lines.
 
-        Raises DscacheError for one that is no UTF-8.
+        Raises DscacheError for a line that is not UTF-8.
         """
         async for lines in self:
             found = []
@@ -163,22 +169,22 @@ class Lines:
                     found.append(text.decode())
                 except UnicodeDecodeError:
                     raise DscacheError(
-                        f"{self.place(self.number)}: it is no UTF-8: {shorten(text)}"
+                        f"{self.place(self.number)}: it is not UTF-8: {shorten(text)}"
                     ) from None
             for first in range(0, len(found), most):
                 yield found[first : first + most]
 
 
 async def pieces_of(file: int) -> AsyncIterator[bytes]:
-    """Give what is to be read, as soon as it is there, without a thread that can't be stopped."""
+    """Yield what a file descriptor delivers, without a thread that would block the exit."""
     loop = asyncio.get_running_loop()
     while True:
         ready = asyncio.Event()
         try:
-            # Each time anew: while nobody reads, what is there would keep the loop busy.
+            # Registered for each read: unread input would keep the loop busy.
             loop.add_reader(file, ready.set)
         except OSError:
-            pass  # an ordinary file is always ready
+            pass  # epoll refuses an ordinary file, which is always ready
         else:
             try:
                 await ready.wait()

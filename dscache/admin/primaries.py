@@ -1,4 +1,4 @@
-"""The servers that hold the records, for work on all of them: every primary, and its keys."""
+"""The servers that hold the records, for work on all keys: a single server, or every primary."""
 
 from __future__ import annotations
 
@@ -6,108 +6,109 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from ..aio.cluster import Cluster
-from ..cache import AsyncCache
-from ..config import Options
+from ..aio.connection import Connection
 from ..core.constants import SLOTS
 from ..core.resp import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
-from .control import ControlConnection
+from .cache import AdminCache
+from .control import ControlConnection, Reply
 
-# How many keys a server looks at before it answers somebody else.
 SCAN_COUNT = 1000
-
-
-async def is_clustered(server: ControlConnection) -> bool:
-    """Return whether a server is a node of a cluster; not, if it doesn't tell."""
-    (answer,) = await server.execute_many(["CLUSTER", "INFO"])
-    return isinstance(answer, bytes)
+"""Keys that a server visits in one SCAN before it serves other clients."""
 
 
 @dataclass(slots=True)
 class Primary:
-    """One server whose keys no other one has."""
+    """A server that holds keys of its own."""
 
     server: ControlConnection
     address: str
     run_id: str
-    """Another one after each start; empty if it doesn't tell."""
+    """A new one after each start of the server; empty if INFO is refused."""
     size: int
-    """How many keys it had at first."""
+    """The number of keys at the start."""
 
 
 class Primaries:
     """All servers that hold records: one, or every primary of a cluster."""
 
-    def __init__(self, shards: list[Primary], owners: list[Primary] | None) -> None:
-        self.all = shards
-        self._owners = owners
+    def __init__(self, primaries: list[Primary], by_slot: list[Primary] | None) -> None:
+        self.all = primaries
+        self._by_slot = by_slot
 
     @property
     def size(self) -> int:
-        """How many keys there were at first."""
-        return sum(shard.size for shard in self.all)
+        """The number of keys at the start."""
+        return sum(primary.size for primary in self.all)
 
     @property
     def is_cluster(self) -> bool:
-        """Whether the keys are shared by slots."""
-        return self._owners is not None
+        """Whether the keys are distributed by slots."""
+        return self._by_slot is not None
 
     def owner(self, key: bytes) -> ControlConnection:
-        """Return the server that a key is on."""
-        if self._owners is None:
+        """Return the connection to the server that holds a key."""
+        if self._by_slot is None:
             return self.all[0].server
-        return self._owners[slot_of_key(key)].server
+        return self._by_slot[slot_of_key(key)].server
 
     async def slots(self) -> list[SlotRange]:
-        """Return who serves which slots now; nothing of a single server.
+        """Return the current slot ranges in order; empty for a single server.
 
         Raises ReplyError and ConnectionLost.
         """
-        if self._owners is None:
+        if self._by_slot is None:
             return []
-        # Where a server doesn't know its own host, it is the same one at each time.
+        # A node that doesn't know its own host reports an empty one each time.
         reply = await self.all[0].server.execute("CLUSTER", "SLOTS")
         return sorted(parse_slots(reply, ("", 0)), key=lambda one: one.first)
 
 
 @asynccontextmanager
-async def open_primaries(cache: AsyncCache) -> AsyncIterator[Primaries]:
-    """Connect to all servers that hold the records of a cache, which is ready.
+async def open_primaries(cache: AdminCache) -> AsyncIterator[Primaries]:
+    """Connect to all servers that hold the records of a cache, which must be ready.
 
-    Raises ConnectError if one of them can't be reached: what it holds would be missed.
+    Shares the connection to a single server with a cache that has no near cache. Raises
+    ConnectError if a primary can't be reached or a slot has none: records would be missed.
     """
-    topology = cache._topology
-    places: list[Options]
+    topology = cache.topology
     if isinstance(topology, Cluster):
-        masters = [topology.owner(slot) for slot in range(SLOTS)]
-        missing = sum(master is None for master in masters)
+        by_slot = [topology.owner(slot) for slot in range(SLOTS)]
+        missing = sum(node is None for node in by_slot)
         if missing:
             raise ConnectError(f"{missing} slots of the cluster have no primary")
-        primaries = topology.primaries()
-        nodes, places = list(primaries), list(primaries.values())
+        nodes = topology.primaries()
+        opened = await asyncio.gather(
+            *map(ControlConnection.open, nodes.values()), return_exceptions=True
+        )
     else:
-        masters, nodes = [], []
-        places = [cache._config.options]
-    opened = await asyncio.gather(*map(ControlConnection.open, places), return_exceptions=True)
+        assert isinstance(topology, Connection)
+        options = cache.config.options
+        by_slot, nodes = [], {topology: options}
+        # CLIENT TRACKING on a shared socket would disturb a near cache.
+        opened = [
+            ControlConnection.share(topology)
+            if options.near_cache is None
+            else await ControlConnection.open(options)
+        ]
     servers = [one for one in opened if isinstance(one, ControlConnection)]
     try:
         for one in opened:
             if isinstance(one, BaseException):
                 raise one
-        shards = await asyncio.gather(*map(_shard, servers))
-        by_node = dict(zip(nodes, shards, strict=False))
-        owners = [by_node[node] for node in masters if node is not None]
-        yield Primaries(shards, owners or None)
+        primaries = await asyncio.gather(*map(_measure, servers))
+        by_node = dict(zip(nodes, primaries, strict=True))
+        owners = [by_node[node] for node in by_slot if node is not None]
+        yield Primaries(primaries, owners or None)
     finally:
         for server in servers:
             server.close()
 
 
-async def _shard(server: ControlConnection) -> Primary:
+async def _measure(server: ControlConnection) -> Primary:
     size, info = await server.execute_many(["DBSIZE"], ["INFO", "server"])
     return Primary(
         server=server,
@@ -117,8 +118,8 @@ async def _shard(server: ControlConnection) -> Primary:
     )
 
 
-def parse_info(reply: Any) -> dict[str, str]:
-    """Return the ``name:value`` lines of a reply; none of a refusal."""
+def parse_info(reply: Reply) -> dict[str, str]:
+    """Return the ``name:value`` lines of a reply to INFO; empty for an error reply."""
     if not isinstance(reply, bytes):
         return {}
     lines = reply.decode(errors="replace").splitlines()

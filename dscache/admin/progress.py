@@ -1,4 +1,4 @@
-"""What long work over many records shares: how far it is, and where that is kept."""
+"""The progress of long jobs over many records, and the files that keep it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
 from ..config import Config
 from ..errors import DscacheError
 
-# What is read of Redis at a time, or is on its way to it: records, and bytes of text.
+StateT = TypeVar("StateT", bound=msgspec.Struct)
+
 RECORDS = 1000
+"""Records in one request, at most."""
 BYTES = 4 * 1024 * 1024
-# Seconds between two notes of where it stands.
-NOTE_EVERY = 2.0
-# Work of this kind has time: milliseconds for an operation, if less is configured.
-_COMMAND_MS = 10_000
-# Of what is wrong, so many are told one by one.
-TOLD = 10
+"""Bytes of JSON text in one request, about."""
+SAVE_INTERVAL = 2.0
+"""Seconds between two saves of the state."""
+MAX_NOTES = 10
+"""Faults that are reported one by one."""
+# The least commandTimeout of a job, in milliseconds.
+_COMMAND_TIMEOUT = 10_000
 
 
 def with_long_timeouts(config: Config) -> Config:
-    """Return a configuration under which operations have time, and wait for room."""
+    """Return a configuration with a ``commandTimeout`` of 10 s or more and ``whenFull: wait``."""
     options = config.options
     replace = msgspec.structs.replace
-    milliseconds = max(options.command_timeout, _COMMAND_MS)
+    milliseconds = max(options.command_timeout, _COMMAND_TIMEOUT)
     shared = replace(options.redis_options, command_timeout=milliseconds)
     options = replace(options, command_timeout=milliseconds, redis_options=shared, when_full="wait")
     return replace(config, options=options)
@@ -36,7 +39,7 @@ def with_long_timeouts(config: Config) -> Config:
 
 @dataclass(slots=True)
 class JobProgress:
-    """How far it is, and what came of it; ``done`` of ``total`` is what a bar shows."""
+    """The progress and the counts of a job; a progress bar shows ``done`` of ``total``."""
 
     done: int = 0
     total: int = 0
@@ -46,39 +49,43 @@ class JobProgress:
     not_newer: int = 0
     broken: int = 0
     resumed: int = 0
-    """The records of ``records`` that an earlier run had done."""
+    """The part of ``records`` that an earlier run had done."""
     notes: list[str] = field(default_factory=list)
-    """What is wrong, one by one, as long as there is not too much of it."""
+    """The first faults, one text each."""
     warnings: list[str] = field(default_factory=list)
 
     def note(self, message: str) -> None:
-        if len(self.notes) < TOLD:
+        """Add the text of a fault, unless there are enough."""
+        if len(self.notes) < MAX_NOTES:
             self.notes.append(message)
 
 
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Make what the system says of a file an error that names it."""
+    """Raise an OSError of the block as DscacheError that names the file."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, DscacheError):  # those of connections are of both kinds
+        if isinstance(error, DscacheError):  # ConnectError is an OSError too
             raise
         raise DscacheError(f"{path}: {error.strerror}") from error
 
 
-def read_state(path: Path, kind: type[Any]) -> Any:
-    """Return what a file keeps of where work stands, or None; raises DscacheError."""
+def read_state(path: Path, kind: type[StateT]) -> StateT | None:
+    """Return the state of a job from its file, or None without a file.
+
+    Raises DscacheError if the file can't be read or is damaged.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
-        raise DscacheError(f"{path}: {error}; begin anew with --restart") from error
+        raise DscacheError(f"{path}: {error}; start over with --restart") from error
 
 
 def write_state(path: Path, state: msgspec.Struct) -> None:
-    """Keep in a file where work stands; what it had stays until all of the new is there."""
+    """Write the state of a job to its file, which is replaced atomically."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(msgspec.json.encode(state))
     new.replace(path)

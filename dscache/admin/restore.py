@@ -1,6 +1,6 @@
-"""Lines of text back into Redis: in their order, in bounded memory, and to be gone on with.
+"""Import of lines of JSON into Redis: in order, resumable and in bounded memory.
 
-How far a file has been written to Redis is kept in a file beside it.
+A file beside the input keeps the position up to which it has been written to Redis.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..errors import BulkError, DscacheError, RecordError
 from . import ndjson, progress
 from .progress import BYTES, RECORDS, JobProgress, read_state, write_state
 
-# Chunks that are under way at once.
+# Chunks in flight.
 _CHUNKS = 4
 
 
 class ImportState(msgspec.Struct, forbid_unknown_fields=True):
-    """How far a file has been written; it holds for the same file and the same Redis alone."""
+    """The state of an import; it is valid for the same file and the same Redis only."""
 
     of: dict[str, str]
     length: int
@@ -42,7 +42,7 @@ class ImportState(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ImportFile:
-    """The file that an import reads, and what is kept beside it of how far it is."""
+    """The input of an import, and the state beside it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,45 +58,50 @@ class ImportFile:
 
     @property
     def position(self) -> int:
-        """How many bytes of the file were read."""
+        """The number of bytes read from the file."""
         return self._raw.tell()
 
     def state(self, of: dict[str, str], *, restart: bool) -> ImportState:
-        """Return how far this file was imported already; raises DscacheError."""
+        """Return the state of this file, a new one if none is valid.
+
+        Raises DscacheError if the state can't be read.
+        """
         found = None if restart else read_state(self._state, ImportState)
         new = ImportState(of, self.length, self._changed)
         if found is None or (found.of, found.length, found.changed) != (
             (of, self.length, self._changed)
         ):
             return new
-        return cast(ImportState, found)
+        return found
 
     def save(self, state: ImportState) -> None:
-        """Keep how far it is, if that can be written there."""
+        """Save the state, if the folder is writable."""
         with suppress(OSError):
             write_state(self._state, state)
 
     def finish(self) -> None:
-        """Forget how far it was, as all is done."""
+        """Remove the state of a complete import."""
         self._state.unlink(missing_ok=True)
 
     async def pieces(self, offset: int) -> AsyncIterator[bytes]:
+        """Yield the text from an offset on; raises DscacheError if it can't be read."""
         """Give the text from an offset on; raises DscacheError if the file is damaged."""
         try:
             self._file.seek(offset)
             while piece := self._file.read(ndjson.PIECE):
                 yield piece
         except (OSError, EOFError, zlib.error) as error:
-            raise DscacheError(f"{self.path}: it can't be read: {error}") from error
+            raise DscacheError(f"{self.path} can't be read: {error}") from error
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
         self._raw.close()
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Lines that are written together, and where the file stands behind them."""
+    """Lines that are written together, and the position in the file after them."""
 
     records: list[ndjson.Line] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -107,19 +112,19 @@ class _Chunk:
 
 
 class Import:
-    """One run of an import: lines are written in their order, some chunks at once."""
+    """One run of an import: lines are written in order, several chunks in flight."""
 
     def __init__(
         self,
         cache: AsyncCache,
-        tally: JobProgress,
+        job: JobProgress,
         *,
         ttl: int | None,
         if_newer: bool,
         keep_going: bool,
     ) -> None:
         self._cache = cache
-        self._tally = tally
+        self._job = job
         self._ttl = ttl
         self._if_newer = if_newer
         self._keep_going = keep_going
@@ -128,29 +133,29 @@ class Import:
         self,
         lines: ndjson.Lines,
         state: ImportState,
-        keep: Callable[[ImportState], None] | None,
+        save: Callable[[ImportState], None] | None,
         position: Callable[[], int],
     ) -> None:
-        """Write what lines state; ``keep`` is given how far it is.
+        """Write the records of lines; ``save`` receives the state now and then.
 
-        Raises DscacheError at a line that is broken, unless it is to keep going, and what keeps
-        Redis from taking the records.
+        ``position`` returns the bytes read, for the progress. Raises DscacheError at a broken line
+        unless ``keep_going``, and the error of a record that Redis doesn't take.
         """
-        tally = self._tally
-        tally.records = tally.resumed = state.records
-        tally.not_newer, tally.broken = state.not_newer, state.broken
+        job = self._job
+        job.records = job.resumed = state.records
+        job.not_newer, job.broken = state.not_newer, state.broken
         waiting: deque[tuple[_Chunk, asyncio.Future[int]]] = deque()
-        noted = time.monotonic()
+        saved = time.monotonic()
 
         async def settle() -> None:
-            """Wait for the oldest chunk, and note that it is done."""
+            """Wait for the oldest chunk, and count it as done."""
             chunk, future = waiting[0]
             not_newer = await future
             waiting.popleft()
-            tally.records += len(chunk.records)
-            tally.not_newer += not_newer
+            job.records += len(chunk.records)
+            job.not_newer += not_newer
             state.offset, state.line = chunk.offset, chunk.line
-            state.records, state.not_newer = tally.records, tally.not_newer
+            state.records, state.not_newer = job.records, job.not_newer
             state.broken += chunk.broken
 
         try:
@@ -158,12 +163,12 @@ class Import:
                 waiting.append((chunk, asyncio.ensure_future(self._write(chunk))))
                 if len(waiting) > _CHUNKS:
                     await settle()
-                tally.done = position()
-                if keep is not None and time.monotonic() > noted + progress.NOTE_EVERY:
-                    keep(state)
-                    noted = time.monotonic()
+                job.done = position()
+                if save is not None and time.monotonic() > saved + progress.SAVE_INTERVAL:
+                    save(state)
+                    saved = time.monotonic()
         finally:
-            # Those under way are done a moment later, also if a line behind them is broken.
+            # Chunks in flight complete, even if a line after them is broken.
             try:
                 while waiting:
                     await settle()
@@ -171,8 +176,8 @@ class Import:
                 for _, future in waiting:
                     future.cancel()
                 await asyncio.gather(*(one for _, one in waiting), return_exceptions=True)
-                if keep is not None:
-                    keep(state)
+                if save is not None:
+                    save(state)
 
     async def _chunks(self, lines: ndjson.Lines, state: ImportState) -> AsyncIterator[_Chunk]:
         offset, number = state.offset, state.line
@@ -185,7 +190,7 @@ class Import:
                 if line is None and chunk.broken and not self._keep_going:
                     chunk.broken = 0
                     yield chunk
-                    raise DscacheError(self._tally.notes[-1])
+                    raise DscacheError(self._job.notes[-1])
                 if line is not None:
                     if (
                         line.name in chunk.names
@@ -207,12 +212,12 @@ class Import:
             return ndjson.decode(text)
         except RecordError as error:
             chunk.broken += 1
-            self._tally.broken += 1
-            self._tally.note(f"{place}: {error}")
+            self._job.broken += 1
+            self._job.note(f"{place}: {error}")
             return None
 
     async def _write(self, chunk: _Chunk) -> int:
-        """Write the records of a chunk; return how many were not newer."""
+        """Write the records of a chunk; return the number of records that were not newer."""
         cache, if_newer = self._cache, self._if_newer
         together: dict[str, tuple[int, Any]] = {}
         waiting: list[asyncio.Future[Any]] = []
@@ -220,7 +225,7 @@ class Import:
             if line.ttl is None or self._ttl is not None:
                 together[line.name] = line.version, line.data
             else:
-                # In one tick, and so in one command with all others of the chunk.
+                # Calls of one tick share a command with the rest of the chunk.
                 waiting.append(
                     cache.set(line.name, line.version, line.data, ttl=line.ttl, if_newer=if_newer)
                 )
@@ -230,19 +235,19 @@ class Import:
         for outcome in await asyncio.gather(*waiting, return_exceptions=True):
             if isinstance(outcome, BulkError):
                 for reason in outcome.errors.values():
-                    self._refused(reason, chunk)
+                    self._count_broken(reason, chunk)
                 not_newer += len(outcome.result)
             elif isinstance(outcome, BaseException):
-                self._refused(outcome, chunk)
+                self._count_broken(outcome, chunk)
             else:
                 not_newer += len(outcome) if isinstance(outcome, set) else not outcome
         return not_newer
 
-    def _refused(self, reason: BaseException, chunk: _Chunk) -> None:
-        """Pass over a record that is damaged in Redis, or raise why it can't be written."""
+    def _count_broken(self, reason: BaseException, chunk: _Chunk) -> None:
+        """Count a record that is damaged in Redis, or raise the reason that it isn't written."""
         if not (self._keep_going and isinstance(reason, RecordError)):
             raise reason
         chunk.broken += 1
-        self._tally.broken += 1
-        self._tally.records -= 1
-        self._tally.note(str(reason))
+        self._job.broken += 1
+        self._job.records -= 1
+        self._job.note(str(reason))

@@ -1,7 +1,8 @@
-"""A Redis Cluster: its nodes, which of them serves which slot, and what follows from changes of it.
+"""A Redis Cluster: the connections to its nodes, the routing of operations, and their changes.
 
-``slot_refresh.py`` asks the nodes for the slots: again when one redirects or is lost, and from
-time to time. ``slot_routing.py`` has where operations go in between.
+``slot_refresh.py`` asks the nodes for the slots: after a redirection or a lost connection, and
+periodically. ``slot_routing.py`` routes operations meanwhile. ``net/cluster_state.py`` has what is
+known of nodes and slots.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
 from ..config import Config, Options
 from ..core import constants
 from ..core import stats as counters
-from ..errors import ConfigError, ConnectError, ConnectionLost, ReplyError
-from ..net.seeds import AT_ONCE, Seeds
+from ..errors import ConnectError, ConnectionLost
+from ..net.backoff import half_jitter
+from ..net.cluster_state import ClusterState
+from ..net.slot_table import NodeInfo, Shard
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
+from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
-from .kept_task import KeptTask
 from .lifecycle import check_loop, check_process
 from .resolver import Resolver
 from .slot_hold import SlotHold
@@ -31,25 +34,30 @@ from .slot_routing import SlotRouter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from ..core.batch import Batch
+    from ..core.message import MessageDispatcher
+    from ..core.near_cache import NearCache
+    from ..core.router import Router
+
 _logger = logging.getLogger("dscache")
 
-# How often a cache that closes looks whether all is done, in seconds.
+# How often a closing cache checks whether all operations are done, in seconds.
 _DRAIN_STEP = 0.005
 _OWNER = "an AsyncCache"
 _CLOSED = "the cache was closed before the answer came"
 
 
 class SlotListener(NodeListener, Protocol):
-    """Who wants to know of the nodes' comings and goings, and of their slots'."""
+    """Listener for nodes that connect and disconnect, and for slots that move."""
 
     def slots_moved(self) -> None:
-        """Some slots have another owner."""
+        """React to slots that have another owner now."""
 
 
 class Cluster:
     """The nodes of a cluster, opened on the running event loop.
 
-    ``inbox`` takes the messages that its nodes push, and ``follower`` is told what becomes of them.
+    ``inbox`` takes the messages that the nodes push, and ``follower`` hears of changes.
     """
 
     def __init__(
@@ -57,31 +65,30 @@ class Cluster:
         config: Config,
         credentials: CredentialProvider | None,
         *,
-        inbox: Any = None,
+        inbox: MessageDispatcher | None = None,
         follower: SlotListener | None = None,
     ) -> None:
-        options = config.options
-        self._options = options
+        self.options = options = config.options
         self._inbox = inbox
         self._follower = follower
         self._credentials = credentials
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._closed = False
-        # What holds for every node, whichever it is.
+        # The options common to all nodes.
         first = options.seeds[0]
         self._shared = options.for_node(first.host, first.port, first)
-        self._seeds = Seeds(options)
-        self._members = ClusterNodes()
+        self._reads_replicas = options.scale_reads != "master"
+        self._state = ClusterState(config, self._on_refresh_due)
+        self._nodes = ClusterNodes(self._state, self._connect)
         self._resolver = Resolver()
-        self._refresher = SlotRefresher(config, self._seeds, self._members, self._resolver, self)
-        self._stale = self._refresher.stale
+        self._refresher = SlotRefresher(config, self._state, self._nodes, self._resolver, self)
         self._routing = SlotRouter(
             options, self._shared, self._check_usable, self.look_again, self._open_for
         )
-        self._masters = self._routing.masters  # one list
-        self.pipeline = self._routing.router
-        self._near: Any = None
+        self._masters = self._routing.masters  # the same list
+        self.pipeline: Router = self._routing.router
+        self._near: NearCache | None = None
         if options.near_cache is not None:
             self._near = _backend.core.NearCache(
                 self._loop.create_future,
@@ -89,21 +96,16 @@ class Cluster:
                 check=self._check_owner,
                 **options.for_near_cache(),
             )
-        self.view: tuple[SlotRange, ...] = ()
-        """Who serves the slots, as the nodes have told it last."""
         self._reading: dict[Connection, list[Connection]] = {}
-        self._redirections = 0
-        self._last_loss = ""
-        self._refusal: Exception | None = None
         self._discovered = asyncio.Event()
         self.open_seeds()
-        self._keeper = KeptTask(self._refresher.keep, f"dscache {options.address}", self._end)
+        self._keeper = BackgroundTask(self._refresher.keep, f"dscache {options.address}", self._end)
 
-    # -- what a cache wants of its topology
+    # -- the interface of a Topology
 
     @property
-    def entry(self) -> Any:
-        """Where operations go: the router, or a near cache before it."""
+    def entry(self) -> Router | NearCache:
+        """The target of operations: the Router, or the near cache before it."""
         return self.pipeline if self._near is None else self._near
 
     @property
@@ -114,38 +116,47 @@ class Cluster:
             masters.discard(None)
         return (
             not self._closed
-            and bool(self._members.ready())
+            and bool(self._nodes.ready())
             and all(one is not None and one.is_ready for one in masters)
         )
 
     @property
     def server(self) -> str:
-        """The kind and version of the servers, as far as it is known."""
-        known = self._members.server
+        """The kind and version of the servers, as far as they are known."""
+        known = self._nodes.server
         return f"cluster of {known}" if known else ""
+
+    @property
+    def view(self) -> tuple[SlotRange, ...]:
+        """The ranges of slots in the newest view of a node; empty before the first."""
+        return self._state.view.ranges
+
+    async def when_discovered(self) -> None:
+        """Wait until the slots are known, or known to stay unknown, or the cluster is closed."""
+        await self._discovered.wait()
 
     async def when_ready(self) -> None:
         """Wait until the slots are known and their nodes ready.
 
-        Raises ConfigError if the server is no cluster, what the nodes say if they all refuse,
-        and ConnectError if no node can be reached within ``connectTimeout``. Where others are
-        ready, a shard that is down is only logged: its operations fail by themselves.
+        Raises ConfigError if the server is no cluster, the nodes' own error if they all refuse,
+        and ConnectError if no node can be reached within ``connectTimeout``. While other shards
+        are ready, a shard that is down is only logged: its operations fail by themselves.
         """
         self._check_usable()
         timeout = self._shared.connect_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
                 await self._discovered.wait()
-                if self._refusal is not None:
-                    raise self._refusal
+                if not self._state.known and self._state.refusal is not None:
+                    raise self._state.refusal("connect")
                 waiting = [node.when_ready() for node in set(self._masters) if node is not None]
                 outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         except TimeoutError:
             if any(node is not None and node.is_ready for node in self._masters):
                 return
             raise ConnectError(
-                f"no node of the cluster {self._options.address} is ready within {timeout} ms: "
-                f"{self.errors_by_node()}"
+                f"no node of the cluster {self.options.address} is ready within {timeout} ms: "
+                f"{self._state.errors_by_node()}"
             ) from None
         self._check_usable()
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -155,7 +166,7 @@ class Cluster:
             _logger.warning("the cluster serves without one of its shards: %s", failure)
 
     async def close(self) -> None:
-        """Finish what was issued, within ``closeTimeout``, and close every node."""
+        """Finish the operations under way, within ``closeTimeout``, and close every node."""
         if self._closed:
             return
         self._check_owner()
@@ -163,28 +174,28 @@ class Cluster:
         if self._near is not None:
             self._near.close()
         end = self._loop.time() + self._shared.close_timeout / 1000
-        # First all is answered, since what is in flight may be redirected from one to another.
+        # All answers first, since a command in flight may be redirected to another node.
         while self._is_busy() and self._loop.time() < end:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_STEP)
         self._keeper.cancel()
-        # What is left has had its time, and the nodes need no more for their part.
+        # The remaining operations have had their time, so the nodes need none for them.
         self._routing.fail_all(_CLOSED)
-        await self._members.close()
+        await self._nodes.close()
         await asyncio.wait([self._keeper.task])
         self._give_up(_CLOSED)
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        nodes = self._members.stats()
-        of_nodes = [*self._members.former_stats(), *nodes.values()]
+        nodes = self._nodes.stats()
+        of_nodes: list[Mapping[str, Any]] = [*self._nodes.former_stats(), *nodes.values()]
         stats = {
             **counters.merged([*of_nodes, *self._routing.stats()]),
             "connections": sum(one["connections"] for one in nodes.values()),
             "connects": sum(one.get("connects", 0) for one in of_nodes),
             "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
-            "last_loss": self._last_loss,
-            "redirections": self._redirections,
-            "refreshes": self._refresher.refreshes,
+            "last_loss": self._state.last_loss,
+            "redirections": self._state.redirections,
+            "refreshes": self._state.refreshes,
             "nodes": nodes,
         }
         if self._near is not None:
@@ -193,61 +204,42 @@ class Cluster:
 
     def options_at(self, address: Address) -> Options:
         """Return the options of a connection to the node at an address."""
-        return self._seeds.options_at(address)
+        return self._state.seeds.options_at(address)
 
     def primaries(self) -> dict[Connection, Options]:
         """Return the nodes that serve slots, with the options of a connection to each."""
         for slot in list(self._routing.unopened):
             self._open_for(slot)
         nodes = dict.fromkeys(node for node in self._masters if node is not None)
-        return {node: self.options_at(self._members.address_of(node)) for node in nodes}
+        return {node: self.options_at(self._nodes.address_of(node)) for node in nodes}
 
     def ready_nodes(self) -> dict[Connection, Address]:
-        """Return the nodes that can be asked, and where each is."""
-        return {node: self._members.address_of(node) for node in self._members.ready()}
+        """Return the nodes that can be asked, with their addresses."""
+        return {node: self._nodes.address_of(node) for node in self._nodes.ready()}
 
     def look_again(self) -> None:
-        """Have the slots asked for again, as somebody has reason to think that they have moved."""
-        self._stale.set()
+        """Have the slots refreshed soon, since they may have moved."""
+        self._state.record_stale()
 
     def _is_busy(self) -> bool:
-        leaving = (node.pipeline for node in self._members.leaving())
+        leaving = (node.pipeline for node in self._nodes.leaving())
         return self._routing.is_busy or any(one.queued or one.in_flight for one in leaving)
 
-    # -- what the connections tell
+    # -- events of the connections
 
     def on_redirected(self, source: Connection) -> None:
-        """Send on what a node has redirected."""
+        """Send on the operations that a node has redirected."""
         self._keeper.check()
         redirected = source.pipeline.redirected
         fresh: set[SlotHold] = set()
-        batches: dict[SlotHold, list[Any]] = {}
-        # They stay there until each has its place: called again, it goes on with what has none.
+        batches: dict[SlotHold, list[Batch]] = {}
+        # They stay in the list until each has its place: a repeated call skips those that have.
         for words, slot, batch in redirected:
             if batch.sent or batch.settled():
                 continue
-            self._redirections += 1
             source.redirections += 1
             hold = self._routing.hold(slot, source, fresh)
-            code = words.partition(" ")[0]
-            address = None
-            if code in ("MOVED", "ASK"):
-                address = parse_redirection(words, slot, self._members.address_of(source))
-            target = None
-            self._routing.stop_reading(slot, source)
-            if address is not None:
-                target = self._node(self._options.mapped(*address))
-                if code == "MOVED":
-                    self._masters[slot], target = target, None
-                    self._routing.unopened.pop(slot, None)
-                    self._forget([slot])
-                    self._refresher.moved.add(slot)
-                    self._stale.set()
-            else:
-                longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-                hold.wait(random.uniform(0.5, 1) * longest)
-                if code != "TRYAGAIN":
-                    self._stale.set()
+            target = self._note_redirection(source, hold, words, slot, batch)
             hold.note(slot, batch, target)
             batches.setdefault(hold, []).append(batch)
         for hold, waiting in batches.items():
@@ -255,27 +247,56 @@ class Cluster:
         del redirected[:]
         self._routing.resume(source)
 
+    def _note_redirection(
+        self, source: Connection, hold: SlotHold, words: str, slot: int, batch: Batch
+    ) -> Connection | None:
+        """Take over what a redirection says; return the node to ask, if it is an ASK."""
+        code = words.partition(" ")[0]
+        address = None
+        if code in ("MOVED", "ASK"):
+            address = parse_redirection(words, slot, self._nodes.address_of(source))
+        self._routing.stop_reading(slot, source)
+        if address is None:
+            self._state.record_redirected()
+            hold.wait(half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections)))
+            if code != "TRYAGAIN":
+                self._state.record_stale()
+            return None
+        info = self._state.announced(address)
+        target = self._nodes.open(info)
+        if code == "ASK":
+            self._state.record_redirected()
+            return target
+        self._masters[slot] = target
+        self._routing.unopened.pop(slot, None)
+        self._forget([slot])
+        self._state.record_moved(slot, info)
+        return None
+
     def on_progress(self, source: Connection) -> None:
-        """Look whether a node has answered what a room waits for."""
+        """Check whether a node has answered the commands that a hold waits for."""
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
     def on_connected(self, node: Connection) -> None:
-        """Note that a node can be asked."""
-        self._refresher.node_ready.set()
-        if self._options.scale_reads != "master":
+        """Use a node that can be asked now."""
+        self._nodes.info_of(node).trouble = self._nodes.info_of(node).refusal = None
+        self._refresher.on_node_decided()
+        if self._reads_replicas:
             self._assign_readers()
         if self._follower is not None:
             self._follower.on_connected(node)
 
     def on_disconnected(self, node: Connection) -> None:
-        """Note that a node was lost: another one may have its slots by now."""
+        """Note a lost node or a failed attempt: another node may have its slots by now."""
         self._keeper.check()
-        self._last_loss = node.last_loss
-        self._stale.set()
-        if node.refusal is not None:
-            self._refresher.node_ready.set()  # to tell of it, if all refuse
-        if self._options.scale_reads != "master":
+        info, refusal = self._nodes.info_of(node), node.refusal
+        info.trouble = node.pipeline.down
+        info.refusal = None if refusal is None else lambda operation: refusal
+        self._state.record_loss(info, node.last_loss)
+        if refusal is not None:
+            self._refresher.on_node_decided()  # the error comes at once if all nodes refuse
+        if self._reads_replicas:
             self._assign_readers()
             self._routing.resume(node)
         else:
@@ -289,7 +310,7 @@ class Cluster:
         return self._masters[slot]
 
     def _forget(self, slots: list[int]) -> None:
-        """Let the near cache forget what it has of slots that another node serves by now."""
+        """Drop the near cache's records of slots that have another owner now."""
         if self._near is not None:
             self._near.slots_moved(slots)
         if self._follower is not None and slots:
@@ -297,151 +318,137 @@ class Cluster:
 
     # -- the nodes
 
-    def _node(self, address: Address) -> Connection:
-        """Return the connection to a node, opened if it is a new one."""
-        node = self._members.find(address)
-        if node is None:
-            node = Connection(
-                self.options_at(address),
-                self._credentials,
-                cluster=self,
-                read_only=self._options.scale_reads != "master",
-                near=self._near,
-                inbox=self._inbox,
-                resolver=self._resolver,
-            )
-            self._members.join(address, node)
-            self._routing.join(node)
+    def _connect(self, info: NodeInfo) -> Connection:
+        """Return a new connection to a node."""
+        node = Connection(
+            info.options,
+            self._credentials,
+            cluster=self,
+            read_only=self._reads_replicas,
+            near=self._near,
+            inbox=self._inbox,
+            resolver=self._resolver,
+        )
+        self._routing.join(node)
         return node
 
+    def _node(self, shown: str) -> Connection:
+        return self._nodes.open(self._state.node_at(shown))
+
     def _open_for(self, slot: int) -> None:
-        """Open the node that serves a slot, if it wasn't needed before."""
-        one = self._routing.unopened.get(slot)
-        if one is None or self._closed:
+        """Connect to the node that serves a slot, if this is the first need of it."""
+        shard = self._routing.unopened.get(slot)
+        if shard is None or self._closed:
             return
-        mapped = self._options.mapped
-        node = self._node(mapped(*one.primary))
-        if self._options.scale_reads != "master":
-            for replica in one.replicas:
-                self._node(mapped(*replica))
+        node = self._node(shard.primary)
+        for reader in shard.readers:
+            self._node(reader)
         its = [
             slot
-            for slot in range(one.first, one.last + 1)
-            if self._routing.unopened.get(slot) is one
+            for slot in range(shard.first, shard.last + 1)
+            if self._routing.unopened.get(slot) is shard
         ]
         for slot in its:
             del self._routing.unopened[slot]
         self._routing.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
-        """Connect to the nodes that are configured."""
-        for address in self._seeds.addresses:
-            self._node(address)
+        """Connect to the configured nodes."""
+        for address in self._state.seeds.addresses:
+            self._nodes.open(self._state.node(address))
 
     def _leave(self, node: Connection) -> None:
-        """Close a node that is no part of the cluster any more, after what it has in flight."""
+        """Close a departed node, after its commands in flight are answered."""
         self._routing.leave(node)
         if self._follower is not None:
             self._follower.on_disconnected(node)
-        self._members.leave(node)
+        self._nodes.leave(node)
 
     # -- the view
 
+    def _on_refresh_due(self) -> None:
+        self._refresher.on_due()
+
     def _end(self) -> None:
-        """Note that the view is kept up to date no more."""
+        """Note that the view is not refreshed any more."""
         self._closed = True
         if not self._loop.is_closed():
             self._give_up(_CLOSED)
 
-    def record_failure(self, error: Exception) -> None:
-        """Tell those who wait for the slots why there are none."""
-        self._routing.unrouted.pipeline.down = error
-        refusing = isinstance(error, ConfigError | ReplyError)
-        if not refusing and (nodes := self._members.all()):
-            refusals = [node.refusal for node in nodes]
-            if all(refusals):
-                refusing, error = True, refusals[0]  # type: ignore[assignment]
-        if self.view:
+    def on_refresh_failed(self) -> None:
+        """Let waiting operations fail at once if no later refresh can succeed."""
+        self._routing.unrouted.pipeline.down = self._state.trouble
+        if self._state.known:
             return
-        if refusing and str(error) != str(self._refusal):
-            _logger.warning("can't use the cluster %s: %s", self._options.address, error)
-        self._refusal = error if refusing else None
-        if refusing:
-            self._discovered.set()
-            message = str(error)
-            self._routing.unrouted.refuse(lambda operation: ConnectError(f"{operation}: {message}"))
-        else:
+        refusal = self._state.refusal
+        if refusal is None:
             self._discovered.clear()
             self._routing.unrouted.refuse(None)
+        else:
+            self._discovered.set()
+            message = str(refusal("connect"))
+            self._routing.unrouted.refuse(lambda operation: ConnectError(f"{operation}: {message}"))
 
-    def apply(self, view: tuple[SlotRange, ...]) -> None:
-        """Take over a view: open nodes, give slots their owners, and let nodes leave."""
-        mapped = self._options.mapped
-        masters: list[Connection | None] = [None] * constants.SLOTS
-        present: set[Connection] = set()
-        reads_replicas = self._options.scale_reads != "master"
-        announced = {one.primary for one in view}
-        if reads_replicas:
-            announced.update(replica for one in view for replica in one.replicas)
-        at = self._node if len(announced) <= AT_ONCE else self._members.find
-        unopened: dict[int, SlotRange] = {}
-        for one in view:
-            slots = range(one.first, one.last + 1)
-            nodes = [at(mapped(*one.primary))]
-            if nodes[0] is None:
-                unopened.update(dict.fromkeys(slots, one))
-            masters[one.first : one.last + 1] = nodes * len(slots)
-            if reads_replicas:
-                nodes += [at(mapped(*replica)) for replica in one.replicas]
-            present.update(node for node in nodes if node is not None)
-        for slot in self._refresher.moved:
-            # The view may be the older one; the next will tell.
-            masters[slot] = self._masters[slot]
-        present.update(node for node in masters if node is not None)
-        self._routing.unopened = {
-            slot: one for slot, one in unopened.items() if masters[slot] is None
-        }
-        self.view = view
-        self._routing.unrouted.pipeline.down = ConnectError(
-            "no node of the cluster serves this slot"
-        )
+    def on_refreshed(self) -> None:
+        """Follow a new view: connect to nodes, give slots their owners, and drop nodes."""
+        masters, unopened = self._assign_masters()
+        self._routing.unopened = unopened
+        self._routing.unrouted.pipeline.down = self._state.trouble
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
         left = {self._masters[slot] for slot in changed}
-        if self._routing.unopened:
-            left.add(None)  # what waits is what its node is opened for
+        if unopened:
+            left.add(None)  # operations may wait there for a node that isn't connected yet
         self._forget(changed)
         self._routing.hand_slots({slot: masters[slot] for slot in changed})
-        if self._options.scale_reads != "master":
+        if self._reads_replicas:
             self._assign_readers()
         self._routing.resume(*left)
-        self._refusal = None
         self._routing.unrouted.refuse(None)
         self._discovered.set()
-        self._let_leave(present)
+        for node in self._nodes.departed():
+            self._leave(node)
 
-    def _let_leave(self, present: set[Connection]) -> None:
-        if not any(node.is_ready for node in present):
-            return
-        for node, is_gone in self._members.missing(present).items():
-            if is_gone:
-                self._leave(node)
-            else:
-                self._stale.set()
+    def _assign_masters(self) -> tuple[list[Connection | None], dict[int, Shard]]:
+        """Return the owner of each slot, and the slots whose owner has no connection yet."""
+        table = self._state.table
+        masters: list[Connection | None] = [None] * constants.SLOTS
+        unopened: dict[int, Shard] = {}
+        for shard in table.shards:
+            slots = range(shard.first, shard.last + 1)
+            node = self._nodes.find(shard.primary)
+            if self._state.opens_all:
+                node = self._node(shard.primary)
+                for reader in shard.readers:
+                    self._node(reader)
+            elif node is None:
+                unopened.update(dict.fromkeys(slots, shard))
+            masters[shard.first : shard.last + 1] = [node] * len(slots)
+        for slot, shown in table.moved:
+            masters[slot] = self._nodes.find(shown)
+            unopened.pop(slot, None)
+        return masters, unopened
 
     # -- reads from replicas
 
     def _assign_readers(self) -> None:
-        """Choose anew which nodes are read from."""
-        reading = self._members.readers(self.view, self._options)
+        """Choose the nodes to read from: of each primary, its replicas that are ready."""
+        also_primary = self.options.scale_reads == "all"
+        replicas: dict[Connection, dict[Connection, None]] = {}
+        for shard in self._state.table.shards:
+            if (primary := self._nodes.find(shard.primary)) is None:
+                continue
+            found = map(self._nodes.find, shard.readers)
+            ready = [one for one in found if one is not None and one.is_ready]
+            replicas.setdefault(primary, {}).update(dict.fromkeys(ready))
+        reading = {
+            primary: [one for one in ready if one is not primary] + [primary] * also_primary
+            for primary, ready in replicas.items()
+        }
         if reading != self._reading:
             self._reading = reading
             self._routing.read_from(reading)
 
     # -- small things
-
-    def errors_by_node(self) -> str:
-        """Return what keeps the nodes from being ready, each in a few words."""
-        return self._members.errors_by_node() or str(self._routing.unrouted.pipeline.down)
 
     def _check_owner(self) -> None:
         check_process(self._pid, _OWNER)

@@ -1,116 +1,105 @@
-"""The connections to the nodes of a cluster: to those that are part of it, and that leave it."""
+"""The connections of an AsyncCache to the nodes of a cluster: current nodes, and leaving ones."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import Options
-from ..core import stats as counters
-from ..core.constants import join_address
-from ..net.slots import VIEWS_TO_LEAVE, Address, SlotRange
+from ..net.cluster_state import ClusterState
+from ..net.slot_table import NodeInfo
+from ..net.slots import Address
 from .connection import Connection
 
 
 class ClusterNodes:
-    """The nodes of a cluster that are known, each with a connection."""
+    """One connection to each node of a ClusterState that was needed so far.
 
-    def __init__(self) -> None:
+    ``connect`` returns a new connection to a node.
+    """
+
+    def __init__(self, state: ClusterState, connect: Callable[[NodeInfo], Connection]) -> None:
+        self._state = state
+        self._connect = connect
         self._nodes: dict[str, Connection] = {}
-        self._addresses: dict[Connection, Address] = {}
-        self._absences: Counter[Connection] = Counter()
+        self._infos: dict[Connection, NodeInfo] = {}
         self._leaving: dict[Connection, asyncio.Task[None]] = {}
-        self._past: dict[str, Any] = {}
 
-    def find(self, address: Address) -> Connection | None:
-        """Return the node at an address, if it is known."""
-        return self._nodes.get(join_address(*address))
+    def find(self, shown: str) -> Connection | None:
+        """Return the connection to the node at ``host:port``, if there is one."""
+        return self._nodes.get(shown)
+
+    def open(self, info: NodeInfo) -> Connection:
+        """Return the connection to a node, made now if there is none."""
+        node = self._nodes.get(info.shown)
+        if node is None:
+            node = self._connect(info)
+            info.is_tried, info.trouble = True, node.pipeline.down
+            self._infos[node] = info
+            self._nodes[info.shown] = node
+        return node
+
+    def info_of(self, node: Connection) -> NodeInfo:
+        """Return the node that a connection leads to, even while it is leaving."""
+        return self._infos[node]
 
     def address_of(self, node: Connection) -> Address:
-        """Return where a node is, even if it is leaving."""
-        return self._addresses[node]
+        """Return the address of a connection's node, even while it is leaving."""
+        return self._infos[node].address
 
     def all(self) -> list[Connection]:
-        """Return the nodes that are not leaving."""
+        """Return the connections that are not leaving."""
         return list(self._nodes.values())
 
     def ready(self) -> list[Connection]:
-        """Return the nodes that can be asked."""
+        """Return the connections that can send now."""
         return [node for node in self._nodes.values() if node.is_ready]
 
+    def is_up(self, shown: str) -> bool:
+        """Return whether the node at ``host:port`` has a connection that can send now."""
+        node = self._nodes.get(shown)
+        return node is not None and node.is_ready
+
     def leaving(self) -> list[Connection]:
-        """Return the nodes that finish what they have in flight."""
+        """Return the connections that finish their commands in flight before they close."""
         return list(self._leaving)
 
-    # -- who comes and goes
+    def departed(self) -> list[Connection]:
+        """Return the connections to nodes that the state no longer has."""
+        known = self._state.nodes
+        return [node for node, info in self._infos.items() if self._is_departed(node, info, known)]
 
-    def join(self, address: Address, node: Connection) -> None:
-        """Note a node that is new."""
-        self._nodes[join_address(*address)] = node
-        self._addresses[node] = address
-
-    def missing(self, present: Collection[Connection]) -> dict[Connection, bool]:
-        """Return the nodes that a view leaves out, and of each whether it counts as gone by now."""
-        for node in present:
-            self._absences.pop(node, None)
-        absent = [node for node in self._nodes.values() if node not in present]
-        self._absences.update(absent)
-        return {node: self._absences[node] >= VIEWS_TO_LEAVE for node in absent}
+    def _is_departed(self, node: Connection, info: NodeInfo, known: Mapping[str, NodeInfo]) -> bool:
+        return node not in self._leaving and known.get(info.shown) is not info
 
     def leave(self, node: Connection) -> None:
-        """Close a node that is no part of the cluster any more, after what it has in flight."""
-        del self._nodes[join_address(*self._addresses[node])]
-        self._absences.pop(node, None)
+        """Close a connection once its commands in flight are answered."""
+        del self._nodes[self._infos[node].shown]
 
         async def close() -> None:
             await node.close()
-            del self._addresses[node], self._leaving[node]
-            counters.add(self._past, node.stats())
+            del self._infos[node], self._leaving[node]
+            self._state.keep_counts(None, node.stats())
 
         self._leaving[node] = asyncio.create_task(close(), name=f"dscache {node.address}")
 
     async def close(self) -> None:
-        """Close every node."""
+        """Close every connection."""
         closing = [node.close() for node in self._nodes.values()]
         await asyncio.gather(*closing, *self._leaving.values())
 
-    # -- what they tell
-
-    def readers(
-        self, view: Iterable[SlotRange], options: Options
-    ) -> dict[Connection, list[Connection]]:
-        """Return who is read of each primary's slots: those that are ready, as configured."""
-        mapped = options.mapped
-        shards: dict[Connection, dict[Connection, None]] = {}
-        for one in view:
-            primary = self.find(mapped(*one.primary))
-            if primary is not None:
-                replicas = (self.find(mapped(*replica)) for replica in one.replicas)
-                ready = {node: None for node in replicas if node is not None and node.is_ready}
-                shards.setdefault(primary, {}).update(ready)
-        also_primary = options.scale_reads == "all"
-        return {
-            primary: [*replicas, primary] if also_primary else list(replicas)
-            for primary, replicas in shards.items()
-        }
+    # -- what stats() shows of them
 
     @property
     def server(self) -> str:
         """The kinds and versions of the servers, as far as they are known."""
         return ", ".join(sorted({node.server for node in self._nodes.values() if node.server}))
 
-    def errors_by_node(self) -> str:
-        """Return what keeps the nodes from being ready, each in a few words."""
-        down = {address: node.pipeline.down for address, node in self._nodes.items()}
-        return "; ".join(f"{address}: {why}" for address, why in down.items() if why)
-
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return the counters of each node, by its address."""
-        # Lists, as it may be asked from another thread, such as that of a monitoring system.
-        return {address: node.stats() for address, node in list(self._nodes.items())}
+        # A copy, since another thread may call this, such as that of a monitoring system.
+        return {shown: node.stats() for shown, node in list(self._nodes.items())}
 
     def former_stats(self) -> list[Mapping[str, Any]]:
-        """Return the counters of the nodes that have left, together, and of each that leaves."""
-        return [self._past, *(node.stats() for node in list(self._leaving))]
+        """Return the counters of all departed nodes together, and of each leaving one."""
+        return [self._state.past, *(node.stats() for node in list(self._leaving))]

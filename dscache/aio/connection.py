@@ -1,10 +1,10 @@
-"""One node's connection: made, watched, made again, and the operations that wait for it.
+"""The connection to one node: made, watched and made again, while operations wait for it.
 
-A Connection owns the Pipeline of its node, which outlives every socket. How a socket is opened
-and the server greeted stands in ``endpoint.py``, what a socket is in ``protocol.py``.
+A Connection owns the Pipeline of its node, which outlives every socket. ``endpoint.py`` opens a
+socket and logs in; ``protocol.py`` is the socket.
 
-States: *connecting* (operations wait until their deadline), *ready*, *refused* (the server said
-no to the handshake: operations fail at once with what it said, while attempts go on, since a
+States: *connecting* (operations wait until their deadline), *ready*, *refused* (the server has
+refused the handshake: operations fail at once with its error, while attempts go on, since a
 password may be put right) and *closed*.
 """
 
@@ -14,66 +14,72 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
+from ..core.constants import ErrorOf
 from ..errors import ConnectError, ConnectionLost, ProtocolError
-from ..net.credentials import Credentials, Hidden
-from ..net.handshake import ServerInfo, as_connect_error, permanent_failure
+from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Hidden, Word
+from ..net.handshake import ServerInfo
+from .background_task import BackgroundTask
+from .credentials import Credentials
 from .deadlines import Deadlines
-from .endpoint import Endpoint
-from .heartbeat import Heartbeat, request, send_control
-from .kept_task import KeptTask
+from .endpoint import Endpoint, ServerEndpoint
+from .heartbeat import Heartbeat
 from .lifecycle import check_loop, check_process
-from .protocol import PushProtocol, SocketProtocol
+from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from ..core.batch import Batch
+    from ..core.pure import MessageDispatcher, NearCache, Pipeline
+
 _logger = logging.getLogger("dscache")
 
-# Operations of one tick expire together, up to so many seconds before their time.
+# Operations of one tick expire together, up to this many seconds early.
 _DEADLINE_GRAIN = 0.02
-# A connection that lasted for so many seconds was a good one: the next attempt comes soon.
+# A connection that lasted this many seconds was a good one: the next attempt comes soon.
 _STEADY_AFTER = 1.0
-# What is so many seconds late does not come any more.
+# A step that is this many seconds late never comes.
 _GRACE = 1.0
 
 
 class NodeListener(Protocol):
-    """Who wants to know of the comings and goings of nodes."""
+    """Hears when nodes are connected and disconnected."""
 
     def on_connected(self, node: Connection, /) -> None:
-        """The node can be asked."""
+        """Operations can be sent to the node."""
 
     def on_disconnected(self, node: Connection, /) -> None:
         """The node was lost, or could not be reached."""
 
 
 class ClusterListener(NodeListener, Protocol):
-    """What the connection to a node of a cluster tells the cluster."""
+    """A cluster: hears also of redirections and replies."""
 
     def on_redirected(self, source: Connection, /) -> None:
-        """The node has sent operations away: they are in ``pipeline.redirected``."""
+        """The node has redirected operations: they are in ``pipeline.redirected``."""
 
     def on_progress(self, source: Connection, /) -> None:
-        """The node has answered something, while it was ``watched``."""
+        """A reply has arrived while the connection was ``watched``."""
 
 
 class Connection:
     """The connection to one node: made, kept, made again, and closed.
 
-    With a ``cluster`` it is one of several, and with ``read_only`` it may be read from while it is
-    a replica. ``front`` is where operations go: its pipeline, or a near cache before it, which on
-    a cluster is ``near`` for all nodes. ``endpoint`` stands in for the one server that ``options``
-    name, and ``inbox`` takes the messages that come. The nodes of a cluster share a ``resolver``.
-    ``owner`` is for errors: whose it is.
+    With a ``cluster`` it is one of several, and with ``read_only`` a replica answers reads.
+    ``entry`` is where operations go: its pipeline, or a near cache before it, which on a cluster
+    is ``near`` for all nodes. ``endpoint`` replaces the one server that ``options`` name, and
+    ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``.
+    ``owner`` names the user's object in errors.
     """
 
     def __init__(
@@ -83,23 +89,23 @@ class Connection:
         *,
         cluster: ClusterListener | None = None,
         read_only: bool = False,
-        near: Any = None,
-        endpoint: Any = None,
-        inbox: Any = None,
+        near: NearCache | None = None,
+        endpoint: ServerEndpoint | None = None,
+        inbox: MessageDispatcher | None = None,
         resolver: Resolver | None = None,
         owner: str = "an AsyncCache",
     ) -> None:
         self.server = ""
         self._owner = owner
         self.watched = False
-        """Whether the cluster wants to know of every answer."""
+        """Whether the cluster hears of every reply."""
         self.redirections = 0
-        """How often the node has sent operations away, as far as the cluster has counted."""
+        """How many operations the node has redirected; the cluster counts them."""
         self._options = options
         self._cluster = cluster
         login = Credentials(options, credentials)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
-        self._endpoint: Any = endpoint or Endpoint(
+        self._endpoint: ServerEndpoint = endpoint or Endpoint(
             options,
             login,
             read_only=read_only,
@@ -107,10 +113,10 @@ class Connection:
             of_cluster=cluster is not None,
             resolver=resolver,
         )
-        login.listen(self._log_in_again, options.address)
+        login.on_renewal(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        self.pipeline = _backend.core.Pipeline(
+        self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
             begin=self._begin,
@@ -122,9 +128,10 @@ class Connection:
         )
         self.pipeline.down = ConnectError("still connecting")
         self.pipeline.inbox = inbox
-        self.entry: Any = self.pipeline
+        self.entry: Pipeline | NearCache = self.pipeline
+        self._own_near: NearCache | None = None
         if is_near and near is None:
-            self.entry = near = _backend.core.NearCache(
+            self.entry = self._own_near = near = _backend.core.NearCache(
                 self._loop.create_future,
                 self.pipeline,
                 check=self._check_owner,
@@ -136,68 +143,73 @@ class Connection:
         self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
         self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
         self._link: SocketProtocol | None = None
-        # The socket that is being opened, or is ready, or whose end has not been dealt with.
+        # The socket that is being opened, is ready, or has ended without ``_settle``.
         self._socket: SocketProtocol | None = None
         self._closed = False
-        self._refusal: Callable[[str], Exception] | None = None
+        self._refusal: ErrorOf | None = None
         self._attempting = False
-        # By when the task that keeps the connection must have come to its next step.
+        # When the next step of the keeper task is overdue.
         self._stuck_at = math.inf
-        # Set while the state is ready, refused or closed: when there is something to tell.
+        # Set while the state is ready, refused or closed: ``when_ready`` has a result then.
         self._decided = asyncio.Event()
         self._flush_due = False
         self._deadlines = Deadlines(self._expire)
         self._drained: asyncio.Future[None] | None = None
+        self._first_attempt: asyncio.Future[Exception | None] | None = None
         self._connects = 0
         self.last_loss = ""
-        self._keeper = KeptTask(self._keep, f"dscache {self.address}", self._end)
+        self._keeper = BackgroundTask(self._keep, f"dscache {self.address}", self._end)
         self._tasks = [self._keeper]
         if self._endpoint.may_move:
             follow = partial(self._endpoint.follow, self._check_place)
-            self._tasks.append(KeptTask(follow, f"dscache follows {self.address}"))
+            self._tasks.append(BackgroundTask(follow, f"dscache follows {self.address}"))
         self._heartbeat.watch(None)
         after_fork_in_child(self, Connection._reset_after_fork)
 
     @property
     def address(self) -> str:
-        """Where the server is: of a discovered one, where it was last."""
-        address: str = self._endpoint.address
-        return address
+        """The address of the server; the last known one, if Sentinels name it."""
+        return self._endpoint.address
 
     @property
     def is_ready(self) -> bool:
-        """Whether operations go to the server at once."""
+        """Whether operations are sent at once."""
         return self._link is not None
 
     @property
+    def link(self) -> SocketProtocol | None:
+        """The socket of a connection that is ready, else None."""
+        return self._link
+
+    @property
     def refusal(self) -> Exception | None:
-        """What the server said if it refuses the handshake."""
+        """The server's error if it refuses the handshake."""
         return None if self._refusal is None else self._refusal("connect")
 
-    def requeue(self, batches: Iterable[Any]) -> None:
-        """Take over operations that another node has given away, with the time they have left."""
+    def requeue(self, batches: Iterable[Batch]) -> None:
+        """Take over operations of another node, with the time that they have left."""
         self.pipeline.requeue(batches)
         self._deadlines.look()
 
-    async def ask(self, *commands: list[Any]) -> list[Any]:
-        """Return the replies to some commands, errors of Redis among them.
+    async def ask(self, *commands: Sequence[Word]) -> list[Any]:
+        """Send commands at once; return the replies, error replies included.
 
-        Raises ConnectionLost if the node is not ready, or is lost before it answers.
+        Raises ConnectionLost if the node is not ready, or is lost before the last reply.
         """
         if self._link is None:
             raise ConnectionLost(f"no connection to {self.address}")
         return await request(self._link, *commands)
 
     def leave(self, reason: str) -> None:
-        """End the socket that there is now; another one follows."""
+        """End the present socket; another one follows."""
         if self._link is not None:
             self._link.abort(ConnectionLost(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
 
-        Raises ConnectError if it isn't within ``connectTimeout``, and at once what the server
-        says if it refuses the handshake.
+        Raises ConnectError if it isn't within ``connectTimeout``, and the server's error at once
+        if the server refuses the handshake.
         """
         self._check_owner()
         timeout = self._options.connect_timeout
@@ -214,14 +226,28 @@ class Connection:
         if self._refusal is not None:
             raise self._refusal("connect")
 
+    async def first_attempt(self) -> None:
+        """Wait until the first attempt to connect has ended; raises the error that ended it.
+
+        Must be called in the tick that created the connection.
+        """
+        self._first_attempt = self._loop.create_future()
+        error = await self._first_attempt
+        if error is not None:
+            raise error
+
+    def _end_first_attempt(self, error: Exception | None) -> None:
+        if self._first_attempt is not None and not self._first_attempt.done():
+            self._first_attempt.set_result(error)
+
     async def close(self) -> None:
-        """Finish what was issued, within ``closeTimeout``, and end the connection."""
+        """Finish the operations under way within ``closeTimeout``, and end the connection."""
         if self._closed:
             return
         self._check_owner()
         self._closed = True
-        if self.entry is not self.pipeline:
-            self.entry.close()
+        if self._own_near is not None:
+            self._own_near.close()
         timeout = self._options.close_timeout / 1000
         end = self._loop.time() + timeout
         link = self._link
@@ -239,7 +265,7 @@ class Connection:
             link.abort(ConnectionLost("it was closed"))
 
     def stats(self) -> dict[str, Any]:
-        """Return the pipeline's counters, and what became of the connection."""
+        """Return the counters of the pipeline and of the connection."""
         stats = {
             **self.pipeline.stats(),
             "connections": int(self.is_ready),
@@ -248,28 +274,28 @@ class Connection:
             "redirections": self.redirections,
             "last_loss": self.last_loss,
         }
-        if self.entry is not self.pipeline:
-            stats["near_cache"] = self.entry.stats()
+        if self._own_near is not None:
+            stats["near_cache"] = self._own_near.stats()
         return stats
 
-    # -- the way out
+    # -- sending
 
     def _wake(self) -> None:
-        """Schedule this tick's flush; the pipeline calls it before the first operation of one."""
-        # As _check_owner does, which would be one more call in each tick.
+        """Schedule this tick's flush; the pipeline calls it before a tick's first operation."""
+        # The body of _check_owner, to save a call in each tick.
         check_process(self._pid, self._owner)
         check_loop(self._loop, self._owner)
         self._check_open()
         if not self._flush_due:
             self._loop.call_soon(self._flush)
-            self._flush_due = True  # now: that may have raised
+            self._flush_due = True  # set behind call_soon, which may raise
         self._deadlines.ensure(self._options.command_timeout / 1000)
         if self._link is None:
             self._reconnect.expedite()
             self._keeper.check()
 
     def _begin(self) -> None:
-        """Send what this tick has brought up to now."""
+        """Send the operations of this tick so far."""
         if self._link is not None:
             self._link.begin()
 
@@ -279,14 +305,14 @@ class Connection:
         self.pipeline.end_tick()
         if link is not None:
             link.flush()
-        # An attempt under way may end the refusal, and has slots of its own in the pipeline.
+        # An attempt under way may end the refusal, and its commands are in the pipeline.
         elif self._refusal is not None and not self._attempting:
             self.pipeline.fail_all(self._refusal)
 
-    # -- the way back, called by the link
+    # -- receiving, called by the socket
 
     def on_replies(self) -> None:
-        """Go on after replies: what the window held back may go, and a close may end."""
+        """Go on after replies: send what the window held back, and finish a close."""
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
@@ -302,7 +328,7 @@ class Connection:
         self._note_drained()
 
     def on_writable(self) -> None:
-        """Go on after the transport had too much to send."""
+        """Go on after the transport's buffer was full."""
         if not self._flush_due:
             self._flush()
 
@@ -313,14 +339,14 @@ class Connection:
             drained.set_result(None)
 
     def _expire(self, now: float) -> float | None:
-        """Fail the operations that take too long, and end a link that is silent meanwhile."""
+        """Fail the operations whose deadline is past, and end a socket that is silent."""
         self._check()
         deadline: float | None = self.pipeline.expire(now)
         if deadline is not None and self._flush_due:
-            self._flush()  # its own turn is late, or never comes as the loop was interrupted
+            self._flush()  # call_soon is late, or lost with an interruption of the loop
         timeout = self._options.command_timeout / 1000
         if self._link is not None and self._link.unanswered_for() >= timeout:
-            # What is about to expire as well must not be told of the connection that ends here.
+            # Operations about to expire fail by their deadline, not with the connection.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
             self._link.abort(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
         self._note_drained()
@@ -329,7 +355,7 @@ class Connection:
     # -- the socket's life
 
     async def _keep(self) -> None:
-        """Keep a connection until cancelled: by ``close``, or by a loop that ends."""
+        """Keep a connection until cancelled by ``close``, or by a loop that ends."""
         while True:
             self._settle()
             was_well = await self._live()
@@ -337,7 +363,7 @@ class Connection:
             await self._reconnect.pause(was_well=was_well, is_refused=self._refusal is not None)
 
     async def _live(self) -> bool:
-        """Live through one socket; return whether it was of use for a while."""
+        """Open one socket and wait until it is lost; return whether it lasted."""
         timeout = self._options.connect_timeout / 1000
         self._stuck_at = self._loop.time() + timeout + _GRACE
         self._attempting = True
@@ -350,8 +376,8 @@ class Connection:
                 self.pipeline.address = self.address
                 greeting = await self._endpoint.greet(partial(request, link))
         except Exception as error:
-            # An attempt may fail in any way, such as a Sentinel's nonsense in redis-py; without
-            # a next one the cache would never be well again.
+            # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
+            # follow, or the cache would stay without a connection.
             link.abort(error)
             self._failed(error)
             self._socket = None
@@ -365,7 +391,7 @@ class Connection:
         return self._loop.time() - began > _STEADY_AFTER
 
     def _settle(self) -> None:
-        """Deal with the end of a socket, if an exception has kept that from being done."""
+        """Handle the end of a socket that an exception has kept from being handled."""
         link = self._socket
         if link is None:
             return
@@ -375,7 +401,7 @@ class Connection:
         self._socket = None
 
     def _check(self) -> None:
-        """Look whether the connection is being kept, and begin again if it isn't."""
+        """Begin the keeper task again if it has ended or is stuck."""
         now = self._loop.time()
         if self.pipeline.operations:
             self._deadlines.ensure(0)
@@ -385,12 +411,12 @@ class Connection:
         if link is not None and link.is_cut and self._stuck_at == math.inf:
             self._stuck_at = now + _GRACE
         if now > self._stuck_at:
-            # A future or timer that it waits for was lost with an exception of the loop's own.
+            # An exception in the loop has lost the future or timer that the task awaits.
             self._stuck_at = now + _GRACE
             self._keeper.begin_again()
 
     def _end(self) -> None:
-        """Note that the connection is kept no more."""
+        """Close: the keeper task has ended for good."""
         self._closed = True
         link = self._socket
         if link is not None:
@@ -398,18 +424,18 @@ class Connection:
                 link.close()
             else:
                 link.abort(ConnectionLost("it was closed"))
-        # A loop that was closed has left this task behind, and nobody can be told any more.
+        # On a closed loop no future can be set.
         if not self._loop.is_closed():
             self._give_up("the cache was closed before the answer came")
 
     def _log_in_again(self, words: list[str | Hidden]) -> None:
-        """Tell the server of renewed credentials; who connects just now has asked for them."""
+        """Send renewed credentials; an attempt under way fetches them by itself."""
         if self._link is not None:
             self.pipeline.forget("login")
             send_control(self._link, "AUTH", *words)
 
     def _check_place(self) -> None:
-        """Leave a server that is no longer the one which the Sentinels name."""
+        """Disconnect from a server that the Sentinels no longer name."""
         if self._link is not None and self._endpoint.has_moved:
             self._link.abort(
                 ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
@@ -420,19 +446,22 @@ class Connection:
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self._link = link
         self.server = greeting.server
-        # On a cluster, Valkey 9.1 serves MSETEX even of keys of a slot that is being moved away,
-        # where it redirects every other command: a record would be in two places.
+        # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
+        # where it redirects every other command: a record would be on two nodes.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
         self.pipeline.resp2_pubsub = not greeting.has_pushes and self.pipeline.inbox is not None
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:
-            _logger.warning("%s tells of no changes: what it holds is not kept here", self.address)
+            _logger.warning(
+                "%s announces no changes: its records are not kept in the near cache", self.address
+            )
         self._attempting = False
         self._connects += 1
         self._refusal = None
         self.pipeline.down = None
         self._decided.set()
         self._heartbeat.watch(link)
+        self._end_first_attempt(None)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
         self._flush()
         if self._cluster is not None:
@@ -469,6 +498,7 @@ class Connection:
             self._decided.set()
             self.pipeline.fail_all(refusal)
         self._note_drained()
+        self._end_first_attempt(error)
         if self._cluster is not None:
             self._cluster.on_disconnected(self)
 
@@ -488,8 +518,8 @@ class Connection:
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _reset_after_fork(self) -> None:
-        # Else an operation of the child could join a batch of its parent's unfinished tick,
-        # without asking whether it may.
+        # Otherwise an operation of the child could join a batch of the parent's unfinished tick
+        # without the check of its process.
         self.pipeline.end_tick()
-        # Nor is a change ever told to the child.
+        # Invalidations reach the parent alone.
         self.pipeline.forget("fork")

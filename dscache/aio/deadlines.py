@@ -1,4 +1,4 @@
-"""The timer by which the operations of a pipeline end that take too long."""
+"""Timers that no exception can lose, and the deadlines of a pipeline's operations."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 # The finest step of the timer, in seconds.
 _STEP = 0.005
-# The second call of a timer comes so much later, in seconds.
+# The second call of a timer comes this much later, in seconds.
 _SECOND = 1.0
 
 
 class SureTimer:
-    """Calls ``call`` once, though an exception may strike before it has done anything.
+    """Calls ``call`` again if an exception strikes before the call has done anything.
 
-    A signal handler may raise as the callback begins, and the loop has dropped the timer by then.
-    So a second one is set, which is cancelled as soon as ``call`` sets the timer anew, or stops it.
+    A signal handler may raise as the callback begins, when the loop has dropped the timer. So each
+    timer is set twice. The second one is cancelled when ``call`` starts or stops the timer.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -26,11 +26,11 @@ class SureTimer:
 
     @property
     def is_set(self) -> bool:
-        """Whether it is going to call."""
+        """Whether a call is outstanding."""
         return bool(self._handles)
 
     def start(self, seconds: float) -> None:
-        """Call in so many seconds, and not when it was to call before."""
+        """Call in so many seconds, in place of any earlier time."""
         earlier = self._handles
         call_later = self._loop.call_later
         self._handles = (
@@ -41,27 +41,27 @@ class SureTimer:
             handle.cancel()
 
     def stop(self) -> None:
-        """Call no more."""
+        """Cancel the call."""
         earlier, self._handles = self._handles, ()
         for handle in earlier:
             handle.cancel()
 
 
 class Deadlines:
-    """Calls ``expire(now)`` whenever a deadline is past, which returns the next one, or None."""
+    """Calls ``expire(now)`` when a deadline is past; it returns the next deadline, or None."""
 
     def __init__(self, expire: Callable[[float], float | None]) -> None:
         self._expire = expire
         self._timer = SureTimer(self.look)
 
     def ensure(self, seconds: float) -> None:
-        """Look in so many seconds, unless the next look is certain already."""
+        """Call ``expire`` in so many seconds, unless a call is outstanding."""
         if not self._timer.is_set:
             self._timer.start(seconds)
 
     def look(self) -> None:
-        """Look now, and again at the next deadline."""
-        self._timer.start(_STEP)  # in any case, whatever is raised below
+        """Call ``expire`` now, and again at the next deadline."""
+        self._timer.start(_STEP)  # set first, whatever is raised below
         now = time.monotonic()
         deadline = self._expire(now)
         if deadline is None:
@@ -70,5 +70,5 @@ class Deadlines:
             self._timer.start(max(deadline - now, _STEP))
 
     def stop(self) -> None:
-        """Look no more."""
+        """Cancel the next call."""
         self._timer.stop()

@@ -1,39 +1,70 @@
-"""Where a server is and how it is greeted: everything of a socket before its first operation.
+"""Opening a socket to a server and logging in: everything before the first operation.
 
-Each attempt to connect begins here and from nothing: the host is looked up, the Sentinels are
-asked, certificates are read if their files have changed and credentials are fetched afresh, since
-any of them may have changed since the last one.
+Each attempt to connect begins anew: the Sentinels are asked, the host is looked up, certificates
+are read if their files have changed, and credentials are fetched. Any of them may have changed
+since the last attempt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError
-from ..net.credentials import Credentials, Login, without
-from ..net.handshake import FAMILIES, TCP_OPTIONS, ServerInfo, handshake, secrets_of
-from .resolver import Resolver
+from ..net.credentials import Login, without
+from ..net.handshake import ServerInfo, handshake, secrets_of
+from ..net.sockets import FAMILIES, unix_address
+from .credentials import Credentials
+from .resolver import Resolver, connect_to
 
 if TYPE_CHECKING:
     from .sentinel import Sentinels
 
-__all__ = ["Ask", "Endpoint", "ServerInfo"]
-
 Ask = Callable[..., Awaitable[list[Any]]]
-"""Sends commands (lists) at once and returns the replies; error replies are among them."""
+"""Sends commands (sequences of words) at once; returns the replies, error replies included."""
+
+
+class ServerEndpoint(Protocol):
+    """The server that a Connection connects to, whichever it is at each attempt."""
+
+    @property
+    def address(self) -> str:
+        """The address of the present server, or of the last one."""
+
+    @property
+    def named(self) -> str:
+        """The address that the Sentinels named last."""
+
+    @property
+    def is_discovered(self) -> bool:
+        """Whether the address may be another one at the next attempt."""
+
+    @property
+    def may_move(self) -> bool:
+        """Whether the server may be replaced while it is connected and well."""
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the Sentinels have named another server since the last socket was opened."""
+
+    async def follow(self, moved: Callable[[], None], /) -> None:
+        """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
+
+    async def open(self, protocol: asyncio.BufferedProtocol, /) -> None:
+        """Open a socket for the protocol."""
+
+    async def greet(self, ask: Ask, /) -> ServerInfo:
+        """Log in."""
 
 
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
-    With ``read_only``, a replica of a cluster is told that it may answer reads; with ``is_near``,
-    a server is asked to tell of changes, as the near cache is configured, and as one ``of_cluster``
-    is. All nodes of a cluster have one ``resolver``.
+    ``read_only``, ``is_near`` and ``of_cluster`` are those of ``handshake``. The nodes of a cluster
+    share a ``resolver``.
     """
 
     def __init__(
@@ -64,7 +95,7 @@ class Endpoint:
 
     @property
     def may_move(self) -> bool:
-        """Whether the server may be replaced while it is connected to and well."""
+        """Whether the server may be replaced while it is connected and well."""
         return self.is_discovered and self._options.role == "master"
 
     @property
@@ -72,57 +103,49 @@ class Endpoint:
         """Whether the Sentinels have named another server since the last socket was opened."""
         return self.named != self.address
 
-    async def follow(self, told: Callable[[], None]) -> None:
-        """Keep ``named`` up to date, and call ``told`` after each time, until cancelled."""
+    async def follow(self, moved: Callable[[], None]) -> None:
+        """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
 
-        def moved(host: str, port: int) -> None:
+        def on_moved(host: str, port: int) -> None:
             self.named = constants.join_address(host, port)
-            told()
+            moved()
 
-        await self._group().follow(moved)
+        await self._group().follow(on_moved)
 
     async def open(self, protocol: asyncio.BufferedProtocol) -> None:
-        """Open a socket for ``protocol``, with TLS if so configured.
+        """Open a socket for the protocol, with TLS if so configured.
 
-        Raises OSError, or ConnectError if the Sentinels know no server.
+        Raises OSError, ConfigError if a file of TLS is bad, or ConnectError if no Sentinel names a
+        server.
         """
         options = self._options
         loop = asyncio.get_running_loop()
         tls = options.tls
         context = await self._resolver.tls_context(tls) if tls else None
+        create: Callable[..., Awaitable[object]]
         if options.path:
-            await loop.create_unix_connection(
-                lambda: protocol,
-                options.path,
-                ssl=context,
-                server_hostname=(tls.servername or "localhost") if tls else None,
-            )
-            return
-        host, port = options.host, options.port
-        if options.sentinels is not None:
-            host, port = await self._group().locate()
-            self.address = self.named = constants.join_address(host, port)
-        link = await self._resolver.connect(host, port, FAMILIES[options.family])
-        try:
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in TCP_OPTIONS.items():
-                link.setsockopt(socket.IPPROTO_TCP, option, value)
-        except OSError:
-            link.close()
-            raise
+            host, create = "localhost", loop.create_unix_connection
+            sock = await connect_to([unix_address(options.path)])
+        else:
+            host, port, create = options.host, options.port, loop.create_connection
+            if options.sentinels is not None:
+                host, port = await self._group().locate()
+                self.address = self.named = constants.join_address(host, port)
+            sock = await self._resolver.connect(host, port, FAMILIES[options.family])
         # From here on the loop closes the socket, whatever happens.
-        await loop.create_connection(
+        await create(
             lambda: protocol,
-            sock=link,
+            sock=sock,
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
 
     async def greet(self, ask: Ask) -> ServerInfo:
-        """Get the server's consent to work with it.
+        """Log in and set up the connection; return the facts that the server states.
 
-        Raises ReplyError if it refuses (WRONGPASS, NOAUTH, no such database) or is loading, and
-        ConnectError if it isn't, or is no more, what the Sentinels named it for.
+        Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
+        and ConnectError if the provider of credentials fails, or if the server doesn't have the
+        role that the Sentinels name it for. No error holds a password.
         """
         login = await self._credentials.current()
         try:
@@ -132,7 +155,7 @@ class Endpoint:
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:
-        words = handshake(
+        steps = handshake(
             self._options,
             login,
             self.address,
@@ -140,20 +163,20 @@ class Endpoint:
             is_near=self._is_near,
             of_cluster=self._of_cluster,
         )
-        commands = next(words)
+        commands = next(steps)
         while True:
             try:
-                commands = words.send(await ask(*commands))
-            except StopIteration as consent:
-                greeting: ServerInfo = consent.value
+                commands = steps.send(await ask(*commands))
+            except StopIteration as end:
+                info: ServerInfo = end.value
                 break
         if self.has_moved:
             raise ConnectError(f"the Sentinels name another primary by now, {self.named}")
-        return greeting
+        return info
 
     def _group(self) -> Sentinels:
         if self._sentinels is None:
-            # redis-py takes longer to import than all of dscache, and is only used here.
+            # Imported here: redis-py takes longer to import than all of dscache.
             from .sentinel import Sentinels
 
             self._sentinels = Sentinels(self._options, self._resolver)

@@ -1,4 +1,4 @@
-"""What is opened on an event loop: entered by ``async with``, and used on that loop alone."""
+"""Resources of an event loop: ``async with``, and the checks of their loop and process."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..errors import UsageError
 
 
 class AsyncResource(ABC):
-    """What is ready some time after it was opened, and must be closed: ``async with`` does both."""
+    """A resource that ``async with`` waits for, and closes."""
 
     @abstractmethod
     async def when_ready(self) -> None:
-        """Wait until it is ready; raises what keeps it from that."""
+        """Wait until it is ready; raises the error that keeps it from that."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Finish what was issued, and close; the second time, nothing."""
+        """Finish the operations under way, and close; a second call does nothing."""
 
     async def __aenter__(self) -> Self:
         try:

@@ -11,7 +11,7 @@ from .lifecycle import check_loop
 
 
 class MemoryNode:
-    """In the place of a Connection: always ready until it is closed."""
+    """Takes the place of a Connection: always ready until it is closed."""
 
     server = ""
 
@@ -20,12 +20,12 @@ class MemoryNode:
         self.pipeline = MemoryPipeline(
             loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
         )
-        # All is at hand already: a near cache would save nothing.
+        # No near cache: the records are in memory already.
         self.entry = self.pipeline
 
     @property
     def is_ready(self) -> bool:
-        """Whether it was not closed yet."""
+        """Whether it has not been closed."""
         return not self.pipeline.closed
 
     async def when_ready(self) -> None:

@@ -1,6 +1,6 @@
 """One socket of a Connection, as a protocol of the event loop.
 
-Each socket has a Link of its own, so that the last words of an old one reach nobody.
+Each socket has a SocketProtocol of its own, so that late data of an old one reaches no operation.
 """
 
 from __future__ import annotations
@@ -8,45 +8,49 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..core import constants
-from ..errors import ConnectionLost, ProtocolError
-from ..net.credentials import packed
+from ..errors import ConnectionLost, ProtocolError, ReplyError
+from ..net.credentials import Hidden, Word, masked, packed
+
+if TYPE_CHECKING:
+    from ..core.pure import Pipeline
 
 
 class ProtocolListener(Protocol):
-    """What a Link tells its Connection."""
+    """The Connection of a socket: hears of replies, and when it can send again."""
 
     def on_replies(self) -> None:
-        """Replies came, and were given to whom they belong."""
+        """Replies have arrived, and their operations have them."""
 
     def on_writable(self) -> None:
-        """The transport takes bytes again."""
+        """The transport takes data again."""
 
 
-# Of what a socket brings, so much at once means that there is more.
+# A read of this size suggests that the socket holds more.
 _MUCH = constants.READ_BUFFER_BYTES // 2
-# For so long, in seconds, what has come on a socket may wait there for callbacks to get on.
+# Reading pauses at most this long, in seconds, for the callbacks of messages to get on.
 _LONGEST_REST = 1.0
-# A reply that isn't complete has made progress when so many of its bytes have come. A server that
-# sends one byte now and then would else look alive for as long as it likes.
+# An incomplete reply has made progress when this many more of its bytes have arrived. Otherwise a
+# server that sends a byte now and then would look alive for ever.
 _PROGRESS = 4096
 
 
 class SocketProtocol(asyncio.BufferedProtocol):
-    """A socket: it hands what arrives to the pipeline, and knows for how long nothing did.
+    """A socket: hands incoming data to the pipeline, and measures silence.
 
-    Any exception may strike at any place here: want of memory, too deep a stack, a signal handler
+    An exception may strike on any line here: want of memory, too deep a stack, a signal handler
     that raises. Between the moment when the pipeline counts a command as sent and the one when
-    its bytes are with the socket, that would let every later reply go to the wrong operation. So
+    its bytes are with the socket, that would give every later reply to the wrong operation. So
     ``is_sending`` and ``is_reading`` are set before anything happens and unset behind it, by no
-    ``finally``: while one of them is left over, nothing that arrives is believed, nothing is sent,
-    and the socket is ended by whatever comes first.
+    ``finally``. While one of them is left over, incoming data is dropped, nothing is sent, and the
+    next call of any kind ends the socket.
     """
 
-    def __init__(self, owner: ProtocolListener, pipeline: Any) -> None:
+    def __init__(self, owner: ProtocolListener, pipeline: Pipeline) -> None:
         self._owner = owner
         self._pipeline = pipeline
         self._loop = asyncio.get_running_loop()
@@ -64,12 +68,13 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self.lost: asyncio.Future[Exception] = self._loop.create_future()
 
     def flush(self) -> None:
-        """Send what waits in the pipeline, as far as the window and the socket allow."""
+        """Send the pipeline's output, as far as its window and the socket allow."""
         if self._is_broken():
             return
         self.is_sending = True
         try:
-            while not self.paused and (output := self._pipeline.take_output()):
+            pipeline = self._pipeline
+            while pipeline.queued and not self.paused and (output := pipeline.take_output()):
                 self._write(output)
         except BaseException as error:
             self.break_off(error)
@@ -77,17 +82,17 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self.is_sending = False
 
     def begin(self) -> None:
-        """Send what this tick has brought up to now, if the socket has nothing else to do.
+        """Send the operations of this tick so far, unless the socket is busy.
 
-        Called in the middle of an operation, which may be a finalizer's within another ``flush``.
+        Called in the middle of an operation, perhaps by a finalizer within another ``flush``.
         """
         if not self.is_sending and not self.is_reading and self.can_write_directly():
             self.flush()
 
-    def request(self, *commands: list[Any]) -> list[asyncio.Future[Any]]:
-        """Send commands at once, and return the waiters for their replies.
+    def request(self, *commands: Sequence[Word]) -> list[asyncio.Future[Any]]:
+        """Send commands at once; return the waiters for their replies.
 
-        Raises ConnectionLost if the link is cut.
+        Raises ConnectionLost if the socket has ended.
         """
         if self._is_broken():
             raise ConnectionLost("the connection has just been lost")
@@ -102,18 +107,18 @@ class SocketProtocol(asyncio.BufferedProtocol):
         return waiters
 
     def _is_broken(self) -> bool:
-        """Return whether nothing may be sent or believed, and cut what an exception has broken."""
+        """Whether the socket has ended; ends one that an exception has struck."""
         if (self.is_sending or self.is_reading) and not self.is_cut:
             self.abort(ConnectionLost("it was interrupted"))
         return self.is_cut
 
     def break_off(self, error: BaseException) -> None:
-        """Cut the link as an exception has struck while it was used."""
-        self.is_cut = True  # first, as what follows may fail as well
+        """End the socket, since an exception has struck while it was used."""
+        self.is_cut = True  # first, as the rest may fail too
         self.abort(ConnectionLost(f"it was interrupted by {type(error).__name__}"))
 
     def _write(self, output: bytes) -> None:
-        """Send bytes, or as many of them as can't be sent yet later; a lost link drops them."""
+        """Send bytes now, and leave the rest to the transport; a lost socket drops them."""
         if self._due_since is None:
             self._due_since = self._loop.time()
         if self.can_write_directly():
@@ -122,7 +127,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
             self._transport.write(output)
 
     def can_write_directly(self) -> bool:
-        """Whether bytes can go to the socket itself, and not behind others or through TLS."""
+        """Whether bytes can go straight to the socket: none wait, and there is no TLS."""
         transport = self._transport
         return (
             self._socket is not None
@@ -132,25 +137,31 @@ class SocketProtocol(asyncio.BufferedProtocol):
         )
 
     def _send(self, output: bytes) -> bytes:
-        """Send bytes at once, where uvloop's transport waits for the end of the tick; return those
-        that the socket doesn't take."""
+        """Send bytes at once; return those that the socket doesn't take.
+
+        uvloop's transport would wait for the end of the tick.
+        """
         assert self._socket is not None
         sent = 0
-        # The transport will meet the same error, and knows what to do.
+        # The transport will meet the same error, and handle it.
         with suppress(OSError):
             sent = os.write(self._socket.fileno(), output)
         return output[sent:]
+
+    def get_extra_info(self, name: str) -> Any:
+        """Return what the transport knows under a name, such as ``peername``; None if nothing."""
+        return None if self._transport is None else self._transport.get_extra_info(name)
 
     def idle(self) -> float:
         """Return the seconds since anything arrived."""
         return self._loop.time() - self._heard
 
     def unanswered_for(self) -> float:
-        """Return the seconds for which an answer is due and has made no progress."""
+        """Return the seconds for which a reply is due and has made no progress."""
         return 0.0 if self._due_since is None else self._loop.time() - self._due_since
 
     def abort(self, reason: Exception) -> None:
-        """End the socket without another word; nothing more is heard of it."""
+        """End the socket at once; later data from it is dropped."""
         self.is_cut = True
         self._reason = self._reason or reason
         # On a closed loop nothing can be ended: the transport's own end closes its socket.
@@ -158,7 +169,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def close(self) -> None:
-        """End the socket after what was written is sent."""
+        """End the socket once all output is sent."""
         if self._transport is not None and not self._loop.is_closed():
             self._transport.close()
 
@@ -170,12 +181,11 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=2 * constants.COMMAND_BYTES)
         if transport.get_extra_info("sslcontext") is None:
             self._socket = transport.get_extra_info("socket")
-        if self._reason is not None:  # cut before it was there
+        if self._reason is not None:  # aborted while it was opened
             self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        buffer: memoryview = self._pipeline.get_buffer(sizehint)
-        return buffer
+        return self._pipeline.get_buffer(sizehint)
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._reason is not None or self._is_broken():
@@ -194,14 +204,14 @@ class SocketProtocol(asyncio.BufferedProtocol):
             raise
 
     def _note_progress(self) -> None:
-        """Note whether the answer that is due has come, or has come nearer."""
+        """Note whether the reply that is due has arrived, or has grown."""
         pipeline = self._pipeline
         grown = pipeline.partial - self._partial
         if pipeline.settled != self._settled or grown >= _PROGRESS or not pipeline.in_flight:
             self._due_since = self._heard if pipeline.in_flight else None
             self._settled = pipeline.settled
             self._partial = pipeline.partial
-        elif grown < 0:  # a push was complete, and something else has begun
+        elif grown < 0:  # a push was completed, and another reply has begun
             self._partial = pipeline.partial
 
     def pause_writing(self) -> None:
@@ -223,10 +233,10 @@ class SocketProtocol(asyncio.BufferedProtocol):
 
 
 class PushProtocol(SocketProtocol):
-    """A socket over which messages come, which nobody has asked for.
+    """A socket for pushed messages.
 
-    When much has come, it reads on after those who want it had their turn, and as long as they
-    have enough to do not yet: what waits for them is bounded, and they need this loop's time.
+    After a large read it pauses until the subscribers have run, and longer while their queues are
+    crowded: the queues are bounded, and the callbacks need this loop's time.
     """
 
     _rests = False
@@ -240,15 +250,47 @@ class PushProtocol(SocketProtocol):
         self._rests = True
         self._rests_until = self._loop.time() + _LONGEST_REST
         transport.pause_reading()
-        # Theirs was called for before this.
+        # Scheduled behind the subscribers' own callbacks.
         self._loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._pipeline.inbox.is_crowded() and self._loop.time() < self._rests_until:
+        inbox = self._pipeline.inbox
+        is_crowded = inbox is not None and inbox.is_crowded()
+        if is_crowded and self._loop.time() < self._rests_until:
             self._loop.call_soon(self._read_on)
             return
         self._rests = False
         transport.resume_reading()
+
+
+async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
+    """Send commands at once; return the replies, error replies included.
+
+    Raises ConnectionLost, or the reason for which the socket was lost before the last reply.
+    """
+    gathered = asyncio.gather(*link.request(*commands), return_exceptions=True)
+    either: list[asyncio.Future[Any]] = [gathered, link.lost]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not gathered.done():
+        raise link.lost.result()
+    replies = gathered.result()
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, ReplyError):
+            raise reply
+    return replies
+
+
+def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
+    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+
+    def settled(waiter: asyncio.Future[Any]) -> None:
+        error = None if waiter.cancelled() else waiter.exception()
+        if isinstance(error, ReplyError):
+            secrets = [word for word in command if isinstance(word, Hidden)]
+            link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
+
+    (waiter,) = link.request(command)
+    waiter.add_done_callback(settled)

@@ -1,23 +1,24 @@
-"""What an attempt to connect needs of the machine, got without the event loop and its executor.
+"""Host look-ups and TLS files in threads of the cache's own, and the connecting of sockets.
 
 A look-up of a host may take half a minute where no name server answers, and can't be stopped. In
-the loop's executor, which is the program's as well, one more for each attempt would soon take
-every thread. So a cache has a few threads of its own, and what is under way is shared by all who
-want it. They are daemons, for which no program that ends has to wait.
+the loop's executor, which the program uses too, one more for each attempt would soon take every
+thread. So a cache has a few threads of its own, and callers share the look-up under way. The
+threads are daemons: a program that ends doesn't wait for them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
+import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from ..net.sockets import Found, SocketConnect
 
 if TYPE_CHECKING:
     import ssl
@@ -26,54 +27,71 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Where one name of a cluster is never answered for, others still are.
+# Several, so that one name that is never resolved doesn't hold up the other nodes of a cluster.
 _LOOK_UPS: Final = 4
-
-Found = tuple[int, int, int, Any]
-"""An address as ``socket`` takes it: family, type, protocol and what ``connect`` is given."""
 
 
 class Resolver:
-    """The addresses of hosts and the contexts of TLS for one cache, on the event loop that runs."""
+    """Host look-ups and TLS contexts for one cache, on the event loop that runs."""
 
     def __init__(self) -> None:
         self._hosts = _Threads(_LOOK_UPS, "dscache looks up a host")
         self._files = _Threads(1, "dscache reads the files of TLS")
 
     async def look_up(self, host: str, port: int, family: int = 0) -> list[Found]:
-        """Return the addresses of a host, which is asked for at most once at a time.
+        """Return the addresses of a host; at most one look-up of a host runs at a time.
 
-        Raises OSError, or UnicodeError for what can be no name of a host.
+        Raises OSError, or UnicodeError for a text that can't be a host.
         """
         try:
-            # A number needs nobody's answer.
+            # A numeric address needs no name server.
             found = _addresses(host, family, socket.AI_NUMERICHOST)
         except socket.gaierror:
             key = host, family
             found = await self._hosts.run(key, partial(_addresses, host, family))
-        # The port is put in here: the nodes of a cluster may differ in nothing else.
+        # The port isn't part of the look-up: the nodes of a cluster may differ in nothing else.
         return [(*kind, (its_host, port, *rest)) for *kind, (its_host, _, *rest) in found]
 
     async def connect(self, host: str, port: int, family: int = 0) -> socket.socket:
-        """Return a socket that is connected to a host, of whose addresses each is tried in turn.
+        """Return a socket that is connected to a host; each of its addresses is tried in turn.
 
-        Raises OSError.
+        Raises OSError, or UnicodeError for a text that can't be a host.
         """
-        failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-        for found in await self.look_up(host, port, family):
-            try:
-                return await _connected(*found)
-            except OSError as error:
-                failure = error
-        raise failure
+        return await connect_to(await self.look_up(host, port, family))
 
     async def tls_context(self, tls: Tls) -> ssl.SSLContext:
-        """Return the context of TLS as its files are now. Raises ConfigError if they are bad."""
+        """Return the TLS context of the files as they are; raises ConfigError if one is bad."""
         return await self._files.run(tls, tls.context)
 
 
+async def connect_to(addresses: Iterable[Found]) -> socket.socket:
+    """Return a socket that is connected to the first of the addresses that accepts.
+
+    Raises the OSError of the last one.
+    """
+    holder = SocketConnect()
+    try:
+        for events in holder.connect(addresses):
+            await _until_ready(holder.sock, events)
+    except BaseException:
+        holder.close()
+        raise
+    return holder.detach()
+
+
+async def _until_ready(sock: socket.socket, events: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    is_read = events == select.POLLIN
+    try:
+        (loop.add_reader if is_read else loop.add_writer)(sock, _set_ready, ready)
+        await ready
+    finally:
+        (loop.remove_reader if is_read else loop.remove_writer)(sock)
+
+
 class _Threads:
-    """At most ``limit`` threads that do what the event loop should not wait for."""
+    """At most ``limit`` threads for blocking calls."""
 
     def __init__(self, limit: int, name: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -86,7 +104,8 @@ class _Threads:
     async def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """Return what ``work`` returns, or raise what it raises.
 
-        What goes on under the same key is waited for instead. Who is cancelled doesn't end it.
+        If work runs under the same key, its result is awaited instead. The work goes on when a
+        caller is cancelled.
         """
         if key not in self._works:
             future = self._loop.create_future()
@@ -104,7 +123,7 @@ class _Threads:
             thread = threading.Thread(
                 target=self._work, args=(key, work), name=self._name, daemon=True
             )
-            thread.start()  # it may fail, where there are too many: then the next attempt tries
+            thread.start()  # may fail if there are too many; the next attempt tries again
             self._due.popleft()
             self._running += 1
 
@@ -113,7 +132,7 @@ class _Threads:
         failure: BaseException | None = None
         try:
             result = work()
-        except BaseException as error:  # whoever waits is told
+        except BaseException as error:  # raised again in the caller
             failure = error
         # The loop may be closed by now, and the cache with it.
         with suppress(RuntimeError):
@@ -136,22 +155,15 @@ def _addresses(host: str, family: int, flags: int = 0) -> list[tuple[Any, ...]]:
     return [(kind, type_, protocol, address) for kind, type_, protocol, _, address in infos]
 
 
-async def _connected(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    host, *rest = address
-    if family == socket.AF_INET6:
-        # The zone is in the address's fourth part too, and loops look up a host that has one.
-        address = (host.partition("%")[0], *rest)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+def _set_ready(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Look at an outcome for which nobody may wait any more, so that nobody complains of it."""
+    """Retrieve a result that no caller may await any more.
+
+    Asyncio would log an exception that is never retrieved.
+    """
     if not future.cancelled():
         future.exception()

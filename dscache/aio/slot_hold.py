@@ -1,10 +1,10 @@
-"""Where operations wait that no node may have yet."""
+"""Holds back operations on slots that are changing owner."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .. import _backend
 from .._forks import after_fork_in_child
@@ -13,30 +13,33 @@ from ..core.constants import ErrorOf
 from ..errors import ConnectionLost
 from .deadlines import Deadlines
 
-# How soon, in seconds, to look whether what is asked elsewhere has ended by its deadline, which
-# nobody tells.
-_LOOK_AGAIN = 0.05
+if TYPE_CHECKING:
+    from ..core.batch import Batch
+    from ..core.pipeline import Pipeline
+
+# How often to check whether asked operations have timed out, in seconds: no event reports it.
+_CHECK_ASKED = 0.05
 
 
 class AwaitedNode(Protocol):
-    """A node from whose commands in flight a room keeps its distance."""
+    """A node whose commands in flight a hold waits for."""
 
-    pipeline: Any
+    pipeline: Pipeline
     watched: bool
 
 
 class SlotHold:
-    """Operations on some slots of a cluster, which wait until it is certain who serves them.
+    """Operations on some slots of a cluster, held until it is certain which node serves them.
 
-    What a node has redirected waits here, with everything that is issued on the same slots since,
-    until the node has answered all that was in flight when the room was entered (``fence``): of
-    that, more may be redirected. Then all of it goes on, oldest first, and nothing has overtaken
-    anything. The pipeline is one without a connection: it enforces deadlines. ``entered`` is called
-    after each tick in which something came.
+    Redirected operations wait here, together with all later operations on the same slots, until
+    the node that redirected them has answered all commands that were in flight when the hold began
+    (``fence``): it may redirect more of them. Then all operations go on, oldest first, so that no
+    later operation overtakes an earlier one. The hold's pipeline has no connection; it enforces
+    deadlines. ``entered`` is called after each tick in which operations came.
 
-    What is to ask another node goes in turns. That node may refuse an operation, because a key is
-    still on its way, and serve the next one; so the slot stays shut until those asked are settled,
-    and no two of them are on the same record.
+    Operations that are to ask another node (ASK) go in rounds. That node may refuse one operation,
+    because its key is still on its way, and serve the next one. So the slot stays held until the
+    asked operations are settled, and no two of them are on the same record.
     """
 
     def __init__(
@@ -52,11 +55,11 @@ class SlotHold:
         self._adopting = False
         self._refusal: ErrorOf | None = None
         self._fences: dict[AwaitedNode, int] = {}
-        self._redirected: dict[int, dict[Any, AwaitedNode | None]] = {}
-        self._asked: list[tuple[Any, AwaitedNode]] = []
+        self._redirected: dict[int, dict[Batch, AwaitedNode | None]] = {}
+        self._asked: list[tuple[Batch, AwaitedNode]] = []
         self.slots: set[int] = set()
         self.not_before = 0.0
-        self.pipeline = _backend.core.Pipeline(
+        self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
             address=address,
@@ -66,7 +69,7 @@ class SlotHold:
             **options.for_pipeline(),
         )
         self._deadlines = Deadlines(self.pipeline.expire)
-        # Else an operation of a child could join one of its parent's unfinished tick.
+        # Otherwise an operation of the child could join a batch of the parent's unfinished tick.
         after_fork_in_child(self, lambda hold: hold.pipeline.end_tick())
 
     @property
@@ -76,35 +79,35 @@ class SlotHold:
 
     @property
     def due(self) -> float | None:
-        """Return when to look whether it may open, or None if a node's answer will tell."""
+        """Return when to check ``is_due`` (loop time), or None if a node's answer is awaited."""
         if self._fences:
             return None
-        return self._loop.time() + _LOOK_AGAIN if self._asked else self.not_before
+        return self._loop.time() + _CHECK_ASKED if self._asked else self.not_before
 
     def fence(self, source: AwaitedNode) -> None:
-        """Stay shut until ``source`` has answered what is in flight now."""
+        """Hold until ``source`` has answered all commands in flight now."""
         self._fences[source] = source.pipeline.fence()
 
     def wait(self, seconds: float) -> None:
-        """Stay shut for so long."""
+        """Hold for at least ``seconds``."""
         self.not_before = max(self.not_before, self._loop.time() + seconds)
 
-    def may_open(self) -> bool:
-        """Return whether what waits here may go on."""
+    def is_due(self) -> bool:
+        """Return whether the operations held here may go on."""
         for source, end in list(self._fences.items()):
             if source.pipeline.settled >= end:
                 del self._fences[source]
         self._asked = [one for one in self._asked if not one[0].settled()]
         return not self._fences and not self._asked and self._loop.time() >= self.not_before
 
-    def note(self, slot: int, batch: Any, target: AwaitedNode | None) -> None:
-        """Note that a batch on ``slot`` was redirected, and which node it is to ask, if any."""
+    def note(self, slot: int, batch: Batch, target: AwaitedNode | None) -> None:
+        """Note a redirected batch on ``slot``, and the node that it is to ask, if any."""
         self._redirected.setdefault(slot, {})[batch] = target
 
     def next_batch(self, slot: int) -> bool:
-        """Let operations on ``slot`` go to the nodes that they are to ask.
+        """Send the next operations on ``slot`` to the nodes that they are to ask.
 
-        Returns False if there are none: then all that waits is for the node which serves the slot.
+        Returns False if there are none: then all operations held are for the slot's owner.
         """
         redirected = self._redirected.get(slot, {})
         waiting = [one for one in redirected.items() if not one[0].settled()]
@@ -128,8 +131,8 @@ class SlotHold:
             target.watched = True
         return True
 
-    def requeue(self, batches: Iterable[Any]) -> None:
-        """Take over what another pipeline gave away, even while the cache is closing."""
+    def requeue(self, batches: Iterable[Batch]) -> None:
+        """Take over batches taken from another pipeline, even while the cache is closing."""
         self._adopting = True
         try:
             self.pipeline.requeue(batches)
@@ -138,20 +141,20 @@ class SlotHold:
         self._deadlines.look()
 
     def refuse(self, error_of: ErrorOf | None) -> None:
-        """Fail what waits here, and at once what will come; None ends that."""
+        """Fail all operations held, and later ones at once; None ends that."""
         self._refusal = error_of
         if error_of is not None:
             self.pipeline.fail_all(error_of)
 
     def fail(self, reason: str) -> None:
-        """Fail everything that waits here."""
+        """Fail all operations held."""
         self._deadlines.stop()
         self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _wake(self) -> None:
         if not self._adopting:
             self._check_usable()
-        # What joins an operation of this tick must be checked no more, that of the next again.
+        # An operation that joins this tick's batch needs no check; the next tick's does.
         self._loop.call_soon(self._end_tick)
         self._deadlines.ensure(0)
 

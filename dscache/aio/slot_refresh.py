@@ -1,141 +1,145 @@
-"""Ask the nodes of a cluster who serves which slot: when somebody has reason to, and at times.
+"""The task that refreshes the slots of a cluster: when they may be outdated, and periodically.
 
-They are asked over the connections that are there anyway, which are logged in, encrypted and
-watched already.
+It asks over the connections that operations use: they are authenticated, encrypted and watched
+already.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
+from math import inf
 from typing import Protocol
 
 from ..config import Config
 from ..errors import ConnectError, DscacheError
-from ..net.seeds import Seeds
-from ..net.slots import (
-    ASKED,
-    GAP,
-    GAP_CAP,
-    GAP_GROWTH,
-    QUESTIONS,
-    SlotRange,
-    View,
-    newest,
-    read_view,
-)
+from ..net.cluster_state import ClusterState
+from ..net.slot_table import SlotTable
+from ..net.slots import ASKED, QUESTIONS, View, newest, read_view
 from .cluster_nodes import ClusterNodes
 from .connection import Connection
 from .resolver import Resolver
 
 
 class RefreshTarget(Protocol):
-    """Who is told the view."""
+    """The cluster whose slots are refreshed."""
 
     @property
     def is_ready(self) -> bool:
         """Whether every slot has a node that is ready."""
 
     def open_seeds(self) -> None:
-        """Connect to the nodes that are configured."""
+        """Connect to the configured nodes."""
 
-    def errors_by_node(self) -> str:
-        """Return what keeps the nodes from being ready."""
+    def on_refreshed(self) -> None:
+        """Follow the state, which has a new view."""
 
-    def apply(self, view: tuple[SlotRange, ...]) -> None:
-        """Take over a view."""
-
-    def record_failure(self, error: Exception) -> None:
-        """Note why there is none."""
+    def on_refresh_failed(self) -> None:
+        """Follow the state, which has the error of a failed refresh."""
 
 
 class SlotRefresher:
-    """Keeps the view of a cluster up to date, and tells it to a RefreshTarget."""
+    """Keeps the view of a ClusterState up to date, and lets a RefreshTarget follow."""
 
     def __init__(
         self,
         config: Config,
-        seeds: Seeds,
-        members: ClusterNodes,
+        state: ClusterState,
+        nodes: ClusterNodes,
         resolver: Resolver,
-        audience: RefreshTarget,
+        target: RefreshTarget,
     ) -> None:
         self._options = config.options
         self._source = config.source
-        self._seeds = seeds
-        self._members = members
+        self._state = state
+        self._nodes = nodes
         self._resolver = resolver
-        self._audience = audience
-        self.stale = asyncio.Event()
-        """Set while there is reason to ask."""
-        self.stale.set()
-        self.node_ready = asyncio.Event()
-        """Set when another node can be asked, or refuses to be."""
-        self.moved: set[int] = set()
-        """Slots of which a node has told the owner since the view was asked for."""
-        self.refreshes = 0
+        self._target = target
+        self._due = asyncio.Event()
+        self._node_ready = asyncio.Event()
+
+    def on_due(self) -> None:
+        """Note that the state's next refresh is due earlier."""
+        self._due.set()
+
+    def on_node_decided(self) -> None:
+        """Note that another node can be asked, or has refused the connection for good."""
+        self._node_ready.set()
+        self._state.expedite_refresh()
 
     async def keep(self) -> None:
-        """Ask, again and again, until cancelled."""
-        interval = self._options.slots_refresh_interval
-        retry = self._options.cluster_retry_strategy
-        failures = unready = 0
+        """Refresh the slots whenever that is due, until cancelled."""
+        state = self._state
         while True:
+            await self._until_due()
+            claim = state.start_refresh(time.monotonic())
+            if not claim:
+                continue
             try:
-                async with asyncio.timeout(interval / 1000 if interval else None):
-                    await self.stale.wait()
+                if not await self._refresh():
+                    continue
+            except BaseException:
+                state.abandon_refresh(claim)
+                state.record_stale()  # the target may not follow a view that came
+                raise
+            await asyncio.sleep(state.gap())
+            if not self._target.is_ready:
+                state.record_unready()
+
+    async def _until_due(self) -> None:
+        while (seconds := self._state.refresh_at - time.monotonic()) > 0:
+            self._due.clear()
+            try:
+                async with asyncio.timeout(None if seconds == inf else seconds):
+                    await self._due.wait()
+            except TimeoutError:
+                continue
+
+    async def _refresh(self) -> bool:
+        """Refresh the slots once; return whether a view came."""
+        try:
+            view, table, moved = await self._ask()
+            self._state.apply(view, table, moved, self._nodes.is_up)
+            self._target.on_refreshed()
+        except Exception as error:
+            # Of any kind: without a next attempt the cache would never recover.
+            known = isinstance(error, DscacheError)
+            self._target.open_seeds()
+            self._state.record_failure(error if known else ConnectError(repr(error)))
+            self._target.on_refresh_failed()
+            return False
+        return True
+
+    async def _ask(self) -> tuple[View, SlotTable, int]:
+        """Return the newest view of some nodes, and the slots that were known before.
+
+        Raises the error of the first one if none has a view.
+        """
+        await self._look_up_seeds()
+        if not self._nodes.ready():
+            self._target.open_seeds()
+            self._node_ready.clear()
+            try:
+                async with asyncio.timeout(self._options.slots_refresh_timeout / 1000):
+                    await self._node_ready.wait()
             except TimeoutError:
                 pass
-            self.stale.clear()
-            try:
-                self._audience.apply(await self._look())
-            except Exception as error:
-                # Whatever it is: without a next attempt the cache would never be well again.
-                known = isinstance(error, DscacheError)
-                self._audience.record_failure(error if known else ConnectError(repr(error)))
-                longest = min(retry.cap, retry.first * 2**failures) / 1000
-                failures = min(failures + 1, 30)
-                self.stale.set()
-                await self._pause(random.uniform(0, longest))
-                continue
-            failures = 0
-            gap = min(GAP * GAP_GROWTH**unready, GAP_CAP)
-            await asyncio.sleep(random.uniform(gap / 2, gap))
-            unready = 0 if self._audience.is_ready else min(unready + 1, 30)
-            if unready:
-                self.stale.set()
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait so long, or until another node can be asked."""
-        self.node_ready.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self.node_ready.wait()
-        except TimeoutError:
-            return
-
-    async def _look(self) -> tuple[SlotRange, ...]:
-        """Return the newest view that some nodes have; raises what keeps all of them from it."""
-        await self._look_up_seeds()
-        if not self._members.ready():
-            self._audience.open_seeds()
-            await self._pause(self._options.slots_refresh_timeout / 1000)
-        ready = self._members.ready()
+        ready = self._nodes.ready()
         if not ready:
-            raise ConnectError(f"no node can be reached: {self._audience.errors_by_node()}")
+            raise ConnectError(f"no node can be reached: {self._state.errors_by_node()}")
         asked = random.sample(ready, min(ASKED, len(ready)))
-        self.moved.clear()
+        table = self._state.table
+        moved = len(table.moved)
         answers = await asyncio.gather(*map(self._view_of, asked), return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         views = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not views:
             raise failures[0]
-        view = newest(views).ranges
-        self.refreshes += 1
-        return view
+        return newest(views), table, moved
 
     async def _view_of(self, node: Connection) -> View:
-        """Return what a node knows of the cluster."""
+        """Return one node's view of the cluster."""
         timeout = self._options.slots_refresh_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
@@ -144,15 +148,15 @@ class SlotRefresher:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, self._members.address_of(node), self._source)
+        return read_view(slots, info, self._nodes.address_of(node), self._source)
 
     async def _look_up_seeds(self) -> None:
-        """Look up which addresses the configured nodes with a login of their own have."""
-        loop = asyncio.get_running_loop()
-        for seed in self._seeds.to_look_up(loop.time()):
+        """Look up the addresses of the configured nodes that have credentials of their own."""
+        seeds = self._state.seeds
+        for seed in seeds.to_look_up(time.monotonic()):
             try:
                 async with asyncio.timeout(self._options.slots_refresh_timeout / 1000):
                     found = await self._resolver.look_up(seed.host, seed.port)
             except (OSError, TimeoutError, UnicodeError):
                 continue
-            self._seeds.looked_up(seed, found)
+            seeds.looked_up(seed, found)

@@ -1,4 +1,4 @@
-"""Which node serves a name: one node always, or the nodes of a cluster."""
+"""The choice of a topology: memory, one node, or the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Topology(Protocol):
 
     @property
     def entry(self) -> Any:
-        """Where operations and messages go: a Pipeline, or what has its operations."""
+        """The target of operations: a Pipeline, or an object with its operations."""
 
     @property
     def is_ready(self) -> bool:
@@ -25,24 +25,24 @@ class Topology(Protocol):
 
     @property
     def server(self) -> str:
-        """The server's kind and version, as far as it is known."""
+        """The server's kind and version, as far as they are known."""
 
     async def when_ready(self) -> None:
-        """Wait until every node is ready; raises what keeps it from that."""
+        """Wait until every node is ready; raises the error that prevents it."""
 
     async def close(self) -> None:
-        """Finish what was issued, within ``closeTimeout``, and close every node."""
+        """Finish the operations under way, within ``closeTimeout``, and close every node."""
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes."""
 
 
 def open_topology(config: Config, credentials: CredentialProvider | None) -> Topology:
-    """Return the nodes that a configuration names, and begin to connect."""
+    """Return the topology that a configuration names, and begin to connect."""
     if config.name == "memory":
         return MemoryNode(config.options)
     if config.options.nodes:
-        from .cluster import Cluster  # of no use to most, and it takes its time to import
+        from .cluster import Cluster  # most caches don't need it, and importing it takes time
 
         return Cluster(config, credentials)
     return Connection(config.options, credentials)

@@ -1,38 +1,41 @@
-"""What a thread of a blocking cache borrows for a cluster: a line to each node, all its own.
+"""One thread's connections to the nodes of a cluster, borrowed from the pool.
 
 Theory of operation
 -------------------
-The Router gives an operation to the pipelines of the nodes that it concerns, and each of those
-says so by its node's name. Nearly always that is one node, which is connected: then its line
-does the whole exchange. All else is done in rounds (``_run``): what is new of the map is taken
-over, what waits is handed to the node that serves it, everything is sent that may be sent, and
-only then is waited for whatever comes first, from any node. So a bulk is sent to all nodes before
-the first reply is read, nodes are connected to side by side, and a node that is lost keeps none of
-the others waiting.
+The Router gives an operation to the pipelines of the nodes that it concerns, and each of these
+pipelines notes its node's address. Nearly always that is one node, and it is connected: then its
+NodeConnection does the whole exchange. All other cases go in rounds (``_run``). A round follows
+the state's changes, moves waiting operations to their nodes, sends all bytes that the sockets
+take, and only then waits for the first event of any node. So a bulk is sent to all nodes before
+the first reply is read, nodes are connected to side by side, and a lost node delays no other.
 
-The limbo is a pipeline without a node. There operations wait of which it isn't known yet who
-serves them, and those that a node has sent away or put off.
+``unrouted`` is a pipeline without a node. Operations wait there while their node isn't known yet,
+or after a node has redirected them or put them off.
 
-A thread does one operation at a time, and here is nothing of any other: so nothing can overtake
-anything, and what is redirected goes on at once.
+A thread does one operation at a time, and only that operation is under way here. So no operation
+can overtake another, and a redirected one goes on at once.
 """
 
 from __future__ import annotations
 
 import random
 import select
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
+from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
 from .connection import IN, OUT, refused
-from .connector import ConnectTimeout
+from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection, milliseconds
 from .slot_refresh import SlotRefresh
 from .slot_routing import SlotRouter
@@ -41,20 +44,24 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# How soon to look whether another thread has found out who serves a slot: at first, and at last.
-_GLANCE_FIRST: Final = 0.002
-_GLANCE_LAST: Final = 0.05
-# An attempt to connect with less time than this would only hide why the others failed.
+    from ..core.batch import Batch
+    from ..core.router import Router
+
+# How often to check whether another thread has found the owner of a slot, in seconds: at first,
+# and at last.
+_CHECK_FIRST: Final = 0.002
+_CHECK_LAST: Final = 0.05
+# An attempt to connect with less time than this, in seconds, would only hide why others failed.
 _LEAST: Final = 0.005
 
 Closing = Callable[[], ErrorOf | None]
-"""Tells how operations fail now, if the cache closes."""
+"""Returns how operations fail now if the cache closes, else None."""
 
 
 class ClusterConnection:
-    """A Router and the lines to its nodes, in the shape of a Line.
+    """A Router and the connections to its nodes, with the interface of a Connection.
 
-    ``pipeline`` is where operations go. The other attributes are those of a Line.
+    ``pipeline`` is the target of operations. The other attributes are those of a Connection.
     """
 
     __slots__ = (
@@ -62,9 +69,9 @@ class ClusterConnection:
         "_active",
         "_deadline",
         "_hold_until",
-        "_map",
         "_routes",
         "_slot_refresh",
+        "_state",
         "admitted",
         "gone",
         "loss",
@@ -75,8 +82,8 @@ class ClusterConnection:
 
     def __init__(
         self,
-        core: Any,
-        cluster_map: ClusterState,
+        core: ModuleType,
+        state: ClusterState,
         options: Options,
         provider: CredentialProvider | None,
     ) -> None:
@@ -85,9 +92,9 @@ class ClusterConnection:
         self.retired = False
         self.gone = False
         self.loss = ""
-        self._map = cluster_map
-        self._routes = SlotRouter(core, cluster_map, options, provider)
-        self.pipeline: Any = self._routes.router
+        self._state = state
+        self._routes = SlotRouter(core, state, options, provider)
+        self.pipeline: Router = self._routes.router
         self._active: set[NodeConnection] = set()
         self._hold_until = 0.0
         self._deadline = inf
@@ -96,16 +103,16 @@ class ClusterConnection:
     # -- one operation
 
     def send_and_receive(self, outcome: BlockingWaiter) -> bool:
-        """Try what nearly every operation takes: one send, one wait, one receive.
+        """Try the common case: one send, one wait and one receive, at one node.
 
-        Returns whether it has its outcome. Without it, ``run_until_done`` goes on from there.
+        Returns whether the operation is done. If not, ``run_until_done`` goes on from there.
         """
         routes = self._routes
         pending_nodes = routes.pending_nodes
         if (
             len(pending_nodes) != 1
             or not routes.is_current()
-            or time.monotonic() >= self._map.refresh_at
+            or time.monotonic() >= self._state.refresh_at
         ):
             return False
         node = routes.nodes.get(pending_nodes[0])
@@ -119,26 +126,26 @@ class ClusterConnection:
         return True
 
     def run_until_done(self, outcome: BlockingWaiter, closing: Closing) -> None:
-        """Go on with an operation, with as many nodes as it takes, until its deadline."""
+        """Go on with an operation, at as many nodes as it takes, until its deadline."""
         self._run(lambda now: outcome.done, closing, inf)
 
     def connect(self, deadline: float, closing: Closing) -> None:
-        """Ask for the slots, and connect to all who serve them, as far as that is of any use."""
+        """Refresh the slots and connect to all their primaries, except after a repeated refusal."""
         failures: dict[NodeConnection, int] = {}
 
         def is_done(now: float) -> bool:
             if now >= deadline or closing() is not None:
                 return True
-            cluster_map = self._map
-            if not cluster_map.known:
-                return cluster_map.refusal is not None and now < cluster_map.refresh_at
-            nodes = [self._routes.node(place) for place in cluster_map.primaries()]
+            state = self._state
+            if not state.known:
+                return state.refusal is not None and now < state.refresh_at
+            nodes = [self._routes.node(info) for info in state.primaries()]
             for node in nodes:
-                # One that has refused is tried once more, as it may have changed its mind.
+                # A node that has refused is tried once more: a password may be corrected by now.
                 untried = failures.setdefault(node, node.failures) == node.failures
-                node.wanted = not node.ready and (untried or node.place.refusal is None)
+                node.wanted = not node.ready and (untried or node.info.refusal is None)
                 self._active.add(node)
-            # What is still to come would end the connection.
+            # An outstanding reply would end the connection.
             return not any(node.wanted or node.is_busy for node in nodes)
 
         self._run(is_done, closing, deadline)
@@ -150,8 +157,8 @@ class ClusterConnection:
         active.update(node for node in self._routes.nodes.values() if node.is_busy)
         self._hold_until = 0.0
         self._deadline = limit
-        glances = 0
-        look_at = -inf
+        checks = 0
+        expire_at = -inf
         while True:
             if (error_of := closing()) is not None:
                 self.fail_all(error_of)
@@ -160,22 +167,22 @@ class ClusterConnection:
             self._routes.follow()
             self._hand_on(now)
             active.update(self._routes.take_pending_nodes())
-            if now >= look_at:
-                # All of an operation has the same deadline, and to look takes its time.
+            if now >= expire_at:
+                # All parts of an operation have the same deadline, and ``expire`` takes time.
                 deadline = self.expire(now)
-                look_at = inf if deadline is None else deadline
-                self._deadline = min(look_at, self._deadline if deadline is None else limit)
+                expire_at = inf if deadline is None else deadline
+                self._deadline = min(expire_at, self._deadline if deadline is None else limit)
             done = is_done(now)
             if self._refresh_slots(now, done):
                 continue
             if done and self._slot_refresh is None:
                 break
             self._connect_and_send(now)
-            glances += self._wait(now, glances)
+            checks += self._wait(now, checks)
         self._finish(now)
 
     def _redirect(self, now: float) -> None:
-        """Take back what nodes have sent away or put off."""
+        """Take back the operations that nodes have redirected or put off."""
         for node in self._active:
             redirected = node.pipeline.redirected
             if not redirected:
@@ -188,57 +195,57 @@ class ClusterConnection:
             self._routes.unrouted.requeue(batches)
 
     def _note_redirection(
-        self, node: NodeConnection, words: str, slot: int, batch: Any, now: float
+        self, node: NodeConnection, words: str, slot: int, batch: Batch, now: float
     ) -> None:
-        cluster_map = self._map
+        state = self._state
         code = words.partition(" ")[0]
         address = None
         if code in ("MOVED", "ASK"):
-            address = parse_redirection(words, slot, node.place.address)
-        cluster_map.exclude_replica(node.place)
-        node.place.redirections += 1
+            address = parse_redirection(words, slot, node.info.address)
+        state.exclude_replica(node.info)
+        node.info.redirections += 1
         if address is None:
-            cluster_map.record_redirected()
-            longest = min(RETRY_FIRST * 2 ** len(batch.redirections), RETRY_CAP)
-            self._hold_until = max(self._hold_until, now + random.uniform(0.5, 1) * longest)
+            state.record_redirected()
+            pause = half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections))
+            self._hold_until = max(self._hold_until, now + pause)
             self._routes.unrouted.down = None
             if code != "TRYAGAIN":
-                cluster_map.record_stale()
+                state.record_stale()
             return
-        place = cluster_map.announced(address)
+        info = state.announced(address)
         if code == "MOVED":
-            cluster_map.record_moved(slot, place)
+            state.record_moved(slot, info)
         else:
-            cluster_map.record_redirected()
-            batch.ask(self._routes.node(place).pipeline)
+            state.record_redirected()
+            batch.ask(self._routes.node(info).pipeline)
 
     def _hand_on(self, now: float) -> None:
-        """Give what waits in limbo to the nodes that are to have it, as far as they are known."""
+        """Move unrouted operations to their nodes, as far as these are known."""
         unrouted = self._routes.unrouted
         if not unrouted.queued or now < self._hold_until:
             return
         self._routes.hand_on(unrouted)
         if unrouted.queued:
-            cluster_map = self._map
-            unrouted.down = cluster_map.trouble
-            if cluster_map.known:
-                cluster_map.record_stale()
-            elif cluster_map.refusal is not None and now < cluster_map.refresh_at:
-                message = str(cluster_map.refusal("connect"))
+            state = self._state
+            unrouted.down = state.trouble
+            if state.known:
+                state.record_stale()
+            elif state.refusal is not None and now < state.refresh_at:
+                message = str(state.refusal("connect"))
                 unrouted.fail_all(lambda operation: ConnectError(f"{operation}: {message}"))
 
     def _refresh_slots(self, now: float, done: bool) -> bool:
-        """Ask for the slots if that is due, beside the operation; return whether that has ended."""
+        """Refresh the slots if that is due; return whether a refresh has just ended."""
         if self._slot_refresh is None:
-            if done or now < self._map.refresh_at:
+            if done or now < self._state.refresh_at:
                 return False
-            claim = self._map.start_refresh(now)
+            claim = self._state.start_refresh(now)
             if not claim:
                 return False
             try:
-                self._slot_refresh = self._begin_inquiry(claim, now)
+                self._slot_refresh = self._begin_refresh(claim, now)
             except BaseException:
-                self._map.abandon_refresh(claim)  # else nobody would ask until it ends by itself
+                self._state.abandon_refresh(claim)  # or no thread could refresh until it expires
                 raise
         if done and now >= self._deadline:
             self._slot_refresh.end()
@@ -247,15 +254,23 @@ class ClusterConnection:
         self._slot_refresh = None
         return True
 
-    def _begin_inquiry(self, claim: float, now: float) -> SlotRefresh:
-        # A node that has an operation to answer will soon have answered more.
+    def _begin_refresh(self, claim: float, now: float) -> SlotRefresh:
+        # First the nodes with an operation under way: they will answer the refresh soon, too.
         ready = [node for node in self._routes.nodes.values() if node.ready]
         random.shuffle(ready)
         ready.sort(key=lambda node: node not in self._active)
-        places = self._map.to_ask(node.place.shown for node in ready)
-        nodes = [self._routes.node(place) for place in places]
+        self._look_up_seeds(now)
+        infos = self._state.to_ask(node.info.shown for node in ready)
+        nodes = [self._routes.node(info) for info in infos]
         self._active.update(nodes)
-        return SlotRefresh(self._map, claim, now, nodes)
+        return SlotRefresh(self._state, claim, now, nodes)
+
+    def _look_up_seeds(self, now: float) -> None:
+        """Look up the addresses of the configured nodes that have credentials of their own."""
+        seeds = self._state.seeds
+        for seed in seeds.to_look_up(now):
+            with suppress(socket.gaierror, UnicodeError):
+                seeds.looked_up(seed, socket.getaddrinfo(seed.host, seed.port))
 
     def _connect_and_send(self, now: float) -> None:
         for node in self._active:
@@ -269,25 +284,25 @@ class ClusterConnection:
             if needed:
                 node.check()
             if not node.ready and needed and now >= node.not_before:
-                rest = min(self._deadline - now, node.place.options.connect_timeout / 1000)
+                rest = min(self._deadline - now, node.info.options.connect_timeout / 1000)
                 if not self._routes.is_primary(node):
-                    rest /= 2  # what can't be read here is still to be read elsewhere
+                    rest /= 2  # leave time to read from another node if this one fails
                 if rest >= _LEAST:
                     node.begin(now, now + rest)
             if node.ready:
                 node.flush()
 
-    def _wait(self, now: float, glances: int) -> bool:
-        """Wait for whatever comes first, and take it; return whether it was but a glance."""
+    def _wait(self, now: float, checks: int) -> bool:
+        """Wait for the first event and take it; return whether another thread may be first."""
         until = self._deadline
         if self._slot_refresh is not None:
             until = min(until, self._slot_refresh.until)
-        glance = False
+        checking = False
         if self._routes.unrouted.queued:
             if now < self._hold_until:
                 until = min(until, self._hold_until)
             else:
-                glance = True
+                checking = True
         poller = select.poll()
         watched: dict[int, NodeConnection] = {}
         for node in self._active:
@@ -295,7 +310,7 @@ class ClusterConnection:
                 until = min(until, node.limit)
             elif not node.ready:
                 if node.wanted or node.pipeline.queued:
-                    glance = True
+                    checking = True
                     if node.not_before > now:
                         until = min(until, node.not_before)
                 continue
@@ -303,12 +318,12 @@ class ClusterConnection:
                 continue
             poller.register(node.fd, node.events)
             watched[node.fd] = node
-        if glance:
-            until = min(until, now + min(_GLANCE_FIRST * 2**glances, _GLANCE_LAST))
+        if checking:
+            until = min(until, now + longest_pause(_CHECK_FIRST, _CHECK_LAST, checks))
         rest = until - time.monotonic()
         if not watched:
-            time.sleep(min(max(rest, 0.0), _GLANCE_LAST))
-            return glance
+            time.sleep(min(max(rest, 0.0), _CHECK_LAST))
+            return checking
         ahead = [fd for fd, node in watched.items() if node.has_more]
         ready = dict(poller.poll(0 if ahead else milliseconds(rest)))
         for fd in ahead:
@@ -319,12 +334,12 @@ class ClusterConnection:
                 node.step()
             elif event != OUT:
                 node.receive()
-        return glance
+        return checking
 
     def _finish(self, now: float) -> None:
-        """End the sockets over which something is still to come, as nobody will be there for it."""
+        """End the sockets with outstanding replies, since no thread waits for them any more."""
         if now >= self._deadline:
-            self._map.record_stale()
+            self._state.record_stale()
         for node in self._active:
             pipeline = node.pipeline
             if node.opening is not None:
@@ -341,46 +356,46 @@ class ClusterConnection:
         self._active.clear()
         self._routes.close_departed()
 
-    # -- in the shape of a Line
+    # -- the interface of a Connection
 
     def expire(self, now: float) -> float | None:
-        """Fail operations whose deadline is past; return the next deadline of one under way."""
+        """Fail operations whose deadline is past; return the next deadline, or None."""
         deadlines = [self._routes.unrouted.expire(now)]
         deadlines += [node.pipeline.expire(now) for node in self._active]
         return min((one for one in deadlines if one is not None), default=None)
 
     def fail_all(self, error_of: ErrorOf) -> None:
-        """Fail the operation that is under way."""
+        """Fail the operation under way."""
         self._routes.unrouted.fail_all(error_of)
         for node in self._routes.nodes.values():
             node.pipeline.fail_all(error_of)
 
     def clear(self) -> None:
-        """Take back an operation that was refused, as far as it had come; nothing was sent."""
+        """Take back an operation that was refused before any of it was sent."""
         self.fail_all(refused)
         self._routes.take_pending_nodes()
 
     def take_over(self, spare: ClusterConnection) -> None:
-        """Go on with the operation of a line that has no place."""
+        """Take over the operation of a line that has no place in the pool."""
         self._routes.requeue_all(spare._routes)
 
     def connected(self) -> list[str]:
-        """Return the addresses of the nodes to which there is a connection."""
+        """Return the addresses of the connected nodes."""
         return [shown for shown, node in list(self._routes.nodes.items()) if node.ready]
 
     def interrupt(self, reason: Exception) -> None:
-        """End the sockets under a thread that waits at them."""
+        """End the sockets while their thread waits for them."""
         for node in list(self._routes.nodes.values()):
             node.interrupt(reason)
 
     def leave(self) -> None:
-        """Close the sockets without a word to the nodes: they are another process's as well."""
+        """Close the sockets without a message to the nodes: another process uses them too."""
         self.admitted = False
         for node in self._routes.nodes.values():
             node.leave()
 
     def discard(self) -> None:
-        """End the line for good."""
+        """End all connections for good."""
         self.gone = True
         self.ready = False
         for node in list(self._routes.nodes.values()):
@@ -390,24 +405,24 @@ class ClusterConnection:
             self._slot_refresh = None
 
     def close_departed(self) -> None:
-        """Close what leads to nodes that have left, of a line that nobody uses."""
+        """Close the connections to departed nodes; the caller has taken the line from the pool."""
         self._routes.follow()
         self._routes.take_pending_nodes()
         self._routes.close_departed()
 
     def count(self) -> None:
-        """Let the map keep what was counted here, of a line that is no more."""
+        """Let the state keep the counters, at the end of the line."""
         self._routes.keep_counts()
 
     def stats(self) -> dict[str, Any]:
-        """Return what was counted of no node: what waits, and records that lie apart."""
+        """Return the counters of no node: of unrouted operations and of split records."""
         return self._routes.stats()
 
     def stats_of_nodes(self) -> dict[str, dict[str, Any]]:
-        """Return what was counted of each node."""
+        """Return the counters of each node."""
         return {n: node.pipeline.stats() for n, node in list(self._routes.nodes.items())}
 
 
 def _over(operation: str) -> Exception:
-    """Return what nobody is told: whoever asked for it has the outcome already."""
+    """Return the error of an operation whose caller has a result already; it is never seen."""
     return ConnectError(f"{operation}: it was over")

@@ -1,8 +1,8 @@
-"""One pooled connection of a blocking cache: a socket, the Pipeline over it, and an operation.
+"""One connection of a blocking cache: a socket, the Pipeline over it, and an operation.
 
-A Line serves one thread at a time, and that thread does everything: it sends, waits and receives.
-Its pipeline outlives its sockets, as that of an asyncio connection does, and settles what becomes
-of an operation whose socket is lost or whose time is over.
+A Connection serves one thread at a time, and that thread sends, waits and receives. Its pipeline
+outlives its sockets, and decides what happens to an operation whose socket is lost or whose
+deadline is past.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Final
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Final
 
+from ..config import Options
 from ..core.constants import ErrorOf
-from ..errors import ConnectionLost, ProtocolError
-from ..net.credentials import packed
-from .connector import Connector, ConnectTimeout, raise_foreign
+from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.credentials import Login, packed, without
+from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.sockets import SocketConnect
+from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
+
+if TYPE_CHECKING:
+    from ..core.pure import Pipeline
+    from .connector import Connector
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
@@ -29,14 +35,15 @@ _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class _SecurePoller:
-    """The poll object of a TLS socket, which also sees what OpenSSL keeps in its own memory.
+    """The poll object of a TLS socket, which also sees the data that OpenSSL keeps.
 
-    A read takes a part of a TLS record where the buffer ends. The rest of it has left the socket.
+    A read whose buffer ends inside a TLS record takes only a part of it. The rest has left the
+    socket, where poll can't see it.
     """
 
     __slots__ = ("_kept", "_poller", "modify", "pending")
 
-    def __init__(self, poller: Any, fd: int, pending: Callable[[], int]) -> None:
+    def __init__(self, poller: select.poll, fd: int, pending: Callable[[], int]) -> None:
         self._poller = poller
         self._kept = [(fd, IN)]
         self.modify = poller.modify
@@ -45,28 +52,27 @@ class _SecurePoller:
     def poll(self, timeout: int) -> list[tuple[int, int]]:
         if self.pending():
             return self._kept
-        ready: list[tuple[int, int]] = self._poller.poll(timeout)
-        return ready
+        return self._poller.poll(timeout)
 
 
 def _always(timeout: int) -> bool:
-    """Say that there is something to be read, for whom a look costs less than an answer."""
+    """Report a readable socket without a look: the caller's read then finds out."""
     return True
 
 
 class Connection:
     """A pipeline and, most of the time, a socket.
 
-    ``admitted`` tells that it counts as one of its pool's, ``ready`` that it may be lent again as
-    it is, ``retired`` that nobody is to get it again, ``gone`` that its socket was ended for good.
-    ``loss`` is why its last socket was lost, and ``connects`` how many it has had.
+    ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``loss`` is why the
+    last socket was lost, and ``connects`` the number of sockets so far.
     """
 
     __slots__ = (
         "__weakref__",
-        "_connection",
         "_events",
         "_fd",
+        "_holder",
         "_patience",
         "_poller",
         "_reason",
@@ -81,7 +87,7 @@ class Connection:
         "sock",
     )
 
-    def __init__(self, pipeline: Any, timeout: int) -> None:
+    def __init__(self, pipeline: Pipeline, timeout: int) -> None:
         self.pipeline = pipeline
         self.sock: socket.socket | None = None
         self.admitted = False
@@ -89,8 +95,8 @@ class Connection:
         self.retired = False
         self.gone = False
         self.is_readable: Callable[[int], object] = _always
-        self._connection: Any = None
-        self._poller: Any = None
+        self._holder: SocketConnect | None = None
+        self._poller: select.poll | _SecurePoller
         self._events = IN
         self._fd = -1
         self._patience = timeout
@@ -101,33 +107,33 @@ class Connection:
     # -- one operation
 
     def send_and_receive(self, outcome: BlockingWaiter) -> bool:
-        """Try what nearly every operation takes: one send, one wait, one receive.
+        """Try the usual course of an operation: one send, one wait, one receive.
 
-        Returns whether it has its outcome. Without it, ``stream`` goes on from there if there is
-        still a socket.
+        Returns whether the operation has its result. If not, ``stream`` goes on from there, as
+        long as there is a socket.
         """
         sock = self.sock
         if sock is None:
             return False
-        # Before anything is sent: a server that went away costs a plain write its certainty,
-        # and what nobody asked for must not be taken for the answer.
+        # Checked before anything is sent: if the server has closed the connection, the result of
+        # a plain write would be unknown, and stray data would be taken for the reply.
         if self.is_readable(0) and self._is_stale(sock):
             return False
         pipeline = self.pipeline
         output = pipeline.take_output()
-        if not output:  # this thread was away for so long that the time is over
+        if not output:  # this thread was suspended until the deadline was past
             return outcome.done
         sent = 0
         try:
             try:
-                # While the rest of a bulk is encoded, the server works on what it has.
+                # While the rest of a bulk is encoded, the server works on its beginning.
                 while output:
                     sent = 0
                     sent = sock.send(output)
                     if sent < len(output):
                         break
                     output = pipeline.take_output() if pipeline.queued else b""
-                # Its time may have ended in between, and then there is nothing to wait for.
+                # The deadline may have passed in between; then no reply is awaited.
                 patience = 0 if outcome.done else self._patience
                 if not output and self._poller.poll(patience):
                     size = sock.recv_into(pipeline.get_buffer(-1))
@@ -137,8 +143,8 @@ class Connection:
                     if outcome.done and not pipeline.in_flight:
                         return True
             except _NOT_NOW as error:
-                # The buffer is full, or TLS had something to say to itself. Where it was raised
-                # by a signal handler, it isn't known how much was sent.
+                # The buffer is full, or TLS has data of its own to exchange. If a signal handler
+                # has raised this, the number of bytes sent is unknown.
                 raise_foreign(error)
             self._pump(outcome, memoryview(output)[sent:])
         except (OSError, ProtocolError) as error:
@@ -147,34 +153,35 @@ class Connection:
 
     def expire(self, now: float) -> float | None:
         """Fail an operation whose deadline is past; return the deadline of one under way."""
-        deadline: float | None = self.pipeline.expire(now)
-        return deadline
+        return self.pipeline.expire(now)
 
     def fail_all(self, error_of: ErrorOf) -> None:
         """Fail the operation that is under way."""
         self.pipeline.fail_all(error_of)
 
     def take_over(self, spare: Connection) -> None:
-        """Go on with the operation of a line that has no place."""
+        """Take over the operation of a connection without a place."""
         given = spare.pipeline.take_queued(lambda kind, name: self.pipeline)
         self.pipeline.requeue([batch for _, batch in given])
 
     def stream(self, outcome: BlockingWaiter) -> None:
-        """Go on with an operation until it has its outcome or the socket is lost."""
+        """Go on with an operation until it has its result or the socket is lost."""
         try:
             self._pump(outcome, NOTHING)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        """Send and receive, both as far as they go: with full buffers on both sides, a server
-        reads no more until its replies are read."""
+        """Send and receive at once, until the operation has its result.
+
+        With full buffers on both sides, a server reads no more until its replies are read.
+        """
         pipeline = self.pipeline
         deadline = -math.inf
         while True:
             now = time.monotonic()
             if now >= deadline:
-                deadline = pipeline.expire(now)
+                deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
             events = IN
@@ -184,12 +191,12 @@ class Connection:
                     break
             self._receive(events, deadline)
         if pipeline.in_flight or unsent:
-            # The answers are still to come, and nobody will be there for them.
+            # Replies are outstanding, and no operation awaits them any more.
             self.disconnect()
             pipeline.connection_lost(ConnectionLost("it was given up"), False)
 
     def _send(self, data: memoryview) -> tuple[memoryview, int]:
-        """Send what the socket takes; return the rest, and what to wait for because of it."""
+        """Send as much as the socket takes; return the rest, and the events to wait for."""
         assert self.sock is not None
         try:
             sent = self.sock.send(data)
@@ -199,7 +206,7 @@ class Connection:
         return data[sent:], IN | OUT if sent < len(data) else IN
 
     def _receive(self, events: int, deadline: float) -> None:
-        """Wait until ``deadline`` for what comes, and take it; or until more can be sent."""
+        """Wait until the deadline for data, and take it, or until more can be sent."""
         assert self.sock is not None
         if events != self._events:
             self._poller.modify(self._fd, events)
@@ -213,7 +220,7 @@ class Connection:
             self._take()
 
     def _take(self) -> None:
-        """Take what has come, if anything has."""
+        """Take the data that has arrived, if any."""
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
@@ -225,7 +232,7 @@ class Connection:
         self.pipeline.buffer_updated(size)
 
     def _lose(self, reason: Exception) -> None:
-        """End the socket; what may be repeated waits for the next one."""
+        """End the socket; operations that may be repeated wait for the next one."""
         raise_foreign(reason)
         reason = self._reason or reason
         self.disconnect()
@@ -234,11 +241,11 @@ class Connection:
         self.pipeline.connection_lost(reason, not isinstance(reason, ProtocolError))
 
     def _is_stale(self, sock: socket.socket) -> bool:
-        """Whether the socket has ended, or brought something that nobody asked for.
+        """Whether the server has closed the socket, or sent data without a command.
 
-        What TLS has to say to itself is none of it. A stale socket is no more when this returns.
+        Messages of TLS itself don't count. A stale socket is closed when this returns.
         """
-        loss = "it brought what nobody had asked for"
+        loss = "the server sent data that no command had asked for"
         try:
             if not sock.recv(1):
                 loss = "the server closed it"
@@ -256,23 +263,91 @@ class Connection:
 
     # -- the socket
 
-    def open(self, dialer: Connector, deadline: float) -> str:
-        """Connect and greet the server; return its address and what it says it is.
+    def open(self, connector: Connector, deadline: float) -> str:
+        """Connect and log in; return the kind and version of the server.
 
-        Raises OSError, RedisError or a DscacheError.
+        Raises OSError, DscacheError or UnicodeError.
         """
-        call = dialer.call(deadline)
-        # From here on it is found when this thread is interrupted, or the process forks.
-        self._connection = call.connection
-        self._attach(call.connect())
-        pipeline = self.pipeline
-        pipeline.address = call.address
-        greeting = call.greet(lambda commands: self._ask(commands, deadline))
-        pipeline.has_msetex = greeting.has_msetex
-        pipeline.down = None
+        host, port = connector.locate(deadline)
+        steps = self._connect(
+            connector.options, host, port, connector.address(host, port), connector.login
+        )
+        try:
+            while True:
+                self._wait(next(steps), deadline)
+        except StopIteration as end:
+            info: ServerInfo = end.value
+        self.pipeline.has_msetex = info.has_msetex
+        self.pipeline.down = None
         self.ready = True
-        server: str = greeting.server
-        return server
+        return info.server
+
+    def _wait(self, events: int, deadline: float) -> None:
+        """Wait until the socket that is being opened has the events, or raise ConnectTimeout."""
+        wait = deadline - time.monotonic()
+        if wait <= 0:
+            raise ConnectTimeout
+        if events & IN and self.has_more:
+            return
+        poller = select.poll()
+        poller.register(self.fd, events)
+        poller.poll(math.ceil(wait * 1000))
+
+    def _connect(
+        self,
+        options: Options,
+        host: str,
+        port: int,
+        address: str,
+        login: Callable[[], Login],
+        *,
+        read_only: bool = False,
+    ) -> Generator[int, None, ServerInfo]:
+        """Connect and log in; yields the events that the socket must have before the next step."""
+        holder = SocketConnect()
+        # From here on the socket is found when this thread is interrupted, or the process forks.
+        self._holder = holder
+        yield from holder.open(options, host, port)
+        self._attach(holder.sock)
+        self.pipeline.address = address
+        user = login()
+        try:
+            return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
+        except DscacheError as error:
+            raise_foreign(error)  # now, while the error has its frames
+            failure = without(error, secrets_of(options, user))
+        raise failure
+
+    def _greet(self, steps: Handshake) -> Generator[int, None, ServerInfo]:
+        """Send the commands of a handshake, and hand it the replies."""
+        commands = next(steps)
+        while True:
+            waiters: list[BlockingWaiter] = []
+            unsent = memoryview(packed(self.pipeline, commands, waiters))
+            while not all(waiter.done for waiter in waiters):
+                events = IN
+                if unsent:
+                    unsent, events = self._send(unsent)
+                yield events
+                self._take()
+            try:
+                commands = steps.send([waiter.reply() for waiter in waiters])
+            except StopIteration as end:
+                info: ServerInfo = end.value
+                return info
+
+    @property
+    def fd(self) -> int:
+        """The socket's file descriptor; there must be one."""
+        assert self._holder is not None
+        return self._holder.sock.fileno()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether OpenSSL keeps data that has left the socket, which poll can't see."""
+        assert self._holder is not None
+        pending = getattr(self._holder.sock, "pending", None)
+        return pending is not None and pending() > 0
 
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -283,67 +358,48 @@ class Connection:
         genuine = type(poller).__module__ == "select"
         pending = getattr(sock, "pending", None)
         self._poller = poller if pending is None else _SecurePoller(poller, self._fd, pending)
-        # gevent's poll of no time sees nothing.
+        # gevent's poll sees nothing with a timeout of zero.
         self.is_readable = self._poller.poll if genuine else _always
 
-    def _ask(self, commands: list[list[Any]], deadline: float) -> list[Any]:
-        """Return the replies to some commands, errors of Redis among them."""
-        outcomes: list[BlockingWaiter] = []
-        unsent = memoryview(packed(self.pipeline, commands, outcomes))
-        events = IN
-        while not all(outcome.done for outcome in outcomes):
-            if time.monotonic() >= deadline:
-                raise ConnectTimeout
-            if unsent:
-                unsent, events = self._send(unsent)
-            self._receive(events, deadline)
-        return [outcome.reply() for outcome in outcomes]
-
     def disconnect(self) -> None:
-        """End the socket, if there is one."""
+        """Close the socket, if there is one."""
         self.ready = False
         self.sock = None
         self.is_readable = _always
-        connection = self._connection
-        if connection is not None:
-            connection.disconnect()
-            self._connection = None
+        holder = self._holder
+        if holder is not None:
+            holder.close()
+            self._holder = None
 
     def is_open(self) -> bool:
-        """Whether there is a socket, and as far as can be told the server at its other end."""
+        """Whether there is a socket, and the server hasn't closed it as far as is known."""
         sock = self.sock
         if sock is None:
             return False
         return not (self.is_readable(0) and self._is_stale(sock))
 
     def leave(self) -> None:
-        """Close the socket without a word to the server: it is another process's as well."""
-        connection, sock = self._connection, self.sock
-        self.admitted = self.ready = False
-        self.sock = self._connection = None
-        if connection is not None:
-            sock, connection._sock = connection._sock, None
-        if sock is not None:
-            sock.close()
+        """Close the socket in a forked child; the parent's connection goes on."""
+        self.admitted = False
+        self.disconnect()
 
     def interrupt(self, reason: Exception) -> None:
-        """End the socket under a thread that waits at it, and let that be told as the reason."""
+        """End the connection under a thread that waits for it; that thread sees the reason."""
         self._reason = reason
-        sock = self.sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        holder = self._holder
+        if holder is not None:
+            holder.shutdown()
 
     def clear(self) -> None:
-        """Take back an operation that was refused, as far as it had come; nothing was sent."""
+        """Drop an operation that its own arguments have failed; nothing was sent."""
         self.pipeline.fail_all(refused)
 
     def discard(self) -> None:
-        """End the line for good."""
+        """End the connection for good."""
         self.gone = True
         self.disconnect()
 
 
 def refused(operation: str) -> Exception:
-    """Return what nobody is told: whoever asked for it was told by what it raised."""
+    """Error for an operation whose caller already has another; never seen."""
     return ConnectionLost(f"{operation}: it was refused")

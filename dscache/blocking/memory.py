@@ -12,7 +12,7 @@ from .waiter import BlockingWaiter
 
 
 class MemoryPool:
-    """In the place of a Pool: for any number of threads, and always ready until it is closed."""
+    """Takes the place of a Pool: for any number of threads, always ready until it is closed."""
 
     server = ""
 
@@ -24,7 +24,7 @@ class MemoryPool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it was not closed yet."""
+        """Whether it has not been closed."""
         return not self._pipeline.closed
 
     def run(self, operation: str, *arguments: Any) -> Any:
@@ -43,7 +43,7 @@ class MemoryPool:
             self._pipeline.close()
 
     def reset_after_fork(self) -> None:
-        """Begin anew in a forked child: the thread that held the lock is not there."""
+        """Replace the lock in a forked child, which lacks the thread that held it."""
         self._lock = threading.RLock()
 
     def stats(self) -> dict[str, Any]:

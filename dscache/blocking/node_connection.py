@@ -1,70 +1,70 @@
-"""One node's socket among those that a thread of a blocking cache has for a cluster.
+"""A blocking connection to one node of a cluster, driven by poll.
 
-It waits for nothing by itself: who has it waits for all nodes at once.
+It never waits by itself: the ClusterConnection that holds it waits for all nodes at once.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import random
-import socket
 import time
 from collections.abc import Generator, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
-
-from redis.exceptions import RedisError
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
 from ..net.cluster_state import ClusterState
-from ..net.credentials import Login, packed, without
-from ..net.handshake import ServerInfo, as_connect_error, handshake, permanent_failure, secrets_of
+from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Word, packed
+from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
-from ..net.sockets import SocketConnect
 from .connection import IN, NOTHING, Connection
-from .connector import login_of, raise_foreign
+from .credentials import current_login
+from .foreign_errors import raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# While an operation waits, attempts to connect are no further apart; in seconds.
-_LONGEST_PAUSE: Final = 0.25
-# In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (RedisError, OSError, DscacheError, UnicodeError)
+    from ..core.pure import Pipeline
+
+_logger = logging.getLogger("dscache")
+
+# Errors of an attempt to connect; UnicodeError for a text that can't be a host.
+_FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
 
 class NodeConnection(Connection):
     """A node's pipeline and, most of the time, a socket.
 
-    ``ready`` tells that operations may be sent, ``opening`` that it is being connected, until
-    ``limit``; after a failure not again before ``not_before``. ``wanted`` has it connected though
-    no operation waits for it. ``events`` is what its socket is to be watched for.
+    ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
+    ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
+    operation waits for the node. ``events``: the events of poll to wait for.
     """
 
     __slots__ = (
         "_allowed",
-        "_map",
         "_provider",
+        "_state",
         "events",
         "failures",
+        "info",
         "limit",
         "not_before",
         "opening",
-        "place",
         "unsent",
         "wanted",
     )
 
     def __init__(
         self,
-        pipeline: Any,
-        place: NodeInfo,
-        cluster_map: ClusterState,
+        pipeline: Pipeline,
+        info: NodeInfo,
+        state: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
-        super().__init__(pipeline, place.options.command_timeout)
-        self.place = place
+        super().__init__(pipeline, info.options.command_timeout)
+        self.info = info
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
         self.events = IN
@@ -73,41 +73,29 @@ class NodeConnection(Connection):
         self.failures = 0
         self.not_before = 0.0
         self.unsent = NOTHING
-        self._map = cluster_map
+        self._state = state
         self._provider = provider
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything waits here or is under way."""
+        """Whether an operation or an attempt to connect is under way."""
         pipeline = self.pipeline
         under_way = pipeline.queued or pipeline.in_flight or pipeline.redirected
         return bool(under_way or self.unsent or self.opening)
 
-    @property
-    def fd(self) -> int:
-        """The socket's file descriptor; there must be one."""
-        fd: int = self._connection.sock.fileno()
-        return fd
-
-    @property
-    def has_more(self) -> bool:
-        """Whether OpenSSL keeps something that its socket brought, and which poll can't see."""
-        pending = getattr(self._connection.sock, "pending", None)
-        return pending is not None and pending() > 0
-
     # -- what is under way
 
     def check(self) -> bool:
-        """Return whether something may be sent; what the node has closed is noticed before.
+        """Whether operations may be sent; notices first if the node has closed the connection.
 
-        Else that would cost a write its certainty.
+        Otherwise the result of a write would be unknown.
         """
         if self.ready and not (self.pipeline.in_flight or self.unsent):
             return self.is_open()
         return self.ready
 
     def flush(self) -> None:
-        """Send what waits, as far as the socket takes it."""
+        """Send the output, as far as the socket takes it."""
         pipeline = self.pipeline
         unsent, self.events = self.unsent, IN
         try:
@@ -119,130 +107,96 @@ class NodeConnection(Connection):
         except OSError as error:
             self._lose(error)
 
-    def ask(self, commands: Sequence[Sequence[Any]]) -> list[BlockingWaiter]:
-        """Have commands sent behind what is being sent; return what becomes of each."""
+    def ask(self, commands: Sequence[Sequence[Word]]) -> list[BlockingWaiter]:
+        """Send commands behind the present output; return the waiters for their replies."""
         outcomes: list[BlockingWaiter] = []
         self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
         return outcomes
 
     def receive(self) -> None:
-        """Take what has come."""
+        """Take the data that has arrived."""
         try:
             self._take()
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
     def give_up(self, reason: str) -> None:
-        """End a socket over which something is still to come, as nobody will be there for it."""
+        """End a socket with replies outstanding that no operation awaits any more."""
         self.disconnect()
         self.pipeline.connection_lost(ConnectionLost(reason), False)
 
     def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # Who has the other nodes' lines too goes on from here.
+        # The ClusterConnection sends the rest, beside the other nodes' output.
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
-        self._map.record_loss(self.place, reason)
+        _logger.info("connection to %s lost: %s", self.info.shown, reason)
+        self._state.exclude_replica(self.info)
+        self._state.record_loss(self.info, reason)
 
     # -- the socket
 
     def begin(self, now: float, limit: float) -> None:
-        """Begin to connect, which has to be done by ``limit``."""
+        """Begin to connect, with ``limit`` as the deadline."""
         self.limit = limit
         self._allowed = milliseconds(limit - now)
-        self.opening = self._open()
+        options = self.info.options
+        self.opening = self._connect(
+            options,
+            *self.info.address,
+            self.info.shown,
+            lambda: current_login(options, self._provider),
+            read_only=options.scale_reads != "master",
+        )
         self.step()
 
     def step(self) -> None:
-        """Go on connecting, as far as it goes without waiting."""
+        """Go on connecting until the next wait."""
         assert self.opening is not None
         try:
             self.events = next(self.opening)
-        except StopIteration as consent:
-            self.opening = None
-            self.failures = 0
-            self.pipeline.down = None
-            self.ready = True
-            self.connects += 1
-            self._map.record_connected(self.place, consent.value.server, self.connects > 1)
+        except StopIteration as done:
+            self._note_connected(done.value)
         except _FAILURES as error:
             self.fail(error)
 
+    def _note_connected(self, server: ServerInfo) -> None:
+        self.opening = None
+        self.failures = 0
+        self.pipeline.down = None
+        self.ready = True
+        self.connects += 1
+        self._state.record_connected(self.info, server.server, self.connects > 1)
+        _logger.info("connected to %s (%s)", self.info.shown, server.server or "server unknown")
+
     def fail(self, error: Exception) -> None:
-        """Note that an attempt to connect failed."""
+        """Note a failed attempt to connect."""
         raise_foreign(error)
-        options = self.place.options
-        said = as_connect_error(error, self._allowed)
+        options = self.info.options
+        shown = as_connect_error(error, self._allowed)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
-        self.pipeline.down = said
-        refusal = permanent_failure(error, said, self.place.shown)
-        self._map.record_unreachable(self.place, said, refusal)
+        self.pipeline.down = shown
+        refusal = permanent_failure(error, shown, self.info.shown)
+        if str(shown) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, shown)
+        self._state.exclude_replica(self.info)
+        self._state.record_unreachable(self.info, shown, refusal)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
         retry = options.retry_strategy
-        # Full jitter: the threads of a server that restarts must not come all at once.
-        longest = min(retry.cap / 1000, retry.first / 1000 * 2**self.failures, _LONGEST_PAUSE)
-        self.failures = min(self.failures + 1, 30)
-        self.not_before = time.monotonic() + random.uniform(0, longest)
-
-    def _open(self) -> Generator[int, None, ServerInfo]:
-        """Connect and greet the node; yields what its socket is to be watched for."""
-        options = self.place.options
-        login = login_of(options, self._provider)
-        attempt = SocketConnect(options)
-        # From here on it is found when this thread is interrupted, or the process forks.
-        self._connection = attempt
-        yield from attempt.steps()
-        self._attach(attempt.sock)
-        try:
-            return (yield from self._greet(login))
-        except DscacheError as error:
-            raise_foreign(error)
-            failure = without(error, secrets_of(options, login))
-        raise failure
-
-    def _greet(self, login: Login) -> Generator[int, None, ServerInfo]:
-        options = self.place.options
-        read_only = options.scale_reads != "master"
-        words = handshake(options, login, self.place.shown, read_only=read_only)
-        commands = next(words)
-        while True:
-            asked = self.ask(commands)
-            while not all(outcome.done for outcome in asked):
-                events = IN
-                if self.unsent:
-                    self.unsent, events = self._send(self.unsent)
-                yield events
-                self._take()
-            try:
-                commands = words.send([outcome.reply() for outcome in asked])
-            except StopIteration as consent:
-                greeting: ServerInfo = consent.value
-                return greeting
+        longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+        pause = full_jitter(retry.first / 1000, longest, self.failures)
+        self.failures += 1
+        self.not_before = time.monotonic() + pause
 
     def disconnect(self) -> None:
-        """End the socket, if there is one, or the attempt to get one."""
+        """Close the socket, if there is one, or end the attempt to connect."""
         self.opening = None
         self.unsent = NOTHING
         super().disconnect()
 
-    def leave(self) -> None:
-        """Close the socket without a word to the node: it is another process's as well."""
-        self.opening = None
-        self.unsent = NOTHING
-        super().leave()
-
-    def interrupt(self, reason: Exception) -> None:
-        """End the socket under a thread that waits at it, and let that be told as the reason."""
-        self._reason = reason
-        connection = self._connection
-        sock = None if connection is None else connection._sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
 
 def milliseconds(seconds: float) -> int:
-    """Return what to give to poll: at least as long."""
+    """Return a timeout for poll, rounded up."""
     return max(math.ceil(seconds * 1000), 0)

@@ -2,18 +2,19 @@
 
 Theory of operation
 -------------------
-A thread takes a Line from ``_idle``, puts its operation into the line's pipeline, does the whole
-exchange itself and puts the line back: two steps of a deque, which need no lock. Only who finds
-none there goes the longer way: it makes a line and asks for a place among ``maxConnections``, or
-waits for one that another thread puts back, first come, first served.
+A thread takes a Connection from ``_idle``, puts its operation into the connection's pipeline, sends
+and receives by itself, and puts the connection back: two steps of a deque, which need no lock. Only
+a thread that finds ``_idle`` empty takes the longer way: it makes a connection and reserves a place
+for it among ``maxConnections``, or waits for one that another thread puts back, first come, first
+served.
 
 An exception may strike a thread between any two steps: Ctrl-C, a signal handler that raises, a
-greenlet that is killed. It may be of any class, also of this package's. A line is then never put
-back but ended, since its reply is still to come; but not by a thread that has given it away.
-Nor is its place lost, though nobody may be left who could give it back: places are not counted
-but held by the lines themselves, and those that are no more hold none (``_prune``).
+greenlet that is killed. It may be of any class, also of this package. The connection is then never
+put back but ended, since its reply is still to come; unless the thread has given it away already.
+Its place is not lost either: places are not counted but held by the connections themselves, and
+dead ones hold none (``_prune``).
 
-After a fork, the child forgets its parent's lines and closes their sockets without a word.
+After a fork, the child drops its parent's connections and closes their sockets without a word.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import random
 import threading
 import time
 from collections import deque
@@ -29,8 +29,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
-
-from redis.exceptions import RedisError
 
 from .. import _backend
 from .._forks import after_fork_in_child
@@ -46,9 +44,12 @@ from ..errors import (
     RecordError,
     ReplyError,
 )
-from ..net.handshake import as_connect_error, permanent_failure
+from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
+from ..net.connect_errors import as_connect_error, permanent_failure
 from .connection import Connection
-from .connector import Connector, listen, raise_foreign
+from .connector import Connector
+from .credentials import on_renewal
+from .foreign_errors import raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -56,21 +57,20 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
-# While an operation waits, attempts to connect are no further apart; in seconds, as all below.
-_LONGEST_PAUSE: Final = 0.25
-# An attempt with less time than this would only hide why the others failed.
+# In seconds, as all below. An attempt with less time than this would only hide the error of the
+# attempts before it.
 _LEAST: Final = 0.005
-# How often those who wait for a line look whether one is gone without having been put back.
+# How often a waiting thread looks for a connection that died without being put back.
 _GLANCE: Final = 0.05
 
-# How often a cache that closes looks whether all is done.
+# How often ``close`` looks whether all operations have ended.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (RedisError, OSError, ReplyError, ProtocolError, UnicodeError)
+_FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
 
 
 class Pool:
-    """The connections to one server. ``provider`` is asked before each, if there is one."""
+    """The connections to one server; a ``provider`` gives the credentials of each."""
 
     def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
         self._server = ""
@@ -86,10 +86,10 @@ class Pool:
         )
         self._connector = Connector(options, provider)
         self._idle: deque[Connection] = deque()
-        # Lines without a place, from which others have taken over.
+        # Connections without a place, whose operation another connection has taken over.
         self._unplaced: deque[Connection] = deque()
         self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
-        self._lines: list[ref[Connection]] = []
+        self._connections: list[ref[Connection]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = threading.RLock()
         self._closed = False
@@ -99,9 +99,9 @@ class Pool:
         self._overloads = 0
         self._last_loss = ""
         self._complained = ""
-        # What lines that are no more have counted.
+        # The counters of connections that have ended.
         self._counts: dict[str, Any] = {}
-        listen(provider, self._renew)
+        on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
     # -- operations
@@ -109,80 +109,81 @@ class Pool:
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
         idle = self._idle
-        line: Connection | None = None
+        connection: Connection | None = None
         mine = True
         try:
             try:
-                line = idle.pop()
+                connection = idle.pop()
             except IndexError:
-                line = self._spare()
+                connection = self._spare()
             try:
-                outcome: BlockingWaiter = getattr(line.pipeline, operation)(*arguments)
+                outcome: BlockingWaiter = getattr(connection.pipeline, operation)(*arguments)
             except RecordError:
-                # Nearly always of the arguments. One of a signal handler may come when the
+                # Nearly always for bad arguments. A signal handler may raise one when the
                 # operation is queued already.
-                line.clear()
+                connection.clear()
                 mine = False
-                self._put_back(line)
+                self._put_back(connection)
                 raise
-            if not (outcome.done or line.send_and_receive(outcome)):
-                if not line.admitted:
-                    line = self._admit(line)
-                self._run_until_done(line, outcome)
+            if not (outcome.done or connection.send_and_receive(outcome)):
+                if not connection.admitted:
+                    connection = self._admit(connection)
+                self._run_until_done(connection, outcome)
             if outcome.error is not None:
-                self._note_error(line)
+                self._note_error(connection)
             mine = False
-            if not line.ready or line.retired or self._waiters:
-                self._put_back(line)
+            if not connection.ready or connection.retired or self._waiters:
+                self._put_back(connection)
             else:
-                idle.append(line)
+                idle.append(connection)
         except BaseException:
-            if mine and line is not None:
-                self._drop(line)
-            # A traceback may be kept for long, and must not keep the line's place.
-            line = None
+            if mine and connection is not None:
+                self._drop(connection)
+            # A traceback may be kept for long, and must not keep the connection's place.
+            connection = None
             raise
         return outcome.take()
 
-    def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
-        """Go on with an operation, over as many connections as it takes, until its deadline."""
-        pipeline = line.pipeline
+    def _run_until_done(self, connection: Connection, outcome: BlockingWaiter) -> None:
+        """Go on with an operation, over as many sockets as it takes, until its deadline."""
+        pipeline = connection.pipeline
         while not outcome.done:
             if self._closing:
                 pipeline.fail_all(closed_meanwhile)
-            elif line.sock is not None:
-                line.stream(outcome)
+            elif connection.sock is not None:
+                connection.stream(outcome)
             else:
-                self._note_loss(line)
+                self._note_loss(connection)
                 deadline = pipeline.expire(time.monotonic())
                 if not outcome.done:
-                    refusal = self._connect(line, deadline)
+                    assert deadline is not None
+                    refusal = self._connect(connection, deadline)
                     if refusal is not None:
                         pipeline.fail_all(refusal)
 
     # -- places
 
     def _spare(self) -> Connection:
-        """Return a line that has no place yet."""
+        """Return a connection without a place."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
         while self._unplaced:
             try:
-                line = self._unplaced.pop()
+                connection = self._unplaced.pop()
             except IndexError:
                 break  # another thread was quicker
-            if not line.gone:
-                return line
-        return self._new_line()
+            if not connection.gone:
+                return connection
+        return self._new_connection()
 
-    def _new_line(self) -> Connection:
+    def _new_connection(self) -> Connection:
         return Connection(self._new_pipeline(), self._options.command_timeout)
 
     def _admit(self, spare: Connection) -> Connection:
-        """Give a line a place, or its operation another line that has one.
+        """Reserve a place for a connection, or move its operation to one that has a place.
 
-        If there is none in time, the operation has failed and the line is without a place.
-        Raises Overloaded if nobody is to wait.
+        Returns the connection that has the operation. If no place is free by its deadline, the
+        operation has failed. Raises Overloaded if ``whenFull`` is error.
         """
         if not self._waiters and self._reserve(spare):
             return spare
@@ -194,43 +195,44 @@ class Pool:
                 "maxConnections allows; the operation was not sent"
             )
         deadline = spare.expire(time.monotonic())
-        line = None if deadline is None else self._wait(spare, deadline)
-        if line is None:
+        connection = None if deadline is None else self._wait(spare, deadline)
+        if connection is None:
             spare.fail_all(closed_meanwhile if self._closing else self._none_free)
             return spare
-        if line is not spare:
+        if connection is not spare:
             try:
-                line.take_over(spare)
+                connection.take_over(spare)
                 self._put_aside(spare)
             except BaseException:
-                self._drop(line)
+                self._drop(connection)
                 raise
-        return line
+        return connection
 
-    def _reserve(self, line: Connection) -> bool:
-        """Give a line a place if there is one."""
+    def _reserve(self, connection: Connection) -> bool:
+        """Give a connection a place if one is free; return whether it has one."""
         with self._lock:
-            if len(self._lines) >= self._limit:
+            if len(self._connections) >= self._limit:
                 self._prune()
-            if len(self._lines) >= self._limit:
+            if len(self._connections) >= self._limit:
                 return False
-            self._lines.append(ref(line))
-            line.admitted = True
+            self._connections.append(ref(connection))
+            connection.admitted = True
             return True
 
     def _wait(self, spare: Connection, deadline: float) -> Connection | None:
-        """Wait for a line that is put back, or for a place; return None at the deadline."""
+        """Wait for a connection that is put back, or for a place; return None at the deadline."""
         turn: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
-        line: Connection | None = None
+        connection: Connection | None = None
         try:
             while not self._closing:
                 if turn not in self._waiters:
-                    # At first, and if whoever took it was struck before it could give anything.
+                    # At first, and again if the thread that took the turn was struck before it
+                    # gave anything.
                     self._waiters.append(turn)
                     try:
-                        # Put back before the turn could be seen.
-                        line = self._idle.pop()
-                        return line
+                        # One that was put back before its thread could see the turn.
+                        connection = self._idle.pop()
+                        return connection
                     except IndexError:
                         pass
                 if self._reserve(spare):
@@ -239,21 +241,21 @@ class Pool:
                 if rest <= 0:
                     return None
                 try:
-                    line = turn.get(timeout=min(rest, _GLANCE))
+                    connection = turn.get(timeout=min(rest, _GLANCE))
                 except queue.Empty:
                     continue
-                if line is not None:
-                    return line
+                if connection is not None:
+                    return connection
             return None
         except BaseException:
-            if line is not None:
-                self._drop(line)
+            if connection is not None:
+                self._drop(connection)
             raise
         finally:
             self._leave(turn)
 
     def _leave(self, turn: queue.SimpleQueue[Connection | None]) -> None:
-        """Wait no more; what was given meanwhile is passed on."""
+        """Stop waiting, and pass on a connection that was given meanwhile."""
         try:
             self._waiters.remove(turn)
         except ValueError:
@@ -265,71 +267,81 @@ class Pool:
                     following.put(None)
 
     def _call_next(self) -> queue.SimpleQueue[Connection | None] | None:
-        """Return the turn of who has waited longest, if anyone has."""
+        """Return the turn that has waited longest, or None."""
         try:
             return self._waiters.popleft()
         except IndexError:
             return None
 
-    def _put_back(self, line: Connection) -> None:
-        """Give a line to who waits for one, or to whoever needs one next."""
+    def _put_back(self, connection: Connection) -> None:
+        """Give a connection to the thread that has waited longest, or make it idle."""
         mine = True
         try:
-            self._note_loss(line)
-            if line.retired or self._closing:
-                self._drop(line)
-            elif not line.admitted:
-                self._put_aside(line)
+            self._note_loss(connection)
+            if connection.retired or self._closing:
+                self._drop(connection)
+            elif not connection.admitted:
+                self._put_aside(connection)
             else:
                 turn = self._call_next() if self._waiters else None
-                is_ready = line.ready
+                is_ready = connection.ready
                 # From here on another thread may have it.
                 mine = False
                 if turn is not None:
-                    turn.put(line)
+                    turn.put(connection)
                 elif is_ready:
-                    self._idle.append(line)
+                    self._idle.append(connection)
                 else:
-                    self._idle.appendleft(line)
+                    self._idle.appendleft(connection)
         except BaseException:
             if mine:
-                self._drop(line)
-            del line
+                self._drop(connection)
+            del connection
             raise
 
     def _put_aside(self, spare: Connection) -> None:
-        """Keep a line without a place for who needs one next, or what it has counted."""
+        """Keep a connection without a place for later use, or only its counters."""
         if len(self._unplaced) < self._limit:
             self._unplaced.append(spare)
         else:
             self._count(spare)
 
-    def _drop(self, line: Connection) -> None:
-        """End a line, and let another one have its place."""
-        first = not line.gone
-        line.discard()
+    def _drop(self, connection: Connection) -> None:
+        """End a connection, and free its place."""
+        first = not connection.gone
+        connection.discard()
         if first:
-            self._count(line)
-        if line.admitted:
+            self._count(connection)
+        if connection.admitted:
             with self._lock:
-                self._lines = [it for it in self._lines if it() not in (line, None)]
+                self._connections = [
+                    held for held in self._connections if held() not in (connection, None)
+                ]
             if (turn := self._call_next()) is not None:
                 turn.put(None)
 
     def _prune(self) -> None:
-        """Forget the lines that are no more."""
-        self._lines = [it for it in self._lines if (line := it()) is not None and not line.gone]
+        """Forget the connections that have ended."""
+        self._connections = [
+            held
+            for held in self._connections
+            if (connection := held()) is not None and not connection.gone
+        ]
 
     def _present(self) -> list[Connection]:
         with self._lock:
-            lines = [it() for it in self._lines]
-        return [line for line in lines if line is not None and not line.gone]
+            connections = [held() for held in self._connections]
+        return [
+            connection
+            for connection in connections
+            if connection is not None and not connection.gone
+        ]
 
-    def _count(self, line: Connection) -> None:
-        """Keep what a pipeline has counted that is given up."""
-        said = line.pipeline.stats()
+    def _count(self, connection: Connection) -> None:
+        """Keep the counters of a connection that ends."""
+        counts = connection.pipeline.stats()
         with self._lock:
-            counters.add(self._counts, said, lasting=True)
+            counters.add(self._counts, counts, lasting=True)
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -340,10 +352,10 @@ class Pool:
 
     # -- connections
 
-    def _connect(self, line: Connection, deadline: float) -> ErrorOf | None:
-        """Try to connect a line until the deadline; return how operations fail if that's no use.
+    def _connect(self, connection: Connection, deadline: float) -> ErrorOf | None:
+        """Try to connect until the deadline; return how operations fail at once, if they do.
 
-        ``line.pipeline.down`` tells why it was in vain.
+        ``pipeline.down`` is then the error of the last attempt.
         """
         options = self._options
         retry = options.retry_strategy
@@ -352,24 +364,23 @@ class Pool:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
             try:
-                server = line.open(self._connector, limit)
+                server = connection.open(self._connector, limit)
             except _FAILURES as error:
                 raise_foreign(error)
-                said = as_connect_error(error, math.ceil((limit - now) * 1000))
-                line.disconnect()
-                line.pipeline.connection_lost(error, True)
-                line.pipeline.down = said
-                self._note_failure(said)
-                refusal = permanent_failure(error, said, line.pipeline.address)
+                shown = as_connect_error(error, math.ceil((limit - now) * 1000))
+                connection.disconnect()
+                connection.pipeline.connection_lost(error, True)
+                connection.pipeline.down = shown
+                self._note_failure(shown)
+                refusal = permanent_failure(error, shown, connection.pipeline.address)
                 if refusal is not None:
                     return refusal
             else:
-                self._note_success(line, server)
+                self._note_success(connection, server)
                 return None
-            # Full jitter: the threads of a server that restarts must not come all at once.
-            longest = min(retry.cap / 1000, retry.first / 1000 * 2**failures, _LONGEST_PAUSE)
-            failures = min(failures + 1, 30)
-            pause = random.uniform(0, longest)
+            longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+            pause = full_jitter(retry.first / 1000, longest, failures)
+            failures += 1
             rest = deadline - time.monotonic()
             if pause + _LEAST >= rest:
                 time.sleep(max(rest, 0))
@@ -377,12 +388,12 @@ class Pool:
             time.sleep(pause)
         return closed_meanwhile if self._closing else None
 
-    def _note_success(self, line: Connection, server: str) -> None:
-        address = line.pipeline.address
-        line.connects += 1
+    def _note_success(self, connection: Connection, server: str) -> None:
+        address = connection.pipeline.address
+        connection.connects += 1
         with self._lock:
             self._connects += 1
-            self._reconnections += line.connects > 1
+            self._reconnections += connection.connects > 1
             self._server = server
             self._complained = ""
             moved = address != self.address and self._options.sentinels is not None
@@ -392,95 +403,97 @@ class Pool:
             self._retire(lambda other: other.pipeline.address != address)
 
     def _note_failure(self, error: Exception) -> None:
-        said = self._last_loss = str(error)
-        if said != self._complained:
-            self._complained = said
-            _logger.warning("can't connect to %s: %s", self.address, said)
+        shown = self._last_loss = str(error)
+        if shown != self._complained:
+            self._complained = shown
+            _logger.warning("can't connect to %s: %s", self.address, shown)
 
-    def _note_loss(self, line: Connection) -> None:
-        if line.loss:
-            self._last_loss, line.loss = line.loss, ""
-            _logger.info("connection to %s lost: %s", line.pipeline.address, self._last_loss)
+    def _note_loss(self, connection: Connection) -> None:
+        if connection.loss:
+            self._last_loss, connection.loss = connection.loss, ""
+            _logger.info("connection to %s lost: %s", connection.pipeline.address, self._last_loss)
 
-    def _note_error(self, line: Connection) -> None:
-        """Leave a server that has refused a write for being a replica, if there is another."""
-        if line.pipeline.read_only:
-            line.pipeline.read_only = False
+    def _note_error(self, connection: Connection) -> None:
+        """Replace the connections to a server that has become a replica, behind Sentinels."""
+        if connection.pipeline.read_only:
+            connection.pipeline.read_only = False
             if self._options.sentinels is not None:
-                self._retire(lambda other: other.pipeline.address == line.pipeline.address)
+                self._retire(lambda other: other.pipeline.address == connection.pipeline.address)
 
     def _renew(self) -> None:
-        """Let new connections replace the others, as there are new credentials."""
+        """Replace all connections: there are new credentials."""
         self._retire(lambda other: True)
 
     def _retire(self, concerns: Callable[[Connection], bool]) -> None:
-        """Let new connections replace some: at once those that nobody uses."""
-        for line in self._present():
-            if concerns(line):
-                line.retired = True
+        """Replace the connections that ``concerns`` selects: idle ones now, others after use."""
+        for connection in self._present():
+            if concerns(connection):
+                connection.retired = True
                 try:
-                    self._idle.remove(line)
+                    self._idle.remove(connection)
                 except ValueError:
-                    continue  # who uses it will see
-                self._drop(line)
+                    continue  # in use: its thread drops it
+                self._drop(connection)
 
     # -- the life of the pool
 
     @property
     def server(self) -> str:
-        """The server's kind and version, as far as it is known."""
+        """The server's kind and version; empty until they are known."""
         return self._server
 
     @property
     def is_ready(self) -> bool:
         """Whether there is a connection."""
-        return not self._closed and any(line.sock is not None for line in self._present())
+        return not self._closed and any(
+            connection.sock is not None for connection in self._present()
+        )
 
     def when_ready(self) -> None:
         """Wait until there is a connection.
 
-        Raises ConnectError if there is none within ``connectTimeout``, and at once what the
-        server says if it refuses.
+        Raises ConnectError if there is none within ``connectTimeout``, and the server's error at
+        once if it refuses the handshake.
         """
         timeout = self._options.connect_timeout
         deadline = time.monotonic() + timeout / 1000
-        line: Connection | None = None
+        connection: Connection | None = None
         mine = True
         try:
             try:
-                line = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 spare = self._spare()
-                line = spare if self._reserve(spare) else self._wait(spare, deadline)
-            if line is None:
+                connection = spare if self._reserve(spare) else self._wait(spare, deadline)
+            if connection is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "
                     "(maxConnections) are in use"
                 )
-            problem = self._make_ready(line, deadline)
+            problem = self._make_ready(connection, deadline)
             mine = False
-            self._put_back(line)
+            self._put_back(connection)
         except BaseException:
-            if mine and line is not None:
-                self._drop(line)
-            line = None
+            if mine and connection is not None:
+                self._drop(connection)
+            connection = None
             raise
         if problem is not None:
             try:
                 raise problem
             finally:
-                # Its traceback holds this frame, which must not hold it in turn.
+                # Its traceback holds this frame: break the cycle.
                 del problem
 
-    def _make_ready(self, line: Connection, deadline: float) -> Exception | None:
-        """Connect a line that has a place; return what keeps it from that until the deadline."""
-        if line.is_open():
+    def _make_ready(self, connection: Connection, deadline: float) -> Exception | None:
+        """Connect a connection that has a place; return the error if that fails."""
+        if connection.is_open():
             return None
-        refusal = self._connect(line, deadline)
+        refusal = self._connect(connection, deadline)
         if refusal is not None:
             return refusal("connect")
-        if line.sock is None:
-            down = line.pipeline.down
+        if connection.sock is None:
+            down = connection.pipeline.down
             problem = ConnectError(
                 f"no connection to {self.address} within {self._options.connect_timeout} ms: {down}"
             )
@@ -489,14 +502,14 @@ class Pool:
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Return the pipelines' counters, and what became of the connections."""
+        """Return the counters of the pipelines and of the connections."""
         present = self._present()
         parts = [self._counts]
-        parts += [line.pipeline.stats() for line in (*present, *list(self._unplaced))]
+        parts += [connection.pipeline.stats() for connection in (*present, *list(self._unplaced))]
         return {
             **counters.merged([*parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(line.sock is not None for line in present),
+            "connections": sum(connection.sock is not None for connection in present),
             "connects": self._connects,
             "reconnections": self._reconnections,
             "redirections": 0,
@@ -504,34 +517,34 @@ class Pool:
         }
 
     def close(self) -> None:
-        """Let those who use connections finish, within ``closeTimeout``, and end them all."""
+        """Let operations finish within ``closeTimeout``, and end all connections."""
         deadline = time.monotonic() + self._options.close_timeout / 1000
         self._closed = True
         while self._is_in_use() and time.monotonic() < deadline:
             time.sleep(_PATIENCE)
         self._closing = True
-        self._retire(lambda line: True)
-        for line in self._present():
-            line.interrupt(ConnectionLost("the cache was closed"))
+        self._retire(lambda connection: True)
+        for connection in self._present():
+            connection.interrupt(ConnectionLost("the cache was closed"))
 
     def _is_in_use(self) -> bool:
         return bool(self._waiters) or len(self._present()) > len(self._idle)
 
     def reset_after_fork(self) -> None:
-        """Begin anew in a forked child: nothing that the parent uses is touched."""
-        lines = [it() for it in self._lines]
+        """Begin anew in a forked child, and leave the parent's connections alone."""
+        connections = [held() for held in self._connections]
         self._lock = threading.RLock()
         self._idle = deque()
         self._unplaced.clear()
         self._waiters = deque()
-        self._lines = []
-        for line in lines:
-            if line is not None:
-                line.leave()
+        self._connections = []
+        for connection in connections:
+            if connection is not None:
+                connection.leave()
 
 
 def _no_wakeup() -> None:
-    """Do nothing when an operation is queued: its thread is about to send it."""
+    """Do nothing when an operation is queued: its own thread sends it."""
 
 
 def closed_meanwhile(operation: str) -> Exception:

@@ -1,4 +1,4 @@
-"""What a thread of a blocking cache asks the nodes of a cluster, beside an operation of its own."""
+"""A refresh of a cluster's slots by one thread, beside an operation of its own."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import Final
 from ..errors import ConfigError, ConnectError, DscacheError, ReplyError
 from ..net.cluster_state import ClusterState
 from ..net.slots import QUESTIONS, View, newest, read_view
-from .connector import raise_foreign
+from .foreign_errors import raise_foreign
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 
-# After the first answer, the others have this long, in seconds, or as long again as that took.
+# After the first answer, the other nodes have this long, in seconds, or as long as the first took,
+# whichever is longer.
 _OTHERS: Final = 0.01
 
 
 class SlotRefresh:
-    """Nodes that are asked for their view, until enough of them have answered.
+    """Asks some nodes for their view, until enough of them have answered.
 
-    ``claim`` is the map's. ``until`` is when to look again though nothing came.
+    ``claim`` is the state's. ``until`` is when to call ``go_on`` although no reply came, by
+    ``time.monotonic()``.
     """
 
     def __init__(
-        self, cluster_map: ClusterState, claim: float, now: float, nodes: Iterable[NodeConnection]
+        self, state: ClusterState, claim: float, now: float, nodes: Iterable[NodeConnection]
     ) -> None:
-        self._map = cluster_map
+        self._state = state
         self._claim = claim
-        self._table = cluster_map.table
+        self._table = state.table
         self._moved = len(self._table.moved)
         self._began = now
-        self._timeout = cluster_map.timeout
+        self._timeout = state.timeout
         self._views: list[View] = []
         self._failures: list[Exception] = []
         self._asked: dict[NodeConnection, list[BlockingWaiter]] = {}
-        # Those that are being connected to, and how often they had failed at that.
+        # The nodes without a connection yet, with the failed attempts of each so far.
         self._awaited = {node: node.failures for node in nodes}
         self.until = now + self._timeout / 1000
 
     def go_on(self, now: float) -> bool:
-        """Ask who can be asked by now, and hear who has answered; return whether that was all."""
+        """Ask nodes that are connected by now, and take replies; return whether it has ended."""
         for node, failures in list(self._awaited.items()):
             if node.check():
                 self._asked[node] = node.ask(QUESTIONS)
@@ -48,25 +50,25 @@ class SlotRefresh:
                 node.wanted = True
                 continue
             else:
-                trouble = node.place.trouble or ConnectError("no connection")
-                self._failures.append(ConnectError(f"{node.place.shown}: {trouble}"))
+                trouble = node.info.trouble or ConnectError("no connection")
+                self._failures.append(ConnectError(f"{node.info.shown}: {trouble}"))
             del self._awaited[node]
             node.wanted = False
         for node, outcomes in list(self._asked.items()):
             if all(outcome.done for outcome in outcomes):
                 del self._asked[node]
-                self._hear(node, [outcome.reply() for outcome in outcomes], now)
+                self._take(node, [outcome.reply() for outcome in outcomes], now)
         if now < self.until and (self._awaited or self._asked):
             return False
         self.end()
         return True
 
-    def _hear(self, node: NodeConnection, replies: list[object], now: float) -> None:
+    def _take(self, node: NodeConnection, replies: list[object], now: float) -> None:
         slots, info = replies
         try:
             if isinstance(slots, Exception) and not isinstance(slots, ReplyError):
                 raise slots
-            view = read_view(slots, info, node.place.address, self._map.source)
+            view = read_view(slots, info, node.info.address, self._state.source)
         except DscacheError as error:
             raise_foreign(error)
             self._failures.append(error)
@@ -76,35 +78,35 @@ class SlotRefresh:
         self._views.append(view)
 
     def end(self) -> None:
-        """Come to a conclusion with the answers that there are."""
+        """End with the replies so far: apply the newest view, or note the failure."""
         for node in self._awaited:
             node.wanted = False
-        silent = [node.place.shown for node in (*self._awaited, *self._asked)]
+        silent = [node.info.shown for node in (*self._awaited, *self._asked)]
         self._awaited.clear()
         self._asked.clear()
         try:
             if self._views:
-                self._map.apply(newest(self._views), self._table, self._moved)
+                self._state.apply(newest(self._views), self._table, self._moved)
                 return
         except ConnectError as error:
             raise_foreign(error)
             self._failures.append(error)
         if not self._failures and time.monotonic() < self._began + self._timeout / 1000:
-            # The operation was over first: that says nothing of the nodes.
+            # The operation ended first, so the missing replies prove no failure of the nodes.
             self.abandon()
             return
         self._failures += [
             ConnectError(f"{shown}: no answer to CLUSTER SLOTS in {self._timeout} ms")
             for shown in silent
         ]
-        self._map.record_failure(self._error())
+        self._state.record_failure(self._error())
 
     def abandon(self) -> None:
-        """Leave it to somebody else."""
-        self._map.abandon_refresh(self._claim)
+        """Leave the refresh to another thread."""
+        self._state.abandon_refresh(self._claim)
 
     def _error(self) -> Exception:
-        """Return what to tell of an inquiry that nobody has answered."""
+        """Return the error of a refresh that no node has answered."""
         for error in self._failures:
             if isinstance(error, ConfigError | ReplyError):
                 return error

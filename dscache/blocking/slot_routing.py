@@ -1,8 +1,9 @@
-"""Which of a thread's lines an operation on a cluster goes to: its Router, kept up to date."""
+"""Routing of one thread's operations on a cluster: its Router, kept up to date."""
 
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
@@ -18,20 +19,24 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from ..core.batch import Batch
+    from ..core.pipeline import Pipeline
+    from ..core.router import Router
+
 
 class SlotRouter:
-    """The Router of one thread, and the lines to the nodes that it has needed so far.
+    """The Router of one thread, and its connections to the nodes that it has needed so far.
 
-    ``unrouted`` is the pipeline of no node, where operations are of which it isn't known yet who
-    serves them; also those of a node that wasn't needed before. A pipeline that gets something
-    to do notes its node in ``pending_nodes``.
+    ``unrouted`` is a pipeline without a node. It takes operations whose node isn't known yet, or
+    has no connection of this thread yet. A pipeline that gets its first operation appends its
+    node's address to ``pending_nodes``; ``unrouted`` appends an empty one.
     """
 
     __slots__ = (
-        "_map",
         "_new_pipeline",
         "_provider",
         "_seen",
+        "_state",
         "_table",
         "apart",
         "nodes",
@@ -42,12 +47,12 @@ class SlotRouter:
 
     def __init__(
         self,
-        core: Any,
-        cluster_map: ClusterState,
+        core: ModuleType,
+        state: ClusterState,
         options: Options,
         provider: CredentialProvider | None,
     ) -> None:
-        self._map = cluster_map
+        self._state = state
         self._provider = provider
         self._new_pipeline = partial(
             core.Pipeline, BlockingWaiter, clustered=True, **options.for_pipeline()
@@ -56,13 +61,13 @@ class SlotRouter:
         self._seen = 0
         self.nodes: dict[str, NodeConnection] = {}
         self.pending_nodes: list[str] = []
-        self.unrouted = self._new_pipeline(
-            partial(self.pending_nodes.append, ""), address=cluster_map.address
+        self.unrouted: Pipeline = self._new_pipeline(
+            partial(self.pending_nodes.append, ""), address=state.address
         )
         self.apart = SplitRecords(
             core, BlockingWaiter, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
-        self.router = core.Router(
+        self.router: Router = core.Router(
             BlockingWaiter,
             self.unrouted,
             self.apart,
@@ -74,29 +79,29 @@ class SlotRouter:
         if not options.hash_tag:
             self.apart.router = self.router
 
-    # -- what is new of the map
+    # -- changes of the state
 
     def is_current(self) -> bool:
-        """Whether the Router knows what the map knows."""
-        table = self._map.table
+        """Return whether the Router has the state's current slots."""
+        table = self._state.table
         return table is self._table and len(table.moved) == self._seen
 
     def follow(self) -> None:
-        """Take over what is new of the map, and move what waits at the wrong node."""
+        """Take over the state's slots, and move operations that wait at the wrong node."""
         if self.is_current():
             return
-        table = self._map.table
+        table = self._state.table
         if table is not self._table:
             self._rebuild(table)
         for slot, shown in table.moved[self._seen :]:
             self._route(slot, shown)
             self._seen += 1
-        for node in list(self.nodes.values()):  # there may be more of them soon
+        for node in list(self.nodes.values()):  # a copy, as moving may add nodes
             if node.pipeline.queued:
                 self.hand_on(node.pipeline)
 
     def _rebuild(self, table: SlotTable) -> None:
-        """Write the Router's tables anew."""
+        """Fill the Router's tables from a SlotTable."""
         owners, readers = self.router.owners, self.router.readers
         owners[:] = readers[:] = [self.unrouted] * c.SLOTS
         for shard in table.shards:
@@ -118,31 +123,31 @@ class SlotRouter:
         pipeline = self._pipeline(shown)
         self.router.owners[slot] = self.router.readers[slot] = pipeline
 
-    def _pipeline(self, shown: str) -> Any:
+    def _pipeline(self, shown: str) -> Pipeline:
         node = self.nodes.get(shown)
         return self.unrouted if node is None else node.pipeline
 
     # -- nodes
 
-    def node(self, place: NodeInfo) -> NodeConnection:
-        """Return the line to a node."""
-        node = self.nodes.get(place.shown)
+    def node(self, info: NodeInfo) -> NodeConnection:
+        """Return this thread's connection to a node, made now if there is none."""
+        node = self.nodes.get(info.shown)
         if node is None:
             pipeline = self._new_pipeline(
-                partial(self.pending_nodes.append, place.shown), address=place.shown
+                partial(self.pending_nodes.append, info.shown), address=info.shown
             )
             pipeline.down = ConnectError("still connecting")
-            node = NodeConnection(pipeline, place, self._map, self._provider)
-            self.nodes[place.shown] = node
+            node = NodeConnection(pipeline, info, self._state, self._provider)
+            self.nodes[info.shown] = node
             self._rebuild(self._table)
         return node
 
     def is_primary(self, node: NodeConnection) -> bool:
-        """Whether a node is known to serve slots."""
-        return node.place.shown in self._table.primaries
+        """Return whether a node is known to serve slots."""
+        return node.info.shown in self._table.primaries
 
     def take_pending_nodes(self) -> list[NodeConnection]:
-        """Return the nodes that got something to do."""
+        """Return the nodes that have got operations since the last call."""
         nodes = []
         while self.pending_nodes:
             node = self.nodes.get(self.pending_nodes.pop())
@@ -154,36 +159,36 @@ class SlotRouter:
         return nodes
 
     def close_departed(self) -> None:
-        """End the lines to nodes that are no part of the cluster any more."""
-        places = self._map.places
-        departed = [shown for shown in self.nodes if shown not in places]
+        """End the connections to nodes that have left the cluster."""
+        known = self._state.nodes
+        departed = [shown for shown in self.nodes if shown not in known]
         for shown in departed:
             node = self.nodes.pop(shown)
             node.discard()
-            self._map.keep_counts(None, node.pipeline.stats())
+            self._state.keep_counts(None, node.pipeline.stats())
         if departed:
             self._rebuild(self._table)
 
-    # -- what waits
+    # -- waiting operations
 
-    def hand_on(self, pipeline: Any) -> None:
-        """Hand over what waits in a pipeline and belongs elsewhere by now."""
-        batches: dict[Any, list[Any]] = {}
+    def hand_on(self, pipeline: Pipeline) -> None:
+        """Move the operations of a pipeline that belong to another one by now."""
+        batches: dict[Pipeline, list[Batch]] = {}
         for target, batch in pipeline.take_queued(self._target_of):
             batches.setdefault(target, []).append(batch)
         for target, waiting in batches.items():
             target.requeue(waiting)
 
-    def _target_of(self, kind: int, name: str) -> Any:
+    def _target_of(self, kind: int, name: str) -> Pipeline:
         pipeline = self.router.target_of(kind, name)
         if pipeline is not self.unrouted:
             return pipeline
         slot = pipeline.slot_of(kind, name)
         shown = self._table.find(slot, kind in (c.GET, c.HEAD, c.READ_KEY))
-        return pipeline if shown is None else self.node(self._map.place_at(shown)).pipeline
+        return pipeline if shown is None else self.node(self._state.node_at(shown)).pipeline
 
     def requeue_all(self, other: SlotRouter) -> None:
-        """Take over all that waits in others, to be handed on."""
+        """Take over all operations that wait in another SlotRouter; ``follow`` moves them on."""
         for pipeline in (other.unrouted, *(node.pipeline for node in other.nodes.values())):
             given = pipeline.take_queued(lambda kind, name: self.unrouted)
             if given:
@@ -193,13 +198,13 @@ class SlotRouter:
     # -- counters
 
     def stats(self) -> dict[str, Any]:
-        """Return what was counted of no node: what waits, and records that lie apart."""
+        """Return the counters of no node: of unrouted operations and of split records."""
         return counters.merged([self.unrouted.stats(), self.apart.stats(), self.router.stats()])
 
     def keep_counts(self) -> None:
-        """Let the map keep what was counted here, as this is no more."""
+        """Let the state keep the counters, at the end of this router."""
         for node in self.nodes.values():
-            self._map.keep_counts(node.place, node.pipeline.stats())
-        self._map.keep_counts(None, self.stats())
-        # Each has the other, which would keep their memory until it is collected.
+            self._state.keep_counts(node.info, node.pipeline.stats())
+        self._state.keep_counts(None, self.stats())
+        # They refer to each other, which would keep their memory until a garbage collection.
         self.apart.router = None

@@ -1,4 +1,4 @@
-"""What a blocking operation comes to."""
+"""The result of a blocking operation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class BlockingWaiter:
-    """What becomes of one operation: the waiter of a thread."""
+    """The result or error of one operation, in the shape of a future."""
 
     __slots__ = ("_result", "done", "error")
 
@@ -35,6 +35,6 @@ class BlockingWaiter:
         try:
             raise error
         finally:
-            # Its traceback holds this frame, which must not hold it in turn.
+            # Its traceback holds this frame: break the cycle.
             self.error = None
             del error

@@ -1,7 +1,7 @@
 """The command line: ``dscache COMMAND ...``, which is also ``python -m dscache``.
 
-Exit status: 0 if all is well, 1 if it isn't or an error of dscache ended the command, 2 if the
-command line itself is wrong. An error is one line on standard error.
+Exit status: 0 if all is well; 1 if it isn't, or after an error of dscache, which is one line on
+standard error; 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import DscacheError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-# What the extra ``cli`` brings; without it, dscache itself works all the same.
+# The packages of the extra ``cli``, which dscache itself doesn't need.
 _EXTRA = ("typer", "rich")
 
 
@@ -39,7 +39,7 @@ def main() -> None:
             sys.stdout.flush()
     except OutputError as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            sys.exit(1)  # who reads no further, such as head, needs not be told
+            sys.exit(1)  # a reader such as head has closed the pipe on purpose
         _fail(str(error))
     except DscacheError as error:
         _fail(str(error))
@@ -50,17 +50,20 @@ def main() -> None:
 
 
 class OutputError(Exception):
-    """Standard output takes no more. It is no OSError, of which others have words of their own."""
+    """Standard output can't be written.
+
+    It is no OSError, since ``main`` reports those as errors of other files.
+    """
 
 
 class _Output(io.FileIO):
-    """Standard output, whose failures end the command with one line."""
+    """Standard output that raises OutputError when it can't be written."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            # What is still to be written would fail again when the interpreter ends.
+            # The rest of the buffer would fail again at the interpreter's exit.
             with suppress(OSError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
@@ -71,18 +74,18 @@ class _Output(io.FileIO):
 def _explained(error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "; make room, or write elsewhere" if full else ""
-    return f"standard output: it can't be written: {error.strerror}{remedy}"
+    return f"standard output can't be written: {error.strerror}{remedy}"
 
 
 def _open_standard_files() -> None:
-    """Replace standard output by one that tells what it can't write, and lost files by none."""
+    """Make standard output raise OutputError, and replace a closed standard error by /dev/null."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         _fail("standard output is closed; redirect it, for example to /dev/null")
     given = sys.stdout
     if not isinstance(given, io.TextIOWrapper) or given is not sys.__stdout__:
-        return  # a program's own
+        return  # replaced by the calling program
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_Output(given.fileno(), "wb", closefd=False)),
         encoding=given.encoding,
@@ -93,6 +96,6 @@ def _open_standard_files() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    # Servers have a say in it, and must not have one in what a terminal does.
+    # The message may quote a server, which must not steer the terminal.
     line = "".join(one if one.isprintable() else " " for one in message)
     sys.exit(f"dscache: {line}")

@@ -1,4 +1,4 @@
-"""All commands of the command line, put together. Imported only where typer and rich are there."""
+"""All commands of the command line. Imports typer and rich, which are an extra."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Annotated
 import typer
 
 from .. import __version__, _backend
-from . import bench, cluster, doctor, export, migrate, records, watch
+from .bench import bench
+from .cluster import cluster
+from .delete import delete
+from .doctor import doctor
+from .export import export
+from .get import get
+from .head import head
+from .import_ import import_
+from .migrate import migrate
 from .options import FLAG
+from .set import set_
+from .watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    # With the values of local variables, a traceback would show passwords.
+    # typer's tracebacks show local variables, and passwords with them.
     pretty_exceptions_enable=False,
-    # Frames are for eyes; in a file or a pipe they are in the way.
+    # Help without frames in a file or a pipe.
     rich_markup_mode="markdown" if sys.stdout.isatty() else None,
 )
 
@@ -42,17 +52,17 @@ def dscache(
         ),
     ] = False,
 ) -> None:
-    """Versioned JSON records in Redis: look at what is there, from a terminal or a script."""
+    """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-app.command("get")(records.get)
-app.command("set")(records.set_)
-app.command("head")(records.head)
-app.command("delete")(records.delete)
-app.command("doctor")(doctor.doctor)
-app.command("export")(export.export)
-app.command("import")(export.import_)
-app.command("bench")(bench.bench)
-app.command("watch")(watch.watch)
-app.command("migrate")(migrate.migrate)
-app.command("cluster")(cluster.cluster)
+app.command("get")(get)
+app.command("set")(set_)
+app.command("head")(head)
+app.command("delete")(delete)
+app.command("doctor")(doctor)
+app.command("export")(export)
+app.command("import")(import_)
+app.command("bench")(bench)
+app.command("watch")(watch)
+app.command("migrate")(migrate)
+app.command("cluster")(cluster)

@@ -1,9 +1,10 @@
-"""``dscache bench``: a load of your choice against your own server."""
+"""``dscache bench``: a synthetic load against your own server."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import _backend
+from ..admin.cache import open_cache
 from ..admin.latency_chart import draw
 from ..admin.load_test import Latencies, Plan, Result, apply
 from ..errors import DscacheError
 from .options import Chosen, with_all_options
+from .output import complain, interruptible, number, plain, print_json
 from .progress_bar import progress
-from .settings import complain, interruptible, number, opened, plain, print_json, run
+from .settings import run
 
 _PERCENTILES = (50, 90, 99, 99.9)
 
@@ -27,62 +30,66 @@ _PERCENTILES = (50, 90, 99, 99.9)
 @with_all_options
 def bench(
     tasks: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many do one operation after the other.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Concurrent tasks, each with one operation at a time."
+        ),
     ] = 100,
-    seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="For how long.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Duration of the load.")
+    ] = 5.0,
     read_ratio: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Which share are reads, 0 to 1.")
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Share of reads, 0 to 1.")
     ] = 0.9,
     size: Annotated[
-        int, typer.Option(min=1, metavar="BYTES", help="JSON text of each record.")
+        int, typer.Option(min=1, metavar="BYTES", help="Size of each record's JSON text.")
     ] = 120,
     bulk: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Records of one operation; 1 is get and set.")
+        int, typer.Option(min=1, metavar="N", help="Records in one operation; 1 uses get and set.")
     ] = 1,
     records: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many different records there are.")
+        int, typer.Option(min=1, metavar="N", help="Number of different records.")
     ] = 10_000,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.svg", help="Draw how long the operations took."),
+        typer.Option(metavar="FILE.svg", help="Draw the distribution of latencies."),
     ] = None,
     *,
     chosen: Chosen,
 ) -> None:
     """Put a load on a server, and measure rate and latency.
 
-    It writes records under names of its own, dscache-bench/..., and removes them at the end, also
-    after Ctrl-C. Others on the server feel it. The exit status is 1 if operations failed.
+    Writes records under names of its own, dscache-bench/..., and removes them at the end, also
+    after Ctrl-C. It slows down the server's other clients. The exit status is 1 if operations
+    failed.
     """
     if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
         raise typer.BadParameter(
-            "it must end in .svg, in a folder that is there", param_hint="--plot"
+            "it must end in .svg, in a folder that exists", param_hint="--plot"
         )
-    settings = chosen.load()
+    config = chosen.load()
     plan = Plan(
         tasks=tasks, seconds=seconds, read_ratio=read_ratio, size=size, bulk=bulk, records=records
     )
     result = Result()
-    facts: dict[str, Any] = {}
+    facts: dict[str, str] = {}
 
-    def look() -> tuple[int, int, int]:
+    def position() -> tuple[int, int, int]:
         passed = time.perf_counter() - result.began if result.began else 0.0
         return round(min(passed, seconds) * 1000), round(seconds * 1000), result.records
 
     async def work() -> None:
-        async with opened(settings) as cache:
-            topology = cache._topology
-            assert topology is not None
+        async with open_cache(config) as cache:
             facts.update(
-                address=cache._config.address,
-                server=topology.server,
+                address=cache.config.address,
+                server=cache.topology.server,
                 core=_backend.BACKEND,
                 loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],
             )
-            async with progress("bench", look):
+            async with progress("bench", position):
                 await apply(cache, plan, result)
 
-    with interruptible("its records are removed"):
+    with interruptible("its records have been removed"):
         run(work())
     if chosen.as_json:
         print_json(document(facts, plan, result))
@@ -97,8 +104,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def document(facts: dict[str, Any], plan: Plan, result: Result) -> dict[str, Any]:
-    """Return what was measured as it is printed in JSON."""
+def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, Any]:
+    """Return the result as the JSON document to print."""
     return {
         **facts,
         "tasks": plan.tasks,
@@ -116,12 +123,12 @@ def document(facts: dict[str, Any], plan: Plan, result: Result) -> dict[str, Any
 
 def _latencies(of: Latencies) -> dict[str, float]:
     percentiles = {f"p{percent:g}_ms": of.percentile(percent) for percent in _PERCENTILES}
-    times = {"mean_ms": of.mean, **percentiles, "max_ms": of.most}
+    times = {"mean_ms": of.mean, **percentiles, "max_ms": of.longest_ms}
     return {"operations": of.count, **{name: round(time, 4) for name, time in times.items()}}
 
 
-def page(facts: dict[str, Any], plan: Plan, result: Result, width: int) -> RenderableType:
-    """Return what was measured as it is shown on a terminal of so many columns."""
+def page(facts: Mapping[str, str], plan: Plan, result: Result, width: int) -> RenderableType:
+    """Return the result for a terminal of ``width`` columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     narrow = width < 80
     heads = ["", "operations", "a second", "mean", *(f"p{one:g}" for one in _PERCENTILES), "max"]
@@ -137,7 +144,7 @@ def page(facts: dict[str, Any], plan: Plan, result: Result, width: int) -> Rende
                 "a second": f"{of.count / result.seconds:,.0f}",
                 "mean": _shown(of.mean),
                 **{f"p{one:g}": _shown(of.percentile(one)) for one in _PERCENTILES},
-                "max": _shown(of.most),
+                "max": _shown(of.longest_ms),
             }
             table.add_row(*(cells[head] for head in heads if head not in left_out))
     summary = Text.assemble(
@@ -157,7 +164,7 @@ def _described(plan: Plan) -> str:
     return f"{number(plan.tasks, 'task')}, {plan.size:,} bytes, {what}"
 
 
-def _write_plot(plot: Path, facts: dict[str, Any], plan: Plan, result: Result) -> None:
+def _write_plot(plot: Path, facts: Mapping[str, str], plan: Plan, result: Result) -> None:
     drawing = draw(
         f"{result.rate:,.0f} records a second",
         f"{_described(plan)}, {plan.read_ratio:.0%} reads; {facts['server']}, "

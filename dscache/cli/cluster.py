@@ -1,4 +1,4 @@
-"""``dscache cluster``: the nodes of a cluster, what each serves, and how it is."""
+"""``dscache cluster``: the nodes of a cluster, with their slots and health."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ..admin.cluster_survey import survey
 from ..config import Config
 from ..core import constants
 from .options import Chosen, with_options
-from .settings import number, plain, print_json, run
+from .output import number, plain, print_json
+from .settings import run
 
-# Where all columns fit, if addresses are as long as most and the cluster is well.
+# Columns at which the whole table fits, with addresses of usual length and a healthy cluster.
 _WIDE = 100
 
 
@@ -27,10 +28,10 @@ _WIDE = 100
 def cluster(*, chosen: Chosen) -> None:
     """Show the nodes of a cluster: roles, slots, round-trip times and health.
 
-    One node that can be reached is enough to find all. The exit status is 1 if a slot has no
-    primary, or if a primary that has slots is down.
+    One reachable node is enough to find all. The exit status is 1 if a slot has no primary, or if
+    a primary with slots is down.
     """
-    report = run(_look(chosen.load()))
+    report = run(_survey(chosen.load()))
     if chosen.as_json:
         print_json(document(report))
     else:
@@ -40,12 +41,12 @@ def cluster(*, chosen: Chosen) -> None:
         raise typer.Exit(1)
 
 
-async def _look(config: Config) -> ClusterReport:
+async def _survey(config: Config) -> ClusterReport:
     return await survey(await as_cluster(config))
 
 
 def document(report: ClusterReport) -> dict[str, Any]:
-    """Return a report as it is printed in JSON."""
+    """Return a report as the JSON document to print."""
     return {
         "ok": not report.problems,
         "problems": report.problems,
@@ -74,9 +75,9 @@ def document(report: ClusterReport) -> dict[str, Any]:
 
 
 def page(report: ClusterReport, width: int) -> RenderableType:
-    """Return a report as it is shown on a terminal of so many columns.
+    """Return a report for a terminal of ``width`` columns.
 
-    Where not all of the table fits, what is left out of it stands below or can be counted.
+    A narrow table omits the server, which the summary names, and the number of slots.
     """
     servers = {node.server for node in report.nodes if node.server}
     narrow = width < _WIDE
@@ -96,7 +97,7 @@ def page(report: ClusterReport, width: int) -> RenderableType:
             del columns["server"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        # What one copies stays in one piece for as long as it may.
+        # Addresses stay on one line, to be copied.
         table.add_column(
             name,
             no_wrap=name in ("node", "its primary"),

@@ -1,4 +1,4 @@
-"""``dscache doctor``: is this Redis good for this job?"""
+"""``dscache doctor``: checks of a Redis that is to hold records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.text import Text
 from ..admin.doctor.checkup import check_up
 from ..admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup
 from .options import Chosen, with_all_options
-from .settings import number, plain, print_json, run
+from .output import number, plain, print_json
+from .settings import run
 
 _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
@@ -23,10 +24,10 @@ def doctor(
     *,
     chosen: Chosen,
 ) -> None:
-    """Look whether a Redis is good for records, and say what to do where it isn't.
+    """Check whether a Redis suits records, and advise how to fix it.
 
-    It reads and asks only, and takes some seconds. The exit status is 0 if all is well, 1 if
-    there are warnings, and 2 if something is bad.
+    It changes nothing, and takes some seconds. The exit status is 0 if all is well, 1 if there are
+    warnings, and 2 if something is bad.
     """
     checkup = run(check_up(chosen.load(), by_url=chosen.url is not None))
     if chosen.as_json:
@@ -38,7 +39,7 @@ def doctor(
 
 
 def document(checkup: Checkup) -> dict[str, Any]:
-    """Return what was found as it is printed in JSON."""
+    """Return the findings as the JSON document to print."""
     return {
         "verdict": checkup.verdict,
         "address": checkup.address,
@@ -55,11 +56,11 @@ def document(checkup: Checkup) -> dict[str, Any]:
 
 
 def page(checkup: Checkup) -> RenderableType:
-    """Return what was found as it is shown on a terminal."""
+    """Return the findings for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("verdict", no_wrap=True)
     table.add_column("check", no_wrap=True)
-    table.add_column("what was found, and what to do", overflow="fold")
+    table.add_column("finding and advice", overflow="fold")
     for one in checkup.findings:
         found = plain(one.found)
         if one.advice:

@@ -10,15 +10,17 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from ..admin.cache import AdminCache, open_cache
 from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
-from ..cache import AsyncCache
 from ..config import Config
+from .job_summary import RESUMES
 from .options import FLAG, Chosen, with_options
+from .output import complain_of_all, interruptible, number, print_json
 from .progress_bar import progress
-from .settings import interruptible, number, opened, print_json, run, tell_notes
+from .settings import run
 
 
 class _To(StrEnum):
@@ -36,25 +38,25 @@ def migrate(
     ] = "",
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", metavar=FLAG, help="Count what there is, and change nothing."),
+        typer.Option("--dry-run", metavar=FLAG, help="Count records, and change nothing."),
     ] = False,
     keep: Annotated[
         bool,
         typer.Option(
-            "--keep", metavar=FLAG, help="Copy and verify, and remove nothing of the old layout."
+            "--keep", metavar=FLAG, help="Copy and verify, and keep the keys of the old layout."
         ),
     ] = False,
     *,
     chosen: Chosen,
 ) -> None:
-    """Move records from one key layout to the other, while servers go on.
+    """Move records from one key layout to the other, while the servers stay in use.
 
-    Each is copied unless the new layout has it as new, the copy is read again, and the old keys are
-    removed if they still hold what was copied. With servers that write the old layout: first with
-    --keep, then configure them with the new one, then without. It can be interrupted and run again
-    at any time. The exit status is 1 if records are left in the old layout.
+    Copies each record unless the new layout has a version as new, verifies the copy, and removes
+    the old keys if they are unchanged. While processes still write the old layout: run it with
+    --keep, configure them with the new layout, and run it without. It can be interrupted and run
+    again at any time. The exit status is 1 if records remain in the old layout.
     """
-    settings = with_long_timeouts(chosen.load())
+    config = with_long_timeouts(chosen.load())
     count = Count()
     configured = to.value
 
@@ -62,22 +64,22 @@ def migrate(
         nonlocal configured
         old = DEEPSTREAM if to is _To.HASHTAG else HASHTAG
         async with AsyncExitStack() as stack:
-            source = await stack.enter_async_context(opened(_with_layout(settings, old)))
+            source = await stack.enter_async_context(open_cache(_with_layout(config, old)))
             target = await stack.enter_async_context(
-                AsyncCache(_with_layout(source._config, to.value))
+                AdminCache(_with_layout(source.config, to.value))
             )
-            shards = await stack.enter_async_context(open_primaries(source))
-            # Where the server is a node of a cluster, "auto" is another one.
-            asked = _with_layout(source._config, settings.options.key_layout)
+            primaries = await stack.enter_async_context(open_primaries(source))
+            # On a cluster, which the source may have turned out to be, "auto" is hashtag.
+            asked = _with_layout(source.config, config.options.key_layout)
             configured = Layout.of(asked.options).kind
-            job = Migration(source, target, shards, prefix=prefix, count=count, keep=keep)
+            job = Migration(source, target, primaries, prefix=prefix, count=count, keep=keep)
             async with progress("migrate", lambda: (count.done, count.total, count.found)):
-                await (job.look() if dry_run else job.run())
+                await (job.count() if dry_run else job.run())
 
     began = time.monotonic()
-    with interruptible("the same command goes on from here"):
+    with interruptible(RESUMES):
         run(work())
-    tell_notes(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
+    complain_of_all(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
     summary = _document(count, dry_run=dry_run, keep=keep, seconds=time.monotonic() - began)
     if chosen.as_json:
         print_json(summary)
@@ -85,7 +87,7 @@ def migrate(
         for line in _page(count, to.value, dry_run=dry_run, keep=keep):
             typer.echo(line)
         if configured != to.value and not dry_run:
-            typer.echo(f"configure keyLayout: {to.value} for all who read and write them")
+            typer.echo(f"configure keyLayout: {to.value} for all processes that read or write them")
     if not summary["ok"]:
         raise typer.Exit(1)
 
@@ -96,7 +98,7 @@ def _with_layout(config: Config, layout: str) -> Config:
 
 
 def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dict[str, Any]:
-    """Return what came of it as it is printed in JSON."""
+    """Return the result as the JSON document to print."""
     return {
         "ok": dry_run or not (count.left or (count.unexplained and not keep)),
         "dry_run": dry_run,
@@ -116,7 +118,7 @@ def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dic
 
 
 def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
-    """Return what came of it as it is shown on a terminal."""
+    """Return the result as lines for a terminal."""
     old = DEEPSTREAM if to == HASHTAG else HASHTAG
     lines = [f"{number(count.found, 'record')} found in the {old} layout"]
     if dry_run:
@@ -132,11 +134,11 @@ def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
             f"{count.removed:,} removed from the {old} layout",
         ]
     for left, why in (
-        (count.halves, "halves, of which one key is missing"),
+        (count.halves, "halves, with one of two keys missing"),
         (count.damaged, "damaged"),
-        (count.ambiguous, "with keys that the other layout has for another record"),
+        (count.ambiguous, "with keys that mean another record in the other layout"),
         (count.conflicts, "of the same version with other data in the other layout"),
-        (count.changing, "written all the time"),
+        (count.changing, "changing all the time"),
     ):
         if left:
             lines.append(f"{left:,} {'will be ' if dry_run else ''}left: {why}")
@@ -144,8 +146,8 @@ def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
         if count.unexplained:
             lines.append(
                 f"{number(count.unexplained, 'record')} written in the {old} layout meanwhile: "
-                "configure those who write them, and run this again"
+                "configure the processes that write them, and run this again"
             )
         elif not count.left:
-            lines.append(f"nothing whole is left in the {old} layout")
+            lines.append(f"no whole record is left in the {old} layout")
     return lines

@@ -1,4 +1,4 @@
-"""The options that most commands have: which Redis it is about, and how the result is printed."""
+"""Options that most commands share: the Redis to use, and the format of the result."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Config
-from .settings import DEFAULT_FILE, load, wants_json
+from .output import wants_json
+from .settings import DEFAULT_FILE, load
 
-# Of an option that is there or not: else help shows a type, as if it wanted a value.
 FLAG = ""
+"""The metavar of an option without a value; by default, help would show a type."""
 
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
         metavar="FILE",
-        help=f"Configuration file; without --url, {DEFAULT_FILE} in this folder is the default.",
+        help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
     ),
 ]
 UrlOption = Annotated[
@@ -33,13 +34,15 @@ UrlOption = Annotated[
 JsonOption = Annotated[
     bool,
     typer.Option(
-        "--json", metavar=FLAG, help="Print JSON, which is the default where no terminal is."
+        "--json",
+        metavar=FLAG,
+        help="Print JSON, as it does by default when the output is no terminal.",
     ),
 ]
 
 
 class KeyLayout(StrEnum):
-    """What ``--layout`` may be."""
+    """The values of ``--layout``."""
 
     AUTO = "auto"
     DEEPSTREAM = "deepstream"
@@ -65,7 +68,7 @@ _SHARED = {
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What these options say."""
+    """The values of the shared options."""
 
     file: Path | None
     url: str | None
@@ -78,22 +81,22 @@ class Chosen:
 
     @property
     def as_json(self) -> bool:
-        """Whether the result is to be JSON: if asked for, or if nobody sees it."""
+        """Whether to print JSON: with ``--json``, or if standard output is no terminal."""
         return wants_json(self.json)
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options behind its own: ``config``, ``url``, ``layout``, ``json``.
+    """Add shared options to a command: ``config``, ``url``, ``layout``, ``json``.
 
-    The command itself gets what they say as ``chosen``.
+    They follow the command's own options, and it receives their values as ``chosen``.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def call(**arguments: Any) -> None:
-            said = {name: arguments.pop(name, default) for name, (_, default) in _SHARED.items()}
-            file = said.pop("config")
-            command(**arguments, chosen=Chosen(file, **said))
+            values = {name: arguments.pop(name, default) for name, (_, default) in _SHARED.items()}
+            file = values.pop("config")
+            command(**arguments, chosen=Chosen(file, **values))
 
         own = inspect.signature(command, eval_str=True)
         parameters = [one for one in own.parameters.values() if one.name != "chosen"]
@@ -104,7 +107,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
                     name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
                 )
             )
-        # What typer reads of a command.
+        # typer reads the signature and the annotations.
         call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {one.name: one.annotation for one in parameters}
         return call

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal's standard error, and nothing anywhere else."""
+"""A progress bar on standard error, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_EVERY = 0.2
+_INTERVAL = 0.2  # seconds
 
 
 @asynccontextmanager
-async def progress(what: str, look: Callable[[], tuple[int, int, int]]) -> AsyncIterator[None]:
-    """Show a bar meanwhile; ``look`` returns what is done, of how much, and how many records.
+async def progress(title: str, position: Callable[[], tuple[int, int, int]]) -> AsyncIterator[None]:
+    """Show a progress bar during the block.
 
-    The records are those of this run, by which the rate is told.
+    ``position`` returns the work done, the total (0 if unknown) and the records of this run, which
+    give the rate.
     """
     if not sys.stderr.isatty():
         yield
@@ -35,16 +36,16 @@ async def progress(what: str, look: Callable[[], tuple[int, int, int]]) -> Async
         transient=True,
     )
     began = time.monotonic()
-    task = bar.add_task(what, total=None, records=0, rate=0)
+    task = bar.add_task(title, total=None, records=0, rate=0)
 
     def show() -> None:
-        done, total, records = look()
+        done, total, records = position()
         rate = records / max(time.monotonic() - began, 0.001)
         bar.update(task, completed=done, total=total or None, records=records, rate=rate)
 
     async def keep_showing() -> None:
         while True:
-            await asyncio.sleep(_EVERY)
+            await asyncio.sleep(_INTERVAL)
             show()
 
     with bar:

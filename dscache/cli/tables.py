@@ -1,4 +1,4 @@
-"""What ``get``, ``head``, ``delete`` and ``set`` print of records: lines of JSON, or a table."""
+"""Output of ``get``, ``head``, ``delete`` and ``set``: lines of JSON, or a table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import BulkError, RecordError, shorten
-from .settings import complain, plain, write
+from .output import complain, plain, write
 
-# How many of the names that have no record are told.
-_TOLD = 5
+# The number of missing names that are printed one by one.
+_MISSING_SHOWN = 5
 
 
 class Answers(contextlib.AbstractContextManager["Answers"]):
-    """What came of some names: those found, those missing, and those that are damaged."""
+    """The records found for some names, the names without one, and the damaged records.
+
+    As a context manager it takes the result and the errors of a BulkError that its block raises.
+    With ``complains``, ``end`` prints the missing names on standard error.
+    """
 
     def __init__(self, names: Iterable[str], complains: bool) -> None:
         self._complains = complains
         self.found: dict[str, Any] = {}
+        """The answer to each name that has a record: a Record, a version, or True."""
         self._names = list(dict.fromkeys(names))
         self._errors: dict[str, Exception] = {}
         self._lines: list[bytes] = []
@@ -39,39 +44,44 @@ class Answers(contextlib.AbstractContextManager["Answers"]):
         self.found = error.result
         return True
 
-    def out(self, line: bytes) -> None:
+    def add_line(self, line: bytes) -> None:
+        """Add a line to be written by ``end``."""
         self._lines.append(line)
 
-    def damaged(self, error: RecordError) -> None:
+    def add_damaged(self, error: RecordError) -> None:
+        """Count the record that an error names as damaged."""
         self._errors[str(error.name)] = error
 
     def missing(self) -> list[str]:
+        """Return the names that have no record, whole or damaged."""
         return [one for one in self._names if one not in self.found and one not in self._errors]
 
     def end(self) -> int:
-        """Write what is to be written; return how many names had no record that is whole."""
+        """Write the lines and the errors; return the number of names without a whole record."""
         write_all(self._lines)
         for error in self._errors.values():
             complain(str(error))
         missing = self.missing()
         if missing and self._complains:
-            some = ", ".join(shorten(name) for name in missing[:_TOLD])
-            more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
-            complain(f"no record {some}{more}")
+            some = ", ".join(shorten(name) for name in missing[:_MISSING_SHOWN])
+            rest = len(missing) - _MISSING_SHOWN
+            complain(f"no record {some}{f' and {rest} more' if rest > 0 else ''}")
         return len(missing) + len(self._errors)
 
 
 def write_all(lines: list[bytes]) -> None:
+    """Write lines to standard output at once."""
     if lines:
         write(b"".join(lines))
 
 
 def line_of(**fields: object) -> bytes:
+    """Return fields as one line of JSON, with its line end."""
     return msgspec.json.encode(fields) + b"\n"
 
 
 class Rows:
-    """The table of a terminal: each time that something is shown, what was added since."""
+    """A table on a terminal, printed in parts: ``show`` prints the rows added since the last."""
 
     def __init__(self, *columns: str, fold: bool = False) -> None:
         self._columns = columns
@@ -80,13 +90,24 @@ class Rows:
         self._headed = False
 
     def add(self, name: str, *cells: Text) -> None:
+        """Add the row of a record."""
         self._rows.append((plain(name), *cells))
 
     def add_missing(self, name: str) -> None:
+        """Add the row of a name without a record."""
         rest = len(self._columns) - 1
         self._rows.append((plain(name), Text("no record", "yellow"), *([Text()] * rest)))
 
+    def finish(self, answers: Answers, as_json: bool) -> int:
+        """Print the rows and end the answers; return the number of names without a whole record."""
+        if not as_json:
+            for name in answers.missing():
+                self.add_missing(name)
+        self.show()
+        return answers.end()
+
     def show(self) -> None:
+        """Print the rows added since the last call, with a heading the first time."""
         if not self._rows:
             return
         console = Console(highlight=False)
@@ -100,7 +121,7 @@ class Rows:
         widths = [
             max(len(head), *(row[i].cell_len for row in self._rows)) for i, head in enumerate(heads)
         ]
-        # What is cut is the data, and a name only where it would leave no room for that.
+        # Data is cut first; a name is folded only if it would leave no width for the data.
         widths[0] = min(widths[0], max(console.width // 2, 12))
         if "data" in heads:
             widths[-1] = min(widths[-1], max(console.width - sum(widths[:-1]) - 2 * len(heads), 10))

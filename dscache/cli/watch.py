@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..admin.cache import open_cache
 from ..admin.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Event, Watch
 from .options import Chosen, with_all_options
-from .settings import INTERRUPTED, complain, opened, plain, run, write
+from .output import INTERRUPTED, complain, plain, write
+from .settings import run
 
 _STYLES = {
     CHANGED: "",
@@ -39,14 +41,14 @@ def watch(
 ) -> None:
     """Print names and versions of records as they change, until Ctrl-C.
 
-    In a pipe, one JSON object a line. Of changes that follow each other quickly the last is shown.
-    A line tells when a connection is lost, as changes may be missed until it is back.
+    In a pipe, prints one JSON object a line. Shows the last of several changes in quick succession.
+    Prints a line when a connection is lost, since changes may be missed until it is back.
     """
-    settings = chosen.load()
+    config = chosen.load()
     as_json = chosen.as_json
     console = Console(highlight=False)
 
-    def tell(event: Event) -> None:
+    def show(event: Event) -> None:
         now = datetime.now(UTC)
         if as_json:
             write(line(event, now))
@@ -54,20 +56,20 @@ def watch(
             console.print(row(event, now.astimezone()), soft_wrap=True)
 
     async def work() -> None:
-        async with opened(settings) as cache:
-            await Watch(cache, prefix, tell).run(
+        async with open_cache(config) as cache:
+            await Watch(cache, prefix, show).run(
                 lambda addresses: complain(f"watching {', '.join(addresses)}")
             )
 
     try:
         run(work())
     except KeyboardInterrupt:
-        # It is the way to end it, and needs no further word.
+        # Ctrl-C is the usual way to end it, so nothing is printed.
         raise typer.Exit(INTERRUPTED) from None
 
 
 def line(event: Event, now: datetime) -> bytes:
-    """Return an event as one line of JSON; what it has nothing of is left out."""
+    """Return an event as one line of JSON, without the fields that don't apply."""
     fields: dict[str, object] = {
         "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "event": event.kind,
@@ -82,18 +84,18 @@ def line(event: Event, now: datetime) -> bytes:
 
 
 def row(event: Event, now: datetime) -> Text:
-    """Return an event as a line of a terminal."""
+    """Return an event as a line for a terminal."""
     version = event.kind if event.version is None else str(event.version)
     text = Text.assemble(
         (now.strftime("%H:%M:%S.%f")[:-3], "dim"), "  ", (f"{version:>8}", _STYLES[event.kind])
     )
     why = f"{event.node}: {event.reason}" if event.node else event.reason
-    told = {
+    words = {
         FLUSHED: "all records were removed",
         GAP: f"changes may be missed from here on: {why}",
-        RESUMED: f"{event.node}: changes are told again",
+        RESUMED: f"{event.node}: changes are reported again",
     }
-    text.append("  ").append_text(plain(told.get(event.kind, event.name or "")))
+    text.append("  ").append_text(plain(words.get(event.kind, event.name or "")))
     if event.name is not None and event.reason is not None:
         text.append_text(plain(f"  {event.reason}", "red"))
     return text

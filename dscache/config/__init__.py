@@ -1,5 +1,6 @@
-"""The configuration, read into typed, frozen Structs."""
+"""The configuration: files, mappings and URLs, read into typed, frozen Structs."""
 
+from .loader import load
 from .model import (
     ClusterRetryStrategy,
     Config,
@@ -10,9 +11,8 @@ from .model import (
     RedisOptions,
     RetryStrategy,
     SentinelNode,
-    Tls,
-    load,
 )
+from .tls import Tls
 
 __all__ = [
     "ClusterRetryStrategy",

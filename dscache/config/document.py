@@ -1,14 +1,14 @@
-"""Read deepstream's YAML and JSON: ``${NAME}``, ``file()``, ``fileLoad()``, and what was written.
+"""deepstream's YAML and JSON files, with ``${NAME}``, ``file()`` and ``fileLoad()``.
 
-deepstream replaces ``${NAME}`` in the text before the YAML is parsed, so that a value with a
-quote or a ``#`` in it breaks the file. Here the text is parsed first, into nodes that know
-their style and source text, and only the nodes that somebody asks for are replaced and typed:
-an unset variable of another section doesn't matter.
+deepstream replaces ``${NAME}`` in the text before it parses the YAML, so a value with a quote or a
+``#`` in it breaks the file. Here the text is parsed first, into nodes that know their style and
+source text. Only the nodes that are read are then replaced and typed: an unset variable of another
+section doesn't matter.
 
-One thing would be lost by that order: ``{host: ${HOST}, port: ${PORT}}``, where YAML takes the
-braces for its own. So every character with a meaning to YAML inside ``${...}`` is exchanged,
-before parsing, for a character that the text doesn't have. That keeps lines and columns, and
-makes ``"\\x24{NAME}"`` the way to write a literal ``${NAME}``.
+Parsing first would break ``{host: ${HOST}, port: ${PORT}}``, as YAML takes these braces for its
+own. So every character with a meaning to YAML inside ``${...}`` is exchanged, before parsing, for
+a character that the text doesn't contain. Lines and columns stay the same, and
+``"\\x24{NAME}"`` writes a literal ``${NAME}``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUFFIXES = (".yml", ".yaml", ".json")
 
 _PLACEHOLDER = re.compile(r"\$\{[^}\n]+\}")
 _STRUCTURAL = "{},[]:#"
-# Characters for private use, of which a configuration hardly ever has one.
+# Characters for private use, which a configuration hardly ever contains.
 _SPARE = range(0x100000, 0x10FFFE)
 _CALL = re.compile(r"(file|fileLoad)\((.+)\)", re.DOTALL)
 _QUOTE = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")""")
@@ -40,7 +40,7 @@ _MAP, _SEQ, _STR = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"
 _TYPED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
 _PLAIN = ""
 
-# YAML 1.2's words and numbers, which are js-yaml's: yes, no, on and off are text.
+# Words and numbers of YAML 1.2, as js-yaml reads them: yes, no, on and off are text.
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -54,12 +54,12 @@ _FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, used to compose nodes, never to construct objects.
 
-    The tag of an unquoted scalar without a tag of its own is left empty, to be typed after
+    An unquoted scalar without a tag of its own gets an empty tag, so that it is typed after
     substitution.
     """
 
     def compose_scalar_node(self, anchor: dict[str, Node]) -> ScalarNode:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML has no types here
         node = super().compose_scalar_node(anchor)
         if event.tag == "!":
             node.tag = _STR
@@ -69,18 +69,18 @@ class _Loader(yaml.SafeLoader):
 
 
 class Document:
-    """One YAML or JSON file, whose nodes are replaced and typed as they are asked for."""
+    """One YAML or JSON file; a node is replaced and typed when it is read."""
 
     def __init__(
         self, path: str, environ: Mapping[str, str], place: Location, *, loaded: bool = False
     ):
-        """Parse the file; ``loaded`` says that it is one that ``fileLoad()`` names.
+        """Parse the file; ``loaded`` is for a file that ``fileLoad()`` names.
 
-        Raises ConfigError if it can't be read or is no valid YAML or JSON.
+        Raises ConfigError if it can't be read or isn't valid YAML or JSON.
         """
         self.folder = os.path.dirname(os.path.abspath(path))
         self._environ = environ
-        self._place = place
+        self.place = place
         self._loaded = loaded
         self._open: set[tuple[str, int]] = set()
         self._built: dict[tuple[str, int], object] = {}
@@ -94,23 +94,28 @@ class Document:
         masked = _PLACEHOLDER.sub(
             lambda found: "$" + found.group()[1:].translate(self._mask), source
         )
-        self.root = _parse(masked, place, is_json=path.lower().endswith(".json"))
+        self.root: object = _parse(masked, place, is_json=path.lower().endswith(".json"))
 
     def keys(self, node: object) -> dict[str, Node] | None:
-        """Return the entries of a mapping, the values and keys untouched, or None.
+        """Return the entries of a mapping, before substitution, or None for any other node.
 
-        Raises ConfigError for a key that stands twice.
+        Raises ConfigError for a duplicate key.
         """
         if not isinstance(node, MappingNode):
             return None
-        return self._entries(node, self._place, substituted=False)
+        return self._entries(node, self.place, substituted=False)
 
-    def value(self, node: Node, place: Location) -> object:
-        """Return what a node says, replaced and typed, as dicts, lists, text, Scalars and None.
+    def is_empty(self, node: object) -> bool:
+        """Return whether a node is a name without a value."""
+        return isinstance(node, ScalarNode) and not node.value
 
-        Raises ConfigError for an unset variable, a missing file, a key that stands twice, a
-        tag, and an alias that contains itself.
+    def value(self, node: object, place: Location) -> object:
+        """Return a node's content, replaced and typed: dicts, lists, text, Scalars and None.
+
+        Raises ConfigError for an unset variable, a missing file, a duplicate key, a tag, and an
+        alias that contains itself.
         """
+        assert isinstance(node, Node)
         try:
             return self._value(node, place)
         except RecursionError:
@@ -134,9 +139,9 @@ class Document:
         return self._scalar(node, place)
 
     def _once(self, key: tuple[str, int], place: Location, build: Callable[[], T]) -> T:
-        """Return what ``build`` makes of a node, which is built once however often it is used.
+        """Return the result of ``build``, which runs once a node however often it is used.
 
-        Aliases of aliases would otherwise grow without bound, or for ever.
+        Without that, aliases of aliases would grow without bound.
         """
         if key in self._open:
             raise place.error("contains itself, through an alias")
@@ -147,7 +152,7 @@ class Document:
         return cast(T, self._built[key])
 
     def _entries(self, node: MappingNode, place: Location, *, substituted: bool) -> dict[str, Node]:
-        """Return the entries of a mapping, with those that it merges from others by ``<<``."""
+        """Return the entries of a mapping, including the ones merged by ``<<``."""
         return self._once(
             ("replaced entries" if substituted else "entries", id(node)),
             place,
@@ -170,13 +175,13 @@ class Document:
             else:
                 key = key_node.value.translate(self._unmask)
             if key in entries:
-                raise place.at(key).error(f"stands twice{_lines(first[key], key_node)}; keep one")
+                raise place.at(key).error(f"is given twice{_lines(first[key], key_node)}; keep one")
             entries[key] = item
             first[key] = key_node
         for base in bases:
             if not isinstance(base, MappingNode):
                 raise place.error("<< must be followed by a mapping or a list of them")
-            # What stands in the mapping itself wins, then the earlier of the merged.
+            # The mapping's own entries win, then the earlier of the merged ones.
             entries = {**self._entries(base, place, substituted=substituted), **entries}
         return entries
 
@@ -216,8 +221,8 @@ class Document:
             if value is None:
                 if not is_name(name):
                     raise place.error(
-                        "what stands in ${...} is no name of an environment variable; in double "
-                        'quotes, "\\x24{" is a plain ${'
+                        "${...} must contain the name of an environment variable; in double "
+                        'quotes, "\\x24{" writes a plain ${'
                     )
                 raise place.error(
                     f"the environment variable {name} is not set; "
@@ -229,7 +234,7 @@ class Document:
 
 
 def read_text(path: str, place: Location) -> str:
-    """Return the text of a UTF-8 file; raises ConfigError if there is none, or it is too large."""
+    """Return the text of a UTF-8 file. Raises ConfigError if it is missing or too large."""
     try:
         return files.read(path, files.MAX_CONFIG_BYTES).decode("utf-8-sig")
     except files.UnsuitableFile as error:
@@ -246,7 +251,7 @@ def read_text(path: str, place: Location) -> str:
 def _parse(text: str, place: Location, *, is_json: bool) -> Node:
     """Return the root node; an empty YAML file is null.
 
-    What went wrong is reported without the cause, which quotes the line, secrets and all.
+    The ConfigError has no cause, because the parser's error quotes the line, secrets included.
     """
     try:
         return _json_root(text) if is_json else _yaml_root(text)
@@ -265,15 +270,15 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
         raise place.error("is nested too deeply") from None
     raise place.error(
         f"line {where[0]}, column {where[1]}: no valid {'JSON' if is_json else 'YAML'}: {problem}; "
-        "text with special characters must stand in quotes"
+        "put text with special characters in quotes"
     )
 
 
 def _without_quotes(problem: str) -> str:
-    """Return what a parser says, without what it quotes of the file.
+    """Return a parser's error text without its quotations from the file.
 
-    That may be a piece of a password, such as one that begins with * & or !. The names of its
-    tokens and single signs are none.
+    A quotation may be a piece of a password, such as one that begins with * & or !. Names of
+    tokens and single punctuation characters are kept.
     """
 
     def shown(found: re.Match[str]) -> str:
@@ -320,7 +325,7 @@ def _json_root(text: str) -> Node:
 
 
 def _typed(text: str) -> bool | int | float | str | None:
-    """Return what YAML would take an unquoted text for."""
+    """Return the value of an unquoted text in YAML."""
     if text in _WORDS:
         return _WORDS[text]
     if _DECIMAL.fullmatch(text):

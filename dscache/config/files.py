@@ -1,6 +1,6 @@
-"""Reading of files that a configuration names: regular ones alone, and no more than is sensible.
+"""Bounded reading of the regular files that a configuration names.
 
-A pipe would be waited for without end, and a device such as ``/dev/zero`` has no end either.
+Reading a pipe could block for ever, and a device such as ``/dev/zero`` has no end.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ MAX_PEM_BYTES: Final = 16 << 20
 
 
 class UnsuitableFile(ValueError):
-    """A file that is not read; the text says why, without its name."""
+    """A file that is refused. The text is the reason and doesn't contain the file's name."""
 
 
 def check(path: str, limit: int) -> None:
-    """Raise UnsuitableFile for all but a regular file of at most ``limit`` bytes, or OSError."""
-    # Without a look first, opening a device might already do something.
+    """Raise UnsuitableFile unless the path is a regular file of at most ``limit`` bytes.
+
+    Raises OSError if there is no such file.
+    """
+    # Opening a device can have side effects, so the type is checked first.
     _check(os.stat(path), limit)
 
 
 def read(path: str, limit: int) -> bytes:
-    """Return what a regular file of at most ``limit`` bytes holds.
+    """Return the content of a regular file of at most ``limit`` bytes.
 
-    Raises UnsuitableFile for any other, and OSError or ValueError if it can't be read.
+    Raises UnsuitableFile for any other file, and OSError or ValueError if it can't be read.
     """
     check(path, limit)
-    # Should it be a pipe by now, the opening doesn't wait for a writer.
+    # If a pipe has replaced the file, opening it doesn't wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         _check(os.fstat(descriptor), limit)
-        # Some files, such as those of /proc, have more than they say.
+        # Some files, such as the ones in /proc, are longer than their stated size.
         content = file.read(limit + 1)
     if len(content) > limit:
         raise _too_large(limit)

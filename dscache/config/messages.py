@@ -1,7 +1,7 @@
-"""Read the configuration of a message node: deepstream's section ``clusterNode``, or a URL.
+"""The configuration of a message node: deepstream's section ``clusterNode``, or a URL.
 
-It is read as the cache's is: the same options, units and errors. The server's name is deepstream's
-``serverName``, which stands beside the section.
+Options, units and errors are the same as for a cache. The server's name is deepstream's
+``serverName``, beside the section.
 """
 
 from __future__ import annotations
@@ -9,42 +9,44 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
 from msgspec.structs import replace
 
 from ..errors import shorten
-from . import ioredis, model
-from . import url as urls
-from .document import Document
 from .model import Milliseconds, Options
-from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
+from .rules import check_cluster, complete
+from .sources import ENTRY_KEYS, Tree, missing_section, open_source, read_section, sections_of
+from .url import ParsedUrl
+from .validation import ConfigStruct, Location, is_null, read, text
 
-__all__ = ["MessageConfig", "MessageOptions", "load"]
+__all__ = ["RECORD_OPTIONS", "MessageConfig", "MessageOptions", "load"]
 
 _logger = logging.getLogger("dscache")
 
-T = TypeVar("T")
+_PLUGIN: Final = "@deepstream/clusternode-redis"
+_EXAMPLE: Final = "clusterNode: {name: redis, options: {host: localhost, port: 6379}}"
+# deepstream's own file has this where each server is to generate a name of its own.
+_GENERATED: Final = "UUID"
 
-_PLUGIN = "@deepstream/clusternode-redis"
-_EXAMPLE = "clusterNode: {name: redis, options: {host: localhost, port: 6379}}"
-# What deepstream's own file says where each server is to make a name of its own.
-_GENERATED = "UUID"
-# Options of records, which messages have nothing of.
-_OF_RECORDS = {
-    "keyPrefix": "a channel is called like its topic, as with deepstream's connector",
+RECORD_OPTIONS: Final = {
+    "keyPrefix": "the name of a channel is its topic, as with deepstream's connector",
     "keyLayout": "messages have no keys",
     "ttl": "messages are not kept",
     "nearCache": "messages are not kept",
     "maxConnections": "a message node has two connections, or one to each node of a cluster",
     "scaleReads": "nothing is read",
 }
+"""Options of records, and the reasons for which they have no effect on messages."""
 
 
 class MessageOptions(Options, frozen=True, kw_only=True):
-    """The options of a message node: those of a cache, and some of its own."""
+    """The options of a cache, and the ones that only a message node has.
+
+    ``heartbeat`` is in milliseconds.
+    """
 
     overflow: Literal["drop_oldest", "drop_newest", "disconnect"] = "drop_oldest"
     heartbeat: Milliseconds = 1000
@@ -52,7 +54,7 @@ class MessageOptions(Options, frozen=True, kw_only=True):
 
 
 class MessageConfig(ConfigStruct, frozen=True, kw_only=True):
-    """A checked configuration: the server's name, the options, and where they were read."""
+    """A checked configuration: the server's name, the options, and their source."""
 
     server_name: str
     options: MessageOptions = field(default_factory=MessageOptions)
@@ -60,7 +62,7 @@ class MessageConfig(ConfigStruct, frozen=True, kw_only=True):
 
     @property
     def address(self) -> str:
-        """Return where messages go, for messages to people: never with a password."""
+        """The servers that pass messages on, to be shown; contains no password."""
         return self.options.address
 
 
@@ -81,98 +83,76 @@ def load(
     *,
     environ: Mapping[str, str] | None = None,
 ) -> MessageConfig:
-    """Return what a file, a mapping, a URL or ``host:port`` states of a message node.
+    """Return the configuration of a message node.
 
-    A file or mapping is deepstream's whole configuration, of which ``clusterNode`` and
-    ``serverName`` are read, or such a section alone. ``server_name`` wins over the one that is
-    written; without either, a name is made. Raises ConfigError.
+    ``source`` is the path of a file, a mapping, a URL or ``host:port``. A file or mapping is
+    either deepstream's whole configuration, of which ``clusterNode`` and ``serverName`` are read,
+    or the section ``clusterNode`` alone. ``server_name`` overrides the written one; without
+    either, a random name is generated. ``environ`` is as for a cache's configuration.
+
+    Raises ConfigError, which begins with the place of the mistake.
     """
     if server_name is not None:
-        server_name = _checked(server_name, Location("server_name"))
-    if isinstance(source, Mapping):
-        place = Location("mapping")
-        path, entry, written = _find(cast(object, source), model._mapping_or_none, place)
-        stated = server_name or _name_of(written, place)
-        return _from_entry(entry, Location("mapping", path), os.getcwd(), stated)
-    file = model._path_of(source)
-    if file is not None:
-        return _from_file(file, os.environ if environ is None else environ, server_name)
-    options, shown = urls.parse(str(source), Location("URL"))
-    place = Location(shown)
-    read_options = read(MessageOptions, options, place)
-    return _config(read_options, place, os.getcwd(), server_name or _name_of(None, place))
+        server_name = _checked_name(server_name, Location("server_name"))
+    opened = open_source(source, environ)
+    if isinstance(opened, ParsedUrl):
+        place, folder = Location(opened.shown), os.getcwd()
+        options = read(MessageOptions, opened.options, place)
+        name = server_name or _server_name(None, place)
+    else:
+        path, node, name_node = _find_section(opened)
+        if server_name is None and name_node is not None:
+            name_node = opened.value(name_node, opened.place.at("serverName"))
+        name = server_name or _server_name(name_node, opened.place)
+        entry_place, folder = opened.place.inside(path), opened.folder
+        place = entry_place.at("options")
+        options = _read_options(opened.value(node, entry_place), entry_place)
+    options = complete(options, place, folder)
+    _check(options, place)
+    return MessageConfig(server_name=name, options=options, source=place.source)
 
 
-def _from_file(path: str, environ: Mapping[str, str], server_name: str | None) -> MessageConfig:
-    file = Location(os.path.basename(path))
-    document = Document(path, environ, file)
-    where, node, named = _find(document.root, document.keys, file)
-    if server_name is None:
-        here = file.at("serverName")
-        server_name = _name_of(None if named is None else document.value(named, here), file)
-    place = Location(file.source, where)
-    return _from_entry(document.value(node, place), place, document.folder, server_name)
-
-
-def _find(
-    root: T, children: Callable[[T], Mapping[str, T] | None], place: Location
-) -> tuple[str, T, T | None]:
-    """Return the section of a configuration, the path of keys to it, and the server's name."""
-    sections = children(root)
-    if sections is None:
-        raise place.error(f"must be a mapping of sections; write {_EXAMPLE}")
-    named = sections.get("serverName")
+def _find_section(tree: Tree) -> tuple[str, object, object]:
+    """Return the path of keys to the section, the section, and the server's name or None."""
+    sections = sections_of(tree, _EXAMPLE)
+    name = sections.get("serverName")
     if "clusterNode" in sections:
-        return "clusterNode", sections["clusterNode"], named
-    entry = sections.keys() & {"name", "path", "type", "options"}
-    if entry and sections.keys() <= {"name", "path", "type", "options", "serverName"}:
-        return "", root, named
-    best = nearest("clusterNode", map(str, sections))
-    meant = f'; is "{best}" meant to be it?' if best else ""
-    there = ", ".join(redact_key(str(name)) for name in sections) or "none"
-    raise place.error(f"no section clusterNode, the sections are: {there}{meant}; write {_EXAMPLE}")
+        return "clusterNode", sections["clusterNode"], name
+    if sections.keys() & ENTRY_KEYS and sections.keys() <= {*ENTRY_KEYS, "serverName"}:
+        return "", tree.root, name
+    raise missing_section("clusterNode", sections, sections, tree, _EXAMPLE)
 
 
-def _name_of(written: object, place: Location) -> str:
-    """Return the name of a server as it is written, or one that no other server has."""
+def _server_name(written: object, place: Location) -> str:
+    """Return the written name of a server, or a random one."""
     if is_null(written):
         return uuid.uuid4().hex
     place = place.at("serverName")
     name = text(written, place)
-    return uuid.uuid4().hex if name == _GENERATED else _checked(name, place)
+    return uuid.uuid4().hex if name == _GENERATED else _checked_name(name, place)
 
 
-def _checked(name: str, place: Location) -> str:
+def _checked_name(name: str, place: Location) -> str:
     if not isinstance(name, str) or not name:
         raise place.error(f"must be a text that is not empty, not {shorten(name)}")
     return text(name, place)
 
 
-def _from_entry(entry: object, place: Location, folder: str, server_name: str) -> MessageConfig:
-    if not isinstance(entry, Mapping):
-        raise place.error(f"must be a mapping; write {_EXAMPLE}")
-    entry = {name: value for name, value in entry.items() if name != "serverName" or place.path}
-    place_of_options = place.at("options")
-    options = entry.get("options")
-    of_url: dict[str, object] = {}
-    if isinstance(options, Mapping):
-        of_url = model._stated_by_url(options, place_of_options.at("url"))
-        entry = {**entry, "options": model._with_url(options, of_url)}
-    read_entry = read(_NodeSection, entry, place)
-    _check_plugin(read_entry, place)
-    stated = _without_records(read_entry.options)
-    if isinstance(options, Mapping):
-        places = {name: place_of_options.at(name) for name in options if not is_null(options[name])}
-        for name, why in _OF_RECORDS.items():
-            if name in places:
-                _logger.info("%s has no effect: %s", places[name], why)
-        places.update(dict.fromkeys(of_url, place_of_options.at("url")))
-        ioredis.check_cluster(stated, places)
-    return _config(stated, place_of_options, folder, server_name)
+def _read_options(entry: object, place: Location) -> MessageOptions:
+    if isinstance(entry, Mapping) and not place.path:
+        entry = {name: value for name, value in entry.items() if name != "serverName"}
+    section, places = read_section(_NodeSection, entry, place, _EXAMPLE)
+    _check_plugin(section, place)
+    options = _without_records(section.options)
+    for name, why in RECORD_OPTIONS.items():
+        if name in places:
+            _logger.info("%s has no effect: %s", places[name], why)
+    check_cluster(options, places)
+    return options
 
 
 def _without_records(options: MessageOptions) -> MessageOptions:
-    """Return the options as if they said nothing of records."""
+    """Return the options with the defaults of all that concern records."""
     return replace(
         options,
         key_prefix="",
@@ -183,30 +163,25 @@ def _without_records(options: MessageOptions) -> MessageOptions:
     )
 
 
-def _check_plugin(entry: _NodeSection, place: Location) -> None:
-    # deepstream prefers the path to the name, and either to the type.
-    if entry.path is not None:
-        if entry.path != _PLUGIN:
+def _check_plugin(section: _NodeSection, place: Location) -> None:
+    """Raise ConfigError for any plug-in but Redis; deepstream prefers the path to the name."""
+    if section.path is not None:
+        if section.path != _PLUGIN:
             raise place.at("path").error(f'must be "{_PLUGIN}", no other plug-in runs here')
         return
-    name = entry.name if isinstance(entry.name, str) else ""
+    name = section.name if isinstance(section.name, str) else ""
     if name.lower() != "redis":
-        shown = "missing" if entry.name is UNSET else shorten(entry.name)
+        shown = "missing" if section.name is UNSET else shorten(section.name)
         raise place.at("name").error(f'must be "redis", not {shown}; write {_EXAMPLE}')
-    if entry.type not in (None, "default"):
-        raise place.at("type").error('must be "default"; name: redis chooses what is used')
+    if section.type not in (None, "default"):
+        raise place.at("type").error('must be "default"; name: redis chooses the plug-in')
 
 
-def _config(
-    options: MessageOptions, place: Location, folder: str, server_name: str
-) -> MessageConfig:
-    # What is checked there is the same of a cache: the files of TLS, and what excludes what.
-    checked = model._config("redis", options, place, folder).options
-    assert isinstance(checked, MessageOptions)
-    if checked.sharded and not checked.nodes:
+def _check(options: MessageOptions, place: Location) -> None:
+    if options.sharded and not options.nodes:
         raise place.at("sharded").error("is for a cluster; leave it out, or give its nodes")
-    if checked.sentinels and checked.role == "slave":
+    if options.sentinels and options.role == "slave":
         raise place.at("role").error(
-            "must be master: what is published at a replica gets to those alone who listen there"
+            "must be master: a message published at a replica reaches only that replica's "
+            "subscribers"
         )
-    return MessageConfig(server_name=server_name, options=checked, source=place.source)

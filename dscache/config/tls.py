@@ -1,4 +1,4 @@
-"""TLS of the configuration: what verifies the server, and the client's own certificate."""
+"""TLS options: verification of the server, and the client's own certificate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Stamp = tuple[int, ...] | None
 
 
 class Tls(ConfigStruct, frozen=True, kw_only=True):
-    """How the server is verified and the client shows who it is.
+    """Verification of the server, and the client's certificate.
 
     ``ca``, ``cert`` and ``key`` are PEM text, or the path of a PEM file.
     """
@@ -43,12 +43,12 @@ class Tls(ConfigStruct, frozen=True, kw_only=True):
         return written
 
     def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
-        """Return the context, made anew when a file has changed, so that renewed ones take effect.
+        """Return the SSLContext; a changed file makes a new one, so renewed certificates work.
 
-        All connections share it, as to make one takes milliseconds. Raises ConfigError, which
-        begins with ``where``, if a file or PEM text is bad: it is tried again at the next call.
+        All connections share it, because making one takes milliseconds. Raises ConfigError, which
+        begins with ``where``, if a file or PEM text is bad; the next call tries again.
         """
-        # Before they are read: of a file that changes meanwhile, the next call finds a change.
+        # Taken before the files are read: the next call notices a change during the reading.
         stamps = tuple(map(_stamp, self._files()))
         with _making:
             found = _made.get(self)
@@ -65,7 +65,7 @@ class Tls(ConfigStruct, frozen=True, kw_only=True):
             return context
 
     def _files(self) -> list[str]:
-        """Return the paths of all that a context is made of."""
+        """Return the paths of the files that a context is made of."""
         files = [value for value in (self.ca, self.cert, self.key) if value and not _is_pem(value)]
         if self.ca is None:
             system = ssl.get_default_verify_paths()
@@ -95,9 +95,9 @@ class Tls(ConfigStruct, frozen=True, kw_only=True):
         return context
 
     def located(self, folder: str, place: Location) -> Tls:
-        """Return the same with absolute paths, which are relative to ``folder``.
+        """Return a copy with absolute paths; relative ones start at ``folder``.
 
-        Raises ConfigError if no context can be made of it.
+        Raises ConfigError if no SSLContext can be made of it.
         """
         files = {
             name: os.path.join(folder, value)
@@ -109,10 +109,10 @@ class Tls(ConfigStruct, frozen=True, kw_only=True):
         return located
 
 
-# The contexts that were made last, with what their files were then. In a forked child the thread
-# that was making one is none of its own.
+# The latest contexts, with the stamps of their files. The lock is held across a fork, because the
+# thread that was making a context doesn't exist in the child.
 _KEPT: Final = 64
-# The clock of files is a coarse one: two changes so soon after each other may look like one.
+# File systems have a coarse clock: two changes within this time may have the same stamp.
 _SETTLED_NS: Final = 100_000_000
 _made: dict[Tls, tuple[tuple[_Stamp, ...], ssl.SSLContext]] = {}
 _making = threading.RLock()
@@ -122,7 +122,7 @@ os.register_at_fork(
 
 
 def _stamp(path: str) -> _Stamp:
-    """Return what is another for a file that was written, replaced or removed."""
+    """Return a stamp that changes when a file is written, replaced or removed."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -135,15 +135,15 @@ def _is_pem(value: str) -> bool:
 
 
 def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
-    """Return a context that trusts the certificates of ``ca``, or the system's if it is None."""
+    """Return a context that trusts the certificates of ``ca``, or the system's for None."""
     if ca is None:
         return ssl.create_default_context()
     try:
         if not _is_pem(ca):
             ca = regular_files.read(ca, regular_files.MAX_PEM_BYTES).decode("ascii", "ignore")
-        # Comments between certificates may be of any alphabet, which OpenSSL is not asked to read.
+        # OpenSSL reads ASCII alone, but comments between certificates may contain anything.
         ca = ca.encode("ascii", "ignore").decode()
-        # Without a certificate Python would quietly trust the system's.
+        # Without a certificate Python would silently trust the system's.
         if _is_pem(ca):
             return ssl.create_default_context(cadata=ca)
         problem = "no certificate in it"
@@ -158,7 +158,7 @@ def _trusting(ca: str | None, where: str) -> ssl.SSLContext:
 
 @contextmanager
 def _as_file(pem: str, where: str) -> Iterator[str]:
-    """Give the path of a file with ``pem``, which OpenSSL's loading of keys asks for."""
+    """Yield the path of a file with ``pem``, because OpenSSL loads keys from files alone."""
     if _is_pem(pem):
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".pem") as file:
             file.write(pem)

@@ -1,8 +1,8 @@
-"""Read a URL such as ``redis://user:password@host:6379/0`` into options of the configuration.
+"""URLs such as ``redis://user:password@host:6379/0``, parsed into options of the configuration.
 
-The rules are redis-py's, with one difference: it passes over what it doesn't understand, such as
-a database that is no number, while here that is an error. No error shows a password, wherever a
-forgotten percent-escape has put it.
+The rules are redis-py's, with one difference: redis-py ignores parts that it doesn't understand,
+such as a database that is no number, while here they are errors. No error shows a password,
+wherever a missing percent-escape has put it.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from .address import HOST_AND_PORT
 from .validation import Location, nearest
 
 SCHEMES = "redis://, rediss:// or unix://"
-HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):([0-9]{1,5})")
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 
 
 class ParsedUrl(NamedTuple):
-    """What a URL says: the options by their names in the configuration, and a text to show."""
+    """A parsed URL: the options by their names in a file, and the URL without its password."""
 
     options: dict[str, object]
     shown: str
 
 
 def parse(url: str, place: Location) -> ParsedUrl:
-    """Return what a URL or ``host:port`` says; only the parts that it states are there.
+    """Return the options that a URL or ``host:port`` states, without any defaults.
 
-    Raises ConfigError, which never quotes the part that may hold a password.
+    Raises ConfigError, which never quotes a part that may hold a password.
     """
-    if bare := HOST_AND_PORT.fullmatch(url):
-        return ParsedUrl({"host": bare[1].strip("[]"), "port": bare[2]}, url)
+    if HOST_AND_PORT.fullmatch(url):
+        bare_host, _, bare_port = url.rpartition(":")
+        return ParsedUrl({"host": bare_host.strip("[]"), "port": bare_port}, url)
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise place.error(f"must begin with {SCHEMES}, or be host:port")
@@ -81,11 +82,11 @@ def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place:
     if "@" not in parts.netloc and not is_unix:
         late += parts.query
     if "#" in url or "@" in late:
-        raise place.error(f"an @ or # stands where none can be; {_ESCAPE}")
+        raise place.error(f"an @ or # is in the wrong place; {_ESCAPE}")
 
 
 def _query(query: str, place: Location) -> tuple[dict[str, object], dict[str, object]]:
-    """Return the options that the query states, those of TLS apart."""
+    """Return the options that the query states: the general ones, and the ones of TLS."""
     options: dict[str, object] = {}
     tls: dict[str, object] = {}
     try:
@@ -93,16 +94,17 @@ def _query(query: str, place: Location) -> tuple[dict[str, object], dict[str, ob
     except ValueError:
         raise place.error(f"the query can't be read; {_ESCAPE}") from None
     for name, value in pairs:
-        if name not in _QUERY:
-            best = nearest(name, _QUERY)
-            known = f'did you mean "{best}"?' if best else f"there are {', '.join(_QUERY)}"
+        if name not in QUERY_OPTIONS:
+            best = nearest(name, QUERY_OPTIONS)
+            known = ", ".join(QUERY_OPTIONS)
+            remedy = f'did you mean "{best}"?' if best else f"the options are {known}"
             shown = name if name.isidentifier() and len(name) <= 40 else "?"
-            raise place.error(f'unknown query option "{shown}", {known}')
-        group, option, read = _QUERY[name]
+            raise place.error(f'unknown query option "{shown}", {remedy}')
+        group, option, read = QUERY_OPTIONS[name]
         try:
             result = read(value)
         except (KeyError, ValueError, OverflowError):
-            expected = _WANTED.get(read, "something else")
+            expected = _EXPECTED.get(read, "something else")
             raise place.error(f"the query option {name} must be {expected}") from None
         if group:
             (tls if group == "tls" else options)[option] = result
@@ -132,15 +134,15 @@ def _protocol(version: str) -> None:
         raise ValueError(version)
 
 
-_WANTED: dict[Callable[[str], object], str] = {
+_EXPECTED: dict[Callable[[str], object], str] = {
     _milliseconds: "a number of seconds above 0",
     _boolean: "true or false",
     _verified: "none, optional or required",
     _protocol: "2 or 3",
 }
 
-# redis-py's name → where it goes, the option's name there, and how its value is read.
-_QUERY: dict[str, tuple[str, str, Callable[[str], object]]] = {
+# redis-py's name: the group (options or tls), the option's name in it, and the reader.
+QUERY_OPTIONS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "db": ("options", "db", str),
     "username": ("options", "username", str),
     "password": ("options", "password", str),
@@ -152,7 +154,7 @@ _QUERY: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "ssl_keyfile": ("tls", "key", str),
     "ssl_cert_reqs": ("tls", "rejectUnauthorized", _verified),
     "ssl_check_hostname": ("tls", "checkHostname", _boolean),
-    # The protocol is the client's own choice.
+    # Accepted without effect: the client chooses the protocol.
     "protocol": ("", "", _protocol),
 }
 

@@ -1,8 +1,8 @@
-"""Turn what a configuration says into typed Structs, or say what is wrong, where, and what helps.
+"""Conversion of a configuration to typed Structs; a mistake's error has its place and remedy.
 
-msgspec's own conversion would refuse the same mistakes, but names neither the file nor the
-nearest right option, and shows passwords. So the Structs stay the one declaration of every
-option, and the walk over them is here.
+msgspec's own conversion refuses the same mistakes, but names neither the file nor the most similar
+option, and shows passwords. The Structs remain the one declaration of every option; this module
+walks over them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
 
 
 class Location(NamedTuple):
-    """Where something stands: the file (or what else was given) and the path of keys in it."""
+    """A place in a configuration: the source, such as a file's name, and the path of keys in it."""
 
     source: str
     path: str = ""
@@ -37,26 +37,30 @@ class Location(NamedTuple):
         shown = redact_key(key)
         return Location(self.source, f"{self.path}.{shown}" if self.path else shown)
 
+    def inside(self, path: str) -> Location:
+        """Return the place at a path of keys in this source."""
+        return Location(self.source, path)
+
     def item(self, index: int) -> Location:
         """Return the place of an entry of this list."""
         return Location(self.source, f"{self.path}[{index}]")
 
     def entry(self, name: str) -> Location:
-        """Return the place of an entry of this mapping whose names are no options."""
+        """Return the place of an entry of this mapping, whose keys are data and not options."""
         return Location(self.source, f'{self.path}["{name}"]')
 
     def __str__(self) -> str:
         return f"{self.source}: {self.path}" if self.path else self.source
 
     def error(self, problem: str) -> ConfigError:
-        """Return the error to raise, which begins with this place."""
+        """Return the ConfigError for a problem; its text begins with this place."""
         return ConfigError(f"{self}: {problem}")
 
 
 class Scalar(msgspec.Struct, frozen=True):
-    """An unquoted number, boolean or null of a file: its value and how it was written.
+    """An unquoted number, boolean or null of a file: its value and its source text.
 
-    A password written as ``012345`` is meant as that text, while a port wants the number.
+    A password written as ``012345`` is that text, while a port is the number.
     """
 
     value: bool | int | float | None
@@ -66,9 +70,9 @@ class Scalar(msgspec.Struct, frozen=True):
 class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Base of the typed configuration: Structs whose ``repr`` shows no secret.
 
-    ``expected`` says what one is written as. ``consumed`` names options that are used up before
-    the Struct is read, ``no_effect`` says of options why they are accepted and have no effect,
-    ``unsupported`` what to write instead of options that can't be passed over.
+    ``expected`` describes its form in a file. ``consumed`` names options that are handled before
+    the Struct is read. ``no_effect`` maps accepted options without effect to the reason,
+    ``unsupported`` options that can't be ignored to the remedy.
     """
 
     expected: ClassVar[str] = "a mapping of options"
@@ -100,7 +104,7 @@ T = TypeVar("T", bound=ConfigStruct)
 
 
 def read(struct: type[T], written: object, place: Location) -> T:
-    """Return ``struct`` filled from a mapping of options.
+    """Return a ``struct`` filled from a mapping of options.
 
     Raises ConfigError for an unknown or missing option, a wrong type and a value out of range.
     """
@@ -124,10 +128,10 @@ def read(struct: type[T], written: object, place: Location) -> T:
         elif key not in struct.unsupported:
             known = [*fields, *struct.consumed, *struct.no_effect]
             if is_null(value) and nearest(key, known) is None and redact_key(key) == key:
-                # With a name and a colon forgotten, a bare word may be the secret itself.
+                # A bare word may be a secret whose name and colon are missing.
                 raise place.error(
-                    "there is a name in it without a value, which is no option; it is not shown, "
-                    "as it may be a secret; between a name and its value stand a colon and a space"
+                    "contains a name without a value that is no option; it isn't shown, because "
+                    "it may be a secret; separate a name from its value by a colon and a space"
                 )
             raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
         elif not _is_off(value):
@@ -139,14 +143,14 @@ def read(struct: type[T], written: object, place: Location) -> T:
 
 
 def is_null(written: object) -> bool:
-    """Return whether a value is null, which is "not given"."""
+    """Return whether a value is null, which means "not given"."""
     return _plain(written) is None
 
 
 def text(written: object, place: Location, *, secret: bool = False) -> str:
-    """Return ``written`` as text: a number or word of a file as it was written.
+    """Return ``written`` as text; a number or word of a file keeps its source text.
 
-    Raises ConfigError if it is anything else, or can't be sent as UTF-8.
+    Raises ConfigError for any other type, for NUL, and for text that UTF-8 can't encode.
     """
     if isinstance(written, Scalar):
         result = written.text
@@ -171,40 +175,39 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def redact_key(key: str) -> str:
-    """Return the part of a key that may be shown.
+    """Return the part of a key that can be shown safely, at most 80 characters, or ``***``.
 
-    ``password:secret`` or ``password secret``, with the space or the colon forgotten, makes a key
-    that holds the secret.
+    A missing space or colon, as in ``password:secret``, makes a key that contains the secret.
     """
     return re.split(r"[^\w.-]", key, maxsplit=1)[0][:80] or "***"
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text may be the name of something, such as of a variable."""
+    """Return whether a text is an identifier, such as the name of a variable."""
     return re.fullmatch(r"[A-Za-z_]\w{0,79}", text) is not None
 
 
 def _unknown(key: str, known: list[str], no_effect: Iterable[str]) -> str:
     if redact_key(key) != key:
-        return "unknown option; between a name and its value stand a colon and a space"
+        return "unknown option; separate a name from its value by a colon and a space"
     if best := nearest(key, [*known, *no_effect]):
         return f'unknown option, did you mean "{best}"?'
-    return f"unknown option; there are {', '.join(known)}"
+    return f"unknown option; the options are {', '.join(known)}"
 
 
 def _value(kind: inspect.Type, written: object, place: Location) -> object:
-    """Return ``written`` as the type of a field, or None if it says null."""
+    """Return ``written`` converted to the type of a field, or None for null."""
     kind, extra, nullable = _unwrap(kind)
     if isinstance(kind, inspect.StrType):
-        # A Scalar is never null here: if its value is, it came from the environment, and a
-        # password that reads "null" is a password.
+        # A Scalar is never null here: one whose value is null came from the environment, and a
+        # password spelled "null" is a password.
         if written is None or (nullable and written == ""):
             return None
         return _text(kind, extra, written, place)
     plain = _plain(written)
     if isinstance(kind, inspect.VarTupleType):
-        # Null is refused too: a list whose entries are all commented out must not quietly
-        # become another server.
+        # Null is refused too: a list whose entries are all commented out must not silently
+        # select another server.
         return _list(kind, plain, place)
     if isinstance(kind, inspect.DictType):
         return _entries(kind, plain, place)
@@ -240,7 +243,7 @@ def _integer(
     expected = (
         f"a whole number from {low} to {high}" if high else f"a whole number of at least {low}"
     )
-    # deepstream's connector takes any falsy ttl as none.
+    # deepstream's connector takes any falsy ttl for none.
     zero_is_none = bool(extra.get("zero_is_none"))
     if zero_is_none and _plain(written) in (False, ""):
         return None
@@ -256,7 +259,7 @@ def _list(kind: inspect.VarTupleType, written: object, place: Location) -> tuple
     if not isinstance(written, (list, tuple)):
         raise place.error(f"must be a list, not {_kind(written)}")
     if not written:
-        raise place.error("must have at least one entry; without any, leave it out")
+        raise place.error("must have at least one entry; leave the option out if there is none")
     for index, item in enumerate(written):
         if item is None:
             raise place.item(index).error("must be a mapping of options, not null")
@@ -268,7 +271,7 @@ def _list(kind: inspect.VarTupleType, written: object, place: Location) -> tuple
 def _entries(
     kind: inspect.DictType, written: object, place: Location
 ) -> Mapping[str, object] | None:
-    """Return a mapping whose names are no options; a falsy one is none, as in ioredis."""
+    """Return a mapping whose keys are data; a falsy value means none, as in ioredis."""
     if not written:
         return None
     if not isinstance(written, Mapping):
@@ -319,7 +322,7 @@ def _refuse(written: object, place: Location, expected: str, secret: bool = Fals
 def _shown(written: object) -> str:
     if isinstance(written, Scalar):
         return written.text[:80]
-    # Text with an @ may be a URL in the wrong place, with a password in it.
+    # Text with an @ may be a misplaced URL, with a password in it.
     if isinstance(written, (bool, int, float)) or (isinstance(written, str) and "@" not in written):
         return shorten(written)
     return _kind(written)

@@ -203,6 +203,8 @@ class Batch:
 
     def group(self, slot_of: Callable[[str], int]) -> None:
         """Bring records of one slot together; those sent before stay before the others."""
+        if len(self.names) < 2:
+            return
         slots = [slot_of(name) for name in self.names]
         order = sorted(range(len(slots)), key=lambda i: (i >= self.repeated, slots[i]))
         names = [self.names[i] for i in order]

@@ -15,6 +15,13 @@ from typing import Any, Final, Protocol
 import hiredis
 import msgspec
 
+# Re-exported, so that both cores find every constant in this module.
+from .._limits import MAX_PENDING as MAX_PENDING
+from .._limits import MAX_PENDING_BYTES as MAX_PENDING_BYTES
+from .._limits import MAX_REPLY_BYTES as MAX_REPLY_BYTES
+from .._limits import MAX_TTL as MAX_TTL
+from .._limits import NEAR_BYTES as NEAR_BYTES
+from .._limits import NEAR_RECORDS as NEAR_RECORDS
 from ..errors import (
     BulkError,
     ConnectError,
@@ -39,8 +46,6 @@ TAG_CLOSE: Final = b"}"
 TAG_FOR_BRACE: Final = b"}{0}"
 
 MAX_VERSION: Final = 2**63 - 1
-# Redis counts a lifetime in milliseconds in 64 bits; this is 317 years.
-MAX_TTL: Final = 10**10
 # Of the name of a host, in characters.
 MAX_HOST: Final = 255
 
@@ -63,8 +68,6 @@ COMMAND_BYTES: Final = 1024 * 1024
 # of 5 ms, and it bounds what a bulk of any size has under way.
 WINDOW_RECORDS: Final = 16_384
 READ_BUFFER_BYTES: Final = 256 * 1024
-# What one reply may take, unless configured: a Redis value ends at 512 MiB.
-MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
 # The elements of one array that a server may announce; hiredis makes room for all of them at
 # once. The longest that is wanted has 1024, and an invalidation of many keys some thousands.
 # Elements that one reply may still owe, in all its arrays together: hiredis makes room for each as
@@ -76,17 +79,12 @@ HEADER_BYTES: Final = 64
 # The ways in which hiredis says that it is no RESP: the last ones for a map or a set with a member
 # that no dict takes, and for numbers that are none. What a signal handler raises is none of them.
 NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
-# What the near cache keeps, unless configured.
-NEAR_RECORDS: Final = 100_000
-NEAR_BYTES: Final = 64 * 1024 * 1024
 # For how many names it is kept when they were last written here. It only matters while a read is
 # under way that is older, and at the limit such reads are merely not kept.
 NEAR_FENCES: Final = 4096
 # The longest bulk read in which others may join for one of its names. Each name costs it 0.3 µs,
 # which a longer one is not asked to bear.
 NEAR_SHARED: Final = 1024
-MAX_PENDING: Final = 10_000
-MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
 # The kinds of batch. Those below SET read and may be repeated at will.
 GET: Final = 0

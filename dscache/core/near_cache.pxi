@@ -282,13 +282,14 @@ cdef class NearCache:
         str name,
         long long version,
         bytes raw,
+        int slot,
     ) except -1:
         """Keep what a read has found: a record, or with ``raw`` None that there is none.
 
-        ``serial`` tells when the read was issued.
+        ``serial`` tells when the read was issued. ``slot`` is that of the name, or -1 if the
+        caller hasn't computed it.
         """
         cdef PyObject* fence
-        cdef int slot = 0
         cdef Py_ssize_t size = 0
         cdef _Entry entry
         if self._prefixes and not name.startswith(self._prefixes):
@@ -299,8 +300,11 @@ cdef class NearCache:
         if serial < self._floor or (fence != NULL and serial < <long long><object>fence):
             self._dropped_fills += 1
             return 0
-        if self._clustered:
-            slot = self._encoder.slot(name)
+        if not self._clustered:
+            slot = 0
+        else:
+            if slot < 0:
+                slot = self._encoder.slot(name)
             # What replicas hold is not kept, nor what a former owner has answered.
             if self._inner.owners[slot] is not pipeline:
                 self._dropped_fills += 1

@@ -285,11 +285,19 @@ class NearCache:
     # -- for the pipelines
 
     def fill(
-        self, pipeline: Pipeline, epoch: Epoch, serial: int, name: str, version: int, raw: Any
+        self,
+        pipeline: Pipeline,
+        epoch: Epoch,
+        serial: int,
+        name: str,
+        version: int,
+        raw: Any,
+        slot: int,
     ) -> None:
         """Keep what a read has found: a record, or with ``raw`` None that there is none.
 
-        ``serial`` tells when the read was issued.
+        ``serial`` tells when the read was issued. ``slot`` is that of the name, or -1 if the
+        caller hasn't computed it.
         """
         if self._prefixes and not name.startswith(self._prefixes):
             return
@@ -298,9 +306,11 @@ class NearCache:
         if serial < self._floor or serial < self._fences.get(name, 0):
             self._counts["dropped_fills"] += 1
             return
-        slot = 0
-        if self._clustered:
-            slot = self._encoder.slot(name)
+        if not self._clustered:
+            slot = 0
+        else:
+            if slot < 0:
+                slot = self._encoder.slot(name)
             # What replicas hold is not kept, nor what a former owner has answered.
             if self._inner.owners[slot] is not pipeline:
                 self._counts["dropped_fills"] += 1

@@ -102,7 +102,8 @@ class Pipeline:
     connection. ``has_msetex`` tells of a server that knows MSETEX, and ``read_only`` that the
     server has refused a write for being a replica. ``near`` is the NearCache in front of it, if
     there is one, and ``inbox`` the MessageDispatcher that takes the messages which it is subscribed
-    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3.
+    to; they are ``resp2_pubsub`` replies where the server does not speak RESP3. ``on_push`` is
+    called with each push that is for neither.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation that
     finds so many others pending (a bulk counts as one), or ``max_pending_bytes`` of text to be
@@ -140,6 +141,7 @@ class Pipeline:
         self.has_msetex = False
         self.read_only = False
         self.near: NearCache | None = None
+        self.on_push: Callable[[list[Any]], object] | None = None
         self.inbox: MessageDispatcher | None = None
         self.resp2_pubsub = False
         self._messages = 0
@@ -870,7 +872,7 @@ class Pipeline:
     def _take_push(self, push: Any) -> None:
         """Take a message, or let the near cache forget what has changed.
 
-        Other pushes say nothing to us.
+        All other pushes go to ``on_push``.
         """
         if not c.is_push(push):
             raise c.no_push(self.address, push)
@@ -880,6 +882,8 @@ class Pipeline:
             elif push[0] in e.SUBSCRIPTIONS:
                 self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
+            if self.on_push is not None:
+                self.on_push(push)
             return
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise self._wrong_shape("a change of keys", push)
@@ -1029,7 +1033,8 @@ class Pipeline:
 
     def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
         assert self.near is not None
-        self.near.fill(self, epoch, batch.serial, name, version, raw)
+        slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
+        self.near.fill(self, epoch, batch.serial, name, version, raw, slot)
 
     def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
         if batch.asking and type(reply) is int:  # how many of both keys there are

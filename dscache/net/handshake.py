@@ -1,53 +1,33 @@
-"""What is said on a fresh connection, sans-IO, and what a failed attempt to connect means."""
+"""The handshake of a fresh connection, sans-IO: HELLO, AUTH, SELECT, READONLY, CLIENT TRACKING."""
 
 from __future__ import annotations
 
-import os
-import socket
-import ssl
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import NearCacheOptions, Options
 from ..core import constants
-from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
-from .credentials import Hidden, Login, hidden, masked
-
-Word = str | bytes | Hidden
-"""A word of a command."""
-
-FAMILIES = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
-
-# The system's own watch over a link: it is dead when for 10 s nothing was acknowledged. The
-# names that a platform doesn't have are left out.
-TCP_OPTIONS = {
-    getattr(socket, name): value
-    for name, value in {
-        "TCP_KEEPIDLE": 4,
-        "TCP_KEEPINTVL": 2,
-        "TCP_KEEPCNT": 3,
-        "TCP_USER_TIMEOUT": 10_000,
-    }.items()
-    if hasattr(socket, name)
-}
+from ..errors import ConnectError, ReplyError, clean
+from .connect_errors import UnsuitableServer
+from .credentials import Hidden, Login, Word, hidden, masked
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server said of itself."""
+    """Facts that a server states about itself."""
 
     server: str
-    """Its kind and version, such as ``redis 7.0.15``; empty if it didn't say."""
+    """Kind and version, such as ``redis 7.0.15``; empty if the server doesn't state them."""
     has_msetex: bool
     is_tracked: bool = False
-    """Whether the server tells of changes to what is read."""
+    """Whether the server announces changes to the keys that are read."""
     has_pushes: bool = True
-    """Whether it speaks RESP3, where what nobody asked for is told from replies."""
+    """Whether the connection speaks RESP3, which marks pushes apart from replies."""
 
 
-class UnsuitableServer(ConnectError):
-    """The server can't do what the configuration asks of it."""
+Handshake = Generator[list[list[Word]], list[Any], ServerInfo]
+"""Yields commands to send at once; send back the list of their replies, error replies included."""
 
 
 def handshake(
@@ -58,15 +38,18 @@ def handshake(
     read_only: bool = False,
     is_near: bool = False,
     of_cluster: bool = False,
-) -> Generator[list[list[Word]], list[Any], ServerInfo]:
-    """Get a server's consent to work with it; yields commands, and wants their replies sent.
+) -> Handshake:
+    """Log in to a server and set up the connection; returns the ServerInfo.
 
-    They are to be sent at once; errors of Redis are among their replies. ``login`` is username
-    and password. With ``is_near``, the server is asked to tell of changes, for a near cache; a
-    replica only if it is one ``of_cluster``, where it may be promoted on the same connection.
-    Returns the ServerInfo. Raises ReplyError if the server refuses (WRONGPASS,
-    NOAUTH, no such database) or is loading, and ConnectError if it isn't what the Sentinels
-    named it for.
+    With ``read_only``, a replica of a cluster is asked to answer reads. With ``is_near``, the
+    server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
+    may be promoted on the same connection.
+
+    Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
+    ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
+    it can't do what the options require.
+
+    Source: the Redis pages of HELLO, AUTH, READONLY and CLIENT TRACKING.
     """
     username, password = login
     hello: list[Word] = ["HELLO", "3"]
@@ -83,7 +66,8 @@ def handshake(
         ["COMMAND", "INFO", "MSETEX"],
     ]
     if read_only:
-        questions.append(["READONLY"])  # a server that is no cluster says so elsewhere
+        # Its reply is ignored: a server outside a cluster is found out by CLUSTER SLOTS.
+        questions.append(["READONLY"])
     greeting, *others = yield [*commands, *questions]
     if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
         commands[0] = ["PING"]
@@ -92,46 +76,54 @@ def handshake(
         if options.connection_name:
             commands.append(["CLIENT", "SETNAME", options.connection_name])
         greeting, *others = yield [*commands, *questions]
-    answers = [greeting, *others]
-    consents, (loaded, known) = answers[: len(commands)], answers[len(commands) :][:2]
+    replies = [greeting, *others]
+    consents, (loaded, known) = replies[: len(commands)], replies[len(commands) :][:2]
     for reply in consents:
         if isinstance(reply, ReplyError):
             raise reply
-    # A user who may not load scripts may do all the rest; a server that is still loading
-    # its data may do nothing.
+    # A user without the right to load scripts may do all the rest; a server that is still loading
+    # its data serves nothing.
     if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
         raise loaded
-    said = greeting if isinstance(greeting, dict) else {}
+    facts = greeting if isinstance(greeting, dict) else {}
     if options.sentinels is not None:
-        _check_role(options, said.get(b"role"), address)
-    facts = (said.get(b"server"), said.get(b"version"))
-    server = " ".join(fact.decode(errors="replace") for fact in facts if type(fact) is bytes)
-    server = masked(clean(server), secrets_of(options, login))
+        _check_role(options, facts.get(b"role"), address)
     is_tracked = False
-    is_kept = of_cluster or said.get(b"role") != b"replica"
+    is_kept = of_cluster or facts.get(b"role") != b"replica"
     if is_near and options.near_cache is not None and is_kept:
-        problem = _too_old(said)
-        if not problem:
-            (answer,) = yield [[*_tracking(options, options.near_cache)]]
-            if isinstance(answer, ReplyError):
-                problem = f'it says "{answer.message}" to CLIENT TRACKING ON'
-        is_tracked = not problem
-        if problem and options.near_cache.required:
-            raise UnsuitableServer(
-                f"{address} can't keep a near cache coherent: {problem}; leave nearCache out, or "
-                "let it be off on such a server with nearCache.required: false"
-            )
+        is_tracked = yield from _track(options, options.near_cache, facts, address)
     has_msetex = isinstance(known, list) and any(known)
+    server = masked(_kind_and_version(facts), secrets_of(options, login))
     return ServerInfo(server, has_msetex, is_tracked, isinstance(greeting, dict))
 
 
 def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
-    """Return what no text may hold that a server says to a handshake."""
+    """Return the passwords that no text from a server may repeat."""
     return [login[1], hidden(options.password), hidden(options.sentinel_password)]
 
 
-def _tracking(options: Options, near: NearCacheOptions) -> list[str]:
-    command = ["CLIENT", "TRACKING", "ON"]
+def _track(
+    options: Options, near: NearCacheOptions, facts: dict[Any, Any], address: str
+) -> Generator[list[list[Word]], list[Any], bool]:
+    """Ask the server to announce changes; return whether it does.
+
+    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set.
+    """
+    problem = _too_old(facts)
+    if not problem:
+        (reply,) = yield [_tracking(options, near)]
+        if isinstance(reply, ReplyError):
+            problem = f'it says "{reply.message}" to CLIENT TRACKING ON'
+    if problem and near.required:
+        raise UnsuitableServer(
+            f"{address} can't keep a near cache coherent: {problem}; leave nearCache out, or "
+            "let it be off on such a server with nearCache.required: false"
+        )
+    return not problem
+
+
+def _tracking(options: Options, near: NearCacheOptions) -> list[Word]:
+    command: list[Word] = ["CLIENT", "TRACKING", "ON"]
     if near.mode == "broadcast":
         command.append("BCAST")
         opening = options.key_prefix
@@ -143,65 +135,38 @@ def _tracking(options: Options, near: NearCacheOptions) -> list[str]:
     return command
 
 
-def _too_old(said: dict[Any, Any]) -> str:
-    """Return why a server that introduces itself so is too old for a near cache, or ""."""
-    if not said:
+def _kind_and_version(facts: dict[Any, Any]) -> str:
+    words = (facts.get(b"server"), facts.get(b"version"))
+    return clean(" ".join(word.decode(errors="replace") for word in words if type(word) is bytes))
+
+
+def _too_old(facts: dict[Any, Any]) -> str:
+    """Return why the server is too old for a near cache, or an empty text."""
+    if not facts:
         return "it does not speak RESP3, which Redis does from version 6 on"
-    kind, version = said.get(b"server"), said.get(b"version")
+    kind, version = facts.get(b"server"), facts.get(b"version")
     if kind == b"redis" and type(version) is bytes:
         major = version.partition(b".")[0]
         if major.isdigit() and int(major) < 7:
             return (
-                f"it is Redis {clean(version.decode(errors='replace'))}, which may tell of a "
+                f"it is Redis {clean(version.decode(errors='replace'))}, which may announce a "
                 "change in the middle of a reply; Redis 7 does not"
             )
     return ""
 
 
-def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
-    """Return what to tell of an attempt to connect that failed."""
-    if isinstance(error, DscacheError):
-        return error
-    if isinstance(error, TimeoutError):
-        return ConnectError(f"no answer within {connect_timeout} ms")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConnectError(f"the server's certificate is refused: {error.verify_message}")
-    if isinstance(error, OSError):
-        said = error.strerror
-        if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):
-            said = os.strerror(error.errno)  # asyncio has words of its own
-        return ConnectError(clean(said or str(error)) or type(error).__name__)
-    return ConnectError(clean(f"{type(error).__name__}: {error}"))
-
-
-def permanent_failure(
-    error: Exception, said: Exception, address: str
-) -> Callable[[str], Exception] | None:
-    """Return how to fail operations at once, if waiting for the next attempt is no use.
-
-    ``said`` is what ``as_connect_error`` made of the error.
-    """
-    if isinstance(error, ReplyError) and error.code != "LOADING":
-        message = error.message
-        return lambda operation: ReplyError(message, context=f"{operation} at {address}")
-    if isinstance(error, UnsuitableServer):
-        return lambda operation: ConnectError(f"{operation}: {said}")
-    if isinstance(error, (ssl.SSLError, ProtocolError)):
-        kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
-        return lambda operation: kind(f"{operation}: {address}: {said}")
-    return None
-
-
 def _check_role(options: Options, role: object, address: str) -> None:
-    """Raise ConnectError if a Sentinel named a server that has another role by now."""
+    """Raise ConnectError if the server no longer has the role that a Sentinel named it for."""
     if not isinstance(role, bytes):
         return
-    wanted = b"master" if options.role == "master" else b"replica"
-    if role != wanted:
+    expected = b"master" if options.role == "master" else b"replica"
+    if role != expected:
         shown = clean(role.decode(errors="replace"))
-        raise ConnectError(f"the Sentinels name {address} as {wanted.decode()}, but it is {shown}")
+        raise ConnectError(
+            f"the Sentinels name {address} as {expected.decode()}, but it is {shown}"
+        )
 
 
 def _is_without_resp3(error: ReplyError) -> bool:
-    """Whether HELLO was refused by a server before Redis 6, or to a user who may not say it."""
+    """Whether HELLO was refused by a server before Redis 6, or for want of permission."""
     return error.code in ("NOPROTO", "NOPERM") or "unknown command" in error.message.lower()

@@ -1,4 +1,4 @@
-"""The nodes of a cluster that are configured, some with a login of their own."""
+"""The configured nodes of a cluster, some with credentials of their own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from msgspec import UNSET
 from ..config import Node, Options
 from .slots import NAMES_LAST, Address
 
-# Where a cluster announces more nodes than this, each is connected to when it is needed: sixteen
-# thousand would take seconds, which a node that is out of its mind can announce as well.
+# A cluster that announces more nodes than this has each one connected to on its first use:
+# connecting to sixteen thousand takes seconds, and a faulty node may announce as many.
 AT_ONCE: Final = 256
 
 
 class Seeds:
-    """The configured nodes, and which addresses those have that the cluster names otherwise."""
+    """The configured nodes, and the addresses by which the cluster may announce them."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -29,7 +29,10 @@ class Seeds:
         return self._options.for_node(*address, self._named.get(address))
 
     def to_look_up(self, now: float) -> list[Node]:
-        """Return the nodes whose addresses are to be looked up again: those with a login."""
+        """Return the nodes to look up now: those with credentials, at most every 2 seconds.
+
+        ``now`` is ``time.monotonic()``.
+        """
         if now < self._again_at:
             return []
         self._again_at = now + NAMES_LAST
@@ -40,6 +43,6 @@ class Seeds:
         ]
 
     def looked_up(self, seed: Node, found: Iterable[tuple[Any, ...]]) -> None:
-        """Note what ``getaddrinfo`` has found of a node."""
+        """Note the addresses that ``getaddrinfo`` has returned for a node."""
         for *_, address in found:
             self._named[str(address[0]), seed.port] = seed

@@ -1,4 +1,4 @@
-"""The nodes of a cluster and who serves which slot, as all threads of a blocking cache know it."""
+"""The nodes of a cluster, and the table of which node serves which slot."""
 
 from __future__ import annotations
 
@@ -14,33 +14,41 @@ from .slots import Address
 
 
 class NodeInfo:
-    """A node, as all lines of a cache know it."""
+    """One node of a cluster, shared by all connections of a cache to it.
+
+    ``connects``, ``reconnections`` and ``redirections`` count over all connections of a blocking
+    cache. ``counts`` sums the counters of connections that have ended.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.address: Address = options.host, options.port
         self.shown = options.address
+        """The address as ``host:port``, as it stands in errors and ``stats()``."""
         self.is_named = _is_name(options.host)
-        """Whether a look-up is needed to reach it, which nothing can limit."""
+        """Whether reaching it takes a name lookup, which no timeout limits."""
         self.server = ""
+        """The kind and version of the server, once it is known."""
         self.connects = 0
         self.reconnections = 0
         self.redirections = 0
         self.last_loss = ""
         self.is_tried = False
-        """Whether it has been connected to, or that has failed."""
+        """Whether an attempt to connect to it was made."""
         self.trouble: Exception | None = None
-        """Why the last attempt to connect failed, if it did."""
+        """Why the last attempt to connect failed; None if it succeeded."""
         self.refusal: ErrorOf | None = None
-        """How operations fail if that is for good."""
+        """How operations fail if that failure is permanent."""
         self.counts: dict[str, Any] = {}
-        """What lines that are no more have counted."""
         self.absences = 0
+        """How many views in a row have left it out."""
         self.avoid_until = -inf
+        """Until when it isn't read as a replica, by ``time.monotonic()``."""
         self.avoid_for = 0.0
+        """How long the last exclusion from reads lasts, in seconds."""
 
     def connections(self) -> dict[str, int]:
-        """Return what was counted of the connections to it."""
+        """Return the counters of the connections to it."""
         return {
             "connects": self.connects,
             "reconnections": self.reconnections,
@@ -50,7 +58,10 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Slots ``first`` to ``last``, the address of who serves them, and of those who are read."""
+    """Slots ``first`` to ``last``, with the addresses of their primary and of its readers.
+
+    ``readers`` is empty where reads go to the primary.
+    """
 
     first: int
     last: int
@@ -60,15 +71,20 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SlotTable:
-    """Who serves the slots, by address: the newest view, and what nodes have told since."""
+    """Addresses by slot: the shards of the newest view, and the slots redirected since then.
+
+    Only ``moved`` changes, and it only grows; every other change makes a new table. So a thread
+    compares a table's identity and the length of ``moved`` to see, without a lock, whether its
+    own tables are up to date.
+    """
 
     shards: tuple[Shard, ...] = ()
     moved: list[tuple[int, str]] = field(default_factory=list)
 
     def find(self, slot: int, reads: bool) -> str | None:
-        """Return who serves a slot, or is read for it, as far as that is known."""
-        for its, address in reversed(self.moved):
-            if its == slot:
+        """Return the address that serves a slot, or that is read for it; None if unknown."""
+        for moved, address in reversed(self.moved):
+            if moved == slot:
                 return address
         at = bisect_right(self.shards, slot, key=lambda shard: shard.first) - 1
         if at < 0 or slot > self.shards[at].last:
@@ -80,15 +96,16 @@ class SlotTable:
 
     @property
     def primaries(self) -> dict[str, None]:
-        """The addresses of all who serve slots, each once."""
+        """The addresses of all nodes that serve slots, each once."""
         heirs = (address for _, address in self.moved)
         return dict.fromkeys((*(shard.primary for shard in self.shards), *heirs))
 
 
 def reader_of(shard: Shard, slot: int) -> str:
-    """Return who is read for a slot of a shard.
+    """Return the address that is read for a slot of a shard.
 
-    By the slot, so that reads of one record come from one node and seldom go back.
+    The slot decides, so that all reads of one record come from one node and rarely go back in
+    time.
     """
     return shard.readers[slot % len(shard.readers)]
 

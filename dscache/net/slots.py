@@ -1,4 +1,4 @@
-"""What a cluster says of its slots: the replies to its questions, and redirections.
+"""Parsers for a cluster's view of its slots: CLUSTER SLOTS, CLUSTER INFO, MOVED and ASK.
 
 Source: the Redis Cluster specification and the pages of CLUSTER SLOTS and CLUSTER INFO.
 """
@@ -12,32 +12,33 @@ from typing import Any, Final
 from ..core.constants import SLOTS, is_address, join_address
 from ..errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
 
-# What a node is asked for its view, and how many are asked at a time: the newest view counts.
+# The commands that ask a node for its view, and how many nodes are asked at a time: the newest view
+# counts.
 QUESTIONS: Final = (("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
 ASKED: Final = 3
-# A node that two views in a row leave out has left.
+# A node that this many views in a row leave out has left the cluster.
 VIEWS_TO_LEAVE: Final = 2
-# Two refreshes are at least so far apart, in seconds as all below. While a node is down, a
-# replica may take over at any moment and nobody will tell: then they go on, ever more slowly.
+# The shortest time between two refreshes, in seconds, as are all times below. While a node is down,
+# refreshes go on, each a little later: a replica may take over at any moment, and no event says so.
 GAP: Final = 0.1
 GAP_GROWTH: Final = 1.3
 GAP_CAP: Final = 0.5
-# How long to wait before an operation is sent again that a node can't serve yet: up to twice as
-# long each time. A slot's keys take milliseconds to move, a failover takes a second.
+# The pause before an operation is sent again that a node can't serve yet; it doubles each time. The
+# keys of a slot take milliseconds to move, and a failover takes a second.
 RETRY_FIRST: Final = 0.01
 RETRY_CAP: Final = 0.25
-# How long to believe which addresses the names of nodes have.
+# How long the result of a name lookup is used.
 NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
-# Of any number that a server states.
+# The longest number that is parsed from a server's text.
 _MOST_DIGITS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRange:
-    """Slots ``first`` to ``last``, and who serves them."""
+    """Slots ``first`` to ``last``, with the addresses of their primary and replicas."""
 
     first: int
     last: int
@@ -47,22 +48,22 @@ class SlotRange:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one node knows of the cluster: the slots in ranges, as of an epoch."""
+    """One node's view of the cluster: its ranges of slots, as of an epoch."""
 
     epoch: int
     ranges: tuple[SlotRange, ...]
 
     @property
     def covered(self) -> int:
-        """Of how many slots it knows who serves them."""
+        """The number of slots whose primary the view names."""
         return sum(one.last - one.first + 1 for one in self.ranges)
 
 
 def read_view(slots: Any, info: Any, asked: Address, source: str) -> View:
-    """Return the view that a node's replies to both questions state.
+    """Return the view in a node's replies to CLUSTER SLOTS and CLUSTER INFO.
 
-    ``source`` is the configuration's. Raises ConfigError if the node is of no cluster, ReplyError
-    if it refuses, and ProtocolError if it gives no such reply.
+    ``source`` names the configuration in errors. Raises ConfigError if the node belongs to no
+    cluster, ReplyError if it refuses, and ProtocolError if its reply has another shape.
     """
     if isinstance(slots, ReplyError):
         if "cluster support disabled" in slots.message.lower():
@@ -75,8 +76,8 @@ def read_view(slots: Any, info: Any, asked: Address, source: str) -> View:
 
 
 def newest(views: Iterable[View]) -> View:
-    """Return the view that counts; raises ConnectError if none knows of any slot."""
-    # A node that has left keeps its epoch, and knows of few slots or none.
+    """Return the view of the highest epoch; raises ConnectError if it has no slots."""
+    # A node that has left the cluster keeps its epoch, and has few slots or none.
     view = max(views, key=lambda one: (one.epoch, one.covered))
     if not view.ranges:
         raise ConnectError("no node of the cluster serves any slot")
@@ -84,10 +85,10 @@ def newest(views: Iterable[View]) -> View:
 
 
 def parse_slots(reply: Any, asked: Address) -> list[SlotRange]:
-    """Return the ranges that a reply to CLUSTER SLOTS states.
+    """Return the ranges in a reply to CLUSTER SLOTS.
 
-    A node that doesn't know its own host leaves it out; it is the one that was ``asked``. Raises
-    ProtocolError if the reply is of another shape.
+    A node that doesn't know its own host leaves the host out; the host of ``asked`` is used then.
+    Raises ProtocolError if the reply has another shape.
     """
     try:
         if not isinstance(reply, list | tuple) or len(reply) > SLOTS:
@@ -117,9 +118,10 @@ def _address(entry: Any, asked: Address) -> Address:
 
 
 def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
-    """Return where ``MOVED <slot> <host>:<port>``, or ASK, sends what was sent to ``source``.
+    """Return the address in ``MOVED <slot> <host>:<port>`` or ASK, a reply of ``source``.
 
-    None if the words are no such thing, or speak of another slot.
+    Returns None if the words have another shape or name another slot. The host of ``source`` is
+    used if the reply leaves the host out.
     """
     parts = words.split()
     if len(parts) != 3 or parts[1] != str(slot):
@@ -134,7 +136,7 @@ def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
 
 
 def parse_epoch(reply: Any) -> int:
-    """Return the current epoch that a reply to CLUSTER INFO states, or -1."""
+    """Return the current epoch in a reply to CLUSTER INFO, or -1."""
     if not isinstance(reply, bytes):
         return -1
     for line in reply.splitlines():

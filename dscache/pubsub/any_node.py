@@ -1,7 +1,7 @@
-"""Any node of a cluster: where a message is published or heard does not matter there.
+"""An endpoint that connects to any reachable node of a cluster.
 
-The nodes pass on to each other what is published at one of them. So one connection is enough, to
-whichever node can be reached; where all go the same way, they arrive in their order.
+The nodes forward every published message to each other, so one connection to any of them is
+enough. Messages over one connection arrive in order.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from ..aio.credentials import Credentials
 from ..aio.endpoint import Ask, Endpoint
 from ..aio.resolver import Resolver
 from ..config import Options
 from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
-from ..net.credentials import Credentials
-from ..net.handshake import ServerInfo, UnsuitableServer
+from ..net.connect_errors import UnsuitableServer
+from ..net.handshake import ServerInfo
 from ..net.slots import QUESTIONS, Address, read_view
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AnyNode:
-    """The nodes of a cluster, one after the other: what an Endpoint is of one server."""
+    """The nodes of a cluster, tried one after the other; has the interface of an Endpoint."""
 
     is_discovered = False
     may_move = False
@@ -39,32 +40,32 @@ class AnyNode:
         self._source = source
         self._resolver = Resolver()
         self._seeds = [(seed.host, seed.port) for seed in options.seeds]
-        # Those to be tried next, the last one first.
-        self._next: list[Address] = []
+        # Nodes to be tried next, in reverse order.
+        self._untried: list[Address] = []
         self._known: list[Address] = []
-        self._at: Address = random.choice(self._seeds)
+        self._current: Address = random.choice(self._seeds)
         self._endpoint: Endpoint | None = None
         self._cut_off = 0
-        self.is_well = True
+        self.is_healthy = True
 
     @property
     def address(self) -> str:
-        """Where it is connected to, or was last."""
-        return constants.join_address(*self._at)
+        """The current node's address, or the last one's: ``host:port``."""
+        return constants.join_address(*self._current)
 
-    async def follow(self, told: object) -> None:
-        """Wait for ever: a node is left for what it says itself."""
+    async def follow(self, moved: object) -> None:
+        """Wait for ever: only a node's own replies make the connection leave it."""
         await asyncio.get_running_loop().create_future()
 
     async def open(self, protocol: asyncio.BufferedProtocol) -> None:
         """Open a socket to the next node. Raises OSError."""
-        if not self._next:
-            # Those of the configuration as well, looked up afresh.
-            others = {*self._seeds, *self._known} - {self._at}
-            # The one that was lost comes last, as it may be what went wrong.
-            self._next = [self._at, *random.sample(sorted(others), len(others))]
-        self._at = self._next.pop()
-        options = self._options.for_node(*self._at)
+        if not self._untried:
+            # The configured nodes are included, and their names are resolved again.
+            others = {*self._seeds, *self._known} - {self._current}
+            # The lost node comes last, as it may be the cause.
+            self._untried = [self._current, *random.sample(sorted(others), len(others))]
+        self._current = self._untried.pop()
+        options = self._options.for_node(*self._current)
         self._endpoint = Endpoint(
             options,
             Credentials(options, self._credentials),
@@ -74,43 +75,43 @@ class AnyNode:
         await self._endpoint.open(protocol)
 
     async def greet(self, ask: Ask) -> ServerInfo:
-        """Get the node's consent to work with it.
+        """Log in to the node and return its ServerInfo.
 
-        Raises ReplyError if it refuses, and ConnectError if it is of no cluster, or cut off from
-        the others of one.
+        Raises ReplyError if the node refuses, and ConnectError if it belongs to no cluster or is
+        cut off from the others.
         """
         assert self._endpoint is not None
-        greeting = await self._endpoint.greet(ask)
+        server_info = await self._endpoint.greet(ask)
         try:
-            self.learn(*await ask(*map(list, QUESTIONS)))
+            self.update_nodes(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
             raise UnsuitableServer(str(error)) from None
-        # Where all say so, one of them is as good as another.
-        if not self.is_well and self._cut_off < len(self._seeds) + len(self._known):
+        # If every node is cut off, any of them will do.
+        if not self.is_healthy and self._cut_off < len(self._seeds) + len(self._known):
             self._cut_off += 1
             raise ConnectError(f"{self.address} is cut off from its cluster")
         self._cut_off = 0
-        self._next = []
-        return greeting
+        self._untried = []
+        return server_info
 
-    def learn(self, slots: object, info: object) -> None:
-        """Take over which nodes there are, and whether this one ``is_well``.
+    def update_nodes(self, slots: object, info: object) -> None:
+        """Update the known nodes, and whether this one ``is_healthy``.
 
-        ``slots`` and ``info`` are what it answers to QUESTIONS. Raises ConfigError if it is of no
-        cluster, and ProtocolError if that is no answer.
+        ``slots`` and ``info`` are the node's replies to QUESTIONS. Raises ConfigError if it belongs
+        to no cluster, and ProtocolError for an invalid reply.
         """
         try:
-            view = read_view(slots, info, self._at, self._source)
+            view = read_view(slots, info, self._current, self._source)
         except ReplyError as error:
-            if error.code != "NOPERM":  # one who may not ask does without
+            if error.code != "NOPERM":  # a user without the permission does without
                 raise
             return
-        places = [
-            self._options.mapped(*place)
+        addresses = [
+            self._options.mapped(*address)
             for one in view.ranges
-            for place in (one.primary, *one.replicas)
+            for address in (one.primary, *one.replicas)
         ]
-        if places:
-            self._known = list(dict.fromkeys(places))
+        if addresses:
+            self._known = list(dict.fromkeys(addresses))
         is_said = not isinstance(info, bytes) or b"cluster_state:ok" in info
-        self.is_well = bool(places) and is_said
+        self.is_healthy = bool(addresses) and is_said

@@ -1,8 +1,7 @@
-"""Those who want the messages of a topic: callbacks, and loops that iterate over them.
+"""Subscribers to the messages of a topic: callbacks and async iterators.
 
-Each has a mailbox of its own, bounded, which the core fills while it reads. Callbacks are called
-from the event loop later on, in turns, so that whatever they do comes between no reply and whom it
-belongs to.
+Each subscriber has its own bounded queue, which the core fills while it parses replies. Callbacks
+run later, from the event loop and in turns, so that no callback interrupts the parsing of replies.
 """
 
 from __future__ import annotations
@@ -20,62 +19,63 @@ from ..core import envelope
 from ..errors import Overloaded, UsageError, shorten
 
 if TYPE_CHECKING:
-    from ..core.pure import Message
+    from ..core.pure import Message, SubscriberQueue
 
 _logger = logging.getLogger("dscache")
 
 Callback = Callable[["Message", str], Any]
 
-# How long callbacks go on before others have their turn, in seconds: as long as the others took
-# since their last one, within these bounds.
+# Duration of a subscriber's turn, in seconds: as long as the event loop spent on everything else
+# since its last turn, within these bounds.
 _SHORTEST = 0.0005
 _LONGEST = 0.005
 
 
 class Subscriber:
-    """A callback and the messages that wait for it.
+    """A callback and the queue of messages that wait for it.
 
-    One that returns an awaitable has it awaited before the next message. ``left`` is called when
-    it is disconnected because too many wait.
+    An awaitable that the callback returns is awaited before the next message. ``on_leave`` is
+    called when the queue overflows under the policy ``disconnect``.
     """
 
     def __init__(
         self,
         topic: int,
         callback: Callback,
-        left: Callable[[], object],
+        on_leave: Callable[[], object],
         *,
         max_pending: int,
         overflow: str,
     ) -> None:
         self.topic = topic
         self._callback = callback
-        self._left = left
+        self._on_leave = on_leave
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
-        self._room = max_pending
+        self._max_pending = max_pending
         self._rested_since = 0.0
         self.errors = 0
-        self.mailbox: Any = _backend.core.SubscriberQueue(
+        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
             self._wake, max_pending, envelope.OVERFLOWS.index(overflow)
         )
 
     @property
     def is_crowded(self) -> bool:
-        """Whether half of its room is taken while it is called in turns, as fast as the loop can.
+        """Whether the queue is more than half full while the callback runs in turns.
 
-        One whose calls are awaited is as slow as what it waits for, and the others don't wait.
+        A callback that is being awaited doesn't count: it is as slow as its own work, and the
+        other subscribers don't wait for it.
         """
-        return self._task is None and len(self.mailbox.messages) > self._room // 2
+        return self._task is None and len(self.queue.messages) > self._max_pending // 2
 
     def stop(self) -> None:
-        """Call it no more; a call that is under way goes on."""
-        self._left = _nothing
-        self.mailbox.is_shut = True
-        self.mailbox.messages.clear()
+        """Stop calling the callback; a call that is being awaited continues."""
+        self._on_leave = _nothing
+        self.queue.is_shut = True
+        self.queue.messages.clear()
 
     async def finish(self, seconds: float) -> None:
-        """Wait for a call that is under way, and cancel it after so long."""
+        """Wait for a call that is being awaited, and cancel it after ``seconds``."""
         if self._task is not None and self._task is not asyncio.current_task():
             await asyncio.wait([self._task], timeout=seconds)
             if self._task is not None:
@@ -85,42 +85,42 @@ class Subscriber:
         self._loop.call_soon(self._run)
 
     def _run(self) -> None:
-        """Call it for what waits, for one turn."""
+        """Call the callback for waiting messages, for one turn."""
         again = True
         now = self._rested_since
         try:
-            mailbox = self.mailbox
-            messages = mailbox.messages
+            queue = self.queue
+            messages = queue.messages
             now = time.monotonic()
             end = now + min(max(now - self._rested_since, _SHORTEST), _LONGEST)
             while messages:
                 message = messages.popleft()
-                outcome = self._call(message)
-                if outcome is not None and inspect.isawaitable(outcome):
+                result = self._call(message)
+                if result is not None and inspect.isawaitable(result):
                     again = False
-                    work = self._serve(outcome)
+                    work = self._serve(result)
                     self._task = self._loop.create_task(work, name=f"dscache topic {self.topic}")
                     return
                 if (now := time.monotonic()) > end:
                     return
             again = False
-            if mailbox.is_shut:
-                self._disconnect()
-            mailbox.awake = False
+            if queue.is_shut:
+                self._report_disconnect()
+            queue.awake = False
         finally:
             self._rested_since = now
-            if again:  # there is more, or what a callback raised goes through here
+            if again:  # messages are left, or a callback's BaseException passes through
                 self._loop.call_soon(self._run)
 
-    async def _serve(self, outcome: Awaitable[Any]) -> None:
-        """Await what the callback returned, and go on with what waits."""
-        messages = self.mailbox.messages
+    async def _serve(self, result: Awaitable[Any]) -> None:
+        """Await the callback's result, then call it for the waiting messages."""
+        messages = self.queue.messages
         try:
-            await self._settle(outcome)
+            await self._await(result)
             while messages:
                 following = self._call(messages.popleft())
                 if following is not None and inspect.isawaitable(following):
-                    await self._settle(following)
+                    await self._await(following)
                 else:
                     await asyncio.sleep(0)
         finally:
@@ -132,74 +132,74 @@ class Subscriber:
         try:
             return self._callback(message, message.sender)
         except Exception:
-            self._complain(message)
+            self._log_failure(message)
             return None
 
-    async def _settle(self, outcome: Awaitable[Any]) -> None:
+    async def _await(self, result: Awaitable[Any]) -> None:
         try:
-            await outcome
+            await result
         except Exception:
-            self._complain(None)
+            self._log_failure(None)
 
-    def _complain(self, message: Message | None) -> None:
+    def _log_failure(self, message: Message | None) -> None:
         self.errors += 1
         sender = "" if message is None else f" from {shorten(message.sender)}"
         name = getattr(self._callback, "__qualname__", None) or repr(self._callback)
         _logger.exception(
-            "the callback %s failed at a message%s on topic %d", name, sender, self.topic
+            "the callback %s failed for a message%s on topic %d", name, sender, self.topic
         )
 
-    def _disconnect(self) -> None:
-        """Tell of a mailbox that took no more; not of one that was left."""
-        left, self._left = self._left, _nothing
-        left()
+    def _report_disconnect(self) -> None:
+        """Call ``on_leave`` for a queue that overflowed, unless the subscriber has left already."""
+        on_leave, self._on_leave = self._on_leave, _nothing
+        on_leave()
 
 
 def _nothing() -> None:
-    """Be what is called of somebody who has left."""
+    """Do nothing: the callback of a subscriber that has left already."""
 
 
 class Messages:
-    """The messages of a topic, to be iterated over: ``async for message, sender in ...``.
+    """An iterator over the messages of a topic: ``async for message, sender in ...``.
 
-    It takes messages from when it is made until it is closed, or nobody has it any more.
+    It receives messages from its creation until it is closed or garbage-collected.
     """
 
     def __init__(
         self,
         topic: int,
-        left: Callable[[], object],
+        on_leave: Callable[[], object],
         *,
         max_pending: int,
         overflow: str,
     ) -> None:
         self.topic = topic
-        # Before ``_left``, with which ``__del__`` has something to do, even if this is interrupted.
+        # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
         self._loop = asyncio.get_running_loop()
-        self._left = left
+        self._on_leave = on_leave
         self._waiter: asyncio.Future[None] | None = None
-        # What the mailbox knows must not be this, or nobody would ever have it no more.
+        # The queue must not refer to this object, or it would never be garbage-collected.
         self._notifier = _Notifier()
-        self._limit = max_pending
-        self._is_over = False
-        self.mailbox: Any = _backend.core.SubscriberQueue(
-            self._notifier.ring, max_pending, envelope.OVERFLOWS.index(overflow)
+        self._max_pending = max_pending
+        self._closed = False
+        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
+            self._notifier.notify, max_pending, envelope.OVERFLOWS.index(overflow)
         )
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[Message, str]:
-        messages = self.mailbox.messages
+        messages = self.queue.messages
         while not messages:
-            if self.mailbox.is_shut:
+            if self.queue.is_shut:
                 self._end()
             if self._notifier.waiter is not None:
                 raise UsageError(
-                    f"the messages of topic {self.topic} are waited for already; "
-                    "let each who wants them have messages() of its own"
+                    f"topic {self.topic}: this iterator is already being awaited; "
+                    "call messages() once per consumer"
                 )
-            self.mailbox.awake = False
+            self.queue.awake = False
             waiter = self._notifier.waiter = self._loop.create_future()
             try:
                 await waiter
@@ -209,24 +209,24 @@ class Messages:
         return message, message.sender
 
     async def aclose(self) -> None:
-        """Take no more messages."""
+        """Stop receiving messages."""
         self.close()
 
     def close(self) -> None:
-        """Take no more messages, and end the iteration when those that wait are taken."""
-        self._is_over = True
-        self.mailbox.is_shut = True
-        self._notifier.ring()
-        left, self._left = self._left, _nothing
-        left()
+        """Stop receiving messages; the iteration ends after the waiting ones."""
+        self._closed = True
+        self.queue.is_shut = True
+        self._notifier.notify()
+        on_leave, self._on_leave = self._on_leave, _nothing
+        on_leave()
 
     def _end(self) -> None:
-        if self._is_over:
+        if self._closed:
             raise StopAsyncIteration
         self.close()
         raise Overloaded(
-            f"{self._limit} messages on topic {self.topic} waited to be taken, which is all that "
-            "maxPending allows; the subscription has ended, as overflow: disconnect wants it"
+            f"{self._max_pending} messages on topic {self.topic} were waiting, the limit of "
+            "maxPending; the subscription was ended by overflow: disconnect"
         )
 
     async def __aenter__(self) -> Self:
@@ -236,19 +236,19 @@ class Messages:
         self.close()
 
     def __del__(self) -> None:
-        left = getattr(self, "_left", _nothing)
-        if left is not _nothing:
-            # It may be found to be garbage in any thread, and on a loop that is closed.
+        on_leave = getattr(self, "_on_leave", _nothing)
+        if on_leave is not _nothing:
+            # The garbage collector may run in any thread, and after the loop was closed.
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(left)
+                self._loop.call_soon_threadsafe(on_leave)
 
 
 class _Notifier:
-    """Wakes who waits for a message."""
+    """Wakes the task that waits for a message."""
 
     def __init__(self) -> None:
         self.waiter: asyncio.Future[None] | None = None
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)

@@ -1,9 +1,9 @@
-"""What a message node is subscribed to: kept on its connections, and what was missed in between.
+"""The subscriptions of a message node, kept across reconnects, and the gaps in between.
 
-Redis keeps nothing for the absent. So each time that a connection, or a slot, was lost, there is a
-gap from the last moment up to which all was certainly heard until the subscription was confirmed
-again. That moment is when the last question was sent that was answered: of all that the server
-had told before it, the answer brings the last word.
+Redis stores no messages. The loss of a connection or slot thus leaves a gap. It begins at the last
+moment up to which every message was certainly received, and ends when the subscription is
+confirmed again. The begin is the time at which the last answered request was sent: a reply comes
+after every message that the server had pushed before it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ..errors import ConnectionLost, DscacheError, ReplyError
 
 _logger = logging.getLogger("dscache")
 
-# How long a server may take to answer a heartbeat, in seconds as all below.
-_ANSWER = 4.0
-# How soon a topic is asked for again that a server has sent elsewhere.
-_AGAIN = 0.05
+# Limit for the reply to a heartbeat or subscription, in seconds.
+_REPLY_TIMEOUT: Final = 4.0
+# Pause before a redirected subscription is tried again, in seconds.
+_RETRY_AFTER: Final = 0.05
 
 
 class PushConnection(Protocol):
-    """A connection over which messages come."""
+    """A connection that receives pushed messages."""
 
     @property
     def address(self) -> str: ...
@@ -36,10 +36,10 @@ class PushConnection(Protocol):
 
 
 class Subscriptions:
-    """The topics that a node wants, and which of them it hears.
+    """The topics that a node wants, and the ones with a confirmed subscription.
 
-    ``on_gap`` is called with two times, as ``time.time()`` has them, between which messages may
-    have been missed.
+    ``on_gap`` is called with the begin and the end of an interval in which messages may have been
+    missed, in seconds since the epoch.
     """
 
     def __init__(self, on_gap: Callable[[float, float], object]) -> None:
@@ -56,28 +56,28 @@ class Subscriptions:
 
     @property
     def wanted(self) -> Collection[int]:
-        """The topics that are wanted."""
+        """The topics that have subscribers."""
         return self._wanted
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every topic that is wanted is heard."""
+    def is_confirmed(self) -> bool:
+        """Whether every wanted topic is confirmed."""
         return self._wanted.keys() <= self._heard.keys()
 
     def add(self, topic: int) -> None:
-        """Want a topic."""
+        """Add a wanted topic."""
         self._wanted[topic] = None
 
     def remove(self, topic: int) -> None:
-        """Want a topic no more."""
+        """Remove a wanted topic."""
         self._wanted.pop(topic, None)
         self._since.pop(topic, None)
         self._refused.pop(topic, None)
-        self._tell()
+        self._notify()
 
     async def wait_confirmed(self) -> None:
-        """Wait until every topic that is wanted is heard; raises ReplyError if one is refused."""
-        while not self.is_whole:
+        """Wait until every wanted topic is confirmed. Raises ReplyError if one is refused."""
+        while not self.is_confirmed:
             if self._refused and self._refused.keys() | self._heard.keys() >= self._wanted.keys():
                 raise next(iter(self._refused.values()))
             waiter: asyncio.Future[None] = self._loop.create_future()
@@ -88,26 +88,26 @@ class Subscriptions:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
 
-    # -- what the listeners tell
+    # -- events of the listeners
 
     def confirmed(self, listener: Listener, topics: Collection[int]) -> None:
-        """Note that topics are heard from now on, and report what was missed before."""
+        """Record that topics are confirmed, and report the gap before that."""
         since = []
         for topic in topics:
             if topic in self._since:
                 since.append(self._since.pop(topic))
             elif (before := self._heard.get(topic)) is not None and before is not listener:
-                # Of its slot's former owner we have not heard yet that it is no more.
-                since.append(before.whole)
+                # The former owner of the slot hasn't reported its loss yet.
+                since.append(before.received_until)
             self._refused.pop(topic, None)
             if topic in self._wanted:
                 self._heard[topic] = listener
         if since:
             self._report(min(since), time.time())
-        self._tell()
+        self._notify()
 
     def lost(self, listener: Listener, topics: Collection[int], since: float) -> None:
-        """Note that topics are heard no more, and since when perhaps."""
+        """Record that topics are lost; messages may have been missed from ``since`` on."""
         for topic in topics:
             if self._heard.get(topic) is listener:
                 del self._heard[topic]
@@ -115,11 +115,11 @@ class Subscriptions:
                     self._since.setdefault(topic, since)
 
     def refused(self, topic: int, error: ReplyError, address: str) -> None:
-        """Note that a server refuses a topic."""
+        """Record that a server refuses a topic."""
         if str(self._refused.get(topic)) != str(error):
             _logger.error("%s refuses a subscription to topic %d: %s", address, topic, error)
         self._refused[topic] = error
-        self._tell()
+        self._notify()
 
     def _report(self, since: float, until: float) -> None:
         self.gaps += 1
@@ -131,7 +131,7 @@ class Subscriptions:
         except Exception:
             _logger.exception("on_gap failed")
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -139,62 +139,63 @@ class Subscriptions:
 
 
 class Listener:
-    """One connection's part of the subscriptions.
+    """One connection's share of the subscriptions.
 
-    ``words`` are the commands that begin and end one, ``goal`` returns the topics that belong
-    here. ``moved`` is called when the server says that a topic is another node's.
+    ``commands`` are the ones that begin and end a subscription, ``topics`` returns the topics of
+    this connection. ``heartbeat`` is in seconds. ``moved`` is called when the server redirects a
+    topic to another node.
     """
 
     def __init__(
         self,
         subscriptions: Subscriptions,
         source: PushConnection,
-        goal: Callable[[], Collection[int]],
+        topics: Callable[[], Collection[int]],
         *,
         heartbeat: float,
-        words: tuple[str, str] = ("SUBSCRIBE", "UNSUBSCRIBE"),
+        commands: tuple[str, str] = ("SUBSCRIBE", "UNSUBSCRIBE"),
         moved: Callable[[], object] | None = None,
     ) -> None:
         self._subscriptions = subscriptions
         self._source = source
-        self._goal = goal
+        self._topics = topics
         self._heartbeat = heartbeat
-        self._begin, self._end = words
+        self._begin, self._end = commands
         self._moved = moved
         self._loop = asyncio.get_running_loop()
-        self._here: dict[int, None] = {}
-        self.whole = 0.0
-        """Up to when all was certainly heard."""
+        self._confirmed: dict[int, None] = {}
+        self.received_until = 0.0
+        """The time up to which every message was certainly received, in seconds since the epoch."""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def look(self) -> None:
-        """Look whether other topics belong here."""
+    def on_topics_changed(self) -> None:
+        """Check whether the topics of this connection have changed."""
         self._changed.set()
 
     def on_connected(self) -> None:
-        """Subscribe, on a connection that is new."""
+        """Subscribe on a new connection."""
         self.on_disconnected()
         self._task = self._loop.create_task(
-            self._keep(), name=f"dscache listens to {self._source.address}"
+            self._run(), name=f"dscache listens to {self._source.address}"
         )
 
     def on_disconnected(self) -> None:
-        """Note that nothing is heard any more."""
+        """Record the loss of all topics."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        self._forget(list(self._here), self.whole)
+        self._forget(list(self._confirmed), self.received_until)
 
     def ended(self, topic: int) -> None:
-        """Note that the server has ended the subscription to a topic."""
-        self._forget([topic], self.whole)
+        """Record that the server has ended the subscription to a topic."""
+        self._forget([topic], self.received_until)
         self._changed.set()
         if self._moved is not None:
             self._moved()
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -202,42 +203,42 @@ class Listener:
 
     def _forget(self, topics: Collection[int], since: float) -> None:
         for topic in topics:
-            self._here.pop(topic, None)
+            self._confirmed.pop(topic, None)
         self._subscriptions.lost(self, topics, since)
 
-    async def _keep(self) -> None:
-        """Keep the subscriptions what they should be, and look that the link is whole."""
+    async def _run(self) -> None:
+        """Keep the subscriptions up to date, and check the connection by heartbeats."""
         try:
             while True:
                 self._changed.clear()
-                later = await self._adjust()
+                later = await self._update()
                 try:
-                    async with asyncio.timeout(_AGAIN if later else self._heartbeat):
+                    async with asyncio.timeout(_RETRY_AFTER if later else self._heartbeat):
                         await self._changed.wait()
                 except TimeoutError:
                     if not later:
-                        await self._beat()
+                        await self._send_heartbeat()
         except ConnectionLost:
-            return  # and that is told
+            return  # the connection reports its loss
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            # Another connection begins anew, whatever it was.
+            # A new connection starts afresh after any error.
             reason = error if isinstance(error, DscacheError) else repr(error)
             self._source.leave(f"its subscriptions failed: {reason}")
             if not isinstance(error, Exception):
                 raise
 
-    async def _adjust(self) -> bool:
-        """Begin and end subscriptions; return whether to try again soon."""
-        goal = self._goal()
-        missing = [topic for topic in goal if topic not in self._here]
-        extra = [topic for topic in self._here if topic not in goal]
+    async def _update(self) -> bool:
+        """Begin and end subscriptions; return whether one must be retried soon."""
+        topics = self._topics()
+        missing = [topic for topic in topics if topic not in self._confirmed]
+        extra = [topic for topic in self._confirmed if topic not in topics]
         if not missing and not extra:
             return False
         begun = [[self._begin, str(topic)] for topic in missing]
         ended = [[self._end, str(topic)] for topic in extra]
-        at, before = time.time(), self.whole
+        at, before = time.time(), self.received_until
         replies = await self._ask(*begun, *ended)
         confirmed = []
         later = False
@@ -249,23 +250,23 @@ class Listener:
                 self._moved()
             else:
                 self._subscriptions.refused(topic, reply, self._source.address)
-        self.whole = at
-        self._here.update(dict.fromkeys(confirmed))
+        self.received_until = at
+        self._confirmed.update(dict.fromkeys(confirmed))
         self._subscriptions.confirmed(self, confirmed)
-        # Of those that are another node's by now, this one may have said the last word long ago.
+        # A topic that moved to another node may have received its last message here long ago.
         self._forget(extra, before)
         return later
 
-    async def _beat(self) -> None:
-        """See whether the link is whole."""
+    async def _send_heartbeat(self) -> None:
+        """Send a heartbeat."""
         at = time.time()
         await self._ask(["PING"])
-        self.whole = at
+        self.received_until = at
 
     async def _ask(self, *commands: list[Any]) -> list[Any]:
         try:
-            async with asyncio.timeout(_ANSWER):
+            async with asyncio.timeout(_REPLY_TIMEOUT):
                 return await self._source.ask(*commands)
         except TimeoutError:
-            self._source.leave(f"it did not answer for {_ANSWER:.0f} s")
+            self._source.leave(f"it did not answer for {_REPLY_TIMEOUT:.0f} s")
             raise ConnectionLost("no answer") from None

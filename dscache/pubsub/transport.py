@@ -1,14 +1,14 @@
-"""How messages get from here to Redis and back: over two connections, or those of a cluster."""
+"""The connections of a message node: a pair, or one to each node of a cluster."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..aio.connection import Connection
 from ..aio.topology import Topology
-from ..config import Config
+from ..config import Config, Options
 from ..config.messages import MessageConfig
 from ..core.resp import slot_of_key
 from ..errors import DscacheError
@@ -20,50 +20,51 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from ..aio.cluster import Cluster
+    from ..core.pure import MessageDispatcher, Pipeline
 
 
 class MessageTransport(Topology, Protocol):
-    """The nodes of a message node, which also listen, each to some of the topics."""
+    """The connections of a message node, each of which listens to some of the topics."""
 
-    def look(self) -> None:
-        """Look which topics are wanted by now."""
+    def on_topics_changed(self) -> None:
+        """Check whether the wanted topics have changed."""
 
-    def ended(self, pipeline: Any, topic: int) -> None:
-        """Note that a server has ended a subscription."""
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
+        """Record that the server behind ``pipeline`` has ended a subscription."""
 
 
 class PairTransport:
-    """A connection that sends and one that listens, to one server or to any node of a cluster.
+    """A sending and a listening connection, to one server or to any node of a cluster.
 
-    There are two, as deepstream's own connector has it: a server that closes a connection because
-    its messages are not taken fast enough closes none over which something was sent, and one that
-    knows no RESP3 lets nothing be sent where anybody listens.
+    deepstream's own connector has two as well. When the server closes the listening connection
+    because its output buffer is full, no sent message is lost. And a server without RESP3 accepts
+    no PUBLISH on a connection with subscriptions.
     """
 
     def __init__(
         self,
         config: MessageConfig,
         credentials: CredentialProvider | None,
-        inbox: Any,
+        dispatcher: MessageDispatcher,
         subscriptions: Subscriptions,
     ) -> None:
-        options = config.options
+        options: Options = config.options
         nodes: list[AnyNode | None] = [None, None]
         if options.nodes:
             nodes = [AnyNode(options, credentials, config.source) for _ in nodes]
             first = options.seeds[0]
-            # What holds for every node; where each is, it finds out by itself.
-            options = options.for_node(first.host, first.port, first)  # type: ignore[assignment]
+            # The options of every node; AnyNode replaces the address.
+            options = options.for_node(first.host, first.port, first)
         self._subscriptions = subscriptions
         self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
         self._receiver = Connection(
-            options, credentials, cluster=self, endpoint=nodes[1], inbox=inbox
+            options, credentials, cluster=self, endpoint=nodes[1], inbox=dispatcher
         )
         self._listener = Listener(
             subscriptions,
             self._receiver,
             lambda: subscriptions.wanted,
-            heartbeat=options.heartbeat / 1000,
+            heartbeat=config.options.heartbeat / 1000,
         )
         self._nodes = [
             (node, connection)
@@ -73,7 +74,7 @@ class PairTransport:
         self._interval = (options.slots_refresh_interval or 5000) / 1000
         self._task: asyncio.Task[None] | None = None
         if self._nodes:
-            self._task = asyncio.get_running_loop().create_task(self._look_after())
+            self._task = asyncio.get_running_loop().create_task(self._watch_nodes())
 
     @property
     def entry(self) -> Any:
@@ -87,10 +88,10 @@ class PairTransport:
     def server(self) -> str:
         return self._sender.server or self._receiver.server
 
-    def look(self) -> None:
-        self._listener.look()
+    def on_topics_changed(self) -> None:
+        self._listener.on_topics_changed()
 
-    def ended(self, pipeline: Any, topic: int) -> None:
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
         self._listener.ended(topic)
 
     async def when_ready(self) -> None:
@@ -107,55 +108,55 @@ class PairTransport:
     def stats(self) -> dict[str, Any]:
         sent, heard = self._sender.stats(), self._receiver.stats()
         return {
-            **{name: sent[name] for name in _OF_SENDING},
+            **{name: sent[name] for name in _SENDING_COUNTERS},
             "bytes_out": sent["bytes_out"] + heard["bytes_out"],
             "bytes_in": sent["bytes_in"] + heard["bytes_in"],
             "connects": sent["connects"] + heard["connects"],
             "last_loss": heard["last_loss"] or sent["last_loss"],
         }
 
-    # -- what the listening connection tells
+    # -- events of the listening connection
 
     def on_redirected(self, source: Connection) -> None:
-        """Take no notice: nothing is asked that could be."""
+        """Do nothing: the listening connection has no operations to redirect."""
 
     def on_progress(self, source: Connection) -> None:
-        """Take no notice."""
+        """Do nothing."""
 
     def on_connected(self, source: Connection) -> None:
         """Subscribe again."""
         self._listener.on_connected()
 
     def on_disconnected(self, source: Connection) -> None:
-        """Note that nothing is heard."""
+        """Record the loss of all topics."""
         self._listener.on_disconnected()
 
-    async def _look_after(self) -> None:
-        """Leave a node of a cluster that is cut off from the others, and learn which there are."""
+    async def _watch_nodes(self) -> None:
+        """Update the known nodes of the cluster, and leave a node that is cut off from it."""
         while True:
             await asyncio.sleep(self._interval)
             for node, connection in self._nodes:
                 if connection.pipeline.resp2_pubsub and connection is self._receiver:
-                    continue  # where it listens, it may ask nothing
-                was_well = node.is_well
+                    continue  # RESP2 forbids other commands beside subscriptions
+                was_healthy = node.is_healthy
                 try:
                     async with asyncio.timeout(self._interval):
-                        node.learn(*await connection.ask(*map(list, QUESTIONS)))
+                        node.update_nodes(*await connection.ask(*map(list, QUESTIONS)))
                 except (DscacheError, TimeoutError):
                     continue
-                # Once: where all of them are, none is better.
-                if was_well and not node.is_well:
+                # Only once: if every node is cut off, no other one is better.
+                if was_healthy and not node.is_healthy:
                     connection.leave("it is cut off from its cluster")
 
 
 class ShardedTransport:
-    """The nodes of a cluster, each with the topics whose slots it serves."""
+    """A connection to each node of a cluster, with the topics of its slots."""
 
     def __init__(
         self,
         config: MessageConfig,
         credentials: CredentialProvider | None,
-        inbox: Any,
+        dispatcher: MessageDispatcher,
         subscriptions: Subscriptions,
     ) -> None:
         from ..aio.cluster import Cluster
@@ -166,7 +167,7 @@ class ShardedTransport:
         self._cluster: Cluster = Cluster(
             Config(name="redis", options=config.options, source=config.source),
             credentials,
-            inbox=inbox,
+            inbox=dispatcher,
             follower=self,
         )
 
@@ -182,11 +183,11 @@ class ShardedTransport:
     def server(self) -> str:
         return self._cluster.server
 
-    def look(self) -> None:
+    def on_topics_changed(self) -> None:
         for listener in self._listeners.values():
-            listener.look()
+            listener.on_topics_changed()
 
-    def ended(self, pipeline: Any, topic: int) -> None:
+    def ended(self, pipeline: Pipeline, topic: int) -> None:
         for node, listener in self._listeners.items():
             if node.pipeline is pipeline:
                 listener.ended(topic)
@@ -200,13 +201,13 @@ class ShardedTransport:
 
     def stats(self) -> dict[str, Any]:
         stats = self._cluster.stats()
-        wanted = (*_OF_SENDING, "bytes_out", "bytes_in", "connects", "last_loss")
+        wanted = (*_SENDING_COUNTERS, "bytes_out", "bytes_in", "connects", "last_loss")
         return {name: stats[name] for name in (*wanted, "redirections", "refreshes")}
 
-    # -- what the cluster tells
+    # -- events of the cluster
 
     def on_connected(self, node: Connection) -> None:
-        """Subscribe to what the node serves."""
+        """Subscribe to the topics of the node's slots."""
         listener = self._listeners.get(node)
         if listener is None:
             listener = self._listeners[node] = Listener(
@@ -214,13 +215,13 @@ class ShardedTransport:
                 node,
                 lambda: self._topics_of(node),
                 heartbeat=self._heartbeat,
-                words=("SSUBSCRIBE", "SUNSUBSCRIBE"),
+                commands=("SSUBSCRIBE", "SUNSUBSCRIBE"),
                 moved=self._cluster.look_again,
             )
         listener.on_connected()
 
     def on_disconnected(self, node: Connection) -> None:
-        """Note that nothing of it is heard."""
+        """Record the loss of the node's topics."""
         listener = self._listeners.get(node)
         if listener is not None:
             listener.on_disconnected()
@@ -228,8 +229,8 @@ class ShardedTransport:
                 del self._listeners[node]
 
     def slots_moved(self) -> None:
-        """Subscribe where the slots are by now."""
-        self.look()
+        """Subscribe at the new owners of the slots."""
+        self.on_topics_changed()
 
     def _topics_of(self, node: Connection) -> Collection[int]:
         owner = self._cluster.owner
@@ -237,18 +238,25 @@ class ShardedTransport:
         return [topic for topic in wanted if owner(slot_of_key(b"%d" % topic)) is node]
 
 
-# What of a pipeline's counters says something of messages.
-_OF_SENDING = (*("commands", "flushes", "queued", "in_flight", "pending", "pending_bytes"),)
+# Counters of a pipeline that concern messages.
+_SENDING_COUNTERS: Final = (
+    "commands",
+    "flushes",
+    "queued",
+    "in_flight",
+    "pending",
+    "pending_bytes",
+)
 
 
 def open_transport(
     config: MessageConfig,
     credentials: CredentialProvider | None,
-    inbox: Any,
+    dispatcher: MessageDispatcher,
     subscriptions: Subscriptions,
 ) -> MessageTransport:
-    """Return the connections that a configuration names, and begin to connect."""
+    """Return the connections of a configuration, and start connecting."""
     kind: Callable[..., MessageTransport] = (
         ShardedTransport if config.options.sharded else PairTransport
     )
-    return kind(config, credentials, inbox, subscriptions)
+    return kind(config, credentials, dispatcher, subscriptions)

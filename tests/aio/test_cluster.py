@@ -218,7 +218,7 @@ async def test_a_node_that_leaves_is_closed(backend: str) -> None:
             slots = group.slots_of(leaving)
             await asyncio.to_thread(group.migrate, slots, leaving, heir, at_once=64)
             await asyncio.to_thread(group.forget, leaving)
-            cache._topology._stale.set()
+            cache._topology.look_again()
             await until(lambda: f"127.0.0.1:{leaving.port}" not in cache.stats()["nodes"])
             stop = True
             await asyncio.gather(*readers)

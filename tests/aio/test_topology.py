@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 import dscache
-from dscache.aio import cluster, slot_refresh
+from dscache.aio import cluster
 from dscache.core import constants
 from dscache.core import stats as counters
 from dscache.core.resp import slot_of_key
 from dscache.embedded import EmbeddedServer
+from dscache.net import cluster_state
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots
 from tests.conftest import NamedServer
 from tests.soak.figures import open_files
@@ -258,8 +259,8 @@ def nodes_of(cache: dscache.AsyncCache) -> set[str]:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses between slot refreshes and between retries."""
-    monkeypatch.setattr(slot_refresh, "GAP", 0.002)
-    monkeypatch.setattr(slot_refresh, "GAP_CAP", 0.02)
+    monkeypatch.setattr(cluster_state, "GAP", 0.002)
+    monkeypatch.setattr(cluster_state, "GAP_CAP", 0.02)
     monkeypatch.setattr(cluster, "RETRY_CAP", 0.01)
 
 
@@ -828,7 +829,7 @@ async def test_nodes_without_an_announced_host(host: bytes | None, backend: str)
         (node,) = fakes.nodes
         node.announced = (host, node.port)
         refreshes = cache.stats()["refreshes"]
-        cache._topology._stale.set()
+        cache._topology.look_again()
         await until(lambda: cache.stats()["refreshes"] > refreshes)
         assert await cache.set("a", 1, 1) is True
         assert nodes_of(cache) == {node.address}
@@ -914,7 +915,7 @@ async def test_names_are_looked_up_again(backend: str, monkeypatch: pytest.Monke
 
 
 # A busy machine takes its time for so large a view.
-PATIENT = dict.fromkeys(("connectTimeout", "commandTimeout", "slotsRefreshTimeout"), 60_000)
+SLOW = dict.fromkeys(("connectTimeout", "commandTimeout", "slotsRefreshTimeout"), 60_000)
 
 
 def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
@@ -938,7 +939,7 @@ def announce_a_node_for_each_slot(fakes: FakeCluster) -> list[str]:
 @pytest.mark.parametrize("layer", ["", "near"])
 async def test_each_of_very_many_nodes_is_opened_on_demand(backend: str, layer: str) -> None:
     near: dict[str, Any] = {"nearCache": {"required": False}} if layer else {}
-    near |= PATIENT
+    near |= SLOW
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
         async with opened(fakes.nodes[0], **near) as cache:
@@ -962,7 +963,7 @@ async def test_each_of_very_many_nodes_is_opened_on_demand(backend: str, layer: 
 async def test_operations_issued_before_the_view_of_many_nodes(backend: str) -> None:
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
-        cache = cache_on(fakes.nodes[0], **PATIENT)
+        cache = cache_on(fakes.nodes[0], **SLOW)
         assert await asyncio.gather(*(cache.set(name, 1, 1) for name in names)) == [True, True]
         assert nodes_of(cache) == {node.address for node in fakes.nodes}
         await cache.close()
@@ -972,7 +973,7 @@ async def test_a_blocking_cache_of_very_many_nodes(backend: str) -> None:
     async with FakeCluster(2) as fakes:
         names = announce_a_node_for_each_slot(fakes)
         node = fakes.nodes[0]
-        options = {"nodes": [{"host": node.host, "port": node.port}], **PATIENT}
+        options = {"nodes": [{"host": node.host, "port": node.port}], **SLOW}
 
         def work() -> None:
             with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
@@ -1021,7 +1022,7 @@ async def test_a_node_that_leaves_is_closed_after_its_replies(
                     if leaving.knows[slot] is leaving:
                         heir.knows[slot] = other.knows[slot] = heir
                 heir.values.update(leaving.values)
-                cache._topology._stale.set()
+                cache._topology.look_again()
                 gone = f"{way.host}:{way.port}"
                 await until(lambda: gone not in nodes_of(cache))
                 assert leaving.connections == 1

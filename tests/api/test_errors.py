@@ -15,7 +15,7 @@ import pytest
 import dscache
 from dscache import errors
 from dscache.errors import BulkError, ConnectError, DscacheError, RecordError, ReplyError
-from dscache.net.handshake import UnsuitableServer
+from dscache.net.connect_errors import UnsuitableServer
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
 from dscache.admin.primaries import parse_info
-from dscache.aio.sentinel import pairs
 from dscache.core import constants
 from dscache.errors import (
-    MAX_SAID,
+    MAX_TEXT,
     ConfigError,
     ConnectError,
     DscacheError,
@@ -28,6 +27,7 @@ from dscache.errors import (
     clean,
     shorten,
 )
+from dscache.net.sentinels import pairs
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
@@ -46,7 +46,7 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
-def assert_shown_well(text: str, limit: int = 2 * MAX_SAID) -> None:
+def assert_shown_well(text: str, limit: int = 2 * MAX_TEXT) -> None:
     assert text.isprintable(), ascii(text)
     assert len(text) <= limit
 
@@ -64,8 +64,8 @@ def assert_shown_well(text: str, limit: int = 2 * MAX_SAID) -> None:
         (REPEATED, "ERR unknown command 'AUTH'"),
         ("ERR unknown command `A`, with args beginning with: ", "ERR unknown command `A`"),
         ("ERR unknown command 'A' With Args Beginning With: x", "ERR unknown command 'A'"),
-        ("x" * MAX_SAID, "x" * MAX_SAID),
-        ("x" * 1000, "x" * (MAX_SAID - 19) + "… (1000 characters)"),
+        ("x" * MAX_TEXT, "x" * MAX_TEXT),
+        ("x" * 1000, "x" * (MAX_TEXT - 19) + "… (1000 characters)"),
     ],
 )
 def test_clean_texts_are_short_lines(said: str, shown: str) -> None:
@@ -77,9 +77,9 @@ def test_clean_texts_are_short_lines(said: str, shown: str) -> None:
 @example(REPEATED * 100)
 def test_clean_texts_are_unchanged(text: str) -> None:
     once = clean(text)
-    assert_shown_well(once, MAX_SAID)
+    assert_shown_well(once, MAX_TEXT)
     assert clean(once) == once
-    if text.isprintable() and len(text) <= MAX_SAID and "with args" not in text.lower():
+    if text.isprintable() and len(text) <= MAX_TEXT and "with args" not in text.lower():
         assert once == text
 
 

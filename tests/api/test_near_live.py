@@ -379,7 +379,7 @@ async def works_without(cache: dscache.AsyncCache) -> None:
 
 OLD = HELLO_REPLY.replace(b"7.0.0", b"6.2.7")
 UNABLE = {
-    "redis 6": ({"HELLO": OLD}, r"it is Redis 6\.2\.7, which may tell of a change in the middle"),
+    "redis 6": ({"HELLO": OLD}, r"it is Redis 6\.2\.7, which may announce a change in the middle"),
     "resp2": ({"HELLO": b"-ERR unknown command 'HELLO'\r\n"}, r"does not speak RESP3"),
     "no protocol": ({"HELLO": b"-NOPROTO unsupported protocol version\r\n"}, r"not speak RESP3"),
     "no tracking": (

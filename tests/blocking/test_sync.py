@@ -348,18 +348,18 @@ def test_a_connection_interrupted_in_its_handshake_is_not_kept(
 ) -> None:
     """An exception that interrupts a connecting thread may be of the cache's own error classes."""
     cache = open_cache(maxConnections=1, db=5)
-    receive = Connection._receive
+    take = Connection._take
     for kind in (dscache.RecordError, dscache.ConnectError, dscache.ConnectionLost):
 
         def strike(*_: object, kind: type[Exception] = kind) -> None:
             raise kind("struck")
 
-        monkeypatch.setattr(Connection, "_receive", strike)
+        monkeypatch.setattr(Connection, "_take", strike)
         for call in (cache.when_ready, lambda: cache.get("a")):
             with pytest.raises(kind, match=r"^struck$"):
                 call()
             assert not cache._pool._idle  # type: ignore[union-attr]
-        monkeypatch.setattr(Connection, "_receive", receive)
+        monkeypatch.setattr(Connection, "_take", take)
     assert cache.set("a", 1, "in database 5") is True
     other = open_cache()
     assert other.get("a") is None
@@ -776,7 +776,7 @@ def test_unsolicited_bytes_over_tls_end_the_connection(
     assert connection.sock.pending()
     assert cache.get("absent") is None
     assert cache.get("a").data == "a's"  # type: ignore[union-attr]
-    assert cache.stats()["last_loss"] == "it brought what nobody had asked for"
+    assert cache.stats()["last_loss"] == "the server sent data that no command had asked for"
 
 
 @on_one_server
@@ -927,10 +927,20 @@ def test_a_subclass_opens_instances_of_itself(backend: str) -> None:
 def test_redis_is_imported_on_demand() -> None:
     program = (
         "import sys, dscache\n"
-        "assert 'redis' not in sys.modules\n"
+        "assert 'dscache.sync' not in sys.modules\n"
         "assert 'Cache' in dscache.__all__\n"
         "from dscache import Cache\n"
-        "assert 'redis' in sys.modules\n"
+        "assert 'dscache.sync' in sys.modules\n"
         "assert dscache.Cache is Cache\n"
+        "nowhere = {'host': '127.0.0.1', 'port': 1}\n"
+        "def connect(**options):\n"
+        "    options['connectTimeout'] = 100\n"
+        "    try: Cache.from_config({'name': 'redis', 'options': options}).when_ready()\n"
+        "    except dscache.ConnectError: return\n"
+        "    raise AssertionError(options)\n"
+        "connect(**nowhere)\n"
+        "assert 'redis' not in sys.modules\n"
+        "connect(sentinels=[nowhere], name='records')\n"
+        "assert 'redis' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)

@@ -124,7 +124,7 @@ def test_ctrl_c_removes_the_written_records(loaded: EmbeddedServer, client: redi
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
         assert process.stderr
-        assert process.stderr.read() == b"dscache: interrupted; its records are removed\n"
+        assert process.stderr.read() == b"dscache: interrupted; its records have been removed\n"
 
 
 @pytest.mark.parametrize(

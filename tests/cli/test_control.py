@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis as redis_py
 
 from dscache import ConnectError, ConnectionLost, ReplyError
 from dscache.admin import control
-from dscache.admin.control import ControlConnection
-from dscache.admin.primaries import is_clustered, parse_info
+from dscache.admin.cache import AdminCache, open_cache
+from dscache.admin.control import ControlConnection, is_clustered
+from dscache.admin.primaries import open_primaries, parse_info
+from dscache.aio.connection import Connection
 from dscache.config import Options, load
+from dscache.embedded import EmbeddedServer
+from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 
 
@@ -70,7 +78,7 @@ async def test_a_connection_that_the_server_ends(answer: bytes | None) -> None:
 
 
 async def test_a_hanging_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_PATIENCE", 0.1)
+    monkeypatch.setattr(control, "_ANSWER_TIMEOUT", 0.1)
     async with FakeServer({"PING": b""}) as fake:
         direct = await ControlConnection.open(options_of(fake))
         with pytest.raises(ConnectionLost, match="did not answer"):
@@ -115,3 +123,75 @@ def test_info_is_parsed() -> None:
         "empty": "",
     }
     assert parse_info(ReplyError("NOPERM")) == {}
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("get", "a"),
+        ("head", "a"),
+        ("set", "a", "1", "[]"),
+        ("export", "-"),
+        ("import", "-"),
+        ("bench", "--seconds", "0.1", "--records", "10", "--tasks", "2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_one_connection_to_a_single_server(words: tuple[str, ...], counted: EmbeddedServer) -> None:
+    with redis_py.Redis.from_url(counted.url) as client:
+        client.mset({"a_v": 1, "a_d": "[]"})
+
+        def received() -> int:
+            return int(client.info("stats")["total_connections_received"])
+
+        before = received()
+        assert invoke(*words, "--url", counted.url).status == 0
+        assert received() - before == 1
+
+
+async def test_a_shared_socket_is_left_to_its_cache(counted: EmbeddedServer) -> None:
+    async with open_cache(load(counted.url)) as cache, open_primaries(cache) as primaries:
+        (primary,) = primaries.all
+        primary.server.close()
+        assert await primary.server.execute("PING") == b"PONG"
+        assert await cache.get("nothing") is None
+        connection = cache.topology
+        assert isinstance(connection, Connection)
+        connection.leave("a test ends it")
+        await primary.server.lost
+        # A cursor of the old socket means nothing on the next one.
+        with pytest.raises(ConnectionLost, match="lost: a test ends it"):
+            await primary.server.execute("PING")
+        assert await cache.get("nothing") is None
+        with pytest.raises(ConnectionLost, match="lost: a test ends it"):
+            await primary.server.execute("PING")
+
+
+async def test_a_connection_that_is_not_ready_is_not_shared() -> None:
+    cache = AdminCache(load("127.0.0.1:1"))
+    connection = cache.topology
+    assert isinstance(connection, Connection)
+    with pytest.raises(ConnectionLost, match=r"^no connection to 127\.0\.0\.1:1$"):
+        ControlConnection.share(connection)
+    await cache.close()
+
+
+def test_without_a_terminal_s_libraries() -> None:
+    program = """
+import importlib, pkgutil, sys
+sys.modules["typer"] = sys.modules["rich"] = None
+import dscache.admin
+for one in pkgutil.walk_packages(dscache.admin.__path__, "dscache.admin."):
+    importlib.import_module(one.name)
+    print(one.name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True
+    )
+    assert "dscache.admin.doctor.checkup" in done.stdout.splitlines()

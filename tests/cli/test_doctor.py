@@ -20,7 +20,7 @@ from dscache.admin.doctor import server_checks as of_server
 from dscache.admin.doctor import topology_checks as of_topology
 from dscache.admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup, Finding
 from dscache.admin.doctor.record_checks import Sample
-from dscache.admin.doctor.topology_checks import SentinelSays
+from dscache.admin.doctor.topology_checks import SentinelReport
 from dscache.cli import doctor
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
 from tests.conftest import BY_AGE
@@ -114,7 +114,7 @@ def test_halves_are_found_by_either_key(
 ) -> None:
     client.mset({"a_v": 1, "b_d": "{}", "{c}_v": 1, "{c}_d": "{}", "d_v": 1, "d_d": 1})
     _, found = look("--url", restored_server.url)
-    assert found["halves"]["found"].startswith("2 of 4 sampled records have one key alone")
+    assert found["halves"]["found"].startswith("2 of 4 sampled records have only one key")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_sentinels(tmp_path: Path) -> None:
     [
         ([0.2] * 200, OK, ""),
         ([2.0] * 200, WARNING, "gets 500 a second at most"),
-        ([0.2] * 190 + [30.0] * 10, WARNING, "one operation in a hundred waits 30 ms"),
+        ([0.2] * 190 + [30.0] * 10, WARNING, "one operation in a hundred takes 30 ms"),
         ([0.5], OK, ""),
     ],
 )
@@ -271,7 +271,7 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
             "mset p50 9 µs, p99 12001 µs",
         ),
         (of_server.check_commands({"latency_percentiles_usec_mset": "p50=x"}), OK, "none for"),
-        (of_server.check_server(""), UNKNOWN, "does not tell"),
+        (of_server.check_server(""), UNKNOWN, "does not report"),
         (of_server.check_server("redis 6.0.20"), BAD, "redis 6.0.20"),
         (of_server.check_server("redis 10.2.0"), OK, "redis 10.2.0"),
         (of_server.check_server("valkey 8.0.0"), OK, "valkey 8.0.0"),
@@ -282,7 +282,7 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
             "replica of",
         ),
         (of_server.check_role({"role": "slave"}, "slave"), BAD, "without a link"),
-        (of_server.check_persistence({"loading": "1"}, ""), BAD, "still loading"),
+        (of_server.check_persistence({"loading": "1"}, ""), BAD, "is loading"),
         (
             of_server.check_persistence({"rdb_last_bgsave_status": "err"}, ""),
             BAD,
@@ -337,7 +337,7 @@ def test_round_trips(times: list[float], verdict: str, advice: str) -> None:
         (
             of_records.check_layout(Sample(others=3), "hashtag", on_cluster=True),
             OK,
-            "3 keys of",
+            "3 other keys",
         ),
     ],
 )
@@ -347,8 +347,8 @@ def test_checks(found: Finding, verdict: str, words: str) -> None:
     assert bool(found.advice) == (verdict != OK)
 
 
-def says(**parse_info: Any) -> SentinelSays:
-    return SentinelSays(**{"address": "s:1", "primary": "a:1", "replicas": 1, **parse_info})
+def says(**parse_info: Any) -> SentinelReport:
+    return SentinelReport(**{"address": "s:1", "primary": "a:1", "replicas": 1, **parse_info})
 
 
 @pytest.mark.parametrize(
@@ -358,12 +358,12 @@ def says(**parse_info: Any) -> SentinelSays:
         ([says()] * 2, WARNING, "of 2 Sentinels configured"),
         ([says(trouble="gone")] * 3, BAD, "s:1: gone"),
         ([says(), says(), says(primary="b:1")], BAD, "they disagree"),
-        ([says(flags="master,s_down")] * 3, BAD, "is down for them"),
+        ([says(flags="master,s_down")] * 3, BAD, "consider it down"),
         ([says(quorum="NOQUORUM 1 usable")] * 3, BAD, "NOQUORUM 1 usable"),
         ([says(replicas=0)] * 3, WARNING, "without replicas"),
     ],
 )
-def test_checks_of_sentinels(said: list[SentinelSays], verdict: str, words: str) -> None:
+def test_checks_of_sentinels(said: list[SentinelReport], verdict: str, words: str) -> None:
     found = of_topology.check_sentinels(said)
     assert (found.verdict, words in found.found) == (verdict, True)
 

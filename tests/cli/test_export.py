@@ -219,7 +219,7 @@ def test_large_records_are_read_a_few_at_a_time(
 def test_an_export_resumes(
     name: str, url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "NOTE_EVERY", 0)
+    monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
     fill(client, MANY)
     file = tmp_path / name
     broken = failing_after(MANY // 2, ndjson.encode, ConnectionLost("it was unplugged"))
@@ -234,7 +234,7 @@ def test_an_export_resumes(
         partial.write(b"nonsense")
     done = invoke("export", str(file), *url)
     assert done.status == 0
-    assert done.err == f"dscache: going on behind {state['records']:,} records\n"
+    assert done.err == f"dscache: resuming after {state['records']:,} records\n"
     assert (done.document["records"], done.document["resumed"]) == (MANY, state["records"])
     assert sorted(names_in(file)) == sorted(f"r/{number}" for number in range(MANY))
     assert os.listdir(tmp_path) == [name]
@@ -243,7 +243,7 @@ def test_an_export_resumes(
 def test_an_export_of_a_restarted_server_starts_over(
     url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "NOTE_EVERY", 0)
+    monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
     fill(client, 5000)
     file = tmp_path / "all.ndjson"
     broken = failing_after(3000, ndjson.encode, ConnectionLost("it was unplugged"))
@@ -271,13 +271,13 @@ def test_an_unfinished_export_resumes_only_with_the_same_records(
         invoke("export", str(file), *url)
     done = invoke("export", str(file), "--prefix", "r/1", *url)
     assert done.status == 2
-    assert "an unfinished export of other records goes there" in done.err.replace("\n", " ")
+    assert "an unfinished export of other records is there" in done.err.replace("\n", " ")
     assert "--restart" in done.err
     done = invoke("export", str(file), "--prefix", "r/1", "--restart", *url)
     assert (done.status, done.document["resumed"]) == (0, 0)
     # And a finished one isn't replaced unless requested.
     done = invoke("export", str(file), *url)
-    assert (done.status, "is there already" in done.err) == (2, True)
+    assert (done.status, "exists already" in done.err) == (2, True)
     done = invoke("export", str(file), "--restart", *url)
     assert (done.status, done.document["records"]) == (0, 3000)
 
@@ -288,25 +288,25 @@ def test_a_broken_state_file_names_the_remedy(
     (tmp_path / "a.ndjson.resume").write_text("{")
     (tmp_path / "a.ndjson.partial").write_text("")
     done = invoke("export", str(tmp_path / "a.ndjson"), *url)
-    assert (done.status, "begin anew with --restart" in done.err) == (1, True)
+    assert (done.status, "start over with --restart" in done.err) == (1, True)
     assert invoke("export", str(tmp_path / "a.ndjson"), "--restart", *url).status == 0
     (tmp_path / "a.ndjson.imported").write_text("{}")
     done = invoke("import", str(tmp_path / "a.ndjson"), *url)
-    assert (done.status, "begin anew with --restart" in done.err) == (1, True)
+    assert (done.status, "start over with --restart" in done.err) == (1, True)
 
 
 def test_two_exports_into_one_file(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     target = export.Target(tmp_path / "all.ndjson")
     with target.open(None):
         done = invoke("export", str(tmp_path / "all.ndjson"), *url)
-    assert (done.status, "another export writes it" in done.err) == (1, True)
+    assert (done.status, "another export is writing it" in done.err) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
 def test_an_import_resumes(
     name: str, url: Url, client: redis_py.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "NOTE_EVERY", 0)
+    monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
     fill(client, MANY)
     before = contents(client)
     file = tmp_path / name
@@ -322,7 +322,7 @@ def test_an_import_resumes(
     client.delete(*(f"{one}_v" for one in names_in(file)[: state["line"]]))
     done = invoke("import", str(file), *url)
     assert done.status == 0
-    assert done.err == f"dscache: going on behind line {state['line']:,}\n"
+    assert done.err == f"dscache: resuming after line {state['line']:,}\n"
     assert (done.document["records"], done.document["resumed"]) == (MANY, state["records"])
     assert len(contents(client)) == 2 * MANY - state["line"]
     assert os.listdir(tmp_path) == [name]
@@ -384,16 +384,16 @@ def test_a_broken_line_ends_the_import(url: Url, client: redis_py.Redis, tmp_pat
     done = invoke("import", str(file), *url)
     assert done.status == 1
     assert done.err == (
-        f"dscache: {file}, line 2501: it is no JSON: character 0: expecting value\n"
+        f"dscache: {file}, line 2501: it is not JSON: character 0: expecting value\n"
     )
     assert client.dbsize() == 5000
     # Run again, it ends at the same line at once; with keep-going it skips the line.
     done = invoke("import", str(file), *url)
-    assert (done.status, done.err.splitlines()[0]) == (1, "dscache: going on behind line 2,500")
+    assert (done.status, done.err.splitlines()[0]) == (1, "dscache: resuming after line 2,500")
     done = invoke("import", str(file), "--keep-going", *url)
     assert done.status == 1
     assert (done.document["records"], done.document["broken"]) == (3000, 1)
-    assert "line 2501: it is no JSON" in done.err
+    assert "line 2501: it is not JSON" in done.err
     assert client.dbsize() == 6000
 
 
@@ -402,8 +402,8 @@ def test_many_broken_lines_are_counted(url: Url, client: redis_py.Redis) -> None
     done = invoke("import", "-", "--keep-going", *url, stdin=text)
     assert (done.document["broken"], done.document["records"]) == (30, 1)
     told = done.err.splitlines()
-    assert len(told) == progress.TOLD + 1
-    assert told[-1] == f"dscache: and {30 - progress.TOLD} more"
+    assert len(told) == progress.MAX_NOTES + 1
+    assert told[-1] == f"dscache: and {30 - progress.MAX_NOTES} more"
 
 
 def test_damaged_records_in_redis_can_be_skipped(url: Url, client: redis_py.Redis) -> None:
@@ -437,17 +437,17 @@ def test_invalid_files(url: Url, tmp_path: Path) -> None:
     assert done.err == f"dscache: {tmp_path / 'none'}: No such file or directory\n"
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     done = invoke("import", str(tmp_path / "a.gz"), *url)
-    assert (done.status, "a.gz: it can't be read: " in done.err) == (1, True)
+    assert (done.status, "a.gz can't be read: " in done.err) == (1, True)
     (tmp_path / "b.gz").write_bytes(gzip.compress(os.urandom(100_000))[:5000])
     done = invoke("import", str(tmp_path / "b.gz"), *url)
-    assert (done.status, "b.gz: it can't be read: " in done.err) == (1, True)
+    assert (done.status, "b.gz can't be read: " in done.err) == (1, True)
     done = invoke("export", str(tmp_path / "none" / "a"), *url)
     assert (done.status, "there is no folder" in done.err) == (2, True)
     os.mkfifo(tmp_path / "fifo")
     writing = os.open(tmp_path / "fifo", os.O_RDWR)
     done = invoke("import", str(tmp_path / "fifo"), *url)
     os.close(writing)
-    assert (done.status, "fifo: it can't be read: " in done.err) == (1, True)
+    assert (done.status, "fifo can't be read: " in done.err) == (1, True)
     done = invoke("import", str(tmp_path / "none"), "--ttl", "-1", *url)
     assert done.status == 2
 

@@ -15,8 +15,9 @@ import redis as redis_py
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dscache import AsyncCache, Cache, ReplyError
+from dscache import Cache, ReplyError
 from dscache.admin import migration
+from dscache.admin.cache import AdminCache
 from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout, is_version_key, partner
 from dscache.admin.primaries import open_primaries
 from dscache.core.resp import slot_of_key
@@ -268,7 +269,7 @@ def test_a_record_written_constantly_stays(url: Url, client: redis_py.Redis) -> 
     with mock.patch.object(migration.Migration, "_verify", interrupted):
         done = invoke("migrate", "--to", HASHTAG, *url)
     assert (done.status, done.document["changing"], done.document["remaining"]) == (1, 1, 1)
-    assert "record 'a': it is written all the time, or" in done.err
+    assert "record 'a': it keeps changing, or" in done.err
     assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 1
 
 
@@ -315,9 +316,9 @@ def test_two_concurrent_migrations(moved: EmbeddedServer, url: Url, client: redi
     async def one() -> migration.Count:
         count = migration.Count()
         options = {"url": moved.url}
-        source = AsyncCache.from_config({"name": "redis", "options": options})
+        source = AdminCache.from_config({"name": "redis", "options": options})
         options = {"url": moved.url, "keyLayout": HASHTAG}
-        target = AsyncCache.from_config({"name": "redis", "options": options})
+        target = AdminCache.from_config({"name": "redis", "options": options})
         async with source, target, open_primaries(source) as shards:
             job = migration.Migration(source, target, shards, prefix="", count=count, keep=False)
             await job.run()
@@ -366,9 +367,9 @@ def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
         "2 copied to the hashtag layout",
         "0 were there already, the same or newer",
         "2 removed from the deepstream layout",
-        "1 left: halves, of which one key is missing",
-        "nothing whole is left in the deepstream layout",
-        "configure keyLayout: hashtag for all who read and write them",
+        "1 left: halves, with one of two keys missing",
+        "no whole record is left in the deepstream layout",
+        "configure keyLayout: hashtag for all processes that read or write them",
     ]
 
 

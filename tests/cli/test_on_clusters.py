@@ -98,7 +98,7 @@ def test_export_and_import(layout: str, url: Url, group: ClusterGroup, tmp_path:
 def test_an_export_resumes_on_each_node(
     url: Url, group: ClusterGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "NOTE_EVERY", 0)
+    monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
     monkeypatch.setattr(export, "SCAN_COUNT", 100)
     fill(url)
     file = tmp_path / "all.ndjson"
@@ -129,7 +129,7 @@ def test_slots_that_move_meanwhile_are_reported(
     with mock.patch.object(Primaries, "slots", moving):
         done = invoke("export", str(tmp_path / "a.ndjson"), *url)
     assert (done.status, done.document["records"]) == (1, 1)
-    assert "slots have moved between nodes meanwhile" in done.err
+    assert "slots moved between nodes during the export" in done.err
 
 
 @pytest.mark.parametrize("to", [DEEPSTREAM, HASHTAG])

@@ -95,7 +95,7 @@ def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> Non
         done = result_of(COMMANDS[command], descriptor, records, server.url)
     *others, last = done.stderr.splitlines()
     assert last == (
-        "dscache: standard output: it can't be written: No space left on device; make room, or "
+        "dscache: standard output can't be written: No space left on device; make room, or "
         "write elsewhere"
     )
     assert done.returncode == 1

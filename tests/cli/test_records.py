@@ -16,7 +16,7 @@ import redis as redis_py
 
 from dscache import AsyncCache, DscacheError, RecordError
 from dscache.admin import ndjson
-from dscache.cli import settings
+from dscache.admin.cache import open_cache
 from dscache.config import load
 from dscache.embedded import EmbeddedServer
 from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal, running
@@ -123,7 +123,7 @@ def test_names_from_standard_input(url: Url) -> None:
     assert (done.status, done.err) == (1, "dscache: no record 'no such'\n")
     done = invoke("get", *url, stdin=b"a b\n\xff\n")
     assert (done.status, done.out) == (1, "")
-    assert done.err == "dscache: standard input, line 2: it is no UTF-8: b'\\xff'\n"
+    assert done.err == "dscache: standard input, line 2: it is not UTF-8: b'\\xff'\n"
     assert invoke("get", *url).status == 0  # nothing is sent for it
 
 
@@ -154,7 +154,7 @@ def test_if_newer(url: Url) -> None:
     invoke("set", "a", "5", "[]", *url)
     done = invoke("set", "a", "5", "[1]", "--if-newer", *url)
     assert (done.status, done.lines[0]["written"]) == (1, False)
-    assert done.err == "dscache: 1 record not written, as Redis holds no older one\n"
+    assert done.err == "dscache: 1 record not written, as Redis holds a version as new\n"
     assert invoke("set", "a", "6", "[1]", "--if-newer", *url).status == 0
     assert invoke("set", "a", "1", "[2]", *url).status == 0
     assert invoke("get", "a", *url).lines[0]["data"] == [2]
@@ -163,8 +163,8 @@ def test_if_newer(url: Url) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        (b"x", "it is no JSON: character 0: expecting value"),
-        (b"[1]", "it is no record, which is "),
+        (b"x", "it is not JSON: character 0: expecting value"),
+        (b"[1]", "it is not a record, which is "),
         (b'{"name":"b","version":1}', "Object missing required field `data`"),
         (b'{"name":"b","version":"1","data":1}', "Expected `int`, got `str` - at `$.version`"),
         (b'{"name":"b","version":-1,"data":1}', "record 'b': version must be an int from 0"),
@@ -269,11 +269,11 @@ def test_stored_data_is_shown_without_control_characters(url: Url, client: redis
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("set", "a"), "a name is followed by its version and its data"),
-        (("set", "a", "1"), "a name is followed by its version and its data"),
+        (("set", "a"), "a name needs a version and data"),
+        (("set", "a", "1"), "a name needs a version and data"),
         (("set", "a", "x", "[]"), "valid integer"),
-        (("set", "a", "1", "text"), "it is no JSON"),
-        (("set", "a", "1", "{'a': 1}"), "it is no JSON"),
+        (("set", "a", "1", "text"), "it is not JSON"),
+        (("set", "a", "1", "{'a': 1}"), "it is not JSON"),
         (("get", "a", "--layout", "hash"), "'deepstream', 'hashtag'"),
     ],
 )
@@ -342,10 +342,10 @@ async def test_the_primaries_are_read(
     records_server: EmbeddedServer, client: redis_py.Redis
 ) -> None:
     options = {"url": records_server.url, "nearCache": {}, "scaleReads": "slave"}
-    async with settings.opened(load({"name": "redis", "options": options})) as cache:
-        assert cache._config.options.near_cache is None
-        assert cache._config.options.scale_reads == "master"
-        assert cache._config.options.key_layout == "auto"
+    async with open_cache(load({"name": "redis", "options": options})) as cache:
+        assert cache.config.options.near_cache is None
+        assert cache.config.options.scale_reads == "master"
+        assert cache.config.options.key_layout == "auto"
 
 
 def test_a_socket(records_server: EmbeddedServer, client: redis_py.Redis) -> None:
@@ -386,7 +386,7 @@ async def test_lines_are_returned_as_soon_as_they_are_complete() -> None:
 
 async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ndjson, "_LONGEST", 1000)
-    with pytest.raises(DscacheError, match=r"^file, line 1: it has no end$"):
+    with pytest.raises(DscacheError, match=r"^file, line 1: it has no line end$"):
         await _lines(*[b"x" * 100] * 20)
 
 

@@ -14,8 +14,8 @@ import pytest
 import redis as redis_py
 from rich.console import Console
 
-from dscache import AsyncCache
 from dscache.admin import watch as admin_watch
+from dscache.admin.cache import AdminCache
 from dscache.admin.watch import Event, Watch
 from dscache.cli import watch as watch_command
 from dscache.embedded import EmbeddedServer, ServerBinary
@@ -174,7 +174,7 @@ def test_an_unreachable_server() -> None:
 async def test_more_changes_than_can_be_read_are_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin_watch, "_MOST", 10)
     told: list[Event] = []
-    watch = Watch(AsyncCache.from_config("127.0.0.1:1"), "", told.append)
+    watch = Watch(AdminCache.from_config("127.0.0.1:1"), "", told.append)
     watch._take([b"invalidate", [b"%d_v" % number for number in range(11)]])
     assert [event.kind for event in told] == ["gap"]
     assert "more than 10 records" in str(told[0].reason)
@@ -212,7 +212,7 @@ def test_rows_on_a_terminal() -> None:
         "03:04:05.678   flushed  all records were removed",
         "03:04:05.678       gap  changes may be missed from here on: a:1: it was unplugged",
         "03:04:05.678       gap  changes may be missed from here on: too many",
-        "03:04:05.678   resumed  a:1: changes are told again",
+        "03:04:05.678   resumed  a:1: changes are reported again",
         "03:04:05.678         1   [2Ja b",
     ]
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from dscache import AsyncCache, Cache, MessageNode
 from dscache.config import (
     ClusterRetryStrategy,
     Config,
@@ -31,6 +32,7 @@ from dscache.config import (
     Tls,
     load,
 )
+from dscache.config.address import canonical, split_address
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 from tests.support.documents import PROJECT, code, table
@@ -246,7 +248,7 @@ def test_address(source: str, address: str) -> None:
         ({}, f"mapping: no section cache, the sections are: none; write {EXAMPLE}"),
         (
             {"rpc": {}, "Cache": {}},
-            'mapping: no section cache, the sections are: rpc, Cache; is "Cache" meant to be it?; '
+            'mapping: no section cache, the sections are: rpc, Cache; did you mean "Cache"?; '
             f"write {EXAMPLE}",
         ),
         (
@@ -406,7 +408,7 @@ def test_a_broken_line_shows_no_character_of_a_secret(write: Callable[..., Path]
     assert "unknown escape character" in said
 
 
-QUOTES = "; text with special characters must stand in quotes"
+QUOTES = "; put text with special characters in quotes"
 
 
 @pytest.mark.parametrize(
@@ -469,13 +471,13 @@ def test_nested_too_deeply(name: str, write: Callable[..., Path]) -> None:
 
 def test_duplicate_keys(write: Callable[..., Path], read: Read) -> None:
     assert refusal(read, "port: 1", "db: 0", "port: 2") == (
-        "config.yml: cache.options.port: stands twice (lines 4 and 6); keep one"
+        "config.yml: cache.options.port: is given twice (lines 4 and 6); keep one"
     )
     assert refusal(load, write("cache: {}\ncache: {}\n")) == (
-        "config.yml: cache: stands twice (lines 1 and 2); keep one"
+        "config.yml: cache: is given twice (lines 1 and 2); keep one"
     )
     assert refusal(load, write('{"cache": {"name": "redis", "name": 1}}', "c.json")) == (
-        "c.json: cache.name: stands twice; keep one"
+        "c.json: cache.name: is given twice; keep one"
     )
     # Other sections are deepstream's own business.
     assert load(write("rpc: {a: 1, a: 2}\ncache: {name: redis}\n")).name == "redis"
@@ -679,7 +681,7 @@ def field(found: Options, line: str) -> object:
         ("nodes: 'h:1'", "nodes: must be a list, not text"),
         ("nodes: {host: h}", "nodes: must be a list, not a mapping"),
         ("nodes:", "nodes: must be a list, not null"),
-        ("nodes: []", "nodes: must have at least one entry; without any, leave it out"),
+        ("nodes: []", "nodes: must have at least one entry; leave the option out if there is none"),
         ("nodes: [{}, null]", "nodes[1]: must be a mapping of options, not null"),
         ("nodes: ['h:1']", "nodes[0]: must be a mapping of options, not text"),
         ("nodes: [{port: x}]", f"nodes[0].port: {PORT}, not 'x'"),
@@ -694,7 +696,7 @@ def field(found: Options, line: str) -> object:
         (f"password:{SECRET}", ": must be a mapping of options, not text"),
         (
             f"{{password:{SECRET}}}",
-            "password: unknown option; between a name and its value stand a colon and a space",
+            "password: unknown option; separate a name from its value by a colon and a space",
         ),
         ("prot: 1", 'prot: unknown option, did you mean "port"?'),
         ("key_prefix: a", 'key_prefix: unknown option, did you mean "keyPrefix"?'),
@@ -705,12 +707,15 @@ def field(found: Options, line: str) -> object:
         ("retryStrategy: {first: 0}", None),
         ("whenFull: drop", 'whenFull: must be "error" or "wait", not \'drop\''),
         ("maxPending: 0", None),
-        ("zzz: 1", f"zzz: unknown option; there are {OPTIONS}"),
+        ("zzz: 1", f"zzz: unknown option; the options are {OPTIONS}"),
         ("nodes: [{}, {prot: 1}]", 'nodes[1].prot: unknown option, did you mean "port"?'),
         ("nodes: [{lazyConnect: 1}]", None),
         ("redisOptions: {ttl: 1}", None),
         ("tls: {CA: x}", 'tls.CA: unknown option, did you mean "ca"?'),
-        ("sentinels: [{host: a}]", "name: is missing; it is the group that the Sentinels watch"),
+        (
+            "sentinels: [{host: a}]",
+            "name: is missing; write the name of the group the Sentinels watch",
+        ),
         ("sentinels: null", "sentinels: must be a list, not null"),
         ("sentinels: [{prot: 1}]", 'sentinels[0].prot: unknown option, did you mean "port"?'),
         ("role: primary", 'role: must be "master" or "slave", not \'primary\''),
@@ -797,8 +802,8 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
 )
 def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> None:
     assert refusal(options, nearCache=True, **others) == (
-        f"mapping: options.nearCache: with {option}: slave all is read from replicas, and "
-        "what they hold is not kept; leave one of the two out"
+        f"mapping: options.nearCache: with {option}: slave every read goes to a replica, and "
+        f"reads of replicas are not cached; leave one of the two out"
     )
     assert options(nearCache={"required": False}, **others).near_cache
     # Without Sentinels or nodes, the option has no effect.
@@ -1089,19 +1094,21 @@ def test_options_without_effect_beside_nodes(read: Read, notes: Notes) -> None:
     found = read(cluster, "host: h", "port: 1", "role: slave", "tls: false")
     place = "config.yml: cache.options"
     assert notes() == [
-        ("INFO", f"{place}.host has no effect on a cluster: the servers are those of nodes"),
-        ("INFO", f"{place}.port has no effect on a cluster: the servers are those of nodes"),
-        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds"),
+        ("INFO", f"{place}.host has no effect on a cluster: nodes names the servers"),
+        ("INFO", f"{place}.port has no effect on a cluster: nodes names the servers"),
+        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls is used"),
         (
             "INFO",
             f"{place}.role has no effect on a cluster: "
-            "scaleReads tells where a cluster's records are read",
+            "scaleReads selects the nodes that serve reads",
         ),
     ]
     assert found.address == "a:7000"
     assert (found.for_node("a", 7000).host, found.for_node("a", 7000).port) == ("a", 7000)
     read(cluster, "tls: true", "redisOptions: {tls: {servername: s}}")
-    assert notes() == [("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls holds")]
+    assert notes() == [
+        ("INFO", f"{place}.tls has no effect on a cluster: redisOptions.tls is used")
+    ]
 
 
 @pytest.mark.parametrize("name", ["username", "password"])
@@ -1109,7 +1116,7 @@ def test_a_login_beside_nodes_is_logged(name: str, read: Read, notes: Notes) -> 
     line = f"{name}: {SECRET}"
     note = (
         f"config.yml: cache.options.{name} has no effect on a cluster: "
-        f"a node's own holds, or redisOptions.{name}; write it there"
+        f"the node's own {name} or redisOptions.{name} is used; write it there"
     )
     found = read("nodes: [{}]", line)
     assert notes() == [("WARNING", note)]
@@ -1122,9 +1129,15 @@ def test_url_beside_nodes(notes: Notes) -> None:
     found = options(nodes=[{"port": 7000}], url=f"redis://u:{SECRET}@h:1", path="/own")
     place = "mapping: options.url has no effect on a cluster"
     assert notes() == [
-        ("INFO", f"{place}: the servers are those of nodes"),
-        ("WARNING", f"{place}: a node's own holds, or redisOptions.username; write it there"),
-        ("WARNING", f"{place}: a node's own holds, or redisOptions.password; write it there"),
+        ("INFO", f"{place}: nodes names the servers"),
+        (
+            "WARNING",
+            f"{place}: the node's own username or redisOptions.username is used; write it there",
+        ),
+        (
+            "WARNING",
+            f"{place}: the node's own password or redisOptions.password is used; write it there",
+        ),
     ]
     assert (found.address, found.path) == ("127.0.0.1:7000", None)
     for url, message in (
@@ -1132,7 +1145,7 @@ def test_url_beside_nodes(notes: Notes) -> None:
             "redis://h/3",
             f"{DATABASE_ZERO}, not 3; leave it out, and let keyPrefix keep records apart",
         ),
-        ("rediss://h", "on a cluster redisOptions.tls holds; write it there"),
+        ("rediss://h", "on a cluster redisOptions.tls is used; write it there"),
         ("unix:///run/redis.sock", "a cluster has no socket; leave it out, or nodes"),
     ):
         assert refusal(options, nodes=[{}], url=url) == f"mapping: options.url: {message}"
@@ -1184,7 +1197,7 @@ def test_prefixes_of_a_cluster(prefix: str, layout: str, fits: bool) -> None:
         assert key is None or key.partition("{")[2].partition("}")[0]
     else:
         assert refusal(options, nodes=[{}], **written).startswith(
-            "mapping: options.keyPrefix: the { in it begins an empty hash tag"
+            "mapping: options.keyPrefix: its { begins an empty hash tag"
         )
     assert options(**written).key_prefix == prefix
 
@@ -1201,8 +1214,8 @@ def test_nat_map_without_nodes() -> None:
     mapping = {"h:1": {"host": "i", "port": 2}}
     sentinels = {"sentinels": [{}], "name": "group"}
     assert refusal(options, natMap=mapping, **sentinels) == (
-        "mapping: options.natMap: is for the nodes of a cluster; let the Sentinels tell addresses "
-        "that can be reached from here"
+        "mapping: options.natMap: is for the nodes of a cluster; configure the Sentinels to "
+        "announce addresses that can be reached from here"
     )
     assert options(natMap={}, **sentinels).nat_map is None
 
@@ -1397,7 +1410,7 @@ def test_url(url: str, expected: dict[str, Any]) -> None:
 
 ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 UNREADABLE = f"the host or the port can't be read; {ESCAPE}"
-SPILLED = f"an @ or # stands where none can be; {ESCAPE}"
+SPILLED = f"an @ or # is in the wrong place; {ESCAPE}"
 DATABASE = "the path must be the number of a database, as in redis://host/3"
 
 
@@ -1425,7 +1438,7 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
         ),
         (
             "redis://h?z=1",
-            'unknown query option "z", there are db, username, password, client_name, '
+            'unknown query option "z", the options are db, username, password, client_name, '
             "socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile, "
             "ssl_cert_reqs, ssl_check_hostname, protocol",
         ),
@@ -1680,3 +1693,23 @@ def test_structs_are_frozen() -> None:
     config = load({"name": "redis"})
     with pytest.raises(AttributeError, match="immutable"):
         config.options.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cache_class", [AsyncCache, Cache])
+def test_a_cache_has_its_configuration(cache_class: type[AsyncCache | Cache]) -> None:
+    source = {"name": "redis", "options": {"host": "h", "db": 3}}
+    assert cache_class.from_config(source).config == load(source)
+
+
+def test_a_message_node_has_its_configuration() -> None:
+    config = MessageNode.from_config("h:7000", server_name="A").config
+    assert (config.server_name, config.options.host, config.options.port) == ("A", "h", 7000)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("H.example", 1), ("h.EXAMPLE", 1)), (("::1", 1), ("0:0::1", 1)), (("::1", 1), ("[::1]", 1))],
+)
+def test_spellings_of_an_address(one: tuple[str, int], other: tuple[str, int]) -> None:
+    assert (canonical(*one) == canonical(*other)) is ("[" not in other[0])
+    assert split_address(f"[{one[0]}]:{one[1]}") == one

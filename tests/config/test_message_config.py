@@ -86,9 +86,9 @@ def test_options_for_records_have_no_effect(caplog: pytest.LogCaptureFixture) ->
     nodes = [{"host": "a"}]
     options = load(ENTRY | {"options": {**of_records, "nodes": nodes}}).options
     assert options == MessageOptions(nodes=(Node(host="a"),), max_connections=3)
-    assert of_records.keys() == message_config._OF_RECORDS.keys()
+    assert of_records.keys() == message_config.RECORD_OPTIONS.keys()
     texts = [record.getMessage() for record in caplog.records]
-    for name, why in message_config._OF_RECORDS.items():
+    for name, why in message_config.RECORD_OPTIONS.items():
         assert f"mapping: options.{name} has no effect: {why}" in texts
 
 
@@ -101,7 +101,7 @@ def options(**written: Any) -> dict[str, Any]:
     [
         ({}, "mapping: no section clusterNode, the sections are: none; write clusterNode: {"),
         ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
-        ({"clusternode": ENTRY}, 'is "clusternode" meant to be it?'),
+        ({"clusternode": ENTRY}, 'did you mean "clusternode"?'),
         ({"clusterNode": None}, "mapping: clusterNode: must be a mapping; write"),
         ({"clusterNode": {}}, 'clusterNode.name: must be "redis", not missing'),
         ({"clusterNode": {"name": "memory"}}, "must be \"redis\", not 'memory'"),
@@ -115,7 +115,10 @@ def options(**written: Any) -> dict[str, Any]:
         (options(heartbeat=0), "options.heartbeat: must be a whole number from 1 to 2147483647"),
         (options(prot=1), 'did you mean "port"?'),
         (options(sentinels=[{}]), "options.name: is missing"),
-        (options(sentinels=[{}], name="x", role="slave"), "options.role: must be master: what"),
+        (
+            options(sentinels=[{}], name="x", role="slave"),
+            "options.role: must be master: a message",
+        ),
         (options(nodes=[{}], db=1), "a cluster has database 0 alone"),
         ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
         ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),

@@ -1542,7 +1542,7 @@ def test_a_bulk_with_refused_records_has_the_other_results(
     assert plain(error.result) == result
     assert str(error) == (
         f"{operation.method}: 2 of the records failed ('n2' and 1 more): "
-        f"{error.errors['n2']}; the others' result is in .result"
+        f"{error.errors['n2']}; the result of the others is in .result"
     )
 
 

@@ -80,7 +80,7 @@ def test_every_option_of_messages() -> None:
         if name not in of_caches
     }
     assert documented == own
-    assert message_config._OF_RECORDS.keys() <= set(code(section(MESSAGES, "Options")))
+    assert message_config.RECORD_OPTIONS.keys() <= set(code(section(MESSAGES, "Options")))
 
 
 def test_options_without_effect() -> None:
@@ -96,7 +96,7 @@ def test_unsupported_options() -> None:
 
 def test_options_of_a_url() -> None:
     documented = [name for row in table(CONFIGURATION, "URL") for name in code(row[0])]
-    assert sorted(documented) == sorted(urls._QUERY)
+    assert sorted(documented) == sorted(urls.QUERY_OPTIONS)
 
 
 # -- the API

@@ -146,8 +146,7 @@ async def test_an_invalid_message_is_counted_and_logged_once(
     assert node.stats()["damaged"] == 4
     complaints = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert complaints == [
-        "on topic 4 there was b'hello', which is no message of deepstream's; further ones are "
-        "only counted"
+        "topic 4: received b'hello', which is no deepstream message; further ones are only counted"
     ]
 
 
@@ -201,7 +200,7 @@ async def test_messages_are_iterated_over(nodes: Nodes, redis: redis_py.Redis) -
     async with other:
         waiting = asyncio.create_task(anext(other))
         await asyncio.sleep(0)
-        with pytest.raises(dscache.UsageError, match="waited for already"):
+        with pytest.raises(dscache.UsageError, match="is already being awaited"):
             await anext(other)
     with pytest.raises(StopAsyncIteration):
         await waiting
@@ -264,8 +263,8 @@ async def test_a_callback_that_raises_affects_no_other(
     await until(lambda: hearer.stats()["errors"] == 6)
     assert received == [NEWS] * 3
     texts = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
-    assert sum("bad failed at a message from 'A' on topic 4" in text for text in texts) == 3
-    assert sum("worse failed at a message on topic 4" in text for text in texts) == 3
+    assert sum("bad failed for a message from 'A' on topic 4" in text for text in texts) == 3
+    assert sum("worse failed for a message on topic 4" in text for text in texts) == 3
     assert hearer.stats()["connects"] == 2
 
 
@@ -323,12 +322,12 @@ async def test_a_slow_subscriber_can_be_disconnected(
     gate.set()
     await until(lambda: len(seen) == 4)
     taken = [(await anext(messages))[0]["number"] for _ in range(3)]
-    with pytest.raises(dscache.Overloaded, match="3 messages on topic 4 waited to be taken"):
+    with pytest.raises(dscache.Overloaded, match="3 messages on topic 4 were waiting"):
         await anext(messages)
     assert (seen, taken) == ([0, 1, 2, 3], [0, 1, 2])
     await until(lambda: hearer.stats()["subscribers"] == 1)
     assert hearer.stats()["dropped"] == 2
-    assert "a callback on topic 4 was disconnected" in caplog.text
+    assert "disconnected a callback on topic 4" in caplog.text
     with pytest.raises(StopAsyncIteration):
         await anext(messages)
 
@@ -534,7 +533,7 @@ async def test_on_gap_may_be_a_coroutine(
 async def test_a_silent_connection_is_found_by_its_heartbeat(
     nodes: Nodes, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subscriptions, "_ANSWER", 0.2)
+    monkeypatch.setattr(subscriptions, "_REPLY_TIMEOUT", 0.2)
     where = {"host": proxy.host, "port": proxy.port, "heartbeat": 50}
     sender = await nodes("A")
     hearer = await nodes("B", **where)

@@ -53,7 +53,7 @@ class Place:
 
     def have(self, *topics: int) -> None:
         self.topics = topics
-        self.listener.look()
+        self.listener.on_topics_changed()
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ async def test_topics_are_subscribed_and_unsubscribed(
     ledger.remove(5)
     place.have(4)
     await until(lambda: place.source.asked[2:] == [["UNSUBSCRIBE", "5"]])
-    assert ledger.is_whole
+    assert ledger.is_confirmed
     await place.listener.close()
     await place.listener.close()
     assert gaps == []
@@ -98,10 +98,10 @@ async def test_a_gap_begins_at_the_last_answered_ping(
     place.source.gate.clear()
     asked = place.source.asked.count(["PING"])
     await until(lambda: place.source.asked.count(["PING"]) > asked)
-    before = place.listener.whole
+    before = place.listener.received_until
     place.listener.on_disconnected()
     place.listener.on_disconnected()
-    assert not ledger.is_whole
+    assert not ledger.is_confirmed
     place.source.gate.set()
     place.listener.on_connected()
     await ledger.wait_confirmed()
@@ -125,11 +125,11 @@ async def test_a_new_owner_may_confirm_before_the_old_one_ends(
     # Both have it for a moment: the end at the old one is never confirmed.
     new.have(4)
     await until(lambda: gaps)
-    assert gaps[0][0] == old.listener.whole
+    assert gaps[0][0] == old.listener.received_until
     old.have()
     old.listener.ended(4)
     await asyncio.sleep(0)
-    assert ledger.is_whole
+    assert ledger.is_confirmed
     assert (len(gaps), moves) == (1, [1])
     for place in (old, new):
         await place.listener.close()
@@ -137,7 +137,7 @@ async def test_a_new_owner_may_confirm_before_the_old_one_ends(
 
 async def test_a_redirecting_node_is_asked_again(ledger: Subscriptions) -> None:
     moves: list[int] = []
-    place = Place(ledger, words=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
+    place = Place(ledger, commands=("SSUBSCRIBE", "SUNSUBSCRIBE"), moved=lambda: moves.append(1))
     answers = [ReplyError("MOVED 9 a:1"), ReplyError("CLUSTERDOWN no"), ["ssubscribe", "4", 1]]
     place.source.answer = lambda command: answers.pop(0)
     ledger.add(4)
@@ -152,7 +152,7 @@ async def test_a_redirecting_node_is_asked_again(ledger: Subscriptions) -> None:
 async def test_errors_that_end_a_connection(
     ledger: Subscriptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ANSWER", 0.01)
+    monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.01)
     place = Place(ledger, heartbeat=0.01)
     ledger.add(4)
     place.have(4)
@@ -211,22 +211,22 @@ def slots(*ports: int) -> list[Any]:
 async def test_the_cluster_state_reported_by_a_node() -> None:
     node = any_node()
     assert node.address in ("a:1", "b:2")
-    node.learn(slots(7000, 7001), WELL)
-    assert node.is_well
+    node.update_nodes(slots(7000, 7001), WELL)
+    assert node.is_healthy
     assert sorted(node._known) == [("10.0.0.1", 7000), ("10.0.0.1", 7001)]
-    node.learn(slots(7000), WELL.replace(b"ok", b"fail"))
-    assert not node.is_well
-    node.learn([], WELL)
-    assert (node.is_well, node._known) == (False, [("10.0.0.1", 7000)])
-    node.learn(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
-    assert node.is_well
-    node.learn([], WELL)
+    node.update_nodes(slots(7000), WELL.replace(b"ok", b"fail"))
+    assert not node.is_healthy
+    node.update_nodes([], WELL)
+    assert (node.is_healthy, node._known) == (False, [("10.0.0.1", 7000)])
+    node.update_nodes(slots(7000), ReplyError("NOPERM CLUSTER INFO"))
+    assert node.is_healthy
+    node.update_nodes([], WELL)
     # Without the right to ask there is no information.
-    node.learn(ReplyError("NOPERM no permissions"), WELL)
-    assert not node.is_well
+    node.update_nodes(ReplyError("NOPERM no permissions"), WELL)
+    assert not node.is_healthy
     with pytest.raises(ConfigError, match="is no node of a cluster"):
-        node.learn(ReplyError("ERR This instance has cluster support disabled"), WELL)
+        node.update_nodes(ReplyError("ERR This instance has cluster support disabled"), WELL)
     with pytest.raises(ReplyError):
-        node.learn(ReplyError("LOADING"), WELL)
+        node.update_nodes(ReplyError("LOADING"), WELL)
     with pytest.raises(ProtocolError):
-        node.learn(b"?", WELL)
+        node.update_nodes(b"?", WELL)

@@ -28,7 +28,7 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
 def assert_struck_at_each_line(options: dict[str, Any], backend: str) -> None:
     """Let a program interrupt a cache at each of its lines; assert that it stays correct."""
     result = run_child("strikes.py", json.dumps(options), backend=backend)
-    assert result["wrong"] == []
+    assert result["wrong"] == [], result
     assert all(count >= 3 for count in result["strikes"].values()), result
     assert result["pending"] == result["pending_bytes"] == result["left"] == 0
     assert result["connections"] == 1

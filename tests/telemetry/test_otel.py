@@ -74,7 +74,7 @@ async def test_operations_are_measured(
     assert point.value == 3
     assert point.attributes["dscache.cache"] == "main"
     assert point.attributes["db.system.name"] == "redis"
-    assert point.attributes["server.port"] == cache._config.options.port
+    assert point.attributes["server.port"] == cache.config.options.port
     for result in ("hit", "miss"):
         (point,) = points(reader, "dscache.reads", dscache_result=result)
         assert point.value == 1
@@ -189,7 +189,7 @@ async def test_a_span_of_each_operation(make_cache: MakeCache, spans: Spans) -> 
         assert await cache.delete_bulk([]) == 0
         await asyncio.sleep(0)  # when callbacks of the last future have run
     found = spans()
-    options = cache._config.options
+    options = cache.config.options
     place = f"{options.host}:{options.port}"
     told = []
     for span in found:

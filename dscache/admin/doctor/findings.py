@@ -1,4 +1,4 @@
-"""What a look at a Redis found: each of it with how good that is, and what to do about it."""
+"""The findings of a checkup, each with a verdict and advice."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 OK, UNKNOWN, WARNING, BAD = "ok", "unknown", "warning", "bad"
-# From the best to the worst. Who isn't told what can't be known is no worse off for it.
 VERDICTS = (OK, UNKNOWN, WARNING, BAD)
+"""The verdicts from the best to the worst.
+
+A check the server won't answer counts as unknown and doesn't lower the verdict of the checkup.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     verdict: str
@@ -22,7 +25,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """All that was found of one Redis."""
+    """All findings on one Redis."""
 
     address: str
     findings: tuple[Finding, ...]
@@ -34,21 +37,21 @@ class Checkup:
 
     @property
     def status(self) -> int:
-        """What a script gets as exit status: 0 if all is well, 1 for warnings, 2 if it is bad."""
+        """The exit status of the command: 0 if all is well, 1 for warnings, 2 for bad findings."""
         return {OK: 0, UNKNOWN: 0, WARNING: 1, BAD: 2}[self.verdict]
 
     def count(self, verdict: str) -> int:
-        """Return how many findings have a verdict."""
+        """Return the number of findings with a verdict."""
         return sum(one.verdict == verdict for one in self.findings)
 
 
 def worst(verdicts: Iterable[str]) -> str:
-    """Return the worst of some verdicts."""
+    """Return the worst verdict; OK if there is none."""
     return max(verdicts, key=VERDICTS.index, default=OK)
 
 
 def merged(by_node: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """Return what was found of several nodes as what was found of all: of each check the worst."""
+    """Return the findings on several nodes as one list, with the worst verdict of each check."""
     checks: dict[str, list[tuple[str, Finding]]] = {}
     for address, findings in by_node.items():
         for one in findings:

@@ -1,4 +1,4 @@
-"""How good the records are that a Redis holds already, as far as a sample of its keys tells."""
+"""Checks of the records that a Redis holds, on a sample of its keys."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .findings import BAD, OK, WARNING, Finding, number
 
 @dataclass(slots=True)
 class Sample:
-    """Some keys of the records: how many were looked at, and what they are."""
+    """Counts of the sampled keys by kind."""
 
     deepstream: int = 0
     hashtag: int = 0
-    """Version keys of the one layout, and of the other."""
+    """The version keys in each layout."""
     records: int = 0
-    """Records of which both keys were looked for."""
+    """The records whose two keys were looked up."""
     halves: list[bytes] = field(default_factory=list)
-    """Keys without the other one of their record."""
+    """The keys whose record lacks its other key."""
     others: int = 0
-    """Keys of no record."""
+    """The keys that belong to no record."""
 
 
 def check_halves(sample: Sample) -> Finding:
-    """Judge how many records have lost one of their keys."""
+    """Check for records that have lost one of their keys."""
     halves = sample.halves
     if not sample.records:
         return Finding("halves", OK, "no records yet")
@@ -35,42 +35,41 @@ def check_halves(sample: Sample) -> Finding:
     return Finding(
         "halves",
         WARNING,
-        f"{len(halves):,} of {sample.records:,} sampled records have one key alone, such as "
-        f"{first}",
-        "dscache takes them for missing, deepstream reads nothing for their data: set or delete "
-        "them, and look at memory for what lost the other key",
+        f"{len(halves):,} of {sample.records:,} sampled records have only one key, such as {first}",
+        "dscache treats them as missing, and deepstream reads no data: set or delete them, and see "
+        "the check of memory for the cause",
     )
 
 
 def check_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:
-    """Judge whether the layout of the keys is the configured one."""
+    """Check that the keys are in the configured layout."""
     name = "key layout"
     counts = {DEEPSTREAM: sample.deepstream, HASHTAG: sample.hashtag}
     other = HASHTAG if configured == DEEPSTREAM else DEEPSTREAM
     if not counts[other]:
         if not counts[configured]:
-            strangers = f", and {sample.others:,} keys of something else" if sample.others else ""
+            strangers = f", and {sample.others:,} other keys" if sample.others else ""
             return Finding(name, OK, f"{configured}; no records yet{strangers}")
         if on_cluster and configured == DEEPSTREAM:
             return Finding(
                 name,
                 WARNING,
                 f"{configured}, on a cluster",
-                "the two keys of a record lie on two nodes, and are not written in one step: "
-                "unless deepstream itself shares them, dscache migrate --to hashtag",
+                "the two keys of a record lie on two nodes and are not written atomically: unless "
+                "deepstream itself uses them, run dscache migrate --to hashtag",
             )
         return Finding(name, OK, f"{configured}, as configured")
-    remedy = f"dscache migrate --to {configured}, or configure keyLayout: {other}"
+    remedy = f"run dscache migrate --to {configured}, or configure keyLayout: {other}"
     if not counts[configured]:
         return Finding(
             name,
             BAD,
             f"{other}, and {configured} is configured",
-            f"none of these records is found: {remedy}",
+            f"a cache finds none of these records: {remedy}",
         )
     return Finding(
         name,
         WARNING,
         f"mixed: in a sample {counts[DEEPSTREAM]:,} deepstream and {counts[HASHTAG]:,} hashtag",
-        f"those of {other} are not found: {remedy}",
+        f"a cache does not find the {other} records: {remedy}",
     )

@@ -1,6 +1,6 @@
-"""How good a server is for records, and the way to it.
+"""Checks of a server and of the connection to it.
 
-Facts that were asked elsewhere are judged here; nothing is asked.
+Each check judges facts that ``checkup`` has collected; none of them does any I/O.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from .findings import BAD, OK, UNKNOWN, WARNING, Finding, number
 
 _SLOW_MS = 1.0
 _LATE_MS = 10.0
-# Of the commands that records are read and written with, those that have many at once.
+# The commands that read and write many records at once.
 _COMMANDS = ("mget", "mset", "msetex", "evalsha")
 _CLOCK_SECONDS = 1.0
 _FULL = 0.9
 _CROWDED = 0.8
-# What SET needs for the lifetime that both keys of a record share.
+# The first version with SET ... PXAT, for a lifetime that both keys of a record share.
 _OLDEST = (6, 2)
-_CONSOLE = "ask in the hosting company's console, as the server does not tell"
+_CONSOLE = "look in the hosting company's console, as the server does not report it"
 
 
-# -- the way to the server
+# -- the connection
 
 
 def check_round_trip(milliseconds: Sequence[float]) -> Finding:
-    """Judge how long some PINGs took, one after the other."""
+    """Check the times of PINGs, one after the other."""
     times = sorted(milliseconds)
     middle = statistics.median(times)
     late = times[min(len(times) - 1, round(len(times) * 0.99))]
@@ -39,7 +39,7 @@ def check_round_trip(milliseconds: Sequence[float]) -> Finding:
             WARNING,
             found,
             f"code that awaits one record after the other gets {1000 / middle:,.0f} a second at "
-            "most; ask for many at once (get_bulk, asyncio.gather), and run client and server in "
+            "most: read many at once (get_bulk, asyncio.gather), and run client and server in "
             "one zone",
         )
     if late > _LATE_MS:
@@ -47,38 +47,40 @@ def check_round_trip(milliseconds: Sequence[float]) -> Finding:
             "round trip",
             WARNING,
             found,
-            f"one operation in a hundred waits {late:.0f} ms: look at SLOWLOG GET and LATENCY "
-            "DOCTOR, at swapping, and at what else runs there",
+            f"one operation in a hundred takes {late:.0f} ms: check SLOWLOG GET, LATENCY DOCTOR, "
+            "swapping, and other processes on that machine",
         )
     return Finding("round trip", OK, found)
 
 
 def check_commands(latency: Mapping[str, str]) -> Finding:
-    """Judge how long the server itself has taken for the commands of records, as it tells."""
-    told = {}
+    """Check the server's own times for the commands of records (INFO latencystats)."""
+    times = {}
     for command in _COMMANDS:
         said = latency.get(f"latency_percentiles_usec_{command}", "")
         if match := re.match(r"p50=([\d.]+),p99=([\d.]+)", said):
-            told[command] = float(match[1]), float(match[2])
-    if not told:
-        return Finding("commands", OK, "none for records yet, or it does not tell their times")
+            times[command] = float(match[1]), float(match[2])
+    if not times:
+        return Finding(
+            "commands", OK, "none for records yet, or the server does not report their times"
+        )
     found = "; ".join(
-        f"{name} p50 {middle:.0f} µs, p99 {late:.0f} µs" for name, (middle, late) in told.items()
+        f"{name} p50 {middle:.0f} µs, p99 {late:.0f} µs" for name, (middle, late) in times.items()
     )
-    slowest = max(late for _, late in told.values()) / 1000
+    slowest = max(late for _, late in times.values()) / 1000
     if slowest > _LATE_MS:
         return Finding(
             "commands",
             WARNING,
             f"on the server, {found}",
-            f"one in a hundred keeps all others waiting for {slowest:.0f} ms: look at SLOWLOG GET, "
-            "at the size of the records, and at the server's processor and memory",
+            f"one in a hundred blocks all others for {slowest:.0f} ms: check SLOWLOG GET, the size "
+            "of the records, and the server's processor and memory",
         )
     return Finding("commands", OK, f"on the server, {found}")
 
 
 def check_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
-    """Judge whether somebody on the way can read along."""
+    """Check that the connection is encrypted, unless the server is on this machine."""
     if spoken:
         if verified:
             return Finding("tls", OK, spoken)
@@ -86,7 +88,7 @@ def check_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
             "tls",
             WARNING,
             f"{spoken}, and the server's certificate is not verified",
-            "whoever is in between can pass for the server: give tls.ca, and leave out "
+            "an attacker on the network can pose as the server: give tls.ca, and leave out "
             "rejectUnauthorized: false",
         )
     if is_local:
@@ -95,13 +97,13 @@ def check_tls(spoken: str, *, verified: bool, is_local: bool) -> Finding:
         "tls",
         WARNING,
         "none, and the server is on another machine",
-        "passwords and records can be read on the way: use rediss:// or tls: true, unless the "
-        "network is your own",
+        "an attacker on the network can read passwords and records: use rediss:// or tls: true, "
+        "unless the network is private",
     )
 
 
 def check_login(username: str | None, has_password: bool, *, is_local: bool) -> Finding:
-    """Judge whether everybody may do everything."""
+    """Check that the server asks for a password, unless it is on this machine."""
     if has_password:
         return Finding("login", OK, f"as {shorten(username or 'default')}, with a password")
     if is_local:
@@ -110,8 +112,8 @@ def check_login(username: str | None, has_password: bool, *, is_local: bool) -> 
         "login",
         WARNING,
         "without a password",
-        "whoever reaches the server can read and change all records: set requirepass, or users "
-        "by ACL SETUSER",
+        "every client that reaches the server can read and change all records: set requirepass, "
+        "or add users with ACL SETUSER",
     )
 
 
@@ -119,13 +121,13 @@ def check_login(username: str | None, has_password: bool, *, is_local: bool) -> 
 
 
 def check_server(server: str) -> Finding:
-    """Judge a server's kind and version, such as ``redis 7.0.15``."""
+    """Check the server's kind and version, such as ``redis 7.0.15``."""
     if not server:
         return Finding(
             "server",
             UNKNOWN,
-            "it does not tell its version",
-            "a server that knows HELLO, which is Redis 6 or newer or Valkey, would tell",
+            "the server does not report its version",
+            "use Redis 6 or newer, or Valkey, which report it in the reply to HELLO",
         )
     numbers = re.search(r"redis (\d+)\.(\d+)", server)
     if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
@@ -133,13 +135,13 @@ def check_server(server: str) -> Finding:
             "server",
             BAD,
             server,
-            "records with a ttl can't be written before Redis 6.2: use a newer one",
+            "records with a ttl need Redis 6.2: use a newer version",
         )
     return Finding("server", OK, server)
 
 
 def check_role(replication: Mapping[str, str], wanted: str) -> Finding:
-    """Judge whether the server is what the configuration takes it for: master or slave."""
+    """Check the server's role against the configured one, ``master`` or ``slave``."""
     role = replication.get("role")
     if role is None:
         return Finding("role", UNKNOWN, "INFO is refused", _CONSOLE)
@@ -161,26 +163,26 @@ def check_role(replication: Mapping[str, str], wanted: str) -> Finding:
             "role",
             BAD,
             f"replica without a link to its primary, {primary}",
-            "what it serves grows older: look at the log of both",
+            "its records are out of date: check the logs of both servers",
         )
     return Finding("role", OK, f"replica of {primary}")
 
 
 def check_persistence(info: Mapping[str, str], save: str | None) -> Finding:
-    """Judge what a restart would leave; ``save`` is its configuration, None if that is refused."""
+    """Check that the server persists its data; ``save`` is None if CONFIG GET is refused."""
     name = "persistence"
     if not info:
         return Finding(name, UNKNOWN, "INFO is refused", _CONSOLE)
     if info.get("loading") == "1":
         return Finding(
-            name, BAD, "it is still loading its data", "wait: it answers LOADING until it has"
+            name, BAD, "the server is loading its data", "wait: until then it replies LOADING"
         )
     if info.get("rdb_last_bgsave_status", "ok") != "ok":
         return Finding(
             name,
             BAD,
             "the last snapshot failed",
-            "the server may refuse all writes (MISCONF): look at its log, for a full disk or too "
+            "the server may refuse all writes (MISCONF): check its log, for a full disk or too "
             "little memory to fork",
         )
     if info.get("aof_last_write_status", "ok") != "ok":
@@ -188,7 +190,7 @@ def check_persistence(info: Mapping[str, str], save: str | None) -> Finding:
             name,
             BAD,
             "the append-only file can't be written",
-            "the server refuses writes (MISCONF): look at its log, and at the disk",
+            "the server refuses writes (MISCONF): check its log and the disk",
         )
     if info.get("aof_enabled") == "1":
         return Finding(name, OK, "append-only file")
@@ -205,14 +207,14 @@ def check_persistence(info: Mapping[str, str], save: str | None) -> Finding:
         name,
         WARNING,
         "none: a restart of the server loses all records",
-        'set appendonly yes, or save "3600 1 300 100", unless another storage has the records too',
+        'set appendonly yes, or save "3600 1 300 100", unless the records are stored elsewhere too',
     )
 
 
 def check_memory(
     memory: Mapping[str, str], stats: Mapping[str, str], policy: str | None
 ) -> Finding:
-    """Judge what happens when memory is short; ``policy`` is None if it isn't told."""
+    """Check the memory limit and its policy; ``policy`` is None if CONFIG GET is refused."""
     name = "memory"
     if "used_memory" not in memory:
         return Finding(name, UNKNOWN, "INFO is refused", _CONSOLE)
@@ -227,7 +229,7 @@ def check_memory(
             name,
             UNKNOWN,
             f"{shown}; CONFIG GET maxmemory-policy is refused",
-            f"{_CONSOLE}: it must be noeviction, or halves of records get lost",
+            f"{_CONSOLE}: it must be noeviction, as eviction removes single keys of records",
         )
     shown += f", {policy}"
     if policy != "noeviction":
@@ -237,22 +239,22 @@ def check_memory(
             name,
             WARNING if some and not evicted else BAD,
             f"{shown}{lost}",
-            "when memory is short the server removes single keys"
-            f"{' that have a ttl' if some else ''}, and a record of which one is gone is lost: "
-            "set maxmemory-policy noeviction, and let ttl or more memory keep room",
+            "when memory is short the server evicts single keys"
+            f"{' that have a ttl' if some else ''}, and a record that loses one is lost: "
+            "set maxmemory-policy noeviction, and use a ttl or more memory",
         )
     if used > _FULL * limit:
         return Finding(
             name,
             WARNING,
             f"{shown}: {used / limit:.0%}",
-            "when it is full every write fails with OOM: raise maxmemory, or give records a ttl",
+            "at the limit, every write fails with OOM: raise maxmemory, or give records a ttl",
         )
     return Finding(name, OK, shown)
 
 
 def check_connections(clients: Mapping[str, str], limit: str | None) -> Finding | None:
-    """Judge whether further clients get in; None if that isn't told."""
+    """Check the number of clients against its limit; None if either is unknown."""
     limit = clients.get("maxclients", limit)
     if limit is None or "connected_clients" not in clients:
         return None
@@ -263,40 +265,40 @@ def check_connections(clients: Mapping[str, str], limit: str | None) -> Finding 
             "connections",
             WARNING,
             found,
-            "when all are taken, new clients are refused: raise maxclients, or lower "
+            "at the limit, the server refuses new clients: raise maxclients, or lower "
             "maxConnections of blocking caches",
         )
     return Finding("connections", OK, found)
 
 
 def check_scripts(refusal: str) -> Finding:
-    """Judge whether scripts may be run; ``refusal`` is what the server said, or empty."""
+    """Check that scripts can run; ``refusal`` is the server's error reply, or empty."""
     if not refusal:
-        return Finding("scripts", OK, "may be run")
+        return Finding("scripts", OK, "allowed")
     return Finding(
         "scripts",
         WARNING,
         refusal,
-        "if_newer fails, and ttl where the server has no MSETEX: allow the user +eval +evalsha "
-        "+script|load",
+        "if_newer fails, and so does ttl where the server has no MSETEX: allow the user +eval "
+        "+evalsha +script|load",
     )
 
 
 def check_tracking(refusal: str) -> Finding:
-    """Judge whether the server tells of changes; ``refusal`` is what it said, or empty."""
+    """Check that client tracking works; ``refusal`` is the server's error reply, or empty."""
     if not refusal:
-        return Finding("tracking", OK, "the server tells of changes")
+        return Finding("tracking", OK, "allowed")
     return Finding(
         "tracking",
         WARNING,
         refusal,
-        "nearCache and dscache watch need it: RESP3 and CLIENT TRACKING, of Redis 7 or newer or "
-        "Valkey, and allowed to the user by +client|tracking",
+        "nearCache and dscache watch need RESP3 and CLIENT TRACKING: use Redis 7 or newer or "
+        "Valkey, and allow the user +client|tracking",
     )
 
 
 def check_clock(ahead: float | None) -> Finding:
-    """Judge by how many seconds the server's clock is ahead of ours; None if it doesn't tell."""
+    """Check the clock; ``ahead`` is the seconds by which it is ahead of ours, None if refused."""
     if ahead is None:
         return Finding("clock", UNKNOWN, "TIME is refused", "allow the user +time")
     if abs(ahead) <= _CLOCK_SECONDS:
@@ -306,12 +308,12 @@ def check_clock(ahead: float | None) -> Finding:
         "clock",
         WARNING,
         f"{abs(ahead):,.1f} s {side} ours",
-        "lifetimes end by the server's clock, and logs of the two can't be compared: let NTP set "
-        "both",
+        "lifetimes end by the server's clock, and logs of both can't be compared: synchronize both "
+        "with NTP",
     )
 
 
-# -- small things
+# -- formatting
 
 
 def _bytes(count: float) -> str:

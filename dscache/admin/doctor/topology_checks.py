@@ -1,4 +1,4 @@
-"""How good a cluster is for records, or what Sentinels watch."""
+"""Checks of a cluster, and of Sentinels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .findings import BAD, OK, WARNING, Finding, number
 
 
 def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
-    """Judge the state of a cluster, and whether the configuration says that it is one."""
+    """Check the state of a cluster, and that the configuration names its nodes."""
     primaries = sum(node.role == "primary" for node in report.nodes)
     found = (
         f"{number(len(report.nodes), 'node')}, "
         f"{primaries} {'primary' if primaries == 1 else 'primaries'}, "
         f"{report.covered} slots covered"
     )
-    more = "dscache cluster shows each node"
+    more = "see each node with dscache cluster"
     if report.problems:
         return Finding("cluster", BAD, "; ".join(report.problems), more)
     if not is_configured:
@@ -25,7 +25,7 @@ def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
             "cluster",
             BAD,
             f"{found}; the configuration names a single server",
-            "a cache of this configuration fails with MOVED: give nodes in place of host and port",
+            "a cache configured like this fails with MOVED: give nodes in place of host and port",
         )
     if report.remarks:
         return Finding("cluster", WARNING, "; ".join(report.remarks), more)
@@ -35,15 +35,15 @@ def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
             "cluster",
             WARNING,
             f"{found}, no replicas",
-            "the records of a node that is lost are lost, and its slots are served by nobody: "
-            "give each primary a replica",
+            "if a primary is lost, so are its records, and no node serves its slots: give each "
+            "primary a replica",
         )
     return Finding("cluster", OK, found)
 
 
 @dataclass(frozen=True, slots=True)
-class SentinelSays:
-    """What one Sentinel says of its group, or why it says nothing."""
+class SentinelReport:
+    """One Sentinel's view of its group, or in ``trouble`` the reason that it gives none."""
 
     address: str
     trouble: str = ""
@@ -51,41 +51,47 @@ class SentinelSays:
     flags: str = ""
     replicas: int = 0
     quorum: str = ""
-    """Empty if enough Sentinels are there for a failover, else what it says of that."""
+    """The error of SENTINEL CKQUORUM; empty if a failover is possible."""
 
 
-def check_sentinels(said: Sequence[SentinelSays]) -> Finding:
-    """Judge whether the Sentinels would replace a lost primary."""
+def check_sentinels(reports: Sequence[SentinelReport]) -> Finding:
+    """Check that the Sentinels would replace a lost primary."""
     name = "sentinels"
-    well = [one for one in said if not one.trouble]
-    silent = "; ".join(f"{one.address}: {one.trouble}" for one in said if one.trouble)
+    well = [one for one in reports if not one.trouble]
+    silent = "; ".join(f"{one.address}: {one.trouble}" for one in reports if one.trouble)
     if not well:
         return Finding(name, BAD, silent, "start the Sentinels, or correct their addresses")
     primaries = {one.primary for one in well}
-    found = f"{len(well)} of {len(said)} answer, the primary is {well[0].primary}"
+    found = f"{len(well)} of {len(reports)} answer, the primary is {well[0].primary}"
     if len(primaries) > 1:
-        told = ", ".join(f"{one.address} names {one.primary}" for one in well)
+        views = ", ".join(f"{one.address} names {one.primary}" for one in well)
         return Finding(
-            name, BAD, f"they disagree: {told}", "wait a minute; then restart what is behind"
+            name,
+            BAD,
+            f"they disagree: {views}",
+            "wait a minute; then restart the Sentinels with the old view",
         )
     down = [one for one in well if "o_down" in one.flags or "s_down" in one.flags]
     if len(down) > len(well) // 2:
-        return Finding(name, BAD, f"{found}, and is down for them", "look at the primary's log")
+        return Finding(name, BAD, f"{found}, and they consider it down", "check the primary's log")
     if short := next((one.quorum for one in well if one.quorum), ""):
         return Finding(
-            name, BAD, f"{found}; {short}", "no failover can happen: start the missing Sentinels"
+            name, BAD, f"{found}; {short}", "no failover is possible: start the missing Sentinels"
         )
     if silent:
         return Finding(name, WARNING, f"{found}; {silent}", "start the missing Sentinels")
     if not well[0].replicas:
         return Finding(
-            name, WARNING, f"{found}, without replicas", "there is nothing to fail over to"
+            name,
+            WARNING,
+            f"{found}, without replicas",
+            "add a replica: without one there is no failover",
         )
-    if len(said) < 3:
+    if len(reports) < 3:
         return Finding(
             name,
             WARNING,
-            f"{found}, of {number(len(said), 'Sentinel')} configured",
-            "name all of them, and run three at least: with fewer, one lost Sentinel is too many",
+            f"{found}, of {number(len(reports), 'Sentinel')} configured",
+            "run at least three and name them all: with fewer, the loss of one prevents failovers",
         )
     return Finding(name, OK, f"{found}, {number(well[0].replicas, 'replica')}")

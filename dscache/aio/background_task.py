@@ -10,13 +10,14 @@ from typing import Any
 _logger = logging.getLogger("dscache")
 
 
-class KeptTask:
+class BackgroundTask:
     """Runs ``work()`` as a task, and begins it again when it ends by an exception.
 
-    ``work`` itself deals with all that is to be expected. What is left are a MemoryError, a
+    ``work`` itself handles every error that is expected. What is left are a MemoryError, a
     RecursionError and the exceptions of signal handlers, any of which may strike anywhere. After
-    a KeyboardInterrupt or SystemExit the loop may be about to end: ``check`` begins again then.
-    ``ended`` is called when the task is cancelled, or left behind by a loop that was closed.
+    a KeyboardInterrupt or SystemExit the loop may be about to end: then only ``check`` begins
+    the task again. ``ended`` is called when the task is cancelled, or left behind by a loop that
+    was closed.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class KeptTask:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Leave the task that there is to itself, and begin a new one."""
+        """Begin a new task, and cancel the present one without waiting for it."""
         earlier = self.task if self._generation else None
         self._generation += 1
         self.task = self._loop.create_task(self._run(self._generation), name=self._name)
@@ -44,12 +45,12 @@ class KeptTask:
             earlier.cancel()
 
     def check(self) -> None:
-        """Begin again if the task has ended, and nothing else will notice it."""
+        """Begin again if the task has ended without ``cancel``."""
         if self.task.done() and not self._is_over:
             self.begin_again()
 
     def cancel(self) -> None:
-        """End the task, and begin none any more."""
+        """End the task for good."""
         self._is_over = True
         self.task.cancel()
 

@@ -1,0 +1,91 @@
+"""The Sentinels of a group, asked by the thread that connects; through redis-py's connections."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+from ..config import Options, SentinelNode
+from ..net.sentinels import Address, Answer, SentinelGroup
+from .foreign_errors import is_of_handler, raise_foreign
+
+# redis-py's stubs know neither all of its arguments nor those of other versions.
+_Connection: Any = redis.Connection
+
+# What redis-py and SentinelGroup.read raise for replies that are no RESP, or of another shape.
+_NONSENSE: Final = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+class Sentinels:
+    """The Sentinels of one group; any thread may use them."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._group = SentinelGroup(options)
+
+    def locate(self, deadline: float) -> Address:
+        """Return the host and port of the group's primary, or of one of its replicas.
+
+        The Sentinels are asked one after the other. Raises ConnectError, with the reason of each
+        Sentinel, if none names one.
+        """
+        group = self._group
+        seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
+        number = group.begin()
+        answers: list[Answer] = []
+        problems: list[str] = []
+        for node in group.nodes:
+            reply = self._query(node, seconds)
+            if isinstance(reply, str):
+                problems.append(reply)
+                continue
+            answers.append(reply)
+            if group.is_enough(answers):
+                break
+        return group.conclude(number, answers, problems)
+
+    def _query(self, node: SentinelNode, seconds: float) -> Answer | str:
+        """Return a Sentinel's answer, or its address and why it has none."""
+        group = self._group
+        connection = _Connection(
+            host=node.host,
+            port=node.port,
+            username=self._options.sentinel_username,
+            password=self._options.sentinel_password,
+            socket_timeout=seconds,
+            socket_connect_timeout=seconds,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            decode_responses=True,
+        )
+        began = time.monotonic()
+        try:
+            connection.connect()
+            for command in group.commands:
+                connection.send_command(*command)
+            answer = group.read([_reply(connection) for _ in group.commands])
+        except (RedisError, *_NONSENSE) as error:
+            cause = error.__context__
+            if isinstance(cause, Exception) and time.monotonic() < began + seconds:
+                raise_foreign(cause)
+            # A RecordError of a signal handler is a ValueError too.
+            raise_foreign(error)
+            return f"{node.address}: {group.shown(error, seconds)}"
+        finally:
+            connection.disconnect()
+        return answer or group.names_none(node)
+
+
+def _reply(connection: Any) -> Any:
+    """Return the next reply; an error reply is returned as a ResponseError."""
+    try:
+        return connection.read_response()
+    except ResponseError as error:
+        if is_of_handler(error):
+            raise
+        return error

@@ -1,0 +1,69 @@
+"""What commands print: results on standard output, warnings and errors on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import msgspec
+import typer
+from rich.text import Text
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as in shells: 128 plus the number of the signal."""
+
+
+def wants_json(asked: bool) -> bool:
+    """Return whether to print JSON: with ``--json``, or if standard output is no terminal."""
+    return asked or not sys.stdout.isatty()
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document, indented by two spaces."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
+
+
+def write(line: bytes) -> None:
+    """Write bytes to standard output unchanged, and flush them for the reader of a pipe."""
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+
+
+def complain(message: str) -> None:
+    """Print an error or a warning as one line on standard error."""
+    with suppress(OSError):  # there is no other place to report it
+        print(f"dscache: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def complain_of_all(notes: Sequence[str], total: int) -> None:
+    """Print each note on standard error, and the number of faults that have none."""
+    for note in notes:
+        complain(note)
+    if total > len(notes):
+        complain(f"and {total - len(notes):,} more")
+
+
+def printable(words: str) -> str:
+    """Return text from a server or a user without the characters that steer a terminal."""
+    return "".join(one if one.isprintable() else " " for one in words)
+
+
+def plain(words: str, style: str = "") -> Text:
+    """Return text from a server or a user for rich, in one style and without control characters."""
+    return Text(printable(words), style)
+
+
+def number(count: int, one: str, many: str = "") -> str:
+    """Return a count with its noun, such as ``1 node`` or ``12,000 nodes``."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """Turn Ctrl-C into one line on standard error, with a hint, and exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(f"interrupted; {hint}" if hint else "interrupted")
+        raise typer.Exit(INTERRUPTED) from None

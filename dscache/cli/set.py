@@ -1,0 +1,153 @@
+"""``dscache set``: one record from arguments, or a stream of them from standard input."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.text import Text
+
+from ..admin import ndjson
+from ..admin.cache import open_cache
+from ..cache import AsyncCache
+from ..errors import DscacheError, RecordError
+from .by_name import BATCH, STDIN
+from .options import FLAG, Chosen, with_all_options
+from .output import complain, number
+from .settings import require_input, run
+from .tables import Rows, line_of, write_all
+
+
+@with_all_options
+def set_(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the record.")] = None,
+    version: Annotated[
+        int | None, typer.Argument(metavar="VERSION", help="From 0 to 2^63-1.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="JSON text; a string needs its quotes: '\"a\"'."),
+    ] = None,
+    ttl: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SECONDS", help="Lifetime of the records, 0 for none.", show_default=False
+        ),
+    ] = None,
+    if_newer: Annotated[
+        bool,
+        typer.Option(
+            "--if-newer", metavar=FLAG, help="Write only records newer than the stored ones."
+        ),
+    ] = False,
+    *,
+    chosen: Chosen,
+) -> None:
+    """Write a record, or the records in lines of JSON on standard input.
+
+    A line is {"name": ..., "version": ..., "data": ...}, as get and export print it, and may have
+    "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
+    because Redis holds a version as new.
+    """
+    source: ndjson.Lines | None = None
+    one: ndjson.Line | None = None
+    if name is None:
+        require_input("NAME VERSION DATA")
+        source = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
+    elif version is None or data is None:
+        raise typer.BadParameter("a name needs a version and data", param_hint="NAME VERSION DATA")
+    else:
+        one = _from_words(name, version, data)
+    config = chosen.load()
+    as_json = chosen.as_json
+    rows = Rows("version", "")
+    refused = 0
+
+    async def put(cache: AsyncCache, lines: list[ndjson.Line]) -> None:
+        nonlocal refused
+        waiting = [
+            cache.set(
+                line.name,
+                line.version,
+                line.data,
+                ttl=line.ttl if ttl is None else ttl,
+                if_newer=if_newer,
+            )
+            for line in lines
+        ]
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        written: list[bytes] = []
+        for line, outcome in zip(lines, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                write_all(written)
+                raise outcome
+            refused += not outcome
+            if as_json:
+                written.append(line_of(name=line.name, version=line.version, written=outcome))
+            else:
+                outcome_shown = Text("written", "green") if outcome else Text("not newer", "yellow")
+                rows.add(line.name, Text(str(line.version)), outcome_shown)
+        write_all(written)
+        rows.show()
+
+    async def work() -> None:
+        async with open_cache(config) as cache:
+            if one is not None:
+                await put(cache, [one])
+            if source is not None:
+                async for lines in _records(source):
+                    await put(cache, lines)
+
+    run(work())
+    if refused:
+        if as_json:
+            complain(f"{number(refused, 'record')} not written, as Redis holds a version as new")
+        raise typer.Exit(1)
+
+
+# -- input
+
+
+async def _records(source: ndjson.Lines) -> AsyncIterator[list[ndjson.Line]]:
+    """Yield the records of lines; raises DscacheError at a broken line, after those before it."""
+    async for texts in source:
+        some: list[ndjson.Line] = []
+        for text in texts:
+            source.number += 1
+            if not text.removeprefix(ndjson.BOM).strip():
+                continue
+            try:
+                some.append(ndjson.decode(text))
+            except RecordError as error:
+                if some:
+                    yield some
+                raise DscacheError(f"{source.place(source.number)}: {error}") from error
+            if len(some) == BATCH:
+                yield some
+                some = []
+        if some:
+            yield some
+
+
+def _from_words(name: str, version: int, data: str) -> ndjson.Line:
+    try:
+        text = data.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8", param_hint="DATA") from None
+    try:
+        ndjson.encode(name, version, text)
+    except RecordError as error:
+        why = str(error.__cause__ or error)
+        raise typer.BadParameter(
+            f"it is not JSON: {why} (a string needs quotes: '\"{data[:20]}\"')"
+            if data.isalnum()
+            else f"it is not JSON: {why}",
+            param_hint="DATA",
+        ) from None
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8", param_hint="NAME") from None
+    return ndjson.Line(name, version, msgspec.Raw(text))

@@ -1,0 +1,97 @@
+"""``load()``: the configuration of a cache, from deepstream's file, a mapping or a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from msgspec import UNSET, UnsetType, field
+
+from ..errors import shorten
+from .model import Config, Options
+from .rules import check_cluster, complete
+from .sources import ENTRY_KEYS, Tree, missing_section, open_source, read_section, sections_of
+from .url import ParsedUrl
+from .validation import ConfigStruct, Location, read
+
+_EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
+_REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
+
+
+class _CacheSection(ConfigStruct, frozen=True, kw_only=True):
+    """A cache entry of deepstream's configuration."""
+
+    name: str | UnsetType | None = UNSET
+    path: str | None = None
+    type: str | None = None
+    options: Options = field(default_factory=Options)
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, environ: Mapping[str, str] | None = None
+) -> Config:
+    """Return the configuration of a cache.
+
+    ``source`` is the path of a ``.yml``, ``.yaml`` or ``.json`` file (str or PathLike), a mapping,
+    a URL or ``host:port``. A file or mapping is either deepstream's whole configuration, of which
+    only the cache's section is read, or that section alone. In a file, ``${NAME}`` is replaced by
+    the variable of ``environ``, by default the process's environment. A mapping and a URL are
+    taken as they are.
+
+    Raises ConfigError, which begins with the place of the mistake.
+    """
+    opened = open_source(source, environ)
+    if isinstance(opened, ParsedUrl):
+        place, folder = Location(opened.shown), os.getcwd()
+        name: Literal["redis", "memory"] = "redis"
+        options = read(Options, opened.options, place)
+    else:
+        path, node = _find_cache(opened)
+        entry_place, folder = opened.place.inside(path), opened.folder
+        place = entry_place.at("options")
+        content = opened.value(node, entry_place)
+        section, places = read_section(_CacheSection, content, entry_place, _EXAMPLE)
+        check_cluster(section.options, places)
+        name, options = _name(section, entry_place), section.options
+    return Config(name=name, options=complete(options, place, folder), source=place.source)
+
+
+def _find_cache(tree: Tree) -> tuple[str, object]:
+    """Return the path of keys to the cache's section, and the section."""
+    sections = sections_of(tree, _EXAMPLE)
+    if "cache" in sections:
+        return "cache", sections["cache"]
+    plugins = tree.keys(sections["plugins"]) if "plugins" in sections else None
+    if plugins is not None and "cache" in plugins:
+        return "plugins.cache", plugins["cache"]
+    if sections.keys() & ENTRY_KEYS:
+        return "", tree.root
+    # A bare word may be a secret whose name and colon are missing.
+    shown = {
+        name: node
+        for name, node in sections.items()
+        if name == "plugins" or not tree.is_empty(node)
+    }
+    raise missing_section("cache", sections, shown, tree, _EXAMPLE)
+
+
+def _name(section: _CacheSection, place: Location) -> Literal["redis", "memory"]:
+    """Return the kind of cache: deepstream prefers the path to the name, and either to the type."""
+    if section.path is not None:
+        if section.path not in _REDIS_PLUGINS:
+            raise place.at("path").error(
+                f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here'
+            )
+        return "redis"
+    if section.type not in (None, "default"):
+        raise place.at("type").error('must be "default"; write name: redis to choose the cache')
+    if section.name is UNSET:
+        return "memory"
+    match (section.name or "").lower():
+        case "redis":
+            return "redis"
+        case "memory":
+            return "memory"
+    shown = "null" if section.name is None else shorten(section.name)
+    raise place.at("name").error(f'must be "redis" or "memory", not {shown}')
