@@ -40,8 +40,8 @@ OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 # Their short form is in test_cluster.py, where tests share a cluster.
 ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
 
-# Their short form is in test_injection.py.
-IN_PROCESSES = ("injection", "shortage", "finalizers")
+# Their short form is in test_injection.py and test_interruptions.py.
+IN_PROCESSES = ("injection", "interruptions", "shortage", "finalizers")
 
 
 @pytest.mark.parametrize("row", SIZES)
