@@ -1000,8 +1000,8 @@ cdef class Pipeline:
         elif batch.kind == DELETE:
             self._answer_delete(batch, reply)
         elif batch.kind == COMMAND:
-            batch.answered = 1
             _resolve(batch.entries[0], reply)
+            batch.answered = 1
         elif batch.kind >= READ_KEY:
             self._answer_key(batch, reply)
         else:
@@ -1213,12 +1213,11 @@ cdef class Pipeline:
             raise self._wrong_shape("DEL", reply)
         if reply == 1:
             self._halves += 1
-        entry = batch.entries[batch.answered]
         self._deletes += 1
-        batch.answered += 1
         if batch.bulk is None:
-            _resolve(entry, reply == 2)
-        else:
+            _resolve(batch.entries[batch.answered], reply == 2)
+        batch.answered += 1  # behind it, as it may raise
+        if batch.bulk is not None:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
         return 0
@@ -1234,8 +1233,9 @@ cdef class Pipeline:
         if not fits:
             raise self._wrong_shape("a command of one key", reply)
         cdef _Command entry = <_Command>PyList_GET_ITEM(batch.entries, batch.answered)
+        _resolve(entry.waiter, reply)
         batch.answered += 1
-        return _resolve(entry.waiter, reply)
+        return 0
 
     cdef list _array(self, reply, Py_ssize_t length, str command):
         if type(reply) is not list or PyList_GET_SIZE(reply) != length:

@@ -811,8 +811,8 @@ class Pipeline:
         elif batch.kind == c.DELETE:
             self._answer_delete(batch, reply)
         elif batch.kind == c.COMMAND:
-            batch.answered = 1
             resolve(batch.entries[0], reply)
+            batch.answered = 1
         elif batch.kind >= c.READ_KEY:
             self._answer_key(batch, reply)
         else:
@@ -980,12 +980,11 @@ class Pipeline:
             raise self._wrong_shape("DEL", reply)
         if reply == 1:
             self._counts["halves"] += 1
-        entry = batch.entries[batch.answered]
         self._counts["deletes"] += 1
-        batch.answered += 1
         if batch.bulk is None:
-            resolve(entry, reply == 2)
-        else:
+            resolve(batch.entries[batch.answered], reply == 2)
+        batch.answered += 1  # behind it, as it may raise
+        if batch.bulk is not None:
             batch.bulk.result += reply == 2
             batch.bulk.settle(1)
 
@@ -999,8 +998,8 @@ class Pipeline:
         if not fits:
             raise self._wrong_shape("a command of one key", reply)
         entry = batch.entries[batch.answered]
-        batch.answered += 1
         resolve(entry.waiter, reply)
+        batch.answered += 1
 
     def _check_array(self, reply: Any, length: int, command: str) -> None:
         if type(reply) is not list or len(reply) != length:

@@ -1,26 +1,18 @@
-"""Exceptions raised anywhere in a cache never give a record to another's caller."""
+"""Exceptions of every kind in the way of a cache: each caller gets its own record or an error.
+
+The long form is a row of the soak test.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE
-
-PROGRAM = Path(__file__).parents[1] / "programs" / "interruptions.py"
-# lost_write replaces a method of asyncio that uvloop doesn't have.
-SCENES = [
-    (scene, loop)
-    for scene in (*("short_of_memory", "deep", "recursive", "signals", "finalizers", "callbacks"),)
-    for loop in ("asyncio", "uvloop")
-] + [("lost_write", "asyncio")]
+from tests.programs.interruptions import SCENES
+from tests.support.blocking import run_child
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +22,8 @@ def server(running: Callable[[ServerBinary], EmbeddedServer]) -> EmbeddedServer:
 
 
 @pytest.mark.parametrize(("scene", "loop"), SCENES)
-async def test_each_record_goes_to_its_owner_and_each_operation_ends(
+def test_each_record_goes_to_its_owner_and_each_operation_ends(
     server: EmbeddedServer, backend: str, scene: str, loop: str
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, PROGRAM, scene, loop, server.url),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "DSCACHE_BACKEND": backend},
-    )
-    output, errors = await asyncio.wait_for(process.communicate(), 240)
-    assert process.returncode == 0, errors.decode()[-4000:]
-    assert json.loads(output.splitlines()[-1]) == {"wrong": [], "pending": {}}
+    result = run_child("interruptions.py", scene, loop, server.url, backend=backend, seconds=240)
+    assert result == {"wrong": [], "pending": {}}

@@ -1,9 +1,10 @@
 """Raise an exception on every line that an operation executes, one after the other.
 
-``python -m tests.programs.injection WHERE`` prints its findings as JSON. WHERE is a mapping as
-JSON: the ``options`` of a server or cluster, the ``kind`` of user ("async", "blocking" or
-"messages"), whether the loop is ``uvloop``'s, and whether ``every`` exception is raised on every
-line, or each in turn. ``DSCACHE_BACKEND`` names the core.
+``python -m tests.programs.injection WHERE`` prints what it found as JSON. WHERE is a mapping as
+JSON: the ``options`` that lead to a server or a cluster, the ``kind`` of user ("async", "blocking"
+or "messages"), whether the loop is ``uvloop``'s, and whether ``every`` exception is raised on every
+line. If not, each exception in turn is raised on one line of each ``step``, from the line
+``offset`` on. ``DSCACHE_BACKEND`` names the core.
 
 Each action, such as a read or a write, runs once to record its lines in dscache and in the parts of
 asyncio that dscache calls. Then it runs once for each line, on which an exception is raised the
@@ -245,16 +246,18 @@ async def _close(cache: Any, findings: Findings) -> None:
 
 
 def _each(
-    known: set[Site], sites: dict[Site, None], every: bool
+    known: set[Site], sites: dict[Site, None], where: dict[str, Any]
 ) -> Iterator[tuple[Site, BaseException]]:
     """Yield each exception with its line; a line hit in an earlier action is skipped."""
     for site in sites:
-        if every:
+        if where["every"]:
             for make in _EXCEPTIONS:
                 yield site, make()
         elif site not in known:
-            yield site, _EXCEPTIONS[len(known) % len(_EXCEPTIONS)]()
+            number = len(known)
             known.add(site)
+            if number % where["step"] == where["offset"]:
+                yield site, _EXCEPTIONS[number // where["step"] % len(_EXCEPTIONS)]()
 
 
 def _named(action: str, site: Site, error: BaseException) -> str:
@@ -292,7 +295,7 @@ def _run_async(findings: Findings, where: dict[str, Any]) -> None:
         first = Tracer()
         survivor.run(one(cache, action, Tracer()))
         survivor.run(one(cache, action, first))
-        for site, error in _each(known, first.sites, where["every"]):
+        for site, error in _each(known, first.sites, where):
             findings.case = _named(action, site, error)
             findings.cases += 1
             survivor.run(one(cache, action, Tracer(site, error)))
@@ -304,7 +307,7 @@ def _run_async(findings: Findings, where: dict[str, Any]) -> None:
     began = time.monotonic()
     first = Tracer()
     survivor.run(close_of_each(first))
-    for site, error in _each(known, first.sites, where["every"]):
+    for site, error in _each(known, first.sites, where):
         findings.case = _named("close", site, error)
         findings.cases += 1
         survivor.run(close_of_each(Tracer(site, error)))
@@ -402,7 +405,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
         act(action, Tracer())
         first = Tracer()
         act(action, first)
-        for site, error in _each(known, first.sites, where["every"]):
+        for site, error in _each(known, first.sites, where):
             findings.case = _named(action, site, error)
             findings.cases += 1
             act(action, Tracer(site, error))
@@ -458,7 +461,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
     survivor.run(send(sender, number, Tracer()))
     first = Tracer()
     survivor.run(send(sender, number, first))
-    for site, error in _each(known, first.sites, where["every"]):
+    for site, error in _each(known, first.sites, where):
         findings.case = _named("send", site, error)
         findings.cases += 1
         number += 2

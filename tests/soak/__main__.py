@@ -40,6 +40,7 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "fuzz": {"replies": scaled(1_000_000), "seed": random.randrange(10**6)},
         "mutations": {"cases": scaled(1_000_000), "seed": random.randrange(10**6)},
         "injection": {"every": scale >= 1},
+        "interruptions": {"rounds": scaled(20)},
         "shortage": {"stride": max(1, round(1 / scale))},
         "finalizers": {"count": scaled(100_000)},
         "failover": {"rounds": scaled(3)},

@@ -24,6 +24,7 @@ import dscache
 from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.programs.injection import TIMEOUT
+from tests.programs.interruptions import SCENES
 from tests.programs.shortage import scan
 from tests.soak import cluster_rows, message_rows, near_rows, thread_rows
 from tests.soak.figures import (
@@ -325,13 +326,11 @@ async def fuzz(
 ) -> None:
     """Feed replies made by a grammar to both cores, which must do the same with each."""
     fuzzer = TwinFuzzer(seed)
-    fuzzer.run(1000)  # each kind of pipeline has its templates then
-    before, began = held(), time.monotonic()
+    began = time.monotonic()
     while fuzzer.replies < replies and time.monotonic() < began + seconds:
         fuzzer.run(100)
         await asyncio.sleep(0)
     took = time.monotonic() - began
-    figures.memory = (before, held())
     figures.operations = fuzzer.replies
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems
@@ -364,7 +363,7 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
         options["retryStrategy"] = {"first": 1, "cap": 20}
         for kind in ("async", "blocking", "messages"):
             where = {"options": options, "kind": kind, "every": every, "seconds": 6 * 3600}
-            where |= {"uvloop": False, "reconnect": True}
+            where |= {"uvloop": False, "reconnect": True, "step": 1, "offset": 0}
             result = await asyncio.to_thread(
                 run_child,
                 "injection.py",
@@ -375,6 +374,24 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
             figures.operations += result["cases"]
             figures.problems += result["problems"]
             figures.notes.append(f"{result['cases']} of {kind}")
+
+
+async def interruptions(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
+    """Raise in the way of an AsyncCache in every way, in processes of their own."""
+    with EmbeddedServer(binary) as server:
+        for number in range(rounds):
+            for scene, loop in SCENES:
+                result = await asyncio.to_thread(
+                    run_child,
+                    "interruptions.py",
+                    *(scene, loop, server.url, "long"),
+                    backend=_backend.BACKEND,
+                    seconds=600.0,
+                )
+                figures.operations += 1
+                if result != {"wrong": [], "pending": {}}:
+                    figures.problems.append(f"{scene}, {loop}, round {number}: {result}")
+    figures.notes.append(f"{len(SCENES)} scenes {rounds} times")
 
 
 async def shortage(
@@ -749,6 +766,7 @@ ROWS: dict[str, Row] = {
     "fuzz": fuzz,
     "mutations": mutations,
     "injection": injection,
+    "interruptions": interruptions,
     "shortage": shortage,
     "finalizers": finalizers,
     "failover": failover,

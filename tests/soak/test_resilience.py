@@ -40,8 +40,8 @@ OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 # test_cluster.py has their short form, with a shared cluster.
 ON_CLUSTERS = ("cluster-records", "reshard", "cluster-kill", "cluster-failover")
 
-# test_injection.py has their short form.
-IN_PROCESSES = ("injection", "shortage", "finalizers")
+# Their short form is in test_injection.py and test_interruptions.py.
+IN_PROCESSES = ("injection", "interruptions", "shortage", "finalizers")
 
 
 @pytest.mark.parametrize("row", SIZES)

@@ -260,10 +260,12 @@ class TwinFuzzer:
         self._seed = seed
         self._chance = random.Random(seed)
         self._grammar = Grammar(self._chance)
-        self._templates: dict[str, list[_Template]] = {}
         self._kind = ""
         self._twins: list[_Twin] = []
         self._fed = b""
+        self._templates: dict[str, list[_Template]] = {}
+        for self._kind in _OPTIONS:
+            self._templates[self._kind] = [self._template() for _ in range(_TEMPLATES)]
 
     def run(self, cases: int) -> None:
         """Run so many cases more."""
@@ -435,8 +437,6 @@ class TwinFuzzer:
         """Make new pipelines, with other options."""
         self._kind = self._chance.choice([*_OPTIONS])
         self._twins = [self._twin(core, self._kind) for core in (_fast, pure)]
-        if self._kind not in self._templates:
-            self._templates[self._kind] = [self._template() for _ in range(_TEMPLATES)]
 
     @staticmethod
     def _twin(core: Any, kind: str) -> _Twin:
@@ -494,7 +494,7 @@ def _plain_error(error: BaseException) -> Any:
     more: list[Any] = []
     if isinstance(error, BulkError):
         more = [(name, _plain_error(one)) for name, one in error.errors.items()]
-        more.append(plain(error.result))
+        more.append(_shown_result(error.result))
     elif isinstance(error, ReplyError):
         more = [error.code, error.message]
     cause = error.__cause__ and _plain_error(error.__cause__)
@@ -504,10 +504,11 @@ def _plain_error(error: BaseException) -> Any:
 def _shown(waiter: Waiter) -> Any:
     if waiter.error is not None:
         return _plain_error(waiter.error)
-    value = waiter.value
-    if type(value) is set:
-        return ("set", sorted(value))
-    return (waiter.done, type(value).__name__, _raw(value))
+    return (waiter.done, _shown_result(waiter.value))
+
+
+def _shown_result(value: Any) -> Any:
+    return ("set", sorted(value)) if type(value) is set else (type(value).__name__, _raw(value))
 
 
 def _raw(value: Any) -> Any:
