@@ -49,7 +49,7 @@ def _dscache_process() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
-    """A private Redis or Valkey server without data, a dscache.embedded.EmbeddedServer.
+    """A private, empty Redis or Valkey server, a dscache.embedded.EmbeddedServer.
 
     Pass ``dscache_server.url`` to the tested program. One server is started for the whole run (one
     for each process of pytest-xdist), at its first use. Each test gets it running and empty, even

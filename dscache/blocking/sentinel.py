@@ -17,7 +17,7 @@ from .foreign_errors import is_of_handler, raise_foreign
 # redis-py's stubs know neither all of its arguments nor those of other versions.
 _Connection: Any = redis.Connection
 
-# What redis-py and SentinelGroup.read raise for replies that are no RESP, or of another shape.
+# Errors that redis-py and SentinelGroup.read raise for replies of another shape, or no RESP at all.
 _NONSENSE: Final = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 

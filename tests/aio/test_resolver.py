@@ -73,7 +73,7 @@ async def small_executor() -> AsyncIterator[ThreadPoolExecutor]:
 
 def begun(cache: dscache.AsyncCache) -> asyncio.Future[Any]:
     """Let a cache begin to connect."""
-    return asyncio.ensure_future(cache.get("a"))
+    return asyncio.ensure_future(cache.get("a record that no other test writes"))
 
 
 async def run_in_executor() -> int:
