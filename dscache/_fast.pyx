@@ -1,13 +1,13 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""The core, compiled: what ``core/pure.py`` does, with the same names, results and errors.
+"""The compiled core, with the names, results and errors of ``core/pure.py``.
 
 Sans-IO: operations go in and RESP bytes come out, bytes go in and waiters are resolved. There
 is no socket, event loop or configuration here. The theory of operation stands at the top of
-``core/pipeline.py``; here are only the reasons for what is done otherwise:
+``core/pipeline.py``; this file gives only the reasons for its differences:
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
-* Replies to MGET and MSET are read where they lie. Whatever else comes, or looks unusual, is left
-  to hiredis, so that it is judged in both cores alike.
+* Replies to MGET and MSET are read in place. All other replies, and unusual ones, are left to
+  hiredis, so that both cores judge them alike.
 * ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
   each collection that they would trigger looks at all of them.
 """
@@ -285,11 +285,11 @@ cdef class Pipeline:
     # -- bulk operations
 
     def get_bulk(self, names):
-        """Queue a read of many records; its waiter gets a dict of those found."""
+        """Queue a read of many records; its waiter gets a dict of the records found."""
         return self._add_bulk(GET, _unique("get_bulk", names))
 
     def head_bulk(self, names):
-        """Queue a read of many versions; its waiter gets a dict of those found."""
+        """Queue a read of many versions; its waiter gets a dict of the versions found."""
         return self._add_bulk(HEAD, _unique("head_bulk", names))
 
     def set_bulk(self, records, ttl=None, if_newer=False):
@@ -311,7 +311,7 @@ cdef class Pipeline:
         self._join(GET, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
         self._add_bulk(kind, dict.fromkeys(names), 0, waiter)
 
     # -- any other command
@@ -539,7 +539,7 @@ cdef class Pipeline:
             self.near.count_live(1)
 
     cpdef disconnected(self, bint is_trusted):
-        """Note that the connection ended, and whether what it brought can be trusted."""
+        """Note that the connection ended, and whether its replies can be trusted."""
         self._end_epoch(LOST if is_trusted else OVER, "connection")
         self._reach.up = False
 
@@ -601,7 +601,7 @@ cdef class Pipeline:
         self.returned.clear()
 
     def stats(self):
-        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        """Return the counters: records by kind and outcome, traffic, and pending operations."""
         stats = {
             "operations": self._calls,
             "records": self._reads + self._writes + self._not_newer + self._deletes,
@@ -629,7 +629,7 @@ cdef class Pipeline:
         return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latency()}
 
     cdef dict _latency(self):
-        """Return what ``stats()`` tells of latencies, without operations there were none of."""
+        """Return the latencies for ``stats()``, without operations that never occurred."""
         cdef dict rows = {}
         cdef Py_ssize_t i, j
         for i in range(TIMED):
@@ -679,7 +679,7 @@ cdef class Pipeline:
         return _Batch.__new__(_Batch, kind, dscache_monotonic() + self.timeout, 0, records)
 
     cdef inline int notify_pending(self) except -1:
-        """Tell whoever flushes that something is about to be queued; raises if it must not."""
+        """Call ``wake`` before the first operation of a tick is queued; raises its error."""
         if not self._awake:
             self._wake()
             self._awake = True
@@ -755,7 +755,7 @@ cdef class Pipeline:
     cdef inline int check_capacity(self, Py_ssize_t size) except -1:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much.
 
-        Raises what ``wake`` does if it comes in another thread.
+        Raises the error of ``wake`` in another thread.
         """
         if self._thread and self._thread != PyThread_get_thread_ident():
             self._wake()
@@ -850,7 +850,7 @@ cdef class Pipeline:
         return waiter
 
     cdef int add_part(self, _Bulk bulk, int kind, dict records, Py_ssize_t size) except -1:
-        """Queue those records of a bulk that this node serves."""
+        """Queue the records of a bulk that this node serves."""
         cdef _Batch batch = self._new_batch(kind, records)
         batch.bulk = bulk
         batch.counted = True
@@ -912,7 +912,7 @@ cdef class Pipeline:
         return 0
 
     cdef int _take_push(self, push) except -1:
-        """Take a message, or let the near cache forget what has changed.
+        """Take a message, or let the near cache drop the records that changed.
 
         All other pushes go to ``on_push``.
         """
@@ -942,7 +942,7 @@ cdef class Pipeline:
         raise self._wrong_shape("a subscription", push)
 
     cdef int _take_subscription(self, push) except -1:
-        """Take what answers a subscription, though it is no reply; or ends one unasked."""
+        """Take the push that confirms a subscription, or ends one unasked."""
         cdef _Batch batch
         if self.slots:
             batch = self.slots[0][0]
@@ -1049,7 +1049,7 @@ cdef class Pipeline:
         self._latencies[row * (LATENCY_BOUNDS + 1) + bucket] += count
 
     cdef int _add_found(self, _Batch batch, Py_ssize_t count, list found, reply) except -1:
-        """Add what a list says of the records that were not read in place."""
+        """Add the records of a list reply that were not read in place."""
         cdef Py_ssize_t first = PyList_GET_SIZE(found)
         cdef list values = self._array(reply, 2 * (count - first), "MGET")
         cdef object stored, raw
@@ -1073,7 +1073,7 @@ cdef class Pipeline:
         return 0
 
     cdef int _answer_get(self, _Batch batch, list found) except -1:
-        # Nobody tells of changes to what only those get who ask.
+        # Redis sends no invalidation for records read by ASKING.
         cdef _Epoch epoch = None if batch.asking else self._epoch
         cdef _Bulk bulk = batch.bulk
         cdef dict result = None if bulk is None else bulk.result
@@ -1256,7 +1256,7 @@ cdef class Pipeline:
     # -- counting
 
     cpdef int slot_of(self, int kind, str name) except -2:
-        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        """Return the slot of an operation's target, by its kind: a record, or one key."""
         return self._encoder.slot_of(kind, name)
 
     cpdef int recount(self) except -1:
@@ -1284,7 +1284,7 @@ cdef class Pipeline:
             return 0
         batch.count = last_count
         if batch.bulk is None:
-            # What is over and was not sent will never be.
+            # An abandoned record that was not sent never will be.
             last = batch.sent if batch.abandoned() else PyDict_Size(batch.records)
             self.operations += last - batch.answered
         else:

@@ -1,4 +1,4 @@
-# Batches, bulks and those who wait for them; the compiled twin of ``batch.py``.
+# Batches, bulks and their waiters; the compiled twin of ``batch.py``.
 
 
 # One row of numbers for all pipelines, so that batches keep their order when they change nodes.
@@ -10,7 +10,7 @@ cdef long long last_count = 0
 @cython.final
 @cython.freelist(1024)
 cdef class _Write:
-    """The content of one record to be written, and who waits for it."""
+    """The content of one record to be written, and its waiters."""
 
     cdef readonly long long version
     cdef readonly long long ttl
@@ -21,7 +21,7 @@ cdef class _Write:
 
 @cython.final
 cdef class _Command:
-    """A command of one key, ready to be sent, and who waits for its reply."""
+    """A command of one key, ready to be sent, and the waiter for its reply."""
 
     cdef bytes text
     cdef readonly object waiter
@@ -35,8 +35,8 @@ cdef class _Command:
 cdef class _Bulk:
     """The outcome of one bulk operation, gathered from its slots.
 
-    One that is ``shared`` has a batch on each of several nodes: what ends one of them leaves the
-    others' records what they are.
+    A ``shared`` bulk has a batch on each of several nodes. A failed batch doesn't change the
+    records of the others.
     """
 
     cdef readonly str operation
@@ -103,8 +103,8 @@ cdef class _Batch:
     """Records of one kind that go out together: the operations of a tick, or one bulk.
 
     ``records`` maps each name to its waiter, list of waiters, _Write or _Command. It is frozen
-    into two lists when the first of it is sent. Records before ``answered`` are settled, those
-    from there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the
+    into two lists when the first of it is sent. Records before ``answered`` are settled, the
+    next ones up to ``sent`` are in flight, and the rest wait. ``serial`` tells the order of the
     batches, on all nodes; a repeat has its original's.
     """
 
@@ -125,7 +125,7 @@ cdef class _Batch:
     cdef public bint one_per_command  # one record a command, to find the one that is refused
     cdef public bint counted  # as one pending operation, if it is of a bulk
     cdef short* hash_slots  # of the names, on a cluster; NULL if there is but one
-    cdef public tuple redirections  # who has redirected it, and with which words
+    cdef public tuple redirections  # of each: the node and its error text
     cdef public bint asking  # the node has these slots only for those who ask
     cdef public object target  # the pipeline that it was redirected to for this once
 
@@ -148,7 +148,7 @@ cdef class _Batch:
         return 0
 
     cdef int group(self, _Encoder encoder) except -1:
-        """Bring records of one slot together; those sent before stay before the others."""
+        """Group the records by slot; records sent before stay in front of the others."""
         cdef Py_ssize_t size = PyList_GET_SIZE(self.names)
         if size < 2:
             return 0
@@ -210,12 +210,12 @@ cdef class _Batch:
         return self.abandoned() or self.answered >= PyDict_Size(self.records)
 
     cpdef Py_ssize_t text_size(self) except -1:
-        """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
+        """Return the bytes of text in pending records: not answered, nor abandoned and unsent."""
         cdef Py_ssize_t i, last, size = 0
         cdef PyObject* entry
         if not (SET <= self.kind <= SET_IF_NEWER or self.kind >= READ_KEY):
             return 0
-        # What is over and was not sent will never be.
+        # An abandoned record that was not sent never will be.
         last = self.sent if self.abandoned() else PyDict_Size(self.records)
         if self.names is None:
             i = 0
@@ -227,7 +227,7 @@ cdef class _Batch:
         return size
 
     cpdef bint abandoned(self) noexcept:
-        """Return whether nobody waits for it any more."""
+        """Return whether no caller waits for this batch any more."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
     cpdef Py_ssize_t waiting(self) noexcept:

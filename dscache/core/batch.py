@@ -1,4 +1,4 @@
-"""Batches, bulks and those who wait for them; the pure twin of ``batch.pxi``."""
+"""Batches, bulks and their waiters; the pure twin of ``batch.pxi``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ serials = _Serials()
 
 
 class Write:
-    """The content of one record to be written, and who waits for it."""
+    """The content of one record to be written, and its waiters."""
 
     __slots__ = ("guard", "text", "ttl", "version", "waiter")
 
@@ -38,7 +38,7 @@ class Write:
 
 
 class Command:
-    """A command of one key, ready to be sent, and who waits for its reply."""
+    """A command of one key, ready to be sent, and the waiter for its reply."""
 
     __slots__ = ("text", "waiter")
 
@@ -50,8 +50,8 @@ class Command:
 class Bulk:
     """The outcome of one bulk operation, gathered from its slots.
 
-    One that is ``shared`` has a batch on each of several nodes: what ends one of them leaves the
-    others' records what they are.
+    A ``shared`` bulk has a batch on each of several nodes. A failed batch doesn't change the
+    records of the others.
     """
 
     __slots__ = (
@@ -118,8 +118,8 @@ class Batch:
     """Records of one kind that go out together: the operations of a tick, or one bulk.
 
     ``records`` maps each name to its waiter, list of waiters, Write or Command. It is frozen
-    into two lists when the first of it is sent. Records before ``answered`` are settled, those
-    from there to ``sent`` are in flight, the others wait. ``serial`` tells the order of the
+    into two lists when the first of it is sent. Records before ``answered`` are settled, the
+    next ones up to ``sent`` are in flight, and the rest wait. ``serial`` tells the order of the
     batches, on all nodes; a repeat has its original's.
     """
 
@@ -162,7 +162,7 @@ class Batch:
         self.one_per_command = False  # one record a command, to find the one that is refused
         self.counted = False  # as one pending operation, if it is of a bulk
         self.hash_slots: list[int] = []  # of the names, on a cluster
-        self.redirections: tuple[str, ...] = ()  # who has redirected it, and with which words
+        self.redirections: tuple[str, ...] = ()  # of each: the node and its error text
         self.asking = False  # the node has these slots only for those who ask
         self.target: Any = None  # the pipeline that it was redirected to for this once
 
@@ -173,7 +173,7 @@ class Batch:
             self.names = names
 
     def group(self, slot_of: Callable[[str], int]) -> None:
-        """Bring records of one slot together; those sent before stay before the others."""
+        """Group the records by slot; records sent before stay in front of the others."""
         if len(self.names) < 2:
             return
         slots = [slot_of(name) for name in self.names]
@@ -200,16 +200,16 @@ class Batch:
         self.asking = True
 
     def text_size(self) -> int:
-        """Return the bytes of text in what is neither answered nor, if it is over, unsent."""
+        """Return the bytes of text in pending records: not answered, nor abandoned and unsent."""
         if not c.has_text(self.kind):
             return 0
-        # What is over and was not sent will never be.
+        # An abandoned record that was not sent never will be.
         last = self.sent if self.abandoned() else len(self.records)
         entries = self.entries if self.names else list(self.records.values())
         return sum(len(entry.text) for entry in entries[self.answered : last])
 
     def abandoned(self) -> bool:
-        """Return whether nobody waits for it any more."""
+        """Return whether no caller waits for this batch any more."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
     def settled(self) -> bool:

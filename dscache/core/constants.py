@@ -1,4 +1,4 @@
-"""What both cores share: the constants of the wire, the scripts, and everything off the hot path.
+"""Constants, scripts and error texts that both cores share, and their code off the hot path.
 
 The twins ``_fast`` and ``core.pure`` import this module and nothing of each other, so that no
 constant and no error text stands twice.
@@ -122,12 +122,12 @@ MAX_REDIRECTIONS: Final = 16
 # The slots of a cluster: CRC16 of a key's hash tag, in 14 bits.
 SLOTS: Final = 16384
 ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
-# What a node of a cluster answers if another one, or a later moment, is right.
+# Error codes of a cluster's node that send a command to another node, or to a later moment.
 # The fleeting ones may be over by the very next command; a slot that has left stays away.
 FLEETING: Final = frozenset(("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING"))
 REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
 
-# What the set script gets as the guard of each record.
+# The guard argument of each record in the set script.
 UNGUARDED: Final = b"0"
 GUARDED: Final = b"1"
 # A repeated guarded write finds its own first attempt and must not take it for somebody else's.
@@ -137,7 +137,7 @@ NOT_NEWER: Final = 0
 WRITTEN: Final = 1
 DAMAGED: Final = -1
 
-# What TYPE says of a key that a record's data may be under.
+# Replies to TYPE for a key that may hold a record's data.
 STRING: Final = b"string"
 NO_STRING: Final = (b"none", b"list", b"set", b"zset", b"hash", b"stream")
 
@@ -196,7 +196,7 @@ SET_SCRIPT_SHA: Final = hashlib.sha1(SET_SCRIPT, usedforsecurity=False).hexdiges
 
 
 class Waiter(Protocol):
-    """What an operation's outcome is given to: ``asyncio.Future``, or anything like it."""
+    """The receiver of an operation's outcome: ``asyncio.Future``, or an object with its methods."""
 
     def set_result(self, result: Any, /) -> None: ...
     def set_exception(self, error: Exception, /) -> None: ...
@@ -207,7 +207,7 @@ ErrorOf = Callable[[str], Exception]
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return an error like this one, for somebody else."""
+    """Return a copy of an error, for another caller."""
     other = copy(error)
     other.__cause__ = error.__cause__
     return other
@@ -219,7 +219,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def is_address(host: object, port: object) -> bool:
-    """Return whether a host and port may be those of a server; what one announced may not be.
+    """Return whether a host and port are valid. Servers may announce invalid ones.
 
     A host with control characters would forge lines of a log.
     """
@@ -251,7 +251,7 @@ def read_epoch(text: object) -> int:
 
 
 def latency_of(rows: Mapping[str, tuple[float, list[int]]]) -> dict[str, Any]:
-    """Return what ``stats()`` tells of latencies: of each operation the seconds and buckets."""
+    """Return the latencies of ``stats()``: the seconds and buckets of each operation."""
     return {
         "bounds": list(LATENCY_BOUNDS),
         "operations": {
@@ -364,7 +364,7 @@ def encode_json(value: object) -> bytes:
 def encode_tolerantly(name: str, data: object) -> bytes:
     """Return the JSON text of data that msgspec's encoder refused.
 
-    Raises RecordError that names the record and the path of what can't be encoded.
+    Raises RecordError that names the record and the path of the part that can't be encoded.
     """
     try:
         return tolerant_json.encode(data)
@@ -401,7 +401,7 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     """Return JSON text decoded into ``type_``, which msgspec knows.
 
-    Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
     """
     try:
         return _decoder(type_).decode(raw)
@@ -431,7 +431,7 @@ def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
 def bulk_failure(
     operation: str, errors: Mapping[str, Exception], total: int, result: object
 ) -> Exception:
-    """Return what a bulk operation raises, of whose ``total`` records some failed.
+    """Return the error of a bulk operation, some of whose ``total`` records failed.
 
     If Redis refused every single one, that is no partial failure but its refusal.
     """
@@ -469,7 +469,7 @@ def describe(kind: int, name: str) -> str:
 
 
 def _doubt_of(operation: str) -> str:
-    """Return how an error ends of what was sent, and may or may not have been done."""
+    """Return the end of an error text about a sent operation that may or may not have happened."""
     if operation.startswith("send "):
         return "; the message may have been delivered"
     return "; the write may have happened"
@@ -495,8 +495,8 @@ def never_sent(
 ) -> Exception:
     """Return the error of an operation that could not be sent in time, and now never will.
 
-    ``down`` is why there is no connection, or None if there is one; ``redirections`` who sent it
-    there.
+    ``down`` is the reason why there is no connection, or None if there is one. ``redirections``
+    are the redirections on the way there.
     """
     limit = f"within {timeout * 1000:.0f} ms"
     if redirections:
@@ -562,7 +562,7 @@ def no_push(address: str, push: list[Any]) -> ProtocolError:
 def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:
     """Return the error of an operation whose connection ended before the answer.
 
-    ``reason`` is a ProtocolError if dscache ended it, else what ended it.
+    ``reason`` is a ProtocolError if dscache ended it, else the error that ended it.
     """
     written = _doubt_of(operation) if is_write(kind) else ""
     if isinstance(reason, ProtocolError):

@@ -1,4 +1,4 @@
-"""What both cores share on messages: their topics, their envelope, and what is wrong with either.
+"""Topics, envelopes and errors of messages, shared by both cores.
 
 A message travels as ``{"fromServer":"A","message":{...}}``, to one server alone as
 ``{"fromServer":"A","toServer":"B","message":{...}}``, on a channel called like its topic.
@@ -29,7 +29,7 @@ SPUBLISH: Final = b"*3\r\n$8\r\nSPUBLISH\r\n"
 MESSAGES: Final = (b"message", b"smessage")
 SUBSCRIPTIONS: Final = (b"subscribe", b"unsubscribe", b"ssubscribe", b"sunsubscribe")
 
-# What a mailbox does with a message for which it has no room.
+# Policies of a full queue.
 OVERFLOWS: Final = ("drop_oldest", "drop_newest", "disconnect")
 DROP_OLDEST: Final = 0
 DROP_NEWEST: Final = 1

@@ -1,8 +1,8 @@
-"""How long operations take, counted in buckets; what the compiled core has in ``_fast.pyx``.
+"""Latencies of operations, counted in buckets; the compiled core has its own in ``_fast.pyx``.
 
 Time runs from the call, as the deadline does, to the reading of the answer. The operations of one
-tick have the time of the first of them, and what is read at once has come at one time: so a clock
-is read twice for a batch, and once of these for its deadline anyway.
+tick have the time of the first of them, and replies read at once have one time of arrival. So the
+clock is read twice for a batch, one of these for its deadline anyway.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ class Latencies:
         self._buckets[row][bisect_left(c.LATENCY_BOUNDS, seconds)] += count
 
     def told(self) -> dict[str, Any]:
-        """Return what ``stats()`` tells of them, without operations that there were none of."""
+        """Return the latencies for ``stats()``, without operations that never occurred."""
         rows = zip(c.TIMED, self._seconds, self._buckets, strict=True)
         return c.latency_of({name: (took, [*bucket]) for name, took, bucket in rows if any(bucket)})

@@ -1,7 +1,7 @@
 """The cache ``name: memory``: records in this process, with the API and results of the others.
 
 It is for tests and a first try, and has the life of its cache. Operations take effect at
-the call, so that their order is the order of the calls; what they return is done already.
+the call, so that their order is the order of the calls. Their futures are done already.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class MemoryPipeline:
         return self._done(sum(map(self._remove, self._checked_all("delete_bulk", names))))
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of a Pipeline; what concerns the wire stays zero."""
+        """Return the counters of a Pipeline; the counters of traffic stay zero."""
         counts = self._counts
         records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
         return counters.merged([{**counts, "records": records}])

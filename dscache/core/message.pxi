@@ -1,4 +1,4 @@
-# Messages, and where they wait for those who want them; the compiled twin of
+# Messages and the queues of their subscribers; the compiled twin of
 # ``message.py``.
 
 from collections.abc import Mapping as _Mapping
@@ -53,7 +53,7 @@ cdef class Message:
 
     @property
     def data(self):
-        """The decoded JSON: decoded at first access, and shared by all who get this message.
+        """The decoded JSON: decoded at first access, and shared by all receivers of this message.
 
         Raises MessageError if the text is no JSON.
         """
@@ -66,9 +66,9 @@ cdef class Message:
         return self._data
 
     def decode(self, type, /):
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 
-        Raises MessageError with the path of what doesn't fit, or if the text is no JSON.
+        Raises MessageError, with the path of the part that doesn't fit, or for invalid JSON.
         """
         return e.decode_as(self.topic, self.sender, self.raw, self._payload, type)
 
@@ -135,9 +135,9 @@ _Mapping.register(Message)
 cdef class SubscriberQueue:
     """Messages that wait for one subscriber, at most ``max_pending``.
 
-    ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
-    when nobody is any more. Beyond the limit, ``overflow`` decides, and ``dropped`` counts. One
-    that ``is_shut`` takes no more.
+    ``wake`` is called for the first message while the subscriber isn't ``awake``; the subscriber
+    clears ``awake`` when it has taken them all. Beyond the limit, ``overflow`` decides, and
+    ``dropped`` counts. A queue that ``is_shut`` takes no more messages.
     """
 
     cdef readonly object messages
@@ -179,11 +179,11 @@ cdef class SubscriberQueue:
 
 @cython.final
 cdef class MessageDispatcher:
-    """Gives each message that is pushed to one server to those of it who want its topic.
+    """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
     ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
-    asked, that those who take messages have enough to do.
+    asked, that the subscribers have enough to do.
     """
 
     cdef readonly object is_crowded
@@ -208,7 +208,7 @@ cdef class MessageDispatcher:
         self._last_name = ""
 
     def join(self, long long topic, SubscriberQueue mailbox not None):
-        """Give a mailbox what comes on a topic from now on."""
+        """Give a queue the messages of a topic from now on."""
         self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
 
     def leave(self, long long topic, SubscriberQueue mailbox not None):
@@ -225,7 +225,7 @@ cdef class MessageDispatcher:
         return [topic for topic, _ in self._topics.values()]
 
     def stats(self):
-        """Return how many messages came: for somebody here, from here, for others, for nobody."""
+        """Return the counts of messages: delivered, own, for others, without subscribers."""
         return {
             "received": self._count_received,
             "own": self._count_own,
@@ -235,7 +235,7 @@ cdef class MessageDispatcher:
         }
 
     def take(self, bytes channel not None, bytes payload not None):
-        """Give a message to those who want it."""
+        """Give a message to its subscribers."""
         self.put(channel, payload)
 
     cdef int put(self, bytes channel, bytes payload) except -1:
@@ -261,7 +261,7 @@ cdef class MessageDispatcher:
         return 0
 
     def note(self, pipeline, list push not None):
-        """Note the end of a subscription that nobody has asked for."""
+        """Note that a server has ended a subscription by itself."""
         self._told(pipeline, push)
 
     cdef Message _open(self, long long topic, bytes payload):
@@ -325,7 +325,7 @@ cdef class MessageDispatcher:
 
 
 cdef inline const char* passed(const char* at, const char* end, bytes text) noexcept:
-    """Return what comes after a text, or NULL if it isn't there."""
+    """Return the position behind a text, or NULL if the text isn't there."""
     cdef Py_ssize_t size = PyBytes_GET_SIZE(text)
     if end - at < size or memcmp(at, PyBytes_AS_STRING(text), size):
         return NULL
@@ -373,7 +373,7 @@ cdef long long topic_of(topic, message) except -1:
 
 
 cdef str name_of_message(long long topic, unsigned long long number):
-    """Return the name that a message has among those that are under way."""
+    """Return the name of a message in its batch."""
     return PyUnicode_FromFormat(b"{%lld}%llu", topic, number)
 
 

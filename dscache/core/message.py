@@ -1,7 +1,7 @@
-"""Messages, and where they wait for those who want them; the pure twin of ``message.pxi``.
+"""Messages and the queues of their subscribers; the pure twin of ``message.pxi``.
 
-A push is looked at as far as its envelope: who sent it, and to whom. The message itself stays
-the bytes that it came in, until somebody asks for its data.
+Only the envelope of a push is read: the sender and the addressee. The message itself stays bytes
+until its data is read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Message:
 
     @property
     def data(self) -> Any:
-        """The decoded JSON: decoded at first access, and shared by all who get this message.
+        """The decoded JSON: decoded at first access, and shared by all receivers of this message.
 
         Raises MessageError if the text is no JSON.
         """
@@ -67,9 +67,9 @@ class Message:
         return data
 
     def decode(self, type: Any, /) -> Any:
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 
-        Raises MessageError with the path of what doesn't fit, or if the text is no JSON.
+        Raises MessageError, with the path of the part that doesn't fit, or for invalid JSON.
         """
         return e.decode_as(self.topic, self.sender, self.raw, self._payload, type)
 
@@ -142,9 +142,9 @@ def _fill(
 class SubscriberQueue:
     """Messages that wait for one subscriber, at most ``max_pending``.
 
-    ``wake`` is called when the first one comes while nobody is ``awake``; whoever takes them says
-    when nobody is any more. Beyond the limit, ``overflow`` decides, and ``dropped`` counts. One
-    that ``is_shut`` takes no more.
+    ``wake`` is called for the first message while the subscriber isn't ``awake``; the subscriber
+    clears ``awake`` when it has taken them all. Beyond the limit, ``overflow`` decides, and
+    ``dropped`` counts. A queue that ``is_shut`` takes no more messages.
     """
 
     def __init__(self, wake: Callable[[], object], max_pending: int, overflow: int) -> None:
@@ -178,11 +178,11 @@ class SubscriberQueue:
 
 
 class MessageDispatcher:
-    """Gives each message that is pushed to one server to those of it who want its topic.
+    """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
     ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
-    asked, that those who take messages have enough to do.
+    asked, that the subscribers have enough to do.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class MessageDispatcher:
         self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
 
     def join(self, topic: int, mailbox: SubscriberQueue) -> None:
-        """Give a mailbox what comes on a topic from now on."""
+        """Give a queue the messages of a topic from now on."""
         self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
 
     def leave(self, topic: int, mailbox: SubscriberQueue) -> bool:
@@ -218,11 +218,11 @@ class MessageDispatcher:
         return [topic for topic, _ in self._topics.values()]
 
     def stats(self) -> dict[str, int]:
-        """Return how many messages came: for somebody here, from here, for others, for nobody."""
+        """Return the counts of messages: delivered, own, for others, without subscribers."""
         return dict(self._counts)
 
     def take(self, channel: bytes, payload: bytes) -> None:
-        """Give a message to those who want it."""
+        """Give a message to its subscribers."""
         counts = self._counts
         found = self._topics.get(channel)
         if found is None:
@@ -237,7 +237,7 @@ class MessageDispatcher:
                 mailbox.put(message)
 
     def note(self, pipeline: Any, push: list[Any]) -> None:
-        """Note the end of a subscription that nobody has asked for."""
+        """Note that a server has ended a subscription by itself."""
         self._told(pipeline, push)
 
     def _open(self, topic: int, payload: bytes) -> Message | None:

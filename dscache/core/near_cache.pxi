@@ -2,7 +2,7 @@
 # ``near_cache.py``, where the theory of operation stands. What is done otherwise: the entries are
 # linked in their order, as no dict of Python's gives its oldest at once.
 
-# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+# Bytes that one entry takes, apart from the text of its name and data, and from the dict.
 NEAR_ENTRY_BYTES = 208
 cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
 cdef Py_ssize_t NO_TABLE = getsizeof({})
@@ -66,7 +66,7 @@ cdef class _Epoch:
 @cython.no_gc  # nothing that it holds leads back to it
 @cython.freelist(1024)
 cdef class _Entry:
-    """What one name was found to hold: a record, or that there is none (``raw`` is None)."""
+    """The cached state of one name: a record, or a miss (``raw`` is None)."""
 
     cdef str name
     cdef bytes raw
@@ -84,15 +84,15 @@ cdef class _Entry:
 
 @cython.final
 cdef class NearCache:
-    """The operations of a Pipeline or Router (``inner``), with what was read kept at hand.
+    """The operations of a Pipeline or Router (``inner``), with a cache of records read before.
 
     ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
     without a turn of the event loop. Like everything else they are issued at the call.
 
     Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
     to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
-    names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
-    a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    names that begin with one of them are kept; () for all. With ``serve_stale``, the last known
+    record is served, marked as stale, while its node is away, for ``max_age`` at most.
     ``check`` is called before a read that comes in another thread, and raises if it must not.
     """
 
@@ -201,7 +201,7 @@ cdef class NearCache:
     # -- bulk operations
 
     def get_bulk(self, names):
-        """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        """Queue a read of the names not cached; its waiter gets a dict of all records found."""
         self._stay()
         return self._bulk(GET, names)
 
@@ -229,7 +229,7 @@ cdef class NearCache:
         return waiter
 
     cdef inline int _stay(self) except -1:
-        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        """Raise the error of ``check`` in another thread. The pipeline checks writes itself."""
         if self._thread and self._thread != PyThread_get_thread_ident():
             self._check()
             self._thread = PyThread_get_thread_ident()  # the event loop runs there now
@@ -284,9 +284,9 @@ cdef class NearCache:
         bytes raw,
         int slot,
     ) except -1:
-        """Keep what a read has found: a record, or with ``raw`` None that there is none.
+        """Cache the result of a read: a record, or with ``raw`` None a miss.
 
-        ``serial`` tells when the read was issued. ``slot`` is that of the name, or -1 if the
+        ``serial`` tells when the read was issued. ``slot`` is the name's, or -1 if the
         caller hasn't computed it.
         """
         cdef PyObject* fence
@@ -305,7 +305,7 @@ cdef class NearCache:
         else:
             if slot < 0:
                 slot = self._encoder.slot(name)
-            # What replicas hold is not kept, nor what a former owner has answered.
+            # Replies of replicas and of former owners are not cached.
             if self._inner.owners[slot] is not pipeline:
                 self._dropped_fills += 1
                 return 0
@@ -331,7 +331,7 @@ cdef class NearCache:
         return 0
 
     cdef bint drop(self, str name) except -1:
-        """Forget what is kept of a name; return whether there was anything."""
+        """Drop the entry of a name; return whether there was one."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name)
         if found == NULL:
             return False
@@ -374,7 +374,7 @@ cdef class NearCache:
         return 0
 
     cdef Record last_known(self, str name):
-        """Return what may be served of a record when its node can't be asked."""
+        """Return the record that may be served while its node can't be reached."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name)
         if found == NULL:
             return None
@@ -385,7 +385,7 @@ cdef class NearCache:
         return _record_of(entry, True)
 
     cdef int landed(self, _PendingRead flight) except -1:
-        """Note that a flight takes nobody on board any more."""
+        """Let no more callers join a pending read."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
         return 0
@@ -393,7 +393,7 @@ cdef class NearCache:
     # -- small things
 
     cdef inline _Entry _look(self, name, bint* stale):
-        """Return what may be served of a name at once, and whether it may be outdated."""
+        """Return the valid entry of a name, and whether it may be stale."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
         if found == NULL:
             return None
@@ -502,7 +502,7 @@ cdef class NearCache:
         return 0
 
     cdef Py_ssize_t _table(self) except -1:
-        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
         return <Py_ssize_t>getsizeof(self._entries) - NO_TABLE
 
     cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
@@ -537,7 +537,7 @@ cdef inline Record _record_of(_Entry entry, bint stale):
 
 @cython.final
 cdef class _PendingRead:
-    """A read under way of one name: the waiter of the pipeline, for all who wait."""
+    """A pending read of one name: the pipeline's waiter, shared by all its callers."""
 
     cdef NearCache _near
     cdef str name
@@ -569,7 +569,7 @@ cdef class _PendingRead:
 
 @cython.final
 cdef class _BulkRead:
-    """A bulk read of which a part was at hand, and others are awaited.
+    """A bulk read with some names cached and the others pending.
 
     It is the pipeline's waiter for those that are read for it, in which others may join.
     """
@@ -621,7 +621,7 @@ cdef class _BulkRead:
         self._come()
 
     cdef int take(self, str name, Record record, bint again) except -1:
-        """Take what a flight that was joined has found."""
+        """Take the result of a pending read that was joined."""
         self._rest[name] = record
         return self.come(again)
 
@@ -636,12 +636,12 @@ cdef class _BulkRead:
         return self.come(again)
 
     cdef int come(self, bint again) except -1:
-        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        """Count a part that has its result. It may come ``again`` after a failure behind it."""
         self.awaited -= not again
         return self._end() if self.awaited == 0 else 0
 
     cdef int _end(self) except -1:
-        """Tell the waiter what became of all."""
+        """Resolve the waiter with the results of all parts."""
         cdef dict result = {}
         cdef Record last
         for name in self._rest:
@@ -693,7 +693,7 @@ cdef class _Part:
 
 
 cdef inline Record _another(Record record):
-    """Return a record like this one, for somebody else."""
+    """Return a copy of a record, for another caller."""
     return None if record is None else _record(record.name, record.version, record.raw)
 
 

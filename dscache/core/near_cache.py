@@ -5,9 +5,9 @@ Theory of operation
 -------------------
 A server that tracks a connection (RESP3, ``CLIENT TRACKING``) pushes a message over the very same
 connection when a key changes that was read over it. So everything happens in the order of that one
-stream: a reply fills the cache, a push drops what it names, and both are done by the parser.
+stream: a reply fills the cache, a push drops the names in it, and the parser does both.
 
-What is kept is true under four conditions, which a look checks each time:
+An entry is valid under four conditions, which each look-up checks:
 
 1. Its **epoch** is live: the connection that brought it is there, and was tracked ever since. A
    lost connection, a FLUSHALL or a new login ends the epoch, and with it all that it brought.
@@ -17,13 +17,13 @@ What is kept is true under four conditions, which a look checks each time:
 4. It is younger than ``max_age``.
 
 **Own writes.** A read that is older than a write of the same name may be answered after the write
-was issued, and must not bring back what was before. Each write leaves a **fence**, the serial of
-its time, and an older read fills nothing. Nor does anybody join it.
+was issued, and must not bring back the value before. Each write leaves a **fence**, the serial of
+its time. An older read fills nothing, and no caller joins it.
 
-**One read for all.** Those who miss a name together wait for one **flight**. Who joins one that
-was sent already may get what was true just before: that is within what a near cache promises, the
-time that a message takes. A flight older than a twentieth of the time limit takes nobody on board,
-as its end comes earlier than theirs.
+**One read for all.** Callers that miss a name at the same time share one **pending read**. A caller
+that joins a read already sent may get the value of a moment before; a near cache promises no more
+than the delay of a message. A read older than a twentieth of the time limit takes no more callers,
+because its deadline comes before theirs.
 
 Records leave in the order in which they came, but those that were hit since stay for another round.
 """
@@ -49,7 +49,7 @@ from .waiters import reject, resolve
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-# What keeping one record takes, apart from its name's and its data's text, and from the dict.
+# Bytes that one entry takes, apart from the text of its name and data, and from the dict.
 NEAR_ENTRY_BYTES: Final = 290
 _NO_TABLE: Final = getsizeof(OrderedDict())
 
@@ -104,7 +104,7 @@ class Epoch:
 
 
 class Entry:
-    """What one name was found to hold: a record, or that there is none (``raw`` is None)."""
+    """The cached state of one name: a record, or a miss (``raw`` is None)."""
 
     __slots__ = ("epoch", "expires", "moves", "raw", "size", "slot", "version", "was_hit")
 
@@ -122,15 +122,15 @@ class Entry:
 
 
 class NearCache:
-    """The operations of a Pipeline or Router (``inner``), with what was read kept at hand.
+    """The operations of a Pipeline or Router (``inner``), with a cache of records read before.
 
     ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
     without a turn of the event loop. Like everything else they are issued at the call.
 
     Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
     to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
-    names that begin with one of them are kept; () for all. With ``serve_stale``, what is known of
-    a record is served, marked so, while its node is away, but no longer than for ``max_age``.
+    names that begin with one of them are kept; () for all. With ``serve_stale``, the last known
+    record is served, marked as stale, while its node is away, for ``max_age`` at most.
     ``check`` is called before a read that comes in another thread, and raises if it must not.
     """
 
@@ -218,7 +218,7 @@ class NearCache:
     # -- bulk operations
 
     def get_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of those that are not at hand; its waiter gets a dict of all found."""
+        """Queue a read of the names not cached; its waiter gets a dict of all records found."""
         self._stay()
         return self._bulk(c.GET, names)
 
@@ -251,7 +251,7 @@ class NearCache:
         return waiter
 
     def _stay(self) -> None:
-        """Raise what ``check`` does if this is another thread. Writes are checked further on."""
+        """Raise the error of ``check`` in another thread. The pipeline checks writes itself."""
         if self._check is not None and self._thread != get_ident():
             self._check()
             self._thread = get_ident()  # the event loop runs there now
@@ -295,9 +295,9 @@ class NearCache:
         raw: Any,
         slot: int,
     ) -> None:
-        """Keep what a read has found: a record, or with ``raw`` None that there is none.
+        """Cache the result of a read: a record, or with ``raw`` None a miss.
 
-        ``serial`` tells when the read was issued. ``slot`` is that of the name, or -1 if the
+        ``serial`` tells when the read was issued. ``slot`` is the name's, or -1 if the
         caller hasn't computed it.
         """
         if self._prefixes and not name.startswith(self._prefixes):
@@ -312,7 +312,7 @@ class NearCache:
         else:
             if slot < 0:
                 slot = self._encoder.slot(name)
-            # What replicas hold is not kept, nor what a former owner has answered.
+            # Replies of replicas and of former owners are not cached.
             if self._inner.owners[slot] is not pipeline:
                 self._counts["dropped_fills"] += 1
                 return
@@ -329,7 +329,7 @@ class NearCache:
         self._make_room(0, 0)  # the table may have grown
 
     def drop(self, name: str) -> bool:
-        """Forget what is kept of a name; return whether there was anything."""
+        """Drop the entry of a name; return whether there was one."""
         entry = self._entries.pop(name, None)
         if entry is None:
             return False
@@ -365,7 +365,7 @@ class NearCache:
         self._live += change
 
     def last_known(self, name: str) -> Record | None:
-        """Return what may be served of a record when its node can't be asked."""
+        """Return the record that may be served while its node can't be reached."""
         entry = self._entries.get(name)
         if entry is None or not self._may_be_stale(entry) or time.monotonic() >= entry.expires:
             return None
@@ -373,14 +373,14 @@ class NearCache:
         return self._record(name, entry, True)
 
     def landed(self, flight: PendingRead) -> None:
-        """Note that a flight takes nobody on board any more."""
+        """Let no more callers join a pending read."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
 
     # -- small things
 
     def _look(self, name: Any) -> tuple[Entry | None, bool]:
-        """Return what may be served of a name at once, and whether it may be outdated."""
+        """Return the valid entry of a name, and whether it may be stale."""
         entry = self._entries.get(name) if type(name) is str else None
         if entry is None:
             return None, False
@@ -470,7 +470,7 @@ class NearCache:
         return waiter
 
     def _table(self) -> int:
-        """Return what keeping the entries in one dict takes; it grows, and shrinks, at times."""
+        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
         return getsizeof(self._entries) - _NO_TABLE
 
     def _make_room(self, records: int, size: int) -> None:
@@ -489,7 +489,7 @@ class NearCache:
 
 
 class PendingRead:
-    """A read under way of one name: the waiter of the pipeline, for all who wait."""
+    """A pending read of one name: the pipeline's waiter, shared by all its callers."""
 
     __slots__ = ("_near", "boarding_ends", "name", "waiters")
 
@@ -516,7 +516,7 @@ class PendingRead:
 
 
 class BulkRead:
-    """A bulk read of which a part was at hand, and others are awaited.
+    """A bulk read with some names cached and the others pending.
 
     It is the pipeline's waiter for those that are read for it, in which others may join.
     """
@@ -571,7 +571,7 @@ class BulkRead:
         self._come()
 
     def take(self, name: str, record: Record | None, again: bool) -> None:
-        """Take what a flight that was joined has found."""
+        """Take the result of a pending read that was joined."""
         self._rest[name] = record
         self.come(again)
 
@@ -585,13 +585,13 @@ class BulkRead:
         self.come(again)
 
     def come(self, again: bool) -> None:
-        """Count one that is awaited no more. It may come ``again`` if what followed has failed."""
+        """Count a part that has its result. It may come ``again`` after a failure behind it."""
         self.awaited -= not again
         if not self.awaited:
             self._end()
 
     def _end(self) -> None:
-        """Tell the waiter what became of all."""
+        """Resolve the waiter with the results of all parts."""
         for name in self._rest:
             self._errors.pop(name, None)
         for name, error in list(self._errors.items()):
@@ -639,7 +639,7 @@ class Part:
 
 
 def _another(record: Record | None) -> Record | None:
-    """Return a record like this one, for somebody else."""
+    """Return a copy of a record, for another caller."""
     return None if record is None else Record(record.name, record.version, record.raw)
 
 

@@ -239,11 +239,11 @@ class Pipeline:
     # -- bulk operations
 
     def get_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of many records; its waiter gets a dict of those found."""
+        """Queue a read of many records; its waiter gets a dict of the records found."""
         return self._add_bulk(c.GET, unique("get_bulk", names))
 
     def head_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of many versions; its waiter gets a dict of those found."""
+        """Queue a read of many versions; its waiter gets a dict of the versions found."""
         return self._add_bulk(c.HEAD, unique("head_bulk", names))
 
     def set_bulk(
@@ -267,7 +267,7 @@ class Pipeline:
         self._join(c.GET, name, waiter)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
         self._add_bulk(kind, dict.fromkeys(names), 0, waiter)
 
     # -- any other command
@@ -473,7 +473,7 @@ class Pipeline:
             self.near.count_live(1)
 
     def disconnected(self, is_trusted: bool) -> None:
-        """Note that the connection ended, and whether what it brought can be trusted."""
+        """Note that the connection ended, and whether its replies can be trusted."""
         self._end_epoch(LOST if is_trusted else OVER, "connection")
         self._reach.up = False
 
@@ -534,7 +534,7 @@ class Pipeline:
         self.returned.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters: records by kind and outcome, traffic, and what is pending."""
+        """Return the counters: records by kind and outcome, traffic, and pending operations."""
         counts = self._counts
         records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
         stats = {
@@ -585,7 +585,7 @@ class Pipeline:
         return Batch(kind, time.monotonic() + self.timeout, 0, records)
 
     def notify_pending(self) -> None:
-        """Tell whoever flushes that something is about to be queued; raises if it must not."""
+        """Call ``wake`` before the first operation of a tick is queued; raises its error."""
         if not self._awake:
             self._wake()
             self._awake = True
@@ -647,7 +647,7 @@ class Pipeline:
     def check_capacity(self, size: int) -> None:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much.
 
-        Raises what ``wake`` does if it comes in another thread.
+        Raises the error of ``wake`` in another thread.
         """
         if self._thread and self._thread != get_ident():
             self._wake()
@@ -692,7 +692,7 @@ class Pipeline:
         return waiter
 
     def add_part(self, bulk: Bulk, kind: int, records: dict[str, Any], size: int) -> None:
-        """Queue those records of a bulk that this node serves."""
+        """Queue the records of a bulk that this node serves."""
         batch = self._new_batch(kind, records)
         batch.bulk = bulk
         batch.counted = True
@@ -735,7 +735,7 @@ class Pipeline:
             self.busy = False
 
     def _take_push(self, push: Any) -> None:
-        """Take a message, or let the near cache forget what has changed.
+        """Take a message, or let the near cache drop the records that changed.
 
         All other pushes go to ``on_push``.
         """
@@ -761,7 +761,7 @@ class Pipeline:
         self.inbox.take(push[1], push[2])
 
     def _take_subscription(self, push: list[Any]) -> None:
-        """Take what answers a subscription, though it is no reply; or ends one unasked."""
+        """Take the push that confirms a subscription, or ends one unasked."""
         assert self.inbox is not None
         batch = self.slots[0][0] if self.slots else None
         asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
@@ -852,7 +852,7 @@ class Pipeline:
     def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
         self._check_array(reply, 2 * count, "MGET")
         bulk = batch.bulk
-        # Nobody tells of changes to what only those get who ask.
+        # Redis sends no invalidation for records read by ASKING.
         epoch = None if batch.asking else self._epoch
         settled = 0
         try:
@@ -1017,7 +1017,7 @@ class Pipeline:
     # -- counting
 
     def slot_of(self, kind: int, name: str) -> int:
-        """Return the slot of what an operation of that kind is about: a record, or one key."""
+        """Return the slot of an operation's target, by its kind: a record, or one key."""
         return slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
 
     def recount(self) -> None:
@@ -1028,7 +1028,7 @@ class Pipeline:
         operations = pending_bytes = 0
         for batch in pending:
             if batch.bulk is None:
-                # What is over and was not sent will never be.
+                # An abandoned record that was not sent never will be.
                 last = batch.sent if batch.abandoned() else len(batch.records)
                 operations += last - batch.answered
             else:

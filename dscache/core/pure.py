@@ -1,9 +1,9 @@
-"""The core in plain Python: what ``_fast`` does, with the same names, results and errors.
+"""The core in plain Python, with the names, results and errors of ``_fast``.
 
 Its parts stand beside this module: ``record.py`` (records and their checks), ``batch.py``
 (operations that travel together), ``resp.py`` (RESP and keys), ``pipeline.py`` (one node, with the
 theory of operation), ``router.py`` (the nodes of a cluster), ``near_cache.py`` (records kept in the
-process) and ``message.py`` (messages, and where they wait).
+process) and ``message.py`` (messages and the queues of their subscribers).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Records, and the checks of what a record may be; the compiled twin of ``record.py``.
+# Records and the checks of their parts; the compiled twin of ``record.py``.
 
 
 @cython.final
@@ -39,9 +39,9 @@ cdef class Record:
         return self._data
 
     def decode(self, type, /):
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 
-        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+        Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
         """
         return c.decode_as(self.name, self.version, self.raw, type)
 

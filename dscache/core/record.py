@@ -1,4 +1,4 @@
-"""Records, and the checks of what a record may be; the pure twin of ``record.pxi``."""
+"""Records and the checks of their parts; the pure twin of ``record.pxi``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Record:
         return data
 
     def decode(self, type: Any, /) -> Any:
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or what else it knows.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 
-        Raises RecordError with the path of what doesn't fit, or if the text is no JSON.
+        Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
         """
         return c.decode_as(self.name, self.version, self.raw, type)
 

@@ -6,7 +6,7 @@ hot half, which encodes commands and reads replies, stays in each core.
 Rules that every function keeps, whatever raises and wherever:
 
 * No operation is lost. An operation leaves a queue or a slot only when it has its outcome or
-  waits elsewhere. What may fail is prepared first; then the queue is replaced in one step.
+  waits elsewhere. Steps that may fail come first; then the queue is replaced in one step.
 * No operation gets two outcomes. A waiter that is settled again raises InvalidStateError, which
   ``resolve`` and ``reject`` ignore; ``Batch.failed`` and ``Bulk.over`` mark the place reached.
 * ``connection_lost``, ``fail_all`` and ``fail_batch`` may be called again after an exception,
@@ -364,7 +364,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
 
 
 def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
-    """Return what makes the error of one record from an error reply."""
+    """Return a function that makes the error of one record from an error reply."""
     context = f"{c.describe(kind, name)} at {pipeline.address}"
     return lambda: ReplyError(error.message, context=context)
 

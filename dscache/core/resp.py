@@ -13,13 +13,13 @@ from .keys import KeyLayout
 # hiredis's stub gives it a narrower type than it has.
 pack_command: Any = hiredis.pack_command
 
-# What RESP2 and RESP3 announce with a length: texts in bytes, and the others in elements.
+# Types with an announced length: texts in bytes, and aggregates in elements.
 _TEXTS: Final = (b"$", b"=", b"!")
 _LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
 
 
 def _announced(header: bytes) -> int:
-    """Return the length in a header, or -1 if it states none (hiredis refuses what is no RESP)."""
+    """Return the length in a header, or -1 if it states none (hiredis refuses invalid RESP)."""
     digits = header.rstrip(b"\r")
     if not digits.isdigit() or len(header) > c.HEADER_BYTES:
         return -1
@@ -103,7 +103,7 @@ class LengthGuard:
         self._left: list[int] = []
 
     def inspect(self, data: bytes, address: str) -> None:
-        """Look at the announced lengths in what arrived, before hiredis makes room for them.
+        """Check the announced lengths in received bytes, before hiredis allocates memory for them.
 
         A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
         """

@@ -6,7 +6,7 @@ cdef class Router:
     """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
 
     ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
-    ``pipeline`` throughout, and whoever knows the nodes writes into them. ``apart`` has the same
+    ``pipeline`` throughout, and the owner of the nodes writes into them. ``apart`` has the same
     operations for records whose two keys lie in different slots.
     """
 
@@ -69,11 +69,11 @@ cdef class Router:
     # -- bulk operations
 
     def get_bulk(self, names):
-        """Queue a read of many records; its waiter gets a dict of those found."""
+        """Queue a read of many records; its waiter gets a dict of the records found."""
         return self._bulk(GET, _unique("get_bulk", names))
 
     def head_bulk(self, names):
-        """Queue a read of many versions; its waiter gets a dict of those found."""
+        """Queue a read of many versions; its waiter gets a dict of the versions found."""
         return self._bulk(HEAD, _unique("head_bulk", names))
 
     def set_bulk(self, records, ttl=None, if_newer=False):
@@ -101,13 +101,13 @@ cdef class Router:
             (<Pipeline?>self.readers[slot])._join(GET, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
         self._bulk(kind, dict.fromkeys(names), waiter)
 
     # -- for those who know the nodes
 
     def stats(self):
-        """Return what is to be added to the nodes' counters for those of the whole.
+        """Return the numbers to add to the nodes' counters for the totals.
 
         A bulk is an operation of each node that has a part of it, and yet but one.
         """
@@ -118,7 +118,7 @@ cdef class Router:
         return self._encoder.slot(check_name(name))
 
     cpdef target_of(self, int kind, str name):
-        """Return the pipeline for what an operation of that kind is about: a record, or a key."""
+        """Return the pipeline of an operation's target, by its kind: a record, or a key."""
         cdef bint reads = kind == GET or kind == HEAD or kind == READ_KEY
         return (self.readers if reads else self.owners)[self._encoder.slot_of(kind, name)]
 
@@ -134,7 +134,7 @@ cdef class Router:
         return (<Pipeline?>self.owners[slot])._publish(number, opening, message, sharded)
 
     def admit_keys(self, int kind, sizes):
-        """Raise Overloaded, or what else keeps a node from taking commands of some keys.
+        """Raise Overloaded, or another error that keeps a node from taking commands of some keys.
 
         ``sizes`` has for each key how much text is to be written to it.
         """

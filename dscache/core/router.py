@@ -18,7 +18,7 @@ class Router:
     """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
 
     ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
-    ``pipeline`` throughout, and whoever knows the nodes writes into them. ``apart`` has the same
+    ``pipeline`` throughout, and the owner of the nodes writes into them. ``apart`` has the same
     operations for records whose two keys lie in different slots.
     """
 
@@ -76,11 +76,11 @@ class Router:
     # -- bulk operations
 
     def get_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of many records; its waiter gets a dict of those found."""
+        """Queue a read of many records; its waiter gets a dict of the records found."""
         return self._bulk(c.GET, unique("get_bulk", names))
 
     def head_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of many versions; its waiter gets a dict of those found."""
+        """Queue a read of many versions; its waiter gets a dict of the versions found."""
         return self._bulk(c.HEAD, unique("head_bulk", names))
 
     def set_bulk(
@@ -109,13 +109,13 @@ class Router:
             self.readers[slot].read(name, waiter)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of those found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
         self._bulk(kind, dict.fromkeys(names), waiter)
 
     # -- for those who know the nodes
 
     def stats(self) -> dict[str, int]:
-        """Return what is to be added to the nodes' counters for those of the whole.
+        """Return the numbers to add to the nodes' counters for the totals.
 
         A bulk is an operation of each node that has a part of it, and yet but one.
         """
@@ -126,7 +126,7 @@ class Router:
         return self._encoder.slot(check_name(name))
 
     def target_of(self, kind: int, name: str) -> Pipeline:
-        """Return the pipeline for what an operation of that kind is about: a record, or a key."""
+        """Return the pipeline of an operation's target, by its kind: a record, or a key."""
         slot = slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
         return (self.readers if kind in (c.GET, c.HEAD, c.READ_KEY) else self.owners)[slot]
 
@@ -140,7 +140,7 @@ class Router:
         return self.owners[slot_of_key(b"%d" % topic)].publish(topic, opening, message, sharded)
 
     def admit_keys(self, kind: int, sizes: Mapping[str, int]) -> None:
-        """Raise Overloaded, or what else keeps a node from taking commands of some keys.
+        """Raise Overloaded, or another error that keeps a node from taking commands of some keys.
 
         ``sizes`` has for each key how much text is to be written to it.
         """

@@ -88,9 +88,9 @@ class SplitRecords:
     # -- bulk operations
 
     def check_bulk(self, kind: int, records: Mapping[str, Any]) -> None:
-        """Raise what keeps a bulk of records that lie apart from being queued.
+        """Raise the error that keeps a bulk of split records from being queued.
 
-        RecordError if it asks for what can't be had for them, Overloaded if a node is full.
+        RecordError for an option that split records can't have, Overloaded if a node is full.
         """
         if kind == c.SET_IF_NEWER:
             raise _unguardable(next(iter(records)))
@@ -194,7 +194,7 @@ class SplitRecords:
 
 
 class _Pair:
-    """The waiters of two commands, and what becomes of both their replies.
+    """The waiters of two commands, and the combination of their replies.
 
     ``note`` is told whether that is an error.
     """

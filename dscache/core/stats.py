@@ -1,4 +1,4 @@
-"""The counters of ``stats()``: their names, and how those of several pipelines become one's."""
+"""The counters of ``stats()``: their names, and their sum over several pipelines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from .constants import latency_of, mean_batch
 
-# What tells of this moment, and is no more when its pipeline is no more.
+# Momentary counters, which end with their pipeline.
 OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
 # The counters of a Pipeline, of which each is the sum of those of several.
 NAMES: Final = (
@@ -19,7 +19,7 @@ NAMES: Final = (
 
 
 def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = False) -> None:
-    """Add to counters those of another one; if ``lasting``, without those of the moment."""
+    """Add another pipeline's counters; with ``lasting``, without the momentary ones."""
     for name, count in counts.items():
         if isinstance(count, int) and not (lasting and name in OF_THE_MOMENT):
             total[name] = total.get(name, 0) + count

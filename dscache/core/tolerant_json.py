@@ -1,12 +1,12 @@
-"""JSON for what msgspec refuses: read and write it as JavaScript does.
+"""JSON that msgspec refuses, read and written as JavaScript does.
 
 Callers try msgspec first and come here only when it refuses. deepstream's own records may hold
-what msgspec takes for an error: half a surrogate pair, bytes that are no UTF-8, numbers beyond
-a double, nesting beyond any recursion limit. ``decode`` reads what ``JSON.parse`` reads of the
-same bytes and refuses what it refuses; integers alone stay exact where JavaScript rounds them.
+values that msgspec takes for errors: half a surrogate pair, bytes that are no UTF-8, numbers beyond
+a double, nesting beyond any recursion limit. ``decode`` reads the same values as ``JSON.parse``
+and refuses the same texts; integers alone stay exact where JavaScript rounds them.
 ``encode`` writes such text, and is where a refusal gets its path and its reason.
 
-Both take time in proportion to their input, whatever it holds, and no depth of it harms them.
+Both take time in proportion to their input, at any depth.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _token = re.compile(
 def decode(raw: bytes) -> object:
     """Return the value of JSON text, as JavaScript's ``JSON.parse`` would read these bytes.
 
-    Bytes that are no UTF-8 become U+FFFD, half a surrogate pair stays what it is, a number
+    Invalid UTF-8 becomes U+FFFD, half a surrogate pair stays as it is, a number
     beyond a double becomes infinity. Raises ValueError with the position (in characters) and
-    what was expected there.
+    the expected token.
     """
     try:
         return msgspec.json.decode(raw)
@@ -172,8 +172,8 @@ def encode(data: object) -> bytes:
     """Return the JSON text of data that msgspec refused, if JSON can say it at all.
 
     Half a surrogate pair becomes an escape such as ``\\ud800``; everything else is as msgspec
-    encodes it. Raises TypeError or ValueError whose message begins with the JSON path of what
-    can't be encoded and goes on with the reason: ``$.users[3].photo: ...``.
+    encodes it. Raises TypeError or ValueError with the JSON path of the part that can't be
+    encoded, and the reason: ``$.users[3].photo: ...``.
     """
     try:
         return b"".join(_pieces(data))
@@ -193,7 +193,7 @@ def _pieces(data: object) -> Iterator[bytes]:
         return
     except (TypeError, ValueError, RecursionError):
         pass  # there is more to it than half a pair: NaN, text in a Raw, or a real fault
-    # What is still to be written, the next one last. A Raw is text that is ready.
+    # The values still to be written, the next one last. A Raw is ready text.
     todo: list[object] = [plain]
     while todo:
         value = todo.pop()
@@ -220,7 +220,7 @@ def _pieces(data: object) -> Iterator[bytes]:
 
 
 def _to_name(key: object) -> str:
-    """Return a key of a dict as text, as msgspec would; raises what it would raise."""
+    """Return a key of a dict as text, with the results and errors of msgspec."""
     [name] = msgspec.to_builtins({key: None}, str_keys=True)
     return str(name)
 
@@ -228,7 +228,7 @@ def _to_name(key: object) -> str:
 def _locate(data: object, error: Exception) -> tuple[str, str]:
     """Return the path of the first part of ``data`` that can't be encoded, and the reason.
 
-    ``error`` is what encoding all of it raised; it is the reason if no part stands out.
+    ``error`` is the error of encoding all of it, and the reason if no part stands out.
     """
     path, members = ["$"], [_members(data)]
     inside = {id(data): data}  # the containers that the path leads through
@@ -264,7 +264,7 @@ def _reason(error: Exception) -> str:
 
 
 def _members(value: object) -> Iterator[tuple[str, object]]:
-    """Yield what a container holds as (step of the path, value); raises if it can't be encoded."""
+    """Yield a container's items as (step of the path, value); raises if they can't be encoded."""
     names: Iterable[tuple[str, str]] = ()
     if isinstance(value, dict):
         for key, member in value.items():
