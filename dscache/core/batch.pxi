@@ -1,9 +1,9 @@
 # Batches, bulks and their waiters; the compiled twin of ``batch.py``.
 
 
-# One row of numbers for all pipelines, so that batches keep their order when they change nodes.
+# One sequence of numbers for all pipelines, so that batches keep their order across nodes.
 cdef long long last_serial = 0
-# The number of the last time that a pipeline counted what is pending.
+# Number of the last recount of pending operations, by any pipeline.
 cdef long long last_count = 0
 
 
@@ -21,7 +21,7 @@ cdef class _Write:
 
 @cython.final
 cdef class _Command:
-    """A command of one key, ready to be sent, and the waiter for its reply."""
+    """An encoded command of one key, and the waiter for its reply."""
 
     cdef bytes text
     cdef readonly object waiter
@@ -35,8 +35,8 @@ cdef class _Command:
 cdef class _Bulk:
     """The outcome of one bulk operation, gathered from its slots.
 
-    A ``shared`` bulk has a batch on each of several nodes. A failed batch doesn't change the
-    records of the others.
+    A ``shared`` bulk has a batch on each of several nodes. A failure that ends one batch doesn't
+    affect the records of the others.
     """
 
     cdef readonly str operation
@@ -45,7 +45,7 @@ cdef class _Bulk:
     cdef readonly Py_ssize_t total
     cdef public Py_ssize_t remaining
     cdef readonly dict errors
-    cdef readonly list missing  # names to take out of a result that began as all names
+    cdef readonly list missing  # names to remove from a result that began with all names
     cdef public bint over  # the waiter has its outcome
     cdef public bint shared
 
@@ -60,9 +60,9 @@ cdef class _Bulk:
         self.missing = []
 
     cpdef int settle(self, Py_ssize_t count) except -1:
-        """Count records that have their outcome; the last one settles the waiter.
+        """Count records that have an outcome; the last one settles the waiter.
 
-        If that raises, ``settle(0)`` tries once more.
+        If settling the waiter raises, ``settle(0)`` tries again.
         """
         self.remaining -= count
         if not (self.remaining or self.over):
@@ -81,7 +81,7 @@ cdef class _Bulk:
         return 0
 
     def take(self, int kind, str name, result):
-        """Take the result of one record, as its single operation would have given it."""
+        """Add the result of one record, as its single operation would return it."""
         if kind == DELETE:
             self.result += result
         elif kind == GET and result is None:
@@ -91,7 +91,7 @@ cdef class _Bulk:
         self.settle(1)
 
     def take_error(self, int kind, str name, error):
-        """Take the error of one record."""
+        """Add the error of one record."""
         self.errors[name] = error
         if kind == GET:
             self.missing.append(name)
@@ -100,34 +100,34 @@ cdef class _Bulk:
 
 @cython.final
 cdef class _Batch:
-    """Records of one kind that go out together: the operations of a tick, or one bulk.
+    """Records of one kind that are sent together: the operations of a tick, or one bulk.
 
     ``records`` maps each name to its waiter, list of waiters, _Write or _Command. It is frozen
-    into two lists when the first of it is sent. Records before ``answered`` are settled, the
-    next ones up to ``sent`` are in flight, and the rest wait. ``serial`` tells the order of the
-    batches, on all nodes; a repeat has its original's.
+    into two lists when its first record is sent. Records before ``answered`` are settled, records
+    from there to ``sent`` are in flight, and the others are queued. ``serial`` orders the batches
+    of all nodes; a repeat has the serial of its original.
     """
 
     cdef readonly int kind
     cdef readonly double deadline
-    cdef readonly long long serial  # given when it is queued
+    cdef readonly long long serial  # assigned when the batch is queued
     cdef public dict records
     cdef public list names
     cdef public list entries
     cdef public Py_ssize_t sent
     cdef public Py_ssize_t answered
-    cdef public Py_ssize_t failed  # records before it were told of the failure that ends the batch
-    cdef long long count  # of ``last_count``, when it was counted
+    cdef public Py_ssize_t failed  # records before this index were rejected when the batch failed
+    cdef long long count  # ``last_count`` of the last recount that included this batch
     cdef readonly _Bulk bulk
-    cdef public bint expired  # its waiters have been told; the replies are dropped
-    cdef public Py_ssize_t repeated  # records before it were sent on a connection that was lost
-    cdef public bint whole_script  # Redis has lost the script: send its text
-    cdef public bint one_per_command  # one record a command, to find the one that is refused
-    cdef public bint counted  # as one pending operation, if it is of a bulk
-    cdef short* hash_slots  # of the names, on a cluster; NULL if there is but one
-    cdef public tuple redirections  # of each: the node and its error text
-    cdef public bint asking  # the node has these slots only for those who ask
-    cdef public object target  # the pipeline that it was redirected to for this once
+    cdef public bint expired  # its waiters have their outcome; further replies are dropped
+    cdef public Py_ssize_t repeated  # records before this index were sent on a lost connection
+    cdef public bint whole_script  # Redis has lost the script: send the text of the script
+    cdef public bint one_per_command  # one record a command, to find the refused one
+    cdef public bint counted  # counts as one pending operation; only for a bulk
+    cdef short* hash_slots  # slots of the names, on a cluster; NULL for a single name
+    cdef public tuple redirections  # "address: error text" of each redirection
+    cdef public bint asking  # the node serves these slots only after ASKING
+    cdef public object target  # the pipeline that a redirection names, for one sending
 
     def __cinit__(self, int kind, double deadline, long long serial, dict records):
         self.kind = kind
@@ -148,7 +148,7 @@ cdef class _Batch:
         return 0
 
     cdef int group(self, _Encoder encoder) except -1:
-        """Group the records by slot; records sent before stay in front of the others."""
+        """Sort records by slot; records that were sent before stay ahead of the others."""
         cdef Py_ssize_t size = PyList_GET_SIZE(self.names)
         if size < 2:
             return 0
@@ -169,7 +169,7 @@ cdef class _Batch:
     cdef int _group(
         self, _Encoder encoder, Py_ssize_t size, unsigned int* order, short* hash_slots
     ) except -1:
-        """Do so; there is room for twice as many of ``order``, and for as many keys behind."""
+        """Sort the records; ``order`` holds 2 * ``size`` indices, and ``size`` keys behind them."""
         cdef unsigned short* keys = <unsigned short*>(order + 2 * size)
         cdef Py_ssize_t i
         for i in range(size):
@@ -177,7 +177,8 @@ cdef class _Batch:
             if i >= self.repeated:
                 keys[i] |= FRESH
         sort_by_key(keys, size, order + size, order)
-        # No comprehensions: what Cython 3.3 makes of them releases an item twice if memory ends.
+        # No comprehensions: the code that Cython 3.3 generates for them releases an item twice when
+        # memory runs out.
         cdef list names = []
         cdef list entries = []
         for i in range(size):
@@ -190,7 +191,7 @@ cdef class _Batch:
         return 0
 
     cpdef _Batch part(self, dict records, Py_ssize_t repeated):
-        """Return a batch of some of its records, which is as old and knows as much."""
+        """Return a batch of some of the records, with the age and the state of this one."""
         cdef _Batch part = _Batch.__new__(_Batch, self.kind, self.deadline, self.serial, records)
         part.bulk = self.bulk
         part.repeated = repeated
@@ -201,21 +202,21 @@ cdef class _Batch:
         return part
 
     def ask(self, target):
-        """Let it go to ``target``, and this once as one that asks."""
+        """Direct the batch to ``target``, this once with ASKING before each command."""
         self.target = target
         self.asking = True
 
     def settled(self):
-        """Return whether this batch has its outcome, be it that it was sent on as another one."""
+        """Return whether this batch has its outcome, or was sent on as another batch."""
         return self.abandoned() or self.answered >= PyDict_Size(self.records)
 
     cpdef Py_ssize_t text_size(self) except -1:
-        """Return the bytes of text in pending records: not answered, nor abandoned and unsent."""
+        """Return the bytes of text in unanswered records; if abandoned, only in the sent ones."""
         cdef Py_ssize_t i, last, size = 0
         cdef PyObject* entry
         if not (SET <= self.kind <= SET_IF_NEWER or self.kind >= READ_KEY):
             return 0
-        # An abandoned record that was not sent never will be.
+        # An abandoned batch sends no more records.
         last = self.sent if self.abandoned() else PyDict_Size(self.records)
         if self.names is None:
             i = 0
@@ -227,14 +228,14 @@ cdef class _Batch:
         return size
 
     cpdef bint abandoned(self) noexcept:
-        """Return whether no caller waits for this batch any more."""
+        """Return whether no waiter is left for the outcome of this batch."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
     cpdef Py_ssize_t waiting(self) noexcept:
         return PyDict_Size(self.records) - self.sent
 
 
-# In a key to sort by: not sent before. The other bits are one more than the slot, or none.
+# Bit of a sort key: the record was not sent before. The other bits are the slot plus one, or 0.
 cdef enum:
     FRESH = 0x8000
 
@@ -242,8 +243,10 @@ cdef enum:
 cdef void sort_by_key(
     const unsigned short* keys, Py_ssize_t size, unsigned int* spare, unsigned int* order
 ) noexcept:
-    """Fill ``order`` with the places of the keys from the lowest to the highest, equal ones in
-    their order: by the low half of each, then by the high one."""
+    """Fill ``order`` with the indices of the keys in ascending order; equal keys keep their order.
+
+    A radix sort: by the low byte of each key, then by the high one.
+    """
     cdef unsigned int low[256]
     cdef unsigned int high[256]
     cdef unsigned int low_start = 0
@@ -282,7 +285,7 @@ cdef inline Py_ssize_t size_of_text(entry) noexcept:
 
 
 cdef int _resolve(waiter, result) except -1:
-    """Give a waiter, or each of a list, its result, unless it was cancelled."""
+    """Give a waiter, or each of a list, the result, unless it was cancelled."""
     if type(waiter) is list:
         for one in <list>waiter:
             _resolve(one, result)

@@ -11,7 +11,7 @@ from .waiters import reject, resolve
 
 
 class _Serials:
-    """One row of numbers for all pipelines, so that batches keep their order on other nodes."""
+    """One sequence of numbers for all pipelines, so that batches keep their order across nodes."""
 
     def __init__(self) -> None:
         self.last = 0
@@ -38,7 +38,7 @@ class Write:
 
 
 class Command:
-    """A command of one key, ready to be sent, and the waiter for its reply."""
+    """An encoded command of one key, and the waiter for its reply."""
 
     __slots__ = ("text", "waiter")
 
@@ -50,8 +50,8 @@ class Command:
 class Bulk:
     """The outcome of one bulk operation, gathered from its slots.
 
-    A ``shared`` bulk has a batch on each of several nodes. A failed batch doesn't change the
-    records of the others.
+    A ``shared`` bulk has a batch on each of several nodes. A failure that ends one batch doesn't
+    affect the records of the others.
     """
 
     __slots__ = (
@@ -76,13 +76,13 @@ class Bulk:
         self.total = total
         self.remaining = total
         self.errors: dict[str, Exception] = {}
-        self.missing: list[str] = []  # names to take out of a result that began as all names
+        self.missing: list[str] = []  # names to remove from a result that began with all names
         self.over = False  # the waiter has its outcome
 
     def settle(self, count: int) -> None:
-        """Count records that have their outcome; the last one settles the waiter.
+        """Count records that have an outcome; the last one settles the waiter.
 
-        If that raises, ``settle(0)`` tries once more.
+        If settling the waiter raises, ``settle(0)`` tries again.
         """
         self.remaining -= count
         if self.remaining or self.over:
@@ -97,7 +97,7 @@ class Bulk:
         self.over = True
 
     def take(self, kind: int, name: str, result: Any) -> None:
-        """Take the result of one record, as its single operation would have given it."""
+        """Add the result of one record, as its single operation would return it."""
         if kind == c.DELETE:
             self.result += result
         elif kind == c.GET and result is None:
@@ -107,7 +107,7 @@ class Bulk:
         self.settle(1)
 
     def take_error(self, kind: int, name: str, error: Exception) -> None:
-        """Take the error of one record."""
+        """Add the error of one record."""
         self.errors[name] = error
         if kind == c.GET:
             self.missing.append(name)
@@ -115,12 +115,12 @@ class Bulk:
 
 
 class Batch:
-    """Records of one kind that go out together: the operations of a tick, or one bulk.
+    """Records of one kind that are sent together: the operations of a tick, or one bulk.
 
     ``records`` maps each name to its waiter, list of waiters, Write or Command. It is frozen
-    into two lists when the first of it is sent. Records before ``answered`` are settled, the
-    next ones up to ``sent`` are in flight, and the rest wait. ``serial`` tells the order of the
-    batches, on all nodes; a repeat has its original's.
+    into two lists when its first record is sent. Records before ``answered`` are settled, records
+    from there to ``sent`` are in flight, and the others are queued. ``serial`` orders the batches
+    of all nodes; a repeat has the serial of its original.
     """
 
     __slots__ = (
@@ -148,23 +148,23 @@ class Batch:
     def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
         self.kind = kind
         self.deadline = deadline
-        self.serial = serial  # given when it is queued
+        self.serial = serial  # assigned when the batch is queued
         self.records = records
         self.names: list[str] = []
         self.entries: list[Any] = []
         self.sent = 0
         self.answered = 0
-        self.failed = 0  # records before it were told of the failure that ends the batch
+        self.failed = 0  # records before this index were rejected when the batch failed
         self.bulk: Bulk | None = None
-        self.expired = False  # its waiters have been told; the replies are dropped
-        self.repeated = 0  # records before it were sent before, on a connection that was lost
-        self.whole_script = False  # Redis has lost the script: send its text
-        self.one_per_command = False  # one record a command, to find the one that is refused
-        self.counted = False  # as one pending operation, if it is of a bulk
-        self.hash_slots: list[int] = []  # of the names, on a cluster
-        self.redirections: tuple[str, ...] = ()  # of each: the node and its error text
-        self.asking = False  # the node has these slots only for those who ask
-        self.target: Any = None  # the pipeline that it was redirected to for this once
+        self.expired = False  # its waiters have their outcome; further replies are dropped
+        self.repeated = 0  # records before this index were sent on a lost connection
+        self.whole_script = False  # Redis has lost the script: send the text of the script
+        self.one_per_command = False  # one record a command, to find the refused one
+        self.counted = False  # counts as one pending operation; only for a bulk
+        self.hash_slots: list[int] = []  # slots of the names, on a cluster
+        self.redirections: tuple[str, ...] = ()  # "address: error text" of each redirection
+        self.asking = False  # the node serves these slots only after ASKING
+        self.target: Any = None  # the pipeline that a redirection names, for one sending
 
     def freeze(self) -> None:
         if not self.names:
@@ -173,7 +173,7 @@ class Batch:
             self.names = names
 
     def group(self, slot_of: Callable[[str], int]) -> None:
-        """Group the records by slot; records sent before stay in front of the others."""
+        """Sort records by slot; records that were sent before stay ahead of the others."""
         if len(self.names) < 2:
             return
         slots = [slot_of(name) for name in self.names]
@@ -184,7 +184,7 @@ class Batch:
         self.names, self.entries, self.hash_slots = names, entries, hash_slots
 
     def part(self, records: dict[str, Any], repeated: int) -> Batch:
-        """Return a batch of some of its records, which is as old and knows as much."""
+        """Return a batch of some of the records, with the age and the state of this one."""
         part = Batch(self.kind, self.deadline, self.serial, records)
         part.bulk = self.bulk
         part.repeated = repeated
@@ -195,25 +195,25 @@ class Batch:
         return part
 
     def ask(self, target: Any) -> None:
-        """Let it go to ``target``, and this once as one that asks."""
+        """Direct the batch to ``target``, this once with ASKING before each command."""
         self.target = target
         self.asking = True
 
     def text_size(self) -> int:
-        """Return the bytes of text in pending records: not answered, nor abandoned and unsent."""
+        """Return the bytes of text in unanswered records; if abandoned, only in the sent ones."""
         if not c.has_text(self.kind):
             return 0
-        # An abandoned record that was not sent never will be.
+        # An abandoned batch sends no more records.
         last = self.sent if self.abandoned() else len(self.records)
         entries = self.entries if self.names else list(self.records.values())
         return sum(len(entry.text) for entry in entries[self.answered : last])
 
     def abandoned(self) -> bool:
-        """Return whether no caller waits for this batch any more."""
+        """Return whether no waiter is left for the outcome of this batch."""
         return self.expired or (self.bulk is not None and self.bulk.over)
 
     def settled(self) -> bool:
-        """Return whether this batch has its outcome, be it that it was sent on as another one."""
+        """Return whether this batch has its outcome, or was sent on as another batch."""
         return self.abandoned() or self.answered >= len(self.records)
 
     def waiting(self) -> int:

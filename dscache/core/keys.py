@@ -2,7 +2,7 @@
 
 Under the layout ``deepstream`` the keys of a record are ``<name>_v`` and ``<name>_d``, behind the
 key prefix; under ``hashtag`` they are ``{<name>}_v`` and ``{<name>}_d``, which share a slot. The
-compiled core encodes keys with C code of its own; tests compare it with this module.
+compiled core encodes keys with C code of its own; tests compare that code with this module.
 
 Slots: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 """
@@ -24,7 +24,7 @@ class KeyLayout:
         self.hash_tag = hash_tag
 
     def keys(self, name: str) -> tuple[bytes, bytes]:
-        """Return the keys of a record: of its version, and of its data."""
+        """Return the keys of a record: the version key and the data key."""
         text = name.encode()
         if not self.hash_tag:
             stem = self.prefix + text
@@ -35,7 +35,7 @@ class KeyLayout:
         return stem + c.VERSION_SUFFIX, stem + c.DATA_SUFFIX
 
     def name_of(self, key: bytes) -> str | None:
-        """Return the name of the record that a key belongs to, or None if it is no record's.
+        """Return the name of the record that a key belongs to, or None for a key of no record.
 
         A key belongs to a record exactly if ``keys`` returns it for the record's name.
         """
@@ -50,13 +50,13 @@ class KeyLayout:
             return None
 
     def slot(self, name: str) -> int:
-        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        """Return the slot of both keys of a record, or -1 if their slots differ."""
         version, data = map(slot_of_key, self.keys(name))
         return version if version == data else -1
 
     def starts(self, text: str) -> list[bytes]:
         """Return the beginnings of the keys of all records whose names begin with ``text``."""
-        if self.hash_tag and not text:  # of either kind of tag
+        if self.hash_tag and not text:  # both kinds of tag
             tags = (c.TAG_OPEN, c.TAG_FOR_BRACE + c.TAG_CLOSE)
             return [self.prefix + tag for tag in tags]
         return [self.prefix + key_stem(text, self.hash_tag).encode()]
@@ -81,14 +81,14 @@ def key_stem(text: str, hash_tag: bool) -> str:
 
 
 def slot_of_key(key: bytes) -> int:
-    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
+    """Return the slot of a key, computed from its hash tag if it has a nonempty one."""
     start = key.find(c.TAG_OPEN) + 1
     end = key.find(c.TAG_CLOSE, start) if start else -1
     return crc_hqx(key[start:end] if end > start else key, 0) % c.SLOTS
 
 
 def is_version_key(key: bytes) -> bool:
-    """Return whether a key ends as that of a record's version does."""
+    """Return whether a key ends with the suffix of version keys."""
     return key.endswith(c.VERSION_SUFFIX)
 
 

@@ -1,15 +1,15 @@
-# Records and the checks of their parts; the compiled twin of ``record.py``.
+# Records, and the checks of their names, versions and data; the compiled twin of ``record.py``.
 
 
 @cython.final
-@cython.no_gc  # the only way into a cycle is a caller's own, by putting a record into its data
+@cython.no_gc  # only a caller can create a cycle, by putting a record into its data
 @cython.freelist(1024)
 cdef class Record:
-    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
+    """One record as Redis held it: immutable, with its JSON decoded on first access.
 
     ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
-    stored, and ``stale`` true only for a last known record served while Redis is away.
-    It unpacks: ``version, data = record``.
+    stored, and ``stale`` true only for a last known record served while Redis is
+    unreachable. A record unpacks: ``version, data = record``.
     """
 
     cdef readonly str name
@@ -27,9 +27,9 @@ cdef class Record:
 
     @property
     def data(self):
-        """The decoded JSON: decoded at first access, kept, and shared with no other call.
+        """The decoded JSON: decoded on first access, then cached, and shared with no other call.
 
-        Raises RecordError if the stored text is no JSON.
+        Raises RecordError if the stored text is not valid JSON.
         """
         if self._data is _UNDECODED:
             try:
@@ -39,9 +39,9 @@ cdef class Record:
         return self._data
 
     def decode(self, type, /):
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other supported type.
 
-        Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
+        Raises RecordError with the path of a mismatch, or if the text is not valid JSON.
         """
         return c.decode_as(self.name, self.version, self.raw, type)
 
@@ -90,7 +90,7 @@ cdef inline Record _record(str name, long long version, bytes raw):
 
 
 cdef inline const char* utf8_of(text, Py_ssize_t* size) except NULL:
-    """Return the UTF-8 of a str, which lasts as long as it does; raises UnicodeEncodeError."""
+    """Return the UTF-8 of a str, valid as long as the str; raises UnicodeEncodeError."""
     if PyUnicode_IS_COMPACT_ASCII(text):
         size[0] = PyUnicode_GET_LENGTH(text)
         return PyUnicode_DATA(text)
@@ -128,9 +128,9 @@ cpdef long long check_version(str name, version) except -1:
 cpdef bytes encode_data(str name, data):
     """Return the JSON text of a record's data, or raise RecordError."""
     global _scratch
-    # Into a buffer that lasts: msgspec's own has to grow and shrink for each text, so that 123
-    # bytes take 650 ns in place of 550. Nobody else may use it meanwhile: neither another thread,
-    # nor what a user's own type does while it is encoded.
+    # Encode into a reused buffer: msgspec's own has to grow and shrink for each text, so that 123
+    # bytes take 650 ns instead of 550. ``_scratch`` is None meanwhile: neither another thread nor
+    # the code of a user's own type that is being encoded may use the buffer.
     cdef bytearray scratch = _scratch
     cdef bytes text
     _scratch = None
@@ -138,7 +138,7 @@ cpdef bytes encode_data(str name, data):
         scratch = bytearray()
     try:
         _encode_json_into(data, scratch)
-    except Exception:  # msgspec raises whatever a user's own type raises
+    except Exception:  # msgspec passes on any exception of a user's own type
         return c.encode_tolerantly(name, data)
     text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), PyByteArray_GET_SIZE(scratch))
     if PyBytes_GET_SIZE(text) <= READ_BUFFER_BYTES:
@@ -149,7 +149,7 @@ cpdef bytes encode_data(str name, data):
 
 
 cpdef long long parse_version(bytes text) noexcept:
-    """Return the version that decimal digits state, or -1 if they state none."""
+    """Return the version written in decimal digits, or -1 if the text is no version."""
     return version_of(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
 
 
@@ -161,8 +161,8 @@ cdef long long version_of(const char* text, Py_ssize_t size) noexcept:
         return -1
     for i in range(size):
         digit = <unsigned int>text[i] - 48
-        # MAX_VERSION // 10, and the last digit may be up to 7. Without its suffix this number would
-        # be a Python int.
+        # MAX_VERSION // 10, after which the last digit may be up to 7. Without the suffix, the
+        # number would be a Python int.
         if digit > 9 or version > 922337203685477580ULL or (
             version == 922337203685477580ULL and digit > 7
         ):

@@ -1,4 +1,4 @@
-"""Records and the checks of their parts; the pure twin of ``record.pxi``."""
+"""Records, and the checks of their names, versions and data; the pure twin of ``record.pxi``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _decode_json = msgspec.json.Decoder().decode
 
 
 class Record:
-    """One record as Redis held it: immutable, and its JSON decoded only when asked for.
+    """One record as Redis held it: immutable, with its JSON decoded on first access.
 
     ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
-    stored, and ``stale`` true only for a last known record served while Redis is away.
-    It unpacks: ``version, data = record``.
+    stored, and ``stale`` true only for a last known record served while Redis is
+    unreachable. A record unpacks: ``version, data = record``.
     """
 
     __slots__ = ("_data", "name", "raw", "stale", "version")
@@ -41,9 +41,9 @@ class Record:
 
     @property
     def data(self) -> Any:
-        """The decoded JSON: decoded at first access, kept, and shared with no other call.
+        """The decoded JSON: decoded on first access, then cached, and shared with no other call.
 
-        Raises RecordError if the stored text is no JSON.
+        Raises RecordError if the stored text is not valid JSON.
         """
         data = self._data
         if data is _UNDECODED:
@@ -55,9 +55,9 @@ class Record:
         return data
 
     def decode(self, type: Any, /) -> Any:
-        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
+        """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other supported type.
 
-        Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
+        Raises RecordError with the path of a mismatch, or if the text is not valid JSON.
         """
         return c.decode_as(self.name, self.version, self.raw, type)
 
@@ -119,7 +119,7 @@ def encode_data(name: str, data: object) -> bytes:
     """Return the JSON text of a record's data, or raise RecordError."""
     try:
         text = c.encode_json(data)
-    except Exception:  # msgspec raises whatever a user's own type raises
+    except Exception:  # msgspec passes on any exception of a user's own type
         return c.encode_tolerantly(name, data)
     if not text:
         raise c.empty_raw(name)
@@ -127,7 +127,7 @@ def encode_data(name: str, data: object) -> bytes:
 
 
 def parse_version(text: bytes) -> int:
-    """Return the version that decimal digits state, or -1 if they state none."""
+    """Return the version written in decimal digits, or -1 if the text is no version."""
     if not text.isdigit():
         return -1
     digits = text.lstrip(b"0")

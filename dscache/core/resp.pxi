@@ -1,10 +1,10 @@
-# RESP of the way out and of the way back; the compiled twin of ``resp.py``.
+# RESP of commands and replies; the compiled twin of ``resp.py``.
 
 
 # -- slots of a cluster
 
 
-# CRC16 of the XMODEM kind, of each byte.
+# CRC16 (XMODEM) of each byte.
 cdef unsigned short CRC[256]
 
 
@@ -25,7 +25,7 @@ cdef inline unsigned short add_to_crc(unsigned short crc, unsigned char byte) no
 
 
 cdef int slot_of_text(const char* key, Py_ssize_t size) noexcept:
-    """Return the slot of a key, of which there may be nothing."""
+    """Return the slot of a key, which may be empty."""
     cdef const char* start = <const char*>memchr(key, 123, size)  # "{"
     cdef const char* end
     cdef unsigned short crc = 0
@@ -42,19 +42,19 @@ cdef int slot_of_text(const char* key, Py_ssize_t size) noexcept:
 
 
 def slot_of_key(bytes key not None):
-    """Return the slot of a key: of its hash tag, if it has one that is not empty."""
+    """Return the slot of a key, computed from its hash tag if it has a nonempty one."""
     return slot_of_text(PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
 
 
-# The effect of the text before a name on the hash tag of its keys. If it ``is_over``, they have the
-# slot ``slot`` whatever the name, or -1 each its own. Else it ``is_open`` and goes on in the name,
-# where it may be empty or not, or it may begin there.
+# State of the hash tag of keys after the text before a name. If the tag ``is_over``, all names have
+# the slot ``slot``, or -1 if each key has its own. If the tag ``is_open``, it goes on in the name,
+# and ``is_empty`` says whether it has no bytes yet. Otherwise a tag may begin in the name.
 cdef struct Opening:
     bint is_over
     int slot
     bint is_open
     bint is_empty
-    unsigned short crc  # of what is in it so far
+    unsigned short crc  # of the bytes in the tag so far
 
 
 cdef Opening opening_of(bytes text):
@@ -72,9 +72,9 @@ cdef Opening opening_of(bytes text):
     return opening
 
 
-# -- writing into the output buffer: each returns where the next byte goes
+# -- writing into the output buffer: each function returns the place of the next byte
 
-# The mark, up to 20 digits and the two line ends around a text.
+# Bytes around a text: the mark, up to 20 digits and the two line ends.
 cdef enum:
     ROOM_AROUND = 32
 
@@ -115,9 +115,9 @@ cdef inline char* put_length(char* at, char mark, Py_ssize_t length) noexcept:
 cdef class _Encoder:
     """Writes the commands of batches, with the keys of one layout."""
 
-    cdef bytes _opening  # what stands before a name in its keys
+    cdef bytes _opening  # text before a name in its keys
     cdef bytes _opening_for_brace  # the same, before a name that begins with "}"
-    cdef bytes _closing  # what stands between a name and the suffix
+    cdef bytes _closing  # text between a name and the suffix
     cdef Opening _tag
     cdef Opening _tag_for_brace
     cdef char* _out
@@ -137,7 +137,7 @@ cdef class _Encoder:
         PyMem_Free(self._out)
 
     cdef int slot(self, str name) except -2:
-        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        """Return the slot of both keys of a record, or -1 if their slots differ."""
         cdef Py_ssize_t size = 0
         cdef const char* text = utf8_of(name, &size)
         cdef bint with_brace = text[0] == 125  # "}"
@@ -157,20 +157,20 @@ cdef class _Encoder:
             crc = add_to_crc(crc, text[i])
             i += 1
         if i == size and (with_brace or PyBytes_GET_SIZE(self._closing) == 0):
-            return -1  # it has no end, or
+            return -1  # the tag has no end
         if i == start and tag.is_empty:
-            return -1  # nothing in it
+            return -1  # the tag is empty
         return crc % SLOTS
 
     cdef str name_of(self, bytes key):
-        """Return the name of the record that a key belongs to, or None if it is no record's.
+        """Return the name of the record that a key belongs to, or None for a key of no record.
 
-        A key belongs to a record exactly if ``keys.KeyLayout.keys`` returns it for its name.
+        A key belongs to a record exactly if ``KeyLayout.keys`` returns it for the record's name.
         """
         if not key.endswith((c.VERSION_SUFFIX, c.DATA_SUFFIX)):
             return None
         cdef bytes text = None
-        # Of a name that begins with "}" the tag is another one; else both are the same.
+        # Names that begin with "}" have a different tag; without tags both openings are equal.
         if key.startswith(self._opening_for_brace + c.TAG_CLOSE):
             text = key[len(self._opening_for_brace) : -SUFFIX_SIZE]
         elif key.startswith(self._opening) and key[:-SUFFIX_SIZE].endswith(self._closing):
@@ -183,7 +183,7 @@ cdef class _Encoder:
             return None
 
     cdef inline int slot_of(self, int kind, str name) except -2:
-        """Return the slot of an operation's target, by its kind: a record, or one key."""
+        """Return the slot of the record, or of the single key, of an operation of this kind."""
         cdef Py_ssize_t size = 0
         if kind < READ_KEY:
             return self.slot(name)
@@ -191,25 +191,27 @@ cdef class _Encoder:
         return slot_of_text(key, size)
 
     cdef inline void begin(self) noexcept:
-        """Forget the output that was not taken."""
+        """Discard output that was written but not taken."""
         self._size = 0
 
     cdef inline Py_ssize_t size(self) noexcept:
-        """Return how many bytes were written so far."""
+        """Return the number of bytes written so far."""
         return self._size
 
     cdef bytes take(self):
-        """Return the output."""
+        """Return the output written so far."""
         cdef bytes output = PyBytes_FromStringAndSize(self._out, self._size)
-        if self._capacity > 4 * COMMAND_BYTES:  # one huge record must not keep its room for ever
+        if self._capacity > 4 * COMMAND_BYTES:  # free the memory of one huge record
             PyMem_Free(self._out)
             self._out = NULL
             self._capacity = 0
         return output
 
     cdef Py_ssize_t encode(self, _Batch batch, bint has_msetex) except -1:
-        """Append the next command of a batch and return its record count; or, of removals and
-        heads, the commands for so many records."""
+        """Append the next command of a batch, and return its record count.
+
+        Removals, heads and operations on single keys have commands for each record instead.
+        """
         cdef int kind = batch.kind
         cdef Py_ssize_t first = batch.sent
         cdef Py_ssize_t last = PyList_GET_SIZE(batch.names)
@@ -247,9 +249,9 @@ cdef class _Encoder:
         elif kind == HEAD:
             for i in range(first, last):
                 if asking:
-                    # On the way from one node to another, a key that has not arrived looks like
-                    # one that isn't there. A command of both keys is refused instead; if it is
-                    # served, they are both here for what comes next.
+                    # While a slot migrates, a key that has not arrived yet looks like a missing
+                    # one. A command of both keys is refused instead. If the node serves EXISTS,
+                    # both keys are here for the GET.
                     self._put_asking(True)
                     self._put_header(3, b"$6\r\nEXISTS\r\n")
                     self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
@@ -326,7 +328,7 @@ cdef class _Encoder:
         return 0
 
     cdef int _put_key_of_data(self, Py_ssize_t start, Py_ssize_t size) except -1:
-        """Append the version's key again, with the last letter of the data's key."""
+        """Append a copy of the version key at ``start``, with the last letter of a data key."""
         self._reserve(size)
         memcpy(self._out + self._size, self._out + start, size)
         self._size += size
@@ -334,7 +336,7 @@ cdef class _Encoder:
         return 0
 
     cdef Py_ssize_t _put_key(self, str name) except -1:
-        """Append the key of a record's version, and return how many bytes it took."""
+        """Append the key of a record's version, and return the number of bytes appended."""
         cdef Py_ssize_t size = 0
         cdef const char* text = utf8_of(name, &size)
         cdef bytes opening = self._opening
@@ -357,7 +359,7 @@ cdef class _Encoder:
         return at - start
 
     cdef int _put_header(self, Py_ssize_t length, bytes command) except -1:
-        """Append the beginning of a command: the number of its parts, and the first of them."""
+        """Append the beginning of a command: the number of its parts, and the first part."""
         cdef char* start = self._reserve(PyBytes_GET_SIZE(command) + ROOM_AROUND)
         cdef char* at = put_length(start, 42, length)  # "*"
         at = put_bytes(at, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
@@ -368,7 +370,7 @@ cdef class _Encoder:
         return self._put_bytes(ASKING) if asking else 0
 
     cdef int _put_bytes(self, bytes text) except -1:
-        """Append RESP as it is."""
+        """Append text that is encoded as RESP already."""
         cdef char* start = self._reserve(PyBytes_GET_SIZE(text))
         put_bytes(start, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
         self._size += PyBytes_GET_SIZE(text)
@@ -392,7 +394,7 @@ cdef class _Encoder:
         return 0
 
     cdef inline char* _reserve(self, Py_ssize_t size) except NULL:
-        """Return where to write the next ``size`` bytes."""
+        """Reserve memory for the next ``size`` bytes, and return its address."""
         if self._size + size > self._capacity:
             self._grow(size)
         return self._out + self._size
@@ -407,7 +409,7 @@ cdef class _Encoder:
         return 0
 
 
-# -- reading the lengths of what arrives
+# -- checking the lengths in received data
 
 
 cdef inline bint is_text(unsigned char mark) noexcept:
@@ -420,18 +422,18 @@ cdef inline bint is_aggregate(unsigned char mark) noexcept:
 
 @cython.final
 cdef class _LengthGuard:
-    """Follows the lengths that a server announces, over however many pieces."""
+    """Checks the lengths that a server announces, across any number of reads."""
 
     cdef long long _max_reply_bytes
-    cdef Py_ssize_t _skip  # what is left of a text that began earlier, and of its line end
+    cdef Py_ssize_t _skip  # rest of a text that began earlier, and of its line end
     cdef unsigned char _mark  # the first byte of a line that began earlier, else 0
     cdef int _header_size
     cdef int _digits
     cdef bint _is_length
     cdef bint _ends
     cdef long long _announced
-    # Of the innermost array that isn't complete: how many elements it lacks. In none, it is below
-    # one. The levels around it, from the outermost on, have theirs on the stack.
+    # Number of elements missing from the innermost incomplete array; below one outside of arrays.
+    # ``_outer`` is the stack of these numbers for the levels around that array, outermost first.
     cdef long long _left
     cdef long long[MAX_DEPTH] _outer
     cdef int _depth
@@ -440,9 +442,9 @@ cdef class _LengthGuard:
         self._max_reply_bytes = max_reply_bytes
 
     cdef int inspect(self, const unsigned char* at, Py_ssize_t size, str address) except -1:
-        """Check the announced lengths in received bytes, before hiredis allocates memory for them.
+        """Check the announced lengths in received data, before hiredis allocates memory for them.
 
-        A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
+        Otherwise a few bytes from a hostile server could take all memory. Raises ProtocolError.
         """
         cdef const unsigned char* end = at + size
         cdef const unsigned char* ahead
@@ -455,7 +457,7 @@ cdef class _LengthGuard:
                 at += size
                 continue
             byte = at[0]
-            # Nearly everything is a text whose header and body are here in one piece.
+            # Fast path: nearly every value is a text that arrived in one piece with its header.
             if byte == 36 and not self._mark and end - at > 8:
                 ahead = at + 1
                 length = 0
@@ -493,7 +495,7 @@ cdef class _LengthGuard:
                 elif byte == 13:
                     self._ends = True
                 elif self._ends or not 48 <= byte <= 57 or self._header_size > HEADER_BYTES:
-                    self._is_length = False  # hiredis refuses what is no RESP
+                    self._is_length = False  # hiredis refuses invalid RESP
                 else:
                     self._digits += 1
                     if self._digits <= 18:
@@ -519,7 +521,7 @@ cdef class _LengthGuard:
         return 0
 
     cdef int _open(self, str address) except -1:
-        """Enter an array, a set, a push, or a map or attributes, which have two for each."""
+        """Enter an array, set or push, or a map or attributes, which have two elements per pair."""
         cdef long long total
         cdef int i
         if self._mark == 37 or self._mark == 124:  # % |
@@ -537,13 +539,13 @@ cdef class _LengthGuard:
         return 0
 
     cdef inline void _count(self) noexcept:
-        """Count an element that has come, or is known to come as a whole."""
+        """Count an element that has arrived, or a text with a known length."""
         self._left -= 1
         if self._left == 0:
             self._close()
 
     cdef void _close(self) noexcept:
-        """Leave the arrays that are complete: each was an element of the one around it."""
+        """Leave the complete arrays; each counts as an element of the array around it."""
         while self._left == 0 and self._depth:
             self._depth -= 1
             self._left = self._outer[self._depth] - 1
@@ -552,7 +554,7 @@ cdef class _LengthGuard:
 # -- reading replies
 
 
-# How much of something is there: all of it, a beginning, or it is something else.
+# Result of a comparison with an expected text: all of it, a beginning, or something else.
 cdef enum Presence:
     WHOLE, BEGUN, OTHER
 
@@ -560,20 +562,20 @@ cdef enum Presence:
 cdef inline Presence presence(
     const char* at, const char* end, const char* wanted, Py_ssize_t size
 ) noexcept:
-    """Tell how much of the wanted text stands there."""
+    """Return how much of the expected text has arrived at ``at``."""
     if end - at >= size:
         return WHOLE if memcmp(at, wanted, size) == 0 else OTHER
     return BEGUN if memcmp(at, wanted, end - at) == 0 else OTHER
 
 
 cdef struct Value:
-    const char* text  # NULL if there is none
+    const char* text  # NULL for a null
     Py_ssize_t size
-    const char* end  # where the next value begins
+    const char* end  # start of the next value
 
 
 cdef inline Presence read_value(const char* at, const char* end, Value* value) noexcept:
-    """Read a text or a null as hiredis would; doubtful bytes are left to hiredis."""
+    """Read a text or a null as hiredis does; return OTHER for input that hiredis might refuse."""
     cdef const char* digits
     cdef Py_ssize_t size = 0
     cdef Presence found
@@ -611,26 +613,25 @@ cdef inline Presence read_value(const char* at, const char* end, Value* value) n
 
 @cython.final
 cdef class _Replies:
-    """The received bytes as replies. Replies to MGET and MSET are read in place, all others, and
-    unusual ones, by hiredis.
+    """Parses replies: to MGET and MSET in place, all others and unusual ones with hiredis.
 
-    hiredis copies the bytes, and makes an object of each value and a list of them. Without it,
-    the replies to 1000 reads are taken in 83 us in place of 106.
+    hiredis copies received data, and makes an object of each value and a list of them. Without
+    hiredis, the replies to 1000 reads take 83 us instead of 106.
     """
 
     cdef bytearray _storage
     cdef object _buffer
-    cdef Py_ssize_t _start, _end  # what of the storage is still to be read
-    cdef bint _delegated  # hiredis has the beginning of what comes next
+    cdef Py_ssize_t _start, _end  # unread part of the storage
+    cdef bint _delegated  # hiredis has the beginning of the next reply
     cdef object _reader, _gets, _has_data
-    cdef list _found  # of the reply to an MGET, so far
-    cdef Py_ssize_t _count  # of its records
+    cdef list _found  # records of the reply to an MGET, so far
+    cdef Py_ssize_t _count  # number of records in that reply
 
     def __cinit__(self):
         self.reset()
 
     cdef int reset(self) except -1:
-        """Forget a reply that arrived in part: the next bytes come from a new connection."""
+        """Discard a reply that arrived in part: the next bytes come from a new connection."""
         self._start = self._end = 0
         self._delegated = False
         self._found = None
@@ -640,9 +641,9 @@ cdef class _Replies:
         return 0
 
     cdef object buffer(self):
-        """Return the buffer for received bytes, which always has room."""
+        """Return the free part of the buffer, for received data; it is never empty."""
         cdef bytearray storage
-        if self._storage is None:  # there are pipelines that never read
+        if self._storage is None:  # allocated late: some pipelines never read
             storage = bytearray(READ_BUFFER_BYTES)
             self._buffer = memoryview(storage)
             self._storage = storage
@@ -652,13 +653,13 @@ cdef class _Replies:
         return 0 if self._storage is None else PyByteArray_GET_SIZE(self._storage) - self._end
 
     cdef const unsigned char* arrive(self, Py_ssize_t size) noexcept:
-        """Take so many bytes that were put into the buffer, and return where they are."""
+        """Accept ``size`` bytes that were put into the buffer, and return their address."""
         cdef char* at = PyByteArray_AS_STRING(self._storage) + self._end
         self._end += size
         return <const unsigned char*>at
 
     cdef Py_ssize_t put(self, const char* text, Py_ssize_t size) except -1:
-        """Put some of a text into the buffer, and return how many bytes."""
+        """Copy as much of a text into the buffer as fits, and return the number of bytes."""
         self.buffer()
         size = min(size, self.room())
         memcpy(<char*>self.arrive(size), text, size)
@@ -667,8 +668,8 @@ cdef class _Replies:
     cdef object next(self, _Batch batch, Py_ssize_t count):
         """Return the next reply, or _INCOMPLETE.
 
-        If it is that to an MGET or MSET of so many records of ``batch``, it may be read where it
-        lies. Raises the errors of hiredis, listed in ``NO_RESP``.
+        The reply to an MGET or MSET of ``count`` records of ``batch`` may be parsed in place.
+        Raises the errors of hiredis listed in ``NO_RESP``.
         """
         cdef object reply
         cdef Presence found = OTHER
@@ -694,14 +695,16 @@ cdef class _Replies:
         return reply
 
     cdef list take_found(self):
-        """Return the records read in place from the reply to an MGET: for each, from the first on,
-        itself, None, _HALF, or the text that is no version."""
+        """Return the results parsed in place from the reply to an MGET, from the first record on.
+
+        Each is a Record, None, _HALF, or the bytes of an invalid version.
+        """
         cdef list found = self._found
         self._found = None
         return [] if found is None else found
 
     cdef Presence _take(self, const char* wanted, Py_ssize_t size) noexcept:
-        """Take a text, if it comes next."""
+        """Consume a text, if it comes next."""
         cdef const char* at = PyByteArray_AS_STRING(self._storage) + self._start
         cdef Presence found = presence(at, at + self._end - self._start, wanted, size)
         if found == WHOLE:
@@ -709,7 +712,7 @@ cdef class _Replies:
         return found
 
     cdef Presence _read_records(self, _Batch batch, Py_ssize_t count) except *:
-        """Read as many of the records of an MGET's reply as there are."""
+        """Read the records of an MGET's reply that have arrived."""
         cdef char header[ROOM_AROUND]
         cdef Presence found
         cdef Value stored, raw
@@ -749,7 +752,7 @@ cdef class _Replies:
         return found
 
     cdef void _keep(self) noexcept:
-        """Move the incomplete value to the beginning of the buffer, so that the rest can follow."""
+        """Move an incomplete value to the beginning of the buffer, so that the rest can follow."""
         cdef char* storage = PyByteArray_AS_STRING(self._storage)
         if self._start:
             self._end -= self._start
@@ -757,7 +760,7 @@ cdef class _Replies:
             self._start = 0
 
     cdef int _delegate(self) except -1:
-        """Give hiredis the rest of the bytes, and the rest of an array as an array of its own."""
+        """Give hiredis the unread data; the rest of an array becomes an array of its own."""
         if self._found is not None and not self._delegated:
             self._reader.feed(b"*%d\r\n" % (2 * (self._count - PyList_GET_SIZE(self._found))))
         self._reader.feed(self._buffer, self._start, self._end - self._start)

@@ -1,4 +1,4 @@
-"""RESP of the way out and of the way back; the pure twin of ``resp.pxi``."""
+"""RESP of commands and replies; the pure twin of ``resp.pxi``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .keys import KeyLayout
 # hiredis's stub gives it a narrower type than it has.
 pack_command: Any = hiredis.pack_command
 
-# Types with an announced length: texts in bytes, and aggregates in elements.
+# Types that RESP2 and RESP3 announce with a length: texts in bytes, the others in elements.
 _TEXTS: Final = (b"$", b"=", b"!")
 _LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
 
 
 def _announced(header: bytes) -> int:
-    """Return the length in a header, or -1 if it states none (hiredis refuses invalid RESP)."""
+    """Return the length in a header, or -1 if the header has none; hiredis refuses invalid RESP."""
     digits = header.rstrip(b"\r")
     if not digits.isdigit() or len(header) > c.HEADER_BYTES:
         return -1
@@ -30,8 +30,10 @@ class Encoder(KeyLayout):
     """Writes the commands of batches, with the keys of one layout."""
 
     def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
-        """Return the next command of a batch and its record count; or, of removals and heads,
-        the commands for so many records."""
+        """Return the next command of a batch, and its record count.
+
+        Removals, heads and operations on single keys have commands for each record instead.
+        """
         pack = pack_command
         first = batch.sent
         kind = batch.kind
@@ -66,9 +68,9 @@ class Encoder(KeyLayout):
         if kind == c.HEAD:
             pairs = zip(keys[::2], keys[1::2], strict=True)
             if ask:
-                # On the way from one node to another, a key that has not arrived looks like one
-                # that isn't there. A command of both keys is refused instead; if it is served,
-                # they are both here for what comes next.
+                # While a slot migrates, a key that has not arrived yet looks like a missing one.
+                # A command of both keys is refused instead. If the node serves EXISTS, both keys
+                # are here for the GET.
                 asked = (ask + pack((b"EXISTS", v, d)) + ask + pack((b"GET", v)) for v, d in pairs)
                 return b"".join(asked), last - first
             out = (pack((b"GET", v)) + pack((b"TYPE", d)) for v, d in pairs)
@@ -93,21 +95,21 @@ class Encoder(KeyLayout):
 
 
 class LengthGuard:
-    """Follows the lengths that a server announces, over however many pieces."""
+    """Checks the lengths that a server announces, across any number of reads."""
 
     def __init__(self, max_reply_bytes: int) -> None:
         self._max_reply_bytes = max_reply_bytes
         self._skip = 0
         self._header = b""
-        # Of each array that isn't complete, from the outermost on: how many elements it lacks.
+        # Number of elements missing from each incomplete array, outermost first.
         self._left: list[int] = []
 
     def inspect(self, data: bytes, address: str) -> None:
-        """Check the announced lengths in received bytes, before hiredis allocates memory for them.
+        """Check the announced lengths in received data, before hiredis allocates memory for them.
 
-        A few bytes of a hostile server could take all memory otherwise. Raises ProtocolError.
+        Otherwise a few bytes from a hostile server could take all memory. Raises ProtocolError.
         """
-        at = self._skip  # the rest of a text, and of its line end, is passed over
+        at = self._skip  # skip the rest of a text, and of its line end
         data = self._header + data
         left = self._left
         while at < len(data):
@@ -135,11 +137,11 @@ class LengthGuard:
                         left[-1] -= 1
             at = end + 1
         self._skip = max(at - len(data), 0)
-        # Of a line that goes on, a header or not, no more than a header may have.
+        # Keep only the start of an incomplete line: a valid header is no longer than that.
         self._header = data[at : at + 2 * c.HEADER_BYTES]
 
     def _open(self, mark: bytes, length: int, address: str) -> None:
-        """Enter an array, a set, a push, or a map or attributes, which have two for each."""
+        """Enter an array, set or push, or a map or attributes, which have two elements per pair."""
         if mark in (b"%", b"|"):
             length *= 2
         if len(self._left) == c.MAX_DEPTH:
