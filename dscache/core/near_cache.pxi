@@ -1,8 +1,8 @@
-# Records kept in the process for as long as Redis has not told of a change; the compiled twin of
-# ``near_cache.py``, where the theory of operation stands. What is done otherwise: the entries are
-# linked in their order, as no dict of Python's gives its oldest at once.
+# Records cached in the process until Redis reports a change; the compiled twin of
+# ``near_cache.py``, which has the theory of operation. One difference: the entries form a linked
+# list in their order, since a Python dict gives no immediate access to its oldest entry.
 
-# Bytes that one entry takes, apart from the text of its name and data, and from the dict.
+# Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES = 208
 cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
 cdef Py_ssize_t NO_TABLE = getsizeof({})
@@ -11,17 +11,17 @@ cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
 cdef object _UNKNOWN = object()
 cdef object _AWAY = c.AWAY
 
-# An epoch is live while its connection is tracked, lost when it went, and over when what it
-# brought is known to be outdated.
+# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
+# its records are known to be outdated.
 cdef enum:
     LIVE, LOST, OVER
 
 
 @cython.final
 cdef class _Reachability:
-    """Whether there is a connection to a node now.
+    """The state of the connection to one node; ``up`` while connected.
 
-    It is ``over`` when all that came from there up to now is known to be outdated.
+    ``over`` is set when every record read from the node so far is known to be outdated.
     """
 
     cdef bint up, over
@@ -29,10 +29,11 @@ cdef class _Reachability:
 
 @cython.final
 cdef class _Epoch:
-    """The time in which one connection is tracked.
+    """The period in which one connection is tracked.
 
-    ``known`` is the time up to which every change is known here: whatever happened before a command
-    was sent was told of before its answer. One mark at a time is followed, not each command.
+    ``known`` is the time up to which every change is known here: Redis reports every change from
+    before a command before it answers that command. The epoch follows one mark at a time instead
+    of each command.
     """
 
     cdef _Reachability reach
@@ -47,7 +48,7 @@ cdef class _Epoch:
         self.known = dscache_monotonic()
 
     cdef inline void asked(self, Py_ssize_t mark) noexcept:
-        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        """Record a sending of commands, all answered once ``mark`` commands are settled."""
         self._last_mark = mark
         self._last_sent = dscache_monotonic()
         if not self._mark:
@@ -55,7 +56,7 @@ cdef class _Epoch:
             self._sent = self._last_sent
 
     cdef inline void answered(self, Py_ssize_t settled) noexcept:
-        """Note how many commands are settled."""
+        """Record the number of settled commands."""
         if settled >= self._mark > 0:
             self.known = self._sent
             self._mark = self._last_mark if self._last_mark > settled else 0
@@ -63,7 +64,7 @@ cdef class _Epoch:
 
 
 @cython.final
-@cython.no_gc  # nothing that it holds leads back to it
+@cython.no_gc  # an entry is in no reference cycle
 @cython.freelist(1024)
 cdef class _Entry:
     """The cached state of one name: a record, or a miss (``raw`` is None)."""
@@ -77,27 +78,28 @@ cdef class _Entry:
     cdef unsigned int moves
     cdef int slot
     cdef bint was_hit
-    # Its neighbours in the order of the entries, which the dict of entries keeps alive.
+    # Neighbours in the order of the entries; the dict of entries keeps them alive.
     cdef PyObject* before
     cdef PyObject* after
 
 
 @cython.final
 cdef class NearCache:
-    """The operations of a Pipeline or Router (``inner``), with a cache of records read before.
+    """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
-    without a turn of the event loop. Like everything else they are issued at the call.
+    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
+    the event loop. Both are issued at the call, like every other operation.
 
-    Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
-    to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
-    names that begin with one of them are kept; () for all. With ``serve_stale``, the last known
-    record is served, marked as stale, while its node is away, for ``max_age`` at most.
-    ``check`` is called before a read that comes in another thread, and raises if it must not.
+    ``max_records`` and ``max_bytes`` limit the size of the cache. The bytes are the text of records
+    and names plus the overhead of caching them. ``max_age``, ``idle_limit`` and ``timeout`` are in
+    seconds. ``prefixes`` restricts the cache to names that begin with one of them; () allows all.
+    With ``serve_stale``, the last known record is served while its node is unreachable, marked as
+    stale, but no longer than for ``max_age``. ``check`` is called before a read from another
+    thread, and raises if that thread must not read.
     """
 
     cdef object _check
-    cdef unsigned long _thread  # the one it is bound to, or 0
+    cdef unsigned long _thread  # the thread the cache is bound to, or 0
     cdef object _create_waiter
     cdef object _inner
     cdef _Encoder _encoder
@@ -113,7 +115,7 @@ cdef class NearCache:
     cdef dict _flights
     cdef dict _fences
     cdef long long _floor
-    cdef unsigned int* _moves  # how often each slot has moved
+    cdef unsigned int* _moves  # number of moves of each slot
     cdef long _live
     cdef unsigned long long _hits, _misses, _joins, _stale, _invalidations, _evictions
     cdef unsigned long long _dropped_fills
@@ -168,7 +170,7 @@ cdef class NearCache:
     # -- operations on one record
 
     def get(self, name):
-        """Return a coroutine that gives the Record, or None."""
+        """Return a coroutine that returns the Record, or None."""
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
@@ -177,7 +179,7 @@ cdef class NearCache:
         return _now(_record_of(entry, stale))
 
     def head(self, name):
-        """Return a coroutine that gives the version, or None."""
+        """Return a coroutine that returns the version, or None."""
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
@@ -187,13 +189,13 @@ cdef class NearCache:
         return _now(None if entry.raw is None else entry.version)
 
     def set(self, name, version, data, ttl=None, if_newer=False):
-        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         waiter = self._inner.set(name, version, data, ttl, if_newer)
         self.touch(check_name(name))
         return waiter
 
     def delete(self, name):
-        """Queue a removal; its waiter gets whether there was such a record."""
+        """Queue a removal; its waiter gets whether the record existed."""
         waiter = self._inner.delete(name)
         self.touch(check_name(name))
         return waiter
@@ -201,12 +203,12 @@ cdef class NearCache:
     # -- bulk operations
 
     def get_bulk(self, names):
-        """Queue a read of the names not cached; its waiter gets a dict of all records found."""
+        """Queue a read of the records not cached; its waiter gets a dict of all records found."""
         self._stay()
         return self._bulk(GET, names)
 
     def head_bulk(self, names):
-        """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
         self._stay()
         return self._bulk(HEAD, names)
 
@@ -220,7 +222,7 @@ cdef class NearCache:
         return waiter
 
     def delete_bulk(self, names):
-        """Queue a removal of many records; its waiter gets how many there were."""
+        """Queue a removal of many records; its waiter gets the number of records removed."""
         if not isinstance(names, (str, bytes)):
             names = list(names)
         waiter = self._inner.delete_bulk(names)
@@ -229,16 +231,16 @@ cdef class NearCache:
         return waiter
 
     cdef inline int _stay(self) except -1:
-        """Raise the error of ``check`` in another thread. The pipeline checks writes itself."""
+        """Call ``check``, which may raise, if the thread has changed. ``inner`` checks writes."""
         if self._thread and self._thread != PyThread_get_thread_ident():
             self._check()
             self._thread = PyThread_get_thread_ident()  # the event loop runs there now
         return 0
 
-    # -- for whoever owns it
+    # -- for the owner of the cache
 
     def slots_moved(self, slots):
-        """Forget the records of slots that another node serves now."""
+        """Invalidate the records of slots that another node serves now."""
         cdef int slot
         cdef bint moved = False
         for slot in slots:
@@ -250,7 +252,7 @@ cdef class NearCache:
             self.count_flush("slots")
 
     def close(self):
-        """Forget everything; from now on nothing is kept, and nothing served."""
+        """Drop every record, and stop caching and serving records."""
         self._ends.before = self._ends.after = <PyObject*>self._ends
         self._entries.clear()
         self._bytes = 0
@@ -258,7 +260,7 @@ cdef class NearCache:
         self._serve_stale = False
 
     def stats(self):
-        """Return the counters, the flushes by their reason, and how much is kept."""
+        """Return the counters, the flushes by reason, and the size of the cache."""
         return {
             "hits": self._hits,
             "misses": self._misses,
@@ -284,9 +286,9 @@ cdef class NearCache:
         bytes raw,
         int slot,
     ) except -1:
-        """Cache the result of a read: a record, or with ``raw`` None a miss.
+        """Cache the result of a read: a record, or a miss if ``raw`` is None.
 
-        ``serial`` tells when the read was issued. ``slot`` is the name's, or -1 if the
+        ``serial`` states when the read was issued. ``slot`` is the slot of the name, or -1 if the
         caller hasn't computed it.
         """
         cdef PyObject* fence
@@ -294,7 +296,7 @@ cdef class NearCache:
         cdef _Entry entry
         if self._prefixes and not name.startswith(self._prefixes):
             return 0
-        # No Python code runs behind this, such as a write of this name that a finalizer issues.
+        # From here on no Python code runs that could write this name, such as a finalizer.
         entry = _Entry.__new__(_Entry)
         fence = PyDict_GetItem(self._fences, name) if self._fences else NULL
         if serial < self._floor or (fence != NULL and serial < <long long><object>fence):
@@ -342,7 +344,7 @@ cdef class NearCache:
         return True
 
     cdef int touch(self, str name) except -1:
-        """Forget a record that is being written here, and let no older read bring it back."""
+        """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
         if self._flights:
             self._flights.pop(name, None)
@@ -353,7 +355,7 @@ cdef class NearCache:
         return 0
 
     cdef bint invalidate(self, keys) except -1:
-        """Forget the records of keys that have changed; return whether it was all of them."""
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
         if keys is None:
             return True
         for key in <list>keys:
@@ -363,18 +365,18 @@ cdef class NearCache:
         return False
 
     cdef int count_flush(self, str reason) except -1:
-        """Count that many records became useless at once; nor does anybody join an older read."""
+        """Count an invalidation of many records, and let no caller join the reads pending now."""
         self._flights.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
 
     cdef int count_live(self, long change) noexcept:
-        """Note that a connection is tracked from now on, or no more."""
+        """Add ``change`` to the number of tracked connections."""
         self._live += change
         return 0
 
     cdef Record last_known(self, str name):
-        """Return the record that may be served while its node can't be reached."""
+        """Return the record to serve while its node is unreachable, or None."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name)
         if found == NULL:
             return None
@@ -385,15 +387,15 @@ cdef class NearCache:
         return _record_of(entry, True)
 
     cdef int landed(self, _PendingRead flight) except -1:
-        """Let no more callers join a pending read."""
+        """Remove a pending read, so that no more callers join it."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
         return 0
 
-    # -- small things
+    # -- helpers
 
     cdef inline _Entry _look(self, name, bint* stale):
-        """Return the valid entry of a name, and whether it may be stale."""
+        """Return the entry of a name if it may be served, and whether it may be outdated."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
         if found == NULL:
             return None
@@ -408,7 +410,7 @@ cdef class NearCache:
                     entry.was_hit = True
                     self._hits += 1
                     return entry
-            # That there was no such record can't be marked as outdated.
+            # A miss has no Record that could be marked as stale.
             elif self._may_be_stale(entry) and not epoch.reach.up:
                 self._stale += 1
                 stale[0] = True
@@ -419,7 +421,7 @@ cdef class NearCache:
         return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     cdef object _read(self, str name):
-        # Made first: Python code may run here, and end or begin flights.
+        # Creating the waiter comes first: it may run Python code that ends or begins pending reads.
         cdef object waiter = self._create_waiter()
         cdef double now = dscache_monotonic()
         cdef _PendingRead flight = self._boarding_flight(name, now)
@@ -435,7 +437,7 @@ cdef class NearCache:
         return waiter
 
     cdef _PendingRead _boarding_flight(self, str name, double now):
-        """Return the read of a name that is under way and may be joined."""
+        """Return the pending read of a name if callers may still join it."""
         cdef PyObject* found = PyDict_GetItem(self._flights, name) if self._live else NULL
         if found == NULL or now >= (<_PendingRead>found).boarding_ends:
             return None
@@ -476,7 +478,7 @@ cdef class NearCache:
                 gathering.flights.append(
                     _PendingRead.__new__(_PendingRead, self, key, now + self._boarding)
                 )
-        # One more is awaited until all of them are, so that it can't end before.
+        # An extra count keeps the bulk from ending before all of its reads are counted.
         gathering.awaited = 1
         if missing or not found:
             gathering.awaited += 1
@@ -493,7 +495,7 @@ cdef class NearCache:
         return waiter
 
     cdef int _append(self, _Entry entry) noexcept:
-        """Link an entry as the last one."""
+        """Append an entry to the linked list."""
         cdef PyObject* last = self._ends.before
         entry.before = last
         entry.after = <PyObject*>self._ends
@@ -537,7 +539,7 @@ cdef inline Record _record_of(_Entry entry, bint stale):
 
 @cython.final
 cdef class _PendingRead:
-    """A pending read of one name: the pipeline's waiter, shared by all its callers."""
+    """A pending read of one name: the waiter that the pipeline resolves, for all its callers."""
 
     cdef NearCache _near
     cdef str name
@@ -569,9 +571,10 @@ cdef class _PendingRead:
 
 @cython.final
 cdef class _BulkRead:
-    """A bulk read with some names cached and the others pending.
+    """A bulk read: some records were cached, the others are awaited.
 
-    It is the pipeline's waiter for those that are read for it, in which others may join.
+    The pipeline settles this object as the waiter for the records to be read. Other callers may
+    join the reads of these records.
     """
 
     cdef NearCache _near
@@ -583,7 +586,7 @@ cdef class _BulkRead:
     cdef object _failure
     cdef Py_ssize_t awaited
     cdef list flights
-    cdef bint _is_read  # those that are read for it have come
+    cdef bint _is_read  # the read of the pipeline is settled
 
     def __cinit__(self, NearCache near, int kind, dict found, waiter):
         self._near = near
@@ -621,12 +624,12 @@ cdef class _BulkRead:
         self._come()
 
     cdef int take(self, str name, Record record, bint again) except -1:
-        """Take the result of a pending read that was joined."""
+        """Add the result of a pending read that this bulk has joined."""
         self._rest[name] = record
         return self.come(again)
 
     cdef int take_error(self, str name, error, bint again) except -1:
-        """Take why a flight that was joined has failed."""
+        """Add the error of a pending read that this bulk has joined."""
         self._errors[name] = error
         return self.come(again)
 
@@ -636,12 +639,12 @@ cdef class _BulkRead:
         return self.come(again)
 
     cdef int come(self, bint again) except -1:
-        """Count a part that has its result. It may come ``again`` after a failure behind it."""
+        """Count a settled read. A read settles ``again`` if its first settling raised."""
         self.awaited -= not again
         return self._end() if self.awaited == 0 else 0
 
     cdef int _end(self) except -1:
-        """Resolve the waiter with the results of all parts."""
+        """Settle the waiter with the results and errors of all reads."""
         cdef dict result = {}
         cdef Record last
         for name in self._rest:
@@ -671,7 +674,7 @@ cdef class _BulkRead:
 
 @cython.final
 cdef class _Part:
-    """The waiter of one name of a bulk read, on a flight that it has joined."""
+    """The waiter for one name of a bulk read, on a pending read that the bulk has joined."""
 
     cdef _BulkRead _gathering
     cdef str _name
@@ -693,7 +696,7 @@ cdef class _Part:
 
 
 cdef inline Record _another(Record record):
-    """Return a copy of a record, for another caller."""
+    """Return a copy of the record, for another caller."""
     return None if record is None else _record(record.name, record.version, record.raw)
 
 

@@ -1,31 +1,33 @@
-"""Records kept in the process for as long as Redis has not told of a change; the pure twin of
-``near_cache.pxi``.
+"""Records cached in the process until Redis reports a change; the pure twin of ``near_cache.pxi``.
 
 Theory of operation
 -------------------
-A server that tracks a connection (RESP3, ``CLIENT TRACKING``) pushes a message over the very same
-connection when a key changes that was read over it. So everything happens in the order of that one
-stream: a reply fills the cache, a push drops the names in it, and the parser does both.
+A server that tracks a connection (RESP3, ``CLIENT TRACKING``) pushes an invalidation over the same
+connection when a key that was read over it changes. Replies and pushes arrive in the order of that
+one stream, and the parser handles both: a reply fills the cache, a push drops the keys it names.
 
-An entry is valid under four conditions, which each look-up checks:
+A cached record is valid under four conditions, which each lookup checks:
 
-1. Its **epoch** is live: the connection that brought it is there, and was tracked ever since. A
-   lost connection, a FLUSHALL or a new login ends the epoch, and with it all that it brought.
-2. A command was answered that had been sent within ``idle_limit``. So whatever happened before
-   was told of: that bytes arrive is not enough, as a late link may have more of them on the way.
-3. On a cluster, the record's slot has not moved: from then on another node would tell.
-4. It is younger than ``max_age``.
+1. The **epoch** of the record is live: the connection that read it is up, and has been tracked
+   since. A lost connection, a FLUSHALL or a new login ends the epoch and all its records.
+2. The server has answered a command that was sent within the last ``idle_limit`` seconds. Every
+   invalidation from before that command has then arrived. Incoming bytes alone don't prove this: a
+   slow link may have more bytes in transit.
+3. On a cluster, the slot of the record has not moved. After a move, another node sends the
+   invalidations.
+4. The record is younger than ``max_age``.
 
 **Own writes.** A read that is older than a write of the same name may be answered after the write
-was issued, and must not bring back the value before. Each write leaves a **fence**, the serial of
-its time. An older read fills nothing, and no caller joins it.
+was issued, and must not restore the old record. Each write leaves a **fence**, the current serial,
+and a read older than the fence fills nothing. Later callers don't join such a read.
 
-**One read for all.** Callers that miss a name at the same time share one **pending read**. A caller
-that joins a read already sent may get the value of a moment before; a near cache promises no more
-than the delay of a message. A read older than a twentieth of the time limit takes no more callers,
-because its deadline comes before theirs.
+**One read for all.** Callers that miss the same name share one **pending read**. A caller that
+joins a read already sent may get the value from just before the call. A near cache allows for that
+much: the time that a message takes. A read that has been pending for a twentieth of the time limit
+accepts no more callers, since its deadline is earlier than theirs.
 
-Records leave in the order in which they came, but those that were hit since stay for another round.
+When full, the cache evicts entries in the order of arrival. An entry hit in the meantime stays for
+another round.
 """
 
 from __future__ import annotations
@@ -49,21 +51,21 @@ from .waiters import reject, resolve
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-# Bytes that one entry takes, apart from the text of its name and data, and from the dict.
+# Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES: Final = 290
 _NO_TABLE: Final = getsizeof(OrderedDict())
 
 _UNKNOWN: Final = object()
 
-# An epoch is live while its connection is tracked, lost when it went, and over when what it brought
-# is known to be outdated.
+# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
+# its records are known to be outdated.
 LIVE, LOST, OVER = range(3)
 
 
 class Reachability:
-    """Whether there is a connection to a node now.
+    """The state of the connection to one node; ``up`` while connected.
 
-    It is ``over`` when all that came from there up to now is known to be outdated.
+    ``over`` is set when every record read from the node so far is known to be outdated.
     """
 
     __slots__ = ("over", "up")
@@ -74,10 +76,11 @@ class Reachability:
 
 
 class Epoch:
-    """The time in which one connection is tracked.
+    """The period in which one connection is tracked.
 
-    ``known`` is the time up to which every change is known here: whatever happened before a command
-    was sent was told of before its answer. One mark at a time is followed, not each command.
+    ``known`` is the time up to which every change is known here: Redis reports every change from
+    before a command before it answers that command. The epoch follows one mark at a time instead
+    of each command.
     """
 
     __slots__ = ("_last_mark", "_last_sent", "_mark", "_sent", "known", "reach", "state")
@@ -90,13 +93,13 @@ class Epoch:
         self._sent = self._last_sent = 0.0
 
     def asked(self, mark: int) -> None:
-        """Note that commands are sent now, and answered when ``mark`` of them are settled."""
+        """Record a sending of commands, all answered once ``mark`` commands are settled."""
         self._last_mark, self._last_sent = mark, time.monotonic()
         if not self._mark:
             self._mark, self._sent = mark, self._last_sent
 
     def answered(self, settled: int) -> None:
-        """Note how many commands are settled."""
+        """Record the number of settled commands."""
         if settled >= self._mark > 0:
             self.known = self._sent
             self._mark = self._last_mark if self._last_mark > settled else 0
@@ -122,16 +125,17 @@ class Entry:
 
 
 class NearCache:
-    """The operations of a Pipeline or Router (``inner``), with a cache of records read before.
+    """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    ``get`` and ``head`` return a coroutine in place of a waiter: a hit is done when it is awaited,
-    without a turn of the event loop. Like everything else they are issued at the call.
+    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
+    the event loop. Both are issued at the call, like every other operation.
 
-    Bounded by ``max_records`` and ``max_bytes``, the text of records and names with what it takes
-    to keep them. ``max_age``, ``idle_limit`` and ``timeout`` are in seconds. ``prefixes``: only
-    names that begin with one of them are kept; () for all. With ``serve_stale``, the last known
-    record is served, marked as stale, while its node is away, for ``max_age`` at most.
-    ``check`` is called before a read that comes in another thread, and raises if it must not.
+    ``max_records`` and ``max_bytes`` limit the size of the cache. The bytes are the text of records
+    and names plus the overhead of caching them. ``max_age``, ``idle_limit`` and ``timeout`` are in
+    seconds. ``prefixes`` restricts the cache to names that begin with one of them; () allows all.
+    With ``serve_stale``, the last known record is served while its node is unreachable, marked as
+    stale, but no longer than for ``max_age``. ``check`` is called before a read from another
+    thread, and raises if that thread must not read.
     """
 
     def __init__(
@@ -169,7 +173,7 @@ class NearCache:
         self._flights: dict[str, PendingRead] = {}
         self._fences: dict[str, int] = {}
         self._floor = 0
-        # How often each slot has moved.
+        # Number of moves of each slot.
         self._moves = array("L", bytes(array("L").itemsize * c.SLOTS))
         self._live = 0
         self._counts = dict.fromkeys(
@@ -180,7 +184,7 @@ class NearCache:
     # -- operations on one record
 
     def get(self, name: str) -> Any:
-        """Return a coroutine that gives the Record, or None."""
+        """Return a coroutine that returns the Record, or None."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None:
@@ -188,7 +192,7 @@ class NearCache:
         return _now(self._record(name, entry, stale))
 
     def head(self, name: str) -> Any:
-        """Return a coroutine that gives the version, or None."""
+        """Return a coroutine that returns the version, or None."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None or stale:
@@ -204,13 +208,13 @@ class NearCache:
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> Any:
-        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         waiter = self._inner.set(name, version, data, ttl, if_newer)
         self.touch(check_name(name))
         return waiter
 
     def delete(self, name: str) -> Any:
-        """Queue a removal; its waiter gets whether there was such a record."""
+        """Queue a removal; its waiter gets whether the record existed."""
         waiter = self._inner.delete(name)
         self.touch(check_name(name))
         return waiter
@@ -218,12 +222,12 @@ class NearCache:
     # -- bulk operations
 
     def get_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of the names not cached; its waiter gets a dict of all records found."""
+        """Queue a read of the records not cached; its waiter gets a dict of all records found."""
         self._stay()
         return self._bulk(c.GET, names)
 
     def head_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a read of the versions not at hand; its waiter gets a dict of all found."""
+        """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
         self._stay()
         return self._bulk(c.HEAD, names)
 
@@ -242,7 +246,7 @@ class NearCache:
         return waiter
 
     def delete_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a removal of many records; its waiter gets how many there were."""
+        """Queue a removal of many records; its waiter gets the number of records removed."""
         if not isinstance(names, (str, bytes)):
             names = list(names)
         waiter = self._inner.delete_bulk(names)
@@ -251,15 +255,15 @@ class NearCache:
         return waiter
 
     def _stay(self) -> None:
-        """Raise the error of ``check`` in another thread. The pipeline checks writes itself."""
+        """Call ``check``, which may raise, if the thread has changed. ``inner`` checks writes."""
         if self._check is not None and self._thread != get_ident():
             self._check()
             self._thread = get_ident()  # the event loop runs there now
 
-    # -- for whoever owns it
+    # -- for the owner of the cache
 
     def slots_moved(self, slots: Iterable[int]) -> None:
-        """Forget the records of slots that another node serves now."""
+        """Invalidate the records of slots that another node serves now."""
         moved = 0
         for slot in slots:
             self._moves[slot] += 1
@@ -268,14 +272,14 @@ class NearCache:
             self.count_flush("slots")
 
     def close(self) -> None:
-        """Forget everything; from now on nothing is kept, and nothing served."""
+        """Drop every record, and stop caching and serving records."""
         self._entries.clear()
         self._bytes = 0
         self._max_records = 0
         self._serve_stale = False
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters, the flushes by their reason, and how much is kept."""
+        """Return the counters, the flushes by reason, and the size of the cache."""
         return {
             **self._counts,
             "flushes": dict(self._flushes),
@@ -295,15 +299,16 @@ class NearCache:
         raw: Any,
         slot: int,
     ) -> None:
-        """Cache the result of a read: a record, or with ``raw`` None a miss.
+        """Cache the result of a read: a record, or a miss if ``raw`` is None.
 
-        ``serial`` tells when the read was issued. ``slot`` is the name's, or -1 if the
+        ``serial`` states when the read was issued. ``slot`` is the slot of the name, or -1 if the
         caller hasn't computed it.
         """
         if self._prefixes and not name.startswith(self._prefixes):
             return
         entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, 0)
-        # Garbage collection may have let a finalizer write this name: the fences come after it.
+        # Garbage collection may have run a finalizer that wrote this name. So the fences are read
+        # after the entry is created.
         if serial < self._floor or serial < self._fences.get(name, 0):
             self._counts["dropped_fills"] += 1
             return
@@ -337,7 +342,7 @@ class NearCache:
         return True
 
     def touch(self, name: str) -> None:
-        """Forget a record that is being written here, and let no older read bring it back."""
+        """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
         self._flights.pop(name, None)
         if len(self._fences) >= c.NEAR_FENCES:
@@ -346,7 +351,7 @@ class NearCache:
         self._fences[name] = serials.last
 
     def invalidate(self, keys: list[Any] | None) -> bool:
-        """Forget the records of keys that have changed; return whether it was all of them."""
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
         if keys is None:
             return True
         for key in keys:
@@ -356,16 +361,16 @@ class NearCache:
         return False
 
     def count_flush(self, reason: str) -> None:
-        """Count that many records became useless at once; nor does anybody join an older read."""
+        """Count an invalidation of many records, and let no caller join the reads pending now."""
         self._flights.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
 
     def count_live(self, change: int) -> None:
-        """Note that a connection is tracked from now on, or no more."""
+        """Add ``change`` to the number of tracked connections."""
         self._live += change
 
     def last_known(self, name: str) -> Record | None:
-        """Return the record that may be served while its node can't be reached."""
+        """Return the record to serve while its node is unreachable, or None."""
         entry = self._entries.get(name)
         if entry is None or not self._may_be_stale(entry) or time.monotonic() >= entry.expires:
             return None
@@ -373,14 +378,14 @@ class NearCache:
         return self._record(name, entry, True)
 
     def landed(self, flight: PendingRead) -> None:
-        """Let no more callers join a pending read."""
+        """Remove a pending read, so that no more callers join it."""
         if self._flights.get(flight.name) is flight:
             del self._flights[flight.name]
 
-    # -- small things
+    # -- helpers
 
     def _look(self, name: Any) -> tuple[Entry | None, bool]:
-        """Return the valid entry of a name, and whether it may be stale."""
+        """Return the entry of a name if it may be served, and whether it may be outdated."""
         entry = self._entries.get(name) if type(name) is str else None
         if entry is None:
             return None, False
@@ -394,7 +399,7 @@ class NearCache:
                     entry.was_hit = True
                     self._counts["hits"] += 1
                     return entry, False
-            # That there was no such record can't be marked as outdated.
+            # A miss has no Record that could be marked as stale.
             elif self._may_be_stale(entry) and not epoch.reach.up:
                 self._counts["stale"] += 1
                 return entry, True
@@ -422,7 +427,7 @@ class NearCache:
         return waiter
 
     def _boarding_flight(self, name: str, now: float) -> PendingRead | None:
-        """Return the read of a name that is under way and may be joined."""
+        """Return the pending read of a name if callers may still join it."""
         flight = self._flights.get(name)
         return flight if flight is not None and now < flight.boarding_ends and self._live else None
 
@@ -453,7 +458,7 @@ class NearCache:
         gathering = BulkRead(self, kind, found, waiter)
         if kind == c.GET and len(missing) <= c.NEAR_SHARED:
             gathering.flights += (PendingRead(self, name, now + self._boarding) for name in missing)
-        # One more is awaited until all of them are, so that it can't end before.
+        # An extra count keeps the bulk from ending before all of its reads are counted.
         gathering.awaited = 1
         if missing or not found:
             gathering.awaited += 1
@@ -489,7 +494,7 @@ class NearCache:
 
 
 class PendingRead:
-    """A pending read of one name: the pipeline's waiter, shared by all its callers."""
+    """A pending read of one name: the waiter that the pipeline resolves, for all its callers."""
 
     __slots__ = ("_near", "boarding_ends", "name", "waiters")
 
@@ -516,9 +521,10 @@ class PendingRead:
 
 
 class BulkRead:
-    """A bulk read with some names cached and the others pending.
+    """A bulk read: some records were cached, the others are awaited.
 
-    It is the pipeline's waiter for those that are read for it, in which others may join.
+    The pipeline settles this object as the waiter for the records to be read. Other callers may
+    join the reads of these records.
     """
 
     __slots__ = (
@@ -544,7 +550,7 @@ class BulkRead:
         self._failure: Exception | None = None
         self.awaited = 0
         self.flights: list[PendingRead] = []
-        self._is_read = False  # those that are read for it have come
+        self._is_read = False  # the read of the pipeline is settled
 
     def set_result(self, found: Mapping[str, Any], /) -> None:
         self._rest.update(found)
@@ -571,12 +577,12 @@ class BulkRead:
         self._come()
 
     def take(self, name: str, record: Record | None, again: bool) -> None:
-        """Take the result of a pending read that was joined."""
+        """Add the result of a pending read that this bulk has joined."""
         self._rest[name] = record
         self.come(again)
 
     def take_error(self, name: str, error: Exception, again: bool) -> None:
-        """Take why a flight that was joined has failed."""
+        """Add the error of a pending read that this bulk has joined."""
         self._errors[name] = error
         self.come(again)
 
@@ -585,13 +591,13 @@ class BulkRead:
         self.come(again)
 
     def come(self, again: bool) -> None:
-        """Count a part that has its result. It may come ``again`` after a failure behind it."""
+        """Count a settled read. A read settles ``again`` if its first settling raised."""
         self.awaited -= not again
         if not self.awaited:
             self._end()
 
     def _end(self) -> None:
-        """Resolve the waiter with the results of all parts."""
+        """Settle the waiter with the results and errors of all reads."""
         for name in self._rest:
             self._errors.pop(name, None)
         for name, error in list(self._errors.items()):
@@ -620,7 +626,7 @@ class BulkRead:
 
 
 class Part:
-    """The waiter of one name of a bulk read, on a flight that it has joined."""
+    """The waiter for one name of a bulk read, on a pending read that the bulk has joined."""
 
     __slots__ = ("_gathering", "_has_come", "_name")
 
@@ -639,7 +645,7 @@ class Part:
 
 
 def _another(record: Record | None) -> Record | None:
-    """Return a copy of a record, for another caller."""
+    """Return a copy of the record, for another caller."""
     return None if record is None else Record(record.name, record.version, record.raw)
 
 

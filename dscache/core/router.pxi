@@ -1,13 +1,13 @@
-# Which pipeline an operation goes to, on a cluster; the compiled twin of ``router.py``.
+# The choice of a pipeline for each operation on a cluster; the compiled twin of ``router.py``.
 
 
 @cython.final
 cdef class Router:
-    """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
+    """The operations of a Pipeline, each passed to the pipeline of the node that serves its slot.
 
-    ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
-    ``pipeline`` throughout, and the owner of the nodes writes into them. ``apart`` has the same
-    operations for records whose two keys lie in different slots.
+    ``owners`` holds the pipeline of each slot, and ``readers`` the pipeline for reads. Both begin
+    with ``pipeline`` in every slot, and the caller that knows the nodes updates them. ``apart`` has
+    the same operations for records with their two keys in different slots.
     """
 
     cdef public list owners
@@ -51,7 +51,7 @@ cdef class Router:
         return (<Pipeline?>self.readers[slot])._join(HEAD, key)
 
     def set(self, name, version, data, ttl=None, if_newer=False):
-        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         cdef str key = check_name(name)
         cdef int slot = self._encoder.slot(key)
         if slot < 0:
@@ -59,7 +59,7 @@ cdef class Router:
         return (<Pipeline?>self.owners[slot])._put(key, version, data, ttl, if_newer)
 
     def delete(self, name):
-        """Queue a removal; its waiter gets whether there was such a record."""
+        """Queue a removal; its waiter gets whether the record existed."""
         cdef str key = check_name(name)
         cdef int slot = self._encoder.slot(key)
         if slot < 0:
@@ -81,19 +81,19 @@ cdef class Router:
         cdef dict writes = {}
         cdef long long write_ttl = 0
         cdef Py_ssize_t size = 0
-        # They all have the same limits and the same default.
+        # All pipelines have the same limits and the same default.
         cdef Pipeline pipeline = <Pipeline?>self.owners[0]
         pipeline.make_writes(records, ttl, if_newer, writes, &write_ttl, &size)
         return self._bulk(_kind_of(write_ttl, if_newer), writes)
 
     def delete_bulk(self, names):
-        """Queue a removal of many records; its waiter gets how many there were."""
+        """Queue a removal of many records; its waiter gets the number of records removed."""
         return self._bulk(DELETE, _unique("delete_bulk", names))
 
     # -- reads for the near cache
 
     def read(self, str name not None, waiter):
-        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        """Queue a read; ``waiter`` gets the Record, or None."""
         cdef int slot = self._encoder.slot(name)
         if slot < 0:
             self._apart.read(name, waiter)
@@ -101,42 +101,42 @@ cdef class Router:
             (<Pipeline?>self.readers[slot])._join(GET, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""
         self._bulk(kind, dict.fromkeys(names), waiter)
 
-    # -- for those who know the nodes
+    # -- for callers that know the nodes
 
     def stats(self):
-        """Return the numbers to add to the nodes' counters for the totals.
+        """Return the correction to add to the summed counters of the nodes.
 
-        A bulk is an operation of each node that has a part of it, and yet but one.
+        Each node with a part of a bulk counts one operation, but the bulk is only one.
         """
         return {"operations": -self._split}
 
     def slot_of(self, name):
-        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        """Return the slot of both keys of a record, or -1 if their slots differ."""
         return self._encoder.slot(check_name(name))
 
     cpdef target_of(self, int kind, str name):
-        """Return the pipeline of an operation's target, by its kind: a record, or a key."""
+        """Return the pipeline for an operation of that kind on a record, or on a key."""
         cdef bint reads = kind == GET or kind == HEAD or kind == READ_KEY
         return (self.readers if reads else self.owners)[self._encoder.slot_of(kind, name)]
 
     def key_command(self, int kind, str key not None, waiter, *parts):
-        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        """Queue a READ_KEY or WRITE_KEY command of one key; ``waiter`` gets the bare reply."""
         self.target_of(kind, key).key_command(kind, key, waiter, *parts)
 
     def publish(self, topic, bytes opening not None, message, bint sharded):
-        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        """Queue a message; its waiter gets the number of connections that Redis sent it to."""
         cdef long long number = topic_of(topic, message)
         cdef char digits[20]
         cdef int slot = slot_of_text(digits, put_digits(digits, number) - digits)
         return (<Pipeline?>self.owners[slot])._publish(number, opening, message, sharded)
 
     def admit_keys(self, int kind, sizes):
-        """Raise Overloaded, or another error that keeps a node from taking commands of some keys.
+        """Raise Overloaded, or another error if a node can't accept commands of these keys.
 
-        ``sizes`` has for each key how much text is to be written to it.
+        ``sizes`` maps each key to the bytes of text to be written to it.
         """
         cdef dict totals = {}
         cdef Pipeline pipeline
@@ -151,8 +151,8 @@ cdef class Router:
     cdef object _bulk(self, int kind, dict records, waiter=None):
         cdef list pipelines = self.readers if kind <= HEAD else self.owners
         cdef bint writes = SET <= kind <= SET_IF_NEWER
-        cdef dict parts = {}  # of each pipeline: its records
-        cdef dict sizes = {}  # of each pipeline: the bytes of their text
+        cdef dict parts = {}  # records by pipeline
+        cdef dict sizes = {}  # bytes of text by pipeline
         cdef dict apart = {}
         cdef dict part
         cdef object last = None
@@ -171,7 +171,7 @@ cdef class Router:
         if apart:
             self._apart.check_bulk(kind, apart)
         for pipeline, part in parts.items():
-            # Refused by one of them, it must not be under way to the others.
+            # A bulk that one pipeline refuses must not be queued in the others.
             size = 0
             if writes:
                 for entry in part.values():

@@ -1,4 +1,4 @@
-"""Which pipeline an operation goes to, on a cluster; the pure twin of ``router.pxi``."""
+"""The choice of a pipeline for each operation on a cluster; the pure twin of ``router.pxi``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .resp import Encoder
 
 
 class Router:
-    """The operations of a Pipeline, each given to the pipeline of the node that serves its slot.
+    """The operations of a Pipeline, each passed to the pipeline of the node that serves its slot.
 
-    ``owners`` holds the pipeline of each slot, and ``readers`` the one for reads; both begin as
-    ``pipeline`` throughout, and the owner of the nodes writes into them. ``apart`` has the same
-    operations for records whose two keys lie in different slots.
+    ``owners`` holds the pipeline of each slot, and ``readers`` the pipeline for reads. Both begin
+    with ``pipeline`` in every slot, and the caller that knows the nodes updates them. ``apart`` has
+    the same operations for records with their two keys in different slots.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Router:
         ttl: int | None = None,
         if_newer: bool = False,
     ) -> Any:
-        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         name = check_name(name)
         slot = self._encoder.slot(name)
         if slot < 0:
@@ -68,7 +68,7 @@ class Router:
         return self.owners[slot].set(name, version, data, ttl, if_newer)
 
     def delete(self, name: str) -> Any:
-        """Queue a removal; its waiter gets whether there was such a record."""
+        """Queue a removal; its waiter gets whether the record existed."""
         name = check_name(name)
         slot = self._encoder.slot(name)
         return self._apart.delete(name) if slot < 0 else self.owners[slot].delete(name)
@@ -90,18 +90,18 @@ class Router:
         if_newer: bool = False,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
-        # They all have the same limits and the same default.
+        # All pipelines have the same limits and the same default.
         writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer)
         return self._bulk(kind_of(write_ttl, if_newer), writes)
 
     def delete_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a removal of many records; its waiter gets how many there were."""
+        """Queue a removal of many records; its waiter gets the number of records removed."""
         return self._bulk(c.DELETE, unique("delete_bulk", names))
 
     # -- reads for the near cache
 
     def read(self, name: str, waiter: Any) -> None:
-        """Queue a read, of which ``waiter`` gets the Record, or None."""
+        """Queue a read; ``waiter`` gets the Record, or None."""
         slot = self._encoder.slot(name)
         if slot < 0:
             self._apart.read(name, waiter)
@@ -109,40 +109,40 @@ class Router:
             self.readers[slot].read(name, waiter)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
-        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""
+        """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""
         self._bulk(kind, dict.fromkeys(names), waiter)
 
-    # -- for those who know the nodes
+    # -- for callers that know the nodes
 
     def stats(self) -> dict[str, int]:
-        """Return the numbers to add to the nodes' counters for the totals.
+        """Return the correction to add to the summed counters of the nodes.
 
-        A bulk is an operation of each node that has a part of it, and yet but one.
+        Each node with a part of a bulk counts one operation, but the bulk is only one.
         """
         return {"operations": -self._split}
 
     def slot_of(self, name: object) -> int:
-        """Return the slot of both keys of a record, or -1 if they lie in different ones."""
+        """Return the slot of both keys of a record, or -1 if their slots differ."""
         return self._encoder.slot(check_name(name))
 
     def target_of(self, kind: int, name: str) -> Pipeline:
-        """Return the pipeline of an operation's target, by its kind: a record, or a key."""
+        """Return the pipeline for an operation of that kind on a record, or on a key."""
         slot = slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
         return (self.readers if kind in (c.GET, c.HEAD, c.READ_KEY) else self.owners)[slot]
 
     def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
-        """Queue a command of one key, READ_KEY or WRITE_KEY, whose bare reply ``waiter`` gets."""
+        """Queue a READ_KEY or WRITE_KEY command of one key; ``waiter`` gets the bare reply."""
         self.target_of(kind, key).key_command(kind, key, waiter, *parts)
 
     def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
-        """Queue a message; its waiter gets how many connections Redis gave it to."""
+        """Queue a message; its waiter gets the number of connections that Redis sent it to."""
         topic = e.topic_of(message) if topic is None else e.check_topic(topic)
         return self.owners[slot_of_key(b"%d" % topic)].publish(topic, opening, message, sharded)
 
     def admit_keys(self, kind: int, sizes: Mapping[str, int]) -> None:
-        """Raise Overloaded, or another error that keeps a node from taking commands of some keys.
+        """Raise Overloaded, or another error if a node can't accept commands of these keys.
 
-        ``sizes`` has for each key how much text is to be written to it.
+        ``sizes`` maps each key to the bytes of text to be written to it.
         """
         totals: dict[Pipeline, int] = {}
         for key, size in sizes.items():
@@ -165,7 +165,7 @@ class Router:
             self._apart.check_bulk(kind, apart)
         sizes: dict[Pipeline, int] = {}
         for pipeline, part in parts.items():
-            # Refused by one of them, it must not be under way to the others.
+            # A bulk that one pipeline refuses must not be queued in the others.
             size = sizes[pipeline] = sum(len(w.text) for w in part.values() if type(w) is Write)
             pipeline.check_capacity(size)
         for pipeline in parts:
