@@ -23,7 +23,6 @@ class Metric(NamedTuple):
 
 _FOUND: Final = "Records read, by whether Redis had them."
 _WRITTEN: Final = "Records written, and records skipped by if_newer."
-NEAR_FLUSHES: Final = "How often the near cache was emptied."
 
 COUNTERS: Final = (
     Metric("operations", "operations", "{operation}", "Calls of get, set, get_bulk and the like."),
@@ -66,6 +65,7 @@ NEAR_COUNTERS: Final = (
     ),
     Metric("evictions", "near_evictions", "{record}", "Cached records evicted for space."),
     Metric("dropped_fills", "near_dropped_fills", "{record}", "Reads too old to be cached."),
+    Metric("flushes", "near_flushes", "{flush}", "How often the near cache was emptied."),
 )
 NEAR_GAUGES: Final = (
     Metric("records", "near_records", "{record}", "Records in the near cache."),
@@ -84,7 +84,6 @@ class Sample(NamedTuple):
     """One value of a metric."""
 
     name: str
-    unit: str
     text: str
     labels: dict[str, str]
     value: int
@@ -92,31 +91,32 @@ class Sample(NamedTuple):
 
 def counters(stats: Mapping[str, Any]) -> Iterator[Sample]:
     """Return the values that only grow, as far as ``stats`` has them."""
-    yield from _samples(COUNTERS, stats)
-    yield from _samples(NEAR_COUNTERS, stats.get("near_cache", {}))
-    for reason, count in stats.get("near_cache", {}).get("flushes", {}).items():
-        yield Sample("near_flushes", "{flush}", NEAR_FLUSHES, {"reason": reason}, count)
-    yield from _of_nodes(COUNTERS, stats)
+    return _samples(stats, COUNTERS, NEAR_COUNTERS)
 
 
 def gauges(stats: Mapping[str, Any]) -> Iterator[Sample]:
     """Return the values that rise and fall, as far as ``stats`` has them."""
-    yield from _samples(GAUGES, stats)
-    yield from _samples(NEAR_GAUGES, stats.get("near_cache", {}))
-    yield from _of_nodes(GAUGES, stats)
+    return _samples(stats, GAUGES, NEAR_GAUGES)
 
 
-def _samples(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sample]:
-    for metric in metrics:
-        if metric.key in stats:
-            labels = dict(metric.labels)
-            yield Sample(metric.name, metric.unit, metric.text, labels, stats[metric.key])
-
-
-def _of_nodes(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sample]:
+def _samples(
+    stats: Mapping[str, Any], metrics: Iterable[Metric], near: Iterable[Metric]
+) -> Iterator[Sample]:
+    yield from _present(metrics, stats)
+    yield from _present(near, stats.get("near_cache", {}))
     chosen = [metric for metric in metrics if metric.key in OF_NODES]
     for node, counts in stats.get("nodes", {}).items():
-        for one in _samples(chosen, counts):
-            labels = {"node": node, **one.labels}
-            text = f"Of one node: {one.text}"
-            yield one._replace(name=f"node_{one.name}", text=text, labels=labels)
+        for name, text, labels, value in _present(chosen, counts):
+            yield Sample(f"node_{name}", f"Of one node: {text}", {"node": node, **labels}, value)
+
+
+def _present(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sample]:
+    for metric in metrics:
+        if metric.key not in stats:
+            continue
+        value = stats[metric.key]
+        if isinstance(value, Mapping):
+            for reason, count in value.items():
+                yield Sample(metric.name, metric.text, {"reason": reason}, count)
+        else:
+            yield Sample(metric.name, metric.text, dict(metric.labels), value)

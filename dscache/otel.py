@@ -12,22 +12,12 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, ref
 
-from ._metrics import (
-    COUNTERS,
-    GAUGES,
-    NAMESPACE,
-    NEAR_COUNTERS,
-    NEAR_FLUSHES,
-    NEAR_GAUGES,
-    OF_NODES,
-    Metric,
-    Sample,
-    counters,
-    gauges,
-)
+from . import _metrics
+from ._metrics import NAMESPACE, Metric, Sample
 from .errors import ReplyError
 
 try:
@@ -56,15 +46,12 @@ def attributes_of(config: Config) -> dict[str, str | int]:
         return {"db.system.name": "memory"}
     options = config.options
     found: dict[str, str | int] = {"db.system.name": "redis", "db.namespace": str(options.db)}
-    if options.nodes:
-        found |= {"server.address": options.seeds[0].host, "server.port": options.seeds[0].port}
-    elif options.sentinels:
-        found["server.address"] = str(options.name)
-    elif options.path:
-        found["server.address"] = options.path
-    else:
-        found |= {"server.address": options.host, "server.port": options.port}
-    return found
+    if options.sentinels:
+        return found | {"server.address": str(options.name)}
+    if options.path:
+        return found | {"server.address": options.path}
+    server = options.seeds[0] if options.nodes else options
+    return found | {"server.address": server.host, "server.port": server.port}
 
 
 # -- metrics
@@ -93,13 +80,15 @@ class _Instruments:
 
     def __init__(self, meter: Meter) -> None:
         self._caches: dict[str, ref[AsyncCache | Cache]] = {}
-        _declare(meter.create_observable_counter, (*COUNTERS, *NEAR_COUNTERS), self._counted)
-        _declare(meter.create_observable_up_down_counter, (*GAUGES, *NEAR_GAUGES), self._present)
-        meter.create_observable_counter(
-            f"{NAMESPACE}.near.flushes",
-            [partial(self._counted, "near_flushes")],
-            "{flush}",
-            NEAR_FLUSHES,
+        _declare(
+            meter.create_observable_counter,
+            (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS),
+            partial(self._samples, _metrics.counters),
+        )
+        _declare(
+            meter.create_observable_up_down_counter,
+            (*_metrics.GAUGES, *_metrics.NEAR_GAUGES),
+            partial(self._samples, _metrics.gauges),
         )
         meter.create_observable_gauge(
             f"{NAMESPACE}.ready", [self._ready], "1", "Whether the cache is ready to serve."
@@ -117,8 +106,7 @@ class _Instruments:
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Observe another cache. Raises ValueError if a different cache has that name."""
         known = self._caches.get(name)
-        present = None if known is None else known()
-        if present not in (None, cache):
+        if known is not None and known() not in (None, cache):
             raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
         self._caches[name] = ref(cache)
 
@@ -126,17 +114,10 @@ class _Instruments:
         for name, known in list(self._caches.items()):
             cache = known()
             if cache is not None:
-                own = attributes_of(cache.config)
-                yield cache, {f"{NAMESPACE}.cache": name, **own}
-
-    def _counted(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
-        return self._samples(counters, name)
-
-    def _present(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
-        return self._samples(gauges, name)
+                yield cache, {f"{NAMESPACE}.cache": name, **attributes_of(cache.config)}
 
     def _samples(
-        self, of: Callable[[Mapping[str, Any]], Iterable[Sample]], name: str
+        self, of: Callable[[Mapping[str, Any]], Iterable[Sample]], name: str, _: CallbackOptions
     ) -> Iterable[Observation]:
         for cache, attributes in self._each():
             for one in of(cache.stats()):
@@ -157,9 +138,7 @@ class _Instruments:
                 if part != "bucket":
                     yield Observation(row[part], own)
                     continue
-                total = 0
-                for bound, count in zip(bounds, row["buckets"], strict=True):
-                    total += count
+                for bound, total in zip(bounds, accumulate(row["buckets"]), strict=True):
                     yield Observation(total, own | {"le": bound})
 
 
@@ -171,7 +150,7 @@ def _declare(
     names: dict[str, Metric] = {}
     for metric in metrics:
         names.setdefault(metric.name, metric)
-        if metric.key in OF_NODES and not metric.name.startswith("near_"):
+        if metric.key in _metrics.OF_NODES and not metric.name.startswith("near_"):
             names.setdefault(f"node_{metric.name}", metric)
     for name, metric in names.items():
         of, _, rest = name.partition("_")

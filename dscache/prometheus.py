@@ -7,10 +7,11 @@ of ``prometheus_client.start_http_server``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._metrics import NAMESPACE, Sample, counters, gauges
+from ._metrics import NAMESPACE, counters, gauges
 
 try:
     from prometheus_client.core import (
@@ -79,35 +80,29 @@ class CacheCollector(Collector):
             "Time of operations, from the call to the result.",
             labels=("cache", "operation"),
         )
-        counted: dict[str, CounterMetricFamily] = {}
-        present: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for name, cache in list(self._caches.items()):
             ready.add_metric((name,), float(cache.is_ready))
             stats = cache.stats()
-            _add(counted, CounterMetricFamily, name, counters(stats))
-            _add(present, GaugeMetricFamily, name, gauges(stats))
+            for kind, samples in (
+                (GaugeMetricFamily, gauges(stats)),
+                (CounterMetricFamily, counters(stats)),
+            ):
+                for one in samples:
+                    if one.name not in families:
+                        families[one.name] = kind(
+                            f"{NAMESPACE}_{one.name}", one.text, labels=("cache", *one.labels)
+                        )
+                    families[one.name].add_metric((name, *one.labels.values()), one.value)
             if "latency" in stats:
                 _add_latency(latency, name, stats["latency"])
-        yield from (ready, *present.values(), *counted.values(), latency)
-
-
-def _add(families: dict[str, Any], kind: Any, cache: str, samples: Iterable[Sample]) -> None:
-    for one in samples:
-        family = families.get(one.name)
-        if family is None:
-            labels = ("cache", *one.labels)
-            family = families[one.name] = kind(f"{NAMESPACE}_{one.name}", one.text, labels=labels)
-        family.add_metric((cache, *one.labels.values()), one.value)
+        yield from (ready, *families.values(), latency)
 
 
 def _add_latency(family: HistogramMetricFamily, cache: str, latency: Mapping[str, Any]) -> None:
     bounds = [*map(_shown, latency["bounds"]), "+Inf"]
     for operation, row in latency["operations"].items():
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in zip(bounds, row["buckets"], strict=True):
-            total += count
-            buckets.append((bound, total))
+        buckets = list(zip(bounds, accumulate(row["buckets"]), strict=True))
         family.add_metric((cache, operation), buckets=buckets, sum_value=row["sum"])
 
 
