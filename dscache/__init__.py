@@ -1,5 +1,6 @@
 """Versioned JSON records in Redis, as deepstream.io keeps them, for fast Python servers."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._backend import BACKEND, core, make_message, make_record
@@ -30,19 +31,13 @@ else:
     Record = core.Record
 
     def __getattr__(name: str) -> Any:
-        # Cache imports redis-py, which takes longer to import than all of dscache.
-        if name == "Cache":
-            from .sync import Cache
-
-            globals()["Cache"] = Cache
-            return Cache
-        # Programs without messages don't pay for this import.
-        if name == "MessageNode":
-            from .messages import MessageNode
-
-            globals()["MessageNode"] = MessageNode
-            return MessageNode
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Cache imports redis-py, which takes longer to import than all of dscache; MessageNode's
+        # import too is paid only by the programs that use it.
+        module = {"Cache": "sync", "MessageNode": "messages"}.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+        return found
 
 
 __all__ = [

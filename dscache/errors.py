@@ -23,10 +23,8 @@ import copy
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, Self, TypeVar
-
-_CAUSE: Final = "__cause__"
-_SUPPRESSED: Final = "__suppress_context__"
 
 _Error = TypeVar("_Error", bound="DscacheError")
 
@@ -44,38 +42,30 @@ class DscacheError(Exception):
         )
         state = {name: _portable(value) for name, value in vars(self).items()}
         # Pickled separately: a cause that can't be pickled or unpickled is left out.
-        state[_CAUSE] = _pickled(self.__cause__)
-        state[_SUPPRESSED] = self.__suppress_context__
+        state["__cause__"] = _pickled(self.__cause__)
+        # After the cause, as setting that sets this too.
+        state["__suppress_context__"] = self.__suppress_context__
         return (_empty, (kind, *self.args), state)
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
-        state = dict(state or {})
-        cause = state.pop(_CAUSE, None)
-        if cause is not None:
-            self.__cause__ = pickle.loads(cause)
-        self.__suppress_context__ = state.pop(_SUPPRESSED, False)
-        vars(self).update(state)
+        state = state or {}
+        cause = state.get("__cause__")
+        super().__setstate__({**state, "__cause__": cause and pickle.loads(cause)})
 
     def __copy__(self) -> Self:
-        return self._filled(vars(self), self.__cause__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = self._filled({}, None)
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        try:
-            copied.__cause__ = copy.deepcopy(self.__cause__, memo)
-        except Exception:  # another library's exception may raise anything
-            copied.__cause__ = self.__cause__
+        copied = _empty(type(self), *self.args)
+        vars(copied).update(vars(self))
+        copied.__cause__ = self.__cause__
         copied.__suppress_context__ = self.__suppress_context__
         return copied
 
-    def _filled(self, state: dict[str, Any], cause: BaseException | None) -> Self:
-        made = _empty(type(self), *self.args)
-        vars(made).update(state)
-        made.__cause__ = cause
-        made.__suppress_context__ = self.__suppress_context__
-        return made
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        with suppress(Exception):  # another library's exception may raise anything
+            copied.__cause__ = copy.deepcopy(self.__cause__, memo)
+        copied.__suppress_context__ = self.__suppress_context__
+        return copied
 
 
 def _empty(kind: type[_Error], *args: Any) -> _Error:
@@ -85,20 +75,15 @@ def _empty(kind: type[_Error], *args: Any) -> _Error:
 
 def _pickled(value: object) -> bytes | None:
     """Return a pickle of a value, or None if it can't be pickled or unpickled."""
-    if value is None:
-        return None
-    try:
+    with suppress(Exception):  # another library's type may raise anything
         text = pickle.dumps(value)
         pickle.loads(text)
-    except Exception:  # another library's type may raise anything
-        return None
-    return text
+        return text
+    return None
 
 
 def _portable(value: object) -> object:
     """Return the value if it can be pickled, or its shortened ``repr``."""
-    if type(value) in (str, bytes, int, float, bool, type(None)):
-        return value
     return value if _pickled(value) else shorten(value)
 
 
