@@ -7,15 +7,12 @@ any plugin for async tests, or without one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
 from .cache import AsyncCache
+from .embedded import EmbeddedServer
 from .errors import DscacheError
-
-if TYPE_CHECKING:
-    from .embedded import EmbeddedServer
 
 # Limit for the server's reply, in seconds.
 _PATIENCE = 5
@@ -35,9 +32,6 @@ def dscache_memory() -> AsyncCache:
 
 @pytest.fixture(scope="session")
 def _dscache_process() -> Iterator[EmbeddedServer]:
-    # Imports redis-py, which tests without a server don't need.
-    from .embedded import EmbeddedServer
-
     try:
         server = EmbeddedServer()
         server.start()
@@ -56,9 +50,7 @@ def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
     if the previous test left data or stopped or paused it. If no server is installed, the test
     fails with the remedy.
     """
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
+    import redis  # not needed by tests without a server
 
     server = _dscache_process
     if not server.is_running:
@@ -67,10 +59,7 @@ def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
     server.resume()
     try:
         with redis.Redis(
-            host=server.host,
-            port=server.port,
-            socket_timeout=_PATIENCE,
-            retry=Retry(NoBackoff(), 0),
+            host=server.host, port=server.port, socket_timeout=_PATIENCE, retry=None
         ) as client:
             client.flushall()
     except redis.RedisError:
