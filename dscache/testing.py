@@ -7,12 +7,15 @@ any plugin for async tests, or without one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from .cache import AsyncCache
-from .embedded import EmbeddedServer
 from .errors import DscacheError
+
+if TYPE_CHECKING:
+    from .embedded import EmbeddedServer
 
 # Limit for the server's reply, in seconds.
 _PATIENCE = 5
@@ -32,6 +35,8 @@ def dscache_memory() -> AsyncCache:
 
 @pytest.fixture(scope="session")
 def _dscache_process() -> Iterator[EmbeddedServer]:
+    from .embedded import EmbeddedServer  # not needed by tests without a server
+
     try:
         server = EmbeddedServer()
         server.start()
@@ -58,9 +63,7 @@ def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
         return server
     server.resume()
     try:
-        with redis.Redis(
-            host=server.host, port=server.port, socket_timeout=_PATIENCE, retry=None
-        ) as client:
+        with redis.Redis.from_url(server.url, socket_timeout=_PATIENCE, retry=None) as client:
             client.flushall()
     except redis.RedisError:
         server.restart()  # the test before may have set a password or made it a replica

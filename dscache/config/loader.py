@@ -48,7 +48,7 @@ def load(
         options = read(Options, opened.options, place)
     else:
         path, node = _find_cache(opened)
-        entry_place, folder = opened.place.inside(path), opened.folder
+        entry_place, folder = opened.place._replace(path=path), opened.folder
         place = entry_place.at("options")
         content = opened.value(node, entry_place)
         section, places = read_section(_CacheSection, content, entry_place, _EXAMPLE)

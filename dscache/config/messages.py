@@ -104,7 +104,7 @@ def load(
         if server_name is None and name_node is not None:
             name_node = opened.value(name_node, opened.place.at("serverName"))
         name = server_name or _server_name(name_node, opened.place)
-        entry_place, folder = opened.place.inside(path), opened.folder
+        entry_place, folder = opened.place._replace(path=path), opened.folder
         place = entry_place.at("options")
         options = _read_options(opened.value(node, entry_place), entry_place)
     options = complete(options, place, folder)

@@ -24,7 +24,7 @@ from ..core.constants import join_address
 from . import ioredis
 from .address import Host, HostAndPort, Port, canonical, split_address
 from .tls import Tls
-from .validation import ConfigStruct, Secret
+from .validation import ConfigStruct, Secret, SwitchedStruct
 
 # The largest delay of a 32-bit timer, as in JavaScript: 24 days.
 _MOST: Final = 2**31 - 1
@@ -39,34 +39,31 @@ NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"expected": "the begi
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"unit": "seconds", "zero_is_none": True})]
 
 
-class Node(ConfigStruct, frozen=True, kw_only=True):
+class _Server(ConfigStruct, frozen=True, kw_only=True):
+    host: Host = "127.0.0.1"
+    port: Port = 6379
+
+    @property
+    def address(self) -> str:
+        """``host:port``, to be shown."""
+        return join_address(self.host, self.port)
+
+
+class Node(_Server, frozen=True, kw_only=True):
     """One node of a cluster.
 
     ``username`` and ``password`` are UNSET if they aren't given, so that the ones of
     ``redisOptions`` are used. None means that the node has none.
     """
 
-    host: Host = "127.0.0.1"
-    port: Port = 6379
     username: str | UnsetType | None = UNSET
     password: Secret | UnsetType | None = UNSET
 
-    @property
-    def address(self) -> str:
-        """``host:port``, to be shown."""
-        return join_address(self.host, self.port)
 
-
-class SentinelNode(ConfigStruct, frozen=True, kw_only=True):
+class SentinelNode(_Server, frozen=True, kw_only=True):
     """One Sentinel."""
 
-    host: Host = "127.0.0.1"
     port: Port = 26379
-
-    @property
-    def address(self) -> str:
-        """``host:port``, to be shown."""
-        return join_address(self.host, self.port)
 
 
 class RetryStrategy(ConfigStruct, frozen=True, kw_only=True):
@@ -79,11 +76,8 @@ class RetryStrategy(ConfigStruct, frozen=True, kw_only=True):
     cap: Milliseconds = 5000
 
 
-class ClusterRetryStrategy(ConfigStruct, frozen=True, kw_only=True):
-    """The pause between refreshes of a cluster's slots while no node answers, in milliseconds.
-
-    It is random, at most ``first``, and its bound doubles with each failure up to ``cap``.
-    """
+class ClusterRetryStrategy(RetryStrategy, frozen=True, kw_only=True):
+    """The pause between refreshes of a cluster's slots while no node answers."""
 
     first: Milliseconds = 100
     cap: Milliseconds = 2000
@@ -96,7 +90,7 @@ class NatTarget(ConfigStruct, frozen=True, kw_only=True):
     port: Port
 
 
-class NearCacheOptions(ConfigStruct, frozen=True, kw_only=True):
+class NearCacheOptions(SwitchedStruct, frozen=True, kw_only=True):
     """The near cache: records kept in the process until Redis reports a change.
 
     ``max_age`` and ``idle_limit`` are in milliseconds. Only names that begin with one of
@@ -112,14 +106,6 @@ class NearCacheOptions(ConfigStruct, frozen=True, kw_only=True):
     prefixes: tuple[NamePrefix, ...] = ()
     serve_stale: bool = False
     required: bool = True
-
-    expected: ClassVar[str] = "true, false or a mapping of options"
-
-    @classmethod
-    def expand_shorthand(cls, written: object) -> object:
-        if isinstance(written, bool):
-            return {} if written else None
-        return written
 
 
 class RedisOptions(ConfigStruct, frozen=True, kw_only=True):

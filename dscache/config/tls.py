@@ -9,24 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Final
+from typing import Final
 
 from msgspec.structs import replace
 
 from ..errors import ConfigError
 from . import files as regular_files
-from .validation import ConfigStruct, Location, Secret
+from .validation import Location, Secret, SwitchedStruct
 
 _Stamp = tuple[int, ...] | None
 
 
-class Tls(ConfigStruct, frozen=True, kw_only=True):
+class Tls(SwitchedStruct, frozen=True, kw_only=True):
     """Verification of the server, and the client's certificate.
 
     ``ca``, ``cert`` and ``key`` are PEM text, or the path of a PEM file.
     """
-
-    expected: ClassVar[str] = "true, false or a mapping of options"
 
     ca: str | None = None
     cert: Secret | None = None
@@ -35,12 +33,6 @@ class Tls(ConfigStruct, frozen=True, kw_only=True):
     servername: str | None = None
     reject_unauthorized: bool = True
     check_hostname: bool = True
-
-    @classmethod
-    def expand_shorthand(cls, written: object) -> object:
-        if isinstance(written, bool):
-            return {} if written else None
-        return written
 
     def context(self, where: str = "cache.options.tls") -> ssl.SSLContext:
         """Return the SSLContext; a changed file makes a new one, so renewed certificates work.

@@ -22,6 +22,7 @@ from ..errors import ConfigError, shorten
 
 _logger = logging.getLogger("dscache")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
+_UNSUITABLE = re.compile("[\0\ud800-\udfff]")
 
 Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
 
@@ -36,10 +37,6 @@ class Location(NamedTuple):
         """Return the place of ``key`` in this mapping."""
         shown = redact_key(key)
         return Location(self.source, f"{self.path}.{shown}" if self.path else shown)
-
-    def inside(self, path: str) -> Location:
-        """Return the place at a path of keys in this source."""
-        return Location(self.source, path)
 
     def item(self, index: int) -> Location:
         """Return the place of an entry of this list."""
@@ -80,16 +77,12 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
     no_effect: ClassVar[Mapping[str, str]] = {}
     unsupported: ClassVar[Mapping[str, str]] = {}
 
-    @classmethod
-    def expand_shorthand(cls, written: object) -> object:
-        """Return the mapping (or None) that a short form such as ``tls: true`` stands for."""
-        return written
-
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         shown: list[tuple[str, Any]] = []
         for field in _fields(type(self)).values():
             value = getattr(self, field.name)
-            shown.append((field.name, "***" if value and _is_secret(field.type) else value))
+            is_secret = _unwrap(field.type)[1].get("secret")
+            shown.append((field.name, "***" if value and is_secret else value))
         return shown
 
     def __repr__(self) -> str:
@@ -98,6 +91,12 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
             for name, value in self.__rich_repr__()
         )
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class SwitchedStruct(ConfigStruct, frozen=True):
+    """Base of options that ``true`` switches on, with their defaults, and ``false`` off."""
+
+    expected: ClassVar[str] = "true, false or a mapping of options"
 
 
 T = TypeVar("T", bound=ConfigStruct)
@@ -116,10 +115,9 @@ def read(struct: type[T], written: object, place: Location) -> T:
         if not isinstance(key, str):
             raise place.error(f"the name of an option must be text, not {_kind(key)}")
         here = place.at(key)
-        if key in fields:
-            field = fields[key]
+        if field := fields.get(key):
             value = _value(field.type, value, here)
-            if value is not None or _nullable(field.type):
+            if value is not None or _unwrap(field.type)[2]:
                 values[field.name] = value
         elif key in struct.consumed:
             continue
@@ -134,7 +132,7 @@ def read(struct: type[T], written: object, place: Location) -> T:
                     "it may be a secret; separate a name from its value by a colon and a space"
                 )
             raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
-        elif not _is_off(value):
+        elif _plain(value):
             raise here.error(f"isn't supported: {struct.unsupported[key]}")
     for name, field in fields.items():
         if field.required and field.name not in values:
@@ -152,25 +150,23 @@ def text(written: object, place: Location, *, secret: bool = False) -> str:
 
     Raises ConfigError for any other type, for NUL, and for text that UTF-8 can't encode.
     """
-    if isinstance(written, Scalar):
-        result = written.text
-    elif isinstance(written, int) and not isinstance(written, bool):
-        result = str(written)
-    else:
-        if isinstance(written, os.PathLike):
-            written = os.fspath(written)
-        if not isinstance(written, str):
-            _refuse(written, place, "text", secret)
-        result = written
-    if "\0" in result or not _is_unicode(result):
+    result = written.text if isinstance(written, Scalar) else written
+    if isinstance(result, int) and not isinstance(result, bool):
+        result = str(result)
+    elif isinstance(result, os.PathLike):
+        result = os.fspath(result)
+    if not isinstance(result, str):
+        _refuse(result, place, "text", secret)
+    if _UNSUITABLE.search(result):
         raise place.error("must be text without NUL that can be encoded as UTF-8")
     return result
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` most like ``name`` (case, ``_`` and ``-`` aside), or None."""
-    folded = {_fold(known): known for known in names}
-    found = difflib.get_close_matches(_fold(name), folded, n=1)
+    ignored = str.maketrans("", "", "_-")
+    folded = {known.lower().translate(ignored): known for known in names}
+    found = difflib.get_close_matches(name.lower().translate(ignored), folded, n=1)
     return folded[found[0]] if found else None
 
 
@@ -203,7 +199,11 @@ def _value(kind: inspect.Type, written: object, place: Location) -> object:
         # password spelled "null" is a password.
         if written is None or (nullable and written == ""):
             return None
-        return _text(kind, extra, written, place)
+        secret = bool(extra.get("secret"))
+        result = text(written, place, secret=secret)
+        if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
+            _refuse(written, place, str(extra["expected"]), secret)
+        return result
     plain = _plain(written)
     if isinstance(kind, inspect.VarTupleType):
         # Null is refused too: a list whose entries are all commented out must not silently
@@ -215,8 +215,9 @@ def _value(kind: inspect.Type, written: object, place: Location) -> object:
         return None
     if isinstance(kind, inspect.StructType):
         struct = cast(type[ConfigStruct], kind.cls)
-        plain = struct.expand_shorthand(plain)
-        return None if plain is None else read(struct, plain, place)
+        if issubclass(struct, SwitchedStruct) and isinstance(plain, bool):
+            return struct() if plain else None
+        return read(struct, plain, place)
     if isinstance(kind, inspect.LiteralType):
         return _choice(kind.values, written, place)
     if isinstance(kind, inspect.IntType):
@@ -226,31 +227,20 @@ def _value(kind: inspect.Type, written: object, place: Location) -> object:
     return plain
 
 
-def _text(
-    kind: inspect.StrType, extra: Mapping[str, object], written: object, place: Location
-) -> str:
-    secret = bool(extra.get("secret"))
-    result = text(written, place, secret=secret)
-    if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
-        _refuse(written, place, str(extra["expected"]), secret)
-    return result
-
-
 def _integer(
     kind: inspect.IntType, extra: Mapping[str, object], written: object, place: Location
 ) -> int | None:
-    low, high = kind.ge, kind.le
-    expected = (
-        f"a whole number from {low} to {high}" if high else f"a whole number of at least {low}"
-    )
+    low, high = cast(int, kind.ge), kind.le
+    span = f"from {low} to {high}" if high else f"of at least {low}"
+    expected = f"a whole number {span}"
+    zero_is_none = extra.get("zero_is_none")
     # deepstream's connector takes any falsy ttl for none.
-    zero_is_none = bool(extra.get("zero_is_none"))
     if zero_is_none and _plain(written) in (False, ""):
         return None
     number = _number(written, place, expected)
     if zero_is_none and number == 0:
         return None
-    if (low is not None and number < low) or (high is not None and number > high):
+    if number < low or (high is not None and number > high):
         _refuse(written, place, expected)
     return number
 
@@ -290,12 +280,10 @@ def _entries(
 
 
 def _choice(values: tuple[Any, ...], written: object, place: Location) -> object:
-    shown = [str(value) if isinstance(value, int) else f'"{value}"' for value in values]
-    expected = f"{', '.join(shown[:-1])} or {shown[-1]}"
-    if all(isinstance(value, int) for value in values):
-        choice: object = _number(written, place, expected)
-    else:
-        choice = text(written, place)
+    *shown, last = (str(value) if isinstance(value, int) else f'"{value}"' for value in values)
+    expected = f"{', '.join(shown)} or {last}"
+    is_number = all(isinstance(value, int) for value in values)
+    choice = _number(written, place, expected) if is_number else text(written, place)
     if choice not in values:
         _refuse(written, place, expected)
     return choice
@@ -346,22 +334,6 @@ def _plain(written: object) -> object:
     return written.value if isinstance(written, Scalar) else written
 
 
-def _is_off(written: object) -> bool:
-    return not _plain(written)
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _fold(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
-
-
 @functools.cache
 def _fields(struct: type[ConfigStruct]) -> dict[str, inspect.Field]:
     described = inspect.type_info(struct)
@@ -378,11 +350,3 @@ def _unwrap(kind: inspect.Type) -> tuple[inspect.Type, Mapping[str, object], boo
     if isinstance(kind, inspect.Metadata):
         return kind.type, kind.extra or {}, nullable
     return kind, {}, nullable
-
-
-def _nullable(kind: inspect.Type) -> bool:
-    return _unwrap(kind)[2]
-
-
-def _is_secret(kind: inspect.Type) -> bool:
-    return bool(_unwrap(kind)[1].get("secret"))
