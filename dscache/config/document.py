@@ -17,13 +17,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from functools import partial, wraps
+from itertools import islice
+from typing import Any, TypeVar, cast
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from . import files
-from .validation import Location, Scalar, is_name
+from .validation import Location, Scalar, is_name, is_null
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -34,7 +36,8 @@ _SPARE = range(0x100000, 0x10FFFE)
 _CALL = re.compile(r"(file|fileLoad)\((.+)\)", re.DOTALL)
 _QUOTE = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")""")
 
-T = TypeVar("T")
+_UNDER_WAY = object()
+_Build = TypeVar("_Build", bound=Callable[..., Any])
 
 _MAP, _SEQ, _STR = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))
 _TYPED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
@@ -68,7 +71,47 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class Document:
+class Tree:
+    """A configuration of sections: a mapping that a program passed, taken as it is."""
+
+    def __init__(self, root: object, place: Location, folder: str) -> None:
+        self.root = root
+        self.place = place
+        self.folder = folder  # start of relative paths
+
+    def keys(self, node: object) -> Mapping[str, object] | None:
+        """Return the child nodes of a mapping by their names, or None for any other node."""
+        return node if isinstance(node, Mapping) else None
+
+    def is_empty(self, node: object) -> bool:
+        """Return whether a node is a name without a value."""
+        return is_null(node)
+
+    def value(self, node: object, place: Location) -> object:
+        """Return the evaluated content of a node. Raises ConfigError."""
+        return node
+
+
+def _once(build: _Build) -> _Build:
+    """Let a method of Document run once a node, however often aliases use the node.
+
+    Without that, aliases of aliases would grow without bound.
+    """
+
+    @wraps(build)
+    def built(self: Document, node: Node, place: Location, *options: bool) -> object:
+        key = (build, id(node), *options)
+        if key not in self.built:
+            self.built[key] = _UNDER_WAY
+            self.built[key] = build(self, node, place, *options)
+        elif self.built[key] is _UNDER_WAY:
+            raise place.error("contains itself, through an alias")
+        return self.built[key]
+
+    return cast(_Build, built)
+
+
+class Document(Tree):
     """One YAML or JSON file; a node is replaced and typed when it is read."""
 
     def __init__(
@@ -78,23 +121,19 @@ class Document:
 
         Raises ConfigError if it can't be read or isn't valid YAML or JSON.
         """
-        self.folder = os.path.dirname(os.path.abspath(path))
         self._environ = environ
-        self.place = place
         self._loaded = loaded
-        self._open: set[tuple[str, int]] = set()
-        self._built: dict[tuple[str, int], object] = {}
+        self.built: dict[object, object] = {}
         source = read_text(path, place)
-        spare = (chr(code) for code in _SPARE if chr(code) not in source)
-        self._mask = {ord(char): next(spare) for char in _STRUCTURAL}
-        self._unmask = {ord(masked): chr(code) for code, masked in self._mask.items()}
-        self._masked = re.compile(
-            rf"\$[{self._mask[ord('{')]}]([^{self._mask[ord('}')]}]+){self._mask[ord('}')]}"
-        )
-        masked = _PLACEHOLDER.sub(
-            lambda found: "$" + found.group()[1:].translate(self._mask), source
-        )
-        self.root: object = _parse(masked, place, is_json=path.lower().endswith(".json"))
+        unused = (char for char in map(chr, _SPARE) if char not in source)
+        spare = "".join(islice(unused, len(_STRUCTURAL)))
+        self._mask = str.maketrans(_STRUCTURAL, spare)
+        self._unmask = str.maketrans(spare, _STRUCTURAL)
+        opening, closing = (brace.translate(self._mask) for brace in "{}")
+        self._masked = re.compile(rf"\${opening}([^{closing}]+){closing}")
+        masked = _PLACEHOLDER.sub(lambda found: found[0].translate(self._mask), source)
+        root = _parse(masked, place, is_json=path.lower().endswith(".json"))
+        super().__init__(root, place, os.path.dirname(os.path.abspath(path)))
 
     def keys(self, node: object) -> dict[str, Node] | None:
         """Return the entries of a mapping, before substitution, or None for any other node.
@@ -103,10 +142,9 @@ class Document:
         """
         if not isinstance(node, MappingNode):
             return None
-        return self._entries(node, self.place, substituted=False)
+        return self._entries(node, self.place, False)
 
     def is_empty(self, node: object) -> bool:
-        """Return whether a node is a name without a value."""
         return isinstance(node, ScalarNode) and not node.value
 
     def value(self, node: object, place: Location) -> object:
@@ -121,45 +159,19 @@ class Document:
         except RecursionError:
             raise place.error("is nested too deeply") from None
 
+    @_once
     def _value(self, node: Node, place: Location) -> object:
         if isinstance(node, MappingNode):
-            entries = self._entries(node, place, substituted=True)
-            return self._once(
-                ("value", id(node)),
-                place,
-                lambda: {key: self._value(item, place.at(key)) for key, item in entries.items()},
-            )
+            entries = self._entries(node, place, True)
+            return {key: self._value(item, place.at(key)) for key, item in entries.items()}
         if isinstance(node, SequenceNode):
             _refuse_tag(node, place, _SEQ)
-            return self._once(
-                ("value", id(node)),
-                place,
-                lambda: [self._value(item, place.item(i)) for i, item in enumerate(node.value)],
-            )
+            return [self._value(item, place.item(i)) for i, item in enumerate(node.value)]
         return self._scalar(node, place)
 
-    def _once(self, key: tuple[str, int], place: Location, build: Callable[[], T]) -> T:
-        """Return the result of ``build``, which runs once a node however often it is used.
-
-        Without that, aliases of aliases would grow without bound.
-        """
-        if key in self._open:
-            raise place.error("contains itself, through an alias")
-        if key not in self._built:
-            self._open.add(key)
-            self._built[key] = build()
-            self._open.remove(key)
-        return cast(T, self._built[key])
-
-    def _entries(self, node: MappingNode, place: Location, *, substituted: bool) -> dict[str, Node]:
+    @_once
+    def _entries(self, node: MappingNode, place: Location, substituted: bool) -> dict[str, Node]:
         """Return the entries of a mapping, including the ones merged by ``<<``."""
-        return self._once(
-            ("replaced entries" if substituted else "entries", id(node)),
-            place,
-            lambda: self._merged(node, place, substituted),
-        )
-
-    def _merged(self, node: MappingNode, place: Location, substituted: bool) -> dict[str, Node]:
         _refuse_tag(node, place, _MAP)
         entries: dict[str, Node] = {}
         first: dict[str, Node] = {}
@@ -170,10 +182,9 @@ class Document:
             if key_node.tag == _PLAIN and key_node.value == "<<":
                 bases += item.value if isinstance(item, SequenceNode) else [item]
                 continue
+            key = key_node.value.translate(self._unmask)
             if substituted:
                 key = self._substitute(key_node.value, place)
-            else:
-                key = key_node.value.translate(self._unmask)
             if key in entries:
                 raise place.at(key).error(f"is given twice{_lines(first[key], key_node)}; keep one")
             entries[key] = item
@@ -182,7 +193,7 @@ class Document:
             if not isinstance(base, MappingNode):
                 raise place.error("<< must be followed by a mapping or a list of them")
             # The mapping's own entries win, then the earlier of the merged ones.
-            entries = {**self._entries(base, place, substituted=substituted), **entries}
+            entries = {**self._entries(base, place, substituted), **entries}
         return entries
 
     def _scalar(self, node: Node, place: Location) -> object:
@@ -254,7 +265,9 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
     The ConfigError has no cause, because the parser's error quotes the line, secrets included.
     """
     try:
-        return _json_root(text) if is_json else _yaml_root(text)
+        if is_json:
+            return _json_root(text)
+        return yaml.compose(text, Loader=_Loader) or ScalarNode(_PLAIN, "")
     except json.JSONDecodeError as error:
         where, problem = (error.lineno, error.colno), _without_quotes(error.msg)
     except yaml.reader.ReaderError as error:
@@ -289,20 +302,9 @@ def _without_quotes(problem: str) -> str:
     return _QUOTE.sub(shown, problem)
 
 
-def _yaml_root(text: str) -> Node:
-    root: Node | None = yaml.compose(text, Loader=_Loader)
-    return ScalarNode(_PLAIN, "") if root is None else root
-
-
 def _json_root(text: str) -> Node:
     def refuse(word: str) -> None:
         raise json.JSONDecodeError(f"{word} is no JSON", text, text.index(word))
-
-    def number(written: str) -> Node:
-        return ScalarNode(_PLAIN, written)
-
-    def mapping(pairs: list[tuple[str, object]]) -> Node:
-        return MappingNode(_MAP, [(ScalarNode(_STR, key), node(item)) for key, item in pairs])
 
     def node(value: object) -> Node:
         if isinstance(value, Node):
@@ -311,8 +313,12 @@ def _json_root(text: str) -> Node:
             return SequenceNode(_SEQ, [node(item) for item in value])
         if isinstance(value, str):
             return ScalarNode(_STR, value)
-        return ScalarNode(_PLAIN, "null" if value is None else str(value).lower())
+        return ScalarNode(_PLAIN, json.dumps(value))
 
+    def mapping(pairs: list[tuple[str, object]]) -> Node:
+        return MappingNode(_MAP, [(node(key), node(item)) for key, item in pairs])
+
+    number = partial(ScalarNode, _PLAIN)
     return node(
         json.loads(
             text,

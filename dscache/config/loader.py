@@ -9,9 +9,10 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, UnsetType, field
 
 from ..errors import shorten
+from .document import Tree
 from .model import Config, Options
 from .rules import check_cluster, complete
-from .sources import ENTRY_KEYS, Tree, missing_section, open_source, read_section, sections_of
+from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sections_of
 from .url import ParsedUrl
 from .validation import ConfigStruct, Location, read
 
@@ -19,8 +20,8 @@ _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
-class _CacheSection(ConfigStruct, frozen=True, kw_only=True):
-    """A cache entry of deepstream's configuration."""
+class PluginSection(ConfigStruct, frozen=True, kw_only=True):
+    """A plug-in's section of deepstream's configuration, such as the one of the cache."""
 
     name: str | UnsetType | None = UNSET
     path: str | None = None
@@ -51,7 +52,7 @@ def load(
         entry_place, folder = opened.place._replace(path=path), opened.folder
         place = entry_place.at("options")
         content = opened.value(node, entry_place)
-        section, places = read_section(_CacheSection, content, entry_place, _EXAMPLE)
+        section, places = read_section(PluginSection, content, entry_place, _EXAMPLE)
         check_cluster(section.options, places)
         name, options = _name(section, entry_place), section.options
     return Config(name=name, options=complete(options, place, folder), source=place.source)
@@ -76,7 +77,7 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
     raise missing_section("cache", sections, shown, tree, _EXAMPLE)
 
 
-def _name(section: _CacheSection, place: Location) -> Literal["redis", "memory"]:
+def _name(section: PluginSection, place: Location) -> Literal["redis", "memory"]:
     """Return the kind of cache: deepstream prefers the path to the name, and either to the type."""
     if section.path is not None:
         if section.path not in _REDIS_PLUGINS:

@@ -10,15 +10,17 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
-from msgspec import UNSET, UnsetType, field
+from msgspec import UNSET, field
 from msgspec.structs import replace
 
 from ..errors import shorten
+from .document import Tree
+from .loader import PluginSection
 from .model import Milliseconds, Options
 from .rules import check_cluster, complete
-from .sources import ENTRY_KEYS, Tree, missing_section, open_source, read_section, sections_of
+from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sections_of
 from .url import ParsedUrl
 from .validation import ConfigStruct, Location, is_null, read, text
 
@@ -66,14 +68,9 @@ class MessageConfig(ConfigStruct, frozen=True, kw_only=True):
         return self.options.address
 
 
-class _NodeSection(ConfigStruct, frozen=True, kw_only=True):
+class _NodeSection(PluginSection, frozen=True, kw_only=True):
     """The section clusterNode of deepstream's configuration."""
 
-    expected: ClassVar[str] = "a mapping such as {name: redis, options: {...}}"
-
-    name: str | UnsetType | None = UNSET
-    path: str | None = None
-    type: str | None = None
     options: MessageOptions = field(default_factory=MessageOptions)
 
 
@@ -143,24 +140,20 @@ def _read_options(entry: object, place: Location) -> MessageOptions:
         entry = {name: value for name, value in entry.items() if name != "serverName"}
     section, places = read_section(_NodeSection, entry, place, _EXAMPLE)
     _check_plugin(section, place)
-    options = _without_records(section.options)
-    for name, why in RECORD_OPTIONS.items():
-        if name in places:
-            _logger.info("%s has no effect: %s", places[name], why)
-    check_cluster(options, places)
-    return options
-
-
-def _without_records(options: MessageOptions) -> MessageOptions:
-    """Return the options with the defaults of all that concern records."""
-    return replace(
-        options,
+    # Every option that concerns records gets its default.
+    options = replace(
+        section.options,
         key_prefix="",
         key_layout="auto",
         ttl=None,
         near_cache=None,
         scale_reads="master",
     )
+    for name, why in RECORD_OPTIONS.items():
+        if name in places:
+            _logger.info("%s has no effect: %s", places[name], why)
+    check_cluster(options, places)
+    return options
 
 
 def _check_plugin(section: _NodeSection, place: Location) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ..errors import ConfigError
 from . import url
 from .address import HOST_AND_PORT
-from .document import SUFFIXES, Document
+from .document import SUFFIXES, Document, Tree
 from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -24,52 +24,13 @@ ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
 
 
-class Tree(Protocol):
-    """A configuration of sections, as a file or a mapping holds it."""
-
-    place: Location
-    folder: str
-    """Start of relative paths."""
-
-    @property
-    def root(self) -> object:
-        """The outermost node."""
-
-    def keys(self, node: object) -> Mapping[str, object] | None:
-        """Return the child nodes of a mapping by their names, or None for any other node."""
-
-    def is_empty(self, node: object) -> bool:
-        """Return whether a node is a name without a value."""
-
-    def value(self, node: object, place: Location) -> object:
-        """Return the evaluated content of a node. Raises ConfigError."""
-
-
-class MappingTree:
-    """A mapping that a program passed; its values are taken as they are."""
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self.place = Location("mapping")
-        self.folder = os.getcwd()
-        self.root: object = content
-
-    def keys(self, node: object) -> Mapping[str, object] | None:
-        return node if isinstance(node, Mapping) else None
-
-    def is_empty(self, node: object) -> bool:
-        return is_null(node)
-
-    def value(self, node: object, place: Location) -> object:
-        return node
-
-
 def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url.ParsedUrl:
     """Return the tree of sections in a file or mapping, or the options that a URL states.
 
     ``environ`` replaces the process's environment in a file. Raises ConfigError.
     """
     if isinstance(source, Mapping):
-        return MappingTree(source)
+        return Tree(source, Location("mapping"), os.getcwd())
     path = _path_of(source)
     if path is None:
         return url.parse(str(source), Location("URL"))
@@ -134,22 +95,17 @@ def read_section(
     if not isinstance(options, Mapping):
         return read(struct, entry, place), {}
     inside = place.at("options")
-    stated = _stated_by_url(options, inside.at("url"))
-    section = read(struct, {**entry, "options": _with_url(options, stated)}, place)
-    places = {name: inside.at(name) for name in options if not is_null(options[name])}
-    places.update(dict.fromkeys(stated, inside.at("url")))
-    return section, places
-
-
-def _stated_by_url(options: Mapping[str, object], place: Location) -> dict[str, object]:
-    """Return the options that the option ``url`` states."""
+    here = inside.at("url")
+    stated: dict[str, object] = {}
     written = options.get("url")
-    if written is None or written == "":
-        return {}
-    return url.parse(text(written, place, secret=True), place).options
+    if written is not None and written != "":
+        stated = url.parse(text(written, here, secret=True), here).options
+    section = read(struct, {**entry, "options": _overridden(options, stated)}, place)
+    places = {name: inside.at(name) for name in options if not is_null(options[name])}
+    return section, places | dict.fromkeys(stated, here)
 
 
-def _with_url(options: Mapping[str, object], stated: dict[str, object]) -> Mapping[str, object]:
+def _overridden(options: Mapping[str, object], stated: dict[str, object]) -> dict[str, object]:
     """Return the options, overridden by the ones that their ``url`` states."""
     tls = options.get("tls")
     if "tls" in stated and isinstance(tls, Mapping):
