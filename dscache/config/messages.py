@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from ..errors import shorten
 from .document import Tree
 from .loader import PluginSection
-from .model import Milliseconds, Options
+from .model import Config, Milliseconds, Options
 from .rules import check_cluster, complete
 from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sections_of
 from .url import ParsedUrl
-from .validation import ConfigStruct, Location, is_null, read, text
+from .validation import Location, is_null, read, text
 
 __all__ = ["RECORD_OPTIONS", "MessageConfig", "MessageOptions", "load"]
 
@@ -55,17 +55,11 @@ class MessageOptions(Options, frozen=True, kw_only=True):
     sharded: bool = False
 
 
-class MessageConfig(ConfigStruct, frozen=True, kw_only=True):
+class MessageConfig(Config, frozen=True, kw_only=True):
     """A checked configuration: the server's name, the options, and their source."""
 
     server_name: str
     options: MessageOptions = field(default_factory=MessageOptions)
-    source: str = "mapping"
-
-    @property
-    def address(self) -> str:
-        """The servers that pass messages on, to be shown; contains no password."""
-        return self.options.address
 
 
 class _NodeSection(PluginSection, frozen=True, kw_only=True):
@@ -98,14 +92,21 @@ def load(
         name = server_name or _server_name(None, place)
     else:
         path, node, name_node = _find_section(opened)
+        named = opened.place.at("serverName")
         if server_name is None and name_node is not None:
-            name_node = opened.value(name_node, opened.place.at("serverName"))
-        name = server_name or _server_name(name_node, opened.place)
+            name_node = opened.value(name_node, named)
+        name = server_name or _server_name(name_node, named)
         entry_place, folder = opened.place._replace(path=path), opened.folder
         place = entry_place.at("options")
         options = _read_options(opened.value(node, entry_place), entry_place)
     options = complete(options, place, folder)
-    _check(options, place)
+    if options.sharded and not options.nodes:
+        raise place.at("sharded").error("is for a cluster; leave it out, or give its nodes")
+    if options.sentinels and options.role == "slave":
+        raise place.at("role").error(
+            "must be master: a message published at a replica reaches only that replica's "
+            "subscribers"
+        )
     return MessageConfig(server_name=name, options=options, source=place.source)
 
 
@@ -122,10 +123,7 @@ def _find_section(tree: Tree) -> tuple[str, object, object]:
 
 def _server_name(written: object, place: Location) -> str:
     """Return the written name of a server, or a random one."""
-    if is_null(written):
-        return uuid.uuid4().hex
-    place = place.at("serverName")
-    name = text(written, place)
+    name = _GENERATED if is_null(written) else text(written, place)
     return uuid.uuid4().hex if name == _GENERATED else _checked_name(name, place)
 
 
@@ -168,13 +166,3 @@ def _check_plugin(section: _NodeSection, place: Location) -> None:
         raise place.at("name").error(f'must be "redis", not {shown}; write {_EXAMPLE}')
     if section.type not in (None, "default"):
         raise place.at("type").error('must be "default"; name: redis chooses the plug-in')
-
-
-def _check(options: MessageOptions, place: Location) -> None:
-    if options.sharded and not options.nodes:
-        raise place.at("sharded").error("is for a cluster; leave it out, or give its nodes")
-    if options.sentinels and options.role == "slave":
-        raise place.at("role").error(
-            "must be master: a message published at a replica reaches only that replica's "
-            "subscribers"
-        )

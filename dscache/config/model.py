@@ -271,7 +271,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
 class Config(ConfigStruct, frozen=True, kw_only=True):
     """A checked configuration: the kind of cache, its options, and their source."""
 
-    name: Literal["redis", "memory"]
+    name: Literal["redis", "memory"] = "redis"
     options: Options = field(default_factory=Options)
     source: str = "mapping"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import combinations
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -55,16 +56,16 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
     """Raise ConfigError for overlapping prefixes, or reads of replicas beside a near cache."""
     if near.mode == "broadcast":
         here = place.at("prefixes")
-        for i, one in enumerate(near.prefixes):
-            for other in near.prefixes[:i]:
-                if one.startswith(other) or other.startswith(one):
-                    raise here.item(i).error(
-                        f"{shorten(one)} and {shorten(other)} overlap, which Redis refuses in the "
-                        "mode broadcast; leave the longer one out"
-                    )
-    read_options = {"role": options.role, "scaleReads": options.scale_reads}
-    for name, value in read_options.items():
-        applies = options.sentinels if name == "role" else options.nodes
+        for (_, other), (i, one) in combinations(enumerate(near.prefixes), 2):
+            if one.startswith(other) or other.startswith(one):
+                raise here.item(i).error(
+                    f"{shorten(one)} and {shorten(other)} overlap, which Redis refuses in the "
+                    "mode broadcast; leave the longer one out"
+                )
+    for name, value, applies in (
+        ("role", options.role, options.sentinels),
+        ("scaleReads", options.scale_reads, options.nodes),
+    ):
         if value == "slave" and applies and near.required:
             raise place.error(
                 f"with {name}: slave every read goes to a replica, and reads of replicas are not "
@@ -113,11 +114,8 @@ def _check_without_nodes(options: Options, places: Mapping[str, Location]) -> No
 
 
 def _log_no_effect_beside_nodes(options: Options, places: Mapping[str, Location]) -> None:
-    notes = {
-        (places[name], why): name
-        for name, why in ioredis.NO_EFFECT_BESIDE_NODES.items()
-        if name in places
-    }
+    reasons = ioredis.NO_EFFECT_BESIDE_NODES
+    notes = {(places[name], why): name for name, why in reasons.items() if name in places}
     for (place, why), name in notes.items():
         # Ignoring the only password there is deserves a warning.
         missed = name in ("username", "password") and getattr(options.redis_options, name) is None
