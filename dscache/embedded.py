@@ -81,7 +81,7 @@ def find_servers() -> list[ServerBinary]:
 
 def find_server() -> ServerBinary:
     """Return the first server found. Raises DscacheError, with the remedy, if there is none."""
-    for server in _servers():
+    if server := next(_servers(), None):
         return server
     raise DscacheError(
         "no Redis or Valkey server found: neither redis-server nor valkey-server in PATH, nor "
@@ -127,24 +127,24 @@ def _examine(path: str) -> ServerBinary | None:
     return ServerBinary(
         name=f"{kind.lower()}-{version}",
         path=path,
-        version=tuple(int(part) for part in version.split(".")),
+        version=tuple(map(int, version.split("."))),
         tls="tls-cert-file" in complaint,
     )
 
 
 def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=_STOP_SECONDS,
             check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode(errors="replace")
+            encoding="utf-8",
+            errors="replace",
+        ).stdout
+    return ""
 
 
 class EmbeddedServer:
@@ -295,18 +295,17 @@ class EmbeddedServer:
 
     def _start_on_some_port(self) -> None:
         fixed = self.port != 0
-        for attempt in range(1, _PORT_TRIES + 1):
-            if not fixed and not self._unix_socket:
+        for attempt in range(_PORT_TRIES):
+            if fixed:
+                time.sleep(0.2 * attempt)
+            elif not self._unix_socket:
                 self.port = _free_port()
             self._spawn()
             if self._answers():
                 return
             # Another process may take the port between the check and the server's bind.
-            taken = "in use" in self.log
-            if not taken or attempt == _PORT_TRIES:
+            if "in use" not in self.log:
                 break
-            if fixed:
-                time.sleep(0.2 * attempt)
         ended = "ended at once" if self._process is None else f"is silent for {_START_SECONDS:g} s"
         tail = "\n".join(self.log.splitlines()[-_LOG_LINES:])
         raise DscacheError(
@@ -315,25 +314,24 @@ class EmbeddedServer:
         )
 
     def _spawn(self) -> None:
-        directory = Path(self.path).parent
-        with (directory / "log").open("wb") as log:
+        """Start the server, and a watcher that kills it if this process dies without stopping it.
+
+        Ctrl-C in the terminal reaches this program alone, which then stops the server.
+        """
+        directory = os.path.dirname(self.path)
+        with open(f"{directory}/log", "wb") as log:
             self._process = subprocess.Popen(
                 [self.binary.path, *self._options(), *self._args],
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal reaches the program alone, which then stops the server.
                 start_new_session=True,
             )
-
-        self._watch(self._process.pid, directory)
-
-    def _watch(self, pid: int, directory: Path) -> None:
-        """Start a watcher that kills the server if this process dies without stopping it."""
         self._end_watcher()
+        pid = str(self._process.pid)
         self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER, "sh", str(pid), os.path.realpath(directory)],
+            ["/bin/sh", "-c", _WATCHER, "sh", pid, os.path.realpath(directory)],
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -357,7 +355,7 @@ class EmbeddedServer:
     def _options(self) -> list[str]:
         options = {
             "--bind": self.host,
-            "--port": "0" if self._tls else str(self.port),
+            "--port": str(self.port),
             "--unixsocket": self.path,
             "--save": "",
             "--appendonly": "no",
@@ -365,6 +363,7 @@ class EmbeddedServer:
         }
         if self._tls:
             options |= {
+                "--port": "0",
                 "--tls-port": str(self.port),
                 "--tls-cert-file": self._tls.certificate,
                 "--tls-key-file": self._tls.key,
@@ -401,8 +400,7 @@ class EmbeddedServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+    with socket.create_server((_HOST, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
 
@@ -419,14 +417,12 @@ def main() -> None:
         parser.error(f"--port must be a whole number from 0 to 65535, not {port}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with EmbeddedServer(port=port) as server:
+        with suppress(KeyboardInterrupt), EmbeddedServer(port=port) as server:
             ends = "Ctrl-C ends it and all that it stores"
             print(f"{server.binary.name} at {server.url}; {ends}", flush=True)
             while server.is_running:
                 time.sleep(_LOOK_SECONDS)
             sys.exit(f"{server.binary.name} has ended")
-    except KeyboardInterrupt:
-        pass
     except DscacheError as error:
         sys.exit(f"dscache: {error}")
 

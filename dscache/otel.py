@@ -199,9 +199,8 @@ class Tracing:
         self._sample = sample
         self._roots = roots
         self._attributes = attributes_of(cache.config)
-        address, port = (self._attributes.get(f"server.{part}") for part in ("address", "port"))
-        known = "" if address is None else f" {address}"
-        self._target = known if port is None else f"{known}:{port}"
+        server = (self._attributes.get(f"server.{part}") for part in ("address", "port"))
+        self._server = ":".join(str(part) for part in server if part is not None)
         # Set on the instance, so that an untraced cache pays nothing.
         self._wrappers = {name: self._wrapped(name) for name in (*_SINGLE, *_BULK)}
         cache.__dict__.update(self._wrappers)
@@ -254,9 +253,8 @@ class Tracing:
         attributes = {**self._attributes, "db.operation.name": name}
         if is_batch and size is not None:
             attributes["db.operation.batch.size"] = size
-        return self._tracer.start_span(
-            name + self._target, kind=SpanKind.CLIENT, attributes=attributes
-        )
+        target = f"{name} {self._server}".rstrip()
+        return self._tracer.start_span(target, kind=SpanKind.CLIENT, attributes=attributes)
 
 
 def _settled(span: Span, operation: str, future: asyncio.Future[Any]) -> None:

@@ -17,13 +17,18 @@ class UnsuitableFile(ValueError):
     """A file that is refused. The text is the reason and doesn't contain the file's name."""
 
 
-def check(path: str, limit: int) -> None:
+def check(path: str | int, limit: int) -> None:
     """Raise UnsuitableFile unless the path is a regular file of at most ``limit`` bytes.
 
     Raises OSError if there is no such file.
     """
-    # Opening a device can have side effects, so the type is checked first.
-    _check(os.stat(path), limit)
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise UnsuitableFile("is a folder; name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsuitableFile("is no regular file but a pipe, socket or device; name a file")
+    if status.st_size > limit:
+        raise _too_large(limit)
 
 
 def read(path: str, limit: int) -> bytes:
@@ -31,25 +36,17 @@ def read(path: str, limit: int) -> bytes:
 
     Raises UnsuitableFile for any other file, and OSError or ValueError if it can't be read.
     """
+    # Opening a device can have side effects, so the type is checked first.
     check(path, limit)
     # If a pipe has replaced the file, opening it doesn't wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        _check(os.fstat(descriptor), limit)
+        check(descriptor, limit)
         # Some files, such as the ones in /proc, are longer than their stated size.
         content = file.read(limit + 1)
     if len(content) > limit:
         raise _too_large(limit)
     return content
-
-
-def _check(found: os.stat_result, limit: int) -> None:
-    if stat.S_ISDIR(found.st_mode):
-        raise UnsuitableFile("is a folder; name a file in it")
-    if not stat.S_ISREG(found.st_mode):
-        raise UnsuitableFile("is no regular file but a pipe, socket or device; name a file")
-    if found.st_size > limit:
-        raise _too_large(limit)
 
 
 def _too_large(limit: int) -> UnsuitableFile:

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from msgspec.structs import replace
@@ -41,7 +41,9 @@ class Tls(SwitchedStruct, frozen=True, kw_only=True):
         begins with ``where``, if a file or PEM text is bad; the next call tries again.
         """
         # Taken before the files are read: the next call notices a change during the reading.
-        stamps = tuple(map(_stamp, self._files()))
+        system = ssl.get_default_verify_paths() if self.ca is None else None
+        trusted = (system.cafile, system.capath) if system else ()
+        stamps = tuple(_stamp(path) for path in (*self._paths().values(), *trusted) if path)
         with _making:
             found = _made.get(self)
             if found is not None and found[0] == stamps:
@@ -49,20 +51,16 @@ class Tls(SwitchedStruct, frozen=True, kw_only=True):
             context = self._new_context(where)
             _made.pop(self, None)
             newest = max((stamp[0] for stamp in stamps if stamp), default=0)
-            if time.time_ns() - newest < _SETTLED_NS:
-                return context
-            while len(_made) >= _KEPT:
-                del _made[next(iter(_made))]
-            _made[self] = stamps, context
+            if time.time_ns() - newest >= _SETTLED_NS:
+                if len(_made) >= _KEPT:
+                    del _made[next(iter(_made))]
+                _made[self] = stamps, context
             return context
 
-    def _files(self) -> list[str]:
-        """Return the paths of the files that a context is made of."""
-        files = [value for value in (self.ca, self.cert, self.key) if value and not _is_pem(value)]
-        if self.ca is None:
-            system = ssl.get_default_verify_paths()
-            files += [path for path in (system.cafile, system.capath) if path]
-        return files
+    def _paths(self) -> dict[str, str]:
+        """Return the options that are paths of files."""
+        given = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        return {name: value for name, value in given.items() if value and not _is_pem(value)}
 
     def _new_context(self, where: str) -> ssl.SSLContext:
         context = _trusting(self.ca, f"{where}.ca")
@@ -91,12 +89,9 @@ class Tls(SwitchedStruct, frozen=True, kw_only=True):
 
         Raises ConfigError if no SSLContext can be made of it.
         """
-        files = {
-            name: os.path.join(folder, value)
-            for name in ("ca", "cert", "key")
-            if (value := getattr(self, name)) and not _is_pem(value)
-        }
-        located = replace(self, **files)
+        located = replace(
+            self, **{name: os.path.join(folder, path) for name, path in self._paths().items()}
+        )
         located.context(str(place))
         return located
 
@@ -115,11 +110,10 @@ os.register_at_fork(
 
 def _stamp(path: str) -> _Stamp:
     """Return a stamp that changes when a file is written, replaced or removed."""
-    try:
+    with suppress(OSError, ValueError):
         found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+        return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+    return None
 
 
 def _is_pem(value: str) -> bool:
@@ -160,11 +154,11 @@ def _as_file(pem: str, where: str) -> Iterator[str]:
     try:
         regular_files.check(pem, regular_files.MAX_PEM_BYTES)
         open(pem, "rb").close()
-    except regular_files.UnsuitableFile as error:
-        raise ConfigError(f"{where}: must be PEM text or a PEM file: it {error}") from None
     except (OSError, ValueError) as error:
         # A key without its PEM frame looks like a path: don't show it.
         problem = getattr(error, "strerror", None) or "it is no path"
+        if isinstance(error, regular_files.UnsuitableFile):
+            problem = f"it {error}"
         raise ConfigError(f"{where}: must be PEM text or a PEM file: {problem}") from None
     yield pem
 
