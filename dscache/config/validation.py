@@ -78,7 +78,7 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
     unsupported: ClassVar[Mapping[str, str]] = {}
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        shown: list[tuple[str, Any]] = []
+        shown = []
         for field in _fields(type(self)).values():
             value = getattr(self, field.name)
             is_secret = _unwrap(field.type)[1].get("secret")
@@ -124,14 +124,7 @@ def read(struct: type[T], written: object, place: Location) -> T:
         elif key in struct.no_effect:
             _logger.info("%s has no effect: %s", here, struct.no_effect[key])
         elif key not in struct.unsupported:
-            known = [*fields, *struct.consumed, *struct.no_effect]
-            if is_null(value) and nearest(key, known) is None and redact_key(key) == key:
-                # A bare word may be a secret whose name and colon are missing.
-                raise place.error(
-                    "contains a name without a value that is no option; it isn't shown, because "
-                    "it may be a secret; separate a name from its value by a colon and a space"
-                )
-            raise here.error(_unknown(key, [*fields, *struct.consumed], struct.no_effect))
+            raise _unknown(struct, key, value, place)
         elif _plain(value):
             raise here.error(f"isn't supported: {struct.unsupported[key]}")
     for name, field in fields.items():
@@ -183,12 +176,22 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z_]\w{0,79}", text) is not None
 
 
-def _unknown(key: str, known: list[str], no_effect: Iterable[str]) -> str:
+def _unknown(struct: type[ConfigStruct], key: str, value: object, place: Location) -> ConfigError:
+    known = [*_fields(struct), *struct.consumed]
+    remedy = "separate a name from its value by a colon and a space"
     if redact_key(key) != key:
-        return "unknown option; separate a name from its value by a colon and a space"
-    if best := nearest(key, [*known, *no_effect]):
-        return f'unknown option, did you mean "{best}"?'
-    return f"unknown option; the options are {', '.join(known)}"
+        problem = f"unknown option; {remedy}"
+    elif best := nearest(key, [*known, *struct.no_effect]):
+        problem = f'unknown option, did you mean "{best}"?'
+    elif is_null(value):
+        # A bare word may be a secret whose name and colon are missing.
+        return place.error(
+            "contains a name without a value that is no option; it isn't shown, because it may be "
+            f"a secret; {remedy}"
+        )
+    else:
+        problem = f"unknown option; the options are {', '.join(known)}"
+    return place.at(key).error(problem)
 
 
 def _value(kind: inspect.Type, written: object, place: Location) -> object:
@@ -250,11 +253,8 @@ def _list(kind: inspect.VarTupleType, written: object, place: Location) -> tuple
         raise place.error(f"must be a list, not {_kind(written)}")
     if not written:
         raise place.error("must have at least one entry; leave the option out if there is none")
-    for index, item in enumerate(written):
-        if item is None:
-            raise place.item(index).error("must be a mapping of options, not null")
     return tuple(
-        _value(kind.item_type, item, place.item(index)) for index, item in enumerate(written)
+        _entry(kind.item_type, item, place.item(index)) for index, item in enumerate(written)
     )
 
 
@@ -269,14 +269,19 @@ def _entries(
     key_type, extra, _ = _unwrap(kind.key_type)
     assert isinstance(key_type, inspect.StrType)
     assert key_type.pattern is not None
-    for name, value in written.items():
+    for name in written:
         if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
             spaced = isinstance(name, str) and re.search(r"\s", name)
             shown = _kind(name) if spaced else _shown(name)
             raise place.error(f"each name in it must be {extra['expected']}, not {shown}")
-        if is_null(value):
-            raise place.entry(name).error("must be a mapping of options, not null")
-    return {name: _value(kind.value_type, one, place.entry(name)) for name, one in written.items()}
+    return {name: _entry(kind.value_type, one, place.entry(name)) for name, one in written.items()}
+
+
+def _entry(kind: inspect.Type, written: object, place: Location) -> object:
+    value = _value(kind, written, place)
+    if value is None:
+        raise place.error("must be a mapping of options, not null")
+    return value
 
 
 def _choice(values: tuple[Any, ...], written: object, place: Location) -> object:

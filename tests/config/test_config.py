@@ -877,6 +877,13 @@ def test_json_keeps_text_as_text(write: Callable[..., Path]) -> None:
 # ${NAME}, file() and fileLoad()
 
 
+@pytest.mark.parametrize("option", ["nodes: [{}, ${N}]", "sentinels: [{}, ${N}]"])
+def test_a_variable_that_makes_an_entry_null(option: str, read: Read) -> None:
+    place = f"config.yml: cache.options.{option.partition(':')[0]}[1]"
+    text = refusal(read, option, "name: group", N="null")
+    assert text == f"{place}: must be a mapping of options, not null"
+
+
 @pytest.mark.parametrize(
     "value",
     [
