@@ -12,7 +12,7 @@ _BUILT_IN: Final = "it is part of how dscache works and can't be switched"
 _OWN_RETRY: Final = "dscache retries until commandTimeout, by rules of its own"
 _NOT_FOR_SENTINEL: Final = "the Sentinels are queried before every connection, without TLS"
 
-# Reasons for which an option of an existing file can be ignored.
+# Reasons for which an option of an existing file can be ignored, in redisOptions and outside.
 NO_EFFECT: Final = {
     "autoResendUnfulfilledCommands": _OWN_RETRY,
     "autoResubscribe": "lost subscriptions are always restored",
@@ -32,13 +32,12 @@ NO_EFFECT: Final = {
     "showFriendlyErrorStack": "errors name the operation that failed",
     "stringNumbers": "versions are always exact integers",
 }
-NO_EFFECT_ON_CLUSTERS: Final = {
+NO_EFFECT_OUTSIDE: Final = {
+    **NO_EFFECT,
     "retryDelayOnClusterDown": _OWN_RETRY,
     "retryDelayOnFailover": _OWN_RETRY,
     "retryDelayOnMoved": _OWN_RETRY,
     "retryDelayOnTryAgain": _OWN_RETRY,
-}
-NO_EFFECT_WITH_SENTINEL: Final = {
     "failoverDetector": "a cache always learns of a new primary from the Sentinels",
     "sentinelMaxConnections": _NOT_FOR_SENTINEL,
     "sentinelRetryStrategy": _NOT_FOR_SENTINEL,

@@ -90,9 +90,7 @@ def _name(section: PluginSection, place: Location) -> Literal["redis", "memory"]
     if section.name is UNSET:
         return "memory"
     match (section.name or "").lower():
-        case "redis":
-            return "redis"
-        case "memory":
-            return "memory"
+        case "redis" | "memory" as name:
+            return name
     shown = "null" if section.name is None else shorten(section.name)
     raise place.at("name").error(f'must be "redis" or "memory", not {shown}')

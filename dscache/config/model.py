@@ -131,11 +131,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     """The options of a cache: times in milliseconds, ``ttl`` in seconds, None for not given."""
 
     consumed: ClassVar[tuple[str, ...]] = ("url",)
-    no_effect: ClassVar[Mapping[str, str]] = {
-        **ioredis.NO_EFFECT,
-        **ioredis.NO_EFFECT_ON_CLUSTERS,
-        **ioredis.NO_EFFECT_WITH_SENTINEL,
-    }
+    no_effect: ClassVar[Mapping[str, str]] = ioredis.NO_EFFECT_OUTSIDE
     unsupported: ClassVar[Mapping[str, str]] = ioredis.UNSUPPORTED
 
     host: Host = "localhost"

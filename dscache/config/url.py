@@ -49,18 +49,14 @@ def parse(url: str, place: Location) -> ParsedUrl:
     is_unix = parts.scheme == "unix"
     _refuse_spilled_password(url, parts, is_unix, place)
     options, tls = _query(parts.query, place)
-    if parts.username:
-        options["username"] = _decoded(parts.username, place)
-    if parts.password:
-        options["password"] = _decoded(parts.password, place)
+    encoded = {"username": parts.username, "password": parts.password}
     if is_unix:
         if parts.netloc.rpartition("@")[2] or len(parts.path) < 2:
             raise place.error("a socket's path begins with a third slash: unix:///run/redis.sock")
-        options["path"] = _decoded(parts.path, place)
+        encoded["path"] = parts.path
         shown = f"unix://{parts.path}"
     else:
-        if parts.hostname:
-            options["host"] = _decoded(parts.hostname, place)
+        encoded["host"] = parts.hostname
         if port is not None:
             options["port"] = port
         database = parts.path.strip("/")
@@ -69,6 +65,10 @@ def parse(url: str, place: Location) -> ParsedUrl:
         if database:
             options.setdefault("db", database)
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    try:
+        options |= {name: unquote(one, errors="strict") for name, one in encoded.items() if one}
+    except UnicodeDecodeError:
+        raise place.error("the percent-encoded text isn't UTF-8") from None
     if parts.scheme == "rediss":
         options["tls"] = tls
     elif tls:
@@ -157,10 +157,3 @@ QUERY_OPTIONS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     # Accepted without effect: the client chooses the protocol.
     "protocol": ("", "", _protocol),
 }
-
-
-def _decoded(part: str, place: Location) -> str:
-    try:
-        return unquote(part, errors="strict")
-    except UnicodeDecodeError:
-        raise place.error("the percent-encoded text isn't UTF-8") from None
