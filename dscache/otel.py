@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
@@ -265,7 +265,7 @@ def _settled(span: Span, operation: str, future: asyncio.Future[Any]) -> None:
         _fail(span, error)
 
 
-async def _awaited(span: Span, operation: str, coroutine: Any) -> Any:
+async def _awaited(span: Span, operation: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         result = await coroutine
     except BaseException as error:

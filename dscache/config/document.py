@@ -203,8 +203,7 @@ class Document(Tree):
         if not plain:
             _refuse_tag(node, place, _STR)
         if not self._loaded and (call := _CALL.fullmatch(written)):
-            path = self._substitute(call[2], place).strip()
-            return self._call(call[1], os.path.join(self.folder, path), place)
+            return self._call(call[1], self._substitute(call[2], place), place)
         value = self._substitute(written, place)
         if not plain:
             return value
@@ -214,7 +213,7 @@ class Document(Tree):
         return Scalar(typed, value)
 
     def _call(self, function: str, path: str, place: Location) -> object:
-        path = os.path.normpath(path)
+        path = os.path.normpath(os.path.join(self.folder, path.strip()))
         if function == "file":
             return path
         here = Location(f"{place}: {os.path.basename(path)}")
@@ -229,17 +228,17 @@ class Document(Tree):
             value = self._environ.get(name)
             if not value and has_default:
                 return default
-            if value is None:
-                if not is_name(name):
-                    raise place.error(
-                        "${...} must contain the name of an environment variable; in double "
-                        'quotes, "\\x24{" writes a plain ${'
-                    )
+            if value is not None:
+                return value
+            if is_name(name):
                 raise place.error(
                     f"the environment variable {name} is not set; "
                     f"set it, or write a default as in ${{{name}:-default}}"
                 )
-            return value
+            raise place.error(
+                "${...} must contain the name of an environment variable; in double quotes, "
+                '"\\x24{" writes a plain ${'
+            )
 
         return self._masked.sub(replaced, written)
 
@@ -269,21 +268,20 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
             return _json_root(text)
         return yaml.compose(text, Loader=_Loader) or ScalarNode(_PLAIN, "")
     except json.JSONDecodeError as error:
-        where, problem = (error.lineno, error.colno), _without_quotes(error.msg)
+        line, column, problem = error.lineno, error.colno, error.msg
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position)
+        line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
-        where, problem = (line + 1, column), "a character that YAML doesn't allow"
+        problem = "a character that YAML doesn't allow"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         assert mark is not None
-        where = mark.line + 1, mark.column + 1
-        problem = _without_quotes(error.problem or "")
+        line, column, problem = mark.line + 1, mark.column + 1, error.problem or ""
     except RecursionError:
         raise place.error("is nested too deeply") from None
     raise place.error(
-        f"line {where[0]}, column {where[1]}: no valid {'JSON' if is_json else 'YAML'}: {problem}; "
-        "put text with special characters in quotes"
+        f"line {line}, column {column}: no valid {'JSON' if is_json else 'YAML'}: "
+        f"{_without_quotes(problem)}; put text with special characters in quotes"
     )
 
 

@@ -24,8 +24,6 @@ from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sec
 from .url import ParsedUrl
 from .validation import Location, is_null, read, text
 
-__all__ = ["RECORD_OPTIONS", "MessageConfig", "MessageOptions", "load"]
-
 _logger = logging.getLogger("dscache")
 
 _PLUGIN: Final = "@deepstream/clusternode-redis"

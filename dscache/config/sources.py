@@ -31,24 +31,12 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
     """
     if isinstance(source, Mapping):
         return Tree(source, Location("mapping"), os.getcwd())
-    path = _path_of(source)
-    if path is None:
-        return url.parse(str(source), Location("URL"))
-    place = Location(os.path.basename(path))
-    return Document(path, os.environ if environ is None else environ, place)
-
-
-def _path_of(source: object) -> str | None:
-    """Return the path of a configuration file, or None for a URL or ``host:port``.
-
-    Raises ConfigError for any other source.
-    """
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
         )
     if isinstance(source, str) and ("://" in source or HOST_AND_PORT.fullmatch(source)):
-        return None
+        return url.parse(source, Location("URL"))
     path = os.fsdecode(source)
     if not path.lower().endswith(SUFFIXES):
         # A mistyped URL may hold a password before the @.
@@ -56,7 +44,8 @@ def _path_of(source: object) -> str | None:
             f"{path.rpartition('@')[2]}: a configuration is a file ending in "
             f"{', '.join(SUFFIXES)}, a mapping, host:port, or a URL ({url.SCHEMES})"
         )
-    return path
+    place = Location(os.path.basename(path))
+    return Document(path, os.environ if environ is None else environ, place)
 
 
 def sections_of(tree: Tree, example: str) -> Mapping[str, object]:
