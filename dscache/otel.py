@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from . import _metrics
 from ._metrics import NAMESPACE, Metric, Sample
@@ -79,7 +79,7 @@ class _Instruments:
     """The instruments of one provider, and the observed caches."""
 
     def __init__(self, meter: Meter) -> None:
-        self._caches: dict[str, ref[AsyncCache | Cache]] = {}
+        self._caches: WeakValueDictionary[str, AsyncCache | Cache] = WeakValueDictionary()
         _declare(
             meter.create_observable_counter,
             (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS),
@@ -105,16 +105,12 @@ class _Instruments:
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Observe another cache. Raises ValueError if a different cache has that name."""
-        known = self._caches.get(name)
-        if known is not None and known() not in (None, cache):
+        if self._caches.setdefault(name, cache) is not cache:
             raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
-        self._caches[name] = ref(cache)
 
     def _each(self) -> Iterable[tuple[AsyncCache | Cache, dict[str, Any]]]:
-        for name, known in list(self._caches.items()):
-            cache = known()
-            if cache is not None:
-                yield cache, {f"{NAMESPACE}.cache": name, **attributes_of(cache.config)}
+        for name, cache in list(self._caches.items()):
+            yield cache, {f"{NAMESPACE}.cache": name, **attributes_of(cache.config)}
 
     def _samples(
         self, of: Callable[[Mapping[str, Any]], Iterable[Sample]], name: str, _: CallbackOptions

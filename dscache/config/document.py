@@ -25,7 +25,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from . import files
-from .validation import Location, Scalar, is_name, is_null
+from .validation import Location, Scalar, is_null
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -230,7 +230,7 @@ class Document(Tree):
                 return default
             if value is not None:
                 return value
-            if is_name(name):
+            if re.fullmatch(r"[A-Za-z_]\w{0,79}", name):
                 raise place.error(
                     f"the environment variable {name} is not set; "
                     f"set it, or write a default as in ${{{name}:-default}}"

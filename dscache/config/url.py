@@ -78,9 +78,7 @@ def parse(url: str, place: Location) -> ParsedUrl:
 
 def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place: Location) -> None:
     """Refuse a password whose unescaped / ? or # ended the host too early."""
-    late = "" if is_unix else parts.path
-    if "@" not in parts.netloc and not is_unix:
-        late += parts.query
+    late = "" if is_unix else parts.path + ("" if "@" in parts.netloc else parts.query)
     if "#" in url or "@" in late:
         raise place.error(f"an @ or # is in the wrong place; {_ESCAPE}")
 

@@ -171,11 +171,6 @@ def redact_key(key: str) -> str:
     return re.split(r"[^\w.-]", key, maxsplit=1)[0][:80] or "***"
 
 
-def is_name(text: str) -> bool:
-    """Return whether a text is an identifier, such as the name of a variable."""
-    return re.fullmatch(r"[A-Za-z_]\w{0,79}", text) is not None
-
-
 def _unknown(struct: type[ConfigStruct], key: str, value: object, place: Location) -> ConfigError:
     known = [*_fields(struct), *struct.consumed]
     remedy = "separate a name from its value by a colon and a space"
@@ -267,10 +262,9 @@ def _entries(
     if not isinstance(written, Mapping):
         raise place.error(f"must be a mapping, not {_kind(written)}")
     key_type, extra, _ = _unwrap(kind.key_type)
-    assert isinstance(key_type, inspect.StrType)
-    assert key_type.pattern is not None
+    pattern = cast(str, cast(inspect.StrType, key_type).pattern)
     for name in written:
-        if not isinstance(name, str) or not re.fullmatch(key_type.pattern, name):
+        if not isinstance(name, str) or not re.fullmatch(pattern, name):
             spaced = isinstance(name, str) and re.search(r"\s", name)
             shown = _kind(name) if spaced else _shown(name)
             raise place.error(f"each name in it must be {extra['expected']}, not {shown}")
