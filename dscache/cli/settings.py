@@ -17,7 +17,6 @@ import typer
 from .. import config
 from ..config import Config
 from ..config import url as urls
-from ..config.address import HOST_AND_PORT
 from ..config.validation import Location
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ def _load(file: Path | None, url: str | None) -> Config:
         if file is not None:
             return config.load(file)
         assert url is not None
-        if "://" not in url and not HOST_AND_PORT.fullmatch(url):
+        if "://" not in url and not urls.HOST_AND_PORT.fullmatch(url):
             # config.load would take it for the path of a file.
             urls.parse(url, Location("--url"))
         return config.load(url)

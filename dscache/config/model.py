@@ -6,6 +6,7 @@ milliseconds, ``ttl`` in seconds.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -22,10 +23,27 @@ from .._limits import (
 )
 from ..core.constants import join_address
 from . import ioredis
-from .address import Host, HostAndPort, Port, canonical, split_address
 from .tls import Tls
+from .url import HOST
 from .validation import ConfigStruct, Secret, SwitchedStruct
 
+_PORT: Final = (
+    r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+)
+Host = Annotated[
+    str,
+    Meta(
+        pattern=r"[^\s/@\[\]]+", extra={"expected": "a host name or an address (a URL is for url)"}
+    ),
+]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+HostAndPort = Annotated[
+    str,
+    Meta(
+        pattern=rf"{HOST}:{_PORT}",
+        extra={"expected": "host:port, with brackets around an IPv6 address"},
+    ),
+]
 # The largest delay of a 32-bit timer, as in JavaScript: 24 days.
 _MOST: Final = 2**31 - 1
 Milliseconds = Annotated[int, Meta(ge=1, le=_MOST, extra={"unit": "milliseconds"})]
@@ -37,6 +55,20 @@ Interval = Annotated[
 ]
 NamePrefix = Annotated[str, Meta(pattern=r"(?s).+", extra={"expected": "the beginning of names"})]
 Seconds = Annotated[int, Meta(ge=1, le=MAX_TTL, extra={"unit": "seconds", "zero_is_none": True})]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of a text that matches HostAndPort; IPv6 loses its brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def canonical(host: str, port: int) -> tuple[str, int]:
+    """Return the address in a form that is equal for every spelling of it."""
+    try:
+        return str(ipaddress.ip_address(host)), port
+    except ValueError:
+        return host.lower(), port
 
 
 class _Server(ConfigStruct, frozen=True, kw_only=True):

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 
 from ..errors import ConfigError
 from . import url
-from .address import HOST_AND_PORT
 from .document import SUFFIXES, Document, Tree
 from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
 
@@ -35,7 +34,7 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
         )
-    if isinstance(source, str) and ("://" in source or HOST_AND_PORT.fullmatch(source)):
+    if isinstance(source, str) and ("://" in source or url.HOST_AND_PORT.fullmatch(source)):
         return url.parse(source, Location("URL"))
     path = os.fsdecode(source)
     if not path.lower().endswith(SUFFIXES):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from .address import HOST_AND_PORT
 from .validation import Location, nearest
 
+HOST: Final = r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+)"
+HOST_AND_PORT: Final = re.compile(rf"{HOST}:([0-9]{{1,5}})")
+"""``host:port`` as a source; the port's range is checked with the option ``port``."""
 SCHEMES = "redis://, rediss:// or unix://"
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 

@@ -32,7 +32,7 @@ from dscache.config import (
     Tls,
     load,
 )
-from dscache.config.address import canonical, split_address
+from dscache.config.model import canonical, split_address
 from dscache.embedded import TLSFiles
 from dscache.errors import ConfigError
 from tests.support.documents import PROJECT, code, table
