@@ -16,9 +16,6 @@ from ..net.slots import SlotRange, parse_slots
 from .cache import AdminCache
 from .control import ControlConnection, RawCommand, Reply
 
-SCAN_COUNT = 1000
-"""Keys that one SCAN visits; other clients are served between two of them."""
-
 
 @dataclass(slots=True)
 class Primary:

@@ -18,7 +18,7 @@ from .get import get
 from .head import head
 from .import_ import import_
 from .migrate import migrate
-from .options import FLAG
+from .options import flag
 from .set import set_
 from .watch import watch
 
@@ -42,14 +42,7 @@ def _show_version(requested: bool) -> None:
 @app.callback()
 def dscache(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            metavar=FLAG,
-            is_eager=True,
-            callback=_show_version,
-            help="Show the version.",
-        ),
+        bool, flag("--version", "Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import typer
 
-from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
 from ..config import Config
-from .settings import require_input, run
+from .settings import read_input, run
 
 BATCH = 500
 """Records in one request, which bounds the memory that an endless stream takes."""
-STDIN = "standard input"
 
 NamesArgument = Annotated[
     list[str] | None,
@@ -38,17 +35,14 @@ def run_by_name(
     ``handle`` returns the number of names without a whole record. Raises typer.Exit with status 1
     if there were any.
     """
-    if not names:
-        require_input("NAME")
+    lines = None if names else read_input("NAME")
 
     async def work() -> int:
         lacking = 0
         async with open_cache(config) as cache:
-            if names:
-                for first in range(0, len(names), BATCH):
-                    lacking += await handle(cache, names[first : first + BATCH])
-            else:
-                lines = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
+            for first in range(0, len(names or ()), BATCH):
+                lacking += await handle(cache, (names or [])[first : first + BATCH])
+            if lines is not None:
                 async for some in lines.names(BATCH):
                     lacking += await handle(cache, some)
         return lacking

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import typer
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ..admin.cluster_config import as_cluster
@@ -16,7 +15,7 @@ from ..admin.cluster_survey import survey
 from ..config import Config
 from ..core import constants
 from .options import Chosen, with_options
-from .output import number, plain, print_json
+from .output import new_table, number, plain, print_json
 from .settings import run
 
 # Columns at which the whole table fits, with addresses of usual length and a healthy cluster.
@@ -55,21 +54,7 @@ def document(report: ClusterReport) -> dict[str, object]:
             "covered": report.covered,
             "uncovered": report.uncovered,
         },
-        "nodes": [
-            {
-                "address": node.address,
-                "id": node.id,
-                "role": node.role,
-                "primary": node.primary,
-                "slots": node.slots,
-                "slot_count": node.slot_count,
-                "round_trip_ms": node.round_trip_ms,
-                "down": node.down,
-                "server": node.server,
-                "health": node.health,
-            }
-            for node in report.nodes
-        ],
+        "nodes": [asdict(node) | {"slot_count": node.slot_count} for node in report.nodes],
     }
 
 
@@ -94,7 +79,7 @@ def page(report: ClusterReport, width: int) -> RenderableType:
         del columns["count"]
         if len(servers) == 1:
             del columns["server"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = new_table()
     for name in columns:
         # Addresses stay on one line, to be copied.
         table.add_column(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,11 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Config
-from .output import wants_json
-from .settings import DEFAULT_FILE, load
+from .settings import DEFAULT_FILE, load, with_layout
 
-FLAG = ""
-"""The metavar of an option without a value; by default, help would show a type."""
+
+def flag(name: str, text: str, **options: Any) -> Any:
+    """Return an option without a value, whose type help would show by default."""
+    return typer.Option(name, metavar="", help=text, **options)
+
 
 ConfigOption = Annotated[
     Path | None,
@@ -32,12 +35,13 @@ UrlOption = Annotated[
     typer.Option("--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."),
 ]
 JsonOption = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        metavar=FLAG,
-        help="Print JSON, as it does by default when the output is no terminal.",
-    ),
+    bool, flag("--json", "Print JSON, as it does by default when the output is no terminal.")
+]
+IfNewerOption = Annotated[
+    bool, flag("--if-newer", "Write only records newer than the stored ones.")
+]
+PrefixOption = Annotated[
+    str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
 ]
 
 
@@ -58,6 +62,7 @@ LayoutOption = Annotated[
         show_default=False,
     ),
 ]
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _SHARED = {
     "config": (ConfigOption, None),
     "url": (UrlOption, None),
@@ -70,19 +75,20 @@ _SHARED = {
 class Chosen:
     """The values of the shared options."""
 
-    file: Path | None
+    config: Path | None
     url: str | None
     layout: KeyLayout | None
     json: bool
 
     def load(self) -> Config:
         """Return the configuration. Raises typer.BadParameter and ConfigError."""
-        return load(self.file, self.url, self.layout)
+        config = load(self.config, self.url)
+        return config if self.layout is None else with_layout(config, self.layout)
 
     @property
     def as_json(self) -> bool:
         """Whether to print JSON: with ``--json``, or if standard output is no terminal."""
-        return wants_json(self.json)
+        return self.json or not sys.stdout.isatty()
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,17 +101,14 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         @wraps(command)
         def call(**arguments: Any) -> None:
             values = {name: arguments.pop(name, default) for name, (_, default) in _SHARED.items()}
-            file = values.pop("config")
-            command(**arguments, chosen=Chosen(file, **values))
+            command(**arguments, chosen=Chosen(**values))
 
         own = inspect.signature(command, eval_str=True)
         parameters = [one for one in own.parameters.values() if one.name != "chosen"]
         for name in names:
             kind, default = _SHARED[name]
             parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
-                )
+                inspect.Parameter(name, _KEYWORD_ONLY, default=default, annotation=kind)
             )
         # typer reads the signature and the annotations.
         call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -15,11 +14,11 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
 from ..errors import DscacheError, RecordError
-from .by_name import BATCH, STDIN
-from .options import FLAG, Chosen, with_all_options
+from .by_name import BATCH
+from .options import Chosen, IfNewerOption, with_all_options
 from .output import complain, number
-from .settings import require_input, run
-from .tables import Rows, line_of, write_all
+from .settings import read_input, run
+from .tables import Results, line_of
 
 
 @with_all_options
@@ -38,12 +37,7 @@ def set_(
             metavar="SECONDS", help="Lifetime of the records, 0 for none.", show_default=False
         ),
     ] = None,
-    if_newer: Annotated[
-        bool,
-        typer.Option(
-            "--if-newer", metavar=FLAG, help="Write only records newer than the stored ones."
-        ),
-    ] = False,
+    if_newer: IfNewerOption = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -56,15 +50,13 @@ def set_(
     source: ndjson.Lines | None = None
     one: ndjson.Line | None = None
     if name is None:
-        require_input("NAME VERSION DATA")
-        source = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
+        source = read_input("NAME VERSION DATA")
     elif version is None or data is None:
         raise typer.BadParameter("a name needs a version and data", param_hint="NAME VERSION DATA")
     else:
         one = _from_words(name, version, data)
     config = chosen.load()
-    as_json = chosen.as_json
-    rows = Rows("version", "")
+    results = Results(chosen.as_json, "version", "")
     refused = 0
 
     async def put(cache: AsyncCache, lines: list[ndjson.Line]) -> None:
@@ -80,19 +72,16 @@ def set_(
             for line in lines
         ]
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-        written: list[bytes] = []
-        for line, outcome in zip(lines, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                write_all(written)
-                raise outcome
-            refused += not outcome
-            if as_json:
-                written.append(line_of(name=line.name, version=line.version, written=outcome))
-            else:
-                outcome_shown = Text("written", "green") if outcome else Text("not newer", "yellow")
-                rows.add(line.name, Text(str(line.version)), outcome_shown)
-        write_all(written)
-        rows.show()
+        try:
+            for line, outcome in zip(lines, outcomes, strict=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                refused += not outcome
+                written = line_of(name=line.name, version=line.version, written=outcome)
+                shown = Text("written", "green") if outcome else Text("not newer", "yellow")
+                results.add(line.name, written, str(line.version), shown)
+        finally:
+            results.show()
 
     async def work() -> None:
         async with open_cache(config) as cache:
@@ -104,7 +93,7 @@ def set_(
 
     run(work())
     if refused:
-        if as_json:
+        if chosen.as_json:
             complain(f"{number(refused, 'record')} not written, as Redis holds a version as new")
         raise typer.Exit(1)
 

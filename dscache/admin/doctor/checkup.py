@@ -22,7 +22,8 @@ from ..cluster_config import on_cluster
 from ..cluster_survey import survey
 from ..control import ControlConnection, Reply, is_clustered
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
-from ..primaries import SCAN_COUNT, Primaries, open_primaries, parse_info
+from ..primaries import Primaries, open_primaries, parse_info
+from ..scan import SCAN_COUNT
 from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
