@@ -48,12 +48,10 @@ class Sink:
     def write(self, lines: bytes) -> None:
         """Write lines, compressed if so configured."""
         self.is_whole = False
-        if not self._compressed:
-            self._file.write(lines)
-        else:
-            if self._gzip is None:
-                self._gzip = zlib.compressobj(wbits=31)
-            self._file.write(self._gzip.compress(lines))
+        if self._compressed:
+            self._gzip = self._gzip or zlib.compressobj(wbits=31)
+            lines = self._gzip.compress(lines)
+        self._file.write(lines)
         self.is_whole = True
 
     def settle(self) -> int:
@@ -101,16 +99,15 @@ class Target:
         self._partial = path.with_name(path.name + ".partial")
         self._state = path.with_name(path.name + ".resume")
 
-    def discard(self) -> None:
-        """Remove the files of an unfinished export."""
-        self._state.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
-
-    def state(self, of: dict[str, str]) -> ExportState:
+    def state(self, of: dict[str, str], *, restart: bool) -> ExportState:
         """Return the state of an unfinished export, or a new one if there is none.
 
-        Raises DscacheError if it can't be read.
+        With ``restart`` it removes the files of the unfinished one. Raises DscacheError if the
+        state can't be read.
         """
+        if restart:
+            self._state.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
         found = read_state(self._state, ExportState) if self._partial.exists() else None
         return found or ExportState(of)
 

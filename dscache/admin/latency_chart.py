@@ -81,6 +81,8 @@ class _Plot:
         last = max((_part(one.percentile(99.99)) for one in series), default=0.0)
         self._first = int(first) - 1
         self._count = max(int(last) + 2 - self._first, _LEAST_PARTS)
+        ends = self._first, self._first + self._count
+        self.low, self.high = (math.exp2(part * _PART / STEPS) / 1e6 for part in ends)
         self.curves = [self._shares(one) for one in series]
         self.top = max(map(max, self.curves), default=1.0) * 1.08
 
@@ -91,12 +93,6 @@ class _Plot:
             part = min(step // _PART - self._first, self._count - 1)
             shares[part] += count / latencies.count
         return shares
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The latencies at the ends of the axis, in milliseconds."""
-        first, last = self._first, self._first + self._count
-        return math.exp2(first * _PART / STEPS) / 1e6, math.exp2(last * _PART / STEPS) / 1e6
 
     def x(self, milliseconds: float) -> float:
         """Return the x coordinate of a latency."""
@@ -117,7 +113,7 @@ def _part(milliseconds: float) -> float:
 
 def _axes(plot: _Plot) -> list[str]:
     parts = []
-    for milliseconds in _ticks(*plot.bounds):
+    for milliseconds in _ticks(plot.low, plot.high):
         x = plot.x(milliseconds)
         parts.append(_line("grid", x, _TOP, x, _BOTTOM))
         parts.append(_text("tick", x, _BOTTOM + 18, _milliseconds(milliseconds), "middle"))

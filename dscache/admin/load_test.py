@@ -33,7 +33,8 @@ class Latencies:
     def __init__(self) -> None:
         self.count = 0
         self.total = 0
-        self.longest = 0
+        self.longest_ms = 0.0
+        """The longest latency in milliseconds."""
         self.steps: Counter[int] = Counter()
         """The operations in each step; step ``i`` begins at ``2 ** (i / STEPS)`` nanoseconds."""
 
@@ -41,18 +42,13 @@ class Latencies:
         """Count an operation that took this long."""
         self.count += 1
         self.total += nanoseconds
-        self.longest = max(self.longest, nanoseconds)
+        self.longest_ms = max(self.longest_ms, nanoseconds / 1e6)
         self.steps[int(math.log2(nanoseconds or 1) * STEPS)] += 1
 
     @property
     def mean(self) -> float:
         """The mean in milliseconds; 0 without operations."""
         return self.total / self.count / 1e6 if self.count else 0.0
-
-    @property
-    def longest_ms(self) -> float:
-        """The longest latency in milliseconds."""
-        return self.longest / 1e6
 
     def percentile(self, percent: float) -> float:
         """Return a percentile in milliseconds; 0 without operations."""
@@ -70,7 +66,6 @@ class Plan:
     """The parameters of a load."""
 
     tasks: int
-    seconds: float
     read_ratio: float
     size: int
     """Bytes of each record's JSON text."""
@@ -78,6 +73,7 @@ class Plan:
     """Records in one operation."""
     records: int
     """The number of different records."""
+    seconds: float
 
 
 @dataclass(slots=True)

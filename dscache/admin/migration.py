@@ -204,29 +204,26 @@ class Migration:
 
         Returns the names written, and the errors of records that are damaged in the new layout.
         """
-        apart = [one for one in records if self._is_apart(self._new, one.name)]
+        whole, apart = self._by_nodes(self._new, records)
         written = await self._copy_apart(apart) if apart else set()
-        others = {one.name: one for one in records}
-        for one in apart:
-            del others[one.name]
         # One by one, as each has its own lifetime; calls of one tick share commands.
         outcomes = await asyncio.gather(
             *(
                 self._target.set(
                     one.name, one.version, msgspec.Raw(one.raw), ttl=one.ttl or 0, if_newer=True
                 )
-                for one in others.values()
+                for one in whole
             ),
             return_exceptions=True,
         )
         damaged: dict[str, Exception] = {}
-        for name, outcome in zip(others, outcomes, strict=True):
+        for one, outcome in zip(whole, outcomes, strict=True):
             if isinstance(outcome, RecordError):
-                damaged[name] = outcome
+                damaged[one.name] = outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome:
-                written.add(name)
+                written.add(one.name)
         return written, damaged
 
     async def _verify(self, records: Sequence[Found]) -> tuple[list[Found], set[str]]:
@@ -246,26 +243,50 @@ class Migration:
 
     async def _remove(self, records: Sequence[Found]) -> set[str]:
         """Remove old keys that are unchanged; return the names whose keys are gone."""
-        old = self._old
-        whole = [one for one in records if not self._is_apart(old, one.name)]
-        apart = [one for one in records if self._is_apart(old, one.name)]
-        outcomes = await run_script(
-            self._primaries,
-            REMOVE,
-            [(old.keys(one.name), (b"%d" % one.version, one.raw)) for one in whole],
-        )
-        # Keys may be gone already: removed by another run, which has copied them too.
-        gone = {one.name for one, outcome in zip(whole, outcomes, strict=True) if outcome == DONE}
+        whole, apart = self._by_nodes(self._old, records)
+        gone = await self._remove_keys(whole)
+        if apart:
+            now, _ = await get_whole(self._source, [one.name for one in apart])
+            same = [
+                one
+                for one in apart
+                if (still := now.get(one.name)) is not None
+                and (still.version, still.raw) == (one.version, one.raw)
+            ]
+            # The version first: a write in between leaves a whole record again.
+            for key in (0, 1):
+                same = await self._remove_keys(same, [key])
+            gone += same
         self._count.removed += len(gone)
-        return gone | await self._remove_apart(apart)
+        return {one.name for one in gone}
+
+    async def _remove_keys(
+        self, records: Sequence[Found], which: Sequence[int] = (0, 1)
+    ) -> list[Found]:
+        """Remove both keys or one of each record, if unchanged; return those whose keys are gone.
+
+        Keys may be gone already: removed by another run, which has copied them too.
+        """
+        calls = []
+        for one in records:
+            keys, values = self._old.keys(one.name), (b"%d" % one.version, one.raw)
+            calls.append(([keys[i] for i in which], [values[i] for i in which]))
+        outcomes = await run_script(self._primaries, REMOVE, calls)
+        return [one for one, outcome in zip(records, outcomes, strict=True) if outcome == DONE]
 
     # -- records whose two keys lie on different nodes
 
-    def _is_apart(self, layout: Layout, name: str) -> bool:
-        if not self._primaries.is_cluster:
-            return False
-        version, data = layout.keys(name)
-        return slot_of_key(version) != slot_of_key(data)
+    def _by_nodes(
+        self, layout: Layout, records: Iterable[Found]
+    ) -> tuple[list[Found], list[Found]]:
+        """Return the records whose keys lie on one node, and those whose keys lie on two."""
+        together: list[Found] = []
+        apart: list[Found] = []
+        for one in records:
+            slots = set(map(slot_of_key, layout.keys(one.name)))
+            is_apart = self._primaries.is_cluster and len(slots) > 1
+            (apart if is_apart else together).append(one)
+        return together, apart
 
     async def _copy_apart(self, records: Sequence[Found]) -> set[str]:
         """Write each of the two keys only if it still has the value found before."""
@@ -287,30 +308,3 @@ class Migration:
         outcomes = await run_script(self._primaries, SWAP, swaps)
         pairs = zip(older, outcomes[::2], outcomes[1::2], strict=True)
         return {one.name for one, data, version in pairs if data == version == DONE}
-
-    async def _remove_apart(self, records: Sequence[Found]) -> set[str]:
-        """Remove the version first: a write in between leaves a whole record again."""
-        if not records:
-            return set()
-        now, _ = await get_whole(self._source, [one.name for one in records])
-        same = [
-            one
-            for one in records
-            if (still := now.get(one.name)) is not None
-            and (still.version, still.raw) == (one.version, one.raw)
-        ]
-        for position in range(2):
-            outcomes = await run_script(
-                self._primaries,
-                REMOVE,
-                [
-                    (
-                        (self._old.keys(one.name)[position],),
-                        (b"%d" % one.version if position == 0 else one.raw,),
-                    )
-                    for one in same
-                ],
-            )
-            same = [one for one, outcome in zip(same, outcomes, strict=True) if outcome == DONE]
-        self._count.removed += len(same)
-        return {one.name for one in same}

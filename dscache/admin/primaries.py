@@ -19,7 +19,7 @@ from .control import ControlConnection, RawCommand, Reply
 
 @dataclass(slots=True)
 class Primary:
-    """A server that holds keys of its own."""
+    """A primary server, measured when the job begins."""
 
     server: ControlConnection
     address: str

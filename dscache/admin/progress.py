@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from ..config import Config
 from ..errors import DscacheError
@@ -31,7 +32,6 @@ _COMMAND_TIMEOUT = 10_000
 def with_long_timeouts(config: Config) -> Config:
     """Return a configuration with a ``commandTimeout`` of 10 s or more and ``whenFull: wait``."""
     options = config.options
-    replace = msgspec.structs.replace
     milliseconds = max(options.command_timeout, _COMMAND_TIMEOUT)
     shared = replace(options.redis_options, command_timeout=milliseconds)
     options = replace(options, command_timeout=milliseconds, redis_options=shared, when_full="wait")

@@ -171,11 +171,16 @@ class Import:
             for text in texts:
                 number += 1
                 offset += len(text) + 1
-                line = self._decoded(text, lines.place(number), chunk)
-                if line is None and chunk.broken and not self.keep_going:
-                    chunk.broken = 0
-                    yield chunk
-                    raise DscacheError(self.job.notes[-1])
+                line = None
+                try:
+                    line = ndjson.decode(text)
+                except RecordError as error:
+                    message = f"{lines.place(number)}: {error}"
+                    if not self.keep_going:
+                        yield chunk
+                        raise DscacheError(message) from error
+                    chunk.broken += 1
+                    self.job.note_damaged(message)
                 if line is not None:
                     if (
                         line.name in chunk.records
@@ -188,16 +193,6 @@ class Import:
                     chunk.size += len(text)
                 chunk.offset, chunk.line = offset, number
         yield chunk
-
-    def _decoded(self, text: bytes, place: str, chunk: _Chunk) -> ndjson.Line | None:
-        if not text.removeprefix(ndjson.BOM).strip():
-            return None
-        try:
-            return ndjson.decode(text)
-        except RecordError as error:
-            chunk.broken += 1
-            self.job.note_damaged(f"{place}: {error}")
-            return None
 
     async def _write(self, chunk: _Chunk) -> int:
         """Write the records of a chunk; return the number of records that were not newer."""

@@ -48,14 +48,6 @@ def dscache(
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-app.command("get")(get)
-app.command("set")(set_)
-app.command("head")(head)
-app.command("delete")(delete)
-app.command("doctor")(doctor)
-app.command("export")(export)
-app.command("import")(import_)
-app.command("bench")(bench)
-app.command("watch")(watch)
-app.command("migrate")(migrate)
-app.command("cluster")(cluster)
+_COMMANDS = (get, set_, head, delete, doctor, export, import_, bench, watch, migrate, cluster)
+for _command in _COMMANDS:
+    app.command(_command.__name__.strip("_"))(_command)

@@ -85,7 +85,7 @@ def bench(
                 core=_backend.BACKEND,
                 loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],
             )
-            async with progress("bench", position):
+            with progress("bench", position):
                 await apply(cache, plan, result)
 
     with interruptible("its records have been removed"):

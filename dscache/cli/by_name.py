@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, TypeVar
 
 import typer
 
+from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
 from ..config import Config
 from .settings import read_input, run
+
+T = TypeVar("T")
 
 BATCH = 500
 """Records in one request, which bounds the memory that an endless stream takes."""
@@ -35,17 +38,17 @@ def run_by_name(
     ``handle`` returns the number of names without a whole record. Raises typer.Exit with status 1
     if there were any.
     """
-    lines = None if names else read_input("NAME")
+    batches = batches_of(names) if names else read_input("NAME").items(ndjson.name_of, BATCH)
 
     async def work() -> int:
-        lacking = 0
         async with open_cache(config) as cache:
-            for first in range(0, len(names or ()), BATCH):
-                lacking += await handle(cache, (names or [])[first : first + BATCH])
-            if lines is not None:
-                async for some in lines.names(BATCH):
-                    lacking += await handle(cache, some)
-        return lacking
+            return sum([await handle(cache, some) async for some in batches])
 
     if run(work()):
         raise typer.Exit(1)
+
+
+async def batches_of(items: list[T]) -> AsyncIterator[list[T]]:
+    """Yield items from the command line as ``Lines.items`` yields those of standard input."""
+    for first in range(0, len(items), BATCH):
+        yield items[first : first + BATCH]

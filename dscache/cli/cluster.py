@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ..admin.cluster_config import as_cluster
+from ..admin.cache import as_cluster
 from ..admin.cluster_report import ClusterReport, NodeReport, show_slots
 from ..admin.cluster_survey import survey
 from ..config import Config
@@ -20,6 +19,10 @@ from .settings import run
 
 # Columns at which the whole table fits, with addresses of usual length and a healthy cluster.
 _WIDE = 100
+_NODE_KEYS = (
+    *("address", "id", "role", "primary", "slots", "slot_count", "round_trip_ms"),
+    *("down", "server", "health"),
+)
 
 
 @with_options("config", "url", "json")
@@ -54,7 +57,7 @@ def document(report: ClusterReport) -> dict[str, object]:
             "covered": report.covered,
             "uncovered": report.uncovered,
         },
-        "nodes": [asdict(node) | {"slot_count": node.slot_count} for node in report.nodes],
+        "nodes": [{key: getattr(node, key) for key in _NODE_KEYS} for node in report.nodes],
     }
 
 
@@ -68,7 +71,9 @@ def page(report: ClusterReport, width: int) -> RenderableType:
     columns: dict[str, Callable[[NodeReport], Text]] = {
         "node": lambda node: plain(node.address),
         "role": lambda node: Text(node.role, "bold" if node.role == "primary" else ""),
-        "its primary": _primary,
+        "its primary": lambda node: plain(
+            "" if node.role == "primary" else node.primary or "unknown"
+        ),
         "slots": lambda node: Text(show_slots(node.slots)),
         "count": lambda node: Text(str(node.slot_count) if node.role == "primary" else ""),
         "round trip": lambda node: _round_trip(node, with_reason=not narrow),
@@ -94,10 +99,6 @@ def page(report: ClusterReport, width: int) -> RenderableType:
     return Group(table, Text(), *_summary(report, server))
 
 
-def _primary(node: NodeReport) -> Text:
-    return plain("" if node.role == "primary" else node.primary or "unknown")
-
-
 def _round_trip(node: NodeReport, *, with_reason: bool) -> Text:
     if node.down is None:
         return Text(f"{node.round_trip_ms:.2f} ms")
@@ -111,14 +112,15 @@ def _style(node: NodeReport) -> str:
 def _summary(report: ClusterReport, server: str) -> list[Text]:
     primaries = sum(node.role == "primary" for node in report.nodes)
     kinds = [
-        number(len(report.nodes), "node", "nodes"),
+        number(len(report.nodes), "node"),
         number(primaries, "primary", "primaries"),
-        number(len(report.nodes) - primaries, "replica", "replicas"),
+        number(len(report.nodes) - primaries, "replica"),
         f"{report.covered} of {constants.SLOTS} slots covered",
+        *([server] if server else []),
     ]
     style = "red" if report.problems else "yellow" if report.remarks else "green"
     return [
-        plain(", ".join([*kinds, *([server] if server else [])]), style),
+        plain(", ".join(kinds), style),
         *(plain(f"problem: {one}", "red") for one in report.problems),
         *(plain(f"warning: {one}", "yellow") for one in report.remarks),
     ]

@@ -12,7 +12,7 @@ from ..admin.cache import open_cache
 from ..admin.export import Export, ExportState, Sink, Target
 from ..admin.primaries import open_primaries
 from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
-from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, pace, run_timed
+from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
 from .options import Chosen, PrefixOption, with_all_options
 from .output import complain, complain_of_all, number
 from .progress_bar import progress
@@ -52,12 +52,10 @@ def export(
             of = {**identity(cache.config), "prefix": prefix}
             if target is None:
                 sink = Sink(sys.stdout.buffer, compressed=False, durable=False)
-                async with progress("export", job.position):
+                with progress("export", job.position):
                     await export_run.run(sink, ExportState(of), save_nowhere)
                 return
-            if restart:
-                target.discard()
-            state = target.state(of)
+            state = target.state(of, restart=restart)
             if state.of != of:
                 others = ", ".join(f"{name} {value!r}" for name, value in state.of.items())
                 raise typer.BadParameter(
@@ -67,9 +65,8 @@ def export(
                 )
             if state.servers:
                 complain(f"resuming after {number(state.records, 'record')}")
-            async with progress("export", job.position):
-                with target.open(state) as sink:
-                    await export_run.run(sink, state, target.save)
+            with progress("export", job.position), target.open(state) as sink:
+                await export_run.run(sink, state, target.save)
         target.finish()
 
     _, seconds = run_timed(work(), "" if to_stdout else RESUMES)
@@ -82,11 +79,10 @@ def export(
         "halves": job.halves,
         "damaged": job.damaged,
         "warnings": job.warnings,
-        **pace(job, seconds),
     }
     words = [
         f"{number(job.records, 'record')} exported",
         f"{number(job.halves, 'half', 'halves')} left out" if job.halves else "",
         f"{job.damaged:,} damaged left out" if job.damaged else "",
     ]
-    conclude(summary, words, as_json=chosen.as_json and not to_stdout, err=to_stdout)
+    conclude(summary, words, job, seconds, as_json=chosen.as_json and not to_stdout, err=to_stdout)

@@ -12,7 +12,7 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
 from ..admin.restore import Import, ImportFile, ImportState
-from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, pace, run_timed
+from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
 from .options import Chosen, IfNewerOption, flag, with_all_options
 from .output import complain, complain_of_all, number
 from .progress_bar import progress
@@ -57,7 +57,7 @@ def import_(
         async with open_cache(config) as cache:
             of = identity(cache.config)
             import_run = Import(cache, job, ttl, if_newer=if_newer, keep_going=keep_going)
-            async with progress("import", job.position):
+            with progress("import", job.position):
                 if stdin is not None:
                     state = ImportState(of, 0, 0)
                     await import_run.run(stdin, state, save_nowhere, lambda: 0)
@@ -79,11 +79,10 @@ def import_(
         "records": state.records,
         "not_newer": state.not_newer,
         "broken": state.broken,
-        **pace(job, seconds),
     }
     words = [
         f"{number(state.records - state.not_newer, 'record')} imported",
         f"{state.not_newer:,} not newer" if state.not_newer else "",
         f"{number(state.broken, 'broken line')} skipped" if state.broken else "",
     ]
-    conclude(summary, words, as_json=chosen.as_json)
+    conclude(summary, words, job, seconds, as_json=chosen.as_json)

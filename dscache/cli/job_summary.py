@@ -43,27 +43,26 @@ def run_timed(work: Coroutine[Any, Any, T], hint: str) -> tuple[T, float]:
     return result, time.monotonic() - began
 
 
-def pace(job: JobProgress, seconds: float) -> dict[str, int | float]:
-    """Return the duration of a job and its rate, as fields of the summary."""
-    return {
-        "resumed": job.resumed,
-        "seconds": round(seconds, 3),
-        "per_second": round((job.records - job.resumed) / max(seconds, 0.001)),
-    }
-
-
 def conclude(
-    summary: Mapping[str, object], words: Sequence[str], *, as_json: bool, err: bool = False
+    summary: Mapping[str, object],
+    words: Sequence[str],
+    job: JobProgress,
+    seconds: float,
+    *,
+    as_json: bool,
+    err: bool = False,
 ) -> None:
-    """Print the summary; raises typer.Exit with status 1 unless its ``ok`` is true.
+    """Print the summary with the rate; raises typer.Exit with status 1 unless its ``ok`` is true.
 
     ``words`` state the result on a terminal; empty ones are left out. With ``err`` they go to
     standard error.
     """
+    rate = round((job.records - job.resumed) / max(seconds, 0.001))
     if as_json:
-        print_json(summary)
+        pace = {"resumed": job.resumed, "seconds": round(seconds, 3), "per_second": rate}
+        print_json({**summary, **pace})
     else:
-        rate = f"{summary['seconds']:.1f} s, {summary['per_second']:,} a second"
-        typer.echo(f"{', '.join(filter(None, words))} ({rate})", err=err)
+        result = ", ".join(filter(None, words))
+        typer.echo(f"{result} ({seconds:.1f} s, {rate:,} a second)", err=err)
     if not summary["ok"]:
         raise typer.Exit(1)

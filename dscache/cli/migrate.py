@@ -56,13 +56,13 @@ def migrate(
             open_primaries(source) as primaries,
         ):
             job = Migration(source, target, primaries, prefix=prefix, count=count, keep=keep)
-            async with progress("migrate", count.position):
+            with progress("migrate", count.position):
                 await (job.count() if dry_run else job.run())
             # On a cluster, which the source may have turned out to be, "auto" is hashtag.
             return Layout.of(with_layout(source.config, config.options.key_layout).options).kind
 
     configured, seconds = run_timed(work(), RESUMES)
-    complain_of_all(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
+    complain_of_all(count.notes, count.left)
     summary = _document(count, dry_run=dry_run, keep=keep, seconds=seconds)
     if chosen.as_json:
         print_json(summary)

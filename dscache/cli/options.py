@@ -22,21 +22,6 @@ def flag(name: str, text: str, **options: Any) -> Any:
     return typer.Option(name, metavar="", help=text, **options)
 
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
-    ),
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."),
-]
-JsonOption = Annotated[
-    bool, flag("--json", "Print JSON, as it does by default when the output is no terminal.")
-]
 IfNewerOption = Annotated[
     bool, flag("--if-newer", "Write only records newer than the stored ones.")
 ]
@@ -53,32 +38,36 @@ class KeyLayout(StrEnum):
     HASHTAG = "hashtag"
 
 
-LayoutOption = Annotated[
-    KeyLayout | None,
-    typer.Option(
-        "--layout",
-        metavar="LAYOUT",
-        help="Key layout in place of the configured one: auto, deepstream or hashtag.",
-        show_default=False,
-    ),
-]
-_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
-_SHARED = {
-    "config": (ConfigOption, None),
-    "url": (UrlOption, None),
-    "layout": (LayoutOption, None),
-    "json": (JsonOption, False),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The values of the shared options."""
 
-    config: Path | None
-    url: str | None
-    layout: KeyLayout | None
-    json: bool
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
+        ),
+    ] = None
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."
+        ),
+    ] = None
+    layout: Annotated[
+        KeyLayout | None,
+        typer.Option(
+            "--layout",
+            metavar="LAYOUT",
+            help="Key layout in place of the configured one: auto, deepstream or hashtag.",
+            show_default=False,
+        ),
+    ] = None
+    json: Annotated[
+        bool, flag("--json", "Print JSON, as it does by default when the output is no terminal.")
+    ] = False
 
     def load(self) -> Config:
         """Return the configuration. Raises typer.BadParameter and ConfigError."""
@@ -91,8 +80,11 @@ class Chosen:
         return self.json or not sys.stdout.isatty()
 
 
+_SHARED = inspect.signature(Chosen, eval_str=True).parameters
+
+
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add shared options to a command: ``config``, ``url``, ``layout``, ``json``.
+    """Add shared options to a command, by the names of the fields of Chosen.
 
     They follow the command's own options, and it receives their values as ``chosen``.
     """
@@ -100,16 +92,13 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def call(**arguments: Any) -> None:
-            values = {name: arguments.pop(name, default) for name, (_, default) in _SHARED.items()}
-            command(**arguments, chosen=Chosen(**values))
+            shared = {name: arguments.pop(name) for name in names}
+            command(**arguments, chosen=Chosen(**shared))
 
         own = inspect.signature(command, eval_str=True)
         parameters = [one for one in own.parameters.values() if one.name != "chosen"]
-        for name in names:
-            kind, default = _SHARED[name]
-            parameters.append(
-                inspect.Parameter(name, _KEYWORD_ONLY, default=default, annotation=kind)
-            )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters += (_SHARED[name].replace(kind=kind) for name in names)
         # typer reads the signature and the annotations.
         call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {one.name: one.annotation for one in parameters}

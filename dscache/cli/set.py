@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 import msgspec
@@ -13,8 +12,8 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
-from ..errors import DscacheError, RecordError
-from .by_name import BATCH
+from ..errors import RecordError
+from .by_name import BATCH, batches_of
 from .options import Chosen, IfNewerOption, with_all_options
 from .output import complain, number
 from .settings import read_input, run
@@ -47,14 +46,12 @@ def set_(
     "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
     because Redis holds a version as new.
     """
-    source: ndjson.Lines | None = None
-    one: ndjson.Line | None = None
     if name is None:
-        source = read_input("NAME VERSION DATA")
+        batches = read_input("NAME VERSION DATA").items(ndjson.decode, BATCH)
     elif version is None or data is None:
         raise typer.BadParameter("a name needs a version and data", param_hint="NAME VERSION DATA")
     else:
-        one = _from_words(name, version, data)
+        batches = batches_of([_from_words(name, version, data)])
     config = chosen.load()
     results = Results(chosen.as_json, "version", "")
     refused = 0
@@ -85,41 +82,14 @@ def set_(
 
     async def work() -> None:
         async with open_cache(config) as cache:
-            if one is not None:
-                await put(cache, [one])
-            if source is not None:
-                async for lines in _records(source):
-                    await put(cache, lines)
+            async for lines in batches:
+                await put(cache, lines)
 
     run(work())
     if refused:
         if chosen.as_json:
             complain(f"{number(refused, 'record')} not written, as Redis holds a version as new")
         raise typer.Exit(1)
-
-
-# -- input
-
-
-async def _records(source: ndjson.Lines) -> AsyncIterator[list[ndjson.Line]]:
-    """Yield the records of lines; raises DscacheError at a broken line, after those before it."""
-    async for texts in source:
-        some: list[ndjson.Line] = []
-        for text in texts:
-            source.number += 1
-            if not text.removeprefix(ndjson.BOM).strip():
-                continue
-            try:
-                some.append(ndjson.decode(text))
-            except RecordError as error:
-                if some:
-                    yield some
-                raise DscacheError(f"{source.place(source.number)}: {error}") from error
-            if len(some) == BATCH:
-                yield some
-                some = []
-        if some:
-            yield some
 
 
 def _from_words(name: str, version: int, data: str) -> ndjson.Line:

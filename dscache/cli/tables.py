@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 import msgspec
@@ -94,10 +95,8 @@ class Results:
         console = Console(highlight=False)
         table = new_table(show_header=not self._headed)
         heads = self._heads
-        widths = [len(head) for head in heads]
-        for row in self._rows:
-            for i, cell in enumerate(row):
-                widths[i] = max(widths[i], cell.cell_len)
+        columns = zip_longest(map(Text, heads), *self._rows, fillvalue=Text())
+        widths = [max(cell.cell_len for cell in column) for column in columns]
         # Data is cut first; a name is folded only if it would leave no width for the data.
         widths[0] = min(widths[0], max(console.width // 2, 12))
         if "data" in heads:

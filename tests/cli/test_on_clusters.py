@@ -107,6 +107,9 @@ def test_an_export_resumes_on_each_node(
         assert invoke("export", str(file), *url).status == 1
     state = json.loads((tmp_path / "all.ndjson.resume").read_bytes())
     assert len(state["servers"]) == 3
+    # Lines of a batch that was still being read are not counted.
+    written = (tmp_path / "all.ndjson.partial").read_bytes()[: state["size"]]
+    assert written.count(b"\n") == state["records"]
     done = invoke("export", str(file), *url)
     assert (done.status, done.document["resumed"] > 0) == (0, True)
     found = [json.loads(line)["name"] for line in file.read_text().splitlines()]

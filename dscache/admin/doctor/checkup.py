@@ -17,8 +17,7 @@ from ...core.constants import read_epoch
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.sentinels import pairs
-from ..cache import AdminCache
-from ..cluster_config import on_cluster
+from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..control import ControlConnection, Reply, is_clustered
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
