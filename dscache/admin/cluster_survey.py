@@ -20,11 +20,12 @@ from ..aio.cluster import Cluster
 from ..aio.connection import Connection
 from ..config import Config, Options
 from ..core import constants
-from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean, shorten
+from ..errors import ConnectError, DscacheError, ProtocolError, clean, shorten
 from ..net.slots import Address, parse_epoch, parse_slots
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
 from .control import Reply
 from .primaries import parse_info
+from .progress import cancel_all
 
 _PINGS = 5
 # The number of nodes that report their view of the cluster; the newest view wins.
@@ -68,9 +69,7 @@ async def _discover(cluster: Cluster) -> None:
         if not cluster.view:
             await ready  # raises the reason
     finally:
-        for task in (ready, discovered):
-            task.cancel()
-        await asyncio.gather(ready, discovered, return_exceptions=True)
+        await cancel_all([ready, discovered])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,61 +83,45 @@ class _Member:
 async def _list(cluster: Cluster, options: Options) -> list[_Member]:
     """Return the nodes in the newest view of the cluster."""
     ready = list(cluster.ready_nodes().items())[:_VIEWS]
-    answers = await asyncio.gather(
-        *(_view_of(options, *one) for one in ready), return_exceptions=True
-    )
-    views = []
-    for answer in answers:
-        if not isinstance(answer, BaseException):
-            views.append(answer)
-        elif not isinstance(answer, DscacheError):
-            raise answer
-    if not views:
+    views = await asyncio.gather(*(_view_of(options, *one) for one in ready))
+    known = [view for view in views if view is not None]
+    if not known:
         # CLUSTER NODES may be forbidden, by an ACL or a hosting company; the slots are known.
         return _members_by_slots(cluster, options)
-    return max(views, key=lambda view: view[0])[1]
+    return max(known, key=lambda view: view[0])[1]
 
 
 async def _view_of(
     options: Options, node: Connection, source: Address
-) -> tuple[int, list[_Member]]:
-    """Return a node's epoch and the nodes it lists.
-
-    Raises ConnectError without an answer within ``slotsRefreshTimeout``, ReplyError for a refusal,
-    and ProtocolError for an unexpected reply.
-    """
+) -> tuple[int, list[_Member]] | None:
+    """Return a node's epoch and the nodes it lists; None if it gives no valid answer in time."""
     try:
         async with asyncio.timeout(options.slots_refresh_timeout / 1000):
             nodes, slots, info = await node.ask(
                 ["CLUSTER", "NODES"], ["CLUSTER", "SLOTS"], ["CLUSTER", "INFO"]
             )
-    except TimeoutError:
-        raise ConnectError(f"{node.address}: no answer to CLUSTER NODES") from None
-    for reply in (nodes, slots):
-        if isinstance(reply, ReplyError):
-            raise reply
-    return parse_epoch(info), _members(_parse_nodes(nodes), slots, source, options)
+        return parse_epoch(info), _members(_parse_nodes(nodes), slots, source, options)
+    except (TimeoutError, DscacheError):
+        return None
 
 
 def _members_by_slots(cluster: Cluster, options: Options) -> list[_Member]:
-    mapped = options.mapped
-    slots: dict[Address, tuple[Slots, ...]] = {}
-    replicas: dict[tuple[Address, Address], None] = {}
+    slots: dict[Address, list[Slots]] = {}
+    primary_of: dict[Address, Address] = {}
     for one in cluster.view:
-        primary = mapped(*one.primary)
-        slots[primary] = (*slots.get(primary, ()), (one.first, one.last))
-        replicas.update(dict.fromkeys((mapped(*replica), primary) for replica in one.replicas))
-    primaries = [_member(place, "primary", slots=its) for place, its in slots.items()]
-    others = [_member(place, "replica", primary=primary) for place, primary in replicas]
-    return _in_order([*primaries, *others])
-
-
-def _member(
-    place: Address, role: str, *, primary: Address | None = None, slots: tuple[Slots, ...] = ()
-) -> _Member:
-    shown = constants.join_address
-    its = None if primary is None else shown(*primary)
-    return _Member(place, NodeReport(address=shown(*place), role=role, primary=its, slots=slots))
+        primary = options.mapped(*one.primary)
+        slots.setdefault(primary, []).append((one.first, one.last))
+        primary_of.update((options.mapped(*replica), primary) for replica in one.replicas)
+    show = constants.join_address
+    members = [
+        _Member(place, NodeReport(address=show(*place), role="primary", slots=tuple(its)))
+        for place, its in slots.items()
+    ]
+    members += (
+        _Member(place, NodeReport(address=show(*place), role="replica", primary=show(*primary)))
+        for place, primary in primary_of.items()
+    )
+    return _in_order(members)
 
 
 def _in_order(members: list[_Member]) -> list[_Member]:
@@ -146,17 +129,13 @@ def _in_order(members: list[_Member]) -> list[_Member]:
 
     Primaries without slots come last.
     """
-    starts = {
-        one.report.address: min(one.report.slots, default=(constants.SLOTS, 0))[0]
-        for one in members
-        if one.report.role == "primary"
-    }
+    starts = {one.report.address: min(one.report.slots)[0] for one in members if one.report.slots}
 
     def rank(member: _Member) -> tuple[int, str, bool, str]:
         report = member.report
-        primary = report.address if report.role == "primary" else report.primary or ""
-        is_replica = report.role != "primary"
-        return starts.get(primary, constants.SLOTS + 1), primary, is_replica, report.address
+        primary = report.primary or report.address
+        start = starts.get(primary, constants.SLOTS)
+        return start, primary, report.role != "primary", report.address
 
     return sorted(members, key=rank)
 
@@ -202,14 +181,14 @@ def _parse_nodes(reply: Reply) -> list[_NodesLine]:
 def _parse_line(line: str) -> _NodesLine:
     name, where, flags, primary, _, _, _, link, *slots = line.split(" ")
     # ip:port@busport,hostname,shard-id=...; old servers omit the end.
-    address, _, more = where.partition(",")
+    address, host_name, *_ = (*where.split(","), "")
     host, _, port = address.partition("@")[0].rpartition(":")
     # A slot in brackets is being moved; its owner also lists it among its ranges.
     owned = (one.partition("-") for one in slots if not one.startswith("["))
     return _NodesLine(
         id=clean(name),
         host=host,
-        name=more.partition(",")[0] if "=" not in more.partition(",")[0] else "",
+        name="" if "=" in host_name else host_name,
         port=int(port),
         flags=frozenset(flags.split(",")),
         primary=clean(primary),
@@ -224,26 +203,20 @@ def _members(
     """Return the nodes of CLUSTER NODES at their addresses in CLUSTER SLOTS."""
     places = _places(lines, slots, source)
     places = {name: options.mapped(*place) for name, place in places.items()}
-    shown = {
-        line.id: constants.join_address(*places[line.id]) if line.id in places else line.id[:12]
-        for line in lines
-    }
-    return _in_order(
-        [
-            _Member(
-                places.get(line.id),
-                NodeReport(
-                    address=shown[line.id],
-                    id=line.id,
-                    role="primary" if "master" in line.flags else "replica",
-                    primary=shown.get(line.primary),
-                    slots=line.slots,
-                    health=line.health,
-                ),
-            )
-            for line in lines
-        ]
-    )
+    shown = {line.id: line.id[:12] for line in lines}
+    shown |= {name: constants.join_address(*place) for name, place in places.items()}
+    members = []
+    for line in lines:
+        report = NodeReport(
+            address=shown[line.id],
+            id=line.id,
+            role="primary" if "master" in line.flags else "replica",
+            primary=shown.get(line.primary),
+            slots=line.slots,
+            health=line.health,
+        )
+        members.append(_Member(places.get(line.id), report))
+    return _in_order(members)
 
 
 def _places(lines: list[_NodesLine], slots: Reply, source: Address) -> Mapping[str, Address]:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 from ..errors import ReplyError
-from .control import ControlConnection, RawCommand, Reply
+from .control import Reply
 from .primaries import Primaries
 
 # KEYS: keys of one record. ARGV: the value that each must have; a version without leading zeros.
@@ -46,6 +46,7 @@ end
 return 1
 """
 
+_MOVING = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 DONE = 1
 """The reply of both scripts that means success."""
 
@@ -58,30 +59,15 @@ async def run_script(
     The reply is a ReplyError where the slot has just moved. Raises ReplyError for any other error
     reply, and ConnectionLost.
     """
+    if not calls:
+        return []
     sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
-    replies: list[Reply] = [None] * len(calls)
-    by_server: dict[ControlConnection, list[int]] = {}
-    for number, (keys, _) in enumerate(calls):
-        by_server.setdefault(primaries.owner(keys[0]), []).append(number)
-
-    async def run_on(server: ControlConnection, numbers: Sequence[int]) -> None:
-        commands: list[RawCommand] = [("SCRIPT", "LOAD", script)]
-        for number in numbers:
-            keys, arguments = calls[number]
-            commands.append(("EVALSHA", sha, len(keys), *keys, *arguments))
-        loaded, *others = await server.execute_many(*commands)
-        if isinstance(loaded, ReplyError):
-            raise loaded
-        for number, reply in zip(numbers, others, strict=True):
-            replies[number] = reply
-
-    await asyncio.gather(*(run_on(server, numbers) for server, numbers in by_server.items()))
+    load = ("SCRIPT", "LOAD", script)
+    await asyncio.gather(*(primary.server.execute(*load) for primary in primaries.all))
+    replies = await primaries.execute_by_key(
+        [(keys[0], ("EVALSHA", sha, len(keys), *keys, *arguments)) for keys, arguments in calls]
+    )
     for reply in replies:
-        if isinstance(reply, ReplyError) and reply.code not in (
-            "MOVED",
-            "ASK",
-            "TRYAGAIN",
-            "CLUSTERDOWN",
-        ):
+        if isinstance(reply, ReplyError) and reply.code not in _MOVING:
             raise reply
     return replies

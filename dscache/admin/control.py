@@ -58,7 +58,7 @@ class ControlConnection:
         endpoint = Endpoint(options, Credentials(options, None))
         pipeline = _backend.core.Pipeline(
             asyncio.get_running_loop().create_future,
-            _do_nothing,
+            lambda: None,
             address=options.address,
             **options.for_pipeline(),
         )
@@ -151,10 +151,6 @@ class _IgnoreProgress:
 
     def on_writable(self) -> None:
         """Do nothing: every command is already written."""
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def connect_failure(error: Exception, address: str, options: Options) -> DscacheError:

@@ -12,26 +12,23 @@ import io
 import os
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from ..cache import AsyncCache
-from ..errors import BulkError, DscacheError, RecordError, ReplyError
+from ..errors import DscacheError, RecordError
 from . import ndjson, progress
-from .control import RawCommand
+from .cache import AdminCache
 from .key_layout import Layout
-from .primaries import SCAN_COUNT, Primaries, Primary
-from .progress import RECORDS, JobProgress, errors_of, read_state, write_state
+from .primaries import Primaries, Primary
+from .progress import JobProgress, cancel_all, errors_of, read_state, write_state
+from .scan import Found, RecordReader, scan
 
 if TYPE_CHECKING:
     from zlib import _Compress
-
-# The lifetime of a key that no longer exists, as PTTL returns it.
-_GONE = -2
 
 
 # -- the output
@@ -51,12 +48,10 @@ class Sink:
     def write(self, lines: bytes) -> None:
         """Write lines, compressed if so configured."""
         self.is_whole = False
-        if not self._compressed:
-            self._file.write(lines)
-        else:
-            if self._gzip is None:
-                self._gzip = zlib.compressobj(wbits=31)
-            self._file.write(self._gzip.compress(lines))
+        if self._compressed:
+            self._gzip = self._gzip or zlib.compressobj(wbits=31)
+            lines = self._gzip.compress(lines)
+        self._file.write(lines)
         self.is_whole = True
 
     def settle(self) -> int:
@@ -75,8 +70,8 @@ class Sink:
         return size
 
 
-class _ScanState(msgspec.Struct, forbid_unknown_fields=True):
-    """The position of SCAN on one server."""
+class _ScanPosition(msgspec.Struct, forbid_unknown_fields=True):
+    """The progress of SCAN on one server."""
 
     run_id: str
     cursor: str = "0"
@@ -93,7 +88,7 @@ class ExportState(msgspec.Struct, forbid_unknown_fields=True):
     records: int = 0
     halves: int = 0
     damaged: int = 0
-    servers: dict[str, _ScanState] = {}
+    servers: dict[str, _ScanPosition] = {}
 
 
 class Target:
@@ -104,52 +99,39 @@ class Target:
         self._partial = path.with_name(path.name + ".partial")
         self._state = path.with_name(path.name + ".resume")
 
-    @property
-    def is_compressed(self) -> bool:
-        """Whether the name ends in ``.gz``."""
-        return self.path.suffix == ".gz"
+    def state(self, of: dict[str, str], *, restart: bool) -> ExportState:
+        """Return the state of an unfinished export, or a new one if there is none.
 
-    def discard(self) -> None:
-        """Remove the files of an unfinished export."""
-        self._state.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
-
-    def state(self) -> ExportState | None:
-        """Return the state of an unfinished export; None if there is none.
-
-        Raises DscacheError if it can't be read.
+        With ``restart`` it removes the files of the unfinished one. Raises DscacheError if the
+        state can't be read.
         """
-        found = read_state(self._state, ExportState)
-        if found is not None and not self._partial.exists():
-            return None
-        return found
+        if restart:
+            self._state.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
+        found = read_state(self._state, ExportState) if self._partial.exists() else None
+        return found or ExportState(of)
 
     @contextmanager
-    def open(self, state: ExportState | None) -> Iterator[Sink]:
+    def open(self, state: ExportState) -> Iterator[Sink]:
         """Open the partial file, cut to the length in the state.
 
         Raises DscacheError if another export writes it, or if it is shorter than the state.
         """
-        with errors_of(self._partial):
-            # Not "wb": that would empty a file that another export is writing.
-            file = self._partial.open("r+b" if state else "ab")
-        with errors_of(self._partial), file:
+        # Not "wb": that would empty a file that another export is writing.
+        with errors_of(self._partial), self._partial.open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise DscacheError(
                     f"{self.path}: another export is writing it; wait until it ends"
                 ) from None
-            if not state:
-                file.truncate(0)
-            else:
-                if file.seek(0, io.SEEK_END) < state.size:
-                    raise DscacheError(
-                        f"{self._partial}: it is shorter than before; start over with --restart"
-                    )
-                file.truncate(state.size)
-                file.seek(state.size)
-            yield Sink(file, compressed=self.is_compressed, durable=True)
+            if file.seek(0, io.SEEK_END) < state.size:
+                raise DscacheError(
+                    f"{self._partial}: it is shorter than before; start over with --restart"
+                )
+            file.truncate(state.size)
+            file.seek(state.size)
+            yield Sink(file, compressed=self.path.suffix == ".gz", durable=True)
 
     def save(self, state: ExportState) -> None:
         """Save the state."""
@@ -168,19 +150,16 @@ class Export:
     """One run of an export: the records of a prefix, read from all primaries at once."""
 
     def __init__(
-        self, cache: AsyncCache, primaries: Primaries, layout: Layout, prefix: str, job: JobProgress
+        self, cache: AdminCache, primaries: Primaries, prefix: str, job: JobProgress
     ) -> None:
-        self._cache = cache
         self._primaries = primaries
-        self._layout = layout
+        self._layout = Layout.of(cache.config.options)
         self._prefix = prefix
-        self._pattern = layout.pattern(prefix)
         self._job = job
-        self._batch = RECORDS
-        self._halves = 0
+        self._reader = RecordReader(cache, self._layout, job)
 
     async def run(
-        self, sink: Sink, state: ExportState, save: Callable[[ExportState], None] | None
+        self, sink: Sink, state: ExportState, save: Callable[[ExportState], object]
     ) -> None:
         """Write the records to a sink, from a state on; ``save`` receives the state now and then.
 
@@ -194,17 +173,15 @@ class Export:
         saved = time.monotonic()
 
         def settle() -> None:
-            if not sink.is_whole:
-                return  # the last saved state is still valid
-            state.size = sink.settle()
-            if save is not None:
+            if sink.is_whole:  # otherwise the last saved state is still valid
+                state.size = sink.settle()
                 save(state)
 
         async def export_from(primary: Primary) -> None:
             nonlocal saved
             async for lines in self._lines(primary, state):
                 sink.write(lines)
-                if save is not None and time.monotonic() > saved + progress.SAVE_INTERVAL:
+                if time.monotonic() > saved + progress.SAVE_INTERVAL:
                     settle()
                     saved = time.monotonic()
 
@@ -223,86 +200,44 @@ class Export:
         job = self._job
         servers = {}
         for primary in self._primaries.all:
-            scan = state.servers.get(primary.address)
-            if scan is None or not scan.run_id or scan.run_id != primary.run_id:
+            position = state.servers.get(primary.address)
+            if position is None or not position.run_id or position.run_id != primary.run_id:
                 # A cursor is void in another process, which orders its keys differently.
-                scan = _ScanState(primary.run_id)
-            servers[primary.address] = scan
+                position = _ScanPosition(primary.run_id)
+            servers[primary.address] = position
         state.servers = servers
         job.total = max(self._primaries.size, state.visited)
         job.done = state.visited
         job.records = job.resumed = state.records
         job.halves, job.damaged = state.halves, state.damaged
-        self._halves = state.halves - self._cache.stats()["halves"]
 
     async def _lines(self, primary: Primary, state: ExportState) -> AsyncIterator[bytes]:
-        """Yield the records of one server as lines, and update the state after each batch."""
+        """Yield the records of one server as lines, and update the state after each SCAN."""
         job = self._job
-        scan = state.servers[primary.address]
-        if scan.done:
+        position = state.servers[primary.address]
+        if position.done:
             return
-        scanning = self._scan(primary, scan.cursor)
-        try:
-            while not scan.done:
-                cursor, keys = await scanning
-                scan.done = int(cursor) == 0
-                if not scan.done:
-                    # The server scans on while the records found are read and written.
-                    scanning = self._scan(primary, cursor)
-                found: dict[str, bytes] = {}
-                for key in keys:
-                    name = self._layout.name_of(key)
-                    if name is not None and name.startswith(self._prefix):
-                        found[name] = key
-                names = list(found)
-                lines: list[bytes] = []
-                while names:
-                    some, names = names[: self._batch], names[self._batch :]
-                    lines += await self._read(primary, {name: found[name] for name in some})
-                scan.cursor = cursor.decode()
-                job.done = min(job.done + SCAN_COUNT, job.total)
-                state.visited, state.records = job.done, job.records
-                state.halves, state.damaged = job.halves, job.damaged
-                yield b"".join(lines)
-        finally:
-            scanning.cancel()
+        pattern = self._layout.pattern(self._prefix)
+        async for cursor, keys in scan(primary, pattern, job, position.cursor):
+            names = [name for key in keys if (name := self._layout.name_of(key)) is not None]
+            ours = [name for name in names if name.startswith(self._prefix)]
+            lines: list[bytes] = []
+            async for found in self._reader.read(primary, ours):
+                lines += self._encode(found)
+            position.cursor, position.done = cursor.decode(), cursor == b"0"
+            state.records += len(lines)
+            state.visited, state.halves, state.damaged = job.done, job.halves, job.damaged
+            yield b"".join(lines)
 
-    def _scan(
-        self, primary: Primary, cursor: bytes | str
-    ) -> asyncio.Future[tuple[bytes, list[bytes]]]:
-        command = ("SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT)
-        return asyncio.ensure_future(primary.server.execute(*command))
-
-    async def _read(self, primary: Primary, found: dict[str, bytes]) -> list[bytes]:
-        """Return records as lines, and count halves and damaged ones."""
-        job = self._job
-        try:
-            records = await self._cache.get_bulk(found)
-        except BulkError as error:
-            for reason in error.errors.values():
-                if not isinstance(reason, RecordError):
-                    raise
-                job.damaged += 1
-                job.note(str(reason))
-            records = error.result
-        # A record deleted since SCAN found its key isn't counted as a half.
-        job.halves = self._halves + self._cache.stats()["halves"]
+    def _encode(self, found: Sequence[Found]) -> list[bytes]:
+        """Return records as lines, and count the damaged ones."""
         lines = []
-        size = 0
-        lifetimes = await lifetimes_of(primary, [found[name] for name in records])
-        for (name, record), lifetime in zip(records.items(), lifetimes, strict=True):
-            if lifetime == _GONE:
-                continue
-            raw = record.raw
-            size += len(raw)
+        for one in found:
             try:
-                lines.append(ndjson.encode(name, record.version, raw, lifetime))
+                lines.append(ndjson.encode(one.name, one.version, one.raw, one.ttl))
             except RecordError as error:
-                job.damaged += 1
-                job.note(str(error))
-        job.records += len(lines)
-        if records:
-            self._batch = max(min(RECORDS, progress.BYTES * len(records) // (size + 1)), 1)
+                self._job.note_damaged(error)
+        self._job.records += len(lines)
         return lines
 
     async def _slots(self) -> list[tuple[int, int, str]]:
@@ -310,28 +245,10 @@ class Export:
         return [(one.first, one.last, f"{one.primary[0]}:{one.primary[1]}") for one in found]
 
 
-async def lifetimes_of(primary: Primary, keys: list[bytes]) -> list[int | None]:
-    """Return the remaining seconds of keys: None without a lifetime, _GONE if there is no key."""
-    commands: list[RawCommand] = [("PTTL", key) for key in keys]
-    lifetimes: list[int | None] = []
-    for answer in await primary.server.execute_many(*commands):
-        if isinstance(answer, ReplyError) and answer.code not in ("MOVED", "ASK", "TRYAGAIN"):
-            raise answer
-        if not isinstance(answer, int) or answer == -1:
-            lifetimes.append(None)
-        else:
-            # Rounded up, so that no lifetime gets shorter.
-            lifetimes.append(_GONE if answer < 0 else max(-(-answer // 1000), 1))
-    return lifetimes
-
-
 async def run_all(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run coroutines at once; raises the first error after all have ended."""
     tasks = [asyncio.ensure_future(one) for one in jobs]
     try:
-        for task in asyncio.as_completed(tasks):
-            await task
+        await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..config import Options
 from ..core import constants
 from ..core.keys import KeyLayout
@@ -9,7 +11,8 @@ from ..core.keys import KeyLayout
 DEEPSTREAM = "deepstream"
 HASHTAG = "hashtag"
 
-_SPECIAL = b"*?[]^-\\"
+# Characters of a pattern that stand for others.
+_SPECIAL = re.compile(rb"[*?\[\]^\\-]")
 
 
 class Layout(KeyLayout):
@@ -28,8 +31,4 @@ class Layout(KeyLayout):
         """Return a MATCH pattern for SCAN that covers the version keys of these records."""
         starts = self.starts(prefix)
         start = starts[0] if len(starts) == 1 else self.prefix
-        escaped = b"".join(
-            b"\\" + start[i : i + 1] if start[i] in _SPECIAL else start[i : i + 1]
-            for i in range(len(start))
-        )
-        return escaped + b"*" + constants.VERSION_SUFFIX
+        return _SPECIAL.sub(rb"\\\g<0>", start) + b"*" + constants.VERSION_SUFFIX

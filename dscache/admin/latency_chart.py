@@ -7,14 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-from .load_test import Latencies
+from .load_test import STEPS, Latencies
 
 _WIDTH, _HEIGHT = 880, 460
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 140, 56
+# The edges of the plot.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 856, 140, 404
 # Rows for percentiles above the curves, their height, and the width of a letter, in points.
 _ROWS, _ROW, _LETTER = 4, 13, 6.2
-# Points of the curve in one octave of the axis.
-_FINENESS = 6
+# Steps of a Latencies in one part of the axis, for which a curve has one point.
+_PART = 4
+# The least parts of the axis: two octaves.
+_LEAST_PARTS = 2 * STEPS // _PART
 _PERCENTILES = (50, 99, 99.9)
 _STYLE = """
   text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: #1f2933; }
@@ -43,124 +46,96 @@ _STYLE = """
 def draw(title: str, note: str, series: Mapping[str, Latencies]) -> str:
     """Return the SVG of named distributions; omits distributions without operations."""
     drawn = {name: one for name, one in series.items() if one.count}
-    low, high = _range(drawn.values())
-    plot = _Plot(low, high)
-    curves = {name: plot.shares(one) for name, one in drawn.items()}
-    top = max((share for curve in curves.values() for share in curve), default=1.0) * 1.08
+    plot = _Plot(list(drawn.values()))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(title)}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}"/>',
-        f'<text class="title" x="{_LEFT}" y="32">{escape(title)}</text>',
-        f'<text class="note" x="{_LEFT}" y="52">{escape(note)}</text>',
-        *_axes(plot, top),
+        _text("title", _LEFT, 32, title),
+        _text("note", _LEFT, 52, note),
+        *_axes(plot),
+        *(_curve(plot, number, curve) for number, curve in enumerate(plot.curves)),
+        *_marks(plot, drawn.values()),
+        *_legend(drawn),
+        "</svg>",
     ]
-    for number, curve in enumerate(curves.values()):
-        parts += _curve(plot, number % 2, curve, top)
-    parts += _marks(plot, drawn.values())
-    parts += _legend(drawn)
-    parts.append("</svg>")
     return "\n".join(parts) + "\n"
 
 
-class _Plot:
-    """The mapping of latencies to positions, on a logarithmic axis."""
+def _text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{escape(words)}</text>'
 
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-        self._first, self._last = math.log2(low), math.log2(high)
-        self.count = max(round((self._last - self._first) * _FINENESS), 2)
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+class _Plot:
+    """The curves, and the mapping of latencies to positions on a logarithmic axis."""
+
+    def __init__(self, series: Sequence[Latencies]) -> None:
+        first = min((min(one.steps) / _PART for one in series), default=_part(0.1))
+        # Nearly all latencies: the slowest of all would leave little room for the others.
+        last = max((_part(one.percentile(99.99)) for one in series), default=0.0)
+        self._first = int(first) - 1
+        self._count = max(int(last) + 2 - self._first, _LEAST_PARTS)
+        ends = self._first, self._first + self._count
+        self.low, self.high = (math.exp2(part * _PART / STEPS) / 1e6 for part in ends)
+        self.curves = [self._shares(one) for one in series]
+        self.top = max(map(max, self.curves), default=1.0) * 1.08
+
+    def _shares(self, latencies: Latencies) -> list[float]:
+        """Return the share of the operations in each part of the axis."""
+        shares = [0.0] * self._count
+        for step, count in latencies.steps.items():
+            part = min(step // _PART - self._first, self._count - 1)
+            shares[part] += count / latencies.count
+        return shares
 
     def x(self, milliseconds: float) -> float:
         """Return the x coordinate of a latency."""
-        share = (math.log2(milliseconds) - self._first) / (self._last - self._first)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return self.x_of_part(min(max(_part(milliseconds) - self._first, 0), self._count))
 
-    def y(self, share: float, top: float) -> float:
+    def x_of_part(self, part: float) -> float:
+        """Return the x coordinate at which a part of the axis begins."""
+        return _LEFT + part / self._count * (_RIGHT - _LEFT)
+
+    def y(self, share: float) -> float:
         """Return the y coordinate of a share of operations."""
-        return _HEIGHT - _BOTTOM - share / top * (_HEIGHT - _TOP - _BOTTOM)
-
-    def edge(self, number: int) -> float:
-        """Return the latency in milliseconds at which a part of the axis begins."""
-        return float(2 ** (self._first + (self._last - self._first) * number / self.count))
-
-    def shares(self, latencies: Latencies) -> list[float]:
-        """Return the share of the operations in each part of the axis."""
-        counts = [0.0] * self.count
-        width = (self._last - self._first) / self.count
-        for low, high, count in latencies.steps():
-            begin = (math.log2(max(low, self.low)) - self._first) / width
-            end = (math.log2(min(max(high, self.low), self.high)) - self._first) / width
-            span = end - begin
-            if span <= 0:
-                counts[min(max(int(begin), 0), self.count - 1)] += count
-                continue
-            # A step across an edge counts in part on either side.
-            for part in range(int(begin), min(int(end) + 1, self.count)):
-                covered = min(end, part + 1) - max(begin, part)
-                counts[part] += count * max(covered, 0) / span
-        return [count / latencies.count for count in counts]
+        return _BOTTOM - share / self.top * (_BOTTOM - _TOP)
 
 
-def _range(series: Iterable[Latencies]) -> tuple[float, float]:
-    """Return the bounds of nearly all latencies, in milliseconds."""
-    lows, highs = [], []
-    for one in series:
-        first = next(one.steps())
-        lows.append(first[0])
-        highs.append(max(one.percentile(99.99), first[1]))
-    low, high = min(lows, default=0.1), max(highs, default=1.0)
-    return low / 1.1, max(high * 1.1, low * 4)
+def _part(milliseconds: float) -> float:
+    return math.log2(max(milliseconds * 1e6, 1.0)) * STEPS / _PART
 
 
-def _axes(plot: _Plot, top: float) -> list[str]:
-    bottom = _HEIGHT - _BOTTOM
+def _axes(plot: _Plot) -> list[str]:
     parts = []
     for milliseconds in _ticks(plot.low, plot.high):
         x = plot.x(milliseconds)
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{bottom}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">'
-            f"{_milliseconds(milliseconds)}</text>"
-        )
-    step = _round_step(top / 4)
-    share = step
-    while share < top:
-        y = plot.y(share, top)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{share * 100:g} %</text>"
-        )
-        share = round(share + step, 10)
-    parts.append(
-        f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{_WIDTH - _RIGHT}" y2="{bottom}"/>'
-    )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text class="note" x="{middle}" y="{_HEIGHT - 14}" text-anchor="middle">'
-        "latency (logarithmic scale); the height is the share of the operations"
-        "</text>"
-    )
+        parts.append(_line("grid", x, _TOP, x, _BOTTOM))
+        parts.append(_text("tick", x, _BOTTOM + 18, _milliseconds(milliseconds), "middle"))
+    step = _round_step(plot.top / 4)
+    for number in range(1, math.ceil(plot.top / step)):
+        y = plot.y(number * step)
+        parts.append(_line("grid", _LEFT, y, _RIGHT, y))
+        parts.append(_text("tick", _LEFT - 8, y + 4, f"{number * step * 100:g} %", "end"))
+    parts.append(_line("axis", _LEFT, _BOTTOM, _RIGHT, _BOTTOM))
+    words = "latency (logarithmic scale); the height is the share of the operations"
+    parts.append(_text("note", (_LEFT + _RIGHT) / 2, _HEIGHT - 14, words, "middle"))
     return parts
 
 
-def _curve(plot: _Plot, number: int, shares: Sequence[float], top: float) -> list[str]:
-    points = [
-        (plot.x(math.sqrt(plot.edge(i) * plot.edge(i + 1))), plot.y(share, top))
-        for i, share in enumerate(shares)
-    ]
-    floor = plot.y(0, top)
-    points = [(plot.x(plot.low), floor), *points, (plot.x(plot.high), floor)]
-    path = [f"M{points[0][0]:.1f},{floor:.1f}"]
+def _curve(plot: _Plot, number: int, shares: Sequence[float]) -> str:
+    points = [(plot.x_of_part(part + 0.5), plot.y(share)) for part, share in enumerate(shares)]
+    path = [f"M{_LEFT},{_BOTTOM}"]
     # Through the midpoints of the segments, with the corners as control points: no overshoot.
-    for (x, y), (next_x, next_y) in pairwise(points[1:]):
+    for (x, y), (next_x, next_y) in pairwise([*points, (_RIGHT, _BOTTOM)]):
         path.append(f"Q{x:.1f},{y:.1f} {(x + next_x) / 2:.1f},{(y + next_y) / 2:.1f}")
-    path.append(f"L{points[-1][0]:.1f},{floor:.1f}Z")
-    return [f'<path class="area c{number}" d="{"".join(path)}"/>']
+    path.append(f"L{_RIGHT},{_BOTTOM}Z")
+    return f'<path class="area c{number % 2}" d="{"".join(path)}"/>'
 
 
 def _marks(plot: _Plot, series: Iterable[Latencies]) -> list[str]:
@@ -173,18 +148,15 @@ def _marks(plot: _Plot, series: Iterable[Latencies]) -> list[str]:
     taken = [0.0] * _ROWS
     parts = []
     for milliseconds, number, percent in marks:
-        x = plot.x(min(max(milliseconds, plot.low), plot.high))
+        x = plot.x(milliseconds)
         words = f"p{percent:g} {_milliseconds(milliseconds)}"
         length = len(words) * _LETTER
         begin = x + 4 if x + 4 + length < _WIDTH - 4 else x - 4 - length
         row = next((row for row in range(_ROWS) if taken[row] <= begin), _ROWS - 1)
         taken[row] = begin + length + 6
         y = _TOP - 6 - (_ROWS - 1 - row) * _ROW
-        parts.append(
-            f'<line class="line c{number}" x1="{x:.1f}" y1="{y - 9}" x2="{x:.1f}" '
-            f'y2="{_HEIGHT - _BOTTOM}"/>'
-        )
-        parts.append(f'<text class="mark c{number}" x="{begin:.1f}" y="{y}">{words}</text>')
+        parts.append(_line(f"line c{number}", x, y - 9, x, _BOTTOM))
+        parts.append(_text(f"mark c{number}", begin, y, words))
     return parts
 
 
@@ -193,10 +165,8 @@ def _legend(series: Mapping[str, Latencies]) -> list[str]:
     x = _LEFT
     for number, (name, one) in enumerate(series.items()):
         words = f"{name}: {one.count:,}, mean {_milliseconds(one.mean)}"
-        parts.append(
-            f'<rect class="c{number % 2}" x="{x}" y="64" width="12" height="12" rx="2"/>'
-            f'<text class="note" x="{x + 18}" y="74">{escape(words)}</text>'
-        )
+        parts.append(f'<rect class="c{number % 2}" x="{x}" y="64" width="12" height="12" rx="2"/>')
+        parts.append(_text("note", x + 18, 74, words))
         x += 40 + 7 * len(words)
     return parts
 

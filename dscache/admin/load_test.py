@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 import string
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,8 +20,7 @@ _PREFIX = "dscache-bench/"
 # Records in one request when they are first written, and when they are removed.
 _BATCH = 1000
 # Steps in each octave of a Latencies: its percentiles are off by 3 % at most.
-_STEPS = 32
-_STEP_BITS = 5
+STEPS = 24
 # Seconds that a task waits after a failed operation, to spare a server that is down.
 _AFTER_ERROR = 0.01
 # JSON text around the letters of a record.
@@ -34,49 +33,32 @@ class Latencies:
     def __init__(self) -> None:
         self.count = 0
         self.total = 0
-        self.longest = 0
-        self._steps: Counter[int] = Counter()
+        self.longest_ms = 0.0
+        """The longest latency in milliseconds."""
+        self.steps: Counter[int] = Counter()
+        """The operations in each step; step ``i`` begins at ``2 ** (i / STEPS)`` nanoseconds."""
 
     def add(self, nanoseconds: int) -> None:
         """Count an operation that took this long."""
         self.count += 1
         self.total += nanoseconds
-        if nanoseconds > self.longest:
-            self.longest = nanoseconds
-        octave = nanoseconds.bit_length() - 1
-        if octave >= _STEP_BITS:
-            within = (nanoseconds >> (octave - _STEP_BITS)) & (_STEPS - 1)
-        else:
-            within = (nanoseconds << (_STEP_BITS - octave)) & (_STEPS - 1) if nanoseconds else 0
-        self._steps[(octave << _STEP_BITS) | within] += 1
+        self.longest_ms = max(self.longest_ms, nanoseconds / 1e6)
+        self.steps[int(math.log2(nanoseconds or 1) * STEPS)] += 1
 
     @property
     def mean(self) -> float:
         """The mean in milliseconds; 0 without operations."""
         return self.total / self.count / 1e6 if self.count else 0.0
 
-    @property
-    def longest_ms(self) -> float:
-        """The longest latency in milliseconds."""
-        return self.longest / 1e6
-
     def percentile(self, percent: float) -> float:
         """Return a percentile in milliseconds; 0 without operations."""
         wanted = self.count * percent / 100
         seen = 0
-        for _, high, count in self.steps():
-            seen += count
+        for step in sorted(self.steps):
+            seen += self.steps[step]
             if seen >= wanted:
-                return min(high, self.longest_ms)
+                return min(math.exp2((step + 1) / STEPS) / 1e6, self.longest_ms)
         return self.longest_ms
-
-    def steps(self) -> Iterator[tuple[float, float, int]]:
-        """Yield each step in order: its lower and upper bound in milliseconds, and its count."""
-        for step in sorted(self._steps):
-            octave, within = step >> _STEP_BITS, step & (_STEPS - 1)
-            low = 2.0**octave * (1 + within / _STEPS)
-            high = 2.0**octave * (1 + (within + 1) / _STEPS)
-            yield low / 1e6, high / 1e6, self._steps[step]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +66,6 @@ class Plan:
     """The parameters of a load."""
 
     tasks: int
-    seconds: float
     read_ratio: float
     size: int
     """Bytes of each record's JSON text."""
@@ -92,6 +73,7 @@ class Plan:
     """Records in one operation."""
     records: int
     """The number of different records."""
+    seconds: float
 
 
 @dataclass(slots=True)

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import msgspec
 
 from ..core.keys import slot_of_key
-from ..errors import BulkError, RecordError, shorten
+from ..errors import RecordError, shorten
 from .cache import AdminCache
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
-from .export import lifetimes_of
 from .key_layout import DEEPSTREAM, HASHTAG, Layout
-from .primaries import SCAN_COUNT, Primaries, Primary
-from .progress import BYTES, MAX_NOTES, RECORDS
-
-if TYPE_CHECKING:
-    from ..core.pure import Record
+from .primaries import Primaries, Primary
+from .progress import JobProgress
+from .scan import Found, RecordReader, get_whole, scan
 
 # Attempts for a record that keeps changing, and the seconds between them.
 _ROUNDS = 4
@@ -31,13 +27,9 @@ _PAUSE = 0.05
 
 
 @dataclass(slots=True)
-class Count:
-    """The counts of a migration, by what happened to the records of the old layout."""
+class Count(JobProgress):
+    """The counts of a migration, by what happened to the ``records`` of the old layout."""
 
-    done: int = 0
-    total: int = 0
-    """The number of keys to visit, for a progress bar."""
-    found: int = 0
     copied: int = 0
     """Written in the new layout."""
     present: int = 0
@@ -50,13 +42,10 @@ class Count:
     """Left in place: both layouts have one version with different data."""
     ambiguous: int = 0
     """Left in place: their keys mean another record in the other layout."""
-    damaged: int = 0
-    halves: int = 0
     already: int = 0
     """Records in the new layout, counted by a dry run."""
     remaining: int = 0
     """Records in the old layout at the end."""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -67,21 +56,6 @@ class Count:
     def unexplained(self) -> int:
         """The number of records in the old layout at the end without a known reason."""
         return max(self.remaining - self.left - self.halves, 0)
-
-    def note(self, message: str) -> None:
-        """Add the text of a fault, unless there are enough."""
-        if len(self.notes) < MAX_NOTES:
-            self.notes.append(message)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A record in the old layout, with its lifetime in seconds."""
-
-    name: str
-    version: int
-    raw: bytes
-    ttl: int | None
 
 
 class Migration:
@@ -109,19 +83,16 @@ class Migration:
         self._prefix = prefix
         self._count = count
         self._keep = keep
-        self._batch = RECORDS
+        self._reader = RecordReader(source, self._old, count)
 
     async def count(self) -> None:
         """Count the records, and change nothing."""
         count = self._count
         count.total = self._primaries.size
         for primary in self._primaries.all:
-            async for keys in self._scan(primary):
-                names = list(self._names(keys))
+            async for _, keys in scan(primary, self._pattern, count):
                 count.already += sum(self._is_of(self._new, key) for key in keys)
-                while names:
-                    some, names = names[: self._batch], names[self._batch :]
-                    found = await self._read(primary, some)
+                async for found in self._read(primary, list(self._names(keys))):
                     verified, conflicts = await self._verify(found)
                     count.present += len(verified)
                     self._note_conflicts(conflicts)
@@ -132,29 +103,15 @@ class Migration:
         count = self._count
         count.total = self._primaries.size * (1 if self._keep else 2)
         for primary in self._primaries.all:
-            async for keys in self._scan(primary):
-                names = list(self._names(keys))
-                while names:
-                    some, names = names[: self._batch], names[self._batch :]
-                    await self._move(primary, some)
+            async for _, keys in scan(primary, self._pattern, count):
+                async for found in self._read(primary, list(self._names(keys))):
+                    await self._move(primary, found)
         if not self._keep:
             for primary in self._primaries.all:
-                async for keys in self._scan(primary):
+                async for _, keys in scan(primary, self._pattern, count):
                     count.remaining += sum(self._is_of(self._old, key) for key in keys)
 
     # -- reading
-
-    async def _scan(self, primary: Primary) -> AsyncIterator[list[bytes]]:
-        cursor: bytes = b"0"
-        keys: list[bytes]
-        while True:
-            cursor, keys = await primary.server.execute(
-                "SCAN", cursor, "MATCH", self._pattern, "COUNT", SCAN_COUNT
-            )
-            yield list(dict.fromkeys(keys))
-            self._count.done = min(self._count.done + SCAN_COUNT, self._count.total)
-            if int(cursor) == 0:
-                return
 
     def _is_of(self, layout: Layout, key: bytes) -> bool:
         """Return whether a key belongs to a layout; a key of both counts as hashtag."""
@@ -170,7 +127,7 @@ class Migration:
                 continue
             name = self._old.name_of(key)
             assert name is not None
-            self._count.found += 1
+            self._count.records += 1
             if self._tagged.name_of(self._untagged.keys(name)[0]) is not None:
                 # Its keys in deepstream layout would read as another record in hashtag layout.
                 self._count.ambiguous += 1
@@ -181,47 +138,21 @@ class Migration:
                 continue
             yield name
 
-    async def _read(self, primary: Primary, names: Sequence[str]) -> list[_Found]:
-        """Return the whole records of the old layout, and count the others."""
-        count = self._count
-        halves = self._source.stats()["halves"]
-        records, damaged = await self._get(self._source, names)
-        self._note_damaged(damaged)
-        # A record deleted since SCAN found its key isn't counted as a half.
-        count.halves += self._source.stats()["halves"] - halves
-        keys = [self._old.keys(name)[0] for name in records]
-        lifetimes = await lifetimes_of(primary, keys)
-        found = []
-        size = 0
-        for (name, record), ttl in zip(records.items(), lifetimes, strict=True):
-            size += len(record.raw)
-            if not record.raw:
-                count.damaged += 1
-                count.note(f"record {shorten(name)}: its stored data is empty")
-            elif ttl is None or ttl > 0:
-                found.append(_Found(name, record.version, record.raw, ttl))
-        if records:
-            self._batch = max(min(RECORDS, BYTES * len(records) // (size + 1)), 1)
-        return found
-
-    async def _get(
-        self, cache: AdminCache, names: Sequence[str]
-    ) -> tuple[Mapping[str, Record], Mapping[str, Exception]]:
-        """Return the whole records of some names, and the errors of damaged ones."""
-        try:
-            return await cache.get_bulk(names), {}
-        except BulkError as error:
-            for reason in error.errors.values():
-                if not isinstance(reason, RecordError):
-                    raise
-            return error.result, error.errors
+    async def _read(self, primary: Primary, names: Sequence[str]) -> AsyncIterator[list[Found]]:
+        """Yield the whole records of the old layout in batches, and count the others."""
+        async for found in self._reader.read(primary, names):
+            for one in found:
+                if not one.raw:
+                    self._count.note_damaged(
+                        f"record {shorten(one.name)}: its stored data is empty"
+                    )
+            yield [one for one in found if one.raw]
 
     # -- moving
 
-    async def _move(self, primary: Primary, names: Sequence[str]) -> None:
+    async def _move(self, primary: Primary, waiting: Sequence[Found]) -> None:
         """Copy, verify and remove records; retries those that change meanwhile."""
         count = self._count
-        waiting = await self._read(primary, names)
         copied: set[str] = set()
         present: set[str] = set()
         for turn in range(_ROUNDS):
@@ -230,7 +161,8 @@ class Migration:
                 waiting = await self._read_again(primary, waiting)
             written, damaged = await self._copy(waiting)
             copied |= written
-            self._note_damaged(damaged)
+            for error in damaged.values():
+                count.note_damaged(error)
             verified, conflicts = await self._verify(waiting)
             self._note_conflicts(conflicts)
             done = {one.name for one in verified}
@@ -250,18 +182,14 @@ class Migration:
         count.copied += len(copied)
         count.present += len(present - copied)
 
-    async def _read_again(self, primary: Primary, records: Sequence[_Found]) -> list[_Found]:
+    async def _read_again(self, primary: Primary, records: Sequence[Found]) -> list[Found]:
         count = self._count
         halves, damaged = count.halves, count.damaged
-        found = await self._read(primary, [one.name for one in records])
+        batches = self._read(primary, [one.name for one in records])
+        found = [one async for batch in batches for one in batch]
         # They have been counted as whole already; the missing ones were removed by another process.
         count.halves, count.damaged = halves, damaged
         return found
-
-    def _note_damaged(self, errors: Mapping[str, Exception]) -> None:
-        for error in errors.values():
-            self._count.damaged += 1
-            self._count.note(str(error))
 
     def _note_conflicts(self, names: Iterable[str]) -> None:
         for name in names:
@@ -271,39 +199,36 @@ class Migration:
                 "data; write a newer version, or delete one of them"
             )
 
-    async def _copy(self, records: Sequence[_Found]) -> tuple[set[str], Mapping[str, Exception]]:
+    async def _copy(self, records: Sequence[Found]) -> tuple[set[str], Mapping[str, Exception]]:
         """Write records in the new layout unless it has newer ones.
 
         Returns the names written, and the errors of records that are damaged in the new layout.
         """
-        apart = [one for one in records if self._is_apart(self._new, one.name)]
+        whole, apart = self._by_nodes(self._new, records)
         written = await self._copy_apart(apart) if apart else set()
-        others = {one.name: one for one in records}
-        for one in apart:
-            del others[one.name]
         # One by one, as each has its own lifetime; calls of one tick share commands.
         outcomes = await asyncio.gather(
             *(
                 self._target.set(
                     one.name, one.version, msgspec.Raw(one.raw), ttl=one.ttl or 0, if_newer=True
                 )
-                for one in others.values()
+                for one in whole
             ),
             return_exceptions=True,
         )
         damaged: dict[str, Exception] = {}
-        for name, outcome in zip(others, outcomes, strict=True):
+        for one, outcome in zip(whole, outcomes, strict=True):
             if isinstance(outcome, RecordError):
-                damaged[name] = outcome
+                damaged[one.name] = outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome:
-                written.add(name)
+                written.add(one.name)
         return written, damaged
 
-    async def _verify(self, records: Sequence[_Found]) -> tuple[list[_Found], set[str]]:
+    async def _verify(self, records: Sequence[Found]) -> tuple[list[Found], set[str]]:
         """Return the records that the new layout has, the same or newer, and the conflicts."""
-        there, _ = await self._get(self._target, [one.name for one in records])
+        there, _ = await get_whole(self._target, [one.name for one in records])
         verified = []
         conflicts = set()
         for one in records:
@@ -316,32 +241,56 @@ class Migration:
                 verified.append(one)
         return verified, conflicts
 
-    async def _remove(self, records: Sequence[_Found]) -> set[str]:
+    async def _remove(self, records: Sequence[Found]) -> set[str]:
         """Remove old keys that are unchanged; return the names whose keys are gone."""
-        old = self._old
-        whole = [one for one in records if not self._is_apart(old, one.name)]
-        apart = [one for one in records if self._is_apart(old, one.name)]
-        outcomes = await run_script(
-            self._primaries,
-            REMOVE,
-            [(old.keys(one.name), (b"%d" % one.version, one.raw)) for one in whole],
-        )
-        # Keys may be gone already: removed by another run, which has copied them too.
-        gone = {one.name for one, outcome in zip(whole, outcomes, strict=True) if outcome == DONE}
+        whole, apart = self._by_nodes(self._old, records)
+        gone = await self._remove_keys(whole)
+        if apart:
+            now, _ = await get_whole(self._source, [one.name for one in apart])
+            same = [
+                one
+                for one in apart
+                if (still := now.get(one.name)) is not None
+                and (still.version, still.raw) == (one.version, one.raw)
+            ]
+            # The version first: a write in between leaves a whole record again.
+            for key in (0, 1):
+                same = await self._remove_keys(same, [key])
+            gone += same
         self._count.removed += len(gone)
-        return gone | await self._remove_apart(apart)
+        return {one.name for one in gone}
+
+    async def _remove_keys(
+        self, records: Sequence[Found], which: Sequence[int] = (0, 1)
+    ) -> list[Found]:
+        """Remove both keys or one of each record, if unchanged; return those whose keys are gone.
+
+        Keys may be gone already: removed by another run, which has copied them too.
+        """
+        calls = []
+        for one in records:
+            keys, values = self._old.keys(one.name), (b"%d" % one.version, one.raw)
+            calls.append(([keys[i] for i in which], [values[i] for i in which]))
+        outcomes = await run_script(self._primaries, REMOVE, calls)
+        return [one for one, outcome in zip(records, outcomes, strict=True) if outcome == DONE]
 
     # -- records whose two keys lie on different nodes
 
-    def _is_apart(self, layout: Layout, name: str) -> bool:
-        if not self._primaries.is_cluster:
-            return False
-        version, data = layout.keys(name)
-        return slot_of_key(version) != slot_of_key(data)
+    def _by_nodes(
+        self, layout: Layout, records: Iterable[Found]
+    ) -> tuple[list[Found], list[Found]]:
+        """Return the records whose keys lie on one node, and those whose keys lie on two."""
+        together: list[Found] = []
+        apart: list[Found] = []
+        for one in records:
+            slots = set(map(slot_of_key, layout.keys(one.name)))
+            is_apart = self._primaries.is_cluster and len(slots) > 1
+            (apart if is_apart else together).append(one)
+        return together, apart
 
-    async def _copy_apart(self, records: Sequence[_Found]) -> set[str]:
+    async def _copy_apart(self, records: Sequence[Found]) -> set[str]:
         """Write each of the two keys only if it still has the value found before."""
-        there, _ = await self._get(self._target, [one.name for one in records])
+        there, _ = await get_whole(self._target, [one.name for one in records])
         older = [
             one
             for one in records
@@ -359,30 +308,3 @@ class Migration:
         outcomes = await run_script(self._primaries, SWAP, swaps)
         pairs = zip(older, outcomes[::2], outcomes[1::2], strict=True)
         return {one.name for one, data, version in pairs if data == version == DONE}
-
-    async def _remove_apart(self, records: Sequence[_Found]) -> set[str]:
-        """Remove the version first: a write in between leaves a whole record again."""
-        if not records:
-            return set()
-        now, _ = await self._get(self._source, [one.name for one in records])
-        same = [
-            one
-            for one in records
-            if (still := now.get(one.name)) is not None
-            and (still.version, still.raw) == (one.version, one.raw)
-        ]
-        for position in range(2):
-            outcomes = await run_script(
-                self._primaries,
-                REMOVE,
-                [
-                    (
-                        (self._old.keys(one.name)[position],),
-                        (b"%d" % one.version if position == 0 else one.raw,),
-                    )
-                    for one in same
-                ],
-            )
-            same = [one for one, outcome in zip(same, outcomes, strict=True) if outcome == DONE]
-        self._count.removed += len(same)
-        return {one.name for one in same}

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from .. import _backend
 from ..core import constants, tolerant_json
 from ..errors import DscacheError, RecordError, shorten
+
+T = TypeVar("T")
 
 # The longest line: a value in Redis has at most 512 MiB (proto-max-bulk-len).
 _LONGEST = 2**29 + 2**20
@@ -43,11 +45,8 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     ttl: int | None = None
 
 
-class _RawLine(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    version: int
+class _RawLine(Line, forbid_unknown_fields=True):
     data: msgspec.Raw
-    ttl: int | None = None
 
 
 _read = msgspec.json.Decoder(_RawLine).decode
@@ -78,17 +77,18 @@ def _on_one_line(name: str, version: int, raw: bytes) -> bytes:
     return raw
 
 
-def decode(text: bytes) -> Line:
-    """Return the record of a line, checked as ``set`` checks it.
+def decode(text: bytes) -> Line | None:
+    """Return the record of a line, checked as ``set`` checks it; None for an empty line.
 
     Its data is ``msgspec.Raw``, or a decoded value where msgspec refuses text that records may
     contain. Raises RecordError.
     """
-    line: Line
     text = text.removeprefix(BOM)
+    if not text.strip():
+        return None
+    line: Line
     try:
-        read = _read(text)
-        line = Line(read.name, read.version, read.data, read.ttl)
+        line = _read(text)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         line = _decode_tolerantly(text, error)
     core = _backend.core
@@ -152,27 +152,38 @@ class Lines:
         """Return the position of a line, for messages."""
         return f"{self.shown}, line {number}"
 
-    async def names(self, most: int) -> AsyncIterator[list[str]]:
-        """Yield names, one a line and at most ``most`` at a time; skips empty lines.
+    async def items(self, decode: Callable[[bytes], T | None], most: int) -> AsyncIterator[list[T]]:
+        """Yield decoded lines, at most ``most`` at a time, without those decoded as None.
 
-        Raises DscacheError for a line that is not UTF-8.
+        Raises DscacheError at a line that ``decode`` refuses with RecordError, after those before
+        it, and at one that is not UTF-8.
         """
         async for lines in self:
-            found = []
+            some: list[T] = []
             for line in lines:
                 self.number += 1
-                if self.number == 1:
-                    line = line.removeprefix(BOM)
-                if not (text := line.removesuffix(b"\r")):
-                    continue
                 try:
-                    found.append(text.decode())
-                except UnicodeDecodeError:
-                    raise DscacheError(
-                        f"{self.place(self.number)}: it is not UTF-8: {shorten(text)}"
-                    ) from None
-            for first in range(0, len(found), most):
-                yield found[first : first + most]
+                    item = decode(line.removeprefix(BOM) if self.number == 1 else line)
+                except RecordError as error:
+                    if some:
+                        yield some
+                    raise DscacheError(f"{self.place(self.number)}: {error}") from error
+                except UnicodeDecodeError as error:
+                    # Names that may come from a wrong file: none of them is handled.
+                    text = f"it is not UTF-8: {shorten(error.object)}"
+                    raise DscacheError(f"{self.place(self.number)}: {text}") from None
+                if item is not None:
+                    some.append(item)
+                if len(some) == most:
+                    yield some
+                    some = []
+            if some:
+                yield some
+
+
+def name_of(line: bytes) -> str | None:
+    """Return the name that a line consists of, or None if it is empty."""
+    return line.removesuffix(b"\r").decode() or None
 
 
 async def pieces_of(file: int) -> AsyncIterator[bytes]:

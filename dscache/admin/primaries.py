@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -14,15 +14,12 @@ from ..core.keys import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
 from .cache import AdminCache
-from .control import ControlConnection, Reply
-
-SCAN_COUNT = 1000
-"""Keys that a server visits in one SCAN before it serves other clients."""
+from .control import ControlConnection, RawCommand, Reply
 
 
 @dataclass(slots=True)
 class Primary:
-    """A server that holds keys of its own."""
+    """A primary server, measured when the job begins."""
 
     server: ControlConnection
     address: str
@@ -49,11 +46,23 @@ class Primaries:
         """Whether the keys are distributed by slots."""
         return self._by_slot is not None
 
-    def owner(self, key: bytes) -> ControlConnection:
-        """Return the connection to the server that holds a key."""
-        if self._by_slot is None:
-            return self.all[0].server
-        return self._by_slot[slot_of_key(key)].server
+    async def execute_by_key(self, commands: Sequence[tuple[bytes, RawCommand]]) -> list[Reply]:
+        """Return the replies to commands in order, each from the server that holds its key.
+
+        Raises ConnectionLost.
+        """
+        by_server: dict[ControlConnection, list[int]] = {}
+        for number, (key, _) in enumerate(commands):
+            owner = self._by_slot[slot_of_key(key)] if self._by_slot else self.all[0]
+            by_server.setdefault(owner.server, []).append(number)
+        replies: dict[int, Reply] = {}
+
+        async def execute_on(server: ControlConnection, numbers: list[int]) -> None:
+            these = await server.execute_many(*(commands[number][1] for number in numbers))
+            replies.update(zip(numbers, these, strict=True))
+
+        await asyncio.gather(*(execute_on(*one) for one in by_server.items()))
+        return [replies[number] for number in range(len(commands))]
 
     async def slots(self) -> list[SlotRange]:
         """Return the current slot ranges in order; empty for a single server.

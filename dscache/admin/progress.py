@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from ..config import Config
 from ..errors import DscacheError
@@ -30,7 +32,6 @@ _COMMAND_TIMEOUT = 10_000
 def with_long_timeouts(config: Config) -> Config:
     """Return a configuration with a ``commandTimeout`` of 10 s or more and ``whenFull: wait``."""
     options = config.options
-    replace = msgspec.structs.replace
     milliseconds = max(options.command_timeout, _COMMAND_TIMEOUT)
     shared = replace(options.redis_options, command_timeout=milliseconds)
     options = replace(options, command_timeout=milliseconds, redis_options=shared, when_full="wait")
@@ -46,18 +47,37 @@ class JobProgress:
     records: int = 0
     halves: int = 0
     damaged: int = 0
-    not_newer: int = 0
-    broken: int = 0
+    """Records, or lines of a file, that can't be read."""
     resumed: int = 0
     """The part of ``records`` that an earlier run had done."""
     notes: list[str] = field(default_factory=list)
     """The first faults, one text each."""
     warnings: list[str] = field(default_factory=list)
 
+    def position(self) -> tuple[int, int, int]:
+        """Return the work done, its total, and the records of this run, for a progress bar."""
+        return self.done, self.total, self.records - self.resumed
+
     def note(self, message: str) -> None:
         """Add the text of a fault, unless there are enough."""
         if len(self.notes) < MAX_NOTES:
             self.notes.append(message)
+
+    def note_damaged(self, error: object) -> None:
+        """Count a damaged record, and add the text of its error."""
+        self.damaged += 1
+        self.note(str(error))
+
+
+def save_nowhere(state: object) -> None:
+    """Save nothing: a stream can't be resumed."""
+
+
+async def cancel_all(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel tasks, and wait until all have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

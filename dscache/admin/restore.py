@@ -22,7 +22,7 @@ import msgspec
 from ..cache import AsyncCache
 from ..errors import BulkError, DscacheError, RecordError
 from . import ndjson, progress
-from .progress import BYTES, RECORDS, JobProgress, read_state, write_state
+from .progress import BYTES, RECORDS, JobProgress, cancel_all, read_state, write_state
 
 # Chunks in flight.
 _CHUNKS = 4
@@ -66,13 +66,12 @@ class ImportFile:
 
         Raises DscacheError if the state can't be read.
         """
-        found = None if restart else read_state(self._state, ImportState)
         new = ImportState(of, self.length, self._changed)
-        if found is None or (found.of, found.length, found.changed) != (
-            (of, self.length, self._changed)
-        ):
+        found = None if restart else read_state(self._state, ImportState)
+        if found is None:
             return new
-        return found
+        is_same = (found.of, found.length, found.changed) == (new.of, new.length, new.changed)
+        return found if is_same else new
 
     def save(self, state: ImportState) -> None:
         """Save the state, if the folder is writable."""
@@ -85,7 +84,6 @@ class ImportFile:
 
     async def pieces(self, offset: int) -> AsyncIterator[bytes]:
         """Yield the text from an offset on; raises DscacheError if it can't be read."""
-        """Give the text from an offset on; raises DscacheError if the file is damaged."""
         try:
             self._file.seek(offset)
             while piece := self._file.read(ndjson.PIECE):
@@ -103,37 +101,28 @@ class ImportFile:
 class _Chunk:
     """Lines that are written together, and the position in the file after them."""
 
-    records: list[ndjson.Line] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    records: dict[str, ndjson.Line] = field(default_factory=dict)
     size: int = 0
     offset: int = 0
     line: int = 0
     broken: int = 0
 
 
+@dataclass(frozen=True, slots=True)
 class Import:
     """One run of an import: lines are written in order, several chunks in flight."""
 
-    def __init__(
-        self,
-        cache: AsyncCache,
-        job: JobProgress,
-        *,
-        ttl: int | None,
-        if_newer: bool,
-        keep_going: bool,
-    ) -> None:
-        self._cache = cache
-        self._job = job
-        self._ttl = ttl
-        self._if_newer = if_newer
-        self._keep_going = keep_going
+    cache: AsyncCache
+    job: JobProgress
+    ttl: int | None
+    if_newer: bool
+    keep_going: bool
 
     async def run(
         self,
         lines: ndjson.Lines,
         state: ImportState,
-        save: Callable[[ImportState], None] | None,
+        save: Callable[[ImportState], object],
         position: Callable[[], int],
     ) -> None:
         """Write the records of lines; ``save`` receives the state now and then.
@@ -141,9 +130,9 @@ class Import:
         ``position`` returns the bytes read, for the progress. Raises DscacheError at a broken line
         unless ``keep_going``, and the error of a record that Redis doesn't take.
         """
-        job = self._job
+        job = self.job
         job.records = job.resumed = state.records
-        job.not_newer, job.broken = state.not_newer, state.broken
+        job.damaged = state.broken
         waiting: deque[tuple[_Chunk, asyncio.Future[int]]] = deque()
         saved = time.monotonic()
 
@@ -153,9 +142,8 @@ class Import:
             not_newer = await future
             waiting.popleft()
             job.records += len(chunk.records)
-            job.not_newer += not_newer
-            state.offset, state.line = chunk.offset, chunk.line
-            state.records, state.not_newer = job.records, job.not_newer
+            state.offset, state.line, state.records = chunk.offset, chunk.line, job.records
+            state.not_newer += not_newer
             state.broken += chunk.broken
 
         try:
@@ -164,7 +152,7 @@ class Import:
                 if len(waiting) > _CHUNKS:
                     await settle()
                 job.done = position()
-                if save is not None and time.monotonic() > saved + progress.SAVE_INTERVAL:
+                if time.monotonic() > saved + progress.SAVE_INTERVAL:
                     save(state)
                     saved = time.monotonic()
         finally:
@@ -173,11 +161,8 @@ class Import:
                 while waiting:
                     await settle()
             finally:
-                for _, future in waiting:
-                    future.cancel()
-                await asyncio.gather(*(one for _, one in waiting), return_exceptions=True)
-                if save is not None:
-                    save(state)
+                await cancel_all([future for _, future in waiting])
+                save(state)
 
     async def _chunks(self, lines: ndjson.Lines, state: ImportState) -> AsyncIterator[_Chunk]:
         offset, number = state.offset, state.line
@@ -186,43 +171,36 @@ class Import:
             for text in texts:
                 number += 1
                 offset += len(text) + 1
-                line = self._decoded(text, lines.place(number), chunk)
-                if line is None and chunk.broken and not self._keep_going:
-                    chunk.broken = 0
-                    yield chunk
-                    raise DscacheError(self._job.notes[-1])
+                line = None
+                try:
+                    line = ndjson.decode(text)
+                except RecordError as error:
+                    message = f"{lines.place(number)}: {error}"
+                    if not self.keep_going:
+                        yield chunk
+                        raise DscacheError(message) from error
+                    chunk.broken += 1
+                    self.job.note_damaged(message)
                 if line is not None:
                     if (
-                        line.name in chunk.names
+                        line.name in chunk.records
                         or len(chunk.records) == RECORDS
                         or chunk.size > BYTES
                     ):
                         yield chunk
                         chunk = _Chunk(offset=chunk.offset, line=chunk.line)
-                    chunk.records.append(line)
-                    chunk.names.add(line.name)
+                    chunk.records[line.name] = line
                     chunk.size += len(text)
                 chunk.offset, chunk.line = offset, number
         yield chunk
 
-    def _decoded(self, text: bytes, place: str, chunk: _Chunk) -> ndjson.Line | None:
-        if not text.removeprefix(ndjson.BOM).strip():
-            return None
-        try:
-            return ndjson.decode(text)
-        except RecordError as error:
-            chunk.broken += 1
-            self._job.broken += 1
-            self._job.note(f"{place}: {error}")
-            return None
-
     async def _write(self, chunk: _Chunk) -> int:
         """Write the records of a chunk; return the number of records that were not newer."""
-        cache, if_newer = self._cache, self._if_newer
+        cache, if_newer = self.cache, self.if_newer
         together: dict[str, tuple[int, object]] = {}
         waiting: list[asyncio.Future[bool] | asyncio.Future[set[str]]] = []
-        for line in chunk.records:
-            if line.ttl is None or self._ttl is not None:
+        for line in chunk.records.values():
+            if line.ttl is None or self.ttl is not None:
                 together[line.name] = line.version, line.data
             else:
                 # Calls of one tick share a command with the rest of the chunk.
@@ -230,7 +208,7 @@ class Import:
                     cache.set(line.name, line.version, line.data, ttl=line.ttl, if_newer=if_newer)
                 )
         if together:
-            waiting.append(cache.set_bulk(together, ttl=self._ttl, if_newer=if_newer))
+            waiting.append(cache.set_bulk(together, ttl=self.ttl, if_newer=if_newer))
         not_newer = 0
         for outcome in await asyncio.gather(*waiting, return_exceptions=True):
             if isinstance(outcome, BulkError):
@@ -245,9 +223,8 @@ class Import:
 
     def _count_broken(self, reason: BaseException, chunk: _Chunk) -> None:
         """Count a record that is damaged in Redis, or raise the reason that it isn't written."""
-        if not (self._keep_going and isinstance(reason, RecordError)):
+        if not (self.keep_going and isinstance(reason, RecordError)):
             raise reason
         chunk.broken += 1
-        self._job.broken += 1
-        self._job.records -= 1
-        self._job.note(str(reason))
+        self.job.records -= 1
+        self.job.note_damaged(reason)

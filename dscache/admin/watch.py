@@ -7,7 +7,8 @@ later, so of several changes in quick succession it sees the last.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 from ..aio.cluster import Cluster
@@ -17,6 +18,7 @@ from ..net.backoff import full_jitter
 from .cache import AdminCache
 from .control import ControlConnection, RawCommand, Reply
 from .key_layout import Layout
+from .progress import cancel_all
 
 CHANGED, DELETED, DAMAGED = "changed", "deleted", "damaged"
 FLUSHED, GAP, RESUMED = "flushed", "gap", "resumed"
@@ -75,8 +77,7 @@ class Watch:
         reading = asyncio.create_task(self._read())
         try:
             self._update(listening)
-            first = [self._ready[address] for address in listening]
-            await asyncio.gather(*first)
+            await asyncio.gather(*(self._ready[address] for address in listening))
             started(list(listening))
             while True:
                 await asyncio.wait(
@@ -89,16 +90,17 @@ class Watch:
                         task.result()
                 self._update(listening)
         finally:
-            ended = [reading, *listening.values(), *self._ready.values()]
-            for one in ended:
-                one.cancel()
-            await asyncio.gather(*ended, return_exceptions=True)
+            await cancel_all([reading, *listening.values(), *self._ready.values()])
 
     # -- the servers
 
     def _update(self, listening: dict[str, asyncio.Task[None]]) -> None:
         """Listen to the current primaries, and to no others."""
-        wanted = self._places()
+        topology = self._cache.topology
+        nodes: Iterable[Options] = [self._cache.config.options]
+        if isinstance(topology, Cluster):
+            nodes = topology.primaries().values()
+        wanted = {options.address: options for options in nodes}
         for address in listening.keys() - wanted.keys():
             listening.pop(address).cancel()
             if self._ready[address].done():
@@ -112,13 +114,6 @@ class Watch:
                 self._listen(address, wanted[address], is_first=is_first)
             )
 
-    def _places(self) -> Mapping[str, Options]:
-        topology = self._cache.topology
-        places = [self._cache.config.options]
-        if isinstance(topology, Cluster):
-            places = list(topology.primaries().values())
-        return {options.address: options for options in places}
-
     # -- one server
 
     async def _listen(self, address: str, options: Options, *, is_first: bool) -> None:
@@ -130,8 +125,7 @@ class Watch:
         failures = 0
         while True:
             try:
-                server = await ControlConnection.open(options, self._take)
-                try:
+                with closing(await ControlConnection.open(options, self._take)) as server:
                     await self._check_role(server, options)
                     failures = 0
                     await server.execute(*self._tracking)
@@ -140,9 +134,10 @@ class Watch:
                     if address in self._lost:
                         self._lost.discard(address)
                         self._on_event(Event(RESUMED, node=address))
-                    await self._stay(server, options)
-                finally:
-                    server.close()
+                    while True:
+                        await asyncio.wait([server.lost], timeout=_CHECK_INTERVAL)
+                        # Raises the reason if the server is lost, hangs or is a replica now.
+                        await self._check_role(server, options)
             except DscacheError as error:
                 if is_first and not ready.done():
                     ready.set_exception(error)
@@ -153,12 +148,6 @@ class Watch:
                     self._cache.topology.look_again()
             await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))
             failures += 1
-
-    async def _stay(self, server: ControlConnection, options: Options) -> None:
-        """Wait until a server is lost, hangs or is no longer a primary; raises the reason."""
-        while True:
-            await asyncio.wait([server.lost], timeout=_CHECK_INTERVAL)
-            await self._check_role(server, options)
 
     async def _check_role(self, server: ControlConnection, options: Options) -> None:
         """Raise ReplyError if a server that should be a primary is a replica."""
@@ -210,13 +199,10 @@ class Watch:
         except DscacheError as error:
             damaged, versions = dict.fromkeys(names, error), {}
         for name in names:
-            reason = damaged.get(name)
+            reason, version = damaged.get(name), versions.get(name)
             if isinstance(reason, RecordError):
-                self._on_event(Event(DAMAGED, name, reason=str(reason)))
-            elif reason is not None:
-                # It has changed, but its version can't be read.
-                self._on_event(Event(CHANGED, name, reason=str(reason)))
-            elif (version := versions.get(name)) is not None:
-                self._on_event(Event(CHANGED, name, version))
+                kind = DAMAGED
             else:
-                self._on_event(Event(DELETED, name))
+                # With a reason, it has changed, but its version can't be read.
+                kind = DELETED if reason is None and version is None else CHANGED
+            self._on_event(Event(kind, name, version, reason=str(reason) if reason else None))

@@ -68,13 +68,11 @@ class _Output(io.FileIO):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)
-            raise OutputError(_explained(error)) from error
-
-
-def _explained(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "; make room, or write elsewhere" if full else ""
-    return f"standard output can't be written: {error.strerror}{remedy}"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "; make room, or write elsewhere" if full else ""
+            raise OutputError(
+                f"standard output can't be written: {error.strerror}{remedy}"
+            ) from error
 
 
 def _open_standard_files() -> None:

@@ -18,7 +18,7 @@ from .get import get
 from .head import head
 from .import_ import import_
 from .migrate import migrate
-from .options import FLAG
+from .options import flag
 from .set import set_
 from .watch import watch
 
@@ -42,27 +42,12 @@ def _show_version(requested: bool) -> None:
 @app.callback()
 def dscache(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            metavar=FLAG,
-            is_eager=True,
-            callback=_show_version,
-            help="Show the version.",
-        ),
+        bool, flag("--version", "Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-app.command("get")(get)
-app.command("set")(set_)
-app.command("head")(head)
-app.command("delete")(delete)
-app.command("doctor")(doctor)
-app.command("export")(export)
-app.command("import")(import_)
-app.command("bench")(bench)
-app.command("watch")(watch)
-app.command("migrate")(migrate)
-app.command("cluster")(cluster)
+_COMMANDS = (get, set_, head, delete, doctor, export, import_, bench, watch, migrate, cluster)
+for _command in _COMMANDS:
+    app.command(_command.__name__.strip("_"))(_command)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .. import _backend
 from ..admin.cache import open_cache
 from ..admin.latency_chart import draw
 from ..admin.load_test import Latencies, Plan, Result, apply
-from ..errors import DscacheError
+from ..admin.progress import errors_of
 from .options import Chosen, with_all_options
-from .output import complain, interruptible, number, plain, print_json
+from .output import complain, interruptible, new_table, number, plain, print_json
 from .progress_bar import progress
 from .settings import run
 
@@ -86,7 +85,7 @@ def bench(
                 core=_backend.BACKEND,
                 loop=type(asyncio.get_running_loop()).__module__.partition(".")[0],
             )
-            async with progress("bench", position):
+            with progress("bench", position):
                 await apply(cache, plan, result)
 
     with interruptible("its records have been removed"):
@@ -108,11 +107,7 @@ def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, 
     """Return the result as the JSON document to print."""
     return {
         **facts,
-        "tasks": plan.tasks,
-        "read_ratio": plan.read_ratio,
-        "size": plan.size,
-        "bulk": plan.bulk,
-        "records": plan.records,
+        **asdict(plan),
         "seconds": round(result.seconds, 3),
         "records_per_second": round(result.rate),
         "errors": result.errors.total(),
@@ -129,24 +124,24 @@ def _latencies(of: Latencies) -> dict[str, float]:
 
 def page(facts: Mapping[str, str], plan: Plan, result: Result, width: int) -> RenderableType:
     """Return the result for a terminal of ``width`` columns."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    narrow = width < 80
-    heads = ["", "operations", "a second", "mean", *(f"p{one:g}" for one in _PERCENTILES), "max"]
-    left_out = {"mean", "p90"} if narrow else set()
-    for head in heads:
-        if head not in left_out:
-            table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    table = new_table()
     for name, of in (("reads", result.reads), ("writes", result.writes)):
-        if of.count:
-            cells = {
-                "": name,
-                "operations": f"{of.count:,}",
-                "a second": f"{of.count / result.seconds:,.0f}",
-                "mean": _shown(of.mean),
-                **{f"p{one:g}": _shown(of.percentile(one)) for one in _PERCENTILES},
-                "max": _shown(of.longest_ms),
-            }
-            table.add_row(*(cells[head] for head in heads if head not in left_out))
+        if not of.count:
+            continue
+        cells = {
+            "": name,
+            "operations": f"{of.count:,}",
+            "a second": f"{of.count / result.seconds:,.0f}",
+            "mean": _shown(of.mean),
+            **{f"p{one:g}": _shown(of.percentile(one)) for one in _PERCENTILES},
+            "max": _shown(of.longest_ms),
+        }
+        if width < 80:
+            del cells["mean"], cells["p90"]
+        if not table.columns:
+            for head in cells:
+                table.add_column(head, justify="right" if head else "left", no_wrap=True)
+        table.add_row(*cells.values())
     summary = Text.assemble(
         (f"{result.rate:,.0f} records a second", "bold green"),
         f" in {result.seconds:.1f} s: {_described(plan)}",
@@ -171,7 +166,5 @@ def _write_plot(plot: Path, facts: Mapping[str, str], plan: Plan, result: Result
         f"{facts['core']} core on {facts['loop']}",
         {"reads": result.reads, "writes": result.writes},
     )
-    try:
+    with errors_of(plot):
         plot.write_text(drawing, encoding="utf-8")
-    except OSError as error:
-        raise DscacheError(f"{plot}: {error.strerror}") from error

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -12,11 +11,12 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
 from ..config import Config
-from .settings import require_input, run
+from .settings import read_input, run
+
+T = TypeVar("T")
 
 BATCH = 500
 """Records in one request, which bounds the memory that an endless stream takes."""
-STDIN = "standard input"
 
 NamesArgument = Annotated[
     list[str] | None,
@@ -38,20 +38,17 @@ def run_by_name(
     ``handle`` returns the number of names without a whole record. Raises typer.Exit with status 1
     if there were any.
     """
-    if not names:
-        require_input("NAME")
+    batches = batches_of(names) if names else read_input("NAME").items(ndjson.name_of, BATCH)
 
     async def work() -> int:
-        lacking = 0
         async with open_cache(config) as cache:
-            if names:
-                for first in range(0, len(names), BATCH):
-                    lacking += await handle(cache, names[first : first + BATCH])
-            else:
-                lines = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
-                async for some in lines.names(BATCH):
-                    lacking += await handle(cache, some)
-        return lacking
+            return sum([await handle(cache, some) async for some in batches])
 
     if run(work()):
         raise typer.Exit(1)
+
+
+async def batches_of(items: list[T]) -> AsyncIterator[list[T]]:
+    """Yield items from the command line as ``Lines.items`` yields those of standard input."""
+    for first in range(0, len(items), BATCH):
+        yield items[first : first + BATCH]

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import typer
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from ..admin.cluster_config import as_cluster
+from ..admin.cache import as_cluster
 from ..admin.cluster_report import ClusterReport, NodeReport, show_slots
 from ..admin.cluster_survey import survey
 from ..config import Config
 from ..core import constants
 from .options import Chosen, with_options
-from .output import number, plain, print_json
+from .output import new_table, number, plain, print_json
 from .settings import run
 
 # Columns at which the whole table fits, with addresses of usual length and a healthy cluster.
 _WIDE = 100
+_NODE_KEYS = (
+    *("address", "id", "role", "primary", "slots", "slot_count", "round_trip_ms"),
+    *("down", "server", "health"),
+)
 
 
 @with_options("config", "url", "json")
@@ -55,21 +57,7 @@ def document(report: ClusterReport) -> dict[str, object]:
             "covered": report.covered,
             "uncovered": report.uncovered,
         },
-        "nodes": [
-            {
-                "address": node.address,
-                "id": node.id,
-                "role": node.role,
-                "primary": node.primary,
-                "slots": node.slots,
-                "slot_count": node.slot_count,
-                "round_trip_ms": node.round_trip_ms,
-                "down": node.down,
-                "server": node.server,
-                "health": node.health,
-            }
-            for node in report.nodes
-        ],
+        "nodes": [{key: getattr(node, key) for key in _NODE_KEYS} for node in report.nodes],
     }
 
 
@@ -83,7 +71,9 @@ def page(report: ClusterReport, width: int) -> RenderableType:
     columns: dict[str, Callable[[NodeReport], Text]] = {
         "node": lambda node: plain(node.address),
         "role": lambda node: Text(node.role, "bold" if node.role == "primary" else ""),
-        "its primary": _primary,
+        "its primary": lambda node: plain(
+            "" if node.role == "primary" else node.primary or "unknown"
+        ),
         "slots": lambda node: Text(show_slots(node.slots)),
         "count": lambda node: Text(str(node.slot_count) if node.role == "primary" else ""),
         "round trip": lambda node: _round_trip(node, with_reason=not narrow),
@@ -94,7 +84,7 @@ def page(report: ClusterReport, width: int) -> RenderableType:
         del columns["count"]
         if len(servers) == 1:
             del columns["server"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = new_table()
     for name in columns:
         # Addresses stay on one line, to be copied.
         table.add_column(
@@ -107,10 +97,6 @@ def page(report: ClusterReport, width: int) -> RenderableType:
         table.add_row(*(cell(node) for cell in columns.values()))
     server = servers.pop() if "server" not in columns else ""
     return Group(table, Text(), *_summary(report, server))
-
-
-def _primary(node: NodeReport) -> Text:
-    return plain("" if node.role == "primary" else node.primary or "unknown")
 
 
 def _round_trip(node: NodeReport, *, with_reason: bool) -> Text:
@@ -126,14 +112,15 @@ def _style(node: NodeReport) -> str:
 def _summary(report: ClusterReport, server: str) -> list[Text]:
     primaries = sum(node.role == "primary" for node in report.nodes)
     kinds = [
-        number(len(report.nodes), "node", "nodes"),
+        number(len(report.nodes), "node"),
         number(primaries, "primary", "primaries"),
-        number(len(report.nodes) - primaries, "replica", "replicas"),
+        number(len(report.nodes) - primaries, "replica"),
         f"{report.covered} of {constants.SLOTS} slots covered",
+        *([server] if server else []),
     ]
     style = "red" if report.problems else "yellow" if report.remarks else "green"
     return [
-        plain(", ".join([*kinds, *([server] if server else [])]), style),
+        plain(", ".join(kinds), style),
         *(plain(f"problem: {one}", "red") for one in report.problems),
         *(plain(f"warning: {one}", "yellow") for one in report.remarks),
     ]

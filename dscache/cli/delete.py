@@ -9,39 +9,25 @@ from rich.text import Text
 from ..cache import AsyncCache
 from .by_name import NamesArgument, run_by_name
 from .options import Chosen, with_all_options
-from .tables import Answers, Rows, line_of
+from .tables import NO_RECORD, Results, line_of
 
 
 @with_all_options
-def delete(
-    names: NamesArgument = None,
-    *,
-    chosen: Chosen,
-) -> None:
+def delete(names: NamesArgument = None, *, chosen: Chosen) -> None:
     """Remove records, and print for each whether it existed.
 
     In a pipe, prints one JSON object a line. The exit status is 1 if a record is missing.
     """
-    as_json = chosen.as_json
-    rows = Rows("")
+    results = Results(chosen.as_json, "")
 
     async def handle(cache: AsyncCache, some: list[str]) -> int:
         unique = list(dict.fromkeys(some))
         # Calls of one tick share a flush; delete_bulk would return no more than their number.
-        outcomes = await asyncio.gather(*map(cache.delete, unique), return_exceptions=True)
-        with Answers(some, complains=False) as answers:
-            for name, outcome in zip(unique, outcomes, strict=True):
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                if outcome:
-                    answers.found[name] = True
-                if as_json:
-                    answers.add_line(line_of(name=name, deleted=outcome))
-                elif outcome:
-                    rows.add(name, Text("deleted", "green"))
-                else:
-                    rows.add_missing(name)
-        rows.show()
-        return answers.end()
+        outcomes = await asyncio.gather(*map(cache.delete, unique))
+        for name, deleted in zip(unique, outcomes, strict=True):
+            shown = Text("deleted", "green") if deleted else NO_RECORD
+            results.add(name, line_of(name=name, deleted=deleted), shown)
+        results.show()
+        return outcomes.count(False)
 
     run_by_name(names, chosen.load(), handle)

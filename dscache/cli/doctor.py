@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import typer
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ..admin.doctor.checkup import check_up
 from ..admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup
 from .options import Chosen, with_all_options
-from .output import number, plain, print_json
+from .output import new_table, number, plain, print_json
 from .settings import run
 
 _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
 
 @with_all_options
-def doctor(
-    *,
-    chosen: Chosen,
-) -> None:
+def doctor(*, chosen: Chosen) -> None:
     """Check whether a Redis suits records, and advise how to fix it.
 
     It changes nothing, and takes some seconds. The exit status is 0 if all is well, 1 if there are
@@ -41,21 +38,13 @@ def document(checkup: Checkup) -> dict[str, object]:
     return {
         "verdict": checkup.verdict,
         "address": checkup.address,
-        "findings": [
-            {
-                "check": one.check,
-                "verdict": one.verdict,
-                "found": one.found,
-                "advice": one.advice or None,
-            }
-            for one in checkup.findings
-        ],
+        "findings": [asdict(one) | {"advice": one.advice or None} for one in checkup.findings],
     }
 
 
 def page(checkup: Checkup) -> RenderableType:
     """Return the findings for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = new_table()
     table.add_column("verdict", no_wrap=True)
     table.add_column("check", no_wrap=True)
     table.add_column("finding and advice", overflow="fold")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +10,12 @@ import typer
 
 from ..admin.cache import open_cache
 from ..admin.export import Export, ExportState, Sink, Target
-from ..admin.key_layout import Layout
 from ..admin.primaries import open_primaries
-from ..admin.progress import JobProgress, with_long_timeouts
-from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, pace, position
-from .options import Chosen, with_all_options
-from .output import complain, complain_of_all, interruptible, number
+from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
+from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
+from .options import Chosen, PrefixOption, with_all_options
+from .output import complain, complain_of_all, number
 from .progress_bar import progress
-from .settings import run
 
 
 @with_all_options
@@ -29,9 +26,7 @@ def export(
             metavar="FILE", help="File to write; .gz compresses it, and - is standard output."
         ),
     ],
-    prefix: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
-    ] = "",
+    prefix: PrefixOption = "",
     restart: RestartOption = False,
     *,
     chosen: Chosen,
@@ -53,36 +48,28 @@ def export(
 
     async def work() -> None:
         async with open_cache(config) as cache, open_primaries(cache) as primaries:
-            if restart and target is not None:
-                target.discard()
-            layout = Layout.of(cache.config.options)
+            export_run = Export(cache, primaries, prefix, job)
             of = {**identity(cache.config), "prefix": prefix}
-            state = target.state() if target is not None else None
-            if state is not None and state.of != of:
+            if target is None:
+                sink = Sink(sys.stdout.buffer, compressed=False, durable=False)
+                with progress("export", job.position):
+                    await export_run.run(sink, ExportState(of), save_nowhere)
+                return
+            state = target.state(of, restart=restart)
+            if state.of != of:
+                others = ", ".join(f"{name} {value!r}" for name, value in state.of.items())
                 raise typer.BadParameter(
-                    f"an unfinished export of other records is there ({_shown(state.of)}); "
+                    f"an unfinished export of other records is there ({others}); "
                     "--restart discards it",
                     param_hint="FILE",
                 )
-            export_run = Export(cache, primaries, layout, prefix, job)
-            if state is not None:
+            if state.servers:
                 complain(f"resuming after {number(state.records, 'record')}")
-            async with progress("export", position(job)):
-                if target is None:
-                    await export_run.run(
-                        Sink(sys.stdout.buffer, compressed=False, durable=False),
-                        ExportState(of),
-                        None,
-                    )
-                else:
-                    with target.open(state) as sink:
-                        await export_run.run(sink, state or ExportState(of), target.save)
-        if target is not None:
-            target.finish()
+            with progress("export", job.position), target.open(state) as sink:
+                await export_run.run(sink, state, target.save)
+        target.finish()
 
-    began = time.monotonic()
-    with interruptible(RESUMES if target is not None else ""):
-        run(work())
+    _, seconds = run_timed(work(), "" if to_stdout else RESUMES)
     complain_of_all(job.notes, job.damaged)
     for warning in job.warnings:
         complain(f"warning: {warning}")
@@ -92,15 +79,10 @@ def export(
         "halves": job.halves,
         "damaged": job.damaged,
         "warnings": job.warnings,
-        **pace(job, began),
     }
     words = [
         f"{number(job.records, 'record')} exported",
-        *([f"{number(job.halves, 'half', 'halves')} left out"] if job.halves else []),
-        *([f"{job.damaged:,} damaged left out"] if job.damaged else []),
+        f"{number(job.halves, 'half', 'halves')} left out" if job.halves else "",
+        f"{job.damaged:,} damaged left out" if job.damaged else "",
     ]
-    conclude(summary, words, as_json=chosen.as_json and not to_stdout, err=to_stdout)
-
-
-def _shown(of: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value!r}" for name, value in of.items())
+    conclude(summary, words, job, seconds, as_json=chosen.as_json and not to_stdout, err=to_stdout)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +10,13 @@ import typer
 
 from ..admin import ndjson
 from ..admin.cache import open_cache
-from ..admin.progress import JobProgress, with_long_timeouts
+from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
 from ..admin.restore import Import, ImportFile, ImportState
-from .by_name import STDIN
-from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, pace, position
-from .options import FLAG, Chosen, with_all_options
-from .output import complain, complain_of_all, interruptible, number
+from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
+from .options import Chosen, IfNewerOption, flag, with_all_options
+from .output import complain, complain_of_all, number
 from .progress_bar import progress
-from .settings import require_input, run
+from .settings import read_input
 
 
 @with_all_options
@@ -29,12 +27,7 @@ def import_(
             metavar="FILE", help="File of an export; .gz is compressed, and - is standard input."
         ),
     ],
-    if_newer: Annotated[
-        bool,
-        typer.Option(
-            "--if-newer", metavar=FLAG, help="Write only records newer than the stored ones."
-        ),
-    ] = False,
+    if_newer: IfNewerOption = False,
     ttl: Annotated[
         int | None,
         typer.Option(
@@ -44,10 +37,7 @@ def import_(
             show_default=False,
         ),
     ] = None,
-    keep_going: Annotated[
-        bool,
-        typer.Option("--keep-going", metavar=FLAG, help="Skip lines that are not records."),
-    ] = False,
+    keep_going: Annotated[bool, flag("--keep-going", "Skip lines that are not records.")] = False,
     restart: RestartOption = False,
     *,
     chosen: Chosen,
@@ -59,45 +49,40 @@ def import_(
     resumes. The exit status is 1 if there are lines that are not records.
     """
     source = None if str(file) == STDIO else ImportFile(file)
-    if source is None:
-        require_input("FILE")
+    stdin = read_input("FILE") if source is None else None
     config = with_long_timeouts(chosen.load())
     job = JobProgress(total=0 if source is None else source.length)
 
-    async def work() -> None:
+    async def work() -> ImportState:
         async with open_cache(config) as cache:
             of = identity(cache.config)
-            import_run = Import(cache, job, ttl=ttl, if_newer=if_newer, keep_going=keep_going)
-            async with progress("import", position(job)):
-                if source is None:
-                    lines = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
-                    await import_run.run(lines, ImportState(of, 0, 0), None, lambda: 0)
-                    return
+            import_run = Import(cache, job, ttl, if_newer=if_newer, keep_going=keep_going)
+            with progress("import", job.position):
+                if stdin is not None:
+                    state = ImportState(of, 0, 0)
+                    await import_run.run(stdin, state, save_nowhere, lambda: 0)
+                    return state
+                assert source is not None
                 state = source.state(of, restart=restart)
                 if state.line:
                     complain(f"resuming after line {state.line:,}")
                 lines = ndjson.Lines(source.pieces(state.offset), str(file))
                 await import_run.run(lines, state, source.save, lambda: source.position)
                 source.finish()
+                return state
 
-    began = time.monotonic()
-    try:
-        with interruptible(RESUMES if source is not None else ""):
-            run(work())
-    finally:
-        if source is not None:
-            source.close()
-    complain_of_all(job.notes, job.broken)
+    with nullcontext() if source is None else closing(source):
+        state, seconds = run_timed(work(), "" if source is None else RESUMES)
+    complain_of_all(job.notes, state.broken)
     summary = {
-        "ok": not job.broken,
-        "records": job.records,
-        "not_newer": job.not_newer,
-        "broken": job.broken,
-        **pace(job, began),
+        "ok": not state.broken,
+        "records": state.records,
+        "not_newer": state.not_newer,
+        "broken": state.broken,
     }
     words = [
-        f"{number(job.records - job.not_newer, 'record')} imported",
-        *([f"{job.not_newer:,} not newer"] if job.not_newer else []),
-        *([f"{number(job.broken, 'broken line')} skipped"] if job.broken else []),
+        f"{number(state.records - state.not_newer, 'record')} imported",
+        f"{state.not_newer:,} not newer" if state.not_newer else "",
+        f"{number(state.broken, 'broken line')} skipped" if state.broken else "",
     ]
-    conclude(summary, words, as_json=chosen.as_json, err=False)
+    conclude(summary, words, job, seconds, as_json=chosen.as_json)

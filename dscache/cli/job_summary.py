@@ -1,27 +1,27 @@
-"""Options and results that ``export`` and ``import`` share."""
+"""Options and results that ``export``, ``import`` and ``migrate`` share."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Annotated
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..admin.key_layout import Layout
 from ..admin.progress import JobProgress
 from ..config import Config
-from .options import FLAG
-from .output import print_json
+from .options import flag
+from .output import interruptible, print_json
+from .settings import run
+
+T = TypeVar("T")
 
 STDIO = "-"
 """The FILE that stands for standard input or output."""
 RESUMES = "the same command resumes"
 
-RestartOption = Annotated[
-    bool,
-    typer.Option("--restart", metavar=FLAG, help="Discard the progress of an earlier run."),
-]
+RestartOption = Annotated[bool, flag("--restart", "Discard the progress of an earlier run.")]
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -35,30 +35,34 @@ def identity(config: Config) -> dict[str, str]:
     }
 
 
-def position(job: JobProgress) -> Callable[[], tuple[int, int, int]]:
-    """Return the function that a progress bar calls: done, total, and records of this run."""
-    return lambda: (job.done, job.total, job.records - job.resumed)
+def run_timed(work: Coroutine[Any, Any, T], hint: str) -> tuple[T, float]:
+    """Run a coroutine; return its result and the seconds it took. ``hint`` is for Ctrl-C."""
+    began = time.monotonic()
+    with interruptible(hint):
+        result = run(work)
+    return result, time.monotonic() - began
 
 
-def pace(job: JobProgress, began: float) -> dict[str, int | float]:
-    """Return the seconds since ``began`` and the rate, as fields of the summary."""
-    seconds = time.monotonic() - began
-    return {
-        "resumed": job.resumed,
-        "seconds": round(seconds, 3),
-        "per_second": round((job.records - job.resumed) / max(seconds, 0.001)),
-    }
+def conclude(
+    summary: Mapping[str, object],
+    words: Sequence[str],
+    job: JobProgress,
+    seconds: float,
+    *,
+    as_json: bool,
+    err: bool = False,
+) -> None:
+    """Print the summary with the rate; raises typer.Exit with status 1 unless its ``ok`` is true.
 
-
-def conclude(summary: Mapping[str, object], words: list[str], *, as_json: bool, err: bool) -> None:
-    """Print the summary; raises typer.Exit with status 1 unless its ``ok`` is true.
-
-    ``words`` state the result on a terminal. With ``err`` they go to standard error.
+    ``words`` state the result on a terminal; empty ones are left out. With ``err`` they go to
+    standard error.
     """
+    rate = round((job.records - job.resumed) / max(seconds, 0.001))
     if as_json:
-        print_json(summary)
+        pace = {"resumed": job.resumed, "seconds": round(seconds, 3), "per_second": rate}
+        print_json({**summary, **pace})
     else:
-        rate = f"{summary['seconds']:.1f} s, {summary['per_second']:,} a second"
-        typer.echo(f"{', '.join(words)} ({rate})", err=err)
+        result = ", ".join(filter(None, words))
+        typer.echo(f"{result} ({seconds:.1f} s, {rate:,} a second)", err=err)
     if not summary["ok"]:
         raise typer.Exit(1)

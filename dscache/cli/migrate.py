@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import AsyncExitStack
 from enum import StrEnum
 from typing import Annotated
 
-import msgspec
 import typer
 
 from ..admin.cache import AdminCache, open_cache
@@ -15,12 +12,11 @@ from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
-from ..config import Config
-from .job_summary import RESUMES
-from .options import FLAG, Chosen, with_options
-from .output import complain_of_all, interruptible, number, print_json
+from .job_summary import RESUMES, run_timed
+from .options import Chosen, PrefixOption, flag, with_options
+from .output import complain_of_all, number, print_json
 from .progress_bar import progress
-from .settings import run
+from .settings import with_layout
 
 
 class _To(StrEnum):
@@ -33,18 +29,10 @@ def migrate(
     to: Annotated[
         _To, typer.Option(metavar="LAYOUT", help="The new key layout: hashtag or deepstream.")
     ],
-    prefix: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
-    ] = "",
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", metavar=FLAG, help="Count records, and change nothing."),
-    ] = False,
+    prefix: PrefixOption = "",
+    dry_run: Annotated[bool, flag("--dry-run", "Count records, and change nothing.")] = False,
     keep: Annotated[
-        bool,
-        typer.Option(
-            "--keep", metavar=FLAG, help="Copy and verify, and keep the keys of the old layout."
-        ),
+        bool, flag("--keep", "Copy and verify, and keep the keys of the old layout.")
     ] = False,
     *,
     chosen: Chosen,
@@ -58,29 +46,24 @@ def migrate(
     """
     config = with_long_timeouts(chosen.load())
     count = Count()
-    configured = to.value
 
-    async def work() -> None:
-        nonlocal configured
+    async def work() -> str:
+        """Migrate; return the key layout that is configured."""
         old = DEEPSTREAM if to is _To.HASHTAG else HASHTAG
-        async with AsyncExitStack() as stack:
-            source = await stack.enter_async_context(open_cache(_with_layout(config, old)))
-            target = await stack.enter_async_context(
-                AdminCache(_with_layout(source.config, to.value))
-            )
-            primaries = await stack.enter_async_context(open_primaries(source))
-            # On a cluster, which the source may have turned out to be, "auto" is hashtag.
-            configuration = _with_layout(source.config, config.options.key_layout)
-            configured = Layout.of(configuration.options).kind
+        async with (
+            open_cache(with_layout(config, old)) as source,
+            AdminCache(with_layout(source.config, to.value)) as target,
+            open_primaries(source) as primaries,
+        ):
             job = Migration(source, target, primaries, prefix=prefix, count=count, keep=keep)
-            async with progress("migrate", lambda: (count.done, count.total, count.found)):
+            with progress("migrate", count.position):
                 await (job.count() if dry_run else job.run())
+            # On a cluster, which the source may have turned out to be, "auto" is hashtag.
+            return Layout.of(with_layout(source.config, config.options.key_layout).options).kind
 
-    began = time.monotonic()
-    with interruptible(RESUMES):
-        run(work())
-    complain_of_all(count.notes, count.conflicts + count.ambiguous + count.damaged + count.changing)
-    summary = _document(count, dry_run=dry_run, keep=keep, seconds=time.monotonic() - began)
+    configured, seconds = run_timed(work(), RESUMES)
+    complain_of_all(count.notes, count.left)
+    summary = _document(count, dry_run=dry_run, keep=keep, seconds=seconds)
     if chosen.as_json:
         print_json(summary)
     else:
@@ -92,17 +75,12 @@ def migrate(
         raise typer.Exit(1)
 
 
-def _with_layout(config: Config, layout: str) -> Config:
-    options = msgspec.structs.replace(config.options, key_layout=layout)
-    return msgspec.structs.replace(config, options=options)
-
-
 def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dict[str, object]:
     """Return the result as the JSON document to print."""
     return {
         "ok": dry_run or not (count.left or (count.unexplained and not keep)),
         "dry_run": dry_run,
-        "found": count.found,
+        "found": count.records,
         "copied": count.copied,
         "present": count.present,
         "removed": count.removed,
@@ -120,7 +98,7 @@ def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dic
 def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
     """Return the result as lines for a terminal."""
     old = DEEPSTREAM if to == HASHTAG else HASHTAG
-    lines = [f"{number(count.found, 'record')} found in the {old} layout"]
+    lines = [f"{number(count.records, 'record')} found in the {old} layout"]
     if dry_run:
         lines += [
             f"{count.copied:,} would be copied",

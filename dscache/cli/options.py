@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,31 +14,19 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Config
-from .output import wants_json
-from .settings import DEFAULT_FILE, load
+from .settings import DEFAULT_FILE, load, with_layout
 
-FLAG = ""
-"""The metavar of an option without a value; by default, help would show a type."""
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
-    ),
+def flag(name: str, text: str, **options: Any) -> Any:
+    """Return an option without a value, whose type help would show by default."""
+    return typer.Option(name, metavar="", help=text, **options)
+
+
+IfNewerOption = Annotated[
+    bool, flag("--if-newer", "Write only records newer than the stored ones.")
 ]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."),
-]
-JsonOption = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        metavar=FLAG,
-        help="Print JSON, as it does by default when the output is no terminal.",
-    ),
+PrefixOption = Annotated[
+    str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
 ]
 
 
@@ -49,44 +38,53 @@ class KeyLayout(StrEnum):
     HASHTAG = "hashtag"
 
 
-LayoutOption = Annotated[
-    KeyLayout | None,
-    typer.Option(
-        "--layout",
-        metavar="LAYOUT",
-        help="Key layout in place of the configured one: auto, deepstream or hashtag.",
-        show_default=False,
-    ),
-]
-_SHARED = {
-    "config": (ConfigOption, None),
-    "url": (UrlOption, None),
-    "layout": (LayoutOption, None),
-    "json": (JsonOption, False),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The values of the shared options."""
 
-    file: Path | None
-    url: str | None
-    layout: KeyLayout | None
-    json: bool
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
+        ),
+    ] = None
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."
+        ),
+    ] = None
+    layout: Annotated[
+        KeyLayout | None,
+        typer.Option(
+            "--layout",
+            metavar="LAYOUT",
+            help="Key layout in place of the configured one: auto, deepstream or hashtag.",
+            show_default=False,
+        ),
+    ] = None
+    json: Annotated[
+        bool, flag("--json", "Print JSON, as it does by default when the output is no terminal.")
+    ] = False
 
     def load(self) -> Config:
         """Return the configuration. Raises typer.BadParameter and ConfigError."""
-        return load(self.file, self.url, self.layout)
+        config = load(self.config, self.url)
+        return config if self.layout is None else with_layout(config, self.layout)
 
     @property
     def as_json(self) -> bool:
         """Whether to print JSON: with ``--json``, or if standard output is no terminal."""
-        return wants_json(self.json)
+        return self.json or not sys.stdout.isatty()
+
+
+_SHARED = inspect.signature(Chosen, eval_str=True).parameters
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add shared options to a command: ``config``, ``url``, ``layout``, ``json``.
+    """Add shared options to a command, by the names of the fields of Chosen.
 
     They follow the command's own options, and it receives their values as ``chosen``.
     """
@@ -94,19 +92,13 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def call(**arguments: Any) -> None:
-            values = {name: arguments.pop(name, default) for name, (_, default) in _SHARED.items()}
-            file = values.pop("config")
-            command(**arguments, chosen=Chosen(file, **values))
+            shared = {name: arguments.pop(name) for name in names}
+            command(**arguments, chosen=Chosen(**shared))
 
         own = inspect.signature(command, eval_str=True)
         parameters = [one for one in own.parameters.values() if one.name != "chosen"]
-        for name in names:
-            kind, default = _SHARED[name]
-            parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
-                )
-            )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters += (_SHARED[name].replace(kind=kind) for name in names)
         # typer reads the signature and the annotations.
         call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {one.name: one.annotation for one in parameters}

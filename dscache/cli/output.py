@@ -8,15 +8,12 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 import typer
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as in shells: 128 plus the number of the signal."""
-
-
-def wants_json(requested: bool) -> bool:
-    """Return whether to print JSON: with ``--json``, or if standard output is no terminal."""
-    return requested or not sys.stdout.isatty()
 
 
 def print_json(document: object) -> None:
@@ -57,6 +54,13 @@ def plain(words: str, style: str = "") -> Text:
 def number(count: int, one: str, many: str = "") -> str:
     """Return a count with its noun, such as ``1 node`` or ``12,000 nodes``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def new_table(*, show_header: bool = True) -> Table:
+    """Return an empty table in the style of all commands."""
+    return Table(
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), show_header=show_header
+    )
 
 
 @contextmanager

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_INTERVAL = 0.2  # seconds
+
+class _JobBar(Progress):
+    """A bar that asks for the position of the job each time it is drawn."""
+
+    def __init__(self, title: str, position: Callable[[], tuple[int, int, int]]) -> None:
+        self._position = position
+        self._began = time.monotonic()
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[records]:,} records"),
+            TextColumn("{task.fields[rate]:,.0f}/s"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            refresh_per_second=5,
+            expand=True,
+            transient=True,
+        )
+        self.add_task(title, total=None, records=0, rate=0)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the parts to draw."""
+        done, total, records = self._position()
+        rate = records / max(time.monotonic() - self._began, 0.001)
+        for task in self.task_ids:
+            self.update(task, completed=done, total=total or None, records=records, rate=rate)
+        return super().get_renderables()
 
 
-@asynccontextmanager
-async def progress(title: str, position: Callable[[], tuple[int, int, int]]) -> AsyncIterator[None]:
-    """Show a progress bar during the block.
+def progress(
+    title: str, position: Callable[[], tuple[int, int, int]]
+) -> AbstractContextManager[object]:
+    """Show a progress bar during a block, drawn by a thread of rich.
 
     ``position`` returns the work done, the total (0 if unknown) and the records of this run, which
     give the rate.
     """
-    if not sys.stderr.isatty():
-        yield
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[records]:,} records"),
-        TextColumn("{task.fields[rate]:,.0f}/s"),
-        TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
-        expand=True,
-        transient=True,
-    )
-    began = time.monotonic()
-    task = bar.add_task(title, total=None, records=0, rate=0)
-
-    def show() -> None:
-        done, total, records = position()
-        rate = records / max(time.monotonic() - began, 0.001)
-        bar.update(task, completed=done, total=total or None, records=records, rate=rate)
-
-    async def keep_showing() -> None:
-        while True:
-            await asyncio.sleep(_INTERVAL)
-            show()
-
-    with bar:
-        showing = asyncio.create_task(keep_showing())
-        try:
-            yield
-        finally:
-            showing.cancel()
-            show()
+    return _JobBar(title, position) if sys.stderr.isatty() else nullcontext()

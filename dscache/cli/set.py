@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 import msgspec
@@ -14,12 +12,12 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
-from ..errors import DscacheError, RecordError
-from .by_name import BATCH, STDIN
-from .options import FLAG, Chosen, with_all_options
+from ..errors import RecordError
+from .by_name import BATCH, batches_of
+from .options import Chosen, IfNewerOption, with_all_options
 from .output import complain, number
-from .settings import require_input, run
-from .tables import Rows, line_of, write_all
+from .settings import read_input, run
+from .tables import Results, line_of
 
 
 @with_all_options
@@ -38,12 +36,7 @@ def set_(
             metavar="SECONDS", help="Lifetime of the records, 0 for none.", show_default=False
         ),
     ] = None,
-    if_newer: Annotated[
-        bool,
-        typer.Option(
-            "--if-newer", metavar=FLAG, help="Write only records newer than the stored ones."
-        ),
-    ] = False,
+    if_newer: IfNewerOption = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -53,18 +46,14 @@ def set_(
     "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
     because Redis holds a version as new.
     """
-    source: ndjson.Lines | None = None
-    one: ndjson.Line | None = None
     if name is None:
-        require_input("NAME VERSION DATA")
-        source = ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), STDIN)
+        batches = read_input("NAME VERSION DATA").items(ndjson.decode, BATCH)
     elif version is None or data is None:
         raise typer.BadParameter("a name needs a version and data", param_hint="NAME VERSION DATA")
     else:
-        one = _from_words(name, version, data)
+        batches = batches_of([_from_words(name, version, data)])
     config = chosen.load()
-    as_json = chosen.as_json
-    rows = Rows("version", "")
+    results = Results(chosen.as_json, "version", "")
     refused = 0
 
     async def put(cache: AsyncCache, lines: list[ndjson.Line]) -> None:
@@ -80,57 +69,27 @@ def set_(
             for line in lines
         ]
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-        written: list[bytes] = []
-        for line, outcome in zip(lines, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                write_all(written)
-                raise outcome
-            refused += not outcome
-            if as_json:
-                written.append(line_of(name=line.name, version=line.version, written=outcome))
-            else:
-                outcome_shown = Text("written", "green") if outcome else Text("not newer", "yellow")
-                rows.add(line.name, Text(str(line.version)), outcome_shown)
-        write_all(written)
-        rows.show()
+        try:
+            for line, outcome in zip(lines, outcomes, strict=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                refused += not outcome
+                written = line_of(name=line.name, version=line.version, written=outcome)
+                shown = Text("written", "green") if outcome else Text("not newer", "yellow")
+                results.add(line.name, written, str(line.version), shown)
+        finally:
+            results.show()
 
     async def work() -> None:
         async with open_cache(config) as cache:
-            if one is not None:
-                await put(cache, [one])
-            if source is not None:
-                async for lines in _records(source):
-                    await put(cache, lines)
+            async for lines in batches:
+                await put(cache, lines)
 
     run(work())
     if refused:
-        if as_json:
+        if chosen.as_json:
             complain(f"{number(refused, 'record')} not written, as Redis holds a version as new")
         raise typer.Exit(1)
-
-
-# -- input
-
-
-async def _records(source: ndjson.Lines) -> AsyncIterator[list[ndjson.Line]]:
-    """Yield the records of lines; raises DscacheError at a broken line, after those before it."""
-    async for texts in source:
-        some: list[ndjson.Line] = []
-        for text in texts:
-            source.number += 1
-            if not text.removeprefix(ndjson.BOM).strip():
-                continue
-            try:
-                some.append(ndjson.decode(text))
-            except RecordError as error:
-                if some:
-                    yield some
-                raise DscacheError(f"{source.place(source.number)}: {error}") from error
-            if len(some) == BATCH:
-                yield some
-                some = []
-        if some:
-            yield some
 
 
 def _from_words(name: str, version: int, data: str) -> ndjson.Line:

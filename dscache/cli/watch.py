@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +14,7 @@ from ..admin.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Even
 from .options import Chosen, with_all_options
 from .output import INTERRUPTED, complain, plain, write
 from .settings import run
+from .tables import line_of
 
 _STYLES = {
     CHANGED: "",
@@ -80,7 +80,7 @@ def line(event: Event, now: datetime) -> bytes:
         fields["node"] = event.node
     if event.reason is not None:
         fields["reason"] = event.reason
-    return msgspec.json.encode(fields) + b"\n"
+    return line_of(**fields)
 
 
 def row(event: Event, now: datetime) -> Text:

@@ -20,7 +20,8 @@ from rich.console import Console
 from typer.main import get_group
 
 from dscache import ConfigError, ProtocolError, cli
-from dscache.admin import cluster_config, cluster_survey
+from dscache.admin import cluster_survey
+from dscache.admin.cache import on_cluster
 from dscache.admin.cluster_report import ClusterReport, NodeReport
 from dscache.admin.cluster_survey import survey
 from dscache.cli import cluster as cluster_command
@@ -75,7 +76,7 @@ def config_of(options: dict[str, Any]) -> Config:
 
 def look(node: ClusterNode) -> ClusterReport:
     """Return the report of a survey that begins at one node."""
-    return asyncio.run(survey(cluster_config.on_cluster(load(url_of(node)))))
+    return asyncio.run(survey(on_cluster(load(url_of(node)))))
 
 
 def shown(report: ClusterReport, width: int = 130) -> list[str]:
@@ -349,7 +350,7 @@ def test_slots_without_a_primary_are_a_problem(lonely: ClusterGroup) -> None:
         assert document["problems"][-1] == "3 slots have no primary: 0, 7-8"
         assert entries(done)[place(node)]["slots"] == [[1, 6], [9, SLOTS - 1]]
         node.ask("CLUSTER", "FLUSHSLOTS")
-        report = asyncio.run(survey(cluster_config.on_cluster(load(place(node)))))
+        report = asyncio.run(survey(on_cluster(load(place(node)))))
         assert report.problems == [f"{SLOTS} slots have no primary: 0-{SLOTS - 1}"]
         assert [one.address for one in report.nodes] == [place(node)]
     finally:
@@ -362,9 +363,7 @@ def test_without_cluster_nodes_the_slots_name_the_nodes(lonely: ClusterGroup) ->
     (node,) = lonely.nodes
     node.ask("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all", "-cluster|nodes", "-info")
     try:
-        report = asyncio.run(
-            survey(cluster_config.on_cluster(load(f"redis://ada:secret@{place(node)}")))
-        )
+        report = asyncio.run(survey(on_cluster(load(f"redis://ada:secret@{place(node)}"))))
     finally:
         node.ask("ACL", "DELUSER", "ada")
     (only,) = report.nodes
@@ -467,7 +466,7 @@ def test_a_wrong_command_line_on_a_terminal() -> None:
 )
 def test_invalid_nodes(entry: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(error)}"):
-        cluster_config.on_cluster(load(entry))
+        on_cluster(load(entry))
 
 
 def test_a_url_gives_a_node_and_the_options_of_all(certificates: TLSFiles) -> None:
@@ -476,14 +475,14 @@ def test_a_url_gives_a_node_and_the_options_of_all(certificates: TLSFiles) -> No
         "&client_name=me&socket_connect_timeout=0.5"
     )
     one = load(url)
-    options = cluster_config.on_cluster(one).options
+    options = on_cluster(one).options
     assert [node.address for node in options.nodes or ()] == ["h:7000"]
     for host in ("h", "another"):
         node = options.for_node(host, 7000)
         for name in ("username", "password", "tls", "connection_name", "connect_timeout"):
             assert getattr(node, name) == getattr(one.options, name), name
     nodes = config_of({"nodes": [{"host": "h"}]})
-    assert cluster_config.on_cluster(nodes) is nodes
+    assert on_cluster(nodes) is nodes
 
 
 # -- installation

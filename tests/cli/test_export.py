@@ -297,7 +297,7 @@ def test_a_broken_state_file_names_the_remedy(
 
 def test_two_exports_into_one_file(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     target = export.Target(tmp_path / "all.ndjson")
-    with target.open(None):
+    with target.open(export.ExportState({})):
         done = invoke("export", str(tmp_path / "all.ndjson"), *url)
     assert (done.status, "another export is writing it" in done.err) == (1, True)
 

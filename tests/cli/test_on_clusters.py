@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from dscache import ConnectionLost
-from dscache.admin import export, ndjson, progress
+from dscache.admin import ndjson, progress, scan
 from dscache.admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from dscache.admin.primaries import Primaries
 from dscache.embedded import ServerBinary
@@ -99,7 +99,7 @@ def test_an_export_resumes_on_each_node(
     url: Url, group: ClusterGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SAVE_INTERVAL", 0)
-    monkeypatch.setattr(export, "SCAN_COUNT", 100)
+    monkeypatch.setattr(scan, "SCAN_COUNT", 100)
     fill(url)
     file = tmp_path / "all.ndjson"
     broken = failing_after(len(NAMES) // 2, ndjson.encode, ConnectionLost("it was unplugged"))
@@ -107,6 +107,9 @@ def test_an_export_resumes_on_each_node(
         assert invoke("export", str(file), *url).status == 1
     state = json.loads((tmp_path / "all.ndjson.resume").read_bytes())
     assert len(state["servers"]) == 3
+    # Lines of a batch that was still being read are not counted.
+    written = (tmp_path / "all.ndjson.partial").read_bytes()[: state["size"]]
+    assert written.count(b"\n") == state["records"]
     done = invoke("export", str(file), *url)
     assert (done.status, done.document["resumed"] > 0) == (0, True)
     found = [json.loads(line)["name"] for line in file.read_text().splitlines()]

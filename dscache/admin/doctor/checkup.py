@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from contextlib import closing
+from typing import cast
 
 from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels
@@ -15,12 +17,12 @@ from ...core.constants import read_epoch
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.sentinels import pairs
-from ..cache import AdminCache
-from ..cluster_config import on_cluster
+from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
-from ..control import ControlConnection, RawCommand, Reply, is_clustered
+from ..control import ControlConnection, Reply, is_clustered
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
-from ..primaries import SCAN_COUNT, Primaries, open_primaries, parse_info
+from ..primaries import Primaries, open_primaries, parse_info
+from ..scan import SCAN_COUNT
 from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
@@ -28,14 +30,12 @@ from .findings import BAD, Checkup, Finding, merged
 from .record_checks import Sample
 from .topology_checks import SentinelReport
 
-if TYPE_CHECKING:
-    pass
-
 _PINGS = 200
 # The most seconds that all PINGs may take, as all below.
 _PINGS_LIMIT = 2.0
 # Keys in the sample.
 _SAMPLE = 20_000
+_SECTIONS = ("replication", "persistence", "memory", "stats", "clients", "latencystats")
 # The pause before half a record is looked up again, as it may be in the middle of a write.
 _RECHECK_PAUSE = 0.1
 
@@ -66,12 +66,9 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
     try:
         is_configured = by_url or bool(options.nodes)
         if not options.nodes and not options.sentinels:
-            server = await ControlConnection.open(options)
-            try:
+            with closing(await ControlConnection.open(options)) as server:
                 if await is_clustered(server):
                     config = on_cluster(config)
-            finally:
-                server.close()
         if config.options.nodes:
             report = await survey(config)
             found.append(of_topology.check_cluster(report, is_configured=is_configured))
@@ -126,8 +123,8 @@ async def _check_server(server: ControlConnection, options: Options) -> list[Fin
             info["memory"], info["stats"], info["memory"].get("maxmemory_policy", policy)
         ),
         of_server.check_connections(info["clients"], most),
-        of_server.check_scripts(_refusal(scripts)),
-        of_server.check_tracking(_refusal(tracking)),
+        of_server.check_permission("scripts", _refusal(scripts)),
+        of_server.check_permission("tracking", _refusal(tracking)),
         of_server.check_clock(await _clock(server)),
     ]
     return [one for one in found if one is not None]
@@ -146,23 +143,19 @@ async def _ping(server: ControlConnection) -> list[float]:
 
 
 async def _info(server: ControlConnection) -> Mapping[str, Mapping[str, str]]:
-    parts = ("replication", "persistence", "memory", "stats", "clients", "latencystats")
-    answers = await server.execute_many(*(["INFO", part] for part in parts))
-    return {part: parse_info(answer) for part, answer in zip(parts, answers, strict=True)}
+    replies = await server.execute_many(*(["INFO", section] for section in _SECTIONS))
+    return dict(zip(_SECTIONS, map(parse_info, replies), strict=True))
 
 
 async def _configured(server: ControlConnection) -> list[str | None]:
     """Return the values of ``save``, ``maxmemory-policy`` and ``maxclients``; None if refused."""
     names = ("save", "maxmemory-policy", "maxclients")
-    answers = await server.execute_many(*(["CONFIG", "GET", name] for name in names))
     values: list[str | None] = []
-    for name, answer in zip(names, answers, strict=True):
-        value = None
-        if isinstance(answer, dict):
-            value = answer.get(name.encode())
-        elif isinstance(answer, list) and len(answer) == 2:  # RESP2
-            value = answer[1]
-        values.append(clean(value.decode(errors="replace")) if isinstance(value, bytes) else None)
+    for reply in await server.execute_many(*(["CONFIG", "GET", name] for name in names)):
+        # A dict by RESP3, a list by RESP2.
+        words = [*itertools.chain(*reply.items())] if isinstance(reply, dict) else reply
+        is_known = isinstance(words, list) and len(words) == 2 and isinstance(words[1], bytes)
+        values.append(clean(words[1].decode(errors="replace")) if is_known else None)
     return values
 
 
@@ -196,10 +189,11 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
     either, tagged = (Layout(kind, options.key_prefix) for kind in (DEEPSTREAM, HASHTAG))
     sample = Sample()
     alone: list[bytes] = []
+    rounds = max(_SAMPLE // SCAN_COUNT // len(primaries.all), 1)
     for primary in primaries.all:
         cursor: bytes = b"0"
         keys: list[bytes]
-        for _ in range(max(_SAMPLE // SCAN_COUNT // len(primaries.all), 1)):
+        for _ in range(rounds):
             cursor, keys = await primary.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
             # A hashtag key is also a deepstream key, of a name in braces.
             ours = [key for key in keys if either.name_of(key) is not None]
@@ -228,16 +222,8 @@ async def _lonely(primaries: Primaries, keys: list[bytes]) -> list[bytes]:
 
 async def _exist(primaries: Primaries, keys: list[bytes]) -> list[bool]:
     """Return for each key whether it exists; True if its server refuses EXISTS."""
-    by_server: dict[ControlConnection, list[int]] = {}
-    for position, key in enumerate(keys):
-        by_server.setdefault(primaries.owner(key), []).append(position)
-    found = [True] * len(keys)
-    for server, positions in by_server.items():
-        commands: list[RawCommand] = [("EXISTS", keys[position]) for position in positions]
-        answers = await server.execute_many(*commands)
-        for position, answer in zip(positions, answers, strict=True):
-            found[position] = answer != 0
-    return found
+    replies = await primaries.execute_by_key([(key, ("EXISTS", key)) for key in keys])
+    return [reply != 0 for reply in replies]
 
 
 # -- Sentinels

@@ -24,6 +24,25 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """The name of a check; each method returns a finding of it with that verdict."""
+
+    name: str
+
+    def ok(self, found: str) -> Finding:
+        return Finding(self.name, OK, found)
+
+    def unknown(self, found: str, advice: str) -> Finding:
+        return Finding(self.name, UNKNOWN, found, advice)
+
+    def warning(self, found: str, advice: str) -> Finding:
+        return Finding(self.name, WARNING, found, advice)
+
+    def bad(self, found: str, advice: str) -> Finding:
+        return Finding(self.name, BAD, found, advice)
+
+
+@dataclass(frozen=True, slots=True)
 class Checkup:
     """All findings on one Redis."""
 

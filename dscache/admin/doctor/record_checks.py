@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ...errors import shorten
 from ..key_layout import DEEPSTREAM, HASHTAG
-from .findings import BAD, OK, WARNING, Finding, number
+from .findings import Check, Finding, number
 
 
 @dataclass(slots=True)
@@ -26,15 +26,14 @@ class Sample:
 
 def check_halves(sample: Sample) -> Finding:
     """Check for records that have lost one of their keys."""
+    check = Check("halves")
     halves = sample.halves
     if not sample.records:
-        return Finding("halves", OK, "no records yet")
+        return check.ok("no records yet")
     if not halves:
-        return Finding("halves", OK, f"none in a sample of {number(sample.records, 'record')}")
+        return check.ok(f"none in a sample of {number(sample.records, 'record')}")
     first = shorten(halves[0].decode(errors="replace"))
-    return Finding(
-        "halves",
-        WARNING,
+    return check.warning(
         f"{len(halves):,} of {sample.records:,} sampled records have only one key, such as {first}",
         "dscache treats them as missing, and deepstream reads no data: set or delete them, and see "
         "the check of memory for the cause",
@@ -43,33 +42,27 @@ def check_halves(sample: Sample) -> Finding:
 
 def check_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:
     """Check that the keys are in the configured layout."""
-    name = "key layout"
+    check = Check("key layout")
     counts = {DEEPSTREAM: sample.deepstream, HASHTAG: sample.hashtag}
     other = HASHTAG if configured == DEEPSTREAM else DEEPSTREAM
     if not counts[other]:
         if not counts[configured]:
             strangers = f", and {sample.others:,} other keys" if sample.others else ""
-            return Finding(name, OK, f"{configured}; no records yet{strangers}")
+            return check.ok(f"{configured}; no records yet{strangers}")
         if on_cluster and configured == DEEPSTREAM:
-            return Finding(
-                name,
-                WARNING,
+            return check.warning(
                 f"{configured}, on a cluster",
                 "the two keys of a record lie on two nodes and are not written atomically: unless "
                 "deepstream itself uses them, run dscache migrate --to hashtag",
             )
-        return Finding(name, OK, f"{configured}, as configured")
+        return check.ok(f"{configured}, as configured")
     remedy = f"run dscache migrate --to {configured}, or configure keyLayout: {other}"
     if not counts[configured]:
-        return Finding(
-            name,
-            BAD,
+        return check.bad(
             f"{other}, and {configured} is configured",
             f"a cache finds none of these records: {remedy}",
         )
-    return Finding(
-        name,
-        WARNING,
+    return check.warning(
         f"mixed: in a sample {counts[DEEPSTREAM]:,} deepstream and {counts[HASHTAG]:,} hashtag",
         f"a cache does not find the {other} records: {remedy}",
     )

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cluster_report import ClusterReport
-from .findings import BAD, OK, WARNING, Finding, number
+from .findings import Check, Finding, number
 
 
 def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
     """Check the state of a cluster, and that the configuration names its nodes."""
+    check = Check("cluster")
     primaries = sum(node.role == "primary" for node in report.nodes)
     found = (
         f"{number(len(report.nodes), 'node')}, "
@@ -19,26 +20,22 @@ def check_cluster(report: ClusterReport, *, is_configured: bool) -> Finding:
     )
     more = "see each node with dscache cluster"
     if report.problems:
-        return Finding("cluster", BAD, "; ".join(report.problems), more)
+        return check.bad("; ".join(report.problems), more)
     if not is_configured:
-        return Finding(
-            "cluster",
-            BAD,
+        return check.bad(
             f"{found}; the configuration names a single server",
             "a cache configured like this fails with MOVED: give nodes in place of host and port",
         )
     if report.remarks:
-        return Finding("cluster", WARNING, "; ".join(report.remarks), more)
+        return check.warning("; ".join(report.remarks), more)
     replicas = len(report.nodes) - primaries
     if not replicas:
-        return Finding(
-            "cluster",
-            WARNING,
+        return check.warning(
             f"{found}, no replicas",
             "if a primary is lost, so are its records, and no node serves its slots: give each "
             "primary a replica",
         )
-    return Finding("cluster", OK, found)
+    return check.ok(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +53,34 @@ class SentinelReport:
 
 def check_sentinels(reports: Sequence[SentinelReport]) -> Finding:
     """Check that the Sentinels would replace a lost primary."""
-    name = "sentinels"
+    check = Check("sentinels")
     well = [one for one in reports if not one.trouble]
     silent = "; ".join(f"{one.address}: {one.trouble}" for one in reports if one.trouble)
     if not well:
-        return Finding(name, BAD, silent, "start the Sentinels, or correct their addresses")
+        return check.bad(silent, "start the Sentinels, or correct their addresses")
     primaries = {one.primary for one in well}
     found = f"{len(well)} of {len(reports)} answer, the primary is {well[0].primary}"
     if len(primaries) > 1:
         views = ", ".join(f"{one.address} names {one.primary}" for one in well)
-        return Finding(
-            name,
-            BAD,
-            f"they disagree: {views}",
-            "wait a minute; then restart the Sentinels with the old view",
+        return check.bad(
+            f"they disagree: {views}", "wait a minute; then restart the Sentinels with the old view"
         )
     down = [one for one in well if "o_down" in one.flags or "s_down" in one.flags]
     if len(down) > len(well) // 2:
-        return Finding(name, BAD, f"{found}, and they consider it down", "check the primary's log")
+        return check.bad(f"{found}, and they consider it down", "check the primary's log")
     if short := next((one.quorum for one in well if one.quorum), ""):
-        return Finding(
-            name, BAD, f"{found}; {short}", "no failover is possible: start the missing Sentinels"
+        return check.bad(
+            f"{found}; {short}", "no failover is possible: start the missing Sentinels"
         )
     if silent:
-        return Finding(name, WARNING, f"{found}; {silent}", "start the missing Sentinels")
+        return check.warning(f"{found}; {silent}", "start the missing Sentinels")
     if not well[0].replicas:
-        return Finding(
-            name,
-            WARNING,
-            f"{found}, without replicas",
-            "add a replica: without one there is no failover",
+        return check.warning(
+            f"{found}, without replicas", "add a replica: without one there is no failover"
         )
     if len(reports) < 3:
-        return Finding(
-            name,
-            WARNING,
+        return check.warning(
             f"{found}, of {number(len(reports), 'Sentinel')} configured",
             "run at least three and name them all: with fewer, the loss of one prevents failovers",
         )
-    return Finding(name, OK, f"{found}, {number(well[0].replicas, 'replica')}")
+    return check.ok(f"{found}, {number(well[0].replicas, 'replica')}")
