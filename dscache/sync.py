@@ -7,8 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from . import _backend
 from ._forks import after_fork_in_child
@@ -24,46 +23,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
+_T = TypeVar("_T")
+
 
 class _Run(Protocol):
-    """Executes one operation of a Pipeline by name and returns its result."""
+    """Does one operation of a Pipeline, by its name; the caller knows the type of its result."""
 
-    @overload
-    def __call__(self, operation: Literal["get"], name: str, /) -> Record | None: ...
-    @overload
-    def __call__(self, operation: Literal["head"], name: str, /) -> int | None: ...
-    @overload
-    def __call__(
-        self,
-        operation: Literal["set"],
-        name: str,
-        version: int,
-        data: Any,
-        ttl: int | None,
-        if_newer: bool,
-        /,
-    ) -> bool: ...
-    @overload
-    def __call__(self, operation: Literal["delete"], name: str, /) -> bool: ...
-    @overload
-    def __call__(
-        self, operation: Literal["get_bulk"], names: Iterable[str], /
-    ) -> dict[str, Record]: ...
-    @overload
-    def __call__(
-        self, operation: Literal["head_bulk"], names: Iterable[str], /
-    ) -> dict[str, int]: ...
-    @overload
-    def __call__(
-        self,
-        operation: Literal["set_bulk"],
-        records: Mapping[str, tuple[int, Any]],
-        ttl: int | None,
-        if_newer: bool,
-        /,
-    ) -> builtins.set[str]: ...
-    @overload
-    def __call__(self, operation: Literal["delete_bulk"], names: Iterable[str], /) -> int: ...
+    def __call__(self, operation: str, /, *arguments: Any) -> _T: ...  # type: ignore[type-var] # inferred from the caller
 
 
 class Cache:
@@ -266,12 +232,7 @@ class Cache:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -65,22 +65,6 @@ class ClusterConnection:
     attributes are the same as a Connection's.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_active",
-        "_deadline",
-        "_hold_until",
-        "_slot_refresh",
-        "_state",
-        "admitted",
-        "gone",
-        "loss",
-        "pipeline",
-        "ready",
-        "retired",
-        "routes",
-    )
-
     def __init__(
         self,
         core: ModuleType,

@@ -42,20 +42,6 @@ class NodeConnection(Connection):
     operation waits for the node. ``events``: the events of poll to wait for.
     """
 
-    __slots__ = (
-        "_allowed",
-        "_provider",
-        "_state",
-        "events",
-        "failures",
-        "info",
-        "limit",
-        "not_before",
-        "opening",
-        "unsent",
-        "wanted",
-    )
-
     def __init__(
         self,
         pipeline: Pipeline,

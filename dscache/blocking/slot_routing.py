@@ -32,19 +32,6 @@ class SlotRouter:
     node's address to ``pending_nodes``; ``unrouted`` appends an empty one.
     """
 
-    __slots__ = (
-        "_new_pipeline",
-        "_provider",
-        "_seen",
-        "_state",
-        "_table",
-        "apart",
-        "nodes",
-        "pending_nodes",
-        "router",
-        "unrouted",
-    )
-
     def __init__(
         self,
         core: ModuleType,
