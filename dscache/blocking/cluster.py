@@ -76,7 +76,6 @@ class ClusterConnection:
         self.ready = True
         self.retired = False
         self.gone = False
-        self.loss = ""
         self._state = state
         self.routes = SlotRouter(core, state, options, provider)
         self.pipeline: Router = self.routes.router

@@ -7,6 +7,7 @@ deadline is past.
 
 from __future__ import annotations
 
+import logging
 import math
 import select
 import socket
@@ -15,11 +16,12 @@ import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Final
 
-from ..config import Options
-from ..core.constants import ErrorOf
+from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Login, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
 from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
@@ -27,6 +29,8 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
     from .connector import Connector
+
+_logger = logging.getLogger("dscache")
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
@@ -64,8 +68,8 @@ class Connection:
     """A pipeline and, most of the time, a socket.
 
     ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
-    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``loss`` is why the
-    last socket was lost, and ``connects`` the number of sockets so far.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``info`` is of the
+    server, and ``connects`` the number of sockets so far.
     """
 
     __slots__ = (
@@ -79,16 +83,17 @@ class Connection:
         "admitted",
         "connects",
         "gone",
+        "info",
         "is_readable",
-        "loss",
         "pipeline",
         "ready",
         "retired",
         "sock",
     )
 
-    def __init__(self, pipeline: Pipeline, timeout: int) -> None:
+    def __init__(self, pipeline: Pipeline, info: NodeInfo) -> None:
         self.pipeline = pipeline
+        self.info = info
         self.sock: socket.socket | None = None
         self.admitted = False
         self.ready = False
@@ -99,9 +104,8 @@ class Connection:
         self._poller: select.poll | _SecurePoller
         self._events = IN
         self._fd = -1
-        self._patience = timeout
+        self._patience = info.options.command_timeout
         self._reason: Exception | None = None
-        self.loss = ""
         self.connects = 0
 
     # -- one operation
@@ -259,7 +263,8 @@ class Connection:
         return True
 
     def _note_loss(self, reason: str) -> None:
-        self.loss = reason
+        _logger.info("connection to %s lost: %s", self.pipeline.address, reason)
+        self.info.last_loss = reason
 
     # -- the socket
 
@@ -269,18 +274,40 @@ class Connection:
         Raises OSError, DscacheError or UnicodeError.
         """
         host, port = connector.locate(deadline)
-        steps = self._connect(
-            connector.options, host, port, connector.address(host, port), connector.login
-        )
+        steps = self._connect(host, port, connector.login)
         try:
             while True:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
         self.pipeline.has_msetex = info.has_msetex
+        self._note_connected(info.server)
+        return info.server
+
+    def _note_connected(self, server: str) -> None:
         self.pipeline.down = None
         self.ready = True
-        return info.server
+        self.connects += 1
+        _logger.info("connected to %s (%s)", self.pipeline.address, server or "server unknown")
+
+    def note_failure(self, error: Exception, timeout: int) -> ErrorOf | None:
+        """Note a failed attempt to connect; return how operations fail at once, if they do.
+
+        ``timeout`` is the time that it had, in milliseconds.
+        """
+        raise_foreign(error)
+        failure = as_connect_error(error, timeout)
+        self.disconnect()
+        self.pipeline.connection_lost(error, True)
+        self.pipeline.down = failure
+        if str(failure) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
+        refusal = permanent_failure(error, failure, self.pipeline.address)
+        self._record_failure(failure, refusal)
+        return refusal
+
+    def _record_failure(self, failure: Exception, refusal: ErrorOf | None) -> None:
+        self.info.trouble, self.info.last_loss = failure, str(failure)
 
     def _wait(self, events: int, deadline: float) -> None:
         """Wait until the socket that is being opened has the events, or raise ConnectTimeout."""
@@ -294,22 +321,16 @@ class Connection:
         poller.poll(math.ceil(wait * 1000))
 
     def _connect(
-        self,
-        options: Options,
-        host: str,
-        port: int,
-        address: str,
-        login: Callable[[], Login],
-        *,
-        read_only: bool = False,
+        self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
+        options = self.info.options
         holder = SocketConnect()
         # From here on the socket is found when this thread is interrupted, or the process forks.
         self._holder = holder
         yield from holder.open(options, host, port)
         self._attach(holder.sock)
-        self.pipeline.address = address
+        self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
             return (yield from self._greet(handshake(options, user, address, read_only=read_only)))

@@ -5,30 +5,26 @@ It never waits by itself: the ClusterConnection that holds it waits for all node
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from ..core.constants import ErrorOf
 from ..errors import ConnectionLost, DscacheError, ProtocolError
-from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
+from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
-from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Word, packed
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
 from .connection import IN, NOTHING, Connection
-from .credentials import current_login
-from .foreign_errors import raise_foreign
+from .connector import current_login
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from ..core.pure import Pipeline
-
-_logger = logging.getLogger("dscache")
 
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
@@ -49,8 +45,7 @@ class NodeConnection(Connection):
         state: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
-        super().__init__(pipeline, info.options.command_timeout)
-        self.info = info
+        super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
         self.events = IN
@@ -116,7 +111,7 @@ class NodeConnection(Connection):
         self.unsent = unsent
 
     def _note_loss(self, reason: str) -> None:
-        _logger.info("connection to %s lost: %s", self.info.shown, reason)
+        super()._note_loss(reason)
         self._state.exclude_replica(self.info)
         self._state.record_loss(self.info, reason)
 
@@ -128,9 +123,7 @@ class NodeConnection(Connection):
         self._allowed = milliseconds(limit - now)
         options = self.info.options
         self.opening = self._connect(
-            options,
             *self.info.address,
-            self.info.shown,
             lambda: current_login(options, self._provider),
             read_only=options.scale_reads != "master",
         )
@@ -142,39 +135,26 @@ class NodeConnection(Connection):
         try:
             self.events = next(self.opening)
         except StopIteration as done:
-            self._note_connected(done.value)
+            server: ServerInfo = done.value
+            self.opening = None
+            self.failures = 0
+            self._note_connected(server.server)
+            self._state.record_connected(self.info, server.server, self.connects > 1)
         except _FAILURES as error:
             self.fail(error)
 
-    def _note_connected(self, server: ServerInfo) -> None:
-        self.opening = None
-        self.failures = 0
-        self.pipeline.down = None
-        self.ready = True
-        self.connects += 1
-        self._state.record_connected(self.info, server.server, self.connects > 1)
-        _logger.info("connected to %s (%s)", self.info.shown, server.server or "server unknown")
-
     def fail(self, error: Exception) -> None:
         """Note a failed attempt to connect."""
-        raise_foreign(error)
-        options = self.info.options
-        failure = as_connect_error(error, self._allowed)
-        self.disconnect()
-        self.pipeline.connection_lost(error, True)
-        self.pipeline.down = failure
-        refusal = permanent_failure(error, failure, self.info.shown)
-        if str(failure) != str(self.info.trouble):
-            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
-        self._state.exclude_replica(self.info)
-        self._state.record_unreachable(self.info, failure, refusal)
+        refusal = self.note_failure(error, self._allowed)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
-        retry = options.retry_strategy
-        longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
-        pause = full_jitter(retry.first / 1000, longest, self.failures)
+        pause = pause_while_waiting(self.info.options.retry_strategy, self.failures)
         self.failures += 1
         self.not_before = time.monotonic() + pause
+
+    def _record_failure(self, failure: Exception, refusal: ErrorOf | None) -> None:
+        self._state.exclude_replica(self.info)
+        self._state.record_unreachable(self.info, failure, refusal)
 
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""

@@ -19,7 +19,6 @@ After a fork, the child drops its parent's connections and closes their sockets 
 
 from __future__ import annotations
 
-import logging
 import math
 import queue
 import threading
@@ -44,18 +43,14 @@ from ..errors import (
     RecordError,
     ReplyError,
 )
-from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
-from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.backoff import pause_while_waiting
+from ..net.slot_table import NodeInfo
 from .connection import Connection
-from .connector import Connector
-from .credentials import on_renewal
-from .foreign_errors import raise_foreign
+from .connector import Connector, on_renewal
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
-
-_logger = logging.getLogger("dscache")
 
 # In seconds, as all below. An attempt with less time than this would only hide the error of the
 # attempts before it.
@@ -73,7 +68,7 @@ class Pool:
     """The connections to one server; a ``provider`` gives the credentials of each."""
 
     def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
-        self._server = ""
+        self._info = NodeInfo(options)
         self.address = options.address
         self._options = options
         self._limit = options.max_connections
@@ -94,13 +89,7 @@ class Pool:
         self._lock = threading.RLock()
         self._closed = False
         self._closing = False
-        self._connects = 0
-        self._reconnections = 0
         self._overloads = 0
-        self._last_loss = ""
-        self._complained = ""
-        # The counters of connections that have ended.
-        self._counts: dict[str, Any] = {}
         on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
@@ -153,7 +142,6 @@ class Pool:
             elif connection.sock is not None:
                 connection.stream(outcome)
             else:
-                self._note_loss(connection)
                 deadline = pipeline.expire(time.monotonic())
                 if not outcome.done:
                     assert deadline is not None
@@ -177,7 +165,7 @@ class Pool:
         return self._new_connection()
 
     def _new_connection(self) -> Connection:
-        return Connection(self._new_pipeline(), self._options.command_timeout)
+        return Connection(self._new_pipeline(), self._info)
 
     def _admit(self, spare: Connection) -> Connection:
         """Reserve a place for a connection, or move its operation to one that has a place.
@@ -277,7 +265,6 @@ class Pool:
         """Give a connection to the thread that has waited longest, or make it idle."""
         mine = True
         try:
-            self._note_loss(connection)
             if connection.retired or self._closing:
                 self._drop(connection)
             elif not connection.admitted:
@@ -341,7 +328,7 @@ class Pool:
         """Keep the counters of a connection that ends."""
         counts = connection.pipeline.stats()
         with self._lock:
-            counters.add(self._counts, counts, lasting=True)
+            counters.add(self._info.counts, counts, lasting=True)
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -358,7 +345,6 @@ class Pool:
         ``pipeline.down`` is then the error of the last attempt.
         """
         options = self._options
-        retry = options.retry_strategy
         failures = 0
         while not self._closing:
             now = time.monotonic()
@@ -366,20 +352,13 @@ class Pool:
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                raise_foreign(error)
-                shown = as_connect_error(error, math.ceil((limit - now) * 1000))
-                connection.disconnect()
-                connection.pipeline.connection_lost(error, True)
-                connection.pipeline.down = shown
-                self._note_failure(shown)
-                refusal = permanent_failure(error, shown, connection.pipeline.address)
+                refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
                 if refusal is not None:
                     return refusal
             else:
                 self._note_success(connection, server)
                 return None
-            longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
-            pause = full_jitter(retry.first / 1000, longest, failures)
+            pause = pause_while_waiting(options.retry_strategy, failures)
             failures += 1
             rest = deadline - time.monotonic()
             if pause + _LEAST >= rest:
@@ -390,28 +369,12 @@ class Pool:
 
     def _note_success(self, connection: Connection, server: str) -> None:
         address = connection.pipeline.address
-        connection.connects += 1
         with self._lock:
-            self._connects += 1
-            self._reconnections += connection.connects > 1
-            self._server = server
-            self._complained = ""
+            self._info.record_connected(server, connection.connects > 1)
             moved = address != self.address and self._options.sentinels is not None
-            self.address = address
-        _logger.info("connected to %s (%s)", address, server or "server unknown")
+            self.address = self._info.shown = address
         if moved:
             self._retire(lambda other: other.pipeline.address != address)
-
-    def _note_failure(self, error: Exception) -> None:
-        shown = self._last_loss = str(error)
-        if shown != self._complained:
-            self._complained = shown
-            _logger.warning("can't connect to %s: %s", self.address, shown)
-
-    def _note_loss(self, connection: Connection) -> None:
-        if connection.loss:
-            self._last_loss, connection.loss = connection.loss, ""
-            _logger.info("connection to %s lost: %s", connection.pipeline.address, self._last_loss)
 
     def _note_error(self, connection: Connection) -> None:
         """Replace the connections to a server that has become a replica, behind Sentinels."""
@@ -440,7 +403,7 @@ class Pool:
     @property
     def server(self) -> str:
         """The server's kind and version; empty until they are known."""
-        return self._server
+        return self._info.server
 
     @property
     def is_ready(self) -> bool:
@@ -504,16 +467,14 @@ class Pool:
     def stats(self) -> dict[str, Any]:
         """Return the counters of the pipelines and of the connections."""
         present = self._present()
-        parts = [self._counts]
+        parts = [self._info.counts]
         parts += [connection.pipeline.stats() for connection in (*present, *list(self._unplaced))]
         return {
             **counters.merged([*parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
             "connections": sum(connection.sock is not None for connection in present),
-            "connects": self._connects,
-            "reconnections": self._reconnections,
-            "redirections": 0,
-            "last_loss": self._last_loss,
+            **self._info.connections(),
+            "last_loss": self._info.last_loss,
         }
 
     def close(self) -> None:

@@ -371,11 +371,7 @@ class ClusterState:
     def record_connected(self, node: NodeInfo, server: str, again: bool) -> None:
         """Note a new connection to a node; ``again`` if it replaces a lost one."""
         with self.lock:
-            node.connects += 1
-            node.reconnections += again
-            node.is_tried = True
-            node.server = server
-            node.trouble = node.refusal = None
+            node.record_connected(server, again)
 
     def record_unreachable(self, node: NodeInfo, error: Exception, refusal: ErrorOf | None) -> None:
         """Note a failed attempt to connect; ``refusal`` makes errors if it is permanent."""

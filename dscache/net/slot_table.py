@@ -14,7 +14,7 @@ from .slots import Address
 
 
 class NodeInfo:
-    """One node of a cluster, shared by all connections of a cache to it.
+    """One node of a cluster, or the only server, shared by all connections of a cache to it.
 
     ``connects``, ``reconnections`` and ``redirections`` count over all connections of a blocking
     cache. ``counts`` sums the counters of connections that have ended.
@@ -46,6 +46,14 @@ class NodeInfo:
         """Until when it isn't read as a replica, by ``time.monotonic()``."""
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
+
+    def record_connected(self, server: str, again: bool) -> None:
+        """Note a new connection, while holding the lock of its cache; see ClusterState."""
+        self.connects += 1
+        self.reconnections += again
+        self.is_tried = True
+        self.server = server
+        self.trouble = self.refusal = None
 
     def connections(self) -> dict[str, int]:
         """Return the counters of the connections to it."""
