@@ -13,13 +13,13 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.connect_errors import as_connect_error, permanent_failure
-from ..net.credentials import Login, packed, without
+from ..net.credentials import Login, Word, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
 from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
@@ -69,12 +69,12 @@ class Connection:
 
     ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
     ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``info`` is of the
-    server, and ``connects`` the number of sockets so far.
+    server, and ``connects`` the number of sockets so far. ``unsent`` is output that the socket has
+    not taken yet, and ``events`` are those of poll to wait for.
     """
 
     __slots__ = (
         "__weakref__",
-        "_events",
         "_fd",
         "_holder",
         "_patience",
@@ -82,6 +82,7 @@ class Connection:
         "_reason",
         "admitted",
         "connects",
+        "events",
         "gone",
         "info",
         "is_readable",
@@ -89,6 +90,7 @@ class Connection:
         "ready",
         "retired",
         "sock",
+        "unsent",
     )
 
     def __init__(self, pipeline: Pipeline, info: NodeInfo) -> None:
@@ -102,11 +104,12 @@ class Connection:
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
-        self._events = IN
         self._fd = -1
         self._patience = info.options.command_timeout
         self._reason: Exception | None = None
         self.connects = 0
+        self.unsent = NOTHING
+        self.events = IN
 
     # -- one operation
 
@@ -150,7 +153,8 @@ class Connection:
                 # The buffer is full, or TLS has data of its own to exchange. If a signal handler
                 # has raised this, the number of bytes sent is unknown.
                 raise_foreign(error)
-            self._pump(outcome, memoryview(output)[sent:])
+            self.unsent = memoryview(output)[sent:]
+            self._pump(outcome)
         except (OSError, ProtocolError) as error:
             self._lose(error)
         return outcome.done
@@ -171,11 +175,11 @@ class Connection:
     def stream(self, outcome: BlockingWaiter) -> None:
         """Go on with an operation until it has its result or the socket is lost."""
         try:
-            self._pump(outcome, NOTHING)
+            self._pump(outcome)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
-    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
+    def _pump(self, outcome: BlockingWaiter) -> None:
         """Send and receive at once, until the operation has its result.
 
         With full buffers on both sides, a server reads no more until its replies are read.
@@ -188,38 +192,47 @@ class Connection:
                 deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
-            events = IN
-            while unsent or (pipeline.queued and (unsent := memoryview(pipeline.take_output()))):
-                unsent, events = self._send(unsent)
-                if unsent:
-                    break
-            self._receive(events, deadline)
-        if pipeline.in_flight or unsent:
-            # Replies are outstanding, and no operation awaits them any more.
-            self.disconnect()
-            pipeline.connection_lost(ConnectionLost("it was given up"), False)
+            self._flush()
+            self._receive(deadline)
+        if pipeline.in_flight or self.unsent:
+            self.give_up()
 
-    def _send(self, data: memoryview) -> tuple[memoryview, int]:
-        """Send as much as the socket takes; return the rest, and the events to wait for."""
+    def give_up(self) -> None:
+        """End a socket with replies outstanding that no operation awaits any more."""
+        self.disconnect()
+        self.pipeline.connection_lost(ConnectionLost("it was given up"), False)
+
+    def _flush(self) -> None:
+        """Send the output, as far as the socket takes it."""
+        pipeline = self.pipeline
+        self.events = IN
+        while self.unsent or pipeline.queued:
+            self.unsent = self.unsent or memoryview(pipeline.take_output())
+            if not self.unsent:
+                break  # the deadline of the queued operations is past
+            self._send()
+            if self.unsent:
+                break
+
+    def _send(self) -> None:
+        """Send as much of ``unsent`` as the socket takes, and set ``events`` accordingly."""
         assert self.sock is not None
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(self.unsent)
         except _NOT_NOW as error:
             raise_foreign(error)
-            return data, IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
-        return data[sent:], IN | OUT if sent < len(data) else IN
+            self.events = IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
+            return
+        self.unsent = self.unsent[sent:]
+        self.events = IN | OUT if self.unsent else IN
 
-    def _receive(self, events: int, deadline: float) -> None:
+    def _receive(self, deadline: float) -> None:
         """Wait until the deadline for data, and take it, or until more can be sent."""
-        assert self.sock is not None
-        if events != self._events:
-            self._poller.modify(self._fd, events)
-            self._events = events
-        wait = max(math.ceil((deadline - time.monotonic()) * 1000), 0)
-        ready = self._poller.poll(wait)
-        if events != IN:
+        if self.events != IN:
+            self._poller.modify(self._fd, self.events)
+        ready = self._poller.poll(milliseconds(deadline - time.monotonic()))
+        if self.events != IN:
             self._poller.modify(self._fd, IN)
-            self._events = IN
         if ready and ready[0][1] != OUT:
             self._take()
 
@@ -318,7 +331,7 @@ class Connection:
             return
         poller = select.poll()
         poller.register(self.fd, events)
-        poller.poll(math.ceil(wait * 1000))
+        poller.poll(milliseconds(wait))
 
     def _connect(
         self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
@@ -343,19 +356,24 @@ class Connection:
         """Send the commands of a handshake, and hand it the replies."""
         commands = next(steps)
         while True:
-            waiters: list[BlockingWaiter] = []
-            unsent = memoryview(packed(self.pipeline, commands, waiters))
+            waiters = self.ask(commands)
             while not all(waiter.done for waiter in waiters):
-                events = IN
-                if unsent:
-                    unsent, events = self._send(unsent)
-                yield events
+                self.events = IN
+                if self.unsent:
+                    self._send()
+                yield self.events
                 self._take()
             try:
                 commands = steps.send([waiter.reply() for waiter in waiters])
             except StopIteration as end:
                 info: ServerInfo = end.value
                 return info
+
+    def ask(self, commands: Iterable[Iterable[Word]]) -> list[BlockingWaiter]:
+        """Put commands behind the unsent output; return the waiters for their replies."""
+        waiters: list[BlockingWaiter] = []
+        self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, waiters))
+        return waiters
 
     @property
     def fd(self) -> int:
@@ -373,7 +391,6 @@ class Connection:
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
         self._fd = sock.fileno()
-        self._events = IN
         poller = select.poll()
         poller.register(self._fd, IN)
         genuine = type(poller).__module__ == "select"
@@ -385,6 +402,7 @@ class Connection:
     def disconnect(self) -> None:
         """Close the socket, if there is one."""
         self.ready = False
+        self.unsent = NOTHING
         self.sock = None
         self.is_readable = _always
         holder = self._holder
@@ -413,7 +431,7 @@ class Connection:
 
     def clear(self) -> None:
         """Drop an operation that its own arguments have failed; nothing was sent."""
-        self.pipeline.fail_all(refused)
+        self.pipeline.fail_all(over)
 
     def discard(self) -> None:
         """End the connection for good."""
@@ -421,6 +439,11 @@ class Connection:
         self.disconnect()
 
 
-def refused(operation: str) -> Exception:
-    """Error for an operation whose caller already has another; never seen."""
-    return ConnectionLost(f"{operation}: it was refused")
+def milliseconds(seconds: float) -> int:
+    """Return a timeout for poll, rounded up."""
+    return max(math.ceil(seconds * 1000), 0)
+
+
+def over(operation: str) -> Exception:
+    """Error for an operation whose caller already has a result or an error; never seen."""
+    return ConnectionLost(f"{operation}: it was over")

@@ -5,19 +5,17 @@ It never waits by itself: the ClusterConnection that holds it waits for all node
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
 from ..core.constants import ErrorOf
-from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..errors import DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
-from ..net.credentials import Word, packed
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
-from .connection import IN, NOTHING, Connection
+from .connection import Connection, milliseconds
 from .connector import current_login
 from .waiter import BlockingWaiter
 
@@ -35,7 +33,7 @@ class NodeConnection(Connection):
 
     ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
     ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
-    operation waits for the node. ``events``: the events of poll to wait for.
+    operation waits for the node.
     """
 
     def __init__(
@@ -48,12 +46,10 @@ class NodeConnection(Connection):
         super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
-        self.events = IN
         self.limit = 0.0
         self._allowed = 0
         self.failures = 0
         self.not_before = 0.0
-        self.unsent = NOTHING
         self._state = state
         self._provider = provider
 
@@ -77,22 +73,10 @@ class NodeConnection(Connection):
 
     def flush(self) -> None:
         """Send the output, as far as the socket takes it."""
-        pipeline = self.pipeline
-        unsent, self.events = self.unsent, IN
         try:
-            while unsent or (pipeline.queued and (unsent := memoryview(pipeline.take_output()))):
-                unsent, self.events = self._send(unsent)
-                self.unsent = unsent
-                if unsent:
-                    break
+            self._flush()
         except OSError as error:
             self._lose(error)
-
-    def ask(self, commands: Sequence[Sequence[Word]]) -> list[BlockingWaiter]:
-        """Send commands behind the present output; return the waiters for their replies."""
-        outcomes: list[BlockingWaiter] = []
-        self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
-        return outcomes
 
     def receive(self) -> None:
         """Take the data that has arrived."""
@@ -101,14 +85,8 @@ class NodeConnection(Connection):
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
-    def give_up(self, reason: str) -> None:
-        """End a socket with replies outstanding that no operation awaits any more."""
-        self.disconnect()
-        self.pipeline.connection_lost(ConnectionLost(reason), False)
-
-    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # The ClusterConnection sends the rest, beside the other nodes' output.
-        self.unsent = unsent
+    def _pump(self, outcome: BlockingWaiter) -> None:
+        """Leave the rest to the ClusterConnection, which also sends the other nodes' output."""
 
     def _note_loss(self, reason: str) -> None:
         super()._note_loss(reason)
@@ -159,10 +137,4 @@ class NodeConnection(Connection):
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""
         self.opening = None
-        self.unsent = NOTHING
         super().disconnect()
-
-
-def milliseconds(seconds: float) -> int:
-    """Return a timeout for poll, rounded up."""
-    return max(math.ceil(seconds * 1000), 0)

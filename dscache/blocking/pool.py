@@ -301,28 +301,20 @@ class Pool:
             self._count(connection)
         if connection.admitted:
             with self._lock:
-                self._connections = [
-                    held for held in self._connections if held() not in (connection, None)
-                ]
+                self._prune()
             if (turn := self._call_next()) is not None:
                 turn.put(None)
 
     def _prune(self) -> None:
         """Forget the connections that have ended."""
         self._connections = [
-            held
-            for held in self._connections
-            if (connection := held()) is not None and not connection.gone
+            held for held in self._connections if (one := held()) is not None and not one.gone
         ]
 
     def _present(self) -> list[Connection]:
         with self._lock:
             connections = [held() for held in self._connections]
-        return [
-            connection
-            for connection in connections
-            if connection is not None and not connection.gone
-        ]
+        return [one for one in connections if one is not None and not one.gone]
 
     def _count(self, connection: Connection) -> None:
         """Keep the counters of a connection that ends."""
@@ -408,9 +400,7 @@ class Pool:
     @property
     def is_ready(self) -> bool:
         """Whether there is a connection."""
-        return not self._closed and any(
-            connection.sock is not None for connection in self._present()
-        )
+        return not self._closed and any(one.sock is not None for one in self._present())
 
     def when_ready(self) -> None:
         """Wait until there is a connection.
@@ -467,12 +457,11 @@ class Pool:
     def stats(self) -> dict[str, Any]:
         """Return the counters of the pipelines and of the connections."""
         present = self._present()
-        parts = [self._info.counts]
-        parts += [connection.pipeline.stats() for connection in (*present, *list(self._unplaced))]
+        parts = [one.pipeline.stats() for one in (*present, *list(self._unplaced))]
         return {
-            **counters.merged([*parts, {"overloaded": self._overloads}]),
+            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(connection.sock is not None for connection in present),
+            "connections": sum(one.sock is not None for one in present),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
         }
