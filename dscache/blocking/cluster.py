@@ -32,7 +32,7 @@ from ..errors import ConnectError
 from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST
-from .connection import IN, OUT, milliseconds, over
+from .connection import IN, LEAST_TO_CONNECT, OUT, milliseconds, over
 from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection
 from .slot_refresh import SlotRefresh
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 # and at last.
 _CHECK_FIRST: Final = 0.002
 _CHECK_LAST: Final = 0.05
-# An attempt to connect with less time than this, in seconds, would only hide why others failed.
-_LEAST: Final = 0.005
 
 Closing = Callable[[], ErrorOf | None]
 """Returns how operations fail now if the cache closes, else None."""
@@ -249,7 +247,7 @@ class ClusterConnection:
                 rest = min(self._deadline - now, node.info.options.connect_timeout / 1000)
                 if not self.routes.is_primary(node):
                     rest /= 2  # leave time to read from another node if this one fails
-                if rest >= _LEAST:
+                if rest >= LEAST_TO_CONNECT:
                     node.begin(now, now + rest)
             if node.ready:
                 node.flush()
@@ -312,7 +310,6 @@ class ClusterConnection:
         unrouted = self.routes.unrouted
         if unrouted.queued:
             unrouted.fail_all(over)
-        self.routes.take_pending_nodes()
         self._active.clear()
         self.routes.close_departed()
 
@@ -367,5 +364,4 @@ class ClusterConnection:
     def close_departed(self) -> None:
         """Close the connections to departed nodes; the caller has taken the line from the pool."""
         self.routes.follow()
-        self.routes.take_pending_nodes()
         self.routes.close_departed()

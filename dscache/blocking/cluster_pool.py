@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _backend
@@ -38,16 +39,14 @@ class ClusterPool(Pool):
         shared = options.for_node(first.host, first.port, first)
         super().__init__(shared, provider)
         self.address = options.address
-        self._core = _backend.core
-        self._provider = provider
         self._state = ClusterState(config)
+        self._new_routes = partial(SlotRouter, _backend.core, self._state, shared, provider)
         self._departures = 0
 
     # -- differences from the pool of one server
 
     def _new_connection(self) -> Connection:
-        routes = SlotRouter(self._core, self._state, self._options, self._provider)
-        return cast(Connection, ClusterConnection(self._state, routes))
+        return cast(Connection, ClusterConnection(self._state, self._new_routes()))
 
     def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, with as many nodes as it takes, until its deadline."""

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
+# An attempt to connect with less time than this, in seconds, would only hide the error of the
+# attempts before it.
+LEAST_TO_CONNECT: Final = 0.005
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 NOTHING: Final = memoryview(b"")
@@ -75,7 +78,6 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_fd",
         "_holder",
         "_patience",
         "_poller",
@@ -104,7 +106,6 @@ class Connection:
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
-        self._fd = -1
         self._patience = info.options.command_timeout
         self._reason: Exception | None = None
         self.connects = 0
@@ -153,7 +154,7 @@ class Connection:
                 # The buffer is full, or TLS has data of its own to exchange. If a signal handler
                 # has raised this, the number of bytes sent is unknown.
                 raise_foreign(error)
-            self.unsent = memoryview(output)[sent:]
+            self.unsent = memoryview(output)[sent:] or NOTHING
             self._pump(outcome)
         except (OSError, ProtocolError) as error:
             self._lose(error)
@@ -169,8 +170,7 @@ class Connection:
 
     def take_over(self, spare: Connection) -> None:
         """Take over the operation of a connection without a place."""
-        given = spare.pipeline.take_queued(lambda kind, name: self.pipeline)
-        self.pipeline.requeue([batch for _, batch in given])
+        move_queued(spare.pipeline, self.pipeline)
 
     def stream(self, outcome: BlockingWaiter) -> None:
         """Go on with an operation until it has its result or the socket is lost."""
@@ -223,21 +223,21 @@ class Connection:
             raise_foreign(error)
             self.events = IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
             return
-        self.unsent = self.unsent[sent:]
+        # An empty rest would keep the bytes alive, among which may be a password.
+        self.unsent = self.unsent[sent:] or NOTHING
         self.events = IN | OUT if self.unsent else IN
 
     def _receive(self, deadline: float) -> None:
         """Wait until the deadline for data, and take it, or until more can be sent."""
         if self.events != IN:
-            self._poller.modify(self._fd, self.events)
+            self._poller.modify(self.fd, self.events)
         ready = self._poller.poll(milliseconds(deadline - time.monotonic()))
         if self.events != IN:
-            self._poller.modify(self._fd, IN)
+            self._poller.modify(self.fd, IN)
         if ready and ready[0][1] != OUT:
             self._take()
 
     def _take(self) -> None:
-        """Take the data that has arrived, if any."""
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
@@ -390,12 +390,11 @@ class Connection:
 
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._fd = sock.fileno()
         poller = select.poll()
-        poller.register(self._fd, IN)
+        poller.register(sock, IN)
         genuine = type(poller).__module__ == "select"
         pending = getattr(sock, "pending", None)
-        self._poller = poller if pending is None else _SecurePoller(poller, self._fd, pending)
+        self._poller = poller if pending is None else _SecurePoller(poller, self.fd, pending)
         # gevent's poll sees nothing with a timeout of zero.
         self.is_readable = self._poller.poll if genuine else _always
 
@@ -437,6 +436,13 @@ class Connection:
         """End the connection for good."""
         self.gone = True
         self.disconnect()
+
+
+def move_queued(source: Pipeline, target: Pipeline) -> None:
+    """Move all operations that wait in one pipeline to another."""
+    given = source.take_queued(lambda kind, name: target)
+    if given:
+        target.requeue([batch for _, batch in given])
 
 
 def milliseconds(seconds: float) -> int:

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
@@ -45,20 +46,16 @@ from ..errors import (
 )
 from ..net.backoff import pause_while_waiting
 from ..net.slot_table import NodeInfo
-from .connection import Connection
+from .connection import LEAST_TO_CONNECT, Connection
 from .connector import Connector, on_renewal
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# In seconds, as all below. An attempt with less time than this would only hide the error of the
-# attempts before it.
-_LEAST: Final = 0.005
-# How often a waiting thread looks for a connection that died without being put back.
+# How often a waiting thread looks for a connection that died without being put back, in seconds.
 _GLANCE: Final = 0.05
-
-# How often ``close`` looks whether all operations have ended.
+# How often ``close`` looks whether all operations have ended, in seconds.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
@@ -155,13 +152,10 @@ class Pool:
         """Return a connection without a place."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        while self._unplaced:
-            try:
-                connection = self._unplaced.pop()
-            except IndexError:
-                break  # another thread was quicker
-            if not connection.gone:
-                return connection
+        with suppress(IndexError):
+            while (connection := self._unplaced.pop()).gone:
+                pass
+            return connection
         return self._new_connection()
 
     def _new_connection(self) -> Connection:
@@ -353,7 +347,7 @@ class Pool:
             pause = pause_while_waiting(options.retry_strategy, failures)
             failures += 1
             rest = deadline - time.monotonic()
-            if pause + _LEAST >= rest:
+            if pause + LEAST_TO_CONNECT >= rest:
                 time.sleep(max(rest, 0))
                 break
             time.sleep(pause)
