@@ -32,7 +32,7 @@ from ..errors import ConnectError
 from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
 from ..net.slots import RETRY_CAP, RETRY_FIRST
-from .connection import IN, LEAST_TO_CONNECT, OUT, milliseconds, over
+from .connection import IN, LEAST_TO_CONNECT, OUT, milliseconds, move_queued, over
 from .foreign_errors import ConnectTimeout
 from .node_connection import NodeConnection
 from .slot_refresh import SlotRefresh
@@ -334,7 +334,10 @@ class ClusterConnection:
 
     def take_over(self, spare: ClusterConnection) -> None:
         """Take over the operation of a line that has no place in the pool."""
-        self.routes.requeue_all(spare.routes)
+        theirs = spare.routes
+        for pipeline in (theirs.unrouted, *(node.pipeline for node in theirs.nodes.values())):
+            move_queued(pipeline, self.routes.unrouted)
+        theirs.take_pending_nodes()
 
     def connected(self) -> list[str]:
         """Return the addresses of the connected nodes."""

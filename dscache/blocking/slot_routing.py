@@ -13,7 +13,6 @@ from ..core.split_records import SplitRecords
 from ..errors import ConnectError
 from ..net.cluster_state import ClusterState
 from ..net.slot_table import NodeInfo, SlotTable, reader_of
-from .connection import move_queued
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 
@@ -171,12 +170,6 @@ class SlotRouter:
         slot = pipeline.slot_of(kind, name)
         shown = self._table.find(slot, kind in (c.GET, c.HEAD, c.READ_KEY))
         return pipeline if shown is None else self.node(self._state.node_at(shown)).pipeline
-
-    def requeue_all(self, other: SlotRouter) -> None:
-        """Take over all operations that wait in another SlotRouter; ``follow`` moves them on."""
-        for pipeline in (other.unrouted, *(node.pipeline for node in other.nodes.values())):
-            move_queued(pipeline, self.unrouted)
-        other.take_pending_nodes()
 
     # -- counters
 

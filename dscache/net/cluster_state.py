@@ -181,12 +181,6 @@ class ClusterState:
         known = [node for one in shown if (node := self.nodes.get(one))]
         return known or [self.node_at(one) for one in list(shown)[:1]]
 
-    def in_use(self) -> dict[str, None]:
-        """Return the addresses of all nodes that serve slots, or are read."""
-        table = self.table
-        readers = (reader for shard in table.shards for reader in shard.readers)
-        return dict.fromkeys((*table.primaries, *readers))
-
     def keep_counts(self, node: NodeInfo | None, counts: Mapping[str, Any]) -> None:
         """Keep the counters of a connection that has ended; ``node`` is None if it had none."""
         with self.lock:
@@ -328,7 +322,8 @@ class ClusterState:
         return refusals[0] if all(refusals) else None
 
     def _let_leave(self, is_up: Callable[[str], bool]) -> None:
-        present = self.in_use()
+        readers = (reader for shard in self.table.shards for reader in shard.readers)
+        present = {*self.table.primaries, *readers}
         if not any(map(is_up, present)):
             return
         for shown, node in list(self.nodes.items()):
