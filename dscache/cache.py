@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import os
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-from . import _backend
+from ._cache import CacheBase
 from .aio.lifecycle import AsyncResource, running_loop
 from .aio.topology import Topology, open_topology
-from .config import Config, load
+from .config import Config
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class _Operations(Protocol):
     def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]: ...
 
 
-class AsyncCache(AsyncResource):
+class AsyncCache(CacheBase[Topology], AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
@@ -54,30 +53,8 @@ class AsyncCache(AsyncResource):
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        self._config = config
-        self._credentials = credentials
-        self._topology: Topology | None = None
+        super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
-        self._closed = False
-
-    @classmethod
-    def from_config(
-        cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        *,
-        credentials: CredentialProvider | None = None,
-    ) -> Self:
-        """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
-
-        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
-        first operation, or on entering ``async with``. ``credentials`` is a
-        ``redis.CredentialProvider``, called before each connection; it replaces the configured
-        username and password.
-
-        Raises ConfigError for a bad configuration.
-        """
-        return cls(load(source), credentials)
 
     def get(self, name: str) -> Awaitable[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
@@ -168,39 +145,6 @@ class AsyncCache(AsyncResource):
         """
         return (self._pipeline or self._open()).delete_bulk(names)
 
-    @property
-    def config(self) -> Config:
-        """The checked configuration."""
-        return self._config
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether operations are sent at once: bool."""
-        return self._topology is not None and self._topology.is_ready
-
-    @property
-    def description(self) -> str:
-        """One line that names the cache, its server and the core; contains no password."""
-        server = self._topology.server if self._topology is not None else ""
-        return _backend.described(f"{self._config.name} cache", self._config.address, server)
-
-    def stats(self) -> dict[str, Any]:
-        """Return counters since the cache was opened, as a dict; empty before that.
-
-        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
-        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
-        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
-        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
-        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
-        ``pending_bytes``, ``connections``. Connections so far: ``connects reconnections
-        redirections last_loss``. ``latency`` has its ``bounds`` in seconds and, for each
-        operation, ``count``, ``sum`` in seconds and ``buckets``, from the call to the result. On a
-        cluster also ``refreshes``, and ``nodes`` with the counters of each. With a near cache
-        ``near_cache``: its ``hits misses joins stale invalidations evictions dropped_fills``,
-        ``flushes`` by reason, and the ``records`` and ``bytes`` it keeps.
-        """
-        return {} if self._topology is None else self._topology.stats()
-
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -223,9 +167,6 @@ class AsyncCache(AsyncResource):
         except UsageError:
             self._closed = False  # the call of another loop or process closes nothing
             raise
-
-    def __repr__(self) -> str:
-        return f"<AsyncCache {self._config.name} at {self._config.address}>"
 
     def _begin(self) -> Topology:
         """Bind the cache to the running event loop and start connecting."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import builtins
 import logging
-import os
 import threading
 from collections.abc import Iterable, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from . import _backend
+from ._cache import CacheBase
 from ._forks import after_fork_in_child
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
-from .config import Config, load
+from .config import Config
 from .errors import ConfigError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -24,49 +22,16 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
+_T = TypeVar("_T")
+
 
 class _Run(Protocol):
-    """Executes one operation of a Pipeline by name and returns its result."""
+    """Does one operation of a Pipeline, by its name; the caller knows the type of its result."""
 
-    @overload
-    def __call__(self, operation: Literal["get"], name: str, /) -> Record | None: ...
-    @overload
-    def __call__(self, operation: Literal["head"], name: str, /) -> int | None: ...
-    @overload
-    def __call__(
-        self,
-        operation: Literal["set"],
-        name: str,
-        version: int,
-        data: Any,
-        ttl: int | None,
-        if_newer: bool,
-        /,
-    ) -> bool: ...
-    @overload
-    def __call__(self, operation: Literal["delete"], name: str, /) -> bool: ...
-    @overload
-    def __call__(
-        self, operation: Literal["get_bulk"], names: Iterable[str], /
-    ) -> dict[str, Record]: ...
-    @overload
-    def __call__(
-        self, operation: Literal["head_bulk"], names: Iterable[str], /
-    ) -> dict[str, int]: ...
-    @overload
-    def __call__(
-        self,
-        operation: Literal["set_bulk"],
-        records: Mapping[str, tuple[int, Any]],
-        ttl: int | None,
-        if_newer: bool,
-        /,
-    ) -> builtins.set[str]: ...
-    @overload
-    def __call__(self, operation: Literal["delete_bulk"], names: Iterable[str], /) -> int: ...
+    def __call__(self, operation: str, /, *arguments: Any) -> _T: ...  # type: ignore[type-var] # inferred from the caller
 
 
-class Cache:
+class Cache(CacheBase[Pool | MemoryPool]):
     """Records in Redis, for any number of threads.
 
     An operation is complete when its call returns. The calling thread sends it over a connection
@@ -90,33 +55,11 @@ class Cache:
                     "it out, set nearCache.required: false, or use an AsyncCache"
                 )
             _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
-        self._config = config
-        self._credentials = credentials
-        self._pool: Pool | MemoryPool | None = None
+        super().__init__(config, credentials)
         self._run: _Run | None = None
-        self._closed = False
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
-
-    @classmethod
-    def from_config(
-        cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        *,
-        credentials: CredentialProvider | None = None,
-    ) -> Self:
-        """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
-
-        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
-        first operation, or on entering ``with``. ``credentials`` is a
-        ``redis.CredentialProvider``, called before each connection; it replaces the configured
-        username and password.
-
-        Raises ConfigError for a bad configuration.
-        """
-        return cls(load(source), credentials)
 
     def get(self, name: str) -> Record | None:
         """Return a Record, or None if it doesn't exist or lacks one of its two keys.
@@ -204,38 +147,6 @@ class Cache:
         """
         return (self._run or self._open())("delete_bulk", names)
 
-    @property
-    def config(self) -> Config:
-        """The checked configuration."""
-        return self._config
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the server, or every primary of a cluster, is connected: bool."""
-        return self._pool is not None and self._pool.is_ready
-
-    @property
-    def description(self) -> str:
-        """One line that names the cache, its server and the core; contains no password."""
-        server = self._pool.server if self._pool is not None else ""
-        return _backend.described(f"{self._config.name} cache", self._config.address, server)
-
-    def stats(self) -> dict[str, Any]:
-        """Return counters since the cache was opened, as a dict; empty before that.
-
-        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
-        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
-        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
-        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
-        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
-        ``pending_bytes``, threads ``waiting`` for a connection, ``connections``. Connections so
-        far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds`` in
-        seconds and, for each operation, ``count``, ``sum`` in seconds and ``buckets``, from the
-        call to the result. On a cluster also ``refreshes``, and ``nodes`` with the counters of
-        each.
-        """
-        return {} if self._pool is None else self._pool.stats()
-
     def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -244,8 +155,8 @@ class Cache:
         cluster.
         """
         self._open()
-        assert self._pool is not None
-        self._pool.when_ready()
+        assert self._topology is not None
+        self._topology.when_ready()
 
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
@@ -255,8 +166,8 @@ class Cache:
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
-        if self._pool is not None and not already:
-            self._pool.close()
+        if self._topology is not None and not already:
+            self._topology.close()
 
     def __enter__(self) -> Self:
         try:
@@ -266,16 +177,8 @@ class Cache:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"<Cache {self._config.name} at {self._config.address}>"
 
     def _reset_after_fork(self) -> None:
         # The thread that held the lock may not exist in the child.
@@ -286,16 +189,16 @@ class Cache:
         with self._lock:
             if self._closed:
                 raise ConnectionLost("the cache is closed")
-            if self._pool is None:
+            if self._topology is None:
                 options = self._config.options
                 if self._config.name == "memory":
-                    self._pool = MemoryPool(options)
+                    self._topology = MemoryPool(options)
                 elif options.nodes:
                     from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
 
-                    self._pool = ClusterPool(self._config, self._credentials)
+                    self._topology = ClusterPool(self._config, self._credentials)
                 else:
-                    self._pool = Pool(options, self._credentials)
-            run: _Run = self._pool.run
+                    self._topology = Pool(options, self._credentials)
+            run: _Run = self._topology.run
             self._run = run
             return run

@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import _backend
 from ..config import Config, Options
-from ..core import stats as counters
 from ..errors import ConnectError, ConnectionLost
 from ..net.backoff import half_jitter
 from ..net.cluster_state import ClusterState
 from ..net.slot_table import NodeInfo
-from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange, parse_redirection
+from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange
 from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
@@ -121,9 +119,8 @@ class Cluster:
 
     @property
     def server(self) -> str:
-        """The kind and version of the servers, as far as they are known."""
-        known = self._nodes.server
-        return f"cluster of {known}" if known else ""
+        """The kinds and versions of the servers, as far as they are known."""
+        return self._state.server
 
     @property
     def view(self) -> tuple[SlotRange, ...]:
@@ -185,18 +182,8 @@ class Cluster:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        nodes = self._nodes.stats()
-        of_nodes: list[Mapping[str, Any]] = [*self._nodes.former_stats(), *nodes.values()]
-        stats = {
-            **counters.merged([*of_nodes, *self._routing.stats()]),
-            "connections": sum(one["connections"] for one in nodes.values()),
-            "connects": sum(one.get("connects", 0) for one in of_nodes),
-            "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
-            "last_loss": self._state.last_loss,
-            "redirections": self._state.redirections,
-            "refreshes": self._state.refreshes,
-            "nodes": nodes,
-        }
+        leaving = [node.stats() for node in self._nodes.leaving()]
+        stats = self._state.stats(self._nodes.stats(), leaving, self._routing.stats())
         if self._near is not None:
             stats["near_cache"] = self._near.stats()
         return stats
@@ -250,26 +237,17 @@ class Cluster:
         self, source: Connection, hold: SlotHold, words: str, slot: int, batch: Batch
     ) -> Connection | None:
         """Note the words of a redirection; return the node to ask, if it is an ASK."""
-        code = words.partition(" ")[0]
-        address = None
-        if code in ("MOVED", "ASK"):
-            address = parse_redirection(words, slot, self._nodes.address_of(source))
         self._routing.stop_reading(slot, source)
-        if address is None:
-            self._state.record_redirected()
+        code, named = self._state.record_redirection(words, slot, self._nodes.address_of(source))
+        if named is None:
             hold.wait(half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections)))
-            if code != "TRYAGAIN":
-                self._state.record_stale()
             return None
-        info = self._state.announced(address)
-        target = self._nodes.open(info)
+        target = self._nodes.open(named)
         if code == "ASK":
-            self._state.record_redirected()
             return target
         self._masters[slot] = target
         self._routing.unopened.pop(slot, None)
         self._forget([slot])
-        self._state.record_moved(slot, info)
         return None
 
     def on_progress(self, source: Connection) -> None:
@@ -279,7 +257,8 @@ class Cluster:
 
     def on_connected(self, node: Connection) -> None:
         """Use a node that can be asked now."""
-        self._nodes.info_of(node).trouble = self._nodes.info_of(node).refusal = None
+        info = self._nodes.info_of(node)
+        info.server, info.trouble, info.refusal = node.server, None, None
         self._refresher.on_node_decided()
         if self._reads_replicas:
             self._assign_readers()

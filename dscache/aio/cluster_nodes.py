@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ..core.constants import SLOTS
@@ -124,16 +124,7 @@ class ClusterNodes:
 
     # -- their part of stats()
 
-    @property
-    def server(self) -> str:
-        """The kinds and versions of the servers, as far as they are known."""
-        return ", ".join(sorted({node.server for node in self._nodes.values() if node.server}))
-
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return the counters of each node, by its address."""
         # A copy, since another thread may call this, such as that of a monitoring system.
         return {shown: node.stats() for shown, node in list(self._nodes.items())}
-
-    def former_stats(self) -> list[Mapping[str, Any]]:
-        """Return the counters of all departed nodes together, and of each leaving one."""
-        return [self._state.past, *(node.stats() for node in list(self._leaving))]

@@ -25,25 +25,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from ..config import Options
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
 from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
-from ..net.slots import RETRY_CAP, RETRY_FIRST, parse_redirection
-from .connection import IN, OUT, refused
+from ..net.slots import RETRY_CAP, RETRY_FIRST
+from .connection import IN, LEAST_TO_CONNECT, OUT, milliseconds, move_queued, over
 from .foreign_errors import ConnectTimeout
-from .node_connection import NodeConnection, milliseconds
+from .node_connection import NodeConnection
 from .slot_refresh import SlotRefresh
 from .slot_routing import SlotRouter
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
-
     from ..core.batch import Batch
     from ..core.router import Router
 
@@ -51,8 +47,6 @@ if TYPE_CHECKING:
 # and at last.
 _CHECK_FIRST: Final = 0.002
 _CHECK_LAST: Final = 0.05
-# An attempt to connect with less time than this, in seconds, would only hide why others failed.
-_LEAST: Final = 0.005
 
 Closing = Callable[[], ErrorOf | None]
 """Returns how operations fail now if the cache closes, else None."""
@@ -65,37 +59,14 @@ class ClusterConnection:
     attributes are the same as a Connection's.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_active",
-        "_deadline",
-        "_hold_until",
-        "_slot_refresh",
-        "_state",
-        "admitted",
-        "gone",
-        "loss",
-        "pipeline",
-        "ready",
-        "retired",
-        "routes",
-    )
-
-    def __init__(
-        self,
-        core: ModuleType,
-        state: ClusterState,
-        options: Options,
-        provider: CredentialProvider | None,
-    ) -> None:
+    def __init__(self, state: ClusterState, routes: SlotRouter) -> None:
         self.admitted = False
         self.ready = True
         self.retired = False
         self.gone = False
-        self.loss = ""
         self._state = state
-        self.routes = SlotRouter(core, state, options, provider)
-        self.pipeline: Router = self.routes.router
+        self.routes = routes
+        self.pipeline: Router = routes.router
         self._active: set[NodeConnection] = set()
         self._hold_until = 0.0
         self._deadline = inf
@@ -123,7 +94,7 @@ class ClusterConnection:
         if not node.send_and_receive(outcome):
             return False
         if node.pipeline.in_flight:
-            node.give_up("it was given up")
+            node.give_up()
         return True
 
     def run_until_done(self, outcome: BlockingWaiter, closing: Closing) -> None:
@@ -198,27 +169,15 @@ class ClusterConnection:
     def _note_redirection(
         self, node: NodeConnection, words: str, slot: int, batch: Batch, now: float
     ) -> None:
-        state = self._state
-        code = words.partition(" ")[0]
-        address = None
-        if code in ("MOVED", "ASK"):
-            address = parse_redirection(words, slot, node.info.address)
-        state.exclude_replica(node.info)
+        self._state.exclude_replica(node.info)
         node.info.redirections += 1
-        if address is None:
-            state.record_redirected()
+        code, named = self._state.record_redirection(words, slot, node.info.address)
+        if named is None:
             pause = half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections))
             self._hold_until = max(self._hold_until, now + pause)
             self.routes.unrouted.down = None
-            if code != "TRYAGAIN":
-                state.record_stale()
-            return
-        info = state.announced(address)
-        if code == "MOVED":
-            state.record_moved(slot, info)
-        else:
-            state.record_redirected()
-            batch.ask(self.routes.node(info).pipeline)
+        elif code == "ASK":
+            batch.ask(self.routes.node(named).pipeline)
 
     def _hand_on(self, now: float) -> None:
         """Move unrouted operations to their nodes, as far as these are known."""
@@ -280,7 +239,7 @@ class ClusterConnection:
                 if now >= node.limit:
                     node.fail(ConnectTimeout())
                 elif not needed:
-                    node.give_up("it was not needed any more")
+                    node.give_up()
                 continue
             if needed:
                 node.check()
@@ -288,7 +247,7 @@ class ClusterConnection:
                 rest = min(self._deadline - now, node.info.options.connect_timeout / 1000)
                 if not self.routes.is_primary(node):
                     rest /= 2  # leave time to read from another node if this one fails
-                if rest >= _LEAST:
+                if rest >= LEAST_TO_CONNECT:
                     node.begin(now, now + rest)
             if node.ready:
                 node.flush()
@@ -343,17 +302,14 @@ class ClusterConnection:
             self._state.record_stale()
         for node in self._active:
             pipeline = node.pipeline
-            if node.opening is not None:
-                node.give_up("it was not needed any more")
-            elif pipeline.in_flight or node.unsent:
-                node.give_up("it was given up")
+            if node.opening is not None or pipeline.in_flight or node.unsent:
+                node.give_up()
             if pipeline.queued:
-                pipeline.fail_all(_over)
+                pipeline.fail_all(over)
             pipeline.redirected = []
         unrouted = self.routes.unrouted
         if unrouted.queued:
-            unrouted.fail_all(_over)
-        self.routes.take_pending_nodes()
+            unrouted.fail_all(over)
         self._active.clear()
         self.routes.close_departed()
 
@@ -373,12 +329,15 @@ class ClusterConnection:
 
     def clear(self) -> None:
         """Take back an operation that was refused before any of it was sent."""
-        self.fail_all(refused)
+        self.fail_all(over)
         self.routes.take_pending_nodes()
 
     def take_over(self, spare: ClusterConnection) -> None:
         """Take over the operation of a line that has no place in the pool."""
-        self.routes.requeue_all(spare.routes)
+        theirs = spare.routes
+        for pipeline in (theirs.unrouted, *(node.pipeline for node in theirs.nodes.values())):
+            move_queued(pipeline, self.routes.unrouted)
+        theirs.take_pending_nodes()
 
     def connected(self) -> list[str]:
         """Return the addresses of the connected nodes."""
@@ -408,22 +367,4 @@ class ClusterConnection:
     def close_departed(self) -> None:
         """Close the connections to departed nodes; the caller has taken the line from the pool."""
         self.routes.follow()
-        self.routes.take_pending_nodes()
         self.routes.close_departed()
-
-    def count(self) -> None:
-        """Let the state keep the counters, at the end of the line."""
-        self.routes.keep_counts()
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of no node: of unrouted operations and of split records."""
-        return self.routes.stats()
-
-    def stats_of_nodes(self) -> dict[str, dict[str, Any]]:
-        """Return the counters of each node."""
-        return {n: node.pipeline.stats() for n, node in list(self.routes.nodes.items())}
-
-
-def _over(operation: str) -> Exception:
-    """Return the error of an operation whose caller has a result already; it is never seen."""
-    return ConnectError(f"{operation}: it was over")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _backend
@@ -16,10 +17,10 @@ from ..core import stats as counters
 from ..core.constants import ErrorOf
 from ..errors import ConnectError
 from ..net.cluster_state import ClusterState
-from ..net.slot_table import NodeInfo
 from .cluster import ClusterConnection
 from .connection import Connection
 from .pool import Pool, closed_meanwhile
+from .slot_routing import SlotRouter
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -38,16 +39,14 @@ class ClusterPool(Pool):
         shared = options.for_node(first.host, first.port, first)
         super().__init__(shared, provider)
         self.address = options.address
-        self._core = _backend.core
-        self._provider = provider
         self._state = ClusterState(config)
+        self._new_routes = partial(SlotRouter, _backend.core, self._state, shared, provider)
         self._departures = 0
 
     # -- differences from the pool of one server
 
     def _new_connection(self) -> Connection:
-        line = ClusterConnection(self._core, self._state, self._options, self._provider)
-        return cast(Connection, line)
+        return cast(Connection, ClusterConnection(self._state, self._new_routes()))
 
     def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, with as many nodes as it takes, until its deadline."""
@@ -105,7 +104,7 @@ class ClusterPool(Pool):
         """Do nothing: the line has recorded the error in the state already."""
 
     def _count(self, line: Connection) -> None:
-        _cluster(line).count()
+        _cluster(line).routes.keep_counts()
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, without touching any connection of the parent."""
@@ -124,43 +123,26 @@ class ClusterPool(Pool):
 
     @property
     def server(self) -> str:
-        """The kind and version of the servers, as far as they are known."""
-        known = sorted({info.server for info in self._infos() if info.server})
-        return f"cluster of {', '.join(known)}" if known else ""
+        """The kinds and versions of the servers, as far as they are known."""
+        return self._state.server
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        state = self._state
-        lines = [_cluster(line) for line in self._present()]
-        infos = self._infos()
+        routes = [_cluster(line).routes for line in (*self._present(), *list(self._unplaced))]
+        infos = list(self._state.nodes.values())
         parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in infos}
-        connected = Counter(shown for line in lines for shown in line.connected())
-        for line in lines:
-            for shown, counts in line.stats_of_nodes().items():
-                parts.setdefault(shown, []).append(counts)
-        nodes: dict[str, dict[str, Any]] = {}
-        for shown, of_node in parts.items():
-            nodes[shown] = {**counters.merged(of_node), "connections": connected[shown]}
+        connected: Counter[str] = Counter()
+        for shown, node in [item for one in routes for item in list(one.nodes.items())]:
+            parts.setdefault(shown, []).append(node.pipeline.stats())
+            connected[shown] += node.ready
+        nodes = {
+            shown: {**counters.merged(of_node), "connections": connected[shown]}
+            for shown, of_node in parts.items()
+        }
         for info in infos:
             nodes[info.shown] |= {**info.connections(), "last_loss": info.last_loss}
-        past = state.past
-        of_none = [line.stats() for line in (*lines, *map(_cluster, list(self._unplaced)))]
-        of_all = [past, *nodes.values()]
-        return {
-            **counters.merged([*of_all, *of_none, {"overloaded": self._overloads}]),
-            "waiting": len(self._waiters),
-            "connections": connected.total(),
-            "connects": sum(one.get("connects", 0) for one in of_all),
-            "reconnections": sum(one.get("reconnections", 0) for one in of_all),
-            "last_loss": state.last_loss,
-            "redirections": state.redirections,
-            "refreshes": state.refreshes,
-            "nodes": nodes,
-        }
-
-    def _infos(self) -> list[NodeInfo]:
-        with self._state.lock:
-            return list(self._state.nodes.values())
+        others = [*(one.stats() for one in routes), {"overloaded": self._overloads}]
+        return {"waiting": len(self._waiters), **self._state.stats(nodes, (), others)}
 
 
 def _cluster(line: Connection) -> ClusterConnection:

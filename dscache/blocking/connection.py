@@ -7,19 +7,21 @@ deadline is past.
 
 from __future__ import annotations
 
+import logging
 import math
 import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
-from ..config import Options
-from ..core.constants import ErrorOf
+from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
-from ..net.credentials import Login, packed, without
+from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Login, Word, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
 from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from ..core.pure import Pipeline
     from .connector import Connector
 
+_logger = logging.getLogger("dscache")
+
+# An attempt to connect with less time than this, in seconds, would only hide the error of the
+# attempts before it.
+LEAST_TO_CONNECT: Final = 0.005
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 NOTHING: Final = memoryview(b"")
@@ -64,31 +71,33 @@ class Connection:
     """A pipeline and, most of the time, a socket.
 
     ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
-    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``loss`` is why the
-    last socket was lost, and ``connects`` the number of sockets so far.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``info`` is of the
+    server, and ``connects`` the number of sockets so far. ``unsent`` is output that the socket has
+    not taken yet, and ``events`` are those of poll to wait for.
     """
 
     __slots__ = (
         "__weakref__",
-        "_events",
-        "_fd",
         "_holder",
         "_patience",
         "_poller",
         "_reason",
         "admitted",
         "connects",
+        "events",
         "gone",
+        "info",
         "is_readable",
-        "loss",
         "pipeline",
         "ready",
         "retired",
         "sock",
+        "unsent",
     )
 
-    def __init__(self, pipeline: Pipeline, timeout: int) -> None:
+    def __init__(self, pipeline: Pipeline, info: NodeInfo) -> None:
         self.pipeline = pipeline
+        self.info = info
         self.sock: socket.socket | None = None
         self.admitted = False
         self.ready = False
@@ -97,12 +106,11 @@ class Connection:
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
-        self._events = IN
-        self._fd = -1
-        self._patience = timeout
+        self._patience = info.options.command_timeout
         self._reason: Exception | None = None
-        self.loss = ""
         self.connects = 0
+        self.unsent = NOTHING
+        self.events = IN
 
     # -- one operation
 
@@ -146,7 +154,8 @@ class Connection:
                 # The buffer is full, or TLS has data of its own to exchange. If a signal handler
                 # has raised this, the number of bytes sent is unknown.
                 raise_foreign(error)
-            self._pump(outcome, memoryview(output)[sent:])
+            self.unsent = memoryview(output)[sent:] or NOTHING
+            self._pump(outcome)
         except (OSError, ProtocolError) as error:
             self._lose(error)
         return outcome.done
@@ -161,17 +170,16 @@ class Connection:
 
     def take_over(self, spare: Connection) -> None:
         """Take over the operation of a connection without a place."""
-        given = spare.pipeline.take_queued(lambda kind, name: self.pipeline)
-        self.pipeline.requeue([batch for _, batch in given])
+        move_queued(spare.pipeline, self.pipeline)
 
     def stream(self, outcome: BlockingWaiter) -> None:
         """Go on with an operation until it has its result or the socket is lost."""
         try:
-            self._pump(outcome, NOTHING)
+            self._pump(outcome)
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
-    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
+    def _pump(self, outcome: BlockingWaiter) -> None:
         """Send and receive at once, until the operation has its result.
 
         With full buffers on both sides, a server reads no more until its replies are read.
@@ -184,43 +192,52 @@ class Connection:
                 deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
-            events = IN
-            while unsent or (pipeline.queued and (unsent := memoryview(pipeline.take_output()))):
-                unsent, events = self._send(unsent)
-                if unsent:
-                    break
-            self._receive(events, deadline)
-        if pipeline.in_flight or unsent:
-            # Replies are outstanding, and no operation awaits them any more.
-            self.disconnect()
-            pipeline.connection_lost(ConnectionLost("it was given up"), False)
+            self._flush()
+            self._receive(deadline)
+        if pipeline.in_flight or self.unsent:
+            self.give_up()
 
-    def _send(self, data: memoryview) -> tuple[memoryview, int]:
-        """Send as much as the socket takes; return the rest, and the events to wait for."""
+    def give_up(self) -> None:
+        """End a socket with replies outstanding that no operation awaits any more."""
+        self.disconnect()
+        self.pipeline.connection_lost(ConnectionLost("it was given up"), False)
+
+    def _flush(self) -> None:
+        """Send the output, as far as the socket takes it."""
+        pipeline = self.pipeline
+        self.events = IN
+        while self.unsent or pipeline.queued:
+            self.unsent = self.unsent or memoryview(pipeline.take_output())
+            if not self.unsent:
+                break  # the deadline of the queued operations is past
+            self._send()
+            if self.unsent:
+                break
+
+    def _send(self) -> None:
+        """Send as much of ``unsent`` as the socket takes, and set ``events`` accordingly."""
         assert self.sock is not None
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(self.unsent)
         except _NOT_NOW as error:
             raise_foreign(error)
-            return data, IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
-        return data[sent:], IN | OUT if sent < len(data) else IN
+            self.events = IN if isinstance(error, ssl.SSLWantReadError) else IN | OUT
+            return
+        # An empty rest would keep the bytes alive, among which may be a password.
+        self.unsent = self.unsent[sent:] or NOTHING
+        self.events = IN | OUT if self.unsent else IN
 
-    def _receive(self, events: int, deadline: float) -> None:
+    def _receive(self, deadline: float) -> None:
         """Wait until the deadline for data, and take it, or until more can be sent."""
-        assert self.sock is not None
-        if events != self._events:
-            self._poller.modify(self._fd, events)
-            self._events = events
-        wait = max(math.ceil((deadline - time.monotonic()) * 1000), 0)
-        ready = self._poller.poll(wait)
-        if events != IN:
-            self._poller.modify(self._fd, IN)
-            self._events = IN
+        if self.events != IN:
+            self._poller.modify(self.fd, self.events)
+        ready = self._poller.poll(milliseconds(deadline - time.monotonic()))
+        if self.events != IN:
+            self._poller.modify(self.fd, IN)
         if ready and ready[0][1] != OUT:
             self._take()
 
     def _take(self) -> None:
-        """Take the data that has arrived, if any."""
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
@@ -259,7 +276,8 @@ class Connection:
         return True
 
     def _note_loss(self, reason: str) -> None:
-        self.loss = reason
+        _logger.info("connection to %s lost: %s", self.pipeline.address, reason)
+        self.info.last_loss = reason
 
     # -- the socket
 
@@ -269,18 +287,40 @@ class Connection:
         Raises OSError, DscacheError or UnicodeError.
         """
         host, port = connector.locate(deadline)
-        steps = self._connect(
-            connector.options, host, port, connector.address(host, port), connector.login
-        )
+        steps = self._connect(host, port, connector.login)
         try:
             while True:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
         self.pipeline.has_msetex = info.has_msetex
+        self._note_connected(info.server)
+        return info.server
+
+    def _note_connected(self, server: str) -> None:
         self.pipeline.down = None
         self.ready = True
-        return info.server
+        self.connects += 1
+        _logger.info("connected to %s (%s)", self.pipeline.address, server or "server unknown")
+
+    def note_failure(self, error: Exception, timeout: int) -> ErrorOf | None:
+        """Note a failed attempt to connect; return how operations fail at once, if they do.
+
+        ``timeout`` is the time that it had, in milliseconds.
+        """
+        raise_foreign(error)
+        failure = as_connect_error(error, timeout)
+        self.disconnect()
+        self.pipeline.connection_lost(error, True)
+        self.pipeline.down = failure
+        if str(failure) != str(self.info.trouble):
+            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
+        refusal = permanent_failure(error, failure, self.pipeline.address)
+        self._record_failure(failure, refusal)
+        return refusal
+
+    def _record_failure(self, failure: Exception, refusal: ErrorOf | None) -> None:
+        self.info.trouble, self.info.last_loss = failure, str(failure)
 
     def _wait(self, events: int, deadline: float) -> None:
         """Wait until the socket that is being opened has the events, or raise ConnectTimeout."""
@@ -291,25 +331,19 @@ class Connection:
             return
         poller = select.poll()
         poller.register(self.fd, events)
-        poller.poll(math.ceil(wait * 1000))
+        poller.poll(milliseconds(wait))
 
     def _connect(
-        self,
-        options: Options,
-        host: str,
-        port: int,
-        address: str,
-        login: Callable[[], Login],
-        *,
-        read_only: bool = False,
+        self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
+        options = self.info.options
         holder = SocketConnect()
         # From here on the socket is found when this thread is interrupted, or the process forks.
         self._holder = holder
         yield from holder.open(options, host, port)
         self._attach(holder.sock)
-        self.pipeline.address = address
+        self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
             return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
@@ -322,19 +356,24 @@ class Connection:
         """Send the commands of a handshake, and hand it the replies."""
         commands = next(steps)
         while True:
-            waiters: list[BlockingWaiter] = []
-            unsent = memoryview(packed(self.pipeline, commands, waiters))
+            waiters = self.ask(commands)
             while not all(waiter.done for waiter in waiters):
-                events = IN
-                if unsent:
-                    unsent, events = self._send(unsent)
-                yield events
+                self.events = IN
+                if self.unsent:
+                    self._send()
+                yield self.events
                 self._take()
             try:
                 commands = steps.send([waiter.reply() for waiter in waiters])
             except StopIteration as end:
                 info: ServerInfo = end.value
                 return info
+
+    def ask(self, commands: Iterable[Iterable[Word]]) -> list[BlockingWaiter]:
+        """Put commands behind the unsent output; return the waiters for their replies."""
+        waiters: list[BlockingWaiter] = []
+        self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, waiters))
+        return waiters
 
     @property
     def fd(self) -> int:
@@ -351,19 +390,18 @@ class Connection:
 
     def _attach(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._fd = sock.fileno()
-        self._events = IN
         poller = select.poll()
-        poller.register(self._fd, IN)
+        poller.register(sock, IN)
         genuine = type(poller).__module__ == "select"
         pending = getattr(sock, "pending", None)
-        self._poller = poller if pending is None else _SecurePoller(poller, self._fd, pending)
+        self._poller = poller if pending is None else _SecurePoller(poller, self.fd, pending)
         # gevent's poll sees nothing with a timeout of zero.
         self.is_readable = self._poller.poll if genuine else _always
 
     def disconnect(self) -> None:
         """Close the socket, if there is one."""
         self.ready = False
+        self.unsent = NOTHING
         self.sock = None
         self.is_readable = _always
         holder = self._holder
@@ -392,7 +430,7 @@ class Connection:
 
     def clear(self) -> None:
         """Drop an operation that its own arguments have failed; nothing was sent."""
-        self.pipeline.fail_all(refused)
+        self.pipeline.fail_all(over)
 
     def discard(self) -> None:
         """End the connection for good."""
@@ -400,6 +438,18 @@ class Connection:
         self.disconnect()
 
 
-def refused(operation: str) -> Exception:
-    """Error for an operation whose caller already has another; never seen."""
-    return ConnectionLost(f"{operation}: it was refused")
+def move_queued(source: Pipeline, target: Pipeline) -> None:
+    """Move all operations that wait in one pipeline to another."""
+    given = source.take_queued(lambda kind, name: target)
+    if given:
+        target.requeue([batch for _, batch in given])
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a timeout for poll, rounded up."""
+    return max(math.ceil(seconds * 1000), 0)
+
+
+def over(operation: str) -> Exception:
+    """Error for an operation whose caller already has a result or an error; never seen."""
+    return ConnectionLost(f"{operation}: it was over")

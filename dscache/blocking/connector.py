@@ -1,4 +1,4 @@
-"""The server of a blocking cache as the configuration names it: by address, path or Sentinels.
+"""The server of a blocking cache as the configuration names it, and the login there.
 
 Each attempt to connect begins anew: hosts, certificates, Sentinels and credentials may all have
 changed since the last one.
@@ -6,12 +6,14 @@ changed since the last one.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
+from weakref import WeakMethod
 
 from ..config import Options
-from ..core.constants import join_address
-from ..net.credentials import Login
-from .credentials import current_login
+from ..net.credentials import NOTHING, Login, checked, hidden, provider_failed
+from .foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -23,7 +25,7 @@ class Connector:
     """One server, or the primary or a replica of a group."""
 
     def __init__(self, options: Options, provider: CredentialProvider | None) -> None:
-        self.options = options
+        self._options = options
         self._provider = provider
         self._sentinels: Sentinels | None = None
         if options.sentinels is not None:
@@ -38,13 +40,44 @@ class Connector:
         Raises ConnectError if the Sentinels name none by the deadline.
         """
         if self._sentinels is None:
-            return self.options.host, self.options.port
+            return self._options.host, self._options.port
         return self._sentinels.locate(deadline)
-
-    def address(self, host: str, port: int) -> str:
-        """Return the address of the server for messages."""
-        return self.options.path or join_address(host, port)
 
     def login(self) -> Login:
         """Return the username and password. Raises ConnectError if the provider fails."""
-        return current_login(self.options, self._provider)
+        return current_login(self._options, self._provider)
+
+
+def current_login(options: Options, provider: CredentialProvider | None) -> Login:
+    """Return the username and password to log in with now.
+
+    Raises ConnectError if the provider fails.
+    """
+    if provider is None:
+        return options.username, hidden(options.password)
+    try:
+        return checked(provider.get_credentials())
+    except Exception as error:  # whatever the provider raises, the next attempt may succeed
+        if is_of_handler(error):
+            raise
+        failure = provider_failed(error)
+    # Raised here, without the text and the frames of the provider's: both may hold a token.
+    raise failure
+
+
+def on_renewal(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:
+    """Have a bound method called, in any thread, whenever a provider has new credentials.
+
+    The provider keeps no reference to the method's object.
+    """
+    if (register := getattr(provider, "on_next", None)) is None:
+        return
+    method = WeakMethod(renewed)
+
+    def on_next(token: object) -> Awaitable[None]:
+        if (call := method()) is not None:
+            with suppress(RuntimeError):
+                call()
+        return NOTHING
+
+    register(on_next)

@@ -5,30 +5,24 @@ It never waits by itself: the ClusterConnection that holds it waits for all node
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ConnectionLost, DscacheError, ProtocolError
-from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
+from ..core.constants import ErrorOf
+from ..errors import DscacheError, ProtocolError
+from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
-from ..net.connect_errors import as_connect_error, permanent_failure
-from ..net.credentials import Word, packed
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
-from .connection import IN, NOTHING, Connection
-from .credentials import current_login
-from .foreign_errors import raise_foreign
+from .connection import Connection, milliseconds
+from .connector import current_login
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from ..core.pure import Pipeline
-
-_logger = logging.getLogger("dscache")
 
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
@@ -39,22 +33,8 @@ class NodeConnection(Connection):
 
     ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
     ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
-    operation waits for the node. ``events``: the events of poll to wait for.
+    operation waits for the node.
     """
-
-    __slots__ = (
-        "_allowed",
-        "_provider",
-        "_state",
-        "events",
-        "failures",
-        "info",
-        "limit",
-        "not_before",
-        "opening",
-        "unsent",
-        "wanted",
-    )
 
     def __init__(
         self,
@@ -63,16 +43,13 @@ class NodeConnection(Connection):
         state: ClusterState,
         provider: CredentialProvider | None,
     ) -> None:
-        super().__init__(pipeline, info.options.command_timeout)
-        self.info = info
+        super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
-        self.events = IN
         self.limit = 0.0
         self._allowed = 0
         self.failures = 0
         self.not_before = 0.0
-        self.unsent = NOTHING
         self._state = state
         self._provider = provider
 
@@ -96,22 +73,10 @@ class NodeConnection(Connection):
 
     def flush(self) -> None:
         """Send the output, as far as the socket takes it."""
-        pipeline = self.pipeline
-        unsent, self.events = self.unsent, IN
         try:
-            while unsent or (pipeline.queued and (unsent := memoryview(pipeline.take_output()))):
-                unsent, self.events = self._send(unsent)
-                self.unsent = unsent
-                if unsent:
-                    break
+            self._flush()
         except OSError as error:
             self._lose(error)
-
-    def ask(self, commands: Sequence[Sequence[Word]]) -> list[BlockingWaiter]:
-        """Send commands behind the present output; return the waiters for their replies."""
-        outcomes: list[BlockingWaiter] = []
-        self.unsent = memoryview(bytes(self.unsent) + packed(self.pipeline, commands, outcomes))
-        return outcomes
 
     def receive(self) -> None:
         """Take the data that has arrived."""
@@ -120,17 +85,11 @@ class NodeConnection(Connection):
         except (OSError, ProtocolError) as error:
             self._lose(error)
 
-    def give_up(self, reason: str) -> None:
-        """End a socket with replies outstanding that no operation awaits any more."""
-        self.disconnect()
-        self.pipeline.connection_lost(ConnectionLost(reason), False)
-
-    def _pump(self, outcome: BlockingWaiter, unsent: memoryview) -> None:
-        # The ClusterConnection sends the rest, beside the other nodes' output.
-        self.unsent = unsent
+    def _pump(self, outcome: BlockingWaiter) -> None:
+        """Leave the rest to the ClusterConnection, which also sends the other nodes' output."""
 
     def _note_loss(self, reason: str) -> None:
-        _logger.info("connection to %s lost: %s", self.info.shown, reason)
+        super()._note_loss(reason)
         self._state.exclude_replica(self.info)
         self._state.record_loss(self.info, reason)
 
@@ -142,9 +101,7 @@ class NodeConnection(Connection):
         self._allowed = milliseconds(limit - now)
         options = self.info.options
         self.opening = self._connect(
-            options,
             *self.info.address,
-            self.info.shown,
             lambda: current_login(options, self._provider),
             read_only=options.scale_reads != "master",
         )
@@ -156,47 +113,28 @@ class NodeConnection(Connection):
         try:
             self.events = next(self.opening)
         except StopIteration as done:
-            self._note_connected(done.value)
+            server: ServerInfo = done.value
+            self.opening = None
+            self.failures = 0
+            self._note_connected(server.server)
+            self._state.record_connected(self.info, server.server, self.connects > 1)
         except _FAILURES as error:
             self.fail(error)
 
-    def _note_connected(self, server: ServerInfo) -> None:
-        self.opening = None
-        self.failures = 0
-        self.pipeline.down = None
-        self.ready = True
-        self.connects += 1
-        self._state.record_connected(self.info, server.server, self.connects > 1)
-        _logger.info("connected to %s (%s)", self.info.shown, server.server or "server unknown")
-
     def fail(self, error: Exception) -> None:
         """Note a failed attempt to connect."""
-        raise_foreign(error)
-        options = self.info.options
-        failure = as_connect_error(error, self._allowed)
-        self.disconnect()
-        self.pipeline.connection_lost(error, True)
-        self.pipeline.down = failure
-        refusal = permanent_failure(error, failure, self.info.shown)
-        if str(failure) != str(self.info.trouble):
-            _logger.warning("can't connect to %s: %s", self.info.shown, failure)
-        self._state.exclude_replica(self.info)
-        self._state.record_unreachable(self.info, failure, refusal)
+        refusal = self.note_failure(error, self._allowed)
         if refusal is not None:
             self.pipeline.fail_all(refusal)
-        retry = options.retry_strategy
-        longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
-        pause = full_jitter(retry.first / 1000, longest, self.failures)
+        pause = pause_while_waiting(self.info.options.retry_strategy, self.failures)
         self.failures += 1
         self.not_before = time.monotonic() + pause
+
+    def _record_failure(self, failure: Exception, refusal: ErrorOf | None) -> None:
+        self._state.exclude_replica(self.info)
+        self._state.record_unreachable(self.info, failure, refusal)
 
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""
         self.opening = None
-        self.unsent = NOTHING
         super().disconnect()
-
-
-def milliseconds(seconds: float) -> int:
-    """Return a timeout for poll, rounded up."""
-    return max(math.ceil(seconds * 1000), 0)

@@ -19,13 +19,13 @@ After a fork, the child drops its parent's connections and closes their sockets 
 
 from __future__ import annotations
 
-import logging
 import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
@@ -44,26 +44,18 @@ from ..errors import (
     RecordError,
     ReplyError,
 )
-from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter
-from ..net.connect_errors import as_connect_error, permanent_failure
-from .connection import Connection
-from .connector import Connector
-from .credentials import on_renewal
-from .foreign_errors import raise_foreign
+from ..net.backoff import pause_while_waiting
+from ..net.slot_table import NodeInfo
+from .connection import LEAST_TO_CONNECT, Connection
+from .connector import Connector, on_renewal
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-_logger = logging.getLogger("dscache")
-
-# In seconds, as all below. An attempt with less time than this would only hide the error of the
-# attempts before it.
-_LEAST: Final = 0.005
-# How often a waiting thread looks for a connection that died without being put back.
+# How often a waiting thread looks for a connection that died without being put back, in seconds.
 _GLANCE: Final = 0.05
-
-# How often ``close`` looks whether all operations have ended.
+# How often ``close`` looks whether all operations have ended, in seconds.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
@@ -73,7 +65,7 @@ class Pool:
     """The connections to one server; a ``provider`` gives the credentials of each."""
 
     def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
-        self._server = ""
+        self._info = NodeInfo(options)
         self.address = options.address
         self._options = options
         self._limit = options.max_connections
@@ -94,13 +86,7 @@ class Pool:
         self._lock = threading.RLock()
         self._closed = False
         self._closing = False
-        self._connects = 0
-        self._reconnections = 0
         self._overloads = 0
-        self._last_loss = ""
-        self._complained = ""
-        # The counters of connections that have ended.
-        self._counts: dict[str, Any] = {}
         on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
@@ -153,7 +139,6 @@ class Pool:
             elif connection.sock is not None:
                 connection.stream(outcome)
             else:
-                self._note_loss(connection)
                 deadline = pipeline.expire(time.monotonic())
                 if not outcome.done:
                     assert deadline is not None
@@ -167,17 +152,14 @@ class Pool:
         """Return a connection without a place."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        while self._unplaced:
-            try:
-                connection = self._unplaced.pop()
-            except IndexError:
-                break  # another thread was quicker
-            if not connection.gone:
-                return connection
+        with suppress(IndexError):
+            while (connection := self._unplaced.pop()).gone:
+                pass
+            return connection
         return self._new_connection()
 
     def _new_connection(self) -> Connection:
-        return Connection(self._new_pipeline(), self._options.command_timeout)
+        return Connection(self._new_pipeline(), self._info)
 
     def _admit(self, spare: Connection) -> Connection:
         """Reserve a place for a connection, or move its operation to one that has a place.
@@ -277,7 +259,6 @@ class Pool:
         """Give a connection to the thread that has waited longest, or make it idle."""
         mine = True
         try:
-            self._note_loss(connection)
             if connection.retired or self._closing:
                 self._drop(connection)
             elif not connection.admitted:
@@ -314,34 +295,26 @@ class Pool:
             self._count(connection)
         if connection.admitted:
             with self._lock:
-                self._connections = [
-                    held for held in self._connections if held() not in (connection, None)
-                ]
+                self._prune()
             if (turn := self._call_next()) is not None:
                 turn.put(None)
 
     def _prune(self) -> None:
         """Forget the connections that have ended."""
         self._connections = [
-            held
-            for held in self._connections
-            if (connection := held()) is not None and not connection.gone
+            held for held in self._connections if (one := held()) is not None and not one.gone
         ]
 
     def _present(self) -> list[Connection]:
         with self._lock:
             connections = [held() for held in self._connections]
-        return [
-            connection
-            for connection in connections
-            if connection is not None and not connection.gone
-        ]
+        return [one for one in connections if one is not None and not one.gone]
 
     def _count(self, connection: Connection) -> None:
         """Keep the counters of a connection that ends."""
         counts = connection.pipeline.stats()
         with self._lock:
-            counters.add(self._counts, counts, lasting=True)
+            counters.add(self._info.counts, counts, lasting=True)
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -358,7 +331,6 @@ class Pool:
         ``pipeline.down`` is then the error of the last attempt.
         """
         options = self._options
-        retry = options.retry_strategy
         failures = 0
         while not self._closing:
             now = time.monotonic()
@@ -366,23 +338,16 @@ class Pool:
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                raise_foreign(error)
-                shown = as_connect_error(error, math.ceil((limit - now) * 1000))
-                connection.disconnect()
-                connection.pipeline.connection_lost(error, True)
-                connection.pipeline.down = shown
-                self._note_failure(shown)
-                refusal = permanent_failure(error, shown, connection.pipeline.address)
+                refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
                 if refusal is not None:
                     return refusal
             else:
                 self._note_success(connection, server)
                 return None
-            longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
-            pause = full_jitter(retry.first / 1000, longest, failures)
+            pause = pause_while_waiting(options.retry_strategy, failures)
             failures += 1
             rest = deadline - time.monotonic()
-            if pause + _LEAST >= rest:
+            if pause + LEAST_TO_CONNECT >= rest:
                 time.sleep(max(rest, 0))
                 break
             time.sleep(pause)
@@ -390,28 +355,12 @@ class Pool:
 
     def _note_success(self, connection: Connection, server: str) -> None:
         address = connection.pipeline.address
-        connection.connects += 1
         with self._lock:
-            self._connects += 1
-            self._reconnections += connection.connects > 1
-            self._server = server
-            self._complained = ""
+            self._info.record_connected(server, connection.connects > 1)
             moved = address != self.address and self._options.sentinels is not None
-            self.address = address
-        _logger.info("connected to %s (%s)", address, server or "server unknown")
+            self.address = self._info.shown = address
         if moved:
             self._retire(lambda other: other.pipeline.address != address)
-
-    def _note_failure(self, error: Exception) -> None:
-        shown = self._last_loss = str(error)
-        if shown != self._complained:
-            self._complained = shown
-            _logger.warning("can't connect to %s: %s", self.address, shown)
-
-    def _note_loss(self, connection: Connection) -> None:
-        if connection.loss:
-            self._last_loss, connection.loss = connection.loss, ""
-            _logger.info("connection to %s lost: %s", connection.pipeline.address, self._last_loss)
 
     def _note_error(self, connection: Connection) -> None:
         """Replace the connections to a server that has become a replica, behind Sentinels."""
@@ -440,14 +389,12 @@ class Pool:
     @property
     def server(self) -> str:
         """The server's kind and version; empty until they are known."""
-        return self._server
+        return self._info.server
 
     @property
     def is_ready(self) -> bool:
         """Whether there is a connection."""
-        return not self._closed and any(
-            connection.sock is not None for connection in self._present()
-        )
+        return not self._closed and any(one.sock is not None for one in self._present())
 
     def when_ready(self) -> None:
         """Wait until there is a connection.
@@ -504,16 +451,13 @@ class Pool:
     def stats(self) -> dict[str, Any]:
         """Return the counters of the pipelines and of the connections."""
         present = self._present()
-        parts = [self._counts]
-        parts += [connection.pipeline.stats() for connection in (*present, *list(self._unplaced))]
+        parts = [one.pipeline.stats() for one in (*present, *list(self._unplaced))]
         return {
-            **counters.merged([*parts, {"overloaded": self._overloads}]),
+            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(connection.sock is not None for connection in present),
-            "connects": self._connects,
-            "reconnections": self._reconnections,
-            "redirections": 0,
-            "last_loss": self._last_loss,
+            "connections": sum(one.sock is not None for one in present),
+            **self._info.connections(),
+            "last_loss": self._info.last_loss,
         }
 
     def close(self) -> None:

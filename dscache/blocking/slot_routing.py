@@ -32,19 +32,6 @@ class SlotRouter:
     node's address to ``pending_nodes``; ``unrouted`` appends an empty one.
     """
 
-    __slots__ = (
-        "_new_pipeline",
-        "_provider",
-        "_seen",
-        "_state",
-        "_table",
-        "apart",
-        "nodes",
-        "pending_nodes",
-        "router",
-        "unrouted",
-    )
-
     def __init__(
         self,
         core: ModuleType,
@@ -90,18 +77,15 @@ class SlotRouter:
         """Take over the state's slots, and move operations that wait at the wrong node."""
         if self.is_current():
             return
-        table = self._state.table
-        if table is not self._table:
-            self._rebuild(table)
-        for slot, shown in table.moved[self._seen :]:
-            self._route(slot, shown)
-            self._seen += 1
+        if self._state.table is self._table:
+            self._route_moved()
+        else:
+            self._rebuild(self._state.table)
         for node in list(self.nodes.values()):  # a copy, as moving may add nodes
             if node.pipeline.queued:
                 self.hand_on(node.pipeline)
 
     def _rebuild(self, table: SlotTable) -> None:
-        """Fill the Router's tables from a SlotTable."""
         owners, readers = self.router.owners, self.router.readers
         owners[:] = readers[:] = [self.unrouted] * c.SLOTS
         for shard in table.shards:
@@ -115,13 +99,12 @@ class SlotRouter:
                 pipelines = [self._pipeline(shown)] * len(range(slot, end, count))
                 readers[slot:end:count] = pipelines
         self._table, self._seen = table, 0
-        for slot, shown in table.moved.copy():
-            self._route(slot, shown)
-            self._seen += 1
+        self._route_moved()
 
-    def _route(self, slot: int, shown: str) -> None:
-        pipeline = self._pipeline(shown)
-        self.router.owners[slot] = self.router.readers[slot] = pipeline
+    def _route_moved(self) -> None:
+        for slot, shown in self._table.moved[self._seen :]:
+            self.router.owners[slot] = self.router.readers[slot] = self._pipeline(shown)
+            self._seen += 1
 
     def _pipeline(self, shown: str) -> Pipeline:
         node = self.nodes.get(shown)
@@ -161,6 +144,7 @@ class SlotRouter:
     def close_departed(self) -> None:
         """End the connections to nodes that have left the cluster."""
         known = self._state.nodes
+        self.take_pending_nodes()
         departed = [shown for shown in self.nodes if shown not in known]
         for shown in departed:
             node = self.nodes.pop(shown)
@@ -186,14 +170,6 @@ class SlotRouter:
         slot = pipeline.slot_of(kind, name)
         shown = self._table.find(slot, kind in (c.GET, c.HEAD, c.READ_KEY))
         return pipeline if shown is None else self.node(self._state.node_at(shown)).pipeline
-
-    def requeue_all(self, other: SlotRouter) -> None:
-        """Take over all operations that wait in another SlotRouter; ``follow`` moves them on."""
-        for pipeline in (other.unrouted, *(node.pipeline for node in other.nodes.values())):
-            given = pipeline.take_queued(lambda kind, name: self.unrouted)
-            if given:
-                self.unrouted.requeue([batch for _, batch in given])
-        other.take_pending_nodes()
 
     # -- counters
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from typing import Final
 
+from ..config import RetryStrategy
+
 # Every cap is reached long before; hundreds of doublings would overflow a float.
 _MAX_FAILURES: Final = 30
 # While operations wait for a connection, attempts are no further apart, in seconds.
@@ -22,6 +24,12 @@ def longest_pause(first: float, cap: float, failures: int, growth: float = 2) ->
 def full_jitter(first: float, cap: float, failures: int) -> float:
     """Return a random pause between zero and the longest one after so many failures."""
     return random.uniform(0, longest_pause(first, cap, failures))
+
+
+def pause_while_waiting(retry: RetryStrategy, failures: int) -> float:
+    """Return the pause before the next attempt to connect, in seconds, if operations wait."""
+    longest = min(retry.cap / 1000, MAX_PAUSE_WHILE_WAITING)
+    return full_jitter(retry.first / 1000, longest, failures)
 
 
 def half_jitter(first: float, cap: float, failures: int, growth: float = 2) -> float:

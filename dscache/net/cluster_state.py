@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any, Final
 
@@ -23,15 +24,29 @@ from ..core import stats as counters
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConfigError, ConnectError, ReplyError
 from .backoff import full_jitter, half_jitter
-from .seeds import AT_ONCE, Seeds
-from .slot_table import NodeInfo, Shard, SlotTable
-from .slots import ASKED, GAP, GAP_CAP, GAP_GROWTH, VIEWS_TO_LEAVE, Address, View
+from .slot_table import NodeInfo, Seeds, Shard, SlotTable
+from .slots import (
+    ASKED,
+    GAP,
+    GAP_CAP,
+    GAP_GROWTH,
+    VIEWS_TO_LEAVE,
+    Address,
+    View,
+    parse_redirection,
+)
+
+Counts = Iterable[Mapping[str, Any]]
+"""The counters of some connections."""
 
 _logger = logging.getLogger("dscache")
 
 # A lost replica isn't read for this long, in seconds, and for twice as long each further time.
 _AVOID_FIRST: Final = 0.5
 _AVOID_CAP: Final = 8.0
+# A cluster that announces more nodes than this has each one connected to on its first use:
+# connecting to sixteen thousand takes seconds, and a faulty node may announce as many.
+_AT_ONCE: Final = 256
 # A claim lasts this much longer, in seconds, than the nodes have to answer.
 _CLAIM_GRACE: Final = 0.25
 
@@ -152,10 +167,6 @@ class ClusterState:
                 found = self.nodes.setdefault(shown, node)
         return found
 
-    def announced(self, address: Address) -> NodeInfo:
-        """Return the node that other nodes announce by an address (``natMap`` applies)."""
-        return self.node(self._options.mapped(*address))
-
     def node_at(self, shown: str) -> NodeInfo:
         """Return the node at ``host:port``, which may be a new one."""
         found = self.nodes.get(shown)
@@ -170,12 +181,6 @@ class ClusterState:
         known = [node for one in shown if (node := self.nodes.get(one))]
         return known or [self.node_at(one) for one in list(shown)[:1]]
 
-    def in_use(self) -> dict[str, None]:
-        """Return the addresses of all nodes that serve slots, or are read."""
-        table = self.table
-        readers = (reader for shard in table.shards for reader in shard.readers)
-        return dict.fromkeys((*table.primaries, *readers))
-
     def keep_counts(self, node: NodeInfo | None, counts: Mapping[str, Any]) -> None:
         """Keep the counters of a connection that has ended; ``node`` is None if it had none."""
         with self.lock:
@@ -183,12 +188,36 @@ class ClusterState:
             kept = node.counts if known and node is not None else self.past
             counters.add(kept, counts, lasting=True)
 
+    @property
+    def server(self) -> str:
+        """The kinds and versions of the servers, as far as they are known."""
+        known = sorted({node.server for node in list(self.nodes.values()) if node.server})
+        return f"cluster of {', '.join(known)}" if known else ""
+
+    def stats(
+        self, nodes: dict[str, dict[str, Any]], leaving: Counts, others: Counts
+    ) -> dict[str, Any]:
+        """Return the counters of all connections together, and those of each node.
+
+        ``leaving`` are the counters of connections to departed nodes, and ``others`` belong to no
+        node.
+        """
+        of_nodes = [self.past, *leaving, *nodes.values()]
+        return {
+            **counters.merged([*of_nodes, *others]),
+            "connections": sum(one["connections"] for one in nodes.values()),
+            "connects": sum(one.get("connects", 0) for one in of_nodes),
+            "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
+            "last_loss": self.last_loss,
+            "redirections": self.redirections,
+            "refreshes": self.refreshes,
+            "nodes": nodes,
+        }
+
     def errors_by_node(self) -> str:
         """Return why nodes can't be connected to, a few words for each."""
-        down = {shown: node.trouble for shown, node in list(self.nodes.items())}
-        return "; ".join(f"{shown}: {why}" for shown, why in down.items() if why) or str(
-            self.trouble
-        )
+        down = {node.shown: node.trouble for node in list(self.nodes.values()) if node.trouble}
+        return "; ".join(f"{shown}: {why}" for shown, why in down.items()) or str(self.trouble)
 
     def _open_seeds(self) -> None:
         for address in self.seeds.addresses:
@@ -196,17 +225,25 @@ class ClusterState:
 
     # -- the slots
 
-    def record_moved(self, slot: int, node: NodeInfo) -> None:
-        """Note that MOVED names a node as the owner of a slot."""
-        with self.lock:
-            self.redirections += 1
-            self.table.moved.append((slot, node.shown))
-        self.record_stale()
+    def record_redirection(
+        self, words: str, slot: int, source: Address
+    ) -> tuple[str, NodeInfo | None]:
+        """Note that a node has redirected an operation or put it off, in these words.
 
-    def record_redirected(self) -> None:
-        """Count an operation that was redirected or put off without a new owner of its slot."""
+        Returns their code, and the node that MOVED or ASK names.
+        """
+        code = words.partition(" ")[0]
+        address = None
+        if code in ("MOVED", "ASK"):
+            address = parse_redirection(words, slot, source)
+        named = None if address is None else self.node(self._options.mapped(*address))
         with self.lock:
             self.redirections += 1
+            if named is not None and code == "MOVED":
+                self.table.moved.append((slot, named.shown))
+        if code == "MOVED" or (named is None and code != "TRYAGAIN"):
+            self.record_stale()
+        return code, named
 
     def apply(
         self,
@@ -247,7 +284,7 @@ class ClusterState:
         announced = {one.primary for one in view.ranges}
         if reads_replicas:
             announced.update(replica for one in view.ranges for replica in one.replicas)
-        self.opens_all = len(announced) <= AT_ONCE
+        self.opens_all = len(announced) <= _AT_ONCE
         shards = []
         for one in sorted(view.ranges, key=lambda one: one.first):
             primary = join_address(*mapped(*one.primary))
@@ -285,7 +322,8 @@ class ClusterState:
         return refusals[0] if all(refusals) else None
 
     def _let_leave(self, is_up: Callable[[str], bool]) -> None:
-        present = self.in_use()
+        readers = (reader for shard in self.table.shards for reader in shard.readers)
+        present = {*self.table.primaries, *readers}
         if not any(map(is_up, present)):
             return
         for shown, node in list(self.nodes.items()):
@@ -349,9 +387,7 @@ class ClusterState:
             for shard in table.shards:
                 readers = tuple(one for one in shard.readers if one != node.shown)
                 alone = readers == (shard.primary,)
-                shards.append(
-                    Shard(shard.first, shard.last, shard.primary, () if alone else readers)
-                )
+                shards.append(replace(shard, readers=() if alone else readers))
             if tuple(shards) == table.shards:
                 return
             again = now < node.avoid_until + _AVOID_CAP
@@ -371,11 +407,7 @@ class ClusterState:
     def record_connected(self, node: NodeInfo, server: str, again: bool) -> None:
         """Note a new connection to a node; ``again`` if it replaces a lost one."""
         with self.lock:
-            node.connects += 1
-            node.reconnections += again
-            node.is_tried = True
-            node.server = server
-            node.trouble = node.refusal = None
+            node.record_connected(server, again)
 
     def record_unreachable(self, node: NodeInfo, error: Exception, refusal: ErrorOf | None) -> None:
         """Note a failed attempt to connect; ``refusal`` makes errors if it is permanent."""

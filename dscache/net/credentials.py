@@ -54,12 +54,6 @@ def hidden(text: str | None) -> Hidden | None:
     return None if text is None else Hidden(text)
 
 
-def revealed(command: Iterable[Word]) -> Iterator[str | bytes | int]:
-    """Yield the words of a command, with the text of those that are hidden."""
-    for word in command:
-        yield word.reveal() if isinstance(word, Hidden) else word
-
-
 def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list[Any]) -> bytes:
     """Return the bytes of commands, and append the waiters for their replies.
 
@@ -68,7 +62,8 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 
     def texts() -> Iterator[bytes]:
         for command in commands:
-            text, waiter = pipeline.command(*revealed(command))
+            words = (word.reveal() if isinstance(word, Hidden) else word for word in command)
+            text, waiter = pipeline.command(*words)
             waiters.append(waiter)
             yield text
 

@@ -78,7 +78,7 @@ class SentinelGroup:
         return next(self._numbers)
 
     def is_enough(self, answers: Collection[Answer]) -> bool:
-        """Whether a survey may end with these answers although others are outstanding.
+        """Whether these answers decide a survey, without those that are outstanding.
 
         For a replica, one answer is enough. For the primary, it takes a majority: otherwise a
         Sentinel that went down with the old primary would delay finding the new one by its time
@@ -115,7 +115,10 @@ class SentinelGroup:
         return f"{node.address}: it reports no {self._sought} that is up"
 
     def shown(self, error: Exception, seconds: float) -> str:
-        """Return why a Sentinel gave no answer within so many seconds, without its password."""
+        """Return the text of a failed query with the password masked.
+
+        ``seconds`` is the time that the query had.
+        """
         if isinstance(error, TimeoutError):
             return f"no answer within {seconds * 1000:.0f} ms"
         return masked(clean(str(error)), [self._password]) or type(error).__name__

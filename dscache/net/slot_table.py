@@ -1,20 +1,23 @@
-"""The nodes of a cluster, and the table of which node serves which slot."""
+"""The nodes of a cluster, configured and known, and the table of which node serves which slot."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from math import inf
 from typing import Any
 
-from ..config import Options
+from msgspec import UNSET
+
+from ..config import Node, Options
 from ..core.constants import ErrorOf
-from .slots import Address
+from .slots import NAMES_LAST, Address
 
 
 class NodeInfo:
-    """One node of a cluster, shared by all connections of a cache to it.
+    """One node of a cluster, or the only server, shared by all connections of a cache to it.
 
     ``connects``, ``reconnections`` and ``redirections`` count over all connections of a blocking
     cache. ``counts`` sums the counters of connections that have ended.
@@ -47,6 +50,14 @@ class NodeInfo:
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
 
+    def record_connected(self, server: str, again: bool) -> None:
+        """Note a new connection, while holding the lock of its cache; see ClusterState."""
+        self.connects += 1
+        self.reconnections += again
+        self.is_tried = True
+        self.server = server
+        self.trouble = self.refusal = None
+
     def connections(self) -> dict[str, int]:
         """Return the counters of the connections to it."""
         return {
@@ -54,6 +65,39 @@ class NodeInfo:
             "reconnections": self.reconnections,
             "redirections": self.redirections,
         }
+
+
+class Seeds:
+    """The configured nodes, and the addresses by which the cluster may announce them."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._named: dict[Address, Node] = {}
+        self._again_at = 0.0
+        self.addresses = [(seed.host, seed.port) for seed in options.seeds]
+
+    def options_at(self, address: Address) -> Options:
+        """Return the options of the connection to the node at an address."""
+        return self._options.for_node(*address, self._named.get(address))
+
+    def to_look_up(self, now: float) -> list[Node]:
+        """Return the nodes to look up now: those with credentials, at most every 2 seconds.
+
+        ``now`` is ``time.monotonic()``.
+        """
+        if now < self._again_at:
+            return []
+        self._again_at = now + NAMES_LAST
+        return [
+            seed
+            for seed in self._options.seeds
+            if seed.password is not UNSET or seed.username is not UNSET
+        ]
+
+    def looked_up(self, seed: Node, found: Iterable[tuple[Any, ...]]) -> None:
+        """Note the addresses that ``getaddrinfo`` has returned for a node."""
+        for *_, address in found:
+            self._named[str(address[0]), seed.port] = seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,7 +230,7 @@ def test_without_a_free_connection_the_call_waits_for_one(
     with ThreadPoolExecutor(20) as threads:
         with used_up(proxy, cache, 2):
             waiting = [threads.submit(cache.set, f"r{n}", n, n) for n in range(20)]
-            until(lambda: len(cache._pool._waiters) == 20)  # type: ignore[union-attr]
+            until(lambda: len(cache._topology._waiters) == 20)  # type: ignore[union-attr]
             assert not any(one.done() for one in waiting)
         assert all(one.result(PATIENCE) for one in waiting)
     assert cache.head_bulk(f"r{n}" for n in range(20)) == {f"r{n}": n for n in range(20)}
@@ -243,7 +243,7 @@ def test_a_call_that_gets_no_connection_says_why(
 ) -> None:
     cache = open_cache(url=proxy.url, maxConnections=1, **PATIENT)
     cache.set("a", 1, [1])
-    pool: Any = cache._pool
+    pool: Any = cache._topology
     with used_up(proxy, cache, 1):
         # From here on other threads wait for less time than the one in flight.
         impatient = {"timeout": 0.2}
@@ -269,7 +269,7 @@ def test_an_interrupted_thread_frees_its_place(open_cache: OpenCache) -> None:
 def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCache) -> None:
     cache = open_cache(maxConnections=1, **PATIENT)
     cache.set("a", 1, [1])
-    pool: Any = cache._pool
+    pool: Any = cache._topology
     taken = [pool._idle.pop()]
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(cache.get, "a")
@@ -308,7 +308,7 @@ def test_a_foreign_refusal_withdraws_the_operation(
     """A signal handler may raise a RecordError when the operation is queued already."""
     cache = open_cache(maxConnections=1)
     cache.set("a", 1, "a's")
-    pipeline: Any = cache._pool._idle[-1].pipeline  # type: ignore[union-attr]
+    pipeline: Any = cache._topology._idle[-1].pipeline  # type: ignore[union-attr]
 
     class Struck:
         def set(self, *arguments: Any) -> Any:
@@ -318,7 +318,7 @@ def test_a_foreign_refusal_withdraws_the_operation(
         def __getattr__(self, name: str) -> Any:
             return getattr(pipeline, name)
 
-    connection: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    connection: Any = cache._topology._idle[-1]  # type: ignore[union-attr]
     connection.pipeline = Struck()
     with pytest.raises(dscache.RecordError, match="struck"):
         cache.set("a", 2, "never written")
@@ -358,7 +358,7 @@ def test_a_connection_interrupted_in_its_handshake_is_not_kept(
         for call in (cache.when_ready, lambda: cache.get("a")):
             with pytest.raises(kind, match=r"^struck$"):
                 call()
-            assert not cache._pool._idle  # type: ignore[union-attr]
+            assert not cache._topology._idle  # type: ignore[union-attr]
         monkeypatch.setattr(Connection, "_take", take)
     assert cache.set("a", 1, "in database 5") is True
     other = open_cache()
@@ -370,7 +370,7 @@ def test_an_interrupted_connection_is_closed(open_cache: OpenCache, proxy: Proxy
     cache = open_cache(url=proxy.url, maxConnections=1, **PATIENT)
     cache.set("a", 1, "a's")
     cache.set("b", 1, "b's")
-    pool: Any = cache._pool
+    pool: Any = cache._topology
     for error in (KeyboardInterrupt, SystemExit, TimeoutError, OSError, ValueError):
         connection = pool._idle[-1]
 
@@ -631,7 +631,7 @@ def test_unsolicited_bytes_answer_nothing(backend: str) -> None:
             assert cache.get("a") is None
             for accepted in (2, 3):
                 thread.call(fake.push, stray)
-                connection = cache._pool._idle[-1]  # type: ignore[union-attr]
+                connection = cache._topology._idle[-1]  # type: ignore[union-attr]
                 until(lambda connection=connection: connection.is_readable(0))
                 assert cache.get("a") is None
                 assert fake.accepted == accepted
@@ -767,7 +767,7 @@ def test_unsolicited_bytes_over_tls_end_the_connection(
     """Bytes that the socket no longer reports must not be taken for the next reply."""
     cache = open_cache(url=tls_proxy.url, tls={"ca": certificates.authority}, **PATIENT)
     cache.set("a", 1, "a's")
-    connection: Any = cache._pool._idle[-1]  # type: ignore[union-attr]
+    connection: Any = cache._topology._idle[-1]  # type: ignore[union-attr]
     # The server's next replies come in one TLS record, of which one byte is read.
     connection.sock.setblocking(True)
     connection.sock.sendall(b"*2\r\n$3\r\nGET\r\n$3\r\na_d\r\n")
@@ -821,7 +821,7 @@ def test_a_failover(open_cache: OpenCache, server: EmbeddedServer) -> None:
         cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
         in_threads(3, lambda n: cache.set(f"r{n}", n, n))
         old = group.primary()
-        assert f":{old.port}" in cache._pool.address  # type: ignore[union-attr]
+        assert f":{old.port}" in cache._topology.address  # type: ignore[union-attr]
         with redis_py.Redis(port=old.port) as client:
             # WAIT covers the writes of its own connection, and thereby all before them.
             client.set("marker", "1")
@@ -833,7 +833,7 @@ def test_a_failover(open_cache: OpenCache, server: EmbeddedServer) -> None:
         group.wait_for_primary(old)
         new = group.primary()
         assert new.port != old.port
-        assert f":{new.port}" in cache._pool.address  # type: ignore[union-attr]
+        assert f":{new.port}" in cache._topology.address  # type: ignore[union-attr]
 
 
 # -- closing
@@ -871,7 +871,7 @@ def test_close_lets_other_threads_finish(open_cache: OpenCache, proxy: ProxyThre
     with ThreadPoolExecutor(6) as threads:
         proxy.do("stall")
         waiting = [threads.submit(cache.get, "a") for _ in range(4)]
-        until(lambda: len(cache._pool._waiters) == 2)  # type: ignore[union-attr]
+        until(lambda: len(cache._topology._waiters) == 2)  # type: ignore[union-attr]
         closing = [threads.submit(cache.close) for _ in range(2)]
         until(lambda: closing[0].done() or closing[1].done())
         with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
@@ -895,7 +895,7 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
         write = threads.submit(cache.set, "a", 2, [2])
         until(lambda: cache.stats()["in_flight"] == 2)
         queued = threads.submit(cache.get, "a")
-        until(lambda: cache._pool._waiters)  # type: ignore[union-attr]
+        until(lambda: cache._topology._waiters)  # type: ignore[union-attr]
         cache.close()
         for one in (read, queued):
             with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
@@ -908,7 +908,7 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
 def test_a_dropped_cache_is_closed(server: EmbeddedServer, backend: str) -> None:
     cache = dscache.Cache.from_config(f"{server.url}?client_name=dropped")
     cache.set("a", 1, [1])
-    pool = weakref.ref(cache._pool)  # type: ignore[arg-type]
+    pool = weakref.ref(cache._topology)  # type: ignore[arg-type]
     del cache
     gc.collect()
     assert pool() is None

@@ -265,7 +265,7 @@ def test_all_connections_in_use(group: ClusterGroup, backend: str) -> None:
                 for each in names:
                     cache.set(each, 1, each)
                 connect_all(cache, 2, names)
-                pool: Any = cache._pool
+                pool: Any = cache._topology
                 proxies[busy].do("stall")
                 reads = [threads.submit(cache.get, name) for _ in range(2)]
                 until(lambda stats=cache.stats: stats()["in_flight"] == 2)
@@ -388,7 +388,7 @@ def test_a_node_that_leaves_is_closed(backend: str) -> None:
             left = f"127.0.0.1:{leaving.port}"
             until(lambda: cache.get("n/1") and left not in cache.stats()["nodes"])
             # Including the connections that have been idle since.
-            present: Any = cache._pool._present  # type: ignore[union-attr]
+            present: Any = cache._topology._present  # type: ignore[union-attr]
             until(
                 lambda: cache.get("n/1") and not any(left in one.connected() for one in present())
             )
@@ -485,7 +485,7 @@ def test_connections_closed_between_operations_fail_none(
         for node in group.nodes:
             for client in ("normal", "replica"):
                 node.ask("CLIENT", "KILL", "TYPE", client, "SKIPME", "yes")
-        pool: Any = cache._pool
+        pool: Any = cache._topology
         for connection in pool._present():
             for node in connection.routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
@@ -940,7 +940,7 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
             write = threads.submit(cache.set, name, 2, [2])
             until(lambda: cache.stats()["in_flight"] == 2)
             queued = threads.submit(cache.get_bulk, names)
-            until(lambda: cache._pool._waiters)  # type: ignore[union-attr]
+            until(lambda: cache._topology._waiters)  # type: ignore[union-attr]
             cache.close()
             with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
                 cache.get(name)
@@ -993,7 +993,7 @@ def test_a_dropped_cache_is_closed(group: ClusterGroup, backend: str, layout: st
     redis_options = {"connectionName": "dropped"}
     cache = cache_on(group, keyLayout=layout, redisOptions=redis_options, **PATIENT)
     cache.set_bulk({f"n/{i}": (1, i) for i in range(50)})
-    pool = weakref.ref(cache._pool)  # type: ignore[arg-type]
+    pool = weakref.ref(cache._topology)  # type: ignore[arg-type]
     del cache
     gc.collect()
     assert pool() is None
@@ -1015,7 +1015,7 @@ def test_an_interrupted_thread_frees_its_place(group: ClusterGroup, backend: str
 def test_the_claim_of_a_refresh_expires(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that had claimed the refresh was interrupted without leaving a trace."""
     with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
-        pool: Any = cache._pool
+        pool: Any = cache._topology
         one, other = cluster.nodes
         pool._state.record_stale()
         until(lambda: pool._state.start_refresh(time.monotonic()))

@@ -133,9 +133,9 @@ def test_an_untried_node_is_asked_without_a_pause() -> None:
 def test_a_redirection_is_newer_than_a_view_asked_for_before() -> None:
     state = state_of()
     refresh(state, view_of(A, B))
-    state.record_moved(5, state.node(B))
+    state.record_redirection("MOVED 5 127.0.0.1:2", 5, A)
     table, moved = state.table, len(state.table.moved)
-    state.record_moved(6, state.node(C))
+    state.record_redirection("MOVED 6 127.0.0.1:3", 6, A)
     state.apply(view_of(A, B), table, moved)
     assert state.table.find(5, reads=False) == "127.0.0.1:1"
     assert state.table.find(6, reads=False) == "127.0.0.1:3"

@@ -36,7 +36,7 @@ def assert_struck_at_each_line(options: dict[str, Any], backend: str) -> None:
 
 def assert_a_lost_connection_frees_its_place(cache: dscache.Cache) -> None:
     """Lose a cache's only connection, as if an exception had struck right after it was taken."""
-    pool: Any = cache._pool
+    pool: Any = cache._topology
     line = pool._idle.pop()
     with pytest.raises(dscache.Overloaded):
         cache.get("a")

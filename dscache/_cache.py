@@ -1,0 +1,92 @@
+"""The base of AsyncCache and Cache: the configuration, and the counters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+
+from . import _backend
+from .config import Config, load
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+
+class Nodes(Protocol):
+    """The server, or the nodes of a cluster, that a cache has connected to."""
+
+    @property
+    def server(self) -> str: ...
+    @property
+    def is_ready(self) -> bool: ...
+    def stats(self) -> dict[str, Any]: ...
+
+
+NodesT = TypeVar("NodesT", bound=Nodes)
+
+
+class CacheBase(Generic[NodesT]):
+    """A cache, which connects at its first use."""
+
+    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
+        self._config = config
+        self._credentials = credentials
+        self._topology: NodesT | None = None
+        self._closed = False
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        credentials: CredentialProvider | None = None,
+    ) -> Self:
+        """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
+
+        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
+        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
+        first operation, or on entering a ``with`` or ``async with`` block. ``credentials`` is a
+        ``redis.CredentialProvider``, called before each connection; it replaces the configured
+        username and password.
+
+        Raises ConfigError for a bad configuration.
+        """
+        return cls(load(source), credentials)
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        return self._config
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server, or every primary of a cluster, is connected: bool."""
+        return self._topology is not None and self._topology.is_ready
+
+    @property
+    def description(self) -> str:
+        """One line that names the cache, its server and the core; contains no password."""
+        server = self._topology.server if self._topology is not None else ""
+        return _backend.described(f"{self._config.name} cache", self._config.address, server)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters since the cache was opened, as a dict; empty before that.
+
+        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
+        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
+        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
+        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
+        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
+        ``pending_bytes``, ``connections``, and threads ``waiting`` for one (a Cache). Connections
+        so far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds``
+        in seconds and, for each operation, ``count``, ``sum`` in seconds and ``buckets``, from the
+        call to the result. On a cluster also ``refreshes``, and ``nodes`` with the counters of
+        each. With a near cache ``near_cache``: its ``hits misses joins stale invalidations
+        evictions dropped_fills``, ``flushes`` by reason, and the ``records`` and ``bytes`` it
+        keeps.
+        """
+        return {} if self._topology is None else self._topology.stats()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._config.name} at {self._config.address}>"
