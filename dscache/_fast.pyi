@@ -182,23 +182,7 @@ NEAR_ENTRY_BYTES: int
 
 @final
 class NearCache:
-    def __init__(
-        self,
-        create_waiter: Callable[[], Any],
-        inner: Any,
-        *,
-        key_prefix: str = "",
-        hash_tag: bool = False,
-        clustered: bool = False,
-        timeout: float = 1.0,
-        max_records: int = ...,
-        max_bytes: int = ...,
-        max_age: float = 60.0,
-        idle_limit: float = 1.0,
-        prefixes: tuple[str, ...] = (),
-        serve_stale: bool = False,
-        check: Callable[[], object] | None = None,
-    ) -> None: ...
+    def __init__(self, create_waiter: Callable[[], Any], inner: Any, **settings: Any) -> None: ...
     def get(self, name: str) -> Any: ...
     def head(self, name: str) -> Any: ...
     def set(
@@ -222,6 +206,10 @@ class NearCache:
     def slots_moved(self, slots: Iterable[int]) -> None: ...
     def close(self) -> None: ...
     def stats(self) -> dict[str, Any]: ...
+    def last_known(self, name: str) -> Record | None: ...
+    def settle_reads(
+        self, reads: list[Any], found: Mapping[str, Record], errors: Mapping[str, Exception]
+    ) -> None: ...
 
 @final
 class Message:

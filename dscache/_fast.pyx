@@ -48,7 +48,7 @@ from .core import constants as c
 from .core import envelope as e
 from .core import recovery
 from .core.waiters import DISCARDED as _discarded
-from .errors import BulkError, ProtocolError, ReplyError, shorten
+from .errors import ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
