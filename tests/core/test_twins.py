@@ -873,7 +873,12 @@ class ClusterTwins:
 
     def key(self, kind: int, key: str) -> None:
         verb = "GET" if kind == c.READ_KEY else "DEL"
-        self.same(lambda nodes: nodes.router.key_command(kind, key, nodes._waiter(), verb, key))
+
+        def send(nodes: Any) -> None:
+            target = nodes.router.target_of(kind, key)
+            target.key_command(kind, key, nodes._waiter(), verb, key)
+
+        self.same(send)
 
     def answer(self, at: int, refusals: list[str | None]) -> None:
         """Flush a node and let it answer, with some refusals."""
