@@ -219,10 +219,6 @@ cdef class MessageDispatcher:
             del self._topics[channel]
         return not queues
 
-    def topics(self):
-        """Return the topics that anybody wants."""
-        return [topic for topic, _ in self._topics.values()]
-
     def stats(self):
         """Return the counts of messages: delivered, own, for others, without subscribers."""
         return {

@@ -218,10 +218,6 @@ class MessageDispatcher:
             del self._topics[channel]
         return not queues
 
-    def topics(self) -> list[int]:
-        """Return the topics that anybody wants."""
-        return [topic for topic, _ in self._topics.values()]
-
     def stats(self) -> dict[str, int]:
         """Return the counts of messages: delivered, own, for others, without subscribers."""
         return dict(self._counts)

@@ -186,12 +186,10 @@ cdef class NearCache:
 
     def get_bulk(self, names):
         """Queue a read of the records not cached; its waiter gets a dict of all records found."""
-        self._stay()
         return self._bulk(GET, names)
 
     def head_bulk(self, names):
         """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
-        self._stay()
         return self._bulk(HEAD, names)
 
     def set_bulk(self, records, ttl=None, if_newer=False):
@@ -447,6 +445,7 @@ cdef class NearCache:
         cdef _PendingRead read
         cdef bint is_asked
         cdef str key
+        self._stay()
         if isinstance(names, (str, bytes)):
             raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:

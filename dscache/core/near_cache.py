@@ -193,12 +193,10 @@ class NearCache:
 
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of the records not cached; its waiter gets a dict of all records found."""
-        self._stay()
         return self._bulk(c.GET, names)
 
     def head_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
-        self._stay()
         return self._bulk(c.HEAD, names)
 
     def set_bulk(
@@ -417,6 +415,7 @@ class NearCache:
         return read if read is not None and now < read.joinable_until and self._live else None
 
     def _bulk(self, kind: int, names: Iterable[str]) -> Any:
+        self._stay()
         if isinstance(names, (str, bytes)):
             raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
