@@ -436,6 +436,7 @@ cdef class NearCache:
 
     cdef object _bulk(self, int kind, names):
         cdef dict found = {}
+        cdef dict result = {}
         cdef list missing = []
         cdef list joined = []
         cdef list reads = []
@@ -468,7 +469,11 @@ cdef class NearCache:
         waiter = self._create_waiter()
         is_asked = bool(missing) or not found
         if not is_asked and not joined:
-            _resolve(waiter, {key: value for key, value in found.items() if value is not None})
+            # No comprehension, for the reason in ``_Batch._group``.
+            for key, value in found.items():
+                if value is not None:
+                    PyDict_SetItem(result, key, value)
+            _resolve(waiter, result)
             return waiter
         if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
             for key in missing:
