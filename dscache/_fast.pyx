@@ -48,7 +48,7 @@ from .core import constants as c
 from .core import envelope as e
 from .core import recovery
 from .core.waiters import DISCARDED as _discarded
-from .errors import BulkError, ProtocolError, ReplyError, shorten
+from .errors import ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
@@ -938,7 +938,8 @@ cdef class Pipeline:
             channel = <object>PyList_GET_ITEM(push, 1)
             payload = <object>PyList_GET_ITEM(push, 2)
             if PyBytes_CheckExact(channel) and PyBytes_CheckExact(payload):
-                return self.inbox.put(channel, payload)
+                self.inbox.take(channel, payload)
+                return 0
         raise self._wrong_shape("a subscription", push)
 
     cdef int _take_subscription(self, push) except -1:
@@ -952,7 +953,7 @@ cdef class Pipeline:
                 and batch.names[0].lower().encode() == push[0]
             ):
                 return self._answer(list(push))
-        self.inbox.note(self, list(push))
+        self.inbox.on_ended(self, list(push))
         return 0
 
     cdef int _answer(self, reply) except -1:

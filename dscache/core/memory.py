@@ -70,15 +70,12 @@ class MemoryPipeline:
 
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Return a done waiter with a dict of the records found."""
-        found = {name: self._read(name) for name in self._checked_all("get_bulk", names)}
-        return self._done({name: record for name, record in found.items() if record is not None})
+        return self._done(self._found("get_bulk", names))
 
     def head_bulk(self, names: Iterable[str]) -> Any:
         """Return a done waiter with a dict of the versions found."""
-        found = {name: self._read(name) for name in self._checked_all("head_bulk", names)}
-        return self._done(
-            {name: record.version for name, record in found.items() if record is not None}
-        )
+        found = self._found("head_bulk", names)
+        return self._done({name: record.version for name, record in found.items()})
 
     def set_bulk(
         self,
@@ -170,6 +167,10 @@ class MemoryPipeline:
         self._counts["hits"] += 1
         return self._core.Record(name, record[0], record[1])
 
+    def _found(self, operation: str, names: Iterable[str]) -> dict[str, Any]:
+        records = {name: self._read(name) for name in self._checked_all(operation, names)}
+        return {name: record for name, record in records.items() if record is not None}
+
     def _write(self, name: str, version: int, text: bytes, ttl: int, if_newer: bool) -> bool:
         if if_newer:
             stored = self._stored(name)
@@ -188,6 +189,5 @@ class MemoryPipeline:
 
     def _remove(self, name: str) -> bool:
         self._counts["deletes"] += 1
-        there = self._stored(name) is not None
-        self._records.pop(name, None)
-        return there
+        self._stored(name)  # drops an expired record
+        return self._records.pop(name, None) is not None

@@ -181,48 +181,43 @@ cdef class SubscriberQueue:
 cdef class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
-    ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
-    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
-    asked, that the subscribers have enough to do.
+    ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
+    itself, and ``on_damaged`` with a topic and a payload that is no envelope. ``is_crowded``
+    returns whether the subscribers have enough to do.
     """
 
-    cdef readonly object is_crowded
+    cdef readonly object is_crowded, on_ended
     cdef str _name
     cdef bytes _own
-    cdef object _told
-    cdef object _damaged
-    cdef dict _topics  # of each channel: its topic, and a list of mailboxes
+    cdef object _on_damaged
+    cdef dict _topics  # of each channel: its topic, and a list of queues
     cdef bytes _last_sender
     cdef str _last_name
     cdef unsigned long long _count_received, _count_own, _count_foreign
     cdef unsigned long long _count_unwanted, _count_damaged
 
-    def __init__(self, str server_name not None, told, damaged, is_crowded=lambda: False):
+    def __init__(self, str server_name not None, on_ended, on_damaged, is_crowded=lambda: False):
         self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
-        self._told = told
-        self._damaged = damaged
+        self.on_ended = on_ended
+        self._on_damaged = on_damaged
         self._topics = {}
         self._last_sender = b""
         self._last_name = ""
 
-    def join(self, long long topic, SubscriberQueue mailbox not None):
+    def join(self, long long topic, SubscriberQueue queue not None):
         """Give a queue the messages of a topic from now on."""
-        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
+        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(queue)
 
-    def leave(self, long long topic, SubscriberQueue mailbox not None):
-        """Give a mailbox no more; return whether it was the last of the topic."""
+    def leave(self, long long topic, SubscriberQueue queue not None):
+        """Give a queue no more; return whether it was the last of the topic."""
         channel = b"%d" % topic
-        mailboxes = self._topics[channel][1]
-        mailboxes.remove(mailbox)
-        if not mailboxes:
+        queues = self._topics[channel][1]
+        queues.remove(queue)
+        if not queues:
             del self._topics[channel]
-        return not mailboxes
-
-    def topics(self):
-        """Return the topics that anybody wants."""
-        return [topic for topic, _ in self._topics.values()]
+        return not queues
 
     def stats(self):
         """Return the counts of messages: delivered, own, for others, without subscribers."""
@@ -234,35 +229,27 @@ cdef class MessageDispatcher:
             "damaged": self._count_damaged,
         }
 
-    def take(self, bytes channel not None, bytes payload not None):
+    cpdef take(self, bytes channel, bytes payload):
         """Give a message to its subscribers."""
-        self.put(channel, payload)
-
-    cdef int put(self, bytes channel, bytes payload) except -1:
-        """Do so."""
         cdef PyObject* found = PyDict_GetItem(self._topics, channel)
         cdef tuple place
-        cdef list mailboxes
+        cdef list queues
         cdef Message message
         if found == NULL:
             self._count_unwanted += 1
-            return 0
+            return
         place = <tuple>found
         message = self._open(place[0], payload)
         if message is None:
-            return 0
+            return
         self._count_received += 1
-        mailboxes = place[1]
-        if PyList_GET_SIZE(mailboxes) == 1:
-            (<SubscriberQueue>PyList_GET_ITEM(mailboxes, 0)).put(message)
-            return 0
-        for mailbox in list(mailboxes):  # one that is disconnected leaves the list
-            (<SubscriberQueue>mailbox).put(message)
-        return 0
-
-    def note(self, pipeline, list push not None):
-        """Note that a server has ended a subscription by itself."""
-        self._told(pipeline, push)
+        queues = place[1]
+        if PyList_GET_SIZE(queues) == 1:
+            (<SubscriberQueue>PyList_GET_ITEM(queues, 0)).put(message)
+            return
+        for queue in list(queues):  # one that is disconnected leaves the list
+            (<SubscriberQueue>queue).put(message)
+        return
 
     cdef Message _open(self, long long topic, bytes payload):
         """Return the message of an envelope, unless it is from here or for others."""
@@ -308,11 +295,11 @@ cdef class MessageDispatcher:
         return message
 
     cdef Message _read(self, long long topic, bytes payload):
-        """Do so with an envelope that JSON.stringify would not write."""
+        """Do so with an envelope that JSON.stringify doesn't write."""
         opened = e.read(payload)
         if opened is None:
             self._count_damaged += 1
-            self._damaged(topic, payload)
+            self._on_damaged(topic, payload)
             return None
         sender, to, raw = opened
         if sender == self._name:

@@ -6,6 +6,7 @@ until its data is read.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, Final, NoReturn
@@ -18,6 +19,10 @@ from . import envelope as e
 
 _UNDECODED: Final = object()
 
+# An envelope as JSON.stringify writes it, up to the message; names without an escape.
+_SIMPLE: Final = re.compile(
+    b'%b([^"\\\\]*)"(?:%b([^"\\\\]*)")?%b(?=\\{)' % tuple(map(re.escape, (e.FROM, e.TO, e.BODY)))
+)
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -180,42 +185,38 @@ class SubscriberQueue:
 class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
-    ``told`` is called with the pipeline and the push for each that ends a subscription unasked;
-    ``damaged`` with a topic and a payload that is no envelope. ``is_crowded`` tells, when it is
-    asked, that the subscribers have enough to do.
+    ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
+    itself, and ``on_damaged`` with a topic and a payload that is no envelope. ``is_crowded``
+    returns whether the subscribers have enough to do.
     """
 
     def __init__(
         self,
         server_name: str,
-        told: Callable[[Any, list[Any]], object],
-        damaged: Callable[[int, bytes], object],
+        on_ended: Callable[[Any, list[Any]], object],
+        on_damaged: Callable[[int, bytes], object],
         is_crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
-        self._told = told
-        self._damaged = damaged
+        self.on_ended = on_ended
+        self._on_damaged = on_damaged
         self._topics: dict[bytes, tuple[int, list[SubscriberQueue]]] = {}
         self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
 
-    def join(self, topic: int, mailbox: SubscriberQueue) -> None:
+    def join(self, topic: int, queue: SubscriberQueue) -> None:
         """Give a queue the messages of a topic from now on."""
-        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(mailbox)
+        self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(queue)
 
-    def leave(self, topic: int, mailbox: SubscriberQueue) -> bool:
-        """Give a mailbox no more; return whether it was the last of the topic."""
+    def leave(self, topic: int, queue: SubscriberQueue) -> bool:
+        """Give a queue no more; return whether it was the last of the topic."""
         channel = b"%d" % topic
-        mailboxes = self._topics[channel][1]
-        mailboxes.remove(mailbox)
-        if not mailboxes:
+        queues = self._topics[channel][1]
+        queues.remove(queue)
+        if not queues:
             del self._topics[channel]
-        return not mailboxes
-
-    def topics(self) -> list[int]:
-        """Return the topics that anybody wants."""
-        return [topic for topic, _ in self._topics.values()]
+        return not queues
 
     def stats(self) -> dict[str, int]:
         """Return the counts of messages: delivered, own, for others, without subscribers."""
@@ -228,50 +229,36 @@ class MessageDispatcher:
         if found is None:
             counts["unwanted"] += 1
             return
-        topic, mailboxes = found
+        topic, queues = found
         message = self._open(topic, payload)
         if message is not None:
             counts["received"] += 1
             # One that is disconnected leaves the list.
-            for mailbox in mailboxes if len(mailboxes) == 1 else list(mailboxes):
-                mailbox.put(message)
-
-    def note(self, pipeline: Any, push: list[Any]) -> None:
-        """Note that a server has ended a subscription by itself."""
-        self._told(pipeline, push)
+            for queue in queues if len(queues) == 1 else list(queues):
+                queue.put(message)
 
     def _open(self, topic: int, payload: bytes) -> Message | None:
         """Return the message of an envelope, unless it is from here or for others."""
-        if payload.startswith(e.FROM) and payload.endswith(b"}}"):
-            end = payload.find(b'"', len(e.FROM))
-            sender = payload[len(e.FROM) : end]
-            to = None
-            at = end + 1
-            if payload.startswith(e.TO, at):
-                at += len(e.TO)
-                end = payload.find(b'"', at)
-                to = payload[at:end]
-                at = end + 1
-            simple = end >= 0 and b"\\" not in sender and b"\\" not in (to or b"")
-            if simple and payload.startswith(e.BODY + b"{", at):
-                if sender == self._own:
-                    self._counts["own"] += 1
-                    return None
-                if to is not None and to != self._own:
-                    self._counts["foreign"] += 1
-                    return None
-                message = Message.__new__(Message)
-                start = at + len(e.BODY)
-                _fill(message, topic, sender.decode("utf-8", "replace"), None, payload, start)
-                return message
-        return self._read(topic, payload)
+        simple = _SIMPLE.match(payload) if payload.endswith(b"}}") else None
+        if simple is None:
+            return self._read(topic, payload)
+        sender, to = simple.groups()
+        if sender == self._own:
+            self._counts["own"] += 1
+            return None
+        if to is not None and to != self._own:
+            self._counts["foreign"] += 1
+            return None
+        message = Message.__new__(Message)
+        _fill(message, topic, sender.decode("utf-8", "replace"), None, payload, simple.end())
+        return message
 
     def _read(self, topic: int, payload: bytes) -> Message | None:
-        """Do so with an envelope that JSON.stringify would not write."""
+        """Do so with an envelope that JSON.stringify doesn't write."""
         opened = e.read(payload)
         if opened is None:
             self._counts["damaged"] += 1
-            self._damaged(topic, payload)
+            self._on_damaged(topic, payload)
             return None
         sender, to, raw = opened
         if sender == self._name:

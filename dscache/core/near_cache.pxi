@@ -2,13 +2,15 @@
 # ``near_cache.py``, which has the theory of operation. One difference: the entries form a linked
 # list in their order, since a Python dict gives no immediate access to its oldest entry.
 
+from .core.near_parts import BulkRead, NearSettings
+from .core.waiters import Part
+
 # Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES = 208
 cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
 cdef Py_ssize_t NO_TABLE = getsizeof({})
 cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
 cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
-cdef object _UNKNOWN = object()
 cdef object _AWAY = c.AWAY
 
 # An epoch is live while its connection is tracked, lost after the connection is lost, and over when
@@ -90,12 +92,7 @@ cdef class NearCache:
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
     the event loop. Both are issued at the call, like every other operation.
 
-    ``max_records`` and ``max_bytes`` limit the size of the cache. The bytes are the text of records
-    and names plus the overhead of caching them. ``max_age``, ``idle_limit`` and ``timeout`` are in
-    seconds. ``prefixes`` restricts the cache to names that begin with one of them; () allows all.
-    With ``serve_stale``, the last known record is served while its node is unreachable, marked as
-    stale, but no longer than for ``max_age``. ``check`` is called before a read from another
-    thread, and raises if that thread must not read.
+    ``settings`` are those of NearSettings.
     """
 
     cdef object _check
@@ -104,7 +101,7 @@ cdef class NearCache:
     cdef object _inner
     cdef _Encoder _encoder
     cdef bint _clustered
-    cdef double _boarding
+    cdef double _join_period
     cdef Py_ssize_t _max_records, _max_bytes
     cdef double _max_age, _idle_limit
     cdef tuple _prefixes
@@ -112,7 +109,7 @@ cdef class NearCache:
     cdef dict _entries
     cdef _Entry _ends  # before the first entry and after the last one
     cdef Py_ssize_t _bytes
-    cdef dict _flights
+    cdef dict _pending
     cdef dict _fences
     cdef long long _floor
     cdef unsigned int* _moves  # number of moves of each slot
@@ -129,43 +126,28 @@ cdef class NearCache:
         self._entries = {}
         self._ends = _Entry.__new__(_Entry)
         self._ends.before = self._ends.after = <PyObject*>self._ends
-        self._flights = {}
+        self._pending = {}
         self._fences = {}
         self._flushes = {}
 
     def __dealloc__(self):
         PyMem_Free(self._moves)
 
-    def __init__(
-        self,
-        create_waiter,
-        inner,
-        *,
-        str key_prefix="",
-        bint hash_tag=False,
-        bint clustered=False,
-        double timeout=1.0,
-        Py_ssize_t max_records=c.NEAR_RECORDS,
-        Py_ssize_t max_bytes=c.NEAR_BYTES,
-        double max_age=60.0,
-        double idle_limit=1.0,
-        tuple prefixes=(),
-        bint serve_stale=False,
-        check=None,
-    ):
-        self._check = check
-        self._thread = 0 if check is None else PyThread_get_thread_ident()
+    def __init__(self, create_waiter, inner, **settings):
+        chosen = NearSettings(**settings)
+        self._check = chosen.check
+        self._thread = 0 if chosen.check is None else PyThread_get_thread_ident()
         self._create_waiter = create_waiter
         self._inner = inner
-        self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
-        self._clustered = clustered
-        self._boarding = timeout / 20
-        self._max_records = max_records
-        self._max_bytes = max_bytes
-        self._max_age = max_age
-        self._idle_limit = idle_limit
-        self._prefixes = prefixes
-        self._serve_stale = serve_stale
+        self._encoder = _Encoder.__new__(_Encoder, chosen.key_prefix, chosen.hash_tag)
+        self._clustered = chosen.clustered
+        self._join_period = chosen.timeout / 20
+        self._max_records = chosen.max_records
+        self._max_bytes = chosen.max_bytes
+        self._max_age = chosen.max_age
+        self._idle_limit = chosen.idle_limit
+        self._prefixes = chosen.prefixes
+        self._serve_stale = chosen.serve_stale
 
     # -- operations on one record
 
@@ -191,25 +173,23 @@ cdef class NearCache:
     def set(self, name, version, data, ttl=None, if_newer=False):
         """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         waiter = self._inner.set(name, version, data, ttl, if_newer)
-        self.touch(check_name(name))
+        self.add_fence(check_name(name))
         return waiter
 
     def delete(self, name):
         """Queue a removal; its waiter gets whether the record existed."""
         waiter = self._inner.delete(name)
-        self.touch(check_name(name))
+        self.add_fence(check_name(name))
         return waiter
 
     # -- bulk operations
 
     def get_bulk(self, names):
         """Queue a read of the records not cached; its waiter gets a dict of all records found."""
-        self._stay()
         return self._bulk(GET, names)
 
     def head_bulk(self, names):
         """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
-        self._stay()
         return self._bulk(HEAD, names)
 
     def set_bulk(self, records, ttl=None, if_newer=False):
@@ -218,7 +198,7 @@ cdef class NearCache:
             records = dict(records.items())
         waiter = self._inner.set_bulk(records, ttl, if_newer)
         for name in records:
-            self.touch(check_name(name))
+            self.add_fence(check_name(name))
         return waiter
 
     def delete_bulk(self, names):
@@ -227,7 +207,7 @@ cdef class NearCache:
             names = list(names)
         waiter = self._inner.delete_bulk(names)
         for name in names:
-            self.touch(check_name(name))
+            self.add_fence(check_name(name))
         return waiter
 
     cdef inline int _stay(self) except -1:
@@ -343,11 +323,11 @@ cdef class NearCache:
         self._bytes -= entry.size
         return True
 
-    cdef int touch(self, str name) except -1:
+    cdef int add_fence(self, str name) except -1:
         """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
-        if self._flights:
-            self._flights.pop(name, None)
+        if self._pending:
+            self._pending.pop(name, None)
         if PyDict_Size(self._fences) >= NEAR_FENCES:
             self._floor = last_serial
             self._fences.clear()
@@ -366,7 +346,7 @@ cdef class NearCache:
 
     cdef int count_flush(self, str reason) except -1:
         """Count an invalidation of many records, and let no caller join the reads pending now."""
-        self._flights.clear()
+        self._pending.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
 
@@ -375,7 +355,7 @@ cdef class NearCache:
         self._live += change
         return 0
 
-    cdef Record last_known(self, str name):
+    cpdef Record last_known(self, str name):
         """Return the record to serve while its node is unreachable, or None."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name)
         if found == NULL:
@@ -386,11 +366,22 @@ cdef class NearCache:
         self._stale += 1
         return _record_of(entry, True)
 
-    cdef int landed(self, _PendingRead flight) except -1:
+    cdef int end_read(self, _PendingRead read) except -1:
         """Remove a pending read, so that no more callers join it."""
-        if self._flights.get(flight.name) is flight:
-            del self._flights[flight.name]
+        if self._pending.get(read.name) is read:
+            del self._pending[read.name]
         return 0
+
+    # -- for BulkRead
+
+    def settle_reads(self, list reads not None, found, errors):
+        """Give the callers that joined the reads of a bulk the results of their names."""
+        cdef _PendingRead read
+        for read in reads:
+            if read.name in errors:
+                read.set_exception(errors[read.name])
+            else:
+                read.set_result(_another(found.get(read.name)) if read.waiters else None)
 
     # -- helpers
 
@@ -424,34 +415,38 @@ cdef class NearCache:
         # Creating the waiter comes first: it may run Python code that ends or begins pending reads.
         cdef object waiter = self._create_waiter()
         cdef double now = dscache_monotonic()
-        cdef _PendingRead flight = self._boarding_flight(name, now)
-        if flight is None:
-            flight = _PendingRead.__new__(_PendingRead, self, name, now + self._boarding)
-            flight.waiters.append(waiter)
-            self._inner.read(name, flight)
-            PyDict_SetItem(self._flights, name, flight)
+        cdef _PendingRead read = self._joinable(name, now)
+        if read is None:
+            read = _PendingRead.__new__(_PendingRead, self, name, now + self._join_period)
+            read.waiters.append(waiter)
+            self._inner.read(name, read)
+            PyDict_SetItem(self._pending, name, read)
             self._misses += 1
         else:
-            flight.waiters.append(waiter)
+            read.waiters.append(waiter)
             self._joins += 1
         return waiter
 
-    cdef _PendingRead _boarding_flight(self, str name, double now):
+    cdef _PendingRead _joinable(self, str name, double now):
         """Return the pending read of a name if callers may still join it."""
-        cdef PyObject* found = PyDict_GetItem(self._flights, name) if self._live else NULL
-        if found == NULL or now >= (<_PendingRead>found).boarding_ends:
+        cdef PyObject* found = PyDict_GetItem(self._pending, name) if self._live else NULL
+        if found == NULL or now >= (<_PendingRead>found).joinable_until:
             return None
         return <_PendingRead>found
 
     cdef object _bulk(self, int kind, names):
         cdef dict found = {}
+        cdef dict result = {}
         cdef list missing = []
-        cdef list flights = []
+        cdef list joined = []
+        cdef list reads = []
         cdef double now = dscache_monotonic()
         cdef bint stale
         cdef _Entry entry
-        cdef _PendingRead flight
+        cdef _PendingRead read
+        cdef bint is_asked
         cdef str key
+        self._stay()
         if isinstance(names, (str, bytes)):
             raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:
@@ -461,37 +456,39 @@ cdef class NearCache:
             stale = False
             entry = self._look(key, &stale)
             if entry is None or (stale and kind == HEAD):
-                PyDict_SetItem(found, key, _UNKNOWN)
-                flight = self._boarding_flight(key, now) if kind == GET else None
-                if flight is None:
+                PyDict_SetItem(found, key, None)  # keeps the place of the name in the result
+                read = self._joinable(key, now) if kind == GET else None
+                if read is None:
                     missing.append(key)
                 else:
-                    flights.append(flight)
+                    joined.append(read)
             elif kind == GET:
                 PyDict_SetItem(found, key, _record_of(entry, stale))
             else:
                 PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
         waiter = self._create_waiter()
-        cdef _BulkRead gathering = _BulkRead.__new__(_BulkRead, self, kind, found, waiter)
+        is_asked = bool(missing) or not found
+        if not is_asked and not joined:
+            # No comprehension, for the reason in ``_Batch._group``.
+            for key, value in found.items():
+                if value is not None:
+                    PyDict_SetItem(result, key, value)
+            _resolve(waiter, result)
+            return waiter
         if kind == GET and PyList_GET_SIZE(missing) <= NEAR_SHARED:
             for key in missing:
-                gathering.flights.append(
-                    _PendingRead.__new__(_PendingRead, self, key, now + self._boarding)
-                )
-        # An extra count keeps the bulk from ending before all of its reads are counted.
-        gathering.awaited = 1
-        if missing or not found:
-            gathering.awaited += 1
-            self._inner.read_bulk(kind, missing, gathering)
+                read = _PendingRead.__new__(_PendingRead, self, key, now + self._join_period)
+                reads.append(read)
+        awaited = is_asked + PyList_GET_SIZE(joined)
+        bulk = BulkRead(self, kind, found, missing, reads, waiter, awaited)
+        if is_asked:
+            self._inner.read_bulk(kind, missing, bulk)
         self._misses += PyList_GET_SIZE(missing)
-        self._joins += PyList_GET_SIZE(flights)
-        for flight in flights:
-            part = _Part.__new__(_Part, gathering, flight.name)
-            gathering.awaited += 1
-            flight.waiters.append(part)
-        for flight in gathering.flights:
-            PyDict_SetItem(self._flights, flight.name, flight)
-        gathering.come(False)
+        self._joins += PyList_GET_SIZE(joined)
+        for read in joined:
+            read.waiters.append(Part(bulk, read.name))
+        for read in reads:
+            PyDict_SetItem(self._pending, read.name, read)
         return waiter
 
     cdef int _append(self, _Entry entry) noexcept:
@@ -543,156 +540,30 @@ cdef class _PendingRead:
 
     cdef NearCache _near
     cdef str name
-    cdef double boarding_ends
+    cdef double joinable_until
     cdef list waiters
 
-    def __cinit__(self, NearCache near, str name, double boarding_ends):
+    def __cinit__(self, NearCache near, str name, double joinable_until):
         self._near = near
         self.name = name
-        self.boarding_ends = boarding_ends
+        self.joinable_until = joinable_until
         self.waiters = []
 
     def set_result(self, Record record, /):
-        self._near.landed(self)
+        self._near.end_read(self)
         for waiter in self.waiters:
             _resolve(waiter, record)
             record = _another(record)
 
     def set_exception(self, error, /):
         cdef Record known
-        self._near.landed(self)
+        self._near.end_read(self)
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
                 _reject(waiter, partial(c.copy_error, error))
             else:
                 _resolve(waiter, known)
-
-
-@cython.final
-cdef class _BulkRead:
-    """A bulk read: some records were cached, the others are awaited.
-
-    The pipeline settles this object as the waiter for the records to be read. Other callers may
-    join the reads of these records.
-    """
-
-    cdef NearCache _near
-    cdef int _kind
-    cdef dict _found
-    cdef object _waiter
-    cdef dict _rest
-    cdef dict _errors
-    cdef object _failure
-    cdef Py_ssize_t awaited
-    cdef list flights
-    cdef bint _is_read  # the read of the pipeline is settled
-
-    def __cinit__(self, NearCache near, int kind, dict found, waiter):
-        self._near = near
-        self._kind = kind
-        self._found = found
-        self._waiter = waiter
-        self._rest = {}
-        self._errors = {}
-        self.flights = []
-
-    def set_result(self, found, /):
-        cdef _PendingRead flight
-        self._rest.update(found)
-        for flight in self.flights:
-            flight.set_result(_another(found.get(flight.name)))
-        self._come()
-
-    def set_exception(self, error, /):
-        cdef _PendingRead flight
-        cdef dict found = {}
-        cdef dict errors
-        if isinstance(error, BulkError):
-            found = error.result
-            errors = dict(error.errors)
-        else:
-            self._failure = error
-            errors = {name: error for name, known in self._found.items() if known is _UNKNOWN}
-        self._errors.update(errors)
-        self._rest.update(found)
-        for flight in self.flights:
-            if flight.name in errors:
-                flight.set_exception(errors[flight.name])
-            else:
-                flight.set_result(_another(found.get(flight.name)))
-        self._come()
-
-    cdef int take(self, str name, Record record, bint again) except -1:
-        """Add the result of a pending read that this bulk has joined."""
-        self._rest[name] = record
-        return self.come(again)
-
-    cdef int take_error(self, str name, error, bint again) except -1:
-        """Add the error of a pending read that this bulk has joined."""
-        self._errors[name] = error
-        return self.come(again)
-
-    cdef int _come(self) except -1:
-        cdef bint again = self._is_read
-        self._is_read = True
-        return self.come(again)
-
-    cdef int come(self, bint again) except -1:
-        """Count a settled read. A read settles ``again`` if its first settling raised."""
-        self.awaited -= not again
-        return self._end() if self.awaited == 0 else 0
-
-    cdef int _end(self) except -1:
-        """Settle the waiter with the results and errors of all reads."""
-        cdef dict result = {}
-        cdef Record last
-        for name in self._rest:
-            self._errors.pop(name, None)
-        for name, error in list(self._errors.items()):
-            last = None
-            if self._kind == GET and isinstance(error, _AWAY):
-                last = self._near.last_known(name)
-            if last is not None:
-                self._rest[name] = last
-                del self._errors[name]
-        for name, known in self._found.items():
-            value = self._rest.get(name) if known is _UNKNOWN else known
-            if value is not None:
-                PyDict_SetItem(result, name, value)
-        if not self._errors:
-            return _resolve(self._waiter, result)
-        failure = self._failure
-        is_served = self._rest or any(
-            getattr(known, "stale", False) for known in self._found.values()
-        )
-        if failure is not None and not is_served:
-            return _reject(self._waiter, lambda: failure)
-        operation = f"{c.OPERATIONS[self._kind]}_bulk"
-        return _reject(self._waiter, partial(BulkError, operation, self._errors, result))
-
-
-@cython.final
-cdef class _Part:
-    """The waiter for one name of a bulk read, on a pending read that the bulk has joined."""
-
-    cdef _BulkRead _gathering
-    cdef str _name
-    cdef bint _has_come
-
-    def __cinit__(self, _BulkRead gathering, str name):
-        self._gathering = gathering
-        self._name = name
-
-    def set_result(self, Record record, /):
-        cdef bint again = self._has_come
-        self._has_come = True
-        self._gathering.take(self._name, record, again)
-
-    def set_exception(self, error, /):
-        cdef bint again = self._has_come
-        self._has_come = True
-        self._gathering.take_error(self._name, error, again)
 
 
 cdef inline Record _another(Record record):

@@ -41,12 +41,12 @@ from sys import getsizeof
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BulkError
 from . import constants as c
 from .batch import serials
+from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
-from .waiters import reject, resolve
+from .waiters import Part, reject, resolve
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 # Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES: Final = 290
 _NO_TABLE: Final = getsizeof(OrderedDict())
-
-_UNKNOWN: Final = object()
 
 # An epoch is live while its connection is tracked, lost after the connection is lost, and over when
 # its records are known to be outdated.
@@ -130,47 +128,19 @@ class NearCache:
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
     the event loop. Both are issued at the call, like every other operation.
 
-    ``max_records`` and ``max_bytes`` limit the size of the cache. The bytes are the text of records
-    and names plus the overhead of caching them. ``max_age``, ``idle_limit`` and ``timeout`` are in
-    seconds. ``prefixes`` restricts the cache to names that begin with one of them; () allows all.
-    With ``serve_stale``, the last known record is served while its node is unreachable, marked as
-    stale, but no longer than for ``max_age``. ``check`` is called before a read from another
-    thread, and raises if that thread must not read.
+    ``settings`` are those of NearSettings.
     """
 
-    def __init__(
-        self,
-        create_waiter: Callable[[], Any],
-        inner: Any,
-        *,
-        key_prefix: str = "",
-        hash_tag: bool = False,
-        clustered: bool = False,
-        timeout: float = 1.0,
-        max_records: int = c.NEAR_RECORDS,
-        max_bytes: int = c.NEAR_BYTES,
-        max_age: float = 60.0,
-        idle_limit: float = 1.0,
-        prefixes: tuple[str, ...] = (),
-        serve_stale: bool = False,
-        check: Callable[[], object] | None = None,
-    ) -> None:
-        self._check = check
+    def __init__(self, create_waiter: Callable[[], Any], inner: Any, **settings: Any) -> None:
+        self._settings = NearSettings(**settings)
         self._thread = get_ident()
         self._create_waiter = create_waiter
         self._inner = inner
-        self._encoder = Encoder(key_prefix, hash_tag)
-        self._clustered = clustered
-        self._boarding = timeout / 20
-        self._max_records = max_records
-        self._max_bytes = max_bytes
-        self._max_age = max_age
-        self._idle_limit = idle_limit
-        self._prefixes = prefixes
-        self._serve_stale = serve_stale
+        self._encoder = Encoder(self._settings.key_prefix, self._settings.hash_tag)
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
-        self._flights: dict[str, PendingRead] = {}
+        self._pending: dict[str, PendingRead] = {}
+        self._join_period = self._settings.timeout / 20
         self._fences: dict[str, int] = {}
         self._floor = 0
         # Number of moves of each slot.
@@ -210,25 +180,23 @@ class NearCache:
     ) -> Any:
         """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         waiter = self._inner.set(name, version, data, ttl, if_newer)
-        self.touch(check_name(name))
+        self.add_fence(check_name(name))
         return waiter
 
     def delete(self, name: str) -> Any:
         """Queue a removal; its waiter gets whether the record existed."""
         waiter = self._inner.delete(name)
-        self.touch(check_name(name))
+        self.add_fence(check_name(name))
         return waiter
 
     # -- bulk operations
 
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of the records not cached; its waiter gets a dict of all records found."""
-        self._stay()
         return self._bulk(c.GET, names)
 
     def head_bulk(self, names: Iterable[str]) -> Any:
         """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
-        self._stay()
         return self._bulk(c.HEAD, names)
 
     def set_bulk(
@@ -242,7 +210,7 @@ class NearCache:
             records = dict(records.items())
         waiter = self._inner.set_bulk(records, ttl, if_newer)
         for name in records:
-            self.touch(check_name(name))
+            self.add_fence(check_name(name))
         return waiter
 
     def delete_bulk(self, names: Iterable[str]) -> Any:
@@ -251,13 +219,13 @@ class NearCache:
             names = list(names)
         waiter = self._inner.delete_bulk(names)
         for name in names:
-            self.touch(check_name(name))
+            self.add_fence(check_name(name))
         return waiter
 
     def _stay(self) -> None:
         """Call ``check``, which may raise, if the thread has changed. ``inner`` checks writes."""
-        if self._check is not None and self._thread != get_ident():
-            self._check()
+        if self._settings.check is not None and self._thread != get_ident():
+            self._settings.check()
             self._thread = get_ident()  # the event loop runs there now
 
     # -- for the owner of the cache
@@ -275,8 +243,8 @@ class NearCache:
         """Drop every record, and stop caching and serving records."""
         self._entries.clear()
         self._bytes = 0
-        self._max_records = 0
-        self._serve_stale = False
+        self._settings.max_records = 0
+        self._settings.serve_stale = False
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, the flushes by reason, and the size of the cache."""
@@ -304,15 +272,15 @@ class NearCache:
         ``serial`` states when the read was issued. ``slot`` is the slot of the name, or -1 if the
         caller hasn't computed it.
         """
-        if self._prefixes and not name.startswith(self._prefixes):
+        if self._settings.prefixes and not name.startswith(self._settings.prefixes):
             return
-        entry = Entry(version, raw, epoch, time.monotonic() + self._max_age, 0)
+        entry = Entry(version, raw, epoch, time.monotonic() + self._settings.max_age, 0)
         # Garbage collection may have run a finalizer that wrote this name. So the fences are read
         # after the entry is created.
         if serial < self._floor or serial < self._fences.get(name, 0):
             self._counts["dropped_fills"] += 1
             return
-        if not self._clustered:
+        if not self._settings.clustered:
             slot = 0
         else:
             if slot < 0:
@@ -323,7 +291,7 @@ class NearCache:
                 return
         size = NEAR_ENTRY_BYTES + len(name.encode()) + (0 if raw is None else len(raw))
         self.drop(name)
-        if self._table() + size > self._max_bytes or not self._max_records:
+        if self._table() + size > self._settings.max_bytes or not self._settings.max_records:
             return
         self._make_room(1, size)
         entry.size = size
@@ -341,10 +309,10 @@ class NearCache:
         self._bytes -= entry.size
         return True
 
-    def touch(self, name: str) -> None:
+    def add_fence(self, name: str) -> None:
         """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
-        self._flights.pop(name, None)
+        self._pending.pop(name, None)
         if len(self._fences) >= c.NEAR_FENCES:
             self._floor = serials.last
             self._fences.clear()
@@ -362,7 +330,7 @@ class NearCache:
 
     def count_flush(self, reason: str) -> None:
         """Count an invalidation of many records, and let no caller join the reads pending now."""
-        self._flights.clear()
+        self._pending.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
 
     def count_live(self, change: int) -> None:
@@ -377,10 +345,25 @@ class NearCache:
         self._counts["stale"] += 1
         return self._record(name, entry, True)
 
-    def landed(self, flight: PendingRead) -> None:
+    def end_read(self, read: PendingRead) -> None:
         """Remove a pending read, so that no more callers join it."""
-        if self._flights.get(flight.name) is flight:
-            del self._flights[flight.name]
+        if self._pending.get(read.name) is read:
+            del self._pending[read.name]
+
+    # -- for BulkRead
+
+    def settle_reads(
+        self,
+        reads: list[PendingRead],
+        found: Mapping[str, Record],
+        errors: Mapping[str, Exception],
+    ) -> None:
+        """Give the callers that joined the reads of a bulk the results of their names."""
+        for read in reads:
+            if read.name in errors:
+                read.set_exception(errors[read.name])
+            else:
+                read.set_result(_another(found.get(read.name)) if read.waiters else None)
 
     # -- helpers
 
@@ -395,7 +378,7 @@ class NearCache:
         elif entry.moves == self._moves[entry.slot]:
             epoch = entry.epoch
             if epoch.state == LIVE:
-                if now - epoch.known <= self._idle_limit:
+                if now - epoch.known <= self._settings.idle_limit:
                     entry.was_hit = True
                     self._counts["hits"] += 1
                     return entry, False
@@ -406,7 +389,7 @@ class NearCache:
         return None, False
 
     def _may_be_stale(self, entry: Entry) -> bool:
-        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
+        return self._settings.serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
     def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
         return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
@@ -414,29 +397,30 @@ class NearCache:
     def _read(self, name: str) -> Any:
         waiter = self._create_waiter()
         now = time.monotonic()
-        flight = self._boarding_flight(name, now)
-        if flight is None:
-            flight = PendingRead(self, name, now + self._boarding)
-            flight.waiters.append(waiter)
-            self._inner.read(name, flight)
-            self._flights[name] = flight
+        read = self._joinable(name, now)
+        if read is None:
+            read = PendingRead(self, name, now + self._join_period)
+            read.waiters.append(waiter)
+            self._inner.read(name, read)
+            self._pending[name] = read
             self._counts["misses"] += 1
         else:
-            flight.waiters.append(waiter)
+            read.waiters.append(waiter)
             self._counts["joins"] += 1
         return waiter
 
-    def _boarding_flight(self, name: str, now: float) -> PendingRead | None:
+    def _joinable(self, name: str, now: float) -> PendingRead | None:
         """Return the pending read of a name if callers may still join it."""
-        flight = self._flights.get(name)
-        return flight if flight is not None and now < flight.boarding_ends and self._live else None
+        read = self._pending.get(name)
+        return read if read is not None and now < read.joinable_until and self._live else None
 
     def _bulk(self, kind: int, names: Iterable[str]) -> Any:
+        self._stay()
         if isinstance(names, (str, bytes)):
             raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
-        flights: list[PendingRead] = []
+        joined: list[PendingRead] = []
         now = time.monotonic()
         for name in names:
             name = check_name(name)
@@ -444,34 +428,33 @@ class NearCache:
                 continue
             entry, stale = self._look(name)
             if entry is None or (stale and kind == c.HEAD):
-                found[name] = _UNKNOWN
-                flight = self._boarding_flight(name, now) if kind == c.GET else None
-                if flight is None:
+                found[name] = None  # keeps the place of the name in the result
+                read = self._joinable(name, now) if kind == c.GET else None
+                if read is None:
                     missing.append(name)
                 else:
-                    flights.append(flight)
+                    joined.append(read)
             elif kind == c.GET:
                 found[name] = self._record(name, entry, stale)
             else:
                 found[name] = None if entry.raw is None else entry.version
         waiter = self._create_waiter()
-        gathering = BulkRead(self, kind, found, waiter)
+        is_asked = bool(missing) or not found
+        if not is_asked and not joined:
+            resolve(waiter, {name: value for name, value in found.items() if value is not None})
+            return waiter
+        reads: list[PendingRead] = []
         if kind == c.GET and len(missing) <= c.NEAR_SHARED:
-            gathering.flights += (PendingRead(self, name, now + self._boarding) for name in missing)
-        # An extra count keeps the bulk from ending before all of its reads are counted.
-        gathering.awaited = 1
-        if missing or not found:
-            gathering.awaited += 1
-            self._inner.read_bulk(kind, missing, gathering)
+            reads += (PendingRead(self, name, now + self._join_period) for name in missing)
+        bulk = BulkRead(self, kind, found, missing, reads, waiter, is_asked + len(joined))
+        if is_asked:
+            self._inner.read_bulk(kind, missing, bulk)
         self._counts["misses"] += len(missing)
-        self._counts["joins"] += len(flights)
-        for flight in flights:
-            part = Part(gathering, flight.name)
-            gathering.awaited += 1
-            flight.waiters.append(part)
-        for flight in gathering.flights:
-            self._flights[flight.name] = flight
-        gathering.come(False)
+        self._counts["joins"] += len(joined)
+        for read in joined:
+            read.waiters.append(Part(bulk, read.name))
+        for read in reads:
+            self._pending[read.name] = read
         return waiter
 
     def _table(self) -> int:
@@ -481,8 +464,8 @@ class NearCache:
     def _make_room(self, records: int, size: int) -> None:
         entries = self._entries
         while entries and (
-            len(entries) + records > self._max_records
-            or self._bytes + self._table() + size > self._max_bytes
+            len(entries) + records > self._settings.max_records
+            or self._bytes + self._table() + size > self._settings.max_bytes
         ):
             name, entry = next(iter(entries.items()))
             if entry.was_hit and entry.epoch.state == LIVE:
@@ -496,152 +479,28 @@ class NearCache:
 class PendingRead:
     """A pending read of one name: the waiter that the pipeline resolves, for all its callers."""
 
-    __slots__ = ("_near", "boarding_ends", "name", "waiters")
+    __slots__ = ("_near", "joinable_until", "name", "waiters")
 
-    def __init__(self, near: NearCache, name: str, boarding_ends: float) -> None:
+    def __init__(self, near: NearCache, name: str, joinable_until: float) -> None:
         self._near = near
         self.name = name
-        self.boarding_ends = boarding_ends
+        self.joinable_until = joinable_until
         self.waiters: list[Any] = []
 
     def set_result(self, record: Record | None, /) -> None:
-        self._near.landed(self)
+        self._near.end_read(self)
         for waiter in self.waiters:
             resolve(waiter, record)
             record = _another(record)
 
     def set_exception(self, error: Exception, /) -> None:
-        self._near.landed(self)
+        self._near.end_read(self)
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
             if known is None:
                 reject(waiter, partial(c.copy_error, error))
             else:
                 resolve(waiter, known)
-
-
-class BulkRead:
-    """A bulk read: some records were cached, the others are awaited.
-
-    The pipeline settles this object as the waiter for the records to be read. Other callers may
-    join the reads of these records.
-    """
-
-    __slots__ = (
-        "_errors",
-        "_failure",
-        "_found",
-        "_is_read",
-        "_kind",
-        "_near",
-        "_rest",
-        "_waiter",
-        "awaited",
-        "flights",
-    )
-
-    def __init__(self, near: NearCache, kind: int, found: dict[str, Any], waiter: Any) -> None:
-        self._near = near
-        self._kind = kind
-        self._found = found
-        self._waiter = waiter
-        self._rest: dict[str, Any] = {}
-        self._errors: dict[str, Exception] = {}
-        self._failure: Exception | None = None
-        self.awaited = 0
-        self.flights: list[PendingRead] = []
-        self._is_read = False  # the read of the pipeline is settled
-
-    def set_result(self, found: Mapping[str, Any], /) -> None:
-        self._rest.update(found)
-        for flight in self.flights:
-            flight.set_result(_another(found.get(flight.name)))
-        self._come()
-
-    def set_exception(self, error: Exception, /) -> None:
-        found: Mapping[str, Any] = {}
-        if isinstance(error, BulkError):
-            found = error.result
-            errors = dict(error.errors)
-        else:
-            self._failure = error
-            missing = (name for name, known in self._found.items() if known is _UNKNOWN)
-            errors = dict.fromkeys(missing, error)
-        self._errors.update(errors)
-        self._rest.update(found)
-        for flight in self.flights:
-            if flight.name in errors:
-                flight.set_exception(errors[flight.name])
-            else:
-                flight.set_result(_another(found.get(flight.name)))
-        self._come()
-
-    def take(self, name: str, record: Record | None, again: bool) -> None:
-        """Add the result of a pending read that this bulk has joined."""
-        self._rest[name] = record
-        self.come(again)
-
-    def take_error(self, name: str, error: Exception, again: bool) -> None:
-        """Add the error of a pending read that this bulk has joined."""
-        self._errors[name] = error
-        self.come(again)
-
-    def _come(self) -> None:
-        again, self._is_read = self._is_read, True
-        self.come(again)
-
-    def come(self, again: bool) -> None:
-        """Count a settled read. A read settles ``again`` if its first settling raised."""
-        self.awaited -= not again
-        if not self.awaited:
-            self._end()
-
-    def _end(self) -> None:
-        """Settle the waiter with the results and errors of all reads."""
-        for name in self._rest:
-            self._errors.pop(name, None)
-        for name, error in list(self._errors.items()):
-            known = None
-            if self._kind == c.GET and isinstance(error, c.AWAY):
-                known = self._near.last_known(name)
-            if known is not None:
-                self._rest[name] = known
-                del self._errors[name]
-        result: dict[str, Any] = {}
-        for name, known in self._found.items():
-            value = self._rest.get(name) if known is _UNKNOWN else known
-            if value is not None:
-                result[name] = value
-        failure = self._failure
-        is_served = self._rest or any(
-            getattr(known, "stale", False) for known in self._found.values()
-        )
-        if not self._errors:
-            resolve(self._waiter, result)
-        elif failure is not None and not is_served:
-            reject(self._waiter, lambda: failure)
-        else:
-            operation = c.OPERATIONS[self._kind] + "_bulk"
-            reject(self._waiter, partial(BulkError, operation, self._errors, result))
-
-
-class Part:
-    """The waiter for one name of a bulk read, on a pending read that the bulk has joined."""
-
-    __slots__ = ("_gathering", "_has_come", "_name")
-
-    def __init__(self, gathering: BulkRead, name: str) -> None:
-        self._gathering = gathering
-        self._name = name
-        self._has_come = False
-
-    def set_result(self, record: Record | None, /) -> None:
-        again, self._has_come = self._has_come, True
-        self._gathering.take(self._name, record, again)
-
-    def set_exception(self, error: Exception, /) -> None:
-        again, self._has_come = self._has_come, True
-        self._gathering.take_error(self._name, error, again)
 
 
 def _another(record: Record | None) -> Record | None:

@@ -80,11 +80,11 @@ from . import recovery
 from .batch import Batch, Bulk, Command, Write, serials
 from .constants import ErrorOf
 from .keys import slot_of_key
-from .latency import Latencies
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import Encoder, LengthGuard, pack_command
+from .stats import Latencies
 from .waiters import DISCARDED, resolve, with_waiter
 
 _INCOMPLETE: Final = object()
@@ -768,7 +768,7 @@ class Pipeline:
         if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
             self._answer(list(push))
         else:
-            self.inbox.note(self, list(push))
+            self.inbox.on_ended(self, list(push))
 
     def _answer(self, reply: Any) -> None:
         """Settle the first slot. It stays in place till then, so that nothing is lost on the way

@@ -122,10 +122,6 @@ cdef class Router:
         cdef bint reads = kind == GET or kind == HEAD or kind == READ_KEY
         return (self.readers if reads else self.owners)[self._encoder.slot_of(kind, name)]
 
-    def key_command(self, int kind, str key not None, waiter, *parts):
-        """Queue a READ_KEY or WRITE_KEY command of one key; ``waiter`` gets the bare reply."""
-        self.target_of(kind, key).key_command(kind, key, waiter, *parts)
-
     def publish(self, topic, bytes opening not None, message, bint sharded):
         """Queue a message; its waiter gets the number of connections that Redis sent it to."""
         cdef long long number = topic_of(topic, message)

@@ -43,14 +43,12 @@ class Router:
     def get(self, name: str) -> Any:
         """Queue a read; its waiter gets the Record, or None."""
         name = check_name(name)
-        slot = self._encoder.slot(name)
-        return self._apart.get(name) if slot < 0 else self.readers[slot].get(name)
+        return self._at(self.readers, name).get(name)
 
     def head(self, name: str) -> Any:
         """Queue a read of the version; its waiter gets the int, or None."""
         name = check_name(name)
-        slot = self._encoder.slot(name)
-        return self._apart.head(name) if slot < 0 else self.readers[slot].head(name)
+        return self._at(self.readers, name).head(name)
 
     def set(
         self,
@@ -62,16 +60,12 @@ class Router:
     ) -> Any:
         """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
         name = check_name(name)
-        slot = self._encoder.slot(name)
-        if slot < 0:
-            return self._apart.set(name, version, data, ttl, if_newer)
-        return self.owners[slot].set(name, version, data, ttl, if_newer)
+        return self._at(self.owners, name).set(name, version, data, ttl, if_newer)
 
     def delete(self, name: str) -> Any:
         """Queue a removal; its waiter gets whether the record existed."""
         name = check_name(name)
-        slot = self._encoder.slot(name)
-        return self._apart.delete(name) if slot < 0 else self.owners[slot].delete(name)
+        return self._at(self.owners, name).delete(name)
 
     # -- bulk operations
 
@@ -102,11 +96,7 @@ class Router:
 
     def read(self, name: str, waiter: Any) -> None:
         """Queue a read; ``waiter`` gets the Record, or None."""
-        slot = self._encoder.slot(name)
-        if slot < 0:
-            self._apart.read(name, waiter)
-        else:
-            self.readers[slot].read(name, waiter)
+        self._at(self.readers, name).read(name, waiter)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""
@@ -130,10 +120,6 @@ class Router:
         slot = slot_of_key(name.encode()) if kind >= c.READ_KEY else self._encoder.slot(name)
         return (self.readers if kind in (c.GET, c.HEAD, c.READ_KEY) else self.owners)[slot]
 
-    def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
-        """Queue a READ_KEY or WRITE_KEY command of one key; ``waiter`` gets the bare reply."""
-        self.target_of(kind, key).key_command(kind, key, waiter, *parts)
-
     def publish(self, topic: int | None, opening: bytes, message: Any, sharded: bool) -> Any:
         """Queue a message; its waiter gets the number of connections that Redis sent it to."""
         topic = e.topic_of(message) if topic is None else e.check_topic(topic)
@@ -152,6 +138,11 @@ class Router:
             pipeline.check_capacity(total)
         for pipeline in totals:
             pipeline.notify_pending()
+
+    def _at(self, pipelines: list[Pipeline], name: str) -> Any:
+        """Return the one of the pipelines that serves a record, or ``apart``."""
+        slot = self._encoder.slot(name)
+        return self._apart if slot < 0 else pipelines[slot]
 
     def _bulk(self, kind: int, records: dict[str, Any], waiter: Any = None) -> Any:
         pipelines = self.readers if kind <= c.HEAD else self.owners

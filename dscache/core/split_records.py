@@ -16,7 +16,8 @@ from typing import Any
 from ..errors import RecordError, shorten
 from . import constants as c
 from .keys import KeyLayout
-from .latency import Latencies
+from .stats import Latencies
+from .waiters import Part
 
 
 class SplitRecords:
@@ -48,23 +49,15 @@ class SplitRecords:
 
     def get(self, name: str) -> Any:
         """Read both keys; the waiter gets the Record, or None."""
-        self._admit(c.READ_KEY, {name: 0})
-        waiter = self._new_waiter()
-        self._read(name, waiter)
-        return waiter
+        return self._read(name, self._begin(c.READ_KEY, name))
 
     def read(self, name: str, waiter: Any) -> None:
         """Read both keys for ``waiter``, which gets the Record, or None."""
-        self._admit(c.READ_KEY, {name: 0})
-        self._counts["operations"] += 1
-        self._read(name, waiter)
+        self._read(name, self._begin(c.READ_KEY, name, waiter=waiter))
 
     def head(self, name: str) -> Any:
         """Read the version, and whether there is data; the waiter gets the int, or None."""
-        self._admit(c.READ_KEY, {name: 0})
-        waiter = self._new_waiter()
-        self._look(name, waiter)
-        return waiter
+        return self._look(name, self._begin(c.READ_KEY, name))
 
     def set(self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool) -> Any:
         """Write both keys; the waiter gets True. Raises RecordError if it is to be guarded."""
@@ -73,17 +66,12 @@ class SplitRecords:
         number = self._core.check_version(name, version)
         seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
         text = self._core.encode_data(name, data)
-        self._admit(c.WRITE_KEY, {name: len(text)})
-        waiter = self._new_waiter()
-        self._write(name, number, text, seconds, waiter)
-        return waiter
+        waiter = self._begin(c.WRITE_KEY, name, len(text))
+        return self._write(name, number, text, seconds, waiter)
 
     def delete(self, name: str) -> Any:
         """Remove both keys; the waiter gets whether there were both."""
-        self._admit(c.WRITE_KEY, {name: 0})
-        waiter = self._new_waiter()
-        self._remove(name, waiter)
-        return waiter
+        return self._remove(name, self._begin(c.WRITE_KEY, name))
 
     # -- bulk operations
 
@@ -111,50 +99,55 @@ class SplitRecords:
 
     # -- both halves
 
-    def _read(self, name: str, waiter: Any) -> None:
-        pair = self._pair(c.GET, waiter, lambda stored, raw: self._record(name, stored, raw))
-        version_key, data_key = self._keys(name)
-        self.router.key_command(c.READ_KEY, version_key, pair.first, "GET", version_key)
-        self.router.key_command(c.READ_KEY, data_key, pair.second, "GET", data_key)
+    def _read(self, name: str, waiter: Any) -> Any:
+        def record_of(stored: Any, raw: Any) -> Any:
+            return self._record(name, stored, raw)
 
-    def _look(self, name: str, waiter: Any) -> None:
+        return self._send(c.READ_KEY, c.GET, name, waiter, record_of, ("GET",), ("GET",))
+
+    def _look(self, name: str, waiter: Any) -> Any:
         def version_of(stored: Any, kind: Any) -> Any:
             record = self._record(name, stored, b"" if kind == c.STRING else None)
             return None if record is None else record.version
 
-        pair = self._pair(c.HEAD, waiter, version_of)
-        version_key, data_key = self._keys(name)
-        self.router.key_command(c.READ_KEY, version_key, pair.first, "GET", version_key)
-        self.router.key_command(c.READ_KEY, data_key, pair.second, "TYPE", data_key)
+        return self._send(c.READ_KEY, c.HEAD, name, waiter, version_of, ("GET",), ("TYPE",))
 
-    def _write(self, name: str, version: int, text: bytes, ttl: int, waiter: Any) -> None:
+    def _write(self, name: str, version: int, text: bytes, ttl: int, waiter: Any) -> Any:
         def written(*_replies: Any) -> bool:
             self._counts["writes"] += 1
             return True
 
-        pair = self._pair(c.SET, waiter, written)
         lifetime = ("EX", str(ttl)) if ttl else ()
-        for key, half, value in zip(
-            self._keys(name), (pair.first, pair.second), (str(version), text), strict=True
-        ):
-            self.router.key_command(c.WRITE_KEY, key, half, "SET", key, value, *lifetime)
+        commands = (("SET", value, *lifetime) for value in (str(version), text))
+        return self._send(c.WRITE_KEY, c.SET, name, waiter, written, *commands)
 
-    def _remove(self, name: str, waiter: Any) -> None:
+    def _remove(self, name: str, waiter: Any) -> Any:
         def removed(*replies: Any) -> bool:
             self._counts["deletes"] += 1
             self._counts["halves"] += replies.count(1) == 1
             return replies.count(1) == 2
 
-        pair = self._pair(c.SET + 1, waiter, removed)
-        for key, half in zip(self._keys(name), (pair.first, pair.second), strict=True):
-            self.router.key_command(c.WRITE_KEY, key, half, "DEL", key)
+        return self._send(c.WRITE_KEY, c.SET + 1, name, waiter, removed, ("DEL",), ("DEL",))
 
-    def _new_waiter(self) -> Any:
+    def _begin(self, kind: int, name: str, size: int = 0, waiter: Any = None) -> Any:
+        """Count an operation whose two commands are admitted; return its waiter."""
+        self._admit(kind, {name: size})
         self._counts["operations"] += 1
-        return self._create_waiter()
+        return self._create_waiter() if waiter is None else waiter
 
-    def _pair(self, row: int, waiter: Any, finish: Callable[[Any, Any], Any]) -> _Pair:
-        """Return the waiters of the two commands of an operation, or of a record of a bulk."""
+    def _send(
+        self,
+        kind: int,
+        row: int,
+        name: str,
+        waiter: Any,
+        finish: Callable[[Any, Any], Any],
+        *commands: tuple[Any, ...],
+    ) -> Any:
+        """Queue a command for each key of an operation, or of a record of a bulk.
+
+        ``commands`` are given without their keys, and ``row`` is that of the latency.
+        """
         began = time.monotonic()
         single = type(waiter) is not _OfBulk
 
@@ -164,7 +157,10 @@ class SplitRecords:
             elif single:
                 self._latencies.add(row, time.monotonic() - began, 1)
 
-        return _Pair(waiter, finish, note)
+        pair = _Pair(waiter, finish, note)
+        for key, half, (verb, *rest) in zip(self._keys(name), pair.halves, commands, strict=True):
+            self.router.target_of(kind, key).key_command(kind, key, half, verb, key, *rest)
+        return waiter
 
     def _admit(self, kind: int, sizes: Mapping[str, int]) -> None:
         """Let no half of a record be under way where the other is refused."""
@@ -194,7 +190,7 @@ class SplitRecords:
 
 
 class _Pair:
-    """The waiters of two commands, and the combination of their replies.
+    """The outcomes of two commands, combined to the outcome of one operation.
 
     ``note`` is told whether that is an error.
     """
@@ -202,23 +198,34 @@ class _Pair:
     def __init__(
         self, waiter: Any, finish: Callable[[Any, Any], Any], note: Callable[[bool], None]
     ) -> None:
-        self.first = _Half(self)
-        self.second = _Half(self)
+        self.halves = (Part(self, 0), Part(self, 1))
+        self._replies = [None, None]
+        self._errors: dict[int, Exception] = {}
         self._waiter = waiter
         self._finish = finish
         self._note = note
         self._missing = 2
 
-    def come(self, again: bool) -> None:
-        """Note that one of the two has its outcome; with the other, tell the waiter."""
+    def take(self, half: int, reply: Any, again: bool) -> None:
+        """Add the reply to one of the commands."""
+        self._replies[half] = reply
+        self._count(again)
+
+    def take_error(self, half: int, error: Exception, again: bool) -> None:
+        """Add the error of one of the commands."""
+        self._errors[half] = error
+        self._count(again)
+
+    def _count(self, again: bool) -> None:
+        """Count an outcome; settle the waiter with the second one."""
         self._missing -= not again
         if self._missing:
             return
-        error = self.first.error or self.second.error
+        error = self._errors.get(0) or self._errors.get(1)
         with suppress(InvalidStateError):
             if error is None:
                 try:
-                    result = self._finish(self.first.reply, self.second.reply)
+                    result = self._finish(*self._replies)
                 except RecordError as damage:
                     error = damage
                 else:
@@ -227,29 +234,6 @@ class _Pair:
                     return
             self._note(True)
             self._waiter.set_exception(error)
-
-
-class _Half:
-    """The waiter of one of two commands."""
-
-    def __init__(self, pair: _Pair) -> None:
-        self._pair = pair
-        self.reply: Any = None
-        self.error: Exception | None = None
-        self._has_come = False
-
-    def set_result(self, reply: Any, /) -> None:
-        self.reply = reply
-        self._come()
-
-    def set_exception(self, error: Exception, /) -> None:
-        self.error = error
-        self._come()
-
-    def _come(self) -> None:
-        # It comes once more if whatever followed the first time has failed.
-        again, self._has_come = self._has_come, True
-        self._pair.come(again)
 
 
 class _OfBulk:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from .constants import latency_of, mean_batch
+from .constants import LATENCY_BOUNDS, TIMED, latency_of, mean_batch
 
 # Momentary counters, which end with their pipeline.
 OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
@@ -44,3 +45,28 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     numbers = {name: total[name] for name in NAMES}
     latency = total.get("latency") or latency_of({})
     return {**numbers, "mean_batch": mean_batch(numbers), "latency": latency}
+
+
+class Latencies:
+    """The latencies of ``TIMED``, counted in buckets; the compiled core has its own in C.
+
+    Time runs from the call, as the deadline does, to the reading of the answer. The operations of
+    one tick have the time of the first of them, and replies read at once have one time of arrival.
+    So the clock is read twice for a batch, one of these for its deadline anyway.
+    """
+
+    __slots__ = ("_buckets", "_seconds")
+
+    def __init__(self) -> None:
+        self._seconds = [0.0] * len(TIMED)
+        self._buckets = [[0] * (len(LATENCY_BOUNDS) + 1) for _ in TIMED]
+
+    def add(self, row: int, seconds: float, count: int) -> None:
+        """Count that so many operations have taken so long."""
+        self._seconds[row] += seconds * count
+        self._buckets[row][bisect_left(LATENCY_BOUNDS, seconds)] += count
+
+    def told(self) -> dict[str, Any]:
+        """Return the latencies for ``stats()``, without operations that never occurred."""
+        rows = zip(TIMED, self._seconds, self._buckets, strict=True)
+        return latency_of({name: (took, [*bucket]) for name, took, bucket in rows if any(bucket)})

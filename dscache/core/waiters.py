@@ -39,6 +39,29 @@ class SupersededWrite:
         reject(self._waiter, partial(c.copy_error, error))
 
 
+class Part:
+    """The waiter of one part of an operation, the part that ``key`` names.
+
+    ``whole`` is told the outcome, and whether an earlier outcome was told: an outcome is told
+    ``again`` if what followed the first time has raised.
+    """
+
+    __slots__ = ("_is_settled", "_key", "_whole")
+
+    def __init__(self, whole: Any, key: Any) -> None:
+        self._whole = whole
+        self._key = key
+        self._is_settled = False
+
+    def set_result(self, result: object, /) -> None:
+        again, self._is_settled = self._is_settled, True
+        self._whole.take(self._key, result, again)
+
+    def set_exception(self, error: Exception, /) -> None:
+        again, self._is_settled = self._is_settled, True
+        self._whole.take_error(self._key, error, again)
+
+
 def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
     """Return the waiters of one record with one more added."""
     if type(earlier) is not list:

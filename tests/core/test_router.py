@@ -1310,8 +1310,9 @@ def test_an_unexpected_reply_to_a_single_key_command(
 def test_single_key_commands_follow_moved_and_ask(nodes: ClusterExchange) -> None:
     at = node_of("key")
     read, write = Waiter(), Waiter()
-    nodes.router.key_command(c.READ_KEY, "key", read, "GET", "key")
-    nodes.router.key_command(c.WRITE_KEY, "key", write, "SET", "key", "value")
+    target_of = nodes.router.target_of
+    target_of(c.READ_KEY, "key").key_command(c.READ_KEY, "key", read, "GET", "key")
+    target_of(c.WRITE_KEY, "key").key_command(c.WRITE_KEY, "key", write, "SET", "key", "value")
     assert nodes.counters(at)[:3] == (2, 0, 2)
     nodes.take(at)
     nodes.reply(at, moved("key"), ask("key"))
@@ -1424,7 +1425,8 @@ def test_a_split_record_is_refused_as_a_whole(core: Any, operation: Operation, k
     """If one node is full or closed, the other half isn't sent either."""
     nodes = ClusterExchange(core, 3, max_pending=1, refuse_when_full=True)
     at = key_slot(key) % 3
-    nodes.router.key_command(c.READ_KEY, key.decode(), Waiter(), "GET", key)
+    target = nodes.router.target_of(c.READ_KEY, key.decode())
+    target.key_command(c.READ_KEY, key.decode(), Waiter(), "GET", key)
     before = [nodes.counters(i) for i in range(3)]
     with pytest.raises(Overloaded, match=nodes.address(at)):
         nodes.issue(operation)

@@ -108,7 +108,7 @@ PUBLIC = (
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
     *("add_part", "check_capacity", "make_write", "make_writes", "notify_pending", "epoch"),
-    *("count_flush", "count_live", "drop", "fill", "invalidate", "landed", "last_known", "touch"),
+    *("count_flush", "count_live", "drop", "fill", "invalidate", "end_read", "add_fence"),
 }
 
 
@@ -873,7 +873,12 @@ class ClusterTwins:
 
     def key(self, kind: int, key: str) -> None:
         verb = "GET" if kind == c.READ_KEY else "DEL"
-        self.same(lambda nodes: nodes.router.key_command(kind, key, nodes._waiter(), verb, key))
+
+        def send(nodes: Any) -> None:
+            target = nodes.router.target_of(kind, key)
+            target.key_command(kind, key, nodes._waiter(), verb, key)
+
+        self.same(send)
 
     def answer(self, at: int, refusals: list[str | None]) -> None:
         """Flush a node and let it answer, with some refusals."""
