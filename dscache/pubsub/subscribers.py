@@ -77,10 +77,10 @@ class Subscriber:
 
     async def finish(self, seconds: float) -> None:
         """Wait for a call that is being awaited, and cancel it after ``seconds``."""
-        if self._task is not None and self._task is not asyncio.current_task():
-            await asyncio.wait([self._task], timeout=seconds)
-            if self._task is not None:
-                self._task.cancel()
+        task = self._task
+        if task is not None and task is not asyncio.current_task():
+            await asyncio.wait([task], timeout=seconds)
+            task.cancel()
 
     def _wake(self) -> None:
         """Schedule a turn, and a check that it ended."""
@@ -89,9 +89,16 @@ class Subscriber:
         self._loop.call_soon(self._check, self._turn)
 
     def _check(self, turn: int) -> None:
-        """Schedule a turn that an exception ended as it began, such as a signal handler's."""
-        if turn == self._turn and self._task is None:
+        """Schedule a turn if an exception, such as a signal handler's, has ended this one."""
+        if turn == self._turn:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Schedule a turn: at once, or when the awaited call has ended."""
+        if self._task is None:
             self._wake()
+        else:
+            self._task.add_done_callback(self._served)
 
     def _run(self) -> None:
         """Call the callback for waiting messages, for one turn."""
@@ -108,7 +115,6 @@ class Subscriber:
                 message = messages.popleft()
                 result = self._call(message)
                 if result is not None and inspect.isawaitable(result):
-                    again = False
                     work = self._serve(result)
                     self._task = self._loop.create_task(work, name=f"dscache topic {self.topic}")
                     return
@@ -122,23 +128,28 @@ class Subscriber:
         finally:
             self._rested_since = now
             if again:  # messages are left, or a callback's BaseException passes through
-                self._wake()
+                self._go_on()
 
     async def _serve(self, result: Awaitable[Any]) -> None:
         """Await the callback's result, then call it for the waiting messages."""
         messages = self.queue.messages
-        try:
-            await self._await(result)
-            while messages:
-                following = self._call(messages.popleft())
-                if following is not None and inspect.isawaitable(following):
-                    await self._await(following)
-                else:
-                    await asyncio.sleep(0)
-        finally:
+        await self._await(result)
+        while messages:
+            following = self._call(messages.popleft())
+            if following is not None and inspect.isawaitable(following):
+                await self._await(following)
+            else:
+                await asyncio.sleep(0)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        """Schedule a turn after the end of a task.
+
+        It is called twice for each task, by ``_run`` and by ``_check``, as an exception may strike
+        before either call has done anything.
+        """
+        if task is self._task:
+            self._wake()
             self._task = None
-            if self._loop.is_running():
-                self._wake()
 
     def _call(self, message: Message) -> Any:
         try:
