@@ -25,6 +25,7 @@ from ..core.constants import ErrorOf
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from .background_task import BackgroundTask
 from .credentials import Credentials
@@ -380,6 +381,8 @@ class Connection:
         except Exception as error:
             # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
             # follow, or the cache would stay without a connection.
+            if (cause := foreign(error)) is not None:
+                error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
             self._failed(error)
             self._socket = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Options
 from ..net.credentials import NOTHING, Hidden, Login, checked, hidden, provider_failed
+from ..net.foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -37,6 +38,8 @@ class Credentials:
         try:
             return checked(await self._fetch(provider))
         except Exception as error:  # whatever the provider raises, the next attempt may succeed
+            if is_of_handler(error):
+                raise
             failure = provider_failed(error)
         # Raised here, without the text and the frames of the provider's: both may hold a token.
         raise failure

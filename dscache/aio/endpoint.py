@@ -15,6 +15,7 @@ from ..config import Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError
 from ..net.credentials import Login, without
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo, handshake, secrets_of
 from ..net.sockets import FAMILIES, unix_address
 from .credentials import Credentials
@@ -151,6 +152,8 @@ class Endpoint:
         try:
             return await self._greet(ask, login)
         except DscacheError as error:
+            if foreign(error) is not None:
+                raise  # a signal handler's says nothing about the server
             failure = without(error, secrets_of(self._options, login))
         raise failure
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from ..config import Config
 from ..errors import ConnectError, DscacheError
 from ..net.cluster_state import ClusterState
+from ..net.foreign_errors import foreign
 from ..net.slot_table import SlotTable
 from ..net.slots import ASKED, QUESTIONS, View, newest, read_view
 from .cluster_nodes import ClusterNodes
@@ -104,7 +105,7 @@ class SlotRefresher:
             self._target.on_refreshed()
         except Exception as error:
             # Of any kind: without a next attempt the cache would never recover.
-            known = isinstance(error, DscacheError)
+            known = isinstance(error, DscacheError) and foreign(error) is None
             self._target.open_seeds()
             self._state.record_failure(error if known else ConnectError(repr(error)))
             self._target.on_refresh_failed()

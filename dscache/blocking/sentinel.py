@@ -11,8 +11,9 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from ..config import Options, SentinelNode
+from ..net.foreign_errors import is_of_handler
 from ..net.sentinels import Address, Answer, SentinelGroup
-from .foreign_errors import is_of_handler, raise_foreign
+from .foreign_errors import raise_foreign
 
 # redis-py's stubs know neither all of its arguments nor those of other versions.
 _Connection: Any = redis.Connection

@@ -17,6 +17,7 @@ from ..config import Options
 from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
 from ..net.connect_errors import UnsuitableServer
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from ..net.slots import QUESTIONS, Address, read_view
 
@@ -85,6 +86,8 @@ class AnyNode:
         try:
             self.update_nodes(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
+            if foreign(error) is not None:
+                raise
             raise UnsuitableServer(str(error)) from None
         # If every node is cut off, any of them will do.
         if not self.is_healthy and self._cut_off < len(self._seeds) + len(self._known):
