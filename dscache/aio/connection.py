@@ -28,9 +28,8 @@ from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from .background_task import BackgroundTask
-from .credentials import Credentials
 from .deadlines import Deadlines
-from .endpoint import Endpoint, ServerEndpoint
+from .endpoint import Endpoint
 from .heartbeat import Heartbeat
 from .lifecycle import check_loop, check_process
 from .protocol import PushProtocol, SocketProtocol, request, send_control
@@ -91,7 +90,7 @@ class Connection:
         cluster: ClusterListener | None = None,
         read_only: bool = False,
         near: NearCache | None = None,
-        endpoint: ServerEndpoint | None = None,
+        endpoint: Endpoint | None = None,
         inbox: MessageDispatcher | None = None,
         resolver: Resolver | None = None,
         owner: str = "an AsyncCache",
@@ -104,17 +103,16 @@ class Connection:
         """How many operations the node has redirected; the cluster counts them."""
         self._options = options
         self._cluster = cluster
-        login = Credentials(options, credentials)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
-        self._endpoint: ServerEndpoint = endpoint or Endpoint(
+        self._endpoint = endpoint or Endpoint(
             options,
-            login,
+            credentials,
             read_only=read_only,
             is_near=is_near,
             of_cluster=cluster is not None,
             resolver=resolver,
         )
-        login.on_renewal(self._log_in_again, options.address)
+        self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self.pipeline: Pipeline = _backend.core.Pipeline(

@@ -30,7 +30,7 @@ class SureTimer:
         return bool(self._handles)
 
     def start(self, seconds: float) -> None:
-        """Call in so many seconds, in place of any earlier time."""
+        """Schedule the call after this many seconds, in place of an earlier schedule."""
         earlier = self._handles
         call_later = self._loop.call_later
         self._handles = (
@@ -48,14 +48,14 @@ class SureTimer:
 
 
 class Deadlines:
-    """Calls ``expire(now)`` when a deadline is past; it returns the next deadline, or None."""
+    """Calls ``expire(now)`` after each deadline; it returns the next deadline, or None."""
 
     def __init__(self, expire: Callable[[float], float | None]) -> None:
         self._expire = expire
         self._timer = SureTimer(self.look)
 
     def ensure(self, seconds: float) -> None:
-        """Call ``expire`` in so many seconds, unless a call is outstanding."""
+        """Schedule ``expire`` after this many seconds, unless it is scheduled already."""
         if not self._timer.is_set:
             self._timer.start(seconds)
 

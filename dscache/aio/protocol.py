@@ -150,7 +150,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
         return output[sent:]
 
     def get_extra_info(self, name: str) -> Any:
-        """Return what the transport knows under a name, such as ``peername``; None if nothing."""
+        """Return the transport's extra information, such as ``peername``; None if it has none."""
         return None if self._transport is None else self._transport.get_extra_info(name)
 
     def idle(self) -> float:

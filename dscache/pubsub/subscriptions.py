@@ -258,7 +258,7 @@ class Listener:
         return later
 
     async def _send_heartbeat(self) -> None:
-        """Send a heartbeat."""
+        """Send a PING; every message sent before its reply has arrived."""
         at = time.time()
         await self._ask(["PING"])
         self.received_until = at

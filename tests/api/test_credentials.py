@@ -276,6 +276,17 @@ async def test_a_provider_that_fails_is_asked_again(
         assert_silent(cache)
 
 
+async def test_a_provider_whose_iterator_ends_is_asked_again(
+    server: EmbeddedServer, backend: str, account: Account
+) -> None:
+    """No future takes a StopIteration."""
+    provider = Blocking(StopIteration(), (USER, f"{SECRET}-0"))
+    options = {"connectTimeout": LONG, "commandTimeout": LONG, "retryStrategy": AT_ONCE}
+    async with open_cache(server, provider, **options) as cache:
+        assert provider.calls == 2
+        assert await result_of(cache.set("a", 1, 1)) is True
+
+
 async def test_a_provider_that_always_fails_is_the_reason(
     server: EmbeddedServer, backend: str
 ) -> None:
