@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .. import _backend
 from .._forks import after_fork_in_child
@@ -27,11 +26,12 @@ from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
+from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
 from .deadlines import Deadlines
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import check_loop, check_process
+from .lifecycle import LoopBound, check_loop, check_process
 from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -52,42 +52,43 @@ _STEADY_AFTER = 1.0
 _GRACE = 1.0
 
 
-class NodeListener(Protocol):
-    """Hears when nodes are connected and disconnected."""
+class NodeListener:
+    """Hears of the events of nodes, and of slots that have another owner; here it does nothing."""
 
-    def on_connected(self, node: Connection, /) -> None:
+    def on_connected(self, node: Connection) -> None:
         """Operations can be sent to the node."""
 
-    def on_disconnected(self, node: Connection, /) -> None:
+    def on_disconnected(self, node: Connection) -> None:
         """The node was lost, or could not be reached."""
 
-
-class ClusterListener(NodeListener, Protocol):
-    """A cluster: hears also of redirections and replies."""
-
-    def on_redirected(self, source: Connection, /) -> None:
+    def on_redirected(self, node: Connection) -> None:
         """The node has redirected operations: they are in ``pipeline.redirected``."""
 
-    def on_progress(self, source: Connection, /) -> None:
+    def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
 
+    def on_slots_moved(self) -> None:
+        """Slots have another owner now."""
 
-class Connection:
+
+class Connection(LoopBound):
     """The connection to one node: made, kept, made again, and closed.
 
     With a ``cluster`` it is one of several, and with ``read_only`` a replica answers reads.
     ``entry`` is where operations go: its pipeline, or a near cache before it, which on a cluster
     is ``near`` for all nodes. ``endpoint`` replaces the one server that ``options`` name, and
     ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``.
-    ``owner`` names the user's object in errors.
     """
+
+    info: NodeInfo
+    """The node of a cluster that it leads to, even while it is leaving."""
 
     def __init__(
         self,
         options: Options,
         credentials: CredentialProvider | None = None,
         *,
-        cluster: ClusterListener | None = None,
+        cluster: NodeListener | None = None,
         read_only: bool = False,
         near: NearCache | None = None,
         endpoint: Endpoint | None = None,
@@ -95,8 +96,8 @@ class Connection:
         resolver: Resolver | None = None,
         owner: str = "an AsyncCache",
     ) -> None:
+        super().__init__(owner)
         self.server = ""
-        self._owner = owner
         self.watched = False
         """Whether the cluster hears of every reply."""
         self.redirections = 0
@@ -113,8 +114,6 @@ class Connection:
             resolver=resolver,
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
-        self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
         self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
@@ -144,7 +143,6 @@ class Connection:
         self._link: SocketProtocol | None = None
         # The socket that is being opened, is ready, or has ended without ``_settle``.
         self._socket: SocketProtocol | None = None
-        self._closed = False
         self._refusal: ErrorOf | None = None
         self._attempting = False
         # When the next step of the keeper task is overdue.
@@ -153,7 +151,6 @@ class Connection:
         self._decided = asyncio.Event()
         self._flush_due = False
         self._deadlines = Deadlines(self._expire)
-        self._drained: asyncio.Future[None] | None = None
         self._first_attempt: asyncio.Future[Exception | None] | None = None
         self._connects = 0
         self.last_loss = ""
@@ -247,14 +244,11 @@ class Connection:
         self._closed = True
         if self._own_near is not None:
             self._own_near.close()
-        timeout = self._options.close_timeout / 1000
-        end = self._loop.time() + timeout
+        end = self._loop.time() + self._options.close_timeout / 1000
         link = self._link
         try:
             self._flush()
-            if self.pipeline.queued or self.pipeline.in_flight:
-                self._drained = self._loop.create_future()
-                await asyncio.wait([self._drained], timeout=timeout)
+            await self._drain(lambda: self.pipeline.queued or self.pipeline.in_flight, end)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -266,7 +260,6 @@ class Connection:
             link.abort(ConnectionLost("it was closed"))
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the pipeline and of the connection."""
         stats = {
             **self.pipeline.stats(),
             "connections": int(self.is_ready),
@@ -296,7 +289,6 @@ class Connection:
             self._keeper.check()
 
     def _begin(self) -> None:
-        """Send the operations of this tick so far."""
         if self._link is not None:
             self._link.begin()
 
@@ -313,7 +305,7 @@ class Connection:
     # -- receiving, called by the socket
 
     def on_replies(self) -> None:
-        """Go on after replies: send what the window held back, and finish a close."""
+        """Go on after replies: send what the window held back."""
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
@@ -326,18 +318,11 @@ class Connection:
                 return
         if self.pipeline.queued and not self._flush_due:
             self._flush()
-        self._note_drained()
 
     def on_writable(self) -> None:
         """Go on after the transport's buffer was full."""
         if not self._flush_due:
             self._flush()
-
-    def _note_drained(self) -> None:
-        drained = self._drained
-        pending = self.pipeline.queued or self.pipeline.in_flight
-        if drained is not None and not pending and not drained.done():
-            drained.set_result(None)
 
     def _expire(self, now: float) -> float | None:
         """Fail the operations whose deadline is past, and end a socket that is silent."""
@@ -350,7 +335,6 @@ class Connection:
             # Operations about to expire fail by their deadline, not with the connection.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
             self._link.abort(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
-        self._note_drained()
         return deadline
 
     # -- the socket's life
@@ -478,14 +462,12 @@ class Connection:
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
         self.pipeline.connection_lost(reason, retry=not isinstance(reason, ProtocolError))
         _logger.warning("connection to %s lost: %s", self.address, reason)
-        self._note_drained()
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
             self._cluster.on_disconnected(self)
 
     def _failed(self, error: Exception) -> None:
-        """Note that an attempt to connect failed."""
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
         said = as_connect_error(error, self._options.connect_timeout)
@@ -500,18 +482,9 @@ class Connection:
         else:
             self._decided.set()
             self.pipeline.fail_all(refusal)
-        self._note_drained()
         self._end_first_attempt(error)
         if self._cluster is not None:
             self._cluster.on_disconnected(self)
-
-    def _check_owner(self) -> None:
-        check_process(self._pid, self._owner)
-        check_loop(self._loop, self._owner)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionLost("the cache is closed")
 
     def _give_up(self, reason: str) -> None:
         self._link = None

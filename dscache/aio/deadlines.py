@@ -24,11 +24,6 @@ class SureTimer:
         self._call = call
         self._handles: tuple[asyncio.TimerHandle, ...] = ()
 
-    @property
-    def is_set(self) -> bool:
-        """Whether a call is outstanding."""
-        return bool(self._handles)
-
     def start(self, seconds: float) -> None:
         """Schedule the call after this many seconds, in place of an earlier schedule."""
         earlier = self._handles
@@ -41,34 +36,29 @@ class SureTimer:
             handle.cancel()
 
     def stop(self) -> None:
-        """Cancel the call."""
         earlier, self._handles = self._handles, ()
         for handle in earlier:
             handle.cancel()
 
 
-class Deadlines:
+class Deadlines(SureTimer):
     """Calls ``expire(now)`` after each deadline; it returns the next deadline, or None."""
 
     def __init__(self, expire: Callable[[float], float | None]) -> None:
+        super().__init__(self.look)
         self._expire = expire
-        self._timer = SureTimer(self.look)
 
     def ensure(self, seconds: float) -> None:
         """Schedule ``expire`` after this many seconds, unless it is scheduled already."""
-        if not self._timer.is_set:
-            self._timer.start(seconds)
+        if not self._handles:
+            self.start(seconds)
 
     def look(self) -> None:
         """Call ``expire`` now, and again at the next deadline."""
-        self._timer.start(_STEP)  # set first, whatever is raised below
+        self.start(_STEP)  # set first, whatever is raised below
         now = time.monotonic()
         deadline = self._expire(now)
         if deadline is None:
-            self._timer.stop()
+            self.stop()
         else:
-            self._timer.start(max(deadline - now, _STEP))
-
-    def stop(self) -> None:
-        """Cancel the next call."""
-        self._timer.stop()
+            self.start(max(deadline - now, _STEP))

@@ -101,7 +101,8 @@ class Endpoint:
             if options.sentinels is not None:
                 host, port = await self._group().locate()
                 self.address = self.named = constants.join_address(host, port)
-            sock = await self._resolver.connect(host, port, FAMILIES[options.family])
+            family = FAMILIES[options.family]
+            sock = await connect_to(await self._resolver.look_up(host, port, family))
         # From here on the loop closes the socket, whatever happens.
         await create(
             lambda: protocol,

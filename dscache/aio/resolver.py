@@ -52,13 +52,6 @@ class Resolver:
         # The port isn't part of the look-up: the nodes of a cluster may differ in nothing else.
         return [(*kind, (its_host, port, *rest)) for *kind, (its_host, _, *rest) in found]
 
-    async def connect(self, host: str, port: int, family: int = 0) -> socket.socket:
-        """Return a socket that is connected to a host; each of its addresses is tried in turn.
-
-        Raises OSError, or UnicodeError for a text that can't be a host.
-        """
-        return await connect_to(await self.look_up(host, port, family))
-
     async def tls_context(self, tls: Tls) -> ssl.SSLContext:
         """Return the TLS context of the files as they are; raises ConfigError if one is bad."""
         return await self._files.run(tls, tls.context)

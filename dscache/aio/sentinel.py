@@ -58,15 +58,12 @@ class Sentinels:
         """
         if self._group.seeks_primary:
             return await self._locate_primary(())
-        answers: list[Answer] = []
-        problems: list[str] = []
+        replies: list[Answer | str] = []
         for node in self._nodes:
-            reply = await self._query(node)
-            if isinstance(reply, Answer):
-                answers.append(reply)
+            replies.append(await self._query(node))
+            if isinstance(replies[-1], Answer):
                 break
-            problems.append(reply)
-        return self._group.conclude(self._group.begin(), answers, problems)
+        return self._group.conclude(self._group.begin(), replies)
 
     async def follow(self, moved: Callable[[str, int], None]) -> None:
         """Call ``moved`` with the host and port of the primary at every sign of a new one.
@@ -109,10 +106,7 @@ class Sentinels:
     async def _locate_primary(self, needed: Collection[str]) -> Address:
         """Survey all Sentinels at once; return the primary of the newest configuration."""
         number = self._group.begin()
-        replies = await self._survey(needed)
-        answers = [one for one in replies if isinstance(one, Answer)]
-        problems = [one for one in replies if isinstance(one, str)]
-        return self._group.conclude(number, answers, problems)
+        return self._group.conclude(number, await self._survey(needed))
 
     async def _survey(self, needed: Collection[str]) -> list[Answer | str | None]:
         """Return the answer or the problem of each Sentinel; None for one still outstanding.
@@ -158,7 +152,6 @@ class Sentinels:
     # -- news
 
     async def _report(self, moved: Callable[[str, int], None]) -> None:
-        """Look for the primary whenever there may be a new one."""
         failures = 0
         while True:
             await self._is_news.wait()
@@ -201,11 +194,8 @@ class Sentinels:
                 if not self._loop.is_running():
                     return
                 if not complained:
-                    _logger.warning(
-                        "can't subscribe to the Sentinel %s: %s",
-                        node.address,
-                        self.shown(error, _PING_ANSWER),
-                    )
+                    reason = self.shown(error, _PING_ANSWER)
+                    _logger.warning("can't subscribe to the Sentinel %s: %s", node.address, reason)
                 complained = True
                 # An ACL may forbid SUBSCRIBE and allow SENTINEL.
                 if isinstance(error, ResponseError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..config import Config
 from .connection import Connection
@@ -11,30 +11,10 @@ from .memory import MemoryNode
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .cluster import Cluster
 
-class Topology(Protocol):
-    """The nodes that a cache or a message node uses, opened on the running event loop."""
-
-    @property
-    def entry(self) -> Any:
-        """The target of operations: a Pipeline, or an object with its operations."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every node is ready."""
-
-    @property
-    def server(self) -> str:
-        """The server's kind and version, as far as they are known."""
-
-    async def when_ready(self) -> None:
-        """Wait until every node is ready; raises the error that prevents it."""
-
-    async def close(self) -> None:
-        """Finish the operations under way, within ``closeTimeout``, and close every node."""
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of all nodes."""
+Topology: TypeAlias = "MemoryNode | Connection | Cluster"
+"""The nodes that a cache uses, opened on the running event loop."""
 
 
 def open_topology(config: Config, credentials: CredentialProvider | None) -> Topology:

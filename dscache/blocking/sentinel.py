@@ -38,17 +38,12 @@ class Sentinels:
         group = self._group
         seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
         number = group.begin()
-        answers: list[Answer] = []
-        problems: list[str] = []
+        replies: list[Answer | str] = []
         for node in group.nodes:
-            reply = self._query(node, seconds)
-            if isinstance(reply, str):
-                problems.append(reply)
-                continue
-            answers.append(reply)
-            if group.is_enough(answers):
+            replies.append(self._query(node, seconds))
+            if group.is_enough([one for one in replies if isinstance(one, Answer)]):
                 break
-        return group.conclude(number, answers, problems)
+        return group.conclude(number, replies)
 
     def _query(self, node: SentinelNode, seconds: float) -> Answer | str:
         """Return a Sentinel's answer, or its address and why it has none."""

@@ -173,7 +173,6 @@ class Subscriber:
         )
 
     def _report_disconnect(self) -> None:
-        """Call ``on_leave`` for a queue that overflowed, unless the subscriber has left already."""
         on_leave, self._on_leave = self._on_leave, _nothing
         on_leave()
 
@@ -200,13 +199,13 @@ class Messages:
         # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
         self._loop = asyncio.get_running_loop()
         self._on_leave = on_leave
-        self._waiter: asyncio.Future[None] | None = None
+        self._is_awaited = False
         # The queue must not refer to this object, or it would never be garbage-collected.
-        self._notifier = _Notifier()
+        self._arrived = asyncio.Event()
         self._max_pending = max_pending
         self._closed = False
         self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
-            self._notifier.notify, max_pending, envelope.OVERFLOWS.index(overflow)
+            self._arrived.set, max_pending, envelope.OVERFLOWS.index(overflow)
         )
 
     def __aiter__(self) -> Self:
@@ -217,17 +216,18 @@ class Messages:
         while not messages:
             if self.queue.is_shut:
                 self._end()
-            if self._notifier.waiter is not None:
+            if self._is_awaited:
                 raise UsageError(
                     f"topic {self.topic}: this iterator is already being awaited; "
                     "call messages() once per consumer"
                 )
             self.queue.awake = False
-            waiter = self._notifier.waiter = self._loop.create_future()
+            self._arrived.clear()
+            self._is_awaited = True
             try:
-                await waiter
+                await self._arrived.wait()
             finally:
-                self._notifier.waiter = None
+                self._is_awaited = False
         message: Message = messages.popleft()
         return message, message.sender
 
@@ -239,7 +239,7 @@ class Messages:
         """Stop receiving messages; the iteration ends after the waiting ones."""
         self._closed = True
         self.queue.is_shut = True
-        self._notifier.notify()
+        self._arrived.set()
         on_leave, self._on_leave = self._on_leave, _nothing
         on_leave()
 
@@ -264,14 +264,3 @@ class Messages:
             # The garbage collector may run in any thread, and after the loop was closed.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(on_leave)
-
-
-class _Notifier:
-    """Wakes the task that waits for a message."""
-
-    def __init__(self) -> None:
-        self.waiter: asyncio.Future[None] | None = None
-
-    def notify(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)

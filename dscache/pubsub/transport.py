@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final
 
-from ..aio.connection import Connection
-from ..aio.topology import Topology
+from ..aio.connection import Connection, NodeListener
 from ..config import Config, Options
 from ..config.messages import MessageConfig
 from ..core.keys import slot_of_key
@@ -23,17 +22,26 @@ if TYPE_CHECKING:
     from ..core.pure import MessageDispatcher, Pipeline
 
 
-class MessageTransport(Topology, Protocol):
-    """The connections of a message node, each of which listens to some of the topics."""
+# Counters of a pipeline that concern messages.
+_SENDING: Final = (
+    "commands",
+    "flushes",
+    "queued",
+    "in_flight",
+    "pending",
+    "pending_bytes",
+)
 
-    def on_topics_changed(self) -> None:
-        """Check whether the wanted topics have changed."""
 
-    def ended(self, pipeline: Pipeline, topic: int) -> None:
-        """Record that the server behind ``pipeline`` has ended a subscription."""
+class _Transport(NodeListener):
+    """The connections of a message node: ``subscriptions`` has its topics."""
+
+    def __init__(self, dispatcher: MessageDispatcher, subscriptions: Subscriptions) -> None:
+        self.dispatcher = dispatcher
+        self.subscriptions = subscriptions
 
 
-class PairTransport:
+class PairTransport(_Transport):
     """A sending and a listening connection, to one server or to any node of a cluster.
 
     deepstream's own connector has two as well. When the server closes the listening connection
@@ -48,6 +56,7 @@ class PairTransport:
         dispatcher: MessageDispatcher,
         subscriptions: Subscriptions,
     ) -> None:
+        super().__init__(dispatcher, subscriptions)
         options: Options = config.options
         nodes: list[AnyNode | None] = [None, None]
         if options.nodes:
@@ -55,7 +64,6 @@ class PairTransport:
             first = options.seeds[0]
             # The options of every node; AnyNode replaces the address.
             options = options.for_node(first.host, first.port, first)
-        self._subscriptions = subscriptions
         self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
         self._receiver = Connection(
             options, credentials, cluster=self, endpoint=nodes[1], inbox=dispatcher
@@ -108,7 +116,7 @@ class PairTransport:
     def stats(self) -> dict[str, Any]:
         sent, heard = self._sender.stats(), self._receiver.stats()
         return {
-            **{name: sent[name] for name in _SENDING_COUNTERS},
+            **{name: sent[name] for name in _SENDING},
             "bytes_out": sent["bytes_out"] + heard["bytes_out"],
             "bytes_in": sent["bytes_in"] + heard["bytes_in"],
             "connects": sent["connects"] + heard["connects"],
@@ -117,18 +125,10 @@ class PairTransport:
 
     # -- events of the listening connection
 
-    def on_redirected(self, source: Connection) -> None:
-        """Do nothing: the listening connection has no operations to redirect."""
-
-    def on_progress(self, source: Connection) -> None:
-        """Do nothing."""
-
-    def on_connected(self, source: Connection) -> None:
-        """Subscribe again."""
+    def on_connected(self, node: Connection) -> None:
         self._listener.on_connected()
 
-    def on_disconnected(self, source: Connection) -> None:
-        """Record the loss of all topics."""
+    def on_disconnected(self, node: Connection) -> None:
         self._listener.on_disconnected()
 
     async def _watch_nodes(self) -> None:
@@ -149,7 +149,7 @@ class PairTransport:
                     connection.leave("it is cut off from its cluster")
 
 
-class ShardedTransport:
+class ShardedTransport(_Transport):
     """A connection to each node of a cluster, with the topics of its slots."""
 
     def __init__(
@@ -161,7 +161,7 @@ class ShardedTransport:
     ) -> None:
         from ..aio.cluster import Cluster
 
-        self._subscriptions = subscriptions
+        super().__init__(dispatcher, subscriptions)
         self._heartbeat = config.options.heartbeat / 1000
         self._listeners: dict[Connection, Listener] = {}
         self._cluster: Cluster = Cluster(
@@ -201,17 +201,16 @@ class ShardedTransport:
 
     def stats(self) -> dict[str, Any]:
         stats = self._cluster.stats()
-        wanted = (*_SENDING_COUNTERS, "bytes_out", "bytes_in", "connects", "last_loss")
+        wanted = (*_SENDING, "bytes_out", "bytes_in", "connects", "last_loss")
         return {name: stats[name] for name in (*wanted, "redirections", "refreshes")}
 
     # -- events of the cluster
 
     def on_connected(self, node: Connection) -> None:
-        """Subscribe to the topics of the node's slots."""
         listener = self._listeners.get(node)
         if listener is None:
             listener = self._listeners[node] = Listener(
-                self._subscriptions,
+                self.subscriptions,
                 node,
                 lambda: self._topics_of(node),
                 heartbeat=self._heartbeat,
@@ -221,42 +220,19 @@ class ShardedTransport:
         listener.on_connected()
 
     def on_disconnected(self, node: Connection) -> None:
-        """Record the loss of the node's topics."""
         listener = self._listeners.get(node)
         if listener is not None:
             listener.on_disconnected()
             if not self._topics_of(node):
                 del self._listeners[node]
 
-    def slots_moved(self) -> None:
-        """Subscribe at the new owners of the slots."""
+    def on_slots_moved(self) -> None:
         self.on_topics_changed()
 
     def _topics_of(self, node: Connection) -> Collection[int]:
         owner = self._cluster.owner
-        wanted = self._subscriptions.wanted
+        wanted = self.subscriptions.wanted
         return [topic for topic in wanted if owner(slot_of_key(b"%d" % topic)) is node]
 
 
-# Counters of a pipeline that concern messages.
-_SENDING_COUNTERS: Final = (
-    "commands",
-    "flushes",
-    "queued",
-    "in_flight",
-    "pending",
-    "pending_bytes",
-)
-
-
-def open_transport(
-    config: MessageConfig,
-    credentials: CredentialProvider | None,
-    dispatcher: MessageDispatcher,
-    subscriptions: Subscriptions,
-) -> MessageTransport:
-    """Return the connections of a configuration, and start connecting."""
-    kind: Callable[..., MessageTransport] = (
-        ShardedTransport if config.options.sharded else PairTransport
-    )
-    return kind(config, credentials, dispatcher, subscriptions)
+Transport = PairTransport | ShardedTransport
