@@ -17,12 +17,15 @@ from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
 from .pubsub.subscribers import Callback, Messages, Subscriber
 from .pubsub.subscriptions import Subscriptions
-from .pubsub.transport import PairTransport, ShardedTransport, Transport
+from .pubsub.transport import PairTransport
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .core.pure import MessageDispatcher, Pipeline, SubscriberQueue
+    from .pubsub.sharded import ShardedTransport
+
+    Transport = PairTransport | ShardedTransport
 
 _logger = logging.getLogger("dscache")
 
@@ -289,13 +292,17 @@ class MessageNode(AsyncResource):
             dispatcher: MessageDispatcher = _backend.core.MessageDispatcher(
                 self.server_name, self._on_push, self._on_damaged, self._is_crowded
             )
-            kind = ShardedTransport if self._sharded else PairTransport
+            kind: type[Transport] = PairTransport
+            if self._sharded:
+                from .pubsub.sharded import ShardedTransport  # most nodes don't need a Cluster
+
+                kind = ShardedTransport
             subscriptions = Subscriptions(self._report_gap)
             self._transport = kind(self._config, self._credentials, dispatcher, subscriptions)
         return self._transport
 
     def _open(self) -> Publish:
-        publish: Publish = self._ensure_open().entry.publish
+        publish: Publish = self._ensure_open().pipeline.publish
         self._publish = publish
         return publish
 

@@ -39,13 +39,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dscache")
 
-_CLOSED = "the cache was closed before the answer came"
-
 
 class Cluster(LoopBound, NodeListener):
     """The nodes of a cluster, opened on the running event loop.
 
-    ``inbox`` takes the messages that the nodes push, and ``listener`` is called at changes.
+    ``inbox`` takes the messages that the nodes push.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class Cluster(LoopBound, NodeListener):
         credentials: CredentialProvider | None,
         *,
         inbox: MessageDispatcher | None = None,
-        listener: NodeListener | None = None,
     ) -> None:
         super().__init__("an AsyncCache")
         self.options = options = config.options
@@ -62,14 +59,13 @@ class Cluster(LoopBound, NodeListener):
         self.shared = options.for_node(first.host, first.port, first)
         """The options common to all nodes."""
         self._inbox = inbox
-        self._listener = listener or NodeListener()
         self._credentials = credentials
         self._reads_replicas = options.scale_reads != "master"
         due = asyncio.Event()
-        self._state = ClusterState(config, due.set)
-        self._nodes = ClusterNodes(self._state, self._connect)
-        self._resolver = Resolver()
-        self._refresher = SlotRefresher(self, self._state, self._nodes, self._resolver, due)
+        self.state = ClusterState(config, due.set)
+        self.nodes = ClusterNodes(self.state, self._connect)
+        self.resolver = Resolver()
+        self._refresher = SlotRefresher(self, due)
         self._routing = SlotRouter(self)
         self._masters = self._routing.masters  # the same list
         self.pipeline: Router = self._routing.router
@@ -99,19 +95,19 @@ class Cluster(LoopBound, NodeListener):
             masters.discard(None)
         return (
             not self._closed
-            and bool(self._nodes.ready())
+            and bool(self.nodes.ready())
             and all(one is not None and one.is_ready for one in masters)
         )
 
     @property
     def server(self) -> str:
-        known = {node.server for node in self._nodes.by_address.values() if node.server}
+        known = {node.server for node in self.nodes.by_address.values() if node.server}
         return f"cluster of {', '.join(sorted(known))}" if known else ""
 
     @property
     def view(self) -> tuple[SlotRange, ...]:
         """The ranges of slots in the newest view of a node; empty before the first."""
-        return self._state.view.ranges
+        return self.state.view.ranges
 
     async def when_discovered(self) -> None:
         """Wait until the slots are known, or known to stay unknown, or the cluster is closed."""
@@ -129,8 +125,8 @@ class Cluster(LoopBound, NodeListener):
         try:
             async with asyncio.timeout(timeout / 1000):
                 await self._discovered.wait()
-                if not self._state.known and self._state.refusal is not None:
-                    raise self._state.refusal("connect")
+                if not self.state.known and self.state.refusal is not None:
+                    raise self.state.refusal("connect")
                 waiting = [node.when_ready() for node in set(self._masters) if node is not None]
                 outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         except TimeoutError:
@@ -138,7 +134,7 @@ class Cluster(LoopBound, NodeListener):
                 return
             raise ConnectError(
                 f"no node of the cluster {self.options.address} is ready within {timeout} ms: "
-                f"{self._state.errors_by_node()}"
+                f"{self.state.errors_by_node()}"
             ) from None
         self.check_usable()
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -159,24 +155,24 @@ class Cluster(LoopBound, NodeListener):
         await self._drain(self._is_busy, end)
         self._keeper.cancel()
         # The remaining operations have had their time, so the nodes need none for them.
-        self._routing.fail_all(_CLOSED)
-        await self._nodes.close()
+        self._give_up()
+        await self.nodes.close()
         await asyncio.wait([self._keeper.task])
-        self._give_up(_CLOSED)
+        self._give_up()
 
     def stats(self) -> dict[str, Any]:
         # Of copies, since another thread may call this, such as that of a monitoring system.
-        nodes = {shown: node.stats() for shown, node in list(self._nodes.by_address.items())}
-        leaving = (node.stats() for node in list(self._nodes.leaving))
-        of_nodes: list[Mapping[str, Any]] = [self._state.past, *leaving, *nodes.values()]
+        nodes = {shown: node.stats() for shown, node in list(self.nodes.by_address.items())}
+        leaving = (node.stats() for node in list(self.nodes.leaving))
+        of_nodes: list[Mapping[str, Any]] = [self.state.past, *leaving, *nodes.values()]
         stats = {
             **counters.merged([*of_nodes, *self._routing.stats()]),
             "connections": sum(one["connections"] for one in nodes.values()),
             "connects": sum(one.get("connects", 0) for one in of_nodes),
             "reconnections": sum(one.get("reconnections", 0) for one in of_nodes),
-            "last_loss": self._state.last_loss,
-            "redirections": self._state.redirections,
-            "refreshes": self._state.refreshes,
+            "last_loss": self.state.last_loss,
+            "redirections": self.state.redirections,
+            "refreshes": self.state.refreshes,
             "nodes": nodes,
         }
         if self._near is not None:
@@ -184,7 +180,7 @@ class Cluster(LoopBound, NodeListener):
         return stats
 
     def options_at(self, address: Address) -> Options:
-        return self._state.seeds.options_at(address)
+        return self.state.seeds.options_at(address)
 
     def primaries(self) -> dict[Connection, Options]:
         """Return the nodes that serve slots, with the options of a connection to each."""
@@ -195,14 +191,14 @@ class Cluster(LoopBound, NodeListener):
 
     def ready_nodes(self) -> dict[Connection, Address]:
         """Return the nodes that can be asked, with their addresses."""
-        return {node: node.info.address for node in self._nodes.ready()}
+        return {node: node.info.address for node in self.nodes.ready()}
 
     def look_again(self) -> None:
         """Have the slots refreshed soon, since they may have moved."""
-        self._state.record_stale()
+        self.state.record_stale()
 
     def _is_busy(self) -> bool:
-        leaving = (node.pipeline for node in self._nodes.leaving)
+        leaving = (node.pipeline for node in self.nodes.leaving)
         return self._routing.is_busy or any(one.queued or one.in_flight for one in leaving)
 
     # -- events of the connections
@@ -237,20 +233,20 @@ class Cluster(LoopBound, NodeListener):
             address = parse_redirection(words, slot, source.info.address)
         self._routing.stop_reading(slot, source)
         if address is None:
-            self._state.record_redirected()
+            self.state.record_redirected()
             hold.wait(half_jitter(RETRY_FIRST, RETRY_CAP, len(batch.redirections)))
             if code != "TRYAGAIN":
-                self._state.record_stale()
+                self.state.record_stale()
             return None
-        info = self._state.announced(address)
-        target = self._nodes.open(info)
+        info = self.state.announced(address)
+        target = self.nodes.open(info)
         if code == "ASK":
-            self._state.record_redirected()
+            self.state.record_redirected()
             return target
         self._masters[slot] = target
         self._routing.unopened.pop(slot, None)
         self._forget([slot])
-        self._state.record_moved(slot, info)
+        self.state.record_moved(slot, info)
         return None
 
     def on_progress(self, source: Connection) -> None:
@@ -262,20 +258,16 @@ class Cluster(LoopBound, NodeListener):
         node.info.trouble = node.info.refusal = None
         self._refresher.on_node_decided()
         self._assign_readers()
-        self._listener.on_connected(node)
 
     def on_disconnected(self, node: Connection) -> None:
         """Note a lost node or a failed attempt: another node may have its slots by now."""
         self._keeper.check()
-        info, refusal = node.info, node.refusal
-        info.trouble = node.pipeline.down
-        info.refusal = None if refusal is None else lambda operation: refusal
-        self._state.record_loss(info, node.last_loss)
-        if refusal is not None:
+        node.info.trouble, node.info.refusal = node.pipeline.down, node.refusal
+        self.state.record_loss(node.info, node.last_loss)
+        if node.refusal is not None:
             self._refresher.on_node_decided()  # the error comes at once if all nodes refuse
         self._assign_readers()
         self._routing.resume(*[node] if self._reads_replicas else [])
-        self._listener.on_disconnected(node)
 
     def owner(self, slot: int) -> Connection | None:
         """Return the node that is known to serve a slot."""
@@ -286,8 +278,6 @@ class Cluster(LoopBound, NodeListener):
         """Drop the near cache's records of slots that have another owner now."""
         if self._near is not None:
             self._near.slots_moved(slots)
-        if slots:
-            self._loop.call_soon(self._listener.on_slots_moved)
 
     # -- the nodes
 
@@ -299,7 +289,7 @@ class Cluster(LoopBound, NodeListener):
             read_only=self._reads_replicas,
             near=self._near,
             inbox=self._inbox,
-            resolver=self._resolver,
+            resolver=self.resolver,
         )
         self._routing.join(node)
         return node
@@ -309,7 +299,7 @@ class Cluster(LoopBound, NodeListener):
         shard = self._routing.unopened.get(slot)
         if shard is None or self._closed:
             return
-        node = self._nodes.open_shard(shard)
+        node = self.nodes.open_shard(shard)
         its = [
             slot
             for slot in range(shard.first, shard.last + 1)
@@ -320,14 +310,13 @@ class Cluster(LoopBound, NodeListener):
         self._routing.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
-        for address in self._state.seeds.addresses:
-            self._nodes.open(self._state.node(address))
+        for address in self.state.seeds.addresses:
+            self.nodes.open(self.state.node(address))
 
     def _leave(self, node: Connection) -> None:
         """Close a departed node, after its commands in flight are answered."""
         self._routing.leave(node)
-        self._listener.on_disconnected(node)
-        self._nodes.leave(node)
+        self.nodes.leave(node)
 
     # -- the view
 
@@ -335,14 +324,14 @@ class Cluster(LoopBound, NodeListener):
         """Note that the view is not refreshed any more."""
         self._closed = True
         if not self._loop.is_closed():
-            self._give_up(_CLOSED)
+            self._give_up()
 
     def on_refresh_failed(self) -> None:
         """Let waiting operations fail at once if no later refresh can succeed."""
-        self._routing.unrouted.pipeline.down = self._state.trouble
-        if self._state.known:
+        self._routing.unrouted.pipeline.down = self.state.trouble
+        if self.state.known:
             return
-        refusal = self._state.refusal
+        refusal = self.state.refusal
         if refusal is None:
             self._discovered.clear()
             self._routing.unrouted.refuse(None)
@@ -353,9 +342,9 @@ class Cluster(LoopBound, NodeListener):
 
     def on_refreshed(self) -> None:
         """Follow a new view: connect to nodes, give slots their owners, and drop nodes."""
-        masters, unopened = self._nodes.masters()
+        masters, unopened = self.nodes.masters()
         self._routing.unopened = unopened
-        self._routing.unrouted.pipeline.down = self._state.trouble
+        self._routing.unrouted.pipeline.down = self.state.trouble
         changed = [slot for slot, now in enumerate(masters) if now is not self._masters[slot]]
         left = {self._masters[slot] for slot in changed}
         if unopened:
@@ -366,8 +355,8 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume(*left)
         self._routing.unrouted.refuse(None)
         self._discovered.set()
-        for shown, node in list(self._nodes.by_address.items()):
-            if shown not in self._state.nodes:
+        for shown, node in list(self.nodes.by_address.items()):
+            if shown not in self.state.nodes:
                 self._leave(node)
 
     # -- small things
@@ -376,13 +365,13 @@ class Cluster(LoopBound, NodeListener):
         """Choose the nodes to read from: of each primary, its replicas that are ready."""
         if self._reads_replicas:
             reads_all = self.options.scale_reads == "all"
-            self._routing.read_from(self._nodes.readers(also_primary=reads_all))
+            self._routing.read_from(self.nodes.readers(also_primary=reads_all))
 
     def check_usable(self) -> None:
         """Raise UsageError on another event loop, and ConnectionLost on a closed cluster."""
         self._check_owner()
         self._check_open()
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self) -> None:
         self._discovered.set()
-        self._routing.end(reason)
+        self._routing.end()

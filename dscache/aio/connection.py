@@ -28,10 +28,10 @@ from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
-from .deadlines import Deadlines
+from .deadlines import Deadlines, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import LoopBound, check_loop, check_process
+from .lifecycle import LoopBound, check_loop, check_process, closed
 from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -53,7 +53,7 @@ _GRACE = 1.0
 
 
 class NodeListener:
-    """Hears of the events of nodes, and of slots that have another owner; here it does nothing."""
+    """Hears of the events of nodes; here it does nothing."""
 
     def on_connected(self, node: Connection) -> None:
         """Operations can be sent to the node."""
@@ -66,9 +66,6 @@ class NodeListener:
 
     def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
-
-    def on_slots_moved(self) -> None:
-        """Slots have another owner now."""
 
 
 class Connection(LoopBound):
@@ -140,10 +137,12 @@ class Connection(LoopBound):
         idle_limit = None if kept is None else kept.idle_limit / 1000
         self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
         self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
-        self._link: SocketProtocol | None = None
+        self.link: SocketProtocol | None = None
+        """The socket of a connection that is ready."""
         # The socket that is being opened, is ready, or has ended without ``_settle``.
         self._socket: SocketProtocol | None = None
-        self._refusal: ErrorOf | None = None
+        self.refusal: ErrorOf | None = None
+        """How operations fail while the server refuses the handshake."""
         self._attempting = False
         # When the next step of the keeper task is overdue.
         self._stuck_at = math.inf
@@ -170,17 +169,7 @@ class Connection(LoopBound):
     @property
     def is_ready(self) -> bool:
         """Whether operations are sent at once."""
-        return self._link is not None
-
-    @property
-    def link(self) -> SocketProtocol | None:
-        """The socket of a connection that is ready, else None."""
-        return self._link
-
-    @property
-    def refusal(self) -> Exception | None:
-        """The server's error if it refuses the handshake."""
-        return None if self._refusal is None else self._refusal("connect")
+        return self.link is not None
 
     def requeue(self, batches: Iterable[Batch]) -> None:
         """Take over operations of another node, with the time that they have left."""
@@ -192,14 +181,14 @@ class Connection(LoopBound):
 
         Raises ConnectionLost if the node is not ready, or is lost before the last reply.
         """
-        if self._link is None:
+        if self.link is None:
             raise ConnectionLost(f"no connection to {self.address}")
-        return await request(self._link, *commands)
+        return await request(self.link, *commands)
 
     def leave(self, reason: str) -> None:
         """End the present socket; another one follows."""
-        if self._link is not None:
-            self._link.abort(ConnectionLost(reason))
+        if self.link is not None:
+            self.link.abort(ConnectionLost(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -209,18 +198,15 @@ class Connection(LoopBound):
         """
         self._check_owner()
         timeout = self._options.connect_timeout
-        try:
-            async with asyncio.timeout(timeout / 1000):
-                await self._decided.wait()
-        except TimeoutError:
+        if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
             ) from down
         self._check_open()
-        if self._refusal is not None:
-            raise self._refusal("connect")
+        if self.refusal is not None:
+            raise self.refusal("connect")
 
     async def first_attempt(self) -> None:
         """Wait until the first attempt to connect has ended; raises the error that ended it.
@@ -245,7 +231,7 @@ class Connection(LoopBound):
         if self._own_near is not None:
             self._own_near.close()
         end = self._loop.time() + self._options.close_timeout / 1000
-        link = self._link
+        link = self.link
         try:
             self._flush()
             await self._drain(lambda: self.pipeline.queued or self.pipeline.in_flight, end)
@@ -254,7 +240,7 @@ class Connection(LoopBound):
                 task.cancel()
         await asyncio.wait([task.task for task in self._tasks])
         # Again, as an exception may have struck ``_end``.
-        self._give_up("the cache was closed before the answer came")
+        self._give_up()
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
@@ -284,23 +270,23 @@ class Connection(LoopBound):
             self._loop.call_soon(self._flush)
             self._flush_due = True  # set behind call_soon, which may raise
         self._deadlines.ensure(self._options.command_timeout / 1000)
-        if self._link is None:
+        if self.link is None:
             self._reconnect.expedite()
             self._keeper.check()
 
     def _begin(self) -> None:
-        if self._link is not None:
-            self._link.begin()
+        if self.link is not None:
+            self.link.begin()
 
     def _flush(self) -> None:
         self.pipeline.end_tick()
         self._flush_due = False  # behind it: ``_expire`` flushes after an exception in either
-        link = self._link
+        link = self.link
         if link is not None:
             link.flush()
         # An attempt under way may end the refusal, and its commands are in the pipeline.
-        elif self._refusal is not None and not self._attempting:
-            self.pipeline.fail_all(self._refusal)
+        elif self.refusal is not None and not self._attempting:
+            self.pipeline.fail_all(self.refusal)
 
     # -- receiving, called by the socket
 
@@ -313,8 +299,8 @@ class Connection(LoopBound):
                 self._cluster.on_progress(self)
         if self.pipeline.read_only:
             self.pipeline.read_only = False
-            if self._endpoint.is_discovered and self._link is not None:
-                self._link.abort(ConnectionLost("the server has become a replica"))
+            if self._endpoint.is_discovered and self.link is not None:
+                self.leave("the server has become a replica")
                 return
         if self.pipeline.queued and not self._flush_due:
             self._flush()
@@ -331,10 +317,10 @@ class Connection(LoopBound):
         if self._flush_due:
             self._flush()  # call_soon is late, or lost with an interruption of the loop
         timeout = self._options.command_timeout / 1000
-        if self._link is not None and self._link.unanswered_for() >= timeout:
+        if self.link is not None and self.link.unanswered_for() >= timeout:
             # Operations about to expire fail by their deadline, not with the connection.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
-            self._link.abort(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
+            self.leave(f"the server was silent for {timeout * 1000:.0f} ms")
         return deadline
 
     # -- the socket's life
@@ -345,7 +331,7 @@ class Connection(LoopBound):
             self._settle()
             was_well = await self._live()
             self._stuck_at = self._loop.time() + self._options.retry_strategy.cap / 1000 + _GRACE
-            await self._reconnect.pause(was_well=was_well, is_refused=self._refusal is not None)
+            await self._reconnect.pause(was_well=was_well, is_refused=self.refusal is not None)
 
     async def _live(self) -> bool:
         """Open one socket and wait until it is lost; return whether it lasted."""
@@ -407,31 +393,29 @@ class Connection(LoopBound):
         self._closed = True
         link = self._socket
         if link is not None:
-            if self._link is link:
+            if self.link is link:
                 link.close()
             else:
                 link.abort(ConnectionLost("it was closed"))
         # On a closed loop no future can be set.
         if not self._loop.is_closed():
-            self._give_up("the cache was closed before the answer came")
+            self._give_up()
 
     def _log_in_again(self, words: list[str | Hidden]) -> None:
         """Send renewed credentials; an attempt under way fetches them by itself."""
-        if self._link is not None:
+        if self.link is not None:
             self.pipeline.forget("login")
-            send_control(self._link, "AUTH", *words)
+            send_control(self.link, "AUTH", *words)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""
-        if self._link is not None and self._endpoint.has_moved:
-            self._link.abort(
-                ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
-            )
+        if self._endpoint.has_moved:
+            self.leave(f"the Sentinels name another primary, {self._endpoint.named}")
 
     # -- changes of state
 
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
-        self._link = link
+        self.link = link
         self.server = greeting.server
         # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
         # where it redirects every other command: a record would be on two nodes.
@@ -444,7 +428,7 @@ class Connection(LoopBound):
             )
         self._attempting = False
         self._connects += 1
-        self._refusal = None
+        self.refusal = None
         self.pipeline.down = None
         self._decided.set()
         self._heartbeat.watch(link)
@@ -455,7 +439,7 @@ class Connection(LoopBound):
             self._cluster.on_connected(self)
 
     def _on_disconnected(self, reason: Exception) -> None:
-        self._link = None
+        self.link = None
         self._heartbeat.watch(None)
         self._decided.clear()
         self.last_loss = str(reason)
@@ -475,23 +459,22 @@ class Connection(LoopBound):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said
         self.last_loss = str(said)
-        refusal = permanent_failure(error, said, self.address)
-        self._refusal = refusal
-        if refusal is None:
+        self.refusal = permanent_failure(error, said, self.address)
+        if self.refusal is None:
             self._decided.clear()
         else:
             self._decided.set()
-            self.pipeline.fail_all(refusal)
+            self.pipeline.fail_all(self.refusal)
         self._end_first_attempt(error)
         if self._cluster is not None:
             self._cluster.on_disconnected(self)
 
-    def _give_up(self, reason: str) -> None:
-        self._link = None
+    def _give_up(self) -> None:
+        self.link = None
         self._decided.set()
         self._heartbeat.stop()
         self._deadlines.stop()
-        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
+        self.pipeline.fail_all(closed)
 
     def _reset_after_fork(self) -> None:
         # Otherwise an operation of the child could join a batch of the parent's unfinished tick

@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 # The finest step of the timer, in seconds.
 _STEP = 0.005
 # The second call of a timer comes this much later, in seconds.
 _SECOND = 1.0
+
+
+async def wait_at_most(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait for an event for this many seconds at most; return whether it came."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    return False
 
 
 class SureTimer:

@@ -66,6 +66,11 @@ class LoopBound:
             await asyncio.sleep(_DRAIN_STEP)
 
 
+def closed(operation: str) -> Exception:
+    """Error of an operation that the end of its cache has cut short."""
+    return ConnectionLost(f"{operation}: the cache was closed before the answer came")
+
+
 def running_loop(owner: str) -> asyncio.AbstractEventLoop:
     """Return the event loop on which the owner opens; raises UsageError if none runs."""
     try:

@@ -227,7 +227,19 @@ class Sentinels:
         """Return a connection to a Sentinel; each of its addresses is tried in turn."""
         failure: Exception = OSError("it has no address")
         for *_, (host, port, *_) in await self._resolver.look_up(node.host, node.port):
-            connection = self._connection(host, port)
+            # An address, not a name: the loop would look that up in an executor of the program's.
+            connection = Connection(
+                host=host,
+                port=port,
+                username=self._options.sentinel_username,
+                password=self._options.sentinel_password,
+                # Callers have one time limit for all steps together.
+                socket_timeout=None,
+                socket_connect_timeout=None,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+                decode_responses=True,
+            )
             try:
                 await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py
             except (RedisError, OSError) as error:
@@ -241,21 +253,6 @@ class Sentinels:
             else:
                 return connection
         raise failure
-
-    def _connection(self, host: str, port: int) -> Connection:
-        # An address, not a name: the loop would look that up in an executor of the program's.
-        return Connection(
-            host=host,
-            port=port,
-            username=self._options.sentinel_username,
-            password=self._options.sentinel_password,
-            # Callers have one time limit for all steps together.
-            socket_timeout=None,
-            socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            decode_responses=True,
-        )
 
     async def _disconnect(self, connection: Connection | None) -> None:
         if connection is not None and self._loop.is_running():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from .._forks import after_fork_in_child
 from ..core.constants import ErrorOf
-from ..errors import ConnectionLost
 from .deadlines import Deadlines
 
 if TYPE_CHECKING:
@@ -128,9 +127,9 @@ class SlotHold:
         if error_of is not None:
             self.pipeline.fail_all(error_of)
 
-    def fail(self, reason: str) -> None:
+    def stop(self) -> None:
+        """Stop the timer of the deadlines."""
         self._deadlines.stop()
-        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _wake(self) -> None:
         if not self._adopting:

@@ -13,13 +13,11 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from ..errors import ConnectError, DscacheError
-from ..net.cluster_state import ClusterState
 from ..net.foreign_errors import foreign
 from ..net.slot_table import SlotTable
 from ..net.slots import ASKED, QUESTIONS, View, newest, read_view
-from .cluster_nodes import ClusterNodes
 from .connection import Connection
-from .resolver import Resolver
+from .deadlines import wait_at_most
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -31,18 +29,10 @@ class SlotRefresher:
     ``due`` is set when the state's next refresh is due earlier.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        state: ClusterState,
-        nodes: ClusterNodes,
-        resolver: Resolver,
-        due: asyncio.Event,
-    ) -> None:
+    def __init__(self, cluster: Cluster, due: asyncio.Event) -> None:
         self._cluster = cluster
-        self._state = state
-        self._nodes = nodes
-        self._resolver = resolver
+        self._state = cluster.state
+        self._nodes = cluster.nodes
         self._due = due
         self._node_ready = asyncio.Event()
 
@@ -73,11 +63,7 @@ class SlotRefresher:
     async def _until_due(self) -> None:
         while (seconds := self._state.refresh_at - time.monotonic()) > 0:
             self._due.clear()
-            try:
-                async with asyncio.timeout(None if seconds == inf else seconds):
-                    await self._due.wait()
-            except TimeoutError:
-                continue
+            await wait_at_most(self._due, None if seconds == inf else seconds)
 
     async def _refresh(self) -> bool:
         """Refresh the slots once; return whether a view came."""
@@ -103,11 +89,7 @@ class SlotRefresher:
         if not self._nodes.ready():
             self._cluster.open_seeds()
             self._node_ready.clear()
-            try:
-                async with asyncio.timeout(self._state.timeout / 1000):
-                    await self._node_ready.wait()
-            except TimeoutError:
-                pass
+            await wait_at_most(self._node_ready, self._state.timeout / 1000)
         ready = self._nodes.ready()
         if not ready:
             raise ConnectError(f"no node can be reached: {self._state.errors_by_node()}")
@@ -138,7 +120,7 @@ class SlotRefresher:
         for seed in seeds.to_look_up(time.monotonic()):
             try:
                 async with asyncio.timeout(self._state.timeout / 1000):
-                    found = await self._resolver.look_up(seed.host, seed.port)
+                    found = await self._cluster.resolver.look_up(seed.host, seed.port)
             except (OSError, TimeoutError, UnicodeError):
                 continue
             seeds.looked_up(seed, found)

@@ -8,7 +8,7 @@ without a known owner wait in ``unrouted``, a SlotHold that is never released.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ..core.split_records import SplitRecords
 from ..errors import ConnectError, ConnectionLost
 from ..net.slot_table import Shard
 from .connection import Connection
+from .lifecycle import closed
 from .slot_hold import SlotHold
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class SlotRouter:
         self._apart = SplitRecords(
             core, self._loop.create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
+        self._all_holds: list[SlotHold] = []
         self.unrouted = self._new_hold(self._on_unrouted)
         self.unrouted.pipeline.down = ConnectError("still connecting")
         self.router: Router = core.Router(
@@ -64,8 +66,6 @@ class SlotRouter:
         )
         self._apart.router = self.router
         self._holds: dict[int, SlotHold] = {}
-        self._held: set[SlotHold] = set()
-        self._spare_holds: list[SlotHold] = []
         self._release_timer: asyncio.TimerHandle | None = None
         # Operations taken from one pipeline, each with the pipeline that is to get it.
         self._between: list[tuple[Pipeline, Batch]] = []
@@ -76,19 +76,16 @@ class SlotRouter:
         return any(one.queued or one.in_flight for one in self._holders)
 
     def stats(self) -> list[Mapping[str, Any]]:
-        of_holds = [hold.pipeline.stats() for hold in self._all_holds()]
+        of_holds = [hold.pipeline.stats() for hold in self._all_holds]
         return [*of_holds, self._apart.stats(), self.router.stats()]
 
-    def fail_all(self, reason: str) -> None:
-        """Fail every operation that waits, or was sent and not answered."""
-        for pipeline in self._holders:
-            pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
-
-    def end(self, reason: str) -> None:
-        """Fail every operation that waits for a node, and stop the timers."""
+    def end(self) -> None:
+        """Fail every operation that waits, or was sent and not answered; stop the timers."""
         self._stop_release_timer()
-        for hold in self._all_holds():
-            hold.fail(reason)
+        for hold in self._all_holds:
+            hold.stop()
+        for pipeline in self._holders:
+            pipeline.fail_all(closed)
 
     # -- owners of slots
 
@@ -151,11 +148,9 @@ class SlotRouter:
         """
         hold = self._holds.get(slot)
         if hold is None:
-            hold = next(iter(fresh), None)
-            if hold is None:
-                hold = self._spare_holds.pop() if self._spare_holds else self._new_hold()
+            spare = (one for one in self._all_holds if not one.slots and one is not self.unrouted)
+            hold = next(iter(fresh), None) or next(spare, None) or self._new_hold()
             fresh.add(hold)
-            self._held.add(hold)
             hold.slots.add(slot)
             self._holds[slot] = hold
             self.router.owners[slot] = hold.pipeline
@@ -167,7 +162,7 @@ class SlotRouter:
 
     def is_awaited(self, source: Connection) -> bool:
         """Whether a hold waits for a node's answers."""
-        return any(source in hold.sources for hold in self._held)
+        return any(source in hold.sources for hold in self._held())
 
     def resume(self, *sources: Connection | None) -> None:
         """Move the operations that wait at the wrong node (None: unrouted); release due holds."""
@@ -176,10 +171,10 @@ class SlotRouter:
         self.release_due()
 
     def release_due(self) -> None:
-        for hold in list(self._held):
+        for hold in self._held():
             if hold.is_due():
                 self._release(hold)
-        due = [when for hold in self._held if (when := hold.due) is not None]
+        due = [when for hold in self._held() if (when := hold.due) is not None]
         if due and (self._release_timer is None or self._release_timer.when() > min(due)):
             self._stop_release_timer()
             self._release_timer = self._loop.call_at(min(due), self._release_overdue)
@@ -222,9 +217,6 @@ class SlotRouter:
                 hold.slots.discard(slot)
                 del self._holds[slot]
                 self._route(slot)
-        if not hold.slots:
-            self._held.discard(hold)
-            self._spare_holds.append(hold)
         self._move(hold.pipeline)
 
     def _release_overdue(self) -> None:
@@ -236,11 +228,11 @@ class SlotRouter:
             self._release_timer.cancel()
             self._release_timer = None
 
-    def _all_holds(self) -> Iterable[SlotHold]:
-        # In a copy, since another thread may ask for the counters.
-        return [self.unrouted, *self._held, *self._spare_holds]
+    def _held(self) -> list[SlotHold]:
+        return [hold for hold in self._all_holds if hold.slots]
 
     def _new_hold(self, entered: Callable[[], None] | None = None) -> SlotHold:
         hold = SlotHold(self._new_pipeline, self._cluster.check_usable, entered)
+        self._all_holds.append(hold)
         self._holders[hold.pipeline] = hold
         return hold

@@ -31,7 +31,36 @@ _SHORTEST = 0.0005
 _LONGEST = 0.005
 
 
-class Subscriber:
+def _nothing() -> None:
+    """Do nothing: the callback of a subscriber that has left already."""
+
+
+class _Reader:
+    """A bounded queue of messages, and ``on_leave``, which is called once."""
+
+    def __init__(
+        self,
+        topic: int,
+        on_leave: Callable[[], object],
+        wake: Callable[[], object],
+        max_pending: int,
+        overflow: str,
+    ) -> None:
+        self.topic = topic
+        # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
+        self._loop = asyncio.get_running_loop()
+        self._on_leave = on_leave
+        self._max_pending = max_pending
+        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
+            wake, max_pending, envelope.OVERFLOWS.index(overflow)
+        )
+
+    def _leave(self) -> None:
+        on_leave, self._on_leave = self._on_leave, _nothing
+        on_leave()
+
+
+class Subscriber(_Reader):
     """A callback and the queue of messages that wait for it.
 
     An awaitable that the callback returns is awaited before the next message. ``on_leave`` is
@@ -47,18 +76,12 @@ class Subscriber:
         max_pending: int,
         overflow: str,
     ) -> None:
-        self.topic = topic
         self._callback = callback
-        self._on_leave = on_leave
-        self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
-        self._max_pending = max_pending
         self._turn = 0
         self._rested_since = 0.0
         self.errors = 0
-        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
-            self._wake, max_pending, envelope.OVERFLOWS.index(overflow)
-        )
+        super().__init__(topic, on_leave, self._wake, max_pending, overflow)
 
     @property
     def is_crowded(self) -> bool:
@@ -122,7 +145,7 @@ class Subscriber:
                     return
             again = False
             if queue.is_shut:
-                self._report_disconnect()
+                self._leave()
             queue.awake = False
             self._turn += 1
         finally:
@@ -172,16 +195,8 @@ class Subscriber:
             "the callback %s failed for a message%s on topic %d", name, sender, self.topic
         )
 
-    def _report_disconnect(self) -> None:
-        on_leave, self._on_leave = self._on_leave, _nothing
-        on_leave()
 
-
-def _nothing() -> None:
-    """Do nothing: the callback of a subscriber that has left already."""
-
-
-class Messages:
+class Messages(_Reader):
     """An iterator over the messages of a topic: ``async for message, sender in ...``.
 
     It receives messages from its creation until it is closed or garbage-collected.
@@ -195,18 +210,11 @@ class Messages:
         max_pending: int,
         overflow: str,
     ) -> None:
-        self.topic = topic
-        # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
-        self._loop = asyncio.get_running_loop()
-        self._on_leave = on_leave
         self._is_awaited = False
         # The queue must not refer to this object, or it would never be garbage-collected.
         self._arrived = asyncio.Event()
-        self._max_pending = max_pending
         self._closed = False
-        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
-            self._arrived.set, max_pending, envelope.OVERFLOWS.index(overflow)
-        )
+        super().__init__(topic, on_leave, self._arrived.set, max_pending, overflow)
 
     def __aiter__(self) -> Self:
         return self
@@ -240,8 +248,7 @@ class Messages:
         self._closed = True
         self.queue.is_shut = True
         self._arrived.set()
-        on_leave, self._on_leave = self._on_leave, _nothing
-        on_leave()
+        self._leave()
 
     def _end(self) -> None:
         if self._closed:

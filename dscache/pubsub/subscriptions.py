@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Final
 
+from ..aio.deadlines import wait_at_most
 from ..errors import ConnectionLost, DscacheError, ReplyError
 
 if TYPE_CHECKING:
@@ -179,12 +180,9 @@ class Listener:
             while True:
                 self._changed.clear()
                 later = await self._update()
-                try:
-                    async with asyncio.timeout(_RETRY_AFTER if later else self._heartbeat):
-                        await self._changed.wait()
-                except TimeoutError:
-                    if not later:
-                        await self._send_heartbeat()
+                seconds = _RETRY_AFTER if later else self._heartbeat
+                if not await wait_at_most(self._changed, seconds) and not later:
+                    await self._send_heartbeat()
         except ConnectionLost:
             return  # the connection reports its loss
         except asyncio.CancelledError:

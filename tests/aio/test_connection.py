@@ -176,7 +176,7 @@ def test_an_ended_socket_is_never_written_to(
         async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
             await cache.set("early", 1, 1)
             connection = cache._topology
-            connection._link.abort(dscache.ConnectionLost("cut by the test"))
+            connection.link.abort(dscache.ConnectionLost("cut by the test"))
             sent = cache.stats()["flushes"]
             reads = [cache.get("early"), *(cache.get(f"none/{number}") for number in range(100))]
             assert cache.stats()["flushes"] == sent

@@ -785,7 +785,7 @@ def test_the_system_watches_the_connection_too(
             options |= {"tls": {"ca": authority}} if tls else {}
             config = {"name": "redis", "options": options}
             async with dscache.AsyncCache.from_config(config) as cache:
-                transport = cache._topology._link._transport  # type: ignore[union-attr]
+                transport = cache._topology.link._transport  # type: ignore[union-attr]
                 link = transport.get_extra_info("socket")
                 found = {"SO_KEEPALIVE": link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
                 names = ("TCP_NODELAY", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
