@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ._cache import CacheBase
+from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, running_loop
-from .aio.topology import Topology, open_topology
+from .aio.memory import MemoryNode
 from .config import Config
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .aio.cluster import Cluster
     from .core.pure import Record
+
+Topology: TypeAlias = "MemoryNode | Connection | Cluster"
+"""The connections of a cache, opened on the running event loop."""
 
 
 class _Operations(Protocol):
@@ -173,7 +178,14 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         if self._closed:
             raise ConnectionLost("the cache is closed")
         running_loop("an AsyncCache")
-        self._topology = open_topology(self._config, self._credentials)
+        if self._config.name == "memory":
+            self._topology = MemoryNode(self._config.options)
+        elif self._config.options.nodes:
+            from .aio.cluster import Cluster  # most caches don't need it; the import takes time
+
+            self._topology = Cluster(self._config, self._credentials)
+        else:
+            self._topology = Connection(self._config.options, self._credentials)
         return self._topology
 
     def _open(self) -> _Operations:

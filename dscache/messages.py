@@ -17,12 +17,15 @@ from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
 from .pubsub.subscribers import Callback, Messages, Subscriber
 from .pubsub.subscriptions import Subscriptions
-from .pubsub.transport import MessageTransport, open_transport
+from .pubsub.transport import PairTransport
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .core.pure import MessageDispatcher, Pipeline, SubscriberQueue
+    from .pubsub.sharded import ShardedTransport
+
+    Transport = PairTransport | ShardedTransport
 
 _logger = logging.getLogger("dscache")
 
@@ -64,9 +67,7 @@ class MessageNode(AsyncResource):
         self._direct_prefixes: dict[str, bytes] = {}
         self._sharded = config.options.sharded
         self._publish: Publish | None = None
-        self._transport: MessageTransport | None = None
-        self._dispatcher: MessageDispatcher | None = None
-        self._subscriptions: Subscriptions | None = None
+        self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._subscribers: dict[SubscriberQueue, Subscriber] = {}
         # Weak references: a dropped iterator ends its subscription.
@@ -141,7 +142,7 @@ class MessageNode(AsyncResource):
         """
         topic = envelope.check_topic(topic)
         limit, policy = self._limits(max_pending, overflow)
-        self._ensure_open()
+        transport = self._ensure_open()
         subscriber = Subscriber(
             topic,
             callback,
@@ -150,7 +151,7 @@ class MessageNode(AsyncResource):
             overflow=policy,
         )
         self._subscribers[subscriber.queue] = subscriber
-        self._subscribe(topic, subscriber.queue)
+        self._subscribe(transport, topic, subscriber.queue)
 
         def unsubscribe() -> None:
             subscriber.stop()
@@ -174,13 +175,13 @@ class MessageNode(AsyncResource):
         """
         topic = envelope.check_topic(topic)
         limit, policy = self._limits(max_pending, overflow)
-        self._ensure_open()
+        transport = self._ensure_open()
         queue: SubscriberQueue | None = None
         reader = Messages(
             topic, lambda: self._unsubscribe(queue), max_pending=limit, overflow=policy
         )
         queue = reader.queue
-        self._subscribe(topic, queue)
+        self._subscribe(transport, topic, queue)
         self._readers.add(reader)
         return reader
 
@@ -199,13 +200,8 @@ class MessageNode(AsyncResource):
     @property
     def is_ready(self) -> bool:
         """Whether messages are sent at once and all subscriptions are confirmed: bool."""
-        transport, subscriptions = self._transport, self._subscriptions
-        return (
-            transport is not None
-            and subscriptions is not None
-            and transport.is_ready
-            and subscriptions.is_confirmed
-        )
+        transport = self._transport
+        return transport is not None and transport.is_ready and transport.subscriptions.is_confirmed
 
     @property
     def description(self) -> str:
@@ -223,11 +219,12 @@ class MessageNode(AsyncResource):
         ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight pending
         pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
         """
-        transport, subscriptions = self._transport, self._subscriptions
-        if transport is None or subscriptions is None or self._dispatcher is None:
+        transport = self._transport
+        if transport is None:
             return {}
+        subscriptions = transport.subscriptions
         return {
-            **self._dispatcher.stats(),
+            **transport.dispatcher.stats(),
             "dropped": self._dropped + sum(queue.dropped for queue in self._queues),
             "waiting": sum(len(queue.messages) for queue in self._queues),
             "errors": self._errors + sum(one.errors for one in self._subscribers.values()),
@@ -247,14 +244,12 @@ class MessageNode(AsyncResource):
         Raises ConnectError after ``connectTimeout``, and ReplyError at once if the server refuses
         the login or a subscription (WRONGPASS, NOAUTH, NOPERM).
         """
-        self._ensure_open()
-        assert self._transport is not None
-        assert self._subscriptions is not None
-        await self._transport.when_ready()
+        transport = self._ensure_open()
+        await transport.when_ready()
         timeout = self._config.options.connect_timeout
         try:
             async with asyncio.timeout(timeout / 1000):
-                await self._subscriptions.wait_confirmed()
+                await transport.subscriptions.wait_confirmed()
         except TimeoutError:
             raise ConnectError(
                 f"{self._config.address} has not confirmed every subscription within {timeout} ms"
@@ -285,28 +280,29 @@ class MessageNode(AsyncResource):
     def __repr__(self) -> str:
         return f"<MessageNode {shorten(self.server_name)} at {self._config.address}>"
 
-    def _ensure_open(self) -> None:
+    def _ensure_open(self) -> Transport:
         """Bind the node to the running event loop and start connecting, unless that is done."""
         if self._closed:
             raise ConnectionLost("the message node is closed")
         check_process(self._pid, _OWNER)
         if self._loop is not None:
             check_loop(self._loop, _OWNER)
-            return
-        self._loop = running_loop(_OWNER)
-        dispatcher: MessageDispatcher = _backend.core.MessageDispatcher(
-            self.server_name, self._on_push, self._on_damaged, self._is_crowded
-        )
-        self._dispatcher = dispatcher
-        self._subscriptions = Subscriptions(self._report_gap)
-        self._transport = open_transport(
-            self._config, self._credentials, dispatcher, self._subscriptions
-        )
+        if self._transport is None:
+            self._loop = running_loop(_OWNER)
+            dispatcher: MessageDispatcher = _backend.core.MessageDispatcher(
+                self.server_name, self._on_push, self._on_damaged, self._is_crowded
+            )
+            kind: type[Transport] = PairTransport
+            if self._sharded:
+                from .pubsub.sharded import ShardedTransport  # most nodes don't need a Cluster
+
+                kind = ShardedTransport
+            subscriptions = Subscriptions(self._report_gap)
+            self._transport = kind(self._config, self._credentials, dispatcher, subscriptions)
+        return self._transport
 
     def _open(self) -> Publish:
-        self._ensure_open()
-        assert self._transport is not None
-        publish: Publish = self._transport.entry.publish
+        publish: Publish = self._ensure_open().pipeline.publish
         self._publish = publish
         return publish
 
@@ -326,29 +322,25 @@ class MessageNode(AsyncResource):
             raise MessageError(f"overflow must be one of {known}, not {shorten(chosen)}")
         return limit, chosen
 
-    def _subscribe(self, topic: int, queue: SubscriberQueue) -> None:
-        assert self._transport is not None
-        assert self._dispatcher is not None
-        assert self._subscriptions is not None
+    def _subscribe(self, transport: Transport, topic: int, queue: SubscriberQueue) -> None:
         self._queues[queue] = topic
-        self._dispatcher.join(topic, queue)
-        self._subscriptions.add(topic)
-        self._transport.on_topics_changed()
+        transport.dispatcher.join(topic, queue)
+        transport.subscriptions.add(topic)
+        transport.on_topics_changed()
 
     def _unsubscribe(self, queue: SubscriberQueue | None) -> None:
         topic = None if queue is None else self._queues.pop(queue, None)
         if queue is None or topic is None:
             return
-        assert self._transport is not None
-        assert self._dispatcher is not None
-        assert self._subscriptions is not None
+        transport = self._transport
+        assert transport is not None
         self._dropped += queue.dropped
         subscriber = self._subscribers.pop(queue, None)
         if subscriber is not None:
             self._errors += subscriber.errors
-        if self._dispatcher.leave(topic, queue):
-            self._subscriptions.remove(topic)
-            self._transport.on_topics_changed()
+        if transport.dispatcher.leave(topic, queue):
+            transport.subscriptions.remove(topic)
+            transport.on_topics_changed()
 
     def _disconnect(self, subscriber: Subscriber) -> None:
         _logger.error(

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager, closing
 from msgspec.structs import replace
 
 from ..aio.connection import Connection
-from ..aio.topology import Topology
-from ..cache import AsyncCache
+from ..cache import AsyncCache, Topology
 from ..config import Config, Node, RedisOptions
 from ..config.validation import Location
 from ..errors import DscacheError, ReplyError

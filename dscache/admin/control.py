@@ -14,7 +14,6 @@ from typing import Any, Self
 
 from .. import _backend
 from ..aio.connection import Connection
-from ..aio.credentials import Credentials
 from ..aio.endpoint import Endpoint
 from ..aio.protocol import SocketProtocol, request
 from ..config import Options
@@ -55,7 +54,7 @@ class ControlConnection:
         ``on_push`` is called with each RESP3 push. Raises ConnectError if the server can't be
         reached, and ReplyError if it refuses the handshake.
         """
-        endpoint = Endpoint(options, Credentials(options, None))
+        endpoint = Endpoint(options)
         pipeline = _backend.core.Pipeline(
             asyncio.get_running_loop().create_future,
             lambda: None,

@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .. import _backend
 from .._forks import after_fork_in_child
@@ -25,13 +24,14 @@ from ..core.constants import ErrorOf
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
+from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
-from .credentials import Credentials
-from .deadlines import Deadlines
-from .endpoint import Endpoint, ServerEndpoint
+from .deadlines import Deadlines, wait_at_most
+from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import check_loop, check_process
+from .lifecycle import LoopBound, check_loop, check_process, closed
 from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -52,70 +52,65 @@ _STEADY_AFTER = 1.0
 _GRACE = 1.0
 
 
-class NodeListener(Protocol):
-    """Hears when nodes are connected and disconnected."""
+class NodeListener:
+    """Hears of the events of nodes; here it does nothing."""
 
-    def on_connected(self, node: Connection, /) -> None:
+    def on_connected(self, node: Connection) -> None:
         """Operations can be sent to the node."""
 
-    def on_disconnected(self, node: Connection, /) -> None:
+    def on_disconnected(self, node: Connection) -> None:
         """The node was lost, or could not be reached."""
 
-
-class ClusterListener(NodeListener, Protocol):
-    """A cluster: hears also of redirections and replies."""
-
-    def on_redirected(self, source: Connection, /) -> None:
+    def on_redirected(self, node: Connection) -> None:
         """The node has redirected operations: they are in ``pipeline.redirected``."""
 
-    def on_progress(self, source: Connection, /) -> None:
+    def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
 
 
-class Connection:
+class Connection(LoopBound):
     """The connection to one node: made, kept, made again, and closed.
 
     With a ``cluster`` it is one of several, and with ``read_only`` a replica answers reads.
     ``entry`` is where operations go: its pipeline, or a near cache before it, which on a cluster
     is ``near`` for all nodes. ``endpoint`` replaces the one server that ``options`` name, and
     ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``.
-    ``owner`` names the user's object in errors.
     """
+
+    info: NodeInfo
+    """The node of a cluster that it leads to, even while it is leaving."""
 
     def __init__(
         self,
         options: Options,
         credentials: CredentialProvider | None = None,
         *,
-        cluster: ClusterListener | None = None,
+        cluster: NodeListener | None = None,
         read_only: bool = False,
         near: NearCache | None = None,
-        endpoint: ServerEndpoint | None = None,
+        endpoint: Endpoint | None = None,
         inbox: MessageDispatcher | None = None,
         resolver: Resolver | None = None,
         owner: str = "an AsyncCache",
     ) -> None:
+        super().__init__(owner)
         self.server = ""
-        self._owner = owner
         self.watched = False
         """Whether the cluster hears of every reply."""
         self.redirections = 0
         """How many operations the node has redirected; the cluster counts them."""
         self._options = options
         self._cluster = cluster
-        login = Credentials(options, credentials)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
-        self._endpoint: ServerEndpoint = endpoint or Endpoint(
+        self._endpoint = endpoint or Endpoint(
             options,
-            login,
+            credentials,
             read_only=read_only,
             is_near=is_near,
             of_cluster=cluster is not None,
             resolver=resolver,
         )
-        login.on_renewal(self._log_in_again, options.address)
-        self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+        self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
             self._wake,
@@ -142,11 +137,12 @@ class Connection:
         idle_limit = None if kept is None else kept.idle_limit / 1000
         self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
         self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
-        self._link: SocketProtocol | None = None
+        self.link: SocketProtocol | None = None
+        """The socket of a connection that is ready."""
         # The socket that is being opened, is ready, or has ended without ``_settle``.
         self._socket: SocketProtocol | None = None
-        self._closed = False
-        self._refusal: ErrorOf | None = None
+        self.refusal: ErrorOf | None = None
+        """How operations fail while the server refuses the handshake."""
         self._attempting = False
         # When the next step of the keeper task is overdue.
         self._stuck_at = math.inf
@@ -154,7 +150,6 @@ class Connection:
         self._decided = asyncio.Event()
         self._flush_due = False
         self._deadlines = Deadlines(self._expire)
-        self._drained: asyncio.Future[None] | None = None
         self._first_attempt: asyncio.Future[Exception | None] | None = None
         self._connects = 0
         self.last_loss = ""
@@ -174,17 +169,7 @@ class Connection:
     @property
     def is_ready(self) -> bool:
         """Whether operations are sent at once."""
-        return self._link is not None
-
-    @property
-    def link(self) -> SocketProtocol | None:
-        """The socket of a connection that is ready, else None."""
-        return self._link
-
-    @property
-    def refusal(self) -> Exception | None:
-        """The server's error if it refuses the handshake."""
-        return None if self._refusal is None else self._refusal("connect")
+        return self.link is not None
 
     def requeue(self, batches: Iterable[Batch]) -> None:
         """Take over operations of another node, with the time that they have left."""
@@ -196,14 +181,14 @@ class Connection:
 
         Raises ConnectionLost if the node is not ready, or is lost before the last reply.
         """
-        if self._link is None:
+        if self.link is None:
             raise ConnectionLost(f"no connection to {self.address}")
-        return await request(self._link, *commands)
+        return await request(self.link, *commands)
 
     def leave(self, reason: str) -> None:
         """End the present socket; another one follows."""
-        if self._link is not None:
-            self._link.abort(ConnectionLost(reason))
+        if self.link is not None:
+            self.link.abort(ConnectionLost(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -213,18 +198,15 @@ class Connection:
         """
         self._check_owner()
         timeout = self._options.connect_timeout
-        try:
-            async with asyncio.timeout(timeout / 1000):
-                await self._decided.wait()
-        except TimeoutError:
+        if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
             ) from down
         self._check_open()
-        if self._refusal is not None:
-            raise self._refusal("connect")
+        if self.refusal is not None:
+            raise self.refusal("connect")
 
     async def first_attempt(self) -> None:
         """Wait until the first attempt to connect has ended; raises the error that ended it.
@@ -248,26 +230,22 @@ class Connection:
         self._closed = True
         if self._own_near is not None:
             self._own_near.close()
-        timeout = self._options.close_timeout / 1000
-        end = self._loop.time() + timeout
-        link = self._link
+        end = self._loop.time() + self._options.close_timeout / 1000
+        link = self.link
         try:
             self._flush()
-            if self.pipeline.queued or self.pipeline.in_flight:
-                self._drained = self._loop.create_future()
-                await asyncio.wait([self._drained], timeout=timeout)
+            await self._drain(lambda: self.pipeline.queued or self.pipeline.in_flight, end)
         finally:
             for task in self._tasks:
                 task.cancel()
         await asyncio.wait([task.task for task in self._tasks])
         # Again, as an exception may have struck ``_end``.
-        self._give_up("the cache was closed before the answer came")
+        self._give_up()
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the pipeline and of the connection."""
         stats = {
             **self.pipeline.stats(),
             "connections": int(self.is_ready),
@@ -292,29 +270,28 @@ class Connection:
             self._loop.call_soon(self._flush)
             self._flush_due = True  # set behind call_soon, which may raise
         self._deadlines.ensure(self._options.command_timeout / 1000)
-        if self._link is None:
+        if self.link is None:
             self._reconnect.expedite()
             self._keeper.check()
 
     def _begin(self) -> None:
-        """Send the operations of this tick so far."""
-        if self._link is not None:
-            self._link.begin()
+        if self.link is not None:
+            self.link.begin()
 
     def _flush(self) -> None:
         self.pipeline.end_tick()
         self._flush_due = False  # behind it: ``_expire`` flushes after an exception in either
-        link = self._link
+        link = self.link
         if link is not None:
             link.flush()
         # An attempt under way may end the refusal, and its commands are in the pipeline.
-        elif self._refusal is not None and not self._attempting:
-            self.pipeline.fail_all(self._refusal)
+        elif self.refusal is not None and not self._attempting:
+            self.pipeline.fail_all(self.refusal)
 
     # -- receiving, called by the socket
 
     def on_replies(self) -> None:
-        """Go on after replies: send what the window held back, and finish a close."""
+        """Go on after replies: send what the window held back."""
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
@@ -322,23 +299,16 @@ class Connection:
                 self._cluster.on_progress(self)
         if self.pipeline.read_only:
             self.pipeline.read_only = False
-            if self._endpoint.is_discovered and self._link is not None:
-                self._link.abort(ConnectionLost("the server has become a replica"))
+            if self._endpoint.is_discovered and self.link is not None:
+                self.leave("the server has become a replica")
                 return
         if self.pipeline.queued and not self._flush_due:
             self._flush()
-        self._note_drained()
 
     def on_writable(self) -> None:
         """Go on after the transport's buffer was full."""
         if not self._flush_due:
             self._flush()
-
-    def _note_drained(self) -> None:
-        drained = self._drained
-        pending = self.pipeline.queued or self.pipeline.in_flight
-        if drained is not None and not pending and not drained.done():
-            drained.set_result(None)
 
     def _expire(self, now: float) -> float | None:
         """Fail the operations whose deadline is past, and end a socket that is silent."""
@@ -347,11 +317,10 @@ class Connection:
         if self._flush_due:
             self._flush()  # call_soon is late, or lost with an interruption of the loop
         timeout = self._options.command_timeout / 1000
-        if self._link is not None and self._link.unanswered_for() >= timeout:
+        if self.link is not None and self.link.unanswered_for() >= timeout:
             # Operations about to expire fail by their deadline, not with the connection.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
-            self._link.abort(ConnectionLost(f"the server was silent for {timeout * 1000:.0f} ms"))
-        self._note_drained()
+            self.leave(f"the server was silent for {timeout * 1000:.0f} ms")
         return deadline
 
     # -- the socket's life
@@ -362,7 +331,7 @@ class Connection:
             self._settle()
             was_well = await self._live()
             self._stuck_at = self._loop.time() + self._options.retry_strategy.cap / 1000 + _GRACE
-            await self._reconnect.pause(was_well=was_well, is_refused=self._refusal is not None)
+            await self._reconnect.pause(was_well=was_well, is_refused=self.refusal is not None)
 
     async def _live(self) -> bool:
         """Open one socket and wait until it is lost; return whether it lasted."""
@@ -380,6 +349,8 @@ class Connection:
         except Exception as error:
             # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
             # follow, or the cache would stay without a connection.
+            if (cause := foreign(error)) is not None:
+                error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
             self._failed(error)
             self._socket = None
@@ -422,31 +393,29 @@ class Connection:
         self._closed = True
         link = self._socket
         if link is not None:
-            if self._link is link:
+            if self.link is link:
                 link.close()
             else:
                 link.abort(ConnectionLost("it was closed"))
         # On a closed loop no future can be set.
         if not self._loop.is_closed():
-            self._give_up("the cache was closed before the answer came")
+            self._give_up()
 
     def _log_in_again(self, words: list[str | Hidden]) -> None:
         """Send renewed credentials; an attempt under way fetches them by itself."""
-        if self._link is not None:
+        if self.link is not None:
             self.pipeline.forget("login")
-            send_control(self._link, "AUTH", *words)
+            send_control(self.link, "AUTH", *words)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""
-        if self._link is not None and self._endpoint.has_moved:
-            self._link.abort(
-                ConnectionLost(f"the Sentinels name another primary, {self._endpoint.named}")
-            )
+        if self._endpoint.has_moved:
+            self.leave(f"the Sentinels name another primary, {self._endpoint.named}")
 
     # -- changes of state
 
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
-        self._link = link
+        self.link = link
         self.server = greeting.server
         # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
         # where it redirects every other command: a record would be on two nodes.
@@ -459,7 +428,7 @@ class Connection:
             )
         self._attempting = False
         self._connects += 1
-        self._refusal = None
+        self.refusal = None
         self.pipeline.down = None
         self._decided.set()
         self._heartbeat.watch(link)
@@ -470,21 +439,19 @@ class Connection:
             self._cluster.on_connected(self)
 
     def _on_disconnected(self, reason: Exception) -> None:
-        self._link = None
+        self.link = None
         self._heartbeat.watch(None)
         self._decided.clear()
         self.last_loss = str(reason)
         self.pipeline.down = ConnectionLost(f"connection lost: {reason}")
         self.pipeline.connection_lost(reason, retry=not isinstance(reason, ProtocolError))
         _logger.warning("connection to %s lost: %s", self.address, reason)
-        self._note_drained()
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
             self._cluster.on_disconnected(self)
 
     def _failed(self, error: Exception) -> None:
-        """Note that an attempt to connect failed."""
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
         said = as_connect_error(error, self._options.connect_timeout)
@@ -492,32 +459,22 @@ class Connection:
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said
         self.last_loss = str(said)
-        refusal = permanent_failure(error, said, self.address)
-        self._refusal = refusal
-        if refusal is None:
+        self.refusal = permanent_failure(error, said, self.address)
+        if self.refusal is None:
             self._decided.clear()
         else:
             self._decided.set()
-            self.pipeline.fail_all(refusal)
-        self._note_drained()
+            self.pipeline.fail_all(self.refusal)
         self._end_first_attempt(error)
         if self._cluster is not None:
             self._cluster.on_disconnected(self)
 
-    def _check_owner(self) -> None:
-        check_process(self._pid, self._owner)
-        check_loop(self._loop, self._owner)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionLost("the cache is closed")
-
-    def _give_up(self, reason: str) -> None:
-        self._link = None
+    def _give_up(self) -> None:
+        self.link = None
         self._decided.set()
         self._heartbeat.stop()
         self._deadlines.stop()
-        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
+        self.pipeline.fail_all(closed)
 
     def _reset_after_fork(self) -> None:
         # Otherwise an operation of the child could join a batch of the parent's unfinished tick

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Options
 from ..net.credentials import NOTHING, Hidden, Login, checked, hidden, provider_failed
+from ..net.foreign_errors import is_of_handler
+from .resolver import Threads
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -20,23 +22,24 @@ _logger = logging.getLogger("dscache")
 class Credentials:
     """The credentials of one cache, on the event loop that runs."""
 
-    def __init__(self, options: Options, provider: CredentialProvider | None) -> None:
-        self._options = options
+    def __init__(self, provider: CredentialProvider | None) -> None:
         self._provider = provider
         self._loop = asyncio.get_running_loop()
-        self._call: asyncio.Future[tuple[str, ...]] | None = None
+        self._thread = Threads(1, "dscache fetches credentials")
 
-    async def current(self) -> Login:
-        """Return the username and password to log in with now.
+    async def current(self, options: Options) -> Login:
+        """Return the username and password to log in with now, by default those of the options.
 
         Raises ConnectError if the provider fails.
         """
         provider = self._provider
         if provider is None:
-            return self._options.username, hidden(self._options.password)
+            return options.username, hidden(options.password)
         try:
             return checked(await self._fetch(provider))
         except Exception as error:  # whatever the provider raises, the next attempt may succeed
+            if is_of_handler(error):
+                raise
             failure = provider_failed(error)
         # Raised here, without the text and the frames of the provider's: both may hold a token.
         raise failure
@@ -75,24 +78,5 @@ class Credentials:
 
         if type(provider).get_credentials_async is not CredentialProvider.get_credentials_async:
             return await provider.get_credentials_async()
-        # The provider is a blocking one, which may ask a service elsewhere. A call that outlasts
-        # an attempt to connect is awaited by the next one: a second call beside it would take one
-        # more thread of the executor, which the program needs too.
-        if self._call is None:
-            self._call = self._loop.run_in_executor(None, provider.get_credentials)
-            self._call.add_done_callback(_retrieve)
-        call = self._call
-        try:
-            return await asyncio.shield(call)
-        finally:
-            if call.done():
-                self._call = None
-
-
-def _retrieve(call: asyncio.Future[tuple[str, ...]]) -> None:
-    """Retrieve the result of a call that no attempt may await any more.
-
-    Asyncio would log an exception that is never retrieved.
-    """
-    if not call.cancelled():
-        call.exception()
+        # The provider is a blocking one, which may ask a service elsewhere.
+        return await self._thread.run("credentials", provider.get_credentials)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 # The finest step of the timer, in seconds.
 _STEP = 0.005
 # The second call of a timer comes this much later, in seconds.
 _SECOND = 1.0
+
+
+async def wait_at_most(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait for an event for this many seconds at most; return whether it came."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    return False
 
 
 class SureTimer:
@@ -24,13 +33,8 @@ class SureTimer:
         self._call = call
         self._handles: tuple[asyncio.TimerHandle, ...] = ()
 
-    @property
-    def is_set(self) -> bool:
-        """Whether a call is outstanding."""
-        return bool(self._handles)
-
     def start(self, seconds: float) -> None:
-        """Call in so many seconds, in place of any earlier time."""
+        """Schedule the call after this many seconds, in place of an earlier schedule."""
         earlier = self._handles
         call_later = self._loop.call_later
         self._handles = (
@@ -41,34 +45,29 @@ class SureTimer:
             handle.cancel()
 
     def stop(self) -> None:
-        """Cancel the call."""
         earlier, self._handles = self._handles, ()
         for handle in earlier:
             handle.cancel()
 
 
-class Deadlines:
-    """Calls ``expire(now)`` when a deadline is past; it returns the next deadline, or None."""
+class Deadlines(SureTimer):
+    """Calls ``expire(now)`` after each deadline; it returns the next deadline, or None."""
 
     def __init__(self, expire: Callable[[float], float | None]) -> None:
+        super().__init__(self.look)
         self._expire = expire
-        self._timer = SureTimer(self.look)
 
     def ensure(self, seconds: float) -> None:
-        """Call ``expire`` in so many seconds, unless a call is outstanding."""
-        if not self._timer.is_set:
-            self._timer.start(seconds)
+        """Schedule ``expire`` after this many seconds, unless it is scheduled already."""
+        if not self._handles:
+            self.start(seconds)
 
     def look(self) -> None:
         """Call ``expire`` now, and again at the next deadline."""
-        self._timer.start(_STEP)  # set first, whatever is raised below
+        self.start(_STEP)  # set first, whatever is raised below
         now = time.monotonic()
         deadline = self._expire(now)
         if deadline is None:
-            self._timer.stop()
+            self.stop()
         else:
-            self._timer.start(max(deadline - now, _STEP))
-
-    def stop(self) -> None:
-        """Cancel the next call."""
-        self._timer.stop()
+            self.start(max(deadline - now, _STEP))

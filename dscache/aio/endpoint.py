@@ -9,68 +9,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..config import Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError
 from ..net.credentials import Login, without
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo, handshake, secrets_of
 from ..net.sockets import FAMILIES, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
 
 if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
     from .sentinel import Sentinels
 
 Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (sequences of words) at once; returns the replies, error replies included."""
 
 
-class ServerEndpoint(Protocol):
-    """The server that a Connection connects to, whichever it is at each attempt."""
-
-    @property
-    def address(self) -> str:
-        """The address of the present server, or of the last one."""
-
-    @property
-    def named(self) -> str:
-        """The address that the Sentinels named last."""
-
-    @property
-    def is_discovered(self) -> bool:
-        """Whether the address may be another one at the next attempt."""
-
-    @property
-    def may_move(self) -> bool:
-        """Whether the server may be replaced while it is connected and well."""
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether the Sentinels have named another server since the last socket was opened."""
-
-    async def follow(self, moved: Callable[[], None], /) -> None:
-        """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
-
-    async def open(self, protocol: asyncio.BufferedProtocol, /) -> None:
-        """Open a socket for the protocol."""
-
-    async def greet(self, ask: Ask, /) -> ServerInfo:
-        """Log in."""
-
-
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
-    ``read_only``, ``is_near`` and ``of_cluster`` are those of ``handshake``. The nodes of a cluster
-    share a ``resolver``.
+    ``provider`` has the credentials, if the options don't. ``read_only``, ``is_near`` and
+    ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``.
     """
 
     def __init__(
         self,
         options: Options,
-        credentials: Credentials,
+        provider: CredentialProvider | None = None,
         *,
         read_only: bool = False,
         is_near: bool = False,
@@ -81,7 +51,7 @@ class Endpoint:
         self._of_cluster = of_cluster
         self._read_only = read_only
         self._options = options
-        self._credentials = credentials
+        self.credentials = Credentials(provider)
         self._resolver = resolver or Resolver()
         self._sentinels: Sentinels | None = None
         self.address = options.address
@@ -131,7 +101,8 @@ class Endpoint:
             if options.sentinels is not None:
                 host, port = await self._group().locate()
                 self.address = self.named = constants.join_address(host, port)
-            sock = await self._resolver.connect(host, port, FAMILIES[options.family])
+            family = FAMILIES[options.family]
+            sock = await connect_to(await self._resolver.look_up(host, port, family))
         # From here on the loop closes the socket, whatever happens.
         await create(
             lambda: protocol,
@@ -147,10 +118,12 @@ class Endpoint:
         and ConnectError if the provider of credentials fails, or if the server doesn't have the
         role that the Sentinels name it for. No error holds a password.
         """
-        login = await self._credentials.current()
+        login = await self.credentials.current(self._options)
         try:
             return await self._greet(ask, login)
         except DscacheError as error:
+            if foreign(error) is not None:
+                raise  # a signal handler's says nothing about the server
             failure = without(error, secrets_of(self._options, login))
         raise failure
 

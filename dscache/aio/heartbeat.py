@@ -18,7 +18,7 @@ _PING_AFTER = 5.0
 _PING_ANSWER = 4.0
 
 
-class Heartbeat:
+class Heartbeat(SureTimer):
     """Watches an idle socket: sends PING, and aborts the socket if no reply comes.
 
     It runs as long as its Connection, also while that has no socket. ``idle_limit`` is the
@@ -28,9 +28,9 @@ class Heartbeat:
     def __init__(
         self, pipeline: Pipeline, idle_limit: float | None, check: Callable[[], object]
     ) -> None:
+        super().__init__(self._beat)
         self._pipeline = pipeline
         self._check = check
-        self._timer = SureTimer(self._beat)
         self._link: SocketProtocol | None = None
         self._ping_after = _PING_AFTER
         if idle_limit is not None:
@@ -38,13 +38,12 @@ class Heartbeat:
             self._ping_after = min(_PING_AFTER, idle_limit / 2)
 
     def watch(self, link: SocketProtocol | None) -> None:
-        """Watch this socket from now on, or none."""
         self._link = link
         self._beat()
 
     def _beat(self) -> None:
         # Set first, so that the next beat comes whatever is raised below.
-        self._timer.start(self._ping_after)
+        self.start(self._ping_after)
         self._check()
         link = self._link
         if link is None or link.is_cut:
@@ -59,8 +58,4 @@ class Heartbeat:
             if not silence:
                 send_control(link, "PING")
             wait = min(_PING_ANSWER - silence, self._ping_after)
-        self._timer.start(wait)
-
-    def stop(self) -> None:
-        """Beat no more."""
-        self._timer.stop()
+        self.start(wait)

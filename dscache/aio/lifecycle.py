@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from ..errors import UsageError
+from ..errors import ConnectionLost, UsageError
+
+# How often a closing cache checks whether all operations are done, in seconds.
+_DRAIN_STEP = 0.005
 
 
 class AsyncResource(ABC):
@@ -37,6 +41,34 @@ class AsyncResource(ABC):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+class LoopBound:
+    """An object of one event loop and one process; ``owner`` names it in errors."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._closed = False
+
+    def _check_owner(self) -> None:
+        check_process(self._pid, self._owner)
+        check_loop(self._loop, self._owner)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionLost("the cache is closed")
+
+    async def _drain(self, is_busy: Callable[[], object], end: float) -> None:
+        """Wait until it is no longer busy, or until the end, by the loop's clock."""
+        while is_busy() and self._loop.time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_STEP)
+
+
+def closed(operation: str) -> Exception:
+    """Error of an operation that the end of its cache has cut short."""
+    return ConnectionLost(f"{operation}: the cache was closed before the answer came")
 
 
 def running_loop(owner: str) -> asyncio.AbstractEventLoop:

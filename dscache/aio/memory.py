@@ -25,7 +25,6 @@ class MemoryNode:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has not been closed."""
         return not self.pipeline.closed
 
     async def when_ready(self) -> None:
@@ -33,9 +32,7 @@ class MemoryNode:
         self.pipeline.check_open()
 
     async def close(self) -> None:
-        """Forget all records."""
         self.pipeline.close()
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters, named as those of a connection."""
         return {**self.pipeline.stats(), **NO_CONNECTIONS}

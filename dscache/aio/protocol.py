@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from ..core import constants
 from ..errors import ConnectionLost, ProtocolError, ReplyError
 from ..net.credentials import Hidden, Word, masked, packed
+from ..net.foreign_errors import foreign
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
@@ -149,7 +150,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
         return output[sent:]
 
     def get_extra_info(self, name: str) -> Any:
-        """Return what the transport knows under a name, such as ``peername``; None if nothing."""
+        """Return the transport's extra information, such as ``peername``; None if it has none."""
         return None if self._transport is None else self._transport.get_extra_info(name)
 
     def idle(self) -> float:
@@ -197,9 +198,10 @@ class SocketProtocol(asyncio.BufferedProtocol):
             self._note_progress()
             self.is_reading = False
             self._owner.on_replies()
-        except ProtocolError as error:
-            self.abort(error)
         except BaseException as error:
+            if isinstance(error, ProtocolError) and foreign(error) is None:
+                self.abort(error)
+                return
             self.break_off(error)
             raise
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..config import RetryStrategy
 from ..net.backoff import MAX_PAUSE_WHILE_WAITING, full_jitter, half_jitter
+from .deadlines import wait_at_most
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
@@ -47,8 +48,4 @@ class Reconnect:
         # A connection for messages is always wanted.
         if not self._pipeline.queued and self._pipeline.inbox is None:
             self._wanted.clear()
-            try:
-                async with asyncio.timeout(seconds - shortened):
-                    await self._wanted.wait()
-            except TimeoutError:
-                return
+            await wait_at_most(self._wanted, seconds - shortened)

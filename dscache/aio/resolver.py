@@ -35,8 +35,8 @@ class Resolver:
     """Host look-ups and TLS contexts for one cache, on the event loop that runs."""
 
     def __init__(self) -> None:
-        self._hosts = _Threads(_LOOK_UPS, "dscache looks up a host")
-        self._files = _Threads(1, "dscache reads the files of TLS")
+        self._hosts = Threads(_LOOK_UPS, "dscache looks up a host")
+        self._files = Threads(1, "dscache reads the files of TLS")
 
     async def look_up(self, host: str, port: int, family: int = 0) -> list[Found]:
         """Return the addresses of a host; at most one look-up of a host runs at a time.
@@ -51,13 +51,6 @@ class Resolver:
             found = await self._hosts.run(key, partial(_addresses, host, family))
         # The port isn't part of the look-up: the nodes of a cluster may differ in nothing else.
         return [(*kind, (its_host, port, *rest)) for *kind, (its_host, _, *rest) in found]
-
-    async def connect(self, host: str, port: int, family: int = 0) -> socket.socket:
-        """Return a socket that is connected to a host; each of its addresses is tried in turn.
-
-        Raises OSError, or UnicodeError for a text that can't be a host.
-        """
-        return await connect_to(await self.look_up(host, port, family))
 
     async def tls_context(self, tls: Tls) -> ssl.SSLContext:
         """Return the TLS context of the files as they are; raises ConfigError if one is bad."""
@@ -90,7 +83,7 @@ async def _until_ready(sock: socket.socket, events: int) -> None:
         (loop.remove_reader if is_read else loop.remove_writer)(sock)
 
 
-class _Threads:
+class Threads:
     """At most ``limit`` threads for blocking calls."""
 
     def __init__(self, limit: int, name: str) -> None:
@@ -104,8 +97,8 @@ class _Threads:
     async def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """Return what ``work`` returns, or raise what it raises.
 
-        If work runs under the same key, its result is awaited instead. The work goes on when a
-        caller is cancelled.
+        Callers under the same key share the work under way. It goes on when they are cancelled,
+        and the next call takes its result.
         """
         if key not in self._works:
             future = self._loop.create_future()
@@ -113,8 +106,13 @@ class _Threads:
             self._works[key] = future, work
             self._due.append(key)
         self._go_on()
-        outcome: T = await asyncio.shield(self._works[key][0])
-        return outcome
+        shared = self._works[key]
+        try:
+            outcome: T = await asyncio.shield(shared[0])
+            return outcome
+        finally:
+            if shared[0].done() and self._works.get(key) is shared:
+                del self._works[key]
 
     def _go_on(self) -> None:
         while self._due and self._running < self._limit:
@@ -132,6 +130,8 @@ class _Threads:
         failure: BaseException | None = None
         try:
             result = work()
+        except StopIteration as error:  # no future takes it
+            failure = RuntimeError(repr(error))
         except BaseException as error:  # raised again in the caller
             failure = error
         # The loop may be closed by now, and the cache with it.
@@ -140,7 +140,7 @@ class _Threads:
 
     def _ended(self, key: Hashable, result: Any, failure: BaseException | None) -> None:
         self._running -= 1
-        future, _ = self._works.pop(key)
+        future, _ = self._works[key]
         if failure is None:
             future.set_result(result)
         else:
@@ -161,9 +161,6 @@ def _set_ready(ready: asyncio.Future[None]) -> None:
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Retrieve a result that no caller may await any more.
-
-    Asyncio would log an exception that is never retrieved.
-    """
+    """Retrieve an exception, which asyncio would log if every caller has been cancelled."""
     if not future.cancelled():
         future.exception()

@@ -58,15 +58,12 @@ class Sentinels:
         """
         if self._group.seeks_primary:
             return await self._locate_primary(())
-        answers: list[Answer] = []
-        problems: list[str] = []
+        replies: list[Answer | str] = []
         for node in self._nodes:
-            reply = await self._query(node)
-            if isinstance(reply, Answer):
-                answers.append(reply)
+            replies.append(await self._query(node))
+            if isinstance(replies[-1], Answer):
                 break
-            problems.append(reply)
-        return self._group.conclude(self._group.begin(), answers, problems)
+        return self._group.conclude(self._group.begin(), replies)
 
     async def follow(self, moved: Callable[[str, int], None]) -> None:
         """Call ``moved`` with the host and port of the primary at every sign of a new one.
@@ -109,10 +106,7 @@ class Sentinels:
     async def _locate_primary(self, needed: Collection[str]) -> Address:
         """Survey all Sentinels at once; return the primary of the newest configuration."""
         number = self._group.begin()
-        replies = await self._survey(needed)
-        answers = [one for one in replies if isinstance(one, Answer)]
-        problems = [one for one in replies if isinstance(one, str)]
-        return self._group.conclude(number, answers, problems)
+        return self._group.conclude(number, await self._survey(needed))
 
     async def _survey(self, needed: Collection[str]) -> list[Answer | str | None]:
         """Return the answer or the problem of each Sentinel; None for one still outstanding.
@@ -158,7 +152,6 @@ class Sentinels:
     # -- news
 
     async def _report(self, moved: Callable[[str, int], None]) -> None:
-        """Look for the primary whenever there may be a new one."""
         failures = 0
         while True:
             await self._is_news.wait()
@@ -201,11 +194,8 @@ class Sentinels:
                 if not self._loop.is_running():
                     return
                 if not complained:
-                    _logger.warning(
-                        "can't subscribe to the Sentinel %s: %s",
-                        node.address,
-                        self.shown(error, _PING_ANSWER),
-                    )
+                    reason = self.shown(error, _PING_ANSWER)
+                    _logger.warning("can't subscribe to the Sentinel %s: %s", node.address, reason)
                 complained = True
                 # An ACL may forbid SUBSCRIBE and allow SENTINEL.
                 if isinstance(error, ResponseError):
@@ -237,7 +227,19 @@ class Sentinels:
         """Return a connection to a Sentinel; each of its addresses is tried in turn."""
         failure: Exception = OSError("it has no address")
         for *_, (host, port, *_) in await self._resolver.look_up(node.host, node.port):
-            connection = self._connection(host, port)
+            # An address, not a name: the loop would look that up in an executor of the program's.
+            connection = Connection(
+                host=host,
+                port=port,
+                username=self._options.sentinel_username,
+                password=self._options.sentinel_password,
+                # Callers have one time limit for all steps together.
+                socket_timeout=None,
+                socket_connect_timeout=None,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+                decode_responses=True,
+            )
             try:
                 await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py
             except (RedisError, OSError) as error:
@@ -251,21 +253,6 @@ class Sentinels:
             else:
                 return connection
         raise failure
-
-    def _connection(self, host: str, port: int) -> Connection:
-        # An address, not a name: the loop would look that up in an executor of the program's.
-        return Connection(
-            host=host,
-            port=port,
-            username=self._options.sentinel_username,
-            password=self._options.sentinel_password,
-            # Callers have one time limit for all steps together.
-            socket_timeout=None,
-            socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            decode_responses=True,
-        )
 
     async def _disconnect(self, connection: Connection | None) -> None:
         if connection is not None and self._loop.is_running():

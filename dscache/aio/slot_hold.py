@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from .._forks import after_fork_in_child
 from ..core.constants import ErrorOf
-from ..errors import ConnectionLost
 from .deadlines import Deadlines
 
 if TYPE_CHECKING:
     from ..core.batch import Batch
     from ..core.pipeline import Pipeline
+    from .connection import Connection
 
 # How often to check whether asked operations have timed out, in seconds: no event reports it.
 _CHECK_ASKED = 0.05
-
-
-class AwaitedNode(Protocol):
-    """A node whose commands in flight a hold waits for."""
-
-    pipeline: Pipeline
-    watched: bool
 
 
 class SlotHold:
@@ -52,9 +45,9 @@ class SlotHold:
         self._entered = entered
         self._adopting = False
         self._refusal: ErrorOf | None = None
-        self._fences: dict[AwaitedNode, int] = {}
-        self._redirected: dict[int, dict[Batch, AwaitedNode | None]] = {}
-        self._asked: list[tuple[Batch, AwaitedNode]] = []
+        self._fences: dict[Connection, int] = {}
+        self._redirected: dict[int, dict[Batch, Connection | None]] = {}
+        self._asked: list[tuple[Batch, Connection]] = []
         self.slots: set[int] = set()
         self.not_before = 0.0
         self.pipeline = new_pipeline(self._wake)
@@ -63,8 +56,7 @@ class SlotHold:
         after_fork_in_child(self, lambda hold: hold.pipeline.end_tick())
 
     @property
-    def sources(self) -> list[AwaitedNode]:
-        """Return the nodes whose answers it waits for."""
+    def sources(self) -> list[Connection]:
         return [*self._fences, *(target for _, target in self._asked)]
 
     @property
@@ -74,12 +66,11 @@ class SlotHold:
             return None
         return self._loop.time() + _CHECK_ASKED if self._asked else self.not_before
 
-    def fence(self, source: AwaitedNode) -> None:
+    def fence(self, source: Connection) -> None:
         """Hold until ``source`` has answered all commands in flight now."""
         self._fences[source] = source.pipeline.fence()
 
     def wait(self, seconds: float) -> None:
-        """Hold for at least ``seconds``."""
         self.not_before = max(self.not_before, self._loop.time() + seconds)
 
     def is_due(self) -> bool:
@@ -90,7 +81,7 @@ class SlotHold:
         self._asked = [one for one in self._asked if not one[0].settled()]
         return not self._fences and not self._asked and self._loop.time() >= self.not_before
 
-    def note(self, slot: int, batch: Batch, target: AwaitedNode | None) -> None:
+    def note(self, slot: int, batch: Batch, target: Connection | None) -> None:
         """Note a redirected batch on ``slot``, and the node that it is to ask, if any."""
         self._redirected.setdefault(slot, {})[batch] = target
 
@@ -136,10 +127,9 @@ class SlotHold:
         if error_of is not None:
             self.pipeline.fail_all(error_of)
 
-    def fail(self, reason: str) -> None:
-        """Fail all operations held."""
+    def stop(self) -> None:
+        """Stop the timer of the deadlines."""
         self._deadlines.stop()
-        self.pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
 
     def _wake(self) -> None:
         if not self._adopting:

@@ -10,58 +10,31 @@ import asyncio
 import random
 import time
 from math import inf
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from ..config import Config
 from ..errors import ConnectError, DscacheError
-from ..net.cluster_state import ClusterState
+from ..net.foreign_errors import foreign
 from ..net.slot_table import SlotTable
 from ..net.slots import ASKED, QUESTIONS, View, newest, read_view
-from .cluster_nodes import ClusterNodes
 from .connection import Connection
-from .resolver import Resolver
+from .deadlines import wait_at_most
 
-
-class RefreshTarget(Protocol):
-    """The cluster whose slots are refreshed."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every slot has a node that is ready."""
-
-    def open_seeds(self) -> None:
-        """Connect to the configured nodes."""
-
-    def on_refreshed(self) -> None:
-        """Follow the state, which has a new view."""
-
-    def on_refresh_failed(self) -> None:
-        """Follow the state, which has the error of a failed refresh."""
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 
 class SlotRefresher:
-    """Keeps the view of a ClusterState up to date, and lets a RefreshTarget follow."""
+    """Keeps the view of a ClusterState up to date, and lets a Cluster follow.
 
-    def __init__(
-        self,
-        config: Config,
-        state: ClusterState,
-        nodes: ClusterNodes,
-        resolver: Resolver,
-        target: RefreshTarget,
-    ) -> None:
-        self._options = config.options
-        self._source = config.source
-        self._state = state
-        self._nodes = nodes
-        self._resolver = resolver
-        self._target = target
-        self._due = asyncio.Event()
+    ``due`` is set when the state's next refresh is due earlier.
+    """
+
+    def __init__(self, cluster: Cluster, due: asyncio.Event) -> None:
+        self._cluster = cluster
+        self._state = cluster.state
+        self._nodes = cluster.nodes
+        self._due = due
         self._node_ready = asyncio.Event()
-
-    def on_due(self) -> None:
-        """Note that the state's next refresh is due earlier."""
-        self._due.set()
 
     def on_node_decided(self) -> None:
         """Note that another node can be asked, or has refused the connection for good."""
@@ -81,33 +54,29 @@ class SlotRefresher:
                     continue
             except BaseException:
                 state.abandon_refresh(claim)
-                state.record_stale()  # the target may not follow a view that came
+                state.record_stale()  # the cluster may not follow a view that came
                 raise
             await asyncio.sleep(state.gap())
-            if not self._target.is_ready:
+            if not self._cluster.is_ready:
                 state.record_unready()
 
     async def _until_due(self) -> None:
         while (seconds := self._state.refresh_at - time.monotonic()) > 0:
             self._due.clear()
-            try:
-                async with asyncio.timeout(None if seconds == inf else seconds):
-                    await self._due.wait()
-            except TimeoutError:
-                continue
+            await wait_at_most(self._due, None if seconds == inf else seconds)
 
     async def _refresh(self) -> bool:
         """Refresh the slots once; return whether a view came."""
         try:
             view, table, moved = await self._ask()
             self._state.apply(view, table, moved, self._nodes.is_up)
-            self._target.on_refreshed()
+            self._cluster.on_refreshed()
         except Exception as error:
             # Of any kind: without a next attempt the cache would never recover.
-            known = isinstance(error, DscacheError)
-            self._target.open_seeds()
+            known = isinstance(error, DscacheError) and foreign(error) is None
+            self._cluster.open_seeds()
             self._state.record_failure(error if known else ConnectError(repr(error)))
-            self._target.on_refresh_failed()
+            self._cluster.on_refresh_failed()
             return False
         return True
 
@@ -118,13 +87,9 @@ class SlotRefresher:
         """
         await self._look_up_seeds()
         if not self._nodes.ready():
-            self._target.open_seeds()
+            self._cluster.open_seeds()
             self._node_ready.clear()
-            try:
-                async with asyncio.timeout(self._options.slots_refresh_timeout / 1000):
-                    await self._node_ready.wait()
-            except TimeoutError:
-                pass
+            await wait_at_most(self._node_ready, self._state.timeout / 1000)
         ready = self._nodes.ready()
         if not ready:
             raise ConnectError(f"no node can be reached: {self._state.errors_by_node()}")
@@ -139,8 +104,7 @@ class SlotRefresher:
         return newest(views), table, moved
 
     async def _view_of(self, node: Connection) -> View:
-        """Return one node's view of the cluster."""
-        timeout = self._options.slots_refresh_timeout
+        timeout = self._state.timeout
         try:
             async with asyncio.timeout(timeout / 1000):
                 slots, info = await node.ask(*map(list, QUESTIONS))
@@ -148,15 +112,15 @@ class SlotRefresher:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, self._nodes.address_of(node), self._source)
+        return read_view(slots, info, node.info.address, self._state.source)
 
     async def _look_up_seeds(self) -> None:
         """Look up the addresses of the configured nodes that have credentials of their own."""
         seeds = self._state.seeds
         for seed in seeds.to_look_up(time.monotonic()):
             try:
-                async with asyncio.timeout(self._options.slots_refresh_timeout / 1000):
-                    found = await self._resolver.look_up(seed.host, seed.port)
+                async with asyncio.timeout(self._state.timeout / 1000):
+                    found = await self._cluster.resolver.look_up(seed.host, seed.port)
             except (OSError, TimeoutError, UnicodeError):
                 continue
             seeds.looked_up(seed, found)

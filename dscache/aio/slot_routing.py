@@ -13,45 +13,33 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _backend
-from ..config import Options
 from ..core import constants
 from ..core.split_records import SplitRecords
 from ..errors import ConnectError, ConnectionLost
 from ..net.slot_table import Shard
 from .connection import Connection
+from .lifecycle import closed
 from .slot_hold import SlotHold
 
 if TYPE_CHECKING:
     from ..core.batch import Batch
     from ..core.pipeline import Pipeline
     from ..core.router import Router
+    from .cluster import Cluster
 
 
 class SlotRouter:
-    """The Router of a cluster, and the SlotHolds where its operations wait.
+    """The Router of a cluster, and the SlotHolds where its operations wait."""
 
-    ``options`` are the cluster's, and ``shared`` the ones common to all nodes. ``check_usable``
-    raises if no operation may begin. ``on_stale`` is called if the slots seem to have moved.
-    ``open_for`` is called with a slot whose operations wait while its node has no connection yet.
-    """
-
-    def __init__(
-        self,
-        options: Options,
-        shared: Options,
-        check_usable: Callable[[], None],
-        on_stale: Callable[[], None],
-        open_for: Callable[[int], None],
-    ) -> None:
+    def __init__(self, cluster: Cluster) -> None:
+        options, shared = cluster.options, cluster.shared
+        self._cluster = cluster
         self._loop = asyncio.get_running_loop()
-        self._check_usable = check_usable
-        self._on_stale = on_stale
-        self._open_for = open_for
         self.unopened: dict[int, Shard] = {}
         """The slots whose node has no connection yet, on clusters too large to connect to all."""
         self.masters: list[Connection | None] = [None] * constants.SLOTS
         """The known owner of each slot."""
-        self._readers: Mapping[Connection, list[Connection]] = {}
+        self.readers: Mapping[Connection, list[Connection]] = {}
         self._holders: dict[Pipeline, Connection | SlotHold] = {}
         core = _backend.core
         self._new_pipeline: Callable[[Callable[[], None]], Pipeline] = partial(
@@ -66,6 +54,7 @@ class SlotRouter:
         self._apart = SplitRecords(
             core, self._loop.create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
+        self._all_holds: list[SlotHold] = []
         self.unrouted = self._new_hold(self._on_unrouted)
         self.unrouted.pipeline.down = ConnectError("still connecting")
         self.router: Router = core.Router(
@@ -77,8 +66,6 @@ class SlotRouter:
         )
         self._apart.router = self.router
         self._holds: dict[int, SlotHold] = {}
-        self._held: set[SlotHold] = set()
-        self._spare_holds: list[SlotHold] = []
         self._release_timer: asyncio.TimerHandle | None = None
         # Operations taken from one pipeline, each with the pipeline that is to get it.
         self._between: list[tuple[Pipeline, Batch]] = []
@@ -89,26 +76,20 @@ class SlotRouter:
         return any(one.queued or one.in_flight for one in self._holders)
 
     def stats(self) -> list[Mapping[str, Any]]:
-        """Return the counters that belong to no node."""
-        holds = (self.unrouted, *self._held, *self._spare_holds)
-        of_holds = [hold.pipeline.stats() for hold in holds]
+        of_holds = [hold.pipeline.stats() for hold in self._all_holds]
         return [*of_holds, self._apart.stats(), self.router.stats()]
 
-    def fail_all(self, reason: str) -> None:
-        """Fail every operation that waits, or was sent and not answered."""
-        for pipeline in self._holders:
-            pipeline.fail_all(lambda operation: ConnectionLost(f"{operation}: {reason}"))
-
-    def end(self, reason: str) -> None:
-        """Fail every operation that waits for a node, and stop the timers."""
+    def end(self) -> None:
+        """Fail every operation that waits, or was sent and not answered; stop the timers."""
         self._stop_release_timer()
-        for hold in (self.unrouted, *self._held, *self._spare_holds):
-            hold.fail(reason)
+        for hold in self._all_holds:
+            hold.stop()
+        for pipeline in self._holders:
+            pipeline.fail_all(closed)
 
     # -- owners of slots
 
     def join(self, node: Connection) -> None:
-        """Let a node get operations."""
         self._holders[node.pipeline] = node
 
     def leave(self, node: Connection) -> None:
@@ -130,7 +111,9 @@ class SlotRouter:
 
     def read_from(self, readers: Mapping[Connection, list[Connection]]) -> None:
         """Read from the nodes that ``readers`` lists for each primary."""
-        self._readers = readers
+        if readers == self.readers:
+            return
+        self.readers = readers
         for slot in range(constants.SLOTS):
             if slot not in self._holds:
                 self._route(slot)
@@ -140,8 +123,8 @@ class SlotRouter:
 
         It has redirected reads of the slot.
         """
-        if self._readers and node is not self.masters[slot]:
-            for candidates in self._readers.values():
+        if self.readers and node is not self.masters[slot]:
+            for candidates in self.readers.values():
                 if node in candidates:
                     candidates.remove(node)
 
@@ -150,7 +133,7 @@ class SlotRouter:
         master = self.masters[slot]
         pipeline = self.unrouted.pipeline if master is None else master.pipeline
         self.router.owners[slot] = pipeline
-        if master is not None and (candidates := self._readers.get(master)):
+        if master is not None and (candidates := self.readers.get(master)):
             # The slot decides, so that all reads of one record come from one node and rarely go
             # back in time.
             pipeline = candidates[slot % len(candidates)].pipeline
@@ -165,9 +148,9 @@ class SlotRouter:
         """
         hold = self._holds.get(slot)
         if hold is None:
-            hold = next(iter(fresh), None) or self._take_hold()
+            spare = (one for one in self._all_holds if not one.slots and one is not self.unrouted)
+            hold = next(iter(fresh), None) or next(spare, None) or self._new_hold()
             fresh.add(hold)
-            self._held.add(hold)
             hold.slots.add(slot)
             self._holds[slot] = hold
             self.router.owners[slot] = hold.pipeline
@@ -179,7 +162,7 @@ class SlotRouter:
 
     def is_awaited(self, source: Connection) -> bool:
         """Whether a hold waits for a node's answers."""
-        return any(source in hold.sources for hold in self._held)
+        return any(source in hold.sources for hold in self._held())
 
     def resume(self, *sources: Connection | None) -> None:
         """Move the operations that wait at the wrong node (None: unrouted); release due holds."""
@@ -188,23 +171,21 @@ class SlotRouter:
         self.release_due()
 
     def release_due(self) -> None:
-        """Release the holds that need to wait no longer."""
-        for hold in list(self._held):
+        for hold in self._held():
             if hold.is_due():
                 self._release(hold)
-        due = [when for hold in self._held if (when := hold.due) is not None]
+        due = [when for hold in self._held() if (when := hold.due) is not None]
         if due and (self._release_timer is None or self._release_timer.when() > min(due)):
             self._stop_release_timer()
             self._release_timer = self._loop.call_at(min(due), self._release_overdue)
 
     def requeue(self, holder: Connection | SlotHold, batches: list[Batch]) -> None:
-        """Give operations to a node, or to a hold."""
         try:
             holder.requeue(batches)
         except ConnectionLost:
             # The node was closed just now. Unrouted operations get another node, or time out.
             self.unrouted.requeue(batches)
-            self._on_stale()
+            self._cluster.look_again()
 
     def _move(self, pipeline: Pipeline) -> None:
         """Move the operations of a pipeline that belong to another one by now."""
@@ -226,7 +207,7 @@ class SlotRouter:
         """Return the pipeline for an operation; this may connect to its node."""
         target = self.router.target_of(kind, name)
         if target is self.unrouted.pipeline:
-            self._open_for(target.slot_of(kind, name))
+            self._cluster.open_for(target.slot_of(kind, name))
             target = self.router.target_of(kind, name)
         return target
 
@@ -236,9 +217,6 @@ class SlotRouter:
                 hold.slots.discard(slot)
                 del self._holds[slot]
                 self._route(slot)
-        if not hold.slots:
-            self._held.discard(hold)
-            self._spare_holds.append(hold)
         self._move(hold.pipeline)
 
     def _release_overdue(self) -> None:
@@ -250,10 +228,11 @@ class SlotRouter:
             self._release_timer.cancel()
             self._release_timer = None
 
-    def _take_hold(self) -> SlotHold:
-        return self._spare_holds.pop() if self._spare_holds else self._new_hold()
+    def _held(self) -> list[SlotHold]:
+        return [hold for hold in self._all_holds if hold.slots]
 
     def _new_hold(self, entered: Callable[[], None] | None = None) -> SlotHold:
-        hold = SlotHold(self._new_pipeline, self._check_usable, entered)
+        hold = SlotHold(self._new_pipeline, self._cluster.check_usable, entered)
+        self._all_holds.append(hold)
         self._holders[hold.pipeline] = hold
         return hold

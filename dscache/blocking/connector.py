@@ -13,7 +13,7 @@ from weakref import WeakMethod
 
 from ..config import Options
 from ..net.credentials import NOTHING, Login, checked, hidden, provider_failed
-from .foreign_errors import is_of_handler
+from ..net.foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider

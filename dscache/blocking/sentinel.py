@@ -11,8 +11,9 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from ..config import Options, SentinelNode
+from ..net.foreign_errors import is_of_handler
 from ..net.sentinels import Address, Answer, SentinelGroup
-from .foreign_errors import is_of_handler, raise_foreign
+from .foreign_errors import raise_foreign
 
 # redis-py's stubs know neither all of its arguments nor those of other versions.
 _Connection: Any = redis.Connection
@@ -37,17 +38,12 @@ class Sentinels:
         group = self._group
         seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
         number = group.begin()
-        answers: list[Answer] = []
-        problems: list[str] = []
+        replies: list[Answer | str] = []
         for node in group.nodes:
-            reply = self._query(node, seconds)
-            if isinstance(reply, str):
-                problems.append(reply)
-                continue
-            answers.append(reply)
-            if group.is_enough(answers):
+            replies.append(self._query(node, seconds))
+            if group.is_enough([one for one in replies if isinstance(one, Answer)]):
                 break
-        return group.conclude(number, answers, problems)
+        return group.conclude(number, replies)
 
     def _query(self, node: SentinelNode, seconds: float) -> Answer | str:
         """Return a Sentinel's answer, or its address and why it has none."""

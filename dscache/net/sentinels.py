@@ -6,7 +6,7 @@ Source: the Redis pages "High availability with Redis Sentinel" and "Sentinel cl
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
@@ -89,15 +89,17 @@ class SentinelGroup:
         is_majority = len(answers) > len(self.nodes) // 2
         return is_majority and max(one.epoch for one in answers) >= self._newest.epoch
 
-    def conclude(self, number: int, answers: Iterable[Answer], problems: Iterable[str]) -> Address:
+    def conclude(self, number: int, replies: Collection[Answer | str | None]) -> Address:
         """Return the address to believe: of the newest epoch, the one named most often.
 
         If a survey that began later has ended before, its address is returned. If every Sentinel
         has answered with an older epoch than before, they are other Sentinels, and are believed.
-        Raises ConnectError, with the ``problems``, if there is no answer.
+        Among the ``replies`` are the problems of Sentinels without an answer, and None for an
+        outstanding one. Raises ConnectError, with the problems, if there is no answer.
         """
-        answers = list(answers)
+        answers = [one for one in replies if isinstance(one, Answer)]
         if not answers:
+            problems = [one for one in replies if isinstance(one, str)]
             raise ConnectError(
                 f'no Sentinel names a {self._sought} of "{self.name}": {"; ".join(problems)}'
             )

@@ -10,13 +10,11 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-from ..aio.credentials import Credentials
 from ..aio.endpoint import Ask, Endpoint
-from ..aio.resolver import Resolver
 from ..config import Options
-from ..core import constants
 from ..errors import ConfigError, ConnectError, ReplyError
 from ..net.connect_errors import UnsuitableServer
+from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from ..net.slots import QUESTIONS, Address, read_view
 
@@ -24,38 +22,20 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 
-class AnyNode:
-    """The nodes of a cluster, tried one after the other; has the interface of an Endpoint."""
+class AnyNode(Endpoint):
+    """The nodes of a cluster, tried one after the other."""
 
-    is_discovered = False
-    may_move = False
-    has_moved = False
-    named = ""
-
-    def __init__(
-        self, options: Options, credentials: CredentialProvider | None, source: str
-    ) -> None:
-        self._options = options
-        self._credentials = credentials
+    def __init__(self, options: Options, provider: CredentialProvider | None, source: str) -> None:
+        self._cluster = options
         self._source = source
-        self._resolver = Resolver()
         self._seeds = [(seed.host, seed.port) for seed in options.seeds]
         # Nodes to be tried next, in reverse order.
         self._untried: list[Address] = []
         self._known: list[Address] = []
         self._current: Address = random.choice(self._seeds)
-        self._endpoint: Endpoint | None = None
         self._cut_off = 0
         self.is_healthy = True
-
-    @property
-    def address(self) -> str:
-        """The current node's address, or the last one's: ``host:port``."""
-        return constants.join_address(*self._current)
-
-    async def follow(self, moved: object) -> None:
-        """Wait for ever: only a node's own replies make the connection leave it."""
-        await asyncio.get_running_loop().create_future()
+        super().__init__(options.for_node(*self._current), provider, of_cluster=True)
 
     async def open(self, protocol: asyncio.BufferedProtocol) -> None:
         """Open a socket to the next node. Raises OSError."""
@@ -65,14 +45,9 @@ class AnyNode:
             # The lost node comes last, as it may be the cause.
             self._untried = [self._current, *random.sample(sorted(others), len(others))]
         self._current = self._untried.pop()
-        options = self._options.for_node(*self._current)
-        self._endpoint = Endpoint(
-            options,
-            Credentials(options, self._credentials),
-            of_cluster=True,
-            resolver=self._resolver,
-        )
-        await self._endpoint.open(protocol)
+        self._options = self._cluster.for_node(*self._current)
+        self.address = self.named = self._options.address
+        await super().open(protocol)
 
     async def greet(self, ask: Ask) -> ServerInfo:
         """Log in to the node and return its ServerInfo.
@@ -80,11 +55,12 @@ class AnyNode:
         Raises ReplyError if the node refuses, and ConnectError if it belongs to no cluster or is
         cut off from the others.
         """
-        assert self._endpoint is not None
-        server_info = await self._endpoint.greet(ask)
+        server_info = await super().greet(ask)
         try:
             self.update_nodes(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
+            if foreign(error) is not None:
+                raise
             raise UnsuitableServer(str(error)) from None
         # If every node is cut off, any of them will do.
         if not self.is_healthy and self._cut_off < len(self._seeds) + len(self._known):
@@ -107,7 +83,7 @@ class AnyNode:
                 raise
             return
         addresses = [
-            self._options.mapped(*address)
+            self._cluster.mapped(*address)
             for one in view.ranges
             for address in (one.primary, *one.replicas)
         ]

@@ -31,7 +31,36 @@ _SHORTEST = 0.0005
 _LONGEST = 0.005
 
 
-class Subscriber:
+def _nothing() -> None:
+    """Do nothing: the callback of a subscriber that has left already."""
+
+
+class _Reader:
+    """A bounded queue of messages, and ``on_leave``, which is called once."""
+
+    def __init__(
+        self,
+        topic: int,
+        on_leave: Callable[[], object],
+        wake: Callable[[], object],
+        max_pending: int,
+        overflow: str,
+    ) -> None:
+        self.topic = topic
+        # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
+        self._loop = asyncio.get_running_loop()
+        self._on_leave = on_leave
+        self._max_pending = max_pending
+        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
+            wake, max_pending, envelope.OVERFLOWS.index(overflow)
+        )
+
+    def _leave(self) -> None:
+        on_leave, self._on_leave = self._on_leave, _nothing
+        on_leave()
+
+
+class Subscriber(_Reader):
     """A callback and the queue of messages that wait for it.
 
     An awaitable that the callback returns is awaited before the next message. ``on_leave`` is
@@ -47,18 +76,12 @@ class Subscriber:
         max_pending: int,
         overflow: str,
     ) -> None:
-        self.topic = topic
         self._callback = callback
-        self._on_leave = on_leave
-        self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
-        self._max_pending = max_pending
         self._turn = 0
         self._rested_since = 0.0
         self.errors = 0
-        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
-            self._wake, max_pending, envelope.OVERFLOWS.index(overflow)
-        )
+        super().__init__(topic, on_leave, self._wake, max_pending, overflow)
 
     @property
     def is_crowded(self) -> bool:
@@ -77,10 +100,10 @@ class Subscriber:
 
     async def finish(self, seconds: float) -> None:
         """Wait for a call that is being awaited, and cancel it after ``seconds``."""
-        if self._task is not None and self._task is not asyncio.current_task():
-            await asyncio.wait([self._task], timeout=seconds)
-            if self._task is not None:
-                self._task.cancel()
+        task = self._task
+        if task is not None and task is not asyncio.current_task():
+            await asyncio.wait([task], timeout=seconds)
+            task.cancel()
 
     def _wake(self) -> None:
         """Schedule a turn, and a check that it ended."""
@@ -89,9 +112,16 @@ class Subscriber:
         self._loop.call_soon(self._check, self._turn)
 
     def _check(self, turn: int) -> None:
-        """Schedule a turn that an exception ended as it began, such as a signal handler's."""
-        if turn == self._turn and self._task is None:
+        """Schedule a turn if an exception, such as a signal handler's, has ended this one."""
+        if turn == self._turn:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Schedule a turn: at once, or when the awaited call has ended."""
+        if self._task is None:
             self._wake()
+        else:
+            self._task.add_done_callback(self._served)
 
     def _run(self) -> None:
         """Call the callback for waiting messages, for one turn."""
@@ -108,7 +138,6 @@ class Subscriber:
                 message = messages.popleft()
                 result = self._call(message)
                 if result is not None and inspect.isawaitable(result):
-                    again = False
                     work = self._serve(result)
                     self._task = self._loop.create_task(work, name=f"dscache topic {self.topic}")
                     return
@@ -116,29 +145,34 @@ class Subscriber:
                     return
             again = False
             if queue.is_shut:
-                self._report_disconnect()
+                self._leave()
             queue.awake = False
             self._turn += 1
         finally:
             self._rested_since = now
             if again:  # messages are left, or a callback's BaseException passes through
-                self._wake()
+                self._go_on()
 
     async def _serve(self, result: Awaitable[Any]) -> None:
         """Await the callback's result, then call it for the waiting messages."""
         messages = self.queue.messages
-        try:
-            await self._await(result)
-            while messages:
-                following = self._call(messages.popleft())
-                if following is not None and inspect.isawaitable(following):
-                    await self._await(following)
-                else:
-                    await asyncio.sleep(0)
-        finally:
+        await self._await(result)
+        while messages:
+            following = self._call(messages.popleft())
+            if following is not None and inspect.isawaitable(following):
+                await self._await(following)
+            else:
+                await asyncio.sleep(0)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        """Schedule a turn after the end of a task.
+
+        It is called twice for each task, by ``_run`` and by ``_check``, as an exception may strike
+        before either call has done anything.
+        """
+        if task is self._task:
+            self._wake()
             self._task = None
-            if self._loop.is_running():
-                self._wake()
 
     def _call(self, message: Message) -> Any:
         try:
@@ -161,17 +195,8 @@ class Subscriber:
             "the callback %s failed for a message%s on topic %d", name, sender, self.topic
         )
 
-    def _report_disconnect(self) -> None:
-        """Call ``on_leave`` for a queue that overflowed, unless the subscriber has left already."""
-        on_leave, self._on_leave = self._on_leave, _nothing
-        on_leave()
 
-
-def _nothing() -> None:
-    """Do nothing: the callback of a subscriber that has left already."""
-
-
-class Messages:
+class Messages(_Reader):
     """An iterator over the messages of a topic: ``async for message, sender in ...``.
 
     It receives messages from its creation until it is closed or garbage-collected.
@@ -185,18 +210,11 @@ class Messages:
         max_pending: int,
         overflow: str,
     ) -> None:
-        self.topic = topic
-        # Set before ``_on_leave``, as ``__del__`` needs both even if this method is interrupted.
-        self._loop = asyncio.get_running_loop()
-        self._on_leave = on_leave
-        self._waiter: asyncio.Future[None] | None = None
+        self._is_awaited = False
         # The queue must not refer to this object, or it would never be garbage-collected.
-        self._notifier = _Notifier()
-        self._max_pending = max_pending
+        self._arrived = asyncio.Event()
         self._closed = False
-        self.queue: SubscriberQueue = _backend.core.SubscriberQueue(
-            self._notifier.notify, max_pending, envelope.OVERFLOWS.index(overflow)
-        )
+        super().__init__(topic, on_leave, self._arrived.set, max_pending, overflow)
 
     def __aiter__(self) -> Self:
         return self
@@ -206,17 +224,18 @@ class Messages:
         while not messages:
             if self.queue.is_shut:
                 self._end()
-            if self._notifier.waiter is not None:
+            if self._is_awaited:
                 raise UsageError(
                     f"topic {self.topic}: this iterator is already being awaited; "
                     "call messages() once per consumer"
                 )
             self.queue.awake = False
-            waiter = self._notifier.waiter = self._loop.create_future()
+            self._arrived.clear()
+            self._is_awaited = True
             try:
-                await waiter
+                await self._arrived.wait()
             finally:
-                self._notifier.waiter = None
+                self._is_awaited = False
         message: Message = messages.popleft()
         return message, message.sender
 
@@ -228,9 +247,8 @@ class Messages:
         """Stop receiving messages; the iteration ends after the waiting ones."""
         self._closed = True
         self.queue.is_shut = True
-        self._notifier.notify()
-        on_leave, self._on_leave = self._on_leave, _nothing
-        on_leave()
+        self._arrived.set()
+        self._leave()
 
     def _end(self) -> None:
         if self._closed:
@@ -253,14 +271,3 @@ class Messages:
             # The garbage collector may run in any thread, and after the loop was closed.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(on_leave)
-
-
-class _Notifier:
-    """Wakes the task that waits for a message."""
-
-    def __init__(self) -> None:
-        self.waiter: asyncio.Future[None] | None = None
-
-    def notify(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)

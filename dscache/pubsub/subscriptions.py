@@ -12,9 +12,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+from ..aio.deadlines import wait_at_most
 from ..errors import ConnectionLost, DscacheError, ReplyError
+
+if TYPE_CHECKING:
+    from ..aio.connection import Connection
 
 _logger = logging.getLogger("dscache")
 
@@ -22,17 +26,6 @@ _logger = logging.getLogger("dscache")
 _REPLY_TIMEOUT: Final = 4.0
 # Pause before a redirected subscription is tried again, in seconds.
 _RETRY_AFTER: Final = 0.05
-
-
-class PushConnection(Protocol):
-    """A connection that receives pushed messages."""
-
-    @property
-    def address(self) -> str: ...
-    @property
-    def is_ready(self) -> bool: ...
-    async def ask(self, *commands: list[Any]) -> list[Any]: ...
-    def leave(self, reason: str) -> None: ...
 
 
 class Subscriptions:
@@ -44,49 +37,36 @@ class Subscriptions:
 
     def __init__(self, on_gap: Callable[[float, float], object]) -> None:
         self._on_gap = on_gap
-        self._loop = asyncio.get_running_loop()
-        self._wanted: dict[int, None] = {}
+        self.wanted: dict[int, None] = {}
+        """The topics that have subscribers."""
         self._heard: dict[int, Listener] = {}
         self._since: dict[int, float] = {}
         self._refused: dict[int, ReplyError] = {}
-        self._waiters: list[asyncio.Future[None]] = []
+        self._changed = asyncio.Event()
         self.gaps = 0
         self.last_gap: tuple[float, float] | None = None
         self.missed = 0.0
 
     @property
-    def wanted(self) -> Collection[int]:
-        """The topics that have subscribers."""
-        return self._wanted
-
-    @property
     def is_confirmed(self) -> bool:
-        """Whether every wanted topic is confirmed."""
-        return self._wanted.keys() <= self._heard.keys()
+        return self.wanted.keys() <= self._heard.keys()
 
     def add(self, topic: int) -> None:
-        """Add a wanted topic."""
-        self._wanted[topic] = None
+        self.wanted[topic] = None
 
     def remove(self, topic: int) -> None:
-        """Remove a wanted topic."""
-        self._wanted.pop(topic, None)
+        self.wanted.pop(topic, None)
         self._since.pop(topic, None)
         self._refused.pop(topic, None)
-        self._notify()
+        self._changed.set()
 
     async def wait_confirmed(self) -> None:
         """Wait until every wanted topic is confirmed. Raises ReplyError if one is refused."""
         while not self.is_confirmed:
-            if self._refused and self._refused.keys() | self._heard.keys() >= self._wanted.keys():
+            if self._refused and self._refused.keys() | self._heard.keys() >= self.wanted.keys():
                 raise next(iter(self._refused.values()))
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
+            self._changed.clear()
+            await self._changed.wait()
 
     # -- events of the listeners
 
@@ -100,26 +80,25 @@ class Subscriptions:
                 # The former owner of the slot hasn't reported its loss yet.
                 since.append(before.received_until)
             self._refused.pop(topic, None)
-            if topic in self._wanted:
+            if topic in self.wanted:
                 self._heard[topic] = listener
         if since:
             self._report(min(since), time.time())
-        self._notify()
+        self._changed.set()
 
     def lost(self, listener: Listener, topics: Collection[int], since: float) -> None:
         """Record that topics are lost; messages may have been missed from ``since`` on."""
         for topic in topics:
             if self._heard.get(topic) is listener:
                 del self._heard[topic]
-                if topic in self._wanted:
+                if topic in self.wanted:
                     self._since.setdefault(topic, since)
 
     def refused(self, topic: int, error: ReplyError, address: str) -> None:
-        """Record that a server refuses a topic."""
         if str(self._refused.get(topic)) != str(error):
             _logger.error("%s refuses a subscription to topic %d: %s", address, topic, error)
         self._refused[topic] = error
-        self._notify()
+        self._changed.set()
 
     def _report(self, since: float, until: float) -> None:
         self.gaps += 1
@@ -130,12 +109,6 @@ class Subscriptions:
             self._on_gap(since, until)
         except Exception:
             _logger.exception("on_gap failed")
-
-    def _notify(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 class Listener:
@@ -149,7 +122,7 @@ class Listener:
     def __init__(
         self,
         subscriptions: Subscriptions,
-        source: PushConnection,
+        source: Connection,
         topics: Callable[[], Collection[int]],
         *,
         heartbeat: float,
@@ -170,32 +143,27 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
 
     def on_topics_changed(self) -> None:
-        """Check whether the topics of this connection have changed."""
         self._changed.set()
 
     def on_connected(self) -> None:
-        """Subscribe on a new connection."""
         self.on_disconnected()
         self._task = self._loop.create_task(
             self._run(), name=f"dscache listens to {self._source.address}"
         )
 
     def on_disconnected(self) -> None:
-        """Record the loss of all topics."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
         self._forget(list(self._confirmed), self.received_until)
 
     def ended(self, topic: int) -> None:
-        """Record that the server has ended the subscription to a topic."""
         self._forget([topic], self.received_until)
         self._changed.set()
         if self._moved is not None:
             self._moved()
 
     async def close(self) -> None:
-        """Stop listening."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -212,12 +180,9 @@ class Listener:
             while True:
                 self._changed.clear()
                 later = await self._update()
-                try:
-                    async with asyncio.timeout(_RETRY_AFTER if later else self._heartbeat):
-                        await self._changed.wait()
-                except TimeoutError:
-                    if not later:
-                        await self._send_heartbeat()
+                seconds = _RETRY_AFTER if later else self._heartbeat
+                if not await wait_at_most(self._changed, seconds) and not later:
+                    await self._send_heartbeat()
         except ConnectionLost:
             return  # the connection reports its loss
         except asyncio.CancelledError:
@@ -258,7 +223,7 @@ class Listener:
         return later
 
     async def _send_heartbeat(self) -> None:
-        """Send a heartbeat."""
+        """Send a PING; every message sent before its reply has arrived."""
         at = time.time()
         await self._ask(["PING"])
         self.received_until = at

@@ -1,16 +1,13 @@
-"""The connections of a message node: a pair, or one to each node of a cluster."""
+"""The pair of connections of a message node, to one server or to any node of a cluster."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
-from ..aio.connection import Connection
-from ..aio.topology import Topology
-from ..config import Config, Options
+from ..aio.connection import Connection, NodeListener
+from ..config import Options
 from ..config.messages import MessageConfig
-from ..core.keys import slot_of_key
 from ..errors import DscacheError
 from ..net.slots import QUESTIONS
 from .any_node import AnyNode
@@ -19,21 +16,21 @@ from .subscriptions import Listener, Subscriptions
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from ..aio.cluster import Cluster
     from ..core.pure import MessageDispatcher, Pipeline
 
 
-class MessageTransport(Topology, Protocol):
-    """The connections of a message node, each of which listens to some of the topics."""
+SENDING_COUNTERS: Final = (
+    "commands",
+    "flushes",
+    "queued",
+    "in_flight",
+    "pending",
+    "pending_bytes",
+)
+"""Counters of a pipeline that concern messages."""
 
-    def on_topics_changed(self) -> None:
-        """Check whether the wanted topics have changed."""
 
-    def ended(self, pipeline: Pipeline, topic: int) -> None:
-        """Record that the server behind ``pipeline`` has ended a subscription."""
-
-
-class PairTransport:
+class PairTransport(NodeListener):
     """A sending and a listening connection, to one server or to any node of a cluster.
 
     deepstream's own connector has two as well. When the server closes the listening connection
@@ -48,6 +45,8 @@ class PairTransport:
         dispatcher: MessageDispatcher,
         subscriptions: Subscriptions,
     ) -> None:
+        self.dispatcher = dispatcher
+        self.subscriptions = subscriptions
         options: Options = config.options
         nodes: list[AnyNode | None] = [None, None]
         if options.nodes:
@@ -55,7 +54,6 @@ class PairTransport:
             first = options.seeds[0]
             # The options of every node; AnyNode replaces the address.
             options = options.for_node(first.host, first.port, first)
-        self._subscriptions = subscriptions
         self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
         self._receiver = Connection(
             options, credentials, cluster=self, endpoint=nodes[1], inbox=dispatcher
@@ -77,7 +75,7 @@ class PairTransport:
             self._task = asyncio.get_running_loop().create_task(self._watch_nodes())
 
     @property
-    def entry(self) -> Any:
+    def pipeline(self) -> Pipeline:
         return self._sender.pipeline
 
     @property
@@ -108,7 +106,7 @@ class PairTransport:
     def stats(self) -> dict[str, Any]:
         sent, heard = self._sender.stats(), self._receiver.stats()
         return {
-            **{name: sent[name] for name in _SENDING_COUNTERS},
+            **{name: sent[name] for name in SENDING_COUNTERS},
             "bytes_out": sent["bytes_out"] + heard["bytes_out"],
             "bytes_in": sent["bytes_in"] + heard["bytes_in"],
             "connects": sent["connects"] + heard["connects"],
@@ -117,18 +115,10 @@ class PairTransport:
 
     # -- events of the listening connection
 
-    def on_redirected(self, source: Connection) -> None:
-        """Do nothing: the listening connection has no operations to redirect."""
-
-    def on_progress(self, source: Connection) -> None:
-        """Do nothing."""
-
-    def on_connected(self, source: Connection) -> None:
-        """Subscribe again."""
+    def on_connected(self, node: Connection) -> None:
         self._listener.on_connected()
 
-    def on_disconnected(self, source: Connection) -> None:
-        """Record the loss of all topics."""
+    def on_disconnected(self, node: Connection) -> None:
         self._listener.on_disconnected()
 
     async def _watch_nodes(self) -> None:
@@ -147,116 +137,3 @@ class PairTransport:
                 # Only once: if every node is cut off, no other one is better.
                 if was_healthy and not node.is_healthy:
                     connection.leave("it is cut off from its cluster")
-
-
-class ShardedTransport:
-    """A connection to each node of a cluster, with the topics of its slots."""
-
-    def __init__(
-        self,
-        config: MessageConfig,
-        credentials: CredentialProvider | None,
-        dispatcher: MessageDispatcher,
-        subscriptions: Subscriptions,
-    ) -> None:
-        from ..aio.cluster import Cluster
-
-        self._subscriptions = subscriptions
-        self._heartbeat = config.options.heartbeat / 1000
-        self._listeners: dict[Connection, Listener] = {}
-        self._cluster: Cluster = Cluster(
-            Config(name="redis", options=config.options, source=config.source),
-            credentials,
-            inbox=dispatcher,
-            listener=self,
-        )
-
-    @property
-    def entry(self) -> Any:
-        return self._cluster.entry
-
-    @property
-    def is_ready(self) -> bool:
-        return self._cluster.is_ready
-
-    @property
-    def server(self) -> str:
-        return self._cluster.server
-
-    def on_topics_changed(self) -> None:
-        for listener in self._listeners.values():
-            listener.on_topics_changed()
-
-    def ended(self, pipeline: Pipeline, topic: int) -> None:
-        for node, listener in self._listeners.items():
-            if node.pipeline is pipeline:
-                listener.ended(topic)
-
-    async def when_ready(self) -> None:
-        await self._cluster.when_ready()
-
-    async def close(self) -> None:
-        await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
-        await self._cluster.close()
-
-    def stats(self) -> dict[str, Any]:
-        stats = self._cluster.stats()
-        wanted = (*_SENDING_COUNTERS, "bytes_out", "bytes_in", "connects", "last_loss")
-        return {name: stats[name] for name in (*wanted, "redirections", "refreshes")}
-
-    # -- events of the cluster
-
-    def on_connected(self, node: Connection) -> None:
-        """Subscribe to the topics of the node's slots."""
-        listener = self._listeners.get(node)
-        if listener is None:
-            listener = self._listeners[node] = Listener(
-                self._subscriptions,
-                node,
-                lambda: self._topics_of(node),
-                heartbeat=self._heartbeat,
-                commands=("SSUBSCRIBE", "SUNSUBSCRIBE"),
-                moved=self._cluster.look_again,
-            )
-        listener.on_connected()
-
-    def on_disconnected(self, node: Connection) -> None:
-        """Record the loss of the node's topics."""
-        listener = self._listeners.get(node)
-        if listener is not None:
-            listener.on_disconnected()
-            if not self._topics_of(node):
-                del self._listeners[node]
-
-    def slots_moved(self) -> None:
-        """Subscribe at the new owners of the slots."""
-        self.on_topics_changed()
-
-    def _topics_of(self, node: Connection) -> Collection[int]:
-        owner = self._cluster.owner
-        wanted = self._subscriptions.wanted
-        return [topic for topic in wanted if owner(slot_of_key(b"%d" % topic)) is node]
-
-
-# Counters of a pipeline that concern messages.
-_SENDING_COUNTERS: Final = (
-    "commands",
-    "flushes",
-    "queued",
-    "in_flight",
-    "pending",
-    "pending_bytes",
-)
-
-
-def open_transport(
-    config: MessageConfig,
-    credentials: CredentialProvider | None,
-    dispatcher: MessageDispatcher,
-    subscriptions: Subscriptions,
-) -> MessageTransport:
-    """Return the connections of a configuration, and start connecting."""
-    kind: Callable[..., MessageTransport] = (
-        ShardedTransport if config.options.sharded else PairTransport
-    )
-    return kind(config, credentials, dispatcher, subscriptions)

@@ -385,7 +385,7 @@ async def test_reads_are_spread_over_replicas(
             await until(lambda: replicas <= set(cache.stats()["nodes"]))
             topology = cache._topology
             read = {"slave": len(replicas), "all": len(group.nodes)}[scale]
-            await until(lambda: sum(map(len, topology._reading.values())) == read)
+            await until(lambda: sum(map(len, topology._routing.readers.values())) == read)
         before = {node: node.reads() for node in group.nodes}
         assert len(await cache.get_bulk(names)) == 300
         assert len(await cache.head_bulk(names)) == 300
@@ -404,7 +404,7 @@ async def test_a_lost_replica_is_not_read(group: ClusterGroup, backend: str) -> 
         while len(await cache.get_bulk(names)) < 300:  # replicas connect later
             await asyncio.sleep(0.01)
         topology = cache._topology
-        await until(lambda: sum(map(len, topology._reading.values())) == 3)
+        await until(lambda: sum(map(len, topology._routing.readers.values())) == 3)
         stop = False
 
         async def read() -> None:
@@ -415,10 +415,10 @@ async def test_a_lost_replica_is_not_read(group: ClusterGroup, backend: str) -> 
         readers = [asyncio.create_task(read()) for _ in range(5)]
         gone = group.replicas()[0]
         await asyncio.to_thread(group.kill, gone)
-        await until(lambda: sum(map(len, topology._reading.values())) == 2)
+        await until(lambda: sum(map(len, topology._routing.readers.values())) == 2)
         before = cache.stats()["hits"]
         await until(lambda: cache.stats()["hits"] > before + 3000)
         await asyncio.to_thread(group.start, gone)
-        await until(lambda: sum(map(len, topology._reading.values())) == 3)
+        await until(lambda: sum(map(len, topology._routing.readers.values())) == 3)
         stop = True
         await asyncio.gather(*readers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -20,6 +21,8 @@ import uvloop
 
 import dscache
 from dscache import _backend
+from dscache.aio import connection
+from dscache.aio.protocol import SocketProtocol
 from dscache.embedded import EmbeddedServer, TLSFiles
 from tests.conftest import SERVERS, _server_id
 from tests.support.faults import FakeServer, FaultProxy
@@ -173,7 +176,7 @@ def test_an_ended_socket_is_never_written_to(
         async with lazy_cache(server.url, **PATIENT) as cache, asyncio.timeout(PATIENCE):
             await cache.set("early", 1, 1)
             connection = cache._topology
-            connection._link.abort(dscache.ConnectionLost("cut by the test"))
+            connection.link.abort(dscache.ConnectionLost("cut by the test"))
             sent = cache.stats()["flushes"]
             reads = [cache.get("early"), *(cache.get(f"none/{number}") for number in range(100))]
             assert cache.stats()["flushes"] == sent
@@ -368,6 +371,53 @@ def test_an_interpreter_ends_with_an_open_cache(
 
 
 # -- attempts to connect
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (dscache.ReplyError("WRONGPASS struck"), "request"),
+        (dscache.ProtocolError("struck"), "request"),
+        (dscache.ProtocolError("struck"), "reading"),
+    ],
+)
+async def test_an_error_of_a_signal_handler_is_no_refusal(
+    server: EmbeddedServer,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: dscache.DscacheError,
+    where: str,
+) -> None:
+    """It strikes in the handshake, and has one of the classes that are final from a server."""
+    caplog.set_level(logging.INFO)
+    due = [error]
+
+    def handler(number: int, frame: object) -> None:
+        raise due.pop()
+
+    def striking(call: Callable[..., Any]) -> Callable[..., Any]:
+        def struck(*args: Any) -> Any:
+            if due:
+                signal.raise_signal(signal.SIGUSR1)
+            return call(*args)
+
+        return struck
+
+    if where == "request":
+        monkeypatch.setattr(connection, "request", striking(connection.request))
+    else:
+        reading = striking(SocketProtocol._note_progress)
+        monkeypatch.setattr(SocketProtocol, "_note_progress", reading)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        async with lazy_cache(server.url) as cache:
+            assert due == []
+            assert await cache.set("a", 1, [])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert f"interrupted by {type(error).__name__}" in "\n".join(own_records(caplog))
 
 
 async def attempts_in_two_seconds(hello: bytes | None, **options: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import dscache
-from dscache.aio.resolver import Resolver
+from dscache.aio.resolver import Resolver, connect_to
 from dscache.embedded import EmbeddedServer
 from tests.support.waiting import PATIENCE, until
 
@@ -182,11 +182,11 @@ async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     with socket.create_server(("127.0.0.2", 0)) as listener:
         port = listener.getsockname()[1]
-        sock = await Resolver().connect("two.test", port)
+        sock = await connect_to(await Resolver().look_up("two.test", port))
         with sock:
             assert sock.getpeername() == ("127.0.0.2", port)
     with pytest.raises(ConnectionRefusedError):
-        await Resolver().connect("two.test", port)
+        await connect_to(await Resolver().look_up("two.test", port))
 
 
 async def test_an_invalid_name(names: Names) -> None:

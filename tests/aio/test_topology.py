@@ -1042,7 +1042,9 @@ async def test_replicas_are_read(scale: str, backend: str) -> None:
     async with FakeCluster(2, 2) as fakes, opened(fakes, scaleReads=scale) as cache:
         topology = cache._topology
         await until(
-            lambda: sum(map(len, topology._reading.values())) == (2 if scale == "slave" else 4)
+            lambda: (
+                sum(map(len, topology._routing.readers.values())) == (2 if scale == "slave" else 4)
+            )
         )
         names = [name for node in fakes.nodes for name in names_of(node, 30)]
         assert await cache.set_bulk({name: (1, name) for name in names}) == set()
@@ -1063,7 +1065,7 @@ async def test_a_replica_that_can_not_serve(words: str, backend: str) -> None:
         opened(fakes, scaleReads="slave", commandTimeout=60_000) as cache,
     ):
         topology = cache._topology
-        await until(lambda: sum(map(len, topology._reading.values())) == 1)
+        await until(lambda: sum(map(len, topology._routing.readers.values())) == 1)
         fakes.replicas[0].say = lambda command, slot: Refusal(words)
         await cache.set("a", 1, 1)
         for _ in range(20):
@@ -1073,7 +1075,7 @@ async def test_a_replica_that_can_not_serve(words: str, backend: str) -> None:
 async def test_a_lost_replica(backend: str) -> None:
     async with FakeCluster(1, 1) as fakes, opened(fakes, scaleReads="slave") as cache:
         topology = cache._topology
-        await until(lambda: sum(map(len, topology._reading.values())) == 1)
+        await until(lambda: sum(map(len, topology._routing.readers.values())) == 1)
         await cache.set("a", 1, 1)
         (replica,) = fakes.replicas
         replica.answers["*"] = None

@@ -276,6 +276,17 @@ async def test_a_provider_that_fails_is_asked_again(
         assert_silent(cache)
 
 
+async def test_a_provider_whose_iterator_ends_is_asked_again(
+    server: EmbeddedServer, backend: str, account: Account
+) -> None:
+    """No future takes a StopIteration."""
+    provider = Blocking(StopIteration(), (USER, f"{SECRET}-0"))
+    options = {"connectTimeout": LONG, "commandTimeout": LONG, "retryStrategy": AT_ONCE}
+    async with open_cache(server, provider, **options) as cache:
+        assert provider.calls == 2
+        assert await result_of(cache.set("a", 1, 1)) is True
+
+
 async def test_a_provider_that_always_fails_is_the_reason(
     server: EmbeddedServer, backend: str
 ) -> None:
@@ -774,7 +785,7 @@ def test_the_system_watches_the_connection_too(
             options |= {"tls": {"ca": authority}} if tls else {}
             config = {"name": "redis", "options": options}
             async with dscache.AsyncCache.from_config(config) as cache:
-                transport = cache._topology._link._transport  # type: ignore[union-attr]
+                transport = cache._topology.link._transport  # type: ignore[union-attr]
                 link = transport.get_extra_info("socket")
                 found = {"SO_KEEPALIVE": link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
                 names = ("TCP_NODELAY", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")

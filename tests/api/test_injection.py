@@ -72,8 +72,11 @@ def test_exceptions_on_each_line_of_a_blocking_cache(server: EmbeddedServer, bac
     assert_holds(backend, {"host": server.host, "port": server.port}, "blocking")
 
 
-def test_exceptions_on_each_line_of_a_message_node(server: EmbeddedServer, backend: str) -> None:
-    assert_holds(backend, {"host": server.host, "port": server.port}, "messages")
+@pytest.mark.parametrize("kind", ["messages", "coroutines"])
+def test_exceptions_on_each_line_of_a_message_node(
+    server: EmbeddedServer, backend: str, kind: str
+) -> None:
+    assert_holds(backend, {"host": server.host, "port": server.port}, kind)
 
 
 @pytest.mark.parametrize("kind", ["async", "blocking"])

@@ -347,7 +347,7 @@ async def test_operations_behind_a_full_window_are_not_encoded(
         writes.append(cache.set(f"w{n}", n, text))
         await asyncio.sleep(0)
         held = max(held, cache.stats()["in_flight"])
-    link = cache._topology._link  # type: ignore[union-attr]
+    link = cache._topology.link  # type: ignore[union-attr]
     assert link.paused
     assert cache.stats()["queued"] > 300
     assert held < 300

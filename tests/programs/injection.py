@@ -1,10 +1,11 @@
 """Raise an exception on every line that an operation executes, one after the other.
 
 ``python -m tests.programs.injection WHERE`` prints what it found as JSON. WHERE is a mapping as
-JSON: the ``options`` that lead to a server or a cluster, the ``kind`` of user ("async", "blocking"
-or "messages"), whether the loop is ``uvloop``'s, and whether ``every`` exception is raised on every
-line. If not, each exception in turn is raised on one line of each ``step``, from the line
-``offset`` on. ``DSCACHE_BACKEND`` names the core.
+JSON: the ``options`` that lead to a server or a cluster, the ``kind`` of user ("async", "blocking",
+"messages", or "coroutines" for messages with a coroutine as callback), whether the loop is
+``uvloop``'s, and whether ``every`` exception is raised on every line. If not, each exception in
+turn is raised on one line of each ``step``, from the line ``offset`` on. ``DSCACHE_BACKEND`` names
+the core.
 
 Each action, such as a read or a write, runs once to record its lines in dscache and in the parts of
 asyncio that dscache calls. Then it runs once for each line, on which an exception is raised the
@@ -429,15 +430,27 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
         await node.when_ready()
         return node
 
+    def hear(message: Any, _: str) -> None:
+        heard.append(message.data["number"])
+
+    async def hear_slowly(message: Any, _: str) -> None:
+        await asyncio.sleep(0)
+        heard.append(message.data["number"])
+
     async def both() -> tuple[Any, Any]:
         sender, listener = await opened("A"), await opened("B")
-        listener.subscribe(7, lambda message, _: heard.append(message.data["number"]))
+        listener.subscribe(7, hear_slowly if where["kind"] == "coroutines" else hear)
         await listener.when_ready()
         return sender, listener
 
     async def send(sender: Any, number: int, tracer: Tracer) -> None:
         calls: list[Call] = [partial(sender.send, {"number": number}, topic=7)] * 2
         await _act(findings, calls, tracer)
+        with tracer:  # the listener's callbacks come later
+            end = time.monotonic() + 0.1
+            while heard.count(number) < 2 and time.monotonic() < end:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
     async def comes(sender: Any, number: int) -> bool:
         end = time.monotonic() + PATIENCE
@@ -485,6 +498,7 @@ def main(where: dict[str, Any]) -> dict[str, Any]:
     findings = Findings()
     began = time.monotonic()
     run = {"async": _run_async, "blocking": _run_blocking, "messages": _run_messages}
+    run["coroutines"] = _run_messages
     run[where["kind"]](findings, where)
     return {
         "cases": findings.cases,

@@ -361,7 +361,7 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
     with EmbeddedServer(binary) as server:
         options = {"host": server.host, "port": server.port, "commandTimeout": TIMEOUT}
         options["retryStrategy"] = {"first": 1, "cap": 20}
-        for kind in ("async", "blocking", "messages"):
+        for kind in ("async", "blocking", "messages", "coroutines"):
             where = {"options": options, "kind": kind, "every": every, "seconds": 6 * 3600}
             where |= {"uvloop": False, "reconnect": True, "step": 1, "offset": 0}
             result = await asyncio.to_thread(

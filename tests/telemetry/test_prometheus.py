@@ -196,7 +196,7 @@ async def test_collection_from_another_thread_while_nodes_change(
         try:
             topology: Any = cache._topology
             for number in range(100):
-                node = topology._nodes.open(topology._state.node(("127.0.0.1", 60_000 + number)))
+                node = topology.nodes.open(topology.state.node(("127.0.0.1", 60_000 + number)))
                 await asyncio.gather(*(cache.get(f"n{i}") for i in range(20)))
                 topology._leave(node)
         finally:
