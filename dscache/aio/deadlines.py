@@ -22,18 +22,14 @@ class SureTimer:
     def __init__(self, call: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._call = call
-        self._handles: tuple[asyncio.TimerHandle, ...] = ()
-
-    @property
-    def is_set(self) -> bool:
-        """Whether a call is outstanding."""
-        return bool(self._handles)
+        self.handles: tuple[asyncio.TimerHandle, ...] = ()
+        """The timers of the outstanding call, if there is one."""
 
     def start(self, seconds: float) -> None:
         """Call in so many seconds, in place of any earlier time."""
-        earlier = self._handles
+        earlier = self.handles
         call_later = self._loop.call_later
-        self._handles = (
+        self.handles = (
             call_later(seconds, self._call),
             call_later(seconds + _SECOND, self._call),
         )
@@ -42,7 +38,7 @@ class SureTimer:
 
     def stop(self) -> None:
         """Cancel the call."""
-        earlier, self._handles = self._handles, ()
+        earlier, self.handles = self.handles, ()
         for handle in earlier:
             handle.cancel()
 
@@ -56,7 +52,7 @@ class Deadlines:
 
     def ensure(self, seconds: float) -> None:
         """Call ``expire`` in so many seconds, unless a call is outstanding."""
-        if not self._timer.is_set:
+        if not self._timer.handles:
             self._timer.start(seconds)
 
     def look(self) -> None:

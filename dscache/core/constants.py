@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import hiredis
 import msgspec
@@ -544,6 +544,17 @@ def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
     error = ConnectionLost(f"{said}{_doubt_of(operation)}")
     error.__cause__ = said
     return error
+
+
+def raise_invalid_resp(address: str, error: Exception) -> NoReturn:
+    """Raise the error for bytes that hiredis refuses with one of ``NO_RESP``.
+
+    An error that a signal handler has raised while hiredis was called is raised as it is. It has a
+    frame of Python below that of the call, and an error of hiredis has none.
+    """
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        raise error
+    raise ProtocolError(f"{address} sent no valid reply: {error}") from error
 
 
 def is_push(push: list[Any]) -> bool:

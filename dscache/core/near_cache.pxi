@@ -154,7 +154,7 @@ cdef class NearCache:
         check=None,
     ):
         self._check = check
-        self._thread = 0 if check is None else PyThread_get_thread_ident()
+        self._thread = 0 if check is None else dscache_thread()
         self._create_waiter = create_waiter
         self._inner = inner
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
@@ -232,9 +232,9 @@ cdef class NearCache:
 
     cdef inline int _stay(self) except -1:
         """Call ``check``, which may raise, if the thread has changed. ``inner`` checks writes."""
-        if self._thread and self._thread != PyThread_get_thread_ident():
+        if self._thread and self._thread != dscache_thread():
             self._check()
-            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
+            self._thread = dscache_thread()  # the event loop runs there now
         return 0
 
     # -- for the owner of the cache

@@ -714,7 +714,7 @@ class Pipeline:
                 try:
                     reply = gets()
                 except c.NO_RESP as error:
-                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+                    c.raise_invalid_resp(self.address, error)
                 if reply is _INCOMPLETE:
                     break
                 self.partial = 0
@@ -743,17 +743,18 @@ class Pipeline:
             raise c.no_push(self.address, push)
         if self.inbox is not None:
             if push[0] in e.MESSAGES:
-                self._take_message(push)
-            elif push[0] in e.SUBSCRIPTIONS:
-                self._take_subscription(push)
+                return self._take_message(push)
+            if push[0] in e.SUBSCRIPTIONS:
+                return self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
             if self.on_push is not None:
                 self.on_push(push)
-            return
+            return None
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise self._wrong_shape("a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
+        return None
 
     def _take_message(self, push: list[Any]) -> None:
         if self.inbox is None or len(push) != 3 or not type(push[1]) is type(push[2]) is bytes:
