@@ -47,7 +47,9 @@ import msgspec
 from .core import constants as c
 from .core import envelope as e
 from .core import recovery
+from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
+from .core.waiters import reject as _reject
 from .errors import BulkError, ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -371,12 +373,7 @@ cdef class Pipeline:
         """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
-    def take_queued(self, target_of):
-        """Remove the waiting operations that belong to other pipelines now.
-
-        Returns each such batch with its pipeline, in the order of the queue.
-        """
-        return recovery.take_queued(self, target_of)
+    take_queued = recovery.take_queued
 
     def requeue(self, batches):
         """Queue batches that another pipeline gave away, each in the place of its age.
@@ -588,30 +585,9 @@ cdef class Pipeline:
 
     # -- time and failure
 
-    def expire(self, double now):
-        """Fail every operation whose deadline is past; return the next deadline, or None.
-
-        Both are seconds of ``time.monotonic``.
-        """
-        return recovery.expire(self, now)
-
-    def connection_lost(self, reason, bint retry):
-        """Settle the operations in flight on a connection that ended.
-
-        With ``retry``, reads and guarded writes wait for the next connection, in their order and
-        before newer operations. Other writes fail, as all do without ``retry``; they may or may
-        not have happened. Operations that were not sent yet stay queued. After an exception, such
-        as a MemoryError, it may be called again and goes on where it was.
-        """
-        recovery.connection_lost(self, reason, retry)
-
-    def fail_all(self, error_of):
-        """Fail every operation that is queued or in flight, with an error of its own each.
-
-        If any was in flight, the next reply ends the connection, because it would be taken for
-        the reply to a later operation. After an exception it may be called again.
-        """
-        recovery.fail_all(self, error_of)
+    expire = recovery.expire
+    connection_lost = recovery.connection_lost
+    fail_all = recovery.fail_all
 
     cpdef drop_slots(self):
         """Drop the slots and returned batches, once each operation is settled or queued."""
@@ -621,31 +597,12 @@ cdef class Pipeline:
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and pending operations."""
-        stats = {
-            "operations": self._calls,
-            "records": self._reads + self._writes + self._not_newer + self._deletes,
-            "reads": self._reads,
-            "hits": self._hits,
-            "misses": self._misses,
-            "halves": self._halves,
-            "damaged": self._damages,
-            "writes": self._writes,
-            "not_newer": self._not_newer,
-            "deletes": self._deletes,
-            "failed": self.failed,
-            "overloaded": self._overloads,
-            "batches": self._batches,
-            "sent": self._sent,
-            "commands": self._commands,
-            "flushes": self._flushes,
-            "bytes_out": self._bytes_out,
-            "bytes_in": self._bytes_in,
-            "queued": self.queued,
-            "in_flight": self.in_flight,
-            "pending": self.operations,
-            "pending_bytes": self.pending_bytes,
-        }
-        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latency()}
+        return stats_of(self, (
+            *(self._calls, self._reads, self._hits, self._misses, self._halves, self._damages),
+            *(self._writes, self._not_newer, self._deletes, self._overloads),
+            *(self._batches, self._sent, self._commands, self._flushes),
+            *(self._bytes_out, self._bytes_in),
+        ), self._latency())
 
     cdef dict _latency(self):
         """Return the latencies for ``stats()``, without operations that never occurred."""

@@ -667,9 +667,11 @@ cdef class _BulkRead:
             getattr(known, "stale", False) for known in self._found.values()
         )
         if failure is not None and not is_served:
-            return _reject(self._waiter, lambda: failure)
+            _reject(self._waiter, lambda: failure)
+            return 0
         operation = f"{c.OPERATIONS[self._kind]}_bulk"
-        return _reject(self._waiter, partial(BulkError, operation, self._errors, result))
+        _reject(self._waiter, partial(BulkError, operation, self._errors, result))
+        return 0
 
 
 @cython.final

@@ -78,13 +78,13 @@ from . import constants as c
 from . import envelope as e
 from . import recovery
 from .batch import Batch, Bulk, Command, Write, serials
-from .constants import ErrorOf
 from .keys import slot_of_key
 from .latency import Latencies
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .resp import Encoder, LengthGuard, pack_command
+from .stats import stats_of
 from .waiters import DISCARDED, resolve, with_waiter
 
 _INCOMPLETE: Final = object()
@@ -315,12 +315,7 @@ class Pipeline:
         """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
-    def take_queued(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
-        """Remove the waiting operations that belong to other pipelines now.
-
-        Returns each such batch with its pipeline, in the order of the queue.
-        """
-        return recovery.take_queued(self, target_of)
+    take_queued = recovery.take_queued
 
     def requeue(self, batches: Iterable[Batch]) -> None:
         """Queue batches that another pipeline gave away, each in the place of its age.
@@ -502,30 +497,9 @@ class Pipeline:
 
     # -- time and failure
 
-    def expire(self, now: float) -> float | None:
-        """Fail every operation whose deadline is past; return the next deadline, or None.
-
-        Both are seconds of ``time.monotonic``.
-        """
-        return recovery.expire(self, now)
-
-    def connection_lost(self, reason: Exception, retry: bool) -> None:
-        """Settle the operations in flight on a connection that ended.
-
-        With ``retry``, reads and guarded writes wait for the next connection, in their order and
-        before newer operations. Other writes fail, as all do without ``retry``; they may or may
-        not have happened. Operations that were not sent yet stay queued. After an exception, such
-        as a MemoryError, it may be called again and goes on where it was.
-        """
-        recovery.connection_lost(self, reason, retry)
-
-    def fail_all(self, error_of: ErrorOf) -> None:
-        """Fail every operation that is queued or in flight, with an error of its own each.
-
-        If any was in flight, the next reply ends the connection, because it would be taken for
-        the reply to a later operation. After an exception it may be called again.
-        """
-        recovery.fail_all(self, error_of)
+    expire = recovery.expire
+    connection_lost = recovery.connection_lost
+    fail_all = recovery.fail_all
 
     def drop_slots(self) -> None:
         """Drop the slots and returned batches, once each operation is settled or queued."""
@@ -535,26 +509,12 @@ class Pipeline:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters: records by kind and outcome, traffic, and pending operations."""
-        counts = self._counts
-        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
-        stats = {
-            "operations": self._calls,
-            "records": records,
-            **counts,
-            "failed": self.failed,
-            "overloaded": self._overloads,
-            "batches": self._batches,
-            "sent": self._sent,
-            "commands": self._commands,
-            "flushes": self._flushes,
-            "bytes_out": self._bytes_out,
-            "bytes_in": self._bytes_in,
-            "queued": self.queued,
-            "in_flight": self.in_flight,
-            "pending": self.operations,
-            "pending_bytes": self.pending_bytes,
-        }
-        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latencies.told()}
+        counts = (
+            *(self._calls, *self._counts.values(), self._overloads),
+            *(self._batches, self._sent, self._commands, self._flushes),
+            *(self._bytes_out, self._bytes_in),
+        )
+        return stats_of(self, counts, self._latencies.told())
 
     # -- building batches
 
