@@ -227,7 +227,7 @@ cdef class Pipeline:
     cdef unsigned long long _misses, _calls, _overloads, _batches, _sent
     cdef unsigned long long[TIMED * (LATENCY_BOUNDS + 1)] _latencies
     cdef double[TIMED] _seconds
-    cdef double _now  # when the replies at hand have come, as soon as somebody has looked
+    cdef double _now  # time of arrival of the replies at hand, 0.0 until it is needed
 
     def __init__(
         self,
@@ -870,7 +870,7 @@ cdef class Pipeline:
                 elif self.resp2_pubsub and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
-                    self._answer(reply)
+                    answer(self, reply)
             if self.returned:
                 recovery.requeue_returned(self)
         finally:
@@ -915,7 +915,7 @@ cdef class Pipeline:
                 self.on_push(push)
             return 0
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise self._wrong_shape("a change of keys", push)
+            raise wrong_shape(self, "a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
         return 0
@@ -927,7 +927,7 @@ cdef class Pipeline:
             payload = <object>PyList_GET_ITEM(push, 2)
             if PyBytes_CheckExact(channel) and PyBytes_CheckExact(payload):
                 return self.inbox.put(channel, payload)
-        raise self._wrong_shape("a subscription", push)
+        raise wrong_shape(self, "a subscription", push)
 
     cdef int _take_subscription(self, push) except -1:
         """Take the push that confirms a subscription, or ends one unasked."""
@@ -939,306 +939,8 @@ cdef class Pipeline:
                 and not batch.abandoned()
                 and batch.names[0].lower().encode() == push[0]
             ):
-                return self._answer(list(push))
+                return answer(self, list(push))
         self.inbox.note(self, list(push))
-        return 0
-
-    cdef int _answer(self, reply) except -1:
-        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
-        if the reply turns out to be of the wrong shape."""
-        if not self.slots or self.severed:
-            raise ProtocolError(
-                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
-            )
-        cdef tuple slot = self.slots[0]
-        cdef _Batch batch = slot[0]
-        cdef Py_ssize_t count = slot[1]
-        cdef object stored = None
-        if batch.asking and not self._asked:
-            self._asked = True
-            return 0
-        self._asked = False
-        if batch.kind == HEAD:
-            if self._version_reply is _INCOMPLETE:
-                self._version_reply = reply
-                return 0
-            stored, self._version_reply = self._version_reply, _INCOMPLETE
-            if batch.asking:
-                stored, reply = reply, stored
-            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
-                reply = stored
-        cdef list found = self._replies.take_found()
-        cdef Py_ssize_t i, told = 0, first = batch.answered
-        cdef bint refused = type(reply) is ReplyError
-        cdef bint was_over = batch.abandoned()
-        if was_over:
-            batch.answered += count
-        elif refused:
-            recovery.refused(self, batch, count, reply)
-        elif batch.kind == GET:
-            if reply is not _IN_PLACE:
-                self._add_found(batch, count, found, reply)
-            self._answer_get(batch, found)
-        elif batch.kind == HEAD:
-            self._answer_head(batch, stored, reply)
-        elif batch.kind == SET:
-            self._answer_set(batch, count, reply == b"OK", reply)
-        elif batch.kind == SET_TTL and self.has_msetex:
-            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
-        elif batch.kind == DELETE:
-            self._answer_delete(batch, reply)
-        elif batch.kind == COMMAND:
-            _resolve(batch.entries[0], reply)
-            batch.answered = 1
-        elif batch.kind >= READ_KEY:
-            self._answer_key(batch, reply)
-        else:
-            self._answer_script(batch, count, self._array(reply, count, "the set script"))
-        self.slots.popleft()
-        self.settled += 1
-        if self._epoch is not None:
-            self._epoch.answered(self.settled)
-        self.in_flight -= count
-        if batch.bulk is None:
-            self.operations -= count
-            told = count
-        elif batch.counted and (
-            batch.answered == PyList_GET_SIZE(batch.names) or batch.abandoned()
-        ):
-            batch.counted = False
-            self.operations -= 1
-            told = 1
-        if told and not (was_over or refused) and batch.kind < COMMAND:
-            self._time(batch, told)
-        if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
-            for i in range(first, first + count):
-                self.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
-        if self.near is not None and SET <= batch.kind <= DELETE:
-            for i in range(first, first + count):
-                self.near.drop(<str>PyList_GET_ITEM(batch.names, i))
-        return 0
-
-    cdef void _time(self, _Batch batch, Py_ssize_t count) noexcept:
-        """Count how long so many operations have taken, from the first call of their batch."""
-        cdef Py_ssize_t row = batch.kind
-        cdef Py_ssize_t bucket = 0
-        if self._now == 0.0:
-            self._now = dscache_monotonic()
-        if row >= DELETE:
-            row = SET + 1
-        elif row > SET:
-            row = SET
-        if batch.bulk is not None:
-            row += TIMED // 2
-        cdef double seconds = self._now - (batch.deadline - self.timeout)
-        while bucket < LATENCY_BOUNDS and seconds > latency_bounds[bucket]:
-            bucket += 1
-        self._seconds[row] += seconds * count
-        self._latencies[row * (LATENCY_BOUNDS + 1) + bucket] += count
-
-    cdef int _add_found(self, _Batch batch, Py_ssize_t count, list found, reply) except -1:
-        """Add the records of a list reply that were not read in place."""
-        cdef Py_ssize_t first = PyList_GET_SIZE(found)
-        cdef list values = self._array(reply, 2 * (count - first), "MGET")
-        cdef object stored, raw
-        cdef str name
-        cdef long long version
-        cdef Py_ssize_t i
-        for i in range(count - first):
-            stored = <object>PyList_GET_ITEM(values, 2 * i)
-            raw = <object>PyList_GET_ITEM(values, 2 * i + 1)
-            if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
-                version = parse_version(<bytes>stored)
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered + first + i)
-                found.append(stored if version < 0 else _record(name, version, <bytes>raw))
-            elif stored is None and raw is None:
-                found.append(None)
-            elif (stored is None or type(stored) is bytes) and (raw is None or type(raw) is bytes):
-                found.append(_HALF)
-            else:
-                wrong = raw if stored is None or type(stored) is bytes else stored
-                found.append(self._wrong_shape("MGET", wrong))
-        return 0
-
-    cdef int _answer_get(self, _Batch batch, list found) except -1:
-        # Redis sends no invalidation for records read by ASKING.
-        cdef _Epoch epoch = None if batch.asking else self._epoch
-        cdef _Bulk bulk = batch.bulk
-        cdef dict result = None if bulk is None else bulk.result
-        cdef Py_ssize_t settled = 0
-        cdef object one, entry
-        cdef str name
-        cdef int slot
-        cdef Record record
-        try:
-            for one in found:
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-                entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
-                if entry is _DISCARDED:
-                    batch.answered += 1
-                    continue
-                if type(one) is Record:
-                    record = <Record>one
-                    self._hits += 1
-                    if epoch is not None:
-                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
-                        self.near.fill(
-                            self, epoch, batch.serial, name, record.version, record.raw, slot
-                        )
-                    if bulk is not None:
-                        PyDict_SetItem(result, name, record)
-                    elif type(entry) is list:
-                        for waiter in <list>entry:
-                            _resolve(waiter, _record(name, record.version, record.raw))
-                    else:
-                        _resolve(entry, record)
-                elif one is None or one is _HALF:
-                    self._halves += one is not None
-                    self._misses += 1
-                    if epoch is not None:
-                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
-                        self.near.fill(self, epoch, batch.serial, name, 0, None, slot)
-                    if bulk is not None:
-                        bulk.missing.append(name)
-                    else:
-                        _resolve(entry, None)
-                elif type(one) is bytes:
-                    self._damaged(batch, name, entry, one)
-                else:
-                    raise one
-                self._reads += 1
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-        return 0
-
-    cdef int _answer_head(self, _Batch batch, stored, reply) except -1:
-        cdef str name = batch.names[batch.answered]
-        cdef object entry = batch.entries[batch.answered]
-        if batch.asking and type(reply) is int:  # how many of both keys there are
-            reply = c.STRING if reply == 2 else c.NO_STRING[0]
-        cdef bint has_data = reply == c.STRING
-        cdef bint has_version = type(stored) is bytes
-        cdef long long version = -1
-        if not has_data and reply not in c.NO_STRING:
-            raise self._wrong_shape("TYPE", reply)
-        if not has_version and stored is not None and type(stored) is not ReplyError:
-            raise self._wrong_shape("GET", stored)
-        if entry is _DISCARDED:
-            batch.answered += 1
-            return 0
-        self._reads += 1
-        if has_version and has_data:
-            version = parse_version(<bytes>stored)
-            if version < 0:
-                self._damaged(batch, name, entry, stored)
-            else:
-                self._hits += 1
-                if batch.bulk is None:
-                    _resolve(entry, version)
-                else:
-                    batch.bulk.result[name] = version
-        else:
-            if has_version or has_data:
-                self._halves += 1
-            self._misses += 1
-            if batch.bulk is None:
-                _resolve(entry, None)
-        batch.answered += 1
-        if batch.bulk is not None:
-            batch.bulk.settle(1)
-        return 0
-
-    cdef int _answer_set(self, _Batch batch, Py_ssize_t count, bint done, reply) except -1:
-        cdef Py_ssize_t i
-        if not done:
-            raise self._wrong_shape("MSET or MSETEX", reply)
-        if batch.bulk is None:
-            for i in range(batch.answered, batch.answered + count):
-                _resolve((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
-        self._writes += count
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(count)
-        return 0
-
-    cdef int _answer_script(self, _Batch batch, Py_ssize_t count, list reply) except -1:
-        cdef _Bulk bulk = batch.bulk
-        cdef Py_ssize_t settled = 0
-        cdef _Write entry
-        cdef str name
-        try:
-            for value in reply:
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-                entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
-                if type(value) is ReplyError:
-                    make = recovery.refusal(self, value, batch.kind, name)
-                    recovery.give_error(self, batch, name, entry, make)
-                elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
-                    raise self._wrong_shape("the set script", value)
-                elif value == DAMAGED:
-                    self._damaged(batch, name, entry, None)
-                else:
-                    if value == WRITTEN:
-                        self._writes += 1
-                    else:
-                        self._not_newer += 1
-                    if bulk is None:
-                        _resolve(entry.waiter, value == WRITTEN)
-                    elif value == NOT_NEWER:
-                        bulk.result.add(name)
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-        return 0
-
-    cdef int _answer_delete(self, _Batch batch, reply) except -1:
-        if type(reply) is not int or not 0 <= reply <= 2:
-            raise self._wrong_shape("DEL", reply)
-        if reply == 1:
-            self._halves += 1
-        self._deletes += 1
-        if batch.bulk is None:
-            _resolve(batch.entries[batch.answered], reply == 2)
-        batch.answered += 1  # behind it, as it may raise
-        if batch.bulk is not None:
-            batch.bulk.result += reply == 2
-            batch.bulk.settle(1)
-        return 0
-
-    cdef int _answer_key(self, _Batch batch, reply) except -1:
-        cdef bint fits
-        if batch.kind == READ_KEY:
-            fits = reply is None or type(reply) is bytes
-        elif batch.kind == PUBLISH:
-            fits = type(reply) is int and reply >= 0
-        else:
-            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
-        if not fits:
-            raise self._wrong_shape("a command of one key", reply)
-        cdef _Command entry = <_Command>PyList_GET_ITEM(batch.entries, batch.answered)
-        _resolve(entry.waiter, reply)
-        batch.answered += 1
-        return 0
-
-    cdef list _array(self, reply, Py_ssize_t length, str command):
-        if type(reply) is not list or PyList_GET_SIZE(reply) != length:
-            raise self._wrong_shape(command, reply)
-        return reply
-
-    cdef object _wrong_shape(self, str command, reply):
-        return ProtocolError(
-            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
-        )
-
-    cdef int _damaged(self, _Batch batch, str name, entry, stored) except -1:
-        self._damages += 1
-        make = partial(c.damaged_version, name, stored)
-        recovery.give_error(self, batch, name, entry, make)
         return 0
 
     # -- counting
@@ -1337,6 +1039,7 @@ cdef dict _unique(str operation, names):
     return unique
 
 
+include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
 include "core/message.pxi"

@@ -53,7 +53,7 @@ MAX_HOST: Final = 255
 # begun, and answers come, while the next are encoded and those before are parsed. Bulks of 1000 and
 # of 20,000 take 0.90 to 0.95 of the time that they took with 512 and all of it in one write, and
 # 1000 reads of one tick 0.90. With 128 it is the same. The cost per record hardly depends on it,
-# while the server answers nobody else until the command is done.
+# while the server answers no other client until the command is done.
 COMMAND_RECORDS: Final = 256
 FLUSH_RECORDS: Final = 256
 # Records of one tick with which the server may begin before the tick is over, if it has nothing
@@ -130,7 +130,7 @@ REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
 # The guard argument of each record in the set script.
 UNGUARDED: Final = b"0"
 GUARDED: Final = b"1"
-# A repeated guarded write finds its own first attempt and must not take it for somebody else's.
+# A repeated guarded write finds its own first attempt and must not take it for another writer's.
 GUARDED_REPEAT: Final = b"2"
 
 NOT_NEWER: Final = 0

@@ -109,6 +109,7 @@ PUBLIC = (
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
     *("add_part", "check_capacity", "make_write", "make_writes", "notify_pending", "epoch"),
+    *("counts", "latencies", "arrived", "asked", "version_reply"),
     *("count_flush", "count_live", "drop", "fill", "invalidate", "landed", "last_known", "touch"),
 }
 
