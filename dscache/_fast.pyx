@@ -47,7 +47,9 @@ import msgspec
 from .core import constants as c
 from .core import envelope as e
 from .core import recovery
+from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
+from .core.waiters import reject as _reject
 from .errors import ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -58,11 +60,16 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
     void PyObject_GC_UnTrack(PyObject* untied) noexcept
-    unsigned long PyThread_get_thread_ident() noexcept
+    int PyList_SetSlice(object items, Py_ssize_t low, Py_ssize_t high, PyObject* given) except -1
 
 cdef extern from *:
     """
+    #include <pthread.h>
     #include <time.h>
+
+    static unsigned long dscache_thread(void) {
+        return (unsigned long)pthread_self();
+    }
 
     static double dscache_monotonic(void) {
         struct timespec now;
@@ -76,6 +83,8 @@ cdef extern from *:
     """
     # The clock of time.monotonic, without a call into Python.
     double dscache_monotonic() noexcept nogil
+    # The identity of this thread. Python's own function takes four times the instructions.
+    unsigned long dscache_thread() noexcept nogil
 
 cdef enum Kind:
     GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE, COMMAND, READ_KEY, WRITE_KEY, PUBLISH
@@ -218,7 +227,7 @@ cdef class Pipeline:
     cdef unsigned long long _misses, _calls, _overloads, _batches, _sent
     cdef unsigned long long[TIMED * (LATENCY_BOUNDS + 1)] _latencies
     cdef double[TIMED] _seconds
-    cdef double _now  # when the replies at hand have come, as soon as somebody has looked
+    cdef double _now  # time of arrival of the replies at hand, 0.0 until it is needed
 
     def __init__(
         self,
@@ -240,7 +249,7 @@ cdef class Pipeline:
         bint bound=False,
     ):
         self.address = address
-        self._thread = PyThread_get_thread_ident() if bound else 0
+        self._thread = dscache_thread() if bound else 0
         self.down = None
         self.redirected = []
         self._create_waiter = create_waiter
@@ -364,12 +373,7 @@ cdef class Pipeline:
         """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
-    def take_queued(self, target_of):
-        """Remove the waiting operations that belong to other pipelines now.
-
-        Returns each such batch with its pipeline, in the order of the queue.
-        """
-        return recovery.take_queued(self, target_of)
+    take_queued = recovery.take_queued
 
     def requeue(self, batches):
         """Queue batches that another pipeline gave away, each in the place of its age.
@@ -401,8 +405,14 @@ cdef class Pipeline:
 
     cpdef end_tick(self):
         """Close the open batches, for a tick that can't be sent."""
-        self.open_batches.clear()
+        self._close_batches()
         self._awake = False
+
+    cdef inline int _close_batches(self) except -1:
+        cdef Py_ssize_t size = PyList_GET_SIZE(self.open_batches)
+        if size:
+            PyList_SetSlice(self.open_batches, 0, size, NULL)
+        return 0
 
     def take_output(self):
         """Return the RESP bytes of some hundred waiting records, which then count as sent.
@@ -410,15 +420,16 @@ cdef class Pipeline:
         Further records wait for the next call, or until the window has room for them. If it
         raises, or the bytes can't be sent, the connection must end.
         """
+        cdef bytes output = None
         self.busy = True
-        try:
-            return self._take()
-        except BaseException:
-            # There may be slots without bytes, which would take the replies to other commands.
-            self.severed = True
-            raise
+        try:  # without except, which costs a call that succeeds 60 instructions
+            output = self._take()
         finally:
+            if output is None:
+                # There may be slots without bytes, which would take the replies to other commands.
+                self.severed = True
             self.busy = False
+        return output
 
     cdef bytes _take(self):
         cdef _Encoder encoder = self._encoder
@@ -426,7 +437,8 @@ cdef class Pipeline:
         cdef Py_ssize_t count, taken = 0
         cdef double now
         cdef tuple slot
-        self.end_tick()
+        self._close_batches()
+        self._awake = False
         if self.queue:
             batch = self.queue[0]
             now = dscache_monotonic()
@@ -446,7 +458,7 @@ cdef class Pipeline:
                 self.queued -= batch.waiting()
                 self.queue.popleft()
                 continue
-            self.open_batches.clear()  # it may be one that a finalizer has begun just now
+            self._close_batches()  # it may be one that a finalizer has begun just now
             batch.freeze()
             if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
@@ -489,13 +501,15 @@ cdef class Pipeline:
         """
         if size > self._replies.room():
             raise ValueError("there is no such part of the buffer")
+        cdef bint is_read = False
         try:
             self._note_arrival(self._replies.arrive(size), size)
             self._parse()
             self._check_partial()
-        except BaseException:
-            self.severed = True
-            raise
+            is_read = True
+        finally:
+            if not is_read:
+                self.severed = True
 
     def feed(self, bytes data not None):
         """Read received bytes, and settle the operations they answer.
@@ -505,15 +519,17 @@ cdef class Pipeline:
         cdef const char* text = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t taken = 0
+        cdef bint is_read = False
         try:
             self._note_arrival(<const unsigned char*>text, size)
             while taken < size:
                 taken += self._replies.put(text + taken, size - taken)
                 self._parse()
             self._check_partial()
-        except BaseException:
-            self.severed = True
-            raise
+            is_read = True
+        finally:
+            if not is_read:
+                self.severed = True
 
     cdef int _note_arrival(self, const unsigned char* text, Py_ssize_t size) except -1:
         self._bytes_in += size
@@ -569,30 +585,9 @@ cdef class Pipeline:
 
     # -- time and failure
 
-    def expire(self, double now):
-        """Fail every operation whose deadline is past; return the next deadline, or None.
-
-        Both are seconds of ``time.monotonic``.
-        """
-        return recovery.expire(self, now)
-
-    def connection_lost(self, reason, bint retry):
-        """Settle the operations in flight on a connection that ended.
-
-        With ``retry``, reads and guarded writes wait for the next connection, in their order and
-        before newer operations. Other writes fail, as all do without ``retry``; they may or may
-        not have happened. Operations that were not sent yet stay queued. After an exception, such
-        as a MemoryError, it may be called again and goes on where it was.
-        """
-        recovery.connection_lost(self, reason, retry)
-
-    def fail_all(self, error_of):
-        """Fail every operation that is queued or in flight, with an error of its own each.
-
-        If any was in flight, the next reply ends the connection, because it would be taken for
-        the reply to a later operation. After an exception it may be called again.
-        """
-        recovery.fail_all(self, error_of)
+    expire = recovery.expire
+    connection_lost = recovery.connection_lost
+    fail_all = recovery.fail_all
 
     cpdef drop_slots(self):
         """Drop the slots and returned batches, once each operation is settled or queued."""
@@ -602,31 +597,12 @@ cdef class Pipeline:
 
     def stats(self):
         """Return the counters: records by kind and outcome, traffic, and pending operations."""
-        stats = {
-            "operations": self._calls,
-            "records": self._reads + self._writes + self._not_newer + self._deletes,
-            "reads": self._reads,
-            "hits": self._hits,
-            "misses": self._misses,
-            "halves": self._halves,
-            "damaged": self._damages,
-            "writes": self._writes,
-            "not_newer": self._not_newer,
-            "deletes": self._deletes,
-            "failed": self.failed,
-            "overloaded": self._overloads,
-            "batches": self._batches,
-            "sent": self._sent,
-            "commands": self._commands,
-            "flushes": self._flushes,
-            "bytes_out": self._bytes_out,
-            "bytes_in": self._bytes_in,
-            "queued": self.queued,
-            "in_flight": self.in_flight,
-            "pending": self.operations,
-            "pending_bytes": self.pending_bytes,
-        }
-        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latency()}
+        return stats_of(self, (
+            *(self._calls, self._reads, self._hits, self._misses, self._halves, self._damages),
+            *(self._writes, self._not_newer, self._deletes, self._overloads),
+            *(self._batches, self._sent, self._commands, self._flushes),
+            *(self._bytes_out, self._bytes_in),
+        ), self._latency())
 
     cdef dict _latency(self):
         """Return the latencies for ``stats()``, without operations that never occurred."""
@@ -693,9 +669,11 @@ cdef class Pipeline:
         """
         global last_serial
         cdef _Batch other
-        for other in self.open_batches:
+        cdef Py_ssize_t i
+        for i in range(PyList_GET_SIZE(self.open_batches)):
+            other = <_Batch>PyList_GET_ITEM(self.open_batches, i)
             if other.kind == batch.kind or not is_open:
-                self.open_batches.clear()
+                self._close_batches()
                 break
         last_serial += 1
         batch.serial = last_serial
@@ -712,7 +690,9 @@ cdef class Pipeline:
         cdef _Batch batch
         cdef _Batch found = None
         cdef bint free = True
-        for batch in self.open_batches:
+        cdef Py_ssize_t i
+        for i in range(PyList_GET_SIZE(self.open_batches)):
+            batch = <_Batch>PyList_GET_ITEM(self.open_batches, i)
             if batch.kind == kind:
                 found = batch
                 # Two removals, or two guarded writes, of one name have each its own result.
@@ -757,10 +737,21 @@ cdef class Pipeline:
 
         Raises the error of ``wake`` in another thread.
         """
-        if self._thread and self._thread != PyThread_get_thread_ident():
-            self._wake()
-            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
-        if self._refuse_when_full and (
+        if self._thread and self._thread != dscache_thread():
+            self._change_thread()
+        if self._refuse_when_full:
+            self._refuse_if_full(size)
+        return 0
+
+    # Apart, so that the compiler writes the usual case of ``check_capacity`` into its callers.
+
+    cdef int _change_thread(self) except -1:
+        self._wake()
+        self._thread = dscache_thread()  # the event loop runs there now
+        return 0
+
+    cdef int _refuse_if_full(self, Py_ssize_t size) except -1:
+        if (
             self.operations >= self._max_pending
             # One write that is larger than the limit may go alone.
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
@@ -827,12 +818,12 @@ cdef class Pipeline:
 
     cdef inline int _begin_early(self) except -1:
         """Let the server begin, if it has nothing to do and a part of the tick's operations."""
-        if (
-            self.queued >= EARLY_RECORDS
-            and not self.in_flight
-            and not self.busy
-            and self._begin is not None
-        ):
+        if self.queued >= EARLY_RECORDS and not self.in_flight:
+            self._let_begin()
+        return 0
+
+    cdef int _let_begin(self) except -1:
+        if not self.busy and self._begin is not None:
             self._begin()
         return 0
 
@@ -879,7 +870,7 @@ cdef class Pipeline:
                 elif self.resp2_pubsub and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
-                    self._answer(reply)
+                    answer(self, reply)
             if self.returned:
                 recovery.requeue_returned(self)
         finally:
@@ -898,10 +889,7 @@ cdef class Pipeline:
             count = slot[1]
             if batch.asking:
                 batch = None
-        try:
-            return self._replies.next(batch, count)
-        except c.NO_RESP as error:
-            raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
+        return self._replies.next(batch, count, self.address)
 
     cdef int _check_partial(self) except -1:
         if self.partial > self._max_reply_bytes:
@@ -927,7 +915,7 @@ cdef class Pipeline:
                 self.on_push(push)
             return 0
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise self._wrong_shape("a change of keys", push)
+            raise wrong_shape(self, "a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
         return 0
@@ -940,7 +928,7 @@ cdef class Pipeline:
             if PyBytes_CheckExact(channel) and PyBytes_CheckExact(payload):
                 self.inbox.take(channel, payload)
                 return 0
-        raise self._wrong_shape("a subscription", push)
+        raise wrong_shape(self, "a subscription", push)
 
     cdef int _take_subscription(self, push) except -1:
         """Take the push that confirms a subscription, or ends one unasked."""
@@ -952,306 +940,8 @@ cdef class Pipeline:
                 and not batch.abandoned()
                 and batch.names[0].lower().encode() == push[0]
             ):
-                return self._answer(list(push))
+                return answer(self, list(push))
         self.inbox.on_ended(self, list(push))
-        return 0
-
-    cdef int _answer(self, reply) except -1:
-        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
-        if the reply turns out to be of the wrong shape."""
-        if not self.slots or self.severed:
-            raise ProtocolError(
-                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
-            )
-        cdef tuple slot = self.slots[0]
-        cdef _Batch batch = slot[0]
-        cdef Py_ssize_t count = slot[1]
-        cdef object stored = None
-        if batch.asking and not self._asked:
-            self._asked = True
-            return 0
-        self._asked = False
-        if batch.kind == HEAD:
-            if self._version_reply is _INCOMPLETE:
-                self._version_reply = reply
-                return 0
-            stored, self._version_reply = self._version_reply, _INCOMPLETE
-            if batch.asking:
-                stored, reply = reply, stored
-            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
-                reply = stored
-        cdef list found = self._replies.take_found()
-        cdef Py_ssize_t i, told = 0, first = batch.answered
-        cdef bint refused = type(reply) is ReplyError
-        cdef bint was_over = batch.abandoned()
-        if was_over:
-            batch.answered += count
-        elif refused:
-            recovery.refused(self, batch, count, reply)
-        elif batch.kind == GET:
-            if reply is not _IN_PLACE:
-                self._add_found(batch, count, found, reply)
-            self._answer_get(batch, found)
-        elif batch.kind == HEAD:
-            self._answer_head(batch, stored, reply)
-        elif batch.kind == SET:
-            self._answer_set(batch, count, reply == b"OK", reply)
-        elif batch.kind == SET_TTL and self.has_msetex:
-            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
-        elif batch.kind == DELETE:
-            self._answer_delete(batch, reply)
-        elif batch.kind == COMMAND:
-            _resolve(batch.entries[0], reply)
-            batch.answered = 1
-        elif batch.kind >= READ_KEY:
-            self._answer_key(batch, reply)
-        else:
-            self._answer_script(batch, count, self._array(reply, count, "the set script"))
-        self.slots.popleft()
-        self.settled += 1
-        if self._epoch is not None:
-            self._epoch.answered(self.settled)
-        self.in_flight -= count
-        if batch.bulk is None:
-            self.operations -= count
-            told = count
-        elif batch.counted and (
-            batch.answered == PyList_GET_SIZE(batch.names) or batch.abandoned()
-        ):
-            batch.counted = False
-            self.operations -= 1
-            told = 1
-        if told and not (was_over or refused) and batch.kind < COMMAND:
-            self._time(batch, told)
-        if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
-            for i in range(first, first + count):
-                self.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
-        if self.near is not None and SET <= batch.kind <= DELETE:
-            for i in range(first, first + count):
-                self.near.drop(<str>PyList_GET_ITEM(batch.names, i))
-        return 0
-
-    cdef void _time(self, _Batch batch, Py_ssize_t count) noexcept:
-        """Count how long so many operations have taken, from the first call of their batch."""
-        cdef Py_ssize_t row = batch.kind
-        cdef Py_ssize_t bucket = 0
-        if self._now == 0.0:
-            self._now = dscache_monotonic()
-        if row >= DELETE:
-            row = SET + 1
-        elif row > SET:
-            row = SET
-        if batch.bulk is not None:
-            row += TIMED // 2
-        cdef double seconds = self._now - (batch.deadline - self.timeout)
-        while bucket < LATENCY_BOUNDS and seconds > latency_bounds[bucket]:
-            bucket += 1
-        self._seconds[row] += seconds * count
-        self._latencies[row * (LATENCY_BOUNDS + 1) + bucket] += count
-
-    cdef int _add_found(self, _Batch batch, Py_ssize_t count, list found, reply) except -1:
-        """Add the records of a list reply that were not read in place."""
-        cdef Py_ssize_t first = PyList_GET_SIZE(found)
-        cdef list values = self._array(reply, 2 * (count - first), "MGET")
-        cdef object stored, raw
-        cdef str name
-        cdef long long version
-        cdef Py_ssize_t i
-        for i in range(count - first):
-            stored = <object>PyList_GET_ITEM(values, 2 * i)
-            raw = <object>PyList_GET_ITEM(values, 2 * i + 1)
-            if PyBytes_CheckExact(stored) and PyBytes_CheckExact(raw):
-                version = parse_version(<bytes>stored)
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered + first + i)
-                found.append(stored if version < 0 else _record(name, version, <bytes>raw))
-            elif stored is None and raw is None:
-                found.append(None)
-            elif (stored is None or type(stored) is bytes) and (raw is None or type(raw) is bytes):
-                found.append(_HALF)
-            else:
-                wrong = raw if stored is None or type(stored) is bytes else stored
-                found.append(self._wrong_shape("MGET", wrong))
-        return 0
-
-    cdef int _answer_get(self, _Batch batch, list found) except -1:
-        # Redis sends no invalidation for records read by ASKING.
-        cdef _Epoch epoch = None if batch.asking else self._epoch
-        cdef _Bulk bulk = batch.bulk
-        cdef dict result = None if bulk is None else bulk.result
-        cdef Py_ssize_t settled = 0
-        cdef object one, entry
-        cdef str name
-        cdef int slot
-        cdef Record record
-        try:
-            for one in found:
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-                entry = <object>PyList_GET_ITEM(batch.entries, batch.answered)
-                if entry is _DISCARDED:
-                    batch.answered += 1
-                    continue
-                if type(one) is Record:
-                    record = <Record>one
-                    self._hits += 1
-                    if epoch is not None:
-                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
-                        self.near.fill(
-                            self, epoch, batch.serial, name, record.version, record.raw, slot
-                        )
-                    if bulk is not None:
-                        PyDict_SetItem(result, name, record)
-                    elif type(entry) is list:
-                        for waiter in <list>entry:
-                            _resolve(waiter, _record(name, record.version, record.raw))
-                    else:
-                        _resolve(entry, record)
-                elif one is None or one is _HALF:
-                    self._halves += one is not None
-                    self._misses += 1
-                    if epoch is not None:
-                        slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
-                        self.near.fill(self, epoch, batch.serial, name, 0, None, slot)
-                    if bulk is not None:
-                        bulk.missing.append(name)
-                    else:
-                        _resolve(entry, None)
-                elif type(one) is bytes:
-                    self._damaged(batch, name, entry, one)
-                else:
-                    raise one
-                self._reads += 1
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-        return 0
-
-    cdef int _answer_head(self, _Batch batch, stored, reply) except -1:
-        cdef str name = batch.names[batch.answered]
-        cdef object entry = batch.entries[batch.answered]
-        if batch.asking and type(reply) is int:  # how many of both keys there are
-            reply = c.STRING if reply == 2 else c.NO_STRING[0]
-        cdef bint has_data = reply == c.STRING
-        cdef bint has_version = type(stored) is bytes
-        cdef long long version = -1
-        if not has_data and reply not in c.NO_STRING:
-            raise self._wrong_shape("TYPE", reply)
-        if not has_version and stored is not None and type(stored) is not ReplyError:
-            raise self._wrong_shape("GET", stored)
-        if entry is _DISCARDED:
-            batch.answered += 1
-            return 0
-        self._reads += 1
-        if has_version and has_data:
-            version = parse_version(<bytes>stored)
-            if version < 0:
-                self._damaged(batch, name, entry, stored)
-            else:
-                self._hits += 1
-                if batch.bulk is None:
-                    _resolve(entry, version)
-                else:
-                    batch.bulk.result[name] = version
-        else:
-            if has_version or has_data:
-                self._halves += 1
-            self._misses += 1
-            if batch.bulk is None:
-                _resolve(entry, None)
-        batch.answered += 1
-        if batch.bulk is not None:
-            batch.bulk.settle(1)
-        return 0
-
-    cdef int _answer_set(self, _Batch batch, Py_ssize_t count, bint done, reply) except -1:
-        cdef Py_ssize_t i
-        if not done:
-            raise self._wrong_shape("MSET or MSETEX", reply)
-        if batch.bulk is None:
-            for i in range(batch.answered, batch.answered + count):
-                _resolve((<_Write>PyList_GET_ITEM(batch.entries, i)).waiter, True)
-        self._writes += count
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(count)
-        return 0
-
-    cdef int _answer_script(self, _Batch batch, Py_ssize_t count, list reply) except -1:
-        cdef _Bulk bulk = batch.bulk
-        cdef Py_ssize_t settled = 0
-        cdef _Write entry
-        cdef str name
-        try:
-            for value in reply:
-                name = <str>PyList_GET_ITEM(batch.names, batch.answered)
-                entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
-                if type(value) is ReplyError:
-                    make = recovery.refusal(self, value, batch.kind, name)
-                    recovery.give_error(self, batch, name, entry, make)
-                elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
-                    raise self._wrong_shape("the set script", value)
-                elif value == DAMAGED:
-                    self._damaged(batch, name, entry, None)
-                else:
-                    if value == WRITTEN:
-                        self._writes += 1
-                    else:
-                        self._not_newer += 1
-                    if bulk is None:
-                        _resolve(entry.waiter, value == WRITTEN)
-                    elif value == NOT_NEWER:
-                        bulk.result.add(name)
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-        return 0
-
-    cdef int _answer_delete(self, _Batch batch, reply) except -1:
-        if type(reply) is not int or not 0 <= reply <= 2:
-            raise self._wrong_shape("DEL", reply)
-        if reply == 1:
-            self._halves += 1
-        self._deletes += 1
-        if batch.bulk is None:
-            _resolve(batch.entries[batch.answered], reply == 2)
-        batch.answered += 1  # behind it, as it may raise
-        if batch.bulk is not None:
-            batch.bulk.result += reply == 2
-            batch.bulk.settle(1)
-        return 0
-
-    cdef int _answer_key(self, _Batch batch, reply) except -1:
-        cdef bint fits
-        if batch.kind == READ_KEY:
-            fits = reply is None or type(reply) is bytes
-        elif batch.kind == PUBLISH:
-            fits = type(reply) is int and reply >= 0
-        else:
-            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
-        if not fits:
-            raise self._wrong_shape("a command of one key", reply)
-        cdef _Command entry = <_Command>PyList_GET_ITEM(batch.entries, batch.answered)
-        _resolve(entry.waiter, reply)
-        batch.answered += 1
-        return 0
-
-    cdef list _array(self, reply, Py_ssize_t length, str command):
-        if type(reply) is not list or PyList_GET_SIZE(reply) != length:
-            raise self._wrong_shape(command, reply)
-        return reply
-
-    cdef object _wrong_shape(self, str command, reply):
-        return ProtocolError(
-            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
-        )
-
-    cdef int _damaged(self, _Batch batch, str name, entry, stored) except -1:
-        self._damages += 1
-        make = partial(c.damaged_version, name, stored)
-        recovery.give_error(self, batch, name, entry, make)
         return 0
 
     # -- counting
@@ -1350,6 +1040,7 @@ cdef dict _unique(str operation, names):
     return unique
 
 
+include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
 include "core/message.pxi"

@@ -31,13 +31,14 @@ class SureTimer:
     def __init__(self, call: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._call = call
-        self._handles: tuple[asyncio.TimerHandle, ...] = ()
+        self.handles: tuple[asyncio.TimerHandle, ...] = ()
+        """The timers of the scheduled call, if there is one."""
 
     def start(self, seconds: float) -> None:
         """Schedule the call after this many seconds, in place of an earlier schedule."""
-        earlier = self._handles
+        earlier = self.handles
         call_later = self._loop.call_later
-        self._handles = (
+        self.handles = (
             call_later(seconds, self._call),
             call_later(seconds + _SECOND, self._call),
         )
@@ -45,7 +46,7 @@ class SureTimer:
             handle.cancel()
 
     def stop(self) -> None:
-        earlier, self._handles = self._handles, ()
+        earlier, self.handles = self.handles, ()
         for handle in earlier:
             handle.cancel()
 
@@ -59,7 +60,7 @@ class Deadlines(SureTimer):
 
     def ensure(self, seconds: float) -> None:
         """Schedule ``expire`` after this many seconds, unless it is scheduled already."""
-        if not self._handles:
+        if not self.handles:
             self.start(seconds)
 
     def look(self) -> None:

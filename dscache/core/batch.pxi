@@ -41,7 +41,7 @@ cdef class _Bulk:
 
     cdef readonly str operation
     cdef readonly object waiter
-    cdef object result
+    cdef public object result
     cdef readonly Py_ssize_t total
     cdef public Py_ssize_t remaining
     cdef readonly dict errors
@@ -66,36 +66,11 @@ cdef class _Bulk:
         """
         self.remaining -= count
         if not (self.remaining or self.over):
-            self._finish()
+            recovery.finish(self)
         return 0
 
-    cdef int _finish(self) except -1:
-        for name in self.missing:
-            self.result.pop(name, None)
-        if self.errors:
-            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            _reject(self.waiter, lambda: error)
-        else:
-            _resolve(self.waiter, self.result)
-        self.over = True
-        return 0
-
-    def take(self, int kind, str name, result):
-        """Add the result of one record, as its single operation would return it."""
-        if kind == DELETE:
-            self.result += result
-        elif kind == GET and result is None:
-            self.missing.append(name)
-        elif kind <= HEAD and result is not None:
-            self.result[name] = result
-        self.settle(1)
-
-    def take_error(self, int kind, str name, error):
-        """Add the error of one record."""
-        self.errors[name] = error
-        if kind == GET:
-            self.missing.append(name)
-        self.settle(1)
+    take = recovery.take
+    take_error = recovery.take_error
 
 
 @cython.final
@@ -292,19 +267,6 @@ cdef int _resolve(waiter, result) except -1:
         return 0
     try:
         waiter.set_result(result)
-    except InvalidStateError:
-        pass
-    return 0
-
-
-cdef int _reject(waiter, make) except -1:
-    """Give a waiter, or each of a list, an error of its own, unless it was cancelled."""
-    if type(waiter) is list:
-        for one in <list>waiter:
-            _reject(one, make)
-        return 0
-    try:
-        waiter.set_exception(make())
     except InvalidStateError:
         pass
     return 0

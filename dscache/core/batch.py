@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import constants as c
+from . import recovery
 from .constants import Waiter
-from .waiters import reject, resolve
 
 
 class _Serials:
@@ -24,29 +25,26 @@ class _Serials:
 serials = _Serials()
 
 
+@dataclass(slots=True, eq=False)
 class Write:
     """The content of one record to be written, and its waiters."""
 
-    __slots__ = ("guard", "text", "ttl", "version", "waiter")
-
-    def __init__(self, version: int, text: bytes, ttl: int, guard: bytes) -> None:
-        self.version = version
-        self.text = text
-        self.ttl = ttl
-        self.guard = guard
-        self.waiter: Any = None  # a waiter, a list of them, or None in a bulk
+    version: int
+    text: bytes
+    ttl: int
+    guard: bytes
+    waiter: Any = None  # a waiter, a list of them, or None in a bulk
 
 
+@dataclass(slots=True, eq=False)
 class Command:
     """An encoded command of one key, and the waiter for its reply."""
 
-    __slots__ = ("text", "waiter")
-
-    def __init__(self, text: bytes, waiter: Any) -> None:
-        self.text = text
-        self.waiter = waiter
+    text: bytes
+    waiter: Any
 
 
+@dataclass(slots=True, eq=False)
 class Bulk:
     """The outcome of one bulk operation, gathered from its slots.
 
@@ -54,30 +52,19 @@ class Bulk:
     affect the records of the others.
     """
 
-    __slots__ = (
-        "errors",
-        "missing",
-        "operation",
-        "over",
-        "remaining",
-        "result",
-        "shared",
-        "total",
-        "waiter",
-    )
+    operation: str
+    waiter: Waiter
+    result: Any
+    total: int
+    shared: bool = False
+    remaining: int = field(init=False)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    # Names to remove from a result that began with all names.
+    missing: list[str] = field(default_factory=list)
+    over: bool = False  # the waiter has its outcome
 
-    def __init__(
-        self, operation: str, waiter: Waiter, result: Any, total: int, shared: bool = False
-    ) -> None:
-        self.operation = operation
-        self.waiter = waiter
-        self.result = result
-        self.shared = shared
-        self.total = total
-        self.remaining = total
-        self.errors: dict[str, Exception] = {}
-        self.missing: list[str] = []  # names to remove from a result that began with all names
-        self.over = False  # the waiter has its outcome
+    def __post_init__(self) -> None:
+        self.remaining = self.total
 
     def settle(self, count: int) -> None:
         """Count records that have an outcome; the last one settles the waiter.
@@ -85,35 +72,14 @@ class Bulk:
         If settling the waiter raises, ``settle(0)`` tries again.
         """
         self.remaining -= count
-        if self.remaining or self.over:
-            return
-        for name in self.missing:
-            self.result.pop(name, None)
-        if self.errors:
-            error = c.bulk_failure(self.operation, self.errors, self.total, self.result)
-            reject(self.waiter, lambda: error)
-        else:
-            resolve(self.waiter, self.result)
-        self.over = True
+        if not (self.remaining or self.over):
+            recovery.finish(self)
 
-    def take(self, kind: int, name: str, result: Any) -> None:
-        """Add the result of one record, as its single operation would return it."""
-        if kind == c.DELETE:
-            self.result += result
-        elif kind == c.GET and result is None:
-            self.missing.append(name)
-        elif kind <= c.HEAD and result is not None:
-            self.result[name] = result
-        self.settle(1)
-
-    def take_error(self, kind: int, name: str, error: Exception) -> None:
-        """Add the error of one record."""
-        self.errors[name] = error
-        if kind == c.GET:
-            self.missing.append(name)
-        self.settle(1)
+    take = recovery.take
+    take_error = recovery.take_error
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """Records of one kind that are sent together: the operations of a tick, or one bulk.
 
@@ -123,48 +89,25 @@ class Batch:
     of all nodes; a repeat has the serial of its original.
     """
 
-    __slots__ = (
-        "answered",
-        "asking",
-        "bulk",
-        "counted",
-        "deadline",
-        "entries",
-        "expired",
-        "failed",
-        "hash_slots",
-        "kind",
-        "names",
-        "one_per_command",
-        "records",
-        "redirections",
-        "repeated",
-        "sent",
-        "serial",
-        "target",
-        "whole_script",
-    )
-
-    def __init__(self, kind: int, deadline: float, serial: int, records: dict[str, Any]) -> None:
-        self.kind = kind
-        self.deadline = deadline
-        self.serial = serial  # assigned when the batch is queued
-        self.records = records
-        self.names: list[str] = []
-        self.entries: list[Any] = []
-        self.sent = 0
-        self.answered = 0
-        self.failed = 0  # records before this index were rejected when the batch failed
-        self.bulk: Bulk | None = None
-        self.expired = False  # its waiters have their outcome; further replies are dropped
-        self.repeated = 0  # records before this index were sent on a lost connection
-        self.whole_script = False  # Redis has lost the script: send the text of the script
-        self.one_per_command = False  # one record a command, to find the refused one
-        self.counted = False  # counts as one pending operation; only for a bulk
-        self.hash_slots: list[int] = []  # slots of the names, on a cluster
-        self.redirections: tuple[str, ...] = ()  # "address: error text" of each redirection
-        self.asking = False  # the node serves these slots only after ASKING
-        self.target: Any = None  # the pipeline that a redirection names, for one sending
+    kind: int
+    deadline: float
+    serial: int  # assigned when the batch is queued
+    records: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+    entries: list[Any] = field(default_factory=list)
+    sent: int = 0
+    answered: int = 0
+    failed: int = 0  # records before this index were rejected when the batch failed
+    bulk: Bulk | None = None
+    expired: bool = False  # its waiters have their outcome; further replies are dropped
+    repeated: int = 0  # records before this index were sent on a lost connection
+    whole_script: bool = False  # Redis has lost the script: send the text of the script
+    one_per_command: bool = False  # one record a command, to find the refused one
+    counted: bool = False  # counts as one pending operation; only for a bulk
+    hash_slots: list[int] = field(default_factory=list)  # slots of the names, on a cluster
+    redirections: tuple[str, ...] = ()  # "address: error text" of each redirection
+    asking: bool = False  # the node serves these slots only after ASKING
+    target: Any = None  # the pipeline that a redirection names, for one sending
 
     def freeze(self) -> None:
         if not self.names:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import hiredis
 import msgspec
@@ -53,7 +53,7 @@ MAX_HOST: Final = 255
 # begun, and answers come, while the next are encoded and those before are parsed. Bulks of 1000 and
 # of 20,000 take 0.90 to 0.95 of the time that they took with 512 and all of it in one write, and
 # 1000 reads of one tick 0.90. With 128 it is the same. The cost per record hardly depends on it,
-# while the server answers nobody else until the command is done.
+# while the server answers no other client until the command is done.
 COMMAND_RECORDS: Final = 256
 FLUSH_RECORDS: Final = 256
 # Records of one tick with which the server may begin before the tick is over, if it has nothing
@@ -130,7 +130,7 @@ REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
 # The guard argument of each record in the set script.
 UNGUARDED: Final = b"0"
 GUARDED: Final = b"1"
-# A repeated guarded write finds its own first attempt and must not take it for somebody else's.
+# A repeated guarded write finds its own first attempt and must not take it for another writer's.
 GUARDED_REPEAT: Final = b"2"
 
 NOT_NEWER: Final = 0
@@ -544,6 +544,17 @@ def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
     error = ConnectionLost(f"{said}{_doubt_of(operation)}")
     error.__cause__ = said
     return error
+
+
+def raise_invalid_resp(address: str, error: Exception) -> NoReturn:
+    """Raise the error for bytes that hiredis refuses with one of ``NO_RESP``.
+
+    An error that a signal handler has raised while hiredis was called is raised as it is. It has a
+    frame of Python below that of the call, and an error of hiredis has none.
+    """
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        raise error
+    raise ProtocolError(f"{address} sent no valid reply: {error}") from error
 
 
 def is_push(push: list[Any]) -> bool:

@@ -7,9 +7,6 @@ cdef extern from "Python.h":
     object PyUnicode_FromFormat(const char* format, ...)
     object PyUnicode_DecodeUTF8(const char* text, Py_ssize_t size, const char* errors)
 
-cdef extern from "string.h":
-    int memcmp(const void* one, const void* other, size_t size) noexcept
-
 cdef int DROP_NEWEST = e.DROP_NEWEST
 cdef int DISCONNECT = e.DISCONNECT
 cdef long long MAX_TOPIC = e.MAX_TOPIC

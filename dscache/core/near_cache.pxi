@@ -136,7 +136,7 @@ cdef class NearCache:
     def __init__(self, create_waiter, inner, **settings):
         chosen = NearSettings(**settings)
         self._check = chosen.check
-        self._thread = 0 if chosen.check is None else PyThread_get_thread_ident()
+        self._thread = 0 if chosen.check is None else dscache_thread()
         self._create_waiter = create_waiter
         self._inner = inner
         self._encoder = _Encoder.__new__(_Encoder, chosen.key_prefix, chosen.hash_tag)
@@ -212,9 +212,9 @@ cdef class NearCache:
 
     cdef inline int _stay(self) except -1:
         """Call ``check``, which may raise, if the thread has changed. ``inner`` checks writes."""
-        if self._thread and self._thread != PyThread_get_thread_ident():
+        if self._thread and self._thread != dscache_thread():
             self._check()
-            self._thread = PyThread_get_thread_ident()  # the event loop runs there now
+            self._thread = dscache_thread()  # the event loop runs there now
         return 0
 
     # -- for the owner of the cache

@@ -66,28 +66,24 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from operator import attrgetter
 from threading import get_ident
 from typing import Any, Final
 
 import hiredis
 
-from ..errors import ProtocolError, ReplyError, shorten
+from ..errors import ProtocolError, ReplyError
 from . import constants as c
 from . import envelope as e
-from . import recovery
+from . import recovery, replies
 from .batch import Batch, Bulk, Command, Write, serials
-from .constants import ErrorOf
 from .keys import slot_of_key
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
-from .record import Record, check_name, check_version, encode_data, parse_version
+from .record import check_name, check_version, encode_data
 from .resp import Encoder, LengthGuard, pack_command
-from .stats import Latencies
-from .waiters import DISCARDED, resolve, with_waiter
-
-_INCOMPLETE: Final = object()
+from .stats import Latencies, stats_of
+from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
 _Reader: Any = hiredis.Reader
@@ -180,7 +176,7 @@ class Pipeline:
         self.returned: list[Batch] = []
         self.answering: Batch | None = None  # an exception may strike its bulk
         self._buffer = memoryview(b"")
-        self._counts = dict.fromkeys(
+        self.counts = dict.fromkeys(
             ("reads", "hits", "misses", "halves", "damaged", "writes", "not_newer", "deletes"), 0
         )
         self.failed = 0
@@ -192,10 +188,10 @@ class Pipeline:
         self._flushes = 0
         self._bytes_out = 0
         self._bytes_in = 0
-        self._latencies = Latencies()
-        self._now = 0.0  # when the replies at hand have come, as soon as somebody has looked
+        self.latencies = Latencies()
+        self.arrived = 0.0  # time of arrival of the replies at hand, 0.0 until it is needed
         self._reach = Reachability()
-        self._epoch: Epoch | None = None
+        self.epoch: Epoch | None = None
         self.reset_reader()
 
     # -- operations on one record
@@ -284,8 +280,8 @@ class Pipeline:
         self.slots.append((batch, 1))
         self.in_flight += 1
         self.operations += 1
-        if self._epoch is not None:
-            self._epoch.asked(self.fence())
+        if self.epoch is not None:
+            self.epoch.asked(self.fence())
         return text, waiter
 
     def key_command(self, kind: int, key: str, waiter: Any, *parts: bytes | str | int) -> None:
@@ -315,12 +311,7 @@ class Pipeline:
         """Return the value of ``settled`` once everything in flight now is answered."""
         return self.settled + len(self.slots)
 
-    def take_queued(self, target_of: Callable[[int, str], Any]) -> list[tuple[Any, Batch]]:
-        """Remove the waiting operations that belong to other pipelines now.
-
-        Returns each such batch with its pipeline, in the order of the queue.
-        """
-        return recovery.take_queued(self, target_of)
+    take_queued = recovery.take_queued
 
     def requeue(self, batches: Iterable[Batch]) -> None:
         """Queue batches that another pipeline gave away, each in the place of its age.
@@ -413,8 +404,8 @@ class Pipeline:
         if out:
             self._flushes += 1
             self._bytes_out += size
-            if self._epoch is not None:
-                self._epoch.asked(self.fence())
+            if self.epoch is not None:
+                self.epoch.asked(self.fence())
         return b"".join(out)
 
     # -- input
@@ -456,12 +447,12 @@ class Pipeline:
 
     def reset_reader(self) -> None:
         """Drop a partial reply: the next bytes come from a new connection."""
-        self._version_reply: Any = _INCOMPLETE
-        self._asked = False  # the reply to an ASKING was read, and what was asked comes next
-        self.severed = False  # replies are still to come that belong to nobody
+        self.version_reply: Any = replies.INCOMPLETE
+        self.asked = False  # the reply to an ASKING was read, and what was asked comes next
+        self.severed = False  # replies are still to come that belong to no operation
         self.partial = 0
         self._guard = LengthGuard(self._max_reply_bytes)
-        self._reader = _Reader(notEnoughData=_INCOMPLETE, replyError=ReplyError)
+        self._reader = _Reader(notEnoughData=replies.INCOMPLETE, replyError=ReplyError)
 
     # -- what the near cache may believe
 
@@ -469,7 +460,7 @@ class Pipeline:
         """Note that there is a connection, and whether its server reports changed keys."""
         self._reach.up = True
         if is_tracked and self.near is not None:
-            self._epoch = Epoch(self._reach)
+            self.epoch = Epoch(self._reach)
             self.near.count_live(1)
 
     def disconnected(self, is_trusted: bool) -> None:
@@ -479,19 +470,19 @@ class Pipeline:
 
     def unknown(self) -> float:
         """Return the seconds for which the near cache may have missed changes."""
-        return 0.0 if self._epoch is None else time.monotonic() - self._epoch.known
+        return 0.0 if self.epoch is None else time.monotonic() - self.epoch.known
 
     def forget(self, reason: str) -> None:
         """Drop every record read so far from the near cache, and count the ``reason``."""
-        epoch = self._epoch
+        epoch = self.epoch
         self._end_epoch(OVER, reason)
         if epoch is not None:
             self.connected(True)
-            assert self._epoch is not None
-            self._epoch.known = epoch.known
+            assert self.epoch is not None
+            self.epoch.known = epoch.known
 
     def _end_epoch(self, state: int, reason: str) -> None:
-        epoch, self._epoch = self._epoch, None
+        epoch, self.epoch = self.epoch, None
         if state == OVER:  # and so is what earlier connections brought
             self._reach.over = True
             self._reach = Reachability()
@@ -502,30 +493,9 @@ class Pipeline:
 
     # -- time and failure
 
-    def expire(self, now: float) -> float | None:
-        """Fail every operation whose deadline is past; return the next deadline, or None.
-
-        Both are seconds of ``time.monotonic``.
-        """
-        return recovery.expire(self, now)
-
-    def connection_lost(self, reason: Exception, retry: bool) -> None:
-        """Settle the operations in flight on a connection that ended.
-
-        With ``retry``, reads and guarded writes wait for the next connection, in their order and
-        before newer operations. Other writes fail, as all do without ``retry``; they may or may
-        not have happened. Operations that were not sent yet stay queued. After an exception, such
-        as a MemoryError, it may be called again and goes on where it was.
-        """
-        recovery.connection_lost(self, reason, retry)
-
-    def fail_all(self, error_of: ErrorOf) -> None:
-        """Fail every operation that is queued or in flight, with an error of its own each.
-
-        If any was in flight, the next reply ends the connection, because it would be taken for
-        the reply to a later operation. After an exception it may be called again.
-        """
-        recovery.fail_all(self, error_of)
+    expire = recovery.expire
+    connection_lost = recovery.connection_lost
+    fail_all = recovery.fail_all
 
     def drop_slots(self) -> None:
         """Drop the slots and returned batches, once each operation is settled or queued."""
@@ -535,26 +505,12 @@ class Pipeline:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters: records by kind and outcome, traffic, and pending operations."""
-        counts = self._counts
-        records = counts["reads"] + counts["writes"] + counts["not_newer"] + counts["deletes"]
-        stats = {
-            "operations": self._calls,
-            "records": records,
-            **counts,
-            "failed": self.failed,
-            "overloaded": self._overloads,
-            "batches": self._batches,
-            "sent": self._sent,
-            "commands": self._commands,
-            "flushes": self._flushes,
-            "bytes_out": self._bytes_out,
-            "bytes_in": self._bytes_in,
-            "queued": self.queued,
-            "in_flight": self.in_flight,
-            "pending": self.operations,
-            "pending_bytes": self.pending_bytes,
-        }
-        return {**stats, "mean_batch": c.mean_batch(stats), "latency": self._latencies.told()}
+        counts = (
+            *(self._calls, *self.counts.values(), self._overloads),
+            *(self._batches, self._sent, self._commands, self._flushes),
+            *(self._bytes_out, self._bytes_in),
+        )
+        return stats_of(self, counts, self.latencies.told())
 
     # -- building batches
 
@@ -707,15 +663,15 @@ class Pipeline:
 
     def _parse(self) -> None:
         gets = self._reader.gets
-        self._now = 0.0
+        self.arrived = 0.0
         self.busy = True
         try:
             while True:
                 try:
                     reply = gets()
                 except c.NO_RESP as error:
-                    raise ProtocolError(f"{self.address} sent no valid reply: {error}") from error
-                if reply is _INCOMPLETE:
+                    c.raise_invalid_resp(self.address, error)
+                if reply is replies.INCOMPLETE:
                     break
                 self.partial = 0
                 if type(reply) is hiredis.PushNotification:
@@ -723,7 +679,7 @@ class Pipeline:
                 elif self.resp2_pubsub and e.is_plain_message(reply):
                     self._take_message(reply)
                 else:
-                    self._answer(reply)
+                    replies.answer(self, reply)
             if self.partial > self._max_reply_bytes:
                 raise ProtocolError(
                     f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
@@ -743,21 +699,22 @@ class Pipeline:
             raise c.no_push(self.address, push)
         if self.inbox is not None:
             if push[0] in e.MESSAGES:
-                self._take_message(push)
-            elif push[0] in e.SUBSCRIPTIONS:
-                self._take_subscription(push)
+                return self._take_message(push)
+            if push[0] in e.SUBSCRIPTIONS:
+                return self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
             if self.on_push is not None:
                 self.on_push(push)
-            return
+            return None
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise self._wrong_shape("a change of keys", push)
+            raise replies.wrong_shape(self, "a change of keys", push)
         if self.near.invalidate(push[1]):
             self.forget("flushall")
+        return None
 
     def _take_message(self, push: list[Any]) -> None:
         if self.inbox is None or len(push) != 3 or not type(push[1]) is type(push[2]) is bytes:
-            raise self._wrong_shape("a subscription", push)
+            raise replies.wrong_shape(self, "a subscription", push)
         self.inbox.take(push[1], push[2])
 
     def _take_subscription(self, push: list[Any]) -> None:
@@ -766,253 +723,9 @@ class Pipeline:
         batch = self.slots[0][0] if self.slots else None
         asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
         if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
-            self._answer(list(push))
+            replies.answer(self, list(push))
         else:
             self.inbox.on_ended(self, list(push))
-
-    def _answer(self, reply: Any) -> None:
-        """Settle the first slot. It stays in place till then, so that nothing is lost on the way
-        if the reply turns out to be of the wrong shape."""
-        if not self.slots or self.severed:
-            raise ProtocolError(
-                f"{self.address} sent a reply that no operation waits for: {shorten(reply)}"
-            )
-        batch, count = self.slots[0]
-        if batch.asking and not self._asked:
-            self._asked = True
-            return
-        self._asked = False
-        stored: Any = None
-        if batch.kind == c.HEAD:
-            if self._version_reply is _INCOMPLETE:
-                self._version_reply = reply
-                return
-            stored, self._version_reply = self._version_reply, _INCOMPLETE
-            if batch.asking:
-                stored, reply = reply, stored
-            if type(stored) is ReplyError and stored.code != "WRONGTYPE":
-                reply = stored
-        self.answering = batch
-        first = batch.answered
-        was_over = batch.abandoned()
-        refused = type(reply) is ReplyError
-        if was_over:
-            batch.answered += count
-        elif refused:
-            recovery.refused(self, batch, count, reply)
-        elif batch.kind == c.GET:
-            self._answer_get(batch, count, reply)
-        elif batch.kind == c.HEAD:
-            self._answer_head(batch, stored, reply)
-        elif batch.kind == c.SET:
-            self._answer_set(batch, count, reply == b"OK", reply)
-        elif batch.kind == c.SET_TTL and self.has_msetex:
-            self._answer_set(batch, count, type(reply) is int and reply == 1, reply)
-        elif batch.kind == c.DELETE:
-            self._answer_delete(batch, reply)
-        elif batch.kind == c.COMMAND:
-            resolve(batch.entries[0], reply)
-            batch.answered = 1
-        elif batch.kind >= c.READ_KEY:
-            self._answer_key(batch, reply)
-        else:
-            self._answer_script(batch, count, reply)
-        self.answering = None
-        self.slots.popleft()
-        self.settled += 1
-        if self._epoch is not None:
-            self._epoch.answered(self.settled)
-        self.in_flight -= count
-        told = 0
-        if batch.bulk is None:
-            self.operations -= count
-            told = count
-        elif batch.counted and (batch.answered == len(batch.names) or batch.abandoned()):
-            batch.counted = False
-            self.operations -= 1
-            told = 1
-        if told and not (was_over or refused) and batch.kind < c.COMMAND:
-            self._time(batch, told)
-        if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
-            for i in range(first, first + count):
-                self.pending_bytes -= len(batch.entries[i].text)
-        if self.near is not None and c.SET <= batch.kind <= c.DELETE:
-            for i in range(first, first + count):
-                self.near.drop(batch.names[i])
-
-    def _time(self, batch: Batch, count: int) -> None:
-        """Count how long so many operations have taken, from the first call of their batch."""
-        if not self._now:
-            self._now = time.monotonic()
-        row = min(batch.kind, c.SET) if batch.kind < c.DELETE else c.SET + 1
-        if batch.bulk is not None:
-            row += len(c.TIMED) // 2
-        self._latencies.add(row, self._now - (batch.deadline - self.timeout), count)
-
-    def _answer_get(self, batch: Batch, count: int, reply: Any) -> None:
-        self._check_array(reply, 2 * count, "MGET")
-        bulk = batch.bulk
-        # Redis sends no invalidation for records read by ASKING.
-        epoch = None if batch.asking else self._epoch
-        settled = 0
-        try:
-            for i in range(0, 2 * count, 2):
-                stored, raw = reply[i], reply[i + 1]
-                name = batch.names[batch.answered]
-                entry = batch.entries[batch.answered]
-                if entry is DISCARDED:
-                    batch.answered += 1
-                    continue
-                if type(stored) is bytes and type(raw) is bytes:
-                    version = parse_version(stored)
-                    if version < 0:
-                        self._damaged(batch, name, entry, stored)
-                    else:
-                        self._counts["hits"] += 1
-                        if epoch is not None:
-                            self._keep(epoch, batch, name, version, raw)
-                        if bulk is not None:
-                            bulk.result[name] = Record(name, version, raw)
-                        elif type(entry) is list:
-                            for waiter in entry:
-                                resolve(waiter, Record(name, version, raw))
-                        else:
-                            resolve(entry, Record(name, version, raw))
-                else:
-                    for value in (stored, raw):
-                        if value is not None and type(value) is not bytes:
-                            raise self._wrong_shape("MGET", value)
-                    if stored is not None or raw is not None:
-                        self._counts["halves"] += 1
-                    self._counts["misses"] += 1
-                    if epoch is not None:
-                        self._keep(epoch, batch, name, 0, None)
-                    if bulk is not None:
-                        bulk.missing.append(name)
-                    else:
-                        resolve(entry, None)
-                self._counts["reads"] += 1
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-
-    def _keep(self, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any) -> None:
-        assert self.near is not None
-        slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
-        self.near.fill(self, epoch, batch.serial, name, version, raw, slot)
-
-    def _answer_head(self, batch: Batch, stored: Any, reply: Any) -> None:
-        if batch.asking and type(reply) is int:  # how many of both keys there are
-            reply = c.STRING if reply == 2 else c.NO_STRING[0]
-        if reply != c.STRING and reply not in c.NO_STRING:
-            raise self._wrong_shape("TYPE", reply)
-        name = batch.names[batch.answered]
-        entry = batch.entries[batch.answered]
-        has_version = type(stored) is bytes
-        if not has_version and stored is not None and type(stored) is not ReplyError:
-            raise self._wrong_shape("GET", stored)
-        if entry is DISCARDED:
-            batch.answered += 1
-            return
-        self._counts["reads"] += 1
-        if has_version and reply == c.STRING:
-            version = parse_version(stored)
-            if version < 0:
-                self._damaged(batch, name, entry, stored)
-            else:
-                self._counts["hits"] += 1
-                if batch.bulk is None:
-                    resolve(entry, version)
-                else:
-                    batch.bulk.result[name] = version
-        else:
-            if has_version or reply == c.STRING:
-                self._counts["halves"] += 1
-            self._counts["misses"] += 1
-            if batch.bulk is None:
-                resolve(entry, None)
-        batch.answered += 1
-        if batch.bulk is not None:
-            batch.bulk.settle(1)
-
-    def _answer_set(self, batch: Batch, count: int, done: bool, reply: Any) -> None:
-        if not done:
-            raise self._wrong_shape("MSET or MSETEX", reply)
-        if batch.bulk is None:
-            for write in batch.entries[batch.answered : batch.answered + count]:
-                resolve(write.waiter, True)
-        self._counts["writes"] += count
-        batch.answered += count
-        if batch.bulk is not None:
-            batch.bulk.settle(count)
-
-    def _answer_script(self, batch: Batch, count: int, reply: Any) -> None:
-        self._check_array(reply, count, "the set script")
-        bulk = batch.bulk
-        settled = 0
-        try:
-            for value in reply:
-                name = batch.names[batch.answered]
-                entry = batch.entries[batch.answered]
-                if type(value) is ReplyError:
-                    make = recovery.refusal(self, value, batch.kind, name)
-                    recovery.give_error(self, batch, name, entry, make)
-                elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
-                    raise self._wrong_shape("the set script", value)
-                elif value == c.DAMAGED:
-                    self._damaged(batch, name, entry, None)
-                else:
-                    self._counts["writes" if value == c.WRITTEN else "not_newer"] += 1
-                    if bulk is None:
-                        resolve(entry.waiter, value == c.WRITTEN)
-                    elif value == c.NOT_NEWER:
-                        bulk.result.add(name)
-                batch.answered += 1
-                settled += 1
-        finally:  # those before one of the wrong shape have their outcome
-            if bulk is not None:
-                bulk.settle(settled)
-
-    def _answer_delete(self, batch: Batch, reply: Any) -> None:
-        if type(reply) is not int or not 0 <= reply <= 2:
-            raise self._wrong_shape("DEL", reply)
-        if reply == 1:
-            self._counts["halves"] += 1
-        self._counts["deletes"] += 1
-        if batch.bulk is None:
-            resolve(batch.entries[batch.answered], reply == 2)
-        batch.answered += 1  # behind it, as it may raise
-        if batch.bulk is not None:
-            batch.bulk.result += reply == 2
-            batch.bulk.settle(1)
-
-    def _answer_key(self, batch: Batch, reply: Any) -> None:
-        if batch.kind == c.READ_KEY:
-            fits = reply is None or type(reply) is bytes
-        elif batch.kind == c.PUBLISH:
-            fits = type(reply) is int and reply >= 0
-        else:
-            fits = reply == b"OK" or (type(reply) is int and 0 <= reply <= 1)
-        if not fits:
-            raise self._wrong_shape("a command of one key", reply)
-        entry = batch.entries[batch.answered]
-        resolve(entry.waiter, reply)
-        batch.answered += 1
-
-    def _check_array(self, reply: Any, length: int, command: str) -> None:
-        if type(reply) is not list or len(reply) != length:
-            raise self._wrong_shape(command, reply)
-
-    def _wrong_shape(self, command: str, reply: Any) -> ProtocolError:
-        return ProtocolError(
-            f"{self.address} answered {command} with what it never answers: {shorten(reply)}"
-        )
-
-    def _damaged(self, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
-        self._counts["damaged"] += 1
-        recovery.give_error(self, batch, name, entry, partial(c.damaged_version, name, stored))
 
     # -- counting
 

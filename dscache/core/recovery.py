@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import ReplyError
 from . import constants as c
 from .constants import ErrorOf
-from .waiters import DISCARDED, SupersededWrite, reject, with_waiter
+from .waiters import DISCARDED, SupersededWrite, reject, resolve, with_waiter
 
 if TYPE_CHECKING:
-    from .batch import Batch
+    from .batch import Batch, Bulk
     from .pipeline import Pipeline
 
 # Kinds that may be sent again when a connection was lost: doing them twice changes nothing.
@@ -110,11 +110,7 @@ def _divide(
 
 
 def requeue(pipeline: Pipeline, batches: Iterable[Batch]) -> None:
-    """Queue batches that another pipeline gave away, each in the place of its age.
-
-    Batches that wait here already, were sent or have their outcome are skipped, so that a caller
-    that was interrupted may pass the same batches again.
-    """
+    """Queue batches for ``Pipeline.requeue``, which has called ``wake``."""
     pipeline.open_batches.clear()
     pipeline.busy = True
     try:
@@ -193,8 +189,8 @@ def connection_lost(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
 
     With ``retry``, reads and guarded writes wait for the next connection, in their order and
     before newer operations. Other writes fail, as all do without ``retry``; they may or may not
-    have happened. Operations that were not sent yet stay queued. After an exception it may be
-    called again, and goes on where it was.
+    have happened. Operations that were not sent yet stay queued. After an exception, such as a
+    MemoryError, it may be called again and goes on where it was.
     """
     pipeline.busy = True
     try:
@@ -320,6 +316,40 @@ def give_error(
     batch.bulk.errors[name] = make()
     if batch.kind == c.GET:
         batch.bulk.missing.append(name)
+
+
+# -- bulks
+
+
+def finish(bulk: Bulk) -> None:
+    """Settle the waiter of a bulk, all of whose records have an outcome."""
+    for name in bulk.missing:
+        bulk.result.pop(name, None)
+    if bulk.errors:
+        error = c.bulk_failure(bulk.operation, bulk.errors, bulk.total, bulk.result)
+        reject(bulk.waiter, lambda: error)
+    else:
+        resolve(bulk.waiter, bulk.result)
+    bulk.over = True
+
+
+def take(bulk: Bulk, kind: int, name: str, result: Any) -> None:
+    """Add the result of one record, as its single operation would return it."""
+    if kind == c.DELETE:
+        bulk.result += result
+    elif kind == c.GET and result is None:
+        bulk.missing.append(name)
+    elif kind <= c.HEAD and result is not None:
+        bulk.result[name] = result
+    bulk.settle(1)
+
+
+def take_error(bulk: Bulk, kind: int, name: str, error: Exception) -> None:
+    """Add the error of one record."""
+    bulk.errors[name] = error
+    if kind == c.GET:
+        bulk.missing.append(name)
+    bulk.settle(1)
 
 
 # -- refusals

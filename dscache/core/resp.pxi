@@ -665,11 +665,11 @@ cdef class _Replies:
         memcpy(<char*>self.arrive(size), text, size)
         return size
 
-    cdef object next(self, _Batch batch, Py_ssize_t count):
+    cdef object next(self, _Batch batch, Py_ssize_t count, str address):
         """Return the next reply, or _INCOMPLETE.
 
         The reply to an MGET or MSET of ``count`` records of ``batch`` may be parsed in place.
-        Raises the errors of hiredis listed in ``NO_RESP``.
+        Raises ProtocolError for invalid RESP.
         """
         cdef object reply
         cdef Presence found = OTHER
@@ -689,7 +689,10 @@ cdef class _Replies:
                     return _INCOMPLETE
         if self._start < self._end:
             self._delegate()
-        reply = self._gets()
+        try:
+            reply = self._gets()
+        except c.NO_RESP as error:
+            c.raise_invalid_resp(address, error)
         if reply is not _INCOMPLETE and not self._has_data():
             self._delegated = False
         return reply

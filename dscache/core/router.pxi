@@ -176,13 +176,14 @@ cdef class Router:
             pipeline.check_capacity(size)
         for pipeline in parts:
             pipeline.notify_pending()
+        if not records:
+            (<Pipeline?>pipelines[0]).check_capacity(0)
+            (<Pipeline?>pipelines[0]).notify_pending()
         if waiter is None:
             waiter = self._create_waiter()
         cdef _Bulk bulk = _new_bulk(kind, records, waiter, True)
         self._split += PyDict_Size(parts) - 1
         if not records:
-            (<Pipeline?>pipelines[0]).check_capacity(0)
-            (<Pipeline?>pipelines[0]).notify_pending()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():
             pipeline.add_part(bulk, kind, part, sizes[pipeline])

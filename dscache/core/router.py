@@ -161,13 +161,14 @@ class Router:
             pipeline.check_capacity(size)
         for pipeline in parts:
             pipeline.notify_pending()
+        if not records:
+            pipelines[0].check_capacity(0)
+            pipelines[0].notify_pending()
         if waiter is None:
             waiter = self._create_waiter()
         bulk = new_bulk(kind, records, waiter, shared=True)
         self._split += len(parts) - 1
         if not records:
-            pipelines[0].check_capacity(0)
-            pipelines[0].notify_pending()
             waiter.set_result(bulk.result)
         for pipeline, part in parts.items():
             pipeline.add_part(bulk, kind, part, sizes[pipeline])

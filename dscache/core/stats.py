@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .constants import LATENCY_BOUNDS, TIMED, latency_of, mean_batch
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 # Momentary counters, which end with their pipeline.
 OF_THE_MOMENT: Final = ("queued", "in_flight", "pending", "pending_bytes")
@@ -17,6 +20,29 @@ NAMES: Final = (
     *("batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"),
     *OF_THE_MOMENT,
 )
+
+
+# The counters that each core keeps for itself, in the order in which it passes them.
+_COUNTED: Final = (
+    *("operations", "reads", "hits", "misses", "halves", "damaged"),
+    *("writes", "not_newer", "deletes", "overloaded"),
+    *("batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"),
+)
+
+
+def stats_of(pipeline: Pipeline, counted: Iterable[int], latency: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``stats()`` of a pipeline, of either core."""
+    counts = dict(zip(_COUNTED, counted, strict=True))
+    counts |= {
+        "records": sum(counts[kind] for kind in ("reads", "writes", "not_newer", "deletes")),
+        "failed": pipeline.failed,
+        "queued": pipeline.queued,
+        "in_flight": pipeline.in_flight,
+        "pending": pipeline.operations,
+        "pending_bytes": pipeline.pending_bytes,
+    }
+    numbers = {name: counts[name] for name in NAMES}
+    return {**numbers, "mean_batch": mean_batch(numbers), "latency": latency}
 
 
 def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = False) -> None:

@@ -19,6 +19,7 @@ import random
 import types
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -108,6 +109,7 @@ PUBLIC = (
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
     *("add_part", "check_capacity", "make_write", "make_writes", "notify_pending", "epoch"),
+    *("counts", "latencies", "arrived", "asked", "version_reply"),
     *("count_flush", "count_live", "drop", "fill", "invalidate", "end_read", "add_fence"),
 }
 
@@ -1043,6 +1045,43 @@ def _without_text_of_python(seen: Any) -> Any:
         if seen[0] in (TypeError, AttributeError) and "immutable" not in seen[1]:
             return seen[0]
     return seen
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_pushes_of_the_inbox_reach_nothing_else(twin: Any) -> None:
+    ended: list[Any] = []
+    others: list[Any] = []
+    dispatcher = twin.MessageDispatcher("A", lambda _, push: ended.append(push), print)
+    one = pipeline(twin)
+    one.inbox = dispatcher
+    one.on_push = others.append
+    one.feed(b">3\r\n$7\r\nmessage\r\n$1\r\n4\r\n$2\r\n{}\r\n")
+    one.feed(b">3\r\n$11\r\nunsubscribe\r\n$1\r\n4\r\n:0\r\n")
+    one.feed(b">2\r\n$5\r\nother\r\n$1\r\n4\r\n")
+    assert dispatcher.stats()["unwanted"] == 1
+    assert ended == [[b"unsubscribe", b"4", 0]]
+    assert others == [[b"other", b"4"]]
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_error_of_a_signal_handler_is_not_taken_for_invalid_resp(
+    twin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise ValueError("of a handler")
+
+    one = twin.Pipeline(Future, int)
+    waiter = one.command("PING")[1]
+    with monkeypatch.context() as patch:
+        # The Python code that hiredis calls, in which a handler may strike.
+        patch.setattr(ReplyError, "__init__", interrupted)
+        with pytest.raises(ValueError, match="of a handler"):
+            one.feed(b"-ERR no\r\n")
+    one.connection_lost(ConnectionLost("gone"), False)
+    assert isinstance(waiter.exception(), ConnectionLost)
+    one.command("PING")
+    with pytest.raises(ProtocolError, match="sent no valid reply"):
+        one.feed(b"what\r\n")
 
 
 def test_constants_stand_once() -> None:
