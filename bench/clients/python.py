@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import msgspec
 
 from clients.peers import PYTHON, Peer
-from clients.work import RECORDS, Work, drawn, names_of
+from clients.work import DRAWS, RECORDS, Work, drawn, names_of
 
 PERCENTILES = (50, 90, 99, 99.9)
 SEED = 1
@@ -230,7 +230,11 @@ class Worker:
         return sample.end(times * BURST)
 
     async def _popular(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
-        get, names = peer.get, drawn(self.names(work))
+        if not self._kept:
+            # A near cache is full before the first measurement.
+            self._kept = drawn(self.names(work), 2 * DRAWS)
+            await peer.get_many(self.names(work))
+        get, names = peer.get, self._kept
         start = Start(work.tasks)
         each = max(1, records // work.tasks)
 
