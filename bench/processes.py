@@ -168,16 +168,19 @@ def install_deepstream(folder: Path) -> None:
     npm = shutil.which("npm")
     assert npm is not None
     quiet = ["--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error"]
-    done = subprocess.run(
-        [npm, "install", *quiet, *PACKAGES],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [npm, "install", *quiet, *PACKAGES],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Absent("npm install did not end within 300 s") from None
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if "ERR" in line or "error" in line]
         why = " ".join(said)[:200] or f"code {done.returncode}"

@@ -94,7 +94,6 @@ def test_memory(benchmark: Any, stage: Any, client: str) -> None:
     with closing(stage.fresh(client, stage.where("server"))) as process:
         facts["peak_bytes"] = process.ask("peak", bulk)["bytes"] / count
         sample = process.measure(bulk, count)
-    with closing(stage.fresh(client, stage.where("server"))) as process:
         for name, decode in (("kept_bytes", False), ("decoded_bytes", True)):
             held = process.ask("held", Work("get_many", decode=decode))
             facts[name] = held["bytes"] / held["records"]
@@ -125,8 +124,9 @@ def imports(pace: Any) -> dict[str, list[float]]:
     """Return the seconds of imports in fresh interpreters, in rounds."""
     program = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     told: dict[str, list[float]] = {module: [] for module in IMPORTS}
-    # The first round is discarded: it may have to compile.
-    for number in range(1 + (1 if pace.rounds == 1 else max(pace.rounds, LEAST_IMPORTS))):
+    # The first round is discarded, as it may have to compile, unless there is no other.
+    rounds = 0 if pace.rounds == 1 else max(pace.rounds, LEAST_IMPORTS)
+    for number in range(1 + rounds):
         for module, seconds in told.items():
             done = subprocess.run(
                 [sys.executable, "-c", program.format(module)],
@@ -136,7 +136,7 @@ def imports(pace: Any) -> dict[str, list[float]]:
                 timeout=120,
                 check=False,
             )
-            if done.returncode == 0 and number:
+            if done.returncode == 0 and bool(number) == bool(rounds):
                 seconds.append(float(done.stdout))
     return told
 

@@ -1,7 +1,8 @@
-"""The compared clients: one class for each, all with the same few methods.
+"""The compared clients, all with the same few methods, which are plain functions if one blocks.
 
-A read is both keys of a record, a write too, and each client does it in its fastest way. Imports
-happen on demand, as a client may not be installed.
+``open`` takes the host and the port of a server and the options of a cache on it, ``get`` and
+``set`` a name, ``get_many`` and ``set_many`` names. A read is both keys of a record, a write too,
+and each client does it in its fastest way. Imports happen on demand: one may not be installed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import importlib
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import dscache
 from clients import messages
@@ -35,29 +36,15 @@ PATIENCE_SECONDS = 600
 MOST_CONNECTIONS = 100_000
 
 
-class Peer(Protocol):
-    """One client of a server. If it blocks, its methods are plain functions.
-
-    ``get`` and ``set`` take a name, ``get_many`` and ``set_many`` a sequence of names.
-    """
-
-    blocking: ClassVar[bool]
-
-    def open(self, where: dict[str, Any]) -> Any:
-        """Connect to a server: its host, its port and the options of a cache on it."""
-
-    def prepare(self, work: Work) -> None:
-        """Prepare a measurement: the document, its TTL, and whether to decode it."""
-
-    def close(self) -> Any: ...
-    def __getattr__(self, name: str) -> Any: ...
+Methods = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[], Any]]
+Connect = Callable[[str, int], Any]
 
 
 class _Json:
     """The work that clients of plain Redis leave to the program: version and document."""
 
     blocking: ClassVar[bool] = False
-    _version: int | str = VERSION
+    _version: int | str
     _document: object
     _value: Callable[[bytes], Any]
     _ttl: int | None = None
@@ -95,13 +82,15 @@ class _Json:
         return dict(zip(keys_of(names), values, strict=True))
 
 
-class _Soon(_Json):
-    """A client of asyncio: a command for each record, and one command for a bulk."""
+class Soon(_Json):
+    """A client of asyncio, whose own methods read and write keys: a command for each record."""
 
-    _read: Callable[[Sequence[str]], Any]
-    """The client's own method, without a wrapper: MGET."""
-    _write: Callable[[dict[str, Any]], Any]
-    _end: Callable[[], Any]
+    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+        self._connect, self._version = connect, version
+
+    async def open(self, where: dict[str, Any]) -> None:
+        # The client's own methods, without a wrapper, and the one that closes it.
+        self._read, self._write, self._end = await self._connect(where["host"], where["port"])
 
     async def get(self, name: str) -> Any:
         return self._record(await self._read(self._keys(name)))
@@ -119,19 +108,22 @@ class _Soon(_Json):
         await self._end()
 
 
-class _Blocking(_Json):
+class Blocking(_Json):
     """The same of a client that blocks."""
 
     blocking: ClassVar[bool] = True
-    _read: Callable[[Sequence[str]], Any]
-    _write: Callable[[dict[str, Any]], Any]
-    _end: Callable[[], Any]
+
+    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+        self._connect, self._version = connect, version
+
+    def open(self, where: dict[str, Any]) -> None:
+        self._read, self._write, self._end = self._connect(where["host"], where["port"])
 
     def get(self, name: str) -> Any:
         return self._record(self._read(self._keys(name)))
 
     def get_many(self, names: Sequence[str]) -> Any:
-        return self._records(names, self._read(keys_of(names)))
+        return self._records(names, self._read(keys_of(names, self._hashtag)))
 
     def set(self, name: str) -> Any:
         return self._write(self._pair(name))
@@ -278,28 +270,29 @@ class Empty(_Json):
 # -- redis-py, and valkey-py, which began as a copy of it
 
 
-class RedisPy(_Soon):
+class RedisPy(Soon):
     """redis-py's asyncio client with hiredis.
 
     Its pool is the default one, except that it may grow to a connection for each task.
     """
 
     def __init__(self, library: str = "redis", client: str = "Redis") -> None:
+        super().__init__(self._open)
         self._library, self._class = library, client
         self._hashtag = client == "RedisCluster"
 
-    async def open(self, where: dict[str, Any]) -> None:
+    async def _open(self, host: str, port: int) -> Methods:
         library = importlib.import_module(f"{self._library}.asyncio")
         # Its stubs give the results of all commands at once, which is of no use here.
         self._redis: Any = getattr(library, self._class)(
-            host=where["host"],
-            port=where["port"],
+            host=host,
+            port=port,
             max_connections=MOST_CONNECTIONS,
             socket_timeout=PATIENCE_SECONDS,
             socket_connect_timeout=PATIENCE_SECONDS,
         )
         await self._redis.ping()
-        self._read, self._end = self._redis.mget, self._redis.aclose
+        return self._redis.mget, self._redis.mset, self._redis.aclose
 
     def prepare(self, work: Work) -> None:
         super().prepare(work)
@@ -312,178 +305,154 @@ class RedisPy(_Soon):
             pipeline.set(key, value, ex=self._ttl)
         return await pipeline.execute()
 
+    def pipelined(self, operation: str, arguments: Iterable[Any]) -> Any:
+        """Return a pipeline of one command a record."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for one in arguments:
+            getattr(pipeline, operation)(one)
+        return pipeline.execute()
+
 
 class RedisPyPipelined(RedisPy):
     """redis-py's asyncio client, whose bulk is a pipeline of one command a record."""
 
     async def get_many(self, names: Sequence[str]) -> Any:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mget(*self._keys(name))
-        return dict(zip(names, map(self._record, await pipeline.execute()), strict=True))
+        found = await self.pipelined("mget", map(self._keys, names))
+        return dict(zip(names, map(self._record, found), strict=True))
 
     async def set_many(self, names: Sequence[str]) -> Any:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mset(self._pair(name))
-        return await pipeline.execute()
+        return await self.pipelined("mset", map(self._pair, names))
 
 
-class RedisPyBlocking(_Blocking):
+class RedisPyBlocking(Blocking):
     """redis-py's blocking client with hiredis."""
 
+    pipelined = RedisPy.pipelined
+
     def __init__(self, library: str = "redis", client: str = "Redis") -> None:
+        super().__init__(self._open)
         self._library, self._class = library, client
         self._hashtag = client == "RedisCluster"
 
-    def open(self, where: dict[str, Any]) -> None:
-        library = importlib.import_module(self._library)
-        self._redis: Any = getattr(library, self._class)(
-            host=where["host"], port=where["port"], socket_timeout=PATIENCE_SECONDS
-        )
+    def _open(self, host: str, port: int) -> Methods:
+        client = getattr(importlib.import_module(self._library), self._class)
+        self._redis: Any = client(host=host, port=port, socket_timeout=PATIENCE_SECONDS)
         self._redis.ping()
-        self._read, self._write = self._redis.mget, self._redis.mset
-        self._end = self._redis.close
-
-    def get_many(self, names: Sequence[str]) -> Any:
-        read = self._redis.mget_nonatomic if self._hashtag else self._read
-        return self._records(names, read(keys_of(names, self._hashtag)))
+        # MGET of a cluster's client takes the keys of one slot.
+        read = self._redis.mget_nonatomic if self._hashtag else self._redis.mget
+        return read, self._redis.mset, self._redis.close
 
 
 class RedisPyBlockingPipelined(RedisPyBlocking):
     """redis-py's blocking client, whose bulk is a pipeline of one command a record."""
 
     def get_many(self, names: Sequence[str]) -> Any:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mget(*self._keys(name))
-        return dict(zip(names, map(self._record, pipeline.execute()), strict=True))
+        found = self.pipelined("mget", map(self._keys, names))
+        return dict(zip(names, map(self._record, found), strict=True))
 
     def set_many(self, names: Sequence[str]) -> Any:
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.mset(self._pair(name))
-        return pipeline.execute()
+        return self.pipelined("mset", map(self._pair, names))
 
 
 # -- the others
 
 
-class Coredis(_Soon):
-    """coredis, whose client shares its connections between tasks."""
+async def coredis(host: str, port: int) -> Methods:
+    """Connect coredis, whose client shares its connections between tasks."""
+    import coredis
 
-    async def open(self, where: dict[str, Any]) -> None:
-        import coredis
+    client: Any = coredis.Redis(host=host, port=port)
+    leave = asyncio.Event()
+    entered = asyncio.get_running_loop().create_future()
 
-        self._redis: Any = coredis.Redis(host=where["host"], port=where["port"])
-        self._read, self._write = self._redis.mget, self._redis.mset
-        # It must be entered and left in the same task.
-        self._leave = asyncio.Event()
-        entered = asyncio.get_running_loop().create_future()
-        self._stay = asyncio.create_task(self._inside(entered))
-        await entered
-
-    async def _inside(self, entered: asyncio.Future[None]) -> None:
-        async with self._redis:
-            await self._redis.ping()
+    # It must be entered and left in the same task.
+    async def stay() -> None:
+        async with client:
+            await client.ping()
             entered.set_result(None)
-            await self._leave.wait()
+            await leave.wait()
 
-    async def close(self) -> None:
-        self._leave.set()
-        await self._stay
+    async def end() -> None:
+        leave.set()
+        await staying
 
-
-class Glide(_Soon):
-    """valkey-glide's asyncio client: threads in Rust drive one connection."""
-
-    _version = str(VERSION)
-
-    async def open(self, where: dict[str, Any]) -> None:
-        import glide
-
-        how = glide.GlideClientConfiguration(
-            [glide.NodeAddress(where["host"], where["port"])],
-            request_timeout=PATIENCE_SECONDS * 1000,
-            inflight_requests_limit=10_000_000,
-        )
-        client: Any = await glide.GlideClient.create(how)
-        self._read, self._write, self._end = client.mget, client.mset, client.close
+    staying = asyncio.create_task(stay())
+    await entered
+    return client.mget, client.mset, end
 
 
-class GlideBlocking(_Blocking):
-    """valkey-glide's blocking client."""
+async def glide(host: str, port: int) -> Methods:
+    """Connect valkey-glide: threads in Rust drive one connection."""
+    import glide
 
-    _version = str(VERSION)
-
-    def open(self, where: dict[str, Any]) -> None:
-        import glide_sync
-
-        how = glide_sync.GlideClientConfiguration(
-            [glide_sync.NodeAddress(where["host"], where["port"])],
-            request_timeout=PATIENCE_SECONDS * 1000,
-        )
-        client: Any = glide_sync.GlideClient.create(how)
-        self._read, self._write, self._end = client.mget, client.mset, client.close
+    config = glide.GlideClientConfiguration(
+        [glide.NodeAddress(host, port)],
+        request_timeout=PATIENCE_SECONDS * 1000,
+        inflight_requests_limit=10_000_000,
+    )
+    client: Any = await glide.GlideClient.create(config)
+    return client.mget, client.mset, client.close
 
 
-class Ruvio(_Soon):
-    """ruvio-client: one connection for all tasks, in Python, and hiredis for the replies."""
+def glide_blocking(host: str, port: int) -> Methods:
+    import glide_sync
 
-    async def open(self, where: dict[str, Any]) -> None:
-        import ruvio.asyncio
-
-        client: Any = ruvio.asyncio.Ruvio(where["host"], where["port"], decode_responses=False)
-        await client.ping()
-        self._read, self._write, self._end = client.mget, client.mset, client.aclose
-
-
-class RuvioBlocking(_Blocking):
-    """ruvio-client's blocking client."""
-
-    def open(self, where: dict[str, Any]) -> None:
-        import ruvio
-
-        client: Any = ruvio.Ruvio(where["host"], where["port"], decode_responses=False)
-        client.ping()
-        self._read, self._write, self._end = client.mget, client.mset, client.close
+    config = glide_sync.GlideClientConfiguration(
+        [glide_sync.NodeAddress(host, port)], request_timeout=PATIENCE_SECONDS * 1000
+    )
+    client: Any = glide_sync.GlideClient.create(config)
+    return client.mget, client.mset, client.close
 
 
-class RedisRs(_Soon):
-    """redis-rs, by its package for Python: its threads in Rust drive the connections."""
+async def ruvio(host: str, port: int) -> Methods:
+    """Connect ruvio-client: one connection for all tasks, and hiredis for the replies."""
+    import ruvio.asyncio
 
-    async def open(self, where: dict[str, Any]) -> None:
-        import redis_rs
-
-        client = redis_rs.create_client(f"redis://{where['host']}:{where['port']}")
-        execute = (await client.__aenter__()).execute
-        await execute("PING")
-        self._read = lambda keys: execute("MGET", *keys)
-        self._write = lambda pairs: execute("MSET", *itertools.chain(*pairs.items()))
-        self._end = lambda: client.__aexit__(None, None, None)
+    client: Any = ruvio.asyncio.Ruvio(host, port, decode_responses=False)
+    await client.ping()
+    return client.mget, client.mset, client.aclose
 
 
-class Aiocache(_Soon):
-    """aiocache, which is built on redis-py. It uses msgspec's JSON instead of its own."""
+def ruvio_blocking(host: str, port: int) -> Methods:
+    import ruvio
 
-    async def open(self, where: dict[str, Any]) -> None:
-        import aiocache
-        from aiocache.serializers import NullSerializer
+    client: Any = ruvio.Ruvio(host, port, decode_responses=False)
+    client.ping()
+    return client.mget, client.mset, client.close
 
-        cache: Any = aiocache.RedisCache(
-            endpoint=where["host"],
-            port=where["port"],
-            serializer=NullSerializer(encoding=None),
-            timeout=PATIENCE_SECONDS,
-            pool_max_size=MOST_CONNECTIONS,
-            connection_pool_kwargs={"socket_timeout": PATIENCE_SECONDS},
-            create_connection_timeout=PATIENCE_SECONDS,
-        )
-        await cache.exists("")
-        self._read = cache.multi_get
-        self._write = lambda pairs: cache.multi_set(list(pairs.items()))
-        # Its own close calls a deprecated method of redis-py.
-        self._end = cache.client.aclose
+
+async def redis_rs(host: str, port: int) -> Methods:
+    """Connect redis-rs by its package for Python: threads in Rust drive the connections."""
+    import redis_rs
+
+    client = redis_rs.create_client(f"redis://{host}:{port}")
+    execute = (await client.__aenter__()).execute
+    await execute("PING")
+    return (
+        lambda keys: execute("MGET", *keys),
+        lambda pairs: execute("MSET", *itertools.chain(*pairs.items())),
+        lambda: client.__aexit__(None, None, None),
+    )
+
+
+async def aiocache(host: str, port: int) -> Methods:
+    """Connect aiocache, which is built on redis-py; msgspec's JSON replaces its own."""
+    import aiocache
+    from aiocache.serializers import NullSerializer
+
+    cache: Any = aiocache.RedisCache(
+        endpoint=host,
+        port=port,
+        serializer=NullSerializer(encoding=None),
+        timeout=PATIENCE_SECONDS,
+        pool_max_size=MOST_CONNECTIONS,
+        connection_pool_kwargs={"socket_timeout": PATIENCE_SECONDS},
+        create_connection_timeout=PATIENCE_SECONDS,
+    )
+    await cache.exists("")
+    # Its own close calls a deprecated method of redis-py.
+    end = cache.client.aclose
+    return cache.multi_get, lambda pairs: cache.multi_set(list(pairs.items())), end
 
 
 class Cashews(_Json):
@@ -547,13 +516,15 @@ PYTHON: dict[str, Python] = {
     "valkey-py-blocking": Python(
         "valkey-py, libvalkey", lambda: RedisPyBlocking("valkey", "Valkey"), "libvalkey"
     ),
-    "coredis": Python("coredis", Coredis, "coredis"),
-    "glide": Python("valkey-glide", Glide, "valkey-glide"),
-    "glide-blocking": Python("valkey-glide sync", GlideBlocking, "valkey-glide-sync"),
-    "ruvio": Python("ruvio-client asyncio", Ruvio, "ruvio-client"),
-    "ruvio-blocking": Python("ruvio-client", RuvioBlocking, "ruvio-client"),
-    "redis-rs": Python("redis-rs", RedisRs, "redis-rs"),
-    "aiocache": Python("aiocache", Aiocache, "aiocache"),
+    "coredis": Python("coredis", lambda: Soon(coredis), "coredis"),
+    "glide": Python("valkey-glide", lambda: Soon(glide, str(VERSION)), "valkey-glide"),
+    "glide-blocking": Python(
+        "valkey-glide sync", lambda: Blocking(glide_blocking, str(VERSION)), "valkey-glide-sync"
+    ),
+    "ruvio": Python("ruvio-client asyncio", lambda: Soon(ruvio), "ruvio-client"),
+    "ruvio-blocking": Python("ruvio-client", lambda: Blocking(ruvio_blocking), "ruvio-client"),
+    "redis-rs": Python("redis-rs", lambda: Soon(redis_rs), "redis-rs"),
+    "aiocache": Python("aiocache", lambda: Soon(aiocache), "aiocache"),
     "cashews": Python("cashews, client_side", Cashews, "cashews"),
 }
 OURS = tuple(name for name, one in PYTHON.items() if one.package == "dscache")

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from clients.peers import PYTHON, Peer
+from clients.peers import PYTHON
 from clients.work import DRAWS, RECORDS, Work, drawn, names_of
 
 PERCENTILES = (50, 90, 99, 99.9)
@@ -103,27 +103,12 @@ def _resident_bytes(most: bool = False) -> int:
 class Worker:
     """Executes the lines' requests, with one client, or with several of its kind."""
 
-    def __init__(self, peer: Peer, more: Callable[[], Awaitable[Peer]] | None = None) -> None:
+    def __init__(self, peer: Any, more: Callable[[], Awaitable[Any]] | None = None) -> None:
         self._peers = [peer]
         self._more = more
         self._kept: Any = None
         self._names: dict[tuple[str, int], list[str]] = {}
         self._highest = 0.0
-        self._measures = {
-            "cached": self._cached,
-            "popular": self._popular,
-            "latency": self._latency,
-            "get_many": self._bulks,
-            "set_many": self._bulks,
-            "messages": self._messages,
-        }
-        self._others = {
-            "store": self._store,
-            "issue": self._issue,
-            "finish": self._finish,
-            "held": self._held,
-            "peak": self._peak,
-        }
 
     def names(self, work: Work) -> list[str]:
         key = work.kind, work.stored
@@ -156,12 +141,13 @@ class Worker:
         """Execute a line's request."""
         (peer, *_) = self._peers
         peer.prepare(work)
-        if what in self._others:
-            return await self._others[what](peer, work)
-        measured = self._measures.get(work.operation, self._one_by_one)
+        if what != "work":
+            return await getattr(self, f"_{what}")(peer, work)
+        one_by_one = self._many if work.is_bulk else self._one_by_one
+        measured = getattr(self, f"_{work.operation}", one_by_one)
         return await measured(peer, work, records)
 
-    async def _bulks(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
+    async def _many(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         many = getattr(peer, work.operation)
         size, names = work.size, self.names(work)
         times = records // (work.tasks * size)
@@ -176,7 +162,7 @@ class Worker:
         working = asyncio.gather(*(task(part) for part in parts))
         return await start.measure(working, times * work.tasks * size)
 
-    async def _one_by_one(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
+    async def _one_by_one(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         """Let each task take the next name when it is done with one, so that they end together.
 
         Tasks in step have different names, as reads of one name in a tick would share one read.
@@ -209,7 +195,7 @@ class Worker:
                 workers += [task(operation, left) for _ in range(tasks)]
         return await start.measure(asyncio.gather(*workers), each * len(peers))
 
-    async def _several(self, work: Work) -> list[Peer]:
+    async def _several(self, work: Work) -> list[Any]:
         """Return as many clients as the work wants, ready for it."""
         while len(self._peers) < work.connections:
             assert self._more is not None
@@ -218,7 +204,7 @@ class Worker:
             peer.prepare(work)
         return self._peers[: work.connections]
 
-    async def _cached(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
+    async def _cached(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         get, names = peer.get, self.names(work)[:RECORDS]
         bursts = cycle((names[:BURST], names[BURST:]))
         times = -(-records // BURST)
@@ -229,7 +215,7 @@ class Worker:
             await asyncio.sleep(0)
         return sample.end(times * BURST)
 
-    async def _popular(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
+    async def _popular(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         if not self._kept:
             # A near cache is full before the first measurement.
             self._kept = drawn(self.names(work), 2 * DRAWS)
@@ -250,13 +236,13 @@ class Worker:
         working = asyncio.gather(*map(task, starts))
         return await start.measure(working, each * work.tasks)
 
-    async def _messages(self, peer: Peer, work: Work, records: int) -> dict[str, float]:
+    async def _messages(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         async with peer.listening():
             sample = Sample()
             await peer.exchange(records, work.tasks)
             return sample.end(records)
 
-    async def _latency(self, peer: Peer, work: Work, records: int) -> dict[str, Any]:
+    async def _latency(self, peer: Any, work: Work, records: int) -> dict[str, Any]:
         """Time operations that start at times drawn beforehand, regardless of their results."""
         if not self._highest:
             told = await self._open_loop(peer, work, max(records, 20 * WINDOW), 0)
@@ -265,7 +251,7 @@ class Worker:
         told = await self._open_loop(peer, work, LONGER * records, rate)
         return told | {"records": records, "seconds": records / rate}
 
-    async def _open_loop(self, peer: Peer, work: Work, count: int, rate: float) -> dict[str, Any]:
+    async def _open_loop(self, peer: Any, work: Work, count: int, rate: float) -> dict[str, Any]:
         """Each operation is timed from its intended start: one that delays others counts for all.
 
         Without a rate, a constant number of operations is kept in flight.
@@ -311,14 +297,14 @@ class Worker:
 
     # -- not measurements of time
 
-    async def _store(self, peer: Peer, work: Work) -> dict[str, Any]:
+    async def _store(self, peer: Any, work: Work) -> dict[str, Any]:
         """Write every record that will be read."""
         names = self.names(work)
         for first in range(0, len(names), 10_000):
             await peer.set_many(names[first : first + 10_000])
         return {}
 
-    async def _issue(self, peer: Peer, work: Work) -> dict[str, Any]:
+    async def _issue(self, peer: Any, work: Work) -> dict[str, Any]:
         """Issue reads while the server is stopped, and report the memory before and after."""
         names, get = names_of(work.kind, work.size), peer.get
         before = _resident_bytes()
@@ -327,12 +313,12 @@ class Worker:
         await asyncio.sleep(1)
         return {"before": before, "after": _resident_bytes()}
 
-    async def _finish(self, peer: Peer, work: Work) -> dict[str, Any]:
+    async def _finish(self, peer: Any, work: Work) -> dict[str, Any]:
         """Wait for the issued reads."""
         self._kept = await asyncio.gather(*self._kept)
         return {"after": _resident_bytes()}
 
-    async def _held(self, peer: Peer, work: Work) -> dict[str, Any]:
+    async def _held(self, peer: Any, work: Work) -> dict[str, Any]:
         """Report the memory of a bulk's records while they are kept, as tracemalloc sees it."""
         names = self.names(work)[: work.size]
         await peer.get_many(names)
@@ -346,7 +332,7 @@ class Worker:
             tracemalloc.stop()
         return {"records": len(kept), "bytes": now - before}
 
-    async def _peak(self, peer: Peer, work: Work) -> dict[str, Any]:
+    async def _peak(self, peer: Any, work: Work) -> dict[str, Any]:
         """Report by how much one bulk raises the peak memory of this process."""
         names = self.names(work)[: work.size]
         await peer.get_many(names[:100])
@@ -365,7 +351,7 @@ def _asked(line: str | bytes) -> tuple[str, Work, int]:
     return asked["do"], msgspec.convert(asked["work"], Work), asked["records"]
 
 
-def _work_blocking(peer: Peer, where: dict[str, Any], answers: TextIO) -> None:
+def _work_blocking(peer: Any, where: dict[str, Any], answers: TextIO) -> None:
     peer.open(where)
     worker = Worker(peer)
     print("{}", file=answers, flush=True)
@@ -381,14 +367,14 @@ def _work_blocking(peer: Peer, where: dict[str, Any], answers: TextIO) -> None:
 
 
 async def _work_soon(
-    create: Callable[[], Peer], peer: Peer, where: dict[str, Any], answers: TextIO
+    create: Callable[[], Any], peer: Any, where: dict[str, Any], answers: TextIO
 ) -> None:
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     await peer.open(where)
 
-    async def more() -> Peer:
+    async def more() -> Any:
         another = create()
         await another.open(where)
         return another

@@ -124,7 +124,12 @@ class Work:
     @property
     def is_large(self) -> bool:
         """Whether it takes long even when it is done only once."""
-        return self.tasks > 1000 or self.connections > 4 or (self.is_bulk and self.size > 10_000)
+        return self.tasks > 1000 or self.connections > 4 or self.is_huge
+
+    @property
+    def is_huge(self) -> bool:
+        """Whether one bulk takes a good part of a second."""
+        return self.is_bulk and self.size > 10_000
 
     @property
     def stored(self) -> int:
