@@ -78,7 +78,8 @@ class Stage:
         self.server = stack.enter_context(EmbeddedServer())
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
         # With a single core, or if the system can't pin a process, nothing is changed.
-        self.core, self._server_core, *_ = cores if len(cores) > 1 else [None, None]
+        self.core: int | None = cores[0] if len(cores) > 1 else None
+        self._server_core: int | None = cores[1] if len(cores) > 1 else None
         self.pin(self.server.pid)
         stack.enter_context(awake(cores[:2] if len(cores) > 1 else []))
 

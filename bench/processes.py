@@ -224,7 +224,8 @@ def label_of(name: str) -> str:
     """Return the name of a client in a table."""
     if name in LIMITS:
         depth, records = LIMITS[name]
-        how = f" -P {depth}, {records} records a command" if depth > 1 else ""
+        each = "1 record" if records == 1 else f"{records} records"
+        how = f" -P {depth}, {each} a command" if depth > 1 else ""
         return f"redis-benchmark -c 1{how}"
     return PYTHON[name].label if name in PYTHON else OTHERS.get(name, name)
 

@@ -32,7 +32,7 @@ def write(folder: Path, reached: Sequence[Sequence[str]], skipped: Mapping[str, 
         f"- {told['datetime'][:10]}, commit {commit['id'][:12]}, {machine['processor_name']}, "
         f"{machine['system']}, Python {machine['python_version']}",
         f"- load average at the end: {machine['load_average']:.2f}; a busy machine shows in all",
-        "- times are medians; ratios are taken within this run only",
+        "- times are of one record, or message; ratios are taken within this run only",
         *(f"- not measured: {why}" for why in dict.fromkeys(skipped.values())),
         "",
     ]
@@ -53,7 +53,7 @@ def group_table(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
     peers = [one for one in ordered if "redis-py" in who(one)]
     base = min(peers or ordered[-1:], key=lambda one: len(who(one)))
     costs = [name for name in COSTS if any(name in one["extra_info"] for one in ordered)]
-    header = ["", "a record", "best", f"x {who(base)}", *map(COSTS.__getitem__, costs), "more"]
+    header = ["", "median", "best", f"x {who(base)}", *map(COSTS.__getitem__, costs), "more"]
     rows = []
     for one in ordered:
         info = one["extra_info"]
@@ -87,14 +87,14 @@ def charts(folder: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> l
             operation, number, unit = match.groups()
             for one in some:
                 name = re.sub(r"^(\w{3}-)?\d+-", "", who(one))
-                lines = grown.setdefault(f"{operation} by {unit}", {}).setdefault(name, {})
-                lines[int(number.replace(",", ""))] = median(one) * 1e6
+                lines = grown.setdefault(f"{operation} by {unit}", {})
+                lines.setdefault(name, {})[int(number.replace(",", ""))] = median(one) * 1e6
     for title, lines in grown.items():
         chart = pygal.Line(title=f"{title}: µs a record", logarithmic=True, **style)
-        numbers = sorted({number for line in lines.values() for number in line})
-        chart.x_labels = [f"{number:,}" for number in numbers]
+        across = sorted({x for line in lines.values() for x in line})
+        chart.x_labels = [f"{x:,}" for x in across]
         for name, line in lines.items():
-            chart.add(name, [line.get(number) for number in numbers])
+            chart.add(name, [line.get(x) for x in across])
         drawn.append((re.sub(r"\W+", "-", f"growth {title}"), chart))
     for name, chart in drawn:
         chart.render_to_file(str(folder / f"{name}.svg"))

@@ -7,7 +7,6 @@ comparison is possible, a library with as much plain Python as makes the same of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import hiredis
@@ -73,10 +72,9 @@ def waiting_for(who: str, operation: Callable[[Any], Any]) -> Any:
 def run(benchmark: BenchmarkFixture, call: Callable[..., Any], prepare: Library | None) -> Any:
     """Measure a function; with ``prepare``, on a fresh argument each time."""
     benchmark.extra_info["records"] = RECORDS
-    if prepare is None:
-        return benchmark(call)
+    setup: Any = (lambda: ((prepare(),), {})) if prepare else None
     return benchmark.pedantic(  # type: ignore[no-untyped-call]
-        call, setup=lambda: ((prepare(),), {}), rounds=ROUNDS, warmup_rounds=5
+        call, setup=setup, rounds=ROUNDS, warmup_rounds=5
     )
 
 
@@ -201,7 +199,7 @@ def test_data(benchmark: BenchmarkFixture, who: str) -> None:
     if who not in CORES:
         run(benchmark, lambda: [decode(TEXT) for _ in NAMES], None)
         return
-    record: ModuleType | Any = core(who).Record
+    record: Any = core(who).Record
 
     def measured(some: list[Any]) -> list[Any]:
         return [one.data for one in some]

@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, ClassVar
 
 import dscache
-from clients.work import MESSAGE, Work, chosen, decode, encode
+from clients.work import MESSAGE, TOPIC, Work, chosen, decode, encode
 
 WINDOW = 1000
-TOPIC = MESSAGE["topic"]
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 60_000, "maxPending": 10_000_000}
 
 

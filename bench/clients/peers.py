@@ -327,7 +327,7 @@ class RedisPyPipelined(RedisPy):
 class RedisPyBlocking(Blocking):
     """redis-py's blocking client with hiredis."""
 
-    pipelined = RedisPy.pipelined
+    pipelined: Callable[..., Any] = RedisPy.pipelined
 
     def __init__(self, library: str = "redis", client: str = "Redis") -> None:
         super().__init__(self._open)

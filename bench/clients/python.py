@@ -142,7 +142,8 @@ class Worker:
         (peer, *_) = self._peers
         peer.prepare(work)
         if what != "work":
-            return await getattr(self, f"_{what}")(peer, work)
+            answer: dict[str, Any] = await getattr(self, f"_{what}")(peer, work)
+            return answer
         one_by_one = self._many if work.is_bulk else self._one_by_one
         measured = getattr(self, f"_{work.operation}", one_by_one)
         return await measured(peer, work, records)

@@ -25,8 +25,9 @@ DOCUMENT = {
     "active": True,
     "score": 12.5,
 }
+TOPIC = 4
 MESSAGE = {
-    "topic": 4,
+    "topic": TOPIC,
     "action": 0,
     "name": "news/europe",
     "data": {"headline": "Analytic engine", "authors": ["Ada", "Charles"], "score": 12.25},
