@@ -1,4 +1,4 @@
-"""Loads other than those of the peers: more tasks, other bulks, documents and writes.
+"""Loads other than those of the peers: more tasks, other documents and writes.
 
 redis-py writes with a ttl in a transaction of SET EX, and has nothing like ``if_newer``.
 """
@@ -13,7 +13,6 @@ from contest import Row, contest, rows
 OURS = ("fast", "pure")
 WHO = (*OURS, "redis-py")
 TASKS = (1, 10, 100, 1000, 10_000)
-BULKS = (10, 100, 1000, 100_000)
 MANY = 100
 TTL = 3600
 HOW: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -52,19 +51,6 @@ def test_tasks(race: Any, row: Row) -> None:
     }
 )
 def test_mix(race: Any, row: Row) -> None:
-    race(row)
-
-
-@contest(
-    {
-        f"workloads: {operation.replace('many', 'bulk')}, {size:,} records": rows(
-            WHO, Work(operation, size=size, decode=False), f"{operation[:3]}-{size}"
-        )
-        for operation in ("get_many", "set_many")
-        for size in BULKS
-    }
-)
-def test_bulk(race: Any, row: Row) -> None:
     race(row)
 
 
