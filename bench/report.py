@@ -14,6 +14,7 @@ import goals
 # Quantities of extra_info that have a column of their own.
 COSTS = {"client_us": "client µs", "server_us": "server µs", "instructions": "instructions"}
 HIDDEN = {"records_per_second", "records", "label", "version", "target", "work", *COSTS}
+PERCENTILE = re.compile(r"p[\d.]+$")
 GROWTH = re.compile(r"growth: (\w+), ([\d,]+) (records|connections)")
 
 
@@ -57,7 +58,11 @@ def group_table(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for one in ordered:
         info = one["extra_info"]
-        more = [f"{name} {short(value)}" for name, value in info.items() if name not in HIDDEN]
+        more = [
+            f"{name} {time(value) if PERCENTILE.match(name) else short(value)}"
+            for name, value in info.items()
+            if name not in HIDDEN
+        ]
         best = one["stats"]["min"] / info.get("records", 1)
         ratio = f"{median(base) / median(one):.2f}"
         told = [short(info[name]) if name in info else "-" for name in costs]
@@ -123,4 +128,4 @@ def short(value: object) -> str:
         return str(value)
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if value == 0 or value >= 0.01 else f"{value * 1e6:.3g}e-6"
+    return f"{value:.3g}" if value >= 0.001 else "0"

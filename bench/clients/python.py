@@ -249,8 +249,9 @@ class Worker:
             told = await self._open_loop(peer, work, max(records, 20 * WINDOW), 0)
             self._highest = told["rate"]
         rate = work.rate or self._highest / 2
-        told = await self._open_loop(peer, work, LONGER * records, rate)
-        return told | {"records": records, "seconds": records / rate}
+        count = LONGER * records
+        told = await self._open_loop(peer, work, count, rate)
+        return told | {"records": count, "seconds": count / rate}
 
     async def _open_loop(self, peer: Any, work: Work, count: int, rate: float) -> dict[str, Any]:
         """Each operation is timed from its intended start: one that delays others counts for all.
