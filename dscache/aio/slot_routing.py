@@ -166,8 +166,9 @@ class SlotRouter:
 
     def resume(self, *sources: Connection | None) -> None:
         """Move the operations that wait at the wrong node (None: unrouted); release due holds."""
-        for source in sources:
-            self._move(self.unrouted.pipeline if source is None else source.pipeline)
+        self._move(
+            *(self.unrouted.pipeline if source is None else source.pipeline for source in sources)
+        )
         self.release_due()
 
     def release_due(self) -> None:
@@ -187,9 +188,14 @@ class SlotRouter:
             self.unrouted.requeue(batches)
             self._cluster.look_again()
 
-    def _move(self, pipeline: Pipeline) -> None:
-        """Move the operations of a pipeline that belong to another one by now."""
-        self._between += pipeline.take_queued(self._target_of)
+    def _move(self, *pipelines: Pipeline) -> None:
+        """Move the operations of these pipelines that belong to another one by now.
+
+        All are taken before any is given: a node sends its queue as soon as it is given one, with
+        the operations that belong to another node and would be overtaken there.
+        """
+        for pipeline in pipelines:
+            self._between += pipeline.take_queued(self._target_of)
         if not self._between:
             return
         batches: dict[Pipeline, list[Batch]] = {}

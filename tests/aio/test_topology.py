@@ -22,7 +22,7 @@ from dscache.core import stats as counters
 from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer
 from dscache.net import cluster_state
-from dscache.net.slots import parse_epoch, parse_redirection, parse_slots
+from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.conftest import NamedServer
 from tests.soak.figures import open_files
 from tests.support.faults import FakeServer, FaultProxy
@@ -590,6 +590,31 @@ async def test_operations_keep_their_order(layout: str, backend: str, short_paus
             going_on.cancel()
             assert cache.stats()["redirections"] > rounds
             assert chaos.moves > 5
+
+
+async def test_no_operation_is_sent_to_a_former_owner(backend: str) -> None:
+    """Two nodes exchange slots in one view, while each has operations that wait to be sent.
+
+    A node that is given the other's operations sends them at once, and must not send its own
+    former ones with them: the new owner would execute later operations first.
+    """
+    async with FakeCluster(2) as fakes, opened(fakes) as cache:
+        cluster = cache._topology
+        nodes = fakes.nodes
+        names = [names_of(node, 1)[0] for node in nodes]
+        await until(lambda: not cluster.state._claim)  # no refresh brings another view meanwhile
+        # Both ways round, as the nodes are handled in no particular order.
+        for turn, targets in enumerate((nodes[::-1], nodes)):
+            for name, target in zip(names, targets, strict=True):
+                fakes.give(slot_of(name), target)
+            first = [cache.set(name, 2 * turn + 1, "first") for name in names]
+            view = read_view(nodes[0].slots(), b"", ("127.0.0.1", nodes[0].port), "")
+            cluster.state.apply(view, cluster.state.table, 0)
+            cluster.on_refreshed()
+            second = [cache.set(name, 2 * turn + 2, "second") for name in names]
+            assert await asyncio.gather(*first, *second) == [True] * 4
+            assert await cache.head_bulk(names) == dict.fromkeys(names, 2 * turn + 2)
+        assert cache.stats()["redirections"] == 0
 
 
 def some_operation(names: list[str], versions: itertools.count[int]) -> Operation:
