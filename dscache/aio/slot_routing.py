@@ -144,7 +144,8 @@ class SlotRouter:
     def hold(self, slot: int, source: Connection, fresh: set[SlotHold]) -> SlotHold:
         """Return the hold in which operations on a slot wait until ``source`` has answered.
 
-        ``fresh`` contains the hold, if any, that slots share which are held at the same moment.
+        If ``source`` is a replica, they wait for the writes at the primary as well. ``fresh``
+        contains the hold, if any, that slots share which are held at the same moment.
         """
         hold = self._holds.get(slot)
         if hold is None:
@@ -153,12 +154,18 @@ class SlotRouter:
             fresh.add(hold)
             hold.slots.add(slot)
             self._holds[slot] = hold
+            owner = self._holders.get(self.router.owners[slot])
+            if isinstance(owner, Connection):
+                self._await(owner, hold)
             self.router.owners[slot] = hold.pipeline
             self.router.readers[slot] = hold.pipeline
+        self._await(source, hold)
+        return hold
+
+    def _await(self, source: Connection, hold: SlotHold) -> None:
         if source not in hold.sources:
             hold.fence(source)
             source.watched = True
-        return hold
 
     def is_awaited(self, source: Connection) -> bool:
         """Whether a hold waits for a node's answers."""

@@ -626,6 +626,40 @@ async def test_no_operation_is_sent_to_a_former_owner(backend: str) -> None:
         assert cache.stats()["redirections"] == 0
 
 
+@pytest.mark.parametrize("state", ["sent", "queued"])
+async def test_writes_at_the_primary_of_a_replica_that_redirects(state: str, backend: str) -> None:
+    """The replica knows the new owner while a write is still on its way to the former one."""
+    async with FakeCluster(2, 2) as fakes, asyncio.timeout(PATIENCE):
+        former, heir = fakes.nodes
+        async with FaultProxy(former.host, former.port) as way:
+            former.announced = way.host.encode(), way.port
+            options = {"scaleReads": "slave", "slotsRefreshInterval": 0, **PATIENT}
+            async with opened(heir, *fakes.replicas, **options) as cache:
+                routing = cache._topology._routing
+                await until(lambda: sum(map(len, routing.readers.values())) == 2)
+                (name,), (other,) = (names_of(node, 1) for node in fakes.nodes)
+                assert await cache.set(name, 1, "before") is True
+                if state == "sent":
+                    way.stall("requests")
+                else:
+                    await way.refuse()
+                    way.cut()
+                    await until(lambda: not cache.is_ready)
+                earlier = cache.set(name, 2, "earlier")
+                await until(lambda: (cache.stats()["queued"] == 0) == (state == "sent"))
+                fakes.give(slot_of(name), heir)
+                read = cache.get(name)
+                await until(lambda: cache.stats()["redirections"] >= 1)
+                later = cache.set(name, 3, "later")
+                # By the time of its result, the heir would have the later write as well.
+                assert await cache.set(other, 1, "other") is True
+                way.resume()
+                await way.listen()
+                assert await asyncio.gather(earlier, later) == [True, True]
+                assert (await read) is not None
+                assert heir.values[f"{{{name}}}_v".encode()] == b"3"
+
+
 def some_operation(
     names: list[str], versions: itertools.count[int], chance: random.Random
 ) -> Operation:
