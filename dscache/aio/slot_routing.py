@@ -198,8 +198,8 @@ class SlotRouter:
     def _move(self, *pipelines: Pipeline) -> None:
         """Move the operations of these pipelines that belong to another one by now.
 
-        All are taken before any is given: a node that sent its queue meanwhile would send operations
-        that belong to another node, and later operations would overtake them there.
+        All are taken before any is given: a node that sent its queue meanwhile would send
+        operations of another node, and later operations would overtake them there.
         """
         for pipeline in pipelines:
             self._between += pipeline.take_queued(self._target_of)
