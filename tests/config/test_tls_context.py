@@ -174,3 +174,18 @@ def test_old_contexts_are_dropped(files: TLSFiles) -> None:
     for i in range(100):
         Tls(ca=files.authority, servername=f"n{i}").context()
     assert Tls(ca=files.authority).context() is not first
+
+
+async def test_a_file_missing_at_an_attempt_is_the_reason(files: TLSFiles, backend: str) -> None:
+    """Its ConfigError passes the frame of a context manager, which is no signal handler's."""
+    tls = {"ca": files.authority, "cert": files.certificate, "key": files.key}
+    options = {"host": "127.0.0.1", "port": 1, "tls": tls, "connectTimeout": 60_000}
+    cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
+    Path(files.key).unlink()  # noqa: ASYNC240
+    issued = asyncio.ensure_future(cache.get("a"))
+    try:
+        await until(lambda: cache.stats()["last_loss"] != "")
+        assert "tls.key: must be PEM text or a PEM file" in cache.stats()["last_loss"]
+    finally:
+        issued.cancel()
+        await cache.close()
