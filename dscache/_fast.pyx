@@ -92,7 +92,7 @@ cdef enum Kind:
 cdef enum:
     SLOTS = 16384
     MAX_DEPTH = 32
-    TIMED = 8  # operations whose latencies are told: single ones, and behind them bulks
+    TIMED = 8  # operations with latencies: single ones, and behind them bulks
     LATENCY_BOUNDS = 17
 
 if (

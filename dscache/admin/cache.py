@@ -16,12 +16,7 @@ from .control import ControlConnection, connect_failure, is_clustered
 
 
 class AdminCache(AsyncCache):
-    """An AsyncCache that shows its configuration and its connections."""
-
-    @property
-    def config(self) -> Config:
-        """The configuration it was made of."""
-        return self._config
+    """An AsyncCache that shows its connections."""
 
     @property
     def topology(self) -> Topology:

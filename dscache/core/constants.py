@@ -68,22 +68,21 @@ COMMAND_BYTES: Final = 1024 * 1024
 # of 5 ms, and it bounds what a bulk of any size has under way.
 WINDOW_RECORDS: Final = 16_384
 READ_BUFFER_BYTES: Final = 256 * 1024
-# The elements of one array that a server may announce; hiredis makes room for all of them at
-# once. The longest that is wanted has 1024, and an invalidation of many keys some thousands.
-# Elements that one reply may still owe, in all its arrays together: hiredis makes room for each as
-# it is announced. And how deep arrays may be nested; CLUSTER SLOTS needs four levels.
+# Elements that one reply may announce, in all its incomplete arrays together: hiredis allocates
+# room for each when it is announced. The longest reply needed has 1024, and an invalidation of
+# many keys some thousands. MAX_DEPTH limits the nesting of arrays; CLUSTER SLOTS needs four levels.
 MAX_ELEMENTS: Final = 2**20
 MAX_DEPTH: Final = 32
-# A length has at most 19 digits; what is longer is no length.
+# A length has at most 19 digits; a longer header has no length.
 HEADER_BYTES: Final = 64
-# The ways in which hiredis says that it is no RESP: the last ones for a map or a set with a member
-# that no dict takes, and for numbers that are none. What a signal handler raises is none of them.
+# Errors that hiredis raises for invalid RESP. The last ones are for a member of a map or set that
+# isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
 NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
-# For how many names it is kept when they were last written here. It only matters while a read is
-# under way that is older, and at the limit such reads are merely not kept.
+# Number of names with a fence, which marks their last write. A fence matters only to reads in
+# flight that are older. At the limit, such reads are merely not cached.
 NEAR_FENCES: Final = 4096
-# The longest bulk read in which others may join for one of its names. Each name costs it 0.3 µs,
-# which a longer one is not asked to bear.
+# The longest bulk read whose names later reads may join. It costs the bulk 0.3 µs for each name,
+# too much for a longer one.
 NEAR_SHARED: Final = 1024
 
 # The kinds of batch. Those below SET read and may be repeated at will.
@@ -104,15 +103,15 @@ OPERATIONS: Final = (
     "send",
 )
 
-# The errors that say nothing of a record but that its node can't be asked.
+# Errors of a node that can't be reached; they say nothing about the record.
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 
-# Where the buckets of latencies end, in seconds; a last one has what took longer.
+# Upper bounds of the latency buckets, in seconds; one more bucket has the longer ones.
 LATENCY_BOUNDS: Final = (
     *(0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
-# The operations whose latencies are told, in the rows where they are counted.
+# The operations with latencies, in the order of the rows that count them.
 TIMED: Final = (
     *("get", "head", "set", "delete"),
     *("get_bulk", "head_bulk", "set_bulk", "delete_bulk"),

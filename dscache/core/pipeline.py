@@ -510,7 +510,7 @@ class Pipeline:
             *(self._batches, self._sent, self._commands, self._flushes),
             *(self._bytes_out, self._bytes_in),
         )
-        return stats_of(self, counts, self.latencies.told())
+        return stats_of(self, counts, self.latencies.stats())
 
     # -- building batches
 

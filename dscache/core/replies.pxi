@@ -26,7 +26,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
         if type(stored) is ReplyError and stored.code != "WRONGTYPE":
             reply = stored
     cdef list found = pipeline._replies.take_found()
-    cdef Py_ssize_t i, told = 0, first = batch.answered
+    cdef Py_ssize_t i, timed = 0, first = batch.answered
     cdef bint refused = type(reply) is ReplyError
     cdef bint was_over = batch.abandoned()
     if was_over:
@@ -59,15 +59,15 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     pipeline.in_flight -= count
     if batch.bulk is None:
         pipeline.operations -= count
-        told = count
+        timed = count
     elif batch.counted and (
         batch.answered == PyList_GET_SIZE(batch.names) or batch.abandoned()
     ):
         batch.counted = False
         pipeline.operations -= 1
-        told = 1
-    if told and not (was_over or refused) and batch.kind < COMMAND:
-        count_latency(pipeline, batch, told)
+        timed = 1
+    if timed and not (was_over or refused) and batch.kind < COMMAND:
+        count_latency(pipeline, batch, timed)
     if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
         for i in range(first, first + count):
             pipeline.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))

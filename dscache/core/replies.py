@@ -76,16 +76,16 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
     if pipeline.epoch is not None:
         pipeline.epoch.answered(pipeline.settled)
     pipeline.in_flight -= count
-    told = 0
+    timed = 0
     if batch.bulk is None:
         pipeline.operations -= count
-        told = count
+        timed = count
     elif batch.counted and (batch.answered == len(batch.names) or batch.abandoned()):
         batch.counted = False
         pipeline.operations -= 1
-        told = 1
-    if told and not (was_over or refused) and batch.kind < c.COMMAND:
-        count_latency(pipeline, batch, told)
+        timed = 1
+    if timed and not (was_over or refused) and batch.kind < c.COMMAND:
+        count_latency(pipeline, batch, timed)
     if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
         for i in range(first, first + count):
             pipeline.pending_bytes -= len(batch.entries[i].text)

@@ -43,7 +43,7 @@ class SplitRecords:
         """Return the counters that a Pipeline has for the records of its own commands."""
         counts = self._counts
         records = counts["reads"] + counts["writes"] + counts["deletes"]
-        return {**counts, "records": records, "latency": self._latencies.told()}
+        return {**counts, "records": records, "latency": self._latencies.stats()}
 
     # -- operations on one record
 
@@ -192,7 +192,7 @@ class SplitRecords:
 class _Pair:
     """The outcomes of two commands, combined to the outcome of one operation.
 
-    ``note`` is told whether that is an error.
+    ``note`` is called with whether that is an error.
     """
 
     def __init__(

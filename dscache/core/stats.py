@@ -92,7 +92,7 @@ class Latencies:
         self._seconds[row] += seconds * count
         self._buckets[row][bisect_left(LATENCY_BOUNDS, seconds)] += count
 
-    def told(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """Return the latencies for ``stats()``, without operations that never occurred."""
         rows = zip(TIMED, self._seconds, self._buckets, strict=True)
         return latency_of({name: (took, [*bucket]) for name, took, bucket in rows if any(bucket)})

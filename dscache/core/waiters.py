@@ -42,8 +42,8 @@ class SupersededWrite:
 class Part:
     """The waiter of one part of an operation, the part that ``key`` names.
 
-    ``whole`` is told the outcome, and whether an earlier outcome was told: an outcome is told
-    ``again`` if what followed the first time has raised.
+    ``whole`` gets the outcome by ``take`` or ``take_error``. Its last argument, ``again``, is True
+    if it got an outcome before: settling the first time may have raised.
     """
 
     __slots__ = ("_is_settled", "_key", "_whole")

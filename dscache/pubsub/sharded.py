@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..aio.cluster import Cluster
 from ..aio.connection import Connection
-from ..config import Config
 from ..config.messages import MessageConfig
 from ..core.keys import slot_of_key
 from .subscriptions import Listener, Subscriptions
@@ -34,8 +33,7 @@ class ShardedTransport(Cluster):
         self.subscriptions = subscriptions
         self._heartbeat = config.options.heartbeat / 1000
         self._listeners: dict[Connection, Listener] = {}
-        cluster = Config(name="redis", options=config.options, source=config.source)
-        super().__init__(cluster, credentials, inbox=dispatcher)
+        super().__init__(config, credentials, inbox=dispatcher)
 
     def on_topics_changed(self) -> None:
         for listener in self._listeners.values():
