@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import DscacheError
 from ..net.foreign_errors import foreign, is_own
 
 
@@ -12,10 +13,12 @@ class ConnectTimeout(TimeoutError):
 def raise_foreign(error: Exception) -> None:
     """Raise an error again that comes from elsewhere than a socket: a signal handler may raise any.
 
-    Errors of the system have a number.
+    Errors of the system have a number, and those of this package have passed its own frames only.
     """
     if (cause := foreign(error)) is not None:
         raise cause
+    if isinstance(error, DscacheError):
+        return
     is_numbered = not isinstance(error, OSError) or error.errno is not None
     if not is_numbered and not (isinstance(error, ConnectTimeout) and is_own(error)):
         raise error

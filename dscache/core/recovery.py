@@ -178,6 +178,11 @@ def drop_late(pipeline: Pipeline, now: float) -> None:
                 batch.redirections,
             )
             doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
+            if batch.redirections and not pipeline.clustered:
+                words = batch.redirections[-1]
+                make = partial(c.refused_in_time, pipeline.address, pipeline.timeout, words)
+                if batch.bulk is not None:
+                    batch.bulk.shared = True  # the records that were not refused have theirs
             pipeline.open_batches.clear()
             fail_batch(pipeline, batch, make, doubt)
         queue.popleft()
@@ -363,12 +368,12 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
     if pipeline.clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
         _redirected(pipeline, batch, count, error)
         return
-    if error.code == "READONLY":
-        pipeline.read_only = True
+    put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
     lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
     mixed = error.code == "NOPERM" and count > 1
-    later = _written_after(pipeline, batch, mixed) if lost_script or mixed else {}
+    is_overtaken = lost_script or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
+    later = _written_after(pipeline, batch, mixed or put_off) if is_overtaken else {}
     again: dict[str, Any] = {}
     settled = count
     repeated = 0
@@ -377,7 +382,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         entry = batch.entries[i]
         if entry is DISCARDED:
             settled -= 1
-        elif (lost_script or mixed) and name not in later:
+        elif (lost_script or mixed or put_off) and name not in later:
             again[name] = entry
             repeated += i < batch.repeated
         else:
@@ -386,11 +391,29 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
                 give_error(pipeline, batch, name, entry, make)
     if again:
         _send_again(pipeline, batch, again, repeated, lost_script, mixed)
+        if put_off:
+            pipeline.returned[-1].redirections = (error.message,)
         if c.SET <= batch.kind <= c.DELETE:
             _read_again(pipeline, batch, again)
     batch.answered += count
     if batch.bulk is not None:
         batch.bulk.settle(settled - len(again))
+
+
+def _puts_off(pipeline: Pipeline, batch: Batch, error: ReplyError) -> bool:
+    """Return whether a refused command is sent again later, and note that the server is away.
+
+    The owner of the socket sees ``away`` and stops sending for a while, or leaves the server.
+    """
+    if pipeline.clustered or batch.kind == c.COMMAND:
+        return False
+    code = c.code_of(error)
+    if code in c.LEFT_FOR or (code in c.PASSING and pipeline.away not in c.LEFT_FOR):
+        pipeline.away = code
+        return pipeline.reconnects or code != "READONLY"
+    if code == "NOREPLICAS" and not pipeline.away:
+        pipeline.away = code
+    return False
 
 
 def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:

@@ -1395,9 +1395,8 @@ def test_a_partly_written_bulk_may_have_happened(exchange: Exchange) -> None:
     "message",
     [
         "OOM command not allowed when used memory > 'maxmemory'.",
-        "READONLY You can't write against a read only replica.",
         "NOAUTH Authentication required.",
-        "LOADING Redis is loading the dataset in memory",
+        "NOREPLICAS Not enough good replicas to write.",
         "CLUSTERDOWN The cluster is down",
         "ERR",
         "NOSCRIPT",
