@@ -37,6 +37,7 @@ class Pipeline:
     down: Exception | None
     has_msetex: bool
     away: str
+    doubts: list[Any]
     reconnects: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None

@@ -185,6 +185,7 @@ cdef class Pipeline:
     cdef public object down
     cdef public bint has_msetex
     cdef public str away
+    cdef public list doubts  # operations put off that another under way may overtake
     cdef public bint reconnects
     cdef public list redirected
     cdef public NearCache near
@@ -254,6 +255,7 @@ cdef class Pipeline:
         self._thread = dscache_thread() if bound else 0
         self.down = None
         self.away = ""
+        self.doubts = []
         self.reconnects = True
         self.redirected = []
         self._create_waiter = create_waiter

@@ -22,6 +22,7 @@ from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import constants
 from ..core.constants import ErrorOf
+from ..core.recovery import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
@@ -328,6 +329,7 @@ class Connection(LoopBound):
         if pipeline.in_flight:
             return
         pipeline.away = ""
+        settle_doubts(pipeline)
         if leaves:
             self.leave(constants.LEFT_FOR[code])
             return

@@ -145,6 +145,7 @@ class Pipeline:
         self.down: Exception | None = None
         self.has_msetex = False
         self.away = ""
+        self.doubts: list[Any] = []
         self.reconnects = True
         self.near: NearCache | None = None
         self.on_push: Callable[[list[Any]], object] | None = None
