@@ -13,12 +13,11 @@ class ConnectTimeout(TimeoutError):
 def raise_foreign(error: Exception) -> None:
     """Raise an error again that comes from elsewhere than a socket: a signal handler may raise any.
 
-    Errors of the system have a number, and those of this package have passed its own frames only.
+    Errors of the system have a number.
     """
     if (cause := foreign(error)) is not None:
         raise cause
-    if isinstance(error, DscacheError):
+    if isinstance(error, DscacheError) or (isinstance(error, ConnectTimeout) and is_own(error)):
         return
-    is_numbered = not isinstance(error, OSError) or error.errno is not None
-    if not is_numbered and not (isinstance(error, ConnectTimeout) and is_own(error)):
+    if isinstance(error, OSError) and error.errno is None:
         raise error
