@@ -146,7 +146,7 @@ async def test_a_replica_accepts_reads_and_refuses_writes(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     replica = make_server()
-    cache = await make_cache(url=replica.url)
+    cache = await make_cache(url=replica.url, commandTimeout=2000)
     await cache.set("a", 1, "old")
     with redis_py.Redis.from_url(replica.url) as redis:
         redis.replicaof("127.0.0.1", 1)  # an unused address: it keeps its data
@@ -156,7 +156,7 @@ async def test_a_replica_accepts_reads_and_refuses_writes(
     got, head, bulk, heads = await results_of(*issued.values())
     assert (tuple(got), head, pairs(bulk), heads) == ((1, "old"), 1, {"a": (1, "old")}, {"a": 1})
     # It looked for the primary behind the same name again and again, but not all the time.
-    assert 1 < cache.stats()["connects"] < 200
+    assert 1 < cache.stats()["connects"] < 100
     await cache.close()
 
 
