@@ -77,6 +77,22 @@ def busy(server: EmbeddedServer) -> Iterator[Callable[[], None]]:
             thread.join()
 
 
+async def refusal_of(operation: Callable[[], Any]) -> dscache.ReplyError:
+    """Return the refusal with which an operation ends at its deadline.
+
+    The last repeat may be under way at the deadline, and then its outcome is unknown: such an
+    operation is issued again.
+    """
+    for _ in range(20):
+        try:
+            with pytest.raises(dscache.ReplyError) as caught:
+                await operation()
+        except dscache.DeadlineExceeded:
+            continue
+        return caught.value
+    raise AssertionError("no operation has ended with a refusal")
+
+
 # -- a name that leads elsewhere by now
 
 
@@ -116,9 +132,8 @@ async def test_a_replica_that_stays_one_is_named_at_the_deadline(
         redis.replicaof("127.0.0.1", 1)
     for write, _ in WRITES.values():
         before = time.monotonic()
-        with pytest.raises(dscache.ReplyError, match="READONLY") as caught:
-            await write(cache)
-        assert caught.value.code == "READONLY"
+        refusal = await refusal_of(lambda write=write: write(cache))
+        assert refusal.code == "READONLY"
         assert time.monotonic() - before > 0.5
     # Reads go on, and the server isn't connected to all the time.
     assert tuple(await cache.get("a")) == (1, "old")
@@ -183,14 +198,12 @@ async def test_a_server_that_stays_busy_is_named_at_the_deadline(
     cache = await make_cache(url=server.url, commandTimeout=500)
     with busy(server):
         for operation in (lambda: cache.get("a"), lambda: cache.set_bulk({"a": (1, 1)})):
-            with pytest.raises(dscache.ReplyError, match="BUSY"):
-                await operation()
+            assert (await refusal_of(operation)).code == "BUSY"
         # A connection that is opened now has the same reason for its failure.
         other = type(cache).from_config(
             {"name": "redis", "options": {"url": server.url, "commandTimeout": 500}}
         )
-        with pytest.raises(dscache.ReplyError, match="BUSY"):
-            await other.get("a")
+        assert (await refusal_of(lambda: other.get("a"))).code == "BUSY"
         await other.close()
     assert await cache.get("a") is None
     assert cache.stats()["connects"] == 1

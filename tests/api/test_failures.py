@@ -151,12 +151,16 @@ async def test_a_replica_accepts_reads_and_refuses_writes(
     with redis_py.Redis.from_url(replica.url) as redis:
         redis.replicaof("127.0.0.1", 1)  # an unused address: it keeps its data
     issued = {name: call(cache, "a") for name, call in OPERATIONS.items()}
-    for name in WRITES:
-        assert await code_of(issued.pop(name)) == "READONLY"
+    for name, call in WRITES.items():
+        error = await error_of(issued.pop(name))
+        while isinstance(error, dscache.DeadlineExceeded):  # a repeat was under way at the deadline
+            error = await error_of(call(cache, "a"))
+        assert isinstance(error, dscache.ReplyError)
+        assert error.code == "READONLY"
     got, head, bulk, heads = await results_of(*issued.values())
     assert (tuple(got), head, pairs(bulk), heads) == ((1, "old"), 1, {"a": (1, "old")}, {"a": 1})
     # It looked for the primary behind the same name again and again, but not all the time.
-    assert 1 < cache.stats()["connects"] < 100
+    assert 1 < cache.stats()["connects"] < 400
     await cache.close()
 
 
