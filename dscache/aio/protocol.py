@@ -63,6 +63,8 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self._settled = 0
         self._partial = 0
         self.paused = False
+        self._is_full = False
+        self._is_held = False
         self.is_sending = False
         self.is_reading = False
         self.is_cut = False
@@ -221,11 +223,17 @@ class SocketProtocol(asyncio.BufferedProtocol):
             self._partial = pipeline.partial
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._is_full = self.paused = True
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._is_full = False
+        self.paused = self._is_held
         self._owner.on_writable()
+
+    def hold(self, held: bool) -> None:
+        """Keep operations from being sent, or let them go on; other commands are sent anyway."""
+        self._is_held = held
+        self.paused = held or self._is_full
 
     def eof_received(self) -> None:
         self._reason = self._reason or ConnectionLost("the server closed it")
@@ -233,7 +241,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_cut = True  # first, so that an exception behind it is noticed
         self._transport = None
-        self.paused = False
+        self.paused = self._is_full = self._is_held = False
         if not self.lost.done():
             self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))
 
@@ -290,11 +298,14 @@ async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
 
 
 def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
-    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+    """Send a command whose error reply ends the socket, and whose other replies are ignored.
+
+    A PING that is refused has been answered; only NOAUTH says that the login is over.
+    """
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
-        if isinstance(error, ReplyError):
+        if isinstance(error, ReplyError) and (command[0] != "PING" or error.code == "NOAUTH"):
             secrets = [word for word in command if isinstance(word, Hidden)]
             link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
 

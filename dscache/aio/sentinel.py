@@ -101,6 +101,10 @@ class Sentinels:
         """Return why a Sentinel gave no answer within so many seconds, without its password."""
         return self._group.shown(error, seconds)
 
+    def look(self) -> None:
+        """Look for the primary now, if ``follow`` runs: there is a sign of a new one."""
+        self._is_news.set()
+
     # -- the address of the primary
 
     async def _locate_primary(self, needed: Collection[str]) -> Address:

@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ..core import constants
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Login, Word, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
@@ -38,6 +40,8 @@ LEAST_TO_CONNECT: Final = 0.005
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 NOTHING: Final = memoryview(b"")
+# The refusals after which nothing more is sent for now.
+_AWAY: Final = constants.PASSING.union(constants.LEFT_FOR)
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -186,16 +190,38 @@ class Connection:
         """
         pipeline = self.pipeline
         deadline = -math.inf
+        put_offs = 0
         while True:
             now = time.monotonic()
             if now >= deadline:
                 deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
-            self._flush()
+            if pipeline.away not in _AWAY:
+                self._flush()
+            elif not pipeline.in_flight:
+                self._be_put_off(deadline - now, put_offs)
+                put_offs += 1
+                continue
+            elif self.unsent:
+                self._send()
             self._receive(deadline)
         if pipeline.in_flight or self.unsent:
             self.give_up()
+
+    def _be_put_off(self, rest: float, put_offs: int) -> None:
+        """Let a busy server be, for ``rest`` seconds at most, or leave one by ConnectionLost.
+
+        Called when all commands under way have their replies: otherwise it would be unknown
+        whether their writes have happened.
+        """
+        code = self.pipeline.away
+        if code in constants.LEFT_FOR:
+            # ``away`` stays: the pool sees why the socket is lost.
+            raise ConnectionLost(constants.LEFT_FOR[code])
+        self.pipeline.away = ""
+        pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
+        time.sleep(min(pause, max(rest, 0)))
 
     def give_up(self) -> None:
         """End a socket with replies outstanding that no operation awaits any more."""

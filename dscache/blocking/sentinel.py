@@ -28,6 +28,7 @@ class Sentinels:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._group = SentinelGroup(options)
+        self._silent: set[str] = set()
 
     def locate(self, deadline: float) -> Address:
         """Return the host and port of the group's primary, or of one of its replicas.
@@ -39,8 +40,14 @@ class Sentinels:
         seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
         number = group.begin()
         replies: list[Answer | str] = []
-        for node in group.nodes:
+        # Those that gave no answer come last: if the others are enough, they delay nothing.
+        silent = self._silent
+        for node in sorted(group.nodes, key=lambda one: one.address in silent):
             replies.append(self._query(node, seconds))
+            if isinstance(replies[-1], Answer):
+                silent.discard(node.address)
+            else:
+                silent.add(node.address)
             if group.is_enough([one for one in replies if isinstance(one, Answer)]):
                 break
         return group.conclude(number, replies)

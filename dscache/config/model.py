@@ -147,6 +147,7 @@ class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
         **ioredis.NO_EFFECT,
         "db": "a cluster has database 0 alone",
         "keyPrefix": "it belongs beside redisOptions, as with ioredis",
+        "reconnectOnError": "the primary of a slot is looked up after every READONLY",
         "retryStrategy": "it belongs beside redisOptions",
     }
 
@@ -180,6 +181,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     connect_timeout: Milliseconds = 2000
     command_timeout: Milliseconds = 1000
     close_timeout: Milliseconds = 2000
+    reconnect_on_error: bool = True
     retry_strategy: RetryStrategy = field(default_factory=RetryStrategy)
     max_pending: Count = MAX_PENDING
     max_pending_bytes: Bytes = MAX_PENDING_BYTES
@@ -217,6 +219,11 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
         """Whether the keys of a record are ``{<name>}_v`` and ``{<name>}_d``."""
         # "auto" is deepstream's own layout wherever that layout is atomic.
         return self.key_layout == "hashtag" or (self.key_layout == "auto" and bool(self.nodes))
+
+    @property
+    def leaves_replicas(self) -> bool:
+        """Whether a server that refuses writes as a replica is left, and writes are sent again."""
+        return self.reconnect_on_error and self.role == "master"
 
     def for_pipeline(self) -> dict[str, Any]:
         """Return the keyword arguments of a Pipeline; times in seconds."""

@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 
-from ..core.constants import ErrorOf
+from ..core.constants import PASSING, ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
 
 
@@ -38,9 +38,9 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     """Return how operations fail at once, or None if the next attempt may help soon.
 
     ``shown`` is the result of ``as_connect_error`` for the error. Final are a refusal by the
-    server other than LOADING, a server that is unsuitable, and errors of TLS and of RESP.
+    server that doesn't pass by itself, a server that is unsuitable, and errors of TLS and of RESP.
     """
-    if isinstance(error, ReplyError) and error.code != "LOADING":
+    if isinstance(error, ReplyError) and error.code not in PASSING:
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
     if isinstance(error, UnsuitableServer):

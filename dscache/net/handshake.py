@@ -83,9 +83,10 @@ def handshake(
         if isinstance(reply, ReplyError):
             raise reply
     # A user without the right to load scripts may do all the rest; a server that is still loading
-    # its data serves nothing.
-    if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
-        raise loaded
+    # its data, or busy with a script, serves nothing and says nothing of itself.
+    for reply in (loaded, known):
+        if isinstance(reply, ReplyError) and reply.code in (*constants.PASSING, "NOAUTH"):
+            raise reply
     facts = greeting if isinstance(greeting, dict) else {}
     if options.sentinels is not None:
         _check_role(options, facts.get(b"role"), address)
@@ -108,12 +109,15 @@ def _track(
 ) -> Generator[list[list[Word]], list[Any], bool]:
     """Ask the server to announce changes; return whether it does.
 
-    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set.
+    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set, and ReplyError if the
+    server is loading or busy: it can't say yet.
     """
     problem = _too_old(facts)
     if not problem:
         (reply,) = yield [_tracking(options, near)]
         if isinstance(reply, ReplyError):
+            if reply.code in constants.PASSING:
+                raise reply
             problem = f'it says "{reply.message}" to CLIENT TRACKING ON'
     if problem and near.required:
         raise UnsuitableServer(
