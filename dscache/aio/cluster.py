@@ -232,6 +232,9 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
+    def check_identity(self, node: Connection, node_id: str) -> None:
+        self.state.check_identity(node.info, node_id)
+
     def on_connected(self, node: Connection) -> None:
         info = node.info
         info.server, info.trouble, info.refusal = node.server, None, None
@@ -289,8 +292,9 @@ class Cluster(LoopBound, NodeListener):
         self._routing.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
-        for address in self.state.seeds.addresses:
-            self.nodes.open(self.state.node(address))
+        """Connect to the configured nodes, and after a failure to all that are known."""
+        for info in self.state.fallbacks():
+            self.nodes.open(info)
 
     def _leave(self, node: Connection) -> None:
         """Close a departed node, after its commands in flight are answered."""
@@ -337,6 +341,8 @@ class Cluster(LoopBound, NodeListener):
         for shown, node in list(self.nodes.by_address.items()):
             if shown not in self.state.nodes:
                 self._leave(node)
+            elif not self.state.is_expected(shown, node.node_id):
+                node.leave("the cluster announces another node at its address")
 
     # -- small things
 

@@ -107,6 +107,8 @@ class FakeNode(FakeServer):
         if command[1] == b"SLOTS":
             self.views += 1
             return resp(self.slots())
+        if command[1] == b"MYID":
+            return resp(self.entry()[2])
         return resp(b"cluster_state:ok\r\ncluster_current_epoch:%d\r\n" % self.epoch)
 
     def _serve_keys(self, command: list[bytes]) -> bytes | None:
