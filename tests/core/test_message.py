@@ -337,6 +337,10 @@ def test_an_invalid_message_ends_the_connection(core: Any, push: list[Any]) -> N
 def test_pushes_without_a_dispatcher_are_ignored(core: Any) -> None:
     exchange = Exchange(core)
     exchange.reply(Push([b"message", b"4", b"x"]), Push([b"subscribe", b"4", 1]))
+    exchange.server.put("a", 1, b"1")
+    [waiter] = exchange.issue(wire.Operation("get", "a"))
+    exchange.run()
+    assert waiter.result().version == 1
 
 
 # -- subscriber queues
