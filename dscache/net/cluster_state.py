@@ -30,6 +30,7 @@ from .slots import (
     GAP,
     GAP_CAP,
     GAP_GROWTH,
+    GONE_AFTER,
     VIEWS_TO_LEAVE,
     Address,
     View,
@@ -49,8 +50,6 @@ _AVOID_CAP: Final = 8.0
 # A cluster that announces more nodes than this has each one connected to on its first use:
 # connecting to sixteen thousand takes seconds, and a faulty node may announce as many.
 _AT_ONCE: Final = 256
-# Views of the configured nodes alone count after this long, in seconds, without any known node.
-_GONE_AFTER: Final = 1.0
 # A claim lasts this much longer, in seconds, than the nodes have to answer.
 _CLAIM_GRACE: Final = 0.25
 
@@ -325,7 +324,7 @@ class ClusterState:
 
     def _is_gone(self) -> bool:
         """Return whether no known node is left."""
-        if time.monotonic() < self._failing_since + _GONE_AFTER:
+        if time.monotonic() < self._failing_since + GONE_AFTER:
             return False
         nodes = [self.nodes.get(join_address(*one)) for one in self._places()]
         return all(

@@ -118,7 +118,7 @@ def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[A
         return parse_node_id(reply)
     (slots,) = yield [["CLUSTER", "SLOTS"]]
     try:
-        nodes = parse_nodes(slots, ("", 0))
+        nodes = parse_nodes(slots, (address.rpartition(":")[0].strip("[]"), 0))
     except ProtocolError:
         return ""
     named = [name for name, at in nodes.items() if at and constants.join_address(*at) == address]

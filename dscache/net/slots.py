@@ -19,6 +19,8 @@ QUESTIONS: Final = (("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
 ASKED: Final = 3
 # A node that this many views in a row leave out has left the cluster.
 VIEWS_TO_LEAVE: Final = 2
+# A cluster without any known node for this long, in seconds, may have been replaced by another one.
+GONE_AFTER: Final = 1.0
 # The shortest time between two refreshes, in seconds, as are all times below. While a node is down,
 # refreshes go on, each a little later: a replica may take over at any moment, and no event says so.
 GAP: Final = 0.1
