@@ -301,6 +301,12 @@ class Cluster(LoopBound, NodeListener):
         self._routing.leave(node)
         self.nodes.leave(node)
 
+    def _leave_strangers(self) -> None:
+        """Disconnect from nodes that aren't the ones that the cluster has at their addresses."""
+        for node in list(self.nodes.by_address.values()):
+            if not self.state.may_use(node.info, node.info.node_id):
+                node.leave("the cluster has another node at its address")
+
     # -- the view
 
     def _end(self) -> None:
@@ -312,6 +318,7 @@ class Cluster(LoopBound, NodeListener):
     def on_refresh_failed(self) -> None:
         """Let waiting operations fail at once if no later refresh can succeed."""
         self._routing.unrouted.pipeline.down = self.state.trouble
+        self._leave_strangers()
         if self.state.known:
             return
         refusal = self.state.refusal
@@ -341,8 +348,7 @@ class Cluster(LoopBound, NodeListener):
         for shown, node in list(self.nodes.by_address.items()):
             if shown not in self.state.nodes:
                 self._leave(node)
-            elif not self.state.is_expected(shown, node.node_id):
-                node.leave("the cluster announces another node at its address")
+        self._leave_strangers()
 
     # -- small things
 

@@ -98,8 +98,6 @@ class Connection(LoopBound):
     ) -> None:
         super().__init__(owner)
         self.server = ""
-        self.node_id = ""
-        """The id of a node of a cluster; empty if it doesn't tell it."""
         self.watched = False
         """Whether the cluster hears of every reply."""
         self.redirections = 0
@@ -351,7 +349,6 @@ class Connection(LoopBound):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
                 greeting = await self._endpoint.greet(partial(request, link))
-                self.node_id = greeting.node_id
                 if self._cluster is not None:
                     self._cluster.check_identity(self, greeting.node_id)
         except Exception as error:

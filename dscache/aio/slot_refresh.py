@@ -113,7 +113,7 @@ class SlotRefresher:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, node.info.address, self._state.source, node.node_id)
+        return read_view(slots, info, node.info.address, self._state.source, node.info.node_id)
 
     async def _look_up_seeds(self) -> None:
         """Look up the addresses of the configured nodes that have credentials of their own."""

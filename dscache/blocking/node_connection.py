@@ -142,8 +142,9 @@ class NodeConnection(Connection):
 
     def check_identity(self) -> None:
         """End the connection if the cluster has another node at this address by now."""
-        if self.ready and not self._state.is_expected(self.info.shown, self.node_id):
-            self._lose(ConnectionLost("the cluster announces another node at its address"))
+        ids = (self.node_id, self.info.node_id)
+        if self.ready and not all(self._state.may_use(self.info, one) for one in ids):
+            self._lose(ConnectionLost("the cluster has another node at its address"))
 
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""

@@ -35,6 +35,7 @@ class SlotRefresh:
         self._began = now
         self._timeout = state.timeout
         self._views: list[View] = []
+        self._answered: list[NodeConnection] = []
         self._failures: list[Exception] = []
         self._asked: dict[NodeConnection, list[BlockingWaiter]] = {}
         # The nodes without a connection yet, with the failed attempts of each so far.
@@ -74,6 +75,7 @@ class SlotRefresh:
             self._failures.append(error)
             return
         node.info.trouble = None
+        self._answered.append(node)
         if view.is_kin(self._state.view) and not any(map(self._state.view.is_kin, self._views)):
             self.until = min(self.until, now + max(now - self._began, _OTHERS))
         self._views.append(view)
@@ -87,7 +89,7 @@ class SlotRefresh:
         self._asked.clear()
         try:
             if self._views:
-                self._state.apply(self._state.choose(self._views), self._table, self._moved)
+                self._apply()
                 return
         except ConnectError as error:
             raise_foreign(error)
@@ -104,6 +106,14 @@ class SlotRefresh:
                 # A node that never answers is tried after others, and counts as gone.
                 info.is_tried, info.trouble = True, info.trouble or ConnectError(why)
         self._state.record_failure(self._error())
+
+    def _apply(self) -> None:
+        try:
+            view = self._state.choose(self._views)
+            self._state.apply(view, self._table, self._moved)
+        finally:
+            for node in self._answered:
+                node.check_identity()
 
     def abandon(self) -> None:
         """Leave the refresh to another thread."""

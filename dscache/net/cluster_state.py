@@ -250,17 +250,24 @@ class ClusterState:
         """
         with self.lock:
             node.node_id = node_id
-            if self.is_expected(node.shown, node_id):
-                return
-            if self._is_seed(node.address) and self._is_gone():
+            if self.may_use(node, node_id):
                 return
         raise ConnectError(
             f"{node.shown} is another node, {node_id[:8]}, than {self.table.ids[node.shown][:8]}, "
             "which the cluster has there: it isn't used unless the cluster announces it"
         )
 
-    def is_expected(self, shown: str, node_id: str) -> bool:
-        """Return whether a node may be the one that the cluster has at an address."""
+    def may_use(self, node: NodeInfo, node_id: str) -> bool:
+        """Return whether a node with this id may be the one that the cluster has at its address.
+
+        It may also be a configured node while all known nodes are gone.
+        """
+        if self._is_expected(node.shown, node_id):
+            return True
+        with self.lock:
+            return self._is_seed(node.address) and self._is_gone()
+
+    def _is_expected(self, shown: str, node_id: str) -> bool:
         return not self._checks_ids or self.table.is_of(shown, node_id)
 
     def choose(self, views: Iterable[View]) -> View:
@@ -298,6 +305,10 @@ class ClusterState:
 
     def _refuse(self, view: View) -> None:
         shown = join_address(*view.asked)
+        node = self.nodes.get(shown)
+        if node is not None:
+            # A node that was reset has another id by now, on the same connection.
+            node.node_id = self._ids_of(view).get(shown, node.node_id)
         if shown not in self._strangers:
             self._strangers.add(shown)
             _logger.warning(
@@ -328,7 +339,7 @@ class ClusterState:
             return False
         nodes = [self.nodes.get(join_address(*one)) for one in self._places()]
         return all(
-            node.trouble is not None or not self.is_expected(node.shown, node.node_id)
+            node.trouble is not None or not self._is_expected(node.shown, node.node_id)
             for node in nodes
             if node is not None and node.is_tried
         )

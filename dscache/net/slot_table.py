@@ -48,7 +48,7 @@ class NodeInfo:
         self.avoid_until = -inf
         """Until when it isn't read as a replica, by ``time.monotonic()``."""
         self.node_id = ""
-        """The id with which the last connection was greeted; empty if the node doesn't tell it."""
+        """The id that the node told last; empty if it doesn't tell it."""
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
 

@@ -276,14 +276,14 @@ def test_a_node_with_another_id_is_refused() -> None:
     node = state.node(A)
     for known in (IDS["a"], ""):
         state.check_identity(node, known)
-        assert state.is_expected(node.shown, known)
+        assert state.may_use(node, known)
     with pytest.raises(dscache.ConnectError, match="is another node, dddddddd, than aaaaaaaa"):
         state.check_identity(node, IDS["d"])
     state.check_identity(state.node(D), IDS["d"])  # an address of which the view says nothing
     # It was replaced by a node of the same cluster.
     refresh(state, state.choose([with_ids(("d", A), ("b", B), epoch=2, asked=B)]))
     state.check_identity(node, IDS["d"])
-    assert not state.is_expected(node.shown, IDS["a"])
+    assert not state.may_use(node, IDS["a"])
 
 
 def test_an_address_of_several_nodes_has_no_expected_id() -> None:
@@ -307,7 +307,7 @@ def test_ids_that_contradict_the_own_view_prove_nothing() -> None:
     state.node(A).node_id = IDS["f"]
     refresh(state, state.choose([OURS]))
     state.check_identity(state.node(A), IDS["f"])
-    assert state.is_expected("127.0.0.1:1", IDS["e"])
+    assert state.may_use(state.node(A), IDS["e"])
 
 
 def lose(state: ClusterState, *addresses: Address) -> None:
@@ -335,6 +335,22 @@ def test_a_whole_cluster_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     refresh(state, THEIRS)
     with pytest.raises(dscache.ConnectError):
         state.choose([OURS])
+
+
+def test_nodes_that_were_reset_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same servers form another cluster, and no connection has ended."""
+    state = state_with(OURS)
+    for address, name in ((A, "a"), (B, "b")):
+        state.record_connected(state.node(address), "redis", again=False)
+        state.check_identity(state.node(address), IDS[name])
+    anew = [with_ids(("c", A), ("d", B), asked=one) for one in (A, B)]
+    with pytest.raises(dscache.ConnectError) as failure:
+        state.choose(anew)
+    assert not state.may_use(state.node(B), state.node(B).node_id)
+    state.record_failure(failure.value)
+    now = time.monotonic() + 2 * slots.GONE_AFTER
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert state.choose(anew) is anew[0]
 
 
 def test_a_short_loss_of_all_nodes_replaces_none() -> None:
