@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
 import dscache
+from tests.aio.test_topology import FakeCluster, FakeNode, names_of
 from tests.conftest import BY_AGE
 from tests.soak.cluster_rows import CURIOUS
 from tests.support.blocking import ThreadedCache
 from tests.support.clusters import ClusterGroup, ClusterNode
 from tests.support.waiting import PATIENCE
+from tests.support.wire import Refusal
 
 NAMES = [f"user/{number}" for number in range(60)]
 # Seconds during which a cache sees both clusters; it once went over within the first refreshes.
@@ -49,7 +51,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def opened(kind: str, nodes: list[ClusterNode], **options: Any) -> Any:
+async def opened(kind: str, nodes: Sequence[ClusterNode | FakeNode], **options: Any) -> Any:
     seeds = [{"host": node.host, "port": node.port} for node in nodes]
     config = {
         "name": "redis",
@@ -133,3 +135,99 @@ async def test_a_whole_cluster_that_was_replaced(
             ours.kill(node)
         theirs.move(theirs.nodes[0], ours.nodes[1].port)
         await until_read(cache, "theirs")
+
+
+# -- single nodes, on fakes
+
+STRANGE = b"e" * 40
+HIDDEN = Refusal("NOPERM this user has no permissions to run the 'cluster|myid' command")
+
+
+async def restart(node: FakeNode) -> None:
+    await node.__aexit__()
+    await node.__aenter__()
+
+
+async def until_set(cache: Cache, name: str, version: int) -> None:
+    while True:
+        with suppress(dscache.DscacheError):
+            if await cache.set(name, version, version):
+                return
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("told", [STRANGE, HIDDEN], ids=["told", "hidden"])
+async def test_a_strange_node(kind: str, told: bytes | Refusal) -> None:
+    """It gets no operation, whether it tells its id or only lists itself among its slots."""
+    async with FakeCluster(2) as fakes:
+        first, second = fakes.nodes
+        for node in fakes.nodes:
+            node.told_id = told if told is HIDDEN else b""
+        (here,), (there,) = names_of(first, 1), names_of(second, 1)
+        async with opened(kind, fakes.nodes, commandTimeout=100) as cache:
+            assert await cache.set_bulk({here: (1, 1), there: (1, 1)}) == set()
+            second.told_id = told
+            alone = [[0, 16383, [second.host.encode(), second.port, STRANGE, []]]]
+            second.slots = lambda: alone  # type: ignore[method-assign]
+            second.epoch = 9
+            await restart(second)
+            before = len(second.moved)
+            for version in range(2, 12):
+                assert await cache.set(here, version, version) is True
+                with pytest.raises(dscache.DscacheError):
+                    await cache.set(there, version, version)
+            assert len(second.moved) == before
+            # The cluster's own node is back.
+            del second.slots  # type: ignore[method-assign]
+            second.told_id = told if told is HIDDEN else b""
+            second.epoch = 1
+            await restart(second)
+            await until_set(cache, there, 20)
+
+
+async def test_a_node_that_was_replaced_within_the_cluster(kind: str) -> None:
+    async with FakeCluster(2) as fakes:
+        first, second = fakes.nodes
+        (there,) = names_of(second, 1)
+        async with opened(kind, fakes.nodes) as cache:
+            assert await cache.set(there, 1, 1) is True
+            second.told_id = STRANGE  # the others don't know it yet
+            await restart(second)
+            connected = second.accepted
+            while second.accepted < connected + 2:
+                with suppress(dscache.DscacheError):
+                    await cache.set(there, 2, 2)
+            second.id = STRANGE
+            await until_set(cache, there, 3)
+            assert second.values
+            assert first.views > 1
+
+
+async def test_a_node_that_gets_another_id_while_it_is_connected(kind: str) -> None:
+    async with FakeCluster(2) as fakes:
+        second = fakes.nodes[1]
+        (there,) = names_of(second, 1)
+        async with opened(kind, fakes.nodes) as cache:
+            assert await cache.set(there, 1, 1) is True
+            accepted = second.accepted
+            second.id = STRANGE
+            version = 1
+            while second.accepted == accepted:
+                version += 1
+                await until_set(cache, there, version)
+            await until_set(cache, there, version + 1)
+
+
+@pytest.mark.parametrize("told", [STRANGE, HIDDEN, b"no id"], ids=["other", "hidden", "no id"])
+async def test_nodes_that_tell_no_id_of_their_view(kind: str, told: bytes | Refusal) -> None:
+    """Some proxies answer CLUSTER MYID with an id of their own: then ids prove nothing."""
+    async with FakeCluster(2) as fakes:
+        for node in fakes.nodes:
+            node.told_id = told
+        names = [name for node in fakes.nodes for name in names_of(node, 1)]
+        async with opened(kind, fakes.nodes) as cache:
+            for version in (1, 2, 3):
+                for name in names:
+                    await until_set(cache, name, version)
+                for node in fakes.nodes:
+                    await restart(node)
