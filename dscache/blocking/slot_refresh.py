@@ -76,7 +76,7 @@ class SlotRefresh:
             return
         node.info.trouble = None
         self._answered.append(node)
-        if view.is_kin(self._state.view) and not any(map(self._state.view.is_kin, self._views)):
+        if self._state.is_kin(view) and not any(map(self._state.is_kin, self._views)):
             self.until = min(self.until, now + max(now - self._began, _OTHERS))
         self._views.append(view)
 

@@ -103,6 +103,7 @@ class ClusterState:
         self._failing_since = inf
         self._complained = ""
         self._strangers: set[str] = set()
+        self._witnesses: set[str] = set()
         self._checks_ids = True
         self._open_seeds()
 
@@ -279,29 +280,43 @@ class ClusterState:
         """
         with self.lock:
             views = list(views)
-            kin = [view for view in views if view.is_kin(self.view)]
-            others = [view for view in views if view not in kin]
-            if not self.known and kin:
-                groups = groups_of(kin)
-                kin = max(groups, key=_weight)
-                others = [view for view in views if view not in kin]
-            elif not kin and self._is_gone():
-                kin = [view for view in others if self._is_seed(view.asked)]
+            kin = self._kin_among(views)
+            if not kin and views and self._is_gone():
+                kin = [view for view in views if self._is_seed(view.asked)]
                 if kin:
                     _logger.warning(
                         "all nodes of the cluster %s were replaced: the configured nodes form "
                         "another one",
                         self.address,
                     )
-                    others = [view for view in views if view not in kin]
+            others = [view for view in views if view not in kin]
             for view in others:
                 self._refuse(view)
             if kin:
+                self._witnesses = {view.node_id for view in kin if view.node_id}
                 self._strangers.difference_update(join_address(*view.asked) for view in kin)
                 self._checks_ids = self._tell_their_ids(kin)
                 return newest(kin)
             strangers = ", ".join(join_address(*view.asked) for view in others)
             raise ConnectError(f"nodes of another cluster are at known addresses: {strangers}")
+
+    def is_kin(self, view: View) -> bool:
+        """Return whether a view is of this cluster, as far as it can tell by itself."""
+        return view.is_kin(self.view) or view.is_heir(self._ids())
+
+    def _kin_among(self, views: list[View]) -> list[View]:
+        groups = groups_of(views)
+        if not self.known:
+            return max(groups, key=_weight, default=[])
+        ours = [group for group in groups if any(view.is_kin(self.view) for view in group)]
+        if not ours:
+            # No node of the view in use serves slots any more: the nodes that gave it may tell why.
+            known = self._ids()
+            ours = [group for group in groups if any(view.is_heir(known) for view in group)]
+        return [view for group in ours for view in group]
+
+    def _ids(self) -> set[str]:
+        return {*self.view.nodes, *self._witnesses}
 
     def _refuse(self, view: View) -> None:
         shown = join_address(*view.asked)

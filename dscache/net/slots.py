@@ -6,7 +6,7 @@ Source: the Redis Cluster specification and the pages of CLUSTER SLOTS and CLUST
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -60,12 +60,23 @@ class View:
     """The address of each node by its id; None if the view doesn't tell it."""
     asked: Address = ("", 0)
     """The address of the node that gave the view."""
+    node_id: str = ""
+    """The id of that node, if it is known."""
 
     def is_kin(self, other: View) -> bool:
         """Whether both may be views of one cluster: they share a node, or have no node ids."""
         if not self.nodes or not other.nodes:
             return True
         return not self.nodes.keys().isdisjoint(other.nodes)
+
+    def is_heir(self, known: Collection[str]) -> bool:
+        """Whether one of the known nodes is in the view, or gave it.
+
+        A replica without data is in no view, so that the only primary and the replica that took
+        over from it needn't be in a common one. The former primary's own view tells then.
+        """
+        gave_it = bool(self.node_id) and self.node_id in known
+        return gave_it or not self.nodes.keys().isdisjoint(known)
 
     @property
     def covered(self) -> int:
@@ -88,7 +99,7 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
             )
         raise slots
     entries = _entries(slots, asked, node_id)
-    return View(parse_epoch(info), tuple(_ranges_of(entries)), _nodes_of(entries), asked)
+    return View(parse_epoch(info), tuple(_ranges_of(entries)), _nodes_of(entries), asked, node_id)
 
 
 def newest(views: Iterable[View]) -> View:

@@ -36,6 +36,7 @@ class AnyNode(Endpoint):
         self._current: Address = random.choice(self._seeds)
         self._cut_off = 0
         self._view = View(-1, ())
+        self._node_id = ""
         # The attempts to connect since the last good one, and when the first of them began.
         self._attempts = 0
         self._lost_at = 0.0
@@ -64,6 +65,7 @@ class AnyNode(Endpoint):
         another one, or is cut off from the others.
         """
         server_info = await super().greet(ask)
+        self._node_id = server_info.node_id
         try:
             is_ours = self.update_nodes(*await ask(*map(list, QUESTIONS)))
         except ConfigError as error:
@@ -89,12 +91,13 @@ class AnyNode(Endpoint):
         invalid reply.
         """
         try:
-            view = read_view(slots, info, self._current, self._source)
+            view = read_view(slots, info, self._current, self._source, self._node_id)
         except ReplyError as error:
             if error.code != "NOPERM":  # a user without the permission does without
                 raise
             return True
-        if not view.is_kin(self._view) and not self._is_replaced():
+        is_ours = view.is_kin(self._view) or view.is_heir({*self._view.nodes, self._view.node_id})
+        if not is_ours and not self._is_replaced():
             self.is_healthy = False
             return False
         addresses = [

@@ -253,6 +253,30 @@ def test_a_view_without_a_known_node_is_refused(caplog: pytest.LogCaptureFixture
         state.choose([OURS])
 
 
+def test_the_only_primary_and_its_heir_are_in_no_common_view() -> None:
+    """CLUSTER SLOTS leaves out a replica without data."""
+
+    def alone(name: str, at: Address, asked: Address, by: str = "") -> View:
+        ranges = (SlotRange(0, 16383, at, ()),)
+        return View(1, ranges, {IDS[name]: at}, asked, IDS.get(by, ""))
+
+    def started() -> ClusterState:
+        return state_with(alone("a", A, A, "a"))
+
+    heir, told = alone("b", B, B, "b"), alone("b", B, A, "a")
+    assert started().choose([told]) is told
+    assert started().choose([heir, told]) in (heir, told)
+    with pytest.raises(dscache.ConnectError):
+        started().choose([heir])
+    with pytest.raises(dscache.ConnectError):
+        started().choose([alone("b", B, A)])
+    # The replica gave the view in use as well.
+    assert state_with(alone("a", A, B, "b")).choose([heir]) is heir
+    # The other nodes count first: this one has left for another cluster.
+    state = state_with(OURS)
+    assert state.choose([View(9, told.ranges, {IDS["c"]: C}, A, IDS["a"]), OURS]) is OURS
+
+
 def test_views_without_ids_are_believed() -> None:
     state = state_with(OURS)
     plain = view_of(C, D, epoch=3)
