@@ -61,6 +61,9 @@ class NodeListener:
     def on_connected(self, node: Connection) -> None:
         """Operations can be sent to the node."""
 
+    def check_identity(self, node: Connection, node_id: str) -> None:
+        """A node tells its id, which may be empty. Raises ConnectError if it is a wrong one."""
+
     def on_disconnected(self, node: Connection) -> None:
         """The node was lost, or could not be reached."""
 
@@ -395,6 +398,8 @@ class Connection(LoopBound):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
                 greeting = await self._endpoint.greet(partial(request, link))
+                if self._cluster is not None:
+                    self._cluster.check_identity(self, greeting.node_id)
         except Exception as error:
             # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
             # follow, or the cache would stay without a connection.

@@ -360,7 +360,13 @@ class Connection:
         poller.poll(milliseconds(wait))
 
     def _connect(
-        self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
+        self,
+        host: str,
+        port: int,
+        login: Callable[[], Login],
+        *,
+        read_only: bool = False,
+        of_cluster: bool = False,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
@@ -372,7 +378,8 @@ class Connection:
         self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
-            return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
+            steps = handshake(options, user, address, read_only=read_only, of_cluster=of_cluster)
+            return (yield from self._greet(steps))
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
             failure = without(error, secrets_of(options, user))

@@ -22,6 +22,7 @@ from .._limits import (
     NEAR_RECORDS,
 )
 from ..core.constants import join_address
+from ..errors import DscacheError
 from . import ioredis
 from .tls import Tls
 from .url import HOST
@@ -67,7 +68,9 @@ def canonical(host: str, port: int) -> tuple[str, int]:
     """Return the address in a form that is equal for every spelling of it."""
     try:
         return str(ipaddress.ip_address(host)), port
-    except ValueError:
+    except ValueError as error:
+        if isinstance(error, DscacheError):
+            raise  # a signal handler's
         return host.lower(), port
 
 
@@ -261,8 +264,10 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
 
     def mapped(self, host: str, port: int) -> tuple[str, int]:
         """Return the address that reaches a node which announces this one, by ``natMap``."""
+        if not self.nat_map:
+            return host, port
         expected = canonical(host, port)
-        for announced, target in (self.nat_map or {}).items():
+        for announced, target in self.nat_map.items():
             if canonical(*split_address(announced)) == expected:
                 return target.host, target.port
         return host, port
