@@ -32,7 +32,7 @@ from .deadlines import Deadlines, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
 from .lifecycle import LoopBound, check_loop, check_process, closed
-from .protocol import PushProtocol, SocketProtocol, request, send_control
+from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
 
@@ -345,7 +345,7 @@ class Connection(LoopBound):
             async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(partial(request, link))
+                greeting = await self._endpoint.greet(partial(request_greeting, link))
         except Exception as error:
             # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
             # follow, or the cache would stay without a connection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import DscacheError
 from ..net.foreign_errors import foreign, is_own
 
 
@@ -16,6 +17,8 @@ def raise_foreign(error: Exception) -> None:
     """
     if (cause := foreign(error)) is not None:
         raise cause
+    if isinstance(error, DscacheError):
+        return  # some are OSErrors too
     is_numbered = not isinstance(error, OSError) or error.errno is not None
     if not is_numbered and not (isinstance(error, ConnectTimeout) and is_own(error)):
         raise error

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
+from collections.abc import Iterable
+from typing import Any, Final
 
 from ..core.constants import ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
 
+# A server that is full for the moment says so in these words. Whether it then ends the connection
+# differs.
+_FULL: Final = re.compile(r"max(imum)? number of (clients|connections)", re.IGNORECASE)
+# Errors of a server that turns a client away for good. Whatever else it says may pass.
+_LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
+
 
 class UnsuitableServer(ConnectError):
     """The server can't do what the configuration asks of it."""
+
+
+class TurnedAway(ReplyError):
+    """The server has ended the handshake, and this error reply was the last that came from it."""
+
+
+def end_of_handshake(replies: Iterable[Any], reason: Exception) -> Exception:
+    """Return why a handshake has ended: the last error among the ``replies``, else ``reason``.
+
+    A server that turns a client away, such as for having too many, sends an error and closes.
+    """
+    said = [reply for reply in replies if isinstance(reply, ReplyError)]
+    return TurnedAway(said[-1].message) if said else reason
 
 
 def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
@@ -38,9 +60,9 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     """Return how operations fail at once, or None if the next attempt may help soon.
 
     ``shown`` is the result of ``as_connect_error`` for the error. Final are a refusal by the
-    server other than LOADING, a server that is unsuitable, and errors of TLS and of RESP.
+    server that doesn't pass, a server that is unsuitable, and errors of TLS and of RESP.
     """
-    if isinstance(error, ReplyError) and error.code != "LOADING":
+    if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
     if isinstance(error, UnsuitableServer):
@@ -49,3 +71,15 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {shown}")
     return None
+
+
+def _may_pass(error: ReplyError) -> bool:
+    """Whether a refusal may be over at the next attempt: the server is loading, or is full."""
+    if isinstance(error, TurnedAway) and error.code not in _LASTING:
+        return True
+    return error.code == "LOADING" or is_full(error.message)
+
+
+def is_full(text: str) -> bool:
+    """Whether a server says that it has too many clients."""
+    return _FULL.search(text) is not None

@@ -19,7 +19,17 @@ Login = tuple[str | None, "Hidden | None"]
 
 # First words of replies to a handshake: the code decides what happens next.
 _CODES: Final = frozenset(
-    ("ERR", "LOADING", "MASTERDOWN", "NOAUTH", "NOPERM", "NOPROTO", "WRONGPASS", "READONLY")
+    (
+        "DENIED",
+        "ERR",
+        "LOADING",
+        "MASTERDOWN",
+        "NOAUTH",
+        "NOPERM",
+        "NOPROTO",
+        "READONLY",
+        "WRONGPASS",
+    )
 )
 
 
@@ -102,7 +112,7 @@ def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheErr
     if isinstance(error, ReplyError):
         message = masked(error.message, secrets)
         if message != error.message:
-            return ReplyError(message)
+            return type(error)(message)
     elif (shown := masked(text, secrets)) != text:
         return type(error)(shown)
     error.__cause__ = error.__context__ = None
