@@ -110,6 +110,10 @@ class Endpoint:
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
+        if tls:
+            # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
+            # alert is read here, before a write fails on the socket that the server has closed.
+            await asyncio.sleep(0)
 
     async def greet(self, ask: Ask) -> ServerInfo:
         """Log in and set up the connection; return the facts that the server states.

@@ -326,7 +326,7 @@ async def request_greeting(link: SocketProtocol, *commands: Sequence[Word]) -> l
     except OSError as error:
         if foreign(error) is not None:
             raise
-        failure = link.reason or error
+        failure = link.lost.result() if link.lost.done() else link.reason or error
     if isinstance(failure, OSError):
         said = [one.exception() for one in waiters if one.done() and not one.cancelled()]
         failure = end_of_handshake(said, failure)

@@ -385,7 +385,7 @@ class Connection:
         """Send; if the server has closed, read first what it has said before that."""
         try:
             self._send()
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as error:
             raise_foreign(error)
             self.unsent = NOTHING
 

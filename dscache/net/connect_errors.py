@@ -48,12 +48,25 @@ def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
         return ConnectError(f"no answer within {connect_timeout} ms")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
+    if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):
+        return ConnectError(_refusal_of_tls(error.reason))
     if isinstance(error, OSError):
         text = error.strerror
         if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):
             text = os.strerror(error.errno)  # asyncio puts a text of its own into strerror
         return ConnectError(clean(text or str(error)) or type(error).__name__)
     return ConnectError(clean(f"{type(error).__name__}: {error}"))
+
+
+def _refusal_of_tls(reason: str) -> str:
+    """Return the words of a TLS alert, such as TLSV13_ALERT_CERTIFICATE_REQUIRED, and a remedy."""
+    said = reason.partition("ALERT_")[2].lower().replace("_", " ")
+    remedy = ""
+    if said in ("certificate required", "handshake failure"):
+        remedy = "; if it asks clients for a certificate, set tls.cert and tls.key"
+    elif "certificate" in said or said == "unknown ca":
+        remedy = "; check tls.cert"
+    return f"the server refuses the TLS connection: {said}{remedy}"
 
 
 def permanent_failure(error: Exception, shown: Exception, address: str) -> ErrorOf | None:
