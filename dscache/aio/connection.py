@@ -405,7 +405,7 @@ class Connection(LoopBound):
         """Send renewed credentials; an attempt under way fetches them by itself."""
         if self.link is not None:
             self.pipeline.forget("login")
-            send_control(self.link, "AUTH", *words)
+            send_control(self.link, "AUTH", *words, secrets=self._endpoint.credentials.given)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""

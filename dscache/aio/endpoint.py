@@ -128,7 +128,7 @@ class Endpoint:
         except DscacheError as error:
             if foreign(error) is not None:
                 raise  # a signal handler's says nothing about the server
-            failure = without(error, secrets_of(self._options, login))
+            failure = without(error, [*secrets_of(self._options, login), *self.credentials.given])
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:

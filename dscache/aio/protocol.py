@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..core import constants
@@ -347,14 +347,20 @@ async def _answered(link: SocketProtocol, waiters: list[asyncio.Future[Any]]) ->
     return replies
 
 
-def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
-    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+def send_control(
+    link: SocketProtocol, *command: str | Hidden, secrets: Iterable[Hidden | None] = ()
+) -> None:
+    """Send a command whose error reply ends the socket, and whose other replies are ignored.
+
+    No text shows the ``secrets``, or those of the command.
+    """
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
         if isinstance(error, ReplyError):
-            secrets = [word for word in command if isinstance(word, Hidden)]
-            link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
+            hidden = [word for word in command if isinstance(word, Hidden)]
+            said = masked(str(error), [*hidden, *secrets])
+            link.abort(ConnectionLost(f"{command[0]} was refused: {said}"))
 
     (waiter,) = link.request(command)
     waiter.add_done_callback(settled)
