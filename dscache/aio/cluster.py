@@ -247,6 +247,10 @@ class Cluster(LoopBound, NodeListener):
         self._keeper.check()
         node.info.trouble, node.info.refusal = node.pipeline.down, node.refusal
         self.state.record_loss(node.info, node.last_loss)
+        if not self.state.known:
+            # Operations wait for no node yet, and end with the reason of any.
+            trouble = ConnectError(f"{node.address}: {node.info.trouble}")
+            self._routing.unrouted.pipeline.down = trouble
         if node.refusal is not None:
             self._refresher.on_node_decided()  # the error comes at once if all nodes refuse
         self._assign_readers()

@@ -35,7 +35,7 @@ from .deadlines import Deadlines, SureTimer, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
 from .lifecycle import LoopBound, check_loop, check_process, closed
-from .protocol import PushProtocol, SocketProtocol, request, send_control
+from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
 
@@ -397,7 +397,7 @@ class Connection(LoopBound):
             async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(partial(request, link))
+                greeting = await self._endpoint.greet(partial(request_greeting, link))
                 if self._cluster is not None:
                     self._cluster.check_identity(self, greeting.node_id)
         except Exception as error:
@@ -459,7 +459,7 @@ class Connection(LoopBound):
         """Send renewed credentials; an attempt under way fetches them by itself."""
         if self.link is not None:
             self.pipeline.forget("login")
-            send_control(self.link, "AUTH", *words)
+            send_control(self.link, "AUTH", *words, secrets=self._endpoint.credentials.given)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""

@@ -122,6 +122,10 @@ class Endpoint:
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
+        if tls:
+            # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
+            # alert is read here, before a write fails on the socket that the server has closed.
+            await asyncio.sleep(0)
 
     async def greet(self, ask: Ask) -> ServerInfo:
         """Log in and set up the connection; return the facts that the server states.
@@ -136,7 +140,7 @@ class Endpoint:
         except DscacheError as error:
             if foreign(error) is not None:
                 raise  # a signal handler's says nothing about the server
-            failure = without(error, secrets_of(self._options, login))
+            failure = without(error, [*secrets_of(self._options, login), *self.credentials.given])
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:

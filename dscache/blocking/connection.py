@@ -20,7 +20,7 @@ from ..core import constants
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
-from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
 from ..net.credentials import Login, Word, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
 from ..net.slot_table import NodeInfo
@@ -83,6 +83,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_holder",
+        "_least_telling",
         "_patience",
         "_poller",
         "_reason",
@@ -115,6 +116,7 @@ class Connection:
         self.connects = 0
         self.unsent = NOTHING
         self.events = IN
+        self._least_telling = min(info.options.connect_timeout, self._patience) / 2
 
     # -- one operation
 
@@ -336,6 +338,9 @@ class Connection:
         """
         raise_foreign(error)
         failure = as_connect_error(error, timeout)
+        if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
+            # The attempts before it have used up the time, and their error tells more.
+            failure = self.pipeline.down or failure
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = failure
@@ -390,17 +395,32 @@ class Connection:
         commands = next(steps)
         while True:
             waiters = self.ask(commands)
-            while not all(waiter.done for waiter in waiters):
-                self.events = IN
-                if self.unsent:
-                    self._send()
-                yield self.events
-                self._take()
+            try:
+                while not all(waiter.done for waiter in waiters):
+                    self.events = IN
+                    if self.unsent:
+                        self._send_or_read_on()
+                    yield self.events
+                    self._take()
+            except OSError as error:
+                raise_foreign(error)
+                failure = end_of_handshake((waiter.error for waiter in waiters), error)
+                if failure is error:
+                    raise
+                raise failure from None
             try:
                 commands = steps.send([waiter.reply() for waiter in waiters])
             except StopIteration as end:
                 info: ServerInfo = end.value
                 return info
+
+    def _send_or_read_on(self) -> None:
+        """Send; if the server has closed, read first what it has said before that."""
+        try:
+            self._send()
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as error:
+            raise_foreign(error)
+            self.unsent = NOTHING
 
     def ask(self, commands: Iterable[Iterable[Word]]) -> list[BlockingWaiter]:
         """Put commands behind the unsent output; return the waiters for their replies."""

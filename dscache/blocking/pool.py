@@ -36,6 +36,7 @@ from ..config import Options
 from ..core import stats as counters
 from ..core.constants import ErrorOf
 from ..errors import (
+    ConfigError,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
@@ -58,7 +59,7 @@ _GLANCE: Final = 0.05
 # How often ``close`` looks whether all operations have ended, in seconds.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
+_FAILURES: Final = (OSError, ConfigError, ReplyError, ProtocolError, UnicodeError)
 
 
 class Pool:

@@ -7,16 +7,18 @@ from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from ..config import Options, SentinelNode
 from ..net.foreign_errors import is_of_handler
-from ..net.sentinels import Address, Answer, SentinelGroup
+from ..net.sentinels import Address, Answer, SentinelGroup, without_introduction
 from .foreign_errors import raise_foreign
 
 # redis-py's stubs know neither all of its arguments nor those of other versions.
 _Connection: Any = redis.Connection
+_QUIET: Final = without_introduction(AbstractConnection)
 
 # Errors that redis-py and SentinelGroup.read raise for replies of another shape, or no RESP at all.
 _NONSENSE: Final = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -65,13 +67,17 @@ class Sentinels:
             retry=Retry(NoBackoff(), 0),
             protocol=2,
             decode_responses=True,
+            **_QUIET,
         )
         began = time.monotonic()
         try:
             connection.connect()
-            for command in group.commands:
-                connection.send_command(*command)
-            answer = group.read([_reply(connection) for _ in group.commands])
+            # All at once: one that closes has often said why, which a failed write would hide.
+            connection.send_packed_command(connection.pack_commands(group.commands))
+            replies: list[Any] = []
+            for _ in group.commands:
+                replies.append(_reply(connection, replies))
+            answer = group.read(replies)
         except (RedisError, *_NONSENSE) as error:
             cause = error.__context__
             if isinstance(cause, Exception) and time.monotonic() < began + seconds:
@@ -84,11 +90,19 @@ class Sentinels:
         return answer or group.names_none(node)
 
 
-def _reply(connection: Any) -> Any:
-    """Return the next reply; an error reply is returned as a ResponseError."""
+def _reply(connection: Any, before: list[Any]) -> Any:
+    """Return the next reply; an error reply is returned as a ResponseError.
+
+    If there is none, the last error ``before`` is the reason.
+    """
     try:
         return connection.read_response()
     except ResponseError as error:
         if is_of_handler(error):
             raise
         return error
+    except RedisError as error:
+        said = [reply for reply in before if isinstance(reply, ResponseError)]
+        if not said or is_of_handler(error):
+            raise
+        raise said[-1] from None

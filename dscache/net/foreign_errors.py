@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from ..errors import DscacheError, ProtocolError
 
-# An error that a task or a future hands on has passed asyncio's frames as well.
-_OWN: Final = frozenset(("dscache", "asyncio"))
+# An error that a task, a future or a context manager hands on has passed their frames as well.
+_OWN: Final = frozenset(("dscache", "asyncio", "contextlib"))
 
 
 def foreign(error: BaseException) -> BaseException | None:

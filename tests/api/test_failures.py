@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -566,9 +565,8 @@ async def test_too_many_clients(backend: str, make_server: MakeServer) -> None:
         redis.ping()
         cache = lazy_cache(server.url, **IMPATIENT)
         error = await error_of(cache.when_ready())
-        # The server closes at once, and that may overtake its reply.
-        assert isinstance(error, (dscache.ConnectError, dscache.ReplyError))
-        assert re.search("max number of clients|the server closed it|reset by peer", str(error))
+        assert isinstance(error, dscache.ConnectError)
+        assert "max number of clients" in str(error)
         redis.config_set("maxclients", 100)
         async with asyncio.timeout(PATIENCE):
             while not cache.is_ready:
