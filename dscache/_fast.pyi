@@ -36,7 +36,9 @@ class Pipeline:
     address: str
     down: Exception | None
     has_msetex: bool
-    read_only: bool
+    away: str
+    doubts: list[Any]
+    reconnects: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
     on_push: Callable[[list[Any]], object] | None

@@ -163,11 +163,12 @@ cdef class Pipeline:
     ``begin`` is called when enough operations wait for an idle server, and must not raise.
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
-    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
-    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
-    arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
-    push for neither of them.
+    ``has_msetex`` is set for a server that knows MSETEX. ``away`` is the code of an error reply for
+    which the server should be left, or asked again later; the owner of the socket clears it.
+    Without ``reconnects``, a replica's refusal is the outcome of a write. ``near`` is the NearCache
+    in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of
+    its subscriptions; they arrive as ``resp2_pubsub`` replies from a server without RESP3.
+    ``on_push`` is called with each push for neither of them.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
     Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
@@ -183,7 +184,9 @@ cdef class Pipeline:
     cdef public str address
     cdef public object down
     cdef public bint has_msetex
-    cdef public bint read_only
+    cdef public str away
+    cdef public list doubts  # operations put off that another under way may overtake
+    cdef public bint reconnects
     cdef public list redirected
     cdef public NearCache near
     cdef public object on_push
@@ -251,6 +254,9 @@ cdef class Pipeline:
         self.address = address
         self._thread = dscache_thread() if bound else 0
         self.down = None
+        self.away = ""
+        self.doubts = []
+        self.reconnects = True
         self.redirected = []
         self._create_waiter = create_waiter
         self._wake = wake

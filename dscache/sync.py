@@ -197,6 +197,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
                     from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
 
                     self._topology = ClusterPool(self._config, self._credentials)
+                elif options.sentinels:
+                    from .blocking.sentinel_pool import SentinelPool
+
+                    self._topology = SentinelPool(options, self._credentials)
                 else:
                     self._topology = Pool(options, self._credentials)
             run: _Run = self._topology.run

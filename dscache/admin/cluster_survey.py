@@ -21,7 +21,7 @@ from ..aio.connection import Connection
 from ..config import Config, Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean, shorten
-from ..net.slots import Address, parse_epoch, parse_slots
+from ..net.slots import Address, parse_epoch, parse_nodes
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
 from .control import Reply
 from .primaries import parse_info
@@ -221,11 +221,8 @@ def _members(
 
 def _places(lines: list[_NodesLine], slots: Reply, source: Address) -> Mapping[str, Address]:
     """Return the address of each node by its id; nodes without a known address are left out."""
-    announced: dict[str, Address] = {}
-    for entry, known in zip(slots, parse_slots(slots, source), strict=True):
-        for node, place in zip(entry[2:], (known.primary, *known.replicas), strict=True):
-            if len(node) > 2 and isinstance(node[2], bytes):
-                announced[clean(node[2].decode(errors="replace"))] = place
+    nodes = parse_nodes(slots, source)
+    announced = {name: place for name, place in nodes.items() if place is not None}
     # A cluster announces IP addresses or host names; certificates may require the latter.
     by_name = any(announced.get(line.id) == (line.name, line.port) for line in lines)
     places = {}

@@ -15,7 +15,7 @@ from typing import Any, Self
 from .. import _backend
 from ..aio.connection import Connection
 from ..aio.endpoint import Endpoint
-from ..aio.protocol import SocketProtocol, request
+from ..aio.protocol import SocketProtocol, request, request_greeting
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
 from ..net.connect_errors import as_connect_error
@@ -67,7 +67,7 @@ class ControlConnection:
             async with asyncio.timeout(options.connect_timeout / 1000):
                 await endpoint.open(link)
                 pipeline.address = endpoint.address
-                info = await endpoint.greet(partial(request, link))
+                info = await endpoint.greet(partial(request_greeting, link))
         except BaseException as error:
             link.abort(ConnectionLost("it was closed"))
             if isinstance(error, (OSError, DscacheError)):

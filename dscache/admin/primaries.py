@@ -71,9 +71,12 @@ class Primaries:
         """
         if self._by_slot is None:
             return []
-        # A node that doesn't know its own host reports an empty one each time.
-        reply = await self.all[0].server.execute("CLUSTER", "SLOTS")
-        return sorted(parse_slots(reply, ("", 0)), key=lambda one: one.first)
+        server = self.all[0].server
+        reply = await server.execute("CLUSTER", "SLOTS")
+        # A node that doesn't know its own host leaves it out.
+        host, _, port = server.address.rpartition(":")
+        asked = (host.strip("[]"), int(port))
+        return sorted(parse_slots(reply, asked), key=lambda one: one.first)
 
 
 @asynccontextmanager

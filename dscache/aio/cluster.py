@@ -233,6 +233,9 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
+    def check_identity(self, node: Connection, node_id: str) -> None:
+        self.state.check_identity(node.info, node_id)
+
     def on_connected(self, node: Connection) -> None:
         info = node.info
         info.server, info.trouble, info.refusal = node.server, None, None
@@ -244,6 +247,10 @@ class Cluster(LoopBound, NodeListener):
         self._keeper.check()
         node.info.trouble, node.info.refusal = node.pipeline.down, node.refusal
         self.state.record_loss(node.info, node.last_loss)
+        if not self.state.known:
+            # Operations wait for no node yet, and end with the reason of any.
+            trouble = ConnectError(f"{node.address}: {node.info.trouble}")
+            self._routing.unrouted.pipeline.down = trouble
         if node.refusal is not None:
             self._refresher.on_node_decided()  # the error comes at once if all nodes refuse
         self._assign_readers()
@@ -290,13 +297,20 @@ class Cluster(LoopBound, NodeListener):
         self._routing.hand_slots(dict.fromkeys(its, node))
 
     def open_seeds(self) -> None:
-        for address in self.state.seeds.addresses:
-            self.nodes.open(self.state.node(address))
+        """Connect to the configured nodes, and after a failure to all that are known."""
+        for info in self.state.fallbacks():
+            self.nodes.open(info)
 
     def _leave(self, node: Connection) -> None:
         """Close a departed node, after its commands in flight are answered."""
         self._routing.leave(node)
         self.nodes.leave(node)
+
+    def _leave_strangers(self) -> None:
+        """Disconnect from nodes that aren't the ones that the cluster has at their addresses."""
+        for node in list(self.nodes.by_address.values()):
+            if not self.state.may_use(node.info, node.info.node_id):
+                node.leave("the cluster has another node at its address")
 
     # -- the view
 
@@ -309,6 +323,7 @@ class Cluster(LoopBound, NodeListener):
     def on_refresh_failed(self) -> None:
         """Let waiting operations fail at once if no later refresh can succeed."""
         self._routing.unrouted.pipeline.down = self.state.trouble
+        self._leave_strangers()
         if self.state.known:
             return
         refusal = self.state.refusal
@@ -338,6 +353,7 @@ class Cluster(LoopBound, NodeListener):
         for shown, node in list(self.nodes.by_address.items()):
             if shown not in self.state.nodes:
                 self._leave(node)
+        self._leave_strangers()
 
     # -- small things
 

@@ -20,19 +20,22 @@ from typing import TYPE_CHECKING, Any
 from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
+from ..core import constants
 from ..core.constants import ErrorOf
+from ..core.recovery import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
+from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
-from .deadlines import Deadlines, wait_at_most
+from .deadlines import Deadlines, SureTimer, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
 from .lifecycle import LoopBound, check_loop, check_process, closed
-from .protocol import PushProtocol, SocketProtocol, request, send_control
+from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
 
@@ -57,6 +60,9 @@ class NodeListener:
 
     def on_connected(self, node: Connection) -> None:
         """Operations can be sent to the node."""
+
+    def check_identity(self, node: Connection, node_id: str) -> None:
+        """A node tells its id, which may be empty. Raises ConnectError if it is a wrong one."""
 
     def on_disconnected(self, node: Connection) -> None:
         """The node was lost, or could not be reached."""
@@ -123,6 +129,7 @@ class Connection(LoopBound):
         )
         self.pipeline.down = ConnectError("still connecting")
         self.pipeline.inbox = inbox
+        self.pipeline.reconnects = options.leaves_replicas
         self.entry: Pipeline | NearCache = self.pipeline
         self._own_near: NearCache | None = None
         if is_near and near is None:
@@ -159,6 +166,10 @@ class Connection(LoopBound):
             follow = partial(self._endpoint.follow, self._check_place)
             self._tasks.append(BackgroundTask(follow, f"dscache follows {self.address}"))
         self._heartbeat.watch(None)
+        # Operations that a busy server refuses are sent again by a timer.
+        self._again = SureTimer(self._go_on)
+        self._put_off_at = -math.inf
+        self._put_offs = 0
         after_fork_in_child(self, Connection._reset_after_fork)
 
     @property
@@ -302,12 +313,48 @@ class Connection(LoopBound):
                 self._cluster.on_redirected(self)
             elif self.watched:
                 self._cluster.on_progress(self)
-        if self.pipeline.read_only:
-            self.pipeline.read_only = False
-            if self._endpoint.is_discovered and self.link is not None:
-                self.leave("the server has become a replica")
-                return
+        if self.pipeline.away:
+            self._on_away()
         if self.pipeline.queued and not self._flush_due:
+            self._flush()
+
+    def _on_away(self) -> None:
+        """Leave a server that is no longer the right one, or let one be that is busy.
+
+        Nothing more is sent, and the commands under way get their replies first: otherwise it
+        would be unknown whether their writes have happened.
+        """
+        pipeline, link, code = self.pipeline, self.link, self.pipeline.away
+        leaves = code in constants.LEFT_FOR
+        if link is None or not (leaves or code in constants.PASSING):
+            pipeline.away = ""
+            self._endpoint.doubt()
+            return
+        if code == "READONLY" and not (pipeline.reconnects or self._endpoint.may_move):
+            pipeline.away = ""  # as was said: it is a replica, and stays in use
+            return
+        link.hold(True)
+        if pipeline.in_flight:
+            return
+        pipeline.away = ""
+        settle_doubts(pipeline)
+        if leaves:
+            self.leave(constants.LEFT_FOR[code])
+            return
+        now = self._loop.time()
+        if now - self._put_off_at > _STEADY_AFTER:
+            self._put_offs = 0
+        self._put_off_at = now
+        self._again.start(
+            half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, self._put_offs)
+        )
+        self._put_offs += 1
+
+    def _go_on(self) -> None:
+        """Send again what a busy server has put off."""
+        self._again.stop()
+        if self.link is not None:
+            self.link.hold(False)
             self._flush()
 
     def on_writable(self) -> None:
@@ -350,7 +397,9 @@ class Connection(LoopBound):
             async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
-                greeting = await self._endpoint.greet(partial(request, link))
+                greeting = await self._endpoint.greet(partial(request_greeting, link))
+                if self._cluster is not None:
+                    self._cluster.check_identity(self, greeting.node_id)
         except Exception as error:
             # Any class: redis-py may raise anything for a Sentinel's replies. The next attempt must
             # follow, or the cache would stay without a connection.
@@ -410,7 +459,7 @@ class Connection(LoopBound):
         """Send renewed credentials; an attempt under way fetches them by itself."""
         if self.link is not None:
             self.pipeline.forget("login")
-            send_control(self.link, "AUTH", *words)
+            send_control(self.link, "AUTH", *words, secrets=self._endpoint.credentials.given)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""
@@ -445,6 +494,7 @@ class Connection(LoopBound):
 
     def _on_disconnected(self, reason: Exception) -> None:
         self.link = None
+        self.pipeline.away = ""
         self._heartbeat.watch(None)
         self._decided.clear()
         self.last_loss = str(reason)
@@ -479,6 +529,7 @@ class Connection(LoopBound):
         self._decided.set()
         self._heartbeat.stop()
         self._deadlines.stop()
+        self._again.stop()
         self.pipeline.fail_all(closed)
 
     def _reset_after_fork(self) -> None:

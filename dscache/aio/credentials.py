@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ class Credentials:
 
     def __init__(self, provider: CredentialProvider | None) -> None:
         self._provider = provider
+        # The latest tokens: a server may repeat one that it was given earlier.
+        self.given: deque[Hidden | None] = deque(maxlen=4)
         self._loop = asyncio.get_running_loop()
         self._thread = Threads(1, "dscache fetches credentials")
 
@@ -36,7 +39,9 @@ class Credentials:
         if provider is None:
             return options.username, hidden(options.password)
         try:
-            return checked(await self._fetch(provider))
+            login = checked(await self._fetch(provider))
+            self._note(login[1])
+            return login
         except Exception as error:  # whatever the provider raises, the next attempt may succeed
             if is_of_handler(error):
                 raise
@@ -55,7 +60,9 @@ class Credentials:
         def on_next(token: Any) -> Awaitable[None]:
             try:
                 username = token.try_get("oid")
-                words = [*([username] if username else []), Hidden(token.get_value())]
+                secret = Hidden(token.get_value())
+                words = [*([username] if username else []), secret]
+                self._note(secret)
             except Exception as error:
                 return on_error(error)
             # A loop in debug mode logs the arguments of its callbacks: this one has none. The
@@ -72,6 +79,10 @@ class Credentials:
             register(on_next)
         if (register := getattr(self._provider, "on_error", None)) is not None:
             register(on_error)
+
+    def _note(self, token: Hidden | None) -> None:
+        if token not in self.given:
+            self.given.append(token)
 
     async def _fetch(self, provider: CredentialProvider) -> tuple[str, ...]:
         from redis.credentials import CredentialProvider

@@ -8,6 +8,7 @@ since the last attempt.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .sentinel import Sentinels
+
+# The Sentinels are asked about a primary in doubt at most this often, in seconds.
+_DOUBT_AGAIN = 0.5
 
 Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (sequences of words) at once; returns the replies, error replies included."""
@@ -54,6 +58,7 @@ class Endpoint:
         self.credentials = Credentials(provider)
         self._resolver = resolver or Resolver()
         self._sentinels: Sentinels | None = None
+        self._doubted = -math.inf
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -81,6 +86,13 @@ class Endpoint:
             moved()
 
         await self._group().follow(on_moved)
+
+    def doubt(self) -> None:
+        """Have the Sentinels asked whether the server is still the primary."""
+        now = asyncio.get_running_loop().time()
+        if self._sentinels is not None and now > self._doubted + _DOUBT_AGAIN:
+            self._doubted = now
+            self._sentinels.look()
 
     async def open(self, protocol: asyncio.BufferedProtocol) -> None:
         """Open a socket for the protocol, with TLS if so configured.
@@ -110,6 +122,10 @@ class Endpoint:
             ssl=context,
             server_hostname=(tls.servername or host) if tls else None,
         )
+        if tls:
+            # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
+            # alert is read here, before a write fails on the socket that the server has closed.
+            await asyncio.sleep(0)
 
     async def greet(self, ask: Ask) -> ServerInfo:
         """Log in and set up the connection; return the facts that the server states.
@@ -124,7 +140,7 @@ class Endpoint:
         except DscacheError as error:
             if foreign(error) is not None:
                 raise  # a signal handler's says nothing about the server
-            failure = without(error, secrets_of(self._options, login))
+            failure = without(error, [*secrets_of(self._options, login), *self.credentials.given])
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:

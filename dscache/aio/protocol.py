@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..core import constants
 from ..errors import ConnectionLost, ProtocolError, ReplyError
+from ..net.connect_errors import TurnedAway, end_of_handshake
 from ..net.credentials import Hidden, Word, masked, packed
 from ..net.foreign_errors import foreign
 
@@ -38,6 +38,8 @@ _LONGEST_REST = 1.0
 # An incomplete reply has made progress when this many more of its bytes have arrived. Otherwise a
 # server that sends a byte now and then would look alive for ever.
 _PROGRESS = 4096
+# An error reply of this length is cut.
+_LONGEST_ERROR = 4096
 
 
 class SocketProtocol(asyncio.BufferedProtocol):
@@ -63,9 +65,13 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self._settled = 0
         self._partial = 0
         self.paused = False
+        self._is_full = False
+        self._is_held = False
         self.is_sending = False
         self.is_reading = False
         self.is_cut = False
+        # The error that arrives before the first command; None from that one on.
+        self._early: bytes | None = b""
         self.lost: asyncio.Future[Exception] = self._loop.create_future()
 
     def flush(self) -> None:
@@ -96,6 +102,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
 
         Raises ConnectionLost if the socket has ended.
         """
+        self._early = None
         if self._is_broken():
             raise ConnectionLost("the connection has just been lost")
         self.is_sending = True
@@ -145,14 +152,24 @@ class SocketProtocol(asyncio.BufferedProtocol):
         """
         assert self._socket is not None
         sent = 0
-        # The transport will meet the same error, and handle it.
-        with suppress(OSError):
+        try:
             sent = os.write(self._socket.fileno(), output)
+        except (BrokenPipeError, ConnectionResetError):
+            # The server may have said why before it closed. The transport would end unread, while
+            # its reader meets the end behind that.
+            return b""
+        except OSError:
+            pass  # the transport will meet the same error, and handle it
         return output[sent:]
 
     def get_extra_info(self, name: str) -> Any:
         """Return the transport's extra information, such as ``peername``; None if it has none."""
         return None if self._transport is None else self._transport.get_extra_info(name)
+
+    @property
+    def reason(self) -> Exception | None:
+        """Why the socket has ended, as far as is known."""
+        return self._reason
 
     def idle(self) -> float:
         """Return the seconds since anything arrived."""
@@ -197,6 +214,9 @@ class SocketProtocol(asyncio.BufferedProtocol):
         self.is_reading = True
         try:
             self._heard = self._loop.time()
+            if self._early is not None and self._is_early_error(nbytes):
+                self.is_reading = False
+                return
             self._pipeline.buffer_updated(nbytes)
             self._note_progress()
             self.is_reading = False
@@ -207,6 +227,22 @@ class SocketProtocol(asyncio.BufferedProtocol):
                 return
             self.break_off(error)
             raise
+
+    def _is_early_error(self, nbytes: int) -> bool:
+        """Whether data before the first command is an error reply; its end ends the socket.
+
+        A server that turns a client away waits for no command.
+        """
+        assert self._early is not None
+        early = self._early + bytes(self._pipeline.get_buffer(-1)[:nbytes])
+        if not early.startswith(b"-"):
+            self._early = None  # an error of RESP, as no command has asked for it
+            return False
+        self._early = early
+        text, end, _ = early.partition(b"\r\n")
+        if end or len(early) > _LONGEST_ERROR:
+            self.abort(TurnedAway(text[1:_LONGEST_ERROR].decode(errors="replace")))
+        return True
 
     def _note_progress(self) -> None:
         """Note whether the reply that is due has arrived, or has grown."""
@@ -221,11 +257,17 @@ class SocketProtocol(asyncio.BufferedProtocol):
             self._partial = pipeline.partial
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._is_full = self.paused = True
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._is_full = False
+        self.paused = self._is_held
         self._owner.on_writable()
+
+    def hold(self, held: bool) -> None:
+        """Keep operations from being sent, or let them go on; other commands are sent anyway."""
+        self._is_held = held
+        self.paused = held or self._is_full
 
     def eof_received(self) -> None:
         self._reason = self._reason or ConnectionLost("the server closed it")
@@ -233,7 +275,7 @@ class SocketProtocol(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_cut = True  # first, so that an exception behind it is noticed
         self._transport = None
-        self.paused = False
+        self.paused = self._is_full = self._is_held = False
         if not self.lost.done():
             self.lost.set_result(self._reason or exc or ConnectionLost("it was closed"))
 
@@ -277,7 +319,31 @@ async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
 
     Raises ConnectionLost, or the reason for which the socket was lost before the last reply.
     """
-    gathered = asyncio.gather(*link.request(*commands), return_exceptions=True)
+    return await _answered(link, link.request(*commands))
+
+
+async def request_greeting(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
+    """Send commands of a handshake as ``request`` does.
+
+    If the socket is lost, the last error reply before that is the reason.
+    """
+    waiters: list[asyncio.Future[Any]] = []
+    try:
+        waiters = link.request(*commands)
+        return await _answered(link, waiters)
+    except OSError as error:
+        if foreign(error) is not None:
+            raise
+        failure = link.lost.result() if link.lost.done() else link.reason or error
+    if isinstance(failure, OSError):
+        said = [one.exception() for one in waiters if one.done() and not one.cancelled()]
+        failure = end_of_handshake(said, failure)
+    raise failure
+
+
+async def _answered(link: SocketProtocol, waiters: list[asyncio.Future[Any]]) -> list[Any]:
+    """Return the replies, or raise the reason for which the socket was lost before the last."""
+    gathered = asyncio.gather(*waiters, return_exceptions=True)
     either: list[asyncio.Future[Any]] = [gathered, link.lost]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not gathered.done():
@@ -289,14 +355,21 @@ async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
     return replies
 
 
-def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
-    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+def send_control(
+    link: SocketProtocol, *command: str | Hidden, secrets: Iterable[Hidden | None] = ()
+) -> None:
+    """Send a command whose error reply ends the socket, and whose other replies are ignored.
+
+    A PING that is refused has been answered; only NOAUTH says that the login is over. No text
+    shows the ``secrets``, or those of the command.
+    """
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
-        if isinstance(error, ReplyError):
-            secrets = [word for word in command if isinstance(word, Hidden)]
-            link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
+        if isinstance(error, ReplyError) and (command[0] != "PING" or error.code == "NOAUTH"):
+            hidden = [word for word in command if isinstance(word, Hidden)]
+            said = masked(str(error), [*hidden, *secrets])
+            link.abort(ConnectionLost(f"{command[0]} was refused: {said}"))
 
     (waiter,) = link.request(command)
     waiter.add_done_callback(settled)

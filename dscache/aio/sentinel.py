@@ -10,8 +10,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from typing import Any
 
 from redis.asyncio import Connection
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
@@ -19,8 +21,11 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..config import Options, SentinelNode
 from ..errors import ConnectError
 from ..net.backoff import full_jitter
-from ..net.sentinels import Address, Answer, SentinelGroup
+from ..net.sentinels import Address, Answer, SentinelGroup, without_introduction
 from .resolver import Resolver
+
+# Not all versions of redis-py know the same arguments.
+_QUIET: Any = without_introduction(AbstractConnection)
 
 _logger = logging.getLogger("dscache")
 
@@ -83,23 +88,34 @@ class Sentinels:
         RESP.
         """
         connection: Connection | None = None
+        refusal: ResponseError | None = None
         try:
             connection = await self._connect(node)
             replies: list[object] = []
-            for command in commands:
-                await connection.send_command(*command)
+            # All at once: one that closes has often said why, which a failed write would hide.
+            packed = connection.pack_commands([list(command) for command in commands])
+            await connection.send_packed_command(packed)
             for _ in commands:
                 try:
                     replies.append(await connection.read_response())
                 except ResponseError as error:
+                    refusal = error
                     replies.append(error)
             return replies
+        except (RedisError, OSError):
+            if refusal is None:
+                raise
+            raise refusal from None
         finally:
             await self._disconnect(connection)
 
     def shown(self, error: Exception, seconds: float) -> str:
         """Return why a Sentinel gave no answer within so many seconds, without its password."""
         return self._group.shown(error, seconds)
+
+    def look(self) -> None:
+        """Look for the primary now, if ``follow`` runs: there is a sign of a new one."""
+        self._is_news.set()
 
     # -- the address of the primary
 
@@ -239,6 +255,7 @@ class Sentinels:
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
                 decode_responses=True,
+                **_QUIET,
             )
             try:
                 await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConnectError, DscacheError
 from ..net.foreign_errors import foreign
 from ..net.slot_table import SlotTable
-from ..net.slots import ASKED, QUESTIONS, View, newest, read_view
+from ..net.slots import ASKED, QUESTIONS, View, read_view
 from .connection import Connection
 from .deadlines import wait_at_most
 
@@ -83,7 +83,8 @@ class SlotRefresher:
     async def _ask(self) -> tuple[View, SlotTable, int]:
         """Return the newest view of some nodes, and the slots that were known before.
 
-        Raises the error of the first one if none has a view.
+        Raises the error of the first one if none has a view, and ConnectError if all are of
+        another cluster.
         """
         await self._look_up_seeds()
         if not self._nodes.ready():
@@ -101,7 +102,7 @@ class SlotRefresher:
         views = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not views:
             raise failures[0]
-        return newest(views), table, moved
+        return self._state.choose(views), table, moved
 
     async def _view_of(self, node: Connection) -> View:
         timeout = self._state.timeout
@@ -112,7 +113,7 @@ class SlotRefresher:
             raise ConnectError(
                 f"{node.address}: no answer to CLUSTER SLOTS in {timeout} ms"
             ) from None
-        return read_view(slots, info, node.info.address, self._state.source)
+        return read_view(slots, info, node.info.address, self._state.source, node.info.node_id)
 
     async def _look_up_seeds(self) -> None:
         """Look up the addresses of the configured nodes that have credentials of their own."""

@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ..core import constants
 from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
-from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.backoff import half_jitter
+from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
 from ..net.credentials import Login, Word, packed, without
 from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
 from ..net.slot_table import NodeInfo
@@ -38,6 +40,8 @@ LEAST_TO_CONNECT: Final = 0.005
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 NOTHING: Final = memoryview(b"")
+# The refusals after which nothing more is sent for now.
+_AWAY: Final = constants.PASSING.union(constants.LEFT_FOR)
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -79,6 +83,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_holder",
+        "_least_telling",
         "_patience",
         "_poller",
         "_reason",
@@ -111,6 +116,7 @@ class Connection:
         self.connects = 0
         self.unsent = NOTHING
         self.events = IN
+        self._least_telling = min(info.options.connect_timeout, self._patience) / 2
 
     # -- one operation
 
@@ -186,16 +192,38 @@ class Connection:
         """
         pipeline = self.pipeline
         deadline = -math.inf
+        put_offs = 0
         while True:
             now = time.monotonic()
             if now >= deadline:
                 deadline = pipeline.expire(now) or now  # without a deadline, it is done
             if outcome.done:
                 break
-            self._flush()
+            if pipeline.away not in _AWAY:
+                self._flush()
+            elif not pipeline.in_flight:
+                self._be_put_off(deadline - now, put_offs)
+                put_offs += 1
+                continue
+            elif self.unsent:
+                self._send()
             self._receive(deadline)
         if pipeline.in_flight or self.unsent:
             self.give_up()
+
+    def _be_put_off(self, rest: float, put_offs: int) -> None:
+        """Let a busy server be, for ``rest`` seconds at most, or leave one by ConnectionLost.
+
+        Called when all commands under way have their replies: otherwise it would be unknown
+        whether their writes have happened.
+        """
+        code = self.pipeline.away
+        if code in constants.LEFT_FOR:
+            # ``away`` stays: the pool sees why the socket is lost.
+            raise ConnectionLost(constants.LEFT_FOR[code])
+        self.pipeline.away = ""
+        pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
+        time.sleep(min(pause, max(rest, 0)))
 
     def give_up(self) -> None:
         """End a socket with replies outstanding that no operation awaits any more."""
@@ -310,6 +338,9 @@ class Connection:
         """
         raise_foreign(error)
         failure = as_connect_error(error, timeout)
+        if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
+            # The attempts before it have used up the time, and their error tells more.
+            failure = self.pipeline.down or failure
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = failure
@@ -334,7 +365,13 @@ class Connection:
         poller.poll(milliseconds(wait))
 
     def _connect(
-        self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
+        self,
+        host: str,
+        port: int,
+        login: Callable[[], Login],
+        *,
+        read_only: bool = False,
+        of_cluster: bool = False,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
@@ -346,7 +383,8 @@ class Connection:
         self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
-            return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
+            steps = handshake(options, user, address, read_only=read_only, of_cluster=of_cluster)
+            return (yield from self._greet(steps))
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
             failure = without(error, secrets_of(options, user))
@@ -357,17 +395,32 @@ class Connection:
         commands = next(steps)
         while True:
             waiters = self.ask(commands)
-            while not all(waiter.done for waiter in waiters):
-                self.events = IN
-                if self.unsent:
-                    self._send()
-                yield self.events
-                self._take()
+            try:
+                while not all(waiter.done for waiter in waiters):
+                    self.events = IN
+                    if self.unsent:
+                        self._send_or_read_on()
+                    yield self.events
+                    self._take()
+            except OSError as error:
+                raise_foreign(error)
+                failure = end_of_handshake((waiter.error for waiter in waiters), error)
+                if failure is error:
+                    raise
+                raise failure from None
             try:
                 commands = steps.send([waiter.reply() for waiter in waiters])
             except StopIteration as end:
                 info: ServerInfo = end.value
                 return info
+
+    def _send_or_read_on(self) -> None:
+        """Send; if the server has closed, read first what it has said before that."""
+        try:
+            self._send()
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as error:
+            raise_foreign(error)
+            self.unsent = NOTHING
 
     def ask(self, commands: Iterable[Iterable[Word]]) -> list[BlockingWaiter]:
         """Put commands behind the unsent output; return the waiters for their replies."""

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
 from ..core.constants import ErrorOf
-from ..errors import DscacheError, ProtocolError
+from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
 from ..net.handshake import ServerInfo
@@ -33,7 +33,7 @@ class NodeConnection(Connection):
 
     ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
     ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
-    operation waits for the node.
+    operation waits for the node. ``node_id``: the node's id, empty if it doesn't tell it.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class NodeConnection(Connection):
         super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
+        self.node_id = ""
         self.limit = 0.0
         self._allowed = 0
         self.failures = 0
@@ -104,6 +105,7 @@ class NodeConnection(Connection):
             *self.info.address,
             lambda: current_login(options, self._provider),
             read_only=options.scale_reads != "master",
+            of_cluster=True,
         )
         self.step()
 
@@ -111,11 +113,15 @@ class NodeConnection(Connection):
         """Go on connecting until the next wait."""
         assert self.opening is not None
         try:
-            self.events = next(self.opening)
-        except StopIteration as done:
-            server: ServerInfo = done.value
+            try:
+                self.events = next(self.opening)
+                return
+            except StopIteration as done:
+                server: ServerInfo = done.value
+            self._state.check_identity(self.info, server.node_id)
             self.opening = None
             self.failures = 0
+            self.node_id = server.node_id
             self._note_connected(server.server)
             self._state.record_connected(self.info, server.server, self.connects > 1)
         except _FAILURES as error:
@@ -133,6 +139,12 @@ class NodeConnection(Connection):
     def _record_failure(self, failure: Exception, refusal: ErrorOf | None) -> None:
         self._state.exclude_replica(self.info)
         self._state.record_unreachable(self.info, failure, refusal)
+
+    def check_identity(self) -> None:
+        """End the connection if the cluster has another node at this address by now."""
+        ids = (self.node_id, self.info.node_id)
+        if self.ready and not all(self._state.may_use(self.info, one) for one in ids):
+            self._lose(ConnectionLost("the cluster has another node at its address"))
 
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""

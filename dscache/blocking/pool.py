@@ -36,6 +36,7 @@ from ..config import Options
 from ..core import stats as counters
 from ..core.constants import ErrorOf
 from ..errors import (
+    ConfigError,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
@@ -58,7 +59,7 @@ _GLANCE: Final = 0.05
 # How often ``close`` looks whether all operations have ended, in seconds.
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
-_FAILURES: Final = (OSError, ReplyError, ProtocolError, UnicodeError)
+_FAILURES: Final = (OSError, ConfigError, ReplyError, ProtocolError, UnicodeError)
 
 
 class Pool:
@@ -133,6 +134,7 @@ class Pool:
     def _run_until_done(self, connection: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, over as many sockets as it takes, until its deadline."""
         pipeline = connection.pipeline
+        refusals = 0
         while not outcome.done:
             if self._closing:
                 pipeline.fail_all(closed_meanwhile)
@@ -142,6 +144,11 @@ class Pool:
                 deadline = pipeline.expire(time.monotonic())
                 if not outcome.done:
                     assert deadline is not None
+                    if pipeline.away:
+                        self._note_error(connection)
+                        if refusals:  # the next one too has sent it away
+                            self._pause(refusals, deadline)
+                        refusals += 1
                     refusal = self._connect(connection, deadline)
                     if refusal is not None:
                         pipeline.fail_all(refusal)
@@ -159,7 +166,11 @@ class Pool:
         return self._new_connection()
 
     def _new_connection(self) -> Connection:
-        return Connection(self._new_pipeline(), self._info)
+        return self._prepared(Connection(self._new_pipeline(), self._info))
+
+    def _prepared(self, connection: Connection) -> Connection:
+        connection.pipeline.reconnects = self._options.leaves_replicas
+        return connection
 
     def _admit(self, spare: Connection) -> Connection:
         """Reserve a place for a connection, or move its operation to one that has a place.
@@ -353,21 +364,18 @@ class Pool:
             time.sleep(pause)
         return closed_meanwhile if self._closing else None
 
+    def _pause(self, failures: int, deadline: float) -> None:
+        pause = pause_while_waiting(self._options.retry_strategy, failures)
+        time.sleep(max(min(pause, deadline - time.monotonic()), 0))
+
     def _note_success(self, connection: Connection, server: str) -> None:
-        address = connection.pipeline.address
         with self._lock:
             self._info.record_connected(server, connection.connects > 1)
-            moved = address != self.address and self._options.sentinels is not None
-            self.address = self._info.shown = address
-        if moved:
-            self._retire(lambda other: other.pipeline.address != address)
+            self.address = self._info.shown = connection.pipeline.address
 
     def _note_error(self, connection: Connection) -> None:
-        """Replace the connections to a server that has become a replica, behind Sentinels."""
-        if connection.pipeline.read_only:
-            connection.pipeline.read_only = False
-            if self._options.sentinels is not None:
-                self._retire(lambda other: other.pipeline.address == connection.pipeline.address)
+        """Clear the refusal that a connection has met; behind Sentinels there is more to do."""
+        connection.pipeline.away = ""
 
     def _renew(self) -> None:
         """Replace all connections: there are new credentials."""

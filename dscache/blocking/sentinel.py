@@ -7,16 +7,18 @@ from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from ..config import Options, SentinelNode
 from ..net.foreign_errors import is_of_handler
-from ..net.sentinels import Address, Answer, SentinelGroup
+from ..net.sentinels import Address, Answer, SentinelGroup, without_introduction
 from .foreign_errors import raise_foreign
 
 # redis-py's stubs know neither all of its arguments nor those of other versions.
 _Connection: Any = redis.Connection
+_QUIET: Final = without_introduction(AbstractConnection)
 
 # Errors that redis-py and SentinelGroup.read raise for replies of another shape, or no RESP at all.
 _NONSENSE: Final = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -28,6 +30,7 @@ class Sentinels:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._group = SentinelGroup(options)
+        self._silent: set[str] = set()
 
     def locate(self, deadline: float) -> Address:
         """Return the host and port of the group's primary, or of one of its replicas.
@@ -39,8 +42,14 @@ class Sentinels:
         seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
         number = group.begin()
         replies: list[Answer | str] = []
-        for node in group.nodes:
+        # Those that gave no answer come last: if the others are enough, they delay nothing.
+        silent = self._silent
+        for node in sorted(group.nodes, key=lambda one: one.address in silent):
             replies.append(self._query(node, seconds))
+            if isinstance(replies[-1], Answer):
+                silent.discard(node.address)
+            else:
+                silent.add(node.address)
             if group.is_enough([one for one in replies if isinstance(one, Answer)]):
                 break
         return group.conclude(number, replies)
@@ -58,13 +67,17 @@ class Sentinels:
             retry=Retry(NoBackoff(), 0),
             protocol=2,
             decode_responses=True,
+            **_QUIET,
         )
         began = time.monotonic()
         try:
             connection.connect()
-            for command in group.commands:
-                connection.send_command(*command)
-            answer = group.read([_reply(connection) for _ in group.commands])
+            # All at once: one that closes has often said why, which a failed write would hide.
+            connection.send_packed_command(connection.pack_commands(group.commands))
+            replies: list[Any] = []
+            for _ in group.commands:
+                replies.append(_reply(connection, replies))
+            answer = group.read(replies)
         except (RedisError, *_NONSENSE) as error:
             cause = error.__context__
             if isinstance(cause, Exception) and time.monotonic() < began + seconds:
@@ -77,11 +90,19 @@ class Sentinels:
         return answer or group.names_none(node)
 
 
-def _reply(connection: Any) -> Any:
-    """Return the next reply; an error reply is returned as a ResponseError."""
+def _reply(connection: Any, before: list[Any]) -> Any:
+    """Return the next reply; an error reply is returned as a ResponseError.
+
+    If there is none, the last error ``before`` is the reason.
+    """
     try:
         return connection.read_response()
     except ResponseError as error:
         if is_of_handler(error):
             raise
         return error
+    except RedisError as error:
+        said = [reply for reply in before if isinstance(reply, ResponseError)]
+        if not said or is_of_handler(error):
+            raise
+        raise said[-1] from None

@@ -8,7 +8,7 @@ from typing import Final
 
 from ..errors import ConfigError, ConnectError, DscacheError, ReplyError
 from ..net.cluster_state import ClusterState
-from ..net.slots import QUESTIONS, View, newest, read_view
+from ..net.slots import QUESTIONS, View, read_view
 from .foreign_errors import raise_foreign
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
@@ -35,6 +35,7 @@ class SlotRefresh:
         self._began = now
         self._timeout = state.timeout
         self._views: list[View] = []
+        self._answered: list[NodeConnection] = []
         self._failures: list[Exception] = []
         self._asked: dict[NodeConnection, list[BlockingWaiter]] = {}
         # The nodes without a connection yet, with the failed attempts of each so far.
@@ -68,12 +69,14 @@ class SlotRefresh:
         try:
             if isinstance(slots, Exception) and not isinstance(slots, ReplyError):
                 raise slots
-            view = read_view(slots, info, node.info.address, self._state.source)
+            view = read_view(slots, info, node.info.address, self._state.source, node.node_id)
         except DscacheError as error:
             raise_foreign(error)
             self._failures.append(error)
             return
-        if not self._views:
+        node.info.trouble = None
+        self._answered.append(node)
+        if self._state.is_kin(view) and not any(map(self._state.is_kin, self._views)):
             self.until = min(self.until, now + max(now - self._began, _OTHERS))
         self._views.append(view)
 
@@ -81,12 +84,12 @@ class SlotRefresh:
         """End with the replies so far: apply the newest view, or note the failure."""
         for node in self._awaited:
             node.wanted = False
-        silent = [node.info.shown for node in (*self._awaited, *self._asked)]
+        silent = [node.info for node in (*self._awaited, *self._asked)]
         self._awaited.clear()
         self._asked.clear()
         try:
             if self._views:
-                self._state.apply(newest(self._views), self._table, self._moved)
+                self._apply()
                 return
         except ConnectError as error:
             raise_foreign(error)
@@ -95,11 +98,22 @@ class SlotRefresh:
             # The operation ended first, so the missing replies prove no failure of the nodes.
             self.abandon()
             return
-        self._failures += [
-            ConnectError(f"{shown}: no answer to CLUSTER SLOTS in {self._timeout} ms")
-            for shown in silent
-        ]
+        is_late = time.monotonic() >= self._began + self._timeout / 1000
+        for info in silent:
+            why = f"{info.shown}: no answer to CLUSTER SLOTS in {self._timeout} ms"
+            self._failures.append(ConnectError(why))
+            if is_late:
+                # A node that never answers is tried after others, and counts as gone.
+                info.is_tried, info.trouble = True, info.trouble or ConnectError(why)
         self._state.record_failure(self._error())
+
+    def _apply(self) -> None:
+        try:
+            view = self._state.choose(self._views)
+            self._state.apply(view, self._table, self._moved)
+        finally:
+            for node in self._answered:
+                node.check_identity()
 
     def abandon(self) -> None:
         """Leave the refresh to another thread."""

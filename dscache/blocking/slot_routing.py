@@ -81,6 +81,8 @@ class SlotRouter:
             self._route_moved()
         else:
             self._rebuild(self._state.table)
+            for node in self.nodes.values():
+                node.check_identity()
         for node in list(self.nodes.values()):  # a copy, as moving may add nodes
             if node.pipeline.queued:
                 self.hand_on(node.pipeline)

@@ -27,7 +27,6 @@ NO_EFFECT: Final = {
     "maxRetriesPerRequest": _OWN_RETRY,
     "noDelay": "Nagle's algorithm is always off",
     "readOnly": "role and scaleReads select the nodes that serve reads",
-    "reconnectOnError": _OWN_RETRY,
     "serverName": "no version of deepstream's connector reads it",
     "showFriendlyErrorStack": "errors name the operation that failed",
     "stringNumbers": "versions are always exact integers",
@@ -66,4 +65,5 @@ NO_EFFECT_BESIDE_NODES: Final = {
     "password": "the node's own password or redisOptions.password is used; write it there",
     "tls": "redisOptions.tls is used",
     "role": "scaleReads selects the nodes that serve reads",
+    "reconnectOnError": "the primary of a slot is looked up after every READONLY",
 }

@@ -22,6 +22,7 @@ from .._limits import (
     NEAR_RECORDS,
 )
 from ..core.constants import join_address
+from ..errors import DscacheError
 from . import ioredis
 from .tls import Tls
 from .url import HOST
@@ -67,7 +68,9 @@ def canonical(host: str, port: int) -> tuple[str, int]:
     """Return the address in a form that is equal for every spelling of it."""
     try:
         return str(ipaddress.ip_address(host)), port
-    except ValueError:
+    except ValueError as error:
+        if isinstance(error, DscacheError):
+            raise  # a signal handler's
         return host.lower(), port
 
 
@@ -147,6 +150,7 @@ class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
         **ioredis.NO_EFFECT,
         "db": "a cluster has database 0 alone",
         "keyPrefix": "it belongs beside redisOptions, as with ioredis",
+        "reconnectOnError": "the primary of a slot is looked up after every READONLY",
         "retryStrategy": "it belongs beside redisOptions",
     }
 
@@ -180,6 +184,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     connect_timeout: Milliseconds = 2000
     command_timeout: Milliseconds = 1000
     close_timeout: Milliseconds = 2000
+    reconnect_on_error: bool = True
     retry_strategy: RetryStrategy = field(default_factory=RetryStrategy)
     max_pending: Count = MAX_PENDING
     max_pending_bytes: Bytes = MAX_PENDING_BYTES
@@ -218,6 +223,11 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
         # "auto" is deepstream's own layout wherever that layout is atomic.
         return self.key_layout == "hashtag" or (self.key_layout == "auto" and bool(self.nodes))
 
+    @property
+    def leaves_replicas(self) -> bool:
+        """Whether a server that refuses writes as a replica is left, and writes are sent again."""
+        return self.reconnect_on_error and self.role == "master"
+
     def for_pipeline(self) -> dict[str, Any]:
         """Return the keyword arguments of a Pipeline; times in seconds."""
         return {
@@ -254,8 +264,10 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
 
     def mapped(self, host: str, port: int) -> tuple[str, int]:
         """Return the address that reaches a node which announces this one, by ``natMap``."""
+        if not self.nat_map:
+            return host, port
         expected = canonical(host, port)
-        for announced, target in (self.nat_map or {}).items():
+        for announced, target in self.nat_map.items():
             if canonical(*split_address(announced)) == expected:
                 return target.host, target.port
         return host, port

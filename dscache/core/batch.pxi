@@ -100,7 +100,8 @@ cdef class _Batch:
     cdef public bint one_per_command  # one record a command, to find the refused one
     cdef public bint counted  # counts as one pending operation; only for a bulk
     cdef short* hash_slots  # slots of the names, on a cluster; NULL for a single name
-    cdef public tuple redirections  # "address: error text" of each redirection
+    # "address: error text" of each redirection; outside a cluster, the text of the last refusal.
+    cdef public tuple redirections
     cdef public bint asking  # the node serves these slots only after ASKING
     cdef public object target  # the pipeline that a redirection names, for one sending
 

@@ -105,7 +105,8 @@ class Batch:
     one_per_command: bool = False  # one record a command, to find the refused one
     counted: bool = False  # counts as one pending operation; only for a bulk
     hash_slots: list[int] = field(default_factory=list)  # slots of the names, on a cluster
-    redirections: tuple[str, ...] = ()  # "address: error text" of each redirection
+    # "address: error text" of each redirection; outside a cluster, the text of the last refusal.
+    redirections: tuple[str, ...] = ()
     asking: bool = False  # the node serves these slots only after ASKING
     target: Any = None  # the pipeline that a redirection names, for one sending
 

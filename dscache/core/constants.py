@@ -123,8 +123,21 @@ SLOTS: Final = 16384
 ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
 # Error codes of a cluster's node that send a command to another node, or to a later moment.
 # The fleeting ones may be over by the very next command; a slot that has left stays away.
-FLEETING: Final = frozenset(("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING"))
+FLEETING: Final = frozenset(("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING", "BUSY"))
 REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
+# Error codes of a server that is no longer the right one, with the reason to look for another.
+LEFT_FOR: Final = {
+    "READONLY": "the server has become a replica (READONLY)",
+    "MASTERDOWN": "the server is a replica that has lost its primary (MASTERDOWN)",
+}
+# Error codes of a server that does nothing for now, and soon will.
+PASSING: Final = frozenset(("LOADING", "BUSY"))
+# The pause before such a server is asked again, in seconds: up to the first, doubled up to the
+# other.
+PUT_OFF_FIRST: Final = 0.02
+PUT_OFF_CAP: Final = 0.25
+
+_IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
 
 # The guard argument of each record in the set script.
 UNGUARDED: Final = b"0"
@@ -515,6 +528,24 @@ def never_sent(
         )
     error.__cause__ = down
     return error
+
+
+def refused_in_time(address: str, timeout: float, words: str, operation: str) -> Exception:
+    """Return the error of an operation that the server has refused until its deadline."""
+    context = f"{operation} at {address}, within {timeout * 1000:.0f} ms"
+    return ReplyError(words, context=context)
+
+
+def code_of(error: ReplyError) -> str:
+    """Return the code of an error reply, or of the error within it.
+
+    Before Redis 7, an error in a script is reported within another one.
+    """
+    if error.code == "ERR":
+        for code in _IN_SCRIPTS:
+            if f"-{code} " in error.message:
+                return code
+    return error.code
 
 
 def not_sent_again(

@@ -103,11 +103,12 @@ class Pipeline:
     ``begin`` is called when enough operations wait for an idle server, and must not raise.
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
-    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
-    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
-    arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
-    push for neither of them.
+    ``has_msetex`` is set for a server that knows MSETEX. ``away`` is the code of an error reply for
+    which the server should be left, or asked again later; the owner of the socket clears it.
+    Without ``reconnects``, a replica's refusal is the outcome of a write. ``near`` is the NearCache
+    in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of
+    its subscriptions; they arrive as ``resp2_pubsub`` replies from a server without RESP3.
+    ``on_push`` is called with each push for neither of them.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
     Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
@@ -143,7 +144,9 @@ class Pipeline:
         self._thread = get_ident() if bound else 0
         self.down: Exception | None = None
         self.has_msetex = False
-        self.read_only = False
+        self.away = ""
+        self.doubts: list[Any] = []
+        self.reconnects = True
         self.near: NearCache | None = None
         self.on_push: Callable[[list[Any]], object] | None = None
         self.inbox: MessageDispatcher | None = None

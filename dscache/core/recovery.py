@@ -178,6 +178,11 @@ def drop_late(pipeline: Pipeline, now: float) -> None:
                 batch.redirections,
             )
             doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
+            if batch.redirections and not pipeline.clustered:
+                words = batch.redirections[-1]
+                make = partial(c.refused_in_time, pipeline.address, pipeline.timeout, words)
+                if batch.bulk is not None:
+                    batch.bulk.shared = True  # the records that were not refused have theirs
             pipeline.open_batches.clear()
             fail_batch(pipeline, batch, make, doubt)
         queue.popleft()
@@ -198,6 +203,7 @@ def connection_lost(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
     finally:
         pipeline.busy = False
     pipeline.recount()
+    settle_doubts(pipeline)
     pipeline.end_tick()
     pipeline.reset_reader()
 
@@ -256,6 +262,7 @@ def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
         while pipeline.queue and pipeline.queue[0].abandoned():
             pipeline.queue.popleft()
         pipeline.drop_slots()
+        pipeline.doubts.clear()
     finally:
         pipeline.busy = False
     pipeline.recount()
@@ -363,13 +370,16 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
     if pipeline.clustered and error.code in c.REDIRECTIONS and batch.kind != c.COMMAND:
         _redirected(pipeline, batch, count, error)
         return
-    if error.code == "READONLY":
-        pipeline.read_only = True
+    put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
     lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
     mixed = error.code == "NOPERM" and count > 1
-    later = _written_after(pipeline, batch, mixed) if lost_script or mixed else {}
+    is_overtaken = lost_script or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
+    later = _written_after(pipeline, batch, mixed or put_off) if is_overtaken else {}
     again: dict[str, Any] = {}
+    doubts: list[tuple[str, int, str]] = []
+    if put_off and batch.kind == c.PUBLISH:
+        doubts = _published_after(pipeline, batch)
     settled = count
     repeated = 0
     for i in range(batch.answered, batch.answered + count):
@@ -377,20 +387,108 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         entry = batch.entries[i]
         if entry is DISCARDED:
             settled -= 1
-        elif (lost_script or mixed) and name not in later:
+        elif (lost_script or mixed or put_off) and name not in later:
             again[name] = entry
             repeated += i < batch.repeated
         else:
             make = refusal(pipeline, error, batch.kind, name)
-            if name not in later or not _attach_to_newer_write(batch, entry, *later[name], make):
+            if name in later and _attach_to_newer_write(batch, entry, *later[name], make):
+                if put_off:
+                    doubt = (None, batch.serial, name, later[name][0].serial, name)
+                    pipeline.doubts.append(doubt)
+                continue
+            if put_off:
+                again[name] = entry
+                repeated += i < batch.repeated
+                doubts.append((name, later[name][0].serial, name))
+            else:
                 give_error(pipeline, batch, name, entry, make)
     if again:
         _send_again(pipeline, batch, again, repeated, lost_script, mixed)
+        if put_off:
+            repeat = pipeline.returned[-1]
+            repeat.redirections = (error.message,)
+            pipeline.doubts += [(repeat, batch.serial, *doubt) for doubt in doubts]
         if c.SET <= batch.kind <= c.DELETE:
             _read_again(pipeline, batch, again)
     batch.answered += count
     if batch.bulk is not None:
         batch.bulk.settle(settled - len(again))
+
+
+def _puts_off(pipeline: Pipeline, batch: Batch, error: ReplyError) -> bool:
+    """Return whether a refused command is sent again later, and note that the server is away.
+
+    The owner of the socket sees ``away`` and stops sending for a while, or leaves the server.
+    """
+    if pipeline.clustered or batch.kind == c.COMMAND:
+        return False
+    code = c.code_of(error)
+    if code in c.LEFT_FOR or (code in c.PASSING and pipeline.away not in c.LEFT_FOR):
+        pipeline.away = code
+        return pipeline.reconnects or code != "READONLY"
+    if code == "NOREPLICAS" and not pipeline.away:
+        pipeline.away = code
+    return False
+
+
+def _published_after(pipeline: Pipeline, batch: Batch) -> list[tuple[str, int, str]]:
+    """Return the message that was refused, with the next one of its topic that is under way."""
+    refused = batch.names[batch.answered]
+    topic = refused[: refused.index("}") + 1]
+    for later in _batches_in_flight(pipeline):
+        if later.kind != c.PUBLISH or later.serial < batch.serial or later.abandoned():
+            continue
+        for i in range(later.answered + (later is batch), later.sent):
+            if later.names[i].startswith(topic):
+                return [(refused, later.serial, later.names[i])]
+    return []
+
+
+def settle_doubts(pipeline: Pipeline) -> None:
+    """Fail the operations put off that a later one of their name has overtaken.
+
+    When all commands under way have their replies, each later one was done, or was put off too
+    and comes behind the earlier one. A repeat of an overtaken write would undo the later one.
+    """
+    if not pipeline.doubts:
+        return
+    waiting = {
+        (batch.serial, name)
+        for batch in (*pipeline.queue, *pipeline.returned)
+        if not batch.abandoned()
+        for name in (batch.names or batch.records)
+    }
+    pipeline.busy = True
+    try:
+        # The last ones first: what fails has been overtaken, and lets none pass either.
+        while pipeline.doubts:
+            batch, serial, name, later_serial, later = pipeline.doubts[-1]
+            if (later_serial, later) in waiting:
+                waiting.add((serial, name))  # also if it was attached to the later one
+            elif batch is not None and not batch.abandoned():
+                waiting.discard((serial, name))
+                _drop(pipeline, batch, name)
+            pipeline.doubts.pop()
+    finally:
+        pipeline.busy = False
+    pipeline.recount()
+
+
+def _drop(pipeline: Pipeline, batch: Batch, name: str) -> None:
+    """Fail one record of a batch that was put off, which was not sent since."""
+    batch.freeze()
+    i = batch.names.index(name)
+    entry = batch.entries[i]
+    if entry is DISCARDED:
+        return
+    error = ReplyError(batch.redirections[-1])
+    give_error(pipeline, batch, name, entry, refusal(pipeline, error, batch.kind, name))
+    batch.records = {one: batch.entries[at] for at, one in enumerate(batch.names) if at != i}
+    batch.names, batch.entries = list(batch.records), list(batch.records.values())
+    batch.repeated -= i < batch.repeated
+    if batch.bulk is not None:
+        batch.bulk.settle(1)
 
 
 def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:

@@ -30,9 +30,12 @@ from .slots import (
     GAP,
     GAP_CAP,
     GAP_GROWTH,
+    GONE_AFTER,
     VIEWS_TO_LEAVE,
     Address,
     View,
+    groups_of,
+    newest,
     parse_redirection,
 )
 
@@ -97,7 +100,11 @@ class ClusterState:
         self._asked_at = -inf
         self._fruitless = 0
         self._failures = 0
+        self._failing_since = inf
         self._complained = ""
+        self._strangers: set[str] = set()
+        self._witnesses: set[str] = set()
+        self._checks_ids = True
         self._open_seeds()
 
     # -- when to refresh
@@ -223,6 +230,149 @@ class ClusterState:
         for address in self.seeds.addresses:
             self.node(address)
 
+    def fallbacks(self) -> list[NodeInfo]:
+        """Return the nodes to try while none answers: the configured and the known ones."""
+        known: list[Address] = []
+        if self._failures and len(self.view.nodes) <= _AT_ONCE:
+            known = self._places()
+        with self.lock:
+            return [
+                self.node(address) for address in dict.fromkeys((*self.seeds.addresses, *known))
+            ]
+
+    # -- which cluster a node belongs to
+
+    def check_identity(self, node: NodeInfo, node_id: str) -> None:
+        """Note the id of a node just connected to, which is empty if the node doesn't tell it.
+
+        Raises ConnectError if the cluster has another node at this address. That happens where an
+        address is used again, by a node of another cluster. A node that was replaced by one of the
+        same cluster counts when the others announce it.
+        """
+        with self.lock:
+            node.node_id = node_id
+            if self.may_use(node, node_id):
+                return
+        raise ConnectError(
+            f"{node.shown} is another node, {node_id[:8]}, than {self.table.ids[node.shown][:8]}, "
+            "which the cluster has there: it isn't used unless the cluster announces it"
+        )
+
+    def may_use(self, node: NodeInfo, node_id: str) -> bool:
+        """Return whether a node with this id may be the one that the cluster has at its address.
+
+        It may also be a configured node while all known nodes are gone.
+        """
+        if self._is_expected(node.shown, node_id):
+            return True
+        with self.lock:
+            return self._is_seed(node.address) and self._is_gone()
+
+    def _is_expected(self, shown: str, node_id: str) -> bool:
+        return not self._checks_ids or self.table.is_of(shown, node_id)
+
+    def choose(self, views: Iterable[View]) -> View:
+        """Return the newest of some views of this cluster.
+
+        A view without any node of the view in use is another cluster's. It counts only if it came
+        from a configured node while all known nodes are gone: then the whole cluster was replaced.
+        Before the first view, that of most nodes counts. Raises ConnectError if none is left.
+        """
+        with self.lock:
+            views = list(views)
+            kin = self._kin_among(views)
+            if not kin and views and self._is_gone():
+                kin = [view for view in views if self._is_seed(view.asked)]
+                if kin:
+                    _logger.warning(
+                        "all nodes of the cluster %s were replaced: the configured nodes form "
+                        "another one",
+                        self.address,
+                    )
+            others = [view for view in views if view not in kin]
+            for view in others:
+                self._refuse(view)
+            if kin:
+                self._witnesses = {view.node_id for view in kin if view.node_id}
+                self._strangers.difference_update(join_address(*view.asked) for view in kin)
+                self._checks_ids = self._tell_their_ids(kin)
+                return newest(kin)
+            strangers = ", ".join(join_address(*view.asked) for view in others)
+            raise ConnectError(f"nodes of another cluster are at known addresses: {strangers}")
+
+    def is_kin(self, view: View) -> bool:
+        """Return whether a view is of this cluster, as far as it can tell by itself."""
+        return view.is_kin(self.view) or view.is_heir(self._ids())
+
+    def _kin_among(self, views: list[View]) -> list[View]:
+        groups = groups_of(views)
+        if not self.known:
+            return max(groups, key=_weight, default=[])
+        ours = [group for group in groups if any(view.is_kin(self.view) for view in group)]
+        if not ours:
+            # No node of the view in use serves slots any more: the nodes that gave it may tell why.
+            known = self._ids()
+            ours = [group for group in groups if any(view.is_heir(known) for view in group)]
+        return [view for group in ours for view in group]
+
+    def _ids(self) -> set[str]:
+        return {*self.view.nodes, *self._witnesses}
+
+    def _refuse(self, view: View) -> None:
+        shown = join_address(*view.asked)
+        node = self.nodes.get(shown)
+        if node is not None:
+            # A node that was reset has another id by now, on the same connection.
+            node.node_id = self._ids_of(view).get(shown, node.node_id)
+        if shown not in self._strangers:
+            self._strangers.add(shown)
+            _logger.warning(
+                "%s belongs to another cluster than %s: its view shares no node with the one in "
+                "use, and is refused",
+                shown,
+                self.address,
+            )
+
+    def _tell_their_ids(self, views: Iterable[View]) -> bool:
+        """Return whether nodes tell the ids that their own views have for them.
+
+        The nodes behind some proxies don't: then ids prove nothing.
+        """
+        said = []
+        for view in views:
+            node = self.nodes.get(join_address(*view.asked))
+            if node is not None and node.node_id and node.shown in self._ids_of(view):
+                said.append(node.node_id in view.nodes)
+        return any(said) or not said
+
+    def _is_seed(self, address: Address) -> bool:
+        return address in self.seeds.addresses
+
+    def _is_gone(self) -> bool:
+        """Return whether no known node is left."""
+        if time.monotonic() < self._failing_since + GONE_AFTER:
+            return False
+        nodes = [self.nodes.get(join_address(*one)) for one in self._places()]
+        return all(
+            node.trouble is not None or not self._is_expected(node.shown, node.node_id)
+            for node in nodes
+            if node is not None and node.is_tried
+        )
+
+    def _places(self) -> list[Address]:
+        """Return the addresses of the nodes in the view in use."""
+        return [self._options.mapped(*one) for one in self.view.nodes.values() if one is not None]
+
+    def _ids_of(self, view: View) -> dict[str, str]:
+        ids: dict[str, str] = {}
+        shared = set()
+        for name, address in view.nodes.items():
+            if address is not None:
+                shown = join_address(*self._options.mapped(*address))
+                if ids.setdefault(shown, name) != name:
+                    shared.add(shown)
+        return {shown: name for shown, name in ids.items() if shown not in shared}
+
     # -- the slots
 
     def record_redirection(
@@ -235,7 +385,7 @@ class ClusterState:
         code = words.partition(" ")[0]
         address = None
         if code in ("MOVED", "ASK"):
-            address = parse_redirection(words, slot, source)
+            address = self._located(parse_redirection(words, slot, source), words)
         named = None if address is None else self.node(self._options.mapped(*address))
         with self.lock:
             self.redirections += 1
@@ -244,6 +394,15 @@ class ClusterState:
         if code == "MOVED" or (named is None and code != "TRYAGAIN"):
             self.record_stale()
         return code, named
+
+    def _located(self, address: Address | None, words: str) -> Address | None:
+        """Return the address of a redirection; one without a host may have one in the view."""
+        if address is None or not words.rpartition(":")[0].endswith(" ?"):
+            return address
+        at_port = {one for one in self.view.nodes.values() if one and one[1] == address[1]}
+        if len(at_port) > 1:
+            return None  # the next view tells which
+        return at_port.pop() if at_port else address
 
     def apply(
         self,
@@ -266,12 +425,13 @@ class ClusterState:
             self._is_unready = False
             self._fruitless = self._fruitless + 1 if stayed else 0
             self._failures = 0
+            self._failing_since = inf
             self.known = True
             self.refusal = None
             self.trouble = ConnectError("no node of the cluster serves this slot")
             # A slot that moved during the refresh may be older in the view; the next view decides.
             kept = self.table.moved[moved if self.table is since else 0 :]
-            table = SlotTable(self._shards_of(view), kept)
+            table = SlotTable(self._shards_of(view), kept, self._ids_of(view))
             if table != self.table:
                 self.table = table
             self._let_leave(is_up)
@@ -297,12 +457,14 @@ class ClusterState:
     def record_failure(self, error: Exception) -> None:
         """Note that a refresh failed; the next one comes with exponential backoff."""
         retry = self._options.cluster_retry_strategy
+        now = time.monotonic()
         with self.lock:
             self.trouble = error
-            self._open_seeds()
-            self._end_claim(time.monotonic())
+            self.fallbacks()
+            self._end_claim(now)
             pause = full_jitter(retry.first / 1000, retry.cap / 1000, self._failures)
             self._failures += 1
+            self._failing_since = min(self._failing_since, now)
             untried = any(not node.is_tried for node in self.nodes.values())
             self.refresh_at = self._asked_at + (0 if untried else pause)
             self.refusal = None if self.known else self._refusal_of(error)
@@ -393,7 +555,7 @@ class ClusterState:
             again = now < node.avoid_until + _AVOID_CAP
             node.avoid_for = min(2 * node.avoid_for, _AVOID_CAP) if again else _AVOID_FIRST
             node.avoid_until = now + node.avoid_for
-            self.table = SlotTable(tuple(shards), table.moved.copy())
+            self.table = replace(table, shards=tuple(shards), moved=table.moved.copy())
             self._refresh_when_readable(now)
 
     def _refresh_when_readable(self, now: float) -> None:
@@ -423,3 +585,8 @@ class ClusterState:
         """Begin again in a forked child, with what is known and without a claim."""
         self.lock = threading.RLock()
         self._claim = self.refresh_at = 0.0
+
+
+def _weight(group: list[View]) -> tuple[int, int]:
+    """Return how much a cluster counts: first by the number of nodes that gave views of it."""
+    return len([view for view in group if view.ranges]), max(view.epoch for view in group)

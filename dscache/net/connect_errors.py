@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
+from collections.abc import Iterable
+from typing import Any, Final
 
-from ..core.constants import ErrorOf
+from ..core.constants import PASSING, ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
+
+# A server that is full for the moment says so in these words. Whether it then ends the connection
+# differs.
+_FULL: Final = re.compile(r"max(imum)? number of (clients|connections)", re.IGNORECASE)
+# Errors of a server that turns a client away for good. Whatever else it says may pass.
+_LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 
 
 class UnsuitableServer(ConnectError):
     """The server can't do what the configuration asks of it."""
+
+
+class TurnedAway(ReplyError):
+    """The server has ended the handshake, and this error reply was the last that came from it."""
+
+
+def end_of_handshake(replies: Iterable[Any], reason: Exception) -> Exception:
+    """Return why a handshake has ended: the last error among the ``replies``, else ``reason``.
+
+    A server that turns a client away, such as for having too many, sends an error and closes.
+    """
+    said = [reply for reply in replies if isinstance(reply, ReplyError)]
+    return TurnedAway(said[-1].message) if said else reason
 
 
 def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
@@ -26,6 +48,8 @@ def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
         return ConnectError(f"no answer within {connect_timeout} ms")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
+    if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):
+        return ConnectError(_refusal_of_tls(error.reason))
     if isinstance(error, OSError):
         text = error.strerror
         if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):
@@ -34,13 +58,24 @@ def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
     return ConnectError(clean(f"{type(error).__name__}: {error}"))
 
 
+def _refusal_of_tls(reason: str) -> str:
+    """Return the words of a TLS alert, such as TLSV13_ALERT_CERTIFICATE_REQUIRED, and a remedy."""
+    said = reason.partition("ALERT_")[2].lower().replace("_", " ")
+    remedy = ""
+    if said in ("certificate required", "handshake failure"):
+        remedy = "; if it asks clients for a certificate, set tls.cert and tls.key"
+    elif "certificate" in said or said == "unknown ca":
+        remedy = "; check tls.cert"
+    return f"the server refuses the TLS connection: {said}{remedy}"
+
+
 def permanent_failure(error: Exception, shown: Exception, address: str) -> ErrorOf | None:
     """Return how operations fail at once, or None if the next attempt may help soon.
 
     ``shown`` is the result of ``as_connect_error`` for the error. Final are a refusal by the
-    server other than LOADING, a server that is unsuitable, and errors of TLS and of RESP.
+    server that doesn't pass, a server that is unsuitable, and errors of TLS and of RESP.
     """
-    if isinstance(error, ReplyError) and error.code != "LOADING":
+    if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
     if isinstance(error, UnsuitableServer):
@@ -49,3 +84,15 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {shown}")
     return None
+
+
+def _may_pass(error: ReplyError) -> bool:
+    """Whether a refusal may be over at the next attempt: the server is loading, busy or full."""
+    if isinstance(error, TurnedAway) and error.code not in _LASTING:
+        return True
+    return error.code in PASSING or is_full(error.message)
+
+
+def is_full(text: str) -> bool:
+    """Whether a server says that it has too many clients."""
+    return _FULL.search(text) is not None

@@ -6,8 +6,10 @@ a provider are shown by their type alone: their text may hold a token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, quote_plus
 
 from ..errors import ConnectError, DscacheError, ReplyError, clean
 
@@ -19,7 +21,17 @@ Login = tuple[str | None, "Hidden | None"]
 
 # First words of replies to a handshake: the code decides what happens next.
 _CODES: Final = frozenset(
-    ("ERR", "LOADING", "MASTERDOWN", "NOAUTH", "NOPERM", "NOPROTO", "WRONGPASS", "READONLY")
+    (
+        "DENIED",
+        "ERR",
+        "LOADING",
+        "MASTERDOWN",
+        "NOAUTH",
+        "NOPERM",
+        "NOPROTO",
+        "READONLY",
+        "WRONGPASS",
+    )
 )
 
 
@@ -73,23 +85,36 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
     """Return a server's text with ``***`` for each secret that the server repeats.
 
-    A secret is looked for in the form in which ``clean`` shows it, and at the end of a text that
+    A secret is looked for in the forms in which ``clean`` shows it, and at the end of a text that
     was cut also in part.
     """
     # A password may equal one of these codes; the server's own code is then no secret.
     code, space, rest = text.partition(" ")
     if code not in _CODES:
         code, space, rest = "", "", text
-    for secret in secrets:
-        shown = "" if secret is None else clean(secret.reveal())
-        if not shown:
-            continue
+    for shown in _forms(secrets):
         rest = rest.replace(shown, "***")
         head, ellipsis, tail = rest.rpartition("…")
         if ellipsis:
             part = next((n for n in range(len(shown) - 1, 0, -1) if head.endswith(shown[:n])), 0)
             rest = f"{head[: len(head) - part]}{'***' if part else ''}{ellipsis}{tail}"
     return code + space + rest
+
+
+def _forms(secrets: Iterable[Hidden | None]) -> list[str]:
+    """Return the forms in which a server may repeat secrets, the longest first.
+
+    They are the text itself, as ``repr`` escapes it, and as a URL does.
+    """
+    forms: set[str] = set()
+    for secret in secrets:
+        text = "" if secret is None else secret.reveal()
+        if text:
+            given = text.encode(errors="surrogatepass")
+            quoted = (quote(given), quote(given, safe=""), quote_plus(given))
+            low = [re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), one) for one in quoted]
+            forms.update(map(clean, (text, repr(text)[1:-1], *quoted, *low)))
+    return sorted(forms, key=len, reverse=True)
 
 
 def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheError:
@@ -102,7 +127,7 @@ def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheErr
     if isinstance(error, ReplyError):
         message = masked(error.message, secrets)
         if message != error.message:
-            return ReplyError(message)
+            return type(error)(message)
     elif (shown := masked(text, secrets)) != text:
         return type(error)(shown)
     error.__cause__ = error.__context__ = None

@@ -9,9 +9,10 @@ from typing import Any
 from ..config import NearCacheOptions, Options
 from ..core import constants
 from ..core.keys import key_stem
-from ..errors import ConnectError, ReplyError, clean
+from ..errors import ConnectError, ProtocolError, ReplyError, clean
 from .connect_errors import UnsuitableServer
 from .credentials import Hidden, Login, Word, hidden, masked
+from .slots import parse_node_id, parse_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class ServerInfo:
     """Whether the server announces changes to the keys that are read."""
     has_pushes: bool = True
     """Whether the connection speaks RESP3, which marks pushes apart from replies."""
+    node_id: str = ""
+    """The id of a node of a cluster; empty if it doesn't tell it, or wasn't asked."""
 
 
 Handshake = Generator[list[list[Word]], list[Any], ServerInfo]
@@ -44,7 +47,7 @@ def handshake(
 
     With ``read_only``, a replica of a cluster is asked to answer reads. With ``is_near``, the
     server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
-    may be promoted on the same connection.
+    may be promoted on the same connection. There a node is asked for its id, too.
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
@@ -69,6 +72,8 @@ def handshake(
     if read_only:
         # Its reply is ignored: a server outside a cluster is found out by CLUSTER SLOTS.
         questions.append(["READONLY"])
+    if of_cluster:
+        questions.append(["CLUSTER", "MYID"])
     greeting, *others = yield [*commands, *questions]
     if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
         commands[0] = ["PING"]
@@ -83,9 +88,10 @@ def handshake(
         if isinstance(reply, ReplyError):
             raise reply
     # A user without the right to load scripts may do all the rest; a server that is still loading
-    # its data serves nothing.
-    if isinstance(loaded, ReplyError) and loaded.code in ("LOADING", "NOAUTH"):
-        raise loaded
+    # its data, or busy with a script, serves nothing and says nothing of itself.
+    for reply in (loaded, known):
+        if isinstance(reply, ReplyError) and reply.code in (*constants.PASSING, "NOAUTH"):
+            raise reply
     facts = greeting if isinstance(greeting, dict) else {}
     if options.sentinels is not None:
         _check_role(options, facts.get(b"role"), address)
@@ -93,9 +99,10 @@ def handshake(
     is_kept = of_cluster or facts.get(b"role") != b"replica"
     if is_near and options.near_cache is not None and is_kept:
         is_tracked = yield from _track(options, options.near_cache, facts, address)
+    node_id = (yield from _identify(replies[-1], address)) if of_cluster else ""
     has_msetex = isinstance(known, list) and any(known)
     server = masked(_kind_and_version(facts), secrets_of(options, login))
-    return ServerInfo(server, has_msetex, is_tracked, isinstance(greeting, dict))
+    return ServerInfo(server, has_msetex, is_tracked, isinstance(greeting, dict), node_id)
 
 
 def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
@@ -103,17 +110,36 @@ def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
     return [login[1], hidden(options.password), hidden(options.sentinel_password)]
 
 
+def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[Any], str]:
+    """Return the id of a node of a cluster, or an empty text if it can't be known.
+
+    A user without the right to CLUSTER MYID has that to CLUSTER SLOTS, where the node is listed.
+    """
+    if not isinstance(reply, ReplyError):
+        return parse_node_id(reply)
+    (slots,) = yield [["CLUSTER", "SLOTS"]]
+    try:
+        nodes = parse_nodes(slots, (address.rpartition(":")[0].strip("[]"), 0))
+    except ProtocolError:
+        return ""
+    named = [name for name, at in nodes.items() if at and constants.join_address(*at) == address]
+    return named[0] if len(named) == 1 else ""
+
+
 def _track(
     options: Options, near: NearCacheOptions, facts: dict[Any, Any], address: str
 ) -> Generator[list[list[Word]], list[Any], bool]:
     """Ask the server to announce changes; return whether it does.
 
-    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set.
+    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set, and ReplyError if the
+    server is loading or busy: it can't say yet.
     """
     problem = _too_old(facts)
     if not problem:
         (reply,) = yield [_tracking(options, near)]
         if isinstance(reply, ReplyError):
+            if reply.code in constants.PASSING:
+                raise reply
             problem = f'it says "{reply.message}" to CLIENT TRACKING ON'
     if problem and near.required:
         raise UnsuitableServer(

@@ -5,8 +5,9 @@ Source: the Redis pages "High availability with Redis Sentinel" and "Sentinel cl
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
@@ -124,6 +125,17 @@ class SentinelGroup:
         if isinstance(error, TimeoutError):
             return f"no answer within {seconds * 1000:.0f} ms"
         return masked(clean(str(error)), [self._password]) or type(error).__name__
+
+
+def without_introduction(connection: Callable[..., Any]) -> dict[str, None]:
+    """Return the arguments for which a connection of redis-py sends no CLIENT SETINFO.
+
+    It would ignore the error with which a Sentinel turns a client away.
+    """
+    known = inspect.signature(connection).parameters
+    return (
+        {"driver_info": None} if "driver_info" in known else {"lib_name": None, "lib_version": None}
+    )
 
 
 def pairs(flat: Sequence[str]) -> dict[str, str]:

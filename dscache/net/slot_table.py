@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from math import inf
@@ -47,6 +47,8 @@ class NodeInfo:
         """How many views in a row have left it out."""
         self.avoid_until = -inf
         """Until when it isn't read as a replica, by ``time.monotonic()``."""
+        self.node_id = ""
+        """The id that the node told last; empty if it doesn't tell it."""
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
 
@@ -124,6 +126,12 @@ class SlotTable:
 
     shards: tuple[Shard, ...] = ()
     moved: list[tuple[int, str]] = field(default_factory=list)
+    ids: Mapping[str, str] = field(default_factory=dict)
+    """The id of the node at each address; without an address that several nodes share."""
+
+    def is_of(self, shown: str, node_id: str) -> bool:
+        """Return whether a node may be the one at an address; it may have no known id."""
+        return not node_id or self.ids.get(shown, node_id) == node_id
 
     def find(self, slot: int, reads: bool) -> str | None:
         """Return the address that serves a slot, or that is read for it; None if unknown."""

@@ -5,8 +5,9 @@ Source: the Redis Cluster specification and the pages of CLUSTER SLOTS and CLUST
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..core.constants import SLOTS, is_address, join_address
@@ -18,6 +19,8 @@ QUESTIONS: Final = (("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
 ASKED: Final = 3
 # A node that this many views in a row leave out has left the cluster.
 VIEWS_TO_LEAVE: Final = 2
+# A cluster without any known node for this long, in seconds, may have been replaced by another one.
+GONE_AFTER: Final = 1.0
 # The shortest time between two refreshes, in seconds, as are all times below. While a node is down,
 # refreshes go on, each a little later: a replica may take over at any moment, and no event says so.
 GAP: Final = 0.1
@@ -32,6 +35,7 @@ NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
+_NODE_ID: Final = re.compile(rb"[0-9a-f]{40}")
 # The longest number that is parsed from a server's text.
 _MOST_DIGITS: Final = 20
 
@@ -52,6 +56,27 @@ class View:
 
     epoch: int
     ranges: tuple[SlotRange, ...]
+    nodes: Mapping[str, Address | None] = field(default_factory=dict)
+    """The address of each node by its id; None if the view doesn't tell it."""
+    asked: Address = ("", 0)
+    """The address of the node that gave the view."""
+    node_id: str = ""
+    """The id of that node, if it is known."""
+
+    def is_kin(self, other: View) -> bool:
+        """Whether both may be views of one cluster: they share a node, or have no node ids."""
+        if not self.nodes or not other.nodes:
+            return True
+        return not self.nodes.keys().isdisjoint(other.nodes)
+
+    def is_heir(self, known: Collection[str]) -> bool:
+        """Whether one of the known nodes is in the view, or gave it.
+
+        A replica without data is in no view, so that the only primary and the replica that took
+        over from it needn't be in a common one. The former primary's own view tells then.
+        """
+        gave_it = bool(self.node_id) and self.node_id in known
+        return gave_it or not self.nodes.keys().isdisjoint(known)
 
     @property
     def covered(self) -> int:
@@ -59,10 +84,11 @@ class View:
         return sum(one.last - one.first + 1 for one in self.ranges)
 
 
-def read_view(slots: object, info: object, asked: Address, source: str) -> View:
+def read_view(slots: object, info: object, asked: Address, source: str, node_id: str = "") -> View:
     """Return the view in a node's replies to CLUSTER SLOTS and CLUSTER INFO.
 
-    ``source`` names the configuration in errors. Raises ConfigError if the node belongs to no
+    ``node_id`` is the node's id, if it is known. ``source`` names the configuration in errors.
+    Raises ConfigError if the node belongs to no
     cluster, ReplyError if it refuses, and ProtocolError if its reply has another shape.
     """
     if isinstance(slots, ReplyError):
@@ -72,49 +98,117 @@ def read_view(slots: object, info: object, asked: Address, source: str) -> View:
                 f'cluster (it says "{slots.message}"); give host and port instead of nodes'
             )
         raise slots
-    return View(parse_epoch(info), tuple(parse_slots(slots, asked)))
+    entries = _entries(slots, asked, node_id)
+    return View(parse_epoch(info), tuple(_ranges_of(entries)), _nodes_of(entries), asked, node_id)
 
 
 def newest(views: Iterable[View]) -> View:
-    """Return the view of the highest epoch; raises ConnectError if it has no slots."""
+    """Return the view of the highest epoch; raises ConnectError if none has slots."""
     # A node that has left the cluster keeps its epoch, and has few slots or none.
-    view = max(views, key=lambda one: (one.epoch, one.covered))
+    view = max(views, key=lambda one: (bool(one.ranges), one.epoch, one.covered))
     if not view.ranges:
         raise ConnectError("no node of the cluster serves any slot")
     return view
 
 
-def parse_slots(reply: object, asked: Address) -> list[SlotRange]:
+def groups_of(views: Iterable[View]) -> list[list[View]]:
+    """Return the views by cluster; views with a common node are of one cluster."""
+    groups: list[list[View]] = []
+    for view in views:
+        kin = [group for group in groups if any(view.is_kin(one) for one in group)]
+        groups = [group for group in groups if group not in kin]
+        groups.append([*(one for group in kin for one in group), view])
+    return groups
+
+
+def parse_slots(reply: object, asked: Address, node_id: str = "") -> list[SlotRange]:
     """Return the ranges in a reply to CLUSTER SLOTS.
 
-    A node that doesn't know its own host leaves the host out; the host of ``asked`` is used then.
-    Raises ProtocolError if the reply has another shape.
+    A node that doesn't know a host leaves it out: then the entry's metadata has it, or it is the
+    host of ``asked``. ``node_id`` is the answering node's own, if it is known: then no other node
+    is taken to be at that host. A range is left out if its primary has no known address, and so is
+    such a replica. Raises ProtocolError if the reply has another shape.
     """
+    return _ranges_of(_entries(reply, asked, node_id))
+
+
+def parse_nodes(reply: object, asked: Address, node_id: str = "") -> dict[str, Address | None]:
+    """Return the address of each node by its id in a reply to CLUSTER SLOTS; see parse_slots."""
+    return _nodes_of(_entries(reply, asked, node_id))
+
+
+def _ranges_of(entries: Iterable[_Entry]) -> list[SlotRange]:
+    ranges = []
+    for first, last, ((_, primary), *others) in entries:
+        if primary is not None:
+            replicas = tuple(address for _, address in others if address is not None)
+            ranges.append(SlotRange(first, last, primary, replicas))
+    return ranges
+
+
+def _nodes_of(entries: Iterable[_Entry]) -> dict[str, Address | None]:
+    return {name: address for *_, nodes in entries for name, address in nodes if name}
+
+
+def parse_node_id(reply: object) -> str:
+    """Return the id of a node in a reply to CLUSTER MYID, or an empty text if there is none."""
+    if isinstance(reply, bytes) and _NODE_ID.fullmatch(reply):
+        return reply.decode()
+    return ""
+
+
+_Entry = tuple[int, int, list[tuple[str, Address | None]]]
+"""The first and the last slot of a range, and the id and address of its nodes."""
+
+
+def _entries(reply: object, asked: Address, node_id: str) -> list[_Entry]:
     try:
         if not isinstance(reply, list | tuple) or len(reply) > SLOTS:
             raise ValueError("no list of ranges")
-        return [_range(entry, asked) for entry in reply]
+        return [_entry(entry, asked, node_id) for entry in reply]
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ProtocolError(f"CLUSTER SLOTS was answered with {shorten(reply)}") from error
 
 
-def _range(entry: Any, asked: Address) -> SlotRange:
+def _entry(entry: Any, asked: Address, node_id: str) -> _Entry:
     first, last, primary, *replicas = entry
     if not type(first) is type(last) is int or not 0 <= first <= last < SLOTS:
         raise ValueError("no such slots")
-    return SlotRange(
-        first, last, _address(primary, asked), tuple(_address(one, asked) for one in replicas)
-    )
+    return first, last, [_node(one, asked, node_id) for one in (primary, *replicas)]
 
 
-def _address(entry: Any, asked: Address) -> Address:
-    host, port = entry[:2]
+def _node(entry: Any, asked: Address, node_id: str) -> tuple[str, Address | None]:
+    host, port, *rest = entry
+    its_id = parse_node_id(rest[0]) if rest else ""
     host = "" if host is None else host.decode()
     if host in _UNKNOWN_HOSTS:
-        host = asked[0]
+        # An unknown endpoint (None) means that the host that was asked leads to every node.
+        is_elsewhere = entry[0] is not None
+        found = _host_in(rest[1]) if is_elsewhere and len(rest) > 1 else ""
+        if not found and is_elsewhere and node_id and its_id not in ("", node_id):
+            return its_id, None
+        host = found or asked[0]
+    if type(port) is int and port == 0:
+        return its_id, None  # a node whose address was forgotten, as another node was met there
     if not is_address(host, port):
         raise ValueError("no such host and port")
-    return host, port
+    return its_id, (host, port)
+
+
+def _host_in(metadata: Any) -> str:
+    """Return the host in the metadata of an entry, a map or a flat list of pairs, or nothing."""
+    if isinstance(metadata, dict):
+        named = metadata
+    elif isinstance(metadata, list | tuple) and all(type(one) is bytes for one in metadata):
+        named = dict(zip(metadata[::2], metadata[1::2], strict=False))
+    else:
+        return ""
+    for name in (b"ip", b"hostname"):
+        value = named.get(name)
+        host = value.decode() if type(value) is bytes else ""
+        if host not in _UNKNOWN_HOSTS and is_address(host, 1):
+            return host
+    return ""
 
 
 def parse_redirection(words: str, slot: int, source: Address) -> Address | None:

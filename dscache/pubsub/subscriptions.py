@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Final
 
 from ..aio.deadlines import wait_at_most
+from ..core.constants import PASSING
 from ..errors import ConnectionLost, DscacheError, ReplyError
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ class Listener:
         for topic, reply in zip(missing, replies, strict=False):
             if not isinstance(reply, ReplyError):
                 confirmed.append(topic)
+            elif reply.code in PASSING:
+                later = True
             elif reply.code in ("MOVED", "CLUSTERDOWN", "TRYAGAIN") and self._moved is not None:
                 later = True
                 self._moved()

@@ -405,7 +405,8 @@ async def test_an_error_of_a_signal_handler_is_no_refusal(
         return struck
 
     if where == "request":
-        monkeypatch.setattr(connection, "request", striking(connection.request))
+        greet = striking(connection.request_greeting)
+        monkeypatch.setattr(connection, "request_greeting", greet)
     else:
         reading = striking(SocketProtocol._note_progress)
         monkeypatch.setattr(SocketProtocol, "_note_progress", reading)

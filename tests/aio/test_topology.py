@@ -40,6 +40,9 @@ SECRET = "the-password"
 class FakeNode(FakeServer):
     """A node of a FakeCluster: it serves, redirects and refuses as Redis does.
 
+    ``id`` is its id if it isn't made of its port, and ``told_id`` its reply to CLUSTER MYID if that
+    is another one.
+
     ``knows`` is its view of the slots' owners, and ``values`` its data. ``say`` may answer a
     command with keys instead: it gets the command and the slot, and returns a reply, or None to let
     the node answer.
@@ -64,6 +67,8 @@ class FakeNode(FakeServer):
         self.migrating: dict[int, FakeNode] = {}
         self.importing: set[int] = set()
         self.epoch = 1
+        self.id = b""
+        self.told_id: bytes | Refusal = b""
         self.announced: tuple[bytes | None, int] | None = None
         self.say: Callable[[list[bytes], int], Any] | None = None
         self.views = 0
@@ -97,7 +102,7 @@ class FakeNode(FakeServer):
 
     def entry(self) -> list[Any]:
         host, port = self.announced or (self.host.encode(), self.port)
-        return [host, port, b"%040x" % self.port, []]
+        return [host, port, self.id or b"%040x" % self.port, []]
 
     def _ask(self, _command: list[bytes]) -> bytes:
         self._asking = True
@@ -107,6 +112,8 @@ class FakeNode(FakeServer):
         if command[1] == b"SLOTS":
             self.views += 1
             return resp(self.slots())
+        if command[1] == b"MYID":
+            return resp(self.told_id or self.entry()[2])
         return resp(b"cluster_state:ok\r\ncluster_current_epoch:%d\r\n" % self.epoch)
 
     def _serve_keys(self, command: list[bytes]) -> bytes | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -146,15 +145,34 @@ async def test_a_replica_accepts_reads_and_refuses_writes(
     make_cache: MakeCache, make_server: MakeServer
 ) -> None:
     replica = make_server()
-    cache = await make_cache(url=replica.url)
+    cache = await make_cache(url=replica.url, commandTimeout=2000)
     await cache.set("a", 1, "old")
     with redis_py.Redis.from_url(replica.url) as redis:
         redis.replicaof("127.0.0.1", 1)  # an unused address: it keeps its data
     issued = {name: call(cache, "a") for name, call in OPERATIONS.items()}
-    for name in WRITES:
-        assert await code_of(issued.pop(name)) == "READONLY"
+    for name, call in WRITES.items():
+        error = await error_of(issued.pop(name))
+        while isinstance(error, dscache.DeadlineExceeded):  # a repeat was under way at the deadline
+            error = await error_of(call(cache, "a"))
+        assert isinstance(error, dscache.ReplyError)
+        assert error.code == "READONLY"
     got, head, bulk, heads = await results_of(*issued.values())
     assert (tuple(got), head, pairs(bulk), heads) == ((1, "old"), 1, {"a": (1, "old")}, {"a": 1})
+    # It looked for the primary behind the same name again and again, but not all the time.
+    assert 1 < cache.stats()["connects"] < 400
+    await cache.close()
+
+
+async def test_a_replica_may_be_meant(make_cache: MakeCache, make_server: MakeServer) -> None:
+    replica = make_server()
+    cache = await make_cache(url=replica.url, reconnectOnError=False, **PATIENT)
+    await cache.set("a", 1, "old")
+    with redis_py.Redis.from_url(replica.url) as redis:
+        redis.replicaof("127.0.0.1", 1)
+    async with asyncio.timeout(PATIENCE):
+        for call in SETS.values():
+            assert await code_of(call(cache, "a")) == "READONLY"
+    assert tuple(await cache.get("a")) == (1, "old")
     assert cache.stats()["connects"] == 1
 
 
@@ -474,9 +492,7 @@ async def test_a_loading_server_is_waited_for(backend: str) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        b"-LOADING Redis is loading the dataset in memory\r\n",
-        b"-MASTERDOWN Link with MASTER is down\r\n",
-        b"-BUSY Redis is busy running a script\r\n",
+        b"-NOREPLICAS Not enough good replicas to write.\r\n",
         b"-ERR\r\n",
         b"-\r\n",
         b"-\xff\xfe not UTF-8\r\n",
@@ -549,9 +565,8 @@ async def test_too_many_clients(backend: str, make_server: MakeServer) -> None:
         redis.ping()
         cache = lazy_cache(server.url, **IMPATIENT)
         error = await error_of(cache.when_ready())
-        # The server closes at once, and that may overtake its reply.
-        assert isinstance(error, (dscache.ConnectError, dscache.ReplyError))
-        assert re.search("max number of clients|the server closed it|reset by peer", str(error))
+        assert isinstance(error, dscache.ConnectError)
+        assert "max number of clients" in str(error)
         redis.config_set("maxclients", 100)
         async with asyncio.timeout(PATIENCE):
             while not cache.is_ready:

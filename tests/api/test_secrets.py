@@ -275,6 +275,21 @@ async def test_renewed_credentials_that_are_refused(
         assert any(OTHER.encode() in word for said in fake.commands for word in said)
 
 
+async def test_the_token_before_the_renewed_one_is_hidden_too(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = Renewing()
+    former = b"-ERR you were " + SECRET.encode() + b"\r\n"
+    async with FakeServer({"HELLO": HELLO_REPLY, "AUTH": former}) as fake:
+        config = config_of(fake.port)
+        del config["options"]["username"], config["options"]["password"]
+        async with dscache.AsyncCache.from_config(config, credentials=provider) as cache:
+            assert provider.told is not None
+            provider.told(provider)
+            await until(lambda: "AUTH was refused: ERR you were ***" in caplog.text)
+            assert_hidden(repr(cache.stats()))
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -288,6 +303,20 @@ async def test_renewed_credentials_that_are_refused(
 )
 def test_masked_texts_hide_secrets(text: str, shown: str) -> None:
     assert masked(text, [None, Hidden(""), Hidden("pa55")]) == shown
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "p@ss/w:rd 'ü",
+        "p%40ss%2Fw%3Ard%20%27%C3%BC",
+        "p%40ss/w%3Ard%20%27%C3%BC",
+        "p%40ss%2fw%3ard%20%27%c3%bc",
+        "p%40ss%2Fw%3Ard+%27%C3%BC",
+    ],
+)
+def test_masked_texts_hide_each_form_of_a_secret(form: str) -> None:
+    assert masked(f"ERR no {form}!", [Hidden("p@ss/w:rd 'ü"), Hidden("p@ss")]) == "ERR no ***!"
 
 
 def test_a_hidden_text_is_never_shown() -> None:

@@ -836,6 +836,74 @@ def test_a_failover(open_cache: OpenCache, server: EmbeddedServer) -> None:
         assert f":{new.port}" in cache._topology.address  # type: ignore[union-attr]
 
 
+@on_one_server
+def test_a_failover_whose_old_primary_stays_one(
+    open_cache: OpenCache, server: EmbeddedServer
+) -> None:
+    """The old primary goes on confirming writes; the Sentinels alone know better."""
+    with SentinelGroup(server.binary) as group:
+        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        in_threads(3, lambda n: cache.set(f"r{n}", n, n))
+        old = group.fail_over()
+        named = group.wait_for_primary(old)
+        lost = time.monotonic()
+        version = 1
+        while f":{old.port}" in cache._topology.address:  # type: ignore[union-attr]
+            assert time.monotonic() < named + PATIENCE
+            version += 1
+            assert cache.set("a", version, version) is True
+            time.sleep(0.01)
+        # A second, and some for a busy machine; without another look it would last for ever.
+        assert time.monotonic() - lost < 8
+        new = group.primary()
+        assert f":{new.port}" in cache._topology.address  # type: ignore[union-attr]
+        assert cache.set("b", 1, 1) is True
+        with redis_py.Redis(port=new.port) as client:
+            assert client.get("b_v") == b"1"
+            # The write that found the new primary went there, and not to the old one.
+            assert client.get("a_v") == b"%d" % version
+        with redis_py.Redis(port=old.port) as client:
+            assert client.get("b_v") is None
+            assert client.get("a_v") != b"%d" % version
+
+
+@on_one_server
+def test_a_primary_without_replicas_is_doubted(
+    open_cache: OpenCache, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One write is refused with NOREPLICAS, and the next one goes to the new primary."""
+    monkeypatch.setattr("dscache.blocking.sentinel_pool._LOOK_AFTER", 10_000)
+    with SentinelGroup(server.binary) as group:
+        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        cache.set("a", 1, 1)
+        old = group.fail_over()
+        group.wait_for_primary(old)
+        with redis_py.Redis(port=old.port) as client:
+            client.config_set("min-replicas-to-write", len(group.servers))
+        with pytest.raises(dscache.ReplyError, match="NOREPLICAS"):
+            cache.set("a", 2, 2)
+        assert cache.set("a", 3, 3) is True
+        assert f":{group.primary().port}" in cache._topology.address  # type: ignore[union-attr]
+
+
+@on_one_server
+def test_silent_sentinels_delay_nothing_for_long(
+    open_cache: OpenCache, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer the connections stay, and the next look comes later."""
+    with SentinelGroup(server.binary) as group:
+        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        cache.set("a", 1, 1)
+        for number in range(len(group.ports)):
+            group.pause_sentinel(number)
+        monkeypatch.setattr(cache._topology, "_look_at", 0.0)
+        for version in range(2, 50):
+            assert cache.set("a", version, version) is True
+        assert cache.stats()["connects"] == 1
+        assert cache._topology._failures >= 1  # type: ignore[union-attr]
+        group.heal()
+
+
 # -- closing
 
 

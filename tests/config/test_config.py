@@ -42,9 +42,9 @@ DATA = Path(__file__).parents[1] / "data"
 EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
-    "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
-    "whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
-    "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
+    "connectTimeout, commandTimeout, closeTimeout, reconnectOnError, retryStrategy, maxPending, "
+    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, "
+    "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
@@ -1011,7 +1011,6 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "autoResubscribe",
         "readOnly",
         "disconnectTimeout",
-        "reconnectOnError",
     ]
     elsewhere = [
         "retryDelayOnMoved",
@@ -1020,7 +1019,8 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "retryDelayOnTryAgain",
         "updateSentinels",
     ]
-    shared = ", ".join(f"{name}: 1" for name in (*ignored, "db", "keyPrefix", "retryStrategy"))
+    in_shared = ["db", "keyPrefix", "retryStrategy", "reconnectOnError"]
+    shared = ", ".join(f"{name}: 1" for name in (*ignored, *in_shared))
     found = read(
         "nodes: [{}]",
         *(f"{name}: [any, value]" for name in ignored + elsewhere),
@@ -1030,7 +1030,7 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
     assert found == Options(nodes=(Node(),))
     messages = [record.getMessage() for record in caplog.records]
     assert {record.levelname for record in caplog.records} == {"INFO"}
-    assert len(messages) == len(ignored) * 2 + len(elsewhere) + 3
+    assert len(messages) == len(ignored) * 2 + len(elsewhere) + len(in_shared)
     assert (
         "config.yml: cache.options.lazyConnect has no effect: "
         "the connection is made when the cache is opened"

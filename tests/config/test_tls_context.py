@@ -20,6 +20,7 @@ import dscache
 from dscache import ConfigError
 from dscache.config import Tls
 from dscache.embedded import TLSFiles
+from tests.support.faults import FakeServer, FaultProxy
 from tests.support.waiting import PATIENCE, until
 
 
@@ -189,3 +190,117 @@ async def test_a_file_missing_at_an_attempt_is_the_reason(files: TLSFiles, backe
     finally:
         issued.cancel()
         await cache.close()
+
+
+# -- a connection with files that are being replaced, and refusals by the server
+
+
+@pytest.mark.parametrize("nodes", [False, True])
+@pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
+async def test_half_replaced_files_are_waited_for(
+    kind: str, nodes: bool, files: TLSFiles, tmp_path: Path, backend: str
+) -> None:
+    """A certificate without its key, or with another one, is the state of a moment."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    key = Path(files.key)
+    good, other = key.read_bytes(), Path(files.certificate).read_bytes()  # noqa: ASYNC240
+    cluster = b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$40\r\n" + b"a" * 40
+    answers: dict[str, Any] = {"MGET": b"*2\r\n$1\r\n5\r\n$1\r\n7\r\n", "INFO": b"$0\r\n\r\n"}
+    async with FakeServer(answers) as fake, FaultProxy(fake.host, fake.port, tls=context) as proxy:
+        fake.answers["CLUSTER"] = lambda command: (
+            cluster % proxy.port + b"\r\n"
+            if command[1].upper() == b"SLOTS"
+            else b"$16\r\ncluster_state:ok\r\n"
+        )
+        tls = {"ca": files.authority, "cert": files.certificate, "key": files.key}
+        place = {"host": proxy.host, "port": proxy.port}
+        options = {"connectTimeout": 60_000, "commandTimeout": 30_000}
+        if nodes:
+            options |= {"nodes": [place], "redisOptions": {"tls": tls}}  # type: ignore[dict-item]
+        else:
+            options |= {**place, "tls": tls}  # type: ignore[dict-item]
+        cache = getattr(dscache, kind).from_config({"name": "redis", "options": options})
+        for breaking, words in (
+            (lambda: key.write_bytes(other), "don't belong together"),
+            (key.unlink, "tls.key: must be PEM text or a PEM file: No such file"),
+        ):
+            breaking()
+            if kind == "Cache":
+                issued = asyncio.ensure_future(asyncio.to_thread(cache.get, "a"))
+            else:
+                issued = asyncio.ensure_future(cache.get("a"))
+            await until(lambda words=words: words in cache.stats().get("last_loss", ""))
+            assert not issued.done()
+            key.write_bytes(good)  # noqa: ASYNC240
+            async with asyncio.timeout(PATIENCE):
+                record = await issued
+            assert tuple(record) == (5, 7)
+            proxy.cut()
+        closed = cache.close()
+        if kind == "AsyncCache":
+            await closed
+
+
+class Guarded:
+    """A TLS server that demands a certificate of its clients, and closes without reading on."""
+
+    def __init__(self, files: TLSFiles, version: str) -> None:
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.authority)
+        self._context.load_cert_chain(files.certificate, files.key)
+        self._context.verify_mode = ssl.CERT_REQUIRED
+        self._context.minimum_version = self._context.maximum_version = ssl.TLSVersion[version]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with (
+                self._context.wrap_socket(
+                    client, server_side=True, do_handshake_on_connect=False
+                ) as secure,
+                suppress(OSError),
+            ):
+                secure.do_handshake()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
+async def test_a_missing_certificate_is_named(
+    kind: str, version: str, files: TLSFiles, backend: str
+) -> None:
+    server = Guarded(files, version)
+    try:
+        options = {
+            **{"host": "127.0.0.1", "port": server.port, "tls": {"ca": files.authority}},
+            **{"connectTimeout": 60_000, "commandTimeout": 60_000},
+        }
+        cache = getattr(dscache, kind).from_config({"name": "redis", "options": options})
+
+        async def ask() -> object:
+            if kind == "Cache":
+                return await asyncio.to_thread(cache.get, "a")
+            return await cache.get("a")
+
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(dscache.ConnectError) as caught:
+                await ask()
+        wanted = "handshake failure" if version == "TLSv1_2" else "certificate required"
+        assert f"the server refuses the TLS connection: {wanted}; if it" in str(caught.value)
+        assert "tls.cert" in cache.stats()["last_loss"]
+        closed = cache.close()
+        if kind == "AsyncCache":
+            await closed
+    finally:
+        server.close()

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import math
 import random
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
+from dscache.core import recovery
 from dscache.errors import (
     BulkError,
     ConnectError,
@@ -1393,9 +1395,8 @@ def test_a_partly_written_bulk_may_have_happened(exchange: Exchange) -> None:
     "message",
     [
         "OOM command not allowed when used memory > 'maxmemory'.",
-        "READONLY You can't write against a read only replica.",
         "NOAUTH Authentication required.",
-        "LOADING Redis is loading the dataset in memory",
+        "NOREPLICAS Not enough good replicas to write.",
         "CLUSTERDOWN The cluster is down",
         "ERR",
         "NOSCRIPT",
@@ -2176,3 +2177,134 @@ def test_a_partly_sent_batch_that_expires_is_no_longer_counted(
         exchange.pipeline.connection_lost(OSError("cut"), True)
     exchange.assert_drained()
     assert exchange.pipeline.take_output() == b""
+
+
+BUSY = Refusal("BUSY Redis is busy running a script")
+
+
+def issued_apart(exchange: Exchange, *operations: Operation) -> list[Any]:
+    """Issue and send each operation in a tick of its own."""
+    waiters = []
+    for operation in operations:
+        waiters += exchange.issue(operation)
+        exchange.take()
+    return waiters
+
+
+def repeated(exchange: Exchange) -> list[list[bytes]]:
+    """Let the owner of the socket note that nothing is under way, and send again."""
+    assert exchange.pipeline.in_flight == 0
+    exchange.pipeline.away = ""
+    recovery.settle_doubts(exchange.pipeline)
+    return exchange.take()
+
+
+@pytest.mark.parametrize("operation", [op for op, _ in REPEATABLE], ids=str)
+@pytest.mark.parametrize("words", ["BUSY x", "LOADING x", "READONLY x", "MASTERDOWN x"])
+def test_what_a_server_puts_off_is_sent_again(core: Any, operation: Operation, words: str) -> None:
+    exchange = Exchange(core)
+    before, put_off = exchange.issue(Op("head_bulk", ["x"]), operation)
+    for command in exchange.take():
+        if command[1:2] == [b"x_v"]:
+            exchange.reply(b"1")
+        elif command[1:2] == [b"x_d"]:
+            exchange.reply("string")
+        else:
+            exchange.reply(Refusal(words))
+    assert before.result() == {"x": 1}
+    assert exchange.pipeline.away == words.split()[0]
+    assert not put_off.done
+    assert (exchange.pipeline.in_flight, exchange.pipeline.queued > 0) == (0, True)
+    exchange.pipeline.away = ""
+    exchange.run()
+    assert put_off.error is None
+    assert exchange.pipeline.away == ""
+    assert exchange.pipeline.pending_bytes == 0
+
+
+def test_a_refusal_until_the_deadline_is_the_error(core: Any) -> None:
+    exchange = Exchange(core, timeout=5)
+    lone, bulk = exchange.issue(Op("set", "a", (1, 1)), Op("set_bulk", {"b": (1, 1), "c": (1, 1)}))
+    exchange.take()
+    exchange.reply(Refusal("READONLY no"), Refusal("READONLY no"))
+    exchange.pipeline.expire(time.monotonic() + 6)
+    for waiter in (lone, bulk):
+        assert type(waiter.error) is ReplyError
+        assert (waiter.error.code, waiter.error.message) == ("READONLY", "READONLY no")
+    assert "set 'a' at node.test:6379, within 5000 ms" in str(lone.error)
+    exchange.assert_drained()
+
+
+def test_a_bulk_that_is_refused_in_part_keeps_the_rest(core: Any) -> None:
+    exchange = Exchange(core, timeout=5)
+    (bulk,) = exchange.issue(Op("delete_bulk", ["a", "b"]))
+    exchange.take()
+    exchange.reply(2, BUSY)
+    exchange.pipeline.expire(time.monotonic() + 6)
+    assert isinstance(bulk.error, BulkError)
+    assert bulk.error.result == 1
+    assert {name: error.code for name, error in bulk.error.errors.items()} == {"b": "BUSY"}
+    exchange.assert_drained()
+
+
+def test_operations_put_off_keep_their_order(core: Any) -> None:
+    exchange = Exchange(core)
+    removed, read, written, again = issued_apart(
+        exchange,
+        Op("delete", "a"),
+        Op("get", "a"),
+        Op("set", "a", (2, 2)),
+        Op("delete", "a"),
+    )
+    exchange.reply(BUSY, BUSY, BUSY, BUSY)
+    # The second removal stands for the write before it too.
+    assert verbs(repeated(exchange)) == ["DEL", "MGET", "DEL"]
+    exchange.reply(0, [None, None], 0)
+    assert (removed.result(), read.result(), written.result()) == (False, None, True)
+    assert again.result() is True
+    exchange.assert_drained()
+
+
+def test_a_write_put_off_does_not_undo_a_later_one(core: Any) -> None:
+    exchange = Exchange(core)
+    removed, written, other = issued_apart(
+        exchange, Op("delete", "a"), Op("set", "a", (2, 2)), Op("delete", "b")
+    )
+    exchange.reply(BUSY, "OK", BUSY)
+    assert repeated(exchange) == [[b"DEL", b"b_v", b"b_d"]]
+    assert removed.error.code == "BUSY"
+    exchange.reply(2)
+    assert (written.result(), other.result()) == (True, True)
+    exchange.assert_drained()
+
+
+def test_a_write_put_off_is_not_repeated_after_a_loss_behind_a_later_one(core: Any) -> None:
+    exchange = Exchange(core)
+    removed, written = issued_apart(exchange, Op("delete", "a"), Op("set", "a", (2, 2)))
+    exchange.reply(BUSY)
+    exchange.pipeline.connection_lost(OSError("cut"), True)
+    assert removed.error.code == "BUSY"
+    assert "the write may have happened" in str(written.error)
+    assert exchange.take() == []
+    exchange.assert_drained()
+
+
+def test_messages_put_off_keep_their_order(core: Any) -> None:
+    exchange = Exchange(core)
+    topics = (1, 2, 1, 1, 2)
+    sent = [
+        exchange.pipeline.publish(topic, b"{", number, False) for number, topic in enumerate(topics)
+    ]
+    exchange.take()
+    # The third message of topic 1 is delivered; the others of it would come behind it.
+    exchange.reply(BUSY, BUSY, BUSY, 1, BUSY)
+    assert [command[1][-1:] for command in repeated(exchange)] == [b"2", b"2"]
+    assert [waiter.error and waiter.error.code for waiter in sent] == [
+        "BUSY",
+        None,
+        "BUSY",
+        None,
+        None,
+    ]
+    exchange.reply(1, 1)
+    exchange.assert_drained()

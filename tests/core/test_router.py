@@ -445,7 +445,7 @@ def test_one_redirection_among_500_records(
     node.reply(0, *replies)
     redirected = node.redirected(0)
     assert node.counters(0) == (0, 0, 0, 0)
-    assert not node.pipelines[0].read_only
+    assert node.pipelines[0].away == ""
     assert [name for _, _, batch in redirected for name in batch.records] == away
     assert {(words, at) for words, at, _ in redirected} == {(str(refusal), slot("{t7}"))}
     assert {batch.redirections for _, _, batch in redirected} == {
@@ -672,9 +672,12 @@ def test_a_single_server_redirects_nothing(core: Any, words: str) -> None:
     waiter = alone.set("{t}", 1, 1)
     alone.take_output()
     alone.feed(resp(Refusal(words)))
-    assert waiter.error.message == words
     assert alone.redirected == []
-    assert alone.read_only is words.startswith("READONLY")
+    assert alone.away == ("READONLY" if words.startswith("READONLY") else "")
+    if alone.away:
+        assert (alone.queued, alone.in_flight, waiter.error) == (1, 0, None)
+        alone.fail_all(lambda operation: ReplyError(words))
+    assert waiter.error.message == words
     nodes.assert_drained()
 
 

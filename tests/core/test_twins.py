@@ -231,8 +231,8 @@ def test_constructor_defaults() -> None:
         assert (one.redirected, one.settled, one.fence()) == ([], 0, 0)
         one = pipeline(twin)
         assert (one.address, one.down, one.in_flight, one.queued) == ("", None, 0, 0)
-        assert (one.has_msetex, one.read_only, one.operations, one.pending_bytes) == (
-            *(False, False),
+        assert (one.has_msetex, one.away, one.operations, one.pending_bytes) == (
+            *(False, ""),
             *(0, 0),
         )
     assert pipeline(_fast).stats() == pipeline(_pure).stats()
@@ -506,7 +506,7 @@ class Twins:
     def compare(self) -> None:
         fast, pure = self.both
         assert counters(fast.pipeline) == counters(pure.pipeline)
-        assert fast.pipeline.read_only == pure.pipeline.read_only
+        assert fast.pipeline.away == pure.pipeline.away
         assert fast.wakes == pure.wakes
         assert len(fast.waiters) == len(pure.waiters)
         for one, other in zip(fast.waiters, pure.waiters, strict=True):
@@ -863,7 +863,7 @@ class ClusterTwins:
             [
                 (
                     counters(pipeline),
-                    *(pipeline.settled, pipeline.fence(), pipeline.read_only),
+                    *(pipeline.settled, pipeline.fence(), pipeline.away),
                     [(words, at, described(batch)) for words, at, batch in pipeline.redirected],
                 )
                 for pipeline in nodes.pipelines

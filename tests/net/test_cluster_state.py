@@ -10,7 +10,7 @@ import pytest
 
 import dscache
 from dscache.config import load
-from dscache.net import cluster_state
+from dscache.net import cluster_state, slots
 from dscache.net.cluster_state import ClusterState
 from dscache.net.slot_table import SlotTable
 from dscache.net.slots import Address, SlotRange, View
@@ -212,6 +212,261 @@ def test_a_refusal_ends_with_a_view() -> None:
     assert state.refusal is None
     state.record_failure(dscache.ReplyError("NOPERM this user has no permissions"))
     assert state.refusal is None  # the slots are known
+
+
+# -- which cluster a node belongs to
+
+IDS = {name: name * 40 for name in "abcdef"}
+
+
+def with_ids(*named: tuple[str, Address], epoch: int = 1, asked: Address | None = None) -> View:
+    """Return a view of two primaries with these ids, as the first one gives it."""
+    (_, first), (_, second) = named
+    ranges = view_of(first, second).ranges
+    return View(epoch, ranges, {IDS[name]: at for name, at in named}, asked or first)
+
+
+OURS = with_ids(("a", A), ("b", B))
+THEIRS = with_ids(("c", C), ("d", A), epoch=9, asked=A)
+
+
+def state_with(view: View, *seeds: Address, **options: Any) -> ClusterState:
+    state = state_of(*seeds, **options)
+    refresh(state, state.choose([view]))
+    return state
+
+
+def test_a_view_without_a_known_node_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    state = state_with(OURS)
+    later = with_ids(("a", A), ("e", C), epoch=2, asked=B)
+    assert state.choose([THEIRS, later]) is later
+    assert len(caplog.messages) == 1
+    assert "127.0.0.1:1 belongs to another cluster" in caplog.text
+    with pytest.raises(dscache.ConnectError, match=r"another cluster are at.*: 127\.0\.0\.1:1"):
+        state.choose([THEIRS])
+    assert len(caplog.messages) == 1
+    # All nodes are replaced, one after the other.
+    for view in (later, with_ids(("e", C), ("f", D), epoch=3)):
+        refresh(state, state.choose([view, THEIRS]))
+        assert state.view is view
+    with pytest.raises(dscache.ConnectError):
+        state.choose([OURS])
+
+
+def test_the_only_primary_and_its_heir_are_in_no_common_view() -> None:
+    """CLUSTER SLOTS leaves out a replica without data."""
+
+    def alone(name: str, at: Address, asked: Address, by: str = "") -> View:
+        ranges = (SlotRange(0, 16383, at, ()),)
+        return View(1, ranges, {IDS[name]: at}, asked, IDS.get(by, ""))
+
+    def started() -> ClusterState:
+        return state_with(alone("a", A, A, "a"))
+
+    heir, told = alone("b", B, B, "b"), alone("b", B, A, "a")
+    assert started().choose([told]) is told
+    assert started().choose([heir, told]) in (heir, told)
+    with pytest.raises(dscache.ConnectError):
+        started().choose([heir])
+    with pytest.raises(dscache.ConnectError):
+        started().choose([alone("b", B, A)])
+    # The replica gave the view in use as well.
+    assert state_with(alone("a", A, B, "b")).choose([heir]) is heir
+    # The other nodes count first: this one has left for another cluster.
+    state = state_with(OURS)
+    assert state.choose([View(9, told.ranges, {IDS["c"]: C}, A, IDS["a"]), OURS]) is OURS
+
+
+def test_views_without_ids_are_believed() -> None:
+    state = state_with(OURS)
+    plain = view_of(C, D, epoch=3)
+    assert state.choose([plain, OURS]) is plain
+    refresh(state, plain)
+    assert state.choose([THEIRS]) is THEIRS
+
+
+def test_the_first_view_is_that_of_most_nodes() -> None:
+    other = with_ids(("a", A), ("b", B), asked=B)
+    assert state_of().choose([THEIRS, OURS, other]) in (OURS, other)
+    assert state_of().choose([OURS, THEIRS]) is THEIRS  # the newer one
+
+
+def test_a_node_without_slots_outweighs_no_view() -> None:
+    assert state_of().choose([View(99, ()), OURS]) is OURS
+
+
+def test_a_node_with_another_id_is_refused() -> None:
+    state = state_with(OURS)
+    node = state.node(A)
+    for known in (IDS["a"], ""):
+        state.check_identity(node, known)
+        assert state.may_use(node, known)
+    with pytest.raises(dscache.ConnectError, match="is another node, dddddddd, than aaaaaaaa"):
+        state.check_identity(node, IDS["d"])
+    state.check_identity(state.node(D), IDS["d"])  # an address of which the view says nothing
+    # It was replaced by a node of the same cluster.
+    refresh(state, state.choose([with_ids(("d", A), ("b", B), epoch=2, asked=B)]))
+    state.check_identity(node, IDS["d"])
+    assert not state.may_use(node, IDS["a"])
+
+
+def test_an_address_of_several_nodes_has_no_expected_id() -> None:
+    state = state_with(with_ids(("a", A), ("b", A)))
+    state.check_identity(state.node(A), IDS["c"])
+
+
+def test_ids_are_those_of_mapped_addresses() -> None:
+    state = state_with(
+        with_ids(("a", ("10.0.0.1", 7)), ("b", B)),
+        natMap={"10.0.0.1:7": {"host": A[0], "port": A[1]}},
+    )
+    with pytest.raises(dscache.ConnectError):
+        state.check_identity(state.node(A), IDS["d"])
+    state.check_identity(state.node(A), IDS["a"])
+
+
+def test_ids_that_contradict_the_own_view_prove_nothing() -> None:
+    """A proxy answers CLUSTER MYID with an id of its own."""
+    state = state_of()
+    state.node(A).node_id = IDS["f"]
+    refresh(state, state.choose([OURS]))
+    state.check_identity(state.node(A), IDS["f"])
+    assert state.may_use(state.node(A), IDS["e"])
+
+
+def lose(state: ClusterState, *addresses: Address) -> None:
+    for address in addresses:
+        state.record_unreachable(state.node(address), dscache.ConnectError("refused"), None)
+
+
+def test_a_whole_cluster_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_with(OURS, A, C)
+    seed, elsewhere = state.node(A), with_ids(("c", C), ("d", D), epoch=9, asked=D)
+    lose(state, A)
+    state.record_failure(dscache.ConnectError("gone"))
+    now = time.monotonic() + 2 * slots.GONE_AFTER
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    state.node(B).is_tried = True
+    with pytest.raises(dscache.ConnectError):
+        state.choose([THEIRS])  # B may still be there
+    with pytest.raises(dscache.ConnectError):
+        state.check_identity(seed, IDS["d"])
+    lose(state, B)
+    with pytest.raises(dscache.ConnectError):
+        state.choose([elsewhere])  # no configured node says so
+    state.check_identity(seed, IDS["d"])
+    assert state.choose([THEIRS, elsewhere]) is THEIRS
+    refresh(state, THEIRS)
+    with pytest.raises(dscache.ConnectError):
+        state.choose([OURS])
+
+
+def test_nodes_that_were_reset_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same servers form another cluster, and no connection has ended."""
+    state = state_with(OURS)
+    for address, name in ((A, "a"), (B, "b")):
+        state.record_connected(state.node(address), "redis", again=False)
+        state.check_identity(state.node(address), IDS[name])
+    anew = [with_ids(("c", A), ("d", B), asked=one) for one in (A, B)]
+    with pytest.raises(dscache.ConnectError) as failure:
+        state.choose(anew)
+    assert not state.may_use(state.node(B), state.node(B).node_id)
+    state.record_failure(failure.value)
+    now = time.monotonic() + 2 * slots.GONE_AFTER
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert state.choose(anew) is anew[0]
+
+
+def test_a_short_loss_of_all_nodes_replaces_none() -> None:
+    state = state_with(OURS)
+    lose(state, A, B)
+    with pytest.raises(dscache.ConnectError):
+        state.choose([THEIRS])
+    state.record_failure(dscache.ConnectError("gone"))
+    with pytest.raises(dscache.ConnectError):
+        state.choose([THEIRS])
+
+
+def test_a_redirection_to_an_unknown_host() -> None:
+    """A node without a host name is at the address that the view has for it."""
+    there = ("10.0.0.3", 7003)
+    state = state_with(with_ids(("a", A), ("b", there)))
+    for code in ("MOVED", "ASK"):
+        _, named = state.record_redirection(f"{code} 5 ?:7003", 5, A)
+        assert named is not None
+        assert named.address == there
+    _, named = state.record_redirection("MOVED 5 ?:9", 5, A)
+    assert named is not None
+    assert named.address == (A[0], 9)
+    _, named = state.record_redirection("MOVED 5 :7003", 5, A)
+    assert named is not None
+    assert named.address == (A[0], 7003)
+    state = state_with(with_ids(("a", ("10.0.0.2", 7003)), ("b", there)))
+    before = len(state.table.moved)
+    assert state.record_redirection("MOVED 5 ?:7003", 5, A) == ("MOVED", None)
+    assert len(state.table.moved) == before
+
+
+# -- the parsers
+
+NODE = b"a" * 40
+OTHER = b"b" * 40
+IP = [b"ip", b"10.0.0.3"]
+
+
+@pytest.mark.parametrize("host", [b"?", b""])
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        (IP, "10.0.0.3"),
+        ([b"hostname", b"", *IP], "10.0.0.3"),
+        ([b"hostname", b"node.example"], "node.example"),
+        ([b"shard", b"1", b"hostname", b"node.example", b"ip", b""], "node.example"),
+        ({b"ip": b"fd00::3"}, "fd00::3"),
+        ({b"hostname": b"node.example", b"ip": b"?"}, "node.example"),
+        ({b"ip": b"a b"}, "asked"),
+        ([b"hostname"], "asked"),
+        ([1, 2], "asked"),
+        ([], "asked"),
+        (None, "asked"),
+    ],
+)
+def test_a_host_in_the_metadata(host: bytes, metadata: Any, found: str) -> None:
+    reply = [[0, 16383, [host, 7, NODE, metadata]]]
+    (only,) = slots.parse_slots(reply, ("asked", 7))
+    assert only.primary == (found, 7)
+    assert slots.parse_nodes(reply, ("asked", 7)) == {NODE.decode(): (found, 7)}
+
+
+def test_only_the_node_itself_is_at_the_host_that_was_asked() -> None:
+    reply = [
+        [0, 1, [b"?", 7, NODE, []], [b"?", 8, OTHER, []], [b"", 9, OTHER]],
+        [2, 3, [b"?", 8, OTHER, []]],
+        [4, 5, [None, 8, OTHER, IP]],
+    ]
+    asked = ("asked", 7)
+    first, last = slots.parse_slots(reply, asked, NODE.decode())
+    assert first == SlotRange(0, 1, asked, ())
+    assert last == SlotRange(4, 5, ("asked", 8), ())
+    # Without its id, all are.
+    assert len(slots.parse_slots(reply, asked)) == 3
+
+
+def test_a_node_with_a_forgotten_address_spoils_no_view() -> None:
+    reply = [
+        [0, 1, [b"", 0, OTHER, []]],
+        [2, 3, [b"10.0.0.1", 7, NODE, []], [b"", 0, OTHER]],
+    ]
+    view = slots.read_view(reply, b"cluster_current_epoch:4", A, "test")
+    assert view.ranges == (SlotRange(2, 3, ("10.0.0.1", 7), ()),)
+    assert view.nodes == {NODE.decode(): ("10.0.0.1", 7), OTHER.decode(): None}
+
+
+@pytest.mark.parametrize(
+    "reply", [None, b"", b"a" * 39, b"A" * 40, b"g" * 40, "a" * 40, 7, dscache.ReplyError("NOPERM")]
+)
+def test_no_id_of_a_node(reply: object) -> None:
+    assert slots.parse_node_id(reply) == ""
 
 
 def test_an_empty_table_knows_no_slot() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -230,3 +231,25 @@ async def test_the_cluster_state_reported_by_a_node() -> None:
         node.update_nodes(ReplyError("LOADING"), WELL)
     with pytest.raises(ProtocolError):
         node.update_nodes(b"?", WELL)
+
+
+async def test_a_node_of_another_cluster_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address was one of this cluster's before."""
+    node = any_node()
+    ours = [[0, 16383, [b"10.0.0.1", 7000, b"a" * 40], [b"10.0.0.1", 7001, b"b" * 40]]]
+    theirs = [[0, 16383, [b"10.0.0.1", 7001, b"c" * 40]]]
+    assert node.update_nodes(ours, WELL) is True
+    for _ in range(2):
+        assert node.update_nodes(theirs, WELL) is False
+        assert not node.is_healthy
+        assert node._known == [("10.0.0.1", 7000), ("10.0.0.1", 7001)]
+    failed = [[0, 16383, [b"10.0.0.1", 7001, b"b" * 40]]]
+    assert node.update_nodes(failed, WELL) is True
+    assert node.is_healthy
+    # Each known node was tried in vain, for a while: a configured one may be of a new cluster.
+    node._attempts = 4
+    now = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert node.update_nodes(theirs, WELL) is True
+    node._current = ("10.0.0.1", 7000)
+    assert node.update_nodes(ours, WELL) is False

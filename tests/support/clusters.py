@@ -222,11 +222,15 @@ class ClusterNode:
         self._control = self._control or self.client()
         self.id = self.id or self.ask("CLUSTER", "MYID")
 
-    def choose_ports(self) -> None:
-        """Choose other ports for the next launch; the former ones stay reserved."""
+    def choose_ports(self, port: int = 0) -> None:
+        """Choose other ports for the next launch; the former ones stay reserved.
+
+        ``port`` may be that of another node, which has ended.
+        """
         self.server.close()
         held = [hold_port(), hold_port()]
         self.port, self.bus_port = (one.getsockname()[1] for one in held)
+        self.port = port or self.port
         self._held += held
         if sys.platform != "linux":
             self._release()
@@ -546,6 +550,16 @@ class ClusterGroup(Together):
         if node not in self.nodes:
             raise ValueError(f"{node!r} has left the cluster")
         node.launch()
+
+    def move(self, node: ClusterNode, port: int = 0) -> None:
+        """Restart a node at another port, by default a free one, and wait until all know it.
+
+        ``port`` may be that of a node of another cluster, which has ended.
+        """
+        node.server.stop()
+        node.choose_ports(port)
+        node.launch()
+        self.wait_until_ok()
 
     def pause(self, node: ClusterNode) -> None:
         """Freeze a node: its connections stay open and it answers nothing."""

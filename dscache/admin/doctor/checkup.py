@@ -16,6 +16,7 @@ from ...config.validation import Location
 from ...core.constants import read_epoch
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
+from ...net.connect_errors import is_full
 from ...net.sentinels import pairs
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
@@ -44,10 +45,12 @@ _REMEDIES = {
     "WRONGPASS": "correct the password, and the username if there is one",
     "NOAUTH": "give the password: in the configuration, or as redis://:password@host",
     "NOPERM": "let an administrator allow the missing command with ACL SETUSER",
+    "DENIED": "set a password on the server, or end its protected mode",
     "ERR": "correct the cause that it names",
     "LOADING": "wait until the server has loaded its data",
     "MASTERDOWN": "name the primary: this server is a replica that has lost it",
 }
+_FULL = "raise the server's maxclients, or end connections that have no more use"
 _UNREACHABLE = "start the server, or correct the address, and check the firewalls in between"
 
 
@@ -79,6 +82,8 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
     except DscacheError as error:
         code = error.code if isinstance(error, ReplyError) else ""
         remedy = _REMEDIES.get(code, _REMEDIES["ERR"] if code else _UNREACHABLE)
+        if is_full(str(error)):
+            remedy = _FULL
         found.insert(0, Finding("connection", BAD, str(error), remedy))
     return Checkup(config.address, tuple(found))
 
