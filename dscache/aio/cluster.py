@@ -208,7 +208,8 @@ class Cluster(LoopBound, NodeListener):
         for hold, waiting in batches.items():
             self._routing.requeue(hold, waiting)
         del redirected[:]
-        self._routing.resume(source)
+        awaited = (one for hold in fresh for one in hold.sources)
+        self._routing.resume(*dict.fromkeys((source, *awaited)))
 
     def _note_redirection(
         self, source: Connection, hold: SlotHold, words: str, slot: int, batch: Batch

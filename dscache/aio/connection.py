@@ -172,9 +172,14 @@ class Connection(LoopBound):
         return self.link is not None
 
     def requeue(self, batches: Iterable[Batch]) -> None:
-        """Take over operations of another node, with the time that they have left."""
+        """Take over operations of another node, with the time that they have left.
+
+        They are sent with this tick's flush: the queue may have operations that are still to be
+        moved to other nodes.
+        """
         self.pipeline.requeue(batches)
-        self._deadlines.look()
+        # Behind that flush, as it may send what is due.
+        self._deadlines.start(0)
 
     async def ask(self, *commands: Sequence[Word]) -> list[Any]:
         """Send commands at once; return the replies, error replies included.

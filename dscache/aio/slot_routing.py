@@ -144,7 +144,8 @@ class SlotRouter:
     def hold(self, slot: int, source: Connection, fresh: set[SlotHold]) -> SlotHold:
         """Return the hold in which operations on a slot wait until ``source`` has answered.
 
-        ``fresh`` contains the hold, if any, that slots share which are held at the same moment.
+        If ``source`` is a replica, they wait for the writes at the primary as well. ``fresh``
+        contains the hold, if any, that slots share which are held at the same moment.
         """
         hold = self._holds.get(slot)
         if hold is None:
@@ -153,12 +154,18 @@ class SlotRouter:
             fresh.add(hold)
             hold.slots.add(slot)
             self._holds[slot] = hold
+            owner = self._holders.get(self.router.owners[slot])
+            if isinstance(owner, Connection):
+                self._await(owner, hold)
             self.router.owners[slot] = hold.pipeline
             self.router.readers[slot] = hold.pipeline
+        self._await(source, hold)
+        return hold
+
+    def _await(self, source: Connection, hold: SlotHold) -> None:
         if source not in hold.sources:
             hold.fence(source)
             source.watched = True
-        return hold
 
     def is_awaited(self, source: Connection) -> bool:
         """Whether a hold waits for a node's answers."""
@@ -166,8 +173,9 @@ class SlotRouter:
 
     def resume(self, *sources: Connection | None) -> None:
         """Move the operations that wait at the wrong node (None: unrouted); release due holds."""
-        for source in sources:
-            self._move(self.unrouted.pipeline if source is None else source.pipeline)
+        self._move(
+            *(self.unrouted.pipeline if source is None else source.pipeline for source in sources)
+        )
         self.release_due()
 
     def release_due(self) -> None:
@@ -187,9 +195,14 @@ class SlotRouter:
             self.unrouted.requeue(batches)
             self._cluster.look_again()
 
-    def _move(self, pipeline: Pipeline) -> None:
-        """Move the operations of a pipeline that belong to another one by now."""
-        self._between += pipeline.take_queued(self._target_of)
+    def _move(self, *pipelines: Pipeline) -> None:
+        """Move the operations of these pipelines that belong to another one by now.
+
+        All are taken before any is given: a node that sent its queue meanwhile would send
+        operations of another node, and later operations would overtake them there.
+        """
+        for pipeline in pipelines:
+            self._between += pipeline.take_queued(self._target_of)
         if not self._between:
             return
         batches: dict[Pipeline, list[Batch]] = {}

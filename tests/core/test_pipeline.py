@@ -954,7 +954,7 @@ def test_an_unexpected_reply_ends_the_connection(
     exchange.issue(operation, Op("get", "later"))
     exchange.take()
     with pytest.raises(
-        ProtocolError, match=rf"^{ADDRESS} answered [A-Z]\w.* with what it never|th"
+        ProtocolError, match=rf"^{ADDRESS}: unexpected reply to [A-Z]\w.*|th"
     ):
         exchange.reply(reply)
     _lose_all(exchange)
