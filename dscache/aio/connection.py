@@ -459,7 +459,7 @@ class Connection(LoopBound):
     def _failed(self, error: Exception) -> None:
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = as_connect_error(error, self._options.connect_timeout)
+        said = as_connect_error(error, self._options.connect_timeout, self._endpoint.tried)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said
