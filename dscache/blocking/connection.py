@@ -333,7 +333,8 @@ class Connection:
         wait = min(wait, self.wake_at - time.monotonic())
         poller = select.poll()
         poller.register(self.fd, events)
-        poller.poll(milliseconds(wait))
+        if not poller.poll(milliseconds(wait)) and time.monotonic() >= deadline:
+            raise ConnectTimeout
 
     def _connect(
         self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False

@@ -34,11 +34,12 @@ class _Connection(_Base):  # type: ignore[misc] # see above
             for events in holder.connect((*kind, address) for *kind, _, address in found):  # type: ignore[misc] # a starred tuple has no length for mypy
                 wait = until - time.monotonic()
                 if wait <= 0:
-                    holder.close()
-                    raise ConnectTimeout(holder.tried)
+                    raise ConnectTimeout
                 poller = select.poll()
                 poller.register(holder.sock, events)
-                poller.poll(milliseconds(min(wait, holder.wake_at - time.monotonic())))
+                wait = min(wait, holder.wake_at - time.monotonic())
+                if not poller.poll(milliseconds(wait)) and time.monotonic() >= until:
+                    raise ConnectTimeout
             sock = holder.detach()
         finally:
             holder.close()

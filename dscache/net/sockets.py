@@ -87,6 +87,7 @@ class SocketConnect:
         """When the next step is due even without an event, in seconds of ``time.monotonic``."""
         self._racing = []
         self._tried: dict[str, str] = {}
+        self._waiting: deque[Found] = deque()
         self._is_shut = False
 
     @property
@@ -117,7 +118,7 @@ class SocketConnect:
         The next address is tried at once when another has failed, and otherwise 250 ms after the
         last. Raises the OSError of a single address, and NoneAccepts for several.
         """
-        waiting = deque(interleaved(addresses))
+        waiting = self._waiting = deque(interleaved(addresses))
         is_single = len(waiting) == 1
         failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         self._tried = {}
@@ -169,10 +170,12 @@ class SocketConnect:
 
     @property
     def tried(self) -> str:
-        """The addresses tried so far, each with its reason; empty for a single one."""
+        """The addresses, each with the reason why it is of no use; empty for a single one."""
         tried = dict(self._tried)
         for _sock, address in self._racing:
             tried[shown_address(address)] = "no answer"
+        for *_, address in self._waiting:
+            tried[shown_address(address)] = "not tried"
         if len(tried) < 2:
             return ""
         return "; ".join(f"{address}: {reason}" for address, reason in tried.items())
@@ -191,6 +194,7 @@ class SocketConnect:
                 sock.close()
         self._racing = []
         self._tried = {}
+        self._waiting.clear()
         self.wake_at = math.inf
 
     def _drop(self, sock: socket.socket) -> None:

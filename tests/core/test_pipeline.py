@@ -953,9 +953,7 @@ def test_an_unexpected_reply_ends_the_connection(
     """It ends the connection, and every operation on it fails exactly once."""
     exchange.issue(operation, Op("get", "later"))
     exchange.take()
-    with pytest.raises(
-        ProtocolError, match=rf"^{ADDRESS}: unexpected reply to [A-Z]\w.*|th"
-    ):
+    with pytest.raises(ProtocolError, match=rf"^{ADDRESS}: unexpected reply to [A-Z]\w.*|th"):
         exchange.reply(reply)
     _lose_all(exchange)
 
