@@ -16,7 +16,7 @@ import pytest
 import redis as redis_py
 
 from dscache import AsyncCache, ConnectionLost
-from dscache.admin import export, ndjson, progress, restore
+from dscache.admin import export, ndjson, progress, restore, scan
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE
 from tests.support.commands import PATIENCE, failing_after, invoke, plain, run_on_terminal, running
@@ -197,7 +197,7 @@ def test_large_records_are_read_a_few_at_a_time(
 ) -> None:
     monkeypatch.setattr(progress, "BYTES", 10_000)
     # The first request is as large as a page of SCAN: there, nothing is known of their sizes.
-    monkeypatch.setattr(export, "SCAN_COUNT", 50)
+    monkeypatch.setattr(scan, "SCAN_COUNT", 50)
     for number in range(300):
         client.mset({f"{number}_v": 1, f"{number}_d": '"' + "x" * 3000 + '"'})
     asked: list[int] = []

@@ -976,7 +976,7 @@ def test_an_unexpected_reply_to_a_head_ends_the_connection(
 ) -> None:
     exchange.issue(Op("head", "a"), Op("set", "b", (1, 1)))
     exchange.take()
-    with pytest.raises(ProtocolError, match=rf"^{ADDRESS} answered "):
+    with pytest.raises(ProtocolError, match=rf"^{ADDRESS}: unexpected reply to "):
         exchange.reply(*replies)
     _lose_all(exchange)
 
