@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
-from ..core.constants import ErrorOf
+from ..core.constants import EndedHere, ErrorOf
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
@@ -193,7 +193,7 @@ class Connection(LoopBound):
     def leave(self, reason: str) -> None:
         """End the present socket; another one follows."""
         if self.link is not None:
-            self.link.abort(ConnectionLost(reason))
+            self.link.abort(EndedHere(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -373,7 +373,7 @@ class Connection(LoopBound):
         link = self._socket
         if link is None:
             return
-        reason = ConnectionLost("it was interrupted")
+        reason = EndedHere("it was interrupted")
         link.abort(reason)
         self._on_disconnected(reason)
         self._socket = None
@@ -459,7 +459,7 @@ class Connection(LoopBound):
     def _failed(self, error: Exception) -> None:
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = as_connect_error(error, self._options.connect_timeout)
+        said = as_connect_error(error, self._options.connect_timeout, self._endpoint.tried)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said

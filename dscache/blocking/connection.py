@@ -309,7 +309,8 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        failure = as_connect_error(error, timeout)
+        tried = "" if self._holder is None else self._holder.tried
+        failure = as_connect_error(error, timeout, tried)
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = failure
@@ -329,9 +330,11 @@ class Connection:
             raise ConnectTimeout
         if events & IN and self.has_more:
             return
+        wait = min(wait, self.wake_at - time.monotonic())
         poller = select.poll()
         poller.register(self.fd, events)
-        poller.poll(milliseconds(wait))
+        if not poller.poll(milliseconds(wait)) and time.monotonic() >= deadline:
+            raise ConnectTimeout
 
     def _connect(
         self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
@@ -380,6 +383,11 @@ class Connection:
         """The socket's file descriptor; there must be one."""
         assert self._holder is not None
         return self._holder.sock.fileno()
+
+    @property
+    def wake_at(self) -> float:
+        """When the next step of connecting is due even without an event."""
+        return math.inf if self._holder is None else self._holder.wake_at
 
     @property
     def has_more(self) -> bool:

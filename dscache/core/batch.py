@@ -108,6 +108,7 @@ class Batch:
     redirections: tuple[str, ...] = ()  # "address: error text" of each redirection
     asking: bool = False  # the node serves these slots only after ASKING
     target: Any = None  # the pipeline that a redirection names, for one sending
+    losses: int = 0  # how often the server cut the connection while it was under way
 
     def freeze(self) -> None:
         if not self.names:
@@ -135,6 +136,7 @@ class Batch:
         part.one_per_command = self.one_per_command
         part.redirections = self.redirections
         part.asking = self.asking
+        part.losses = self.losses
         return part
 
     def ask(self, target: Any) -> None:
