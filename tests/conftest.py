@@ -11,10 +11,13 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import shutil
 import signal
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +35,11 @@ from tests.support.faults import FaultProxy
 
 CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 LIBRARIES = ("hiredis", "redis", "msgspec", "uvloop")
+# Deepstream's server, which `npm install` puts there.
+DEEPSTREAM = Path(__file__).parents[1] / "examples" / "deepstream"
+DEEPSTREAM_SERVER = DEEPSTREAM.joinpath(
+    *("node_modules", "@deepstream", "server", "dist", "bin", "deepstream")
+)
 # Counters of work in progress in a cache; each returns to zero once the cache is idle.
 DRAINED = ("pending", "in_flight", "queued")
 
@@ -97,7 +105,22 @@ def pytest_report_header() -> list[str]:
         f"dscache: backends {', '.join(cores)}; {_backend.BACKEND} by default",
         f"libraries: {', '.join(versions)}",
         f"servers: {', '.join(map(_server_id, SERVERS)) or 'none'}",
+        f"absent: {'; '.join(_absent()) or 'nothing'}",
     ]
+
+
+def _absent() -> Iterator[str]:
+    """Yield the optional programs that aren't here, and what replaces them."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        yield "Node and npm, so a recording replaces deepstream's connector"
+    if not (shutil.which("node") and DEEPSTREAM_SERVER.exists()):
+        yield "deepstream's server (`npm install` in examples/deepstream), so its test is left out"
+    if not any(binary.tls for binary in BINARIES):
+        yield "a server with TLS, so proxies speak it"
+    if len(OLDEST_AND_NEWEST) < 2:
+        yield "a second server version, so one stands for the oldest and the newest"
+    if sys.version_info < (3, 12):
+        yield "eager tasks, which Python 3.12 brings"
 
 
 def _where(module: str) -> str:

@@ -143,7 +143,11 @@ class Async(Blocking):
 
     async def get_credentials_async(self) -> Any:
         self.calls += 1
-        await asyncio.sleep(self._seconds)
+        self.under_way += 1
+        try:
+            await asyncio.sleep(self._seconds)
+        finally:
+            self.under_way -= 1
         return self._give(self._answers[min(self.calls, len(self._answers)) - 1])
 
 
@@ -337,14 +341,17 @@ async def test_a_slow_blocking_provider_is_asked_once(
 async def test_close_does_not_wait_for_a_provider(
     server: EmbeddedServer, backend: str, account: Account
 ) -> None:
-    for provider in (Blocking((USER, f"{SECRET}-0"), seconds=1.0), Async((), seconds=PATIENCE)):
+    held = Held((USER, f"{SECRET}-0"))
+    for provider in (held, Async((), seconds=PATIENCE)):
         cache = open_cache(server, provider, closeTimeout=10, commandTimeout=LONG)
         waiting = cache.get("a")
-        await asyncio.sleep(0.02)
+        await until(lambda provider=provider: provider.under_way)
         await cache.close()
         assert isinstance(await result_of(waiting), dscache.ConnectionLost)
-        assert provider.under_way or isinstance(provider, Async)
-        await until(lambda provider=provider: not provider.under_way)
+        # A thread can't be stopped; a coroutine is cancelled.
+        assert provider.under_way == (1 if provider is held else 0)
+    held.let_go.set()
+    await until(lambda: not held.under_way)
 
 
 # -- renewed tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -547,9 +548,10 @@ async def test_too_many_clients(backend: str, make_server: MakeServer) -> None:
     with redis_py.Redis.from_url(server.url) as redis:
         redis.ping()
         cache = lazy_cache(server.url, **IMPATIENT)
-        (error,) = await results_of(cache.when_ready())
-        assert isinstance(error, dscache.DscacheError)
-        assert "max number of clients" in str(error) or isinstance(error, dscache.ConnectError)
+        error = await error_of(cache.when_ready())
+        # The server closes at once, and that may overtake its reply.
+        assert isinstance(error, (dscache.ConnectError, dscache.ReplyError))
+        assert re.search("max number of clients|the server closed it|reset by peer", str(error))
         redis.config_set("maxclients", 100)
         async with asyncio.timeout(PATIENCE):
             while not cache.is_ready:
@@ -653,21 +655,36 @@ async def test_every_operation_survives_garbage(backend: str, command: str, oper
             await cache.close()
 
 
-@pytest.mark.parametrize("garbage", [*GARBAGE, "no role", "no UTF-8", "NOSCRIPT"])
+HANDSHAKES = {
+    "no role": b"%0\r\n",
+    "no UTF-8": b"%1\r\n$6\r\nserver\r\n$2\r\n\xff\xfe\r\n",
+    "NOSCRIPT": b"-NOSCRIPT as a greeting\r\n",
+}
+# All other garbage is RESP; a connection is usable whatever the server says of itself.
+UNPARSABLE = {
+    *("HTTP", "TLS alert", "zeros", "ones", "blank line", "negative length", "no length"),
+    *("length of nonsense", "immense string", "immense array", "string of another length"),
+    "nesting",
+}
+
+
+@pytest.mark.parametrize("garbage", [*GARBAGE, *HANDSHAKES])
 async def test_garbage_as_a_handshake(backend: str, garbage: str) -> None:
-    others = {
-        "no role": b"%0\r\n",
-        "no UTF-8": b"%1\r\n$6\r\nserver\r\n$2\r\n\xff\xfe\r\n",
-        "NOSCRIPT": b"-NOSCRIPT as a greeting\r\n",
-    }
-    async with FakeServer({"HELLO": (GARBAGE | others)[garbage], "MGET": FIVE}) as fake:
-        cache = lazy_cache(fake.url, password=SECRET, **IMPATIENT)
+    second = garbage == "second answer"
+    timeouts = IMPATIENT if second else PATIENT
+    async with FakeServer({"HELLO": (GARBAGE | HANDSHAKES)[garbage], "MGET": FIVE}) as fake:
+        cache = lazy_cache(fake.url, password=SECRET, **timeouts)
         (ready,) = await results_of(cache.when_ready())
         (got,) = await results_of(cache.get("a"))
-        # Some of it is only unusual, and usable.
-        kinds = (dscache.ProtocolError, dscache.ConnectError, dscache.ReplyError)
-        assert ready is None or isinstance(ready, kinds), ready
-        assert isinstance(got, kinds) or tuple(got) == (5, [5])
+        if garbage in UNPARSABLE:
+            assert (type(ready), type(got)) == (dscache.ProtocolError, dscache.ProtocolError)
+        elif garbage == "NOSCRIPT":
+            assert (type(ready), type(got)) == (dscache.ReplyError, dscache.ReplyError)
+        elif second:  # each connection is lost again, as soon as it is there
+            assert isinstance(got, (dscache.ConnectError, dscache.ProtocolError)), got
+            assert "a reply that no operation waits for" in str(got)
+        else:
+            assert (ready, tuple(got)) == (None, (5, [5]))
         fake.answers["HELLO"] = HELLO_REPLY
         async with asyncio.timeout(PATIENCE):
             while not cache.is_ready:
@@ -931,12 +948,12 @@ async def test_a_storm_of_cancellations(
             case 1:
                 await cache.set(name, version, [name, version], if_newer=True)
             case 2:
-                head = await cache.head(name)
-                assert head is None or 0 <= head <= 10_000
+                assert 0 <= await cache.head(name) < 10_000
             case 3:
                 some = choose.sample(names, 5)
-                for found, record in (await cache.get_bulk(some)).items():
-                    assert found in some
+                records = await cache.get_bulk(some)
+                assert list(records) == some
+                for found, record in records.items():
                     assert record.name == found
                     assert record.data == [found, record.version]
             case _:

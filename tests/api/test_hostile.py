@@ -195,6 +195,7 @@ view = st.lists(entry, max_size=4) | junk
 @example([[0, 1, [b"", 7000], ReplyError("ERR no")]])
 @example({0: 1})
 @example([[0, 1, [b"a", 7000]]] * 16_385)
+@example([[0, 16_383, [b"a", 7000, b"id"], [b"b", 7001]], [5, 6, [b"", 7002]]])
 def test_slots_are_ranges_or_a_protocol_error(reply: Any) -> None:
     try:
         ranges = parse_slots(reply, ASKED)

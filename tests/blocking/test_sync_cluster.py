@@ -682,9 +682,9 @@ def test_tls(group: ClusterGroup, certificates: TLSFiles, backend: str) -> None:
             for proxy in proxies.values():
                 proxy.do("cut")
             assert len(cache.get_bulk(names)) == 500
-        with opened(group, **through, **trusting, commandTimeout=PATIENCE * 1000) as cache:
+        with opened(group, **through, **trusting, **PATIENT) as cache:
             assert_each_size_is_read(cache)
-            assert not cache.stats()["reconnections"]
+            assert not cache.stats()["reconnections"], cache.stats()["last_loss"]
         suspicious = cache_on(group, **through, **PATIENT, redisOptions={"tls": {}})
         for call in (suspicious.when_ready, lambda: suspicious.get("a")):
             with pytest.raises(dscache.ConnectError, match="certificate"):

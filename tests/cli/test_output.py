@@ -40,8 +40,6 @@ COMMANDS = {
     "version": ("--version",),
     "help": ("--help",),
 }
-# Output of commands beside their results.
-SAID = ("dscache: no record ", "501 records exported ")
 
 
 @pytest.fixture
@@ -65,7 +63,10 @@ def no_reader() -> Iterator[int]:
 
 @contextmanager
 def full_disk() -> Iterator[int]:
-    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    except FileNotFoundError:
+        pytest.fail("this system has no /dev/full, which stands for a full disk; Linux has it")
     try:
         yield descriptor
     finally:
@@ -88,28 +89,23 @@ def result_of(
     )
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> None:
     with full_disk() as descriptor:
         done = result_of(COMMANDS[command], descriptor, records, server.url)
-    *others, last = done.stderr.splitlines()
-    assert last == (
+    assert done.stderr == (
         "dscache: standard output can't be written: No space left on device; make room, or "
-        "write elsewhere"
+        "write elsewhere\n"
     )
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert all(line.startswith("dscache: ") for line in others)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_pipe_without_a_reader(command: str, records: Path, server: EmbeddedServer) -> None:
     with no_reader() as descriptor:
         done = result_of(COMMANDS[command], descriptor, records, server.url)
-    assert done.returncode == 1
-    # This alone is not reported.
-    assert all(line.startswith(SAID) for line in done.stderr.splitlines())
+    # The reader left on purpose.
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:

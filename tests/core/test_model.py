@@ -117,7 +117,10 @@ async def check_random_operations(cache: dscache.AsyncCache, count: int) -> None
                 group.create_task(work())
         found = await cache.get_bulk(NAMES)
     assert issued >= count
-    assert cancelled > count / 100 or not cache.stats()["commands"]
+    if cache.config.name == "memory":  # where an operation is done at once
+        assert cancelled == 0
+    else:
+        assert cancelled > count / 100
     assert plain(found) == oracle.get_bulk(NAMES)
     assert {name: cache.stats()[name] for name in DRAINED} == dict.fromkeys(DRAINED, 0)
 

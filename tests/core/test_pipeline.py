@@ -676,8 +676,8 @@ def test_cancelled_futures_detach(core: Any, operation: Operation, reply: str) -
             case "good":
                 pipeline.feed(exchange.server.answer(output))
         assert cancelled.cancelled()
-        assert waited.done()
-        assert waited.exception() is None or reply in ("lost", "expired")
+        expected = {"lost": ConnectionLost, "expired": DeadlineExceeded}
+        assert type(waited.exception()) is expected.get(reply, type(None))
         assert pipeline.stats()["pending"] == 0
 
     asyncio.run(scenario())

@@ -36,6 +36,7 @@ def test_the_paths_are_found() -> None:
 def test_every_function_is_in_the_file_beside_it() -> None:
     steps = _STEP.findall(PAGE.read_text(encoding="utf-8"))
     assert ("aio/connection.py", "_wake") in steps
+    assert ("core/recovery.py", "drop_late") in steps
     for path, name in steps:
         source = (PACKAGE / path).read_text(encoding="utf-8")
         assert re.search(rf"\bdef {name}\b", source), f"{path}: {name}"

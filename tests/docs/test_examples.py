@@ -25,10 +25,10 @@ from websockets.sync.client import connect
 
 import dscache
 from dscache.embedded import EmbeddedServer
+from tests.conftest import DEEPSTREAM, DEEPSTREAM_SERVER
 from tests.support.documents import PROJECT, blocks
 
 EXAMPLES = PROJECT / "examples"
-DEEPSTREAM = EXAMPLES / "deepstream"
 PATIENCE = 60
 
 
@@ -281,7 +281,7 @@ def real_server(private: EmbeddedServer, tmp_path: Path) -> None:
         ).stdout
 
     ada, lovelace = '{"firstname":"Ada"}', '{"firstname":"Ada","lastname":"Lovelace"}'
-    command = ["node", str(SERVER), "start", "-c", "config.yml"]
+    command = ["node", str(DEEPSTREAM_SERVER), "start", "-c", "config.yml"]
     log = tmp_path / "log"
     with running(command, log, DEEPSTREAM, **environment) as process:
         wait_for(lambda: "Deepstream started" in log.read_text(), process, log)
@@ -291,7 +291,6 @@ def real_server(private: EmbeddedServer, tmp_path: Path) -> None:
         assert client("user/1") == printed()[3]
 
 
-SERVER = DEEPSTREAM / "node_modules" / "@deepstream" / "server" / "dist" / "bin" / "deepstream"
-# Present wherever `npm install` was run in the example's folder.
-if shutil.which("node") and SERVER.exists():
+# The header of a run names it as absent otherwise.
+if shutil.which("node") and DEEPSTREAM_SERVER.exists():
     test_sharing_with_a_deepstream_server = real_server

@@ -130,7 +130,9 @@ def test_session(document: Path, session: Session) -> None:
     for block in blocks(document):
         if block.language != "pycon":
             continue
-        for example in doctest.DocTestParser().get_examples(block.text):
+        examples = doctest.DocTestParser().get_examples(block.text)
+        assert examples, f"{block.place}: a session without a prompt"
+        for example in examples:
             place = f"{document.name}:{block.line + example.lineno}"
             got = session.run(example, place)
             want = example.exc_msg or example.want

@@ -24,6 +24,8 @@ from tests.support.blocking import options_of  # noqa: E402
 
 GREENLETS = 50
 ROUNDS = 40
+# Seconds for a step, on a busy machine.
+PATIENCE = 200
 
 
 def main(where: str, silent_where: str, kills: int) -> dict[str, Any]:
@@ -49,7 +51,9 @@ def main(where: str, silent_where: str, kills: int) -> dict[str, Any]:
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     large = {f"large/{n}": (n, "x" * 1000) for n in range(3000)}
     gevent.spawn(tick)
-    done = gevent.joinall([gevent.spawn(work, number) for number in range(GREENLETS)], timeout=60)
+    done = gevent.joinall(
+        [gevent.spawn(work, number) for number in range(GREENLETS)], timeout=PATIENCE
+    )
     finished = sorted(one.value for one in done if one.value is not None)
     nodes = cache.stats().get("nodes", {"": cache.stats()})
     connections = max(node["connections"] for node in nodes.values())
@@ -57,7 +61,7 @@ def main(where: str, silent_where: str, kills: int) -> dict[str, Any]:
     # A bulk that fills the buffers, beside single reads.
     bulk = gevent.spawn(cache.set_bulk, large)
     reads = [gevent.spawn(cache.get, f"record/{number}") for number in range(GREENLETS)]
-    gevent.joinall([bulk, *reads], timeout=60)
+    gevent.joinall([bulk, *reads], timeout=PATIENCE)
     found = cache.get_bulk(large)
     if bulk.value != set() or {n: (r.version, r.data) for n, r in found.items()} != large:
         wrong.append("the bulk")

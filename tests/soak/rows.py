@@ -31,6 +31,7 @@ from tests.soak.figures import (
     ATTEMPTS_A_MINUTE,
     DEAD_PEER,
     LATENESS,
+    LEFT,
     MEMORY,
     PATIENCE,
     Figures,
@@ -327,10 +328,14 @@ async def fuzz(
     """Feed replies made by a grammar to both cores, which must do the same with each."""
     fuzzer = TwinFuzzer(seed)
     began = time.monotonic()
+    before = 0
     while fuzzer.replies < replies and time.monotonic() < began + seconds:
         fuzzer.run(100)
         await asyncio.sleep(0)
+        if not before and fuzzer.replies > replies / 10:
+            before = held()
     took = time.monotonic() - began
+    figures.memory, figures.most_growth = (before, held()), LEFT
     figures.operations = fuzzer.replies
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems
@@ -344,12 +349,13 @@ async def mutations(
 ) -> None:
     """Feed mutated replies to the core: an error at worst, and no caller gets another's record."""
     fuzzer = Fuzzer(_backend.core, seed)
-    fuzzer.run(100)
-    before, began = held(), time.monotonic()
+    before, began = 0, time.monotonic()
     while fuzzer.cases < cases:
         fuzzer.run(min(100, cases - fuzzer.cases))
         await asyncio.sleep(0)
-    figures.memory = (before, held())
+        if not before and fuzzer.cases > cases / 10:
+            before = held()
+    figures.memory, figures.most_growth = (before, held()), LEFT
     figures.operations = fuzzer.cases
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems

@@ -19,7 +19,7 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
     assert result["wrong"] == [], result
     assert result["raised"] == count
     # An exception raised in a finalizer reaches no caller.
-    assert result["caught"] > 0.98 * count, result
+    assert result["caught"] > 0.9 * count, result
     assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
     assert result["connections"] <= 4
     assert result["pending"] == 0

@@ -137,17 +137,16 @@ async def test_a_near_cache(
     make_cache: MakeCache, meters: MeterProvider, reader: InMemoryMetricReader
 ) -> None:
     cache = await make_cache(nearCache={})
-    if isinstance(cache, dscache.AsyncCache):
-        otel.observe(cache, meter_provider=meters)
-        await cache.get("a")
-        await cache.get("a")
-        (point,) = points(reader, "dscache.near.reads", dscache_result="hit")
-        assert point.value == 1
-        assert points(reader, "dscache.near.records")
-        topology: Any = cache._topology
-        topology.pipeline.forget("login")
-        (point,) = points(reader, "dscache.near.flushes", dscache_reason="login")
-        assert point.value == 1
+    otel.observe(cache, meter_provider=meters)
+    await cache.get("a")
+    await cache.get("a")
+    (point,) = points(reader, "dscache.near.reads", dscache_result="hit")
+    assert point.value == 1
+    assert points(reader, "dscache.near.records")
+    topology: Any = cache._topology
+    topology.pipeline.forget("login")
+    (point,) = points(reader, "dscache.near.flushes", dscache_reason="login")
+    assert point.value == 1
 
 
 # -- spans
@@ -304,24 +303,22 @@ async def test_a_share_of_the_spans_is_sampled(make_cache: MakeCache, spans: Spa
 async def test_with_a_near_cache(
     opened_before: bool, make_cache: MakeCache, server: Any, spans: Spans
 ) -> None:
-    made = await make_cache()
-    if isinstance(made, dscache.AsyncCache):
-        options = {"url": server.url, "nearCache": {}}
-        cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
-        if opened_before:
-            await cache.get("a")
-        tracing = otel.trace(cache, tracer_provider=spans.provider, roots=True)
-        for _ in range(3):
-            assert await cache.get("a") is None
-        await asyncio.sleep(0)  # a span ends in the tick behind its future
-        assert [span.name.split()[0] for span in spans()] == ["get"] * 3
-        assert cache.stats()["near_cache"]["hits"] >= 2
-        tracing.stop()
+    options = {"url": server.url, "nearCache": {}}
+    cache = dscache.AsyncCache.from_config({"name": "redis", "options": options})
+    if opened_before:
         await cache.get("a")
-        assert spans() == []
-        await cache.close()
-        with pytest.raises(dscache.ConnectionLost):
-            await cache.get("a")
+    tracing = otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    for _ in range(3):
+        assert await cache.get("a") is None
+    await asyncio.sleep(0)  # a span ends in the tick behind its future
+    assert [span.name.split()[0] for span in spans()] == ["get"] * 3
+    assert cache.stats()["near_cache"]["hits"] >= 2
+    tracing.stop()
+    await cache.get("a")
+    assert spans() == []
+    await cache.close()
+    with pytest.raises(dscache.ConnectionLost):
+        await cache.get("a")
 
 
 @pytest.mark.parametrize(

@@ -127,16 +127,15 @@ async def test_nodes_of_a_cluster(backend: str, registry: CollectorRegistry) -> 
 
 async def test_a_near_cache(make_cache: MakeCache, registry: CollectorRegistry) -> None:
     cache = await make_cache(nearCache={})
-    if isinstance(cache, dscache.AsyncCache):
-        register(cache, registry=registry)
-        await cache.set("a", 1, 1)
-        for _ in range(3):
-            await cache.get("a")
-        assert value(registry, "dscache_near_reads_total", result="hit") == 2
-        assert value(registry, "dscache_near_records") == 1
-        topology: Any = cache._topology
-        topology.pipeline.forget("login")
-        assert value(registry, "dscache_near_flushes_total", reason="login") == 1
+    register(cache, registry=registry)
+    await cache.set("a", 1, 1)
+    for _ in range(3):
+        await cache.get("a")
+    assert value(registry, "dscache_near_reads_total", result="hit") == 2
+    assert value(registry, "dscache_near_records") == 1
+    topology: Any = cache._topology
+    topology.pipeline.forget("login")
+    assert value(registry, "dscache_near_flushes_total", reason="login") == 1
 
 
 def test_every_counter_has_its_metric() -> None:
