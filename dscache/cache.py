@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ._cache import CacheBase
 from .aio.connection import Connection
-from .aio.lifecycle import AsyncResource, running_loop
+from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
 from .errors import ConnectionLost, UsageError
@@ -172,11 +173,17 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             self._closed = False  # the call of another loop or process closes nothing
             raise
 
+    _remedy = "use async with, or await its close()"
+
+    def _close_dropped(self, topology: Topology) -> None:
+        close_dropped(self._loop, topology.close)
+
     def _begin(self) -> Topology:
         """Bind the cache to the running event loop and start connecting."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        running_loop("an AsyncCache")
+        self._loop = running_loop("an AsyncCache")
+        self._pid = os.getpid()
         if self._config.name == "memory":
             self._topology = MemoryNode(self._config.options)
         elif self._config.options.nodes:

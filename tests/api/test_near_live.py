@@ -369,7 +369,8 @@ async def test_an_abandoned_operation_logs_nothing(
                     await asyncio.wait_for(future, 0.001 * ticks)
         with pytest.raises(dscache.DscacheError):
             await asyncio.gather(*issue())  # the others fail later
-        assert all(isinstance(await error_of(one), dscache.DscacheError) for one in issue())
+        failures = [await error_of(one) for one in issue()]
+        assert all(isinstance(error, dscache.DscacheError) for error in failures)
         issued.clear()
         proxy.resume()
         await cache.close()
