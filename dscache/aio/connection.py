@@ -31,7 +31,7 @@ from .background_task import BackgroundTask
 from .deadlines import Deadlines, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import LoopBound, check_loop, check_process, closed
+from .lifecycle import LoopBound, check_loop, check_process, closed, future_factory
 from .protocol import PushProtocol, SocketProtocol, request, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -112,7 +112,7 @@ class Connection(LoopBound):
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
-            self._loop.create_future,
+            future_factory(self._loop),
             self._wake,
             begin=self._begin,
             address=self._endpoint.address,
@@ -127,7 +127,7 @@ class Connection(LoopBound):
         self._own_near: NearCache | None = None
         if is_near and near is None:
             self.entry = self._own_near = near = _backend.core.NearCache(
-                self._loop.create_future,
+                future_factory(self._loop),
                 self.pipeline,
                 check=self._check_owner,
                 **options.for_near_cache(),
