@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
@@ -26,6 +28,12 @@ class Nodes(Protocol):
 NodesT = TypeVar("NodesT", bound=Nodes)
 
 
+def warn_of_dropped(resource: object, remedy: str) -> None:
+    """Warn that an object was dropped without ``close``; call it in ``__del__``."""
+    message = f"{resource!r} was dropped without close(); {remedy}"
+    warnings.warn(message, ResourceWarning, stacklevel=3, source=resource)
+
+
 class CacheBase(Generic[NodesT]):
     """A cache, which connects at its first use."""
 
@@ -34,6 +42,7 @@ class CacheBase(Generic[NodesT]):
         self._credentials = credentials
         self._topology: NodesT | None = None
         self._closed = False
+        self._pid = 0  # the process in which it was opened
 
     @classmethod
     def from_config(
@@ -87,6 +96,26 @@ class CacheBase(Generic[NodesT]):
         keeps.
         """
         return {} if self._topology is None else self._topology.stats()
+
+    def __del__(self) -> None:
+        # ``__init__`` may have raised, and a forked child must leave its parent's sockets alone.
+        topology = self.__dict__.get("_topology")
+        if topology is None or self._closed or self._config.name == "memory":
+            return
+        if sys.is_finalizing() or self._pid != os.getpid():
+            return
+        self._closed = True
+        try:
+            self._close_dropped(topology)
+        finally:
+            warn_of_dropped(self, self._remedy)
+
+    _remedy = ""
+    """How to close a cache, for the warning about one that wasn't closed."""
+
+    def _close_dropped(self, topology: NodesT) -> None:
+        """Close the connections of a cache that was dropped, without waiting."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._config.name} at {self._config.address}>"

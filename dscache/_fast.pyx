@@ -198,7 +198,9 @@ cdef class Pipeline:
     cdef readonly Py_ssize_t settled
     cdef public Py_ssize_t operations
     cdef public Py_ssize_t pending_bytes
-    cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes, _window
+    cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes
+    cdef readonly Py_ssize_t window
+    cdef Py_ssize_t _open_window  # 0 while there are suspects
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef readonly Py_ssize_t max_redirections
     cdef bint _refuse_when_full
@@ -217,6 +219,7 @@ cdef class Pipeline:
     cdef public bint busy  # the queue or the slots change: only new operations may come
     cdef readonly list open_batches
     cdef readonly object queue
+    cdef readonly list suspects
     cdef readonly object slots
     cdef readonly list returned
     cdef _Replies _replies
@@ -270,9 +273,11 @@ cdef class Pipeline:
         self._max_reply_bytes = max_reply_bytes
         self.clustered = clustered
         self.max_redirections = max_redirections
-        self._window = max(1, min(WINDOW_RECORDS, max_pending))
+        self.window = max(1, min(WINDOW_RECORDS, max_pending))
+        self._open_window = self.window
         self.open_batches = []
         self.queue = deque()
+        self.suspects = []
         self.slots = deque()
         self.returned = []
         self._reach = _Reachability.__new__(_Reachability)
@@ -391,20 +396,24 @@ cdef class Pipeline:
         recovery.requeue(self, batches)
 
     cpdef int replace_queue(self, list batches, Py_ssize_t known) except -1:
-        """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
-        wait now. The others came while this was being prepared, and stay.
+        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
+        first ``known`` that wait now. The others came while this was being prepared, and stay.
 
         If it raises, nothing has changed.
         """
         cdef object queue
+        cdef list suspects
         while True:
             while known < len(self.queue):
                 batches.append(self.queue[known])
                 known += 1
-            queue = deque(sorted(batches, key=_serial_of))
+            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
             if known == len(self.queue):
                 break
         self.queue = queue
+        self.suspects = suspects
+        if suspects:
+            self._open_window = 0
         return 0
 
     # -- output
@@ -455,7 +464,7 @@ cdef class Pipeline:
         encoder.begin()
         while (
             self.queue
-            and self.in_flight < self._window
+            and self.in_flight < self._open_window
             and taken < FLUSH_RECORDS
             and encoder.size() < COMMAND_BYTES
         ):
@@ -486,12 +495,27 @@ cdef class Pipeline:
             if not batch.waiting():
                 self.queue.popleft()
         if not encoder.size():
-            return b""
+            return b"" if self._open_window else self._take_beside_suspects()
         self._flushes += 1
         self._bytes_out += encoder.size()
         if self._epoch is not None:
             self._epoch.asked(self.fence())
         return encoder.take()
+
+    cdef bytes _take_beside_suspects(self):
+        """Return output while there are suspects: one of them alone, or other operations."""
+        cdef Py_ssize_t window
+        cdef bytes output = b""
+        try:
+            while not output:
+                window = recovery.window_beside_suspects(self)
+                if self.in_flight >= window or not self.queue:
+                    break
+                self._open_window = window
+                output = self._take()  # nothing, if no waiter was left for what waited
+            return output
+        finally:
+            self._open_window = 0 if recovery.is_suspicious(self) else self.window
 
     # -- input
 
@@ -973,6 +997,11 @@ cdef class Pipeline:
             batch = self.queue[i]
             self.queued += batch.waiting()
             self._count(batch)
+        for i in range(PyList_GET_SIZE(self.suspects)):
+            batch = self.suspects[i]
+            if batch.count != last_count:
+                self.queued += batch.waiting()
+                self._count(batch)
         return 0
 
     cdef int _count(self, _Batch batch) except -1:

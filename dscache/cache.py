@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Awaitable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ._cache import CacheBase
 from .aio.connection import Connection
-from .aio.lifecycle import AsyncResource, running_loop
+from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
 from .errors import ConnectionLost, UsageError
@@ -27,8 +28,8 @@ Topology: TypeAlias = "MemoryNode | Connection | Cluster"
 class _Operations(Protocol):
     """The operations of a Pipeline, a Router, a NearCache or a MemoryPipeline."""
 
-    def get(self, name: str) -> Awaitable[Record | None]: ...
-    def head(self, name: str) -> Awaitable[int | None]: ...
+    def get(self, name: str) -> asyncio.Future[Record | None]: ...
+    def head(self, name: str) -> asyncio.Future[int | None]: ...
     def set(
         self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool
     ) -> asyncio.Future[bool]: ...
@@ -46,8 +47,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine instead of a Future.
-    It must be awaited once; the operation is still issued at the call.
+    The future of a record in the near cache (``nearCache``) is done already.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
@@ -61,7 +61,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
 
-    def get(self, name: str) -> Awaitable[Record | None]:
+    def get(self, name: str) -> asyncio.Future[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
         ``name`` is any text that isn't empty. Raises RecordError at the call for a bad name. The
@@ -69,7 +69,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).get(name)
 
-    def head(self, name: str) -> Awaitable[int | None]:
+    def head(self, name: str) -> asyncio.Future[int | None]:
         """Read the version of a record; the result is an int, or None if it doesn't exist.
 
         Raises RecordError at the call for a bad name. The future fails with RecordError if the
@@ -173,11 +173,17 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             self._closed = False  # the call of another loop or process closes nothing
             raise
 
+    _remedy = "use async with, or await its close()"
+
+    def _close_dropped(self, topology: Topology) -> None:
+        close_dropped(self._loop, topology.close)
+
     def _begin(self) -> Topology:
         """Bind the cache to the running event loop and start connecting."""
         if self._closed:
             raise ConnectionLost("the cache is closed")
-        running_loop("an AsyncCache")
+        self._loop = running_loop("an AsyncCache")
+        self._pid = os.getpid()
         if self._config.name == "memory":
             self._topology = MemoryNode(self._config.options)
         elif self._config.options.nodes:

@@ -6,12 +6,14 @@ import asyncio
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 from . import _backend
-from .aio.lifecycle import AsyncResource, check_loop, check_process, running_loop
+from ._cache import warn_of_dropped
+from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropped, running_loop
 from .config.messages import MessageConfig, load
 from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
@@ -143,10 +145,11 @@ class MessageNode(AsyncResource):
         topic = envelope.check_topic(topic)
         limit, policy = self._limits(max_pending, overflow)
         transport = self._ensure_open()
+        disconnect = _weak(self._disconnect)
         subscriber = Subscriber(
             topic,
             callback,
-            lambda: self._disconnect(subscriber),
+            lambda: disconnect(subscriber),
             max_pending=limit,
             overflow=policy,
         )
@@ -277,6 +280,21 @@ class MessageNode(AsyncResource):
             self._unsubscribe(queue)
         await asyncio.gather(*(one.finish(seconds) for one in subscribers))
 
+    def __del__(self) -> None:
+        # ``__init__`` may have raised, and a forked child must leave its parent's sockets alone.
+        transport = self.__dict__.get("_transport")
+        if transport is None or self._loop is None or self._closed:
+            return
+        if sys.is_finalizing() or self._pid != os.getpid():
+            return
+        self._closed = True
+        try:
+            for subscriber in self._subscribers.values():
+                subscriber.stop()
+            close_dropped(self._loop, transport.close)
+        finally:
+            warn_of_dropped(self, "use async with, or await its close()")
+
     def __repr__(self) -> str:
         return f"<MessageNode {shorten(self.server_name)} at {self._config.address}>"
 
@@ -290,14 +308,17 @@ class MessageNode(AsyncResource):
         if self._transport is None:
             self._loop = running_loop(_OWNER)
             dispatcher: MessageDispatcher = _backend.core.MessageDispatcher(
-                self.server_name, self._on_push, self._on_damaged, self._is_crowded
+                self.server_name,
+                _weak(self._on_push),
+                _weak(self._on_damaged),
+                _weak(self._is_crowded),
             )
             kind: type[Transport] = PairTransport
             if self._sharded:
                 from .pubsub.sharded import ShardedTransport  # most nodes don't need a Cluster
 
                 kind = ShardedTransport
-            subscriptions = Subscriptions(self._report_gap)
+            subscriptions = Subscriptions(_weak(self._report_gap))
             self._transport = kind(self._config, self._credentials, dispatcher, subscriptions)
         return self._transport
 
@@ -388,3 +409,17 @@ class MessageNode(AsyncResource):
         self._gap_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("on_gap failed", exc_info=error)
+
+
+def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a method unless its object is gone.
+
+    A node that the program drops must be freed although its connections are still open.
+    """
+    held = WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        bound = held()
+        return None if bound is None else bound(*arguments)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -180,6 +181,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    _remedy = "use with, or call its close()"
+
+    def _close_dropped(self, topology: Pool | MemoryPool) -> None:
+        topology.close()  # doesn't wait: an operation under way would have kept the cache
+
     def _reset_after_fork(self) -> None:
         # The thread that held the lock may not exist in the child.
         self._lock = threading.RLock()
@@ -190,6 +196,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             if self._closed:
                 raise ConnectionLost("the cache is closed")
             if self._topology is None:
+                self._pid = os.getpid()
                 options = self._config.options
                 if self._config.name == "memory":
                     self._topology = MemoryPool(options)

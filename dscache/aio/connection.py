@@ -21,7 +21,7 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import constants
-from ..core.constants import ErrorOf
+from ..core.constants import EndedHere, ErrorOf
 from ..core.recovery import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
@@ -34,7 +34,7 @@ from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import LoopBound, check_loop, check_process, closed
+from .lifecycle import LoopBound, check_loop, check_process, closed, future_factory
 from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -118,7 +118,7 @@ class Connection(LoopBound):
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
-            self._loop.create_future,
+            future_factory(self._loop),
             self._wake,
             begin=self._begin,
             address=self._endpoint.address,
@@ -134,7 +134,7 @@ class Connection(LoopBound):
         self._own_near: NearCache | None = None
         if is_near and near is None:
             self.entry = self._own_near = near = _backend.core.NearCache(
-                self._loop.create_future,
+                future_factory(self._loop),
                 self.pipeline,
                 check=self._check_owner,
                 **options.for_near_cache(),
@@ -204,7 +204,7 @@ class Connection(LoopBound):
     def leave(self, reason: str) -> None:
         """End the present socket; another one follows."""
         if self.link is not None:
-            self.link.abort(ConnectionLost(reason))
+            self.link.abort(EndedHere(reason))
 
     async def when_ready(self) -> None:
         """Wait until the connection is ready.
@@ -422,7 +422,7 @@ class Connection(LoopBound):
         link = self._socket
         if link is None:
             return
-        reason = ConnectionLost("it was interrupted")
+        reason = EndedHere("it was interrupted")
         link.abort(reason)
         self._on_disconnected(reason)
         self._socket = None
@@ -509,7 +509,7 @@ class Connection(LoopBound):
     def _failed(self, error: Exception) -> None:
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = as_connect_error(error, self._options.connect_timeout)
+        said = as_connect_error(error, self._options.connect_timeout, self._endpoint.tried)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said

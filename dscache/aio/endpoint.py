@@ -18,7 +18,7 @@ from ..errors import ConnectError, DscacheError
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo, handshake, secrets_of
-from ..net.sockets import FAMILIES, unix_address
+from ..net.sockets import FAMILIES, SocketConnect, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
 
@@ -59,6 +59,7 @@ class Endpoint:
         self._resolver = resolver or Resolver()
         self._sentinels: Sentinels | None = None
         self._doubted = -math.inf
+        self._attempt = SocketConnect()
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -77,6 +78,11 @@ class Endpoint:
     def has_moved(self) -> bool:
         """Whether the Sentinels have named another server since the last socket was opened."""
         return self.named != self.address
+
+    @property
+    def tried(self) -> str:
+        """The addresses that the last attempt has tried in vain, each with its reason."""
+        return self._attempt.tried
 
     async def follow(self, moved: Callable[[], None]) -> None:
         """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
@@ -101,6 +107,7 @@ class Endpoint:
         server.
         """
         options = self._options
+        self._attempt = SocketConnect()
         loop = asyncio.get_running_loop()
         tls = options.tls
         context = await self._resolver.tls_context(tls) if tls else None
@@ -114,7 +121,8 @@ class Endpoint:
                 host, port = await self._group().locate()
                 self.address = self.named = constants.join_address(host, port)
             family = FAMILIES[options.family]
-            sock = await connect_to(await self._resolver.look_up(host, port, family))
+            found = await self._resolver.look_up(host, port, family)
+            sock = await connect_to(found, self._attempt)
         # From here on the loop closes the socket, whatever happens.
         await create(
             lambda: protocol,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import ConnectionLost
+from ..core.constants import EndedHere
 from .deadlines import SureTimer
 from .protocol import SocketProtocol, send_control
 
@@ -53,7 +53,7 @@ class Heartbeat(SureTimer):
         if wait <= 0:
             silence = link.unanswered_for()
             if silence >= _PING_ANSWER:
-                link.abort(ConnectionLost(f"the server did not answer for {silence:.0f} s"))
+                link.abort(EndedHere(f"the server did not answer for {silence:.0f} s"))
                 return
             if not silence:
                 send_control(link, "PING")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..errors import ConnectionLost, UsageError
+
+_logger = logging.getLogger("dscache")
 
 # How often a closing cache checks whether all operations are done, in seconds.
 _DRAIN_STEP = 0.005
@@ -64,6 +69,42 @@ class LoopBound:
         """Wait until it is no longer busy, or until the end, by the loop's clock."""
         while is_busy() and self._loop.time() < end:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_STEP)
+
+
+def future_factory(loop: asyncio.AbstractEventLoop) -> Callable[[], asyncio.Future[Any]]:
+    """Return the loop's ``create_future``, or an equivalent that takes half the time.
+
+    The method of asyncio's own loops is a Python frame around the constructor.
+    """
+    if getattr(type(loop), "create_future", None) is asyncio.BaseEventLoop.create_future:
+        return partial(asyncio.Future, loop=loop)
+    return loop.create_future
+
+
+# The tasks that close dropped objects: the event loop's own references are weak.
+_closing: set[asyncio.Task[None]] = set()
+
+
+def close_dropped(
+    loop: asyncio.AbstractEventLoop, close: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Begin to close the connections of an object that was dropped, from any thread.
+
+    ``close`` must not refer to that object. A closed loop has ended its connections already.
+    """
+
+    def begin() -> None:
+        task = loop.create_task(close())
+        _closing.add(task)
+        task.add_done_callback(end)
+
+    def end(task: asyncio.Task[None]) -> None:
+        _closing.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("a dropped connection was not closed", exc_info=error)
+
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(begin)
 
 
 def closed(operation: str) -> Exception:

@@ -118,13 +118,13 @@ class SocketProtocol(asyncio.BufferedProtocol):
     def _is_broken(self) -> bool:
         """Whether the socket has ended; ends one that an exception has struck."""
         if (self.is_sending or self.is_reading) and not self.is_cut:
-            self.abort(ConnectionLost("it was interrupted"))
+            self.abort(constants.EndedHere("it was interrupted"))
         return self.is_cut
 
     def break_off(self, error: BaseException) -> None:
         """End the socket, since an exception has struck while it was used."""
         self.is_cut = True  # first, as the rest may fail too
-        self.abort(ConnectionLost(f"it was interrupted by {type(error).__name__}"))
+        self.abort(constants.EndedHere(f"it was interrupted by {type(error).__name__}"))
 
     def _write(self, output: bytes) -> None:
         """Send bytes now, and leave the rest to the transport; a lost socket drops them."""
@@ -369,7 +369,7 @@ def send_control(
         if isinstance(error, ReplyError) and (command[0] != "PING" or error.code == "NOAUTH"):
             hidden = [word for word in command if isinstance(word, Hidden)]
             said = masked(str(error), [*hidden, *secrets])
-            link.abort(ConnectionLost(f"{command[0]} was refused: {said}"))
+            link.abort(constants.EndedHere(f"{command[0]} was refused: {said}"))
 
     (waiter,) = link.request(command)
     waiter.add_done_callback(settled)

@@ -9,9 +9,11 @@ threads are daemons: a program that ends doesn't wait for them.
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
@@ -57,29 +59,37 @@ class Resolver:
         return await self._files.run(tls, tls.context)
 
 
-async def connect_to(addresses: Iterable[Found]) -> socket.socket:
+async def connect_to(
+    addresses: Iterable[Found], holder: SocketConnect | None = None
+) -> socket.socket:
     """Return a socket that is connected to the first of the addresses that accepts.
 
-    Raises the OSError of the last one.
+    Raises the OSError of ``SocketConnect.connect``. Of a ``holder``, ``tried`` then says more.
     """
-    holder = SocketConnect()
+    holder = holder or SocketConnect()
     try:
         for events in holder.connect(addresses):
-            await _until_ready(holder.sock, events)
+            await _until_ready(holder.sock, events, holder.wake_at)
     except BaseException:
         holder.close()
         raise
     return holder.detach()
 
 
-async def _until_ready(sock: socket.socket, events: int) -> None:
+async def _until_ready(sock: socket.socket, events: int, wake_at: float) -> None:
+    """Wait until a socket has the events, or until ``wake_at`` of ``time.monotonic``."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     is_read = events == select.POLLIN
+    timer: asyncio.TimerHandle | None = None
     try:
+        if wake_at < math.inf:
+            timer = loop.call_later(max(wake_at - time.monotonic(), 0), _set_ready, ready)
         (loop.add_reader if is_read else loop.add_writer)(sock, _set_ready, ready)
         await ready
     finally:
+        if timer is not None:
+            timer.cancel()
         (loop.remove_reader if is_read else loop.remove_writer)(sock)
 
 

@@ -22,6 +22,7 @@ from ..config import Options, SentinelNode
 from ..errors import ConnectError
 from ..net.backoff import full_jitter
 from ..net.sentinels import Address, Answer, SentinelGroup, without_introduction
+from ..net.sockets import ATTEMPT_DELAY, NoneAccepts, interleaved, shown_address
 from .resolver import Resolver
 
 # Not all versions of redis-py know the same arguments.
@@ -55,6 +56,7 @@ class Sentinels:
         # Addresses of Sentinels that have published since the primary was last looked for.
         self._news: set[str] = set()
         self._is_news = asyncio.Event()
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def locate(self) -> Address:
         """Return the host and port of the group's primary, or of one of its replicas.
@@ -240,36 +242,70 @@ class Sentinels:
     # -- connections
 
     async def _connect(self, node: SentinelNode) -> Connection:
-        """Return a connection to a Sentinel; each of its addresses is tried in turn."""
+        """Return a connection to a Sentinel, by the first of its addresses that answers."""
+        found = await self._resolver.look_up(node.host, node.port)
+        addresses = [address for *_, address in interleaved(found)]
+        attempts: dict[asyncio.Task[Connection], str] = {}
+        tried: dict[str, str] = {}
         failure: Exception = OSError("it has no address")
-        for *_, (host, port, *_) in await self._resolver.look_up(node.host, node.port):
-            # An address, not a name: the loop would look that up in an executor of the program's.
-            connection = Connection(
-                host=host,
-                port=port,
-                username=self._options.sentinel_username,
-                password=self._options.sentinel_password,
-                # Callers have one time limit for all steps together.
-                socket_timeout=None,
-                socket_connect_timeout=None,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-                decode_responses=True,
-                **_QUIET,
-            )
-            try:
-                await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py
-            except (RedisError, OSError) as error:
-                await self._disconnect(connection)
-                failure = error
-                if isinstance(error, (AuthenticationError, ResponseError)):
-                    break  # the Sentinel has answered, and refuses the login
-            except BaseException:
-                await self._disconnect(connection)
-                raise
-            else:
-                return connection
+        try:
+            while addresses or attempts:
+                if addresses:
+                    host, port, *_ = address = addresses.pop(0)
+                    attempt = self._loop.create_task(self._connect_to(host, port))
+                    attempts[attempt] = shown_address(address)
+                done, _ = await asyncio.wait(
+                    attempts,
+                    timeout=ATTEMPT_DELAY if addresses else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for attempt in done:
+                    try:
+                        connection = attempt.result()
+                    except (RedisError, OSError) as error:
+                        failure = error
+                        tried[attempts.pop(attempt)] = str(error) or type(error).__name__
+                        if isinstance(error, (AuthenticationError, ResponseError)):
+                            raise  # the Sentinel has answered, and refuses the login
+                    else:
+                        del attempts[attempt]
+                        return connection
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+                attempt.add_done_callback(self._abandoned)
+        if len(tried) > 1:
+            reasons = "; ".join(f"{address}: {reason}" for address, reason in tried.items())
+            raise NoneAccepts(getattr(failure, "errno", None), reasons)
         raise failure
+
+    def _abandoned(self, attempt: asyncio.Task[Connection]) -> None:
+        """End the connection of an attempt that another one has overtaken."""
+        if not attempt.cancelled() and attempt.exception() is None:
+            self._ending.add(ending := self._loop.create_task(self._disconnect(attempt.result())))
+            ending.add_done_callback(self._ending.discard)
+
+    async def _connect_to(self, host: str, port: int) -> Connection:
+        # An address, not a name: the loop would look that up in an executor of the program's.
+        connection = Connection(
+            host=host,
+            port=port,
+            username=self._options.sentinel_username,
+            password=self._options.sentinel_password,
+            # Callers have one time limit for all steps together.
+            socket_timeout=None,
+            socket_connect_timeout=None,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            decode_responses=True,
+            **_QUIET,
+        )
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py
+        except BaseException:
+            await self._disconnect(connection)
+            raise
+        return connection
 
     async def _disconnect(self, connection: Connection | None) -> None:
         if connection is not None and self._loop.is_running():

@@ -240,6 +240,8 @@ class ClusterConnection:
                     node.fail(ConnectTimeout())
                 elif not needed:
                     node.give_up()
+                elif now >= node.wake_at:
+                    node.step()
                 continue
             if needed:
                 node.check()
@@ -267,7 +269,7 @@ class ClusterConnection:
         watched: dict[int, NodeConnection] = {}
         for node in self._active:
             if node.opening is not None:
-                until = min(until, node.limit)
+                until = min(until, node.limit, node.wake_at)
             elif not node.ready:
                 if node.wanted or node.pipeline.queued:
                     checking = True

@@ -220,7 +220,7 @@ class Connection:
         code = self.pipeline.away
         if code in constants.LEFT_FOR:
             # ``away`` stays: the pool sees why the socket is lost.
-            raise ConnectionLost(constants.LEFT_FOR[code])
+            raise constants.EndedHere(constants.LEFT_FOR[code])
         self.pipeline.away = ""
         pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
         time.sleep(min(pause, max(rest, 0)))
@@ -337,7 +337,8 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        failure = as_connect_error(error, timeout)
+        tried = "" if self._holder is None else self._holder.tried
+        failure = as_connect_error(error, timeout, tried)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
             failure = self.pipeline.down or failure
@@ -360,9 +361,11 @@ class Connection:
             raise ConnectTimeout
         if events & IN and self.has_more:
             return
+        wait = min(wait, self.wake_at - time.monotonic())
         poller = select.poll()
         poller.register(self.fd, events)
-        poller.poll(milliseconds(wait))
+        if not poller.poll(milliseconds(wait)) and time.monotonic() >= deadline:
+            raise ConnectTimeout
 
     def _connect(
         self,
@@ -433,6 +436,11 @@ class Connection:
         """The socket's file descriptor; there must be one."""
         assert self._holder is not None
         return self._holder.sock.fileno()
+
+    @property
+    def wake_at(self) -> float:
+        """When the next step of connecting is due even without an event."""
+        return math.inf if self._holder is None else self._holder.wake_at
 
     @property
     def has_more(self) -> bool:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from ..core.constants import ErrorOf
-from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..core.constants import EndedHere, ErrorOf
+from ..errors import DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
 from ..net.handshake import ServerInfo
@@ -144,7 +144,7 @@ class NodeConnection(Connection):
         """End the connection if the cluster has another node at this address by now."""
         ids = (self.node_id, self.info.node_id)
         if self.ready and not all(self._state.may_use(self.info, one) for one in ids):
-            self._lose(ConnectionLost("the cluster has another node at its address"))
+            self._lose(EndedHere("the cluster has another node at its address"))
 
     def disconnect(self) -> None:
         """Close the socket, if there is one, or end the attempt to connect."""

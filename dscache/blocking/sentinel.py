@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import time
 from typing import Any, Final
 
@@ -14,11 +16,38 @@ from redis.retry import Retry
 from ..config import Options, SentinelNode
 from ..net.foreign_errors import is_of_handler
 from ..net.sentinels import Address, Answer, SentinelGroup, without_introduction
-from .foreign_errors import raise_foreign
+from ..net.sockets import SocketConnect
+from .connection import milliseconds
+from .foreign_errors import ConnectTimeout, raise_foreign
 
 # redis-py's stubs know neither all of its arguments nor those of other versions.
-_Connection: Any = redis.Connection
+_Base: Any = redis.Connection
 _QUIET: Final = without_introduction(AbstractConnection)
+
+
+class _Connection(_Base):  # type: ignore[misc] # see above
+    """redis-py's connection, which tries the addresses of a host side by side."""
+
+    def _connect(self) -> socket.socket:
+        holder = SocketConnect()
+        until = time.monotonic() + self.socket_connect_timeout
+        try:
+            found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
+            for events in holder.connect((*kind, address) for *kind, _, address in found):  # type: ignore[misc] # a starred tuple has no length for mypy
+                wait = until - time.monotonic()
+                if wait <= 0:
+                    raise ConnectTimeout
+                poller = select.poll()
+                poller.register(holder.sock, events)
+                wait = min(wait, holder.wake_at - time.monotonic())
+                if not poller.poll(milliseconds(wait)) and time.monotonic() >= until:
+                    raise ConnectTimeout
+            sock = holder.detach()
+        finally:
+            holder.close()
+        sock.settimeout(self.socket_timeout)
+        return sock
+
 
 # Errors that redis-py and SentinelGroup.read raise for replies of another shape, or no RESP at all.
 _NONSENSE: Final = (LookupError, TypeError, ValueError, AttributeError, RecursionError)

@@ -104,6 +104,7 @@ cdef class _Batch:
     cdef public tuple redirections
     cdef public bint asking  # the node serves these slots only after ASKING
     cdef public object target  # the pipeline that a redirection names, for one sending
+    cdef public int losses  # how often the server cut the connection while it was under way
 
     def __cinit__(self, int kind, double deadline, long long serial, dict records):
         self.kind = kind
@@ -175,6 +176,7 @@ cdef class _Batch:
         part.one_per_command = self.one_per_command
         part.redirections = self.redirections
         part.asking = self.asking
+        part.losses = self.losses
         return part
 
     def ask(self, target):

@@ -109,6 +109,7 @@ class Batch:
     redirections: tuple[str, ...] = ()
     asking: bool = False  # the node serves these slots only after ASKING
     target: Any = None  # the pipeline that a redirection names, for one sending
+    losses: int = 0  # how often the server cut the connection while it was under way
 
     def freeze(self) -> None:
         if not self.names:
@@ -136,6 +137,7 @@ class Batch:
         part.one_per_command = self.one_per_command
         part.redirections = self.redirections
         part.asking = self.asking
+        part.losses = self.losses
         return part
 
     def ask(self, target: Any) -> None:

@@ -67,6 +67,10 @@ COMMAND_BYTES: Final = 1024 * 1024
 # Records sent and not yet answered. At three million records a second it covers a round trip
 # of 5 ms, and it bounds what a bulk of any size has under way.
 WINDOW_RECORDS: Final = 16_384
+# An operation during which the server has cut the connection so often is a suspect, which is sent
+# alone; and if it is cut so often, it fails.
+SUSPECT_LOSSES: Final = 2
+FATAL_LOSSES: Final = 3
 READ_BUFFER_BYTES: Final = 256 * 1024
 # Elements that one reply may announce, in all its incomplete arrays together: hiredis allocates
 # room for each when it is announced. The longest reply needed has 1024, and an invalidation of
@@ -598,6 +602,20 @@ def is_push(push: list[Any]) -> bool:
 def no_push(address: str, push: list[Any]) -> ProtocolError:
     """Return the error for a push that has no kind."""
     return ProtocolError(f"{address} sent a push without a kind: {shorten(push)}")
+
+
+class EndedHere(ConnectionLost):
+    """The connection ended by this side's own decision, for no fault of what was under way."""
+
+
+def cut_again(address: str, reason: Exception, kind: int, operation: str) -> Exception:
+    """Return the error of an operation during which the server has cut every connection."""
+    written = _doubt_of(operation) if is_write(kind) else ""
+    return ConnectionLost(
+        f"{operation}: {address} has cut the connection {FATAL_LOSSES} times while it was under "
+        f"way, the last time while nothing else was: {reason} (it may exceed a limit of the "
+        f"server, such as client-query-buffer-limit or client-output-buffer-limit){written}"
+    )
 
 
 def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:

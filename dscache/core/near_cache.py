@@ -125,8 +125,7 @@ class Entry:
 class NearCache:
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
-    the event loop. Both are issued at the call, like every other operation.
+    A hit's waiter is done already: awaiting it doesn't yield to the event loop.
 
     ``settings`` are those of NearSettings.
     """
@@ -154,21 +153,21 @@ class NearCache:
     # -- operations on one record
 
     def get(self, name: str) -> Any:
-        """Return a coroutine that returns the Record, or None."""
+        """Return a waiter of the Record, or None; it is done already if the record was cached."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None:
-            return _later(self._read(check_name(name)))
-        return _now(self._record(name, entry, stale))
+            return self._read(check_name(name))
+        return self._done(self._record(name, entry, stale))
 
     def head(self, name: str) -> Any:
-        """Return a coroutine that returns the version, or None."""
+        """Return a waiter of the version, or None; it is done already if it was cached."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None or stale:
             self._counts["misses"] += 1
-            return _later(self._inner.head(name))
-        return _now(None if entry.raw is None else entry.version)
+            return self._inner.head(name)
+        return self._done(None if entry.raw is None else entry.version)
 
     def set(
         self,
@@ -367,6 +366,11 @@ class NearCache:
 
     # -- helpers
 
+    def _done(self, result: object) -> Any:
+        waiter = self._create_waiter()
+        waiter.set_result(result)
+        return waiter
+
     def _look(self, name: Any) -> tuple[Entry | None, bool]:
         """Return the entry of a name if it may be served, and whether it may be outdated."""
         entry = self._entries.get(name) if type(name) is str else None
@@ -506,11 +510,3 @@ class PendingRead:
 def _another(record: Record | None) -> Record | None:
     """Return a copy of the record, for another caller."""
     return None if record is None else Record(record.name, record.version, record.raw)
-
-
-async def _now(result: Any) -> Any:
-    return result
-
-
-async def _later(waiter: Any) -> Any:
-    return await waiter

@@ -120,9 +120,8 @@ class BulkRead:
         if not self._errors:
             resolve(self._waiter, result)
             return
-        is_served = self._rest or any(getattr(one, "stale", False) for one in cached.values())
         failure = self._failure
-        if failure is not None and not is_served:
+        if failure is not None and len(self._errors) == len(cached):
             reject(self._waiter, lambda: failure)
         else:
             operation = c.OPERATIONS[self._kind] + "_bulk"

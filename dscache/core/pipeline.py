@@ -46,6 +46,13 @@ is answered, so that nothing newer overtakes it on another node.
 **Failures.** Timeouts, lost connections, refusals and redirections are handled in
 ``recovery.py``, the same module for both cores.
 
+**Suspects.** If the server cuts the connection at one operation, each repeat costs all others a
+connection. An operation that was under way twice is therefore a suspect. It waits outside the
+queue, in ``suspects``, until nothing else waits or is in flight, until half of its time is left, or
+until an operation that must not overtake it is next; and then nothing else is sent until it is
+answered. Cut once more, it fails. While there are suspects, the window is 0, so that all output
+goes through ``_take_beside_suspects`` and the usual way needs no test for them.
+
 **Re-entrancy.** A finalizer, a waiter, ``wake`` or ``create_waiter`` may issue operations in the
 middle of any method. A batch is therefore queued with its first record already in it. While the
 queue or the slots change, ``busy`` is set, so that such operations are queued but don't call
@@ -170,11 +177,13 @@ class Pipeline:
         self._max_reply_bytes = max_reply_bytes
         self.clustered = clustered
         self.max_redirections = max_redirections
-        self._window = max(1, min(c.WINDOW_RECORDS, max_pending))
+        self.window = max(1, min(c.WINDOW_RECORDS, max_pending))
+        self._open_window = self.window  # 0 while there are suspects
         self._awake = False
         self.busy = False  # the queue or the slots are being changed: only new operations may come
         self.open_batches: list[Batch] = []
         self.queue: deque[Batch] = deque()
+        self.suspects: list[Batch] = []
         self.slots: deque[tuple[Batch, int]] = deque()
         self.returned: list[Batch] = []
         self.answering: Batch | None = None  # an exception may strike its bulk
@@ -326,8 +335,8 @@ class Pipeline:
         recovery.requeue(self, batches)
 
     def replace_queue(self, batches: list[Batch], known: int) -> None:
-        """Let ``batches`` wait, in the order of their age, in place of the first ``known`` that
-        wait now. The others came while this was being prepared, and stay.
+        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
+        first ``known`` that wait now. The others came while this was being prepared, and stay.
 
         If it raises, nothing has changed.
         """
@@ -335,10 +344,12 @@ class Pipeline:
             while known < len(self.queue):
                 batches.append(self.queue[known])
                 known += 1
-            queue = deque(sorted(batches, key=_serial_of))
+            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
             if known == len(self.queue):
                 break
-        self.queue = queue
+        self.queue, self.suspects = queue, suspects
+        if suspects:
+            self._open_window = 0
 
     # -- output
 
@@ -374,7 +385,7 @@ class Pipeline:
         size = taken = 0
         while (
             queue
-            and self.in_flight < self._window
+            and self.in_flight < self._open_window
             and taken < c.FLUSH_RECORDS
             and size < c.COMMAND_BYTES
         ):
@@ -409,7 +420,23 @@ class Pipeline:
             self._bytes_out += size
             if self.epoch is not None:
                 self.epoch.asked(self.fence())
+        elif not self._open_window:
+            return self._take_beside_suspects()
         return b"".join(out)
+
+    def _take_beside_suspects(self) -> bytes:
+        """Return output while there are suspects: one of them alone, or other operations."""
+        output = b""
+        try:
+            while not output:
+                window = recovery.window_beside_suspects(self)
+                if self.in_flight >= window or not self.queue:
+                    break
+                self._open_window = window
+                output = self._take()  # nothing, if no waiter was left for what waited
+            return output
+        finally:
+            self._open_window = 0 if recovery.is_suspicious(self) else self.window
 
     # -- input
 
@@ -741,6 +768,7 @@ class Pipeline:
         slots, queue = self.slots.copy(), self.queue.copy()
         pending = dict.fromkeys(batch for batch, _count in slots)
         pending.update(dict.fromkeys(queue))
+        pending.update(dict.fromkeys(self.suspects))
         operations = pending_bytes = 0
         for batch in pending:
             if batch.bulk is None:
@@ -752,7 +780,8 @@ class Pipeline:
                 operations += batch.counted
             pending_bytes += batch.text_size()
         self.in_flight = sum(count for _batch, count in slots)
-        self.queued = sum(batch.waiting() for batch in queue)
+        waiting = dict.fromkeys((*queue, *self.suspects))
+        self.queued = sum(batch.waiting() for batch in waiting)
         self.operations = operations
         self.pending_bytes = pending_bytes
 

@@ -18,6 +18,8 @@ Rules that every function keeps, whatever raises and wherever:
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -55,7 +57,7 @@ def take_queued(
     pipeline.busy = True
     try:
         waiting = pipeline.queue.copy()
-        for batch in waiting:
+        for batch in (*waiting, *pipeline.suspects):
             if batch.target is not None:
                 released.append((batch.target, batch))
             elif batch.asking and not batch.abandoned():
@@ -116,6 +118,7 @@ def requeue(pipeline: Pipeline, batches: Iterable[Batch]) -> None:
     try:
         waiting = dict.fromkeys(pipeline.queue.copy())
         size = len(waiting)
+        waiting.update(dict.fromkeys(pipeline.suspects))
         for batch in batches:
             if batch.sent == batch.answered and not batch.settled():
                 waiting[batch] = None
@@ -128,7 +131,8 @@ def requeue(pipeline: Pipeline, batches: Iterable[Batch]) -> None:
 def requeue_returned(pipeline: Pipeline) -> None:
     """Queue the batches that must be sent again, each in the place of its age."""
     waiting = list(pipeline.queue)
-    pipeline.replace_queue([*waiting, *pipeline.returned], len(waiting))
+    batches = [*waiting, *pipeline.suspects, *pipeline.returned]
+    pipeline.replace_queue(list(dict.fromkeys(batches)), len(waiting))
     pipeline.returned.clear()
 
 
@@ -153,6 +157,12 @@ def expire(pipeline: Pipeline, now: float) -> float | None:
                 make = partial(c.no_answer_in_time, pipeline.address, pipeline.timeout, pending)
                 fail_batch(pipeline, batch, make)
         drop_late(pipeline, now)
+        for batch in pipeline.suspects.copy():
+            if batch.deadline <= now:
+                _fail_late(pipeline, batch)
+            else:
+                next_deadline = min(next_deadline, batch.deadline)
+        _drop_settled_suspects(pipeline)
     finally:
         pipeline.busy = False
         pipeline.recount()
@@ -169,33 +179,39 @@ def drop_late(pipeline: Pipeline, now: float) -> None:
         if not batch.abandoned():
             if batch.deadline > now:
                 break
-            make = partial(
-                c.never_sent,
-                pipeline.address,
-                pipeline.timeout,
-                pipeline.in_flight,
-                pipeline.down,
-                batch.redirections,
-            )
-            doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
-            if batch.redirections and not pipeline.clustered:
-                words = batch.redirections[-1]
-                make = partial(c.refused_in_time, pipeline.address, pipeline.timeout, words)
-                if batch.bulk is not None:
-                    batch.bulk.shared = True  # the records that were not refused have theirs
             pipeline.open_batches.clear()
-            fail_batch(pipeline, batch, make, doubt)
+            _fail_late(pipeline, batch)
         queue.popleft()
         pipeline.open_batches.clear()
+
+
+def _fail_late(pipeline: Pipeline, batch: Batch) -> None:
+    """Fail a batch that waits, and whose deadline is past."""
+    make = partial(
+        c.never_sent,
+        pipeline.address,
+        pipeline.timeout,
+        pipeline.in_flight,
+        pipeline.down,
+        batch.redirections,
+    )
+    doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
+    if batch.redirections and not pipeline.clustered:
+        words = batch.redirections[-1]
+        make = partial(c.refused_in_time, pipeline.address, pipeline.timeout, words)
+        if batch.bulk is not None:
+            batch.bulk.shared = True  # the records that were not refused have theirs
+    fail_batch(pipeline, batch, make, doubt)
 
 
 def connection_lost(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
     """Settle the slots of a connection that ended.
 
     With ``retry``, reads and guarded writes wait for the next connection, in their order and
-    before newer operations. Other writes fail, as all do without ``retry``; they may or may not
-    have happened. Operations that were not sent yet stay queued. After an exception, such as a
-    MemoryError, it may be called again and goes on where it was.
+    before newer operations; one that was cut off for the third time fails. Other writes fail, as
+    all do without ``retry``; they may or may not have happened. Operations that were not sent yet
+    stay queued. After an exception, such as a MemoryError, it may be called again and goes on where
+    it was.
     """
     pipeline.busy = True
     try:
@@ -211,6 +227,10 @@ def connection_lost(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
 def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
     pipeline.severed = True  # until all is settled: no reply of this connection counts any more
     kept: dict[Batch, None] = {}
+    # Each batch to blame, with the parts that are to wait in its place.
+    divided: dict[Batch, list[Batch]] = {}
+    again: list[Batch] = []
+    is_cut = not isinstance(reason, c.EndedHere)
     for batch, _count in pipeline.slots.copy():
         if batch.abandoned() or batch in kept:
             continue
@@ -225,22 +245,129 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
             if batch.bulk is not None:
                 batch.bulk.settle(0)
         elif retry and batch.kind in _REPEATABLE:
-            batch.repeated = max(batch.repeated, batch.sent)
+            if is_cut and batch.losses + 1 >= c.FATAL_LOSSES:
+                fail_batch(
+                    pipeline, batch, partial(c.cut_again, pipeline.address, reason, batch.kind)
+                )
+                continue
             kept[batch] = None
+            again.append(batch)
+            if is_cut:
+                divided[batch] = _parts_of(batch)
         else:
             fail_batch(pipeline, batch, lost)
     pipeline.answering = None
     waiting = pipeline.queue.copy()
-    for batch in (*waiting, *pipeline.returned):
+    for batch in (*waiting, *pipeline.suspects, *pipeline.returned):
         if not batch.abandoned():
             kept[batch] = None
+    batches = [part for batch in kept for part in divided.get(batch) or (batch,)]
+    # Once the queue is replaced nothing may fail, or an operation would wait twice: the iterator is
+    # made before, so that nothing allocates behind it.
+    replaced = iter([batch for batch, parts in divided.items() if parts])
+    for batch in again:
+        batch.repeated = max(batch.repeated, batch.sent)
+    for batch in divided:
+        batch.losses += 1
     # After a protocol error, nothing that the connection brought can be trusted.
     pipeline.disconnected(retry)
-    pipeline.replace_queue(list(kept), len(waiting))
+    pipeline.replace_queue(batches, len(waiting))
+    for batch in replaced:
+        batch.expired = True  # its parts have its operations now
     for batch, _count in pipeline.slots:  # no waiting batch has anything in flight now
         if not batch.abandoned():
             batch.sent = batch.answered
     pipeline.drop_slots()
+
+
+# -- suspects
+
+
+def _parts_of(batch: Batch) -> list[Batch]:
+    """Return what is to wait in place of a batch that was cut off; nothing for the batch itself.
+
+    At its second loss, each single operation that was under way before becomes a suspect of its
+    own, and the others one batch together. A bulk is one operation.
+    """
+    if batch.losses + 1 != c.SUSPECT_LOSSES or batch.bulk is not None or len(batch.names) == 1:
+        return []
+    parts: list[Batch] = []
+    end = len(batch.names)
+    until = min(batch.repeated, batch.sent)
+    for i in range(batch.answered, until):
+        if batch.entries[i] is not DISCARDED:
+            parts.append(batch.part({batch.names[i]: batch.entries[i]}, 1))
+            parts[-1].losses = c.SUSPECT_LOSSES
+    start = max(batch.answered, until)
+    if start < end:
+        records = dict(zip(batch.names[start:end], batch.entries[start:end], strict=True))
+        parts.append(batch.part(records, max(batch.repeated, batch.sent) - start))
+        parts[-1].losses = 1
+    return parts
+
+
+def suspects_apart(batches: Iterable[Batch]) -> tuple[deque[Batch], list[Batch]]:
+    """Return the batches in two parts: the queue, and the suspects, which wait outside it."""
+    queue: deque[Batch] = deque()
+    suspects: list[Batch] = []
+    for batch in batches:
+        (queue if batch.losses < c.SUSPECT_LOSSES else suspects).append(batch)
+    return queue, suspects
+
+
+def is_suspicious(pipeline: Pipeline) -> bool:
+    """Return whether a suspect waits or is under way."""
+    return bool(pipeline.suspects) or _is_trial(pipeline)
+
+
+def _is_trial(pipeline: Pipeline) -> bool:
+    """Return whether a suspect is under way, or the next to be."""
+    queue = pipeline.queue
+    return bool(queue and queue[0].losses >= c.SUSPECT_LOSSES) or any(
+        batch.losses >= c.SUSPECT_LOSSES for batch, _count in pipeline.slots
+    )
+
+
+def window_beside_suspects(pipeline: Pipeline) -> int:
+    """Return how many records may be in flight now; 1 for a suspect, which goes alone.
+
+    If it is time for a suspect, it is put at the head of the queue.
+    """
+    if _is_trial(pipeline):
+        return 1
+    _drop_settled_suspects(pipeline)
+    due = _due_suspect(pipeline)
+    if due is None:
+        return pipeline.window
+    pipeline.queue.appendleft(due)
+    pipeline.suspects.remove(due)  # behind it: an exception between them must not lose it
+    return 1
+
+
+def _drop_settled_suspects(pipeline: Pipeline) -> None:
+    """Drop suspects that have their outcome, or were sent."""
+    suspects = [one for one in pipeline.suspects if one.sent == one.answered and not one.settled()]
+    if len(suspects) < len(pipeline.suspects):
+        pipeline.suspects[:] = suspects
+        pipeline.recount()
+
+
+def _due_suspect(pipeline: Pipeline) -> Batch | None:
+    """Return the suspect to be sent now, or None."""
+    suspects = pipeline.suspects
+    if not suspects:
+        return None
+    first = suspects[0]
+    if not pipeline.queue and not pipeline.in_flight:
+        return first
+    if first.deadline - time.monotonic() <= pipeline.timeout / 2:
+        return first
+    for batch in pipeline.queue:
+        for suspect in suspects:
+            are_reads = batch.kind <= c.HEAD and suspect.kind <= c.HEAD
+            if not are_reads and not batch.records.keys().isdisjoint(suspect.records):
+                return suspect
+    return None
 
 
 def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
@@ -255,12 +382,13 @@ def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
     pipeline.busy = True
     try:
         in_flight = [batch for batch, _count in pipeline.slots.copy()]
-        for batch in (*in_flight, *pipeline.queue, *pipeline.returned):
+        for batch in (*in_flight, *pipeline.queue, *pipeline.suspects, *pipeline.returned):
             if not batch.abandoned():
                 fail_batch(pipeline, batch, error_of, doubt)
         # Operations that a finalizer issued meanwhile stay.
         while pipeline.queue and pipeline.queue[0].abandoned():
             pipeline.queue.popleft()
+        _drop_settled_suspects(pipeline)
         pipeline.drop_slots()
         pipeline.doubts.clear()
     finally:

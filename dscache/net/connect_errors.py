@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ..core.constants import PASSING, ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
+from .sockets import NoneAccepts
 
 # A server that is full for the moment says so in these words. Whether it then ends the connection
 # differs.
@@ -36,16 +37,19 @@ def end_of_handshake(replies: Iterable[Any], reason: Exception) -> Exception:
     return TurnedAway(said[-1].message) if said else reason
 
 
-def as_connect_error(error: Exception, connect_timeout: int) -> Exception:
+def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") -> Exception:
     """Return the error that callers see for a failed attempt to connect.
 
     Errors of this package stay as they are; all others become a ConnectError. ``connect_timeout``
-    is in milliseconds.
+    is in milliseconds; ``tried`` states the addresses that were tried in vain, if several.
     """
     if isinstance(error, DscacheError):
         return error
+    if isinstance(error, NoneAccepts):
+        return ConnectError(clean(error.strerror or ""))
     if isinstance(error, TimeoutError):
-        return ConnectError(f"no answer within {connect_timeout} ms")
+        tried = tried and f" ({tried})"
+        return ConnectError(f"no answer within {connect_timeout} ms{tried}")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
     if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):

@@ -7,16 +7,21 @@ step. So a thread can connect to several nodes of a cluster at once, while other
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
 import ssl
 import threading
+import time
+from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any, Final
 
 from ..config import Options
+from ..core.constants import join_address
 
 FAMILIES: Final = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -49,7 +54,22 @@ Found = tuple[int, int, int, Any]
 """An address as ``socket`` takes it: family, type, protocol, and the argument of ``connect``."""
 
 Steps = Generator[int, None, None]
-"""Yields the events of poll that the socket must have before the next step."""
+"""Yields the events of poll that the socket must have before the next step.
+
+The step is also due at ``SocketConnect.wake_at``. The socket may be another one each time.
+"""
+
+
+# The seconds after which the next address is tried, while the last one has not answered.
+ATTEMPT_DELAY: Final = 0.25
+# The seconds after which the sockets before the newest one are looked at.
+_GLANCE: Final = 0.02
+# A timer may be this many seconds early.
+_EARLY: Final = 0.002
+
+
+class NoneAccepts(OSError):
+    """No address of a host accepts; the text names each with its reason."""
 
 
 class SocketConnect:
@@ -60,6 +80,15 @@ class SocketConnect:
 
     # A class attribute, as ``__del__`` also runs when ``__init__`` was interrupted.
     _sock: socket.socket | None = None
+    _racing: list[tuple[socket.socket, Any]] = []  # noqa: RUF012 # replaced before it is changed
+
+    def __init__(self) -> None:
+        self.wake_at = math.inf
+        """When the next step is due even without an event, in seconds of ``time.monotonic``."""
+        self._racing = []
+        self._tried: dict[str, str] = {}
+        self._waiting: deque[Found] = deque()
+        self._is_shut = False
 
     @property
     def sock(self) -> socket.socket:
@@ -84,23 +113,95 @@ class SocketConnect:
             yield from self.secure(options.tls.context(), options.tls.servername or host)
 
     def connect(self, addresses: Iterable[Found]) -> Steps:
-        """Connect to the first of the addresses that accepts.
+        """Connect to the first of the addresses that accepts ("Happy Eyeballs", RFC 8305).
 
-        Raises the OSError of the last one.
+        The next address is tried at once when another has failed, and otherwise 250 ms after the
+        last. Raises the OSError of a single address, and NoneAccepts for several.
         """
+        waiting = self._waiting = deque(interleaved(addresses))
+        is_single = len(waiting) == 1
         failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-        for family, kind, protocol, address in addresses:
-            try:
-                with _making:
-                    self._sock = socket.socket(family, kind, protocol)
-                yield from _connect(self._sock, address)
-                return
-            except OSError as error:
+        self._tried = {}
+        next_at = 0.0
+        due: socket.socket | None = None  # poll has reported it
+        while waiting or self._racing:
+            # The newest first, as the driver waits for it.
+            racing = [(sock, address, _is_connected) for sock, address in reversed(self._racing)]
+            if waiting and (not racing or time.monotonic() >= next_at):
+                next_at = time.monotonic() + ATTEMPT_DELAY
+                *of_socket, address = waiting.popleft()
+                try:
+                    with _making:
+                        sock = socket.socket(*of_socket)
+                        self._racing.append((sock, address))
+                except OSError as error:
+                    failure = self._note(address, error)
+                    next_at = 0.0
+                    continue
+                racing.append((sock, address, _begin))
+            for sock, address, attempt in racing:
+                try:
+                    is_connected = attempt(sock, address)
+                    if sock is due and not is_connected:
+                        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+                except OSError as error:
+                    self._drop(sock)
+                    failure = self._note(address, error)
+                    next_at = 0.0
+                else:
+                    if is_connected:
+                        self._win(sock)
+                        return
+            if not self._racing or (waiting and time.monotonic() >= next_at):
+                continue
+            self._sock = self._racing[-1][0]
+            self.wake_at = next_at if waiting else math.inf
+            if len(self._racing) > 1:  # only the newest socket wakes the driver
+                self.wake_at = min(self.wake_at, time.monotonic() + _GLANCE)
+            yield select.POLLOUT
+            is_timed = time.monotonic() >= self.wake_at - _EARLY
+            due = None if is_timed else self._sock
+            if self._is_shut:
                 self.close()
-                if error.errno is None:
-                    raise  # not the system's: a signal handler has raised it
-                failure = error
-        raise failure
+                raise OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        if is_single or not self._tried:
+            raise failure
+        raise NoneAccepts(failure.errno, self.tried)
+
+    @property
+    def tried(self) -> str:
+        """The addresses, each with the reason why it is of no use; empty for a single one."""
+        tried = dict(self._tried)
+        for _sock, address in self._racing:
+            tried[shown_address(address)] = "no answer"
+        for *_, address in self._waiting:
+            tried[shown_address(address)] = "not tried"
+        if len(tried) < 2:
+            return ""
+        return "; ".join(f"{address}: {reason}" for address, reason in tried.items())
+
+    def _note(self, address: Any, error: OSError) -> OSError:
+        """Note why an address has failed; raises an error that isn't the system's."""
+        if error.errno is None:
+            raise error  # a signal handler has raised it
+        self._tried[shown_address(address)] = os.strerror(error.errno)
+        return error
+
+    def _win(self, winner: socket.socket) -> None:
+        self._sock = winner
+        for sock, _address in self._racing:
+            if sock is not winner:
+                sock.close()
+        self._racing = []
+        self._tried = {}
+        self._waiting.clear()
+        self.wake_at = math.inf
+
+    def _drop(self, sock: socket.socket) -> None:
+        self._racing = [(one, address) for one, address in self._racing if one is not sock]
+        if self._sock is sock:
+            self._sock = None
+        sock.close()
 
     def secure(self, context: ssl.SSLContext, server_hostname: str) -> Steps:
         """Do the TLS handshake over the connected socket. Raises SSLError or OSError."""
@@ -124,19 +225,24 @@ class SocketConnect:
 
     def shutdown(self) -> None:
         """End the connection under a thread that waits for the socket; it stays open."""
+        self._is_shut = True
         sock = self._sock
         if sock is not None:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket, if there is one, without a word to the server.
+        """Close the sockets, if there are any, without a word to the server.
 
         In a forked child, the parent's connection goes on.
         """
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.close()
+        racing, self._racing = self._racing, []
+        for one, address in racing:
+            one.close()
+            self._tried[shown_address(address)] = "no answer"
 
     def __del__(self) -> None:
         self.close()
@@ -147,7 +253,22 @@ def unix_address(path: str) -> Found:
     return socket.AF_UNIX, socket.SOCK_STREAM, 0, path
 
 
-def _connect(sock: socket.socket, address: Any) -> Steps:
+def interleaved(addresses: Iterable[Found]) -> list[Found]:
+    """Return the addresses, each once, with their families in turn; the first stays first."""
+    families: dict[int, list[Found]] = {}
+    for found in dict.fromkeys(addresses):
+        families.setdefault(found[0], []).append(found)
+    rounds = zip_longest(*families.values())
+    return [found for one in rounds for found in one if found is not None]
+
+
+def shown_address(address: Any) -> str:
+    """Return an address, as ``socket`` takes it, for an error text."""
+    return join_address(address[0], address[1]) if isinstance(address, tuple) else str(address)
+
+
+def _begin(sock: socket.socket, address: Any) -> bool:
+    """Begin to connect; return whether the socket is connected already."""
     sock.setblocking(False)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -155,8 +276,19 @@ def _connect(sock: socket.socket, address: Any) -> Steps:
         for option, value in _TCP_OPTIONS.items():
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
     code = sock.connect_ex(address)
-    if code in _UNDER_WAY:
-        yield select.POLLOUT
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
+    if code and code not in _UNDER_WAY:
         raise OSError(code, os.strerror(code))
+    return not code
+
+
+def _is_connected(sock: socket.socket, address: Any) -> bool:
+    """Return whether a socket that was connecting is connected. Raises the OSError of a failure."""
+    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True

@@ -185,7 +185,8 @@ async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) 
         sock = await connect_to(await Resolver().look_up("two.test", port))
         with sock:
             assert sock.getpeername() == ("127.0.0.2", port)
-    with pytest.raises(ConnectionRefusedError):
+    said = f"127.0.0.3:{port}: Connection refused; 127.0.0.2:{port}: Connection refused"
+    with pytest.raises(OSError, match=said):
         await connect_to(await Resolver().look_up("two.test", port))
 
 

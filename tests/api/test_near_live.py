@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import subprocess
 import sys
@@ -209,6 +210,10 @@ async def opened(url: str, **options: Any) -> AsyncIterator[dscache.AsyncCache]:
         yield cache
 
 
+async def awaited(future: asyncio.Future[Any]) -> Any:
+    return await future
+
+
 @LOOPS
 @ON_ONE_SERVER
 def test_every_way_to_await(
@@ -220,11 +225,12 @@ def test_every_way_to_await(
         async with opened(server.url) as cache:
             for name, version in (("a", 1), ("missing", None)) * 2:  # a miss each, then a hit
                 async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(cache.get(name)) for _ in range(3)]
-                    tasks += [asyncio.create_task(cache.get(name))]
-                    tasks += [asyncio.ensure_future(cache.get(name))]
-                    heads = [group.create_task(cache.head(name)) for _ in range(2)]
-                found = [task.result() for task in tasks]
+                    tasks = [group.create_task(awaited(cache.get(name))) for _ in range(3)]
+                    tasks += [asyncio.create_task(awaited(cache.get(name)))]
+                    futures = [asyncio.ensure_future(cache.get(name))]
+                    heads = [cache.head(name) for _ in range(2)]
+                    await asyncio.wait([*tasks, *futures, *heads])
+                found = [one.result() for one in (*tasks, *futures)]
                 found += await asyncio.gather(cache.get(name), cache.get(name))
                 found += [await asyncio.wait_for(cache.get(name), PATIENCE)]
                 found += [await asyncio.shield(cache.get(name))]
@@ -259,10 +265,12 @@ def test_a_hit_does_not_yield_to_the_loop(
             for _ in range(100):
                 assert await version_of(cache, "a") == await cache.head("a") == 1
             assert turns == 0
-            # A coroutine that ends at once: no loop is needed to run it.
-            with pytest.raises(StopIteration) as end:
-                cache.get("a").send(None)  # type: ignore[attr-defined]
-            assert end.value.value.version == 1
+            hit, missing = cache.get("a"), cache.get("missing")
+            assert type(hit) is type(missing) is asyncio.Future
+            assert hit.done()
+            assert not missing.done()
+            assert hit.result().version == 1  # type: ignore[union-attr]
+            assert await missing is None
 
     run(new_loop, use())
 
@@ -278,7 +286,7 @@ def test_a_cancelled_or_expired_caller_keeps_the_shared_read(
         async with FaultProxy(server.host, server.port) as proxy, opened(proxy.url) as cache:
             await cache.when_ready()
             proxy.stall("replies")
-            tasks = [asyncio.create_task(cache.get("a")) for _ in range(5)]
+            tasks = [cache.get("a") for _ in range(5)]
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(cache.get("a"), 0.01)
             tasks[0].cancel()
@@ -305,16 +313,79 @@ if sys.version_info >= (3, 12):
         loop.set_task_factory(asyncio.eager_task_factory)
         try:
             async with asyncio.TaskGroup() as group:
-                missing = [group.create_task(cache.get("a")) for _ in range(3)]
+                missing = [group.create_task(awaited(cache.get("a"))) for _ in range(3)]
                 assert not any(task.done() for task in missing)
             assert {task.result().version for task in missing} == {1}
-            task = asyncio.create_task(cache.get("a"))
+            task = asyncio.create_task(awaited(cache.get("a")))
             assert task.done()
             assert task.result().version == 1
             assert [one.version for one in await asyncio.gather(*map(cache.get, "aaa"))] == [1] * 3
             assert cache.stats()["reads"] == 1
         finally:
             loop.set_task_factory(None)
+
+
+# -- abandoned operations
+
+
+@pytest.mark.parametrize("near", [None, NEAR], ids=["plain", "near"])
+@ON_ONE_SERVER
+async def test_an_abandoned_operation_logs_nothing(
+    near: dict[str, int] | None,
+    server: EmbeddedServer,
+    backend: str,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Its error is no news: the caller has cancelled it, or has stopped waiting."""
+    logged: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: logged.append(context))
+    options = {"nearCache": near} if near else {}
+    async with FaultProxy(server.host, server.port) as proxy:
+        config = {"url": proxy.url, "commandTimeout": 300, **options}
+        cache = dscache.AsyncCache.from_config({"name": "redis", "options": config})
+        await cache.when_ready()
+        proxy.stall("replies")
+        issued: list[asyncio.Future[Any]] = []
+
+        def issue() -> list[asyncio.Future[Any]]:
+            issued[:] = [
+                *(cache.get("a"), cache.get("a"), cache.get("b"), cache.head("a")),
+                *(cache.get_bulk(["a", "c"]), cache.head_bulk(["a", "d"])),
+                *(cache.set("w", 1, 1), cache.set("w", 1, 1, if_newer=True)),
+                *(cache.delete("x"), cache.set_bulk({"y": (1, 1)}), cache.delete_bulk(["z"])),
+            ]
+            return issued
+
+        for ticks in range(4):
+            whole = asyncio.gather(*issue())
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            whole.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await whole
+            for future in issue():
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(future, 0.001 * ticks)
+        with pytest.raises(dscache.DscacheError):
+            await asyncio.gather(*issue())  # the others fail later
+        failures = [await error_of(one) for one in issue()]
+        assert all(isinstance(error, dscache.DscacheError) for error in failures)
+        issued.clear()
+        proxy.resume()
+        await cache.close()
+    gc.collect()
+    await asyncio.sleep(0)
+    assert logged == []
+    assert [str(one.message) for one in recwarn] == []
+
+
+async def error_of(future: asyncio.Future[Any]) -> Exception | None:
+    """Return the error of an operation, once it has ended."""
+    await asyncio.wait([future])
+    error = future.exception()
+    assert error is None or isinstance(error, Exception)
+    return error
 
 
 # -- modes, and servers without tracking

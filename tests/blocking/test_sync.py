@@ -977,7 +977,8 @@ def test_a_dropped_cache_is_closed(server: EmbeddedServer, backend: str) -> None
     cache = dscache.Cache.from_config(f"{server.url}?client_name=dropped")
     cache.set("a", 1, [1])
     pool = weakref.ref(cache._topology)  # type: ignore[arg-type]
-    del cache
+    with pytest.warns(ResourceWarning, match="dropped without close"):
+        del cache
     gc.collect()
     assert pool() is None
     with redis_py.Redis.from_url(server.url) as redis:

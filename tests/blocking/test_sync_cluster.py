@@ -994,7 +994,8 @@ def test_a_dropped_cache_is_closed(group: ClusterGroup, backend: str, layout: st
     cache = cache_on(group, keyLayout=layout, redisOptions=redis_options, **PATIENT)
     cache.set_bulk({f"n/{i}": (1, i) for i in range(50)})
     pool = weakref.ref(cache._topology)  # type: ignore[arg-type]
-    del cache
+    with pytest.warns(ResourceWarning, match="dropped without close"):
+        del cache
     gc.collect()
     assert pool() is None
     for node in group.primaries():

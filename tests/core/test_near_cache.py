@@ -1458,8 +1458,10 @@ def test_a_bulk_is_lost(near: NearExchange) -> None:
     bulk = near.issue("get_bulk", list("abcd"))
     near.send()
     near.lose(retry=False)
-    with pytest.raises(ConnectionLost, match="get_bulk"):
+    with pytest.raises(BulkError, match="get_bulk") as caught:
         bulk.result()
+    assert list(caught.value.result) == ["a", "b"]
+    assert [type(error) for error in caught.value.errors.values()] == [ConnectionLost] * 2
     near.pipeline.connected(True)
     bulk = near.issue("get_bulk", list("abcd"))
     near.send()
@@ -1467,6 +1469,28 @@ def test_a_bulk_is_lost(near: NearExchange) -> None:
     near.pipeline.connected(True)
     near.run()
     assert list(bulk.result()) == ["a", "b"]
+    near.assert_drained()
+
+
+@pytest.mark.parametrize("method", ["get_bulk", "head_bulk"])
+def test_a_bulk_keeps_its_hits_where_all_the_rest_is_refused(
+    near: NearExchange, method: str
+) -> None:
+    near.fill("a", version=7)
+    assert near.read("gone") is None  # a cached miss is an answer too
+    near.server.refused = {b"b_v", b"c_v"}
+    for cached in ("a", "gone"):
+        bulk = near.issue(method, [cached, "b", "c"])
+        near.run()
+        with pytest.raises(BulkError) as caught:
+            bulk.result()
+        assert list(caught.value.result) == ["a"][: cached == "a"]
+        assert {type(error) for error in caught.value.errors.values()} == {ReplyError}
+        assert list(caught.value.errors) == ["b", "c"]
+    bulk = near.issue(method, ["b", "c"])
+    near.run()
+    with pytest.raises(ReplyError):
+        bulk.result()
     near.assert_drained()
 
 
@@ -1747,10 +1771,10 @@ def test_a_near_cache_is_freed(core: Any) -> None:
     pipeline = core.Pipeline(create, int)
     pipeline.near = core.NearCache(create, pipeline)
     pipeline.connected(True)
-    pipeline.near.get("a").close()
+    pipeline.near.get("a")
     pipeline.take_output()
     pipeline.feed(resp([b"1", b"1"]))
-    pipeline.near.get("b").close()
+    pipeline.near.get("b")
     del pipeline, create
     gc.collect()
     assert gone() is None
@@ -1770,9 +1794,9 @@ async def pair(core: Any) -> tuple[Any, Any]:
 
 async def test_tasks_share_one_read(core: Any) -> None:
     pipeline, near = await pair(core)
-    tasks = [asyncio.create_task(near.get("a")) for _ in range(5)]
+    tasks = [near.get("a") for _ in range(5)]
     assert [command[0] for command in commands(pipeline.take_output())] == [b"MGET"]
-    tasks.append(asyncio.create_task(near.get("a")))
+    tasks.append(near.get("a"))
     await asyncio.sleep(0)
     tasks[0].cancel()
     tasks[3].cancel()
@@ -1789,8 +1813,8 @@ async def test_tasks_share_one_read(core: Any) -> None:
 async def test_a_read_may_be_dropped_without_awaiting_it(core: Any) -> None:
     """A caller that never awaits gets no result, and no other caller is affected."""
     pipeline, near = await pair(core)
-    near.get("a").close()
-    waiting = asyncio.create_task(near.get("a"))
+    near.get("a").cancel()
+    waiting = near.get("a")
     pipeline.take_output()
     pipeline.feed(resp(Refusal(NOPERM)))
     with pytest.raises(ReplyError):
@@ -1800,7 +1824,7 @@ async def test_a_read_may_be_dropped_without_awaiting_it(core: Any) -> None:
 
 async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
     pipeline, near = await pair(core)
-    task = asyncio.create_task(near.get("a"))
+    task = near.get("a")
     pipeline.take_output()
     pipeline.feed(resp([b"1", b"1"]))
     record = await task
@@ -1812,8 +1836,10 @@ async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
 
     asyncio.get_running_loop().call_soon(turn)
     for _ in range(1000):
-        assert await near.get("a") == record
-        assert await near.head("a") == 1
+        hits = near.get("a"), near.head("a")
+        assert [type(hit) for hit in hits] == [asyncio.Future] * 2
+        assert hits[0] is not near.get("a")
+        assert (await hits[0], await hits[1]) == (record, 1)
         found = await near.get_bulk(["a"])
         assert found == {"a": record}
     assert not turned
