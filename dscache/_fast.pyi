@@ -36,6 +36,8 @@ class Pipeline:
     address: str
     down: Exception | None
     has_msetex: bool
+    single_writes: bool
+    single_reads: bool
     read_only: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None

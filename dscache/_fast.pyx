@@ -164,8 +164,9 @@ cdef class Pipeline:
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
     ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
-    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
-    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
+    refused a write because it is a replica. With ``single_writes`` a write command holds one
+    record, and with ``single_reads`` an MGET: a proxy hides several servers. ``near`` is the
+    NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
     arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
     push for neither of them.
 
@@ -183,6 +184,8 @@ cdef class Pipeline:
     cdef public str address
     cdef public object down
     cdef public bint has_msetex
+    cdef public bint single_writes
+    cdef public bint single_reads
     cdef public bint read_only
     cdef public list redirected
     cdef public NearCache near
@@ -462,6 +465,13 @@ cdef class Pipeline:
             batch.freeze()
             if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
+            if self.single_writes and SET <= batch.kind <= SET_IF_NEWER:
+                recovery.prepare_single_writes(self, batch)
+                if not batch.waiting():
+                    self.queue.popleft()
+                    continue
+            elif self.single_reads and batch.kind == GET:
+                batch.one_per_command = True
             count = encoder.encode(batch, self.has_msetex)
             if is_one_by_one(batch.kind):
                 slot = (batch, 1)

@@ -290,11 +290,14 @@ async def request(link: SocketProtocol, *commands: Sequence[Word]) -> list[Any]:
 
 
 def send_control(link: SocketProtocol, *command: str | Hidden) -> None:
-    """Send a command whose error reply ends the socket, and whose other replies are ignored."""
+    """Send a command whose error reply ends the socket, and whose other replies are ignored.
+
+    Any reply to PING proves that the server lives, also that of a proxy that doesn't know PING.
+    """
 
     def settled(waiter: asyncio.Future[Any]) -> None:
         error = None if waiter.cancelled() else waiter.exception()
-        if isinstance(error, ReplyError):
+        if isinstance(error, ReplyError) and command[0] != "PING":
             secrets = [word for word in command if isinstance(word, Hidden)]
             link.abort(ConnectionLost(f"{command[0]} was refused: {masked(str(error), secrets)}"))
 

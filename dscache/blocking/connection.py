@@ -20,7 +20,13 @@ from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Login, Word, packed, without
-from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.handshake import (
+    Attempt,
+    Handshake,
+    ServerInfo,
+    handshake,
+    secrets_of,
+)
 from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
 from .foreign_errors import ConnectTimeout, raise_foreign
@@ -287,13 +293,14 @@ class Connection:
         Raises OSError, DscacheError or UnicodeError.
         """
         host, port = connector.locate(deadline)
-        steps = self._connect(host, port, connector.login)
+        steps = self._connect(host, port, connector.login, attempt=connector.attempt())
         try:
             while True:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
         self.pipeline.has_msetex = info.has_msetex
+        self.pipeline.single_writes = info.is_proxied
         self._note_connected(info.server)
         return info.server
 
@@ -334,7 +341,13 @@ class Connection:
         poller.poll(milliseconds(wait))
 
     def _connect(
-        self, host: str, port: int, login: Callable[[], Login], *, read_only: bool = False
+        self,
+        host: str,
+        port: int,
+        login: Callable[[], Login],
+        *,
+        read_only: bool = False,
+        attempt: Attempt | None = None,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
@@ -346,23 +359,29 @@ class Connection:
         self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
-            return (yield from self._greet(handshake(options, user, address, read_only=read_only)))
+            steps = handshake(options, user, address, read_only=read_only, attempt=attempt)
+            return (yield from self._greet(steps, attempt))
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
             failure = without(error, secrets_of(options, user))
         raise failure
 
-    def _greet(self, steps: Handshake) -> Generator[int, None, ServerInfo]:
+    def _greet(self, steps: Handshake, attempt: Attempt | None) -> Generator[int, None, ServerInfo]:
         """Send the commands of a handshake, and hand it the replies."""
         commands = next(steps)
         while True:
             waiters = self.ask(commands)
-            while not all(waiter.done for waiter in waiters):
-                self.events = IN
-                if self.unsent:
-                    self._send()
-                yield self.events
-                self._take()
+            try:
+                while not all(waiter.done for waiter in waiters):
+                    self.events = IN
+                    if self.unsent:
+                        self._send()
+                    yield self.events
+                    self._take()
+            except (ConnectionLost, ConnectionError):
+                if attempt is not None:
+                    attempt.note_closed()
+                raise
             try:
                 commands = steps.send([waiter.reply() for waiter in waiters])
             except StopIteration as end:

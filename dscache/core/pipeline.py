@@ -104,8 +104,9 @@ class Pipeline:
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
     ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
-    refused a write because it is a replica. ``near`` is the NearCache in front of the pipeline, or
-    None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
+    refused a write because it is a replica. With ``single_writes`` a write command holds one
+    record, and with ``single_reads`` an MGET: a proxy hides several servers. ``near`` is the
+    NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
     arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
     push for neither of them.
 
@@ -143,6 +144,8 @@ class Pipeline:
         self._thread = get_ident() if bound else 0
         self.down: Exception | None = None
         self.has_msetex = False
+        self.single_writes = False
+        self.single_reads = False
         self.read_only = False
         self.near: NearCache | None = None
         self.on_push: Callable[[list[Any]], object] | None = None
@@ -384,6 +387,13 @@ class Pipeline:
             batch.freeze()
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
+            if self.single_writes and c.SET <= batch.kind <= c.SET_IF_NEWER:
+                recovery.prepare_single_writes(self, batch)
+                if not batch.waiting():
+                    queue.popleft()
+                    continue
+            elif self.single_reads and batch.kind == c.GET:
+                batch.one_per_command = True
             text, count = self._encoder.encode(batch, self.has_msetex)
             if batch.kind in _ONE_BY_ONE:
                 self.slots.extend([(batch, 1)] * count)
