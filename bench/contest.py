@@ -1,129 +1,91 @@
-"""Contestants on one server, opened together, measured in turn, and closed together."""
+"""The contests: groups of benchmarks whose contestants are measured in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Self
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-import redis
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from contestants import (
-    RECORDS_A_COMMAND,
-    Absent,
-    Contestant,
-    Deepstream,
-    Limit,
-    PythonClient,
-)
-from dscache.embedded import EmbeddedServer
-from peers import PYTHON
-from rounds import Row
-from workload import KINDS, Work
+from clients.work import Work
 
-# Commands that redis-benchmark keeps in flight: more gain nothing.
-DEPTH = 64
-OURS = ("fast", "fast-asyncio", "pure", "blocking", "blocking-pure")
-DEEPSTREAM = "deepstream"
-# The limits: one command at a time, a record a command, and some records a command.
-ALONE, SINGLE, BATCHED = "limit-alone", "limit-single", "limit-batched"
-_OTHERS: dict[str, Callable[[], Contestant]] = {
-    DEEPSTREAM: Deepstream,
-    ALONE: lambda: Limit(1, 1),
-    SINGLE: lambda: Limit(DEPTH, 1),
-    BATCHED: lambda: Limit(DEPTH, RECORDS_A_COMMAND),
-}
-EVERYBODY = (*PYTHON, *_OTHERS)
+Sample = Mapping[str, float]
+# Quantities of a sample that are reported by the record, in microseconds.
+_COSTS = {"cpu": "client_us", "server_cpu": "server_us"}
+_times: deque[float] = deque()
 
 
-class Contest:
-    """Opens the named contestants, on a server with the records that they read."""
+@dataclass(frozen=True)
+class Row:
+    """One contestant and its work."""
 
-    def __init__(
-        self, server: EmbeddedServer, names: Iterable[str] = EVERYBODY, *, strict: bool = False
-    ) -> None:
-        self.server = server
-        self._strict = strict
-        """Whether a peer that is installed must not fail, as dscache must not."""
-        self.absent: dict[str, str] = {}
-        """Who can't take part, and why."""
-        self._names = tuple(names)
-        self._present: dict[str, Contestant] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        with self._stack:
-            self._redis: Any = redis.Redis(host=self.server.host, port=self.server.port)
-            self._stack.callback(self._redis.close)
-            for name in self._names:
-                contestant = _OTHERS[name]() if name in _OTHERS else PythonClient(name)
-                try:
-                    contestant.open(self.server)
-                except (Absent, RuntimeError) as reason:
-                    if name in OURS or (self._strict and not isinstance(reason, Absent)):
-                        raise
-                    self.absent[name] = str(reason)
-                else:
-                    self._present[name] = contestant
-                    self._stack.callback(contestant.close)
-            self._stack = self._stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._present
-
-    def store(self, *kinds: str, count: int | None = None) -> None:
-        """Write the records of these kinds."""
-        for kind in kinds:
-            self.ask("fast", "store", Work("set_many", kind=kind, size=count or KINDS[kind].stored))
-
-    def ask(self, name: str, what: str, work: Work, **more: Any) -> dict[str, Any]:
-        """Let a contestant in a process do something other than a measurement."""
-        process: Any = self._present[name]
-        answer: dict[str, Any] = process.ask(what, work, **more)
-        return answer
-
-    def label(self, name: str) -> str:
-        """Return a contestant's label in a table."""
-        return self._present[name].label if name in self._present else label_of(name)
-
-    def versions(self) -> dict[str, str]:
-        """Return the contestants' versions, or the reasons for their absence, by label."""
-        found = {one.label: one.version for one in self._present.values()}
-        return found | {label_of(name): f"absent: {why}" for name, why in self.absent.items()}
-
-    def row(self, name: str, work: Work, label: str = "") -> Row:
-        """Return a row that measures this work of one contestant, and its cost for the server."""
-        facts = {"who": name, "work": asdict(work)}
-        label = label or self.label(name)
-        if name not in self._present:
-            why = self.absent.get(name, "not asked to take part")
-            return Row(label, None, facts, missing=why)
-        contestant = self._present[name]
-
-        def measure(records: int) -> dict[str, float]:
-            before = self._server_seconds()
-            sample = contestant.measure(work, records)
-            sample["server_cpu"] = self._server_seconds() - before
-            return sample
-
-        return Row(label, measure, facts, needed=name in OURS or self._strict)
-
-    def _server_seconds(self) -> float:
-        used = self._redis.info("cpu")
-        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+    client: str
+    work: Work
+    target: str = "server"
+    """The server, "hashtag" for the same with a cluster's keys, or a cluster: "one" or "three"."""
+    id: str = ""
 
 
-def label_of(name: str) -> str:
-    """Return the label of a contestant that may be absent."""
-    return _OTHERS[name]().label if name in _OTHERS else PYTHON[name].label
+def rows(
+    clients: Iterable[str], work: Work, variant: str = "", target: str = "server"
+) -> list[Row]:
+    """Return a row for each client; ``variant`` begins the names of their benchmarks."""
+    raw = "raw" if work.reads and not work.decode and work.operation != "latency" else ""
+    return [
+        Row(client, work, target, "-".join(filter(None, (variant, client, raw))))
+        for client in clients
+    ]
+
+
+def contest(groups: Mapping[str, Sequence[Row]]) -> pytest.MarkDecorator:
+    """Parametrize a benchmark with the rows of these groups, by their titles."""
+    return pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param(
+                row,
+                id=row.id,
+                marks=[grouped(title), *([pytest.mark.large] if row.work.is_large else [])],
+            )
+            for title, some in groups.items()
+            for row in some
+        ],
+    )
+
+
+def grouped(title: str) -> pytest.MarkDecorator:
+    """Put benchmarks that were measured elsewhere into a group of pytest-benchmark's."""
+    return pytest.mark.benchmark(group=title, timer=replayed)
+
+
+def replayed() -> float:
+    """Return the next time of a measurement that was made in another process."""
+    return _times.popleft() if _times else 0.0
+
+
+def replay(benchmark: BenchmarkFixture, samples: Sequence[Sample], **facts: object) -> None:
+    """Report the rounds of a measurement to pytest-benchmark: the seconds of a record in each."""
+    each = [sample.get("each", sample["seconds"] / sample["records"]) for sample in samples]
+    _times.clear()
+    _times.extend(time for seconds in each for time in (0.0, seconds))
+    info = benchmark.extra_info
+    info["records_per_second"] = 1 / statistics.median(each)
+    for what in samples[0]:
+        if what in ("records", "seconds", "each"):
+            continue
+        if what in _COSTS:
+            costs = [sample[what] / sample["records"] * 1e6 for sample in samples]
+            info[_COSTS[what]] = statistics.median(costs)
+        else:
+            info[what] = statistics.median(sample[what] for sample in samples)
+    info.update(facts)
+    benchmark.pedantic(lambda: None, rounds=len(samples))  # type: ignore[no-untyped-call]
+
+
+def facts_of(row: Row, label: str, version: str) -> dict[str, object]:
+    """Return the row as the JSON shows it."""
+    work = {name: value for name, value in asdict(row.work).items() if value is not None}
+    return {"label": label, "version": version, "target": row.target, "work": work}

@@ -1,133 +1,131 @@
-"""Tables as Markdown, and all measurements as JSON."""
+"""The report of a run, made from the JSON of pytest-benchmark: Markdown and charts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from rounds import Group, Row, RowInLoop
+import goals
+
+# Quantities of extra_info that have a column of their own.
+COSTS = {"client_us": "client µs", "server_us": "server µs", "instructions": "instructions"}
+HIDDEN = {"records_per_second", "records", "label", "version", "target", "work", *COSTS}
+PERCENTILE = re.compile(r"p[\d.]+$")
+GROWTH = re.compile(r"growth: (\w+), ([\d,]+) (records|connections)")
 
 
-@dataclass
-class Table:
-    """Rows of text. All columns but the first hold numbers."""
+def write(folder: Path, reached: Sequence[Sequence[str]], skipped: Mapping[str, str]) -> Path:
+    """Write results.md and its charts beside results.json; return the path of the report."""
+    told = json.loads((folder / "results.json").read_text("utf-8"))
+    by_group = {
+        title: list(some)
+        for title, some in groupby(
+            sorted(told["benchmarks"], key=lambda one: one["group"] or ""), lambda one: one["group"]
+        )
+    }
+    machine, commit = told["machine_info"], told["commit_info"]
+    lines = [
+        *("# Results", ""),
+        f"- {told['datetime'][:10]}, commit {commit['id'][:12]}, {machine['processor_name']}, "
+        f"{machine['system']}, Python {machine['python_version']}",
+        f"- load average at the end: {machine['load_average']:.2f}; a busy machine shows in all",
+        "- times are of one record, or message; ratios are taken within this run only",
+        *(f"- not measured: {why}" for why in dict.fromkeys(skipped.values())),
+        "",
+    ]
+    if reached:
+        lines += ["## Goals", "", *table(goals.HEADER, reached), ""]
+    for path in charts(folder, by_group):
+        lines += [f"![{path.stem}]({path.name})", ""]
+    for title, some in by_group.items():
+        lines += [f"## {title}", "", *group_table(some), ""]
+    report = folder / "results.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    return report
 
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    words: bool = False
-    """Whether all columns hold words."""
 
-    def lines(self) -> list[str]:
-        """Return it as Markdown, aligned for reading as plain text."""
-        table = [list(self.header), *map(list, self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(self.header))]
-        left = len(self.header) if self.words else 1
-        rule = [
-            "-" * width if i < left else "-" * max(1, width - 1) + ":"
-            for i, width in enumerate(widths)
+def group_table(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of a group, the fastest first, with ratios to redis-py if it is there."""
+    ordered = sorted(benchmarks, key=median)
+    peers = [one for one in ordered if "redis-py" in who(one)]
+    base = min(peers or ordered[-1:], key=lambda one: len(who(one)))
+    costs = [name for name in COSTS if any(name in one["extra_info"] for one in ordered)]
+    header = ["", "median", "best", f"x {who(base)}", *map(COSTS.__getitem__, costs), "more"]
+    rows = []
+    for one in ordered:
+        info = one["extra_info"]
+        more = [
+            f"{name} {time(value) if PERCENTILE.match(name) else short(value)}"
+            for name, value in info.items()
+            if name not in HIDDEN
         ]
-
-        def line(cells: Sequence[str]) -> str:
-            padded = [
-                cell.ljust(width) if i < left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ]
-            return f"| {' | '.join(padded)} |"
-
-        title = [f"### {self.title}", ""] if self.title else []
-        note = ["", self.note] if self.note else []
-        return [*title, line(self.header), line(rule), *map(line, self.rows), *note]
+        best = one["stats"]["min"] / info.get("records", 1)
+        ratio = f"{median(base) / median(one):.2f}"
+        told = [short(info[name]) if name in info else "-" for name in costs]
+        rows.append([who(one), time(median(one)), time(best), ratio, *told, ", ".join(more)])
+    return table(header, rows)
 
 
-@dataclass
-class Section:
-    """One part of the report."""
-
-    name: str
-    title: str
-    text: str
-    """What it measures, in a sentence or two."""
-    tables: list[Table] = field(default_factory=list)
-    charts: dict[str, str] = field(default_factory=dict)
-    """SVG by file name."""
-    printed: str = ""
-    """What a program of its own has printed."""
-    raw: Any = None
-    """What the JSON says."""
-
-    def lines(self) -> list[str]:
-        """Return it as Markdown."""
-        lines = [f"## {self.title}", "", self.text, ""]
-        for name in self.charts:
-            lines += [f"![{self.title}]({name})", ""]
-        for table in self.tables:
-            lines += [*table.lines(), ""]
-        if self.printed:
-            lines += ["```text", self.printed.strip(), "```", ""]
-        return lines
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def count(number: float) -> str:
-    """Return a number for people: three digits, or all of a larger one."""
-    if number >= 100 or number == 0:
-        return f"{number:,.0f}"
-    return f"{number:.3g}"
+def charts(folder: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
+    """Draw the peers as bars, and the growth as lines; return the files."""
+    import pygal
+
+    style = {"js": [], "legend_at_bottom": True, "pretty_print": True}
+    drawn = []
+    grown: dict[str, dict[str, dict[int, float]]] = {}
+    for title, some in groups.items():
+        if title.startswith("peers"):
+            chart = pygal.HorizontalBar(title=f"{title}: records/s", show_legend=False, **style)
+            chart.x_labels = [who(one) for one in some]
+            chart.add("records/s", [round(1 / median(one)) for one in some])
+            drawn.append((re.sub(r"\W+", "-", title), chart))
+        elif match := GROWTH.match(title):
+            operation, number, unit = match.groups()
+            for one in some:
+                name = re.sub(r"^(\w{3}-)?\d+-", "", who(one))
+                lines = grown.setdefault(f"{operation} by {unit}", {})
+                lines.setdefault(name, {})[int(number.replace(",", ""))] = median(one) * 1e6
+    for title, lines in grown.items():
+        chart = pygal.Line(title=f"{title}: µs a record", logarithmic=True, **style)
+        across = sorted({x for line in lines.values() for x in line})
+        chart.x_labels = [f"{x:,}" for x in across]
+        for name, line in lines.items():
+            chart.add(name, [line.get(x) for x in across])
+        drawn.append((re.sub(r"\W+", "-", f"growth {title}"), chart))
+    for name, chart in drawn:
+        chart.render_to_file(str(folder / f"{name}.svg"))
+    return [folder / f"{name}.svg" for name, _ in drawn]
 
 
-def ratio(number: float) -> str:
-    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} x"
+def who(benchmark: Mapping[str, Any]) -> str:
+    return str(benchmark["param"] or benchmark["name"])
 
 
-def in_groups(groups: Sequence[Group]) -> list[Table]:
-    """Return a table for each group: records per second, and a record's cost on either side."""
-    tables = []
-    for group in groups:
-        reference = group.reference
-        rows, notes = [], []
-        for row in group.rows:
-            if row.missing:
-                rows.append([row.label, "-", "-", "-", "-", "-"])
-                notes.append(f"- {row.label}: not measured: {row.missing}")
-                continue
-            costs = [row.each("cpu"), row.each("server_cpu")]
-            rows.append(
-                [
-                    row.label,
-                    count(row.median),
-                    count(row.best),
-                    ratio(row.median / reference.median) if reference else "-",
-                    *("-" if cost is None else f"{cost * 1e6:.2f}" for cost in costs),
-                ]
-            )
-        against = f"to {reference.label}" if reference else "ratio"
-        header = ["", "records/s", "best round", against, "client µs", "server µs"]
-        tables.append(Table(group.title, header, rows, "\n".join(notes)))
-    return tables
+def median(benchmark: Mapping[str, Any]) -> float:
+    """Return the seconds of a record."""
+    return float(benchmark["stats"]["median"] / benchmark["extra_info"].get("records", 1))
 
 
-def as_text(groups: Sequence[Group]) -> list[str]:
-    """Return the tables for a terminal: medians, the best rounds, and the medians' ratios."""
-    lines = []
-    for group in groups:
-        reference = group.reference
-        lines += ["", f"{group.title:42}{'records/s':>12}{'best round':>12}{'ratio':>9}"]
-        for row in group.rows:
-            if row.missing:
-                lines.append(f"  {row.label:40}not measured: {row.missing}")
-                continue
-            assert reference is not None
-            lines.append(
-                f"  {row.label:40}{row.median:12,.0f}{row.best:12,.0f}"
-                f"{row.median / reference.median:7.1f} x"
-            )
-    return lines
+def time(seconds: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.3g} {unit}"
+    return f"{seconds * 1e9:,.3g} ns"
 
 
-def goal(text: str, row: Row | RowInLoop, against: Row | RowInLoop, at_least: float) -> str:
-    """Return a line that shows whether a ratio is reached."""
-    got = row.median / against.median
-    verdict = "reached" if got >= at_least else "MISSED"
-    return f"{text}: {got:.1f} x, wanted {at_least:g} x: {verdict}"
+def short(value: object) -> str:
+    """Return a number with three digits, or all of a larger one."""
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.001 else "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import DscacheError
 from ..net.foreign_errors import foreign, is_own
 
 
@@ -16,6 +17,7 @@ def raise_foreign(error: Exception) -> None:
     """
     if (cause := foreign(error)) is not None:
         raise cause
-    is_numbered = not isinstance(error, OSError) or error.errno is not None
-    if not is_numbered and not (isinstance(error, ConnectTimeout) and is_own(error)):
+    if isinstance(error, DscacheError) or (isinstance(error, ConnectTimeout) and is_own(error)):
+        return
+    if isinstance(error, OSError) and error.errno is None:
         raise error

@@ -299,9 +299,7 @@ cdef list check_array(Pipeline pipeline, reply, Py_ssize_t length, str command):
 
 
 cdef object wrong_shape(Pipeline pipeline, str command, reply):
-    return ProtocolError(
-        f"{pipeline.address} answered {command} with what it never answers: {shorten(reply)}"
-    )
+    return ProtocolError(f"{pipeline.address}: unexpected reply to {command}: {shorten(reply)}")
 
 
 cdef int damaged(Pipeline pipeline, _Batch batch, str name, entry, stored) except -1:

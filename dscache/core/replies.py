@@ -271,9 +271,8 @@ def check_array(pipeline: Pipeline, reply: Any, length: int, command: str) -> No
 
 
 def wrong_shape(pipeline: Pipeline, command: str, reply: Any) -> ProtocolError:
-    return ProtocolError(
-        f"{pipeline.address} answered {command} with what it never answers: {shorten(reply)}"
-    )
+    pipeline.answering = None  # each record before this one is settled and counted
+    return ProtocolError(f"{pipeline.address}: unexpected reply to {command}: {shorten(reply)}")
 
 
 def damaged(pipeline: Pipeline, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:

@@ -1018,6 +1018,23 @@ def test_results_on_a_cluster_are_equal(
         nodes.assert_drained()
 
 
+def test_an_unexpected_reply_to_a_part_of_a_bulk_is_equal() -> None:
+    twins = ClusterTwins()
+    records = {"{0}0": (1, "a"), "{1}0": (1, "b"), "{2}0": (1, "c")}
+    twins.same(lambda nodes: nodes.issue(Operation("set_bulk", records)))
+    for node in (0, 1, 2):
+        twins.send(node)
+    for number in (0, 1, 2):
+        twins.same(lambda nodes, at=number: outcome(nodes.pipelines[at].feed, b"$-1\r\n"))
+        reason = ConnectionLost("cut")
+        twins.same(
+            lambda nodes, at=number, why=reason: nodes.pipelines[at].connection_lost(why, True)
+        )
+    for nodes in twins.both:
+        assert isinstance(nodes.waiters[0].error, BulkError)
+        assert set(nodes.waiters[0].error.errors) == set(records)
+
+
 def test_records_of_both_behave_alike() -> None:
     for arguments in [("a", 1, b"1"), ("a", 2**63 - 1, b"no json", True), ("é", 0, b'"\xff"')]:
         fast, pure = (twin.Record(*arguments) for twin in TWINS)

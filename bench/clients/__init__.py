@@ -1,0 +1,1 @@
+"""The processes in which clients are measured, and the work that they do."""
