@@ -34,6 +34,7 @@ _GENERATED: Final = "UUID"
 RECORD_OPTIONS: Final = {
     "keyPrefix": "the name of a channel is its topic, as with deepstream's connector",
     "keyLayout": "messages have no keys",
+    "proxied": "messages have no keys",
     "ttl": "messages are not kept",
     "nearCache": "messages are not kept",
     "maxConnections": "a message node has two connections, or one to each node of a cluster",

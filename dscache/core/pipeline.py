@@ -106,9 +106,9 @@ class Pipeline:
     ``has_msetex`` is set for a server that knows MSETEX, and ``read_only`` once the server has
     refused a write because it is a replica. With ``single_writes`` a write command holds one
     record, and with ``single_reads`` an MGET: a proxy hides several servers. ``near`` is the
-    NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions; they
-    arrive as ``resp2_pubsub`` replies from a server without RESP3. ``on_push`` is called with each
-    push for neither of them.
+    NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the
+    messages of its subscriptions; they arrive as ``resp2_pubsub`` replies from a server without
+    RESP3. ``on_push`` is called with each push for neither of them.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
     Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of

@@ -1720,3 +1720,18 @@ def test_a_message_node_has_its_configuration() -> None:
 def test_spellings_of_an_address(one: tuple[str, int], other: tuple[str, int]) -> None:
     assert (canonical(*one) == canonical(*other)) is ("[" not in other[0])
     assert split_address(f"[{one[0]}]:{one[1]}") == one
+
+
+def test_proxied_chooses_the_layout() -> None:
+    def layout(**options: Any) -> bool:
+        return load({"name": "redis", "options": options}).options.hash_tag
+
+    assert layout(proxied=True) is True
+    assert layout(proxied=False) is False
+    assert layout(proxied=True, keyLayout="deepstream") is False
+
+
+def test_proxied_beside_nodes() -> None:
+    nodes = [{"host": "127.0.0.1", "port": 7000}]
+    with pytest.raises(ConfigError, match="proxied"):
+        load({"name": "redis", "options": {"proxied": True, "nodes": nodes}})
