@@ -33,7 +33,23 @@ on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, id
 pytestmark = on_one_server
 
 
-@pytest.fixture(params=[dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+class ThreadedCache(BlockingCache):
+    """A Cache of which each call has a thread, so that fakes on the loop can answer it."""
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._cache, name)
+        return lambda *args, **options: asyncio.ensure_future(
+            asyncio.to_thread(operation, *args, **options)
+        )
+
+    async def when_ready(self) -> None:
+        await asyncio.to_thread(self._cache.when_ready)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._cache.close)
+
+
+@pytest.fixture(params=[dscache.AsyncCache, ThreadedCache], ids=["async", "blocking"])
 def cache_class(request: pytest.FixtureRequest) -> Any:
     """Both kinds of cache, in turn."""
     return request.param

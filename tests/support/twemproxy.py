@@ -27,9 +27,9 @@ _UNPACKED = Path(sys.prefix, "twemproxy", "usr", "sbin", "nutcracker")
 _CONFIGURATION = """\
 records:
   listen: {host}:{port}
-  hash: fnv1a_64
+  hash: md5
   hash_tag: "{{}}"
-  distribution: ketama
+  distribution: modula
   redis: true
   servers:
 """
