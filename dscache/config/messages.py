@@ -142,6 +142,7 @@ def _read_options(entry: object, place: Location) -> MessageOptions:
         section.options,
         key_prefix="",
         key_layout="auto",
+        proxied=None,
         ttl=None,
         near_cache=None,
         scale_reads="master",

@@ -538,7 +538,7 @@ async def test_a_silent_server(backend: str, proxy: FaultProxy) -> None:
 
 
 async def test_a_server_that_closes_every_connection(backend: str) -> None:
-    async with FakeServer({"HELLO": None}) as fake:
+    async with FakeServer({"HELLO": None, "PING": None}) as fake:
         await refused_everything(lazy_cache(fake.url, password=SECRET, **IMPATIENT))
 
 

@@ -41,9 +41,9 @@ from tests.support.waiting import PATIENCE
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
-    "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
-    "connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, maxPendingBytes, "
-    "whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
+    "host, port, path, family, username, password, db, keyPrefix, keyLayout, proxied, ttl, "
+    "connectionName, connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, "
+    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
     "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
