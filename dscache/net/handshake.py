@@ -107,7 +107,9 @@ def handshake(
         info = yield from _log_in_barely(options, login, address, is_near)
     else:
         if attempt is not None and attempt.is_suspect:
-            yield [["PING"]]
+            (pong,) = yield [["PING"]]
+            if isinstance(pong, ReplyError) and _is_final(pong):
+                raise pong
             attempt.has_answer = True
         info = yield from _log_in(options, login, address, read_only, is_near, of_cluster)
     if attempt is not None:
@@ -193,7 +195,9 @@ def _authentication(login: Login) -> list[Word]:
 
 def _unless_refused(pong: object) -> object:
     """Return the reply to PING, or None for a refusal of the command alone."""
-    is_harmless = isinstance(pong, ReplyError) and pong.code not in (*_FINAL, *_NOT_SERVING)
+    is_harmless = isinstance(pong, ReplyError) and not (
+        _is_final(pong) or pong.code in _NOT_SERVING
+    )
     return None if is_harmless else pong
 
 

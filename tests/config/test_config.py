@@ -43,8 +43,8 @@ EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, proxied, ttl, "
     "connectionName, connectTimeout, commandTimeout, closeTimeout, retryStrategy, maxPending, "
-    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, role, "
-    "sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
+    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, "
+    "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
