@@ -71,8 +71,17 @@ demo: $(VENV)/.installed-demo $(BUILT)
 
 # conftest.py chooses the number of processes, three on two cores. A process that crashes isn't
 # restarted and fails the run. ARGS='-n 0' runs everything in one, where a debugger and -s work.
+# The tests of proxies need twemproxy. Where apt-get has it, it is unpacked, not installed; elsewhere
+# those tests are skipped, and the report's header says so.
+TWEMPROXY := $(VENV)/.twemproxy
+$(TWEMPROXY): $(CREATED)
+	@rm -rf $(VENV)/twemproxy && mkdir -p $(VENV)/twemproxy
+	-@cd $(VENV)/twemproxy && command -v apt-get >/dev/null && apt-get download -qq nutcracker \
+		&& dpkg-deb -x nutcracker_*.deb . || echo "make: no twemproxy, so its tests are skipped"
+	@touch $@
+
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed-test $(BUILT)
+test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 # In a separate environment, for which pip takes the oldest versions only.

@@ -39,6 +39,8 @@ class Pipeline:
     away: str
     doubts: list[Any]
     reconnects: bool
+    single_writes: bool
+    single_reads: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
     on_push: Callable[[list[Any]], object] | None

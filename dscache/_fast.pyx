@@ -163,12 +163,13 @@ cdef class Pipeline:
     ``begin`` is called when enough operations wait for an idle server, and must not raise.
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX. ``away`` is the code of an error reply for
-    which the server should be left, or asked again later; the owner of the socket clears it.
-    Without ``reconnects``, a replica's refusal is the outcome of a write. ``near`` is the NearCache
-    in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of
-    its subscriptions; they arrive as ``resp2_pubsub`` replies from a server without RESP3.
-    ``on_push`` is called with each push for neither of them.
+    ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
+    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. ``away`` is
+    the code of an error reply for which the server should be left, or asked again later; the owner
+    of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
+    ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
+    that takes the messages of its subscriptions; they arrive as ``resp2_pubsub`` replies from a
+    server without RESP3. ``on_push`` is called with each push for neither of them.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
     Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
@@ -187,6 +188,8 @@ cdef class Pipeline:
     cdef public str away
     cdef public list doubts  # operations put off that another under way may overtake
     cdef public bint reconnects
+    cdef public bint single_writes
+    cdef public bint single_reads
     cdef public list redirected
     cdef public NearCache near
     cdef public object on_push
@@ -477,6 +480,13 @@ cdef class Pipeline:
             batch.freeze()
             if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
+            if self.single_writes and SET <= batch.kind <= SET_IF_NEWER:
+                recovery.prepare_single_writes(self, batch)
+                if not batch.waiting():
+                    self.queue.popleft()
+                    continue
+            elif self.single_reads and batch.kind == GET:
+                batch.one_per_command = True
             count = encoder.encode(batch, self.has_msetex)
             if is_one_by_one(batch.kind):
                 slot = (batch, 1)

@@ -115,6 +115,7 @@ class Connection(LoopBound):
             is_near=is_near,
             of_cluster=cluster is not None,
             resolver=resolver,
+            may_be_proxy=cluster is None and inbox is None and options.sentinels is None,
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
@@ -474,6 +475,7 @@ class Connection(LoopBound):
         # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
         # where it redirects every other command: a record would be on two nodes.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
+        self.pipeline.single_writes = greeting.is_proxied
         self.pipeline.resp2_pubsub = not greeting.has_pushes and self.pipeline.inbox is not None
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Options
 from ..core import constants
-from ..errors import ConnectError, DscacheError
+from ..errors import ConnectError, ConnectionLost, DscacheError
+from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
-from ..net.handshake import ServerInfo, handshake, secrets_of
+from ..net.handshake import ClosedHandshakes, ServerInfo, handshake, secrets_of
 from ..net.sockets import FAMILIES, SocketConnect, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
@@ -38,7 +39,8 @@ class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
     ``provider`` has the credentials, if the options don't. ``read_only``, ``is_near`` and
-    ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``.
+    ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``. With
+    ``may_be_proxy``, a server that closes connections at HELLO is tried without it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Endpoint:
         is_near: bool = False,
         of_cluster: bool = False,
         resolver: Resolver | None = None,
+        may_be_proxy: bool = False,
     ) -> None:
         self._is_near = is_near
         self._of_cluster = of_cluster
@@ -60,6 +63,7 @@ class Endpoint:
         self._sentinels: Sentinels | None = None
         self._doubted = -math.inf
         self._attempt = SocketConnect()
+        self._closed = ClosedHandshakes() if may_be_proxy else None
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -152,6 +156,7 @@ class Endpoint:
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:
+        attempt = None if self._closed is None else self._closed.attempt()
         steps = handshake(
             self._options,
             login,
@@ -159,11 +164,18 @@ class Endpoint:
             read_only=self._read_only,
             is_near=self._is_near,
             of_cluster=self._of_cluster,
+            attempt=attempt,
         )
         commands = next(steps)
         while True:
             try:
-                commands = steps.send(await ask(*commands))
+                replies = await ask(*commands)
+            except (ConnectionLost, ConnectionError, TurnedAway):
+                if attempt is not None:
+                    attempt.note_closed()
+                raise
+            try:
+                commands = steps.send(replies)
             except StopIteration as end:
                 info: ServerInfo = end.value
                 break

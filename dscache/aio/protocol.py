@@ -360,7 +360,8 @@ def send_control(
 ) -> None:
     """Send a command whose error reply ends the socket, and whose other replies are ignored.
 
-    A PING that is refused has been answered; only NOAUTH says that the login is over. No text
+    A PING that is refused, as by a busy server or by a proxy that doesn't know it, has been
+    answered; only NOAUTH says that the login is over. No text
     shows the ``secrets``, or those of the command.
     """
 

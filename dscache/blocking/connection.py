@@ -22,7 +22,13 @@ from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
 from ..net.credentials import Login, Word, packed, without
-from ..net.handshake import Handshake, ServerInfo, handshake, secrets_of
+from ..net.handshake import (
+    Attempt,
+    Handshake,
+    ServerInfo,
+    handshake,
+    secrets_of,
+)
 from ..net.slot_table import NodeInfo
 from ..net.sockets import SocketConnect
 from .foreign_errors import ConnectTimeout, raise_foreign
@@ -315,13 +321,14 @@ class Connection:
         Raises OSError, DscacheError or UnicodeError.
         """
         host, port = connector.locate(deadline)
-        steps = self._connect(host, port, connector.login)
+        steps = self._connect(host, port, connector.login, attempt=connector.attempt())
         try:
             while True:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
         self.pipeline.has_msetex = info.has_msetex
+        self.pipeline.single_writes = info.is_proxied
         self._note_connected(info.server)
         return info.server
 
@@ -375,6 +382,7 @@ class Connection:
         *,
         read_only: bool = False,
         of_cluster: bool = False,
+        attempt: Attempt | None = None,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
@@ -386,14 +394,21 @@ class Connection:
         self.pipeline.address = address = options.path or join_address(host, port)
         user = login()
         try:
-            steps = handshake(options, user, address, read_only=read_only, of_cluster=of_cluster)
-            return (yield from self._greet(steps))
+            steps = handshake(
+                options,
+                user,
+                address,
+                read_only=read_only,
+                of_cluster=of_cluster,
+                attempt=attempt,
+            )
+            return (yield from self._greet(steps, attempt))
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
             failure = without(error, secrets_of(options, user))
         raise failure
 
-    def _greet(self, steps: Handshake) -> Generator[int, None, ServerInfo]:
+    def _greet(self, steps: Handshake, attempt: Attempt | None) -> Generator[int, None, ServerInfo]:
         """Send the commands of a handshake, and hand it the replies."""
         commands = next(steps)
         while True:
@@ -407,6 +422,8 @@ class Connection:
                     self._take()
             except OSError as error:
                 raise_foreign(error)
+                if attempt is not None and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
+                    attempt.note_closed()
                 failure = end_of_handshake((waiter.error for waiter in waiters), error)
                 if failure is error:
                     raise

@@ -14,6 +14,7 @@ from weakref import WeakMethod
 from ..config import Options
 from ..net.credentials import NOTHING, Login, checked, hidden, provider_failed
 from ..net.foreign_errors import is_of_handler
+from ..net.handshake import Attempt, ClosedHandshakes
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -28,6 +29,7 @@ class Connector:
         self._options = options
         self._provider = provider
         self._sentinels: Sentinels | None = None
+        self._closed = ClosedHandshakes() if options.sentinels is None else None
         if options.sentinels is not None:
             # Imported here: redis-py takes longer to import than all of dscache.
             from .sentinel import Sentinels
@@ -42,6 +44,10 @@ class Connector:
         if self._sentinels is None:
             return self._options.host, self._options.port
         return self._sentinels.locate(deadline)
+
+    def attempt(self) -> Attempt | None:
+        """Return the next handshake with a server that may be a proxy; None behind Sentinels."""
+        return None if self._closed is None else self._closed.attempt()
 
     def login(self) -> Login:
         """Return the username and password. Raises ConnectError if the provider fails."""

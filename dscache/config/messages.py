@@ -34,6 +34,7 @@ _GENERATED: Final = "UUID"
 RECORD_OPTIONS: Final = {
     "keyPrefix": "the name of a channel is its topic, as with deepstream's connector",
     "keyLayout": "messages have no keys",
+    "proxied": "messages have no keys",
     "ttl": "messages are not kept",
     "nearCache": "messages are not kept",
     "maxConnections": "a message node has two connections, or one to each node of a cluster",
@@ -141,6 +142,7 @@ def _read_options(entry: object, place: Location) -> MessageOptions:
         section.options,
         key_prefix="",
         key_layout="auto",
+        proxied=None,
         ttl=None,
         near_cache=None,
         scale_reads="master",

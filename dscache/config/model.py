@@ -179,6 +179,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     db: Annotated[int, Meta(ge=0)] = 0
     key_prefix: str = ""
     key_layout: Literal["auto", "deepstream", "hashtag"] = "auto"
+    proxied: bool | None = None
     ttl: Seconds | None = None
     connection_name: str | None = None
     connect_timeout: Milliseconds = 2000
@@ -221,7 +222,8 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     def hash_tag(self) -> bool:
         """Whether the keys of a record are ``{<name>}_v`` and ``{<name>}_d``."""
         # "auto" is deepstream's own layout wherever that layout is atomic.
-        return self.key_layout == "hashtag" or (self.key_layout == "auto" and bool(self.nodes))
+        is_sharded = bool(self.nodes) or bool(self.proxied)
+        return self.key_layout == "hashtag" or (self.key_layout == "auto" and is_sharded)
 
     @property
     def leaves_replicas(self) -> bool:

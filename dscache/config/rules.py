@@ -87,6 +87,10 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
             f"a cluster has database 0 alone, not {options.db}; leave it out, and let keyPrefix "
             "keep records apart"
         )
+    if options.proxied:
+        raise places["proxied"].error(
+            "is for a proxy that hides the nodes, which nodes names here; leave either of them out"
+        )
     if options.path:
         raise places["path"].error("a cluster has no socket; leave it out, or nodes")
     if options.tls and shared.tls is None:

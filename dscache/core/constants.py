@@ -434,6 +434,20 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
 # -- outcomes
 
 
+def keys_apart(name: str) -> RecordError:
+    """Return the error for a write by script whose two keys may be on two servers of a proxy."""
+    return RecordError(
+        f"record {shorten(name)}: a proxy may keep its two keys on two servers, and no script "
+        "writes both; set keyLayout: hashtag, or proxied: false if the proxy hides one server",
+        name=name,
+    )
+
+
+def is_across_slots(message: str) -> bool:
+    """Return whether an error reply says that a command has keys of several slots."""
+    return message.startswith("CROSSSLOT") or "same slot" in message.lower()
+
+
 def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
     """Return the error for a stored version that is no integer from 0 to 2^63-1."""
     found = f", but {shorten(stored)}" if stored is not None else ""

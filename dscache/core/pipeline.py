@@ -110,12 +110,13 @@ class Pipeline:
     ``begin`` is called when enough operations wait for an idle server, and must not raise.
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX. ``away`` is the code of an error reply for
-    which the server should be left, or asked again later; the owner of the socket clears it.
-    Without ``reconnects``, a replica's refusal is the outcome of a write. ``near`` is the NearCache
-    in front of the pipeline, or None. ``inbox`` is the MessageDispatcher that takes the messages of
-    its subscriptions; they arrive as ``resp2_pubsub`` replies from a server without RESP3.
-    ``on_push`` is called with each push for neither of them.
+    ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
+    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. ``away`` is
+    the code of an error reply for which the server should be left, or asked again later; the owner
+    of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
+    ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
+    that takes the messages of its subscriptions; they arrive as ``resp2_pubsub`` replies from a
+    server without RESP3. ``on_push`` is called with each push for neither of them.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
     Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
@@ -154,6 +155,8 @@ class Pipeline:
         self.away = ""
         self.doubts: list[Any] = []
         self.reconnects = True
+        self.single_writes = False
+        self.single_reads = False
         self.near: NearCache | None = None
         self.on_push: Callable[[list[Any]], object] | None = None
         self.inbox: MessageDispatcher | None = None
@@ -398,6 +401,13 @@ class Pipeline:
             batch.freeze()
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
+            if self.single_writes and c.SET <= batch.kind <= c.SET_IF_NEWER:
+                recovery.prepare_single_writes(self, batch)
+                if not batch.waiting():
+                    queue.popleft()
+                    continue
+            elif self.single_reads and batch.kind == c.GET:
+                batch.one_per_command = True
             text, count = self._encoder.encode(batch, self.has_msetex)
             if batch.kind in _ONE_BY_ONE:
                 self.slots.extend([(batch, 1)] * count)

@@ -487,6 +487,37 @@ def take_error(bulk: Bulk, kind: int, name: str, error: Exception) -> None:
     bulk.settle(1)
 
 
+# -- servers behind a proxy
+
+
+def prepare_single_writes(pipeline: Pipeline, batch: Batch) -> None:
+    """Let each write command hold one record, for a proxy that hides several servers.
+
+    A proxy sends a script to the server of its first key. So the records of one script must lie on
+    one server, which is certain only for one record whose two keys share a hash tag. Writes by
+    script of other records fail. The caller counts on a frozen batch at the head of the queue.
+    """
+    if batch.one_per_command:
+        return
+    batch.one_per_command = True
+    if batch.kind == c.SET:
+        return  # a proxy splits MSET
+    fails = False
+    for i in range(len(batch.names) - 1, batch.sent - 1, -1):
+        name, entry = batch.names[i], batch.entries[i]
+        if pipeline.slot_of(batch.kind, name) >= 0:
+            continue
+        make = partial(c.keys_apart, name)
+        fails = True
+        del batch.names[i], batch.entries[i], batch.records[name]
+        batch.repeated -= i < batch.repeated
+        give_error(pipeline, batch, name, entry, make)
+        if batch.bulk is not None:
+            batch.bulk.settle(1)
+    if fails:
+        pipeline.recount()
+
+
 # -- refusals
 
 
@@ -501,7 +532,11 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
     put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
     lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
-    mixed = error.code == "NOPERM" and count > 1
+    across = c.is_across_slots(error.message) and not pipeline.clustered
+    mixed = count > 1 and (error.code == "NOPERM" or across)
+    if mixed and across and batch.kind <= c.SET_IF_NEWER:
+        pipeline.single_writes = True
+        pipeline.single_reads = pipeline.single_reads or batch.kind == c.GET
     is_overtaken = lost_script or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
     later = _written_after(pipeline, batch, mixed or put_off) if is_overtaken else {}
     again: dict[str, Any] = {}
@@ -520,6 +555,8 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
             repeated += i < batch.repeated
         else:
             make = refusal(pipeline, error, batch.kind, name)
+            if across and by_script and pipeline.slot_of(batch.kind, name) < 0:
+                make = partial(c.keys_apart, name)
             if name in later and _attach_to_newer_write(batch, entry, *later[name], make):
                 if put_off:
                     doubt = (None, batch.serial, name, later[name][0].serial, name)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ..config import NearCacheOptions, Options
 from ..core import constants
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
-from .connect_errors import UnsuitableServer
+from .connect_errors import UnsuitableServer, is_full
 from .credentials import Hidden, Login, Word, hidden, masked
 from .slots import parse_node_id, parse_nodes
+
+# Errors to HELLO that end the attempt: a login without RESP3 would meet them too.
+_FINAL: Final = (*constants.PASSING, "WRONGPASS", "MASTERDOWN", "DENIED")
+# Errors to later commands of a server that serves no operation.
+_NOT_SERVING: Final = (*constants.PASSING, "NOAUTH")
+# Seconds for which a server that closes connections at HELLO is not sent it again.
+_BARE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,46 @@ class ServerInfo:
     """Whether the connection speaks RESP3, which marks pushes apart from replies."""
     node_id: str = ""
     """The id of a node of a cluster; empty if it doesn't tell it, or wasn't asked."""
+    is_proxied: bool = False
+    """Whether the server is a proxy that may keep the keys of one command on several servers."""
+
+
+class ClosedHandshakes:
+    """Finds out whether a server closes connections at HELLO, as twemproxy does.
+
+    A server that restarts, or a balancer without a server, closes connections as well. So an
+    attempt that was closed is followed by one that sends PING first. If that one is closed between
+    PING and the end of the handshake, the next attempts are bare: without HELLO, CLIENT, SCRIPT and
+    COMMAND. All attempts to connect to one server share one of these.
+    """
+
+    def __init__(self) -> None:
+        self.is_suspect = False
+        self.bare_until = -math.inf
+
+    def attempt(self) -> Attempt:
+        """Return the next attempt."""
+        return Attempt(self)
+
+
+class Attempt:
+    """One handshake: whether it ``is_bare``, or begins with PING because it ``is_suspect``."""
+
+    def __init__(self, closed: ClosedHandshakes) -> None:
+        self._closed = closed
+        self.is_bare = time.monotonic() < closed.bare_until
+        self.is_suspect = closed.is_suspect and not self.is_bare
+        self.has_answer = False
+        """Whether the PING was answered."""
+
+    def note_closed(self) -> None:
+        """Note that the connection was closed during the handshake."""
+        until = time.monotonic() + _BARE_SECONDS if self.has_answer else -math.inf
+        self._closed.is_suspect, self._closed.bare_until = True, until
+
+    def note_done(self) -> None:
+        """Note a finished handshake."""
+        self._closed.is_suspect = False
 
 
 Handshake = Generator[list[list[Word]], list[Any], ServerInfo]
@@ -42,12 +91,14 @@ def handshake(
     read_only: bool = False,
     is_near: bool = False,
     of_cluster: bool = False,
+    attempt: Attempt | None = None,
 ) -> Handshake:
     """Log in to a server and set up the connection; returns the ServerInfo.
 
     With ``read_only``, a replica of a cluster is asked to answer reads. With ``is_near``, the
     server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
-    may be promoted on the same connection. There a node is asked for its id, too.
+    may be promoted on the same connection. There a node is asked for its id, too. ``attempt`` is
+    given for a server that may be a proxy, and hears from the caller if the connection is closed.
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
@@ -55,15 +106,35 @@ def handshake(
 
     Source: the Redis pages of HELLO, AUTH, READONLY and CLIENT TRACKING.
     """
+    if attempt is not None and attempt.is_bare:
+        info = yield from _log_in_barely(options, login, address, is_near)
+    else:
+        if attempt is not None and attempt.is_suspect:
+            (pong,) = yield [["PING"]]
+            if isinstance(pong, ReplyError) and _is_final(pong):
+                raise pong
+            attempt.has_answer = True
+        info = yield from _log_in(options, login, address, read_only, is_near, of_cluster)
+    if attempt is not None:
+        attempt.note_done()
+    return info
+
+
+def _log_in(
+    options: Options,
+    login: Login,
+    address: str,
+    read_only: bool,
+    is_near: bool,
+    of_cluster: bool,
+) -> Handshake:
     username, password = login
     hello: list[Word] = ["HELLO", "3"]
     if username is not None or password is not None:
         hello += ["AUTH", username or "default", password or ""]
     if options.connection_name:
         hello += ["SETNAME", options.connection_name]
-    commands: list[list[Word]] = [hello]
-    if options.db:
-        commands.append(["SELECT", str(options.db)])
+    selection: list[list[Word]] = [["SELECT", str(options.db)]] if options.db else []
     questions: list[list[Word]] = [
         # Loaded here, the script is missing only after SCRIPT FLUSH.
         ["SCRIPT", "LOAD", constants.SET_SCRIPT],
@@ -72,25 +143,22 @@ def handshake(
     if read_only:
         # Its reply is ignored: a server outside a cluster is found out by CLUSTER SLOTS.
         questions.append(["READONLY"])
-    if of_cluster:
-        questions.append(["CLUSTER", "MYID"])
-    greeting, *others = yield [*commands, *questions]
-    if isinstance(greeting, ReplyError) and _is_without_resp3(greeting):
-        commands[0] = ["PING"]
-        if password is not None:
-            commands[0] = ["AUTH", *([username] if username else []), password]
+    identity: list[list[Word]] = [["CLUSTER", "MYID"]] if of_cluster else []
+    greeting, *others = yield [hello, *selection, *questions, *identity]
+    is_foreign = False
+    if isinstance(greeting, ReplyError) and not _is_final(greeting):
+        is_foreign = not _is_of_redis(greeting)
         if options.connection_name:
-            commands.append(["CLIENT", "SETNAME", options.connection_name])
-        greeting, *others = yield [*commands, *questions]
-    replies = [greeting, *others]
-    consents, (loaded, known) = replies[: len(commands)], replies[len(commands) :][:2]
-    for reply in consents:
-        if isinstance(reply, ReplyError):
-            raise reply
+            questions.append(["CLIENT", "SETNAME", options.connection_name])
+        greeting, *others = yield [_authentication(login), *selection, *questions, *identity]
+        if password is None:
+            greeting = _unless_refused(greeting)
+    selected, (loaded, known) = others[: len(selection)], others[len(selection) :][:2]
+    _check_consent([greeting, *selected])
     # A user without the right to load scripts may do all the rest; a server that is still loading
     # its data, or busy with a script, serves nothing and says nothing of itself.
     for reply in (loaded, known):
-        if isinstance(reply, ReplyError) and reply.code in (*constants.PASSING, "NOAUTH"):
+        if isinstance(reply, ReplyError) and reply.code in _NOT_SERVING:
             raise reply
     facts = greeting if isinstance(greeting, dict) else {}
     if options.sentinels is not None:
@@ -99,10 +167,55 @@ def handshake(
     is_kept = of_cluster or facts.get(b"role") != b"replica"
     if is_near and options.near_cache is not None and is_kept:
         is_tracked = yield from _track(options, options.near_cache, facts, address)
-    node_id = (yield from _identify(replies[-1], address)) if of_cluster else ""
+    node_id = (yield from _identify(others[-1], address)) if of_cluster else ""
     has_msetex = isinstance(known, list) and any(known)
     server = masked(_kind_and_version(facts), secrets_of(options, login))
-    return ServerInfo(server, has_msetex, is_tracked, isinstance(greeting, dict), node_id)
+    return ServerInfo(
+        server,
+        has_msetex,
+        is_tracked,
+        isinstance(greeting, dict),
+        node_id,
+        _is_proxied(options, is_foreign),
+    )
+
+
+def _log_in_barely(options: Options, login: Login, address: str, is_near: bool) -> Handshake:
+    """Log in to a proxy that closes a connection at every command that it doesn't know."""
+    selection: list[list[Word]] = [["SELECT", str(options.db)]] if options.db else []
+    greeting, *selected = yield [_authentication(login), *selection]
+    if login[1] is None:
+        greeting = _unless_refused(greeting)
+    _check_consent([greeting, *selected])
+    if is_near and options.near_cache is not None:
+        yield from _track(options, options.near_cache, {}, address)
+    return ServerInfo("", False, False, False, is_proxied=_is_proxied(options, True))
+
+
+def _is_proxied(options: Options, is_foreign: bool) -> bool:
+    return is_foreign if options.proxied is None else options.proxied
+
+
+def _authentication(login: Login) -> list[Word]:
+    """Return the login of RESP2, or PING without a password: a refusal of it tells as much."""
+    username, password = login
+    if password is None:
+        return ["PING"]
+    return ["AUTH", *([] if username in (None, "", "default") else [username]), password]
+
+
+def _unless_refused(pong: object) -> object:
+    """Return the reply to PING, or None for a refusal of the command alone."""
+    is_harmless = isinstance(pong, ReplyError) and not (
+        _is_final(pong) or pong.code in _NOT_SERVING
+    )
+    return None if is_harmless else pong
+
+
+def _check_consent(replies: list[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, ReplyError):
+            raise reply
 
 
 def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
@@ -194,6 +307,16 @@ def _check_role(options: Options, role: object, address: str) -> None:
         )
 
 
-def _is_without_resp3(error: ReplyError) -> bool:
-    """Whether HELLO was refused by a server before Redis 6, or for want of permission."""
-    return error.code in ("NOPROTO", "NOPERM") or "unknown command" in error.message.lower()
+def _is_final(error: ReplyError) -> bool:
+    """Whether a login without RESP3 would be refused like HELLO."""
+    return error.code in _FINAL or is_full(error.message)
+
+
+def _is_of_redis(error: ReplyError) -> bool:
+    """Whether HELLO was refused by a server before Redis 6, or for want of permission.
+
+    Proxies have wordings of their own.
+    """
+    return (
+        error.code in ("NOPROTO", "NOPERM", "NOAUTH") or "unknown command" in error.message.lower()
+    )

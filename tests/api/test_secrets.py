@@ -152,11 +152,11 @@ def cut_in_the_middle(command: list[bytes]) -> bytes:
 
 
 HOSTILE = {
-    "error": {"HELLO": repeated},
-    "code": {"HELLO": lambda command: b"-" + command[-1] + b"\r\n"},
+    "error": {"HELLO": repeated, "AUTH": repeated},
+    "code": dict.fromkeys(("HELLO", "AUTH"), lambda command: b"-" + command[-1] + b"\r\n"),
     "old": {"HELLO": b"-ERR unknown command\r\n", "AUTH": repeated},
     "push": {"HELLO": as_a_push},
-    "cut": {"HELLO": cut_in_the_middle},
+    "cut": {"HELLO": cut_in_the_middle, "AUTH": cut_in_the_middle},
     "select": {"SELECT": lambda command: b"-ERR no: " + SECRET.encode() + b"\r\n"},
 }
 
@@ -217,7 +217,7 @@ class Provider(CredentialProvider):
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_the_token_of_a_provider_is_hidden(fails: bool, backend: str) -> None:
-    async with FakeServer({"HELLO": repeated}) as fake:
+    async with FakeServer({"HELLO": repeated, "AUTH": repeated}) as fake:
         config = config_of(fake.port, commandTimeout=500, connectTimeout=500)
         del config["options"]["username"], config["options"]["password"]
         assert_hidden(await fail_everywhere(config, credentials=Provider(fails)))

@@ -41,8 +41,9 @@ from tests.support.waiting import PATIENCE
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLE = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 OPTIONS = (
-    "host, port, path, family, username, password, db, keyPrefix, keyLayout, ttl, connectionName, "
-    "connectTimeout, commandTimeout, closeTimeout, reconnectOnError, retryStrategy, maxPending, "
+    "host, port, path, family, username, password, db, keyPrefix, keyLayout, proxied, ttl, "
+    "connectionName, connectTimeout, commandTimeout, closeTimeout, reconnectOnError, "
+    "retryStrategy, maxPending, "
     "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, "
     "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
@@ -1720,3 +1721,18 @@ def test_a_message_node_has_its_configuration() -> None:
 def test_spellings_of_an_address(one: tuple[str, int], other: tuple[str, int]) -> None:
     assert (canonical(*one) == canonical(*other)) is ("[" not in other[0])
     assert split_address(f"[{one[0]}]:{one[1]}") == one
+
+
+def test_proxied_chooses_the_layout() -> None:
+    def layout(**options: Any) -> bool:
+        return load({"name": "redis", "options": options}).options.hash_tag
+
+    assert layout(proxied=True) is True
+    assert layout(proxied=False) is False
+    assert layout(proxied=True, keyLayout="deepstream") is False
+
+
+def test_proxied_beside_nodes() -> None:
+    nodes = [{"host": "127.0.0.1", "port": 7000}]
+    with pytest.raises(ConfigError, match="proxied"):
+        load({"name": "redis", "options": {"proxied": True, "nodes": nodes}})

@@ -80,6 +80,7 @@ def test_options_of_message_nodes() -> None:
 def test_options_for_records_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     of_records = {
         **{"keyPrefix": "{", "ttl": 60, "nearCache": True, "keyLayout": "hashtag"},
+        "proxied": True,
         **{"maxConnections": 3, "scaleReads": "slave"},
     }
     caplog.set_level(logging.INFO)
