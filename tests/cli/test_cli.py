@@ -606,30 +606,34 @@ def test_the_address_of_a_node(line: str, address: str | None) -> None:
 
 
 def test_the_address_of_a_node_by_the_slots_and_the_nat_map() -> None:
+    a, b, c, d, e, f = (letter * 40 for letter in "abcdef")
     lines = "\n".join(
         [
-            f"a 10.0.0.1:7000@17000,one.example master - {TAIL} 0-5 [7->-b]",
-            f"b 10.0.0.2:7000@17000,two.example master,fail - {TAIL} 8 10-12",
-            f"c 10.0.0.3:7000@17000,three.example slave a {TAIL}",
-            f"d 10.0.0.4:7000@17000 handshake - {TAIL}",
-            f"e 10.0.0.5:7000@17000 slave f {TAIL}",
+            f"{a} 10.0.0.1:7000@17000,one.example master - {TAIL} 0-5 [7->-b]",
+            f"{b} 10.0.0.2:7000@17000,two.example master,fail - {TAIL} 8 10-12",
+            f"{c} 10.0.0.3:7000@17000,three.example slave {a} {TAIL}",
+            f"{d} 10.0.0.4:7000@17000 handshake - {TAIL}",
+            f"{e} 10.0.0.5:7000@17000 slave {f} {TAIL}",
         ]
     )
-    slots = [[0, 5, [b"one.example", 7000, b"a", {}]], [8, 8, [b"two.example", 7000, b"b", {}]]]
+    slots = [
+        [0, 5, [b"one.example", 7000, a.encode(), {}]],
+        [8, 8, [b"two.example", 7000, b.encode(), {}]],
+    ]
     nat = {"two.example:7000": {"host": "127.0.0.1", "port": 7002}}
     found = members(lines, slots, natMap=nat)
     assert {name: one.place for name, one in found.items()} == {
-        "a": ("one.example", 7000),
-        "b": ("127.0.0.1", 7002),
+        a: ("one.example", 7000),
+        b: ("127.0.0.1", 7002),
         # Not among the slots, but named in the same way.
-        "c": ("three.example", 7000),
-        "e": ("10.0.0.5", 7000),
+        c: ("three.example", 7000),
+        e: ("10.0.0.5", 7000),
     }
-    assert list(found) == ["a", "c", "b", "e"]
-    assert found["a"].report.slots == ((0, 5),)
-    assert found["b"].report.slots == ((8, 8), (10, 12))
-    assert found["c"].report.primary == "one.example:7000"
-    assert found["e"].report.primary is None
+    assert list(found) == [a, c, b, e]
+    assert found[a].report.slots == ((0, 5),)
+    assert found[b].report.slots == ((8, 8), (10, 12))
+    assert found[c].report.primary == "one.example:7000"
+    assert found[e].report.primary is None
 
 
 @pytest.mark.parametrize(
