@@ -228,6 +228,7 @@ class OneRecordACommand(Dscache):
         # It redirects nothing, and so no cluster is needed.
         cluster: Any = object.__new__(Cluster)
         cluster.on_connected = cluster.on_disconnected = lambda node: None
+        cluster.check_identity = lambda node, node_id: None
         connection = Connection(load(self._config(where)).options, cluster=cluster)
         self._cache._topology = connection
 
