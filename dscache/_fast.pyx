@@ -49,7 +49,9 @@ from .core import envelope as e
 from .core import recovery
 from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
+from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject as _reject
+from .core.waiters import reject_unobserved as _reject_unobserved
 from .errors import ProtocolError, ReplyError, shorten
 
 cdef extern from "Python.h":
@@ -329,9 +331,9 @@ cdef class Pipeline:
 
     # -- reads for the near cache
 
-    def read(self, str name not None, waiter):
-        """Queue a read, of which ``waiter`` gets the Record, or None."""
-        self._join(GET, name, waiter)
+    def read(self, str name not None, waiter, int kind=GET):
+        """Queue a GET or HEAD, of which ``waiter`` gets the Record or the version, or None."""
+        self._join(kind, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""

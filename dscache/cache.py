@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ._cache import CacheBase
@@ -28,8 +28,8 @@ Topology: TypeAlias = "MemoryNode | Connection | Cluster"
 class _Operations(Protocol):
     """The operations of a Pipeline, a Router, a NearCache or a MemoryPipeline."""
 
-    def get(self, name: str) -> asyncio.Future[Record | None]: ...
-    def head(self, name: str) -> asyncio.Future[int | None]: ...
+    def get(self, name: str) -> Awaitable[Record | None]: ...
+    def head(self, name: str) -> Awaitable[int | None]: ...
     def set(
         self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool
     ) -> asyncio.Future[bool]: ...
@@ -47,7 +47,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    The future of a record in the near cache (``nearCache``) is done already.
+    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine instead of a Future.
+    It must be awaited once; the operation is still issued at the call.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
@@ -61,7 +62,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
 
-    def get(self, name: str) -> asyncio.Future[Record | None]:
+    def get(self, name: str) -> Awaitable[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
         ``name`` is any text that isn't empty. Raises RecordError at the call for a bad name. The
@@ -69,7 +70,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).get(name)
 
-    def head(self, name: str) -> asyncio.Future[int | None]:
+    def head(self, name: str) -> Awaitable[int | None]:
         """Read the version of a record; the result is an int, or None if it doesn't exist.
 
         Raises RecordError at the call for a bad name. The future fails with RecordError if the

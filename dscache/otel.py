@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
@@ -230,6 +230,8 @@ class Tracing:
                 raise
             if isinstance(result, asyncio.Future):
                 result.add_done_callback(partial(_settled, span, operation))
+            elif asyncio.iscoroutine(result):
+                return _awaited(span, operation, result)
             else:
                 _end(span, operation, result)
             return result
@@ -257,6 +259,16 @@ def _settled(span: Span, operation: str, future: asyncio.Future[Any]) -> None:
         _end(span, operation, future.result())
     else:
         _fail(span, error)
+
+
+async def _awaited(span: Span, operation: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        result = await coroutine
+    except BaseException as error:
+        _fail(span, error)
+        raise
+    _end(span, operation, result)
+    return result
 
 
 def _end(span: Span, operation: str, result: Any) -> None:

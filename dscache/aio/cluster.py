@@ -21,7 +21,7 @@ from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange
 from .background_task import BackgroundTask
 from .cluster_nodes import ClusterNodes
 from .connection import Connection, NodeListener
-from .lifecycle import LoopBound, future_factory
+from .lifecycle import LoopBound
 from .resolver import Resolver
 from .slot_hold import SlotHold
 from .slot_refresh import SlotRefresher
@@ -70,7 +70,7 @@ class Cluster(LoopBound, NodeListener):
         self._near: NearCache | None = None
         if options.near_cache is not None:
             self._near = _backend.core.NearCache(
-                future_factory(self._loop),
+                self._loop.create_future,
                 self.pipeline,
                 check=self._check_owner,
                 **options.for_near_cache(),

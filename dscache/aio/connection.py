@@ -34,7 +34,7 @@ from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
-from .lifecycle import LoopBound, check_loop, check_process, closed, future_factory
+from .lifecycle import LoopBound, check_loop, check_process, closed
 from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -119,7 +119,7 @@ class Connection(LoopBound):
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
-            future_factory(self._loop),
+            self._loop.create_future,
             self._wake,
             begin=self._begin,
             address=self._endpoint.address,
@@ -135,7 +135,7 @@ class Connection(LoopBound):
         self._own_near: NearCache | None = None
         if is_near and near is None:
             self.entry = self._own_near = near = _backend.core.NearCache(
-                future_factory(self._loop),
+                self._loop.create_future,
                 self.pipeline,
                 check=self._check_owner,
                 **options.for_near_cache(),

@@ -8,7 +8,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -69,16 +68,6 @@ class LoopBound:
         """Wait until it is no longer busy, or until the end, by the loop's clock."""
         while is_busy() and self._loop.time() < end:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_STEP)
-
-
-def future_factory(loop: asyncio.AbstractEventLoop) -> Callable[[], asyncio.Future[Any]]:
-    """Return the loop's ``create_future``, or an equivalent that takes half the time.
-
-    The method of asyncio's own loops is a Python frame around the constructor.
-    """
-    if getattr(type(loop), "create_future", None) is asyncio.BaseEventLoop.create_future:
-        return partial(asyncio.Future, loop=loop)
-    return loop.create_future
 
 
 # The tasks that close dropped objects: the event loop's own references are weak.

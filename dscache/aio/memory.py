@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import Options
 from ..core.memory import NO_CONNECTIONS, MemoryPipeline
-from .lifecycle import check_loop, future_factory
+from .lifecycle import check_loop
 
 
 class MemoryNode:
@@ -18,7 +18,7 @@ class MemoryNode:
     def __init__(self, options: Options) -> None:
         loop = asyncio.get_running_loop()
         self.pipeline = MemoryPipeline(
-            future_factory(loop), lambda: check_loop(loop, "an AsyncCache"), options.ttl
+            loop.create_future, lambda: check_loop(loop, "an AsyncCache"), options.ttl
         )
         # No near cache: the records are in memory already.
         self.entry = self.pipeline

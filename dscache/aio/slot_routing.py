@@ -18,7 +18,7 @@ from ..core.split_records import SplitRecords
 from ..errors import ConnectError, ConnectionLost
 from ..net.slot_table import Shard
 from .connection import Connection
-from .lifecycle import closed, future_factory
+from .lifecycle import closed
 from .slot_hold import SlotHold
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ class SlotRouter:
         self.readers: Mapping[Connection, list[Connection]] = {}
         self._holders: dict[Pipeline, Connection | SlotHold] = {}
         core = _backend.core
-        create_future = future_factory(self._loop)
         self._new_pipeline: Callable[[Callable[[], None]], Pipeline] = partial(
             core.Pipeline,
-            create_future,
+            self._loop.create_future,
             address=options.address,
             refuse_when_full=shared.when_full == "error",
             clustered=True,
@@ -53,13 +52,13 @@ class SlotRouter:
             **shared.for_pipeline(),
         )
         self._apart = SplitRecords(
-            core, create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
+            core, self._loop.create_future, key_prefix=options.key_prefix, ttl=options.ttl or 0
         )
         self._all_holds: list[SlotHold] = []
         self.unrouted = self._new_hold(self._on_unrouted)
         self.unrouted.pipeline.down = ConnectError("still connecting")
         self.router: Router = core.Router(
-            create_future,
+            self._loop.create_future,
             self.unrouted.pipeline,
             self._apart,
             key_prefix=options.key_prefix,

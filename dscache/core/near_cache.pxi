@@ -89,7 +89,8 @@ cdef class _Entry:
 cdef class NearCache:
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    A hit's waiter is done already: awaiting it doesn't yield to the event loop.
+    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
+    the event loop. Both are issued at the call, like every other operation.
 
     ``settings`` are those of NearSettings.
     """
@@ -151,23 +152,25 @@ cdef class NearCache:
     # -- operations on one record
 
     def get(self, name):
-        """Return a waiter of the Record, or None; it is done already if the record was cached."""
+        """Return a coroutine that returns the Record, or None."""
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None:
-            return self._read(check_name(name))
-        return self._done(_record_of(entry, stale))
+            return _later(self._read(check_name(name)))
+        return _now(_record_of(entry, stale))
 
     def head(self, name):
-        """Return a waiter of the version, or None; it is done already if it was cached."""
+        """Return a coroutine that returns the version, or None."""
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None or stale:
             self._misses += 1
-            return self._inner.head(name)
-        return self._done(None if entry.raw is None else entry.version)
+            waiter = self._create_waiter()
+            self._inner.read(check_name(name), _Unobserved(waiter), HEAD)
+            return _later(waiter)
+        return _now(None if entry.raw is None else entry.version)
 
     def set(self, name, version, data, ttl=None, if_newer=False):
         """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
@@ -384,11 +387,6 @@ cdef class NearCache:
 
     # -- helpers
 
-    cdef inline object _done(self, result):
-        cdef object waiter = self._create_waiter()
-        waiter.set_result(result)
-        return waiter
-
     cdef inline _Entry _look(self, name, bint* stale):
         """Return the entry of a name if it may be served, and whether it may be outdated."""
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
@@ -565,7 +563,7 @@ cdef class _PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _reject(waiter, partial(c.copy_error, error))
+                _reject_unobserved(waiter, partial(c.copy_error, error))
             else:
                 _resolve(waiter, known)
 
@@ -573,3 +571,11 @@ cdef class _PendingRead:
 cdef inline Record _another(Record record):
     """Return a copy of the record, for another caller."""
     return None if record is None else _record(record.name, record.version, record.raw)
+
+
+async def _now(result):
+    return result
+
+
+async def _later(waiter):
+    return await waiter

@@ -46,7 +46,7 @@ from .batch import serials
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
-from .waiters import Part, reject, resolve
+from .waiters import Part, Unobserved, reject_unobserved, resolve
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -125,7 +125,8 @@ class Entry:
 class NearCache:
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    A hit's waiter is done already: awaiting it doesn't yield to the event loop.
+    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
+    the event loop. Both are issued at the call, like every other operation.
 
     ``settings`` are those of NearSettings.
     """
@@ -153,21 +154,23 @@ class NearCache:
     # -- operations on one record
 
     def get(self, name: str) -> Any:
-        """Return a waiter of the Record, or None; it is done already if the record was cached."""
+        """Return a coroutine that returns the Record, or None."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None:
-            return self._read(check_name(name))
-        return self._done(self._record(name, entry, stale))
+            return _later(self._read(check_name(name)))
+        return _now(self._record(name, entry, stale))
 
     def head(self, name: str) -> Any:
-        """Return a waiter of the version, or None; it is done already if it was cached."""
+        """Return a coroutine that returns the version, or None."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None or stale:
             self._counts["misses"] += 1
-            return self._inner.head(name)
-        return self._done(None if entry.raw is None else entry.version)
+            waiter = self._create_waiter()
+            self._inner.read(check_name(name), Unobserved(waiter), c.HEAD)
+            return _later(waiter)
+        return _now(None if entry.raw is None else entry.version)
 
     def set(
         self,
@@ -366,11 +369,6 @@ class NearCache:
 
     # -- helpers
 
-    def _done(self, result: object) -> Any:
-        waiter = self._create_waiter()
-        waiter.set_result(result)
-        return waiter
-
     def _look(self, name: Any) -> tuple[Entry | None, bool]:
         """Return the entry of a name if it may be served, and whether it may be outdated."""
         entry = self._entries.get(name) if type(name) is str else None
@@ -502,7 +500,7 @@ class PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
             if known is None:
-                reject(waiter, partial(c.copy_error, error))
+                reject_unobserved(waiter, partial(c.copy_error, error))
             else:
                 resolve(waiter, known)
 
@@ -510,3 +508,11 @@ class PendingRead:
 def _another(record: Record | None) -> Record | None:
     """Return a copy of the record, for another caller."""
     return None if record is None else Record(record.name, record.version, record.raw)
+
+
+async def _now(result: Any) -> Any:
+    return result
+
+
+async def _later(waiter: Any) -> Any:
+    return await waiter

@@ -273,9 +273,9 @@ class Pipeline:
 
     # -- reads for the near cache
 
-    def read(self, name: str, waiter: Any) -> None:
-        """Queue a read, of which ``waiter`` gets the Record, or None."""
-        self._join(c.GET, name, waiter)
+    def read(self, name: str, waiter: Any, kind: int = c.GET) -> None:
+        """Queue a GET or HEAD, of which ``waiter`` gets the Record or the version, or None."""
+        self._join(kind, name, waiter)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of the records found."""

@@ -92,13 +92,13 @@ cdef class Router:
 
     # -- reads for the near cache
 
-    def read(self, str name not None, waiter):
-        """Queue a read; ``waiter`` gets the Record, or None."""
+    def read(self, str name not None, waiter, int kind=GET):
+        """Queue a GET or HEAD, of which ``waiter`` gets the Record or the version, or None."""
         cdef int slot = self._encoder.slot(name)
         if slot < 0:
-            self._apart.read(name, waiter)
+            self._apart.read(name, waiter, kind)
         else:
-            (<Pipeline?>self.readers[slot])._join(GET, name, waiter)
+            (<Pipeline?>self.readers[slot])._join(kind, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""

@@ -94,9 +94,9 @@ class Router:
 
     # -- reads for the near cache
 
-    def read(self, name: str, waiter: Any) -> None:
-        """Queue a read; ``waiter`` gets the Record, or None."""
-        self._at(self.readers, name).read(name, waiter)
+    def read(self, name: str, waiter: Any, kind: int = c.GET) -> None:
+        """Queue a GET or HEAD, of which ``waiter`` gets the Record or the version, or None."""
+        self._at(self.readers, name).read(name, waiter, kind)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""

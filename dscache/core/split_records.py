@@ -51,9 +51,10 @@ class SplitRecords:
         """Read both keys; the waiter gets the Record, or None."""
         return self._read(name, self._begin(c.READ_KEY, name))
 
-    def read(self, name: str, waiter: Any) -> None:
-        """Read both keys for ``waiter``, which gets the Record, or None."""
-        self._read(name, self._begin(c.READ_KEY, name, waiter=waiter))
+    def read(self, name: str, waiter: Any, kind: int = c.GET) -> None:
+        """Read both keys for ``waiter``, which gets the Record or the version, or None."""
+        read = self._read if kind == c.GET else self._look
+        read(name, self._begin(c.READ_KEY, name, waiter=waiter))
 
     def head(self, name: str) -> Any:
         """Read the version, and whether there is data; the waiter gets the int, or None."""

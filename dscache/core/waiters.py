@@ -62,6 +62,21 @@ class Part:
         self._whole.take_error(self._key, error, again)
 
 
+class Unobserved:
+    """The waiter of a coroutine; see ``reject_unobserved``."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self, waiter: Any) -> None:
+        self._waiter = waiter
+
+    def set_result(self, result: object, /) -> None:
+        resolve(self._waiter, result)
+
+    def set_exception(self, error: Exception, /) -> None:
+        reject_unobserved(self._waiter, lambda: error)
+
+
 def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
     """Return the waiters of one record with one more added."""
     if type(earlier) is not list:
@@ -82,3 +97,15 @@ def reject(waiter: Any, make: Callable[[], Exception]) -> None:
     for one in waiter if type(waiter) is list else (waiter,):
         with suppress(InvalidStateError):
             one.set_exception(make())
+
+
+def reject_unobserved(waiter: Any, make: Callable[[], Exception]) -> None:
+    """Give an error to a waiter of which no caller may hear.
+
+    A coroutine may be closed before it begins to wait, as in a cancelled ``asyncio.gather``. Then
+    the event loop must not log that the error was never retrieved.
+    """
+    with suppress(InvalidStateError):
+        waiter.set_exception(make())
+        if type(waiter) is not Part:
+            waiter.exception()

@@ -65,6 +65,15 @@ def _text(name: str) -> bytes:
     return b'{"name":"%s"}' % name.encode()
 
 
+def _awaited(waiter: Any) -> Any:
+    """Return a future: a near cache returns coroutines, which begin when they are awaited."""
+    if not asyncio.iscoroutine(waiter):
+        return waiter
+    task = _LOOP.create_task(waiter)
+    _LOOP.run_until_complete(asyncio.wait([task], timeout=1.0))
+    return task
+
+
 class Shield:
     """Lets allocations fail only in the core, and not in the Reader of hiredis.
 
@@ -224,6 +233,7 @@ class Scene:
         self.pipeline.down = None
         probes = [(name, self.pipeline.get(name)) for name in _OWNERS]
         self._serve(self.pipeline)
+        self.waiters = [_awaited(waiter) for waiter in self.waiters]
         if not all(waiter is None or waiter.done() for waiter in self._told()):
             self._again(self.expire)
         self._check(probes)

@@ -131,6 +131,10 @@ class Waiter:
             raise self.error
         return self.value
 
+    def exception(self) -> Exception | None:
+        """Return the error, if there is one."""
+        return self.error
+
     def _settle(self) -> None:
         if self.cancelled:
             raise InvalidStateError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -32,8 +33,8 @@ async def of_a_subclass() -> None:
 
 
 async def single(cache: AsyncCache) -> None:
-    assert_type(cache.get("n"), Future[Record | None])
-    assert_type(cache.head("n"), Future[int | None])
+    assert_type(cache.get("n"), Awaitable[Record | None])
+    assert_type(cache.head("n"), Awaitable[int | None])
     assert_type(cache.set("n", 1, {}), Future[bool])
     assert_type(cache.delete("n"), Future[bool])
     assert_type(await cache.get("n"), Record | None)
