@@ -50,7 +50,6 @@ from .core import recovery
 from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
-from .core.waiters import reject as _reject
 from .core.waiters import reject_unobserved as _reject_unobserved
 from .errors import ProtocolError, ReplyError, shorten
 
