@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._backend import BACKEND, core, make_message, make_record
 from ._version import __version__
 from .cache import AsyncCache
+from .core.condition import ANY
 from .errors import (
     BulkError,
     ConfigError,
@@ -41,6 +42,7 @@ else:
 
 
 __all__ = [
+    "ANY",
     "BACKEND",
     "AsyncCache",
     "BulkError",

@@ -84,8 +84,9 @@ class CacheBase(Generic[NodesT]):
 
         Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
         ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
-        not_newer deletes``, ``failed`` (the call ended in an error), ``overloaded`` (calls that
-        were refused). Traffic: ``batches sent mean_batch`` (records a batch), ``commands flushes
+        deletes``, ``not_newer`` (refused by ``if_newer`` or ``if_version``), ``failed`` (the call
+        ended in an error), ``overloaded`` (calls that were refused). Traffic: ``batches sent
+        mean_batch`` (records a batch), ``commands flushes
         bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
         ``pending_bytes``, ``connections``, and threads ``waiting`` for one (a Cache). Connections
         so far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds``

@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
 
 _FOUND: Final = "Records read, by whether Redis had them."
-_WRITTEN: Final = "Records written, and records skipped by if_newer."
+_WRITTEN: Final = "Records written, and records that if_newer or if_version refused."
 
 COUNTERS: Final = (
     Metric("operations", "operations", "{operation}", "Calls of get, set, get_bulk and the like."),

@@ -13,6 +13,7 @@ from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
+from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -31,15 +32,27 @@ class _Operations(Protocol):
     def get(self, name: str) -> Awaitable[Record | None]: ...
     def head(self, name: str) -> Awaitable[int | None]: ...
     def set(
-        self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None,
+        if_newer: bool,
+        if_version: IfVersion,
     ) -> asyncio.Future[bool]: ...
-    def delete(self, name: str) -> asyncio.Future[bool]: ...
+    def delete(self, name: str, if_version: IfVersion) -> asyncio.Future[bool]: ...
     def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]: ...
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]: ...
     def set_bulk(
-        self, records: Mapping[str, tuple[int, Any]], ttl: int | None, if_newer: bool
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None,
+        if_newer: bool,
+        if_version: IfVersions,
     ) -> asyncio.Future[builtins.set[str]]: ...
-    def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]: ...
+    def delete_bulk(
+        self, names: Iterable[str], if_version: IfVersionsHeld
+    ) -> asyncio.Future[int]: ...
 
 
 class AsyncCache(CacheBase[Topology], AsyncResource):
@@ -86,6 +99,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         *,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> asyncio.Future[bool]:
         """Write a record, version and data in one atomic step; the result is True.
 
@@ -93,20 +107,22 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is
         encoded at the call. ``ttl`` is the record's lifetime in seconds: None for the configured
         default, 0 for no expiry. With ``if_newer``, nothing is written and the result is False if
-        Redis holds this version or a higher one.
+        Redis holds this version or a higher one. With ``if_version``, nothing is written and the
+        result is False unless Redis holds exactly that version, or no record if it is None.
 
-        Raises RecordError at the call for a bad argument. If a plain write may or may not have
-        happened, the future fails with ConnectionLost or DeadlineExceeded; with ``if_newer`` it
-        is safe to repeat.
+        Raises RecordError at the call for a bad argument, or for both conditions. If a write may or
+        may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
+        ``if_newer`` it is safe to repeat.
         """
-        return (self._pipeline or self._open()).set(name, version, data, ttl, if_newer)
+        return (self._pipeline or self._open()).set(name, version, data, ttl, if_newer, if_version)
 
-    def delete(self, name: str) -> asyncio.Future[bool]:
+    def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> asyncio.Future[bool]:
         """Remove a record, even a half or damaged one; the result is whether it existed.
 
-        Raises RecordError at the call for a bad name.
+        With ``if_version``, nothing is removed and the result is False unless Redis holds exactly
+        that version. Raises RecordError at the call for a bad name or version.
         """
-        return (self._pipeline or self._open()).delete(name)
+        return (self._pipeline or self._open()).delete(name, if_version)
 
     def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
         """Read records; the result maps the names found to Records, in the order of ``names``.
@@ -130,26 +146,33 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         *,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> asyncio.Future[builtins.set[str]]:
         """Write records ``{name: (version, data)}``; the result is the set of names not written.
 
         Each record is written atomically, but the bulk isn't: it is sent in commands of some
-        hundred records. Without ``if_newer`` all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records in seconds.
+        hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
+        lifetime of all these records in seconds. ``if_version`` maps each name to the version that
+        Redis must hold, or to None.
 
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
         """
-        return (self._pipeline or self._open()).set_bulk(records, ttl, if_newer)
+        return (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
 
-    def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]:
+    def delete_bulk(
+        self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY
+    ) -> asyncio.Future[int]:
         """Remove records; the result is the number of records that existed.
+
+        ``if_version`` maps each name to the version that Redis must hold; the result is the number
+        of records removed then.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
         with BulkError if some records can't be removed; it has their errors and the number of
         the others.
         """
-        return (self._pipeline or self._open()).delete_bulk(names)
+        return (self._pipeline or self._open()).delete_bulk(names, if_version)
 
     async def when_ready(self) -> None:
         """Wait until the cache is connected.

@@ -14,6 +14,7 @@ from ._forks import after_fork_in_child
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
+from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .errors import ConfigError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         *,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> bool:
         """Write a record, version and data in one atomic step, and return True.
 
@@ -92,19 +94,22 @@ class Cache(CacheBase[Pool | MemoryPool]):
         any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl``
         is the record's lifetime in seconds: None for the configured default, 0 for no expiry. With
         ``if_newer``, nothing is written and False is returned if Redis holds this version or a
-        higher one.
+        higher one. With ``if_version``, nothing is written and False is returned unless Redis holds
+        exactly that version, or no record if it is None.
 
-        Raises RecordError for a bad argument, and ConnectionLost or DeadlineExceeded if a plain
-        write may or may not have happened; with ``if_newer`` it is safe to repeat.
+        Raises RecordError for a bad argument or for both conditions, and ConnectionLost or
+        DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
+        repeat.
         """
-        return (self._run or self._open())("set", name, version, data, ttl, if_newer)
+        return (self._run or self._open())("set", name, version, data, ttl, if_newer, if_version)
 
-    def delete(self, name: str) -> bool:
+    def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
         """Remove a record, even a half or damaged one; return whether it existed.
 
-        Raises RecordError for a bad name.
+        With ``if_version``, nothing is removed and False is returned unless Redis holds exactly
+        that version. Raises RecordError for a bad name or version.
         """
-        return (self._run or self._open())("delete", name)
+        return (self._run or self._open())("delete", name, if_version)
 
     def get_bulk(self, names: Iterable[str]) -> dict[str, Record]:
         """Return the Records found by their names, in the order of ``names``.
@@ -128,25 +133,30 @@ class Cache(CacheBase[Pool | MemoryPool]):
         *,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> builtins.set[str]:
         """Write records ``{name: (version, data)}``; return the set of names not written.
 
         Each record is written atomically, but the bulk isn't: it is sent in commands of some
-        hundred records. Without ``if_newer`` all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records in seconds.
+        hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
+        lifetime of all these records in seconds. ``if_version`` maps each name to the version that
+        Redis must hold, or to None.
 
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
         """
-        return (self._run or self._open())("set_bulk", records, ttl, if_newer)
+        return (self._run or self._open())("set_bulk", records, ttl, if_newer, if_version)
 
-    def delete_bulk(self, names: Iterable[str]) -> int:
+    def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
         """Remove records; return the number of records that existed.
+
+        ``if_version`` maps each name to the version that Redis must hold; the number is that of the
+        records removed then.
 
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
         """
-        return (self._run or self._open())("delete_bulk", names)
+        return (self._run or self._open())("delete_bulk", names, if_version)
 
     def when_ready(self) -> None:
         """Wait until the cache is connected.

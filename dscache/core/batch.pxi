@@ -15,7 +15,7 @@ cdef class _Write:
     cdef readonly long long version
     cdef readonly long long ttl
     cdef readonly bytes text
-    cdef bytes guard
+    cdef readonly bytes guard
     cdef public object waiter  # a waiter, a list of them, or None in a bulk
 
 
@@ -192,7 +192,7 @@ cdef class _Batch:
         """Return the bytes of text in unanswered records; if abandoned, only in the sent ones."""
         cdef Py_ssize_t i, last, size = 0
         cdef PyObject* entry
-        if not (SET <= self.kind <= SET_IF_NEWER or self.kind >= READ_KEY):
+        if not (SET <= self.kind <= DELETE_IF or self.kind >= READ_KEY):
             return 0
         # An abandoned batch sends no more records.
         last = self.sent if self.abandoned() else PyDict_Size(self.records)

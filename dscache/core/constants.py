@@ -94,17 +94,18 @@ GET: Final = 0
 HEAD: Final = 1
 SET: Final = 2
 SET_TTL: Final = 3
-SET_IF_NEWER: Final = 4
-DELETE: Final = 5
-COMMAND: Final = 6
+SET_IF_NEWER: Final = 4  # any write with a condition
+DELETE_IF: Final = 5
+DELETE: Final = 6
+COMMAND: Final = 7
 # One key of a record whose two keys lie on different nodes.
-READ_KEY: Final = 7
-WRITE_KEY: Final = 8
+READ_KEY: Final = 8
+WRITE_KEY: Final = 9
 # A message. Its name is {<topic>}<number>: no two are the same, and its slot is its channel's.
-PUBLISH: Final = 9
+PUBLISH: Final = 10
 OPERATIONS: Final = (
-    *("get", "head", "set", "set", "set", "delete", "command", "read", "write"),
-    "send",
+    *("get", "head", "set", "set", "set", "delete", "delete"),
+    *("command", "read", "write", "send"),
 )
 
 # Errors of a node that can't be reached; they say nothing about the record.
@@ -148,16 +149,24 @@ UNGUARDED: Final = b"0"
 GUARDED: Final = b"1"
 # A repeated guarded write finds its own first attempt and must not take it for another writer's.
 GUARDED_REPEAT: Final = b"2"
+# Before the version that a write or removal expects; with none behind it, it expects no record.
+EXPECTED: Final = b"="
+# In its place in a repeat, whose first attempt may have been done and be overwritten since.
+EXPECTED_REPEAT: Final = b"~"
+OR_NONE: Final = ", or None if there must be no record"
 
 NOT_NEWER: Final = 0
 WRITTEN: Final = 1
 DAMAGED: Final = -1
+# A repeat finds a record that doesn't tell whether its first attempt was done.
+UNTOLD: Final = -2
 
 # Replies to TYPE for a key that may hold a record's data.
 STRING: Final = b"string"
 NO_STRING: Final = (b"none", b"list", b"set", b"zset", b"hash", b"stream")
 
-# KEYS: _v, _d of each record. ARGV: version, data, ttl in seconds or 0, guard.
+# KEYS: _v, _d of each record. ARGV: version, data, ttl in seconds or 0, guard. Without data, the
+# record is removed.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
@@ -178,10 +187,20 @@ end
 local function check(k, version, data, guard)
   local stored = redis.pcall('GET', KEYS[k])
   if type(stored) == 'table' then return stored end
-  if not stored or not present(KEYS[k + 1]) then return 1 end
+  local mode, expected = string.sub(guard, 1, 1), string.sub(guard, 2)
+  if not stored or not present(KEYS[k + 1]) then
+    if mode == '~' then return -2 end
+    return (mode ~= '=' or expected == '') and 1 or 0
+  end
   local digits = string.match(stored, '^0*(%d+)$')
   if not digits or #digits > 19 or (#digits == 19 and digits > '9223372036854775807') then
     return -1
+  end
+  if mode == '=' then return digits == expected and 1 or 0 end
+  if mode == '~' then
+    local own = data ~= '' and digits == version
+    if own and redis.call('GET', KEYS[k + 1]) == data then return 1 end
+    return (digits == expected and not own) and 1 or -2
   end
   if #digits < #version or (#digits == #version and digits < version) then return 1 end
   if guard == '2' and digits == version and redis.call('GET', KEYS[k + 1]) == data then
@@ -195,7 +214,9 @@ for k = 1, #KEYS, 2 do
   local answer = 1
   if guard ~= '0' then answer = check(k, version, data, guard) end
   if answer == 1 then
-    if ttl == '0' then
+    if data == '' then
+      redis.call('DEL', KEYS[k], KEYS[k + 1])
+    elseif ttl == '0' then
       redis.call('MSET', KEYS[k], version, KEYS[k + 1], data)
     else
       local at = expiry(ttl)
@@ -483,7 +504,7 @@ def too_many_redirections(
 
 def has_text(kind: int) -> bool:
     """Return whether the entries of that kind are a Write or Command, with text and a waiter."""
-    return SET <= kind <= SET_IF_NEWER or kind >= READ_KEY
+    return SET <= kind <= DELETE_IF or kind >= READ_KEY
 
 
 def is_write(kind: int) -> bool:
@@ -616,6 +637,21 @@ def is_push(push: list[Any]) -> bool:
 def no_push(address: str, push: list[Any]) -> ProtocolError:
     """Return the error for a push that has no kind."""
     return ProtocolError(f"{address} sent a push without a kind: {shorten(push)}")
+
+
+def repeat_of(guard: bytes) -> bytes:
+    """Return the guard of a repeat of a write whose first attempt may have been done."""
+    if guard == GUARDED:
+        return GUARDED_REPEAT
+    return EXPECTED_REPEAT + guard[1:]
+
+
+def untold(address: str, operation: str) -> Exception:
+    """Return the error of a repeat that can't tell whether its first attempt was done."""
+    return ConnectionLost(
+        f"{operation}: the connection to {address} was lost while it was under way, and what is "
+        f"stored now doesn't tell whether it was done{_doubt_of(operation)}"
+    )
 
 
 class EndedHere(ConnectionLost):

@@ -15,6 +15,17 @@ from .. import _backend
 from ..errors import ConnectionLost
 from . import constants
 from . import stats as counters
+from .condition import (
+    ANY,
+    IfVersion,
+    IfVersions,
+    IfVersionsHeld,
+    check_many,
+    check_one,
+    expected_of,
+    guard_of,
+    guard_of_removal,
+)
 
 NO_CONNECTIONS: Final = {
     **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
@@ -59,14 +70,22 @@ class MemoryPipeline:
         data: Any,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> Any:
-        """Write; return a done waiter with True, or False if it is not newer."""
+        """Write; return a done waiter with True, or False if its condition doesn't hold."""
         name = self._checked(name)
-        return self._done(self._write(name, *self._content(name, version, data, ttl), if_newer))
+        content = self._content(name, version, data, ttl)
+        if if_version is not ANY:
+            check_one(name, if_newer)
+            guard_of(name, if_version)
+        return self._done(self._write(name, *content, if_newer, if_version))
 
-    def delete(self, name: str) -> Any:
-        """Remove; return a done waiter with whether there was such a record."""
-        return self._done(self._remove(self._checked(name)))
+    def delete(self, name: str, if_version: IfVersion = ANY) -> Any:
+        """Remove; return a done waiter with whether there was such a record, of that version."""
+        name = self._checked(name)
+        if if_version is not ANY:
+            guard_of_removal(name, if_version)
+        return self._done(self._remove(name, if_version))
 
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Return a done waiter with a dict of the records found."""
@@ -82,25 +101,40 @@ class MemoryPipeline:
         records: Mapping[str, tuple[int, Any]],
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> Any:
         """Write many; return a done waiter with the set of names not written."""
         self._use()
         if not isinstance(records, Mapping):
             raise constants.bad_records(records)
-        contents: dict[str, tuple[int, bytes, int]] = {}
+        if if_version is not ANY:
+            check_many("set_bulk", if_newer, if_version)
+        contents: dict[str, tuple[int, bytes, int, bool, IfVersion]] = {}
         for given, pair in records.items():
             name = self._core.check_name(given)
             try:
                 version, data = pair
             except (TypeError, ValueError):
                 raise constants.bad_pair(name, pair) from None
-            contents[name] = self._content(name, version, data, ttl)
-        written = {name: self._write(name, *it, if_newer) for name, it in contents.items()}
+            expected: IfVersion = ANY
+            if if_version is not ANY:
+                expected = expected_of("set_bulk", name, if_version)
+            content = self._content(name, version, data, ttl)
+            if expected is not ANY:
+                guard_of(name, expected)
+            contents[name] = *content, if_newer, expected
+        written = {name: self._write(name, *it) for name, it in contents.items()}
         return self._done({name for name, done in written.items() if not done})
 
-    def delete_bulk(self, names: Iterable[str]) -> Any:
-        """Remove many; return a done waiter with how many there were."""
-        return self._done(sum(map(self._remove, self._checked_all("delete_bulk", names))))
+    def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:
+        """Remove many; return a done waiter with how many were removed."""
+        expected: dict[str, IfVersion] = dict.fromkeys(self._checked_all("delete_bulk", names), ANY)
+        if if_version is not ANY:
+            check_many("delete_bulk", False, if_version)
+            for name in expected:
+                expected[name] = expected_of("delete_bulk", name, if_version)
+                guard_of_removal(name, expected[name])
+        return self._done(sum(self._remove(*each) for each in expected.items()))
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of a Pipeline; the counters of traffic stay zero."""
@@ -171,12 +205,22 @@ class MemoryPipeline:
         records = {name: self._read(name) for name in self._checked_all(operation, names)}
         return {name: record for name, record in records.items() if record is not None}
 
-    def _write(self, name: str, version: int, text: bytes, ttl: int, if_newer: bool) -> bool:
+    def _write(
+        self,
+        name: str,
+        version: int,
+        text: bytes,
+        ttl: int,
+        if_newer: bool,
+        if_version: IfVersion,
+    ) -> bool:
         if if_newer:
             stored = self._stored(name)
             if stored is not None and stored[0] >= version:
                 self._counts["not_newer"] += 1
                 return False
+        elif not self._holds(name, if_version):
+            return False
         now = self._clock()
         expiry = now + ttl if ttl else float("inf")
         self._records[name] = (version, text, expiry)
@@ -187,7 +231,19 @@ class MemoryPipeline:
         self._counts["writes"] += 1
         return True
 
-    def _remove(self, name: str) -> bool:
+    def _holds(self, name: str, if_version: IfVersion) -> bool:
+        """Return whether a condition holds, and count it if it doesn't."""
+        if if_version is ANY:
+            return True
+        stored = self._stored(name)
+        if if_version == (None if stored is None else stored[0]):
+            return True
+        self._counts["not_newer"] += 1
+        return False
+
+    def _remove(self, name: str, if_version: IfVersion) -> bool:
+        if not self._holds(name, if_version):
+            return False
         self._counts["deletes"] += 1
         self._stored(name)  # drops an expired record
         return self._records.pop(name, None) is not None

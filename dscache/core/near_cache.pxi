@@ -172,15 +172,15 @@ cdef class NearCache:
             return _later(waiter)
         return _now(None if entry.raw is None else entry.version)
 
-    def set(self, name, version, data, ttl=None, if_newer=False):
-        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
-        waiter = self._inner.set(name, version, data, ttl, if_newer)
+    def set(self, name, version, data, ttl=None, if_newer=False, if_version=ANY):
+        """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
+        waiter = self._inner.set(name, version, data, ttl, if_newer, if_version)
         self.add_fence(check_name(name))
         return waiter
 
-    def delete(self, name):
+    def delete(self, name, if_version=ANY):
         """Queue a removal; its waiter gets whether the record existed."""
-        waiter = self._inner.delete(name)
+        waiter = self._inner.delete(name, if_version)
         self.add_fence(check_name(name))
         return waiter
 
@@ -194,20 +194,20 @@ cdef class NearCache:
         """Queue a read of the versions not cached; its waiter gets a dict of all versions found."""
         return self._bulk(HEAD, names)
 
-    def set_bulk(self, records, ttl=None, if_newer=False):
+    def set_bulk(self, records, ttl=None, if_newer=False, if_version=ANY):
         """Queue a write of many records; its waiter gets the set of names not written."""
         if isinstance(records, (dict, Mapping)):
             records = dict(records.items())
-        waiter = self._inner.set_bulk(records, ttl, if_newer)
+        waiter = self._inner.set_bulk(records, ttl, if_newer, if_version)
         for name in records:
             self.add_fence(check_name(name))
         return waiter
 
-    def delete_bulk(self, names):
+    def delete_bulk(self, names, if_version=ANY):
         """Queue a removal of many records; its waiter gets the number of records removed."""
         if not isinstance(names, (str, bytes)):
             names = list(names)
-        waiter = self._inner.delete_bulk(names)
+        waiter = self._inner.delete_bulk(names, if_version)
         for name in names:
             self.add_fence(check_name(name))
         return waiter

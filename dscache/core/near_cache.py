@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
 from .batch import serials
+from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
@@ -179,15 +180,16 @@ class NearCache:
         data: Any,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> Any:
-        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
-        waiter = self._inner.set(name, version, data, ttl, if_newer)
+        """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
+        waiter = self._inner.set(name, version, data, ttl, if_newer, if_version)
         self.add_fence(check_name(name))
         return waiter
 
-    def delete(self, name: str) -> Any:
+    def delete(self, name: str, if_version: IfVersion = ANY) -> Any:
         """Queue a removal; its waiter gets whether the record existed."""
-        waiter = self._inner.delete(name)
+        waiter = self._inner.delete(name, if_version)
         self.add_fence(check_name(name))
         return waiter
 
@@ -206,20 +208,21 @@ class NearCache:
         records: Mapping[str, tuple[int, Any]],
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
         if isinstance(records, Mapping):
             records = dict(records.items())
-        waiter = self._inner.set_bulk(records, ttl, if_newer)
+        waiter = self._inner.set_bulk(records, ttl, if_newer, if_version)
         for name in records:
             self.add_fence(check_name(name))
         return waiter
 
-    def delete_bulk(self, names: Iterable[str]) -> Any:
+    def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:
         """Queue a removal of many records; its waiter gets the number of records removed."""
         if not isinstance(names, (str, bytes)):
             names = list(names)
-        waiter = self._inner.delete_bulk(names)
+        waiter = self._inner.delete_bulk(names, if_version)
         for name in names:
             self.add_fence(check_name(name))
         return waiter

@@ -84,6 +84,17 @@ from . import constants as c
 from . import envelope as e
 from . import recovery, replies
 from .batch import Batch, Bulk, Command, Write, serials
+from .condition import (
+    ANY,
+    IfVersion,
+    IfVersions,
+    IfVersionsHeld,
+    check_many,
+    check_one,
+    expected_of,
+    guard_of,
+    guard_of_removal,
+)
 from .keys import slot_of_key
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
@@ -97,9 +108,9 @@ _Reader: Any = hiredis.Reader
 _serial_of = attrgetter("serial")
 
 # The kinds of which records of one slot share a command, and those that have one for each.
-_GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER)
+_GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
 _ONE_BY_ONE: Final = (c.HEAD, c.DELETE, c.READ_KEY, c.WRITE_KEY, c.PUBLISH)
-_UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE, c.READ_KEY, c.WRITE_KEY)
+_UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE_IF, c.DELETE, c.READ_KEY, c.WRITE_KEY)
 
 
 class Pipeline:
@@ -226,13 +237,14 @@ class Pipeline:
         data: Any,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> Any:
-        """Queue a write; its waiter gets True, or False if ``if_newer`` and it is not newer."""
+        """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
         name = check_name(name)
-        write = self.make_write(name, version, data, ttl, if_newer)
+        write = self.make_write(name, version, data, ttl, if_newer, if_version)
         self.check_capacity(len(write.text))
         waiter = write.waiter = self._create_waiter()
-        kind = kind_of(write.ttl, if_newer)
+        kind = kind_of(write.ttl, write.guard != c.UNGUARDED)
         while (earlier := self._add(kind, name, write)) is not write:
             write.waiter = with_waiter(earlier.waiter, waiter)
             if self._replace(kind, name, earlier, write):
@@ -243,9 +255,18 @@ class Pipeline:
         self._begin_early()
         return waiter
 
-    def delete(self, name: str) -> Any:
-        """Queue a removal; its waiter gets whether there was such a record."""
-        return self._join(c.DELETE, check_name(name))
+    def delete(self, name: str, if_version: IfVersion = ANY) -> Any:
+        """Queue a removal; its waiter gets whether there was such a record, of that version."""
+        name = check_name(name)
+        if if_version is ANY:
+            return self._join(c.DELETE, name)
+        removal = make_removal(name, if_version)
+        self.check_capacity(0)
+        waiter = removal.waiter = self._create_waiter()
+        self._add(c.DELETE_IF, name, removal)
+        self._calls += 1
+        self._begin_early()
+        return waiter
 
     # -- bulk operations
 
@@ -262,14 +283,18 @@ class Pipeline:
         records: Mapping[str, tuple[int, Any]],
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
-        writes, write_ttl, size = self.make_writes(records, ttl, if_newer)
-        return self._add_bulk(kind_of(write_ttl, if_newer), writes, size)
+        writes, write_ttl, size = self.make_writes(records, ttl, if_newer, if_version)
+        return self._add_bulk(kind_of(write_ttl, if_newer or if_version is not ANY), writes, size)
 
-    def delete_bulk(self, names: Iterable[str]) -> Any:
-        """Queue a removal of many records; its waiter gets how many there were."""
-        return self._add_bulk(c.DELETE, unique("delete_bulk", names))
+    def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:
+        """Queue a removal of many records; its waiter gets how many were removed."""
+        records = unique("delete_bulk", names)
+        if if_version is ANY:
+            return self._add_bulk(c.DELETE, records)
+        return self._add_bulk(c.DELETE_IF, make_removals(records, if_version))
 
     # -- reads for the near cache
 
@@ -401,7 +426,7 @@ class Pipeline:
             batch.freeze()
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
-            if self.single_writes and c.SET <= batch.kind <= c.SET_IF_NEWER:
+            if self.single_writes and c.SET <= batch.kind <= c.DELETE_IF:
                 recovery.prepare_single_writes(self, batch)
                 if not batch.waiting():
                     queue.popleft()
@@ -555,27 +580,49 @@ class Pipeline:
     # -- building batches
 
     def make_writes(
-        self, records: Mapping[str, tuple[int, Any]], ttl: int | None, guard: bool
+        self,
+        records: Mapping[str, tuple[int, Any]],
+        ttl: int | None,
+        if_newer: bool,
+        if_version: IfVersions,
     ) -> tuple[dict[str, Any], int, int]:
         """Return the contents of a ``set_bulk``, their ttl, and how much text they are."""
         if not isinstance(records, Mapping):
             raise c.bad_records(records)
+        if if_version is not ANY:
+            check_many("set_bulk", if_newer, if_version)
         writes: dict[str, Any] = {}
         write_ttl = size = 0
         for name, pair in records.items():
             name = check_name(name)
             version, data = check_pair(name, pair)
-            write = writes[name] = self.make_write(name, version, data, ttl, guard)
+            expected: IfVersion = ANY
+            if if_version is not ANY:
+                expected = expected_of("set_bulk", name, if_version)
+            write = self.make_write(name, version, data, ttl, if_newer, expected)
+            writes[name] = write
             write_ttl = write.ttl
             size += len(write.text)
         return writes, write_ttl, size
 
-    def make_write(self, name: str, version: int, data: Any, ttl: int | None, guard: bool) -> Write:
+    def make_write(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None,
+        if_newer: bool,
+        if_version: IfVersion,
+    ) -> Write:
         """Return the checked and encoded content of a record; raises RecordError."""
         number = check_version(name, version)
         seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
         text = encode_data(name, data)
-        return Write(number, text, seconds, c.GUARDED if guard else c.UNGUARDED)
+        guard = c.GUARDED if if_newer else c.UNGUARDED
+        if if_version is not ANY:
+            check_one(name, if_newer)
+            guard = guard_of(name, if_version)
+        return Write(number, text, seconds, guard)
 
     def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
         return Batch(kind, time.monotonic() + self.timeout, 0, records)
@@ -806,7 +853,7 @@ def new_bulk(kind: int, records: dict[str, Any], waiter: Any, shared: bool = Fal
         result = records  # the names are in their order already
     elif kind == c.HEAD:
         result = {}
-    elif kind == c.DELETE:
+    elif c.DELETE_IF <= kind <= c.DELETE:
         result = 0
     return Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records), shared)
 
@@ -820,8 +867,21 @@ def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     return version, data
 
 
-def kind_of(ttl: int, if_newer: bool) -> int:
-    if if_newer:
+def make_removal(name: str, if_version: IfVersion) -> Write:
+    """Return a removal with a condition, as a write without data; raises RecordError."""
+    return Write(0, b"", 0, guard_of_removal(name, if_version))
+
+
+def make_removals(names: Iterable[str], if_version: IfVersionsHeld) -> dict[str, Any]:
+    """Return the removals of a ``delete_bulk`` with conditions; raises RecordError."""
+    check_many("delete_bulk", False, if_version)
+    return {
+        name: make_removal(name, expected_of("delete_bulk", name, if_version)) for name in names
+    }
+
+
+def kind_of(ttl: int, guarded: bool) -> int:
+    if guarded:
         return c.SET_IF_NEWER
     return c.SET_TTL if ttl else c.SET
 

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from .batch import Batch, Bulk
     from .pipeline import Pipeline
 
-# Kinds that may be sent again when a connection was lost: doing them twice changes nothing.
-_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.READ_KEY)
+# Kinds that may be sent again when a connection was lost: doing them twice changes nothing, or the
+# repeat does nothing where it can't know that.
+_REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.DELETE_IF, c.READ_KEY)
 
 # Of each name, its first later write: the batch, the place in it, and whether a read is between.
 _Later = dict[str, tuple["Batch", int, bool]]
@@ -530,11 +531,11 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         _redirected(pipeline, batch, count, error)
         return
     put_off = _puts_off(pipeline, batch, error)
-    by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER)
+    by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
     lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
     across = c.is_across_slots(error.message) and not pipeline.clustered
     mixed = count > 1 and (error.code == "NOPERM" or across)
-    if mixed and across and batch.kind <= c.SET_IF_NEWER:
+    if mixed and across and batch.kind <= c.DELETE_IF:
         pipeline.single_writes = True
         pipeline.single_reads = pipeline.single_reads or batch.kind == c.GET
     is_overtaken = lost_script or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
@@ -554,7 +555,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
             again[name] = entry
             repeated += i < batch.repeated
         else:
-            make = refusal(pipeline, error, batch.kind, name)
+            make = refusal_at(pipeline, error, batch, i)
             if across and by_script and pipeline.slot_of(batch.kind, name) < 0:
                 make = partial(c.keys_apart, name)
             if name in later and _attach_to_newer_write(batch, entry, *later[name], make):
@@ -648,7 +649,7 @@ def _drop(pipeline: Pipeline, batch: Batch, name: str) -> None:
     if entry is DISCARDED:
         return
     error = ReplyError(batch.redirections[-1])
-    give_error(pipeline, batch, name, entry, refusal(pipeline, error, batch.kind, name))
+    give_error(pipeline, batch, name, entry, refusal_at(pipeline, error, batch, i))
     batch.records = {one: batch.entries[at] for at, one in enumerate(batch.names) if at != i}
     batch.names, batch.entries = list(batch.records), list(batch.records.values())
     batch.repeated -= i < batch.repeated
@@ -662,13 +663,43 @@ def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Call
     return lambda: ReplyError(error.message, context=context)
 
 
+def refusal_at(
+    pipeline: Pipeline, error: ReplyError, batch: Batch, i: int
+) -> Callable[[], Exception]:
+    """Return a function that makes the error of the record at ``i`` from an error reply."""
+    return _in_doubt_at(batch, i, refusal(pipeline, error, batch.kind, batch.names[i]))
+
+
+def _in_doubt_at(batch: Batch, i: int, make: Callable[[], Exception]) -> Callable[[], Exception]:
+    """Return a function that makes the error of a refused record, in doubt if that is a repeat.
+
+    The first attempt of a repeat with ``if_version`` may have been done. With ``if_newer`` the
+    caller can repeat it without harm, and gets the refusal itself.
+    """
+    if i >= batch.repeated or not _is_conditional(batch.kind, batch.entries[i]):
+        return make
+    operation = c.describe(batch.kind, batch.names[i])
+    return partial(c.in_doubt, lambda _operation: make(), operation)
+
+
+def _is_if_newer(kind: int, entry: Any) -> bool:
+    """Return whether an operation is a write with ``if_newer``."""
+    return kind == c.SET_IF_NEWER and bool(entry.guard == c.GUARDED)
+
+
+def _is_conditional(kind: int, entry: Any) -> bool:
+    """Return whether an operation has an ``if_version``."""
+    return c.SET_IF_NEWER <= kind <= c.DELETE_IF and bool(entry.guard != c.GUARDED)
+
+
 def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> None:
     """Give away the records of a command that another node, or a later moment, is right for.
 
     Commands in flight behind it may write the same names. Either they are redirected as well and
     follow in their order; or they were done, if the node changed its view meanwhile, and this
     write must not undo them: a plain write is attached to the newer one, or fails where that
-    would report a wrong outcome. A guarded write undoes nothing.
+    would report a wrong outcome. A write with ``if_newer`` undoes
+    nothing.
     """
     later = _written_after(pipeline, batch, True) if c.SET <= batch.kind <= c.DELETE else {}
     redirections = (*batch.redirections, f"{pipeline.address}: {error.message}")
@@ -680,13 +711,14 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
         entry = batch.entries[i]
         if entry is DISCARDED:
             continue
-        make = refusal(pipeline, error, batch.kind, name)
+        make = refusal_at(pipeline, error, batch, i)
         if len(redirections) > limit:
             context = f"{c.describe(batch.kind, name)} at {pipeline.address}"
             make = partial(c.too_many_redirections, error.message, redirections, limit, context)
+            make = _in_doubt_at(batch, i, make)
             give_error(pipeline, batch, name, entry, make)
             failed += 1
-        elif name not in later or batch.kind == c.SET_IF_NEWER:
+        elif name not in later or _is_if_newer(batch.kind, entry):
             again[name] = entry
             repeated += i < batch.repeated
         elif later[name][0].kind != c.SET_IF_NEWER and _attach_to_newer_write(
@@ -756,24 +788,28 @@ def _written_after(pipeline: Pipeline, batch: Batch, mixed: bool) -> _Later:
     """Return, for each name, its first later write in flight that a repeat could undo or see.
 
     If a script is lost, later writes by script are refused too and come back in their order,
-    unless a repeat has brought the script before them. A guarded repeat can't undo another
-    guarded write, but a read between them would see the wrong one.
+    unless a repeat has brought the script before them. A repeat with ``if_newer`` can't
+    undo another such write, but a read between them would see the wrong one.
     """
     found: _Later = {}
     read: set[str] = set()
     loaded = mixed
     for later in _batches_in_flight(pipeline):
         newer = batch.serial < later.serial and later.kind < c.COMMAND
-        guarded = later.kind == c.SET_IF_NEWER
+        guarded = later.kind in (c.SET_IF_NEWER, c.DELETE_IF)
         by_script = guarded or (later.kind == c.SET_TTL and not pipeline.has_msetex)
         if newer and later.kind <= c.HEAD:
             for i in range(later.answered, later.sent):
                 if later.entries[i] is not DISCARDED:
                     read.add(later.names[i])
         elif newer and (loaded or not by_script):
-            harmless = guarded and batch.kind == c.SET_IF_NEWER
             for i in range(later.answered, later.sent):
                 name = later.names[i]
+                harmless = (
+                    name in batch.records
+                    and _is_if_newer(later.kind, later.entries[i])
+                    and _is_if_newer(batch.kind, batch.records[name])
+                )
                 if name in read or not harmless:
                     found.setdefault(name, (later, i, name in read))
         loaded = loaded or later.whole_script
@@ -795,7 +831,9 @@ def _attach_to_newer_write(
     if later.kind == c.DELETE:
         removal = SupersededWrite(there, make, True)
         later.entries[i] = [removal, SupersededWrite(entry.waiter, make, True)]
-    elif later.kind == c.SET_IF_NEWER and there.version <= entry.version:
+    elif _is_conditional(later.kind, there) or (
+        later.kind == c.SET_IF_NEWER and there.version <= entry.version
+    ):
         return False
     else:
         there.waiter = with_waiter(there.waiter, SupersededWrite(entry.waiter, make, False))

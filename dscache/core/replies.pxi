@@ -68,7 +68,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
         timed = 1
     if timed and not (was_over or refused) and batch.kind < COMMAND:
         count_latency(pipeline, batch, timed)
-    if SET <= batch.kind <= SET_IF_NEWER or batch.kind >= READ_KEY:
+    if SET <= batch.kind <= DELETE_IF or batch.kind >= READ_KEY:
         for i in range(first, first + count):
             pipeline.pending_bytes -= size_of_text(<object>PyList_GET_ITEM(batch.entries, i))
     if pipeline.near is not None and SET <= batch.kind <= DELETE:
@@ -83,7 +83,7 @@ cdef void count_latency(Pipeline pipeline, _Batch batch, Py_ssize_t count) noexc
     cdef Py_ssize_t bucket = 0
     if pipeline._now == 0.0:
         pipeline._now = dscache_monotonic()
-    if row >= DELETE:
+    if row >= DELETE_IF:
         row = SET + 1
     elif row > SET:
         row = SET
@@ -238,19 +238,26 @@ cdef int answer_script(Pipeline pipeline, _Batch batch, Py_ssize_t count, list r
             name = <str>PyList_GET_ITEM(batch.names, batch.answered)
             entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
             if type(value) is ReplyError:
-                make = recovery.refusal(pipeline, value, batch.kind, name)
+                make = recovery.refusal_at(pipeline, value, batch, batch.answered)
+                recovery.give_error(pipeline, batch, name, entry, make)
+            elif value == UNTOLD and batch.answered < batch.repeated:
+                make = partial(c.untold, pipeline.address, c.describe(batch.kind, name))
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
             elif value == DAMAGED:
                 damaged(pipeline, batch, name, entry, None)
             else:
-                if value == WRITTEN:
-                    pipeline._writes += 1
-                else:
+                if value != WRITTEN:
                     pipeline._not_newer += 1
+                elif batch.kind == DELETE_IF:
+                    pipeline._deletes += 1
+                else:
+                    pipeline._writes += 1
                 if bulk is None:
                     _resolve(entry.waiter, value == WRITTEN)
+                elif batch.kind == DELETE_IF:
+                    bulk.result += value
                 elif value == NOT_NEWER:
                     bulk.result.add(name)
             batch.answered += 1

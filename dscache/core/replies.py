@@ -86,7 +86,7 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
         timed = 1
     if timed and not (was_over or refused) and batch.kind < c.COMMAND:
         count_latency(pipeline, batch, timed)
-    if c.SET <= batch.kind <= c.SET_IF_NEWER or batch.kind >= c.READ_KEY:
+    if c.SET <= batch.kind <= c.DELETE_IF or batch.kind >= c.READ_KEY:
         for i in range(first, first + count):
             pipeline.pending_bytes -= len(batch.entries[i].text)
     if pipeline.near is not None and c.SET <= batch.kind <= c.DELETE:
@@ -98,7 +98,7 @@ def count_latency(pipeline: Pipeline, batch: Batch, count: int) -> None:
     """Count how long so many operations have taken, from the first call of their batch."""
     if not pipeline.arrived:
         pipeline.arrived = time.monotonic()
-    row = min(batch.kind, c.SET) if batch.kind < c.DELETE else c.SET + 1
+    row = min(batch.kind, c.SET) if batch.kind < c.DELETE_IF else c.SET + 1
     if batch.bulk is not None:
         row += len(c.TIMED) // 2
     pipeline.latencies.add(row, pipeline.arrived - (batch.deadline - pipeline.timeout), count)
@@ -218,16 +218,23 @@ def answer_script(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> N
             name = batch.names[batch.answered]
             entry = batch.entries[batch.answered]
             if type(value) is ReplyError:
-                make = recovery.refusal(pipeline, value, batch.kind, name)
+                make = recovery.refusal_at(pipeline, value, batch, batch.answered)
+                recovery.give_error(pipeline, batch, name, entry, make)
+            elif value == c.UNTOLD and batch.answered < batch.repeated:
+                operation = c.describe(batch.kind, name)
+                make = partial(c.untold, pipeline.address, operation)
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
             elif value == c.DAMAGED:
                 damaged(pipeline, batch, name, entry, None)
             else:
-                pipeline.counts["writes" if value == c.WRITTEN else "not_newer"] += 1
+                done = "deletes" if batch.kind == c.DELETE_IF else "writes"
+                pipeline.counts[done if value == c.WRITTEN else "not_newer"] += 1
                 if bulk is None:
                     resolve(entry.waiter, value == c.WRITTEN)
+                elif batch.kind == c.DELETE_IF:
+                    bulk.result += value
                 elif value == c.NOT_NEWER:
                     bulk.result.add(name)
             batch.answered += 1

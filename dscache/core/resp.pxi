@@ -219,13 +219,13 @@ cdef class _Encoder:
         cdef Py_ssize_t i, start, size = 0
         cdef bint msetex = kind == SET_TTL and has_msetex
         cdef _Write write
-        if (kind == SET_TTL or kind == SET_IF_NEWER) and not msetex:
+        if SET_TTL <= kind <= DELETE_IF and not msetex:
             limit = SCRIPT_RECORDS
         if batch.one_per_command:
             limit = 1
         if last > first + limit:
             last = first + limit
-        if SET <= kind <= SET_IF_NEWER:
+        if SET <= kind <= DELETE_IF:
             for i in range(first, last):
                 write = <_Write>PyList_GET_ITEM(batch.entries, i)
                 size += PyBytes_GET_SIZE(write.text)
@@ -318,7 +318,10 @@ cdef class _Encoder:
         self._put_number(write.version)
         self._put_text(write.text)
         self._put_number(write.ttl)
-        self._put_text(GUARDED_REPEAT if repeated and write.guard is GUARDED else write.guard)
+        if repeated and write.guard is not UNGUARDED:
+            self._put_text(c.repeat_of(write.guard))
+        else:
+            self._put_text(write.guard)
         return 0
 
     cdef int _put_keys(self, str name) except -1:

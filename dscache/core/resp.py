@@ -38,10 +38,10 @@ class Encoder(KeyLayout):
         first = batch.sent
         kind = batch.kind
         msetex = kind == c.SET_TTL and has_msetex
-        script = kind in (c.SET_TTL, c.SET_IF_NEWER) and not msetex
+        script = kind in (c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF) and not msetex
         limit = c.SCRIPT_RECORDS if script else c.COMMAND_RECORDS
         last = min(first + (1 if batch.one_per_command else limit), len(batch.names))
-        if c.SET <= kind <= c.SET_IF_NEWER:
+        if c.SET <= kind <= c.DELETE_IF:
             size = 0
             for i in range(first, last):
                 size += len(batch.entries[i].text)
@@ -88,8 +88,8 @@ class Encoder(KeyLayout):
         arguments: list[bytes] = []
         for i, write in enumerate(entries, first):
             guard = write.guard
-            if i < batch.repeated and guard == c.GUARDED:
-                guard = c.GUARDED_REPEAT
+            if i < batch.repeated and guard != c.UNGUARDED:
+                guard = c.repeat_of(guard)
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
         return ask + pack((*how, count, *keys, *arguments)), last - first
 

@@ -50,21 +50,24 @@ cdef class Router:
             return self._apart.head(key)
         return (<Pipeline?>self.readers[slot])._join(HEAD, key)
 
-    def set(self, name, version, data, ttl=None, if_newer=False):
-        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
+    def set(self, name, version, data, ttl=None, if_newer=False, if_version=ANY):
+        """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
         cdef str key = check_name(name)
         cdef int slot = self._encoder.slot(key)
         if slot < 0:
-            return self._apart.set(key, version, data, ttl, if_newer)
-        return (<Pipeline?>self.owners[slot])._put(key, version, data, ttl, if_newer)
+            return self._apart.set(key, version, data, ttl, if_newer, if_version)
+        return (<Pipeline?>self.owners[slot])._put(key, version, data, ttl, if_newer, if_version)
 
-    def delete(self, name):
+    def delete(self, name, if_version=ANY):
         """Queue a removal; its waiter gets whether the record existed."""
         cdef str key = check_name(name)
         cdef int slot = self._encoder.slot(key)
         if slot < 0:
-            return self._apart.delete(key)
-        return (<Pipeline?>self.owners[slot])._join(DELETE, key)
+            return self._apart.delete(key, if_version)
+        cdef Pipeline pipeline = <Pipeline?>self.owners[slot]
+        if if_version is ANY:
+            return pipeline._join(DELETE, key)
+        return pipeline._remove_if(key, if_version)
 
     # -- bulk operations
 
@@ -76,19 +79,22 @@ cdef class Router:
         """Queue a read of many versions; its waiter gets a dict of the versions found."""
         return self._bulk(HEAD, _unique("head_bulk", names))
 
-    def set_bulk(self, records, ttl=None, if_newer=False):
+    def set_bulk(self, records, ttl=None, if_newer=False, if_version=ANY):
         """Queue a write of many records; its waiter gets the set of names not written."""
         cdef dict writes = {}
         cdef long long write_ttl = 0
         cdef Py_ssize_t size = 0
         # All pipelines have the same limits and the same default.
         cdef Pipeline pipeline = <Pipeline?>self.owners[0]
-        pipeline.make_writes(records, ttl, if_newer, writes, &write_ttl, &size)
-        return self._bulk(_kind_of(write_ttl, if_newer), writes)
+        pipeline.make_writes(records, ttl, if_newer, if_version, writes, &write_ttl, &size)
+        return self._bulk(_kind_of(write_ttl, if_newer or if_version is not ANY), writes)
 
-    def delete_bulk(self, names):
+    def delete_bulk(self, names, if_version=ANY):
         """Queue a removal of many records; its waiter gets the number of records removed."""
-        return self._bulk(DELETE, _unique("delete_bulk", names))
+        cdef dict unique = _unique("delete_bulk", names)
+        if if_version is ANY:
+            return self._bulk(DELETE, unique)
+        return self._bulk(DELETE_IF, make_removals(unique, if_version))
 
     # -- reads for the near cache
 
@@ -146,7 +152,7 @@ cdef class Router:
 
     cdef object _bulk(self, int kind, dict records, waiter=None):
         cdef list pipelines = self.readers if kind <= HEAD else self.owners
-        cdef bint writes = SET <= kind <= SET_IF_NEWER
+        cdef bint writes = SET <= kind <= DELETE_IF
         cdef dict parts = {}  # records by pipeline
         cdef dict sizes = {}  # bytes of text by pipeline
         cdef dict apart = {}

@@ -8,8 +8,9 @@ from typing import Any
 from . import constants as c
 from . import envelope as e
 from .batch import Write
+from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .keys import slot_of_key
-from .pipeline import Pipeline, kind_of, new_bulk, unique
+from .pipeline import Pipeline, kind_of, make_removals, new_bulk, unique
 from .record import check_name
 from .resp import Encoder
 
@@ -57,15 +58,16 @@ class Router:
         data: Any,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersion = ANY,
     ) -> Any:
-        """Queue a write; its waiter gets True, or False if ``if_newer`` rejects the version."""
+        """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
         name = check_name(name)
-        return self._at(self.owners, name).set(name, version, data, ttl, if_newer)
+        return self._at(self.owners, name).set(name, version, data, ttl, if_newer, if_version)
 
-    def delete(self, name: str) -> Any:
+    def delete(self, name: str, if_version: IfVersion = ANY) -> Any:
         """Queue a removal; its waiter gets whether the record existed."""
         name = check_name(name)
-        return self._at(self.owners, name).delete(name)
+        return self._at(self.owners, name).delete(name, if_version)
 
     # -- bulk operations
 
@@ -82,15 +84,19 @@ class Router:
         records: Mapping[str, tuple[int, Any]],
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: IfVersions = ANY,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
         # All pipelines have the same limits and the same default.
-        writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer)
-        return self._bulk(kind_of(write_ttl, if_newer), writes)
+        writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer, if_version)
+        return self._bulk(kind_of(write_ttl, if_newer or if_version is not ANY), writes)
 
-    def delete_bulk(self, names: Iterable[str]) -> Any:
+    def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:
         """Queue a removal of many records; its waiter gets the number of records removed."""
-        return self._bulk(c.DELETE, unique("delete_bulk", names))
+        records = unique("delete_bulk", names)
+        if if_version is ANY:
+            return self._bulk(c.DELETE, records)
+        return self._bulk(c.DELETE_IF, make_removals(records, if_version))
 
     # -- reads for the near cache
 

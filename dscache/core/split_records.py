@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RecordError, shorten
 from . import constants as c
+from .condition import ANY, IfVersion
 from .keys import KeyLayout
 from .stats import Latencies
 from .waiters import Part
@@ -60,9 +61,17 @@ class SplitRecords:
         """Read the version, and whether there is data; the waiter gets the int, or None."""
         return self._look(name, self._begin(c.READ_KEY, name))
 
-    def set(self, name: str, version: int, data: Any, ttl: int | None, if_newer: bool) -> Any:
-        """Write both keys; the waiter gets True. Raises RecordError if it is to be guarded."""
-        if if_newer:
+    def set(
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        ttl: int | None,
+        if_newer: bool,
+        if_version: IfVersion = ANY,
+    ) -> Any:
+        """Write both keys; the waiter gets True. Raises RecordError for a condition."""
+        if if_newer or if_version is not ANY:
             raise _unguardable(name)
         number = self._core.check_version(name, version)
         seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
@@ -70,8 +79,13 @@ class SplitRecords:
         waiter = self._begin(c.WRITE_KEY, name, len(text))
         return self._write(name, number, text, seconds, waiter)
 
-    def delete(self, name: str) -> Any:
-        """Remove both keys; the waiter gets whether there were both."""
+    def delete(self, name: str, if_version: IfVersion = ANY) -> Any:
+        """Remove both keys; the waiter gets whether there were both.
+
+        Raises RecordError for a condition.
+        """
+        if if_version is not ANY:
+            raise _unguardable(name)
         return self._remove(name, self._begin(c.WRITE_KEY, name))
 
     # -- bulk operations
@@ -81,7 +95,7 @@ class SplitRecords:
 
         RecordError for an option that split records can't have, Overloaded if a node is full.
         """
-        if kind == c.SET_IF_NEWER:
+        if kind in (c.SET_IF_NEWER, c.DELETE_IF):
             raise _unguardable(next(iter(records)))
         sizes = {name: len(w.text) if kind >= c.SET and w else 0 for name, w in records.items()}
         self._admit(c.READ_KEY if kind <= c.HEAD else c.WRITE_KEY, sizes)
@@ -255,7 +269,7 @@ class _OfBulk:
 def _unguardable(name: str) -> RecordError:
     return RecordError(
         f"record {shorten(name)}: its two keys lie on different nodes of the cluster, where "
-        "if_newer can't be kept; use keyLayout hashtag, or a name with a hash tag such as "
-        '"{room}/a"',
+        "neither if_newer nor if_version can be kept; use keyLayout hashtag, or a name with a hash "
+        'tag such as "{room}/a"',
         name=name,
     )

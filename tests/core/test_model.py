@@ -54,6 +54,8 @@ def random_operation(chance: random.Random, serial: int) -> Operation:
         options["ttl"] = chance.choice((0, 1000, 2000))
     if chance.random() < 0.4:
         options["if_newer"] = True
+    elif chance.random() < 0.5:
+        options["if_version"] = chance.choice((None, *range(30)))
     record = (chance.randrange(30), {"of": name, "serial": serial})
     some = chance.choices(NAMES, k=chance.randrange(5))
     kind = chance.random()
@@ -64,14 +66,19 @@ def random_operation(chance: random.Random, serial: int) -> Operation:
     if kind < 0.75:
         return Operation("set", name, record, options)
     if kind < 0.82:
-        return Operation("delete", name)
+        held = {} if chance.random() < 0.4 else {"if_version": chance.randrange(30)}
+        return Operation("delete", name, (), held)
     if kind < 0.88:
         return Operation("get_bulk", some)
     if kind < 0.92:
         return Operation("head_bulk", some)
+    expected = {one: chance.randrange(30) for one in some}
     if kind < 0.97:
+        if "if_version" in options:
+            options["if_version"] = {**expected, **dict.fromkeys(some[:1])}
         return Operation("set_bulk", dict.fromkeys(some, record), (), options)
-    return Operation("delete_bulk", some)
+    held = {} if chance.random() < 0.4 else {"if_version": expected}
+    return Operation("delete_bulk", some, (), held)
 
 
 async def check_random_operations(cache: dscache.AsyncCache, count: int) -> None:

@@ -19,6 +19,7 @@ import pytest
 from dscache import _fast
 from dscache.core import constants as c
 from dscache.core import pure
+from dscache.core.condition import ANY
 from dscache.core.split_records import SplitRecords
 from dscache.errors import ConnectionLost
 
@@ -191,15 +192,26 @@ class ModelRecords:
         return record and record[0]
 
     def set(
-        self, name: str, version: int, data: Any, *, ttl: int | None = None, if_newer: bool = False
+        self,
+        name: str,
+        version: int,
+        data: Any,
+        *,
+        ttl: int | None = None,
+        if_newer: bool = False,
+        if_version: Any = ANY,
     ) -> bool:
         stored = self.records.get(name)
+        if if_version is not ANY and if_version != self.head(name):
+            return False
         if if_newer and stored is not None and stored[0] >= version:
             return False
         self.records[name] = (version, data)
         return True
 
-    def delete(self, name: str) -> bool:
+    def delete(self, name: str, *, if_version: Any = ANY) -> bool:
+        if if_version is not ANY and if_version != self.head(name):
+            return False
         return self.records.pop(name, None) is not None
 
     def get_bulk(self, names: Iterable[str]) -> dict[str, tuple[int, Any]]:
@@ -214,15 +226,25 @@ class ModelRecords:
         *,
         ttl: int | None = None,
         if_newer: bool = False,
+        if_version: Any = ANY,
     ) -> set[str]:
         return {
             name
             for name, (version, data) in records.items()
-            if not self.set(name, version, data, if_newer=if_newer)
+            if not self.set(
+                name,
+                version,
+                data,
+                if_newer=if_newer,
+                if_version=ANY if if_version is ANY else if_version[name],
+            )
         }
 
-    def delete_bulk(self, names: Iterable[str]) -> int:
-        return sum(map(self.delete, dict.fromkeys(names)))
+    def delete_bulk(self, names: Iterable[str], *, if_version: Any = ANY) -> int:
+        return sum(
+            self.delete(name, if_version=ANY if if_version is ANY else if_version[name])
+            for name in dict.fromkeys(names)
+        )
 
 
 # -- a server
@@ -336,7 +358,16 @@ class ModelServer:
         guard: bytes,
     ) -> Any:
         stored = self._value(version_key)
-        if guard != c.UNGUARDED and stored is not None:
+        if guard[:1] in (c.EXPECTED, c.EXPECTED_REPEAT):
+            whole = stored is not None and self.values.get(data_key) is not None
+            text = self.values[data_key] if whole else None
+            answer = self._compare(stored if whole else None, text, version, data, guard)
+            if answer != c.WRITTEN:
+                return answer
+            if not data:
+                self._del(version_key, data_key)
+                return answer
+        elif guard != c.UNGUARDED and stored is not None:
             if isinstance(stored, Refusal):
                 return stored
             if self.values.get(data_key) is not None:
@@ -348,6 +379,23 @@ class ModelServer:
         self._store(version_key, version, int(ttl))
         self._store(data_key, data, int(ttl))
         return c.WRITTEN
+
+    def _compare(
+        self, stored: Any, text: bytes | None, version: bytes, data: bytes, guard: bytes
+    ) -> Any:
+        """Answer a write or removal with ``if_version``, which stores nothing yet."""
+        is_repeat = guard[:1] == c.EXPECTED_REPEAT
+        if isinstance(stored, Refusal):
+            return stored
+        if stored is not None and (not stored.isdigit() or int(stored) > c.MAX_VERSION):
+            return c.DAMAGED
+        found = b"" if stored is None else b"%d" % int(stored)
+        holds = found == guard[1:]
+        if not is_repeat:
+            return c.WRITTEN if holds else c.NOT_NEWER
+        if data and (found, text) == (version, data):
+            return c.WRITTEN
+        return c.WRITTEN if holds and found and not (data and found == version) else c.UNTOLD
 
     def _store(self, key: bytes, value: bytes, ttl: int) -> None:
         self.values[key] = value
