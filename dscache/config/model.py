@@ -148,7 +148,6 @@ class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
 
     no_effect: ClassVar[Mapping[str, str]] = {
         **ioredis.NO_EFFECT,
-        "db": "a cluster has database 0 alone",
         "keyPrefix": "it belongs beside redisOptions, as with ioredis",
         "reconnectOnError": "the primary of a slot is looked up after every READONLY",
         "retryStrategy": "it belongs beside redisOptions",
@@ -160,6 +159,7 @@ class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
     connect_timeout: Milliseconds | None = None
     command_timeout: Milliseconds | None = None
     connection_name: str | None = None
+    db: Annotated[int, Meta(ge=0)] = 0
     family: Literal[4, 6, 0] | None = None
 
 
@@ -298,6 +298,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
             username=username,
             password=password,
             tls=shared.tls,
+            db=shared.db,
             family=self.family if shared.family is None else shared.family,
             connect_timeout=shared.connect_timeout or self.connect_timeout,
             command_timeout=shared.command_timeout or self.command_timeout,

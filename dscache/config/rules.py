@@ -84,8 +84,8 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
     shared = options.redis_options
     if options.db:
         raise places["db"].error(
-            f"a cluster has database 0 alone, not {options.db}; leave it out, and let keyPrefix "
-            "keep records apart"
+            f"on a cluster redisOptions.db is used; write {options.db} there if the cluster has "
+            "several databases (Valkey 9 with cluster-databases), else leave it out"
         )
     if options.proxied:
         raise places["proxied"].error(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..core.constants import PASSING, ErrorOf
-from ..errors import ConnectError, DscacheError, ProtocolError, ReplyError, clean
+from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
 from .sockets import NoneAccepts
 
 # A server that is full for the moment says so in these words. Whether it then ends the connection
@@ -22,6 +22,10 @@ _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 
 class UnsuitableServer(ConnectError):
     """The server can't do what the configuration asks of it."""
+
+
+class UnsuitableConfig(ConfigError):
+    """The configuration asks for something that the server doesn't have."""
 
 
 class TurnedAway(ReplyError):
@@ -82,6 +86,8 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
         return lambda operation: ReplyError(message, context=f"{operation} at {address}")
+    if isinstance(error, UnsuitableConfig):
+        return lambda operation: ConfigError(f"{operation} at {address}: {shown}")
     if isinstance(error, UnsuitableServer):
         return lambda operation: ConnectError(f"{operation}: {shown}")
     if isinstance(error, (ssl.SSLError, ProtocolError)):

@@ -12,7 +12,7 @@ from ..config import NearCacheOptions, Options
 from ..core import constants
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
-from .connect_errors import UnsuitableServer, is_full
+from .connect_errors import UnsuitableConfig, UnsuitableServer, is_full
 from .credentials import Hidden, Login, Word, hidden, masked
 from .slots import parse_node_id, parse_nodes
 
@@ -154,7 +154,10 @@ def _log_in(
         if password is None:
             greeting = _unless_refused(greeting)
     selected, (loaded, known) = others[: len(selection)], others[len(selection) :][:2]
-    _check_consent([greeting, *selected])
+    _check_consent([greeting])
+    if of_cluster:
+        _check_database(options.db, selected)
+    _check_consent(selected)
     # A user without the right to load scripts may do all the rest; a server that is still loading
     # its data, or busy with a script, serves nothing and says nothing of itself.
     for reply in (loaded, known):
@@ -216,6 +219,19 @@ def _check_consent(replies: list[Any]) -> None:
     for reply in replies:
         if isinstance(reply, ReplyError):
             raise reply
+
+
+def _check_database(number: int, selected: list[Any]) -> None:
+    """Raise UnsuitableConfig if a cluster doesn't have the database.
+
+    Source: Valkey's page of SELECT, and its option cluster-databases.
+    """
+    for reply in selected:
+        if isinstance(reply, ReplyError) and reply.code == "ERR":
+            raise UnsuitableConfig(
+                f'redisOptions.db: the cluster has no database {number} ("{reply.message}"); '
+                "leave it out, or set cluster-databases on Valkey 9 or later"
+            )
 
 
 def secrets_of(options: Options, login: Login) -> list[Hidden | None]:

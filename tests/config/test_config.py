@@ -1020,7 +1020,7 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "retryDelayOnTryAgain",
         "updateSentinels",
     ]
-    in_shared = ["db", "keyPrefix", "retryStrategy", "reconnectOnError"]
+    in_shared = ["keyPrefix", "retryStrategy", "reconnectOnError"]
     shared = ", ".join(f"{name}: 1" for name in (*ignored, *in_shared))
     found = read(
         "nodes: [{}]",
@@ -1037,7 +1037,8 @@ def test_options_without_effect(read: Read, caplog: pytest.LogCaptureFixture) ->
         "the connection is made when the cache is opened"
     ) in messages
     assert (
-        "config.yml: cache.options.redisOptions.db has no effect: a cluster has database 0 alone"
+        "config.yml: cache.options.redisOptions.keyPrefix has no effect: it belongs beside "
+        "redisOptions, as with ioredis"
     ) in messages
 
 
@@ -1151,7 +1152,7 @@ def test_url_beside_nodes(notes: Notes) -> None:
     for url, message in (
         (
             "redis://h/3",
-            f"{DATABASE_ZERO}, not 3; leave it out, and let keyPrefix keep records apart",
+            OTHER_DATABASE,
         ),
         ("rediss://h", "on a cluster redisOptions.tls is used; write it there"),
         ("unix:///run/redis.sock", "a cluster has no socket; leave it out, or nodes"),
@@ -1159,7 +1160,10 @@ def test_url_beside_nodes(notes: Notes) -> None:
         assert refusal(options, nodes=[{}], url=url) == f"mapping: options.url: {message}"
 
 
-DATABASE_ZERO = "a cluster has database 0 alone"
+OTHER_DATABASE = (
+    "on a cluster redisOptions.db is used; write 3 there if the cluster has several databases "
+    "(Valkey 9 with cluster-databases), else leave it out"
+)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def options(**written: Any) -> dict[str, Any]:
             options(sentinels=[{}], name="x", role="slave"),
             "options.role: must be master: a message",
         ),
-        (options(nodes=[{}], db=1), "a cluster has database 0 alone"),
+        (options(nodes=[{}], db=1), "on a cluster redisOptions.db is used"),
         ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
         ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),
         ("redis://h/x", "the path must be the number of a database"),
