@@ -42,6 +42,10 @@ async def single(cache: AsyncCache) -> None:
     assert_type(await cache.set("n", 1, {"a": [1]}, ttl=60, if_newer=True), bool)
     assert_type(await cache.set("n", 1, {}, ttl=None), bool)
     assert_type(await cache.delete("n"), bool)
+    assert_type(await cache.set("n", 2, {}, if_version=1), bool)
+    assert_type(await cache.set("n", 1, {}, if_version=None), bool)
+    assert_type(await cache.set("n", 1, {}, if_version=dscache.ANY), bool)
+    assert_type(await cache.delete("n", if_version=2), bool)
 
 
 async def bulk(cache: AsyncCache) -> None:
@@ -50,6 +54,8 @@ async def bulk(cache: AsyncCache) -> None:
     assert_type(await cache.head_bulk(iter(names)), dict[str, int])
     assert_type(await cache.set_bulk({"a": (1, {}), "b": (2, [])}, ttl=60), set[str])
     assert_type(await cache.delete_bulk(["a"]), int)
+    assert_type(await cache.set_bulk({"a": (1, {})}, if_version={"a": None}), set[str])
+    assert_type(await cache.delete_bulk(["a"], if_version={"a": 1}), int)
 
 
 async def state(cache: AsyncCache) -> None:
@@ -68,6 +74,7 @@ async def refused(cache: AsyncCache) -> None:
     cache.set("n", 1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     cache.set("n", 1, {}, 60)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     cache.set("n", 1, {}, ttl=1.5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.delete("n", if_version=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     cache.get_bulk(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     cache.set_bulk({"n": 1})  # type: ignore[dict-item] # pyright: ignore[reportArgumentType]
     cache.is_ready = True  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
