@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from sys import getsizeof
+from types import GenericAlias
 
 cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
@@ -46,7 +47,7 @@ import msgspec
 
 from .core import constants as c
 from .core import envelope as e
-from .core import recovery
+from .core import recovery, typed
 from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import reject as _reject

@@ -6,13 +6,15 @@ import asyncio
 import builtins
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 
+from . import _backend
 from ._cache import CacheBase
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
+from .core import typed
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from .aio.cluster import Cluster
     from .core.pure import Record
+
+T = TypeVar("T")
 
 Topology: TypeAlias = "MemoryNode | Connection | Cluster"
 """The connections of a cache, opened on the running event loop."""
@@ -40,6 +44,8 @@ class _Operations(Protocol):
         self, records: Mapping[str, tuple[int, Any]], ttl: int | None, if_newer: bool
     ) -> asyncio.Future[builtins.set[str]]: ...
     def delete_bulk(self, names: Iterable[str]) -> asyncio.Future[int]: ...
+    def read(self, name: str, waiter: Any) -> None: ...
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None: ...
 
 
 class AsyncCache(CacheBase[Topology], AsyncResource):
@@ -61,12 +67,23 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
 
-    def get(self, name: str) -> asyncio.Future[Record | None]:
+    @overload
+    def get(self, name: str, *, type: None = None) -> asyncio.Future[Record | None]: ...
+    @overload
+    def get(self, name: str, *, type: type[T]) -> asyncio.Future[Record[T] | None]: ...
+    @overload
+    def get(self, name: str, *, type: Any) -> asyncio.Future[Record | None]: ...
+    def get(self, name: str, type: Any = None) -> asyncio.Future[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
-        ``name`` is any text that isn't empty. Raises RecordError at the call for a bad name. The
-        future fails with RecordError if the stored value is no record.
+        ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
+        other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
+        at the call for a bad name, and TypeError for a type that msgspec doesn't know. The future
+        fails with RecordError if the stored value is no record, or doesn't fit the type.
         """
+        # Not keyword-only: that would cost each call some hundred instructions.
+        if type is not None:
+            return self._typed_get(name, type)
         return (self._pipeline or self._open()).get(name)
 
     def head(self, name: str) -> asyncio.Future[int | None]:
@@ -107,12 +124,26 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).delete(name)
 
-    def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
+    @overload
+    def get_bulk(
+        self, names: Iterable[str], *, type: None = None
+    ) -> asyncio.Future[dict[str, Record]]: ...
+    @overload
+    def get_bulk(
+        self, names: Iterable[str], *, type: type[T]
+    ) -> asyncio.Future[dict[str, Record[T]]]: ...
+    @overload
+    def get_bulk(self, names: Iterable[str], *, type: Any) -> asyncio.Future[dict[str, Record]]: ...
+    def get_bulk(self, names: Iterable[str], type: Any = None) -> asyncio.Future[dict[str, Record]]:
         """Read records; the result maps the names found to Records, in the order of ``names``.
 
-        Raises RecordError at the call for a bad name; no record is read then. The future fails
-        with BulkError if some records can't be read; it has their errors and the other records.
+        With a ``type``, the ``data`` of each Record is of that type, as of ``get``. Raises
+        RecordError at the call for a bad name; no record is read then. The future fails with
+        BulkError if some records can't be read, or don't fit the type; it has their errors and the
+        other records.
         """
+        if type is not None:
+            return self._typed_get_bulk(names, type)
         return (self._pipeline or self._open()).get_bulk(names)
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
@@ -149,6 +180,22 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         the others.
         """
         return (self._pipeline or self._open()).delete_bulk(names)
+
+    def _typed_get(self, name: str, type_: Any) -> asyncio.Future[Record | None]:
+        operations = self._pipeline or self._open()
+        name = _backend.core.check_name(name)
+        waiter = self._loop.create_future()
+        typed.get(operations, waiter, name, type_)
+        return waiter
+
+    def _typed_get_bulk(
+        self, names: Iterable[str], type_: Any
+    ) -> asyncio.Future[dict[str, Record]]:
+        operations = self._pipeline or self._open()
+        checked = typed.checked(_backend.core.check_name, names)
+        waiter = self._loop.create_future()
+        typed.get_bulk(operations, waiter, checked, type_)
+        return waiter
 
     async def when_ready(self) -> None:
         """Wait until the cache is connected.

@@ -410,24 +410,41 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+def _known_decoder(type_: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(type_)
+
+
+def decoder_of(type_: Any) -> msgspec.json.Decoder[Any]:
+    """Return the decoder of JSON text into a type; raises TypeError if msgspec knows none."""
+    try:
+        return _known_decoder(type_)
+    except TypeError:
+        # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
+        return msgspec.json.Decoder(type_)
 
 
 def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     """Return JSON text decoded into ``type_``, which msgspec knows.
 
-    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
+    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON, and
+    TypeError if msgspec doesn't know the type.
     """
+    decoder = decoder_of(type_)
     try:
-        return _decoder(type_).decode(raw)
-    except (msgspec.DecodeError, ValueError, RecursionError):
+        return decoder.decode(raw)
+    except MemoryError:
+        raise
+    except Exception:  # msgspec passes on any exception of a user's own type
         value = decode_tolerantly(name, version, raw)
     try:
-        return msgspec.convert(value, type_)
-    except msgspec.ValidationError as error:
+        # In JSON, the keys of a dict[int, ...] are text.
+        return msgspec.convert(value, type_, str_keys=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
         raise RecordError(
-            f"record {shorten(name)}, version {version}: {error}", name=name
+            f"record {shorten(name)}, version {version}: {reason}", name=name
         ) from error
 
 
