@@ -17,7 +17,7 @@ from dscache.core import typed
 from dscache.core.memory import MemoryPipeline
 from dscache.errors import BulkError, ConnectionLost, DscacheError, RecordError
 from tests.support.near_wire import NearExchange
-from tests.support.wire import CORES, Exchange, Waiter
+from tests.support.wire import CORES, ClusterExchange, Exchange, ModelServer, Waiter
 
 
 class Address(msgspec.Struct):
@@ -224,17 +224,36 @@ class TypedNear(NearExchange):
         return Future()
 
 
+class Nodes:
+    """A ClusterExchange whose nodes share one ModelServer."""
+
+    def __init__(self, core: Any, key_prefix: str) -> None:
+        self.server = ModelServer()
+        self.cluster = ClusterExchange(core, key_prefix=key_prefix)
+        self.pipeline = self.cluster.pipelines[0]
+
+    def run(self) -> None:
+        for node in range(3):
+            self.cluster.serve(node, self.server)
+        self.cluster.assert_drained()
+
+
 class Reads:
-    """The operations of one core on a server, with or without a near cache, or on a dict."""
+    """The operations of one core on servers, with or without a near cache, or on a dict."""
 
     def __init__(self, core: Any, where: str) -> None:
         self.exchange: Any = None
         self.operations: Any
+        # With a hash tag, both keys of a record are in one slot.
+        self.prefix = "{app}" if where == "cluster" else ""
         if where == "memory":
             self.operations = MemoryPipeline(Waiter, lambda: None, None)
         elif where == "near cache":
             self.exchange = TypedNear(core)
             self.operations = self.exchange.near
+        elif where in ("cluster", "split records"):
+            self.exchange = Nodes(core, self.prefix)
+            self.operations = self.exchange.cluster.router
         else:
             self.exchange = Exchange(core)
             self.operations = self.exchange.pipeline
@@ -243,7 +262,7 @@ class Reads:
         if self.exchange is None:
             self.operations.set(name, version, msgspec.Raw(raw))
         else:
-            self.exchange.server.put(name, version, raw)
+            self.exchange.server.put(self.prefix + name, version, raw)
 
     def issue(self, name: str, kind: Any) -> Future:
         waiter = Future()
@@ -270,10 +289,11 @@ class Reads:
         return waiter.result()
 
 
-ON_A_SERVER = pytest.mark.parametrize("reads", ["pipeline", "near cache"], indirect=True)
+SERVERS = ("pipeline", "near cache", "cluster", "split records")
+ON_A_SERVER = pytest.mark.parametrize("reads", SERVERS, indirect=True)
 
 
-@pytest.fixture(params=["pipeline", "near cache", "memory"])
+@pytest.fixture(params=[*SERVERS, "memory"])
 def reads(core: Any, request: pytest.FixtureRequest) -> Reads:
     return Reads(core, request.param)
 
