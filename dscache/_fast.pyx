@@ -139,7 +139,7 @@ cdef object _HALF = object()
 cdef list _DISCARDED = _discarded
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
-cdef object _encode_json_into = msgspec.json.Encoder().encode_into
+cdef object _encode_json_into = c.encode_json_into
 cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
 

@@ -34,6 +34,7 @@ from ..errors import (
     shorten,
 )
 from . import tolerant_json
+from .models import decode_model, encode_model, is_model
 
 VERSION_SUFFIX: Final = b"_v"
 DATA_SUFFIX: Final = b"_d"
@@ -364,7 +365,7 @@ def too_deep(address: str) -> ProtocolError:
 
 # -- JSON where msgspec alone does not do
 
-_encode_into = msgspec.json.Encoder().encode_into
+encode_json_into: Final = msgspec.json.Encoder(enc_hook=encode_model).encode_into
 
 
 def encode_json(value: object) -> bytes:
@@ -373,7 +374,7 @@ def encode_json(value: object) -> bytes:
     Into a buffer: where memory ends, msgspec 0.20's ``encode`` crashes the process.
     """
     text = bytearray()
-    _encode_into(value, text)
+    encode_json_into(value, text)
     return bytes(text)
 
 
@@ -409,18 +410,25 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
         ) from error
 
 
-@lru_cache(maxsize=256)
-def _known_decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(type_)
+def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
+    if is_model(type_):
+        return type_.model_validate_json  # type: ignore[no-any-return]
+    return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
 
 
-def decoder_of(type_: Any) -> msgspec.json.Decoder[Any]:
-    """Return the decoder of JSON text into a type; raises TypeError if msgspec knows none."""
+_known_decoder = lru_cache(maxsize=256)(_new_decoder)
+
+
+def decoder_of(type_: Any) -> Callable[[bytes], Any]:
+    """Return a function that decodes JSON text into a type.
+
+    Raises TypeError if msgspec doesn't know the type.
+    """
     try:
         return _known_decoder(type_)
     except TypeError:
         # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
-        return msgspec.json.Decoder(type_)
+        return _new_decoder(type_)
 
 
 def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
@@ -429,16 +437,16 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON, and
     TypeError if msgspec doesn't know the type.
     """
-    decoder = decoder_of(type_)
+    decode = decoder_of(type_)
     try:
-        return decoder.decode(raw)
+        return decode(raw)
     except MemoryError:
         raise
     except Exception:  # msgspec passes on any exception of a user's own type
         value = decode_tolerantly(name, version, raw)
     try:
         # In JSON, the keys of a dict[int, ...] are text.
-        return msgspec.convert(value, type_, str_keys=True)
+        return msgspec.convert(value, type_, str_keys=True, dec_hook=decode_model)
     except MemoryError:
         raise
     except Exception as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import pickle
 import typing
 from typing import Annotated, Any, TypedDict
 
 import attrs
 import msgspec
+import pydantic
 import pytest
 
 from dscache import _backend
@@ -212,6 +214,77 @@ def test_a_record_still_has_no_dict(core: Any) -> None:
 def test_a_type_can_not_be_set(core: Any) -> None:
     with pytest.raises(AttributeError, match="immutable"):
         user(core)._type = None
+
+
+# -- models of pydantic
+
+
+class Model(pydantic.BaseModel):
+    name: str
+    age: int = pydantic.Field(0, alias="years")
+    born: datetime.date | None = None
+
+
+class Strict(pydantic.BaseModel, strict=True):
+    born: datetime.date
+
+
+ADA = Model(name="Ada", years=36, born=datetime.date(1815, 12, 10))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (ADA, Model),
+        (ADA, Model | None),
+        ([ADA, ADA], list[Model]),
+        ({"a": {"b": ADA}}, dict[str, dict[str, Model]]),
+        (Strict(born=datetime.date(1815, 12, 10)), Strict),
+        ([Strict(born=datetime.date(1815, 12, 10))], list[Strict]),
+    ],
+    ids=repr,
+)
+def test_a_model_is_written_and_read(core: Any, value: Any, kind: Any) -> None:
+    record = core.Record("a", 1, core.encode_data("a", value), type=kind)
+    assert record.data == value
+    assert pickle.loads(pickle.dumps(record)).data == value
+
+
+def test_a_model_is_written_as_its_own_json(core: Any) -> None:
+    text = b'{"name":"Ada","years":36,"born":"1815-12-10"}'
+    assert core.encode_data("a", ADA) == text
+    assert core.encode_data("a", [ADA, "\ud800"]) == b"[" + text + rb',"\ud800"]'
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "reason"),
+    [
+        (b'{"name":"Ada","years":"old"}', Model, "years: Input should be a valid integer, "),
+        (b'[{"name":5}]', list[Model], "name: Input should be a valid string - at `$[0]`"),
+        (b"[{}]", list[Model], "name: Field required - at `$[0]`"),
+        (b'{"years":"x","born":7.5}', Model, "name: Field required and 2 more"),
+        (b"[]", Model, "Input should be an object"),
+        (rb'{"name":"\ud800"}', Model, ""),
+        (b"{", Model, "stored data is no JSON"),
+    ],
+    ids=str,
+)
+def test_a_misfit_of_a_model_names_the_field(core: Any, raw: bytes, kind: Any, reason: str) -> None:
+    with pytest.raises(RecordError) as misfit:
+        core.Record("a", 1, raw).decode(kind)
+    assert str(misfit.value).startswith(f"record 'a', version 1: {reason}")
+    assert "old" not in str(misfit.value)
+    assert "\n" not in str(misfit.value)
+
+
+def test_a_class_unknown_to_msgspec_is_still_refused(core: Any) -> None:
+    class Plain:
+        pass
+
+    with pytest.raises(RecordError, match="Expected `Plain`, got `list`"):
+        core.Record("a", 1, b"[]").decode(Plain)
+    with pytest.raises(RecordError, match=r"\$\.b: Encoding objects of type Plain is unsupported$"):
+        core.encode_data("a", {"a": ADA, "b": Plain()})
 
 
 # -- reads
