@@ -40,6 +40,9 @@ else:
         found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
         return found
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "ANY",

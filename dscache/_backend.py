@@ -13,10 +13,12 @@ import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from .core.pure import Message, Record
+
+T = TypeVar("T")
 
 _MODULES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
 _logger = logging.getLogger("dscache")
@@ -71,9 +73,26 @@ def _stand_in() -> None:
         vars(module).update(Record=make_record, Message=make_message)
 
 
-def make_record(name: str, version: int, raw: bytes, stale: bool = False) -> Record:
-    """Return a Record of this process's core; a pickled Record is a call of this function."""
-    record: Record = core.Record(name, version, raw, stale)
+@overload
+def make_record(
+    name: str, version: int, raw: bytes, stale: bool = ..., type: None = ...
+) -> Record: ...
+@overload
+def make_record(
+    name: str, version: int, raw: bytes, stale: bool = ..., *, type: type[T]
+) -> Record[T]: ...
+@overload
+def make_record(
+    name: str, version: int, raw: bytes, stale: bool = ..., type: Any = ...
+) -> Record: ...
+def make_record(
+    name: str, version: int, raw: bytes, stale: bool = False, type: Any = None
+) -> Record:
+    """Return a Record of this process's core; a pickled Record is a call of this function.
+
+    With a ``type``, such as a ``msgspec.Struct``, its data is decoded into that on first access.
+    """
+    record: Record = core.Record(name, version, raw, stale, type)
     return record
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from sys import getsizeof
+from types import GenericAlias
 
 cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
@@ -47,7 +48,7 @@ import msgspec
 from .core import condition
 from .core import constants as c
 from .core import envelope as e
-from .core import recovery
+from .core import recovery, typed
 from .core.stats import stats_of
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
@@ -141,7 +142,7 @@ cdef object _HALF = object()
 cdef list _DISCARDED = _discarded
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
-cdef object _encode_json_into = msgspec.json.Encoder().encode_into
+cdef object _encode_json_into = c.encode_json_into
 cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
 

@@ -6,13 +6,15 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 
+from . import _backend
 from ._cache import CacheBase
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
+from .core import typed
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .errors import ConnectionLost, UsageError
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from .aio.cluster import Cluster
     from .core.pure import Record
+
+T = TypeVar("T")
 
 Topology: TypeAlias = "MemoryNode | Connection | Cluster"
 """The connections of a cache, opened on the running event loop."""
@@ -53,6 +57,8 @@ class _Operations(Protocol):
     def delete_bulk(
         self, names: Iterable[str], if_version: IfVersionsHeld
     ) -> asyncio.Future[int]: ...
+    def read(self, name: str, waiter: Any) -> None: ...
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None: ...
 
 
 class AsyncCache(CacheBase[Topology], AsyncResource):
@@ -60,8 +66,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine instead of a Future.
-    It must be awaited once; the operation is still issued at the call.
+    With a near cache (``nearCache``), ``head`` and an untyped ``get`` return a coroutine instead
+    of a Future. It must be awaited once; the operation is still issued at the call.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
@@ -75,12 +81,23 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
 
-    def get(self, name: str) -> Awaitable[Record | None]:
+    @overload
+    def get(self, name: str, *, type: None = None) -> Awaitable[Record | None]: ...
+    @overload
+    def get(self, name: str, *, type: type[T]) -> asyncio.Future[Record[T] | None]: ...
+    @overload
+    def get(self, name: str, *, type: Any) -> asyncio.Future[Record | None]: ...
+    def get(self, name: str, type: Any = None) -> Awaitable[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
-        ``name`` is any text that isn't empty. Raises RecordError at the call for a bad name. The
-        future fails with RecordError if the stored value is no record.
+        ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
+        other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
+        at the call for a bad name, and TypeError for a type that msgspec doesn't know. The future
+        fails with RecordError if the stored value is no record, or doesn't fit the type.
         """
+        # Not keyword-only: that would cost each call some hundred instructions.
+        if type is not None:
+            return self._typed_get(name, type)
         return (self._pipeline or self._open()).get(name)
 
     def head(self, name: str) -> Awaitable[int | None]:
@@ -124,12 +141,26 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).delete(name, if_version)
 
-    def get_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, Record]]:
+    @overload
+    def get_bulk(
+        self, names: Iterable[str], *, type: None = None
+    ) -> asyncio.Future[dict[str, Record]]: ...
+    @overload
+    def get_bulk(
+        self, names: Iterable[str], *, type: type[T]
+    ) -> asyncio.Future[dict[str, Record[T]]]: ...
+    @overload
+    def get_bulk(self, names: Iterable[str], *, type: Any) -> asyncio.Future[dict[str, Record]]: ...
+    def get_bulk(self, names: Iterable[str], type: Any = None) -> asyncio.Future[dict[str, Record]]:
         """Read records; the result maps the names found to Records, in the order of ``names``.
 
-        Raises RecordError at the call for a bad name; no record is read then. The future fails
-        with BulkError if some records can't be read; it has their errors and the other records.
+        With a ``type``, the ``data`` of each Record is of that type, as of ``get``. Raises
+        RecordError at the call for a bad name; no record is read then. The future fails with
+        BulkError if some records can't be read, or don't fit the type; it has their errors and the
+        other records.
         """
+        if type is not None:
+            return self._typed_get_bulk(names, type)
         return (self._pipeline or self._open()).get_bulk(names)
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
@@ -173,6 +204,22 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         the others.
         """
         return (self._pipeline or self._open()).delete_bulk(names, if_version)
+
+    def _typed_get(self, name: str, type_: Any) -> asyncio.Future[Record | None]:
+        operations = self._pipeline or self._open()
+        name = _backend.core.check_name(name)
+        waiter = self._loop.create_future()
+        typed.get(operations, waiter, name, type_)
+        return waiter
+
+    def _typed_get_bulk(
+        self, names: Iterable[str], type_: Any
+    ) -> asyncio.Future[dict[str, Record]]:
+        operations = self._pipeline or self._open()
+        checked = typed.checked(_backend.core.check_name, names)
+        waiter = self._loop.create_future()
+        typed.get_bulk(operations, waiter, checked, type_)
+        return waiter
 
     async def when_ready(self) -> None:
         """Wait until the cache is connected.

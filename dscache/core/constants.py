@@ -34,6 +34,7 @@ from ..errors import (
     shorten,
 )
 from . import tolerant_json
+from .models import decode_model, encode_model, is_model
 
 VERSION_SUFFIX: Final = b"_v"
 DATA_SUFFIX: Final = b"_d"
@@ -385,7 +386,7 @@ def too_deep(address: str) -> ProtocolError:
 
 # -- JSON where msgspec alone does not do
 
-_encode_into = msgspec.json.Encoder().encode_into
+encode_json_into: Final = msgspec.json.Encoder(enc_hook=encode_model).encode_into
 
 
 def encode_json(value: object) -> bytes:
@@ -394,7 +395,7 @@ def encode_json(value: object) -> bytes:
     Into a buffer: where memory ends, msgspec 0.20's ``encode`` crashes the process.
     """
     text = bytearray()
-    _encode_into(value, text)
+    encode_json_into(value, text)
     return bytes(text)
 
 
@@ -430,25 +431,49 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
         ) from error
 
 
-@lru_cache(maxsize=256)
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(type_)
+def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
+    if is_model(type_):
+        return type_.model_validate_json  # type: ignore[no-any-return]
+    return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
+
+
+_known_decoder = lru_cache(maxsize=256)(_new_decoder)
+
+
+def decoder_of(type_: Any) -> Callable[[bytes], Any]:
+    """Return a function that decodes JSON text into a type.
+
+    Raises TypeError if msgspec doesn't know the type.
+    """
+    try:
+        return _known_decoder(type_)
+    except TypeError:
+        # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
+        return _new_decoder(type_)
 
 
 def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     """Return JSON text decoded into ``type_``, which msgspec knows.
 
-    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON.
+    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON, and
+    TypeError if msgspec doesn't know the type.
     """
+    decode = decoder_of(type_)
     try:
-        return _decoder(type_).decode(raw)
-    except (msgspec.DecodeError, ValueError, RecursionError):
+        return decode(raw)
+    except MemoryError:
+        raise
+    except Exception:  # msgspec passes on any exception of a user's own type
         value = decode_tolerantly(name, version, raw)
     try:
-        return msgspec.convert(value, type_)
-    except msgspec.ValidationError as error:
+        # In JSON, the keys of a dict[int, ...] are text.
+        return msgspec.convert(value, type_, str_keys=True, dec_hook=decode_model)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
         raise RecordError(
-            f"record {shorten(name)}, version {version}: {error}", name=name
+            f"record {shorten(name)}, version {version}: {reason}", name=name
         ) from error
 
 

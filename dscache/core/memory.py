@@ -58,6 +58,10 @@ class MemoryPipeline:
         """Return a done waiter with the Record, or None."""
         return self._done(self._read(self._checked(name)))
 
+    def read(self, name: str, waiter: Any) -> None:
+        """Give ``waiter`` the Record, or None."""
+        self._done(self._read(self._checked(name)), waiter)
+
     def head(self, name: str) -> Any:
         """Return a done waiter with the version, or None."""
         record = self._read(self._checked(name))
@@ -90,6 +94,10 @@ class MemoryPipeline:
     def get_bulk(self, names: Iterable[str]) -> Any:
         """Return a done waiter with a dict of the records found."""
         return self._done(self._found("get_bulk", names))
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Give ``waiter`` a dict of the records found; ``kind`` is GET."""
+        self._done(self._found(f"{constants.OPERATIONS[kind]}_bulk", names), waiter)
 
     def head_bulk(self, names: Iterable[str]) -> Any:
         """Return a done waiter with a dict of the versions found."""
@@ -179,9 +187,10 @@ class MemoryPipeline:
 
     # -- the records
 
-    def _done(self, result: object) -> Any:
+    def _done(self, result: object, waiter: Any = None) -> Any:
         self._counts["operations"] += 1
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         waiter.set_result(result)
         return waiter
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar, overload
 
 import msgspec
 
 from ..errors import shorten
 from . import constants as c
 from . import envelope as e
+
+T = TypeVar("T")
 
 _UNDECODED: Final = object()
 
@@ -71,6 +73,10 @@ class Message:
             object.__setattr__(self, "_data", data)
         return data
 
+    @overload
+    def decode(self, type: type[T], /) -> T: ...
+    @overload
+    def decode(self, type: Any, /) -> Any: ...
     def decode(self, type: Any, /) -> Any:
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 

@@ -151,13 +151,20 @@ cdef class NearCache:
 
     # -- operations on one record
 
-    def get(self, name):
-        """Return a coroutine that returns the Record, or None."""
+    def get(self, name, type=None):
+        """Return a coroutine that returns the Record, or None.
+
+        With a ``type``, return a waiter of the Record, whose data is of that type.
+        """
+        if type is not None:
+            waiter = self._create_waiter()
+            typed.get(self, waiter, check_name(name), type)
+            return waiter
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None:
-            return _later(self._read(check_name(name)))
+            return _later(self._read(check_name(name), self._create_waiter()))
         return _now(_record_of(entry, stale))
 
     def head(self, name):
@@ -183,6 +190,22 @@ cdef class NearCache:
         waiter = self._inner.delete(name, if_version)
         self.add_fence(check_name(name))
         return waiter
+
+    # -- reads for another waiter
+
+    def read(self, str name not None, waiter):
+        """Queue a read; ``waiter`` gets the Record, or None, at once if the record was cached."""
+        self._stay()
+        cdef bint stale = False
+        cdef _Entry entry = self._look(name, &stale)
+        if entry is None:
+            self._read(name, waiter)
+        else:
+            _resolve(waiter, _record_of(entry, stale))
+
+    def read_bulk(self, int kind, names, waiter):
+        """Queue a GET or HEAD of the records not cached; ``waiter`` gets a dict of all found."""
+        self._bulk(kind, names, waiter)
 
     # -- bulk operations
 
@@ -413,9 +436,8 @@ cdef class NearCache:
     cdef inline bint _may_be_stale(self, _Entry entry) noexcept:
         return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
 
-    cdef object _read(self, str name):
-        # Creating the waiter comes first: it may run Python code that ends or begins pending reads.
-        cdef object waiter = self._create_waiter()
+    cdef object _read(self, str name, waiter):
+        # The waiter exists: creating it may run Python code that ends or begins pending reads.
         cdef double now = dscache_monotonic()
         cdef _PendingRead read = self._joinable(name, now)
         if read is None:
@@ -436,7 +458,7 @@ cdef class NearCache:
             return None
         return <_PendingRead>found
 
-    cdef object _bulk(self, int kind, names):
+    cdef object _bulk(self, int kind, names, waiter=None):
         cdef dict found = {}
         cdef dict result = {}
         cdef list missing = []
@@ -468,7 +490,8 @@ cdef class NearCache:
                 PyDict_SetItem(found, key, _record_of(entry, stale))
             else:
                 PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         is_asked = bool(missing) or not found
         if not is_asked and not joined:
             # No comprehension, for the reason in ``_Batch._group``.

@@ -42,6 +42,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
+from . import typed
 from .batch import serials
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
@@ -154,12 +155,19 @@ class NearCache:
 
     # -- operations on one record
 
-    def get(self, name: str) -> Any:
-        """Return a coroutine that returns the Record, or None."""
+    def get(self, name: str, type: Any = None) -> Any:
+        """Return a coroutine that returns the Record, or None.
+
+        With a ``type``, return a waiter of the Record, whose data is of that type.
+        """
+        if type is not None:
+            waiter = self._create_waiter()
+            typed.get(self, waiter, check_name(name), type)
+            return waiter
         self._stay()
         entry, stale = self._look(name)
         if entry is None:
-            return _later(self._read(check_name(name)))
+            return _later(self._read(check_name(name), self._create_waiter()))
         return _now(self._record(name, entry, stale))
 
     def head(self, name: str) -> Any:
@@ -192,6 +200,21 @@ class NearCache:
         waiter = self._inner.delete(name, if_version)
         self.add_fence(check_name(name))
         return waiter
+
+    # -- reads for another waiter
+
+    def read(self, name: str, waiter: Any) -> None:
+        """Queue a read; ``waiter`` gets the Record, or None, at once if the record was cached."""
+        self._stay()
+        entry, stale = self._look(name)
+        if entry is None:
+            self._read(name, waiter)
+        else:
+            resolve(waiter, self._record(name, entry, stale))
+
+    def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
+        """Queue a GET or HEAD of the records not cached; ``waiter`` gets a dict of all found."""
+        self._bulk(kind, names, waiter)
 
     # -- bulk operations
 
@@ -399,8 +422,7 @@ class NearCache:
     def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
         return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
 
-    def _read(self, name: str) -> Any:
-        waiter = self._create_waiter()
+    def _read(self, name: str, waiter: Any) -> Any:
         now = time.monotonic()
         read = self._joinable(name, now)
         if read is None:
@@ -419,7 +441,7 @@ class NearCache:
         read = self._pending.get(name)
         return read if read is not None and now < read.joinable_until and self._live else None
 
-    def _bulk(self, kind: int, names: Iterable[str]) -> Any:
+    def _bulk(self, kind: int, names: Iterable[str], waiter: Any = None) -> Any:
         self._stay()
         if isinstance(names, (str, bytes)):
             raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
@@ -443,7 +465,8 @@ class NearCache:
                 found[name] = self._record(name, entry, stale)
             else:
                 found[name] = None if entry.raw is None else entry.version
-        waiter = self._create_waiter()
+        if waiter is None:
+            waiter = self._create_waiter()
         is_asked = bool(missing) or not found
         if not is_asked and not joined:
             resolve(waiter, {name: value for name, value in found.items() if value is not None})

@@ -10,6 +10,9 @@ cdef class Record:
     ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
     stored, and ``stale`` true only for a last known record served while Redis is
     unreachable. A record unpacks: ``version, data = record``.
+
+    The data of a ``Record[User]`` is a User: a read with ``type=User`` gives it that ``type``, and
+    copies and pickles keep it. Records are equal if name, version and text are.
     """
 
     cdef readonly str name
@@ -17,21 +20,30 @@ cdef class Record:
     cdef readonly bytes raw
     cdef readonly bint stale
     cdef object _data
+    cdef object _type  # of the data, or None
 
-    def __init__(self, str name not None, long long version, bytes raw not None, bint stale=False):
+    __class_getitem__ = classmethod(GenericAlias)
+
+    def __init__(
+        self, str name not None, long long version, bytes raw not None, bint stale=False, type=None
+    ):
         self.name = name
         self.version = version
         self.raw = raw
         self.stale = stale
         self._data = _UNDECODED
+        self._type = type
 
     @property
     def data(self):
         """The decoded JSON: decoded on first access, then cached, and shared with no other call.
 
-        Raises RecordError if the stored text is not valid JSON.
+        Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
         """
         if self._data is _UNDECODED:
+            if self._type is not None:
+                self._data = c.decode_as(self.name, self.version, self.raw, self._type)
+                return self._data
             try:
                 self._data = _decode_json(self.raw)
             except (msgspec.DecodeError, ValueError, RecursionError):
@@ -67,7 +79,8 @@ cdef class Record:
 
     def __reduce__(self):
         from ._backend import make_record
-        return (make_record, (self.name, self.version, self.raw, self.stale))
+        fields = (self.name, self.version, self.raw, self.stale)
+        return (make_record, fields if self._type is None else (*fields, self._type))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a Record is immutable: {name} can't be set")

@@ -3,57 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar, overload
 
 import msgspec
 
 from ..errors import shorten
 from . import constants as c
 
+if TYPE_CHECKING:
+    # Only type checkers know a default before Python 3.13; they bring their own module for it.
+    import typing_extensions
+
+    DataT = typing_extensions.TypeVar("DataT", covariant=True, default=Any)
+
+    class Pair(tuple[int, DataT]):
+        """To type checkers a Record is a tuple: of nothing else do they unpack several types."""
+
+        def __new__(cls, *arguments: Any, **options: Any) -> Self: ...
+
+else:
+    DataT = TypeVar("DataT", covariant=True)
+    Pair = Generic
+
+T = TypeVar("T")
+
 _UNDECODED: Final = object()
 
 _decode_json = msgspec.json.Decoder().decode
 
 
-class Record:
+class Record(Pair[DataT]):
     """One record as Redis held it: immutable, with its JSON decoded on first access.
 
     ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
     stored, and ``stale`` true only for a last known record served while Redis is
     unreachable. A record unpacks: ``version, data = record``.
+
+    The data of a ``Record[User]`` is a User: a read with ``type=User`` gives it that ``type``, and
+    copies and pickles keep it. Records are equal if name, version and text are.
     """
 
-    __slots__ = ("_data", "name", "raw", "stale", "version")
+    __slots__ = ("_data", "_type", "name", "raw", "stale", "version")
 
     name: str
     version: int
     raw: bytes
     stale: bool
     _data: Any
+    _type: Any
 
-    def __init__(self, name: str, version: int, raw: bytes, stale: bool = False) -> None:
+    @overload
+    def __init__(
+        self, name: str, version: int, raw: bytes, stale: bool = ..., type: None = None
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, name: str, version: int, raw: bytes, stale: bool = ..., *, type: type[DataT]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, name: str, version: int, raw: bytes, stale: bool = ..., type: Any = ...
+    ) -> None: ...
+    def __init__(
+        self, name: str, version: int, raw: bytes, stale: bool = False, type: Any = None
+    ) -> None:
         set_field = object.__setattr__
         set_field(self, "name", name)
         set_field(self, "version", version)
         set_field(self, "raw", raw)
         set_field(self, "stale", stale)
         set_field(self, "_data", _UNDECODED)
+        set_field(self, "_type", type)
 
     @property
-    def data(self) -> Any:
+    def data(self) -> DataT:
         """The decoded JSON: decoded on first access, then cached, and shared with no other call.
 
-        Raises RecordError if the stored text is not valid JSON.
+        Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
         """
-        data = self._data
+        data: DataT = self._data
         if data is _UNDECODED:
-            try:
-                data = _decode_json(self.raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
-                data = c.decode_tolerantly(self.name, self.version, self.raw)
+            if self._type is not None:
+                data = c.decode_as(self.name, self.version, self.raw, self._type)
+            else:
+                try:
+                    data = _decode_json(self.raw)
+                except (msgspec.DecodeError, ValueError, RecursionError):
+                    data = c.decode_tolerantly(self.name, self.version, self.raw)
             object.__setattr__(self, "_data", data)
         return data
 
+    @overload
+    def decode(self, type: type[T], /) -> T: ...
+    @overload
+    def decode(self, type: Any, /) -> Any: ...
     def decode(self, type: Any, /) -> Any:
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other supported type.
 
@@ -79,7 +122,8 @@ class Record:
     def __reduce__(self) -> tuple[Any, ...]:
         from .._backend import make_record
 
-        return (make_record, (self.name, self.version, self.raw, self.stale))
+        fields = (self.name, self.version, self.raw, self.stale)
+        return (make_record, fields if self._type is None else (*fields, self._type))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a Record is immutable: {name} can't be set")

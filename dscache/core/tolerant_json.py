@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from ..errors import shorten
+from .models import encode_model
 
 # Longer integers are beyond a double by far, so they read as infinity. This is CPython's own
 # default limit, fixed here because int() takes quadratic time and the limit can be lifted.
@@ -187,7 +188,9 @@ def encode(data: object) -> bytes:
 
 def _pieces(data: object) -> Iterator[bytes]:
     """Yield the JSON text of ``data`` in pieces; raises as msgspec does, without a path."""
-    plain = msgspec.to_builtins(data, str_keys=True, builtin_types=(msgspec.Raw,))
+    plain = msgspec.to_builtins(
+        data, str_keys=True, builtin_types=(msgspec.Raw,), enc_hook=encode_model
+    )
     try:
         yield _write_plain(plain).encode("utf-8", "backslashreplace")
         return

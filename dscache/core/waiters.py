@@ -107,5 +107,6 @@ def reject_unobserved(waiter: Any, make: Callable[[], Exception]) -> None:
     """
     with suppress(InvalidStateError):
         waiter.set_exception(make())
-        if type(waiter) is not Part:
-            waiter.exception()
+        # Only a future logs; a waiter that hands its outcome on has no such method.
+        if (observe := getattr(waiter, "exception", None)) is not None:
+            observe()

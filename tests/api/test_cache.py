@@ -372,6 +372,113 @@ async def test_a_record_is_a_value(cache: dscache.AsyncCache) -> None:
     assert tuple(a) == (1, [1])
 
 
+# -- types
+
+
+class Person(msgspec.Struct):
+    name: str
+    age: int = 0
+
+
+@everywhere
+async def test_a_read_with_a_type(cache: dscache.AsyncCache) -> None:
+    await cache.set("a", 3, Person("Ada", 36))
+    record = await cache.get("a", type=Person)
+    version, person = record
+    assert (version, person) == (3, Person("Ada", 36))
+    assert record.raw == b'{"name":"Ada","age":36}'
+    assert (await cache.get("a")).data == {"name": "Ada", "age": 36}
+    assert (await cache.get("a", type=dict[str, str | int])).data == {"name": "Ada", "age": 36}
+    assert (await cache.get("a", type=None)).data == {"name": "Ada", "age": 36}
+    assert await cache.get("b", type=Person) is None
+
+
+@everywhere
+async def test_a_read_of_data_that_does_not_fit_the_type(cache: dscache.AsyncCache) -> None:
+    await cache.set("a", 3, {"name": "Ada", "age": "old"})
+    text = r"^record 'a', version 3: Expected `int`, got `str` - at `\$\.age`$"
+    with pytest.raises(dscache.RecordError, match=text) as misfit:
+        await cache.get("a", type=Person)
+    assert misfit.value.name == "a"
+    assert tuple(await cache.get("a")) == (3, {"name": "Ada", "age": "old"})
+
+
+@everywhere
+async def test_a_bulk_read_with_a_type(cache: dscache.AsyncCache) -> None:
+    people = {f"user/{n}": (n, Person(str(n), n)) for n in range(500)}
+    await cache.set_bulk(people)
+    found = await cache.get_bulk(iter([*people, "none"]), type=Person)
+    assert list(found) == list(people)
+    assert pairs(found) == people
+    await cache.set_bulk({"user/3": (9, []), "user/7": (9, {"name": None})})
+    with pytest.raises(dscache.BulkError) as failure:
+        await cache.get_bulk(people, type=Person)
+    errors = failure.value.errors
+    assert list(errors) == ["user/3", "user/7"]
+    assert str(errors["user/7"]) == (
+        "record 'user/7', version 9: Expected `str`, got `null` - at `$.name`"
+    )
+    del people["user/3"], people["user/7"]
+    assert pairs(failure.value.result) == people
+
+
+@everywhere
+async def test_a_type_that_msgspec_does_not_know(cache: dscache.AsyncCache) -> None:
+    for kind in (5, {}, list[int] | set[int]):
+        with pytest.raises(TypeError):
+            cache.get("a", type=kind)
+        with pytest.raises(TypeError):
+            cache.get_bulk(["a"], type=kind)
+    assert not cache.stats().get("operations")
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["", 5, "\ud800"], ids=repr)
+async def test_a_bad_name_with_a_type(cache: dscache.AsyncCache, name: Any) -> None:
+    with pytest.raises(dscache.RecordError, match="name"):
+        cache.get(name, type=Person)
+    for names in ([name], ["a", name], name or [name]):
+        with pytest.raises((dscache.RecordError, TypeError)):
+            cache.get_bulk(names, type=Person)
+
+
+@async_only
+async def test_reads_with_and_without_a_type_share_a_command(
+    cache: dscache.AsyncCache, redis: redis_py.Redis
+) -> None:
+    await cache.set("a", 1, Person("Ada"))
+    before = record_commands(redis)["mget"]
+    typed, untyped = await asyncio.gather(cache.get("a", type=Person), cache.get("a"))
+    assert record_commands(redis)["mget"] == before + 1
+    assert typed == untyped
+    assert typed.data == Person("Ada")
+    assert untyped.data == {"name": "Ada", "age": 0}
+
+
+@async_only
+async def test_a_typed_read_is_a_future(cache: dscache.AsyncCache) -> None:
+    await cache.set("a", 1, {"name": 5})
+    futures = [cache.get("a", type=Person), cache.get_bulk(["a"], type=Person)]
+    assert all(isinstance(future, asyncio.Future) for future in futures)
+    assert not any(future.done() for future in futures)
+    cancelled = cache.get("a", type=Person)
+    cancelled.cancel()
+    await asyncio.wait(futures)
+    assert isinstance(futures[0].exception(), dscache.RecordError)
+    assert isinstance(futures[1].exception(), dscache.BulkError)
+    # A mismatch is not the connection's fault.
+    assert cache.stats()["reconnections"] == 0
+    assert (await cache.get("a")).data == {"name": 5}
+
+
+async def test_a_closed_cache_reads_no_type(cache: dscache.AsyncCache) -> None:
+    await cache.close()
+    with pytest.raises(dscache.ConnectionLost, match="closed"):
+        cache.get("a", type=Person)
+    with pytest.raises(dscache.ConnectionLost, match="closed"):
+        cache.get_bulk(["a"], type=Person)
+
+
 # -- only newer
 
 

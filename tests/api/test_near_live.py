@@ -63,6 +63,33 @@ def put(redis: redis_py.Redis, name: str, version: int, data: str = "1", prefix:
     redis.mset({f"{prefix}{name}_v": version, f"{prefix}{name}_d": data})
 
 
+# -- types
+
+
+async def test_two_types_of_one_cached_record(make_cache: MakeCache) -> None:
+    cache = await make_cache(nearCache=NEAR)
+    await cache.set("a", 1, {"x": 1})
+    await cache.set("b", 1, {"x": "1"})
+    await until(lambda: is_at_hand(cache, "a"))
+    await until(lambda: is_at_hand(cache, "b"))
+    for _ in range(2):
+        hits = counters(cache)["hits"]
+        typed = cache.get("a", type=dict[str, int])
+        other = cache.get("a", type=dict[str, float])
+        untyped = cache.get("a")
+        misfit = cache.get("b", type=dict[str, int])
+        bulk = cache.get_bulk(["a", "b"], type=dict[str, float | str])
+        assert all(isinstance(one, asyncio.Future) for one in (typed, other, misfit, bulk))
+        records = await typed, await other, await untyped
+        assert records[0] == records[1] == records[2]
+        assert [type(record.data["x"]) for record in records] == [int, float, int]
+        with pytest.raises(dscache.RecordError, match=r"^record 'b', version 1: Expected `int`"):
+            await misfit
+        data = {name: record.data for name, record in (await bulk).items()}
+        assert data == {"a": {"x": 1.0}, "b": {"x": "1"}}
+        assert counters(cache)["hits"] == hits + 6
+
+
 # -- other writers
 
 CHANGES: dict[str, tuple[Callable[[redis_py.Redis], object], int | None]] = {

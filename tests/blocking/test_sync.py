@@ -997,6 +997,8 @@ def test_redis_is_imported_on_demand() -> None:
     program = (
         "import sys, dscache\n"
         "assert 'dscache.sync' not in sys.modules\n"
+        "assert {*dscache.__all__} <= {*dir(dscache)}\n"
+        "assert 'dscache.sync' not in sys.modules\n"
         "assert 'Cache' in dscache.__all__\n"
         "from dscache import Cache\n"
         "assert 'dscache.sync' in sys.modules\n"

@@ -218,6 +218,28 @@ async def test_a_span_of_each_operation(make_cache: MakeCache, spans: Spans) -> 
     ]
 
 
+@pytest.mark.parametrize("near", [False, True])
+async def test_spans_of_typed_reads(make_cache: MakeCache, spans: Spans, near: bool) -> None:
+    cache = await make_cache(**({"nearCache": {"idleLimit": 30_000}} if near else {}))
+    otel.trace(cache, tracer_provider=spans.provider)
+    await cache.set("a", 1, {"x": 1})
+    with spans.tracer.start_as_current_span("request"):
+        for _ in range(2):
+            record = await cache.get("a", type=dict[str, float])
+            assert repr(record.data) == "{'x': 1.0}"
+        assert len(await cache.get_bulk(["a", "b"], type=dict[str, float])) == 1
+        with pytest.raises(dscache.RecordError):
+            await cache.get("a", type=list[int])
+        await asyncio.sleep(0)  # when callbacks of done futures have run
+        with pytest.raises(TypeError):
+            cache.get("a", type=5)
+    told = []
+    for span in spans():
+        attributes = dict(span.attributes or {})
+        told.append([attributes.get(key) for key in ("db.response.returned_rows", "error.type")])
+    assert told == [[1, None], [1, None], [1, None], [None, "RecordError"], [None, "TypeError"]]
+
+
 async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
     cache = await make_cache()
     otel.trace(cache, tracer_provider=spans.provider, roots=True)

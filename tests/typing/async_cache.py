@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from asyncio import Future
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, assert_type
+from typing import Any, TypedDict, assert_type
 
 from redis.credentials import UsernamePasswordCredentialProvider
 
@@ -58,6 +59,33 @@ async def bulk(cache: AsyncCache) -> None:
     assert_type(await cache.delete_bulk(["a"], if_version={"a": 1}), int)
 
 
+@dataclass
+class User:
+    name: str
+
+
+class Profile(TypedDict):
+    name: str
+
+
+async def typed(cache: AsyncCache) -> None:
+    assert_type(cache.get("n", type=User), Future[Record[User] | None])
+    assert_type(cache.get("n", type=None), Awaitable[Record | None])
+    assert_type(await cache.get("n", type=User), Record[User] | None)
+    assert_type(await cache.get("n", type=list[User]), Record[list[User]] | None)
+    assert_type(await cache.get("n", type=dict[str, int]), Record[dict[str, int]] | None)
+    assert_type(await cache.get("n", type=Profile), Record[Profile] | None)
+    assert_type(await cache.get_bulk(["a"], type=User), dict[str, Record[User]])
+    assert_type(cache.get_bulk(["a"], type=int), Future[dict[str, Record[int]]])
+    # Type checkers know no type of other forms.
+    assert_type(await cache.get("n", type=User | None), Record | None)
+    if (record := await cache.get("n", type=User)) is not None:
+        assert_type(record.data, User)
+        version, user = record
+        assert_type(version, int)
+        assert_type(user, User)
+
+
 async def state(cache: AsyncCache) -> None:
     assert_type(cache.is_ready, bool)
     assert_type(cache.description, str)
@@ -68,14 +96,16 @@ async def state(cache: AsyncCache) -> None:
 
 
 async def refused(cache: AsyncCache) -> None:
-    cache.get(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.get(1)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
     cache.head(b"n")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     cache.set("n", "1", {})  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     cache.set("n", 1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     cache.set("n", 1, {}, 60)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     cache.set("n", 1, {}, ttl=1.5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     cache.delete("n", if_version=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    cache.get_bulk(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.get_bulk(1)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
+    cache.get("n", User)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
+    cache.get_bulk(["n"], User)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
     cache.set_bulk({"n": 1})  # type: ignore[dict-item] # pyright: ignore[reportArgumentType]
     cache.is_ready = True  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
     AsyncCache.from_config(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, assert_type
 
+from msgspec import Struct
+
 from dscache import Cache, Record
 from dscache.config import Config
 
@@ -30,6 +32,20 @@ def bulk(cache: Cache) -> None:
     assert_type(cache.delete_bulk({"a": 1}), int)
 
 
+class User(Struct):
+    name: str
+
+
+def typed(cache: Cache) -> None:
+    assert_type(cache.get("n", type=User), Record[User] | None)
+    assert_type(cache.get("n", type=None), Record | None)
+    assert_type(cache.get("n", type=list[User]), Record[list[User]] | None)
+    assert_type(cache.get("n", type=User | None), Record | None)
+    assert_type(cache.get_bulk(["a"], type=User), dict[str, Record[User]])
+    for record in cache.get_bulk(["a"], type=User).values():
+        assert_type(record.data, User)
+
+
 def state(cache: Cache) -> None:
     assert_type(cache.is_ready, bool)
     assert_type(cache.description, str)
@@ -41,7 +57,8 @@ def state(cache: Cache) -> None:
 
 
 def refused(cache: Cache) -> None:
-    cache.get(1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.get(1)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
+    cache.get("n", User)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
     cache.set("n", 1, {}, 60)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     cache.set_bulk([("n", 1, {})])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     if (record := cache.get("n")) is None:

@@ -21,10 +21,31 @@ def of_a_record(record: Record) -> None:
     assert_type(record.raw, bytes)
     assert_type(record.stale, bool)
     assert_type(record.data, Any)
-    user: User = record.decode(User)
-    assert_type(user, User)
+    assert_type(record.decode(User), User)
+    assert_type(record.decode(list[User]), list[User])
     version, data = record
-    print(version, data, {record: 1})
+    assert_type(version, int)
+    assert_type(data, Any)
+    print({record: 1})
+
+
+def of_a_typed_record(record: Record[User], untyped: Record) -> None:
+    assert_type(record.data, User)
+    assert_type(record.raw, bytes)
+    version, user = record
+    assert_type(version, int)
+    assert_type(user, User)
+    assert_type(record.decode(dict[str, str]), dict[str, str])
+    anything: Record[object] = record
+    nothing_known: Record = record
+    user_after_all: Record[User] = untyped
+    print(anything, nothing_known, user_after_all)
+
+
+def made() -> None:
+    assert_type(Record("n", 1, b"{}"), Record)
+    assert_type(Record("n", 1, b"{}", type=User), Record[User])
+    assert_type(dscache.make_record("n", 1, b"{}", type=User), Record[User])
 
 
 def of_a_message(message: Message) -> None:
@@ -38,8 +59,7 @@ def of_a_message(message: Message) -> None:
     assert_type(message["topic"], Any)
     assert_type("topic" in message, bool)
     assert_type(len(message), int)
-    user: User = message.decode(User)
-    assert_type(user, User)
+    assert_type(message.decode(User), User)
 
 
 def of_errors() -> None:
