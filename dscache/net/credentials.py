@@ -81,6 +81,9 @@ class Hidden:
         return hash(self._text)
 
 
+MAX_GIVEN: Final = 4
+"""The number of a provider's latest tokens that no text may show."""
+
 Word = str | bytes | int | Hidden
 """A word of a command."""
 

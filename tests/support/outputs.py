@@ -16,10 +16,11 @@ _TESTS = str(Path(__file__).parents[1])
 _PREFIX = 6
 
 
-def content_of(error: BaseException | None) -> str:
+def content_of(error: BaseException | None, *, with_locals: bool = True) -> str:
     """Return the content of an error: texts, arguments, notes, pickle, and frames with locals.
 
     Errors reachable from it are included. Frames of the tests, which have every password, are not.
+    Without ``with_locals``, the frames are shown without the arguments of the caller.
     """
     told = []
     seen: set[int] = set()
@@ -32,7 +33,7 @@ def content_of(error: BaseException | None) -> str:
         told += [str(one), repr(one), repr(one.args), repr(vars(one))]
         told += getattr(one, "__notes__", [])
         told.append(pickle.dumps(one, 0).decode(errors="replace"))
-        shown = traceback.TracebackException.from_exception(one, capture_locals=True)
+        shown = traceback.TracebackException.from_exception(one, capture_locals=with_locals)
         shown.stack = traceback.StackSummary.from_list(
             [frame for frame in shown.stack if not frame.filename.startswith(_TESTS)]
         )
