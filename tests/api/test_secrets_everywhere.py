@@ -357,7 +357,7 @@ async def test_data_that_is_repeated(
     secret = PASSWORDS["plain"]
     data = {"token": secret}
     some = {"b": (1, data), "c": (1, data)}
-    told = []
+    told: list[str] = []
     answers = dict.fromkeys(("EVALSHA", "EVAL", "MSET", "MSETEX", "SET"), STYLES[style])
 
     def write(cache: Any) -> list[Callable[[], Any]]:
@@ -379,5 +379,5 @@ async def test_data_that_is_repeated(
         await asyncio.to_thread(block)
         assert any(secret.encode() in word for said in fake.commands for word in said)
     shown = "\n".join(told)
-    assert "refused args" in shown or "command" in shown
+    assert re.search("refused args|(?:unknown|unsupported) command .(?:MSET|EVALSHA)", shown)
     assert not shown_secrets(shown + log(), secret)
