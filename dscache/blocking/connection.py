@@ -422,9 +422,9 @@ class Connection:
                     self._take()
             except OSError as error:
                 raise_foreign(error)
-                if attempt is not None and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
-                    attempt.note_closed()
                 failure = end_of_handshake((waiter.error for waiter in waiters), error)
+                if attempt is not None and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
+                    failure = attempt.note_closed(failure)
                 if failure is error:
                     raise
                 raise failure from None
