@@ -28,8 +28,9 @@ from dscache.embedded import EmbeddedServer
 from dscache.errors import DscacheError
 from tests.conftest import SERVERS, _server_id
 from tests.support.commands import invoke
-from tests.support.faults import FakeServer
+from tests.support.faults import HELLO_REPLY, FakeServer
 from tests.support.outputs import as_redis_quotes, content_of, shown_secrets
+from tests.support.waiting import until
 
 MakeServer = Callable[..., EmbeddedServer]
 PASSWORDS = {
@@ -381,3 +382,26 @@ async def test_data_that_is_repeated(
     shown = "\n".join(told)
     assert re.search("refused args|(?:unknown|unsupported) command .(?:MSET|EVALSHA)", shown)
     assert not shown_secrets(shown + log(), secret)
+
+
+@pytest.mark.parametrize("client", ["AsyncCache", "MessageNode"])
+@pytest.mark.parametrize("shape", ["text", "array"])
+async def test_a_password_in_a_reply_too_many(
+    client: str, shape: str, backend: str, log: Callable[[], str]
+) -> None:
+    """The connection ends, and the reason of the loss doesn't show the reply."""
+    password = PASSWORDS["plain"]
+
+    def more(command: list[bytes]) -> bytes:
+        text = b"$%d\r\n%b\r\n" % (len(password), password.encode())
+        return HELLO_REPLY + (text if shape == "text" else b"*1\r\n" + text) * 5
+
+    async with FakeServer({"HELLO": more, "MGET": b""}) as fake:
+        options = options_of(password, host=fake.host, port=fake.port, commandTimeout=300)
+        config = {"name": "redis", "options": options}
+        kind = getattr(dscache, client)
+        async with kind.from_config(config) as used:
+            await until(lambda: "no operation waits for" in used.stats()["last_loss"])
+            told = repr(used.stats())
+    assert ("a text of 18 bytes" if shape == "text" else "1 elements") in told
+    assert not shown_secrets(told + log(), password)
