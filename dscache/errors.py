@@ -164,7 +164,25 @@ class ProtocolError(DscacheError):
 
 
 MAX_TEXT: Final = 500
-_REPEATED: Final = re.compile(r",? *with args beginning with:.*", re.DOTALL | re.IGNORECASE)
+# A command's arguments, as servers and proxies repeat them: behind words that announce them, or
+# behind the name of a command that they don't know or allow. Kept are the groups, and the length
+# of a text that was cut.
+_REPEATED: Final = re.compile(
+    r"""
+    (?: [\s,;.(]* \b (?:with\s+|and\s+)? (?:the\s+)? (?:args?|arguments?|param(?:eter)?s?|argv)
+        \s+ (?:that\s+|which\s+)? (?:begin|start)
+    | (\b (?:args?|arguments|params|parameters|argv)) \s* [:=]
+    | (\b (?:unknown?|unsupported|not\ supported|unrecogni[sz]ed|unimplemented|invalid|disabled
+            |illegal|forbidden|denied|bad|no\ such)
+        \s+ (?:redis\s+)? (?:command|cmd|request) s? \b \s* :? \s*)
+        (?: (['"`]) ([\w.|-]{,40}) | ((?-i:[A-Z]{2}[A-Z.|_]{,30})) \b)
+    )
+    .*? (?= (?:…\ \(\d+\ characters\))? \Z)
+    """,
+    re.DOTALL | re.IGNORECASE | re.VERBOSE,
+)
+# Each match of the above has one of these words.
+_TELLTALE: Final = re.compile("arg|param|command|cmd|request", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -176,12 +194,22 @@ def clean(text: str) -> str:
     """
     if len(text) > MAX_TEXT:
         ending = f"… ({len(text)} characters)"
-        text = _printable(_REPEATED.sub("", text[:MAX_TEXT]))[: MAX_TEXT - len(ending)] + ending
-    elif " args beginning " in text.lower() or not text.isprintable():
-        text = _printable(_REPEATED.sub("", text))
+        text = _printable(_unrepeated(text[:MAX_TEXT]))[: MAX_TEXT - len(ending)] + ending
+    elif _TELLTALE.search(text) or not text.isprintable():
+        text = _printable(_unrepeated(text))
         if len(text) > MAX_TEXT:
             text = text[: MAX_TEXT - 1] + "…"
     return text
+
+
+def _unrepeated(text: str) -> str:
+    """Return a server's text without the arguments that it repeats."""
+
+    def kept(found: re.Match[str]) -> str:
+        announced, refused, quote, quoted, name = (group or "" for group in found.groups())
+        return f"{announced}{refused}{quote}{quoted}{quote}{name}"
+
+    return _REPEATED.sub(kept, text)
 
 
 def _printable(text: str) -> str:

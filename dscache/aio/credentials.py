@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
-from ..net.credentials import NOTHING, Hidden, Login, checked, hidden, provider_failed
+from ..net.credentials import MAX_GIVEN, NOTHING, Hidden, Login, checked, hidden, provider_failed
 from ..net.foreign_errors import is_of_handler
 from .resolver import Threads
 
@@ -26,7 +26,7 @@ class Credentials:
     def __init__(self, provider: CredentialProvider | None) -> None:
         self._provider = provider
         # The latest tokens: a server may repeat one that it was given earlier.
-        self.given: deque[Hidden | None] = deque(maxlen=4)
+        self.given: deque[Hidden | None] = deque(maxlen=MAX_GIVEN)
         self._loop = asyncio.get_running_loop()
         self._thread = Threads(1, "dscache fetches credentials")
 

@@ -170,10 +170,10 @@ class Endpoint:
         while True:
             try:
                 replies = await ask(*commands)
-            except (ConnectionLost, ConnectionError, TurnedAway):
-                if attempt is not None:
-                    attempt.note_closed()
-                raise
+            except (ConnectionLost, ConnectionError, TurnedAway) as error:
+                if attempt is None or (reason := attempt.note_closed(error)) is error:
+                    raise
+                raise reason from None
             try:
                 commands = steps.send(replies)
             except StopIteration as end:

@@ -40,7 +40,9 @@ class ClusterPool(Pool):
         super().__init__(shared, provider)
         self.address = options.address
         self._state = ClusterState(config)
-        self._new_routes = partial(SlotRouter, _backend.core, self._state, shared, provider)
+        self._new_routes = partial(
+            SlotRouter, _backend.core, self._state, shared, self._connector.logins
+        )
         self._departures = 0
 
     # -- differences from the pool of one server

@@ -21,7 +21,7 @@ from ..core.constants import ErrorOf, join_address
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
-from ..net.credentials import Login, Word, packed, without
+from ..net.credentials import Word, packed, without
 from ..net.handshake import (
     Attempt,
     Handshake,
@@ -36,7 +36,7 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Connector
+    from .connector import Connector, Logins
 
 _logger = logging.getLogger("dscache")
 
@@ -321,7 +321,7 @@ class Connection:
         Raises OSError, DscacheError or UnicodeError.
         """
         host, port = connector.locate(deadline)
-        steps = self._connect(host, port, connector.login, attempt=connector.attempt())
+        steps = self._connect(host, port, connector.logins, attempt=connector.attempt())
         try:
             while True:
                 self._wait(next(steps), deadline)
@@ -378,7 +378,7 @@ class Connection:
         self,
         host: str,
         port: int,
-        login: Callable[[], Login],
+        logins: Logins,
         *,
         read_only: bool = False,
         of_cluster: bool = False,
@@ -392,11 +392,11 @@ class Connection:
         yield from holder.open(options, host, port)
         self._attach(holder.sock)
         self.pipeline.address = address = options.path or join_address(host, port)
-        user = login()
+        login = logins.current(options)
         try:
             steps = handshake(
                 options,
-                user,
+                login,
                 address,
                 read_only=read_only,
                 of_cluster=of_cluster,
@@ -405,7 +405,7 @@ class Connection:
             return (yield from self._greet(steps, attempt))
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
-            failure = without(error, secrets_of(options, user))
+            failure = without(error, [*secrets_of(options, login), *logins.given])
         raise failure
 
     def _greet(self, steps: Handshake, attempt: Attempt | None) -> Generator[int, None, ServerInfo]:
@@ -422,9 +422,9 @@ class Connection:
                     self._take()
             except OSError as error:
                 raise_foreign(error)
-                if attempt is not None and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
-                    attempt.note_closed()
                 failure = end_of_handshake((waiter.error for waiter in waiters), error)
+                if attempt is not None and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
+                    failure = attempt.note_closed(failure)
                 if failure is error:
                     raise
                 raise failure from None

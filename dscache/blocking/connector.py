@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from ..config import Options
-from ..net.credentials import NOTHING, Login, checked, hidden, provider_failed
+from ..net.credentials import MAX_GIVEN, NOTHING, Hidden, Login, checked, hidden, provider_failed
 from ..net.foreign_errors import is_of_handler
 from ..net.handshake import Attempt, ClosedHandshakes
 
@@ -27,7 +27,7 @@ class Connector:
 
     def __init__(self, options: Options, provider: CredentialProvider | None) -> None:
         self._options = options
-        self._provider = provider
+        self.logins = Logins(provider)
         self._sentinels: Sentinels | None = None
         self._closed = ClosedHandshakes() if options.sentinels is None else None
         if options.sentinels is not None:
@@ -49,26 +49,36 @@ class Connector:
         """Return the next handshake with a server that may be a proxy; None behind Sentinels."""
         return None if self._closed is None else self._closed.attempt()
 
-    def login(self) -> Login:
-        """Return the username and password. Raises ConnectError if the provider fails."""
-        return current_login(self._options, self._provider)
 
+class Logins:
+    """The logins of one cache: those of the options, or of a provider. Any thread may use it."""
 
-def current_login(options: Options, provider: CredentialProvider | None) -> Login:
-    """Return the username and password to log in with now.
+    def __init__(self, provider: CredentialProvider | None) -> None:
+        self._provider = provider
+        # The latest tokens: a server may repeat one that it was given earlier. Assigned as a whole,
+        # since another thread may be reading them.
+        self.given: tuple[Hidden | None, ...] = ()
 
-    Raises ConnectError if the provider fails.
-    """
-    if provider is None:
-        return options.username, hidden(options.password)
-    try:
-        return checked(provider.get_credentials())
-    except Exception as error:  # whatever the provider raises, the next attempt may succeed
-        if is_of_handler(error):
-            raise
-        failure = provider_failed(error)
-    # Raised here, without the text and the frames of the provider's: both may hold a token.
-    raise failure
+    def current(self, options: Options) -> Login:
+        """Return the username and password to log in with now.
+
+        Raises ConnectError if the provider fails.
+        """
+        provider = self._provider
+        if provider is None:
+            return options.username, hidden(options.password)
+        try:
+            login = checked(provider.get_credentials())
+        except Exception as error:  # whatever the provider raises, the next attempt may succeed
+            if is_of_handler(error):
+                raise
+            failure = provider_failed(error)
+        else:
+            if login[1] not in self.given:
+                self.given = (*self.given[1 - MAX_GIVEN :], login[1])
+            return login
+        # Raised here, without the text and the frames of the provider's: both may hold a token.
+        raise failure
 
 
 def on_renewal(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:

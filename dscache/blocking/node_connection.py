@@ -16,13 +16,11 @@ from ..net.cluster_state import ClusterState
 from ..net.handshake import ServerInfo
 from ..net.slot_table import NodeInfo
 from .connection import Connection, milliseconds
-from .connector import current_login
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
-
     from ..core.pure import Pipeline
+    from .connector import Logins
 
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
@@ -41,7 +39,7 @@ class NodeConnection(Connection):
         pipeline: Pipeline,
         info: NodeInfo,
         state: ClusterState,
-        provider: CredentialProvider | None,
+        logins: Logins,
     ) -> None:
         super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
@@ -52,7 +50,7 @@ class NodeConnection(Connection):
         self.failures = 0
         self.not_before = 0.0
         self._state = state
-        self._provider = provider
+        self._logins = logins
 
     @property
     def is_busy(self) -> bool:
@@ -103,7 +101,7 @@ class NodeConnection(Connection):
         options = self.info.options
         self.opening = self._connect(
             *self.info.address,
-            lambda: current_login(options, self._provider),
+            self._logins,
             read_only=options.scale_reads != "master",
             of_cluster=True,
         )

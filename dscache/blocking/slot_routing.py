@@ -17,11 +17,10 @@ from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
-
     from ..core.batch import Batch
     from ..core.pipeline import Pipeline
     from ..core.router import Router
+    from .connector import Logins
 
 
 class SlotRouter:
@@ -37,10 +36,10 @@ class SlotRouter:
         core: ModuleType,
         state: ClusterState,
         options: Options,
-        provider: CredentialProvider | None,
+        logins: Logins,
     ) -> None:
         self._state = state
-        self._provider = provider
+        self._logins = logins
         self._new_pipeline = partial(
             core.Pipeline, BlockingWaiter, clustered=True, **options.for_pipeline()
         )
@@ -122,7 +121,7 @@ class SlotRouter:
                 partial(self.pending_nodes.append, info.shown), address=info.shown
             )
             pipeline.down = ConnectError("still connecting")
-            node = NodeConnection(pipeline, info, self._state, self._provider)
+            node = NodeConnection(pipeline, info, self._state, self._logins)
             self.nodes[info.shown] = node
             self._rebuild(self._table)
         return node

@@ -679,6 +679,19 @@ def untold(address: str, operation: str) -> Exception:
     )
 
 
+def stray_reply(address: str, reply: object) -> ProtocolError:
+    """Return the error for a reply that no operation waits for.
+
+    Its texts are not shown: they may be a password that the server repeats, or others' data.
+    """
+    shown = shorten(reply)
+    if isinstance(reply, bytes):
+        shown = f"a text of {len(reply)} bytes"
+    elif isinstance(reply, (list, dict, set)):
+        shown = f"{len(reply)} elements"
+    return ProtocolError(f"{address} sent a reply that no operation waits for: {shown}")
+
+
 class EndedHere(ConnectionLost):
     """The connection ended by this side's own decision, for no fault of what was under way."""
 

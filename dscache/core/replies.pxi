@@ -5,9 +5,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise ProtocolError(
-            f"{pipeline.address} sent a reply that no operation waits for: {shorten(reply)}"
-        )
+        raise c.stray_reply(pipeline.address, reply)
     cdef tuple slot = pipeline.slots[0]
     cdef _Batch batch = slot[0]
     cdef Py_ssize_t count = slot[1]

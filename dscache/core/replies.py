@@ -27,9 +27,7 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise ProtocolError(
-            f"{pipeline.address} sent a reply that no operation waits for: {shorten(reply)}"
-        )
+        raise c.stray_reply(pipeline.address, reply)
     batch, count = pipeline.slots[0]
     if batch.asking and not pipeline.asked:
         pipeline.asked = True

@@ -16,6 +16,8 @@ from .sockets import NoneAccepts
 # A server that is full for the moment says so in these words. Whether it then ends the connection
 # differs.
 _FULL: Final = re.compile(r"max(imum)? number of (clients|connections)", re.IGNORECASE)
+# Codes of errors to a handshake after which another attempt may succeed.
+_PASSING: Final = (*PASSING, "MASTERDOWN")
 # Errors of a server that turns a client away for good. Whatever else it says may pass.
 _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 
@@ -97,10 +99,13 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
 
 
 def _may_pass(error: ReplyError) -> bool:
-    """Whether a refusal may be over at the next attempt: the server is loading, busy or full."""
+    """Whether a refusal may be over at the next attempt: of a server that is loading, busy or full.
+
+    A replica that has lost its primary may find it again, or the name may lead to another server.
+    """
     if isinstance(error, TurnedAway) and error.code not in _LASTING:
         return True
-    return error.code in PASSING or is_full(error.message)
+    return error.code in _PASSING or is_full(error.message)
 
 
 def is_full(text: str) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Iterator
+from functools import lru_cache
+from html import escape
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote, quote_plus
 
 from ..errors import ConnectError, DscacheError, ReplyError, clean
 
@@ -34,6 +35,29 @@ _CODES: Final = frozenset(
     )
 )
 
+# Texts of Redis in which nothing is repeated: a mask for a password that is a word of them would
+# give the word away.
+_FIXED: Final = frozenset(
+    (
+        "NOAUTH Authentication required.",
+        "WRONGPASS invalid username-password pair or user is disabled.",
+        "ERR invalid password",
+        "ERR Client sent AUTH, but no password is set",
+        "ERR AUTH <password> called without any password configured for the default user. "
+        "Are you sure your configuration is correct?",
+        "ERR max number of clients reached",
+    )
+)
+# Secrets of fewer characters are looked for as words.
+_SHORT: Final = 4
+# A part of so many characters gives a secret away, also in the middle of a text.
+_TELLING: Final = 8
+# Ends of a text or an argument that was cut off.
+_CUT: Final = re.compile(r"$|['\"`]|\.\.")
+# The end of a text that ``clean`` has cut, maybe in the middle of an escape.
+_CLEANED: Final = re.compile(r"(?:[\\%&]\w{,9})?…")
+_NAMED: Final = {"\a": r"\a", "\b": r"\b", "\f": r"\f", "\v": r"\v", "\0": r"\0"}
+
 
 class Hidden:
     """A text that is shown nowhere: not by ``repr``, and not as a local in a traceback's frame."""
@@ -56,6 +80,9 @@ class Hidden:
     def __hash__(self) -> int:
         return hash(self._text)
 
+
+MAX_GIVEN: Final = 4
+"""The number of a provider's latest tokens that no text may show."""
 
 Word = str | bytes | int | Hidden
 """A word of a command."""
@@ -85,36 +112,85 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
     """Return a server's text with ``***`` for each secret that the server repeats.
 
-    A secret is looked for in the forms in which ``clean`` shows it, and at the end of a text that
-    was cut also in part.
+    A secret is found in each escaped form that servers and proxies use, and in part if the server
+    has cut it off. One of fewer than four characters is found only as a whole word: ``***`` in the
+    middle of a word would give it away.
     """
+    if text in _FIXED:
+        return text
     # A password may equal one of these codes; the server's own code is then no secret.
     code, space, rest = text.partition(" ")
     if code not in _CODES:
         code, space, rest = "", "", text
-    for shown in _forms(secrets):
-        rest = rest.replace(shown, "***")
-        head, ellipsis, tail = rest.rpartition("…")
-        if ellipsis:
-            part = next((n for n in range(len(shown) - 1, 0, -1) if head.endswith(shown[:n])), 0)
-            rest = f"{head[: len(head) - part]}{'***' if part else ''}{ellipsis}{tail}"
-    return code + space + rest
+    given = [one.reveal()[: len(rest) + 1] for one in secrets if one is not None]
+    patterns = [[_spellings(char) for char in one] for one in dict.fromkeys(given)]
+    shown = []
+    at = 0
+    while at < len(rest):
+        end = max((_end_of_secret(rest, at, one) for one in patterns), default=at)
+        shown.append("***" if end > at else rest[at])
+        at = max(end, at + 1)
+    return code + space + "".join(shown)
 
 
-def _forms(secrets: Iterable[Hidden | None]) -> list[str]:
-    """Return the forms in which a server may repeat secrets, the longest first.
+def _end_of_secret(text: str, start: int, pattern: list[frozenset[str]]) -> int:
+    """Return the end of the secret that a text has at ``start``, or ``start`` if it has none there.
 
-    They are the text itself, as ``repr`` escapes it, and as a URL does.
+    ``pattern`` has the spellings of each character of the secret.
     """
-    forms: set[str] = set()
-    for secret in secrets:
-        text = "" if secret is None else secret.reveal()
-        if text:
-            given = text.encode(errors="surrogatepass")
-            quoted = (quote(given), quote(given, safe=""), quote_plus(given))
-            low = [re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), one) for one in quoted]
-            forms.update(map(clean, (text, repr(text)[1:-1], *quoted, *low)))
-    return sorted(forms, key=len, reverse=True)
+    ends = {start}
+    count = 0
+    for spellings in pattern:
+        after = {end + len(one) for end in ends for one in spellings if text.startswith(one, end)}
+        if not after:
+            break
+        ends = after
+        count += 1
+    end = max(ends)
+    if end == start:
+        return start
+    is_whole = count == len(pattern)
+    if is_whole or count < _TELLING:
+        following = text[end:]
+        is_cut = _CLEANED.match(following) or (count >= _SHORT and _CUT.match(following))
+        if not (is_whole or is_cut):
+            return start
+        before = text[start - 1 : start]
+        is_word = not (before.isalnum() or following[:1].isalnum())
+        return end if is_word or len(pattern) >= _SHORT else start
+    return end
+
+
+@lru_cache(2048)
+def _spellings(char: str) -> frozenset[str]:
+    """Return the ways in which servers and proxies show a character of an argument.
+
+    They are the character itself, the escapes of C, Redis, JSON, URLs and HTML, and the characters
+    that stand for one that is not shown.
+    """
+    given = char.encode(errors="surrogatepass")
+    units = char.encode("utf-16-be", "surrogatepass")
+    code = ord(char)
+    hexes = [f"{byte:02x}" for byte in given]
+    pairs = [units[at : at + 2].hex() for at in range(0, len(units), 2)]
+    forms = {
+        *(char, char.lower(), char.upper(), escape(char), f"&#{code};"),
+        *("".join(f"{mark}{one}" for one in hexes) for mark in ("\\x", "%")),
+        *("".join(f"{mark}{one.upper()}" for one in hexes) for mark in ("\\x", "%")),
+        *("".join(f"\\u{one}" for one in pairs), "".join(f"\\u{one.upper()}" for one in pairs)),
+        *(f"\\U{code:08x}", f"\\u{{{code:x}}}", f"&#x{code:x};", f"\\x{code:02x}"),
+        "".join(f"\\{byte:03o}" for byte in given),
+    }
+    if not (char.isascii() and char.isalnum()):
+        forms |= {f"\\{char}", char * 2, "\ufffd", "\ufffd" * len(given), given.decode("latin-1")}
+        forms |= {char.encode("unicode_escape", "surrogatepass").decode(), _NAMED.get(char, char)}
+    if not char.isascii():
+        forms.add("?")
+    if char.isspace():
+        forms.add("+")
+    if not char.isprintable():
+        forms.add(" ")
+    return frozenset((*forms, *map(clean, forms)))
 
 
 def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheError:

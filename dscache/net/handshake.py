@@ -12,7 +12,7 @@ from ..config import NearCacheOptions, Options
 from ..core import constants
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
-from .connect_errors import UnsuitableConfig, UnsuitableServer, is_full
+from .connect_errors import UnsuitableConfig, UnsuitableServer, end_of_handshake, is_full
 from .credentials import Hidden, Login, Word, hidden, masked
 from .slots import parse_node_id, parse_nodes
 
@@ -68,11 +68,15 @@ class Attempt:
         self.is_suspect = closed.is_suspect and not self.is_bare
         self.has_answer = False
         """Whether the PING was answered."""
+        self.refusal: ReplyError | None = None
+        """The error reply to the PING."""
 
-    def note_closed(self) -> None:
-        """Note that the connection was closed during the handshake."""
+    def note_closed(self, reason: Exception) -> Exception:
+        """Note that the connection was closed during the handshake; return the reason to raise."""
         until = time.monotonic() + _BARE_SECONDS if self.has_answer else -math.inf
         self._closed.is_suspect, self._closed.bare_until = True, until
+        refusal = None if self.has_answer else self.refusal
+        return reason if refusal is None else end_of_handshake([refusal], reason)
 
     def note_done(self) -> None:
         """Note a finished handshake."""
@@ -111,8 +115,12 @@ def handshake(
     else:
         if attempt is not None and attempt.is_suspect:
             (pong,) = yield [["PING"]]
-            if isinstance(pong, ReplyError) and _is_final(pong):
-                raise pong
+            if isinstance(pong, ReplyError):
+                if _is_final(pong):
+                    raise pong
+                # It may be a proxy without PING, or a server that turns the client away and closes.
+                attempt.refusal = pong
+                yield [["PING"]]
             attempt.has_answer = True
         info = yield from _log_in(options, login, address, read_only, is_near, of_cluster)
     if attempt is not None:

@@ -6,21 +6,25 @@ Servers repeat the arguments of an unknown command, and a hostile one repeats an
 from __future__ import annotations
 
 import asyncio
+import html
+import json
 import logging
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 from redis.credentials import CredentialProvider
 
 import dscache
 from dscache.embedded import EmbeddedServer
-from dscache.errors import DscacheError, ReplyError
+from dscache.errors import DscacheError, ReplyError, clean
 from dscache.net.credentials import Hidden, masked
 from tests.conftest import SERVERS, _server_id
 from tests.support.commands import invoke
 from tests.support.faults import HELLO_REPLY, FakeServer
+from tests.support.outputs import as_redis_quotes, content_of
 from tests.support.waiting import until
 
 SECRET = "hunter2-of-the-app"
@@ -34,32 +38,6 @@ RENAMED = {
     "AUTH": ("--rename-command", "AUTH", ""),
     "HELLO": ("--rename-command", "HELLO", "", "--requirepass", "another"),
 }
-
-
-def content_of(error: BaseException | None) -> str:
-    """Return the content of an error: its texts, its arguments, and its frames with their locals.
-
-    Errors reachable from it are included.
-    """
-    told = []
-    seen: set[int] = set()
-    errors = [error]
-    while errors:
-        one = errors.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        told += [str(one), repr(one), repr(one.args), repr(vars(one))]
-        shown = traceback.TracebackException.from_exception(one, capture_locals=True)
-        # The test's own frame has every secret.
-        shown.stack = traceback.StackSummary.from_list(
-            [frame for frame in shown.stack if frame.filename != __file__]
-        )
-        told += list(shown.format(chain=False))
-        errors += [one.__cause__, one.__context__]
-        if isinstance(one, BaseExceptionGroup):
-            errors += one.exceptions
-    return "\n".join(told)
 
 
 def assert_hidden(text: str) -> None:
@@ -299,24 +277,119 @@ async def test_the_token_before_the_renewed_one_is_hidden_too(
         ("ERR x pa… (9000 characters)", "ERR x ***… (9000 characters)"),
         ("ERR x p… (9000 characters)", "ERR x ***… (9000 characters)"),
         ("ERR x… (9000 characters)", "ERR x… (9000 characters)"),
+        ("ERR no PA55 or Pa55", "ERR no *** or ***"),
     ],
 )
 def test_masked_texts_hide_secrets(text: str, shown: str) -> None:
     assert masked(text, [None, Hidden(""), Hidden("pa55")]) == shown
 
 
+FORMS: dict[str, Callable[[str], str]] = {
+    "itself": str,
+    "Redis": as_redis_quotes,
+    "repr": lambda text: repr(text)[1:-1],
+    "bytes": lambda text: repr(text.encode())[2:-1],
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "octal": lambda text: "".join(f"\\{byte:03o}" for byte in text.encode()),
+    "URL": quote,
+    "part of a URL": partial(quote, safe=""),
+    "URL in lower case": lambda text: "".join(f"%{byte:02x}" for byte in text.encode()),
+    "form of HTML": quote_plus,
+    "HTML": html.escape,
+    "XML": lambda text: text.encode("ascii", "xmlcharrefreplace").decode(),
+    "one line": lambda text: " ".join(text.splitlines()),
+    "SQL": lambda text: text.replace("'", "''"),
+    "Latin-1": lambda text: text.encode().decode("latin-1"),
+    "ASCII": lambda text: text.encode().decode("ascii", "replace"),
+    "question marks": lambda text: text.encode("ascii", "replace").decode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "form",
+    "secret", ["p@ss/w:rd 'ü", 'a"b\\c`d', "two\nlines", "日本-😀-€", "c\x07\x01\x7f-d"]
+)
+def test_masked_texts_hide_each_form_of_a_secret(form: str, secret: str) -> None:
+    text = clean(f"ERR no {FORMS[form](secret)}!")
+    assert masked(text, [Hidden("p@ss"), Hidden(secret)]) == "ERR no ***!"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
     [
-        "p@ss/w:rd 'ü",
-        "p%40ss%2Fw%3Ard%20%27%C3%BC",
-        "p%40ss/w%3Ard%20%27%C3%BC",
-        "p%40ss%2fw%3ard%20%27%c3%bc",
-        "p%40ss%2Fw%3Ard+%27%C3%BC",
+        ("ERR no token-of-128-char's here", "ERR no *** here"),
+        ("ERR no 'token' 'x'", "ERR no '***' 'x'"),
+        ('ERR no "token-…"', 'ERR no "***…"'),
+        ("ERR no token-...", "ERR no ***..."),
+        ("ERR no token", "ERR no ***"),
+        ("ERR no tokens here", "ERR no tokens here"),
+        ("ERR no to", "ERR no to"),
     ],
 )
-def test_masked_texts_hide_each_form_of_a_secret(form: str) -> None:
-    assert masked(f"ERR no {form}!", [Hidden("p@ss/w:rd 'ü"), Hidden("p@ss")]) == "ERR no ***!"
+def test_masked_texts_hide_a_secret_that_was_cut(text: str, shown: str) -> None:
+    assert masked(text, [Hidden("token-of-128-char's-" + "x" * 2000)]) == shown
+
+
+@pytest.mark.parametrize(
+    ("secret", "text", "shown"),
+    [
+        ("ab", "ERR no ab or 'ab'", "ERR no *** or '***'"),
+        ("ab", "ERR unable to label", "ERR unable to label"),
+        ("p", "ERR redis://app:p@host", "ERR redis://app:***@host"),
+        ("valid", "WRONGPASS invalid username-password pair or user is disabled.", None),
+        ("password", "ERR invalid password", None),
+        ("password", "ERR wrong password", "ERR wrong ***"),
+        ("ERR", "ERR no ERR", "ERR no ***"),
+    ],
+)
+def test_masks_give_no_word_away(secret: str, text: str, shown: str | None) -> None:
+    assert masked(text, [Hidden(secret)]) == (shown or text)
+
+
+REPEATED = {
+    "ERR unknown command `AUTH`, with args beginning with: `{}`, ": "ERR unknown command `AUTH`",
+    "ERR unknown command 'AUTH', with args beginning with: 'a' '{}' ": "ERR unknown command 'AUTH'",
+    "ERR Unknown command 'AUTH' with args beginning with '{}'": "ERR Unknown command 'AUTH'",
+    "ERR unknown command 'AUTH', args starting with {}": "ERR unknown command 'AUTH'",
+    "ERR unknown command 'AUTH app {}'": "ERR unknown command 'AUTH'",
+    "ERR unknown command AUTH app {}": "ERR unknown command AUTH",
+    "ERR unknow command: 'auth' '{}'": "ERR unknow command: 'auth'",
+    "ERR Unknown or disabled command 'AUTH' {}": "ERR Unknown or disabled command 'AUTH'",
+    'unsupported command "HELLO" [{}]': 'unsupported command "HELLO"',
+    "ERR command 'AUTH' is not supported, args=[{}]": "ERR command 'AUTH' is not supported, args",
+    "ERR invalid arguments: {}": "ERR invalid arguments",
+    "ERR unknown command '', with args beginning with: {}": "ERR unknown command ''",
+}
+
+
+@pytest.mark.parametrize("text", REPEATED)
+def test_repeated_arguments_are_cut_off(text: str) -> None:
+    shown = REPEATED[text]
+    for args in (SECRET, "two\nlines", "with args beginning with: x", ""):
+        assert ReplyError(text.format(args)).message == shown
+    long = ReplyError(text.format("x" * 9000)).message
+    assert long.startswith(f"{shown}… (")
+    assert "xx" not in long
+    assert clean(long) == long
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ERR wrong number of arguments for 'get' command",
+        "ERR unknown subcommand 'MYID'. Try CLUSTER HELP.",
+        "ERR Unknown subcommand or wrong number of arguments for 'SETINFO'. Try CLIENT HELP",
+        "NOPERM User app has no permissions to run the 'evalsha' command",
+        "NOPERM this user has no permissions to access one of the keys used as arguments",
+        "ERR script: Unknown Redis command called from script script: abc, on @user_script:12.",
+        "ERR unknown command 'CLIENT|SETINFO'",
+        "ERR command AUTH not allowed by this proxy",
+        "CROSSSLOT Keys in request don't hash to the same slot",
+        "invalid request",
+    ],
+)
+def test_other_texts_stay_whole(text: str) -> None:
+    assert ReplyError(text).message == text
 
 
 def test_a_hidden_text_is_never_shown() -> None:

@@ -31,6 +31,7 @@ MakeServer = Callable[..., EmbeddedServer]
 
 FULL = "ERR max number of clients reached"
 PROTECTED = "DENIED Redis is running in protected mode because protected mode is enabled"
+PROXY = "ERR connection limit exceeded"
 IMPATIENT = {"connectTimeout": 200, "commandTimeout": 200}
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
@@ -138,7 +139,7 @@ async def message_errors(config: dict[str, Any]) -> list[str]:
     return [str(caught.value), node.stats()["last_loss"]]
 
 
-@pytest.mark.parametrize("words", [FULL, PROTECTED])
+@pytest.mark.parametrize("words", [FULL, PROTECTED, PROXY])
 async def test_the_reason_is_in_every_error(words: str, way: str, backend: str) -> None:
     with turnstile(words, way) as server:
         config = config_of(host="127.0.0.1", port=server.port)
@@ -251,6 +252,7 @@ async def test_a_full_server_is_waited_for(backend: str, make_server: MakeServer
         (TurnedAway("NOAUTH Authentication required."), True),
         (dscache.ReplyError("ERR max number of clients + cluster connections reached"), False),
         (dscache.ReplyError("ERR maximum number of connections exceeded"), False),
+        (dscache.ReplyError("MASTERDOWN Link with MASTER is down"), False),
         (dscache.ReplyError("ERR DB index is out of range"), True),
     ],
 )

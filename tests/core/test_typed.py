@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import pickle
 import typing
+from collections.abc import Generator
 from typing import Annotated, Any, TypedDict
 
 import attrs
