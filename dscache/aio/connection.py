@@ -456,6 +456,10 @@ class Connection(LoopBound):
         if not self._loop.is_closed():
             self._give_up()
 
+    def share_tokens(self, other: Connection) -> None:
+        """Let no text of either connection show the tokens that the provider gave the other."""
+        other._endpoint.credentials.given = self._endpoint.credentials.given
+
     def _log_in_again(self, words: list[str | Hidden]) -> None:
         """Send renewed credentials; an attempt under way fetches them by itself."""
         if self.link is not None:

@@ -58,6 +58,7 @@ class PairTransport(NodeListener):
         self._receiver = Connection(
             options, credentials, cluster=self, endpoint=nodes[1], inbox=dispatcher
         )
+        self._sender.share_tokens(self._receiver)
         self._listener = Listener(
             subscriptions,
             self._receiver,
