@@ -95,8 +95,12 @@ def _interrupts(figures: Figures, what: str, where: str, count: int) -> None:
     figures.outcomes.update(result["outcomes"])
     figures.notes.append(f"{what}: {result['caught']} caught, {result['connects']} connections")
     figures.problems += [f"{what}: {wrong}" for wrong in result["wrong"]]
-    if result["raised"] != count or result["caught"] < 0.98 * count:
-        figures.problems.append(f"{what}: {result['raised']} raised, {result['caught']} caught")
+    reported = result["caught"] + result["swallowed"]
+    if result["raised"] != count or reported < 0.98 * count:
+        figures.problems.append(
+            f"{what}: {result['raised']} raised, {result['caught']} caught, "
+            f"{result['swallowed']} swallowed"
+        )
     if result["connections"] > _UNDISTURBED or result["pending"]:
         figures.problems.append(
             f"{what}: {result['connections']} connections and {result['pending']} pending at last"

@@ -18,8 +18,8 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
     result = run_child("interrupts.py", where, str(count), backend=backend)
     assert result["wrong"] == [], result
     assert result["raised"] == count
-    # An exception raised in a finalizer reaches no caller.
-    assert result["caught"] > 0.9 * count, result
+    # Where exceptions may be swallowed, chance decides how many are; elsewhere each is caught.
+    assert result["caught"] + result["swallowed"] > 0.98 * count, result
     assert result["connects"] > count / 4, "most struck elsewhere than between send and receive"
     assert result["connections"] <= 4
     assert result["pending"] == 0
