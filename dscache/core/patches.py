@@ -90,7 +90,8 @@ def with_value(name: str, data: Any, path: str, steps: Steps, value: object) -> 
     """Return the data with the value at a path, or without it if the value is OMITTED.
 
     Alters ``data``. Objects and lists that the path needs are created, also in place of a value
-    that is neither. Raises RecordError if a list has no place for the value.
+    that is neither. Raises RecordError if a list has no place for the value. The client ignores
+    such a value, but a caller would take it for written.
     """
     if not isinstance(data, dict | list):
         raise _bad(name, f"path {shorten(path)}: the data is {shorten(data)}, which has no members")
@@ -98,11 +99,15 @@ def with_value(name: str, data: Any, path: str, steps: Steps, value: object) -> 
     for step, following in pairwise(steps):
         inner = _get(name, path, node, step)
         if not isinstance(inner, dict | list):
-            inner = [] if isinstance(following, int) else {}
+            inner = {}
+            if isinstance(following, int):
+                inner = []
+                # As the client does; without a value there will be no element at the index.
+                _extend(name, path, inner, _index(name, path, following))
             _put(name, path, node, step, inner)
         node = inner
     if value is OMITTED:
-        _remove(name, path, node, steps[-1])
+        _remove(node, steps[-1])
     else:
         _put(name, path, node, steps[-1], value)
     return data
@@ -122,37 +127,45 @@ def _put(
         node[str(step)] = value
         return
     index = _index(name, path, step)
-    missing = index + 1 - len(node)
-    if missing > MAX_FILL:
-        raise _bad(
-            name,
-            f"path {shorten(path)}: element {index} of a list of {len(node)} would add {missing} "
-            f"elements; at most {MAX_FILL} are added",
-        )
-    node.extend([None] * missing)
+    _extend(name, path, node, index + 1)
     node[index] = value
 
 
-def _remove(name: str, path: str, node: dict[str, Any] | list[Any], step: str | int) -> None:
+def _extend(name: str, path: str, elements: list[Any], length: int) -> None:
+    """Make a list that long, with null for each element that it lacks."""
+    missing = length - len(elements)
+    if missing > MAX_FILL:
+        raise _bad(
+            name,
+            f"path {shorten(path)}: it would add {missing} elements to a list of {len(elements)}; "
+            f"at most {MAX_FILL} are added",
+        )
+    elements.extend([None] * missing)
+
+
+def _remove(node: dict[str, Any] | list[Any], step: str | int) -> None:
     if isinstance(node, dict):
         node.pop(str(step), None)
-    elif (index := _index(name, path, step)) < len(node):
+    elif (index := _index_or_none(step)) is not None and index < len(node):
         # The others keep their indexes, as in JavaScript.
         node[index] = None
 
 
 def _index(name: str, path: str, step: str | int) -> int:
-    """Return the index of an element; raises RecordError for a step that a list doesn't have."""
+    """Return the index of an element; raises RecordError for a step that a list can't have."""
+    index = _index_or_none(step)
+    if index is None:
+        raise _bad(
+            name,
+            f"path {shorten(path)}: a list has no element {shorten(step)}; indexes begin with 0",
+        )
+    return index
+
+
+def _index_or_none(step: str | int) -> int | None:
     if isinstance(step, int):
-        if step >= 0:
-            return step
-    elif _ELEMENT.fullmatch(step):
-        return int(step)
-    raise _bad(
-        name,
-        f"path {shorten(path)}: a list has no element {shorten(step)}; indexes begin with 0, and "
-        "none is negative",
-    )
+        return step if step >= 0 else None
+    return int(step) if _ELEMENT.fullmatch(step) else None
 
 
 def _bad(name: str, text: str) -> RecordError:
