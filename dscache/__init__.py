@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._backend import BACKEND, core, make_message, make_record
 from ._version import __version__
 from .cache import AsyncCache
+from .core.changes import DELETE, KEEP
 from .core.condition import ANY
 from .errors import (
     BulkError,
@@ -18,6 +19,7 @@ from .errors import (
     Overloaded,
     ProtocolError,
     RecordError,
+    RecordMissing,
     ReplyError,
     UsageError,
 )
@@ -47,6 +49,8 @@ else:
 __all__ = [
     "ANY",
     "BACKEND",
+    "DELETE",
+    "KEEP",
     "AsyncCache",
     "BulkError",
     "Cache",
@@ -62,6 +66,7 @@ __all__ = [
     "ProtocolError",
     "Record",
     "RecordError",
+    "RecordMissing",
     "ReplyError",
     "UsageError",
     "__version__",

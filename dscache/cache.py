@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overload
 
 from . import _backend
 from ._cache import CacheBase
+from .aio.changes import Changes
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
 from .config import Config
 from .core import typed
+from .core.changes import OMITTED, Omitted, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.patches import patch_of
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
+        self._changes = Changes(config.options.command_timeout / 1000)
 
     @overload
     def get(self, name: str, *, type: None = None) -> Awaitable[Record | None]: ...
@@ -205,6 +209,59 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).delete_bulk(names, if_version)
 
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Coroutine[Any, Any, Record | None]:
+        """Change a record's data; the result is the Record written, or None if it was removed.
+
+        ``change`` is called with the decoded data, a copy of its own, and returns the new data, or
+        ``dscache.KEEP`` to leave the record as it is, or ``dscache.DELETE`` to remove it. The
+        record is written with the next version, and only if no other writer was first; otherwise
+        it is read again, and ``change`` is called again, until ``commandTimeout`` is over. It may
+        be async, and then has until that moment.
+        A missing record has the data ``default``, if that is given, and is written with version 1.
+        ``ttl`` is that of ``set``. Updates of one record by one cache wait for each other.
+
+        It must be awaited. No step begins after ``commandTimeout``; one that has begun has as much
+        of its own. Raises what ``change`` raises, and nothing is written then; RecordMissing if
+        there is no record and no default; DeadlineExceeded if other writers, or the change, took
+        all of the time; RecordError if there is no higher version; and ConnectionLost or
+        DeadlineExceeded if the write may or may not have happened.
+        """
+        name, text = check_arguments(name, default, ttl)
+        return self._change("update", name, change, text, ttl)
+
+    def patch(
+        self,
+        name: str,
+        merge: Any = OMITTED,
+        *,
+        path: str | None = None,
+        value: Any = OMITTED,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Coroutine[Any, Any, Record]:
+        """Change part of a record's data; the result is the Record.
+
+        ``merge`` is a JSON merge patch (RFC 7396): its members replace those of the record, objects
+        are merged, and None removes a member. Or ``path`` names one value, such as ``a.b[0]``, as
+        in deepstream's client: ``value`` replaces it, or it is removed if no value is given.
+        Missing objects and lists on the way are created. ``default`` and ``ttl`` are those of
+        ``update``. A patch that changes nothing writes nothing, unless it has a ``ttl``.
+
+        It must be awaited. Raises RecordError for a bad patch or path, or if the data has no place
+        for the value, and the errors of ``update``.
+        """
+        name, text = check_arguments(name, default, ttl)
+        change = patch_of(name, merge, path, value)
+        patched = self._change("patch", name, change, text, ttl, ttl is None)
+        return cast("Coroutine[Any, Any, Record]", patched)  # a patch removes no record
+
     def _typed_get(self, name: str, type_: Any) -> asyncio.Future[Record | None]:
         operations = self._pipeline or self._open()
         name = _backend.core.check_name(name)
@@ -264,6 +321,24 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         else:
             self._topology = Connection(self._config.options, self._credentials)
         return self._topology
+
+    def _change(
+        self,
+        operation: str,
+        name: str,
+        change: Callable[[Any], Any],
+        default: bytes | Omitted,
+        ttl: int | None,
+        if_changed: bool = False,
+    ) -> Coroutine[Any, Any, Record | None]:
+        writer = self._pipeline or self._open()
+        assert self._topology is not None
+        # A near cache may be behind, and what depends on the data read isn't always checked by a
+        # write.
+        reader = self._topology.pipeline
+        return self._changes.apply(
+            reader, writer, operation, name, change, default, ttl, if_changed
+        )
 
     def _open(self) -> _Operations:
         if self._closed:

@@ -4,6 +4,7 @@ DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
 ├── UsageError         unsupported use of a cache: another event loop, a forked child
 ├── RecordError        bad name, version, ttl or JSON text; names the record
+├── RecordMissing      update of a record that doesn't exist
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
 ├── ConnectError       no connection; nothing was sent
@@ -13,7 +14,7 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first five are caused by the caller or the data, the next four on the way to the server, the
+The first six are caused by the caller or the data, the next four on the way to the server, the
 last two by the server. No text contains a password. Every error can be pickled and copied.
 """
 
@@ -104,6 +105,16 @@ class RecordError(DscacheError, ValueError):
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class RecordMissing(DscacheError, KeyError):
+    """Update of a record that doesn't exist; ``name`` is its name."""
+
+    def __init__(self, message: str, *, name: object = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+    __str__ = Exception.__str__  # a KeyError's text is in quotes
 
 
 class MessageError(DscacheError, ValueError):

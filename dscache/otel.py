@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracing", "observe", "trace"]
 
-_SINGLE: Final = ("get", "head", "set", "delete")
+_SINGLE: Final = ("get", "head", "set", "delete", "update", "patch")
 _BULK: Final = ("get_bulk", "head_bulk", "set_bulk", "delete_bulk")
 _READS: Final = ("get", "head", "get_bulk", "head_bulk")
 

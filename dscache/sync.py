@@ -6,16 +6,19 @@ import builtins
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, overload
 
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
+from .blocking.changes import Changes
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
 from .core import typed
+from .core.changes import OMITTED, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.patches import patch_of
 from .errors import BulkError, ConfigError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
         super().__init__(config, credentials)
         self._run: _Run | None = None
+        self._changes = Changes(config.options.command_timeout / 1000)
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
@@ -179,6 +183,60 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         return (self._run or self._open())("delete_bulk", names, if_version)
 
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Record | None:
+        """Change a record's data; return the Record written, or None if it was removed.
+
+        ``change`` is called with the decoded data, a copy of its own, and returns the new data, or
+        ``dscache.KEEP`` to leave the record as it is, or ``dscache.DELETE`` to remove it. The
+        record is written with the next version, and only if no other writer was first; otherwise
+        it is read again, and ``change`` is called again, until ``commandTimeout`` is over.
+        A missing record has the data ``default``, if that is given, and is written with version 1.
+        ``ttl`` is that of ``set``. Updates of one record by one cache wait for each other.
+
+        No step begins after ``commandTimeout``; one that has begun has as much of its own. Raises
+        what ``change`` raises, and nothing is written then; RecordMissing if there is no record and
+        no default; DeadlineExceeded if other writers, or the change, took all of the time;
+        RecordError if there is no higher version; and ConnectionLost or DeadlineExceeded if the
+        write may or may not have happened.
+        """
+        name, text = check_arguments(name, default, ttl)
+        run = self._run or self._open()
+        return self._changes.apply(run, "update", name, change, text, ttl)
+
+    def patch(
+        self,
+        name: str,
+        merge: Any = OMITTED,
+        *,
+        path: str | None = None,
+        value: Any = OMITTED,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Record:
+        """Change part of a record's data; return the Record.
+
+        ``merge`` is a JSON merge patch (RFC 7396): its members replace those of the record, objects
+        are merged, and None removes a member. Or ``path`` names one value, such as ``a.b[0]``, as
+        in deepstream's client: ``value`` replaces it, or it is removed if no value is given.
+        Missing objects and lists on the way are created. ``default`` and ``ttl`` are those of
+        ``update``. A patch that changes nothing writes nothing, unless it has a ``ttl``.
+
+        Raises RecordError for a bad patch or path, or if the data has no place for the value, and
+        the errors of ``update``.
+        """
+        name, text = check_arguments(name, default, ttl)
+        change = patch_of(name, merge, path, value)
+        run = self._run or self._open()
+        patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
+        return cast("Record", patched)  # a patch removes no record
+
     def _typed_get(self, name: str, type_: Any) -> Record | None:
         typed.check_type(type_)
         record: Record | None = (self._run or self._open())("get", name)
@@ -235,6 +293,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def _reset_after_fork(self) -> None:
         # The thread that held the lock may not exist in the child.
         self._lock = threading.RLock()
+        self._changes.reset_after_fork()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""

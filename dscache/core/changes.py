@@ -1,0 +1,207 @@
+"""The loop of ``update`` and ``patch``: read, change, write under the version read (sans-IO).
+
+``change_steps`` is a generator. It yields one step at a time, and receives its result. The drivers
+of asyncio and of threads execute the steps, and keep the updates of one name in a queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from .. import _backend
+from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, shorten
+from . import constants as c
+
+if TYPE_CHECKING:
+    from .record import Record
+
+
+class Outcome(Enum):
+    """The type of ``KEEP`` and ``DELETE``."""
+
+    KEEP = "KEEP"
+    DELETE = "DELETE"
+
+    def __repr__(self) -> str:
+        return f"dscache.{self.name}"
+
+
+class Omitted(Enum):
+    """The type of an argument that was not given, where None is a value."""
+
+    OMITTED = "OMITTED"
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+KEEP: Final = Outcome.KEEP
+"""A change returns it to leave the record as it is."""
+DELETE: Final = Outcome.DELETE
+"""A change returns it to remove the record."""
+OMITTED: Final = Omitted.OMITTED
+
+# The longest pause after the first conflict, and after many, in seconds. Between two attempts of a
+# writer the others finish about one write each, which takes a fraction of a millisecond.
+FIRST_PAUSE: Final = 0.001
+LONGEST_PAUSE: Final = 0.064
+
+FIRST_VERSION: Final = 1
+
+# Steps. The others are operations of a Pipeline, by their names.
+CHANGE: Final = "change"
+PAUSE: Final = "pause"
+
+Step: TypeAlias = tuple[str, tuple[Any, ...]]
+"""The name of a step, and its arguments."""
+Steps: TypeAlias = Generator[Step, Any, "Record | None"]
+
+
+class Timing:
+    """The deadline of one update, in seconds of ``clock``, and the pauses between its attempts."""
+
+    __slots__ = ("clock", "deadline", "pause", "timeout")
+
+    def __init__(
+        self, timeout: float, clock: Callable[[], float], pause: Callable[[int], float]
+    ) -> None:
+        self.timeout = timeout
+        self.clock = clock
+        self.deadline = clock() + timeout
+        self.pause = pause
+
+    def rest(self) -> float:
+        """Return the seconds until the deadline; not below zero."""
+        return max(0.0, self.deadline - self.clock())
+
+
+def check_arguments(name: str, default: object, ttl: int | None) -> tuple[str, bytes | Omitted]:
+    """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
+    name = _backend.core.check_name(name)
+    if ttl is not None:
+        c.check_ttl(name, ttl)
+    return name, OMITTED if default is OMITTED else _backend.core.encode_data(name, default)
+
+
+def plain_copy(name: str, value: object) -> Any:
+    """Return a value as it would be read from the record; raises RecordError if it has no JSON."""
+    return _backend.core.Record(name, 0, _backend.core.encode_data(name, value)).data
+
+
+def change_steps(
+    operation: str,
+    name: str,
+    default: bytes | Omitted,
+    ttl: int | None,
+    timing: Timing,
+    if_changed: bool = False,
+) -> Steps:
+    """Yield the steps of one update; its result is the Record written, or None if it was removed.
+
+    ``default`` is the JSON text of a missing record, or OMITTED. With ``if_changed``, data that is
+    equal to that of the record isn't written.
+    """
+    core = _backend.core
+    conflicts = 0
+    while True:
+        record = yield "get", (name,)
+        if record is not None:
+            # Decoded from a Record of its own: the change may alter the data and then keep it.
+            data = core.Record(name, record.version, record.raw).data
+        elif default is OMITTED:
+            raise missing(operation, name)
+        else:
+            data = core.Record(name, 0, default).data
+        data = yield CHANGE, (data,)
+        if data is KEEP or (data is DELETE and record is None):
+            return record  # type: ignore[no-any-return] # of the driver
+        if timing.clock() >= timing.deadline:
+            raise late_change(operation, name, timing.timeout)
+        if data is DELETE:
+            done = yield "delete", (name, record.version)
+            version, text = 0, b""
+        else:
+            text = core.encode_data(name, data)
+            if if_changed and record is not None and _is_same(name, record, text):
+                return record  # type: ignore[no-any-return]
+            version = FIRST_VERSION if record is None else record.version + 1
+            if version > c.MAX_VERSION:
+                raise no_version_above(operation, name)
+            expected = None if record is None else record.version
+            done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
+        if done:
+            return None if data is DELETE else core.Record(name, version, text)
+        pause = timing.pause(conflicts)
+        conflicts += 1
+        if timing.clock() + pause >= timing.deadline:
+            raise always_late(operation, name, conflicts, timing.timeout)
+        yield PAUSE, (pause,)
+
+
+def _is_same(name: str, record: Record, text: bytes) -> bool:
+    return text == record.raw or text == _backend.core.encode_data(name, record.data)
+
+
+# -- errors
+
+
+def missing(operation: str, name: str) -> RecordMissing:
+    """Return the error of an update of a record that doesn't exist and has no default."""
+    return RecordMissing(
+        f"{operation} {shorten(name)}: there is no such record; give a default to create it",
+        name=name,
+    )
+
+
+def no_version_above(operation: str, name: str) -> RecordError:
+    """Return the error of an update of a record at the highest version."""
+    return RecordError(
+        f"{operation} {shorten(name)}: the record has version {c.MAX_VERSION}, and no version is "
+        "above that; set it with a lower version, or delete it",
+        name=name,
+    )
+
+
+def always_late(operation: str, name: str, conflicts: int, timeout: float) -> DeadlineExceeded:
+    """Return the error of an update that lost to another writer until its deadline."""
+    times = "once" if conflicts == 1 else f"{conflicts} times"
+    return DeadlineExceeded(
+        f"{operation} {shorten(name)}: another writer was first, {times} within "
+        f"{timeout * 1000:.0f} ms; nothing was written"
+    )
+
+
+def late_change(operation: str, name: str, timeout: float) -> DeadlineExceeded:
+    """Return the error of an update whose change took all of its time."""
+    return DeadlineExceeded(
+        f"{operation} {shorten(name)}: reading the record and changing its data took longer than "
+        f"{timeout * 1000:.0f} ms; nothing was written"
+    )
+
+
+def late_turn(operation: str, name: str, timeout: float) -> DeadlineExceeded:
+    """Return the error of an update that waited for earlier ones of its name until its deadline."""
+    return DeadlineExceeded(
+        f"{operation} {shorten(name)}: earlier updates of this record in this process took longer "
+        f"than {timeout * 1000:.0f} ms; nothing was written"
+    )
+
+
+def nested(operation: str, name: str) -> UsageError:
+    """Return the error of an update within the change of another one of the same record."""
+    return UsageError(
+        f"{operation} {shorten(name)}: called by the change of an update of the same record, for "
+        "which it would wait; return the new data from the change instead"
+    )
+
+
+def not_plain(operation: str, name: str) -> UsageError:
+    """Return the error of an async change in a blocking cache."""
+    return UsageError(
+        f"{operation} {shorten(name)}: the change returned an awaitable, and a Cache awaits "
+        "nothing; use a plain function, or an AsyncCache"
+    )
