@@ -6,9 +6,10 @@ import asyncio
 import builtins
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
 from ._cache import CacheBase
+from ._limits import SCAN_COUNT
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .aio.cluster import Cluster
+    from .aio.scan import AsyncScan
     from .core.pure import Record
 
 Topology: TypeAlias = "MemoryNode | Connection | Cluster"
@@ -149,6 +151,62 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         the others.
         """
         return (self._pipeline or self._open()).delete_bulk(names)
+
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[False] = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[str]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[Record]: ...
+    @overload
+    def scan(
+        self, prefix: str = "", *, records: bool, count: int = SCAN_COUNT, cursor: str | None = None
+    ) -> AsyncScan[str] | AsyncScan[Record]: ...
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[Any]:
+        """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
+
+        Every name that exists all the time is found, also while slots of a cluster move. A name
+        that is written or deleted meanwhile may be found or not, and a name may be found twice.
+        Names are those of version keys, so that a half record is found if it has one; with
+        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
+        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
+        behind its last batch.
+
+        Raises UsageError at the call for a bad argument. The iteration raises what operations
+        raise, and BulkError if records can't be read; it may go on behind that.
+        """
+        from .aio.scan import AsyncScan  # most programs don't scan
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        return AsyncScan(
+            self._topology,
+            self._config.options,
+            lambda: self._closed,
+            prefix,
+            records=records,
+            count=count,
+            cursor=cursor,
+        )
 
     async def when_ready(self) -> None:
         """Wait until the cache is connected.

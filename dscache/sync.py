@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, overload
 
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
+from ._limits import SCAN_COUNT
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
@@ -19,6 +20,7 @@ from .errors import ConfigError, ConnectionLost
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .blocking.scan import Scan
     from .core.pure import Record
 
 _logger = logging.getLogger("dscache")
@@ -147,6 +149,63 @@ class Cache(CacheBase[Pool | MemoryPool]):
         records can't be removed; it has their errors and the number of the others.
         """
         return (self._run or self._open())("delete_bulk", names)
+
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[False] = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[str]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[Record]: ...
+    @overload
+    def scan(
+        self, prefix: str = "", *, records: bool, count: int = SCAN_COUNT, cursor: str | None = None
+    ) -> Scan[str] | Scan[Record]: ...
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[Any]:
+        """Iterate over all names that begin with a prefix, or over their Records.
+
+        Every name that exists all the time is found, also while slots of a cluster move. A name
+        that is written or deleted meanwhile may be found or not, and a name may be found twice.
+        Names are those of version keys, so that a half record is found if it has one; with
+        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
+        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
+        behind its last batch. The scan has a connection of its own, to one server at a time.
+
+        Raises UsageError at the call for a bad argument. The iteration raises what operations
+        raise, and BulkError if records can't be read; it may go on behind that.
+        """
+        from .blocking.scan import Scan  # most programs don't scan
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        return Scan(
+            self._topology,
+            self._config.options,
+            self._credentials,
+            lambda: self._closed,
+            prefix,
+            records=records,
+            count=count,
+            cursor=cursor,
+        )
 
     def when_ready(self) -> None:
         """Wait until the cache is connected.

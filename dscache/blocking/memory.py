@@ -33,6 +33,11 @@ class MemoryPool:
             outcome: BlockingWaiter = getattr(self._pipeline, operation)(*arguments)
         return outcome.take()
 
+    def names(self) -> list[str]:
+        """Return the names of all records, in no order."""
+        with self._lock:
+            return self._pipeline.names()
+
     def when_ready(self) -> None:
         """Return at once; raises ConnectionLost if it was closed."""
         self._pipeline.check_open()

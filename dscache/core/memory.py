@@ -102,6 +102,12 @@ class MemoryPipeline:
         """Remove many; return a done waiter with how many there were."""
         return self._done(sum(map(self._remove, self._checked_all("delete_bulk", names))))
 
+    def names(self) -> list[str]:
+        """Return the names of all records, in no order."""
+        self._use()
+        now = self._clock()
+        return [name for name, (_, _, expiry) in list(self._records.items()) if expiry > now]
+
     def stats(self) -> dict[str, Any]:
         """Return the counters of a Pipeline; the counters of traffic stay zero."""
         counts = self._counts

@@ -10,6 +10,7 @@ from redis.credentials import UsernamePasswordCredentialProvider
 
 import dscache
 from dscache import AsyncCache, Record
+from dscache.aio.scan import AsyncScan
 from dscache.config import Config
 
 
@@ -49,6 +50,17 @@ async def bulk(cache: AsyncCache) -> None:
     assert_type(await cache.head_bulk(iter(names)), dict[str, int])
     assert_type(await cache.set_bulk({"a": (1, {}), "b": (2, [])}, ttl=60), set[str])
     assert_type(await cache.delete_bulk(["a"]), int)
+
+
+async def scans(cache: AsyncCache, either: bool) -> None:
+    assert_type(cache.scan(), AsyncScan[str])
+    assert_type(cache.scan("a", count=10, cursor="c"), AsyncScan[str])
+    assert_type(cache.scan("a", records=True).cursor, str)
+    async for name in cache.scan("a"):
+        assert_type(name, str)
+    async for record in cache.scan(records=True):
+        assert_type(record, Record)
+    assert_type(cache.scan(records=either), AsyncScan[str] | AsyncScan[Record])
 
 
 async def state(cache: AsyncCache) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, assert_type
 
 from dscache import Cache, Record
+from dscache.blocking.scan import Scan
 from dscache.config import Config
 
 
@@ -28,6 +29,17 @@ def bulk(cache: Cache) -> None:
     assert_type(cache.head_bulk(("a", "b")), dict[str, int])
     assert_type(cache.set_bulk({"a": (1, {})}, if_newer=True), set[str])
     assert_type(cache.delete_bulk({"a": 1}), int)
+
+
+def scans(cache: Cache, either: bool) -> None:
+    assert_type(cache.scan(), Scan[str])
+    assert_type(cache.scan("a", count=10, cursor="c"), Scan[str])
+    assert_type(cache.scan("a", records=True).cursor, str)
+    for name in cache.scan("a"):
+        assert_type(name, str)
+    for record in cache.scan(records=True):
+        assert_type(record, Record)
+    assert_type(cache.scan(records=either), Scan[str] | Scan[Record])
 
 
 def state(cache: Cache) -> None:
