@@ -7,9 +7,10 @@ import builtins
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
+from weakref import WeakSet
 
 from ._cache import CacheBase
-from ._limits import SCAN_COUNT
+from ._limits import SCAN_COUNT, WATCH_PENDING
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.memory import MemoryNode
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from .aio.cluster import Cluster
     from .aio.scan import AsyncScan
+    from .aio.watch import AsyncWatch
     from .core.pure import Record
 
 Topology: TypeAlias = "MemoryNode | Connection | Cluster"
@@ -62,6 +64,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
+        self._watches: WeakSet[AsyncWatch] = WeakSet()
 
     def get(self, name: str) -> asyncio.Future[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
@@ -208,6 +211,36 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             cursor=cursor,
         )
 
+    def watch(
+        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
+    ) -> AsyncWatch:
+        """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
+
+        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
+        the ``record``. Several changes of a name that come faster than they are taken are one.
+        After the last write, the last change of each name has its last version. A gap, in which
+        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
+        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+
+        The servers need client tracking: Redis 6 or newer. Raises UsageError at the call for a bad
+        argument. Entering the block raises ConnectError if a primary can't be reached, and
+        ReplyError if it refuses. The iteration raises ConnectionLost once the cache is closed.
+        """
+        from .aio.watch import AsyncWatch  # most programs don't watch
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        opened = AsyncWatch(
+            self._topology,
+            self._config,
+            self._credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+        )
+        self._watches.add(opened)
+        return opened
+
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -225,6 +258,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._pipeline = None
         self.__dict__.pop("get", None)
         try:
+            for watch in list(self._watches):
+                await watch.end(ConnectionLost("the cache is closed"))
             if self._topology is not None:
                 await self._topology.close()
         except UsageError:

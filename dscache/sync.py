@@ -8,10 +8,11 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, overload
+from weakref import WeakSet
 
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
-from ._limits import SCAN_COUNT
+from ._limits import SCAN_COUNT, WATCH_PENDING
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .blocking.scan import Scan
+    from .blocking.watch import Watch
     from .core.pure import Record
 
 _logger = logging.getLogger("dscache")
@@ -60,6 +62,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
         super().__init__(config, credentials)
         self._run: _Run | None = None
+        self._watches: WeakSet[Watch] = WeakSet()
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
@@ -207,6 +210,37 @@ class Cache(CacheBase[Pool | MemoryPool]):
             cursor=cursor,
         )
 
+    def watch(
+        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
+    ) -> Watch:
+        """Watch the records whose names begin with a prefix: ``with``, then ``for``.
+
+        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
+        the ``record``. Several changes of a name that come faster than they are taken are one.
+        After the last write, the last change of each name has its last version. A gap, in which
+        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
+        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+
+        A thread for each primary takes the reports, over a connection of its own. The servers need
+        client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument.
+        Entering the block raises ConnectError if a primary can't be reached, and ReplyError if it
+        refuses. The iteration raises ConnectionLost once the cache is closed.
+        """
+        from .blocking.watch import Watch  # most programs don't watch
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        opened = Watch(
+            self._topology,
+            self._config,
+            self._credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+        )
+        self._watches.add(opened)
+        return opened
+
     def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -227,6 +261,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             already, self._closed = self._closed, True
             self._run = None
         if self._topology is not None and not already:
+            for watch in list(self._watches):
+                watch.end(ConnectionLost("the cache is closed"))
             self._topology.close()
 
     def __enter__(self) -> Self:
@@ -248,6 +284,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def _reset_after_fork(self) -> None:
         # The thread that held the lock may not exist in the child.
         self._lock = threading.RLock()
+        # The watches of the parent are its own.
+        self._watches = WeakSet()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""

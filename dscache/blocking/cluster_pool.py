@@ -130,8 +130,12 @@ class ClusterPool(Pool):
         return {shown: self.options_at(shown) for shown in self._state.table.primaries}
 
     def look_again(self) -> None:
-        """Have the slots refreshed if that is due; they may have moved."""
+        """Have the slots refreshed soon, since they may have moved."""
         self._state.record_stale()
+        self.refresh_slots()
+
+    def refresh_slots(self) -> None:
+        """Refresh the slots if that is due."""
         # A thread refreshes the slots beside an operation, so it takes one.
         with suppress(DscacheError):
             self.run("head", _ANY_NAME)

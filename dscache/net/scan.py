@@ -580,7 +580,10 @@ def pack(scan: str, state: object) -> str:
 def unpack(cursor: str, scan: str, kind: Any) -> Any:
     """Return the state in a cursor; raises UsageError if it isn't of this scan."""
     try:
-        text = zlib.decompressobj().decompress(urlsafe_b64decode(cursor), _LONGEST_CURSOR)
+        reader = zlib.decompressobj()
+        text = reader.decompress(urlsafe_b64decode(cursor), _LONGEST_CURSOR)
+        if not reader.eof:
+            raise ValueError("it is cut")
         _, said, state = msgspec.msgpack.decode(text, type=tuple[Literal[1], str, kind])
     except (ValueError, zlib.error, msgspec.MsgspecError):
         raise UsageError(

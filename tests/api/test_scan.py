@@ -7,7 +7,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +17,10 @@ import dscache
 from dscache.core.keys import KeyLayout
 from dscache.embedded import EmbeddedServer
 from dscache.errors import BulkError, ConnectError, ConnectionLost, ReplyError, UsageError
-from tests.conftest import BY_AGE, PATIENT, SERVERS, MakeServer, _server_id
+from tests.conftest import BY_AGE, SERVERS, MakeServer, _server_id
 from tests.soak.figures import open_files
 from tests.support.clusters import ClusterGroup
+from tests.support.either import Either, fill, moving
 from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import own_tasks
 
@@ -28,77 +29,10 @@ ON_ONE_SERVER = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, id
 FEW = 50
 
 
-class Either:
-    """An AsyncCache or a Cache, whose scan a test goes through in the same way."""
-
-    def __init__(self, kind: str, **options: Any) -> None:
-        self.kind = kind
-        config: dict[str, Any] = {"name": "redis", "options": PATIENT | options}
-        if options == {"name": "memory"}:
-            config = {"name": "memory"}
-        self.cache: Any = getattr(dscache, kind).from_config(config)
-
-    async def __aenter__(self) -> Either:
-        await self.do("when_ready")
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.do("close")
-
-    async def do(self, operation: str, *arguments: Any, **options: Any) -> Any:
-        """Do an operation of the cache."""
-        method = getattr(self.cache, operation)
-        if self.kind == "AsyncCache":
-            return await method(*arguments, **options)
-        return await asyncio.to_thread(method, *arguments, **options)
-
-    async def next(self, scan: Any) -> Any:
-        """Return the next item of a scan, or None at its end."""
-        if self.kind == "AsyncCache":
-            return await anext(scan, None)
-        return await asyncio.to_thread(next, scan, None)
-
-    async def rest(self, scan: Any) -> list[Any]:
-        """Return the other items of a scan."""
-        if self.kind == "AsyncCache":
-            return [item async for item in scan]
-        return await asyncio.to_thread(list, scan)
-
-    async def all(
-        self, prefix: str = "", *, each: Callable[[int], object] = lambda at: None, **options: Any
-    ) -> list[Any]:
-        """Return all items of a scan; calls ``each`` after every item."""
-        scan = self.cache.scan(prefix, **options)
-        if self.kind != "AsyncCache":
-            return await asyncio.to_thread(_through, scan, each)
-        found: list[Any] = []
-        async for item in scan:
-            found.append(item)
-            each(len(found))
-        return found
-
-
-def _through(scan: Any, each: Callable[[int], object]) -> list[Any]:
-    found = []
-    for item in scan:
-        found.append(item)
-        each(len(found))
-    return found
-
-
 @pytest.fixture(params=["AsyncCache", "Cache"])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
-
-
-def fill(client: redis_py.Redis, names: list[str], layout: KeyLayout | None = None) -> None:
-    layout = layout or KeyLayout("", hash_tag=False)
-    with client.pipeline(transaction=False) as pipe:
-        for number, name in enumerate(names):
-            version, data = layout.keys(name)
-            pipe.mset({version: number, data: "{}"})
-        pipe.execute()
 
 
 # -- names and records
@@ -455,21 +389,6 @@ def test_a_forked_child(server: EmbeddedServer, redis: redis_py.Redis) -> None:
 
 
 # -- clusters
-
-
-def moving(group: ClusterGroup, ended: threading.Event) -> Callable[[], None]:
-    """Return a function that moves slots between random primaries until ``ended`` is set."""
-
-    def move() -> None:
-        rng = random.Random(1)
-        while not ended.is_set():
-            source, target = rng.sample(group.primaries(), 2)
-            slots = group.slots_of(source)
-            if len(slots) > 400:
-                first = rng.randrange(len(slots) - 200)
-                group.migrate(slots[first : first + 200], source, target, at_once=50)
-
-    return move
 
 
 @pytest.mark.parametrize("layout", ["hashtag", "deepstream"])

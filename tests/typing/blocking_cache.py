@@ -7,6 +7,7 @@ from typing import Any, assert_type
 
 from dscache import Cache, Record
 from dscache.blocking.scan import Scan
+from dscache.blocking.watch import BlockingChange, Watch
 from dscache.config import Config
 
 
@@ -40,6 +41,18 @@ def scans(cache: Cache, either: bool) -> None:
     for record in cache.scan(records=True):
         assert_type(record, Record)
     assert_type(cache.scan(records=either), Scan[str] | Scan[Record])
+
+
+def watches(cache: Cache) -> None:
+    with cache.watch("a", records=True, max_pending=10) as changes:
+        assert_type(changes, Watch)
+        for change in changes:
+            assert_type(change, BlockingChange)
+            assert_type(change.name, str)
+            assert_type(change.version, int | None)
+            assert_type(change.record, Record | None)
+            assert_type(change.is_loss, bool)
+            assert_type(change.read(), Record | None)
 
 
 def state(cache: Cache) -> None:
