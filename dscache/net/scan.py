@@ -25,6 +25,7 @@ import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Final, Generic, Literal, TypeVar, cast
@@ -32,7 +33,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, cast
 import msgspec
 
 from ..config import Options
-from ..core.constants import SLOTS, join_address
+from ..core.constants import SLOTS, VERSION_SUFFIX, join_address
 from ..core.keys import KeyLayout, is_version_key, slot_of_key
 from ..errors import (
     BulkError,
@@ -56,6 +57,7 @@ _LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
 # slots of a pass of them.
 _MOST_KEYS: Final = 10_000
 _MOST_SLOTS: Final = 256
+_SUFFIX: Final = len(VERSION_SUFFIX)
 # A slot may get some more keys between its count and its read.
 _MARGIN: Final = 100
 # The cursor behind the last key, in place of the 0 that would begin anew.
@@ -338,7 +340,7 @@ class NameScan:
             keys: list[bytes] = reply[1]
             if slots:
                 keys = [key for key in keys if slot_of_key(key) in slots]
-            yield from self._found(keys)
+            yield from self._found(keys, is_matched=True)
             if at == b"0":
                 at = _END
             self._state = replace(self._state, at=at)
@@ -369,12 +371,23 @@ class NameScan:
             if len(found) >= some[slot] + _MARGIN:
                 del some[slot]
             keys += found
-        yield from self._found([key for key in keys if is_version_key(key)])
+        keys = [key for key in keys if is_version_key(key)]
+        yield from self._found(keys, is_matched=False)
 
-    def _found(self, keys: list[bytes]) -> Steps:
-        name_of, prefix = self._layout.name_of, self._prefix
-        found = dict.fromkeys(map(name_of, keys))
-        names = [name for name in found if name is not None and name.startswith(prefix)]
+    def _found(self, keys: list[bytes], *, is_matched: bool) -> Steps:
+        """Yield the names of keys; ``is_matched`` if they match the pattern."""
+        names: list[str] | None = None
+        if is_matched and not self._layout.hash_tag:
+            first = len(self._layout.prefix)
+            # A third of the time of the other way. Other clients' keys may be no UTF-8.
+            with suppress(UnicodeDecodeError):
+                names = list(dict.fromkeys([key[first:-_SUFFIX].decode() for key in keys]))
+                if "" in names:
+                    names.remove("")
+        if names is None:
+            prefix = self._prefix
+            found = dict.fromkeys(map(self._layout.name_of, keys))
+            names = [name for name in found if name is not None and name.startswith(prefix)]
         if names:
             yield Names(names)
 
