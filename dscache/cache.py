@@ -6,10 +6,12 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
+from weakref import WeakSet
 
 from . import _backend
 from ._cache import CacheBase
+from ._limits import SCAN_COUNT, WATCH_PENDING
 from .aio.changes import Changes
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
     from .aio.cluster import Cluster
+    from .aio.scan import AsyncScan
+    from .aio.watch import AsyncWatch
     from .core.pure import Record
 
 T = TypeVar("T")
@@ -84,6 +88,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
+        self._watches: WeakSet[AsyncWatch] = WeakSet()
 
     @overload
     def get(self, name: str, *, type: None = None) -> Awaitable[Record | None]: ...
@@ -278,6 +283,92 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         typed.get_bulk(operations, waiter, checked, type_)
         return waiter
 
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[False] = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[str]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[Record]: ...
+    @overload
+    def scan(
+        self, prefix: str = "", *, records: bool, count: int = SCAN_COUNT, cursor: str | None = None
+    ) -> AsyncScan[str] | AsyncScan[Record]: ...
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> AsyncScan[Any]:
+        """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
+
+        Every name that exists all the time is found, also while slots of a cluster move. A name
+        that is written or deleted meanwhile may be found or not, and a name may be found twice.
+        Names are those of version keys, so that a half record is found if it has one; with
+        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
+        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
+        behind its last batch.
+
+        Raises UsageError at the call for a bad argument. The iteration raises what operations
+        raise, and BulkError if records can't be read; it may go on behind that.
+        """
+        from .aio.scan import AsyncScan  # most programs don't scan
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        return AsyncScan(
+            self._topology,
+            self._config.options,
+            lambda: self._closed,
+            prefix,
+            records=records,
+            count=count,
+            cursor=cursor,
+        )
+
+    def watch(
+        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
+    ) -> AsyncWatch:
+        """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
+
+        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
+        the ``record``. Several changes of a name that come faster than they are taken are one.
+        After the last write, the last change of each name has its last version. A gap, in which
+        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
+        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+
+        The servers need client tracking: Redis 6 or newer. Raises UsageError at the call for a bad
+        argument. Entering the block raises ConnectError if a primary can't be reached, and
+        ReplyError if it refuses. The iteration raises ConnectionLost once the cache is closed.
+        """
+        from .aio.watch import AsyncWatch  # most programs don't watch
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        opened = AsyncWatch(
+            self._topology,
+            self._config,
+            self._credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+        )
+        self._watches.add(opened)
+        return opened
+
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -295,6 +386,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._pipeline = None
         self.__dict__.pop("get", None)
         try:
+            for watch in list(self._watches):
+                await watch.end(ConnectionLost("the cache is closed"))
             if self._topology is not None:
                 await self._topology.close()
         except UsageError:

@@ -7,10 +7,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, overload
+from weakref import WeakSet
 
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
+from ._limits import SCAN_COUNT, WATCH_PENDING
 from .blocking.changes import Changes
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
@@ -24,6 +26,8 @@ from .errors import BulkError, ConfigError, ConnectionLost
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .blocking.scan import Scan
+    from .blocking.watch import Watch
     from .core.pure import Record
 
 _logger = logging.getLogger("dscache")
@@ -64,6 +68,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         super().__init__(config, credentials)
         self._run: _Run | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
+        self._watches: WeakSet[Watch] = WeakSet()
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
@@ -252,6 +257,94 @@ class Cache(CacheBase[Pool | MemoryPool]):
             records, errors = error.result, error.errors
         return typed.all_with_type(records, errors, type_)
 
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[False] = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[str]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[Record]: ...
+    @overload
+    def scan(
+        self, prefix: str = "", *, records: bool, count: int = SCAN_COUNT, cursor: str | None = None
+    ) -> Scan[str] | Scan[Record]: ...
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+    ) -> Scan[Any]:
+        """Iterate over all names that begin with a prefix, or over their Records.
+
+        Every name that exists all the time is found, also while slots of a cluster move. A name
+        that is written or deleted meanwhile may be found or not, and a name may be found twice.
+        Names are those of version keys, so that a half record is found if it has one; with
+        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
+        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
+        behind its last batch. The scan has a connection of its own, to one server at a time.
+
+        Raises UsageError at the call for a bad argument. The iteration raises what operations
+        raise, and BulkError if records can't be read; it may go on behind that.
+        """
+        from .blocking.scan import Scan  # most programs don't scan
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        return Scan(
+            self._topology,
+            self._config.options,
+            self._credentials,
+            lambda: self._closed,
+            prefix,
+            records=records,
+            count=count,
+            cursor=cursor,
+        )
+
+    def watch(
+        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
+    ) -> Watch:
+        """Watch the records whose names begin with a prefix: ``with``, then ``for``.
+
+        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
+        the ``record``. Several changes of a name that come faster than they are taken are one.
+        After the last write, the last change of each name has its last version. A gap, in which
+        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
+        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+
+        A thread for each primary takes the reports, over a connection of its own. The servers need
+        client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument.
+        Entering the block raises ConnectError if a primary can't be reached, and ReplyError if it
+        refuses. The iteration raises ConnectionLost once the cache is closed.
+        """
+        from .blocking.watch import Watch  # most programs don't watch
+
+        self._open()  # raises on a closed cache
+        assert self._topology is not None
+        opened = Watch(
+            self._topology,
+            self._config,
+            self._credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+        )
+        self._watches.add(opened)
+        return opened
+
     def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -272,6 +365,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             already, self._closed = self._closed, True
             self._run = None
         if self._topology is not None and not already:
+            for watch in list(self._watches):
+                watch.end(ConnectionLost("the cache is closed"))
             self._topology.close()
 
     def __enter__(self) -> Self:
@@ -294,6 +389,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         # The thread that held the lock may not exist in the child.
         self._lock = threading.RLock()
         self._changes.reset_after_fork()
+        # The watches of the parent are its own.
+        self._watches = WeakSet()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""

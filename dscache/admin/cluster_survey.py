@@ -18,12 +18,12 @@ from msgspec.structs import replace
 
 from ..aio.cluster import Cluster
 from ..aio.connection import Connection
+from ..aio.control import Reply
 from ..config import Config, Options
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean, shorten
 from ..net.slots import Address, parse_epoch, parse_nodes
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
-from .control import Reply
 from .primaries import parse_info
 from .progress import cancel_all
 

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
+from ..aio.control import Reply
 from ..errors import ReplyError
-from .control import Reply
 from .primaries import Primaries
 
 # KEYS: keys of one record. ARGV: the value that each must have; a version without leading zeros.

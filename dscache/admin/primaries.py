@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from ..aio.cluster import Cluster
 from ..aio.connection import Connection
+from ..aio.control import ControlConnection, RawCommand, Reply
 from ..core.constants import SLOTS
 from ..core.keys import slot_of_key
 from ..errors import ConnectError, clean
 from ..net.slots import SlotRange, parse_slots
 from .cache import AdminCache
-from .control import ControlConnection, RawCommand, Reply
 
 
 @dataclass(slots=True)

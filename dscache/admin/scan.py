@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..aio.control import RawCommand
 from ..cache import AsyncCache
 from ..errors import BulkError, RecordError, ReplyError
 from . import progress
-from .control import RawCommand
 from .key_layout import Layout
 from .primaries import Primary
 from .progress import RECORDS, JobProgress

@@ -12,11 +12,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from ..aio.cluster import Cluster
+from ..aio.control import ControlConnection, RawCommand, Reply
 from ..config import Options
 from ..errors import BulkError, DscacheError, RecordError, ReplyError
 from ..net.backoff import full_jitter
 from .cache import AdminCache
-from .control import ControlConnection, RawCommand, Reply
 from .key_layout import Layout
 from .progress import cancel_all
 

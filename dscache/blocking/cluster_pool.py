@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _backend
-from ..config import Config
+from ..config import Config, Options
 from ..core import stats as counters
 from ..core.constants import ErrorOf
-from ..errors import ConnectError
+from ..errors import ConnectError, DscacheError
 from ..net.cluster_state import ClusterState
 from .cluster import ClusterConnection
 from .connection import Connection
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
 _logger = logging.getLogger("dscache")
+
+# A name to read, of a record that need not exist.
+_ANY_NAME = "dscache"
 
 
 class ClusterPool(Pool):
@@ -112,6 +116,31 @@ class ClusterPool(Pool):
         """Begin again in a forked child, without touching any connection of the parent."""
         self._state.reset_after_fork()
         super().reset_after_fork()
+
+    # -- the nodes, for work on all names
+
+    def options_at(self, shown: str) -> Options:
+        """Return the options of a connection to the node at ``host:port``."""
+        return self._state.node_at(shown).options
+
+    def owner(self, slot: int) -> str | None:
+        """Return the address of the node that serves a slot, or None if none is known."""
+        return self._state.table.find(slot, reads=False)
+
+    def primaries(self) -> dict[str, Options]:
+        """Return the options of a connection to each node that serves slots, by address."""
+        return {shown: self.options_at(shown) for shown in self._state.table.primaries}
+
+    def look_again(self) -> None:
+        """Have the slots refreshed soon, since they may have moved."""
+        self._state.record_stale()
+        self.refresh_slots()
+
+    def refresh_slots(self) -> None:
+        """Refresh the slots if that is due."""
+        # A thread refreshes the slots beside an operation, so it takes one.
+        with suppress(DscacheError):
+            self.run("head", _ANY_NAME)
 
     # -- state and counters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._forks import after_fork_in_child
@@ -32,6 +33,21 @@ class MemoryPool:
         with self._lock:
             outcome: BlockingWaiter = getattr(self._pipeline, operation)(*arguments)
         return outcome.take()
+
+    def names(self) -> list[str]:
+        """Return the names of all records, in no order."""
+        with self._lock:
+            return self._pipeline.names()
+
+    def listen(self, listener: Callable[[Iterable[str]], object]) -> None:
+        """Have a function called with the names of records that change; it must not block."""
+        with self._lock:
+            self._pipeline.listeners.append(listener)
+
+    def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
+        """Remove a listener; does nothing if it isn't there."""
+        with self._lock:
+            self._pipeline.forget(listener)
 
     def when_ready(self) -> None:
         """Return at once; raises ConnectionLost if it was closed."""

@@ -17,6 +17,7 @@ from .export import export
 from .get import get
 from .head import head
 from .import_ import import_
+from .ls import ls
 from .migrate import migrate
 from .options import flag
 from .set import set_
@@ -48,6 +49,6 @@ def dscache(
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-_COMMANDS = (get, set_, head, delete, doctor, export, import_, bench, watch, migrate, cluster)
+_COMMANDS = (get, set_, head, delete, ls, doctor, export, import_, bench, watch, migrate, cluster)
 for _command in _COMMANDS:
     app.command(_command.__name__.strip("_"))(_command)

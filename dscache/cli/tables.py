@@ -18,6 +18,8 @@ Cell = str | Text
 
 NO_RECORD = Text("no record", "yellow")
 """The cell beside a name without a record."""
+# The columns of numbers.
+_NUMBERS = ("version", "bytes", "ttl")
 # The number of missing names that are printed one by one.
 _MISSING_SHOWN = 5
 
@@ -105,7 +107,7 @@ class Results:
             folds = head == "name" or (head == "data" and self._fold)
             table.add_column(
                 head,
-                justify="right" if head == "version" else "left",
+                justify="right" if head in _NUMBERS else "left",
                 width=width,
                 no_wrap=not folds,
                 overflow="fold" if folds else "ellipsis",

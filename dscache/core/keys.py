@@ -9,11 +9,14 @@ Slots: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec
 
 from __future__ import annotations
 
+import re
 from binascii import crc_hqx
 
 from . import constants as c
 
 _SUFFIXES = (c.VERSION_SUFFIX, c.DATA_SUFFIX)
+# Characters of a pattern that stand for others.
+_SPECIAL = re.compile(rb"[*?\[\]^\\-]")
 
 
 class KeyLayout:
@@ -60,6 +63,12 @@ class KeyLayout:
             tags = (c.TAG_OPEN, c.TAG_FOR_BRACE + c.TAG_CLOSE)
             return [self.prefix + tag for tag in tags]
         return [self.prefix + key_stem(text, self.hash_tag).encode()]
+
+    def pattern(self, prefix: str) -> bytes:
+        """Return a MATCH pattern for SCAN that covers the version keys of these records."""
+        starts = self.starts(prefix)
+        start = starts[0] if len(starts) == 1 else self.prefix
+        return _SPECIAL.sub(rb"\\\g<0>", start) + b"*" + c.VERSION_SUFFIX
 
 
 def _untagged(stem: bytes) -> bytes | None:

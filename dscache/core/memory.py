@@ -53,6 +53,8 @@ class MemoryPipeline:
         self._records: dict[str, tuple[int, bytes, float]] = {}
         self._expiries: list[tuple[float, str]] = []
         self._counts = dict.fromkeys(counters.NAMES, 0)
+        self.listeners: list[Callable[[Iterable[str]], object]] = []
+        """Functions to call with the names of records that have changed."""
 
     def get(self, name: str) -> Any:
         """Return a done waiter with the Record, or None."""
@@ -144,6 +146,21 @@ class MemoryPipeline:
                 guard_of_removal(name, expected[name])
         return self._done(sum(self._remove(*each) for each in expected.items()))
 
+    def names(self) -> list[str]:
+        """Return the names of all records, in no order."""
+        self._use()
+        now = self._clock()
+        return [name for name, (_, _, expiry) in list(self._records.items()) if expiry > now]
+
+    def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
+        """Remove a listener; does nothing if it isn't there."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+
+    def _tell(self, name: str) -> None:
+        for listener in self.listeners:
+            listener((name,))
+
     def stats(self) -> dict[str, Any]:
         """Return the counters of a Pipeline; the counters of traffic stay zero."""
         counts = self._counts
@@ -198,6 +215,7 @@ class MemoryPipeline:
         record = self._records.get(name)
         if record is not None and record[2] <= self._clock():
             del self._records[name]
+            self._tell(name)
             return None
         return record
 
@@ -238,6 +256,7 @@ class MemoryPipeline:
         while self._expiries and self._expiries[0][0] <= now:
             self._stored(heapq.heappop(self._expiries)[1])
         self._counts["writes"] += 1
+        self._tell(name)
         return True
 
     def _holds(self, name: str, if_version: IfVersion) -> bool:
@@ -255,4 +274,7 @@ class MemoryPipeline:
             return False
         self._counts["deletes"] += 1
         self._stored(name)  # drops an expired record
-        return self._records.pop(name, None) is not None
+        existed = self._records.pop(name, None) is not None
+        if existed:
+            self._tell(name)
+        return existed

@@ -12,6 +12,8 @@ from redis.credentials import UsernamePasswordCredentialProvider
 
 import dscache
 from dscache import AsyncCache, Record
+from dscache.aio.scan import AsyncScan
+from dscache.aio.watch import AsyncChange, AsyncWatch
 from dscache.config import Config
 
 
@@ -84,6 +86,29 @@ async def typed(cache: AsyncCache) -> None:
         version, user = record
         assert_type(version, int)
         assert_type(user, User)
+
+
+async def scans(cache: AsyncCache, either: bool) -> None:
+    assert_type(cache.scan(), AsyncScan[str])
+    assert_type(cache.scan("a", count=10, cursor="c"), AsyncScan[str])
+    assert_type(cache.scan("a", records=True).cursor, str)
+    async for name in cache.scan("a"):
+        assert_type(name, str)
+    async for record in cache.scan(records=True):
+        assert_type(record, Record)
+    assert_type(cache.scan(records=either), AsyncScan[str] | AsyncScan[Record])
+
+
+async def watches(cache: AsyncCache) -> None:
+    async with cache.watch("a", records=True, max_pending=10) as changes:
+        assert_type(changes, AsyncWatch)
+        async for change in changes:
+            assert_type(change, AsyncChange)
+            assert_type(change.name, str)
+            assert_type(change.version, int | None)
+            assert_type(change.record, Record | None)
+            assert_type(change.is_loss, bool)
+            assert_type(await change.read(), Record | None)
 
 
 async def state(cache: AsyncCache) -> None:

@@ -8,6 +8,8 @@ from typing import Any, assert_type
 from msgspec import Struct
 
 from dscache import Cache, Record
+from dscache.blocking.scan import Scan
+from dscache.blocking.watch import BlockingChange, Watch
 from dscache.config import Config
 
 
@@ -44,6 +46,29 @@ def typed(cache: Cache) -> None:
     assert_type(cache.get_bulk(["a"], type=User), dict[str, Record[User]])
     for record in cache.get_bulk(["a"], type=User).values():
         assert_type(record.data, User)
+
+
+def scans(cache: Cache, either: bool) -> None:
+    assert_type(cache.scan(), Scan[str])
+    assert_type(cache.scan("a", count=10, cursor="c"), Scan[str])
+    assert_type(cache.scan("a", records=True).cursor, str)
+    for name in cache.scan("a"):
+        assert_type(name, str)
+    for record in cache.scan(records=True):
+        assert_type(record, Record)
+    assert_type(cache.scan(records=either), Scan[str] | Scan[Record])
+
+
+def watches(cache: Cache) -> None:
+    with cache.watch("a", records=True, max_pending=10) as changes:
+        assert_type(changes, Watch)
+        for change in changes:
+            assert_type(change, BlockingChange)
+            assert_type(change.name, str)
+            assert_type(change.version, int | None)
+            assert_type(change.record, Record | None)
+            assert_type(change.is_loss, bool)
+            assert_type(change.read(), Record | None)
 
 
 def state(cache: Cache) -> None:

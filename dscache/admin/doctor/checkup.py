@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import cast
 
+from ...aio.control import ControlConnection, Reply, is_clustered
 from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
@@ -20,7 +21,6 @@ from ...net.connect_errors import is_full
 from ...net.sentinels import pairs
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
-from ..control import ControlConnection, Reply, is_clustered
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..primaries import Primaries, open_primaries, parse_info
 from ..scan import SCAN_COUNT

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .. import _backend
-from ..aio.connection import Connection
-from ..aio.endpoint import Endpoint
-from ..aio.protocol import SocketProtocol, request, request_greeting
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
 from ..net.connect_errors import as_connect_error
+from .connection import Connection
+from .endpoint import Endpoint
+from .protocol import SocketProtocol, request, request_greeting
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
 
 RawCommand = Sequence[bytes | str | int]
 """The words of one command."""
@@ -47,14 +50,17 @@ class ControlConnection:
 
     @classmethod
     async def open(
-        cls, options: Options, on_push: Callable[[list[Reply]], object] | None = None
+        cls,
+        options: Options,
+        on_push: Callable[[list[Reply]], object] | None = None,
+        credentials: CredentialProvider | None = None,
     ) -> Self:
         """Connect to the server of these options and log in, within ``connectTimeout``.
 
         ``on_push`` is called with each RESP3 push. Raises ConnectError if the server can't be
         reached, and ReplyError if it refuses the handshake.
         """
-        endpoint = Endpoint(options)
+        endpoint = Endpoint(options, credentials)
         pipeline = _backend.core.Pipeline(
             asyncio.get_running_loop().create_future,
             lambda: None,

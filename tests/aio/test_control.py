@@ -12,11 +12,11 @@ import pytest
 import redis as redis_py
 
 from dscache import ConnectError, ConnectionLost, ReplyError
-from dscache.admin import control
 from dscache.admin.cache import AdminCache, open_cache
-from dscache.admin.control import ControlConnection, is_clustered
 from dscache.admin.primaries import open_primaries, parse_info
+from dscache.aio import control
 from dscache.aio.connection import Connection
+from dscache.aio.control import ControlConnection, is_clustered
 from dscache.config import Options, load
 from dscache.embedded import EmbeddedServer
 from tests.support.commands import invoke

@@ -1,0 +1,149 @@
+"""A scan on an event loop, over the connections that its cache has already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from ..config import Options
+from ..errors import BulkError, ConnectionLost, DscacheError
+from ..net.scan import (
+    Finds,
+    Item,
+    MemoryScan,
+    Names,
+    NameScan,
+    Pause,
+    Reply,
+    Request,
+    check_arguments,
+)
+from .connection import Connection
+from .lifecycle import LoopBound
+from .memory import MemoryNode
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
+
+
+class AsyncScan(LoopBound, AsyncIterator[Item]):
+    """The names or Records of a prefix, by ``async for``; made by ``AsyncCache.scan``.
+
+    It has no connection and no task of its own, so an iteration may stop anywhere. An exception
+    doesn't end it: the next iteration goes on behind the last names that were found.
+    """
+
+    def __init__(
+        self,
+        topology: MemoryNode | Connection | Cluster,
+        options: Options,
+        is_closed: Callable[[], bool],
+        prefix: str,
+        *,
+        records: bool,
+        count: int,
+        cursor: str | None,
+    ) -> None:
+        super().__init__("an AsyncCache")
+        check_arguments(prefix, count, cursor)
+        self._topology = topology
+        self._has_begun = False
+        self._is_closed = is_closed
+        scan: NameScan | MemoryScan
+        if isinstance(topology, MemoryNode):
+            scan = MemoryScan(topology.pipeline.names, prefix, count, cursor)
+        elif isinstance(topology, Connection):
+            scan = NameScan(options, prefix, count, cursor)
+        else:
+            cluster = topology
+
+            def owner(slot: int) -> str | None:
+                node = cluster.owner(slot)
+                return None if node is None else node.info.shown
+
+            scan = NameScan(options, prefix, count, cursor, owner, cluster.look_again)
+        self._finds: Finds[Item] = Finds(scan, records=records)
+
+    @property
+    def cursor(self) -> str:
+        """A text with which another scan goes on behind the last batch that was taken whole."""
+        return self._finds.cursor()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Item:
+        finds = self._finds
+        if not finds.ready:
+            self._check_owner()
+            finds.enter()
+            try:
+                await self._find()
+            finally:
+                finds.is_busy = False
+        return finds.ready.popleft()
+
+    async def _find(self) -> None:
+        """Find the next items; raises StopAsyncIteration if there are none."""
+        finds = self._finds
+        while True:
+            finds.raise_error()
+            if finds.ready:
+                return
+            if finds.unread:
+                await self._read(finds.next_names())
+                continue
+            try:
+                if not await self._advance():
+                    raise StopAsyncIteration
+            except BaseException:
+                finds.restart()
+                raise
+
+    async def _advance(self) -> bool:
+        """Go on to the next names; return False at the end."""
+        self._check_cache()
+        if not self._has_begun:
+            await self._topology.when_ready()
+            self._has_begun = True
+        reply: Reply | None = None
+        error: Exception | None = None
+        while True:
+            step = self._finds.next_step(reply, error)
+            reply = error = None
+            if not isinstance(step, Request | Pause):
+                return isinstance(step, Names)
+            if isinstance(step, Pause):
+                await asyncio.sleep(step.seconds)
+                continue
+            try:
+                reply = await self._ask(step)
+            except (OSError, DscacheError) as failure:
+                self._check_cache()
+                error = failure
+
+    async def _ask(self, request: Request) -> Reply:
+        topology = self._topology
+        assert not isinstance(topology, MemoryNode)
+        if isinstance(topology, Connection):
+            node = topology
+        else:
+            node = topology.nodes.open(topology.state.node_at(request.node))
+        self._check_cache()
+        if not node.is_ready:
+            await node.when_ready()
+        return Reply(node.link, await node.ask(*request.commands))
+
+    def _check_cache(self) -> None:
+        if self._is_closed():
+            raise ConnectionLost("the cache is closed")
+
+    async def _read(self, names: list[str]) -> None:
+        self._check_cache()
+        # Past a near cache, whose records count as used when they are read.
+        pipeline: Any = self._topology.pipeline
+        try:
+            self._finds.add_records(names, await pipeline.get_bulk(names))
+        except BulkError as error:
+            self._finds.add_records(names, error.result, error)

@@ -1,0 +1,410 @@
+"""A watch for threads: a thread of its own for every primary, which takes the reports of changes.
+
+The threads read at once, however slow the caller is: a server keeps unread reports in its own
+memory, without a limit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from msgspec.structs import replace
+
+from .._forks import after_fork_in_child
+from ..config import Config, Options
+from ..core.constants import join_address
+from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
+from ..net.backoff import full_jitter
+from ..net.watch import (
+    CHECK_INTERVAL,
+    LONGEST_PAUSE,
+    PAUSE,
+    Change,
+    Changes,
+    check_pushes,
+    check_role,
+    primaries_only,
+)
+from .connector import Connector
+from .control import ControlConnection
+from .memory import MemoryPool
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+    from ..core.pure import Record
+    from .cluster_pool import ClusterPool
+
+# Seconds that ``close`` waits for a thread, beside connectTimeout: one may be looking up a host.
+_GRACE: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockingChange(Change):
+    """A change that a Cache has heard of."""
+
+    def read(self) -> Record | None:
+        """Return the record as it is now, from its primary, or None without one."""
+        assert self._read is not None
+        found: Record | None = self._read(self.name)
+        return found
+
+
+class Watch(Iterator[BlockingChange]):
+    """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
+
+    It listens from the beginning of the block to its end, in a thread for each primary.
+    """
+
+    def __init__(
+        self,
+        topology: Pool | MemoryPool,
+        config: Config,
+        credentials: CredentialProvider | None,
+        prefix: str,
+        *,
+        records: bool,
+        max_pending: int,
+    ) -> None:
+        self._topology = topology
+        self._config = config
+        self._credentials = credentials
+        self._of_primaries = replace(config, options=primaries_only(config.options))
+        self._private: Pool | None = None
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._changes = Changes(
+            config.options,
+            prefix,
+            self._news.set,
+            records=records,
+            max_pending=max_pending,
+            read=self._get,
+            kind=BlockingChange,
+        )
+        self._found: deque[BlockingChange] = deque()
+        self._failures = 0
+        self._end: Exception | None = None
+        self._pid = os.getpid()
+        self._has_begun = False
+        self._using = threading.Lock()
+        self._listeners: dict[str, _Listener] = {}
+        self._keeper: threading.Thread | None = None
+        after_fork_in_child(self, Watch._reset_after_fork)
+
+    # -- the block
+
+    def __enter__(self) -> Self:
+        self._check_process()
+        if self._has_begun or self._closing.is_set():
+            raise UsageError("a watch is entered once; call watch() again")
+        self._has_begun = True
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        topology = self._topology
+        if isinstance(topology, MemoryPool):
+            topology.when_ready()
+            topology.listen(self._changes.note_changed)
+            return
+        options = self._of_primaries.options
+        cluster: ClusterPool | None = None
+        if options.nodes:
+            from .cluster_pool import ClusterPool
+
+            if options != self._config.options:  # reads may be of replicas
+                topology = self._private = ClusterPool(self._of_primaries, self._credentials)
+            assert isinstance(topology, ClusterPool)
+            cluster = topology
+        elif options.sentinels and options.role != self._config.options.role:
+            from .sentinel_pool import SentinelPool
+
+            topology = self._private = SentinelPool(options, self._credentials)
+        self._topology = topology
+        topology.when_ready()
+        self._update(cluster, is_first=True)
+        for listener in list(self._listeners.values()):
+            listener.wait_until_ready()
+        if cluster is not None:
+            self._keeper = threading.Thread(
+                target=self._keep, args=(cluster,), name="dscache watch", daemon=True
+            )
+            self._keeper.start()
+
+    def close(self) -> None:
+        """End the watch, its connections and threads; a second call does nothing."""
+        self.end(None)
+
+    def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        self._check_process()
+        if not self._closing.is_set():
+            self._end = reason
+            self._closing.set()
+        self._news.set()
+        if isinstance(self._topology, MemoryPool):
+            self._topology.forget(self._changes.note_changed)
+        for listener in list(self._listeners.values()):
+            listener.stop()
+        limit = time.monotonic() + self._config.options.connect_timeout / 1000 + _GRACE
+        threads = [one.thread for one in list(self._listeners.values())]
+        for thread in [*threads, *([self._keeper] if self._keeper else [])]:
+            if thread is not threading.current_thread():
+                thread.join(max(limit - time.monotonic(), 0))
+        private, self._private = self._private, None
+        if private is not None:
+            private.close()
+
+    # -- the iteration
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BlockingChange:
+        self._check_process()
+        if not self._has_begun:
+            raise UsageError("use with cache.watch(...) as changes, and iterate over it")
+        if not self._using.acquire(blocking=False):
+            raise UsageError("this watch is in use already; call watch() once per consumer")
+        try:
+            found = self._found
+            while True:
+                if self._closing.is_set():
+                    raise self._end or StopIteration
+                if found:
+                    return found.popleft()
+                self._find()
+        finally:
+            self._using.release()
+
+    def _find(self) -> None:
+        """Take events or read some names, or wait for either."""
+        self._news.clear()
+        if self._closing.is_set():
+            return
+        if events := self._changes.take_events():
+            self._found.extend(events)  # type: ignore[arg-type] # made by ``kind``
+        elif names := self._changes.take_names():
+            self._read_names(names)
+        else:
+            self._news.wait()
+
+    def _read_names(self, names: list[str]) -> None:
+        changes = self._changes
+        found: list[Change] = []
+        try:
+            try:
+                found = changes.changes_of(names, self._topology.run(changes.operation, names))
+            except BulkError as error:
+                found = changes.changes_of(names, error.result, error)
+        except DscacheError:
+            # The loss of a server is an event of its own. The names are read once it is back.
+            changes.back(names)
+        except BaseException:
+            changes.back(names)
+            raise
+        if found:
+            self._failures = 0
+            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
+        else:
+            self._closing.wait(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
+            self._failures += 1
+
+    def _get(self, name: str) -> Record | None:
+        found: Record | None = self._topology.run("get", name)
+        return found
+
+    # -- the servers
+
+    def _keep(self, cluster: ClusterPool) -> None:
+        """Listen to the current primaries of a cluster until the watch is closed."""
+        try:
+            while not self._closing.wait(CHECK_INTERVAL):
+                cluster.refresh_slots()
+                self._update(cluster, is_first=False)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the iteration with an error that nothing else reports."""
+        if not self._closing.is_set():
+            self._end = error
+            self._closing.set()
+        self._news.set()
+
+    def _update(self, cluster: ClusterPool | None, *, is_first: bool) -> None:
+        """Listen to the current primaries, and to no others."""
+        options = self._of_primaries.options
+        wanted = {options.address: options} if cluster is None else cluster.primaries()
+        for address in self._listeners.keys() - wanted.keys():
+            self._listeners.pop(address).stop()
+            self._changes.leave(address, "it is no longer a primary of the cluster")
+        for address in wanted.keys() - self._listeners.keys():
+            if self._closing.is_set():
+                return
+            if not is_first:
+                self._changes.lose(address, "it has become a primary of the cluster")
+            listener = self._listeners[address] = _Listener(
+                address,
+                wanted[address],
+                self._credentials,
+                self._changes,
+                cluster.look_again if cluster is not None else None,
+                self._fail,
+                is_first=is_first,
+            )
+            listener.thread.start()
+
+    # -- forks
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise UsageError("a watch can't be used after a fork; begin one in the child")
+
+    def _reset_after_fork(self) -> None:
+        """Leave the sockets to the parent, in a forked child."""
+        for listener in list(self._listeners.values()):
+            listener.leave()
+
+
+class _Listener:
+    """A thread that takes the reports of one server, and connects again when it is lost.
+
+    A failure before the reports have begun at first is raised by ``wait_until_ready``.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        options: Options,
+        credentials: CredentialProvider | None,
+        changes: Changes,
+        look_again: Callable[[], object] | None,
+        fail: Callable[[Exception], object],
+        *,
+        is_first: bool,
+    ) -> None:
+        self._address = address
+        self._options = options
+        self._credentials = credentials
+        self._changes = changes
+        self._look_again = look_again
+        self._fail = fail
+        self._is_first = is_first
+        self._must_be_primary = bool(options.sentinels) or look_again is not None
+        self._connector = Connector(options, credentials)
+        self._decided = threading.Event()
+        self._error: Exception | None = None
+        self._stopping = threading.Event()
+        self._server: ControlConnection | None = None
+        self.thread = threading.Thread(
+            target=self._run, name=f"dscache watches {address}", daemon=True
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the reports have begun, or raise the error that keeps them from that."""
+        self._decided.wait()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Have the thread end soon."""
+        self._stopping.set()
+        server = self._server
+        if server is not None:
+            server.interrupt(ConnectionLost("it was closed"))
+
+    def leave(self) -> None:
+        """Close the socket in a forked child, which has no such thread."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.leave()
+
+    def _run(self) -> None:
+        try:
+            self._listen()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._error = self._error or ConnectionLost("the watch was closed")
+            self._decided.set()
+
+    def _listen(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            server = self._server = ControlConnection(
+                self._options, partial(self._changes.take_push, self._address)
+            )
+            try:
+                server.connect(self._credentials)
+                failures = 0
+                self._follow(server)
+            except DscacheError as error:
+                if self._stopping.is_set():
+                    return
+                if self._is_first:
+                    self._error = error
+                    return
+                self._changes.lose(self._address, str(error))
+                if self._look_again is not None:
+                    # Another node may be the primary by now; the next timer would be late.
+                    self._look_again()
+            finally:
+                server.discard()
+            self._stopping.wait(full_jitter(PAUSE, LONGEST_PAUSE, failures))
+            failures += 1
+
+    def _follow(self, server: ControlConnection) -> None:
+        """Take the reports of a server until it is lost, hangs, or isn't a primary any more."""
+        changes = self._changes
+        hello, role = server.request(["HELLO"], ["ROLE"])
+        check_pushes(server.pipeline.address, hello)
+        self._check_role(server, role)
+        (reply,) = server.request(changes.tracking)
+        if isinstance(reply, ReplyError):
+            raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
+        self._is_first = False
+        self._decided.set()
+        changes.resume(self._address)
+        while not self._stopping.is_set():
+            until = time.monotonic() + CHECK_INTERVAL
+            while time.monotonic() < until and not self._stopping.is_set():
+                server.take(until)
+            self._check_role(server, server.request(["ROLE"])[0])
+            self._check_place(server.pipeline.address)
+
+    def _check_place(self, address: str) -> None:
+        """Raise ConnectError if the Sentinels name another server.
+
+        This one may be a primary still, cut off from the others.
+        """
+        options = self._options
+        if not options.sentinels:
+            return
+        try:
+            named = self._connector.locate(time.monotonic() + options.connect_timeout / 1000)
+        except ConnectError:
+            return  # no Sentinel knows better
+        if join_address(*named) != address:
+            raise ConnectError(f"the Sentinels name another primary than {address}")
+
+    def _check_role(self, server: ControlConnection, role: Any) -> None:
+        self._must_be_primary = check_role(
+            server.pipeline.address, role, must_be_primary=self._must_be_primary
+        )

@@ -1,0 +1,81 @@
+"""``dscache ls``: the records of a prefix, with their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from ..admin.cache import open_cache
+from ..admin.listing import Order, Row, list_records, sorted_records
+from ..admin.primaries import open_primaries
+from .options import Chosen, with_all_options
+from .output import complain
+from .settings import run
+from .tables import Results, line_of
+
+
+@with_all_options
+def ls(
+    prefix: Annotated[
+        str,
+        typer.Argument(
+            metavar="PREFIX",
+            help="Only records whose names begin with it.",
+            show_default=False,
+        ),
+    ] = "",
+    sort: Annotated[
+        Order | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sort by name, version, bytes or ttl: names upwards, the others downwards.",
+            show_default=False,
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Only the first N records, by bytes unless --sort names another column.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    chosen: Chosen,
+) -> None:
+    """Print the records of a prefix: name, version, bytes of JSON text, and lifetime in seconds.
+
+    In a pipe, prints one JSON object a line. Without --sort and --top, records are printed as they
+    are found. The exit status is 1 if records are damaged.
+    """
+    config = chosen.load()
+    results = Results(chosen.as_json, "version", "bytes", "ttl")
+    damaged = 0
+
+    def report(error: Exception) -> None:
+        nonlocal damaged
+        damaged += 1
+        complain(str(error))
+
+    def show(rows: Iterable[Row]) -> None:
+        for row in rows:
+            line = line_of(name=row.name, version=row.version, bytes=row.size, ttl=row.ttl)
+            lifetime = "" if row.ttl is None else str(row.ttl)
+            results.add(row.name, line, str(row.version), str(row.size), lifetime)
+        results.show()
+
+    async def work() -> None:
+        async with open_cache(config) as cache, open_primaries(cache) as primaries:
+            found = list_records(cache, primaries, prefix, report)
+            if sort is None and top is None:
+                async for some in found:
+                    show(some)
+            else:
+                show(await sorted_records(found, sort or Order.BYTES, top))
+
+    run(work())
+    if damaged:
+        raise typer.Exit(1)

@@ -1,0 +1,609 @@
+"""A scan of all names of a prefix, for both caches: which commands go where, and what counts.
+
+It does no I/O: ``steps`` yields requests and pauses, and takes the replies.
+
+Theory of operation
+-------------------
+SCAN returns every key that is at its server all the time, but a slot can move in the middle. So
+the scan covers slots: a pass over one server covers those slots that the server owned, whole, at
+the pass's beginning and end, while it stayed the same server. Passes go on until every slot is
+covered. A server outside a cluster owns all slots.
+
+The keys of an open slot, which is moving, are at its owner or at its target, and go one way. So
+a pass over the owner and then one over the target cover it, however long it stays open.
+
+After the first pass over a server, few slots are left, and GETKEYSINSLOT reads their keys without
+the others. Where they have too many keys for that, SCAN reads them again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import zlib
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Final, Generic, Literal, TypeVar, cast
+
+import msgspec
+
+from ..config import Options
+from ..core.constants import SLOTS, VERSION_SUFFIX, join_address
+from ..core.keys import KeyLayout, is_version_key, slot_of_key
+from ..errors import (
+    BulkError,
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    ProtocolError,
+    ReplyError,
+    UsageError,
+    shorten,
+)
+from .backoff import half_jitter
+
+# Seconds without any progress after which a scan fails, beside connectTimeout.
+_PATIENCE: Final = 10.0
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+# Error replies that end by themselves.
+_PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
+_LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
+# The most keys that one GETKEYSINSLOT returns, and all of one request together; and the most
+# slots of a pass of them.
+_MOST_KEYS: Final = 10_000
+_MOST_SLOTS: Final = 256
+_SUFFIX: Final = len(VERSION_SUFFIX)
+# A slot may get some more keys between its count and its read.
+_MARGIN: Final = 100
+# The cursor behind the last key, in place of the 0 that would begin anew.
+_END: Final = b"end"
+_ALL: Final = (1 << SLOTS) - 1
+_VERSION: Final = 1
+_LONGEST_CURSOR: Final = 1 << 22
+_MOST_COUNT: Final = 100_000
+# A line of CLUSTER NODES has this many words before the slots.
+_NODE_WORDS: Final = 8
+_OPEN_SLOT: Final = re.compile(r"\[(\d+)-([<>])-(\w+)\]")
+# Records and bytes that one read of records asks for.
+_RECORDS, _BYTES = 256, 4 << 20
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Commands to send together to the node at an address, as ``owner`` returned it.
+
+    Send back a Reply, or throw the error that has lost the connection.
+    """
+
+    node: str
+    commands: Sequence[Sequence[bytes | str | int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The replies to a Request; ``socket`` is another object once the node has another socket."""
+
+    socket: object
+    replies: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A wait, in seconds, before the next step."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names that were found, each once in this step."""
+
+    names: list[str]
+
+
+Steps = Generator[Request | Pause | Names, Reply | None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """How far a scan has come; sets of slots are integers, with a bit for each slot.
+
+    ``covered`` slots are done. ``handed`` are open slots whose owner is done, with their targets.
+    The rest is of the pass of SCAN under way: it is at the node ``node``, which said of itself
+    ``identity``, and covers the slots ``wanted``, of which ``opened`` were open when it began.
+    ``at`` is the cursor of SCAN, empty while no such pass is under way.
+    """
+
+    covered: int = 0
+    handed: dict[int, str] = field(default_factory=dict)
+    node: str = ""
+    identity: str = ""
+    wanted: int = 0
+    opened: int = 0
+    at: bytes = b""
+
+    def encoded(self, scan: str) -> str:
+        """Return an opaque text; ``scan`` identifies the arguments of the scan."""
+        sets = [_bytes(one) for one in (self.covered, self.wanted, self.opened)]
+        return pack(scan, [sets, self.handed, self.node, self.identity, self.at])
+
+    @classmethod
+    def decoded(cls, cursor: str, scan: str) -> _State:
+        """Return the state in a cursor; raises UsageError if it isn't of this scan."""
+        kind = tuple[tuple[bytes, bytes, bytes], dict[int, str], str, str, bytes]
+        sets, handed, node, identity, at = unpack(cursor, scan, kind)
+        covered, wanted, opened = (int.from_bytes(one, "little") & _ALL for one in sets)
+        return cls(covered, handed, node, identity, wanted, opened, at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """The slots of a node, as the node itself sees them, and the server's identity.
+
+    ``outgoing`` and ``incoming`` are the open slots: the address of each one's target, and all
+    that are arriving here.
+    """
+
+    identity: str
+    owned: int
+    outgoing: Mapping[int, str]
+    incoming: int
+
+
+class NameScan:
+    """A scan of the names that begin with a prefix, on one server or on all of a cluster.
+
+    ``owner`` returns the address of the node that serves a slot, or None if none is known; it is
+    None itself outside a cluster. ``look_again`` asks for a fresh view of the slots. ``cursor`` is
+    of an earlier scan with the same arguments. Raises UsageError for a cursor of another one.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        prefix: str,
+        count: int,
+        cursor: str | None,
+        owner: Callable[[int], str | None] | None = None,
+        look_again: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._layout = KeyLayout(options.key_prefix, options.hash_tag)
+        self._prefix = prefix
+        self._count = count
+        self._pattern = self._layout.pattern(prefix)
+        self._owner = owner
+        self._look_again = look_again
+        self._clustered = owner is not None
+        self._patience = max(_PATIENCE, options.connect_timeout / 1000)
+        self._id = scan_id(options, prefix)
+        self._state = _State.decoded(cursor, self._id) if cursor is not None else _State()
+        # The nodes that SCAN has read whole, so that few slots of them are left.
+        self._scanned: set[str] = set()
+        self._options = options
+        self._nonce = os.urandom(8).hex()
+        self._socket: object = None
+        self._sockets = 0
+        self._failures = 0
+        self._progress_at = 0.0
+
+    def cursor(self) -> str:
+        """Return the cursor of the names so far."""
+        return self._state.encoded(self._id)
+
+    def steps(self) -> Steps:
+        """Yield the steps of the scan; raises ReplyError, ConnectError and ConnectionLost."""
+        self._note_progress()
+        while self._state.covered != _ALL:
+            try:
+                yield from self._cover_next()
+            except _LOST as error:
+                yield self._pause_after(error)
+            except ReplyError as error:
+                if error.code not in _PASSING:
+                    raise
+                yield self._pause_after(error)
+
+    def _note_progress(self) -> None:
+        self._failures = 0
+        self._progress_at = time.monotonic()
+
+    def _pause_after(self, error: Exception) -> Pause:
+        """Return the pause before the next attempt; raises the error if no progress was made."""
+        if time.monotonic() > self._progress_at + self._patience:
+            raise error
+        self._look_again()
+        self._failures += 1
+        return Pause(half_jitter(_PAUSE, _LONGEST_PAUSE, self._failures))
+
+    def _cover_next(self) -> Steps:
+        """Make one pass, at the node of the first slot that is left."""
+        state = self._state
+        left = _ALL & ~state.covered
+        if state.at and self._place(_first(state.wanted)) != state.node:
+            state = self._state = replace(state, at=b"")  # that node has lost its slots
+        node = state.node if state.at else self._place(_first(left))
+        before, socket = yield from self._claim(node)
+        at = b"0"
+        if state.at and before.identity == state.identity:
+            wanted, opened, at = state.wanted, state.opened, state.at
+        else:
+            handed = _mask(state.handed)
+            given = _mask(slot for slot, target in state.handed.items() if target == node)
+            wanted = left & ((before.owned & ~handed) | ((before.owned | before.incoming) & given))
+            opened = _mask(before.outgoing)
+            if lacking := given & ~wanted:
+                # Their move was given up: they begin anew.
+                self._state = replace(state, at=b"", handed=_without(state.handed, lacking))
+            if not wanted:
+                raise ConnectionLost(f"{node or 'the server'} has none of the slots left to scan")
+        some = None
+        if at == b"0" and self._clustered and node in self._scanned:
+            some = yield from self._few(node, wanted)
+        if some is None:
+            self._scanned.add(node)
+            crowd = wanted if wanted != before.owned or before.incoming else 0
+            self._state = replace(
+                self._state, node=node, identity=before.identity, wanted=wanted, opened=opened
+            )
+            yield from self._scan_keys(node, socket, at, _slots(crowd))
+        else:
+            wanted = _mask(some)
+            yield from self._read_slots(node, some)
+        after, _ = yield from self._claim(node)
+        self._conclude(before, opened, after, wanted)
+
+    def _conclude(self, before: _Claim, opened: int, after: _Claim, wanted: int) -> None:
+        """Note the slots that a pass has covered, and those that go on at a target."""
+        state = self._state
+        handed = {**state.handed}
+        covered = 0
+        if before.identity == after.identity:
+            stayed = wanted & (after.owned | after.incoming)
+            for slot in _slots(stayed & _mask(after.outgoing)):
+                if after.outgoing[slot]:
+                    handed[slot] = after.outgoing[slot]
+            covered = stayed & ~_mask(after.outgoing) & ~opened
+            handed = _without(handed, covered)
+        self._state = _State(state.covered | covered, handed)
+        if covered or handed != state.handed:
+            self._note_progress()
+        if wanted & ~covered:
+            self._look_again()
+
+    def _place(self, slot: int) -> str:
+        """Return the node to ask for a slot; raises ConnectError if none is known."""
+        if self._owner is None:
+            return ""
+        node = self._state.handed.get(slot) or self._owner(slot)
+        if node is None:
+            raise ConnectError(f"scan: no node of the cluster serves slot {slot}")
+        return node
+
+    # -- one server
+
+    def _ask(
+        self, node: str, *commands: Sequence[bytes | str | int]
+    ) -> Generator[Request | Pause | Names, Reply | None, Reply]:
+        """Return the replies of a node; raises the first error reply."""
+        reply = yield Request(node, commands)
+        assert reply is not None
+        for command, one in zip(commands, reply.replies, strict=True):
+            if isinstance(one, ReplyError):
+                words = " ".join(map(str, command[:2] if command[0] == "CLUSTER" else command[:1]))
+                raise ReplyError(one.message, context=f"scan: {words}{node and f' at {node}'}")
+        return reply
+
+    def _claim(
+        self, node: str
+    ) -> Generator[Request | Pause | Names, Reply | None, tuple[_Claim, object]]:
+        """Return what a server says of itself, and the socket that it said it on."""
+        if not self._clustered:
+            # Without the right to INFO, a server is the same as long as its socket lasts.
+            asked = yield Request(node, [("INFO", "server"), ("INFO", "replication")])
+            assert asked is not None
+            facts = {**_info(asked.replies[0]), **_info(asked.replies[1])}
+            known = [facts.get(name, "") for name in ("run_id", "role", "master_replid")]
+            if asked.socket is not self._socket:
+                self._socket = asked.socket
+                self._sockets += 1
+            unknown = "" if known[0] else f"{self._nonce} {self._sockets}"
+            return _Claim(" ".join([*known, unknown]), _ALL, {}, 0), asked.socket
+        asked = yield from self._ask(node, ("INFO", "server"), ("CLUSTER", "NODES"))
+        info, nodes = asked.replies
+        run_id = _info(info).get("run_id", "")
+        return _claim_of(nodes, run_id, node, self._options.mapped), asked.socket
+
+    def _scan_keys(self, node: str, socket: object, at: bytes, of: Collection[int]) -> Steps:
+        """Read all keys of a server, from a cursor on, and yield the names; of some slots alone.
+
+        Raises ConnectionLost if the node has another socket by now: the caller finds out whether
+        it leads to the same server.
+        """
+        slots = frozenset(of)
+        while at != _END:
+            command = ("SCAN", at, "MATCH", self._pattern, "COUNT", self._count)
+            asked = yield from self._ask(node, command)
+            if asked.socket is not socket:
+                raise ConnectionLost(f"the connection to {node or 'the server'} was replaced")
+            reply = asked.replies[0]
+            if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[1], list):
+                raise ProtocolError(f"scan: unexpected reply to SCAN: {shorten(reply)}")
+            at = bytes(reply[0])
+            self._note_progress()
+            keys: list[bytes] = reply[1]
+            if slots:
+                keys = [key for key in keys if slot_of_key(key) in slots]
+            yield from self._found(keys, is_matched=True)
+            if at == b"0":
+                at = _END
+            self._state = replace(self._state, at=at)
+
+    def _few(
+        self, node: str, wanted: int
+    ) -> Generator[Request | Pause | Names, Reply | None, dict[int, int] | None]:
+        """Return some slots with the numbers of their keys; None if the first has too many."""
+        slots = _slots(wanted)[:_MOST_SLOTS]
+        asked = yield from self._ask(node, *(("CLUSTER", "COUNTKEYSINSLOT", one) for one in slots))
+        some: dict[int, int] = {}
+        rest = _MOST_KEYS
+        for slot, count in zip(slots, asked.replies, strict=True):
+            rest -= count
+            if rest < 0:
+                break
+            some[slot] = count
+        return some or None
+
+    def _read_slots(self, node: str, some: dict[int, int]) -> Steps:
+        """Read the keys of some slots; slots that have grown much meanwhile leave ``some``."""
+        commands = [
+            ("CLUSTER", "GETKEYSINSLOT", slot, count + _MARGIN) for slot, count in some.items()
+        ]
+        asked = yield from self._ask(node, *commands)
+        keys: list[bytes] = []
+        for slot, found in zip(list(some), asked.replies, strict=True):
+            if len(found) >= some[slot] + _MARGIN:
+                del some[slot]
+            keys += found
+        keys = [key for key in keys if is_version_key(key)]
+        yield from self._found(keys, is_matched=False)
+
+    def _found(self, keys: list[bytes], *, is_matched: bool) -> Steps:
+        """Yield the names of keys; ``is_matched`` if they match the pattern."""
+        names: list[str] | None = None
+        if is_matched and not self._layout.hash_tag:
+            first = len(self._layout.prefix)
+            # A third of the time of the other way. Other clients' keys may be no UTF-8.
+            with suppress(UnicodeDecodeError):
+                names = list(dict.fromkeys([key[first:-_SUFFIX].decode() for key in keys]))
+                if "" in names:
+                    names.remove("")
+        if names is None:
+            prefix = self._prefix
+            found = dict.fromkeys(map(self._layout.name_of, keys))
+            names = [name for name in found if name is not None and name.startswith(prefix)]
+        if names:
+            yield Names(names)
+
+
+class MemoryScan:
+    """A scan of the names in a cache in memory, in their order."""
+
+    def __init__(
+        self, names: Callable[[], list[str]], prefix: str, count: int, cursor: str | None
+    ) -> None:
+        self._names = names
+        self._prefix = prefix
+        self._count = count
+        self._said = f"memory {prefix}"
+        self._last = unpack(cursor, self._said, str) if cursor is not None else ""
+
+    def cursor(self) -> str:
+        """Return the cursor of the names so far."""
+        return pack(self._said, self._last)
+
+    def steps(self) -> Steps:
+        """Yield the names."""
+        names = sorted(
+            name for name in self._names() if name.startswith(self._prefix) and name > self._last
+        )
+        for first in range(0, len(names), self._count):
+            some = names[first : first + self._count]
+            yield Names(some)
+            self._last = some[-1]
+
+
+class Finds(Generic[Item]):
+    """The names or Records that a scan has found and its caller hasn't taken yet.
+
+    A driver calls ``next_step`` and does what the step says. After an exception of any kind it
+    calls ``restart``: the scan then goes on behind the last names that were found.
+    """
+
+    def __init__(self, scan: NameScan | MemoryScan, *, records: bool) -> None:
+        self.cursor = scan.cursor
+        self.ready: deque[Item] = deque()
+        self.unread: list[str] = []
+        """Names of records that are still to be read."""
+        self.is_busy = False
+        """Whether a caller waits for the next item; none may join it."""
+        self._scan = scan
+        self._steps = scan.steps()
+        self._records = records
+        self._error: BulkError | None = None
+        self._batch = _RECORDS
+
+    def next_step(
+        self, reply: Reply | None, error: Exception | None
+    ) -> Request | Pause | Names | None:
+        """Return the next step after the reply to a request, or its error; None at the end."""
+        try:
+            step = self._steps.send(reply) if error is None else self._steps.throw(error)
+        except StopIteration:
+            return None
+        if isinstance(step, Names):
+            if self._records:
+                self.unread = [*step.names]
+            else:
+                self.ready.extend(cast("list[Item]", step.names))
+        return step
+
+    def restart(self) -> None:
+        """Begin the steps anew, behind the names that were found."""
+        self._steps = self._scan.steps()
+
+    def next_names(self) -> list[str]:
+        """Return the names of the records to read next; empty if there are none."""
+        return self.unread[: self._batch]
+
+    def add_records(
+        self, names: list[str], found: Mapping[str, Any], error: BulkError | None = None
+    ) -> None:
+        """Add the records with these names that were read, and the error of the others."""
+        del self.unread[: len(names)]
+        self.ready.extend(found.values())
+        self._error = error
+        if found:
+            size = sum(len(record.raw) for record in found.values())
+            self._batch = max(min(_RECORDS, _BYTES * len(found) // (size + 1)), 1)
+
+    def raise_error(self) -> None:
+        """Raise the error of records that could not be read, once."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def enter(self) -> None:
+        """Begin to wait for the next item; raises UsageError if another caller does."""
+        if self.is_busy:
+            raise UsageError("this scan is in use already; call scan() once per consumer")
+        self.is_busy = True
+
+
+def check_arguments(prefix: object, count: object, cursor: object) -> None:
+    """Raise UsageError for a bad argument of ``scan``."""
+    if not isinstance(prefix, str):
+        raise UsageError(f"scan: prefix must be a str, not {shorten(prefix)}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:
+        raise UsageError(f"scan: count must be an int from 1 to {_MOST_COUNT}: {shorten(count)}")
+    if not isinstance(cursor, str | None):
+        raise UsageError(f"scan: cursor must be the cursor of a scan, not {shorten(cursor)}")
+
+
+# -- replies
+
+
+def _info(reply: object) -> dict[str, str]:
+    """Return the ``name:value`` lines of a reply to INFO; empty for an error reply."""
+    if not isinstance(reply, bytes):
+        return {}
+    lines = reply.decode(errors="replace").splitlines()
+    return {name: value for name, colon, value in (one.partition(":") for one in lines) if colon}
+
+
+def _claim_of(
+    nodes: object, run_id: str, asked: str, mapped: Callable[[str, int], tuple[str, int]]
+) -> _Claim:
+    """Return the claim in a node's reply to CLUSTER NODES; raises ProtocolError for another one.
+
+    ``asked`` is the node's address: a node that doesn't know its own host leaves it out.
+
+    Source: the Redis page of CLUSTER NODES.
+    """
+    if not isinstance(nodes, bytes):
+        raise ProtocolError(f"scan: unexpected reply to CLUSTER NODES: {shorten(nodes)}")
+    addresses: dict[str, str] = {}
+    own: list[str] = []
+    for line in nodes.decode(errors="replace").splitlines():
+        words = line.split()
+        if len(words) < _NODE_WORDS:
+            continue
+        host, _, port = words[1].partition("@")[0].rpartition(":")
+        host = host.strip("[]") or asked.rpartition(":")[0].strip("[]")
+        addresses[words[0]] = join_address(*mapped(host, int(port or 0)))
+        if "myself" in words[2].split(","):
+            own = words
+    if not own:
+        raise ProtocolError("scan: CLUSTER NODES without the node itself")
+    owned = incoming = 0
+    outgoing: dict[int, str] = {}
+    for word in own[_NODE_WORDS:]:
+        if moving := _OPEN_SLOT.fullmatch(word):
+            slot, arrow, other = int(moving[1]), moving[2], moving[3]
+            if arrow == "<":
+                incoming |= 1 << slot
+            else:
+                outgoing[slot] = addresses.get(other, "")
+        else:
+            first, _, last = word.partition("-")
+            owned |= (1 << int(last or first) + 1) - (1 << int(first))
+    if "master" not in own[2].split(","):
+        owned = incoming = 0
+    return _Claim(f"{run_id} {own[0]} {own[6]}", owned, outgoing, incoming)
+
+
+# -- sets of slots
+
+
+def _mask(slots: Iterable[int]) -> int:
+    mask = bytearray(SLOTS // 8)
+    for slot in slots:
+        mask[slot >> 3] |= 1 << (slot & 7)
+    return int.from_bytes(mask, "little")
+
+
+def _slots(mask: int) -> list[int]:
+    return [slot for slot, bit in enumerate(reversed(f"{mask:b}")) if bit == "1"]
+
+
+def _first(mask: int) -> int:
+    return (mask & -mask).bit_length() - 1
+
+
+def _without(handed: Mapping[int, str], mask: int) -> dict[int, str]:
+    return {slot: node for slot, node in handed.items() if not mask >> slot & 1}
+
+
+def _bytes(mask: int) -> bytes:
+    return mask.to_bytes(SLOTS // 8, "little")
+
+
+# -- cursors
+
+
+def scan_id(options: Options, prefix: str) -> str:
+    """Return a text that tells scans apart whose cursors don't fit each other."""
+    said = f"{options.address} {options.db} {options.key_prefix} {options.hash_tag} {prefix}"
+    return blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def pack(scan: str, state: object) -> str:
+    """Return a cursor: the state of a scan as an opaque text."""
+    return urlsafe_b64encode(
+        zlib.compress(msgspec.msgpack.encode([_VERSION, scan, state]))
+    ).decode()
+
+
+def unpack(cursor: str, scan: str, kind: Any) -> Any:
+    """Return the state in a cursor; raises UsageError if it isn't of this scan."""
+    try:
+        reader = zlib.decompressobj()
+        text = reader.decompress(urlsafe_b64decode(cursor), _LONGEST_CURSOR)
+        if not reader.eof:
+            raise ValueError("it is cut")
+        _, said, state = msgspec.msgpack.decode(text, type=tuple[Literal[1], str, kind])
+    except (ValueError, zlib.error, msgspec.MsgspecError):
+        raise UsageError(
+            f"scan: {shorten(cursor)} is no cursor; pass the cursor of an earlier scan"
+        ) from None
+    if said != scan:
+        raise UsageError(
+            "scan: this cursor is of a scan of another prefix or cache; scan from the beginning"
+        )
+    return state

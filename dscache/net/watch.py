@@ -1,0 +1,276 @@
+"""The changes that a watch has heard of and its caller hasn't taken yet, for both caches.
+
+Servers report changed keys by client tracking in broadcast mode, without their values. The caller
+of a watch reads the versions when it asks for the next change, so that several changes of one name
+while it was busy are one. It does no I/O; any thread may use it.
+
+Theory of operation
+-------------------
+A change is read behind the report of it, and reports of later changes make the name pending again.
+So the last change of a name that the caller gets has the last version, unless reports were lost. A
+loss is an event, and so is the return of reports. An event is given behind the changes that were
+read before it, and before those that are read after it. So a caller that reads all names again at
+each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from msgspec.structs import replace as replaced
+
+from ..config import Options
+from ..core.keys import KeyLayout
+from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
+
+if TYPE_CHECKING:
+    from ..core.pure import Record
+
+Kind = Literal["changed", "deleted", "damaged", "flushed", "gap", "resumed"]
+
+CHANGED: Final = "changed"
+DELETED: Final = "deleted"
+DAMAGED: Final = "damaged"
+FLUSHED: Final = "flushed"
+GAP: Final = "gap"
+RESUMED: Final = "resumed"
+
+CHECK_INTERVAL: Final = 1.0
+"""Seconds between two checks of the primaries, and of the role of each."""
+PAUSE: Final = 0.05
+"""The first limit of the pause before the next attempt to connect, in seconds."""
+LONGEST_PAUSE: Final = 2.0
+# Names in one request for versions.
+_BATCH: Final = 1000
+# Events that wait; a server that comes and goes makes two each time.
+_MOST_EVENTS: Final = 1000
+_MOST_PENDING: Final = 10_000_000
+# Error replies that end by themselves.
+_PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a record, of all records, or of the watch itself.
+
+    ``kind`` is "changed" or "deleted" for a record; "damaged" for one that can't be read, with the
+    ``reason``; "flushed" if a server has removed all its records; "gap" if changes may be missed
+    from here on, with the ``reason``; and "resumed" once they are reported again.
+    """
+
+    kind: Kind
+    name: str = ""
+    """The name of the record; empty if it is no change of one."""
+    version: int | None = None
+    """The version as it was read behind the change."""
+    record: Record | None = None
+    """The record as it was read behind the change, if the watch reads records."""
+    node: str = ""
+    """The address of the server for a gap, its end, and a flush; empty if it concerns all."""
+    reason: str = ""
+    _read: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether a mirror must read all names again: "resumed" and "flushed"."""
+        return self.kind in (RESUMED, FLUSHED)
+
+
+class Changes:
+    """The pending names and events of a watch on a prefix.
+
+    ``on_news`` is called when there is something to take; it must not block. A driver calls
+    ``take_events``, and then ``take_names`` if there are none. What it has read it gives to
+    ``changes_of``; names that could not be read it gives ``back``.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        prefix: str,
+        on_news: Callable[[], object],
+        *,
+        records: bool,
+        max_pending: int,
+        read: Callable[[str], Any],
+        kind: type[Change],
+    ) -> None:
+        check_arguments(prefix, max_pending)
+        layout = KeyLayout(options.key_prefix, options.hash_tag)
+        starts = [start for start in layout.starts(prefix) if start]
+        self.tracking: list[bytes | str | int] = [
+            *("CLIENT", "TRACKING", "ON", "BCAST"),
+            *(word for start in starts for word in ("PREFIX", start)),
+        ]
+        self.operation = "get_bulk" if records else "head_bulk"
+        """How the names are read."""
+        self._records = records
+        self._name_of = layout.name_of
+        self._prefix = prefix
+        self._on_news = on_news
+        self._max_pending = max_pending
+        self._batch = max(min(_BATCH, options.max_pending // 4), 1)
+        self._read = read
+        self._kind = kind
+        self._lock = threading.RLock()
+        self._names: dict[str, None] = {}
+        self._events: deque[Change] = deque()
+        self._lost: set[str] = set()
+
+    # -- from the servers
+
+    def take_push(self, node: str, push: list[Any]) -> None:
+        """Take a push of a server: the changed keys, or None after a flush."""
+        if len(push) != 2 or push[0] != b"invalidate":
+            return
+        keys = push[1]
+        if keys is None:
+            self._add_event(self._kind(FLUSHED, node=node))
+            return
+        self.note_changed(dict.fromkeys(map(self._name_of, keys)))
+
+    def note_changed(self, names: Iterable[str | None]) -> None:
+        """Take the names of records that have changed, of any prefix."""
+        prefix = self._prefix
+        self.back([name for name in names if name is not None and name.startswith(prefix)])
+
+    def back(self, names: Iterable[str]) -> None:
+        """Make names pending that are to be read."""
+        with self._lock:
+            self._names.update(dict.fromkeys(names))
+            if len(self._names) > self._max_pending:
+                self._names.clear()
+                reason = f"more than {self._max_pending:,} names were pending (max_pending)"
+                self._add_event(self._kind(GAP, reason=reason))
+                self._add_event(self._kind(RESUMED))
+            is_news = bool(self._names)
+        if is_news:
+            self._on_news()
+
+    def lose(self, node: str, reason: str) -> None:
+        """Note that a server reports no changes, unless that is noted already."""
+        with self._lock:
+            if node not in self._lost:
+                self._lost.add(node)
+                self._add_event(self._kind(GAP, node=node, reason=reason))
+
+    def resume(self, node: str) -> None:
+        """Note that a server reports changes, after it was lost."""
+        with self._lock:
+            if node in self._lost:
+                self._lost.discard(node)
+                self._add_event(self._kind(RESUMED, node=node))
+
+    def leave(self, node: str, reason: str) -> None:
+        """Note that a server holds no records of the watch any more."""
+        with self._lock:
+            self.lose(node, reason)
+            # The records are at other servers, whose gaps end by themselves.
+            self.resume(node)
+
+    def _add_event(self, event: Change) -> None:
+        with self._lock:
+            if len(self._events) >= _MOST_EVENTS:
+                self._events.clear()
+                self._events.append(self._kind(GAP, reason=f"{_MOST_EVENTS} events were pending"))
+                event = self._kind(RESUMED)
+            self._events.append(event)
+        self._on_news()
+
+    # -- to the caller
+
+    def take_events(self) -> list[Change]:
+        """Return the events that wait; all changes that were read must be given before them."""
+        with self._lock:
+            events = [*self._events]
+            self._events.clear()
+        return events
+
+    def take_names(self) -> list[str]:
+        """Return some names to read; empty if none are pending."""
+        with self._lock:
+            names = self._names
+            if len(names) <= self._batch:
+                self._names = {}
+                return list(names)
+            some = [name for name, _ in zip(names, range(self._batch), strict=False)]
+            for name in some:
+                del names[name]
+            return some
+
+    def changes_of(
+        self, names: Iterable[str], found: Mapping[str, Any], error: BulkError | None = None
+    ) -> list[Change]:
+        """Return the changes of names that were read; those to be read again become pending."""
+        errors = {} if error is None else error.errors
+        kind, read = self._kind, self._read
+        changes: list[Change] = []
+        again: list[str] = []
+        for name in names:
+            one = found.get(name)
+            if name in errors:
+                reason = errors[name]
+                if is_final(reason):
+                    changes.append(kind(DAMAGED, name, reason=str(reason), _read=read))
+                else:
+                    again.append(name)
+            elif one is None:
+                changes.append(kind(DELETED, name, _read=read))
+            elif self._records:
+                changes.append(kind(CHANGED, name, one.version, one, _read=read))
+            else:
+                changes.append(kind(CHANGED, name, one, _read=read))
+        if again:
+            self.back(again)
+        return changes
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether reading a record again would fail in the same way."""
+    if isinstance(error, ReplyError):
+        return error.code not in _PASSING
+    return isinstance(error, RecordError)
+
+
+def primaries_only(options: Options) -> Options:
+    """Return options of a cache that reads from primaries, and without a near cache.
+
+    A replica may not have a change yet that its primary has reported.
+    """
+    return replaced(options, scale_reads="master", role="master", near_cache=None)
+
+
+def check_role(address: str, role: object, *, must_be_primary: bool) -> bool:
+    """Return whether a server is a primary, by its reply to ROLE; True if it doesn't tell.
+
+    Raises ReplyError if it must be one and isn't. A server outside Sentinels and clusters may be
+    a replica by intention, as long as it was no primary before.
+    """
+    is_primary = not isinstance(role, list) or not role or role[0] == b"master"
+    if must_be_primary and not is_primary:
+        raise ReplyError(f"{address} has become a replica")
+    return is_primary
+
+
+def check_pushes(address: str, hello: object) -> None:
+    """Raise ReplyError unless the reply to HELLO says that the connection has RESP3."""
+    if not isinstance(hello, dict):
+        raise ReplyError(
+            f"{address} has no RESP3, so it can't report changes; watch needs Redis 6 or newer, "
+            "without a proxy before it"
+        )
+
+
+def check_arguments(prefix: object, max_pending: object) -> None:
+    """Raise UsageError for a bad argument of ``watch``."""
+    if not isinstance(prefix, str):
+        raise UsageError(f"watch: prefix must be a str, not {shorten(prefix)}")
+    is_int = isinstance(max_pending, int) and not isinstance(max_pending, bool)
+    if not is_int or not 1 <= max_pending <= _MOST_PENDING:  # type: ignore[operator] # is_int
+        raise UsageError(
+            f"watch: max_pending must be an int from 1 to {_MOST_PENDING}: {shorten(max_pending)}"
+        )
