@@ -94,7 +94,7 @@ def _drive(
         result: Any = None
         if step == core.CHANGE:
             result = change(*arguments)
-            if inspect.isawaitable(result):
+            if type(result) not in core.PLAIN and inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
                     result.close()  # or Python would warn that it was never awaited
                 raise core.not_plain(operation, name)

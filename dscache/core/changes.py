@@ -38,6 +38,8 @@ class Omitted(Enum):
     def __repr__(self) -> str:
         return "..."
 
+    __str__ = __repr__
+
 
 KEEP: Final = Outcome.KEEP
 """A change returns it to leave the record as it is."""
@@ -51,6 +53,9 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.064
 
 FIRST_VERSION: Final = 1
+
+# Types of data that can't be awaited; looking further takes as long as a small record's decoding.
+PLAIN: Final = frozenset((dict, list, str, int, float, bool, type(None)))
 
 # Steps. The others are operations of a Pipeline, by their names.
 CHANGE: Final = "change"

@@ -16,7 +16,9 @@ class AnyVersion(Enum):
     ANY = "ANY"
 
     def __repr__(self) -> str:
-        return "dscache.ANY"
+        return "ANY"
+
+    __str__ = __repr__
 
 
 ANY: Final = AnyVersion.ANY
