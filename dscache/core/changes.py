@@ -181,7 +181,7 @@ def always_late(operation: str, name: str, conflicts: int, timeout: float) -> De
 
 
 def late_change(operation: str, name: str, timeout: float) -> DeadlineExceeded:
-    """Return the error of an update whose change took all of its time."""
+    """Return the error of an update that spent all of its time on the change."""
     return DeadlineExceeded(
         f"{operation} {shorten(name)}: reading the record and changing its data took longer than "
         f"{timeout * 1000:.0f} ms; nothing was written"
