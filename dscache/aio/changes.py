@@ -94,7 +94,7 @@ async def _drive(
             result = await reader.get(*arguments)
         elif step == core.CHANGE:
             result = change(*arguments)
-            if inspect.isawaitable(result):
+            if type(result) not in core.PLAIN and inspect.isawaitable(result):
                 timeout = asyncio.timeout_at(timing.deadline)
                 try:
                     async with timeout:

@@ -6,9 +6,9 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 from ..core import changes as core
 from ..net.backoff import full_jitter
@@ -19,16 +19,33 @@ if TYPE_CHECKING:
 _pause_after = partial(full_jitter, core.FIRST_PAUSE, core.LONGEST_PAUSE)
 
 
+# How often a waiting thread looks whether the thread that has the turn was interrupted before it
+# could give it back, in seconds.
+_GLANCE: Final = 0.05
+
+
+class _Holder:
+    """Holds a turn for as long as it exists, so that no interruption keeps the turn for ever."""
+
+    __slots__ = ("__weakref__", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class _Turn:
     """The updates of one name: one at a time, the others wait."""
 
-    __slots__ = ("lock", "owner", "users")
+    __slots__ = ("freed", "holder", "users")
 
-    def __init__(self) -> None:
-        # It knows its owner, so that it can be released whatever interrupted the owner where.
-        self.lock = threading.RLock()
-        self.owner = 0
+    def __init__(self, lock: threading.RLock) -> None:
+        self.freed = threading.Condition(lock)
+        self.holder: Callable[[], _Holder | None] = _nothing
         self.users = 0
+
+
+def _nothing() -> None:
+    return None
 
 
 class Changes:
@@ -56,30 +73,48 @@ class Changes:
     ) -> Record | None:
         """Do one update; ``run`` does one operation of a Pipeline, by its name."""
         timing = core.Timing(self._timeout, time.monotonic, _pause_after)
-        with self._lock:
-            turns = self._turns
-            turn = turns.setdefault(name, _Turn())
-            turn.users += 1
-        me = threading.get_ident()
+        holder = _Holder()
         try:
-            if turn.owner == me:
-                raise core.nested(operation, name)
-            try:
-                if not turn.lock.acquire(timeout=timing.rest()):
-                    raise core.late_turn(operation, name, self._timeout)
-                turn.owner = me
-                steps = core.change_steps(operation, name, default, ttl, timing, if_changed)
-                return _drive(steps, run, operation, name, change)
-            finally:
-                if turn.owner == me:
-                    turn.owner = 0
-                with suppress(RuntimeError):  # it isn't this thread's
-                    turn.lock.release()
+            self._take_turn(operation, name, holder, timing)
+            steps = core.change_steps(operation, name, default, ttl, timing, if_changed)
+            return _drive(steps, run, operation, name, change)
         finally:
-            with self._lock:
+            self._end_turn(name, holder)
+            # A traceback may be kept for long, and must not keep the turn.
+            del holder
+
+    def _take_turn(self, operation: str, name: str, holder: _Holder, timing: core.Timing) -> None:
+        """Wait until no other update of that name has the turn."""
+        with self._lock:
+            turn = self._turns.get(name)
+            if turn is None:
+                turn = self._turns[name] = _Turn(self._lock)
+            turn.users += 1
+            try:
+                while (other := turn.holder()) is not None:
+                    if other.thread == holder.thread:
+                        raise core.nested(operation, name)
+                    del other
+                    rest = timing.rest()
+                    if not rest:
+                        raise core.late_turn(operation, name, self._timeout)
+                    turn.freed.wait(min(rest, _GLANCE))
+                turn.holder = ref(holder)
+            finally:
                 turn.users -= 1
-                if not turn.users and turns.get(name) is turn:
-                    del turns[name]
+                if turn.holder is _nothing and not turn.users:
+                    del self._turns[name]
+
+    def _end_turn(self, name: str, holder: _Holder) -> None:
+        """Give the turn to the update that has waited longest."""
+        with self._lock:
+            turn = self._turns.get(name)
+            # It isn't there if the turn was never taken, or in a forked child.
+            if turn is not None and turn.holder() is holder:
+                turn.holder = _nothing
+                turn.freed.notify()
+                if not turn.users:
+                    del self._turns[name]
 
 
 def _drive(
@@ -94,7 +129,7 @@ def _drive(
         result: Any = None
         if step == core.CHANGE:
             result = change(*arguments)
-            if inspect.isawaitable(result):
+            if type(result) not in core.PLAIN and inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
                     result.close()  # or Python would warn that it was never awaited
                 raise core.not_plain(operation, name)

@@ -38,6 +38,8 @@ class Omitted(Enum):
     def __repr__(self) -> str:
         return "..."
 
+    __str__ = __repr__
+
 
 KEEP: Final = Outcome.KEEP
 """A change returns it to leave the record as it is."""
@@ -51,6 +53,9 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.064
 
 FIRST_VERSION: Final = 1
+
+# Types of data that can't be awaited; looking further takes as long as a small record's decoding.
+PLAIN: Final = frozenset((dict, list, str, int, float, bool, type(None)))
 
 # Steps. The others are operations of a Pipeline, by their names.
 CHANGE: Final = "change"
@@ -176,7 +181,7 @@ def always_late(operation: str, name: str, conflicts: int, timeout: float) -> De
 
 
 def late_change(operation: str, name: str, timeout: float) -> DeadlineExceeded:
-    """Return the error of an update whose change took all of its time."""
+    """Return the error of an update that spent all of its time on the change."""
     return DeadlineExceeded(
         f"{operation} {shorten(name)}: reading the record and changing its data took longer than "
         f"{timeout * 1000:.0f} ms; nothing was written"

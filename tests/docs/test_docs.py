@@ -165,7 +165,7 @@ def test_signatures() -> None:
                 for one in parameters.values()
                 if one.default is not one.empty
             ]
-            assert re.findall(r"\w+=\w+", arguments) == keywords, text
+            assert re.findall(r"\w+=[\w.]+", arguments) == keywords, text
 
 
 # -- everything

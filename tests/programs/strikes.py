@@ -34,6 +34,7 @@ ACTIONS: dict[str, Callable[[dscache.Cache, int], object]] = {
     "set big": lambda cache, n: cache.set("written", n, f"written {n} {BIG}"),
     "guarded": lambda cache, n: cache.set("written", 10**9 + n, f"written {n}", if_newer=True),
     "delete": lambda cache, n: cache.delete("written"),
+    "update": lambda cache, n: cache.update("updated", lambda data: data + 1, default=0),
     "refused": lambda cache, n: _refused(cache),
     "get_bulk": lambda cache, n: cache.get_bulk(NAMES[:7]),
     "set_bulk": lambda cache, n: cache.set_bulk({"written": (n, f"written {n}"), "w/2": (n, 2)}),

@@ -273,6 +273,22 @@ async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
     ]
 
 
+async def test_an_update_has_one_span(make_cache: MakeCache, spans: Spans) -> None:
+    cache = await make_cache()
+    otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    await cache.update("a", lambda data: data + 1, default=0)
+    await cache.patch("a", 5)
+    with pytest.raises(dscache.RecordMissing):
+        await cache.update(SECRET, lambda data: data)
+    told = []
+    for span in spans():
+        attributes = span.attributes or {}
+        assert SECRET not in span.to_json()
+        name = attributes[db_attributes.DB_OPERATION_NAME]
+        told.append((name, attributes.get(error_attributes.ERROR_TYPE)))
+    assert told == [("update", None), ("patch", None), ("update", "RecordMissing")]
+
+
 async def test_cancelled_operations(make_cache: MakeCache, spans: Spans) -> None:
     cache = dscache.AsyncCache.from_config({"name": "redis", "options": {"port": 1}})
     otel.trace(cache, tracer_provider=spans.provider, roots=True)

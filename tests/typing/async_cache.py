@@ -137,3 +137,21 @@ async def refused(cache: AsyncCache) -> None:
     dscache.AsyncCache("host")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with cache:  # type: ignore[attr-defined] # pyright: ignore[reportGeneralTypeIssues]
         pass
+
+
+async def changed(cache: AsyncCache) -> None:
+    def count(data: dict[str, int]) -> dict[str, int]:
+        return data
+
+    async def count_slowly(data: Any) -> Any:
+        return dscache.KEEP
+
+    assert_type(await cache.update("n", count), Record | None)
+    assert_type(await cache.update("n", count_slowly, default=None, ttl=60), Record | None)
+    assert_type(await cache.update("n", lambda data: dscache.DELETE), Record | None)
+    assert_type(await cache.patch("n", {"a": None}), Record)
+    assert_type(await cache.patch("n", path="a.b[0]", value=None, default={}, ttl=0), Record)
+    assert_type(await cache.patch("n", path="a"), Record)
+    await cache.update("n")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await cache.update("n", 5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await cache.patch("n", path=5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ from typing import Any, assert_type
 
 from msgspec import Struct
 
+import dscache
 from dscache import Cache, Record
 from dscache.blocking.scan import Scan
 from dscache.blocking.watch import BlockingChange, Watch
@@ -88,3 +89,12 @@ def refused(cache: Cache) -> None:
     cache.set_bulk([("n", 1, {})])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     if (record := cache.get("n")) is None:
         record.version  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
+
+
+def changed(cache: Cache) -> None:
+    assert_type(cache.update("n", lambda data: data, default=[]), Record | None)
+    assert_type(cache.update("n", lambda data: dscache.KEEP, ttl=60), Record | None)
+    assert_type(cache.patch("n", {"a": None}), Record)
+    assert_type(cache.patch("n", path="a.b[0]", value=1), Record)
+    cache.update("n", 5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.patch("n", {}, "a")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
