@@ -89,6 +89,11 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._has_begun = False
 
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the primaries that report changes."""
+        return list(self._listening)
+
     # -- the block
 
     async def __aenter__(self) -> Self:

@@ -153,7 +153,8 @@ class Watch(Iterator[BlockingChange]):
 
     def end(self, reason: Exception | None) -> None:
         """Close; an iteration under way raises the reason, or ends if it is None."""
-        self._check_process()
+        if self._pid != os.getpid():
+            return  # a forked child has neither its threads nor its sockets
         if not self._closing.is_set():
             self._end = reason
             self._closing.set()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..admin.cache import open_cache
-from ..admin.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Event, Watch
+from ..net.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Change
 from .options import Chosen, with_all_options
 from .output import INTERRUPTED, complain, plain, write
 from .settings import run
@@ -48,7 +48,7 @@ def watch(
     as_json = chosen.as_json
     console = Console(highlight=False)
 
-    def show(event: Event) -> None:
+    def show(event: Change) -> None:
         now = datetime.now(UTC)
         if as_json:
             write(line(event, now))
@@ -56,10 +56,10 @@ def watch(
             console.print(row(event, now.astimezone()), soft_wrap=True)
 
     async def work() -> None:
-        async with open_cache(config) as cache:
-            await Watch(cache, prefix, show).run(
-                lambda addresses: complain(f"watching {', '.join(addresses)}")
-            )
+        async with open_cache(config) as cache, cache.watch(prefix) as changes:
+            complain(f"watching {', '.join(changes.addresses)}")
+            async for change in changes:
+                show(change)
 
     try:
         run(work())
@@ -68,22 +68,22 @@ def watch(
         raise typer.Exit(INTERRUPTED) from None
 
 
-def line(event: Event, now: datetime) -> bytes:
+def line(event: Change, now: datetime) -> bytes:
     """Return an event as one line of JSON, without the fields that don't apply."""
     fields: dict[str, object] = {
         "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "event": event.kind,
     }
-    if event.name is not None:
+    if event.name:
         fields |= {"name": event.name, "version": event.version}
-    if event.node is not None:
+    if event.node and event.kind != FLUSHED:
         fields["node"] = event.node
-    if event.reason is not None:
+    if event.reason:
         fields["reason"] = event.reason
     return line_of(**fields)
 
 
-def row(event: Event, now: datetime) -> Text:
+def row(event: Change, now: datetime) -> Text:
     """Return an event as a line for a terminal."""
     version = event.kind if event.version is None else str(event.version)
     text = Text.assemble(
@@ -93,9 +93,9 @@ def row(event: Event, now: datetime) -> Text:
     words = {
         FLUSHED: "all records were removed",
         GAP: f"changes may be missed from here on: {why}",
-        RESUMED: f"{event.node}: changes are reported again",
+        RESUMED: f"{event.node and event.node + ': '}changes are reported again",
     }
-    text.append("  ").append_text(plain(words.get(event.kind, event.name or "")))
-    if event.name is not None and event.reason is not None:
+    text.append("  ").append_text(plain(words.get(event.kind, event.name)))
+    if event.name and event.reason:
         text.append_text(plain(f"  {event.reason}", "red"))
     return text

@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 import msgspec
@@ -68,7 +69,7 @@ _LONGEST_CURSOR: Final = 1 << 22
 _MOST_COUNT: Final = 100_000
 # A line of CLUSTER NODES has this many words before the slots.
 _NODE_WORDS: Final = 8
-_OPEN_SLOT: Final = re.compile(r"\[(\d+)-([<>])-(\w+)\]")
+_OPEN_SLOT: Final = re.compile(r"\[(\d{1,5})-([<>])-(\w+)\]")
 # Records and bytes that one read of records asks for.
 _RECORDS, _BYTES = 256, 4 << 20
 
@@ -318,7 +319,10 @@ class NameScan:
         asked = yield from self._ask(node, ("INFO", "server"), ("CLUSTER", "NODES"))
         info, nodes = asked.replies
         run_id = _info(info).get("run_id", "")
-        return _claim_of(nodes, run_id, node, self._options.mapped), asked.socket
+        try:
+            return _claim_of(nodes, run_id, node, self._options.mapped), asked.socket
+        except (ValueError, IndexError) as error:  # numbers that are none, or too high
+            raise ProtocolError(f"scan: bad reply to CLUSTER NODES at {node}: {error}") from None
 
     def _scan_keys(self, node: str, socket: object, at: bytes, of: Collection[int]) -> Steps:
         """Read all keys of a server, from a cursor on, and yield the names; of some slots alone.
@@ -531,18 +535,22 @@ def _claim_of(
             own = words
     if not own:
         raise ProtocolError("scan: CLUSTER NODES without the node itself")
-    owned = incoming = 0
+    incoming = 0
+    ranges: list[range] = []
     outgoing: dict[int, str] = {}
     for word in own[_NODE_WORDS:]:
         if moving := _OPEN_SLOT.fullmatch(word):
             slot, arrow, other = int(moving[1]), moving[2], moving[3]
+            if slot >= SLOTS:
+                raise IndexError(f"slot {slot}")
             if arrow == "<":
                 incoming |= 1 << slot
             else:
                 outgoing[slot] = addresses.get(other, "")
         else:
             first, _, last = word.partition("-")
-            owned |= (1 << int(last or first) + 1) - (1 << int(first))
+            ranges.append(range(int(first), int(last or first) + 1))
+    owned = _mask(chain.from_iterable(ranges))
     if "master" not in own[2].split(","):
         owned = incoming = 0
     return _Claim(f"{run_id} {own[0]} {own[6]}", owned, outgoing, incoming)

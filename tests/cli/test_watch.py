@@ -14,11 +14,9 @@ import pytest
 import redis as redis_py
 from rich.console import Console
 
-from dscache.admin import watch as admin_watch
-from dscache.admin.cache import AdminCache
-from dscache.admin.watch import Event, Watch
 from dscache.cli import watch as watch_command
 from dscache.embedded import EmbeddedServer, ServerBinary
+from dscache.net.watch import Change
 from tests.support.commands import PATIENCE, invoke, running
 from tests.support.documents import PROJECT, code, table
 
@@ -171,38 +169,24 @@ def test_an_unreachable_server() -> None:
     assert (done.status, "Connection refused" in done.err) == (1, True)
 
 
-async def test_more_changes_than_can_be_read_are_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin_watch, "_MOST", 10)
-    told: list[Event] = []
-    watch = Watch(AdminCache.from_config("127.0.0.1:1"), "", told.append)
-    watch._take([b"invalidate", [b"%d_v" % number for number in range(11)]])
-    assert [event.kind for event in told] == ["gap"]
-    assert "more than 10 records" in str(told[0].reason)
-    assert not watch._names
-    # Pushes of other kinds are ignored.
-    watch._take([b"message", b"a", b"b"])
-    watch._take([b"message", b"a"])
-    assert len(told) == 1
-
-
 # -- output
 
 
 EVENTS = [
-    Event("changed", "user/1", 3),
-    Event("deleted", "user/1"),
-    Event("damaged", "user/1", reason="record 'user/1': no"),
-    Event("flushed"),
-    Event("gap", node="a:1", reason="it was unplugged"),
-    Event("gap", reason="too many"),
-    Event("resumed", node="a:1"),
+    Change("changed", "user/1", 3),
+    Change("deleted", "user/1"),
+    Change("damaged", "user/1", reason="record 'user/1': no"),
+    Change("flushed"),
+    Change("gap", node="a:1", reason="it was unplugged"),
+    Change("gap", reason="too many"),
+    Change("resumed", node="a:1"),
 ]
 
 
 def test_rows_on_a_terminal() -> None:
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     when = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-    for event in [*EVENTS, Event("changed", "\x1b[2Ja\nb", 1)]:
+    for event in [*EVENTS, Change("changed", "\x1b[2Ja\nb", 1)]:
         console.print(watch_command.row(event, when), soft_wrap=True)
     console.file.close()
     assert console.export_text().splitlines() == [
