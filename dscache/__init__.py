@@ -7,6 +7,7 @@ from ._backend import BACKEND, core, make_message, make_record
 from ._version import __version__
 from .cache import AsyncCache
 from .core.condition import ANY
+from .core.loading import Loaded
 from .errors import (
     BulkError,
     ConfigError,
@@ -14,6 +15,7 @@ from .errors import (
     ConnectionLost,
     DeadlineExceeded,
     DscacheError,
+    LoadError,
     MessageError,
     Overloaded,
     ProtocolError,
@@ -52,6 +54,8 @@ __all__ = [
     "ConnectionLost",
     "DeadlineExceeded",
     "DscacheError",
+    "LoadError",
+    "Loaded",
     "Message",
     "MessageError",
     "MessageNode",

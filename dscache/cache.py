@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from . import _backend
 from ._cache import CacheBase
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
+from .aio.loading import Loads
 from .aio.memory import MemoryNode
 from .config import Config
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.pipeline import unique
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
         super().__init__(config, credentials)
         self._pipeline: _Operations | None = None
+        self._loads = Loads(config.options.ttl)
 
     def get(self, name: str) -> Awaitable[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
@@ -174,6 +178,66 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         return (self._pipeline or self._open()).delete_bulk(names, if_version)
 
+    async def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> Record | None:
+        """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
+
+        ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
+        nothing; it may be a coroutine function. However many tasks, threads and processes fetch a
+        missing record, one load runs, and all get its result. A cancelled caller ends no load. A
+        write by anybody else while the load runs is never overwritten, but returned.
+
+        ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
+        differ by up to that part. After ``refresh_after`` seconds one load runs in the background
+        while everybody still gets the record at once. ``keep_missing`` is the number of seconds
+        for which a load's None is remembered for all processes.
+
+        Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
+        and all errors of ``get`` and ``set``.
+        """
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        entry = self._pipeline or self._open()
+        if refresh_after is None or self._loads.checks.is_recent(name):
+            record = await entry.get(name)
+            if record is not None:
+                return record
+            found: Record | None = await self._loads.load(entry, str(name), load, terms)
+        else:
+            found = await self._loads.fetch(entry, _backend.core.check_name(name), load, terms)
+        return found
+
+    async def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> dict[str, Record]:
+        """Read records; one ``load_many(missing names)`` makes those that are missing.
+
+        ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
+        name without data has no record. It may be a coroutine function. A name that another caller
+        loads already is waited for instead. The result maps the names found to Records, in the
+        order of ``names``. The options are those of ``fetch``.
+
+        Raises BulkError, which has the errors and the other records, if some can't be loaded.
+        """
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        entry = self._pipeline or self._open()
+        checked = list(unique("fetch_bulk", names))
+        return await self._loads.fetch_bulk(entry, checked, load_many, terms)
+
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -192,6 +256,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self.__dict__.pop("get", None)
         try:
             if self._topology is not None:
+                if self._loop is asyncio.get_running_loop():
+                    await self._loads.close(self._config.options.close_timeout / 1000)
                 await self._topology.close()
         except UsageError:
             self._closed = False  # the call of another loop or process closes nothing

@@ -6,6 +6,7 @@ DscacheError
 ├── RecordError        bad name, version, ttl or JSON text; names the record
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
+├── LoadError          the load of a fetch failed; has its exception as the cause
 ├── ConnectError       no connection; nothing was sent
 ├── ConnectionLost     connection lost before the reply, or the cache is closed
 ├── DeadlineExceeded   no reply within commandTimeout
@@ -13,7 +14,7 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first five are caused by the caller or the data, the next four on the way to the server, the
+The first six are caused by the caller or the data, the next four on the way to the server, the
 last two by the server. No text contains a password. Every error can be pickled and copied.
 """
 
@@ -126,6 +127,18 @@ class BulkError(DscacheError):
         )
         self.errors = dict(errors)
         self.result = result
+
+
+class LoadError(DscacheError):
+    """The load of a missing record failed, in this call or a moment ago in another one.
+
+    ``name`` is the record's name. ``__cause__`` is the exception that the load raised, or None if
+    it was raised in another process.
+    """
+
+    def __init__(self, message: str, *, name: object = None) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class ConnectError(DscacheError, ConnectionError):
