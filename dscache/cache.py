@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from . import _backend
@@ -63,6 +64,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
+    Only ``fetch`` and ``fetch_bulk`` are coroutine functions, whose calls do nothing unawaited.
     With a near cache (``nearCache``), ``get`` and ``head`` return a coroutine instead of a Future.
     It must be awaited once; the operation is still issued at the call.
 
@@ -203,9 +205,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
         and all errors of ``get`` and ``set``.
         """
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        checks = self._loads.checks
+        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
+        if terms is None:
+            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
         entry = self._pipeline or self._open()
-        if refresh_after is None or self._loads.checks.is_recent(name):
+        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = await entry.get(name)
             if record is not None:
                 return record
@@ -233,7 +238,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        given = ttl, refresh_after, jitter, keep_missing
+        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
         entry = self._pipeline or self._open()
         checked = list(unique("fetch_bulk", names))
         return await self._loads.fetch_bulk(entry, checked, load_many, terms)
@@ -256,7 +262,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self.__dict__.pop("get", None)
         try:
             if self._topology is not None:
-                if self._loop is asyncio.get_running_loop():
+                if self._loop is asyncio.get_running_loop() and self._pid == os.getpid():
                     await self._loads.close(self._config.options.close_timeout / 1000)
                 await self._topology.close()
         except UsageError:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from . import _backend
@@ -187,9 +188,12 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
         and all errors of ``get`` and ``set``.
         """
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        checks = self._loads.checks
+        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
+        if terms is None:
+            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
         run = self._run or self._open()
-        if refresh_after is None or self._loads.checks.is_recent(name):
+        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record: Record | None = run("get", name)
             if record is not None:
                 return record
@@ -217,7 +221,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        given = ttl, refresh_after, jitter, keep_missing
+        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
         run = self._run or self._open()
         return self._loads.fetch_bulk(run, list(unique("fetch_bulk", names)), load_many, terms)
 

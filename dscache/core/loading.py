@@ -137,12 +137,16 @@ def _is_int(value: Any) -> bool:
 
 
 class Checks:
-    """The terms in use, and the names whose age this process has checked a moment ago."""
+    """The terms in use, and the names whose age this process has checked a moment ago.
+
+    ``known`` has the terms of options that were checked before, and ``recent`` the time until which
+    a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
+    """
 
     def __init__(self, default_ttl: int | None) -> None:
         self._default_ttl = default_ttl
-        self._terms: dict[tuple[Any, ...], Terms] = {}
-        self._recent: dict[str, float] = {}
+        self.known: dict[tuple[Any, ...], Terms] = {}
+        self.recent: dict[str, float] = {}
 
     def terms(
         self,
@@ -152,25 +156,19 @@ class Checks:
         keep_missing: int | None,
     ) -> Terms:
         """Return the checked options of a ``fetch``; raises RecordError."""
-        # The types too, as True is equal to 1.
-        types = type(ttl), type(refresh_after), type(jitter), type(keep_missing)
-        given = ttl, refresh_after, jitter, keep_missing, types
-        with suppress(TypeError):  # a value of a wrong type may have no hash
-            if (known := self._terms.get(given)) is not None:
-                return known
         terms = terms_of(ttl, refresh_after, jitter, keep_missing, self._default_ttl)
-        if len(self._terms) >= _MOST_TERMS:
-            self._terms.clear()
-        self._terms[given] = terms
+        if len(self.known) >= _MOST_TERMS:
+            self.known.clear()
+        self.known[ttl, refresh_after, jitter, keep_missing] = terms
         return terms
 
     def is_recent(self, name: str) -> bool:
         """Return whether the age of a record was checked a moment ago."""
-        return self._recent.get(name, 0.0) > time.monotonic()
+        return self.recent.get(name, 0.0) > time.monotonic()
 
     def note(self, name: str, terms: Terms) -> None:
         """Note that the age of a record has been checked now."""
-        recent = self._recent
+        recent = self.recent
         if name not in recent and len(recent) >= _MOST_CHECKS:
             with suppress(KeyError, RuntimeError, StopIteration):  # other threads do the same
                 del recent[next(iter(recent))]

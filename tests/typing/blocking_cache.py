@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, assert_type
 
-from dscache import Cache, Record
+from dscache import Cache, Loaded, Record
 from dscache.config import Config
 
 
@@ -28,6 +28,16 @@ def bulk(cache: Cache) -> None:
     assert_type(cache.head_bulk(("a", "b")), dict[str, int])
     assert_type(cache.set_bulk({"a": (1, {})}, if_newer=True), set[str])
     assert_type(cache.delete_bulk({"a": 1}), int)
+
+
+def fetched(cache: Cache) -> None:
+    def load_many(names: list[str]) -> dict[str, Loaded]:
+        return dict.fromkeys(names, Loaded(1, None))
+
+    assert_type(cache.fetch("n", len, ttl=60), Record | None)
+    assert_type(cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
+    assert_type(cache.fetch("n", len, ttl=60, keep_missing=5), Record | None)
+    assert_type(cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
 
 
 def state(cache: Cache) -> None:
