@@ -12,6 +12,8 @@ slot. The version of a note is a random token, its data tells a state, and it al
   all processes that the record is due.
 * ``missing``: the load found nothing, and that is remembered for ``keep_missing``.
 * ``failed``: the load has failed, and is not repeated for a moment.
+* ``stale``: a refresh has failed. It is not repeated for a tenth of ``refresh_after``, but if the
+  record ends, it is loaded at once.
 
 A lease is taken by a write that expects no note, or exactly the note that was read. It is renewed
 and released by writes that expect its token. So nothing but conditional writes is needed, which
@@ -51,6 +53,7 @@ _LOADING: Final = "loading"
 _FRESH: Final = "fresh"
 _MISSING: Final = "missing"
 _FAILED: Final = "failed"
+_STALE: Final = "stale"
 # How long a caller waits before it reads a lease again, in seconds: at first, and at last.
 _FIRST_PAUSE: Final = 0.005
 _LAST_PAUSE: Final = 0.1
@@ -388,7 +391,10 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
                         f"{type(loaded).__name__}"
                     )
             except Exception as error:
-                yield from _fail(tokens, terms, outcome, error)
+                pause = FAILURE_SECONDS
+                if refresh:
+                    pause = max(pause, (terms.refresh_after or 0) // 10)
+                yield from _fail(tokens, _STALE if refresh else _FAILED, pause, outcome, error)
                 held = {name: held[name] for name in held if name not in tokens}
             else:
                 yield from _store(held, wanted, loaded, found, terms, outcome)
@@ -400,10 +406,11 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
             yield from _quietly(_drop_notes(held))
 
 
-def _fail(tokens: Mapping[str, int], terms: Terms, outcome: Outcome, error: Exception) -> _Part:
+def _fail(
+    tokens: Mapping[str, int], state: str, pause: int, outcome: Outcome, error: Exception
+) -> _Part:
     kind = type(error).__name__
-    pause = max(FAILURE_SECONDS, (terms.refresh_after or 0) // 10)
-    yield from _quietly(_write_notes({"state": _FAILED, "error": kind}, pause, tokens))
+    yield from _quietly(_write_notes({"state": state, "error": kind}, pause, tokens))
     for name in tokens:
         failure = LoadError(f"record {shorten(name)}: its load raised {kind}", name=name)
         failure.__cause__ = error

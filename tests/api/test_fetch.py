@@ -326,7 +326,13 @@ async def test_a_failing_refresh_keeps_the_record(
     assert source.loads == 2
     assert "was not refreshed" in caplog.text
     assert await cache.get("n") == record
-    assert loading.state_of(await cache.get(loading.note_of("n"))) == "failed"
+    assert loading.state_of(await cache.get(loading.note_of("n"))) == "stale"
+    # That note keeps nobody from loading a record that has ended.
+    await cache.delete("n")
+    source.results = [Loaded(3, "c")]
+    record = await cache.fetch("n", source, ttl=60, refresh_after=30)
+    assert record is not None
+    assert record.version == 3
 
 
 async def test_a_refresh_that_finds_nothing_removes_the_record(cache: dscache.AsyncCache) -> None:
