@@ -8,6 +8,7 @@ from ._version import __version__
 from .cache import AsyncCache
 from .core.changes import DELETE, KEEP
 from .core.condition import ANY
+from .core.loading import Loaded
 from .errors import (
     BulkError,
     ConfigError,
@@ -15,6 +16,7 @@ from .errors import (
     ConnectionLost,
     DeadlineExceeded,
     DscacheError,
+    LoadError,
     MessageError,
     Overloaded,
     ProtocolError,
@@ -59,6 +61,8 @@ __all__ = [
     "ConnectionLost",
     "DeadlineExceeded",
     "DscacheError",
+    "LoadError",
+    "Loaded",
     "Message",
     "MessageError",
     "MessageNode",

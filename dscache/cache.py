@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
 from weakref import WeakSet
 
@@ -15,12 +16,14 @@ from ._limits import SCAN_COUNT, WATCH_PENDING
 from .aio.changes import Changes
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
+from .aio.loading import Loads
 from .aio.memory import MemoryNode
 from .config import Config
 from .core import typed
 from .core.changes import OMITTED, Omitted, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.patches import patch_of
+from .core.pipeline import unique
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
+    Only ``fetch`` and ``fetch_bulk`` are coroutine functions, whose calls do nothing unawaited.
     With a near cache (``nearCache``), ``head`` and an untyped ``get`` return a coroutine instead
     of a Future. It must be awaited once; the operation is still issued at the call.
 
@@ -89,6 +93,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._pipeline: _Operations | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[AsyncWatch] = WeakSet()
+        self._loads = Loads(config.options.ttl)
 
     @overload
     def get(self, name: str, *, type: None = None) -> Awaitable[Record | None]: ...
@@ -369,6 +374,70 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._watches.add(opened)
         return opened
 
+    async def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> Record | None:
+        """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
+
+        ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
+        nothing; it may be a coroutine function. However many tasks, threads and processes fetch a
+        missing record, one load runs, and all get its result. A cancelled caller ends no load. A
+        write by anybody else while the load runs is never overwritten, but returned.
+
+        ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
+        differ by up to that part. After ``refresh_after`` seconds one load runs in the background
+        while everybody still gets the record at once. ``keep_missing`` is the number of seconds
+        for which a load's None is remembered for all processes.
+
+        Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
+        and all errors of ``get`` and ``set``.
+        """
+        checks = self._loads.checks
+        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
+        if terms is None:
+            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
+        entry = self._pipeline or self._open()
+        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
+            record = await entry.get(name)
+            if record is not None:
+                return record
+            found: Record | None = await self._loads.load(entry, str(name), load, terms)
+        else:
+            found = await self._loads.fetch(entry, _backend.core.check_name(name), load, terms)
+        return found
+
+    async def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> dict[str, Record]:
+        """Read records; one ``load_many(missing names)`` makes those that are missing.
+
+        ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
+        name without data has no record. It may be a coroutine function. A name that another caller
+        loads already is waited for instead. The result maps the names found to Records, in the
+        order of ``names``. The options are those of ``fetch``.
+
+        Raises BulkError, which has the errors and the other records, if some can't be loaded.
+        """
+        given = ttl, refresh_after, jitter, keep_missing
+        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
+        entry = self._pipeline or self._open()
+        checked = list(unique("fetch_bulk", names))
+        return await self._loads.fetch_bulk(entry, checked, load_many, terms)
+
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -389,6 +458,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             for watch in list(self._watches):
                 await watch.end(ConnectionLost("the cache is closed"))
             if self._topology is not None:
+                if self._loop is asyncio.get_running_loop() and self._pid == os.getpid():
+                    await self._loads.close(self._config.options.close_timeout / 1000)
                 await self._topology.close()
         except UsageError:
             self._closed = False  # the call of another loop or process closes nothing

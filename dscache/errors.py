@@ -7,6 +7,7 @@ DscacheError
 ├── RecordMissing      update of a record that doesn't exist
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
+├── LoadError          the load of a fetch failed; has its exception as the cause
 ├── ConnectError       no connection; nothing was sent
 ├── ConnectionLost     connection lost before the reply, or the cache is closed
 ├── DeadlineExceeded   no reply within commandTimeout
@@ -137,6 +138,18 @@ class BulkError(DscacheError):
         )
         self.errors = dict(errors)
         self.result = result
+
+
+class LoadError(DscacheError):
+    """The load of a missing record failed, in this call or a moment ago in another one.
+
+    ``name`` is the record's name. ``__cause__`` is the exception that the load raised, or None if
+    it was raised in another process.
+    """
+
+    def __init__(self, message: str, *, name: object = None) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class ConnectError(DscacheError, ConnectionError):

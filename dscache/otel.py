@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracing", "observe", "trace"]
 
-_SINGLE: Final = ("get", "head", "set", "delete", "update", "patch")
-_BULK: Final = ("get_bulk", "head_bulk", "set_bulk", "delete_bulk")
-_READS: Final = ("get", "head", "get_bulk", "head_bulk")
+_SINGLE: Final = ("get", "head", "set", "delete", "fetch", "update", "patch")
+_BULK: Final = ("get_bulk", "head_bulk", "set_bulk", "delete_bulk", "fetch_bulk")
+_READS: Final = ("get", "head", "fetch", "get_bulk", "head_bulk", "fetch_bulk")
 
 
 def attributes_of(config: Config) -> dict[str, str | int]:

@@ -7,13 +7,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakSet
 
+from . import _backend
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
 from ._limits import SCAN_COUNT, WATCH_PENDING
 from .blocking.changes import Changes
+from .blocking.loading import Loads
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
@@ -21,6 +24,7 @@ from .core import typed
 from .core.changes import OMITTED, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.patches import patch_of
+from .core.pipeline import unique
 from .errors import BulkError, ConfigError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._run: _Run | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
+        self._loads = Loads(config.options.ttl)
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = threading.RLock()
         after_fork_in_child(self, Cache._reset_after_fork)
@@ -345,6 +350,69 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._watches.add(opened)
         return opened
 
+    def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> Record | None:
+        """Return a record; if it is missing, ``load(name)`` makes it, once for all callers.
+
+        ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
+        nothing. However many threads and processes fetch a missing record, one load runs, in the
+        thread of the first caller, and all get its result. A write by anybody else while the load
+        runs is never overwritten, but returned.
+
+        ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
+        differ by up to that part. After ``refresh_after`` seconds one caller loads the record anew
+        while all others still get it at once. ``keep_missing`` is the number of seconds for which
+        a load's None is remembered for all processes.
+
+        Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
+        and all errors of ``get`` and ``set``.
+        """
+        checks = self._loads.checks
+        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
+        if terms is None:
+            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
+        run = self._run or self._open()
+        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
+            record: Record | None = run("get", name)
+            if record is not None:
+                return record
+            record = self._loads.load(run, str(name), load, terms)
+        else:
+            record = self._loads.fetch(run, _backend.core.check_name(name), load, terms)
+        return record
+
+    def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+    ) -> dict[str, Record]:
+        """Return records; one ``load_many(missing names)`` makes those that are missing.
+
+        ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
+        name without data has no record. A name that another caller loads already is waited for
+        instead. The result maps the names found to Records, in the order of ``names``. The options
+        are those of ``fetch``.
+
+        Raises BulkError, which has the errors and the other records, if some can't be loaded.
+        """
+        given = ttl, refresh_after, jitter, keep_missing
+        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
+        run = self._run or self._open()
+        return self._loads.fetch_bulk(run, list(unique("fetch_bulk", names)), load_many, terms)
+
     def when_ready(self) -> None:
         """Wait until the cache is connected.
 
@@ -391,6 +459,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._changes.reset_after_fork()
         # The watches of the parent are its own.
         self._watches = WeakSet()
+        self._loads.reset_after_fork()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""

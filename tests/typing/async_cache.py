@@ -155,3 +155,18 @@ async def changed(cache: AsyncCache) -> None:
     await cache.update("n")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     await cache.update("n", 5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await cache.patch("n", path=5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+async def fetched(cache: AsyncCache) -> None:
+    async def load(name: str) -> dscache.Loaded:
+        return dscache.Loaded(1, name)
+
+    async def load_many(names: list[str]) -> dict[str, int]:
+        return dict.fromkeys(names, 1)
+
+    assert_type(await cache.fetch("n", load, ttl=60), Record | None)
+    assert_type(await cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
+    assert_type(await cache.fetch("n", load, ttl=60, keep_missing=5), Record | None)
+    assert_type(await cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
+    await cache.fetch("n", load)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await cache.fetch("n", 1, ttl=9)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ from typing import Any, assert_type
 from msgspec import Struct
 
 import dscache
-from dscache import Cache, Record
+from dscache import Cache, Loaded, Record
 from dscache.blocking.scan import Scan
 from dscache.blocking.watch import BlockingChange, Watch
 from dscache.config import Config
@@ -70,6 +70,16 @@ def watches(cache: Cache) -> None:
             assert_type(change.record, Record | None)
             assert_type(change.is_loss, bool)
             assert_type(change.read(), Record | None)
+
+
+def fetched(cache: Cache) -> None:
+    def load_many(names: list[str]) -> dict[str, Loaded]:
+        return dict.fromkeys(names, Loaded(1, None))
+
+    assert_type(cache.fetch("n", len, ttl=60), Record | None)
+    assert_type(cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
+    assert_type(cache.fetch("n", len, ttl=60, keep_missing=5), Record | None)
+    assert_type(cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
 
 
 def state(cache: Cache) -> None:

@@ -1,0 +1,171 @@
+"""The loads of an AsyncCache: one task for all callers of a name, which no caller's end cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from inspect import isawaitable
+from typing import Any, TypeAlias
+
+from ..core import loading
+from ..core.loading import Do, Load, Outcome, Step, Terms
+from ..errors import BulkError, ConnectionLost, DscacheError, UsageError, shorten
+
+_Loader: TypeAlias = Callable[[tuple[str, ...]], Coroutine[Any, Any, object]]
+_Key: TypeAlias = tuple[bool, frozenset[str]]
+"""Whether it is a refresh, and the names."""
+
+
+class Loads:
+    """The loads under way in one cache. ``entry`` is where the operations of a cache go."""
+
+    def __init__(self, default_ttl: int | None) -> None:
+        self.checks = loading.Checks(default_ttl)
+        self._tasks: dict[_Key, asyncio.Task[Outcome]] = {}
+
+    async def fetch(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
+        """Return a record read together with its note; begin a refresh if it is due."""
+        # Both join the tick's batch of reads.
+        read = entry.get(name), entry.get(loading.note_of(name))
+        answers = await asyncio.gather(*read, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        record, note = answers
+        if record is None:
+            return await self.load(entry, name, load, terms)
+        found = {name: record} if note is None else {name: record, loading.note_of(name): note}
+        due = loading.due_names(found, [name], self.checks, terms)
+        if due:
+            self._begin(True, due, loading.refresh(due, terms), _single(load), entry)
+        return record
+
+    async def load(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
+        """Return a record that was missing, once this or another caller's load has made it."""
+        task = self._begin(False, [name], loading.load_missing([name], terms), _single(load), entry)
+        outcome = await self._outcome_of(task, name)
+        if terms.refresh_after is not None:
+            self.checks.note(name, terms)
+        if name in outcome.errors:
+            raise copy.copy(outcome.errors[name])
+        return loading.another(outcome.records.get(name))
+
+    async def fetch_bulk(
+        self, entry: Any, names: list[str], load_many: Callable[[list[str]], Any], terms: Terms
+    ) -> dict[str, Any]:
+        """Return the records of names; load those missing in one call, and refresh those due."""
+        aged: list[str] = []
+        if terms.refresh_after is not None:
+            aged = [name for name in names if not self.checks.is_recent(name)]
+        found = await entry.get_bulk([*names, *map(loading.note_of, aged)])
+        load = _many(load_many)
+        due = loading.due_names(found, aged, self.checks, terms)
+        if due:
+            self._begin(True, due, loading.refresh(due, terms), load, entry)
+        records = {name: found[name] for name in names if name in found}
+        missing = [name for name in names if name not in found]
+        if not missing:
+            return records
+        task = self._begin(False, missing, loading.load_missing(missing, terms), load, entry)
+        outcome = await self._outcome_of(task, missing[0])
+        records |= {name: loading.another(one) for name, one in outcome.records.items()}
+        records = {name: records[name] for name in names if name in records}
+        if outcome.errors:
+            raise BulkError("fetch_bulk", dict(outcome.errors), records)
+        return records
+
+    def _begin(
+        self, refresh: bool, names: Iterable[str], steps: loading.Steps, load: _Loader, entry: Any
+    ) -> asyncio.Task[Outcome]:
+        """Return the task of a load, which may be under way already."""
+        key = refresh, frozenset(names)
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.ensure_future(_drive(steps, load, entry))
+
+            def end(ended: asyncio.Task[Outcome]) -> None:
+                if self._tasks.get(key) is ended:
+                    del self._tasks[key]
+                if not ended.cancelled():
+                    ended.exception()  # all its callers may have been cancelled
+
+            task.add_done_callback(end)
+        return task
+
+    async def _outcome_of(self, task: asyncio.Task[Outcome], name: str) -> Outcome:
+        if task is asyncio.current_task():
+            raise UsageError(
+                f"record {shorten(name)}: its load fetches the same record, and would wait for "
+                "itself; read the source in it"
+            )
+        # Not by awaiting the task, which a cancelled caller would cancel.
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise ConnectionLost(f"record {shorten(name)}: its load was cancelled; fetch it again")
+        error = task.exception()
+        if isinstance(error, DscacheError):
+            raise copy.copy(error)
+        return task.result()
+
+    async def close(self, seconds: float) -> None:
+        """Cancel all loads, and wait so long for them to give up their leases."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
+
+async def _drive(steps: loading.Steps, load: _Loader, entry: Any) -> Outcome:
+    reply: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(reply) if error is None else steps.throw(error)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+        finally:
+            error = None  # its traceback holds this frame
+        try:
+            reply = await _execute(step, load, entry)
+        except BaseException as raised:
+            error, reply = raised, None
+
+
+async def _execute(step: Step, load: _Loader, entry: Any) -> Any:
+    if isinstance(step, Do):
+        return await getattr(entry, step.operation)(*step.arguments)
+    if isinstance(step, Load):
+        renewing = asyncio.ensure_future(_renew(step.renewal, entry))
+        try:
+            return await load(step.names)
+        finally:
+            renewing.cancel()
+    return await asyncio.sleep(step.seconds)
+
+
+async def _renew(renewal: Do, entry: Any) -> None:
+    while True:
+        await asyncio.sleep(loading.RENEW_SECONDS)
+        with suppress(DscacheError):  # the next one may succeed in time
+            await getattr(entry, renewal.operation)(*renewal.arguments)
+
+
+def _single(load: Callable[[str], Any]) -> _Loader:
+    async def load_one(names: tuple[str, ...]) -> Mapping[str, Any]:
+        (name,) = names
+        data = load(name)
+        return {name: await data if isawaitable(data) else data}
+
+    return load_one
+
+
+def _many(load_many: Callable[[list[str]], Any]) -> _Loader:
+    async def load_all(names: tuple[str, ...]) -> object:
+        data = load_many(list(names))
+        return await data if isawaitable(data) else data
+
+    return load_all

@@ -1,0 +1,199 @@
+"""The loads of a Cache: in the thread of the first caller of a name, for all that wait."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+from ..core import loading
+from ..core.loading import Do, Load, Outcome, Step, Terms
+from ..errors import BulkError, DscacheError, UsageError, shorten
+
+_Loader: TypeAlias = Callable[[tuple[str, ...]], object]
+_Run: TypeAlias = Callable[..., Any]
+_Key: TypeAlias = tuple[bool, frozenset[str]]
+"""Whether it is a refresh, and the names."""
+
+
+class _Flight:
+    """A load under way in one thread; without an outcome at its end, the thread was struck."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.ended = threading.Event()
+        self.outcome: Outcome | None = None
+        self.error: Exception | None = None
+
+
+class Loads:
+    """The loads under way in one cache. ``run`` does an operation of a cache by its name."""
+
+    def __init__(self, default_ttl: int | None) -> None:
+        self.checks = loading.Checks(default_ttl)
+        self._flights: dict[_Key, _Flight] = {}
+
+    def fetch(self, run: _Run, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
+        """Return a record read together with its note; load it anew if it is due."""
+        found = run("get_bulk", [name, loading.note_of(name)])
+        if name not in found:
+            return self.load(run, name, load, terms)
+        due = loading.due_names(found, [name], self.checks, terms)
+        return self._refreshed(run, due, _single(load), terms).get(name) if due else found[name]
+
+    def load(self, run: _Run, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
+        """Return a record that was missing, once this or another caller's load has made it."""
+        outcome, is_own = self._fly(
+            False, [name], lambda: loading.load_missing([name], terms), _single(load), run
+        )
+        if terms.refresh_after is not None:
+            self.checks.note(name, terms)
+        if name in outcome.errors:
+            raise copy.copy(outcome.errors[name])
+        record = outcome.records.get(name)
+        return record if is_own else loading.another(record)
+
+    def fetch_bulk(
+        self, run: _Run, names: list[str], load_many: Callable[[list[str]], Any], terms: Terms
+    ) -> dict[str, Any]:
+        """Return the records of names; load those missing in one call, and those due in one."""
+        aged: list[str] = []
+        if terms.refresh_after is not None:
+            aged = [name for name in names if not self.checks.is_recent(name)]
+        found = run("get_bulk", [*names, *map(loading.note_of, aged)])
+        records = {name: found[name] for name in names if name in found}
+
+        def load(wanted: tuple[str, ...]) -> object:
+            return load_many(list(wanted))
+
+        due = loading.due_names(found, aged, self.checks, terms)
+        if due:
+            anew = self._refreshed(run, due, load, terms)
+            records = {
+                name: anew[name] if name in due else one
+                for name, one in records.items()
+                if name not in due or name in anew
+            }
+        missing = [name for name in names if name not in found]
+        if not missing:
+            return records
+        outcome, is_own = self._fly(
+            False, missing, lambda: loading.load_missing(missing, terms), load, run
+        )
+        for name, one in outcome.records.items():
+            records[name] = one if is_own else loading.another(one)
+        records = {name: records[name] for name in names if name in records}
+        if outcome.errors:
+            raise BulkError("fetch_bulk", dict(outcome.errors), records)
+        return records
+
+    def reset_after_fork(self) -> None:
+        """Forget the loads of the parent's threads, which a forked child lacks."""
+        self._flights = {}
+
+    def _refreshed(
+        self, run: _Run, due: Mapping[str, Any], load: _Loader, terms: Terms
+    ) -> Mapping[str, Any]:
+        """Return due records, loaded anew unless another thread or process does."""
+        key = True, frozenset(due)
+        if key in self._flights:
+            return due
+        outcome, is_own = self._fly(*key, lambda: loading.refresh(due, terms), load, run)
+        return outcome.records if is_own else due
+
+    def _fly(
+        self,
+        refresh: bool,
+        names: Iterable[str],
+        steps: Callable[[], loading.Steps],
+        load: _Loader,
+        run: _Run,
+    ) -> tuple[Outcome, bool]:
+        """Return the outcome of a load, and whether this thread has done it."""
+        names = list(names)
+        key = refresh, frozenset(names)
+        while True:
+            own = _Flight()
+            try:
+                flight = self._flights.setdefault(key, own)
+                if flight is own:
+                    try:
+                        own.outcome = _drive(steps(), load, run)
+                    except Exception as error:
+                        own.error = error
+                        raise
+                    return own.outcome, True
+            finally:
+                # Whatever strikes the thread, waiting ones go on.
+                if self._flights.get(key) is own:
+                    del self._flights[key]
+                own.ended.set()
+            if flight.thread == own.thread:
+                raise UsageError(
+                    f"record {shorten(names[0])}: its load fetches the same record, and would "
+                    "wait for itself; read the source in it"
+                )
+            flight.ended.wait()
+            if isinstance(flight.error, DscacheError):
+                raise copy.copy(flight.error)
+            if flight.outcome is not None:
+                return flight.outcome, False
+
+
+def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
+    reply: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(reply) if error is None else steps.throw(error)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+        finally:
+            error = None  # its traceback holds this frame
+        try:
+            reply = _execute(step, load, run)
+        except BaseException as raised:
+            error, reply = raised, None
+
+
+def _execute(step: Step, load: _Loader, run: _Run) -> Any:
+    if isinstance(step, Do):
+        return run(step.operation, *step.arguments)
+    if isinstance(step, Load):
+        with _Renewing(step.renewal, run):
+            return load(step.names)
+    # An Event, whose wait a monkey-patched program replaces as well.
+    threading.Event().wait(step.seconds)
+    return None
+
+
+class _Renewing:
+    """A thread that renews leases while a load runs."""
+
+    def __init__(self, renewal: Do, run: _Run) -> None:
+        self._renewal = renewal
+        self._run = run
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="dscache lease", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(loading.RENEW_SECONDS):
+            with suppress(DscacheError):  # the next one may succeed in time
+                self._run(self._renewal.operation, *self._renewal.arguments)
+
+
+def _single(load: Callable[[str], Any]) -> _Loader:
+    def load_one(names: tuple[str, ...]) -> Mapping[str, Any]:
+        (name,) = names
+        return {name: load(name)}
+
+    return load_one

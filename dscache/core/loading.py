@@ -1,0 +1,549 @@
+"""Loads of missing and ageing records, once for all callers (sans-IO); for ``fetch``.
+
+Theory of operation
+-------------------
+Beside each record that is loaded lies a **note**, a record of its own whose name ends with
+``NOTE_SUFFIX``. Under every layout of keys that keeps a record in one slot, its note is in the same
+slot. The version of a note is a random token, its data tells a state, and it always expires:
+
+* ``loading``: a caller holds the lease and renews it while its load runs. A dead caller's lease
+  ends by itself.
+* ``fresh``: the record is younger than ``refresh_after``. The end of this note, not a clock, tells
+  all processes that the record is due.
+* ``missing``: the load found nothing, and that is remembered for ``keep_missing``.
+* ``failed``: the load has failed, and is not repeated for a moment.
+* ``stale``: a refresh has failed. It is not repeated for a tenth of ``refresh_after``, but if the
+  record ends, it is loaded at once.
+
+A lease is taken by a write that expects no note, or exactly the note that was read. It is renewed
+and released by writes that expect its token. So nothing but conditional writes is needed, which
+work on every kind of server, and are repeated safely when a connection is lost.
+
+The result of a load is written on condition that the record is still the one that was read when
+the load began. A newer write of anybody else is therefore never undone.
+
+A generator yields steps: operations of a Pipeline, loads and pauses. The asyncio and the blocking
+driver execute them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from random import SystemRandom
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from .. import _backend
+from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
+from . import constants as c
+
+_logger = logging.getLogger("dscache")
+
+NOTE_SUFFIX: Final = "}:fetch"
+LEASE_SECONDS: Final = 5
+RENEW_SECONDS: Final = 1.5
+FAILURE_SECONDS: Final = 1
+
+_LOADING: Final = "loading"
+_FRESH: Final = "fresh"
+_MISSING: Final = "missing"
+_FAILED: Final = "failed"
+_STALE: Final = "stale"
+# How long a caller waits before it reads a lease again, in seconds: at first, and at last.
+_FIRST_PAUSE: Final = 0.005
+_LAST_PAUSE: Final = 0.1
+# Jitter of a bulk's ttl takes at most this many values, since each needs a command of its own.
+_SPREAD: Final = 16
+# How many names a process remembers having checked, and how many kinds of terms.
+_MOST_CHECKS: Final = 65_536
+_MOST_TERMS: Final = 1_024
+
+# Children of one parent share the state of the usual generator.
+_random = SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The result of a load that gives the version of its record, beside the data."""
+
+    version: int
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The checked options of a ``fetch``, with ``ttl`` 0 for none."""
+
+    ttl: int
+    refresh_after: int | None
+    jitter: float
+    keep_missing: int | None
+
+    def lifetime(self, seconds: int) -> int:
+        """Return a lifetime with jitter, in whole seconds."""
+        if not seconds or not self.jitter:
+            return seconds
+        spread = seconds * _random.uniform(1 - self.jitter, 1 + self.jitter)
+        return min(max(1, int(spread + _random.random())), c.MAX_TTL)
+
+    def check_period(self) -> float:
+        """Return after how many seconds a process checks again whether a record is due."""
+        return (self.refresh_after or 0) * _random.uniform(0.05, 0.1)
+
+
+def terms_of(
+    ttl: int | None,
+    refresh_after: int | None,
+    jitter: float,
+    keep_missing: int | None,
+    default_ttl: int | None,
+) -> Terms:
+    """Return the checked options of a ``fetch``; raises RecordError."""
+    seconds = (default_ttl or 0) if ttl is None else ttl
+    if not _is_int(seconds) or not 0 <= seconds <= c.MAX_TTL:
+        raise RecordError(
+            f"fetch: ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none or None for the "
+            f"configured default, not {shorten(ttl)}"
+        )
+    if refresh_after is not None:
+        _check_seconds("refresh_after", refresh_after)
+        if seconds and refresh_after >= seconds:
+            raise RecordError(
+                f"fetch: refresh_after must be less than the ttl of {seconds} s, not "
+                f"{refresh_after}; a record that has expired is loaded anyway"
+            )
+    if keep_missing is not None:
+        _check_seconds("keep_missing", keep_missing)
+    is_number = type(jitter) is float or _is_int(jitter)
+    if not is_number or not 0 <= jitter < 1:
+        raise RecordError(
+            f"fetch: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
+        )
+    return Terms(seconds, refresh_after, float(jitter), keep_missing)
+
+
+def _check_seconds(option: str, value: int) -> None:
+    if not _is_int(value) or not 1 <= value <= c.MAX_TTL:
+        raise RecordError(
+            f"fetch: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
+            f"not {shorten(value)}"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Checks:
+    """The terms in use, and the names whose age this process has checked a moment ago.
+
+    ``known`` has the terms of options that were checked before, and ``recent`` the time until which
+    a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
+    """
+
+    def __init__(self, default_ttl: int | None) -> None:
+        self._default_ttl = default_ttl
+        self.known: dict[tuple[Any, ...], Terms] = {}
+        self.recent: dict[str, float] = {}
+
+    def terms(
+        self,
+        ttl: int | None,
+        refresh_after: int | None,
+        jitter: float,
+        keep_missing: int | None,
+    ) -> Terms:
+        """Return the checked options of a ``fetch``; raises RecordError."""
+        terms = terms_of(ttl, refresh_after, jitter, keep_missing, self._default_ttl)
+        if len(self.known) >= _MOST_TERMS:
+            self.known.clear()
+        self.known[ttl, refresh_after, jitter, keep_missing] = terms
+        return terms
+
+    def is_recent(self, name: str) -> bool:
+        """Return whether the age of a record was checked a moment ago."""
+        return self.recent.get(name, 0.0) > time.monotonic()
+
+    def note(self, name: str, terms: Terms) -> None:
+        """Note that the age of a record has been checked now."""
+        recent = self.recent
+        if name not in recent and len(recent) >= _MOST_CHECKS:
+            with suppress(KeyError, RuntimeError, StopIteration):  # other threads do the same
+                del recent[next(iter(recent))]
+        recent[name] = time.monotonic() + terms.check_period()
+
+
+# -- steps
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """An operation of a Pipeline; the step's result is that of the operation."""
+
+    operation: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load of records, during which ``renewal`` is done every ``RENEW_SECONDS``.
+
+    The step's result is a mapping of name to data; a name without data has no record.
+    """
+
+    names: tuple[str, ...]
+    renewal: Do
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A pause in seconds, without a result."""
+
+    seconds: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The records that a load has found, and the errors of the others."""
+
+    records: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+
+    def of(self, name: str) -> Any:
+        """Return the record of a name, or None; raises its error."""
+        if name in self.errors:
+            raise self.errors[name]
+        return self.records.get(name)
+
+
+Step: TypeAlias = Do | Load | Pause
+Steps: TypeAlias = Generator[Step, Any, Outcome]
+_Part: TypeAlias = Generator[Step, Any, Any]
+
+
+def note_of(name: str) -> str:
+    """Return the name of the note beside a record."""
+    return name + NOTE_SUFFIX
+
+
+def with_notes(names: Iterable[str]) -> list[str]:
+    """Return names, and those of their notes."""
+    names = list(names)
+    return [*names, *map(note_of, names)]
+
+
+def state_of(note: Any) -> str:
+    """Return the state that a note tells, or nothing without a note."""
+    return str(_content(note).get("state", ""))
+
+
+def _content(note: Any) -> Mapping[str, Any]:
+    try:
+        data = None if note is None else note.data
+    except RecordError:
+        data = None
+    return data if isinstance(data, Mapping) else {}
+
+
+# -- the generators
+
+
+def load_missing(names: Iterable[str], terms: Terms) -> Steps:
+    """Load records that were not found, or wait until other callers have loaded them."""
+    outcome = Outcome()
+    waiting = dict.fromkeys(names)
+    pauses = 0
+    while waiting:
+        vacant = yield from _look(waiting, outcome)
+        leases = (yield from _acquire(vacant, outcome)) if vacant else {}
+        if leases:
+            yield from _load(leases, terms, outcome, refresh=False)
+        for name in (*leases, *outcome.errors):
+            waiting.pop(name, None)
+        if waiting and not leases:
+            longest = min(_LAST_PAUSE, _FIRST_PAUSE * 1.5 ** min(pauses, 20))
+            yield Pause(longest * _random.uniform(0.5, 1))
+            pauses += 1
+    return outcome
+
+
+def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
+    """Load records anew whose notes have ended, unless another caller does; none is lost."""
+    outcome = Outcome(dict(records))
+    try:
+        leases = yield from _acquire(dict.fromkeys(records), outcome)
+        if leases:
+            yield from _load(leases, terms, outcome, refresh=True)
+    except DscacheError as error:
+        outcome.errors.setdefault(next(iter(records)), error)
+    for name, reason in outcome.errors.items():
+        _logger.warning("record %s was not refreshed: %s", shorten(name), reason)
+    outcome.errors.clear()
+    return outcome
+
+
+def _look(waiting: dict[str, None], outcome: Outcome) -> Generator[Step, Any, dict[str, Any]]:
+    """Take the names that need no load out of ``waiting``.
+
+    Returns the names without a lease, each with the version of its note or None.
+    """
+    found = yield from _read(with_notes(waiting), outcome)
+    vacant: dict[str, int | None] = {}
+    for name in list(waiting):
+        note = found.get(note_of(name))
+        state = state_of(note)
+        if name in outcome.errors:
+            del waiting[name]
+        elif name in found:
+            outcome.records[name] = found[name]
+            del waiting[name]
+        elif state == _MISSING:
+            del waiting[name]
+        elif state == _FAILED:
+            outcome.errors[name] = _failed_before(name, note)
+            del waiting[name]
+        elif state != _LOADING:
+            vacant[name] = None if note is None else note.version
+    return vacant
+
+
+def _read(names: Iterable[str], outcome: Outcome) -> _Part:
+    """Read records and notes; an error counts for the record."""
+    try:
+        return (yield Do("get_bulk", (list(names),)))
+    except BulkError as error:
+        _note_errors(error, outcome)
+        return error.result
+
+
+def _note_errors(error: BulkError, outcome: Outcome) -> None:
+    for name, reason in error.errors.items():
+        outcome.errors[name.removesuffix(NOTE_SUFFIX)] = reason
+
+
+def _acquire(
+    vacant: Mapping[str, int | None], outcome: Outcome
+) -> Generator[Step, Any, dict[str, int]]:
+    """Take the leases of names, as far as no other caller does; return their tokens."""
+    tokens = {name: _random.getrandbits(63) for name in vacant}
+    refused: Iterable[str]
+    try:
+        refused = yield _write_notes(
+            {"state": _LOADING},
+            LEASE_SECONDS,
+            tokens,
+            {note_of(name): version for name, version in vacant.items()},
+        )
+    except BulkError as error:
+        _note_errors(error, outcome)
+        refused = (*error.result, *error.errors)
+    except RecordError as error:
+        name = next(iter(vacant))
+        raise RecordError(
+            f"record {shorten(name)}: fetch can't take its lease: {error}", name=name
+        ) from error
+    refused = set(refused)
+    return {name: token for name, token in tokens.items() if note_of(name) not in refused}
+
+
+def _write_notes(
+    content: Any, ttl: int, tokens: Mapping[str, int], expected: Mapping[str, Any] | None = None
+) -> Do:
+    """Write notes with a token for each name, by default in place of those with the same token."""
+    notes = {note_of(name): (token, content) for name, token in tokens.items()}
+    if expected is None:
+        expected = {note: token for note, (token, _) in notes.items()}
+    return Do("set_bulk", (notes, ttl, False, expected))
+
+
+def _drop_notes(tokens: Mapping[str, int]) -> Do:
+    expected = {note_of(name): token for name, token in tokens.items()}
+    return Do("delete_bulk", (list(expected), expected))
+
+
+def _quietly(step: Step) -> _Part:
+    """Execute a step whose failure changes no result: a note ends by itself."""
+    with suppress(DscacheError):
+        yield step
+
+
+def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool) -> _Part:
+    """Load the names of leases, write the results, and end the leases."""
+    held = dict(leases)
+    try:
+        found = yield from _read(leases, outcome)
+        outcome.records |= found  # perhaps written since they were read or missed
+        done = outcome.errors if refresh else {**outcome.errors, **found}
+        wanted = tuple(name for name in leases if name not in done)
+        if wanted:
+            tokens = {name: leases[name] for name in wanted}
+            renewal = _write_notes({"state": _LOADING}, LEASE_SECONDS, tokens)
+            try:
+                loaded = yield Load(wanted, renewal)
+                if not isinstance(loaded, Mapping):
+                    raise TypeError(
+                        "load_many must return a mapping of name to data, not "
+                        f"{type(loaded).__name__}"
+                    )
+            except Exception as error:
+                pause = FAILURE_SECONDS
+                if refresh:
+                    pause = max(pause, (terms.refresh_after or 0) // 10)
+                yield from _fail(tokens, _STALE if refresh else _FAILED, pause, outcome, error)
+                held = {name: held[name] for name in held if name not in tokens}
+            else:
+                yield from _store(held, wanted, loaded, found, terms, outcome)
+    except GeneratorExit:
+        held = {}  # its driver is gone, and executes nothing any more
+        raise
+    finally:
+        if held:
+            yield from _quietly(_drop_notes(held))
+
+
+def _fail(
+    tokens: Mapping[str, int], state: str, pause: int, outcome: Outcome, error: Exception
+) -> _Part:
+    kind = type(error).__name__
+    yield from _quietly(_write_notes({"state": state, "error": kind}, pause, tokens))
+    for name in tokens:
+        failure = LoadError(f"record {shorten(name)}: its load raised {kind}", name=name)
+        failure.__cause__ = error
+        outcome.errors[name] = failure
+
+
+def _failed_before(name: str, note: Any) -> LoadError:
+    kind = shorten(_content(note).get("error", "an error"))
+    return LoadError(
+        f"record {shorten(name)}: its load has just failed in another call ({kind}), and is not "
+        "repeated at once; try again in a second",
+        name=name,
+    )
+
+
+def _store(
+    held: dict[str, int],
+    wanted: Iterable[str],
+    loaded: Mapping[str, Any],
+    bases: Mapping[str, Any],
+    terms: Terms,
+    outcome: Outcome,
+) -> _Part:
+    """Write the results of a load, and end the leases of ``held`` that have one."""
+    made: dict[str, Any] = {}
+    absent: list[str] = []
+    for name in wanted:
+        base = bases.get(name)
+        if loaded.get(name) is None:
+            absent.append(name)
+            continue
+        try:
+            record = record_of(name, loaded[name], base)
+        except RecordError as error:
+            outcome.errors[name] = error
+            continue
+        # A source that is behind what Redis holds moves no record back.
+        is_behind = base is not None and record.version < base.version
+        outcome.records[name] = base if is_behind else record
+        if not is_behind:
+            made[name] = record
+    yield from _write(made, bases, terms, outcome)
+    yield from _remove({name: bases[name] for name in absent if name in bases}, outcome)
+    stored = {name: held[name] for name in wanted if name in outcome.records}
+    nothing = {name: held[name] for name in absent if name not in outcome.records}
+    if terms.refresh_after is not None:
+        for ttl, names in _spread(stored, terms.refresh_after, terms).items():
+            tokens = {name: held.pop(name) for name in names}
+            yield from _quietly(_write_notes({"state": _FRESH}, ttl, tokens))
+    if terms.keep_missing is not None and nothing:
+        for name in nothing:
+            del held[name]
+        yield from _quietly(_write_notes({"state": _MISSING}, terms.keep_missing, nothing))
+
+
+def record_of(name: str, loaded: Any, base: Any) -> Any:
+    """Return the record that a load has made; raises RecordError.
+
+    Without a version it gets the time in milliseconds, or one more than the version before it if
+    that is higher: a version grows even over the end of a record.
+    """
+    core = _backend.core
+    if isinstance(loaded, Loaded):
+        version, data = core.check_version(name, loaded.version), loaded.data
+    else:
+        version, data = time.time_ns() // 1_000_000, loaded
+        if base is not None:
+            version = core.check_version(name, max(version, base.version + 1))
+    return core.Record(name, version, core.encode_data(name, data))
+
+
+def _write(
+    made: Mapping[str, Any], bases: Mapping[str, Any], terms: Terms, outcome: Outcome
+) -> _Part:
+    """Write records in place of the ones read before; of another one, that is the result."""
+    refused: set[str] = set()
+    for ttl, names in _spread(made, terms.ttl, terms).items():
+        records = {n: (made[n].version, msgspec.Raw(made[n].raw)) for n in names}
+        expected = {n: bases[n].version if n in bases else None for n in names}
+        try:
+            refused |= yield Do("set_bulk", (records, ttl, False, expected))
+        except BulkError as error:
+            refused |= error.result
+            _fail_names(error, outcome)
+    if refused:
+        outcome.records |= yield from _read(refused, outcome)
+
+
+def _fail_names(error: BulkError, outcome: Outcome) -> None:
+    _note_errors(error, outcome)
+    for name in error.errors:
+        outcome.records.pop(name, None)
+
+
+def _remove(gone: Mapping[str, Any], outcome: Outcome) -> _Part:
+    """Remove records whose load has found nothing, unless they have changed meanwhile."""
+    if not gone:
+        return
+    for name in gone:
+        outcome.records.pop(name, None)
+    expected = {name: base.version for name, base in gone.items()}
+    try:
+        yield Do("delete_bulk", (list(expected), expected))
+    except BulkError as error:
+        _fail_names(error, outcome)
+    outcome.records |= yield from _read(gone, outcome)
+
+
+def _spread(names: Iterable[str], seconds: int, terms: Terms) -> dict[int, list[str]]:
+    """Return the names by their lifetimes, of which there are few."""
+    names = list(names)
+    lifetimes = [terms.lifetime(seconds) for _ in names[:_SPREAD]]
+    spread: dict[int, list[str]] = {}
+    for name in names:
+        spread.setdefault(_random.choice(lifetimes), []).append(name)
+    return spread
+
+
+def due_names(
+    found: Mapping[str, Any], names: Iterable[str], checks: Checks, terms: Terms
+) -> dict[str, Any]:
+    """Return the records that are due to be loaded anew, out of some that were read with notes."""
+    due: dict[str, Any] = {}
+    for name in names:
+        checks.note(name, terms)
+        record = found.get(name)
+        if record is not None and note_of(name) not in found and not record.stale:
+            due[name] = record
+    return due
+
+
+def another(record: Any) -> Any:
+    """Return a copy of a record for another caller, as decoded data is shared with none."""
+    if record is None:
+        return None
+    return _backend.core.Record(record.name, record.version, record.raw, record.stale)

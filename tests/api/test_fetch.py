@@ -1,0 +1,585 @@
+"""``fetch`` and ``fetch_bulk``: one load for all callers, of AsyncCache and of Cache."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+import dscache
+from dscache import Loaded, LoadError, RecordError
+from dscache.core import loading
+from dscache.embedded import EmbeddedServer
+from tests.conftest import PATIENT, SERVERS, MakeCache, _server_id
+from tests.programs.fetching import CALLERS
+from tests.support.blocking import in_threads
+from tests.support.blocking import until as until_blocking
+from tests.support.waiting import PATIENCE, until
+
+pytestmark = pytest.mark.parametrize("server", SERVERS[-1:], indirect=True, ids=_server_id)
+
+KINDS = pytest.mark.parametrize("kind", ["async", "blocking"])
+PLACES = pytest.mark.parametrize("place", ["redis", "memory", "near", "hashtag"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "redis": {"keyPrefix": "p:"},
+    "memory": {},
+    "near": {"nearCache": {"idleLimit": 30_000}},
+    "hashtag": {"keyLayout": "hashtag"},
+}
+
+
+class Source:
+    """A source of data: counts its loads, and waits in each while it is shut."""
+
+    def __init__(self, *results: Any) -> None:
+        self.results = list(results)
+        self.loads = 0
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def __call__(self, name: str) -> Any:
+        self.loads += 1
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+        await self.open.wait()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+async def in_place(make_cache: MakeCache, place: str) -> dscache.AsyncCache:
+    name = "memory" if place == "memory" else "redis"
+    return await make_cache(name=name, **OPTIONS[place])
+
+
+@contextmanager
+def opened(server: EmbeddedServer, **options: Any) -> Iterator[dscache.Cache]:
+    config = {"name": "redis", "options": {"url": server.url, **PATIENT, **options}}
+    with dscache.Cache.from_config(config) as cache:
+        yield cache
+
+
+async def bulk_of(
+    kind: str, cache: dscache.AsyncCache, blocking: dscache.Cache, load: Any, **options: Any
+) -> dict[str, dscache.Record]:
+    """Fetch "a" and "b" by one of the caches."""
+    if kind == "async":
+        return await cache.fetch_bulk(["a", "b"], load, **options)
+    return blocking.fetch_bulk(["a", "b"], load, **options)
+
+
+# -- a miss
+
+
+@PLACES
+async def test_a_miss_is_loaded_once_and_then_read(make_cache: MakeCache, place: str) -> None:
+    cache = await in_place(make_cache, place)
+    source = Source(Loaded(3, {"a": 1}))
+    records = await asyncio.gather(*(cache.fetch("n", source, ttl=60) for _ in range(20)))
+    assert source.loads == 1
+    assert {(one.name, one.version, one.raw) for one in records if one} == {("n", 3, b'{"a":1}')}
+    data = [one.data for one in records if one]
+    assert len({id(one) for one in data}) == 20, "decoded data is shared"
+    stored = await cache.get("n")
+    assert stored == records[0]
+    assert await cache.get(loading.note_of("n")) is None, "the lease was not released"
+    assert await cache.fetch("n", source, ttl=60) == stored
+    assert source.loads == 1
+
+
+async def test_a_blocking_miss_is_loaded_once(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    loads = []
+
+    def load(name: str) -> Any:
+        loads.append(name)
+        assert begun.wait(PATIENCE)
+        return [1, 2]
+
+    begun = threading.Event()
+    with opened(server) as cache:
+        threading.Timer(0.05, begun.set).start()
+        records = in_threads(8, lambda _: cache.fetch("n", load, ttl=60))
+        assert loads == ["n"]
+        assert {one.raw for one in records} == {b"[1,2]"}
+        assert len({id(one.data) for one in records}) == 8
+        assert cache.fetch("n", load, ttl=60) == records[0]
+    assert sorted(redis.keys()) == [b"n_d", b"n_v"]
+    assert 50 <= redis.ttl("n_v") <= 66
+
+
+async def test_a_version_grows_without_one_of_its_own(cache: dscache.AsyncCache) -> None:
+    first = await cache.fetch("n", lambda name: name, ttl=60)
+    assert first is not None
+    assert first.version > 1_600_000_000_000
+    ahead = loading.record_of("n", "data", dscache.Record("n", 2**62, b"1"))
+    assert ahead.version == 2**62 + 1
+
+
+async def test_a_tuple_is_data(cache: dscache.AsyncCache) -> None:
+    record = await cache.fetch("n", lambda _: (3, "x"), ttl=60)
+    assert record is not None
+    assert record.raw == b'[3,"x"]'
+
+
+async def test_a_newer_write_stays(make_cache: MakeCache) -> None:
+    cache, other = await make_cache(), await make_cache()
+    source = Source(Loaded(1, "old"))
+    source.open.clear()
+    call = asyncio.ensure_future(cache.fetch("n", source, ttl=60))
+    await until(lambda: source.loads)
+    await other.set("n", 5, "newer")
+    source.open.set()
+    record = await call
+    assert record is not None
+    assert (record.version, record.data) == (5, "newer")
+    assert await other.head("n") == 5
+
+
+async def test_a_cancelled_caller_ends_no_load(cache: dscache.AsyncCache) -> None:
+    source = Source("data")
+    source.open.clear()
+    calls = [asyncio.ensure_future(cache.fetch("n", source, ttl=60)) for _ in range(3)]
+    await until(lambda: source.loads)
+    calls[0].cancel()
+    await asyncio.wait([calls[0]])
+    assert calls[0].cancelled()
+    source.open.set()
+    records = await asyncio.gather(*calls[1:])
+    assert [one.data for one in records if one] == ["data", "data"]
+    assert source.loads == 1
+
+
+async def test_close_ends_a_load_and_its_lease(make_cache: MakeCache) -> None:
+    cache, other = await make_cache(), await make_cache()
+    source = Source("data")
+    source.open.clear()
+    call = asyncio.ensure_future(cache.fetch("n", source, ttl=60))
+    await until(lambda: source.loads)
+    await cache.close()
+    with pytest.raises(dscache.ConnectionLost, match="cancelled"):
+        await call
+    assert await other.get(loading.note_of("n")) is None
+
+
+async def test_a_load_that_fetches_its_own_record_is_refused(cache: dscache.AsyncCache) -> None:
+    async def load(name: str) -> Any:
+        return await cache.fetch(name, load, ttl=60)
+
+    with pytest.raises(LoadError, match="UsageError") as caught:
+        await cache.fetch("n", load, ttl=60)
+    assert "wait for itself" in str(caught.value.__cause__)
+
+
+async def test_an_interrupted_thread_leaves_the_load_to_the_next(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    turns = iter([SystemExit(), "data"])
+    begun = threading.Event()
+    with opened(server) as cache:
+
+        def load(_: str) -> Any:
+            turn = next(turns)
+            if isinstance(turn, str):
+                return turn
+            begun.set()
+            until_blocking(lambda: waits.is_alive())
+            raise turn
+
+        found: list[Any] = []
+        waits = threading.Thread(target=lambda: found.append(cache.fetch("n", load, ttl=60)))
+
+        def first() -> None:
+            with pytest.raises(SystemExit):
+                cache.fetch("n", load, ttl=60)
+
+        leads = threading.Thread(target=first)
+        leads.start()
+        assert begun.wait(PATIENCE)
+        waits.start()
+        waits.join(PATIENCE)
+        leads.join(PATIENCE)
+        assert [one.data for one in found] == ["data"]
+
+
+# -- failing loads, and nothing
+
+
+@PLACES
+async def test_a_failing_load_is_raised_to_all_and_not_repeated_at_once(
+    make_cache: MakeCache, place: str
+) -> None:
+    cache = await in_place(make_cache, place)
+    source = Source(ValueError("pa55"), "data")
+    calls = (cache.fetch("n", source, ttl=60) for _ in range(5))
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in errors] == [LoadError] * 5
+    assert len(set(map(id, errors))) == 5
+    for error in errors:
+        assert isinstance(error, LoadError)
+        assert (error.name, type(error.__cause__)) == ("n", ValueError)
+        assert "ValueError" in str(error)
+        assert "pa55" not in str(error)
+    assert source.loads == 1
+    with pytest.raises(LoadError, match=r"another call.*ValueError"):
+        await cache.fetch("n", source, ttl=60)
+    assert source.loads == 1
+    await cache.delete(loading.note_of("n"))  # as it ends by itself
+    record = await cache.fetch("n", source, ttl=60)
+    assert record is not None
+    assert record.data == "data"
+
+
+async def test_a_blocking_failing_load_is_raised(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    def load(_: str) -> Any:
+        raise KeyError("x")
+
+    with opened(server) as cache:
+        with pytest.raises(LoadError, match="KeyError") as caught:
+            cache.fetch("n", load, ttl=60)
+        assert isinstance(caught.value.__cause__, KeyError)
+        with pytest.raises(LoadError, match="another call"):
+            cache.fetch("n", load, ttl=60)
+
+
+async def test_data_that_is_no_json_ends_the_lease(cache: dscache.AsyncCache) -> None:
+    with pytest.raises(RecordError, match="can't be encoded"):
+        await cache.fetch("n", lambda _: object(), ttl=60)
+    assert await cache.get(loading.note_of("n")) is None
+
+
+@PLACES
+async def test_nothing_is_remembered_for_keep_missing(make_cache: MakeCache, place: str) -> None:
+    cache = await in_place(make_cache, place)
+    source = Source(None)
+    assert await cache.fetch("n", source, ttl=60) is None
+    assert await cache.fetch("n", source, ttl=60) is None
+    assert source.loads == 2
+    assert await cache.fetch("n", source, ttl=60, keep_missing=60) is None
+    assert await cache.fetch("n", source, ttl=60, keep_missing=60) is None
+    assert source.loads == 3
+    await cache.set("n", 1, "written")
+    record = await cache.fetch("n", source, ttl=60, keep_missing=60)
+    assert record is not None
+    assert record.data == "written"
+
+
+# -- refreshes
+
+
+async def age(cache: dscache.AsyncCache, name: str) -> None:
+    """End the note that says that a record is fresh, as time does, and what is known of it."""
+    await cache.delete(loading.note_of(name))
+    cache._loads.checks.recent.clear()
+
+
+@PLACES
+async def test_an_old_record_is_served_while_it_is_refreshed(
+    make_cache: MakeCache, place: str
+) -> None:
+    cache = await in_place(make_cache, place)
+    source = Source(Loaded(1, "a"), Loaded(2, "b"))
+
+    async def fetch() -> int | None:
+        record = await cache.fetch("n", source, ttl=60, refresh_after=30)
+        return record and record.version
+
+    assert await fetch() == 1
+    note = await cache.get(loading.note_of("n"))
+    assert loading.state_of(note) == "fresh"
+    cache._loads.checks.recent.clear()
+    assert await fetch() == 1
+    assert source.loads == 1
+    await age(cache, "n")
+    source.open.clear()
+    assert await asyncio.gather(*(fetch() for _ in range(9))) == [1] * 9
+    await until(lambda: source.loads == 2)
+    assert await fetch() == 1
+    source.open.set()
+    async with asyncio.timeout(PATIENCE):
+        while await fetch() != 2:
+            await asyncio.sleep(0.002)
+    assert source.loads == 2
+
+
+async def test_a_failing_refresh_keeps_the_record(
+    cache: dscache.AsyncCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source(Loaded(1, "a"), ValueError())
+    await cache.fetch("n", source, ttl=60, refresh_after=30)
+    await age(cache, "n")
+    record = await cache.fetch("n", source, ttl=60, refresh_after=30)
+    assert record is not None
+    await until(lambda: not cache._loads._tasks)
+    assert source.loads == 2
+    assert "was not refreshed" in caplog.text
+    assert await cache.get("n") == record
+    assert loading.state_of(await cache.get(loading.note_of("n"))) == "stale"
+    # That note keeps nobody from loading a record that has ended.
+    await cache.delete("n")
+    source.results = [Loaded(3, "c")]
+    record = await cache.fetch("n", source, ttl=60, refresh_after=30)
+    assert record is not None
+    assert record.version == 3
+
+
+async def test_a_refresh_that_finds_nothing_removes_the_record(cache: dscache.AsyncCache) -> None:
+    source = Source(Loaded(1, "a"), None)
+    await cache.fetch("n", source, ttl=60, refresh_after=30)
+    await age(cache, "n")
+    await cache.fetch("n", source, ttl=60, refresh_after=30, keep_missing=60)
+    await until(lambda: not cache._loads._tasks)
+    assert await cache.get("n") is None
+    assert loading.state_of(await cache.get(loading.note_of("n"))) == "missing"
+
+
+async def test_a_refresh_moves_no_record_back(cache: dscache.AsyncCache) -> None:
+    source = Source(Loaded(9, "a"), Loaded(4, "behind"))
+    await cache.fetch("n", source, ttl=60, refresh_after=30)
+    await age(cache, "n")
+    await cache.fetch("n", source, ttl=60, refresh_after=30)
+    await until(lambda: not cache._loads._tasks)
+    assert source.loads == 2
+    assert await cache.head("n") == 9
+
+
+async def test_one_thread_refreshes(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    versions = iter([1, 2])
+    begun, going = threading.Event(), threading.Event()
+
+    def load(_: str) -> Loaded:
+        version = next(versions)
+        if version == 2:
+            begun.set()
+            assert going.wait(PATIENCE)
+        return Loaded(version, "data")
+
+    with opened(server) as cache:
+
+        def fetch(_: int = 0) -> int:
+            record = cache.fetch("n", load, ttl=60, refresh_after=30)
+            assert record is not None
+            return record.version
+
+        assert fetch() == 1
+        cache.delete(loading.note_of("n"))
+        cache._loads.checks.recent.clear()
+        found: list[int] = []
+        refreshing = threading.Thread(target=lambda: found.append(fetch()))
+        refreshing.start()
+        assert begun.wait(PATIENCE)
+        assert in_threads(4, fetch) == [1] * 4
+        going.set()
+        refreshing.join(PATIENCE)
+        assert found == [2]
+
+
+# -- leases
+
+
+async def test_a_lease_is_renewed_and_released_by_its_token_alone(
+    cache: dscache.AsyncCache, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.01)
+    source = Source("data")
+    source.open.clear()
+    call = asyncio.ensure_future(cache.fetch("n", source, ttl=60))
+    await until(lambda: source.loads)
+    note = loading.note_of("n")
+    token = redis.get(f"{note}_v")
+    for half in "vd":
+        redis.persist(f"{note}_{half}")
+    await until(lambda: redis.pttl(f"{note}_v") > 0)
+    assert redis.get(f"{note}_v") == token
+    # Another caller has taken the lease over, as if this one had been silent for too long.
+    redis.mset({f"{note}_v": 1, f"{note}_d": '{"state":"loading"}'})
+    source.open.set()
+    assert await call is not None
+    assert redis.get(f"{note}_v") == b"1"
+
+
+@contextmanager
+def processes(
+    server: EmbeddedServer, backend: str, seconds: float
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start four processes, half of them of threads, and let them begin together."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.programs.fetching", kind, server.url, str(seconds)],
+            env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for kind in ("async", "blocking") * 2
+    ]
+    try:
+        for one in started:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "ready\n"
+        for one in started:
+            assert one.stdin is not None
+            one.stdin.write("\n")
+            one.stdin.flush()
+        yield started
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
+
+
+def test_many_callers_of_four_processes_load_once(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    with processes(server, backend, 0.5) as started:
+        versions = [json.loads(one.communicate(timeout=PATIENCE)[0]) for one in started]
+    assert versions == [[7] * CALLERS] * 4
+    assert redis.get("loads") == b"1"
+
+
+def test_a_killed_loader_is_replaced_once(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    with processes(server, backend, 2) as started:
+        until_blocking(lambda: redis.get("loader"))
+        loader = int(redis.get("loader") or 0)
+        os.kill(loader, signal.SIGKILL)
+        others = [one for one in started if one.pid != loader]
+        versions = [json.loads(one.communicate(timeout=PATIENCE)[0]) for one in others]
+    assert versions == [[7] * CALLERS] * 3
+    assert redis.get("loads") == b"2"
+
+
+# -- many names
+
+
+@PLACES
+async def test_a_bulk_loads_the_missing_names_in_one_call(
+    make_cache: MakeCache, place: str
+) -> None:
+    cache = await in_place(make_cache, place)
+    asked: list[list[str]] = []
+
+    async def load_many(names: list[str]) -> dict[str, Any]:
+        asked.append(sorted(names))
+        return {"b": Loaded(2, "new"), "c": "plain", "extra": 1}
+
+    await cache.set("a", 1, "there")
+    records = await cache.fetch_bulk(["d", "c", "a", "b"], load_many, ttl=60, keep_missing=60)
+    assert list(records) == ["c", "a", "b"]
+    assert {name: one.data for name, one in records.items()} == {
+        "c": "plain",
+        "a": "there",
+        "b": "new",
+    }
+    assert asked == [["b", "c", "d"]]
+    again = await cache.fetch_bulk(["d", "c", "a", "b"], load_many, ttl=60, keep_missing=60)
+    assert again == records
+    assert len(asked) == 1
+    assert await cache.get("extra") is None
+
+
+async def test_a_bulk_waits_for_the_names_that_others_load(cache: dscache.AsyncCache) -> None:
+    source = Source("of the other")
+    source.open.clear()
+    other = asyncio.ensure_future(cache.fetch("a", source, ttl=60))
+    await until(lambda: source.loads)
+    asked: list[list[str]] = []
+
+    def load_many(names: list[str]) -> dict[str, Any]:
+        asked.append(names)
+        source.open.set()
+        return dict.fromkeys(names, "own")
+
+    records = await cache.fetch_bulk(["a", "b"], load_many, ttl=60)
+    assert {name: one.data for name, one in records.items()} == {"a": "of the other", "b": "own"}
+    assert asked == [["b"]]
+    assert await other == records["a"]
+
+
+@KINDS
+async def test_a_failing_bulk_has_the_records_that_were_there(
+    server: EmbeddedServer, make_cache: MakeCache, kind: str
+) -> None:
+    def load_many(_: list[str]) -> Any:
+        raise OSError("source")
+
+    cache = await make_cache()
+    await cache.set("a", 1, "there")
+    with opened(server) as blocking, pytest.raises(dscache.BulkError) as caught:
+        await bulk_of(kind, cache, blocking, load_many, ttl=60)
+    assert list(caught.value.result) == ["a"]
+    assert type(caught.value.errors["b"]) is LoadError
+
+
+@KINDS
+async def test_a_bulk_is_refreshed(
+    server: EmbeddedServer, make_cache: MakeCache, kind: str
+) -> None:
+    cache = await make_cache()
+    await cache.set_bulk({"a": (1, "old"), "b": (1, "old")})
+
+    def load_many(names: list[str]) -> dict[str, Any]:
+        return {name: Loaded(2, "new") for name in names}
+
+    with opened(server) as blocking:
+        found = await bulk_of(kind, cache, blocking, load_many, ttl=60, refresh_after=30)
+    await until(lambda: not cache._loads._tasks)
+    # A thread refreshes by itself, and a task in the background.
+    assert {one.version for one in found.values()} == {1 if kind == "async" else 2}
+    assert await cache.head_bulk(["a", "b"]) == {"a": 2, "b": 2}
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ttl": -1}, "ttl must be whole seconds"),
+        ({"ttl": 1.5}, "ttl must be whole seconds"),
+        ({"ttl": True}, "ttl must be whole seconds"),
+        ({"ttl": "60"}, "ttl must be whole seconds"),
+        ({"ttl": 60, "refresh_after": 0}, "refresh_after must be whole seconds"),
+        ({"ttl": 60, "refresh_after": 60}, "refresh_after must be less than the ttl"),
+        ({"ttl": 60, "keep_missing": "x"}, "keep_missing must be whole seconds"),
+        ({"ttl": 60, "jitter": 1}, "jitter must be a number"),
+    ],
+)
+async def test_bad_options_are_refused(
+    cache: dscache.AsyncCache, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(RecordError, match=text):
+        await cache.fetch("n", lambda name: name, **options)
+
+
+async def test_a_bad_name_is_refused(server: EmbeddedServer, cache: dscache.AsyncCache) -> None:
+    for refresh_after in (None, 30):
+        with pytest.raises(RecordError, match="must not be empty"):
+            await cache.fetch("", lambda name: name, ttl=60, refresh_after=refresh_after)
+        with opened(server) as blocking, pytest.raises(RecordError, match="must not be empty"):
+            blocking.fetch("", lambda name: name, ttl=60, refresh_after=refresh_after)
+
+
+def test_a_lifetime_has_jitter(server: EmbeddedServer) -> None:
+    terms = loading.terms_of(100, None, 0.1, None, None)
+    lifetimes = {terms.lifetime(100) for _ in range(500)}
+    assert min(lifetimes) >= 90
+    assert max(lifetimes) <= 111
+    assert len(lifetimes) > 5
+    assert loading.terms_of(None, None, 0, None, 30).lifetime(30) == 30
+    assert loading.terms_of(None, None, 0.1, None, None).lifetime(0) == 0

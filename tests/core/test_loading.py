@@ -1,0 +1,217 @@
+"""The generators of ``fetch``, executed step by step on records in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dscache.blocking.waiter import BlockingWaiter
+from dscache.core import loading
+from dscache.core.loading import Checks, Do, Load, Loaded, Outcome, Pause
+from dscache.core.memory import MemoryPipeline
+from dscache.errors import BulkError, ConnectionLost, LoadError, ReplyError
+
+TERMS = loading.terms_of(60, None, 0.1, None, None)
+NOTE = loading.note_of("a")
+
+
+class Stepper:
+    """One caller's generator, on a pipeline that several may share."""
+
+    def __init__(self, pipeline: MemoryPipeline, steps: loading.Steps) -> None:
+        self.pipeline = pipeline
+        self.steps = steps
+        self.step: Any = next(steps)
+        self.outcome: Outcome | None = None
+        self.done: list[str] = []
+
+    def go_on(self, reply: Any = None, error: BaseException | None = None) -> None:
+        """Give the current step its result or error, and take the next step."""
+        self.done.append(getattr(self.step, "operation", type(self.step).__name__))
+        try:
+            self.step = self.steps.send(reply) if error is None else self.steps.throw(error)
+        except StopIteration as end:
+            self.outcome = end.value
+
+    def do(self) -> None:
+        """Execute the current step, an operation."""
+        assert type(self.step) is Do
+        waiter: BlockingWaiter = getattr(self.pipeline, self.step.operation)(*self.step.arguments)
+        self.go_on(waiter.take())
+
+    def until(self, reached: Callable[[Any], bool]) -> None:
+        """Execute operations until such a step comes, or the end."""
+        while self.outcome is None and not reached(self.step):
+            self.do()
+
+
+def of_kind(kind: type) -> Callable[[Any], bool]:
+    return lambda step: type(step) is kind
+
+
+def never(_: Any) -> bool:
+    return False
+
+
+@pytest.fixture
+def pipeline(backend: str) -> MemoryPipeline:
+    return MemoryPipeline(BlockingWaiter, lambda: None, None)
+
+
+def missing(pipeline: MemoryPipeline) -> Stepper:
+    return Stepper(pipeline, loading.load_missing(["a"], TERMS))
+
+
+def stored(pipeline: MemoryPipeline, name: str = "a") -> Any:
+    return pipeline.get(name).take()
+
+
+def test_one_of_two_callers_has_the_lease_and_the_other_waits(pipeline: MemoryPipeline) -> None:
+    first, second = missing(pipeline), missing(pipeline)
+    # Both see that there is neither a record nor a note, and both want the lease.
+    first.do()
+    second.do()
+    first.until(of_kind(Load))
+    assert first.step.names == ("a",)
+    second.until(of_kind(Pause))
+    assert 0 < second.step.seconds <= 0.1
+    first.go_on({"a": Loaded(3, "data")})
+    first.until(never)
+    second.go_on()
+    second.until(never)
+    assert first.outcome is not None
+    assert second.outcome is not None
+    assert first.outcome.of("a") == second.outcome.of("a") == stored(pipeline)
+    assert stored(pipeline, NOTE) is None
+    assert "Load" not in second.done
+
+
+def test_a_caller_that_is_late_for_the_lease_finds_the_record(pipeline: MemoryPipeline) -> None:
+    first, second = missing(pipeline), missing(pipeline)
+    second.do()
+    first.until(of_kind(Load))
+    first.go_on({"a": 1})
+    first.until(never)
+    second.until(never)
+    assert second.outcome is not None
+    assert second.outcome.of("a") == stored(pipeline)
+    assert "Load" not in second.done
+    assert stored(pipeline, NOTE) is None
+
+
+def test_a_lease_that_ends_is_taken_over(pipeline: MemoryPipeline) -> None:
+    first, second = missing(pipeline), missing(pipeline)
+    first.until(of_kind(Load))
+    second.until(of_kind(Pause))
+    pipeline.delete(NOTE)
+    second.go_on()
+    second.until(of_kind(Load))
+    renewal = first.step.renewal
+    refused = getattr(pipeline, renewal.operation)(*renewal.arguments).take()
+    assert refused == {NOTE}, "a lost lease was renewed"
+    second.go_on({"a": Loaded(1, "second")})
+    second.until(never)
+    first.go_on({"a": Loaded(9, "first")})
+    first.until(never)
+    assert first.outcome is not None
+    assert first.outcome.of("a").data == stored(pipeline).data == "second"
+
+
+def test_a_record_that_ended_before_its_note_is_loaded(pipeline: MemoryPipeline) -> None:
+    pipeline.set(NOTE, 5, {"state": "fresh"}, 60)
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.go_on({"a": "data"})
+    caller.until(never)
+    assert stored(pipeline).data == "data"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "1", "no json"])
+def test_a_note_of_another_shape_is_taken_over(pipeline: MemoryPipeline, text: str) -> None:
+    pipeline._records[NOTE] = (5, text.encode(), float("inf"))
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    assert caller.step.names == ("a",)
+
+
+def test_a_load_that_is_no_mapping_has_failed(pipeline: MemoryPipeline) -> None:
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.go_on(["a"])
+    caller.until(never)
+    assert caller.outcome is not None
+    with pytest.raises(LoadError, match="TypeError"):
+        caller.outcome.of("a")
+    assert loading.state_of(stored(pipeline, NOTE)) == "failed"
+
+
+def test_an_interrupted_load_releases_its_lease(pipeline: MemoryPipeline) -> None:
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.go_on(error=KeyboardInterrupt())
+    assert caller.step.operation == "delete_bulk"
+    with pytest.raises(KeyboardInterrupt):
+        caller.do()
+    assert stored(pipeline, NOTE) is None
+
+
+def test_a_refused_write_is_raised_and_releases_the_lease(pipeline: MemoryPipeline) -> None:
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.go_on({"a": 1})
+    assert caller.step.operation == "set_bulk"
+    caller.go_on(error=ReplyError("OOM full"))
+    with pytest.raises(ReplyError, match="OOM"):
+        caller.do()
+    assert stored(pipeline, NOTE) is None
+
+
+def test_a_release_that_fails_changes_no_result(pipeline: MemoryPipeline) -> None:
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.go_on({"a": 1})
+    caller.do()
+    assert caller.step.operation == "delete_bulk"
+    caller.go_on(error=ConnectionLost("cut off"))
+    assert caller.outcome is not None
+    assert caller.outcome.of("a") == stored(pipeline)
+
+
+def test_an_error_of_one_name_leaves_the_others(pipeline: MemoryPipeline) -> None:
+    lost = ConnectionLost("cut off")
+    caller = Stepper(pipeline, loading.load_missing(["a", "b"], TERMS))
+    caller.go_on(error=BulkError("get_bulk", {NOTE: lost}, {}))
+    caller.until(of_kind(Load))
+    assert caller.step.names == ("b",)
+    caller.go_on({"b": 1})
+    caller.until(never)
+    assert caller.outcome is not None
+    assert caller.outcome.errors == {"a": lost}
+    assert caller.outcome.of("b") == stored(pipeline, "b")
+
+
+def test_a_dropped_generator_ends_in_silence(
+    pipeline: MemoryPipeline, recwarn: pytest.WarningsRecorder
+) -> None:
+    caller = missing(pipeline)
+    caller.until(of_kind(Load))
+    caller.steps.close()
+    del caller
+    gc.collect()
+    assert not recwarn.list
+    assert stored(pipeline, NOTE) is not None, "nothing can be sent any more"
+
+
+def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_MOST_CHECKS", 3)
+    monkeypatch.setattr(loading, "_MOST_TERMS", 3)
+    checks = Checks(None)
+    for i in range(2, 12):
+        terms = checks.terms(100, i, 0.1, None)
+        checks.note(str(i), terms)
+        assert checks.is_recent(str(i))
+    assert list(checks.recent) == ["9", "10", "11"]
+    assert len(checks.known) <= 3
