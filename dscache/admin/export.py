@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
+from ..core.keys import names_with
 from ..errors import DscacheError, RecordError
 from . import ndjson, progress
 from .cache import AdminCache
@@ -219,8 +220,7 @@ class Export:
             return
         pattern = self._layout.pattern(self._prefix)
         async for cursor, keys in scan(primary, pattern, job, position.cursor):
-            names = [name for key in keys if (name := self._layout.name_of(key)) is not None]
-            ours = [name for name in names if name.startswith(self._prefix)]
+            ours = names_with(self._prefix, map(self._layout.name_of, keys))
             lines: list[bytes] = []
             async for found in self._reader.read(primary, ours):
                 lines += self._encode(found)

@@ -11,12 +11,26 @@ from __future__ import annotations
 
 import re
 from binascii import crc_hqx
+from collections.abc import Iterable
+from typing import Final
 
 from . import constants as c
+
+NOTE_SUFFIX: Final = "}:fetch"
+"""The end of the name of a note, which ``fetch`` keeps beside a record."""
 
 _SUFFIXES = (c.VERSION_SUFFIX, c.DATA_SUFFIX)
 # Characters of a pattern that stand for others.
 _SPECIAL = re.compile(rb"[*?\[\]^\\-]")
+
+
+def names_with(prefix: str, names: Iterable[str | None]) -> list[str]:
+    """Return the names of records that begin with a prefix; notes of ``fetch`` are left out."""
+    return [
+        name
+        for name in names
+        if name is not None and name.startswith(prefix) and not name.endswith(NOTE_SUFFIX)
+    ]
 
 
 class KeyLayout:

@@ -41,10 +41,10 @@ import msgspec
 from .. import _backend
 from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
 from . import constants as c
+from .keys import NOTE_SUFFIX
 
 _logger = logging.getLogger("dscache")
 
-NOTE_SUFFIX: Final = "}:fetch"
 LEASE_SECONDS: Final = 5
 RENEW_SECONDS: Final = 1.5
 FAILURE_SECONDS: Final = 1

@@ -35,7 +35,7 @@ import msgspec
 
 from ..config import Options
 from ..core.constants import SLOTS, VERSION_SUFFIX, join_address
-from ..core.keys import KeyLayout, is_version_key, slot_of_key
+from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
     BulkError,
     ConnectError,
@@ -385,15 +385,11 @@ class NameScan:
             first = len(self._layout.prefix)
             # A third of the time of the other way. Other clients' keys may be no UTF-8.
             with suppress(UnicodeDecodeError):
-                names = list(dict.fromkeys([key[first:-_SUFFIX].decode() for key in keys]))
-                if "" in names:
-                    names.remove("")
-        if names is None:
-            prefix = self._prefix
-            found = dict.fromkeys(map(self._layout.name_of, keys))
-            names = [name for name in found if name is not None and name.startswith(prefix)]
-        if names:
-            yield Names(names)
+                names = [key[first:-_SUFFIX].decode() for key in keys]
+        found = dict.fromkeys(map(self._layout.name_of, keys) if names is None else names)
+        found.pop("", None)
+        if matching := names_with(self._prefix, found):
+            yield Names(matching)
 
 
 class MemoryScan:
@@ -414,9 +410,8 @@ class MemoryScan:
 
     def steps(self) -> Steps:
         """Yield the names."""
-        names = sorted(
-            name for name in self._names() if name.startswith(self._prefix) and name > self._last
-        )
+        matching = names_with(self._prefix, self._names())
+        names = sorted(name for name in matching if name > self._last)
         for first in range(0, len(names), self._count):
             some = names[first : first + self._count]
             yield Names(some)

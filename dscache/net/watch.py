@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from msgspec.structs import replace as replaced
 
 from ..config import Options
-from ..core.keys import KeyLayout
+from ..core.keys import KeyLayout, names_with
 from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ class Changes:
 
     def note_changed(self, names: Iterable[str | None]) -> None:
         """Take the names of records that have changed, of any prefix."""
-        prefix = self._prefix
-        self.back([name for name in names if name is not None and name.startswith(prefix)])
+        self.back(names_with(self._prefix, names))
 
     def back(self, names: Iterable[str]) -> None:
         """Make names pending that are to be read."""

@@ -118,6 +118,24 @@ async def test_a_blocking_miss_is_loaded_once(
     assert 50 <= redis.ttl("n_v") <= 66
 
 
+@PLACES
+async def test_notes_are_no_records_of_a_scan_or_a_watch(make_cache: MakeCache, place: str) -> None:
+    cache = await in_place(make_cache, place)
+    async with cache.watch() as changes:
+        assert await cache.fetch("user/1", lambda name: 1, ttl=60, refresh_after=30) is not None
+        assert await cache.fetch("none", lambda name: None, ttl=60, keep_missing=30) is None
+        assert await cache.head("none}:fetch") is not None
+        await cache.set("z", 1, 0)
+        seen = set()
+        async with asyncio.timeout(PATIENCE):
+            async for change in changes:
+                seen.add(change.name)
+                if change.name == "z":
+                    break
+    assert seen == {"user/1", "z"}
+    assert sorted([name async for name in cache.scan()]) == ["user/1", "z"]
+
+
 async def test_a_version_grows_without_one_of_its_own(cache: dscache.AsyncCache) -> None:
     first = await cache.fetch("n", lambda name: name, ttl=60)
     assert first is not None
