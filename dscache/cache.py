@@ -423,7 +423,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         jitter: float = 0.1,
         keep_missing: int | None = None,
     ) -> dict[str, Record]:
-        """Read records; one ``load_many(missing names)`` makes those that are missing.
+        """Read records; one ``load_many(missing names)`` makes the missing ones.
 
         ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
         name without data has no record. It may be a coroutine function. A name that another caller

@@ -399,7 +399,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         jitter: float = 0.1,
         keep_missing: int | None = None,
     ) -> dict[str, Record]:
-        """Return records; one ``load_many(missing names)`` makes those that are missing.
+        """Return records; one ``load_many(missing names)`` makes the missing ones.
 
         ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
         name without data has no record. A name that another caller loads already is waited for

@@ -308,7 +308,7 @@ class Connection(LoopBound):
     # -- receiving, called by the socket
 
     def on_replies(self) -> None:
-        """Go on after replies: send what the window held back."""
+        """Go on after replies: send the operations that the window held back."""
         if self._cluster is not None:
             if self.pipeline.redirected:
                 self._cluster.on_redirected(self)
@@ -352,7 +352,7 @@ class Connection(LoopBound):
         self._put_offs += 1
 
     def _go_on(self) -> None:
-        """Send again what a busy server has put off."""
+        """Send again the operations that a busy server has put off."""
         self._again.stop()
         if self.link is not None:
             self.link.hold(False)

@@ -55,7 +55,7 @@ class Loads:
     async def fetch_bulk(
         self, entry: Any, names: list[str], load_many: Callable[[list[str]], Any], terms: Terms
     ) -> dict[str, Any]:
-        """Return the records of names; load those missing in one call, and refresh those due."""
+        """Return the records of names; missing ones are loaded in one call, due ones refreshed."""
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]

@@ -250,9 +250,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         else:
             wanted = {one.address: one for one in topology.primaries().values()}
         listening = self._listening
-        for address in listening.keys() - wanted.keys():
-            listening.pop(address).cancel()
-            self._changes.leave(address, "it is no longer a primary of the cluster")
+        departed = listening.keys() - wanted.keys()
         is_first = self._main is None
         for address in wanted.keys() - listening.keys():
             if not is_first:
@@ -262,6 +260,10 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
                 self._listen(address, wanted[address], ready if is_first else None),
                 name=f"dscache watches {address}",
             )
+        # Behind the gaps of the new primaries, which have these servers' records now.
+        for address in departed:
+            listening.pop(address).cancel()
+            self._changes.leave(address, "it is no longer a primary of the cluster")
 
     async def _listen(
         self, address: str, options: Options, ready: asyncio.Future[None] | None

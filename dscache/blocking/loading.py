@@ -58,7 +58,7 @@ class Loads:
     def fetch_bulk(
         self, run: _Run, names: list[str], load_many: Callable[[list[str]], Any], terms: Terms
     ) -> dict[str, Any]:
-        """Return the records of names; load those missing in one call, and those due in one."""
+        """Return the records of names; missing ones are loaded in one call, due ones in another."""
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]

@@ -253,9 +253,7 @@ class Watch(Iterator[BlockingChange]):
         """Listen to the current primaries, and to no others."""
         options = self._of_primaries.options
         wanted = {options.address: options} if cluster is None else cluster.primaries()
-        for address in self._listeners.keys() - wanted.keys():
-            self._listeners.pop(address).stop()
-            self._changes.leave(address, "it is no longer a primary of the cluster")
+        departed = self._listeners.keys() - wanted.keys()
         for address in wanted.keys() - self._listeners.keys():
             if self._closing.is_set():
                 return
@@ -271,6 +269,10 @@ class Watch(Iterator[BlockingChange]):
                 is_first=is_first,
             )
             listener.thread.start()
+        # Behind the gaps of the new primaries, which have these servers' records now.
+        for address in departed:
+            self._listeners.pop(address).stop()
+            self._changes.leave(address, "it is no longer a primary of the cluster")
 
     # -- forks
 

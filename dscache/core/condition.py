@@ -78,7 +78,7 @@ def guard_of_removal(name: str, expected: object) -> bytes:
 
 
 def guard_of_version(name: str, expected: object, other: str) -> bytes:
-    """Return the guard that expects a version; ``other`` says what else may be given."""
+    """Return the guard that expects a version; ``other`` names the alternatives."""
     is_int = isinstance(expected, int) and not isinstance(expected, bool)
     if is_int and 0 <= (version := cast("int", expected)) <= c.MAX_VERSION:
         return c.EXPECTED + b"%d" % version

@@ -507,7 +507,7 @@ def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
 def bulk_failure(
     operation: str, errors: Mapping[str, Exception], total: int, result: object
 ) -> Exception:
-    """Return the error of a bulk operation, some of whose ``total`` records failed.
+    """Return the error of a bulk operation of ``total`` records, of which some failed.
 
     If Redis refused every single one, that is no partial failure but its refusal.
     """
@@ -693,7 +693,7 @@ def stray_reply(address: str, reply: object) -> ProtocolError:
 
 
 class EndedHere(ConnectionLost):
-    """The connection ended by this side's own decision, for no fault of what was under way."""
+    """The connection ended by a decision of this side, for no fault of the operations under way."""
 
 
 def cut_again(address: str, reason: Exception, kind: int, operation: str) -> Exception:

@@ -232,7 +232,7 @@ def note_of(name: str) -> str:
 
 
 def with_notes(names: Iterable[str]) -> list[str]:
-    """Return names, and those of their notes."""
+    """Return names and the names of their notes."""
     names = list(names)
     return [*names, *map(note_of, names)]
 
@@ -354,7 +354,7 @@ def _acquire(
 def _write_notes(
     content: Any, ttl: int, tokens: Mapping[str, int], expected: Mapping[str, Any] | None = None
 ) -> Do:
-    """Write notes with a token for each name, by default in place of those with the same token."""
+    """Write notes with a token for each name, by default in place of notes with the same token."""
     notes = {note_of(name): (token, content) for name, token in tokens.items()}
     if expected is None:
         expected = {note: token for note, (token, _) in notes.items()}

@@ -1,4 +1,4 @@
-"""A scan of all names of a prefix, for both caches: which commands go where, and what counts.
+"""A scan of all names of a prefix, for both caches: the commands, their order and the slots done.
 
 It does no I/O: ``steps`` yields requests and pauses, and takes the replies.
 
@@ -261,7 +261,7 @@ class NameScan:
         self._conclude(before, opened, after, wanted)
 
     def _conclude(self, before: _Claim, opened: int, after: _Claim, wanted: int) -> None:
-        """Note the slots that a pass has covered, and those that go on at a target."""
+        """Note the slots that a pass has covered, and the ones that go on at a target."""
         state = self._state
         handed = {**state.handed}
         covered = 0
@@ -304,7 +304,7 @@ class NameScan:
     def _claim(
         self, node: str
     ) -> Generator[Request | Pause | Names, Reply | None, tuple[_Claim, object]]:
-        """Return what a server says of itself, and the socket that it said it on."""
+        """Return the facts that a server states of itself, and the socket over which it did."""
         if not self._clustered:
             # Without the right to INFO, a server is the same as long as its socket lasts.
             asked = yield Request(node, [("INFO", "server"), ("INFO", "replication")])

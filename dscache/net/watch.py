@@ -204,7 +204,7 @@ class Changes:
     def changes_of(
         self, names: Iterable[str], found: Mapping[str, Any], error: BulkError | None = None
     ) -> list[Change]:
-        """Return the changes of names that were read; those to be read again become pending."""
+        """Return the changes of names that were read; names to be read again become pending."""
         errors = {} if error is None else error.errors
         kind, read = self._kind, self._read
         changes: list[Change] = []

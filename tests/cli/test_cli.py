@@ -711,6 +711,7 @@ SHARED = ("--config", "--url", "--layout", "--json")
 # The section for options that no other command has.
 HEADINGS = {
     "set": "Records",
+    "ls": "ls",
     "export": "export and import",
     "import": "export and import",
     "bench": "bench",

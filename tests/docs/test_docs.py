@@ -161,11 +161,11 @@ def test_signatures() -> None:
             name, _, arguments = text.rstrip(")").partition("(")
             parameters = inspect.signature(getattr(dscache.AsyncCache, name)).parameters
             keywords = [
-                f"{one.name}={one.default}"
+                f"{one.name}={one.default}" if one.default != "" else f'{one.name}=""'
                 for one in parameters.values()
                 if one.default is not one.empty
             ]
-            assert re.findall(r"\w+=[\w.]+", arguments) == keywords, text
+            assert re.findall(r'\w+=(?:[\w.]+|"")', arguments) == keywords, text
 
 
 # -- everything
