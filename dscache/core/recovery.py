@@ -367,7 +367,8 @@ def _due_suspect(pipeline: Pipeline) -> Batch | None:
         for suspect in suspects:
             are_reads = batch.kind <= c.HEAD and suspect.kind <= c.HEAD
             if not are_reads and not batch.records.keys().isdisjoint(suspect.records):
-                return suspect
+                # Not that one: it must not overtake an older suspect of another of its names.
+                return first
     return None
 
 

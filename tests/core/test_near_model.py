@@ -16,13 +16,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dscache import _fast
 from dscache.core import pure as _pure
@@ -496,7 +490,6 @@ class Near(RuleBasedStateMachine):
     def begin(self, serve_stale: bool, is_tracked: bool, known: bool) -> None:
         self.worlds = [World(core, serve_stale, is_tracked) for core in (_fast, _pure)]
         self.serial = 0
-        self.losses = 0
         for name in NAMES:
             self.elsewhere(name, "write", 5)
         if known:
@@ -597,10 +590,6 @@ class Near(RuleBasedStateMachine):
         executed=st.integers(0, 6),
     )
     def mishap(self, kind: str, node: int, executed: int) -> None:
-        if kind in ("lose", "break"):
-            self.losses += 1
-            if self.losses > 2:
-                return  # see reconnect
         for world in self.worlds:
             match kind:
                 case "lose" | "break":
@@ -614,11 +603,8 @@ class Near(RuleBasedStateMachine):
                 case "move":
                     world.move_slot((X, Y)[node])
 
-    # An operation that is cut off twice is a suspect, which waits for others: test_suspects.py.
-    @precondition(lambda self: self.losses < 2)
     @rule(node=nodes, executed=st.integers(0, 3), flushed=st.booleans())
     def reconnect(self, node: int, executed: int, flushed: bool) -> None:
-        self.losses += 1
         for world in self.worlds:
             world.lose(node, executed, False)
             world.connect(node, True)

@@ -63,6 +63,24 @@ def test_nothing_is_sent_beside_a_suspect(exchange: Exchange) -> None:
     exchange.assert_drained()
 
 
+def test_a_suspect_overtakes_no_older_one(exchange: Exchange) -> None:
+    """A newer operation calls for one suspect, which shares a record with an older suspect."""
+    written, read = exchange.issue(
+        Op("set", "a", (1, 1), {"if_newer": True}), Op("get_bulk", ["a", "b"])
+    )
+    assert len(cut(exchange)) == len(cut(exchange)) == 2
+    exchange.issue(Op("delete", "b"))
+    assert [command[0] for command in exchange.take()] == [b"EVALSHA"]
+    exchange.reply([1])
+    assert [command[0] for command in exchange.take()] == [b"MGET"]
+    exchange.reply([b"1", b"1", None, None])
+    assert written.result() is True
+    assert list(read.result()) == ["a"]
+    assert [command[0] for command in exchange.take()] == [b"DEL"]
+    exchange.reply(2)
+    exchange.assert_drained()
+
+
 def test_a_suspect_gets_its_try_while_others_never_pause(core: Any) -> None:
     """It goes alone once half of its time is left, as soon as what is in flight is answered."""
     exchange = Exchange(core, timeout=0.4)
