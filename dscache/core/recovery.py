@@ -308,12 +308,25 @@ def _parts_of(batch: Batch) -> list[Batch]:
 
 
 def suspects_apart(batches: Iterable[Batch]) -> tuple[deque[Batch], list[Batch]]:
-    """Return the batches in two parts: the queue, and the suspects, which wait outside it."""
+    """Return batches, which are in the order of their age, as the queue and the suspects.
+
+    Suspects wait outside the queue, except behind an older operation on a record of theirs, which
+    they must not overtake.
+    """
     queue: deque[Batch] = deque()
     suspects: list[Batch] = []
     for batch in batches:
-        (queue if batch.losses < c.SUSPECT_LOSSES else suspects).append(batch)
+        if batch.losses < c.SUSPECT_LOSSES or any(_keep_order(one, batch) for one in queue):
+            queue.append(batch)
+        else:
+            suspects.append(batch)
     return queue, suspects
+
+
+def _keep_order(one: Batch, other: Batch) -> bool:
+    """Return whether two batches have a record in common, and aren't both reads."""
+    are_reads = one.kind <= c.HEAD and other.kind <= c.HEAD
+    return not are_reads and not one.records.keys().isdisjoint(other.records)
 
 
 def is_suspicious(pipeline: Pipeline) -> bool:
@@ -363,12 +376,9 @@ def _due_suspect(pipeline: Pipeline) -> Batch | None:
         return first
     if first.deadline - time.monotonic() <= pipeline.timeout / 2:
         return first
-    for batch in pipeline.queue:
-        for suspect in suspects:
-            are_reads = batch.kind <= c.HEAD and suspect.kind <= c.HEAD
-            if not are_reads and not batch.records.keys().isdisjoint(suspect.records):
-                # Not that one: it must not overtake an older suspect of another of its names.
-                return first
+    if any(_keep_order(suspect, batch) for batch in pipeline.queue for suspect in suspects):
+        # Not just that suspect: it must not overtake an older one of another of its names.
+        return first
     return None
 
 
@@ -384,7 +394,7 @@ def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
     pipeline.busy = True
     try:
         in_flight = [batch for batch, _count in pipeline.slots.copy()]
-        for batch in (*in_flight, *pipeline.queue, *pipeline.suspects, *pipeline.returned):
+        for batch in (*in_flight, *_waiting(pipeline)):
             if not batch.abandoned():
                 fail_batch(pipeline, batch, error_of, doubt)
         # Operations that a finalizer issued meanwhile stay.
@@ -501,21 +511,20 @@ def prepare_single_writes(pipeline: Pipeline, batch: Batch) -> None:
     """
     if batch.one_per_command:
         return
-    batch.one_per_command = True
-    if batch.kind == c.SET:
-        return  # a proxy splits MSET
     fails = False
-    for i in range(len(batch.names) - 1, batch.sent - 1, -1):
-        name, entry = batch.names[i], batch.entries[i]
-        if pipeline.slot_of(batch.kind, name) >= 0:
-            continue
-        make = partial(c.keys_apart, name)
-        fails = True
-        del batch.names[i], batch.entries[i], batch.records[name]
-        batch.repeated -= i < batch.repeated
-        give_error(pipeline, batch, name, entry, make)
-        if batch.bulk is not None:
-            batch.bulk.settle(1)
+    if batch.kind != c.SET:  # a proxy splits MSET
+        for i in range(len(batch.names) - 1, batch.sent - 1, -1):
+            name, entry = batch.names[i], batch.entries[i]
+            if pipeline.slot_of(batch.kind, name) >= 0:
+                continue
+            fails = True
+            # First, so that an exception loses no operation: a second outcome has no effect.
+            give_error(pipeline, batch, name, entry, partial(c.keys_apart, name))
+            del batch.names[i], batch.entries[i], batch.records[name]
+            batch.repeated -= i < batch.repeated
+            if batch.bulk is not None:
+                batch.bulk.settle(1)
+    batch.one_per_command = True
     if fails:
         pipeline.recount()
 
@@ -622,7 +631,7 @@ def settle_doubts(pipeline: Pipeline) -> None:
         return
     waiting = {
         (batch.serial, name)
-        for batch in (*pipeline.queue, *pipeline.returned)
+        for batch in _waiting(pipeline)
         if not batch.abandoned()
         for name in (batch.names or batch.records)
     }
@@ -699,8 +708,7 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
     Commands in flight behind it may write the same names. Either they are redirected as well and
     follow in their order; or they were done, if the node changed its view meanwhile, and this
     write must not undo them: a plain write is attached to the newer one, or fails where that
-    would report a wrong outcome. A write with ``if_newer`` undoes
-    nothing.
+    would report a wrong outcome. A write with ``if_newer`` undoes nothing.
     """
     later = _written_after(pipeline, batch, True) if c.SET <= batch.kind <= c.DELETE else {}
     redirections = (*batch.redirections, f"{pipeline.address}: {error.message}")
@@ -763,6 +771,11 @@ def _send_again(
     pipeline.queued += len(again)
     pipeline.operations += 1 if repeat.counted else len(again)
     pipeline.pending_bytes += size
+
+
+def _waiting(pipeline: Pipeline) -> tuple[Batch, ...]:
+    """Return the batches that wait: in the queue, as suspects, or to be queued again."""
+    return (*pipeline.queue, *pipeline.suspects, *pipeline.returned)
 
 
 def _batches_in_flight(pipeline: Pipeline) -> dict[Batch, None]:

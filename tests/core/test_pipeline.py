@@ -2199,6 +2199,25 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     return exchange.take()
 
 
+def test_what_was_put_off_before_a_suspect_waits_for_it(core: Any) -> None:
+    """The later write of the name was cut off twice, and was not done."""
+    exchange = Exchange(core)
+    waiters = exchange.issue(
+        Op("set", "x", (1, 1), {"if_newer": True}), Op("set", "x", (2, 2), {"if_newer": True})
+    )
+    assert len(exchange.take()) == 2
+    exchange.pipeline.connection_lost(OSError("cut"), True)
+    assert len(exchange.take()) == 2
+    exchange.reply(BUSY)
+    exchange.pipeline.connection_lost(OSError("cut"), True)
+    exchange.pipeline.away = ""
+    assert [waiter.done for waiter in waiters] == [False, False]
+    exchange.run()
+    assert [waiter.result() for waiter in waiters] == [True, True]
+    assert exchange.server.values[b"x_v"] == b"2"
+    exchange.assert_drained()
+
+
 @pytest.mark.parametrize("operation", [op for op, _ in REPEATABLE], ids=str)
 @pytest.mark.parametrize("words", ["BUSY x", "LOADING x", "READONLY x", "MASTERDOWN x"])
 def test_what_a_server_puts_off_is_sent_again(core: Any, operation: Operation, words: str) -> None:
