@@ -89,7 +89,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
         other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
-        for a bad name, or if the stored value is no record or doesn't fit the type, and TypeError
+        for a bad name, or if the stored value isn't a record or doesn't fit the type, and TypeError
         for a type that msgspec doesn't know.
         """
         # Not keyword-only: that would cost each call some hundred instructions.
@@ -211,10 +211,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         ``ttl`` is that of ``set``. Updates of one record by one cache wait for each other.
 
         No step begins after ``commandTimeout``; one that has begun has as much of its own. Raises
-        what ``change`` raises, and nothing is written then; RecordMissing if there is no record and
-        no default; DeadlineExceeded if other writers, or the change, took all of the time;
-        RecordError if there is no higher version; and ConnectionLost or DeadlineExceeded if the
-        write may or may not have happened.
+        what ``change`` raises, and nothing is written then; RecordMissing if the record doesn't
+        exist and no default is given; DeadlineExceeded if other writers or the change took all of
+        the time; RecordError if the record has the highest version; and ConnectionLost or
+        DeadlineExceeded if the write may or may not have happened.
         """
         name, text = check_arguments(name, default, ttl)
         run = self._run or self._open()
@@ -372,8 +372,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         while all others still get it at once. ``keep_missing`` is the number of seconds for which
         a load's None is remembered for all processes.
 
-        Raises LoadError if the load fails and there is no record, RecordError for a bad argument,
-        and all errors of ``get`` and ``set``.
+        Raises LoadError if the load of a missing record fails, RecordError for a bad argument, and
+        all errors of ``get`` and ``set``.
         """
         checks = self._loads.checks
         terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))

@@ -10,7 +10,7 @@ import typer
 from ..admin.cache import open_cache
 from ..admin.listing import Order, Row, list_records, sorted_records
 from ..admin.primaries import open_primaries
-from .options import Chosen, with_all_options
+from .options import Chosen, PrefixArgument, with_all_options
 from .output import complain
 from .settings import run
 from .tables import Results, line_of
@@ -18,14 +18,7 @@ from .tables import Results, line_of
 
 @with_all_options
 def ls(
-    prefix: Annotated[
-        str,
-        typer.Argument(
-            metavar="PREFIX",
-            help="Only records whose names begin with it.",
-            show_default=False,
-        ),
-    ] = "",
+    prefix: PrefixArgument = "",
     sort: Annotated[
         Order | None,
         typer.Option(

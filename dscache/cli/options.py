@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -25,9 +25,9 @@ def flag(name: str, text: str, **options: Any) -> Any:
 IfNewerOption = Annotated[
     bool, flag("--if-newer", "Write only records newer than the stored ones.")
 ]
-PrefixOption = Annotated[
-    str, typer.Option(metavar="PREFIX", help="Only records whose names begin with it.")
-]
+_PREFIX: Final = "Only records whose names begin with it."
+PrefixOption = Annotated[str, typer.Option(metavar="PREFIX", help=_PREFIX)]
+PrefixArgument = Annotated[str, typer.Argument(metavar="PREFIX", help=_PREFIX, show_default=False)]
 
 
 class KeyLayout(StrEnum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from ..admin.cache import open_cache
 from ..net.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Change
-from .options import Chosen, with_all_options
+from .options import Chosen, PrefixArgument, with_all_options
 from .output import INTERRUPTED, complain, plain, write
 from .settings import run
 from .tables import line_of
@@ -28,14 +27,7 @@ _STYLES = {
 
 @with_all_options
 def watch(
-    prefix: Annotated[
-        str,
-        typer.Argument(
-            metavar="PREFIX",
-            help="Only records whose names begin with it.",
-            show_default=False,
-        ),
-    ] = "",
+    prefix: PrefixArgument = "",
     *,
     chosen: Chosen,
 ) -> None:

@@ -62,11 +62,17 @@ def backends(make_server: MakeServer) -> list[EmbeddedServer]:
 
 
 @pytest.fixture
-def twemproxy(backends: list[EmbeddedServer]) -> Iterator[Twemproxy]:
-    """A twemproxy in front of them."""
-    program = find_twemproxy()
-    if program is None:
+def program() -> str:
+    """The path of twemproxy, which no Python package holds; the report's header tells of it."""
+    found = find_twemproxy()
+    if found is None:
         pytest.skip("there is no twemproxy; make test fetches it where apt-get has it")
+    return found
+
+
+@pytest.fixture
+def twemproxy(backends: list[EmbeddedServer], program: str) -> Iterator[Twemproxy]:
+    """A twemproxy in front of them."""
     with Twemproxy(program, backends) as proxy:
         yield proxy
 
@@ -125,20 +131,17 @@ async def test_twemproxy_with_keys_on_two_servers(
 
 
 async def test_twemproxy_that_hides_one_server(
-    make_cache: MakeCache, backends: list[EmbeddedServer], twemproxy: Twemproxy
+    make_cache: MakeCache, backends: list[EmbeddedServer], program: str
 ) -> None:
-    program = find_twemproxy()
-    assert program is not None
     with Twemproxy(program, backends[:1]) as proxy:
         cache = await make_cache(host="127.0.0.1", port=proxy.port, proxied=False)
         assert await cache.set_bulk(RECORDS, ttl=1000) == set()
         assert len(await cache.get_bulk(RECORDS)) == len(RECORDS)
 
 
-async def test_twemproxy_with_a_password(make_cache: MakeCache, make_server: MakeServer) -> None:
-    program = find_twemproxy()
-    if program is None:
-        pytest.skip("there is no twemproxy; make test fetches it where apt-get has it")
+async def test_twemproxy_with_a_password(
+    make_cache: MakeCache, make_server: MakeServer, program: str
+) -> None:
     guarded = [make_server("--requirepass", SECRET), make_server("--requirepass", SECRET)]
     with Twemproxy(program, guarded, SECRET) as proxy:
         options = {"host": "127.0.0.1", "port": proxy.port, "proxied": True}
