@@ -303,8 +303,11 @@ class Sentinels:
         try:
             await connection.connect()  # type: ignore[no-untyped-call] # untyped in redis-py
         except BaseException:
-            await self._disconnect(connection)
-            raise
+            if self._loop.is_running():
+                await self._disconnect(connection)
+                raise
+            # The program has ended, and Python closes this coroutine. redis-py's own cleanup needs
+            # a running loop, and its error would be printed.
         return connection
 
     async def _disconnect(self, connection: Connection | None) -> None:

@@ -125,6 +125,8 @@ def change_steps(
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
         if timing.clock() >= timing.deadline:
+            if conflicts:
+                raise always_late(operation, name, conflicts, timing.timeout)
             raise late_change(operation, name, timing.timeout)
         if data is DELETE:
             done = yield "delete", (name, record.version)

@@ -75,7 +75,12 @@ def take_queued(
             batch.target = None
     finally:
         pipeline.busy = False
-    pipeline.recount()
+    try:
+        pipeline.recount()
+    except BaseException:
+        # The caller gets nothing, so that what was released waits here until the next time.
+        requeue(pipeline, [batch for _target, batch in released])
+        raise
     return released
 
 
