@@ -41,7 +41,8 @@ class ClusterNodes:
         return self.open(self._state.node_at(shard.primary))
 
     def ready(self) -> list[Connection]:
-        return [node for node in self.by_address.values() if node.is_ready]
+        # Of a copy, since another thread may ask, such as that of a monitoring system.
+        return [node for node in list(self.by_address.values()) if node.is_ready]
 
     def is_up(self, shown: str) -> bool:
         """Return whether the node at ``host:port`` has a connection that can send now."""
