@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # repeat does nothing where it can't know that.
 _REPEATABLE: Final = (c.GET, c.HEAD, c.SET_IF_NEWER, c.DELETE_IF, c.READ_KEY)
 
+# After so many equal refusals in a row the pauses between them grow no longer.
+_SAME_REFUSALS: Final = 6
+
 # Of each name, its first later write: the batch, the place in it, and whether a read is between.
 _Later = dict[str, tuple["Batch", int, bool]]
 
@@ -716,8 +719,10 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
     would report a wrong outcome. A write with ``if_newer`` undoes nothing.
     """
     later = _written_after(pipeline, batch, True) if c.SET <= batch.kind <= c.DELETE else {}
-    redirections = (*batch.redirections, f"{pipeline.address}: {error.message}")
+    redirections = _path_of(pipeline, batch, error)
+    moves = sum(_is_move(one.partition(": ")[2].partition(" ")[0]) for one in redirections)
     limit = pipeline.max_redirections
+    has_moved_too_often = _is_move(error.code) and moves > limit
     again: dict[str, Any] = {}
     failed = repeated = 0
     for i in range(batch.answered, batch.answered + count):
@@ -726,9 +731,11 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
         if entry is DISCARDED:
             continue
         make = refusal_at(pipeline, error, batch, i)
-        if len(redirections) > limit:
+        if has_moved_too_often:
             context = f"{c.describe(batch.kind, name)} at {pipeline.address}"
-            make = partial(c.too_many_redirections, error.message, redirections, limit, context)
+            make = partial(
+                c.too_many_redirections, error.message, redirections, moves, limit, context
+            )
             make = _in_doubt_at(batch, i, make)
             give_error(pipeline, batch, name, entry, make)
             failed += 1
@@ -756,6 +763,23 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
     batch.answered += count
     if batch.bulk is not None:
         batch.bulk.settle(failed)
+
+
+def _is_move(code: str) -> bool:
+    """Return whether a redirection names another node; the others put an operation off."""
+    return code in ("MOVED", "ASK")
+
+
+def _path_of(pipeline: Pipeline, batch: Batch, error: ReplyError) -> tuple[str, ...]:
+    """Return the redirections of a batch with the latest one.
+
+    Of a refusal that is repeated, as of a busy node, only the first ones are kept.
+    """
+    latest = f"{pipeline.address}: {error.message}"
+    last = batch.redirections[-_SAME_REFUSALS:]
+    if not _is_move(error.code) and last.count(latest) == _SAME_REFUSALS:
+        return batch.redirections
+    return (*batch.redirections, latest)
 
 
 def _send_again(
