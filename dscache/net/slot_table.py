@@ -14,6 +14,7 @@ from msgspec import UNSET
 from ..config import Node, Options
 from ..core.constants import ErrorOf
 from .slots import NAMES_LAST, Address
+from .sockets import UselessAddresses
 
 
 class NodeInfo:
@@ -49,6 +50,7 @@ class NodeInfo:
         """Until when it isn't read as a replica, by ``time.monotonic()``."""
         self.node_id = ""
         """The id that the node told last; empty if it doesn't tell it."""
+        self.useless = UselessAddresses()
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
 
