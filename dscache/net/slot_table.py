@@ -13,6 +13,7 @@ from msgspec import UNSET
 
 from ..config import Node, Options
 from ..core.constants import ErrorOf
+from .foreign_errors import foreign
 from .slots import NAMES_LAST, Address
 from .sockets import UselessAddresses
 
@@ -167,6 +168,8 @@ def reader_of(shard: Shard, slot: int) -> str:
 def _is_name(host: str) -> bool:
     try:
         ip_address(host.partition("%")[0])
-    except ValueError:
+    except ValueError as error:
+        if foreign(error) is not None:
+            raise  # a signal handler has raised it
         return True
     return False

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ import redis as redis_py
 from redis.credentials import CredentialProvider
 
 import dscache
+from dscache.blocking.foreign_errors import ConnectTimeout
+from dscache.blocking.sentinel import Sentinels
+from dscache.config import load
 from dscache.embedded import EmbeddedServer
 from dscache.messages import MessageNode
 from dscache.net.connect_errors import TurnedAway, as_connect_error, permanent_failure
@@ -259,3 +263,19 @@ async def test_a_full_server_is_waited_for(backend: str, make_server: MakeServer
 def test_refusals_that_pass_are_waited_for(error: Exception, is_final: bool) -> None:
     failure = permanent_failure(error, as_connect_error(error, 100), "node.test:6379")
     assert (failure is not None) is is_final
+
+
+def test_a_sentinel_that_is_silent_in_the_last_moment_hides_no_reason() -> None:
+    """With the time that is left at the end, no Sentinel could answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        node = {"host": "127.0.0.1", "port": silent.getsockname()[1]}
+
+        def ask(timeout: int) -> None:
+            options = {"sentinels": [node], "name": "group", "connectTimeout": timeout}
+            config = load({"cache": {"name": "redis", "options": options}})
+            Sentinels(config.options).locate(time.monotonic() + 0.1)
+
+        with pytest.raises(ConnectTimeout):
+            ask(60_000)
+        with pytest.raises(dscache.ConnectError, match=r"127\.0\.0\.1:\d+: no answer within"):
+            ask(100)
