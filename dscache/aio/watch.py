@@ -117,7 +117,7 @@ class AsyncWatch(AsyncIterator[AsyncChange]):
 
 
 class _Watching(LoopBound):
-    """What a watch has heard, and the tasks that listen."""
+    """State of a watch: what it has heard, and the tasks that listen."""
 
     def __init__(
         self,

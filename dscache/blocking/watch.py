@@ -127,7 +127,7 @@ class Watch(Iterator[BlockingChange]):
 
 
 class _Watching:
-    """What a watch has heard, and the threads that listen."""
+    """State of a watch: what it has heard, and the threads that listen."""
 
     def __init__(
         self,
