@@ -6,7 +6,7 @@ from typing import Any, Generic, NoReturn, final, overload
 from typing_extensions import TypeVar
 
 from .core.condition import IfVersion, IfVersions, IfVersionsHeld
-from .core.constants import ErrorOf
+from .core.failures import ErrorOf
 
 _DataT = TypeVar("_DataT", covariant=True, default=Any)
 _T = TypeVar("_T")

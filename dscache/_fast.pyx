@@ -45,11 +45,10 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition
+from .core import condition, failures, json_text, recovery, scripts, typed
 from .core import constants as c
 from .core import envelope as e
-from .core import recovery, typed
-from .core.stats import stats_of
+from .core.stats import latency_of, stats_of
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject_unobserved as _reject_unobserved
@@ -142,7 +141,7 @@ cdef object _HALF = object()
 cdef list _DISCARDED = _discarded
 cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
-cdef object _encode_json_into = c.encode_json_into
+cdef object _encode_json_into = json_text.encode_json_into
 cdef bytearray _scratch = None  # for encode_data, unless it is in use
 cdef object _decode_json = msgspec.json.Decoder().decode
 
@@ -661,7 +660,7 @@ cdef class Pipeline:
                        for j in range(LATENCY_BOUNDS + 1)]
             if any(buckets):
                 rows[c.TIMED[i]] = (self._seconds[i], buckets)
-        return c.latency_of(rows)
+        return latency_of(rows)
 
     # -- building batches
 
@@ -669,7 +668,7 @@ cdef class Pipeline:
         """Return the checked and encoded content of a record; raises RecordError."""
         cdef _Write write = _Write.__new__(_Write)
         write.version = check_version(name, version)
-        write.ttl = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        write.ttl = self._ttl if ttl is None else failures.check_ttl(name, ttl)
         write.text = encode_data(name, data)
         write.guard = GUARDED if if_newer else UNGUARDED
         if if_version is not ANY:
@@ -692,7 +691,7 @@ cdef class Pipeline:
         cdef _Write write = None
         cdef Py_ssize_t total = 0
         if not isinstance(records, (dict, Mapping)):
-            raise c.bad_records(records)
+            raise failures.bad_records(records)
         cdef object expected = ANY
         if if_version is not ANY:
             condition.check_many("set_bulk", if_newer, if_version)
@@ -701,7 +700,7 @@ cdef class Pipeline:
             try:
                 version, data = pair
             except (TypeError, ValueError):
-                raise c.bad_pair(key, pair) from None
+                raise failures.bad_pair(key, pair) from None
             if if_version is not ANY:
                 expected = condition.expected_of("set_bulk", key, if_version)
             write = self.make_write(key, version, data, ttl, if_newer, expected)
@@ -820,7 +819,7 @@ cdef class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.overloaded(self.address, self.operations, self.pending_bytes)
+            raise failures.overloaded(self.address, self.operations, self.pending_bytes)
         return 0
 
     cdef object _put(self, str name, version, data, ttl, if_newer, if_version):
@@ -979,8 +978,8 @@ cdef class Pipeline:
         """
         if self.inbox is not None and is_message(push):
             return self._take_message(push)
-        if not c.is_push(push):
-            raise c.no_push(self.address, push)
+        if not failures.is_push(push):
+            raise failures.no_push(self.address, push)
         if self.inbox is not None and push[0] in e.SUBSCRIPTIONS:
             return self._take_subscription(push)
         if push[0] != b"invalidate" or self.near is None:
@@ -1130,7 +1129,7 @@ cdef dict _unique(str operation, names):
     """Return the names as keys, each once and checked."""
     cdef dict unique = {}
     if isinstance(names, (str, bytes)):
-        raise c.bad_names(operation, names)
+        raise failures.bad_names(operation, names)
     for name in names:
         PyDict_SetItem(unique, check_name(name), None)
     return unique

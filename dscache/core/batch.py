@@ -8,7 +8,7 @@ from typing import Any
 
 from . import constants as c
 from . import recovery
-from .constants import Waiter
+from .waiters import Waiter
 
 
 class _Serials:

@@ -82,7 +82,7 @@ import hiredis
 from ..errors import ProtocolError, ReplyError
 from . import constants as c
 from . import envelope as e
-from . import recovery, replies
+from . import failures, recovery, replies
 from .batch import Batch, Bulk, Command, Write, serials
 from .condition import (
     ANY,
@@ -588,7 +588,7 @@ class Pipeline:
     ) -> tuple[dict[str, Any], int, int]:
         """Return the contents of a ``set_bulk``, their ttl, and how much text they are."""
         if not isinstance(records, Mapping):
-            raise c.bad_records(records)
+            raise failures.bad_records(records)
         if if_version is not ANY:
             check_many("set_bulk", if_newer, if_version)
         writes: dict[str, Any] = {}
@@ -616,7 +616,7 @@ class Pipeline:
     ) -> Write:
         """Return the checked and encoded content of a record; raises RecordError."""
         number = check_version(name, version)
-        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)
         text = encode_data(name, data)
         guard = c.GUARDED if if_newer else c.UNGUARDED
         if if_version is not ANY:
@@ -701,7 +701,7 @@ class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.overloaded(self.address, self.operations, self.pending_bytes)
+            raise failures.overloaded(self.address, self.operations, self.pending_bytes)
 
     def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
         self.check_capacity(0)
@@ -756,8 +756,8 @@ class Pipeline:
             while True:
                 try:
                     reply = gets()
-                except c.NO_RESP as error:
-                    c.raise_invalid_resp(self.address, error)
+                except failures.NO_RESP as error:
+                    failures.raise_invalid_resp(self.address, error)
                 if reply is replies.INCOMPLETE:
                     break
                 self.partial = 0
@@ -782,8 +782,8 @@ class Pipeline:
 
         All other pushes go to ``on_push``.
         """
-        if not c.is_push(push):
-            raise c.no_push(self.address, push)
+        if not failures.is_push(push):
+            raise failures.no_push(self.address, push)
         if self.inbox is not None:
             if push[0] in e.MESSAGES:
                 return self._take_message(push)
@@ -863,7 +863,7 @@ def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     try:
         version, data = pair
     except (TypeError, ValueError):
-        raise c.bad_pair(name, pair) from None
+        raise failures.bad_pair(name, pair) from None
     return version, data
 
 
@@ -889,5 +889,5 @@ def kind_of(ttl: int, guarded: bool) -> int:
 def unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
     """Return the names as keys, each once and checked."""
     if isinstance(names, (str, bytes)):
-        raise c.bad_names(operation, names)
+        raise failures.bad_names(operation, names)
     return dict.fromkeys(map(check_name, names))

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ReplyError
 from . import constants as c
-from .constants import ErrorOf
+from . import failures
+from .failures import ErrorOf
 from .waiters import DISCARDED, SupersededWrite, reject, resolve, with_waiter
 
 if TYPE_CHECKING:
@@ -160,7 +161,9 @@ def expire(pipeline: Pipeline, now: float) -> float | None:
             if batch.deadline > now:
                 next_deadline = min(next_deadline, batch.deadline)
             else:
-                make = partial(c.no_answer_in_time, pipeline.address, pipeline.timeout, pending)
+                make = partial(
+                    failures.no_answer_in_time, pipeline.address, pipeline.timeout, pending
+                )
                 fail_batch(pipeline, batch, make)
         drop_late(pipeline, now)
         for batch in pipeline.suspects.copy():
@@ -194,17 +197,17 @@ def drop_late(pipeline: Pipeline, now: float) -> None:
 def _fail_late(pipeline: Pipeline, batch: Batch) -> None:
     """Fail a batch that waits, and whose deadline is past."""
     make = partial(
-        c.never_sent,
+        failures.never_sent,
         pipeline.address,
         pipeline.timeout,
         pipeline.in_flight,
         pipeline.down,
         batch.redirections,
     )
-    doubt = partial(c.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
+    doubt = partial(failures.not_sent_again, pipeline.address, pipeline.timeout, pipeline.down)
     if batch.redirections and not pipeline.clustered:
         words = batch.redirections[-1]
-        make = partial(c.refused_in_time, pipeline.address, pipeline.timeout, words)
+        make = partial(failures.refused_in_time, pipeline.address, pipeline.timeout, words)
         if batch.bulk is not None:
             batch.bulk.shared = True  # the records that were not refused have theirs
     fail_batch(pipeline, batch, make, doubt)
@@ -236,11 +239,11 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
     # Each batch to blame, with the parts that are to wait in its place.
     divided: dict[Batch, list[Batch]] = {}
     again: list[Batch] = []
-    is_cut = not isinstance(reason, c.EndedHere)
+    is_cut = not isinstance(reason, failures.EndedHere)
     for batch, _count in pipeline.slots.copy():
         if batch.abandoned() or batch in kept:
             continue
-        lost = partial(c.lost, pipeline.address, reason, batch.kind)
+        lost = partial(failures.lost, pipeline.address, reason, batch.kind)
         if batch is pipeline.answering and batch.bulk is not None and retry:
             # An exception struck between a record and its count in the bulk. No repeat can tell
             # whether it was counted, so the whole bulk fails.
@@ -253,7 +256,9 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
         elif retry and batch.kind in _REPEATABLE:
             if is_cut and batch.losses + 1 >= c.FATAL_LOSSES:
                 fail_batch(
-                    pipeline, batch, partial(c.cut_again, pipeline.address, reason, batch.kind)
+                    pipeline,
+                    batch,
+                    partial(failures.cut_again, pipeline.address, reason, batch.kind),
                 )
                 continue
             kept[batch] = None
@@ -393,7 +398,7 @@ def fail_all(pipeline: Pipeline, error_of: ErrorOf) -> None:
     If any was in flight, the next reply ends the connection, because it would be taken for the
     reply to a later operation. After an exception it may be called again.
     """
-    doubt = partial(c.in_doubt, error_of)
+    doubt = partial(failures.in_doubt, error_of)
     pipeline.end_tick()
     pipeline.severed = pipeline.severed or bool(pipeline.slots)
     pipeline.busy = True
@@ -447,7 +452,7 @@ def fail_batch(
         make = error_of
         if error_of_doubt is not None and batch.failed < doubtful:
             make = error_of_doubt
-        give_error(pipeline, batch, name, entry, partial(make, c.describe(batch.kind, name)))
+        give_error(pipeline, batch, name, entry, partial(make, failures.describe(batch.kind, name)))
         if bulk is None:
             batch.failed += 1
         else:  # both or none, whatever fails
@@ -478,7 +483,7 @@ def finish(bulk: Bulk) -> None:
     for name in bulk.missing:
         bulk.result.pop(name, None)
     if bulk.errors:
-        error = c.bulk_failure(bulk.operation, bulk.errors, bulk.total, bulk.result)
+        error = failures.bulk_failure(bulk.operation, bulk.errors, bulk.total, bulk.result)
         reject(bulk.waiter, lambda: error)
     else:
         resolve(bulk.waiter, bulk.result)
@@ -524,7 +529,7 @@ def prepare_single_writes(pipeline: Pipeline, batch: Batch) -> None:
                 continue
             fails = True
             # First, so that an exception loses no operation: a second outcome has no effect.
-            give_error(pipeline, batch, name, entry, partial(c.keys_apart, name))
+            give_error(pipeline, batch, name, entry, partial(failures.keys_apart, name))
             del batch.names[i], batch.entries[i], batch.records[name]
             batch.repeated -= i < batch.repeated
             if batch.bulk is not None:
@@ -548,7 +553,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
     put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
     lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
-    across = c.is_across_slots(error.message) and not pipeline.clustered
+    across = failures.is_across_slots(error.message) and not pipeline.clustered
     mixed = count > 1 and (error.code == "NOPERM" or across)
     if mixed and across and batch.kind <= c.DELETE_IF:
         pipeline.single_writes = True
@@ -572,7 +577,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         else:
             make = refusal_at(pipeline, error, batch, i)
             if across and by_script and pipeline.slot_of(batch.kind, name) < 0:
-                make = partial(c.keys_apart, name)
+                make = partial(failures.keys_apart, name)
             if name in later and _attach_to_newer_write(batch, entry, *later[name], make):
                 if put_off:
                     doubt = (None, batch.serial, name, later[name][0].serial, name)
@@ -604,7 +609,7 @@ def _puts_off(pipeline: Pipeline, batch: Batch, error: ReplyError) -> bool:
     """
     if pipeline.clustered or batch.kind == c.COMMAND:
         return False
-    code = c.code_of(error)
+    code = failures.code_of(error)
     if code in c.LEFT_FOR or (code in c.PASSING and pipeline.away not in c.LEFT_FOR):
         pipeline.away = code
         return pipeline.reconnects or code != "READONLY"
@@ -674,7 +679,7 @@ def _drop(pipeline: Pipeline, batch: Batch, name: str) -> None:
 
 def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
     """Return a function that makes the error of one record from an error reply."""
-    context = f"{c.describe(kind, name)} at {pipeline.address}"
+    context = f"{failures.describe(kind, name)} at {pipeline.address}"
     return lambda: ReplyError(error.message, context=context)
 
 
@@ -693,8 +698,8 @@ def _in_doubt_at(batch: Batch, i: int, make: Callable[[], Exception]) -> Callabl
     """
     if i >= batch.repeated or not _is_conditional(batch.kind, batch.entries[i]):
         return make
-    operation = c.describe(batch.kind, batch.names[i])
-    return partial(c.in_doubt, lambda _operation: make(), operation)
+    operation = failures.describe(batch.kind, batch.names[i])
+    return partial(failures.in_doubt, lambda _operation: make(), operation)
 
 
 def _is_if_newer(kind: int, entry: Any) -> bool:
@@ -727,8 +732,10 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
             continue
         make = refusal_at(pipeline, error, batch, i)
         if len(redirections) > limit:
-            context = f"{c.describe(batch.kind, name)} at {pipeline.address}"
-            make = partial(c.too_many_redirections, error.message, redirections, limit, context)
+            context = f"{failures.describe(batch.kind, name)} at {pipeline.address}"
+            make = partial(
+                failures.too_many_redirections, error.message, redirections, limit, context
+            )
             make = _in_doubt_at(batch, i, make)
             give_error(pipeline, batch, name, entry, make)
             failed += 1

@@ -5,7 +5,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise c.stray_reply(pipeline.address, reply)
+        raise failures.stray_reply(pipeline.address, reply)
     cdef tuple slot = pipeline.slots[0]
     cdef _Batch batch = slot[0]
     cdef Py_ssize_t count = slot[1]
@@ -239,7 +239,8 @@ cdef int answer_script(Pipeline pipeline, _Batch batch, Py_ssize_t count, list r
                 make = recovery.refusal_at(pipeline, value, batch, batch.answered)
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif value == UNTOLD and batch.answered < batch.repeated:
-                make = partial(c.untold, pipeline.address, c.describe(batch.kind, name))
+                operation = failures.describe(batch.kind, name)
+                make = partial(failures.untold, pipeline.address, operation)
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
@@ -309,6 +310,6 @@ cdef object wrong_shape(Pipeline pipeline, str command, reply):
 
 cdef int damaged(Pipeline pipeline, _Batch batch, str name, entry, stored) except -1:
     pipeline._damages += 1
-    make = partial(c.damaged_version, name, stored)
+    make = partial(failures.damaged_version, name, stored)
     recovery.give_error(pipeline, batch, name, entry, make)
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
-from . import recovery
+from . import failures, recovery
 from .record import Record, parse_version
 from .waiters import DISCARDED, resolve
 
@@ -27,7 +27,7 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise c.stray_reply(pipeline.address, reply)
+        raise failures.stray_reply(pipeline.address, reply)
     batch, count = pipeline.slots[0]
     if batch.asking and not pipeline.asked:
         pipeline.asked = True
@@ -219,8 +219,8 @@ def answer_script(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> N
                 make = recovery.refusal_at(pipeline, value, batch, batch.answered)
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif value == c.UNTOLD and batch.answered < batch.repeated:
-                operation = c.describe(batch.kind, name)
-                make = partial(c.untold, pipeline.address, operation)
+                operation = failures.describe(batch.kind, name)
+                make = partial(failures.untold, pipeline.address, operation)
                 recovery.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
@@ -282,4 +282,6 @@ def wrong_shape(pipeline: Pipeline, command: str, reply: Any) -> ProtocolError:
 
 def damaged(pipeline: Pipeline, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
     pipeline.counts["damaged"] += 1
-    recovery.give_error(pipeline, batch, name, entry, partial(c.damaged_version, name, stored))
+    recovery.give_error(
+        pipeline, batch, name, entry, partial(failures.damaged_version, name, stored)
+    )

@@ -298,10 +298,10 @@ cdef class _Encoder:
     cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
         if batch.whole_script:
             self._put_header(3 + 6 * count, b"$4\r\nEVAL\r\n")
-            self._put_text(c.SET_SCRIPT)
+            self._put_text(scripts.SET_SCRIPT)
         else:
             self._put_header(3 + 6 * count, b"$7\r\nEVALSHA\r\n")
-            self._put_text(c.SET_SCRIPT_SHA)
+            self._put_text(scripts.SET_SCRIPT_SHA)
         self._put_number(2 * count)
         return 0
 
@@ -319,7 +319,7 @@ cdef class _Encoder:
         self._put_text(write.text)
         self._put_number(write.ttl)
         if repeated and write.guard is not UNGUARDED:
-            self._put_text(c.repeat_of(write.guard))
+            self._put_text(condition.repeat_of(write.guard))
         else:
             self._put_text(write.guard)
         return 0
@@ -514,7 +514,7 @@ cdef class _LengthGuard:
             self._count()
             return 0
         if self._announced > limit:
-            raise c.too_long(address, self._announced, limit)
+            raise failures.too_long(address, self._announced, limit)
         if text:
             self._skip = self._announced + 2
         elif self._announced:
@@ -530,12 +530,12 @@ cdef class _LengthGuard:
         if self._mark == 37 or self._mark == 124:  # % |
             self._announced *= 2
         if self._depth == MAX_DEPTH:
-            raise c.too_deep(address)
+            raise failures.too_deep(address)
         total = self._announced + max(self._left, 0)
         for i in range(1, self._depth):
             total += self._outer[i]
         if total > MAX_ELEMENTS:
-            raise c.too_long(address, total, MAX_ELEMENTS)
+            raise failures.too_long(address, total, MAX_ELEMENTS)
         self._outer[self._depth] = self._left
         self._depth += 1
         self._left = self._announced
@@ -694,8 +694,8 @@ cdef class _Replies:
             self._delegate()
         try:
             reply = self._gets()
-        except c.NO_RESP as error:
-            c.raise_invalid_resp(address, error)
+        except failures.NO_RESP as error:
+            failures.raise_invalid_resp(address, error)
         if reply is not _INCOMPLETE and not self._has_data():
             self._delegated = False
         return reply

@@ -7,7 +7,9 @@ from typing import Any, Final
 import hiredis
 
 from . import constants as c
+from . import failures, scripts
 from .batch import Batch
+from .condition import repeat_of
 from .keys import KeyLayout
 
 # hiredis's stub gives it a narrower type than it has.
@@ -84,12 +86,16 @@ class Encoder(KeyLayout):
                 lifetime = (b"EX", b"%d" % entries[0].ttl)
                 return ask + pack((b"MSETEX", count, *flat, *lifetime)), last - first
             return ask + pack((b"MSET", *flat)), last - first
-        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
+        how = (
+            (b"EVAL", scripts.SET_SCRIPT)
+            if batch.whole_script
+            else (b"EVALSHA", scripts.SET_SCRIPT_SHA)
+        )
         arguments: list[bytes] = []
         for i, write in enumerate(entries, first):
             guard = write.guard
             if i < batch.repeated and guard != c.UNGUARDED:
-                guard = c.repeat_of(guard)
+                guard = repeat_of(guard)
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
         return ask + pack((*how, count, *keys, *arguments)), last - first
 
@@ -124,7 +130,7 @@ class LengthGuard:
                 of_text = mark in _TEXTS
                 limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
                 if length > limit:
-                    raise c.too_long(address, length, limit)
+                    raise failures.too_long(address, length, limit)
                 if of_text and length >= 0:
                     end += length + 2
             if length > 0 and not of_text:
@@ -145,8 +151,8 @@ class LengthGuard:
         if mark in (b"%", b"|"):
             length *= 2
         if len(self._left) == c.MAX_DEPTH:
-            raise c.too_deep(address)
+            raise failures.too_deep(address)
         total = length + sum(self._left)
         if total > c.MAX_ELEMENTS:
-            raise c.too_long(address, total, c.MAX_ELEMENTS)
+            raise failures.too_long(address, total, c.MAX_ELEMENTS)
         self._left.append(length)
