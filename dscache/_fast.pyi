@@ -68,7 +68,7 @@ class Pipeline:
     on_push: Callable[[list[Any]], object] | None
     inbox: MessageDispatcher | None
     resp2_pubsub: bool
-    # For core/recovery.py.
+    # For core/recovery.py and core/refusals.py.
     operations: int
     pending_bytes: int
     queued: int

@@ -45,10 +45,11 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition, failures, json_text, recovery, scripts, typed
+from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, typed
 from .core import constants as c
 from .core import envelope as e
 from .core.stats import latency_of, stats_of
+from .core.suspects import is_suspicious, suspects_apart, window_beside_suspects
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject_unobserved as _reject_unobserved
@@ -155,6 +156,7 @@ cdef class _Reachability
 include "core/record.pxi"
 include "core/batch.pxi"
 include "core/resp.pxi"
+include "core/reader.pxi"
 
 
 @cython.final
@@ -417,7 +419,7 @@ cdef class Pipeline:
             while known < len(self.queue):
                 batches.append(self.queue[known])
                 known += 1
-            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
+            queue, suspects = suspects_apart(sorted(batches, key=_serial_of))
             if known == len(self.queue):
                 break
         self.queue = queue
@@ -488,7 +490,7 @@ cdef class Pipeline:
             if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             if self.single_writes and SET <= batch.kind <= DELETE_IF:
-                recovery.prepare_single_writes(self, batch)
+                refusals.prepare_single_writes(self, batch)
                 if not batch.waiting():
                     self.queue.popleft()
                     continue
@@ -525,14 +527,14 @@ cdef class Pipeline:
         cdef bytes output = b""
         try:
             while not output:
-                window = recovery.window_beside_suspects(self)
+                window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
                 self._open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if recovery.is_suspicious(self) else self.window
+            self._open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 

@@ -43,8 +43,8 @@ belong to another node, and ``requeue`` adds them to that node's pipeline in the
 they were issued. ``fence`` returns the value that ``settled`` reaches once everything in flight
 is answered, so that nothing newer overtakes it on another node.
 
-**Failures.** Timeouts, lost connections, refusals and redirections are handled in
-``recovery.py``, the same module for both cores.
+**Failures.** Timeouts and lost connections are handled in ``recovery.py``, refusals and
+redirections in ``refusals.py``, the same modules for both cores.
 
 **Suspects.** If the server cuts the connection at one operation, each repeat costs all others a
 connection. An operation that was under way twice is therefore a suspect. It waits outside the
@@ -82,7 +82,7 @@ import hiredis
 from ..errors import ProtocolError, ReplyError
 from . import constants as c
 from . import envelope as e
-from . import failures, recovery, replies
+from . import failures, recovery, refusals, replies
 from .batch import Batch, Bulk, Command, Write, serials
 from .condition import (
     ANY,
@@ -98,9 +98,11 @@ from .condition import (
 from .keys import slot_of_key
 from .message import MessageDispatcher, pack_message
 from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
+from .reader import LengthGuard
 from .record import check_name, check_version, encode_data
-from .resp import Encoder, LengthGuard, pack_command
+from .resp import Encoder, pack_command
 from .stats import Latencies, stats_of
+from .suspects import is_suspicious, suspects_apart, window_beside_suspects
 from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
@@ -372,7 +374,7 @@ class Pipeline:
             while known < len(self.queue):
                 batches.append(self.queue[known])
                 known += 1
-            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
+            queue, suspects = suspects_apart(sorted(batches, key=_serial_of))
             if known == len(self.queue):
                 break
         self.queue, self.suspects = queue, suspects
@@ -427,7 +429,7 @@ class Pipeline:
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
             if self.single_writes and c.SET <= batch.kind <= c.DELETE_IF:
-                recovery.prepare_single_writes(self, batch)
+                refusals.prepare_single_writes(self, batch)
                 if not batch.waiting():
                     queue.popleft()
                     continue
@@ -464,14 +466,14 @@ class Pipeline:
         output = b""
         try:
             while not output:
-                window = recovery.window_beside_suspects(self)
+                window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
                 self._open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if recovery.is_suspicious(self) else self.window
+            self._open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
-from dscache.core import recovery, scripts
+from dscache.core import refusals, scripts
 from dscache.errors import (
     BulkError,
     ConnectError,
@@ -2195,7 +2195,7 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     """Let the owner of the socket note that nothing is under way, and send again."""
     assert exchange.pipeline.in_flight == 0
     exchange.pipeline.away = ""
-    recovery.settle_doubts(exchange.pipeline)
+    refusals.settle_doubts(exchange.pipeline)
     return exchange.take()
 
 
