@@ -22,8 +22,8 @@ from .config import Config
 from .core import typed
 from .core.changes import OMITTED, Omitted, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.entries import unique
 from .core.patches import patch_of
-from .core.pipeline import unique
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:

@@ -1,6 +1,12 @@
 # Received data: limits of lengths, and replies read in place; the compiled twin of ``reader.py``.
 
 
+cdef object _INCOMPLETE = object()
+# The reply to an MGET that was read where it lay, and half a record in it.
+cdef object _IN_PLACE = object()
+cdef object _HALF = object()
+
+
 # -- checking the lengths in received data
 
 

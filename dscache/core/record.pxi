@@ -1,6 +1,12 @@
 # Records, and the checks of their names, versions and data; the compiled twin of ``record.py``.
 
 
+cdef object _UNDECODED = object()
+cdef object _encode_json_into = json_text.encode_json_into
+cdef bytearray _scratch = None  # for encode_data, unless it is in use
+cdef object _decode_json = msgspec.json.Decoder().decode
+
+
 @cython.final
 @cython.no_gc  # only a caller can create a cycle, by putting a record into its data
 @cython.freelist(1024)
