@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from typing import Annotated
 
 import typer
 
-from .. import __version__, _backend
+from . import versions
 from .bench import bench
 from .cluster import cluster
 from .delete import delete
@@ -25,7 +24,7 @@ from .watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     # typer's tracebacks show local variables, and passwords with them.
     pretty_exceptions_enable=False,
     # Help without frames in a file or a pipe.
@@ -35,8 +34,7 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
-        python = platform.python_version()
-        typer.echo(f"dscache {__version__}, {_backend.BACKEND} core, Python {python}")
+        typer.echo(versions.described())
         raise typer.Exit
 
 

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from ..admin.cache import open_cache
 from ..net.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Change
+from . import signals
 from .options import Chosen, PrefixArgument, with_all_options
-from .output import INTERRUPTED, complain, plain, write
+from .output import complain, plain, write
 from .settings import run
 from .tables import line_of
 
@@ -57,7 +58,7 @@ def watch(
         run(work())
     except KeyboardInterrupt:
         # Ctrl-C is the usual way to end it, so nothing is printed.
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(signals.exit_status()) from None
 
 
 def line(event: Change, now: datetime) -> bytes:
