@@ -18,6 +18,7 @@ from .. import config
 from ..admin import ndjson
 from ..config import Config
 from ..config import url as urls
+from ..config.sources import is_url
 from ..config.validation import Location
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def _default_file() -> Path | None:
 def _load_url(url: str, source: str) -> Config:
     """Return the configuration of a URL or ``host:port``; errors name its source."""
     with _warnings_shown():
-        if "://" not in url and not urls.HOST_AND_PORT.fullmatch(url):
+        if not is_url(url):
             # config.load would take it for the path of a file.
             urls.parse(url, Location(source))
         return config.load(url)
