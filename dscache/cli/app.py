@@ -11,7 +11,9 @@ from . import versions
 from .bench import bench
 from .cluster import cluster
 from .delete import delete
+from .diff import diff
 from .doctor import doctor
+from .edit import edit
 from .export import export
 from .get import get
 from .head import head
@@ -47,6 +49,9 @@ def dscache(
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-_COMMANDS = (get, set_, head, delete, ls, doctor, export, import_, bench, watch, migrate, cluster)
+_COMMANDS = (
+    *(get, set_, head, delete, edit, ls, diff),
+    *(doctor, export, import_, bench, watch, migrate, cluster),
+)
 for _command in _COMMANDS:
     app.command(_command.__name__.strip("_"))(_command)

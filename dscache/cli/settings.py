@@ -18,6 +18,7 @@ from .. import config
 from ..admin import ndjson
 from ..config import Config
 from ..config import url as urls
+from ..config.document import SUFFIXES
 from ..config.sources import is_url
 from ..config.validation import Location
 
@@ -54,6 +55,14 @@ def load(file: Path | None, url: str | None) -> Config:
         reason = f"without {', '.join(others[:-1])} or {others[-1]}"
     print(f"dscache: using {loaded.address}, {reason}", file=sys.stderr)
     return loaded
+
+
+def load_source(source: str, place: str) -> Config:
+    """Return the configuration of a URL, ``host:port`` or file; errors of a URL name its place."""
+    if source.lower().endswith(SUFFIXES):
+        with _warnings_shown():
+            return config.load(Path(source))
+    return _load_url(source, place)
 
 
 def _default_file() -> Path | None:

@@ -787,7 +787,10 @@ SHARED = ("--config", "--url", "--layout", "--json")
 # The section for options that no other command has.
 HEADINGS = {
     "set": "Records",
+    "edit": "Records",
     "ls": "ls",
+    "diff": "diff",
+    "watch": "The data of changes",
     "export": "export and import",
     "import": "export and import",
     "bench": "bench",
