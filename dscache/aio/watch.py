@@ -117,7 +117,7 @@ class AsyncWatch(AsyncIterator[AsyncChange]):
 
 
 class _Watching(LoopBound):
-    """State of a watch: what it has heard, and the tasks that listen."""
+    """Changes that a watch has heard of, and the tasks that listen for them."""
 
     def __init__(
         self,

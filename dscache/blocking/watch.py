@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
 from ..config import Config, Options
-from ..core.constants import join_address
+from ..config.address import join_address
 from ..errors import (
     BulkError,
     ConnectError,
@@ -127,7 +127,7 @@ class Watch(Iterator[BlockingChange]):
 
 
 class _Watching:
-    """State of a watch: what it has heard, and the threads that listen."""
+    """Changes that a watch has heard of, and the threads that listen for them."""
 
     def __init__(
         self,
@@ -305,7 +305,7 @@ class _Watching:
             self._fail(error)
 
     def drop(self) -> None:
-        """Have the threads end, as nobody waits for changes any more; called at any line."""
+        """Tell the threads to end, from any line of any thread."""
         self.is_dropped = True
         if isinstance(self._topology, MemoryPool):
             self._topology.forget(self._changes.note_changed)
