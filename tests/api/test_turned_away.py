@@ -27,6 +27,7 @@ from dscache.embedded import EmbeddedServer
 from dscache.messages import MessageNode
 from dscache.net.connect_errors import TurnedAway, as_connect_error, permanent_failure
 from tests.conftest import SERVERS, _server_id
+from tests.support.blocking import BlockingCache
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE, until
@@ -41,14 +42,14 @@ on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, id
 
 
 class Turnstile:
-    """Turns every client away with an error, in one of several ways.
+    """Turns every client away, in one of several ways: with an error, or without a word.
 
     Attributes:
         url: The server's URL; of a unix socket it is a path.
     """
 
     def __init__(self, words: str, way: str, path: str = "") -> None:
-        self._words = b"-" + words.encode() + b"\r\n"
+        self._words = b"-" + words.encode() + b"\r\n" if words else b""
         self._way = way
         if path:
             self._listener = socket.socket(socket.AF_UNIX)
@@ -68,6 +69,8 @@ class Turnstile:
             except OSError:
                 return
             with client, contextlib.suppress(OSError):
+                if not self._words:
+                    continue
                 if self._way != "at once" and not client.recv(1):
                     continue
                 client.sendall(self._words)
@@ -279,3 +282,15 @@ def test_a_sentinel_that_is_silent_in_the_last_moment_hides_no_reason() -> None:
             ask(60_000)
         with pytest.raises(dscache.ConnectError, match=r"127\.0\.0\.1:\d+: no answer within"):
             ask(100)
+
+
+@pytest.mark.parametrize("kind", [dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+async def test_an_end_in_the_tls_handshake_is_waited_out(kind: Any) -> None:
+    """A balancer without a server accepts and closes; the next attempt may find one."""
+    with turnstile("", "at once") as server:
+        options = {"host": "127.0.0.1", "port": server.port, "tls": True}
+        cache = kind.from_config(config_of(**options))
+        said = "within 200 ms: the server closed it during the TLS handshake"
+        with pytest.raises(dscache.ConnectError, match=said):
+            await cache.set("a", 1, 1)
+        await cache.close()
