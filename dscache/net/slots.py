@@ -36,7 +36,7 @@ NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
-# What Redis and Valkey say to a CLUSTER command on a single server, and what Dragonfly says.
+# Refusals of a CLUSTER command by a single server: by Redis and Valkey, and by Dragonfly.
 _NO_CLUSTER: Final = re.compile("cluster support disabled|cluster is disabled", re.IGNORECASE)
 NO_NODE: Final = "none"
 """In place of the id of a node: the server is no node of a cluster."""
