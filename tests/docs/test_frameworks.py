@@ -142,7 +142,8 @@ def test_gunicorn(preload: bool, records: dscache.Cache, tmp_path: Path) -> None
             pass_fds=[listener.fileno()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            # Newer versions keep a socket in the home folder.
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "HOME": str(tmp_path)},
         ) as process:
             try:
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}/records/user/"
