@@ -150,9 +150,10 @@ def settle_doubts(pipeline: Pipeline) -> None:
     """
     if not pipeline.doubts:
         return
+    held = {*waiting_batches(pipeline)}
     waiting = {
         (batch.serial, name)
-        for batch in waiting_batches(pipeline)
+        for batch in held
         if not batch.abandoned()
         for name in (batch.names or batch.records)
     }
@@ -163,7 +164,8 @@ def settle_doubts(pipeline: Pipeline) -> None:
             batch, serial, name, later_serial, later = pipeline.doubts[-1]
             if (later_serial, later) in waiting:
                 waiting.add((serial, name))  # also if it was attached to the later one
-            elif batch is not None and not batch.abandoned():
+            elif batch in held and not batch.abandoned():
+                # One that was sent meanwhile gets its result from its reply.
                 waiting.discard((serial, name))
                 _drop(pipeline, batch, name)
             pipeline.doubts.pop()

@@ -2199,6 +2199,20 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     return exchange.take()
 
 
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_repeat_that_was_sent_early_has_one_result(core: Any, retry: bool) -> None:
+    """The owner of the socket goes on sending, where a later write overtook the refused one."""
+    exchange = Exchange(core)
+    first, bulk = exchange.issue(Op("delete", "x"), Op("delete_bulk", ["x", "y"]))
+    assert len(exchange.take()) == 3
+    exchange.reply(Refusal("READONLY x"))
+    assert len(exchange.take()) == 1  # the repeat, which must wait for the others' replies
+    exchange.reply(0, 0, 2)
+    assert (first.result(), bulk.result()) == (True, 0)
+    exchange.pipeline.connection_lost(OSError("cut"), retry)
+    exchange.assert_drained()
+
+
 def test_what_was_put_off_before_a_suspect_waits_for_it(core: Any) -> None:
     """The later write of the name was cut off twice, and was not done."""
     exchange = Exchange(core)
