@@ -58,12 +58,15 @@ def encode(name: str, version: int, raw: bytes, ttl: int | None = None) -> bytes
     Raises RecordError if the stored text is not JSON.
     """
     end = b"" if ttl is None else b',"ttl":%d' % ttl
-    text = _on_one_line(name, version, raw)
+    text = on_one_line(name, version, raw)
     return b'{"name":%b,"version":%d,"data":%b%b}\n' % (_encode(name), version, text, end)
 
 
-def _on_one_line(name: str, version: int, raw: bytes) -> bytes:
-    """Return stored JSON text as one line of UTF-8, as readers of the record see it."""
+def on_one_line(name: str, version: int, raw: bytes) -> bytes:
+    """Return stored JSON text as one line of UTF-8, as readers of the record see it.
+
+    Raises RecordError if it is not JSON.
+    """
     try:
         _skip(raw)
     except (msgspec.DecodeError, RecursionError):
