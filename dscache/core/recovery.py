@@ -1,8 +1,8 @@
-"""Timeouts, lost connections and changes of nodes: half of what happens rarely, for both cores.
+"""Timeouts, lost connections and changes of nodes; the same code for both cores.
 
-The other half is ``refusals.py``. Each function takes a pipeline, compiled or pure, and works
-through its public attributes. What happens often, as encoding commands and reading replies, stays
-in each core.
+``refusals.py`` handles error replies. Each function takes a pipeline, compiled or pure, and works
+through its public attributes. Encoding commands and reading replies, which are frequent, stay in
+each core.
 
 Rules that every function of either module keeps, whatever raises and wherever:
 
