@@ -46,7 +46,7 @@ class Changes:
         ttl: int | None,
         if_changed: bool = False,
     ) -> Record | None:
-        """Do one update: reads with ``reader``, writes with ``writer``, both Pipelines or so."""
+        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
         loop = asyncio.get_running_loop()
         timing = core.Timing(self._timeout, loop.time, _pause_after)
         turn = self._turns.get(name)

@@ -37,7 +37,8 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Connector, Logins
+    from ..net.credentials import Logins
+    from .connector import Connector
 
 _logger = logging.getLogger("dscache")
 

@@ -135,7 +135,7 @@ def change_steps(
         else:
             text = core.encode_data(name, data)
             if if_changed and record is not None and _is_same(name, record, text):
-                return record  # type: ignore[no-any-return]
+                return record  # type: ignore[no-any-return] # of the driver
             version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
@@ -184,7 +184,7 @@ def always_late(operation: str, name: str, conflicts: int, timeout: float) -> De
 
 
 def late_change(operation: str, name: str, timeout: float) -> DeadlineExceeded:
-    """Return the error of an update that spent all of its time on the change."""
+    """Return the error of an update whose change took all of its time."""
     return DeadlineExceeded(
         f"{operation} {shorten(name)}: reading the record and changing its data took longer than "
         f"{timeout * 1000:.0f} ms; nothing was written"

@@ -20,7 +20,7 @@ and released by writes that expect its token. So nothing but conditional writes 
 work on every kind of server, and are repeated safely when a connection is lost.
 
 The result of a load is written on condition that the record is still the one that was read when
-the load began. A newer write of anybody else is therefore never undone.
+the load began, so that a load never undoes a newer write.
 
 A generator yields steps: operations of a Pipeline, loads and pauses. The asyncio and the blocking
 driver execute them.

@@ -13,9 +13,13 @@ from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
+from ..config import Options
 from ..errors import ConnectError, DscacheError, ReplyError, clean
+from .foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
     from ..core.pure import Pipeline
 
 Login = tuple[str | None, "Hidden | None"]
@@ -82,8 +86,8 @@ class Hidden:
         return hash(self._text)
 
 
-MAX_GIVEN: Final = 4
-"""The number of a provider's latest tokens that no text may show."""
+# The number of a provider's latest tokens that no text may show.
+_MAX_GIVEN: Final = 4
 
 Word = str | bytes | int | Hidden
 """A word of a command."""
@@ -229,16 +233,62 @@ def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheErr
     return error.with_traceback(None)
 
 
-def checked(given: Iterable[Any]) -> Login:
-    """Return the username and password that a provider has given; raises TypeError."""
-    words = tuple(given)
-    if len(words) not in (1, 2) or not all(type(word) is str for word in words):
-        raise TypeError("it must return (password,) or (username, password)")
-    return (None if len(words) == 1 else words[0]), Hidden(words[-1])
+class Logins:
+    """The logins of one cache: those of the options, or of a provider. Any thread may use it."""
+
+    def __init__(self, provider: CredentialProvider | None) -> None:
+        self.provider = provider
+        self.given = Tokens()
+
+    def current(self, options: Options) -> Login:
+        """Return the username and password to log in with now.
+
+        Raises ConnectError if the provider, which is a blocking one, fails.
+        """
+        if self.provider is None:
+            return login_of(options)
+        try:
+            return self.given.login(self.provider.get_credentials())
+        except Exception as error:  # whatever the provider raises, the next attempt may succeed
+            failure = provider_failed(error)
+        # Raised here, without the text and the frames of the provider's: both may hold a token.
+        raise failure
+
+
+class Tokens:
+    """The latest passwords of a provider: a server may repeat one that it was given earlier."""
+
+    def __init__(self) -> None:
+        # Assigned as a whole, since another thread may be reading them.
+        self._latest: tuple[Hidden | None, ...] = ()
+
+    def __iter__(self) -> Iterator[Hidden | None]:
+        return iter(self._latest)
+
+    def note(self, token: Hidden | None) -> None:
+        """Add a token, in place of the oldest one."""
+        if token not in self._latest:
+            self._latest = (*self._latest[1 - _MAX_GIVEN :], token)
+
+    def login(self, given: Iterable[Any]) -> Login:
+        """Return the username and password that a provider has given; raises TypeError."""
+        words = tuple(given)
+        if len(words) not in (1, 2) or not all(type(word) is str for word in words):
+            raise TypeError("it must return (password,) or (username, password)")
+        secret = Hidden(words[-1])
+        self.note(secret)
+        return (None if len(words) == 1 else words[0]), secret
+
+
+def login_of(options: Options) -> Login:
+    """Return the username and password of the options."""
+    return options.username, hidden(options.password)
 
 
 def provider_failed(error: Exception) -> ConnectError:
-    """Return the error to raise for a provider that has raised ``error``."""
+    """Return the error to raise for an exception of a provider; raises one of a signal handler."""
+    if is_of_handler(error):
+        raise error
     return ConnectError(f"the credential provider failed: {type(error).__name__}")
 
 
