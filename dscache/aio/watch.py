@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from msgspec.structs import replace
 
 from ..config import Config, Options
+from ..core import typed
+from ..core.record import DataT
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError
 from ..net.backoff import full_jitter
 from ..net.watch import (
@@ -38,17 +40,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class AsyncChange(Change):
+class AsyncChange(Change[DataT]):
     """A change that an AsyncCache has heard of."""
 
-    def read(self) -> Awaitable[Record | None]:
+    def read(self) -> Awaitable[Record[DataT] | None]:
         """Read the record as it is now, from its primary; the result is None without one."""
         assert self._read is not None
-        found: Awaitable[Record | None] = self._read(self.name)
+        found: Awaitable[Record[DataT] | None] = self._read(self.name)
         return found
 
 
-class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
+class AsyncWatch(LoopBound, AsyncIterator[AsyncChange[DataT]]):
     """The changes of the records of a prefix, by ``async with`` and ``async for``.
 
     Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end.
@@ -63,6 +65,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         super().__init__("an AsyncCache")
         self._topology = topology
@@ -71,6 +74,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         self._private: Connection | Cluster | None = None
         self._of_primaries = replace(config, options=primaries_only(options))
         self._news = asyncio.Event()
+        self._type = type
         self._changes = Changes(
             options,
             prefix,
@@ -79,8 +83,9 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             max_pending=max_pending,
             read=self._get,
             kind=AsyncChange,
+            as_type=type,
         )
-        self._found: deque[AsyncChange] = deque()
+        self._found: deque[AsyncChange[DataT]] = deque()
         self._is_busy = False
         self._failures = 0
         self._end: Exception | None = None
@@ -93,6 +98,11 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
     def addresses(self) -> list[str]:
         """The addresses of the primaries that report changes."""
         return list(self._listening)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
 
     # -- the block
 
@@ -122,7 +132,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             if isinstance(topology, Connection):
                 self._private = Connection(self._of_primaries.options, self._credentials)
             else:
-                self._private = type(topology)(self._of_primaries, self._credentials)
+                self._private = topology.__class__(self._of_primaries, self._credentials)
             self._topology = topology = self._private
         await topology.when_ready()
         self._update()
@@ -165,7 +175,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> AsyncChange:
+    async def __anext__(self) -> AsyncChange[DataT]:
         found = self._found
         if not found:
             self._check_owner()
@@ -191,7 +201,19 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         elif names := self._changes.take_names():
             await self._read_names(names)
         else:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        if not isinstance(topology, MemoryNode):
             await self._news.wait()
+            return
+        try:
+            async with asyncio.timeout(topology.pipeline.seconds_to_expiry()):
+                await self._news.wait()
+        except TimeoutError:
+            topology.pipeline.expire()
 
     async def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -219,8 +241,13 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         if not self._closed:
             self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
 
-    def _get(self, name: str) -> asyncio.Future[Record | None]:
-        future: asyncio.Future[Record | None] = self._topology.pipeline.get(name)
+    def _get(self, name: str) -> asyncio.Future[Record[DataT] | None]:
+        operations: Any = self._topology.pipeline
+        if self._type is None:
+            future: asyncio.Future[Record[DataT] | None] = operations.get(name)
+        else:
+            future = self._loop.create_future()
+            typed.get(operations, future, name, self._type)
         return future
 
     # -- the servers

@@ -19,7 +19,9 @@ from msgspec.structs import replace
 
 from .._forks import after_fork_in_child
 from ..config import Config, Options
+from ..core import typed
 from ..core.constants import join_address
+from ..core.record import DataT
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
 from ..net.watch import (
@@ -48,17 +50,17 @@ _GRACE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class BlockingChange(Change):
+class BlockingChange(Change[DataT]):
     """A change that a Cache has heard of."""
 
-    def read(self) -> Record | None:
+    def read(self) -> Record[DataT] | None:
         """Return the record as it is now, from its primary, or None without one."""
         assert self._read is not None
-        found: Record | None = self._read(self.name)
+        found: Record[DataT] | None = self._read(self.name)
         return found
 
 
-class Watch(Iterator[BlockingChange]):
+class Watch(Iterator[BlockingChange[DataT]]):
     """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
 
     It listens from the beginning of the block to its end, in a thread for each primary.
@@ -73,6 +75,7 @@ class Watch(Iterator[BlockingChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         self._topology = topology
         self._config = config
@@ -81,6 +84,7 @@ class Watch(Iterator[BlockingChange]):
         self._private: Pool | None = None
         self._news = threading.Event()
         self._closing = threading.Event()
+        self._type = type
         self._changes = Changes(
             config.options,
             prefix,
@@ -89,8 +93,9 @@ class Watch(Iterator[BlockingChange]):
             max_pending=max_pending,
             read=self._get,
             kind=BlockingChange,
+            as_type=type,
         )
-        self._found: deque[BlockingChange] = deque()
+        self._found: deque[BlockingChange[DataT]] = deque()
         self._failures = 0
         self._end: Exception | None = None
         self._pid = os.getpid()
@@ -99,6 +104,11 @@ class Watch(Iterator[BlockingChange]):
         self._listeners: dict[str, _Listener] = {}
         self._keeper: threading.Thread | None = None
         after_fork_in_child(self, Watch._reset_after_fork)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
 
     # -- the block
 
@@ -177,7 +187,7 @@ class Watch(Iterator[BlockingChange]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> BlockingChange:
+    def __next__(self) -> BlockingChange[DataT]:
         self._check_process()
         if not self._has_begun:
             raise UsageError("use with cache.watch(...) as changes, and iterate over it")
@@ -204,7 +214,15 @@ class Watch(Iterator[BlockingChange]):
         elif names := self._changes.take_names():
             self._read_names(names)
         else:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        if not isinstance(topology, MemoryPool):
             self._news.wait()
+        elif not self._news.wait(topology.seconds_to_expiry()):
+            topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -229,7 +247,9 @@ class Watch(Iterator[BlockingChange]):
 
     def _get(self, name: str) -> Record | None:
         found: Record | None = self._topology.run("get", name)
-        return found
+        if found is None or self._type is None:
+            return found
+        return typed.with_type(found, self._type)
 
     # -- the servers
 
