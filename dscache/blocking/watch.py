@@ -19,8 +19,8 @@ from msgspec.structs import replace
 
 from .._forks import after_fork_in_child
 from ..config import Config, Options
+from ..config.address import join_address
 from ..core import typed
-from ..core.constants import join_address
 from ..core.record import DataT
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter

@@ -48,8 +48,8 @@ import msgspec
 from .. import _backend
 from ..errors import BulkError, DscacheError, LoadError, RecordError, UsageError, shorten
 from . import constants as c
+from .entries import unique
 from .keys import NOTE_SUFFIX
-from .pipeline import unique
 
 _logger = logging.getLogger("dscache")
 

@@ -14,6 +14,7 @@ import msgspec
 
 from ..errors import BulkError, shorten
 from . import constants as c
+from . import failures, json_text
 from .models import is_model
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def check_type(type_: Any) -> None:
 
 
 def _check(type_: Any) -> None:
-    c.decoder_of(type_)
+    json_text.decoder_of(type_)
     if is_model(type_):
         return
     queue, seen = [msgspec.inspect.type_info(type_)], set[int]()
@@ -67,7 +68,7 @@ _PLAIN: Final = (dict, list, str, int, float, bool, type(None))
 def checked(check_name: Callable[[str], str], names: Iterable[str]) -> dict[str, None]:
     """Return the names of a bulk, each once; raises RecordError for a bad one."""
     if isinstance(names, (str, bytes)):
-        raise c.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
+        raise failures.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
     return dict.fromkeys(map(check_name, names))
 
 
