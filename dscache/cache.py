@@ -331,7 +331,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return cast("Coroutine[Any, Any, Record]", patched)  # a patch removes no record
 
     def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
-        """End what is remembered of records that are written or removed: that there are none."""
+        """Remove the notes which remember that written or removed records don't exist."""
         notes = self._loads.checks.notes_after(names, removed=removed)
         if notes:
             # In the tick's batch. A note that stays ends by itself.

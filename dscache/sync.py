@@ -311,7 +311,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return cast("Record", patched)  # a patch removes no record
 
     def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
-        """End what is remembered of records that are written or removed: that there are none."""
+        """Remove the notes which remember that written or removed records don't exist."""
         notes = self._loads.checks.notes_after(names, removed=removed)
         if notes:
             with suppress(DscacheError):  # a note that stays ends by itself

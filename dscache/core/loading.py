@@ -232,8 +232,8 @@ class Checks:
     def notes_after(self, names: Iterable[str], *, removed: bool) -> list[str]:
         """Return the notes to remove with records that are written or removed.
 
-        A removal ends what any process remembers of the name. A write does so only for the names
-        known here: a record counts more than its note anyway, for as long as it exists.
+        A removal ends every process's memory of a name. A write does so only for the names known
+        here: while a record exists, it counts more than its note anyway.
         """
         if removed:
             return [note_of(name) for name in names]
@@ -640,7 +640,7 @@ def _fail(
     *,
     refresh: bool,
 ) -> _Part:
-    """Fail the names of a load, which isn't repeated for a while; ``said`` tells what it did."""
+    """Fail the names of a load, so that no caller repeats it soon; ``said`` names its fault."""
     pause = FAILURE_SECONDS
     if refresh:
         pause = max(pause, (terms.refresh_after or 0) // 10)
