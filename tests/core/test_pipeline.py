@@ -556,7 +556,7 @@ def test_the_number_of_records_in_a_command_is_limited(
         sum(part.endswith((b"_v", b"_d")) and part.startswith(b"n") for part in command) // 2
         for command in sent
     ]
-    assert counts == [limit, limit, 1][: 2 + (extra > 0)] if extra >= 0 else [limit, limit - 1]
+    assert counts == {-1: [limit, limit - 1], 0: [limit, limit], 1: [limit, limit, 1]}[extra]
     assert waiter.result() in ({}, set())
 
 
