@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from msgspec.structs import replace
 
 from .._cache import warn_of_dropped
 from ..config import Config, Options
+from ..core import typed
+from ..core.record import DataT
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError, shorten
 from ..net.backoff import full_jitter
 from ..net.watch import (
@@ -41,17 +43,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class AsyncChange(Change):
+class AsyncChange(Change[DataT]):
     """A change that an AsyncCache has heard of."""
 
-    def read(self) -> Awaitable[Record | None]:
+    def read(self) -> Awaitable[Record[DataT] | None]:
         """Read the record as it is now, from its primary; the result is None without one."""
         assert self._read is not None
-        found: Awaitable[Record | None] = self._read(self.name)
+        found: Awaitable[Record[DataT] | None] = self._read(self.name)
         return found
 
 
-class AsyncWatch(AsyncIterator[AsyncChange]):
+class AsyncWatch(AsyncIterator[AsyncChange[DataT]]):
     """The changes of the records of a prefix, by ``async with`` and ``async for``.
 
     Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
@@ -68,18 +70,30 @@ class AsyncWatch(AsyncIterator[AsyncChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         self._cache = cache
         self._shown = f"{shorten(prefix)} at {config.address}"
         # Its tasks refer to this one alone, so that a watch that the program drops is noticed.
-        self._watching = _Watching(
-            topology, config, credentials, prefix, records=records, max_pending=max_pending
+        self._watching: _Watching[DataT] = _Watching(
+            topology,
+            config,
+            credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+            type=type,
         )
 
     @property
     def addresses(self) -> list[str]:
         """The addresses of the primaries that report changes."""
         return self._watching.addresses
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._watching.skipped
 
     async def __aenter__(self) -> Self:
         await self._watching.begin()
@@ -99,7 +113,7 @@ class AsyncWatch(AsyncIterator[AsyncChange]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> AsyncChange:
+    async def __anext__(self) -> AsyncChange[DataT]:
         return await self._watching.next()
 
     def __repr__(self) -> str:
@@ -116,7 +130,7 @@ class AsyncWatch(AsyncIterator[AsyncChange]):
             warn_of_dropped(self, "use async with, or await its close()")
 
 
-class _Watching(LoopBound):
+class _Watching(LoopBound, Generic[DataT]):
     """Changes that a watch has heard of, and the tasks that listen for them."""
 
     def __init__(
@@ -128,6 +142,7 @@ class _Watching(LoopBound):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         super().__init__("an AsyncCache")
         self._topology = topology
@@ -136,6 +151,7 @@ class _Watching(LoopBound):
         self._private: Connection | Cluster | None = None
         self._of_primaries = replace(config, options=primaries_only(options))
         self._news = asyncio.Event()
+        self._type = type
         self._changes = Changes(
             options,
             prefix,
@@ -144,8 +160,9 @@ class _Watching(LoopBound):
             max_pending=max_pending,
             read=self._get,
             kind=AsyncChange,
+            as_type=type,
         )
-        self._found: deque[AsyncChange] = deque()
+        self._found: deque[AsyncChange[DataT]] = deque()
         self._is_busy = False
         self._failures = 0
         self._end: Exception | None = None
@@ -157,6 +174,11 @@ class _Watching(LoopBound):
     @property
     def addresses(self) -> list[str]:
         return list(self._listening)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
 
     @property
     def is_listening(self) -> bool:
@@ -191,7 +213,7 @@ class _Watching(LoopBound):
             if isinstance(topology, Connection):
                 self._private = Connection(self._of_primaries.options, self._credentials)
             else:
-                self._private = type(topology)(self._of_primaries, self._credentials)
+                self._private = topology.__class__(self._of_primaries, self._credentials)
             self._topology = topology = self._private
         await topology.when_ready()
         self._update()
@@ -226,7 +248,7 @@ class _Watching(LoopBound):
 
     # -- the iteration
 
-    async def next(self) -> AsyncChange:
+    async def next(self) -> AsyncChange[DataT]:
         found = self._found
         if not found:
             self._check_owner()
@@ -252,7 +274,19 @@ class _Watching(LoopBound):
         elif names := self._changes.take_names():
             await self._read_names(names)
         else:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        if not isinstance(topology, MemoryNode):
             await self._news.wait()
+            return
+        try:
+            async with asyncio.timeout(topology.pipeline.seconds_to_expiry()):
+                await self._news.wait()
+        except TimeoutError:
+            topology.pipeline.expire()
 
     async def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -280,8 +314,13 @@ class _Watching(LoopBound):
         if not self._closed:
             self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
 
-    def _get(self, name: str) -> asyncio.Future[Record | None]:
-        future: asyncio.Future[Record | None] = self._topology.pipeline.get(name)
+    def _get(self, name: str) -> asyncio.Future[Record[DataT] | None]:
+        operations: Any = self._topology.pipeline
+        if self._type is None:
+            future: asyncio.Future[Record[DataT] | None] = operations.get(name)
+        else:
+            future = self._loop.create_future()
+            typed.get(operations, future, name, self._type)
         return future
 
     # -- the servers

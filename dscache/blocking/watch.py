@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Generic, Self
 
 from msgspec.structs import replace
 
@@ -22,6 +22,8 @@ from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
 from ..config import Config, Options
 from ..config.address import join_address
+from ..core import typed
+from ..core.record import DataT
 from ..errors import (
     BulkError,
     ConnectError,
@@ -58,17 +60,17 @@ _GRACE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class BlockingChange(Change):
+class BlockingChange(Change[DataT]):
     """A change that a Cache has heard of."""
 
-    def read(self) -> Record | None:
+    def read(self) -> Record[DataT] | None:
         """Return the record as it is now, from its primary, or None without one."""
         assert self._read is not None
-        found: Record | None = self._read(self.name)
+        found: Record[DataT] | None = self._read(self.name)
         return found
 
 
-class Watch(Iterator[BlockingChange]):
+class Watch(Iterator[BlockingChange[DataT]]):
     """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
 
     It listens from the beginning of the block to its end, in a thread for each primary, and keeps
@@ -85,13 +87,25 @@ class Watch(Iterator[BlockingChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         self._cache = cache
         self._shown = f"{shorten(prefix)} at {config.address}"
         # Its threads refer to this one alone, so that a watch that the program drops is noticed.
-        self._watching = _Watching(
-            topology, config, credentials, prefix, records=records, max_pending=max_pending
+        self._watching: _Watching[DataT] = _Watching(
+            topology,
+            config,
+            credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+            type=type,
         )
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._watching.skipped
 
     def __enter__(self) -> Self:
         self._watching.begin()
@@ -111,7 +125,7 @@ class Watch(Iterator[BlockingChange]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> BlockingChange:
+    def __next__(self) -> BlockingChange[DataT]:
         return self._watching.next()
 
     def __repr__(self) -> str:
@@ -126,7 +140,7 @@ class Watch(Iterator[BlockingChange]):
         warn_of_dropped(self, "use with, or call its close()")
 
 
-class _Watching:
+class _Watching(Generic[DataT]):
     """Changes that a watch has heard of, and the threads that listen for them."""
 
     def __init__(
@@ -138,6 +152,7 @@ class _Watching:
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         self._topology = topology
         self._config = config
@@ -146,6 +161,7 @@ class _Watching:
         self._private: Pool | None = None
         self._news = threading.Event()
         self._closing = threading.Event()
+        self._type = type
         self._changes = Changes(
             config.options,
             prefix,
@@ -154,8 +170,9 @@ class _Watching:
             max_pending=max_pending,
             read=self._get,
             kind=BlockingChange,
+            as_type=type,
         )
-        self._found: deque[BlockingChange] = deque()
+        self._found: deque[BlockingChange[DataT]] = deque()
         self._failures = 0
         self._end: Exception | None = None
         self._pid = os.getpid()
@@ -166,6 +183,11 @@ class _Watching:
         self.is_dropped = False
         """Whether the threads are to end, which they do within ``CHECK_INTERVAL``."""
         after_fork_in_child(self, _Watching._reset_after_fork)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
 
     # -- the block
 
@@ -237,7 +259,7 @@ class _Watching:
 
     # -- the iteration
 
-    def next(self) -> BlockingChange:
+    def next(self) -> BlockingChange[DataT]:
         self._check_process()
         if not self._has_begun:
             raise UsageError("use with cache.watch(...) as changes, and iterate over it")
@@ -264,7 +286,15 @@ class _Watching:
         elif names := self._changes.take_names():
             self._read_names(names)
         else:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        if not isinstance(topology, MemoryPool):
             self._news.wait()
+        elif not self._news.wait(topology.seconds_to_expiry()):
+            topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -289,7 +319,9 @@ class _Watching:
 
     def _get(self, name: str) -> Record | None:
         found: Record | None = self._topology.run("get", name)
-        return found
+        if found is None or self._type is None:
+            return found
+        return typed.with_type(found, self._type)
 
     # -- the servers
 
