@@ -145,6 +145,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
         ``if_newer`` it is safe to repeat.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
         return (self._pipeline or self._open()).set(name, version, data, ttl, if_newer, if_version)
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> asyncio.Future[bool]:
@@ -203,6 +205,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         return (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
 
     def delete_bulk(
@@ -497,6 +501,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> Coroutine[Any, Any, Record | None]:
         writer = self._pipeline or self._open()
         assert self._topology is not None
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         # A near cache may be behind, and what depends on the data read isn't always checked by a
         # write.
         reader = self._topology.pipeline

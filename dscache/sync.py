@@ -127,6 +127,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
         repeat.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
         return (self._run or self._open())("set", name, version, data, ttl, if_newer, if_version)
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
@@ -180,6 +182,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         return (self._run or self._open())("set_bulk", records, ttl, if_newer, if_version)
 
     def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
@@ -218,6 +222,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         name, text = check_arguments(name, default, ttl)
         run = self._run or self._open()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         return self._changes.apply(run, "update", name, change, text, ttl)
 
     def patch(
@@ -244,6 +250,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
         run = self._run or self._open()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
         return cast("Record", patched)  # a patch removes no record
 
