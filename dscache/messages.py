@@ -227,9 +227,9 @@ class MessageNode(AsyncResource):
         Messages: ``received`` by subscribers here, ignored ``own`` and ``foreign`` ones (sent by
         this server, and addressed to others), ``namesakes`` (of another server with this name),
         ``unwanted damaged``, ``fewer`` (reached fewer servers than before a loss), ``dropped`` by
-        full queues, ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``, ``missed_seconds`` and
-        ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight pending
-        pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
+        full queues, ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``,
+        ``missed_seconds`` and ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight
+        pending pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
         """
         transport = self._transport
         if transport is None:

@@ -128,13 +128,10 @@ def _find_section(tree: Tree) -> tuple[str, object, object]:
     if sections.keys() & ENTRY_KEYS and sections.keys() <= {*ENTRY_KEYS, "serverName"}:
         return "", tree.root, name
     if "message" in plugins_of(tree, sections):
-        raise (
-            tree.place.at("plugins")
-            .at("message")
-            .error(
-                "is the message connector of deepstream 1 to 3, whose protocol is another one; with "
-                f"deepstream 4 or newer write {_EXAMPLE}"
-            )
+        place = tree.place.at("plugins").at("message")
+        raise place.error(
+            "is the message connector of deepstream 1 to 3, whose protocol is another one; with "
+            f"deepstream 4 or newer write {_EXAMPLE}"
         )
     raise missing_section("clusterNode", sections, sections, tree, _EXAMPLE)
 
