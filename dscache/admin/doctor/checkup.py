@@ -19,6 +19,7 @@ from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import is_full
 from ...net.sentinels import pairs
+from .. import one_key
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
@@ -98,6 +99,7 @@ async def _check_all(primaries: Primaries, options: Options) -> list[Finding]:
         *merged(by_node),
         of_records.check_layout(sample, layout, on_cluster=bool(options.nodes)),
         of_records.check_halves(sample),
+        *of_records.check_one_key(sample),
     ]
 
 
@@ -204,6 +206,11 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
             ours = [key for key in keys if either.name_of(key) is not None]
             versions = [key for key in ours if is_version_key(key)]
             sample.others += len(keys) - len(ours)
+            old = await one_key.find_keys(primaries, keys) if keys else []
+            sample.one_key += len(old)
+            sample.first_one_key = sample.first_one_key or next(iter(old), b"")
+            ours = [key for key in ours if key not in set(old)]
+            versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
             lonely = await _lonely(primaries, ours)
