@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ..config.address import join_address
 from ..core import constants
-from ..core.constants import ErrorOf, join_address
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
@@ -225,8 +226,10 @@ class Connection:
         """
         code = self.pipeline.away
         if code in constants.LEFT_FOR:
+            if self._holder is not None:
+                self._holder.note_useless()
             # ``away`` stays: the pool sees why the socket is lost.
-            raise constants.EndedHere(constants.LEFT_FOR[code])
+            raise EndedHere(constants.LEFT_FOR[code])
         self.pipeline.away = ""
         pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
         time.sleep(min(pause, max(rest, 0)))
@@ -344,7 +347,10 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        tried = "" if self._holder is None else self._holder.tried
+        tried = ""
+        if self._holder is not None:
+            tried = self._holder.tried
+            self._holder.note_useless()
         failure = as_connect_error(error, timeout, tried)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
@@ -386,7 +392,7 @@ class Connection:
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
-        holder = SocketConnect()
+        holder = SocketConnect(self.info.useless)
         # From here on the socket is found when this thread is interrupted, or the process forks.
         self._holder = holder
         yield from holder.open(options, host, port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from ..admin.migration import Count, Migration
 from ..admin.one_key import OneKeyMigration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
+from ..errors import shorten
 from .job_summary import RESUMES, run_timed
 from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
@@ -57,6 +59,7 @@ def migrate(
     keep: Annotated[
         bool, flag("--keep", "Copy and verify, and keep the keys of the old layout.")
     ] = False,
+    yes: Annotated[bool, flag("--yes", "Don't ask before keys are removed.")] = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -75,6 +78,15 @@ def migrate(
     config = with_long_timeouts(chosen.load())
     count = Count()
     target_layout = ""
+    if not (dry_run or keep or yes) and sys.stdin.isatty() and sys.stdout.isatty():
+        prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
+        destination = f"the {to.value} layout" if to else "two keys each"
+        typer.confirm(
+            f"Move all records{prefixed} at {config.address} to {destination}, and remove "
+            "their old keys?",
+            abort=True,
+            err=True,
+        )
 
     async def work() -> str:
         """Migrate; return the key layout that is configured."""
