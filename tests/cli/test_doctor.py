@@ -414,3 +414,13 @@ def test_records_of_deepstream_1_to_3(
     assert found["one-key records"]["found"].startswith("2 records of deepstream 1 to 3")
     assert "dscache migrate --from deepstream3" in found["one-key records"]["advice"]
     assert found["halves"]["found"] == "none in a sample of 1 record"
+
+
+async def test_a_server_that_closes_may_speak_tls() -> None:
+    """The advice names TLS for a server that ends the connection, or never answers."""
+    closing = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = closing.sockets[0].getsockname()[1]
+    async with closing:
+        for scheme, advice in (("redis", "use rediss:// or tls: true"), ("rediss", "use redis://")):
+            _, found = await asyncio.to_thread(look, "--url", f"{scheme}://127.0.0.1:{port}")
+            assert advice in found["connection"]["advice"]
