@@ -28,6 +28,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     # Both cores have the same interface; type checkers read the one written in Python.
+    from . import deepstream as deepstream
     from .core.pure import Message, Record
     from .messages import MessageNode
     from .sync import Cache
@@ -39,6 +40,8 @@ else:
         # Cache imports redis-py, which takes longer to import than all of dscache; MessageNode's
         # import too is paid only by the programs that use it.
         module = {"Cache": "sync", "MessageNode": "messages"}.get(name)
+        if name == "deepstream":
+            return import_module(".deepstream", __name__)
         if module is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = globals()[name] = getattr(import_module(f".{module}", __name__), name)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from . import _backend
 from .config import Config, load, load_url
 from .config.sources import Source
+from .errors import shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
+
+_logger = logging.getLogger("dscache")
 
 
 class Nodes(Protocol):
@@ -49,6 +54,8 @@ class CacheBase(Generic[NodesT]):
         self._topology: NodesT | None = None
         self._closed = False
         self._pid = 0  # the process in which it was opened
+        # Empty once a write below one of them has been warned of.
+        self._hot_paths = self._config.hot_path_prefixes
 
     @classmethod
     def from_config(
@@ -83,6 +90,20 @@ class CacheBase(Generic[NodesT]):
         Raises ConfigError for a bad URL, and for the path of a file.
         """
         return cls(load_url(url, options=options), credentials)
+
+    def _warn_of_hot_paths(self, names: Iterable[str]) -> None:
+        """Warn once of a guarded write to a record that deepstream keeps at version 0."""
+        paths = self._hot_paths
+        found = next((one for one in names if isinstance(one, str) and one.startswith(paths)), None)
+        if found is not None:
+            self._hot_paths = ()
+            _logger.warning(
+                "record %s is below storageHotPathPrefixes (%s), where deepstream writes version 0 "
+                "at every write: if_newer, update and patch write higher ones, and refuse to write "
+                "0 again; write version 0 without a condition, as dscache.deepstream.Peer does",
+                shorten(found),
+                self._config.source,
+            )
 
     @property
     def config(self) -> Config:

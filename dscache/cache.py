@@ -152,6 +152,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
         ``if_newer`` it is safe to repeat.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
         operations = self._pipeline or self._open()
         done = operations.set(name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -217,6 +219,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         done = (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
             self._end_notes(records, removed=False)
@@ -718,6 +722,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
         assert self._topology is not None
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         # A near cache may be behind, and what depends on the data read isn't always checked by a
         # write.
         reader = self._topology.pipeline

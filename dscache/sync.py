@@ -134,6 +134,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
         repeat.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
         run = self._run or self._open()
         done: bool = run("set", name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -194,6 +196,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
         """
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         run = self._run or self._open()
         refused: builtins.set[str] = run("set_bulk", records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -277,6 +281,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             typed.check_type(type)
         name, text = check_arguments(name, default, ttl)
         run = self._run or self._open()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
         return self._changes.apply(run, "update", name, change, text, ttl, type=type)
@@ -305,6 +311,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
         run = self._run or self._open()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
         patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)

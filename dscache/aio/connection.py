@@ -264,6 +264,11 @@ class Connection(LoopBound):
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
 
+    @property
+    def connects(self) -> int:
+        """How often the connection was made."""
+        return self._connects
+
     def stats(self) -> dict[str, Any]:
         stats = {
             **self.pipeline.stats(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -19,24 +20,34 @@ from .sources import (
     is_url,
     missing_section,
     open_source,
+    plugins_of,
+    read_head,
     read_section,
     sections_of,
     with_url,
 )
 from .url import ParsedUrl, parse
-from .validation import ConfigStruct, Location, read
+from .validation import ConfigStruct, Location, is_null, read, text
+
+_logger = logging.getLogger("dscache")
 
 _ARGUMENTS: Final = Location("arguments")
 _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
+_HOT_PATHS: Final = "storageHotPathPrefixes"
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
-class PluginSection(ConfigStruct, frozen=True, kw_only=True):
-    """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+class PluginHead(ConfigStruct, frozen=True, kw_only=True):
+    """The entries of a plug-in's section that choose the plug-in."""
 
     name: str | UnsetType | None = UNSET
     path: str | None = None
     type: str | None = None
+
+
+class PluginSection(PluginHead, frozen=True, kw_only=True):
+    """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+
     options: Options = field(default_factory=Options)
 
 
@@ -73,6 +84,8 @@ def load(
         return Config(options=complete(chosen, place, opened.folder), source=place.source)
     path, node = _find_cache(opened)
     entry_place = opened.place._replace(path=path)
+    if (head := read_head(PluginHead, opened, node, entry_place)) is not None:
+        _name(head, entry_place)
     content = opened.value(node, entry_place)
     section, places = read_section(PluginSection, content, entry_place, _EXAMPLE)
     chosen = replace(section.options, **fields)
@@ -81,6 +94,7 @@ def load(
         name=_name(section, entry_place),
         options=complete(chosen, entry_place.at("options"), opened.folder),
         source=entry_place.source,
+        hot_path_prefixes=_hot_paths(opened),
     )
 
 
@@ -128,8 +142,15 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
     sections = sections_of(tree, _EXAMPLE)
     if "cache" in sections:
         return "cache", sections["cache"]
-    plugins = tree.keys(sections["plugins"]) if "plugins" in sections else None
-    if plugins is not None and "cache" in plugins:
+    plugins = plugins_of(tree, sections)
+    if "cache" in plugins:
+        _logger.warning(
+            "%s is a section of deepstream 1 to 3, which keep each record under one key, and "
+            "dscache reads the two keys of deepstream 4 and newer: the records of such a server "
+            "read as missing; run dscache migrate --from deepstream3, and write the section as "
+            "cache: at the top of the file",
+            tree.place.at("plugins").at("cache"),
+        )
         return "plugins.cache", plugins["cache"]
     if sections.keys() & ENTRY_KEYS:
         return "", tree.root
@@ -142,7 +163,27 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
     raise missing_section("cache", sections, shown, tree, _EXAMPLE)
 
 
-def _name(section: PluginSection, place: Location) -> Literal["redis", "memory"]:
+def _hot_paths(tree: Tree) -> tuple[str, ...]:
+    """Return the prefixes of records that deepstream always writes with version 0.
+
+    They are in the section ``record``; deepstream 4 had them at the top.
+    """
+    sections = tree.keys(tree.root) or {}
+    inner = tree.place.at("record")
+    record = tree.keys(sections["record"], inner) if "record" in sections else None
+    for place, entries in ((inner, record or {}), (tree.place, sections)):
+        if _HOT_PATHS in entries:
+            here = place.at(_HOT_PATHS)
+            written = tree.value(entries[_HOT_PATHS], here)
+            if is_null(written):
+                return ()
+            if not isinstance(written, (list, tuple)):
+                raise here.error("must be a list of the beginnings of names")
+            return tuple(text(one, here.item(index)) for index, one in enumerate(written))
+    return ()
+
+
+def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:
     """Return the kind of cache: deepstream prefers the path to the name, and either to the type."""
     if section.path is not None:
         if section.path not in _REDIS_PLUGINS:

@@ -18,6 +18,7 @@ from .validation import ConfigStruct, Location, is_null, nearest, read, redact_k
 Source = str | os.PathLike[str] | Mapping[str, Any]
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
+_HEAD_KEYS = ("name", "path", "type")
 
 
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
@@ -76,6 +77,28 @@ def missing_section(
     )
 
 
+def plugins_of(tree: Tree, sections: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the entries of the section ``plugins``.
+
+    deepstream 1 to 3 had all connectors there; since 4 it has plug-ins of the user alone.
+    """
+    if "plugins" not in sections:
+        return {}
+    return tree.keys(sections["plugins"], tree.place.at("plugins")) or {}
+
+
+def read_head(struct: type[SectionT], tree: Tree, node: object, place: Location) -> SectionT | None:
+    """Return a plug-in's section without its options, or None if it is no mapping.
+
+    The options of another plug-in are thus never evaluated or judged. Raises ConfigError.
+    """
+    entries = tree.keys(node, place)
+    if entries is None:
+        return None
+    head = {key: tree.value(entries[key], place.at(key)) for key in _HEAD_KEYS if key in entries}
+    return read(struct, head, place)
+
+
 def read_section(
     struct: type[SectionT], entry: object, place: Location, example: str
 ) -> tuple[SectionT, dict[str, Location]]:
@@ -86,9 +109,15 @@ def read_section(
     if not isinstance(entry, Mapping):
         raise place.error(f"must be a mapping; write {example}")
     options = entry.get("options")
+    inside = place.at("options")
+    if isinstance(options, str) and ("://" in options or url.HOST_AND_PORT.fullmatch(options)):
+        raise inside.error(
+            "must be a mapping of options, not text; write a URL as url: below options, as in "
+            "options: {url: ${REDIS_URL}}"
+        )
     if not isinstance(options, Mapping):
         return read(struct, entry, place), {}
-    merged, places = with_url(options, place.at("options"))
+    merged, places = with_url(options, inside)
     return read(struct, {**entry, "options": merged}, place), places
 
 

@@ -7,13 +7,17 @@ wherever a missing percent-escape has put it.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from . import ioredis
 from .validation import Location, nearest
+
+_logger = logging.getLogger("dscache")
 
 HOST: Final = r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+)"
 HOST_AND_PORT: Final = re.compile(rf"{HOST}:([0-9]{{1,5}})")
@@ -101,6 +105,10 @@ def _query(query: str, place: Location) -> tuple[dict[str, object], dict[str, ob
     except ValueError:
         raise place.error(f"the query can't be read; {_ESCAPE}") from None
     for name, value in pairs:
+        if name in ioredis.NO_EFFECT_OUTSIDE:
+            reason = ioredis.NO_EFFECT_OUTSIDE[name]
+            _logger.info("%s has no effect: %s", place.at(name), reason)
+            continue
         if name not in QUERY_OPTIONS:
             best = nearest(name, QUERY_OPTIONS)
             known = ", ".join(QUERY_OPTIONS)

@@ -192,8 +192,12 @@ class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
-    itself, and ``on_damaged`` with a topic and a payload that is no envelope. ``is_crowded``
-    returns whether the subscribers have enough to do.
+    itself, ``on_damaged`` with a topic and a payload that is no envelope, and ``on_own`` with the
+    topic of a message from the server of this name. ``is_crowded`` returns whether the subscribers
+    have enough to do.
+
+    A message belongs to the topic that it states, as in deepstream's connector. One that states
+    none, which only Python sends, belongs to its channel.
     """
 
     def __init__(
@@ -202,12 +206,14 @@ class MessageDispatcher:
         on_ended: Callable[[Any, list[Any]], object],
         on_damaged: Callable[[int, bytes], object],
         is_crowded: Callable[[], bool] = lambda: False,
+        on_own: Callable[[int], object] = lambda topic: None,
     ) -> None:
         self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
         self.on_ended = on_ended
         self._on_damaged = on_damaged
+        self._on_own = on_own
         self._topics: dict[bytes, tuple[int, list[SubscriberQueue]]] = {}
         self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
 
@@ -237,11 +243,22 @@ class MessageDispatcher:
             return
         topic, queues = found
         message = self._open(topic, payload)
-        if message is not None:
-            counts["received"] += 1
-            # One that is disconnected leaves the list.
-            for queue in queues if len(queues) == 1 else list(queues):
-                queue.put(message)
+        if message is None:
+            return
+        text = message.raw if message._payload is None else message._payload
+        if not text.startswith(b'{"topic":%b,' % channel, message._start):
+            stated = e.stated_topic(topic, message)
+            if stated != topic:
+                found = self._topics.get(b"%d" % stated)
+                if found is None:
+                    counts["unwanted"] += 1
+                    return
+                message = Message(stated, message.sender, message.raw)
+                queues = found[1]
+        counts["received"] += 1
+        # One that is disconnected leaves the list.
+        for queue in queues if len(queues) == 1 else list(queues):
+            queue.put(message)
 
     def _open(self, topic: int, payload: bytes) -> Message | None:
         """Return the message of an envelope, unless it is from here or for others."""
@@ -251,6 +268,7 @@ class MessageDispatcher:
         sender, to = simple.groups()
         if sender == self._own:
             self._counts["own"] += 1
+            self._on_own(topic)
             return None
         if to is not None and to != self._own:
             self._counts["foreign"] += 1
@@ -269,6 +287,7 @@ class MessageDispatcher:
         sender, to, raw = opened
         if sender == self._name:
             self._counts["own"] += 1
+            self._on_own(topic)
             return None
         if to is not msgspec.UNSET and to != self._name:
             self._counts["foreign"] += 1

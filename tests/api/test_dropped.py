@@ -140,13 +140,13 @@ async def test_an_iterator_keeps_its_message_node(server: EmbeddedServer, backen
 
     def messages() -> tuple[Any, Callable[[], Any]]:
         node = dscache.MessageNode.from_config(server.url)
-        return node.messages(4), node.when_ready
+        return node.messages(40), node.when_ready
 
     received, when_ready = messages()
     gc.collect()
     await when_ready()
     async with other:
-        await other.send({"topic": 4, "n": 1})
+        await other.send({"topic": 40, "n": 1})
         async with asyncio.timeout(PATIENCE):
             message, _ = await anext(received)
     assert message["n"] == 1
@@ -184,7 +184,7 @@ async def test_no_warning_without_a_connection(
     async with dscache.AsyncCache.from_config(server.url) as cache:
         await cache.get("a")
     async with dscache.MessageNode.from_config(server.url) as node:
-        await node.send({"topic": 4})
+        await node.send({"topic": 40})
     with dscache.Cache.from_config(server.url) as blocking:
         blocking.get("a")
     with pytest.raises(TypeError):

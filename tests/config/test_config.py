@@ -136,6 +136,7 @@ def test_a_complete_deepstream_file() -> None:
         name="redis",
         options=Options(host="10.1.2.3", port=6380),
         source="deepstream-config.yml",
+        hot_path_prefixes=("analytics/", "metrics/"),
     )
 
 

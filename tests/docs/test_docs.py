@@ -147,7 +147,9 @@ def test_every_operation_of_messages() -> None:
     for name in ("send", "send_direct", "subscribe", "messages"):
         parameters = inspect.signature(getattr(dscache.MessageNode, name)).parameters
         keywords = [
-            f"{one.name}=None" for one in parameters.values() if one.kind is one.KEYWORD_ONLY
+            f"{one.name}={one.default}"
+            for one in parameters.values()
+            if one.kind is one.KEYWORD_ONLY
         ]
         assert re.findall(r"\w+=\w+", told[name]) == keywords
     message = {name for name in vars(dscache.Message) if not name.startswith("_")}
