@@ -103,7 +103,11 @@ class RecordChanges(AsyncIterator[RecordChange]):
 
     async def __anext__(self) -> RecordChange:
         if self._watch is None and not self._is_closed:
-            await self._begin()
+            try:
+                await self._begin()
+            except DscacheError:
+                if not self._is_closed:
+                    raise
         while not self._found:
             if self._error is not None:
                 error, self._error = self._error, None
@@ -130,6 +134,9 @@ class RecordChanges(AsyncIterator[RecordChange]):
                 return
             watch = self._cache.watch(prefix_of(self.pattern), records=True)
             await watch.__aenter__()
+            if self._is_closed:
+                await watch.close()
+                return
             self._watch = watch
             self._tasks = [
                 asyncio.create_task(self._follow(watch), name="dscache peer watches records"),

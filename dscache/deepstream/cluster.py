@@ -157,7 +157,7 @@ class ClusterMember:
         self._task = BackgroundTask(self._keep_alive, f"dscache peer {self._node.server_name}")
 
     def announce(self) -> None:
-        """Tell this server's names, and request the other servers' names: at first, and after a gap."""
+        """Tell this server's names, and request the others' names: at first, and after a gap."""
         self.settled_at = self._loop.time() + 1.0
         self._send(Status(server_name=self._node.server_name, role=ROLE))
         for registry in self._registries:

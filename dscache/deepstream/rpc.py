@@ -91,7 +91,7 @@ class RPCs:
     def provide(
         self, name: str, handler: Handler, *, max_running: int = _MAX_RUNNING
     ) -> Callable[[], None]:
-        """Provide an RPC: ``handler(data)`` is called for each request. Returns a function that ends it.
+        """Provide an RPC by ``handler(data)``; returns a function that ends it.
 
         The handler returns the result, or an awaitable of it. If it raises Reject within a fifth of
         ``rpc.ackTimeout``, the server tries another provider. If it raises RPCError, the caller
@@ -226,7 +226,7 @@ class RPCs:
             self._keep(self._node.send_direct(server, message))
 
     def _keep(self, sent: asyncio.Future[int]) -> None:
-        """Keep a message until it is sent. Its failure is only logged, as the other server times out."""
+        """Keep a message until it is sent. A failure is logged; the other server times out."""
         self._tasks.add(sent)
         sent.add_done_callback(self._on_sent)
 
