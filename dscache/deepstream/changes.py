@@ -105,8 +105,10 @@ class RecordChanges(AsyncIterator[RecordChange]):
         if self._watch is None and not self._is_closed:
             try:
                 await self._begin()
-            except DscacheError:
-                if not self._is_closed:
+            except (DscacheError, asyncio.CancelledError):
+                # A cache that is closed cancels the beginning of its watches.
+                task = asyncio.current_task()
+                if not self._has_ended() or (task is not None and task.cancelling()):
                     raise
         while not self._found:
             if self._error is not None:
@@ -134,7 +136,7 @@ class RecordChanges(AsyncIterator[RecordChange]):
                 return
             watch = self._cache.watch(prefix_of(self.pattern), records=True)
             await watch.__aenter__()
-            if self._is_closed:
+            if self._has_ended():
                 await watch.close()
                 return
             self._watch = watch
@@ -142,6 +144,9 @@ class RecordChanges(AsyncIterator[RecordChange]):
                 asyncio.create_task(self._follow(watch), name="dscache peer watches records"),
                 asyncio.create_task(self._confirm(), name="dscache peer confirms records"),
             ]
+
+    def _has_ended(self) -> bool:
+        return self._is_closed  # another task may have closed it during an await
 
     async def aclose(self) -> None:
         """Report no more changes; the iteration ends after the waiting ones."""
