@@ -43,7 +43,54 @@ const handlers = {
   silent: () => {}
 }
 
+// Random writes, deletions, events and calls for a time; returns the counts of them.
+async function stress ({ names, own, rpcs, milliseconds, pause }) {
+  const end = Date.now() + milliseconds
+  const counts = { written: 0, failed: 0, deleted: 0, emitted: 0, made: 0, unmade: 0, own: 0 }
+  const pick = list => list[Math.floor(Math.random() * list.length)]
+  const work = async kind => {
+    const name = pick(names)
+    if (kind < 0.45) {
+      const record = await open(name)
+      record.set(pick(['a', 'b', 'c.d']), Math.floor(Math.random() * 1e6))
+      counts.written++
+    } else if (kind < 0.6) {
+      const record = await open(name)
+      await record.setWithAck({ whole: Math.random() })
+      counts.written++
+    } else if (kind < 0.63) {
+      const record = await open(name)
+      await record.delete()
+      counts.deleted++
+    } else if (kind < 0.75) {
+      client.event.emit(pick(['e/1', 'e/2']), { by: username, at: Date.now() })
+      counts.emitted++
+    } else if (kind < 0.85) {
+      const result = await client.rpc.make(pick(rpcs), { a: 1, b: 2 })
+      if (result !== 3) throw new Error('a wrong result ' + result)
+      counts.made++
+    } else {
+      const record = await open(own)
+      await record.setWithAck('n', counts.own + 1)
+      counts.own++
+    }
+  }
+  while (Date.now() < end) {
+    const kind = Math.random()
+    try {
+      await Promise.race([work(kind), later(3000).then(() => { throw new Error('late') })])
+    } catch (error) {
+      kind >= 0.75 && kind < 0.85 ? counts.unmade++ : counts.failed++
+    }
+    await later(Math.random() * pause)
+  }
+  return counts
+}
+
 const actions = {
+  stress,
+  state: () => Object.fromEntries(Object.entries(records)
+    .filter(([, record]) => record.isReady).map(([name, record]) => [name, [record.version, record.get()]])),
   subscribe: ({ name }) => client.event.subscribe(name, data => events.push([name, data])),
   unsubscribe: ({ name }) => client.event.unsubscribe(name),
   emit: ({ name, data }) => client.event.emit(name, data),
