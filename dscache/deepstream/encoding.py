@@ -11,6 +11,8 @@ from ..core import tolerant_json
 from ..errors import MessageError
 
 _decode: Final = msgspec.json.Decoder().decode
+# Checks the text without making objects of it.
+_skip: Final = msgspec.json.Decoder(msgspec.Raw).decode
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -23,12 +25,26 @@ def encode_text(subject: str, value: Any) -> str:
             text = tolerant_json.encode(value)
         except Exception as error:
             raise MessageError(f"{subject} can't be encoded as JSON: {error}") from error
-    if isinstance(value, msgspec.Raw):
-        try:
-            _decode(text)
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"{subject} is a msgspec.Raw without JSON: {error}") from None
+    if (reason := flaw(text)) is not None:
+        raise MessageError(f"{subject} has a msgspec.Raw in it that is no JSON: {reason}")
     return text.decode()
+
+
+def flaw(text: bytes) -> str | None:
+    """Return the reason for which encoded data is no JSON text, or None.
+
+    Only a ``msgspec.Raw``, at any depth, makes such data. It would end every client that reads it.
+    """
+    try:
+        _skip(text)
+        text.decode()
+    except (ValueError, RecursionError):
+        try:
+            tolerant_json.decode(text)
+            text.decode()
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def decode_text(subject: str, text: str | UnsetType | None, value: Any) -> Any:

@@ -38,6 +38,7 @@ from ..errors import (
     shorten,
 )
 from .changes import RecordChanges
+from .encoding import flaw
 from .patterns import check_pattern
 from .protocol import MAX_VERSION, Deleted, Notify, RecordAction, Topic, Update
 from .settings import Settings
@@ -245,7 +246,7 @@ class Records:
     # -- writes
 
     def _check_guarded(self, operation: str, name: str) -> None:
-        if isinstance(name, str) and self._settings.is_hot(name):
+        if self._settings.is_hot(_backend.core.check_name(name)):
             raise UsageError(
                 f"{operation} {shorten(name)}: the name begins with a prefix of "
                 "record.storageHotPathPrefixes, so its version is always 0 and guards nothing; "
@@ -484,6 +485,10 @@ class Records:
 def _record_text(name: str, data: Any) -> bytes:
     """Return the JSON text of a record's data; raises RecordError unless deepstream takes it."""
     text: bytes = _backend.core.encode_data(_backend.core.check_name(name), data)
+    if (reason := flaw(text)) is not None:
+        raise RecordError(
+            f"record {shorten(name)}: a msgspec.Raw in its data is no JSON: {reason}", name=name
+        )
     if text[:1] not in (b"{", b"[") and text.lstrip()[:1] not in (b"{", b"["):
         raise RecordError(
             f"record {shorten(name)}: deepstream's records are objects or arrays, and its servers "

@@ -143,7 +143,8 @@ async def test_bad_events_are_refused_at_the_call(pair: Pair) -> None:
     for name in ("", None, 5):
         with pytest.raises(MessageError, match="name of an event"):
             await pair.peer.events.emit(name, 1)  # type: ignore[arg-type]
-    for data in (object(), {1, object()}, msgspec.Raw(b"{"), msgspec.Raw(b"")):
+    nested = {"a": [msgspec.Raw(b"{")]}
+    for data in (object(), {1, object()}, msgspec.Raw(b"{"), msgspec.Raw(b""), nested):
         with pytest.raises(MessageError, match="emit 'news': the data"):
             await pair.peer.events.emit("news", data)
     for arguments in ({"pattern": ""}, {"pattern": "a", "max_pending": 0}, {"pattern": 1}):
@@ -281,6 +282,17 @@ async def test_data_that_servers_take_for_missing_is_refused(pair: Pair, data: A
     assert await pair.peer.records.get("bad") is None
     with pytest.raises(RecordError):
         await pair.peer.records.set("", {})
+
+
+async def test_a_nested_text_that_is_no_json_is_refused(pair: Pair) -> None:
+    """It would end the server that reads it."""
+    for data in ({"a": msgspec.Raw(b"{")}, [msgspec.Raw(b"1 2")]):
+        with pytest.raises(RecordError, match=r"msgspec\.Raw in its data is no JSON"):
+            await pair.peer.records.set("nested", data)
+        with pytest.raises(RecordError, match=r"msgspec\.Raw"):
+            await pair.peer.records.update("nested", lambda _: data, default={})  # noqa: B023
+    assert await pair.peer.records.get("nested") is None
+    assert (await pair.peer.records.set("nested", {"a": msgspec.Raw(b" 1 ")})).data == {"a": 1}
 
 
 async def test_writes_of_python_and_javascript_end_equal(pair: Pair) -> None:

@@ -11,8 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import dscache
-from dscache.deepstream import Peer, RPCError
+from dscache.deepstream import Peer, Reject, RPCError
 from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.errors import DscacheError
 from tests.soak.figures import Figures
@@ -222,3 +224,184 @@ async def _read(peer: Peer, name: str) -> list[Any] | None:
         return None if record is None else [record.version, record.data]
     record = await peer.records.get(name)
     return None if record is None else [record.version, record.data]
+
+
+# -- any call
+
+_TEXTS = (
+    "",
+    "a",
+    "Ä😀",
+    "\x00",
+    "a\nb",
+    "'\"\\",
+    "\ud800",
+    "x" * 5000,
+    "%_EVERYONE_%",
+    "__proto__",
+)
+_ODD: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, float("nan"), float("inf"), 1e308, 2**53 + 1, 2**70, -0.0),
+    *(
+        b"bytes",
+        {1, 2},
+        object(),
+        Ellipsis,
+        msgspec.Raw(b"{"),
+        msgspec.Raw(b""),
+        msgspec.Raw(b"[1]"),
+    ),
+)
+
+
+def _value(dice: random.Random, depth: int = 3) -> Any:
+    kind = dice.random()
+    if kind < 0.25 and depth:
+        return [_value(dice, depth - 1) for _ in range(dice.randrange(4))]
+    if kind < 0.6 and depth:
+        return {
+            dice.choice((*_TEXTS, "n", "0")): _value(dice, depth - 1)
+            for _ in range(dice.randrange(4))
+        }
+    return dice.choice((*_ODD, *_TEXTS))
+
+
+def _name(dice: random.Random, names: list[str]) -> Any:
+    kind = dice.random()
+    if kind < 0.8:
+        return dice.choice(names)
+    return dice.choice(_TEXTS) if kind < 0.95 else dice.choice(_ODD)
+
+
+async def any_call(
+    figures: Figures, binary: ServerBinary, *, calls: int = 100_000, seed: int = 1
+) -> None:
+    """Call the public methods of a peer with anything: no server or client complains."""
+    try:
+        packages = install()
+    except NotInstalledError as error:
+        figures.notes.append(f"left out: {error}")
+        return
+    with EmbeddedServer(binary) as redis, tempfile.TemporaryDirectory() as folder:
+        world = World(packages, redis, Path(folder))
+        try:
+            await _call_anything(figures, world, calls, random.Random(seed))
+        finally:
+            await world.close()
+
+
+async def _call_anything(figures: Figures, world: World, calls: int, dice: random.Random) -> None:
+    servers = [await world.server(**FAST) for _ in range(2)]
+    clients = [await world.client(server) for server in servers]
+    peers = [await world.peer(more=FAST) for _ in range(2)]
+    records = [f"any/{number}" for number in range(6)] + ["hot/1"]
+    for client in clients:
+        for name in EVENTS:
+            await client.do("subscribe", name=name)
+        for name in records:
+            await client.do("open", name=name)
+        await client.do("provide", name="js/echo", kind="echo")
+        await client.do("provide", name="js/reject", kind="reject")
+    await asyncio.sleep(0.5)
+    left = calls
+
+    async def work(peer: Peer) -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            kind = dice.choice(tuple(_CALLS))
+            try:
+                async with asyncio.timeout(10):
+                    await _CALLS[kind](peer, dice, records)
+                outcome = "ok"
+            except DscacheError as error:
+                outcome = type(error).__name__
+            figures.outcomes[outcome] += 1
+            figures.operations += 1
+
+    await asyncio.gather(*(work(peer) for peer in peers for _ in range(8)))
+    # The last messages must have arrived.
+    await peers[0].records.set("any/0", {"last": 1})
+    await asyncio.sleep(2.5)
+    for server in servers:
+        figures.problems += [f"{server.name}: {line}" for line in server.complaints()[:5]]
+    for client in clients:
+        if not client.is_running:
+            figures.problems.append(f"{client.username} has died: {(await client.stop())[-2000:]}")
+        else:
+            figures.problems += [str(error) for error in (await client.do("errors"))[:5]]
+    died = [one for one in (*servers, *clients) if not one.is_running]
+    figures.problems += [f"{one} has died" for one in died]
+
+
+async def _call_events(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    if dice.random() < 0.9:
+        await peer.events.emit(_name(dice, list(EVENTS)), _value(dice))
+        return
+    listening = peer.events.listen(_name(dice, ["e/*", "?"]), max_pending=dice.choice((1, 5, 0)))
+    await asyncio.sleep(0.01)
+    listening.close()
+
+
+async def _call_set(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    data = _value(dice) if dice.random() < 0.5 else {"v": _value(dice)}
+    ttl = dice.choice((None, None, None, 0, 1, 60, -1, "1"))
+    await peer.records.set(_name(dice, records), data, ttl=ttl)
+
+
+async def _call_patch(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    path = dice.choice(("a", "a.b", "a[0]", "v.n", "", ".", "a[x]", 5, "\ud800"))
+    await peer.records.patch(_name(dice, records), path, _value(dice), default={})
+
+
+async def _call_update(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    kept = dice.random()
+    value = dscache.KEEP if kept < 0.1 else dscache.DELETE if kept < 0.15 else _value(dice)
+    await peer.records.update(_name(dice, records), lambda data: value, default={})
+
+
+async def _call_delete(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    await peer.records.delete(_name(dice, records))
+
+
+async def _call_notify(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    await peer.records.notify([_name(dice, records) for _ in range(dice.randrange(3))])
+
+
+async def _call_lists(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    name = _name(dice, ["any/list"])
+    if dice.random() < 0.6:
+        await peer.lists.add(name, _name(dice, ["a", "b"]), index=dice.choice((None, 0, 9)))
+    else:
+        await peer.lists.remove(name, _name(dice, ["a", "b"]))
+
+
+async def _call_rpc(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    names = ["js/echo", "js/reject", "py/any", "none"]
+    await peer.rpc.make(_name(dice, names), _value(dice), timeout=dice.choice((2, 5, 0, "x")))
+
+
+async def _call_provide(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    def handler(data: Any) -> Any:
+        if dice.random() < 0.2:
+            raise Reject
+        if dice.random() < 0.2:
+            raise RPCError("no", data=_value(dice))
+        return _value(dice)
+
+    end = peer.rpc.provide(_name(dice, ["py/any"]), handler)
+    await asyncio.sleep(0.02)
+    end()
+
+
+_CALLS = {
+    "events": _call_events,
+    "set": _call_set,
+    "patch": _call_patch,
+    "update": _call_update,
+    "delete": _call_delete,
+    "notify": _call_notify,
+    "lists": _call_lists,
+    "rpc": _call_rpc,
+    "provide": _call_provide,
+}

@@ -789,6 +789,7 @@ ROWS: dict[str, Row] = {
     "messages-kill": message_rows.kill,
     "messages-slow": message_rows.slow,
     "deepstream": deepstream_rows.converge,
+    "deepstream-calls": deepstream_rows.any_call,
     "sync-threads": thread_rows.threads,
     "sync-interrupts": thread_rows.interrupts,
     "sync-kill": thread_rows.kill,

@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 # tests/deepstream has its short form, as it needs Node.
-ON_NODE = ("deepstream",)
+ON_NODE = ("deepstream", "deepstream-calls")
 
 # test_sync.py and test_sync_cluster.py have their short form.
 OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
