@@ -20,11 +20,12 @@ from .blocking.loading import Loads
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
+from .config.sources import Source
 from .core import typed
 from .core.changes import OMITTED, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.entries import unique
 from .core.patches import patch_of
-from .core.pipeline import unique
 from .errors import BulkError, ConfigError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -60,7 +61,14 @@ class Cache(CacheBase[Pool | MemoryPool]):
     which holds the results of the other records.
     """
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, credentials, **options)
+        config = self._config
         near = config.options.near_cache
         if near is not None and config.name == "redis":
             if near.required:
@@ -69,7 +77,6 @@ class Cache(CacheBase[Pool | MemoryPool]):
                     "it out, set nearCache.required: false, or use an AsyncCache"
                 )
             _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
-        super().__init__(config, credentials)
         self._run: _Run | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
