@@ -146,7 +146,7 @@ class Events:
 
         The servers pass it on to their clients that are subscribed to the name. The result is the
         number of servers that Redis gave it to. Raises MessageError for a bad name or data, and
-        what ``MessageNode.send`` raises.
+        the errors of ``MessageNode.send``.
         """
         if not isinstance(name, str) or not name:
             raise MessageError(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Peer(AsyncResource):
     """A member of a cluster of deepstream's servers, for one asyncio event loop.
 
-    It has an AsyncCache, a MessageNode, and what is made of both: ``events``, ``records``,
+    It has an AsyncCache and a MessageNode, and made of both ``events``, ``records``,
     ``lists``, ``rpc`` and ``presence``. Use it by ``async with``. It tells the servers that it is
     alive, and never becomes their leader.
     """
@@ -66,10 +66,10 @@ class Peer(AsyncResource):
         """Return a peer configured by deepstream's file, or a mapping of the same shape, or a URL.
 
         Of the file are read the sections ``cache`` and ``clusterNode``, and of ``record``, ``rpc``
-        and ``clusterRegistry`` what servers and peers must share. ``server_name`` must be unique
+        and ``clusterRegistry`` the options that servers and peers share. ``server_name`` must be unique
         among all servers; without it a random name is made, as the one in the file is the
         server's. With ``reconcile``, the servers read a record again after messages about it
-        crossed. ``credentials`` and ``on_gap`` are those of ``MessageNode.from_config``.
+        crossed. ``credentials`` and ``on_gap`` are as for ``MessageNode``.
 
         Raises ConfigError for a bad configuration.
         """

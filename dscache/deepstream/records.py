@@ -142,7 +142,7 @@ class Records:
     ) -> Record | None:
         """Change a record's data, and tell the subscribers; the result is the Record, or None.
 
-        The arguments and errors are those of ``AsyncCache.update``: ``change`` gets the data and
+        The arguments and errors are as for ``AsyncCache.update``: ``change`` gets the data and
         returns the new data, ``dscache.KEEP`` or ``dscache.DELETE``, and may be called again. Under
         a hot path's prefix it raises UsageError, as version 0 guards nothing.
         """
@@ -186,7 +186,7 @@ class Records:
 
         ``path`` is one of deepstream's client, such as ``address.street``; without a value it is
         removed. A patch that changes nothing writes and tells nothing, unless it has a ``ttl``. The
-        errors are those of ``AsyncCache.patch``.
+        errors are as for ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)

@@ -3,7 +3,7 @@
 Servers exchange messages over ``@deepstream/clusternode-redis``. A server trusts every message: a
 wrong one can end all servers, or all clients that are subscribed to its name. ``check`` refuses the
 messages that no server sends. It describes server 7.0 with client 7.0; the names and numbers are
-those of ``@deepstream/protobuf``.
+as in ``@deepstream/protobuf``.
 """
 
 from __future__ import annotations
