@@ -65,11 +65,11 @@ class Peer(AsyncResource):
     ) -> Self:
         """Return a peer configured by deepstream's file, or a mapping of the same shape, or a URL.
 
-        Of the file are read the sections ``cache`` and ``clusterNode``, and of ``record``, ``rpc``
-        and ``clusterRegistry`` the options that servers and peers share. ``server_name`` must be unique
-        among all servers; without it a random name is made, as the one in the file is the
-        server's. With ``reconcile``, the servers read a record again after messages about it
-        crossed. ``credentials`` and ``on_gap`` are as for ``MessageNode``.
+        Of the file are read the sections ``cache`` and ``clusterNode``, and the options of
+        ``record``, ``rpc`` and ``clusterRegistry`` that servers and peers share. ``server_name``
+        must be unique among all servers; without it a random name is made, as the one in the file
+        is the server's. With ``reconcile``, the servers read a record again after messages about
+        it crossed. ``credentials`` and ``on_gap`` are as for ``MessageNode``.
 
         Raises ConfigError for a bad configuration.
         """
