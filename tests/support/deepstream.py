@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,25 +36,27 @@ _STUB = {
     "package.json": '{"name": "uWebSockets.js", "version": "20.19.0", "main": "index.js"}',
     "index.js": "module.exports = {}",
 }
-_FOLDER = PROJECT / "build" / "deepstream" / "-".join(VERSIONS.values())
+BROWSER = {"@sparticuz/chromium": "131.0.1", "puppeteer-core": "23.11.1"}
+"""A headless Chromium in a package, and its remote control."""
 
 
 class NotInstalledError(Exception):
     """There is no Node, or npm can't get the packages."""
 
 
-def install() -> Path:
+def install(versions: Mapping[str, str] = VERSIONS) -> Path:
     """Return the folder that holds ``node_modules``; the first call takes ten seconds.
 
     Raises NotInstalledError.
     """
-    if _FOLDER.exists():
-        return _FOLDER
+    goal = PROJECT / "build" / "deepstream" / "-".join(versions.values())
+    if goal.exists():
+        return goal
     if not (shutil.which("node") and (npm := shutil.which("npm"))):
         raise NotInstalledError("there is no Node with npm")
     try:
-        _FOLDER.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=_FOLDER.parent))
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=goal.parent))
     except OSError:
         folder = Path(tempfile.mkdtemp())  # the tests of a wheel may run where nothing is writable
     stub = folder / "stub"
@@ -63,7 +65,7 @@ def install() -> Path:
         (stub / name).write_text(text, encoding="utf-8")
     package = {
         "private": True,
-        "dependencies": VERSIONS,
+        "dependencies": dict(versions),
         "overrides": {"uWebSockets.js": "file:./stub"},
     }
     (folder / "package.json").write_text(json.dumps(package), encoding="utf-8")
@@ -79,14 +81,14 @@ def install() -> Path:
     except (subprocess.SubprocessError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise NotInstalledError(f"npm can't get deepstream: {error}") from None
-    if folder.parent != _FOLDER.parent:
+    if folder.parent != goal.parent:
         return folder
     try:
         # Several processes may install at once; each has a folder of its own until it is whole.
-        os.rename(folder, _FOLDER)
+        os.rename(folder, goal)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
-    return _FOLDER
+    return goal
 
 
 def free_port() -> int:
