@@ -34,7 +34,14 @@ async def test_the_death_of_a_provider_is_noticed(world: World) -> None:
     try:
         assert provider.stdout is not None
         assert await provider.stdout.readline() == b"ready\n"
-        assert await peer.rpc.make("mortal") == "py-2"
+
+        async def is_provided() -> bool:
+            try:
+                return bool(await peer.rpc.make("mortal") == "py-2")
+            except RPCError:
+                return False
+
+        await eventually(is_provided)
 
         async def is_known() -> bool:
             return bool(await client.do("make", name="mortal") == {"result": "py-2"})
