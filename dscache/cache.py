@@ -371,6 +371,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._open()  # raises on a closed cache
         assert self._topology is not None
         opened = AsyncWatch(
+            self,
             self._topology,
             self._config,
             self._credentials,

@@ -347,6 +347,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._open()  # raises on a closed cache
         assert self._topology is not None
         opened = Watch(
+            self,
             self._topology,
             self._config,
             self._credentials,

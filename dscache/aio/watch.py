@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import closing
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
+from .._cache import warn_of_dropped
 from ..config import Config, Options
-from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError
+from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError, shorten
 from ..net.backoff import full_jitter
 from ..net.watch import (
     CHECK_INTERVAL,
@@ -27,7 +30,7 @@ from ..net.watch import (
 )
 from .connection import Connection
 from .control import ControlConnection
-from .lifecycle import LoopBound
+from .lifecycle import LoopBound, close_dropped
 from .memory import MemoryNode
 
 if TYPE_CHECKING:
@@ -48,11 +51,73 @@ class AsyncChange(Change):
         return found
 
 
-class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
+class AsyncWatch(AsyncIterator[AsyncChange]):
     """The changes of the records of a prefix, by ``async with`` and ``async for``.
 
-    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end.
+    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
+    its cache until then.
     """
+
+    def __init__(
+        self,
+        cache: object,
+        topology: MemoryNode | Connection | Cluster,
+        config: Config,
+        credentials: CredentialProvider | None,
+        prefix: str,
+        *,
+        records: bool,
+        max_pending: int,
+    ) -> None:
+        self._cache = cache
+        self._shown = f"{shorten(prefix)} at {config.address}"
+        # Its tasks refer to this one alone, so that a watch that the program drops is noticed.
+        self._watching = _Watching(
+            topology, config, credentials, prefix, records=records, max_pending=max_pending
+        )
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the primaries that report changes."""
+        return self._watching.addresses
+
+    async def __aenter__(self) -> Self:
+        await self._watching.begin()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the watch, its connections and tasks; a second call does nothing."""
+        await self.end(None)
+
+    async def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        await self._watching.end(reason)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AsyncChange:
+        return await self._watching.next()
+
+    def __repr__(self) -> str:
+        return f"<AsyncWatch of {self._shown}>"
+
+    def __del__(self) -> None:
+        watching = self.__dict__.get("_watching")
+        if watching is None or not watching.is_listening or sys.is_finalizing():
+            return
+        try:
+            close_dropped(watching.loop, partial(watching.end, None))
+        finally:
+            self._cache = None  # the warning may be kept, and this object with it
+            warn_of_dropped(self, "use async with, or await its close()")
+
+
+class _Watching(LoopBound):
+    """Changes that a watch has heard of, and the tasks that listen for them."""
 
     def __init__(
         self,
@@ -91,12 +156,20 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses of the primaries that report changes."""
         return list(self._listening)
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it has begun, and must be closed in this process."""
+        return self._has_begun and not self._closed and self._pid == os.getpid()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
 
     # -- the block
 
-    async def __aenter__(self) -> Self:
+    async def begin(self) -> None:
         self._check_owner()
         if self._has_begun or self._closed:
             raise UsageError("a watch is entered once; call watch() again")
@@ -104,12 +177,8 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         try:
             await self._begin()
         except BaseException:
-            await self.close()
+            await self.end(None)
             raise
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
 
     async def _begin(self) -> None:
         topology = self._topology
@@ -130,12 +199,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         self._main = asyncio.create_task(self._keep(), name="dscache watch")
         self._main.add_done_callback(self._on_failed)
 
-    async def close(self) -> None:
-        """End the watch, its connections and tasks; a second call does nothing."""
-        await self.end(None)
-
     async def end(self, reason: Exception | None) -> None:
-        """Close; an iteration under way raises the reason, or ends if it is None."""
         if not self._closed:
             self._check_owner()
             self._closed, self._end = True, reason
@@ -162,10 +226,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
 
     # -- the iteration
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> AsyncChange:
+    async def next(self) -> AsyncChange:
         found = self._found
         if not found:
             self._check_owner()

@@ -7,6 +7,7 @@ a provider are shown by their type alone: their text may hold a token.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from html import escape
@@ -112,9 +113,9 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
     """Return a server's text with ``***`` for each secret that the server repeats.
 
-    A secret is found in each escaped form that servers and proxies use, and in part if the server
-    has cut it off. One of fewer than four characters is found only as a whole word: ``***`` in the
-    middle of a word would give it away.
+    A secret is found in each escaped or encoded form that servers and proxies use, and in part if
+    the server has cut it off. One of fewer than four characters is found only as a whole word:
+    ``***`` in the middle of a word would give it away.
     """
     if text in _FIXED:
         return text
@@ -124,6 +125,8 @@ def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
         code, space, rest = "", "", text
     given = [one.reveal()[: len(rest) + 1] for one in secrets if one is not None]
     patterns = [[_spellings(char) for char in one] for one in dict.fromkeys(given)]
+    for one in dict.fromkeys(given):
+        patterns += _encodings(one)
     shown = []
     at = 0
     while at < len(rest):
@@ -191,6 +194,22 @@ def _spellings(char: str) -> frozenset[str]:
     if not char.isprintable():
         forms.add(" ")
     return frozenset((*forms, *map(clean, forms)))
+
+
+def _encodings(secret: str) -> Iterator[list[frozenset[str]]]:
+    """Yield patterns of a secret in hexadecimal digits and in Base64.
+
+    A login may be encoded as one text, so that the secret begins at any of three places in a group
+    of Base64. The characters that the secret shares with its neighbours are left out.
+    """
+    given = secret.encode(errors="surrogatepass")
+    if len(given) < _SHORT:
+        return
+    yield [frozenset((digit, digit.upper())) for digit in given.hex()]
+    for before, shared in enumerate((0, 2, 3)):
+        text = b64encode(bytes(before) + given).decode()
+        whole = text[shared : (before + len(given)) * 8 // 6]
+        yield [frozenset((char, {"+": "-", "/": "_"}.get(char, char))) for char in whole]
 
 
 def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheError:

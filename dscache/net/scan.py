@@ -52,6 +52,9 @@ from .backoff import half_jitter
 # Seconds without any progress after which a scan fails, beside connectTimeout.
 _PATIENCE: Final = 10.0
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+# A request that has met the end of so many connections in a row, as at a proxy, is not repeated:
+# with the connection it cuts off the operations of the cache.
+_MOST_CUTS: Final = 5
 # Error replies that end by themselves.
 _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
 _LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
@@ -193,6 +196,7 @@ class NameScan:
         self._socket: object = None
         self._sockets = 0
         self._failures = 0
+        self._cuts = 0
         self._progress_at = 0.0
 
     def cursor(self) -> str:
@@ -206,6 +210,7 @@ class NameScan:
             try:
                 yield from self._cover_next()
             except _LOST as error:
+                self._check_cuts(error)
                 yield self._pause_after(error)
             except ReplyError as error:
                 if error.code not in _PASSING:
@@ -215,6 +220,15 @@ class NameScan:
     def _note_progress(self) -> None:
         self._failures = 0
         self._progress_at = time.monotonic()
+
+    def _check_cuts(self, error: Exception) -> None:
+        """Raise ConnectionLost if a single server ends the connection at each request."""
+        self._cuts += isinstance(error, ConnectionLost) and not self._clustered
+        if self._cuts >= _MOST_CUTS:
+            raise ConnectionLost(
+                f"scan: the connection was lost {self._cuts} times in a row while a request was "
+                f"under way: {error} (a proxy may not know INFO and SCAN: scan its servers)"
+            ) from error
 
     def _pause_after(self, error: Exception) -> Pause:
         """Return the pause before the next attempt; raises the error if no progress was made."""
@@ -296,6 +310,7 @@ class NameScan:
         """Return the replies of a node; raises the first error reply."""
         reply = yield Request(node, commands)
         assert reply is not None
+        self._cuts = 0
         for command, one in zip(commands, reply.replies, strict=True):
             if isinstance(one, ReplyError):
                 words = " ".join(map(str, command[:2] if command[0] == "CLUSTER" else command[:1]))
@@ -310,6 +325,7 @@ class NameScan:
             # Without the right to INFO, a server is the same as long as its socket lasts.
             asked = yield Request(node, [("INFO", "server"), ("INFO", "replication")])
             assert asked is not None
+            self._cuts = 0
             facts = {**_info(asked.replies[0]), **_info(asked.replies[1])}
             known = [facts.get(name, "") for name in ("run_id", "role", "master_replid")]
             if asked.socket is not self._socket:
