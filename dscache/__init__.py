@@ -23,6 +23,8 @@ from .errors import (
     RecordError,
     RecordMissing,
     ReplyError,
+    RPCError,
+    RPCTimeout,
     UsageError,
 )
 
@@ -71,6 +73,8 @@ __all__ = [
     "MessageNode",
     "Overloaded",
     "ProtocolError",
+    "RPCError",
+    "RPCTimeout",
     "Record",
     "RecordError",
     "RecordMissing",

@@ -3,7 +3,7 @@
 Servers exchange messages over ``@deepstream/clusternode-redis``. A server trusts every message: a
 wrong one can end all servers, or all clients that are subscribed to its name. ``check`` refuses the
 messages that no server sends. It describes server 7.0 with client 7.0; the names and numbers are
-those of ``@deepstream/protobuf``.
+as in ``@deepstream/protobuf``.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ _Kind = tuple[Callable[[object], bool], str]
 _NAME: Final[_Kind] = (_is_name, "a text that is not empty")
 _FIELDS: Final[dict[str, _Kind]] = {
     "name": _NAME,
-    "names": (_is_names, "a list of names that is not empty"),
+    "names": (_is_texts, "a list of names"),
     "correlationId": _NAME,
     "path": _NAME,
     "subscription": _NAME,
@@ -523,11 +523,14 @@ def check(message: Any, topic: int | None = None) -> None:
     for field in required:
         if field not in message and (field != "data" or "parsedData" not in message):
             raise _error(rules, f"{field} is missing{_hint(field, message)}", action)
+    if "names" in required and not _is_names(message["names"]):
+        wrong = f"names must be a list of names that is not empty, not {shorten(message['names'])}"
+        raise _error(rules, wrong, action)
     for field, value in message.items():
         if (rule := _FIELDS.get(field)) is not None and not rule[0](value):
             raise _error(rules, f"{field} must be {rule[1]}, not {shorten(value)}", action)
-    if (wrong := _wrong_data(message, action == _UPDATE and rules is _RECORD)) is not None:
-        raise _error(rules, wrong, action)
+    if (bad := _wrong_data(message, action == _UPDATE and rules is _RECORD)) is not None:
+        raise _error(rules, bad, action)
 
 
 def _error(rules: _Topic, text: str, action: int | None = None) -> MessageError:

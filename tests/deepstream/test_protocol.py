@@ -21,7 +21,7 @@ GOOD: list[dict[str, Any]] = [
     {"topic": 4, "action": 2, "name": "news", "data": '"\\ud800"'},
     {"topic": 4, "action": 2, "name": "news", "parsedData": None},
     {"topic": 5, "action": 2, "names": ["a", "b"]},
-    {"topic": 5, "action": 13, "name": "a"},
+    {"topic": 5, "action": 13, "name": "a", "names": []},
     {"topic": 5, "action": 18, "name": "a", "version": 0, "parsedData": {}},
     {"topic": 5, "action": 18, "name": "a", "version": 2**31 - 1, "data": "[]"},
     {"topic": 5, "action": 19, "name": "a", "version": 2, "path": "b", "data": "null"},

@@ -141,7 +141,7 @@ def test_session(document: Path, session: Session) -> None:
 
 @in_language("python")
 def test_program(block: Block, folder: Path) -> None:
-    if block.document.name == "messages.md":
+    if block.document.name in ("messages.md", "deepstream.md"):
         own = next(one.text for one in blocks(block.document) if one.language == "yaml")
         (folder / "config.yml").write_text(own, encoding="utf-8")
     program = folder / "program.py"

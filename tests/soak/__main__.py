@@ -56,6 +56,8 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "messages": {"count": scaled(1_000_000)},
         "messages-kill": {"rounds": scaled(20)},
         "messages-slow": {"seconds": 20 * scale},
+        "deepstream-calls": {"calls": scaled(100_000), "seed": random.randrange(10**6)},
+        "deepstream": {"seconds": 300 * scale, "seed": random.randrange(10**6)},
         "sync-threads": {"operations": scaled(1_000_000)},
         "sync-interrupts": {"count": scaled(10_000)},
         "sync-kill": {"rounds": scaled(20)},

@@ -26,7 +26,14 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.programs.injection import TIMEOUT
 from tests.programs.interruptions import SCENES
 from tests.programs.shortage import scan
-from tests.soak import cluster_rows, message_rows, near_rows, record_rows, thread_rows
+from tests.soak import (
+    cluster_rows,
+    deepstream_rows,
+    message_rows,
+    near_rows,
+    record_rows,
+    thread_rows,
+)
 from tests.soak.figures import (
     ATTEMPTS_A_MINUTE,
     DEAD_PEER,
@@ -788,6 +795,8 @@ ROWS: dict[str, Row] = {
     "messages": message_rows.everything,
     "messages-kill": message_rows.kill,
     "messages-slow": message_rows.slow,
+    "deepstream": deepstream_rows.converge,
+    "deepstream-calls": deepstream_rows.any_call,
     "sync-threads": thread_rows.threads,
     "sync-interrupts": thread_rows.interrupts,
     "sync-kill": thread_rows.kill,

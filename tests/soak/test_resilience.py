@@ -39,6 +39,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "records-expiry": {"names": 2000, "ttl": 3},
 }
 
+# tests/deepstream has its short form, as it needs Node.
+ON_NODE = ("deepstream", "deepstream-calls")
+
 # test_sync.py and test_sync_cluster.py have their short form.
 OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
 
@@ -61,4 +64,4 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_row_is_here() -> None:
-    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
+    assert {*SIZES, *ON_NODE, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
