@@ -139,7 +139,7 @@ def test_answers_of_replicas_are_not_kept(group: ClusterGroup, backend: str) -> 
         # As many readers as there are primaries and replicas; the slot decides which one.
         of_primaries = [name for name in names if slot_of(name) % 2]
         assert set(kept) <= set(of_primaries)
-        until(lambda: all([is_at_hand(cache, name) for name in of_primaries]))
+        until(lambda: all(is_at_hand(cache, name) for name in of_primaries))
         for name in names:
             put_on(group, name, 2)
         for name in names:
