@@ -692,7 +692,7 @@ def test_a_method_that_a_subclass_overrides_is_called(
 def test_a_child_has_its_own_link_and_entries(open_cache: OpenCache, redis: redis_py.Redis) -> None:
     cache = one_at_hand(open_cache, redis, commandTimeout=PATIENCE * 1000)
     assert fork(lambda: generation(cache, redis, 5))
-    assert is_at_hand(cache, "a")
+    until(lambda: is_at_hand(cache, "a"))
     put(redis, "a", 99)
     until(lambda: version_of(cache) == 99)
 
