@@ -66,6 +66,7 @@ from typing import Any
 
 from ..errors import ProtocolError, shorten
 from . import constants as c
+from . import failures
 from .near_cache import LIVE, LOST, NEAR_ENTRY_BYTES, OVER, Epoch, NearStore, Reachability
 from .near_parts import NearSettings
 from .record import Record, check_name
@@ -255,7 +256,7 @@ class SharedNearCache(NearStore):
         RecordError for a bad name.
         """
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
+            raise failures.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
         for name in names:
