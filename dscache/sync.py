@@ -448,8 +448,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
-            self.__dict__.pop("get", None)
         if self._near is not None and not already:
+            if self.__dict__.get("get") == self._near.core.get:  # and no other wrapper
+                del self.__dict__["get"]
             self._near.close()
         if self._topology is not None and not already:
             for watch in list(self._watches):

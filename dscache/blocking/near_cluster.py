@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
@@ -13,7 +12,7 @@ from ..errors import ConnectError
 from ..net.slot_table import SlotTable, reader_of
 from .cluster_pool import ClusterPool
 from .near_cache import NearFront
-from .near_link import NearConnection, NearLink
+from .near_link import NearConnection, NearLink, start_thread
 from .pool import Asked, Pool
 
 if TYPE_CHECKING:
@@ -94,9 +93,7 @@ class NearClusterFront(NearFront):
             self._keeper = threading.Thread(
                 target=self._keep, name="dscache keeps the links", daemon=True
             )
-        with suppress(RuntimeError):  # at its end the interpreter starts no thread
-            if self._keeper.ident is None:
-                self._keeper.start()
+        start_thread(self._keeper)
         return []
 
     def _keep(self) -> None:

@@ -27,7 +27,7 @@ from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.handshake import Attempt, ServerInfo
 from .connector import Connector, Logins
 from .control import ControlConnection
-from .foreign_errors import ConnectTimeout
+from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -66,6 +66,17 @@ def broadcast_options(options: Options) -> Options:
         if not (shortest and prefix.startswith(shortest[-1])):
             shortest.append(prefix)  # Redis refuses prefixes that overlap
     return replace(options, near_cache=replace(near, mode="broadcast", prefixes=tuple(shortest)))
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread, unless a signal handler has, or the interpreter ends and starts none."""
+    try:
+        if thread.ident is None:
+            thread.start()
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise_foreign(error)
 
 
 class NearConnection(ControlConnection):
@@ -142,10 +153,7 @@ class NearLink:
     def start(self) -> None:
         """Begin to connect."""
         for thread in self._threads:
-            # A signal handler may have started it, and at its end the interpreter starts none.
-            with suppress(RuntimeError):
-                if thread.ident is None:
-                    thread.start()
+            start_thread(thread)
 
     def wait(self, seconds: float) -> bool:
         """Wait until the first attempt to connect has ended; return whether it has."""

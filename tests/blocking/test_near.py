@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -13,11 +17,23 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import dscache
+from dscache import otel
 from dscache.embedded import EmbeddedServer
 from tests.conftest import PATIENT, SERVERS, MakeServer, _server_id
-from tests.support.blocking import PATIENCE, LoopThread, ProxyThread, in_threads, until
+from tests.support.blocking import (
+    PATIENCE,
+    LoopThread,
+    ProxyThread,
+    in_threads,
+    run_child,
+    until,
+)
+from tests.support.blocking_checks import assert_interrupted, assert_struck_at_each_line
 from tests.support.faults import HELLO_REPLY, FakeServer
 
 # A busy machine may be silent for a while, which must not look like a dead link.
@@ -643,6 +659,98 @@ def test_a_hit_waits_for_no_miss(
         assert not missing.done()
         proxy.do("resume")
         assert missing.result(PATIENCE) is None
+
+
+# -- interruptions, greenlets and exits
+
+
+@on_one_server
+def test_a_thread_is_struck_at_each_line(
+    open_cache: OpenCache, server: EmbeddedServer, backend: str
+) -> None:
+    assert_struck_at_each_line({"url": server.url, "nearCache": NEAR}, backend)
+
+
+@on_one_server
+def test_a_thread_is_interrupted_at_any_moment(server: EmbeddedServer, backend: str) -> None:
+    assert_interrupted(json.dumps({"url": server.url, "nearCache": NEAR}), 150, backend)
+
+
+@on_one_server
+def test_greenlets(server: EmbeddedServer, backend: str) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        near = {"nearCache": NEAR}
+        served = json.dumps({"url": server.url, **near})
+        silent_url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        quiet = json.dumps({"url": silent_url, **near})
+        result = run_child("greenlets.py", served, quiet, "20", backend=backend)
+    assert result["wrong"] == []
+    assert result["finished"]
+    assert result["limited"] == "gevent.Timeout ConnectError"
+    assert result["others_ran"]
+    assert result["pending"] == 0
+
+
+PROGRAM = """
+import sys, threading
+import dscache
+
+cache = dscache.Cache.from_config(
+    {"name": "redis", "options": {"url": sys.argv[1], "nearCache": True}}
+)
+cache.set("a", 1, 1)
+cache.get("a")
+if sys.argv[2] == "hits":
+    begun = threading.Event()
+
+    def hit():
+        while True:
+            cache.get("a")
+            begun.set()
+
+    threading.Thread(target=hit, daemon=True).start()
+    begun.wait()
+elif sys.argv[2] == "an error":
+    raise SystemExit(3)
+"""
+
+
+@on_one_server
+@pytest.mark.parametrize(("way", "status"), [("nothing", 0), ("hits", 0), ("an error", 3)])
+def test_the_end_of_a_program_without_close(
+    server: EmbeddedServer, backend: str, way: str, status: int
+) -> None:
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore::ResourceWarning", "-c", PROGRAM, server.url, way],
+            env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert (done.returncode, done.stderr) == (status, "")
+
+
+# -- counters
+
+
+@on_one_server
+def test_a_trace_of_hits(open_cache: OpenCache, redis: redis_py.Redis) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    cache = one_at_hand(open_cache, redis)
+    tracing = otel.trace(cache, tracer_provider=provider, roots=True)
+    hits = counters(cache)["hits"]
+    for _ in range(3):
+        assert version_of(cache) == 1
+    assert counters(cache)["hits"] == hits + 3
+    assert len(exporter.get_finished_spans()) == 3
+    tracing.stop()
+    assert is_at_hand(cache, "a")
+    cache.close()
+    with pytest.raises(dscache.ConnectionLost):
+        cache.get("a")
 
 
 # -- lives
