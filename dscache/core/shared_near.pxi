@@ -195,6 +195,13 @@ cdef class SharedNearCache(_NearStore):
         self._misses += 1
         if self._prefixes and not name.startswith(self._prefixes):
             return None
+        if self._clustered:
+            slot = self._encoder.slot(name)
+            node = None if slot < 0 else self._owners[slot]
+        else:
+            node = self._node
+        if node is None or node._epoch is None:
+            return None
         utf8_of(name, &size)
         size += ENTRY_BYTES
         if self._table() + size > self._max_bytes or not self._max_records:
@@ -203,11 +210,8 @@ cdef class SharedNearCache(_NearStore):
         entry = _SharedEntry.__new__(_SharedEntry)
         # From here on no Python code runs, so no other thread does.
         if self._clustered:
-            slot = self._encoder.slot(name)
-            node = None if slot < 0 else self._owners[slot]
-        else:
-            node = self._node
-        if node is None or node._epoch is None or name in self._writes:
+            node = self._owners[slot]
+        if node is None or node._epoch is None or not self._max_records or name in self._writes:
             return None
         found = self._current(name)
         if found is not None:
