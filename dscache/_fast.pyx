@@ -16,7 +16,6 @@ from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
 from sys import getsizeof
 from types import GenericAlias
 
@@ -45,11 +44,12 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, typed
+from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, tracking
 from .core import constants as c
 from .core import envelope as e
+from .core import typed
 from .core.stats import latency_of, stats_of
-from .core.suspects import is_suspicious, suspects_apart, window_beside_suspects
+from .core.suspects import is_suspicious, window_beside_suspects
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject_unobserved as _reject_unobserved
@@ -59,7 +59,6 @@ include "core/platform.pxi"
 include "core/constants.pxi"
 
 cdef list _DISCARDED = _discarded
-cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
 
 cdef class _Encoder  # of core/resp.pxi, for the batches before it
@@ -117,14 +116,14 @@ cdef class Pipeline:
     cdef public MessageDispatcher inbox
     cdef public bint resp2_pubsub
     cdef unsigned long long _messages
-    cdef _Reachability _reach
-    cdef _Epoch _epoch
+    cdef public _Reachability reach
+    cdef public _Epoch epoch
     cdef readonly Py_ssize_t settled
     cdef public Py_ssize_t operations
     cdef public Py_ssize_t pending_bytes
     cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes
     cdef readonly Py_ssize_t window
-    cdef Py_ssize_t _open_window  # 0 while there are suspects
+    cdef public Py_ssize_t open_window  # 0 while there are suspects
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef readonly Py_ssize_t max_redirections
     cdef bint _refuse_when_full
@@ -142,8 +141,8 @@ cdef class Pipeline:
     cdef bint _awake
     cdef public bint busy  # the queue or the slots change: only new operations may come
     cdef readonly list open_batches
-    cdef readonly object queue
-    cdef readonly list suspects
+    cdef public object queue
+    cdef public list suspects
     cdef readonly object slots
     cdef readonly list returned
     cdef _Replies _replies
@@ -198,13 +197,13 @@ cdef class Pipeline:
         self.clustered = clustered
         self.max_redirections = max_redirections
         self.window = max(1, min(WINDOW_RECORDS, max_pending))
-        self._open_window = self.window
+        self.open_window = self.window
         self.open_batches = []
         self.queue = deque()
         self.suspects = []
         self.slots = deque()
         self.returned = []
-        self._reach = _Reachability.__new__(_Reachability)
+        self.reach = _Reachability.__new__(_Reachability)
         self._replies = _Replies.__new__(_Replies)
         self.reset_reader()
 
@@ -279,8 +278,8 @@ cdef class Pipeline:
         self.slots.append(slot)
         self.in_flight += 1
         self.operations += 1
-        if self._epoch is not None:
-            self._epoch.asked(self.fence())
+        if self.epoch is not None:
+            self.epoch.asked(self.fence())
         return command
 
     def key_command(self, int kind, str key not None, waiter, *parts):
@@ -322,27 +321,6 @@ cdef class Pipeline:
         """
         self.notify_pending()
         recovery.requeue(self, batches)
-
-    cpdef int replace_queue(self, list batches, Py_ssize_t known) except -1:
-        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
-        first ``known`` that wait now. The others came while this was being prepared, and stay.
-
-        If it raises, nothing has changed.
-        """
-        cdef object queue
-        cdef list suspects
-        while True:
-            while known < len(self.queue):
-                batches.append(self.queue[known])
-                known += 1
-            queue, suspects = suspects_apart(sorted(batches, key=_serial_of))
-            if known == len(self.queue):
-                break
-        self.queue = queue
-        self.suspects = suspects
-        if suspects:
-            self._open_window = 0
-        return 0
 
     # -- output
 
@@ -392,7 +370,7 @@ cdef class Pipeline:
         encoder.begin()
         while (
             self.queue
-            and self.in_flight < self._open_window
+            and self.in_flight < self.open_window
             and taken < FLUSH_RECORDS
             and encoder.size() < COMMAND_BYTES
         ):
@@ -430,11 +408,11 @@ cdef class Pipeline:
             if not batch.waiting():
                 self.queue.popleft()
         if not encoder.size():
-            return b"" if self._open_window else self._take_beside_suspects()
+            return b"" if self.open_window else self._take_beside_suspects()
         self._flushes += 1
         self._bytes_out += encoder.size()
-        if self._epoch is not None:
-            self._epoch.asked(self.fence())
+        if self.epoch is not None:
+            self.epoch.asked(self.fence())
         return encoder.take()
 
     cdef bytes _take_beside_suspects(self):
@@ -446,11 +424,11 @@ cdef class Pipeline:
                 window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
-                self._open_window = window
+                self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if is_suspicious(self) else self.window
+            self.open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 
@@ -512,41 +490,14 @@ cdef class Pipeline:
 
     # -- what the near cache may believe
 
-    cpdef connected(self, bint is_tracked):
-        """Note that there is a connection, and whether its server reports changed keys."""
-        self._reach.up = True
-        if is_tracked and self.near is not None:
-            self._epoch = _Epoch.__new__(_Epoch, self._reach)
-            self.near.count_live(1)
+    connected = tracking.connected
+    disconnected = tracking.disconnected
+    unknown = tracking.unknown
+    forget = tracking.forget
 
-    cpdef disconnected(self, bint is_trusted):
-        """Note that the connection ended, and whether its replies can be trusted."""
-        self._end_epoch(LOST if is_trusted else OVER, "connection")
-        self._reach.up = False
-
-    def unknown(self):
-        """Return the seconds for which the near cache may have missed changes."""
-        return 0.0 if self._epoch is None else dscache_monotonic() - self._epoch.known
-
-    cpdef forget(self, str reason):
-        """Drop every record read so far from the near cache, and count the ``reason``."""
-        cdef _Epoch epoch = self._epoch
-        self._end_epoch(OVER, reason)
-        if epoch is not None:
-            self.connected(True)
-            self._epoch.known = epoch.known
-
-    cdef int _end_epoch(self, int state, str reason) except -1:
-        cdef _Epoch epoch = self._epoch
-        self._epoch = None
-        if state == OVER:  # and so is what earlier connections brought
-            self._reach.over = True
-            self._reach = _Reachability.__new__(_Reachability)
-        if epoch is not None and self.near is not None:
-            epoch.state = state
-            self.near.count_flush(reason)
-            self.near.count_live(-1)
-        return 0
+    def new_epoch(self):
+        """Return an epoch that begins now."""
+        return _Epoch.__new__(_Epoch, self.reach)
 
     # -- time and failure
 

@@ -45,8 +45,9 @@ class Changes:
         default: bytes | core.Omitted,
         ttl: int | None,
         if_changed: bool = False,
+        type: Any = None,
     ) -> Record | None:
-        """Do one update: reads with ``reader``, writes with ``writer``, both Pipelines or so."""
+        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
         loop = asyncio.get_running_loop()
         timing = core.Timing(self._timeout, loop.time, _pause_after)
         turn = self._turns.get(name)
@@ -67,7 +68,7 @@ class Changes:
                 await turn.lock.acquire()
             turn.owner = task
             try:
-                steps = core.change_steps(operation, name, default, ttl, timing, if_changed)
+                steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
                 return await _drive(steps, reader, writer, operation, name, change, timing)
             finally:
                 turn.owner = None

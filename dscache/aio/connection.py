@@ -217,6 +217,8 @@ class Connection(LoopBound):
         timeout = self._options.connect_timeout
         if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
+            if self._attempting and self.last_loss == "":  # the first attempt ends by now, too
+                down = as_connect_error(TimeoutError(), timeout, self._endpoint.tried)
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
@@ -340,6 +342,7 @@ class Connection(LoopBound):
         pipeline.away = ""
         settle_doubts(pipeline)
         if leaves:
+            self._endpoint.note_useless()
             self.leave(constants.LEFT_FOR[code])
             return
         now = self._loop.time()
@@ -407,6 +410,7 @@ class Connection(LoopBound):
             if (cause := foreign(error)) is not None:
                 error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
+            self._endpoint.note_useless()
             self._failed(error)
             self._socket = None
             return False

@@ -37,7 +37,8 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Connector, Logins
+    from ..net.credentials import Logins
+    from .connector import Connector
 
 _logger = logging.getLogger("dscache")
 
@@ -231,6 +232,8 @@ class Connection:
         """
         code = self.pipeline.away
         if code in constants.LEFT_FOR:
+            if self._holder is not None:
+                self._holder.note_useless()
             # ``away`` stays: the pool sees why the socket is lost.
             raise EndedHere(constants.LEFT_FOR[code])
         self.pipeline.away = ""
@@ -357,7 +360,10 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        tried = "" if self._holder is None else self._holder.tried
+        tried = ""
+        if self._holder is not None:
+            tried = self._holder.tried
+            self._holder.note_useless()
         failure = as_connect_error(error, timeout, tried)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
@@ -400,7 +406,7 @@ class Connection:
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
-        holder = SocketConnect()
+        holder = SocketConnect(self.info.useless)
         # From here on the socket is found when this thread is interrupted, or the process forks.
         self._holder = holder
         yield from holder.open(options, host, port)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 from ..core import loading
+from ..core.changes import PLAIN
 from ..core.loading import Do, Load, Outcome, Step, Terms
-from ..errors import BulkError, DscacheError, UsageError, shorten
+from ..errors import BulkError, DscacheError
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], object]
 _Run: TypeAlias = Callable[..., Any]
@@ -18,11 +20,11 @@ _Key: TypeAlias = tuple[bool, frozenset[str]]
 """Whether it is a refresh, and the names."""
 
 
-class _Flight:
+class _Flight(loading.Flight):
     """A load under way in one thread; without an outcome at its end, the thread was struck."""
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(names)
         self.ended = threading.Event()
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
@@ -48,6 +50,7 @@ class Loads:
         outcome, is_own = self._fly(
             False, [name], lambda: loading.load_missing([name], terms), _single(load), run
         )
+        self.checks.keep_missing(outcome.nothing)
         if terms.refresh_after is not None:
             self.checks.note(name, terms)
         if name in outcome.errors:
@@ -66,7 +69,7 @@ class Loads:
         records = {name: found[name] for name in names if name in found}
 
         def load(wanted: tuple[str, ...]) -> object:
-            return load_many(list(wanted))
+            return _plain("fetch_bulk", "load_many", load_many(list(wanted)))
 
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
@@ -82,6 +85,7 @@ class Loads:
         outcome, is_own = self._fly(
             False, missing, lambda: loading.load_missing(missing, terms), load, run
         )
+        self.checks.keep_missing(outcome.nothing)
         for name, one in outcome.records.items():
             records[name] = one if is_own else loading.another(one)
         records = {name: records[name] for name in names if name in records}
@@ -115,12 +119,13 @@ class Loads:
         names = list(names)
         key = refresh, frozenset(names)
         while True:
-            own = _Flight()
+            own = _Flight(names)
             try:
                 flight = self._flights.setdefault(key, own)
                 if flight is own:
                     try:
-                        own.outcome = _drive(steps(), load, run)
+                        with own.waited_for():
+                            own.outcome = _drive(steps(), load, run, own)
                     except Exception as error:
                         own.error = error
                         raise
@@ -130,19 +135,15 @@ class Loads:
                 if self._flights.get(key) is own:
                     del self._flights[key]
                 own.ended.set()
-            if flight.thread == own.thread:
-                raise UsageError(
-                    f"record {shorten(names[0])}: its load fetches the same record, and would "
-                    "wait for itself; read the source in it"
-                )
-            flight.ended.wait()
+            with flight.waited_for():
+                flight.ended.wait()
             if isinstance(flight.error, DscacheError):
                 raise copy.copy(flight.error)
             if flight.outcome is not None:
                 return flight.outcome, False
 
 
-def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
+def _drive(steps: loading.Steps, load: _Loader, run: _Run, flight: _Flight) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
     while True:
@@ -154,16 +155,16 @@ def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
         finally:
             error = None  # its traceback holds this frame
         try:
-            reply = _execute(step, load, run)
+            reply = _execute(step, load, run, flight)
         except BaseException as raised:
             error, reply = raised, None
 
 
-def _execute(step: Step, load: _Loader, run: _Run) -> Any:
+def _execute(step: Step, load: _Loader, run: _Run, flight: _Flight) -> Any:
     if isinstance(step, Do):
         return run(step.operation, *step.arguments)
     if isinstance(step, Load):
-        with _Renewing(step.renewal, run):
+        with _Renewing(step.renewal, run, flight), flight.loading():
             return load(step.names)
     # An Event, whose wait a monkey-patched program replaces as well.
     threading.Event().wait(step.seconds)
@@ -173,9 +174,12 @@ def _execute(step: Step, load: _Loader, run: _Run) -> Any:
 class _Renewing:
     """A thread that renews leases while a load runs."""
 
-    def __init__(self, renewal: Do, run: _Run) -> None:
+    def __init__(
+        self, renewal: Callable[[list[str]], Do], run: _Run, flight: loading.Flight
+    ) -> None:
         self._renewal = renewal
         self._run = run
+        self._flight = flight
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="dscache lease", daemon=True)
 
@@ -187,13 +191,23 @@ class _Renewing:
 
     def _renew(self) -> None:
         while not self._ended.wait(loading.RENEW_SECONDS):
+            step = self._renewal(self._flight.waited_names())
             with suppress(DscacheError):  # the next one may succeed in time
-                self._run(self._renewal.operation, *self._renewal.arguments)
+                self._run(step.operation, *step.arguments)
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:
     def load_one(names: tuple[str, ...]) -> Mapping[str, Any]:
         (name,) = names
-        return {name: load(name)}
+        return {name: _plain("fetch", "load", load(name))}
 
     return load_one
+
+
+def _plain(operation: str, load: str, result: Any) -> Any:
+    """Return the result of a load; raises TypeError if it is to be awaited."""
+    if type(result) not in PLAIN and inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # or Python would warn that it was never awaited
+        raise loading.not_plain(operation, load)
+    return result

@@ -24,8 +24,9 @@ from ..core.failures import EndedHere, ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError
 from ..net.backoff import full_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.credentials import Logins
 from ..net.handshake import Attempt, ServerInfo
-from .connector import Connector, Logins
+from .connector import Connector
 from .control import ControlConnection
 from .foreign_errors import ConnectTimeout, raise_foreign
 from .waiter import BlockingWaiter

@@ -20,7 +20,7 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Logins
+    from ..net.credentials import Logins
 
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)

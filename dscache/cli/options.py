@@ -102,7 +102,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters += (_SHARED[name].replace(kind=kind) for name in names)
         # typer reads the signature and the annotations.
-        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined] # read by inspect
         call.__annotations__ = {one.name: one.annotation for one in parameters}
         return call
 

@@ -79,7 +79,7 @@ def check_topic(topic: object) -> int:
 def topic_of(message: object) -> int:
     """Return the topic that a message states, by key or by attribute; raises MessageError."""
     try:
-        topic = message["topic"] if isinstance(message, Mapping) else message.topic  # type: ignore[attr-defined]
+        topic = message["topic"] if isinstance(message, Mapping) else message.topic  # type: ignore[attr-defined] # a bad one raises
     except (KeyError, AttributeError):
         raise MessageError(
             f"a message must have a topic, and there is none in {shorten(message)}; "
@@ -133,7 +133,7 @@ def decode_tolerantly(topic: int, sender: str, raw: bytes, payload: bytes | None
             return tolerant_json.decode(raw)
         # More may follow the message than the end of its envelope.
         value = tolerant_json.decode(payload)
-        return value["message"]  # type: ignore[index]
+        return value["message"]  # type: ignore[index] # a bad one raises
     except (ValueError, LookupError, TypeError) as error:
         raise MessageError(
             f"message on topic {topic} from {shorten(sender)}: it is no JSON: {error}"

@@ -159,12 +159,12 @@ def bulk_failure(
 
 
 def too_many_redirections(
-    message: str, redirections: tuple[str, ...], limit: int, context: str
+    message: str, redirections: tuple[str, ...], moves: int, limit: int, context: str
 ) -> ReplyError:
-    """Return the error of an operation that was redirected too often."""
+    """Return the error of an operation that was sent to other nodes too often."""
     path = "; ".join(redirections)
     # As the context, of which nothing is left out.
-    redirected = f"redirected {len(redirections)} times, and maxRedirections is {limit}: {path}"
+    redirected = f"redirected {moves} times, and maxRedirections is {limit}: {path}"
     return ReplyError(message, context=f"{redirected}) ({context}")
 
 

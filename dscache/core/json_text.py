@@ -54,7 +54,7 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
 
 def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
     if is_model(type_):
-        return type_.model_validate_json  # type: ignore[no-any-return]
+        return type_.model_validate_json  # type: ignore[no-any-return] # pydantic's
     return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
 
 

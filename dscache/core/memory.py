@@ -152,6 +152,16 @@ class MemoryPipeline:
         now = self._clock()
         return [name for name, (_, _, expiry) in list(self._records.items()) if expiry > now]
 
+    def seconds_to_expiry(self) -> float | None:
+        """Return the seconds until the next record may end; None without any that does."""
+        return max(0.0, self._expiries[0][0] - self._clock()) if self._expiries else None
+
+    def expire(self) -> None:
+        """Remove the records that have ended, and tell the listeners."""
+        now = self._clock()
+        while self._expiries and self._expiries[0][0] <= now:
+            self._stored(heapq.heappop(self._expiries)[1])
+
     def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Remove a listener; does nothing if it isn't there."""
         if listener in self.listeners:
@@ -253,8 +263,7 @@ class MemoryPipeline:
         self._records[name] = (version, text, expiry)
         if ttl:
             heapq.heappush(self._expiries, (expiry, name))
-        while self._expiries and self._expiries[0][0] <= now:
-            self._stored(heapq.heappop(self._expiries)[1])
+        self.expire()
         self._counts["writes"] += 1
         self._tell(name)
         return True

@@ -90,15 +90,15 @@ class Message:
 
     def keys(self) -> KeysView[str]:
         """Return the names of the data's members."""
-        return self.data.keys()  # type: ignore[no-any-return]
+        return self.data.keys()  # type: ignore[no-any-return] # JSON
 
     def values(self) -> ValuesView[Any]:
         """Return the data's members."""
-        return self.data.values()  # type: ignore[no-any-return]
+        return self.data.values()  # type: ignore[no-any-return] # JSON
 
     def items(self) -> ItemsView[str, Any]:
         """Return the data's members with their names."""
-        return self.data.items()  # type: ignore[no-any-return]
+        return self.data.items()  # type: ignore[no-any-return] # JSON
 
     def __getitem__(self, key: Any, /) -> Any:
         return self.data[key]

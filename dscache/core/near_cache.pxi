@@ -13,11 +13,6 @@ cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
 cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
 cdef object _AWAY = failures.AWAY
 
-# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
-# its records are known to be outdated.
-cdef enum:
-    LIVE, LOST, OVER
-
 
 @cython.final
 cdef class _Reachability:
@@ -26,7 +21,7 @@ cdef class _Reachability:
     ``over`` is set when every record read from the node so far is known to be outdated.
     """
 
-    cdef bint up, over
+    cdef public bint up, over
 
 
 @cython.final
@@ -39,8 +34,8 @@ cdef class _Epoch:
     """
 
     cdef _Reachability reach
-    cdef int state
-    cdef double known
+    cdef public int state
+    cdef public double known
     cdef Py_ssize_t _mark, _last_mark
     cdef double _sent, _last_sent
 
@@ -185,7 +180,7 @@ cdef class _NearStore:
                 self._invalidations += 1
         return False
 
-    cdef int count_flush(self, str reason) except -1:
+    cpdef int count_flush(self, str reason) except -1:
         """Count an invalidation of many records."""
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
@@ -418,13 +413,13 @@ cdef class NearCache(_NearStore):
         PyDict_SetItem(self._fences, name, last_serial)
         return 0
 
-    cdef int count_flush(self, str reason) except -1:
+    cpdef int count_flush(self, str reason) except -1:
         """Count an invalidation of many records, and let no caller join the reads pending now."""
         self._pending.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
 
-    cdef int count_live(self, long change) noexcept:
+    cpdef int count_live(self, long change) noexcept:
         """Add ``change`` to the number of tracked connections."""
         self._live += change
         return 0

@@ -48,6 +48,7 @@ from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
+from .tracking import LIVE
 from .waiters import Part, Unobserved, reject_unobserved, resolve
 
 if TYPE_CHECKING:
@@ -56,10 +57,6 @@ if TYPE_CHECKING:
 # Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES: Final = 290
 _NO_TABLE: Final = getsizeof(OrderedDict())
-
-# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
-# its records are known to be outdated.
-LIVE, LOST, OVER = range(3)
 
 
 class Reachability:

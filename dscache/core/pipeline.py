@@ -73,7 +73,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from threading import get_ident
 from typing import Any, Final
 
@@ -82,7 +81,7 @@ import hiredis
 from ..errors import ProtocolError, ReplyError
 from . import constants as c
 from . import envelope as e
-from . import failures, recovery, refusals, replies
+from . import failures, recovery, refusals, replies, tracking
 from .batch import Batch, Bulk, Command, serials
 from .condition import (
     ANY,
@@ -93,18 +92,17 @@ from .condition import (
 from .entries import kind_of, make_removal, make_removals, make_write, make_writes, new_bulk, unique
 from .keys import slot_of_key
 from .message import MessageDispatcher, pack_message
-from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
+from .near_cache import Epoch, NearCache, Reachability
 from .pushes import take_message, take_push
 from .reader import LengthGuard
 from .record import check_name
 from .resp import Encoder, pack_command
 from .stats import Latencies, stats_of
-from .suspects import is_suspicious, suspects_apart, window_beside_suspects
+from .suspects import is_suspicious, window_beside_suspects
 from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
 _Reader: Any = hiredis.Reader
-_serial_of = attrgetter("serial")
 
 # The kinds of which records of one slot share a command, and those that have one for each.
 _GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
@@ -191,7 +189,7 @@ class Pipeline:
         self.clustered = clustered
         self.max_redirections = max_redirections
         self.window = max(1, min(c.WINDOW_RECORDS, max_pending))
-        self._open_window = self.window  # 0 while there are suspects
+        self.open_window = self.window  # 0 while there are suspects
         self._awake = False
         self.busy = False  # the queue or the slots are being changed: only new operations may come
         self.open_batches: list[Batch] = []
@@ -215,7 +213,7 @@ class Pipeline:
         self._bytes_in = 0
         self.latencies = Latencies()
         self.arrived = 0.0  # time of arrival of the replies at hand, 0.0 until it is needed
-        self._reach = Reachability()
+        self.reach = Reachability()
         self.epoch: Epoch | None = None
         self.reset_reader()
 
@@ -361,23 +359,6 @@ class Pipeline:
         self.notify_pending()
         recovery.requeue(self, batches)
 
-    def replace_queue(self, batches: list[Batch], known: int) -> None:
-        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
-        first ``known`` that wait now. The others came while this was being prepared, and stay.
-
-        If it raises, nothing has changed.
-        """
-        while True:
-            while known < len(self.queue):
-                batches.append(self.queue[known])
-                known += 1
-            queue, suspects = suspects_apart(sorted(batches, key=_serial_of))
-            if known == len(self.queue):
-                break
-        self.queue, self.suspects = queue, suspects
-        if suspects:
-            self._open_window = 0
-
     # -- output
 
     def end_tick(self) -> None:
@@ -412,7 +393,7 @@ class Pipeline:
         size = taken = 0
         while (
             queue
-            and self.in_flight < self._open_window
+            and self.in_flight < self.open_window
             and taken < c.FLUSH_RECORDS
             and size < c.COMMAND_BYTES
         ):
@@ -454,7 +435,7 @@ class Pipeline:
             self._bytes_out += size
             if self.epoch is not None:
                 self.epoch.asked(self.fence())
-        elif not self._open_window:
+        elif not self.open_window:
             return self._take_beside_suspects()
         return b"".join(out)
 
@@ -466,11 +447,11 @@ class Pipeline:
                 window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
-                self._open_window = window
+                self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if is_suspicious(self) else self.window
+            self.open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 
@@ -520,40 +501,14 @@ class Pipeline:
 
     # -- what the near cache may believe
 
-    def connected(self, is_tracked: bool) -> None:
-        """Note that there is a connection, and whether its server reports changed keys."""
-        self._reach.up = True
-        if is_tracked and self.near is not None:
-            self.epoch = Epoch(self._reach)
-            self.near.count_live(1)
+    connected = tracking.connected
+    disconnected = tracking.disconnected
+    unknown = tracking.unknown
+    forget = tracking.forget
 
-    def disconnected(self, is_trusted: bool) -> None:
-        """Note that the connection ended, and whether its replies can be trusted."""
-        self._end_epoch(LOST if is_trusted else OVER, "connection")
-        self._reach.up = False
-
-    def unknown(self) -> float:
-        """Return the seconds for which the near cache may have missed changes."""
-        return 0.0 if self.epoch is None else time.monotonic() - self.epoch.known
-
-    def forget(self, reason: str) -> None:
-        """Drop every record read so far from the near cache, and count the ``reason``."""
-        epoch = self.epoch
-        self._end_epoch(OVER, reason)
-        if epoch is not None:
-            self.connected(True)
-            assert self.epoch is not None
-            self.epoch.known = epoch.known
-
-    def _end_epoch(self, state: int, reason: str) -> None:
-        epoch, self.epoch = self.epoch, None
-        if state == OVER:  # and so is what earlier connections brought
-            self._reach.over = True
-            self._reach = Reachability()
-        if epoch is not None and self.near is not None:
-            epoch.state = state
-            self.near.count_flush(reason)
-            self.near.count_live(-1)
+    def new_epoch(self) -> Epoch:
+        """Return an epoch that begins now."""
+        return Epoch(self.reach)
 
     # -- time and failure
 

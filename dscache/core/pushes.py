@@ -46,7 +46,7 @@ def take_subscription(pipeline: Pipeline, push: list[Any]) -> None:
     assert pipeline.inbox is not None
     batch = pipeline.slots[0][0] if pipeline.slots else None
     asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
-    if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
+    if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr] # asked
         replies.answer(pipeline, list(push))
     else:
         pipeline.inbox.on_ended(pipeline, list(push))

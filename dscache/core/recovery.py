@@ -1,8 +1,8 @@
-"""Timeouts, lost connections and changes of nodes: half of what happens rarely, for both cores.
+"""Timeouts, lost connections and changes of nodes; the same code for both cores.
 
-The other half is ``refusals.py``. Each function takes a pipeline, compiled or pure, and works
-through its public attributes. What happens often, as encoding commands and reading replies, stays
-in each core.
+``refusals.py`` handles error replies. Each function takes a pipeline, compiled or pure, and works
+through its public attributes. Encoding commands and reading replies, which are frequent, stay in
+each core.
 
 Rules that every function of either module keeps, whatever raises and wherever:
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
@@ -28,11 +29,13 @@ from . import failures
 from .failures import ErrorOf
 from .outcomes import fail_batch
 from .refusals import settle_doubts, waiting_batches
-from .suspects import drop_settled_suspects, parts_of
+from .suspects import drop_settled_suspects, parts_of, suspects_apart
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .pipeline import Pipeline
+
+_serial_of = attrgetter("serial")
 
 # Kinds that may be sent again when a connection was lost: doing them twice changes nothing, or the
 # repeat does nothing where it can't know that.
@@ -63,7 +66,7 @@ def take_queued(
         # Once the queue is replaced nothing may fail, or ``released`` is lost: iterators are made
         # before, so that nothing allocates behind it.
         split_rest, gone = iter(split), iter(released)
-        pipeline.replace_queue(kept, len(waiting))
+        _replace_queue(pipeline, kept, len(waiting))
         for batch, rest in split_rest:
             batch.names, batch.entries, batch.records = rest.names, rest.entries, rest.records
         for _target, batch in gone:
@@ -123,17 +126,35 @@ def requeue(pipeline: Pipeline, batches: Iterable[Batch]) -> None:
         for batch in batches:
             if batch.sent == batch.answered and not batch.settled():
                 waiting[batch] = None
-        pipeline.replace_queue(list(waiting), size)
+        _replace_queue(pipeline, list(waiting), size)
     finally:
         pipeline.busy = False
     pipeline.recount()
+
+
+def _replace_queue(pipeline: Pipeline, batches: list[Batch], known: int) -> None:
+    """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
+    first ``known`` that wait now. The others came while this was being prepared, and stay.
+
+    If it raises, nothing has changed.
+    """
+    while True:
+        while known < len(pipeline.queue):
+            batches.append(pipeline.queue[known])
+            known += 1
+        queue, suspects = suspects_apart(sorted(batches, key=_serial_of))
+        if known == len(pipeline.queue):
+            break
+    pipeline.queue, pipeline.suspects = queue, suspects
+    if suspects:
+        pipeline.open_window = 0
 
 
 def requeue_returned(pipeline: Pipeline) -> None:
     """Queue the batches that must be sent again, each in the place of its age."""
     waiting = list(pipeline.queue)
     batches = [*waiting, *pipeline.suspects, *pipeline.returned]
-    pipeline.replace_queue(list(dict.fromkeys(batches)), len(waiting))
+    _replace_queue(pipeline, list(dict.fromkeys(batches)), len(waiting))
     pipeline.returned.clear()
 
 
@@ -273,7 +294,7 @@ def _settle_slots(pipeline: Pipeline, reason: Exception, retry: bool) -> None:
         batch.losses += 1
     # After a protocol error, nothing that the connection brought can be trusted.
     pipeline.disconnected(retry)
-    pipeline.replace_queue(batches, len(waiting))
+    _replace_queue(pipeline, batches, len(waiting))
     for batch in replaced:
         batch.expired = True  # its parts have its operations now
     for batch, _count in pipeline.slots:  # no waiting batch has anything in flight now

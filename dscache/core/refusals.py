@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ReplyError
 from . import constants as c
@@ -18,6 +18,9 @@ from .waiters import DISCARDED, SupersededWrite, with_waiter
 if TYPE_CHECKING:
     from .batch import Batch
     from .pipeline import Pipeline
+
+# After so many equal refusals in a row the pauses between them grow no longer.
+_SAME_REFUSALS: Final = 6
 
 # Of each name, its first later write: the batch, the place in it, and whether a read is between.
 _Later = dict[str, tuple["Batch", int, bool]]
@@ -147,9 +150,10 @@ def settle_doubts(pipeline: Pipeline) -> None:
     """
     if not pipeline.doubts:
         return
+    held = {*waiting_batches(pipeline)}
     waiting = {
         (batch.serial, name)
-        for batch in waiting_batches(pipeline)
+        for batch in held
         if not batch.abandoned()
         for name in (batch.names or batch.records)
     }
@@ -160,7 +164,8 @@ def settle_doubts(pipeline: Pipeline) -> None:
             batch, serial, name, later_serial, later = pipeline.doubts[-1]
             if (later_serial, later) in waiting:
                 waiting.add((serial, name))  # also if it was attached to the later one
-            elif batch is not None and not batch.abandoned():
+            elif batch in held and not batch.abandoned():
+                # One that was sent meanwhile gets its result from its reply.
                 waiting.discard((serial, name))
                 _drop(pipeline, batch, name)
             pipeline.doubts.pop()
@@ -229,8 +234,10 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
     would report a wrong outcome. A write with ``if_newer`` undoes nothing.
     """
     later = _written_after(pipeline, batch, True) if c.SET <= batch.kind <= c.DELETE else {}
-    redirections = (*batch.redirections, f"{pipeline.address}: {error.message}")
+    redirections = _path_of(pipeline, batch, error)
+    moves = sum(_is_move(one.partition(": ")[2].partition(" ")[0]) for one in redirections)
     limit = pipeline.max_redirections
+    has_moved_too_often = _is_move(error.code) and moves > limit
     again: dict[str, Any] = {}
     failed = repeated = 0
     for i in range(batch.answered, batch.answered + count):
@@ -239,10 +246,10 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
         if entry is DISCARDED:
             continue
         make = refusal_at(pipeline, error, batch, i)
-        if len(redirections) > limit:
+        if has_moved_too_often:
             context = f"{failures.describe(batch.kind, name)} at {pipeline.address}"
             make = partial(
-                failures.too_many_redirections, error.message, redirections, limit, context
+                failures.too_many_redirections, error.message, redirections, moves, limit, context
             )
             make = _in_doubt_at(batch, i, make)
             give_error(pipeline, batch, name, entry, make)
@@ -271,6 +278,23 @@ def _redirected(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError)
     batch.answered += count
     if batch.bulk is not None:
         batch.bulk.settle(failed)
+
+
+def _is_move(code: str) -> bool:
+    """Return whether a redirection names another node; the others put an operation off."""
+    return code in ("MOVED", "ASK")
+
+
+def _path_of(pipeline: Pipeline, batch: Batch, error: ReplyError) -> tuple[str, ...]:
+    """Return the redirections of a batch with the latest one.
+
+    Of a refusal that is repeated, as of a busy node, only the first ones are kept.
+    """
+    latest = f"{pipeline.address}: {error.message}"
+    last = batch.redirections[-_SAME_REFUSALS:]
+    if not _is_move(error.code) and last.count(latest) == _SAME_REFUSALS:
+        return batch.redirections
+    return (*batch.redirections, latest)
 
 
 def _send_again(

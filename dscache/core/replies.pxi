@@ -52,8 +52,8 @@ cdef int answer(Pipeline pipeline, reply) except -1:
         answer_script(pipeline, batch, count, check_array(pipeline, reply, count, "the set script"))
     pipeline.slots.popleft()
     pipeline.settled += 1
-    if pipeline._epoch is not None:
-        pipeline._epoch.answered(pipeline.settled)
+    if pipeline.epoch is not None:
+        pipeline.epoch.answered(pipeline.settled)
     pipeline.in_flight -= count
     if batch.bulk is None:
         pipeline.operations -= count
@@ -121,7 +121,7 @@ cdef int add_found(Pipeline pipeline, _Batch batch, Py_ssize_t count, list found
 
 cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
     # Redis sends no invalidation for records read by ASKING.
-    cdef _Epoch epoch = None if batch.asking else pipeline._epoch
+    cdef _Epoch epoch = None if batch.asking else pipeline.epoch
     cdef _Bulk bulk = batch.bulk
     cdef dict result = None if bulk is None else bulk.result
     cdef Py_ssize_t settled = 0

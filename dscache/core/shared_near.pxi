@@ -3,6 +3,10 @@
 # at Python code, and no method runs any between a check and the step that depends on it.
 
 
+cdef int LOST = tracking.LOST
+cdef int OVER = tracking.OVER
+
+
 @cython.final
 @cython.no_gc  # an entry is in no reference cycle
 cdef class _SharedEntry(_Entry):

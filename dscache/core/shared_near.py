@@ -67,9 +67,10 @@ from typing import Any
 from ..errors import ProtocolError, shorten
 from . import constants as c
 from . import failures
-from .near_cache import LIVE, LOST, NEAR_ENTRY_BYTES, OVER, Epoch, NearStore, Reachability
+from .near_cache import NEAR_ENTRY_BYTES, Epoch, NearStore, Reachability
 from .near_parts import NearSettings
 from .record import Record, check_name
+from .tracking import LIVE, LOST, OVER
 
 
 class SharedEntry:

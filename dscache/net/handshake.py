@@ -16,7 +16,7 @@ from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
 from .connect_errors import UnsuitableConfig, UnsuitableServer, end_of_handshake, is_full
 from .credentials import Hidden, Login, Word, hidden, masked
-from .slots import parse_node_id, parse_nodes
+from .slots import NO_NODE, has_no_cluster, parse_node_id, parse_nodes
 
 # Errors to HELLO that end the attempt: a login without RESP3 would meet them too.
 _FINAL: Final = (*constants.PASSING, "WRONGPASS", "MASTERDOWN", "DENIED")
@@ -265,11 +265,16 @@ def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
 def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[Any], str]:
     """Return the id of a node of a cluster, or an empty text if it can't be known.
 
-    A user without the right to CLUSTER MYID has that to CLUSTER SLOTS, where the node is listed.
+    It is NO_NODE of a server that is none. A user without the right to CLUSTER MYID has that to
+    CLUSTER SLOTS, where the node is listed.
     """
     if not isinstance(reply, ReplyError):
         return parse_node_id(reply)
+    if has_no_cluster(reply):
+        return NO_NODE
     (slots,) = yield [["CLUSTER", "SLOTS"]]
+    if has_no_cluster(slots):
+        return NO_NODE
     try:
         nodes = parse_nodes(slots, (address.rpartition(":")[0].strip("[]"), 0))
     except ProtocolError:

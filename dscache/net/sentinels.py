@@ -168,5 +168,4 @@ def _read_replica(replicas: Any) -> Answer | None:
 
 def read_epoch(text: object) -> int:
     """Return the epoch that a Sentinel states as text, or -1 if that is none."""
-    is_number = type(text) is str and text.isdecimal() and len(text) < 20
-    return int(text) if is_number else -1  # type: ignore[call-overload]
+    return int(text) if type(text) is str and text.isdecimal() and len(text) < 20 else -1

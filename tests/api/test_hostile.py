@@ -97,7 +97,7 @@ def test_an_error_gives_the_length_of_text_it_cut() -> None:
 def test_a_long_path_of_redirections_is_kept_whole() -> None:
     trail = tuple(f"127.0.0.1:{port}: MOVED 1 127.0.0.1:{port + 1}" for port in range(7000, 7040))
     error = failures.too_many_redirections(
-        "MOVED 1 127.0.0.1:7041", trail, 16, "get 'a' at 127.0.0.1:7040"
+        "MOVED 1 127.0.0.1:7041", trail, 40, 16, "get 'a' at 127.0.0.1:7040"
     )
     assert all(one in str(error) for one in trail)
     assert str(error).startswith("MOVED 1 127.0.0.1:7041 (redirected 40 times, and ")

@@ -827,6 +827,25 @@ def test_temporary_refusals_are_retried(operation: str, code: str, backend: str)
         assert_drained(cache)
 
 
+@pytest.mark.parametrize("code", ["BUSY", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "READONLY"])
+def test_what_passes_is_no_redirection(code: str, backend: str) -> None:
+    """A node that refuses for long uses up no maxRedirections."""
+    with fakes() as cluster:
+        left = 9
+
+        def say(command: list[bytes], slot: int) -> bytes | None:
+            nonlocal left
+            left -= 1
+            return f"-{code} not now\r\n".encode() if left >= 0 else None
+
+        for node in cluster.nodes:
+            node.say = say
+        with cache_on_fakes(cluster, maxRedirections=2, **PATIENT) as cache:
+            assert cache.set("a", 1, 1) is True
+            assert left == -1
+            assert cache.stats()["redirections"] == 9
+
+
 @pytest.mark.parametrize("words", ["MOVED", "MOVED x y", "ASK 1 nonsense", "MOVED 77 1.2.3.4:5"])
 def test_a_redirection_to_an_unreachable_node_is_retried(words: str, backend: str) -> None:
     with fakes() as cluster:

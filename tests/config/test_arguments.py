@@ -119,6 +119,6 @@ def test_the_loader_of_urls_takes_options() -> None:
 async def test_options_by_keyword_work(server: EmbeddedServer, backend: str) -> None:
     async with AsyncCache(server.url, near_cache=True, key_prefix="arguments/") as cache:
         assert await cache.set("a", 1, {}) is True
-        assert await cache.get("a") == await cache.get("a")
+        assert [tuple(await cache.get("a") or ()) for _ in range(2)] == [(1, {})] * 2
         assert cache.stats()["near_cache"]["hits"] == 1
         assert await cache.delete("a") is True

@@ -556,7 +556,7 @@ def test_the_number_of_records_in_a_command_is_limited(
         sum(part.endswith((b"_v", b"_d")) and part.startswith(b"n") for part in command) // 2
         for command in sent
     ]
-    assert counts == [limit, limit, 1][: 2 + (extra > 0)] if extra >= 0 else [limit, limit - 1]
+    assert counts == {-1: [limit, limit - 1], 0: [limit, limit], 1: [limit, limit, 1]}[extra]
     assert waiter.result() in ({}, set())
 
 
@@ -2197,6 +2197,20 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     exchange.pipeline.away = ""
     refusals.settle_doubts(exchange.pipeline)
     return exchange.take()
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_repeat_that_was_sent_early_has_one_result(core: Any, retry: bool) -> None:
+    """The owner of the socket goes on sending, where a later write overtook the refused one."""
+    exchange = Exchange(core)
+    first, bulk = exchange.issue(Op("delete", "x"), Op("delete_bulk", ["x", "y"]))
+    assert len(exchange.take()) == 3
+    exchange.reply(Refusal("READONLY x"))
+    assert len(exchange.take()) == 1  # the repeat, which must wait for the others' replies
+    exchange.reply(0, 0, 2)
+    assert (first.result(), bulk.result()) == (True, 0)
+    exchange.pipeline.connection_lost(OSError("cut"), retry)
+    exchange.assert_drained()
 
 
 def test_what_was_put_off_before_a_suspect_waits_for_it(core: Any) -> None:

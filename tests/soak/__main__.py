@@ -60,6 +60,11 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "sync-interrupts": {"count": scaled(10_000)},
         "sync-kill": {"rounds": scaled(20)},
         "sync-reshard": {"slots": scaled(4000)},
+        "records-updates": {"times": scaled(1000)},
+        "records-crowd": {"callers": scaled(1000)},
+        "records-mirror": {"writes": scaled(100_000)},
+        "records-scans": {"names": scaled(1_000_000)},
+        "records-expiry": {"names": scaled(100_000)},
     }[row]
 
 

@@ -32,6 +32,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "messages-kill": {"rounds": 2},
     "messages-slow": {"seconds": 1.0, "pause": 0.01},
     "sync-kill": {"rounds": 2},
+    "records-updates": {"processes": 3, "times": 60},
+    "records-crowd": {"callers": 50},
+    "records-mirror": {"writes": 4000},
+    "records-scans": {"names": 20_000},
+    "records-expiry": {"names": 2000, "ttl": 3},
 }
 
 # test_sync.py and test_sync_cluster.py have their short form.
