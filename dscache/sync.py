@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -26,16 +25,15 @@ from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.keys import NOTE_SUFFIX
 from .core.patches import patch_of
-from .errors import BulkError, ConfigError, ConnectionLost, DscacheError
+from .errors import BulkError, ConnectionLost, DscacheError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .blocking.near_cache import NearFront
     from .blocking.scan import Scan
     from .blocking.watch import Watch
     from .core.pure import Record
-
-_logger = logging.getLogger("dscache")
 
 _T = TypeVar("_T")
 
@@ -69,15 +67,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> None:
         super().__init__(source, credentials, **options)
         config = self._config
-        near = config.options.near_cache
-        if near is not None and config.name == "redis":
-            if near.required:
-                raise ConfigError(
-                    f"{config.source}: cache.options.nearCache: a Cache has no near cache; leave "
-                    "it out, set nearCache.required: false, or use an AsyncCache"
-                )
-            _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
         self._run: _Run | None = None
+        self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
         self._loads = Loads(config.options.ttl)
@@ -280,7 +271,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         if type is not None:
             typed.check_type(type)
         name, text = check_arguments(name, default, ttl)
-        run = self._run or self._open()
+        run = self._changing_run()
         if self._hot_paths:
             self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
@@ -310,13 +301,21 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
-        run = self._run or self._open()
+        run = self._changing_run()
         if self._hot_paths:
             self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
         patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
         return cast("Record", patched)  # a patch removes no record
+
+    def _changing_run(self) -> _Run:
+        """Return the function that executes the operations of a change.
+
+        The near cache may be behind, and a write doesn't check all that depends on the data read.
+        """
+        run = self._run or self._open()
+        return run if self._near is None else self._near.run_past
 
     def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
         """Remove the notes which remember that written or removed records don't exist."""
@@ -659,6 +658,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._open()
         assert self._topology is not None
         self._topology.when_ready()
+        if self._near is not None:
+            self._near.when_ready()
+
+    def stats(self) -> dict[str, Any]:
+        stats = super().stats()
+        if self._near is not None:
+            stats["near_cache"] = self._near.stats()
+        return stats
+
+    stats.__doc__ = CacheBase.stats.__doc__
 
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
@@ -668,6 +677,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
+        if self._near is not None and not already:
+            if self.__dict__.get("get") == self._near.core.get:  # and no other wrapper
+                del self.__dict__["get"]
+            self._near.close()
         if self._topology is not None and not already:
             for watch in list(self._watches):
                 watch.end(ConnectionLost("the cache is closed"))
@@ -687,6 +700,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     _remedy = "use with, or call its close()"
 
     def _close_dropped(self, topology: Pool | MemoryPool) -> None:
+        if self._near is not None:
+            self._near.close()
         topology.close()  # doesn't wait: an operation under way would have kept the cache
 
     def _reset_after_fork(self) -> None:
@@ -696,6 +711,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         # The watches of the parent are its own.
         self._watches = WeakSet()
         self._loads.reset_after_fork()
+        if self._near is not None:
+            self._near.reset_after_fork()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""
@@ -717,6 +734,29 @@ class Cache(CacheBase[Pool | MemoryPool]):
                     self._topology = SentinelPool(options, self._credentials)
                 else:
                     self._topology = Pool(options, self._credentials)
+                self._near = self._make_near()
             run: _Run = self._topology.run
+            if self._near is not None:
+                run = self._near.run
+                if type(self).get is Cache.get:
+                    # A hit takes about as long as this method's own call would.
+                    self.__dict__.setdefault("get", self._near.core.get)
             self._run = run
             return run
+
+    def _make_near(self) -> NearFront | None:
+        """Return the near cache, if there is one, and if primaries are read."""
+        options = self._config.options
+        if options.near_cache is None or not isinstance(self._topology, Pool):
+            return None
+        from .blocking.near_cache import NearFront  # most programs have none
+
+        if options.nodes:
+            if options.scale_reads == "slave":
+                return None
+            from .blocking.near_cluster import NearClusterFront
+
+            return NearClusterFront(self._topology, self._config, self._credentials)
+        if options.sentinels and options.role == "slave":
+            return None
+        return NearFront(self._topology, options, self._credentials)

@@ -60,6 +60,7 @@ class ClusterConnection:
     """
 
     def __init__(self, state: ClusterState, routes: SlotRouter) -> None:
+        self.identity = None
         self.admitted = False
         self.ready = True
         self.retired = False
