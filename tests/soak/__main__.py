@@ -60,6 +60,11 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "sync-interrupts": {"count": scaled(10_000)},
         "sync-kill": {"rounds": scaled(20)},
         "sync-reshard": {"slots": scaled(4000)},
+        "sync-near": {"reads": scaled(10_000_000)},
+        "sync-near-disturbed": {"reads": scaled(1_000_000)},
+        "sync-near-race": {"rounds": scaled(100_000)},
+        "sync-near-writes": {"rounds": scaled(5000), "losses": scaled(300)},
+        "sync-near-memory": {"count": scaled(1_000_000)},
     }[row]
 
 

@@ -26,7 +26,7 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.programs.injection import TIMEOUT
 from tests.programs.interruptions import SCENES
 from tests.programs.shortage import scan
-from tests.soak import cluster_rows, message_rows, near_rows, thread_rows
+from tests.soak import cluster_rows, message_rows, near_rows, near_thread_rows, thread_rows
 from tests.soak.figures import (
     ATTEMPTS_A_MINUTE,
     DEAD_PEER,
@@ -792,6 +792,11 @@ ROWS: dict[str, Row] = {
     "sync-interrupts": thread_rows.interrupts,
     "sync-kill": thread_rows.kill,
     "sync-reshard": thread_rows.reshard,
+    "sync-near": near_thread_rows.threads,
+    "sync-near-disturbed": near_thread_rows.disturbed,
+    "sync-near-race": near_thread_rows.race,
+    "sync-near-writes": near_thread_rows.writes,
+    "sync-near-memory": near_thread_rows.memory,
 }
 
 
