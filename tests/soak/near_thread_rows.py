@@ -59,7 +59,7 @@ async def threads(
     """Read in threads of several processes, beside eight foreign writers and one of their own."""
     settings: Any = near or {"idleLimit": _LONG, "maxRecords": NAMES // 2, "mode": mode}
     await asyncio.to_thread(
-        _threads, figures, binary, reads, processes, count, pause, settings, None
+        _threads, figures, binary, reads, processes, count, pause, settings, None, 0
     )
 
 
@@ -72,6 +72,7 @@ async def disturbed(
     count: int = 4,
     pause: float = 0.02,
     mischief_pause: float = 1.0,
+    times: int = 3,
     mode: str = "default",
     near: str = "",
 ) -> None:
@@ -82,7 +83,7 @@ async def disturbed(
         "mode": mode,
     }
     await asyncio.to_thread(
-        _threads, figures, binary, reads, processes, count, pause, settings, mischief_pause
+        _threads, figures, binary, reads, processes, count, pause, settings, mischief_pause, times
     )
 
 
@@ -95,6 +96,7 @@ def _threads(
     pause: float,
     near: Any,
     mischief_pause: float | None,
+    times: int,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(binary) as server:
         path = Path(folder, "board")
@@ -136,7 +138,7 @@ def _threads(
                 ]
                 try:
                     if mischief_pause is not None:
-                        _disturb(figures, server, proxy, board, mischief_pause)
+                        _disturb(figures, server, proxy, board, mischief_pause, times)
                         board.let_end()
                     found = [json.loads(reader.communicate(timeout=3600)[0]) for reader in readers]
                 finally:
@@ -177,9 +179,14 @@ def _tell(figures: Figures, number: int, found: dict[str, Any], *, is_disturbed:
 
 
 def _disturb(
-    figures: Figures, server: EmbeddedServer, proxy: ProxyThread, board: Board, pause: float
+    figures: Figures,
+    server: EmbeddedServer,
+    proxy: ProxyThread,
+    board: Board,
+    pause: float,
+    times: int,
 ) -> None:
-    """Cause every fault three times, with time to recover in between."""
+    """Cause every fault some times, with time to recover in between."""
     counts: dict[str, int] = {}
     pauses = 0
     with redis_py.Redis(server.host, server.port) as admin:
@@ -230,7 +237,7 @@ def _disturb(
             kinds[f"deaf {which}"] = lambda which=which: stall(  # type: ignore[misc]
                 which, random.uniform(1.5, 3) * _IDLE_LIMIT
             )
-        for _ in range(3):
+        for _ in range(times):
             for kind in random.sample(list(kinds), len(kinds)):
                 time.sleep(pause)
                 kinds[kind]()

@@ -367,8 +367,10 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
     with EmbeddedServer(binary) as server:
         options = {"host": server.host, "port": server.port, "commandTimeout": TIMEOUT}
         options["retryStrategy"] = {"first": 1, "cap": 20}
-        for kind in ("async", "blocking", "messages", "coroutines"):
-            where = {"options": options, "kind": kind, "every": every, "seconds": 6 * 3600}
+        near = {**options, "nearCache": {"idleLimit": 500}}
+        kinds = [(kind, options) for kind in ("async", "blocking", "messages", "coroutines")]
+        for kind, used in (*kinds, ("blocking", near)):
+            where = {"options": used, "kind": kind, "every": every, "seconds": 6 * 3600}
             where |= {"uvloop": False, "reconnect": True, "step": 1, "offset": 0}
             result = await asyncio.to_thread(
                 run_child,
@@ -379,7 +381,8 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
             )
             figures.operations += result["cases"]
             figures.problems += result["problems"]
-            figures.notes.append(f"{result['cases']} of {kind}")
+            with_near = ", near cache" if used is near else ""
+            figures.notes.append(f"{result['cases']} of {kind}{with_near}")
 
 
 async def interruptions(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:

@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "messages-slow": {"seconds": 1.0, "pause": 0.01},
     "sync-kill": {"rounds": 2},
     "sync-near": {"reads": 60_000},
-    "sync-near-disturbed": {"reads": 20_000, "mischief_pause": 0.05},
+    "sync-near-disturbed": {"reads": 20_000, "mischief_pause": 0.05, "times": 1},
     "sync-near-race": {"rounds": 400},
     "sync-near-writes": {"rounds": 200, "losses": 20},
     "sync-near-memory": {"processes": 2, "count": 20_000},
