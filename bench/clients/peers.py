@@ -346,7 +346,9 @@ class RedisPyBlocking(Blocking):
             from redis.connection import CacheProxyConnection
 
             # It asks for a server that calls itself Redis, though Valkey tracks in the same way.
-            CacheProxyConnection.DEFAULT_SERVER_NAME = "valkey"
+            with client(host=host, port=port) as one:
+                name = one.info("server").get("server_name", "redis")
+            CacheProxyConnection.DEFAULT_SERVER_NAME = name
             more = {"protocol": 3, "cache_config": CacheConfig(max_size=MOST_KEPT)}
         self._redis: Any = client(host=host, port=port, socket_timeout=PATIENCE_SECONDS, **more)
         self._redis.ping()
