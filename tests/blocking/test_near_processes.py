@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from gunicorn import config
 
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE
@@ -108,6 +109,8 @@ def test_greenlets(server: EmbeddedServer, redis: redis_py.Redis, backend: str) 
 # -- gunicorn
 
 WORKERS = 3
+# Some versions serve a socket for commands by default.
+_WITHOUT_MORE = ["--no-control-socket"] if hasattr(config, "ControlSocketDisable") else []
 
 
 @contextmanager
@@ -118,7 +121,7 @@ def gunicorn(url: str, backend: str, tmp_path: Path, *options: str) -> Iterator[
             [
                 *(sys.executable, "-m", "gunicorn", "--preload", "--workers", str(WORKERS)),
                 *("--bind", f"fd://{listener.fileno()}", "--worker-tmp-dir", str(tmp_path)),
-                *("--graceful-timeout", "20", "--no-control-socket", *options),
+                *("--graceful-timeout", "20", *_WITHOUT_MORE, *options),
                 "tests.programs.near_app:app",
             ],
             cwd=_ROOT,
@@ -152,7 +155,6 @@ def ask(port: int, name: str) -> dict[str, Any]:
 def test_gunicorn_that_loads_it_before_it_forks(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str, tmp_path: Path, kind: str
 ) -> None:
-    pytest.importorskip("gunicorn")
     put = putting(redis)
     truth = Truth(["warm", "a"], PATIENCE)
     truth.write(put)
