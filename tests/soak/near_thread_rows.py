@@ -362,12 +362,17 @@ def _race(
 
 
 async def writes(
-    figures: Figures, binary: ServerBinary, *, rounds: int = 5000, losses: int = 300
+    figures: Figures,
+    binary: ServerBinary,
+    *,
+    rounds: int = 5000,
+    losses: int = 300,
+    near: str = "",
 ) -> None:
     """Read what another thread is writing through a late link, and what it wrote by a cut one."""
     for mode in ("default", "broadcast"):
-        near = {"mode": mode, "idleLimit": 600_000, "maxAge": 3_600_000}
-        await asyncio.to_thread(_writes, figures, binary, rounds // 2, losses // 2, near)
+        settings: Any = near or {"mode": mode, "idleLimit": 600_000, "maxAge": 3_600_000}
+        await asyncio.to_thread(_writes, figures, binary, rounds // 2, losses // 2, settings)
 
 
 def _writes(figures: Figures, binary: ServerBinary, rounds: int, losses: int, near: Any) -> None:
@@ -379,7 +384,8 @@ def _writes(figures: Figures, binary: ServerBinary, rounds: int, losses: int, ne
         options = {"url": proxy.url, "connectionName": _READER, "commandTimeout": _LONG}
         with open_cache(options, near) as cache:
             _own_writes(figures, cache, redis, proxy, rounds)
-            _lost_writes(figures, cache, redis, proxy, losses)
+            if not figures.problems:
+                _lost_writes(figures, cache, redis, proxy, losses)
             near_counts = counters(cache)
             figures.notes.append(f"{near_counts['hits']} hits")
             if not near_counts["hits"]:

@@ -60,5 +60,18 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert figures.operations > 0
 
 
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        ("sync-near", {"reads": 5000}),
+        ("sync-near-race", {"rounds": 8, "patience": 1.0}),
+        ("sync-near-writes", {"rounds": 20}),
+    ],
+)
+async def test_a_near_cache_that_hears_nothing_is_noticed(row: str, sizes: dict[str, Any]) -> None:
+    figures = await rows.run(row, BINARY, near="naive", **sizes)
+    assert figures.problems != []
+
+
 def test_every_row_is_here() -> None:
     assert {*SIZES, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
