@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -388,6 +389,9 @@ def _writes(figures: Figures, binary: ServerBinary, rounds: int, losses: int, ne
                 _lost_writes(figures, cache, redis, proxy, losses)
             near_counts = counters(cache)
             figures.notes.append(f"{near_counts['hits']} hits")
+        with open_cache({**options, "commandTimeout": 200}, near) as cache:
+            if not figures.problems:
+                _late_writes(figures, cache, redis, proxy, max(1, losses // 10))
             if not near_counts["hits"]:
                 figures.problems.append("nothing was served from here")
 
@@ -513,6 +517,47 @@ def _lost_writes(
     figures.notes.append(f"{lost} of {losses} writes were lost, {happened} had happened")
     if not lost or not happened:
         figures.problems.append(f"nothing was tested: {lost} lost, {happened} happened")
+
+
+def _late_writes(
+    figures: Figures, cache: Any, redis: redis_py.Redis, proxy: ProxyThread, count: int
+) -> None:
+    """What the server does long after a write has failed is heard of as another's change."""
+    late = 0
+    for turn in range(count):
+        name = f"late/{turn}"
+        end = time.monotonic() + _PATIENCE
+        is_written = False
+        while not is_written and time.monotonic() < end:
+            with contextlib.suppress(dscache.DscacheError):
+                is_written = cache.set(name, 1, [name, 1])
+                cache.get(name)
+        _, pooled = links(redis, _READER)
+        for client in pooled:
+            proxy.do("stall_one", port_of(client), "requests")
+        try:
+            cache.set(name, 2, [name, 2])
+        except dscache.DscacheError:
+            late += 1
+        # By other connections.
+        for _ in range(20):
+            with contextlib.suppress(dscache.DscacheError):
+                cache.get(name)
+        before = redis.get(f"{name}_v")
+        proxy.do("resume")
+        while int(redis.get(f"{name}_v") or 0) != 2 and time.monotonic() < end:
+            time.sleep(0.001)
+        version = 0
+        while version != 2 and time.monotonic() < end:
+            with contextlib.suppress(dscache.DscacheError):
+                version = version_of(cache, name) or 0
+        if version != 2 or redis.get(f"{name}_v") != b"2":
+            figures.problems.append(f"late write {turn}: {version} was kept, {before!r} before")
+            return
+        figures.operations += 1
+    figures.notes.append(f"{late} of {count} writes happened after they had failed")
+    if not late:
+        figures.problems.append("no write was late")
 
 
 # -- the server's memory
