@@ -1139,4 +1139,5 @@ cdef dict _unique(str operation, names):
 include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
+include "core/shared_near.pxi"
 include "core/message.pxi"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -25,16 +24,15 @@ from .core.changes import OMITTED, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.patches import patch_of
 from .core.pipeline import unique
-from .errors import BulkError, ConfigError, ConnectionLost
+from .errors import BulkError, ConnectionLost
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .blocking.near_cache import NearFront
     from .blocking.scan import Scan
     from .blocking.watch import Watch
     from .core.pure import Record
-
-_logger = logging.getLogger("dscache")
 
 _T = TypeVar("_T")
 
@@ -61,16 +59,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     """
 
     def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        near = config.options.near_cache
-        if near is not None and config.name == "redis":
-            if near.required:
-                raise ConfigError(
-                    f"{config.source}: cache.options.nearCache: a Cache has no near cache; leave "
-                    "it out, set nearCache.required: false, or use an AsyncCache"
-                )
-            _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
         super().__init__(config, credentials)
         self._run: _Run | None = None
+        self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
         self._loads = Loads(config.options.ttl)
@@ -217,7 +208,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         DeadlineExceeded if the write may or may not have happened.
         """
         name, text = check_arguments(name, default, ttl)
-        run = self._run or self._open()
+        run = self._changing_run()
         return self._changes.apply(run, "update", name, change, text, ttl)
 
     def patch(
@@ -243,9 +234,18 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
-        run = self._run or self._open()
+        run = self._changing_run()
         patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
         return cast("Record", patched)  # a patch removes no record
+
+    def _changing_run(self) -> _Run:
+        """Return the function that executes the operations of a change.
+
+        The near cache may be behind, and what depends on the data read isn't always checked by a
+        write.
+        """
+        run = self._run or self._open()
+        return run if self._near is None else self._near.run_past
 
     def _typed_get(self, name: str, type_: Any) -> Record | None:
         typed.check_type(type_)
@@ -423,6 +423,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._open()
         assert self._topology is not None
         self._topology.when_ready()
+        if self._near is not None:
+            self._near.when_ready()
+
+    def stats(self) -> dict[str, Any]:
+        stats = super().stats()
+        if self._near is not None:
+            stats["near_cache"] = self._near.stats()
+        return stats
+
+    stats.__doc__ = CacheBase.stats.__doc__
 
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
@@ -432,6 +442,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
+            self.__dict__.pop("get", None)
+        if self._near is not None and not already:
+            self._near.close()
         if self._topology is not None and not already:
             for watch in list(self._watches):
                 watch.end(ConnectionLost("the cache is closed"))
@@ -451,6 +464,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     _remedy = "use with, or call its close()"
 
     def _close_dropped(self, topology: Pool | MemoryPool) -> None:
+        if self._near is not None:
+            self._near.close()
         topology.close()  # doesn't wait: an operation under way would have kept the cache
 
     def _reset_after_fork(self) -> None:
@@ -460,6 +475,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         # The watches of the parent are its own.
         self._watches = WeakSet()
         self._loads.reset_after_fork()
+        if self._near is not None:
+            self._near.reset_after_fork()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""
@@ -481,6 +498,29 @@ class Cache(CacheBase[Pool | MemoryPool]):
                     self._topology = SentinelPool(options, self._credentials)
                 else:
                     self._topology = Pool(options, self._credentials)
+                self._near = self._make_near()
             run: _Run = self._topology.run
+            if self._near is not None:
+                run = self._near.run
+                if type(self).get is Cache.get:
+                    # A hit takes about as long as this method's own call would.
+                    self.__dict__.setdefault("get", self._near.core.get)
             self._run = run
             return run
+
+    def _make_near(self) -> NearFront | None:
+        """Return the near cache, if there is one, and if primaries are read."""
+        options = self._config.options
+        if options.near_cache is None or not isinstance(self._topology, Pool):
+            return None
+        from .blocking.near_cache import NearFront  # most programs have none
+
+        if options.nodes:
+            if options.scale_reads == "slave":
+                return None
+            from .blocking.near_cluster import NearClusterFront
+
+            return NearClusterFront(self._topology, self._config, self._credentials)
+        if options.sentinels and options.role == "slave":
+            return None
+        return NearFront(self._topology, options, self._credentials)

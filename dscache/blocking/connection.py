@@ -81,9 +81,10 @@ class Connection:
     """A pipeline and, most of the time, a socket.
 
     ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
-    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``info`` is of the
-    server, and ``connects`` the number of sockets so far. ``unsent`` is output that the socket has
-    not taken yet, and ``events`` are those of poll to wait for.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``greeting`` has
+    what the server has last said of itself, and ``identity`` tells servers apart, where there is a
+    near cache. ``info`` is of the server, and ``connects`` the number of sockets so far. ``unsent``
+    is output that the socket has not taken yet, and ``events`` are those of poll to wait for.
     """
 
     __slots__ = (
@@ -97,6 +98,8 @@ class Connection:
         "connects",
         "events",
         "gone",
+        "greeting",
+        "identity",
         "info",
         "is_readable",
         "pipeline",
@@ -114,6 +117,8 @@ class Connection:
         self.ready = False
         self.retired = False
         self.gone = False
+        self.greeting: ServerInfo | None = None
+        self.identity: str | None = None
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
@@ -327,10 +332,17 @@ class Connection:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
+        self.greeting = info
+        if self.info.options.near_cache is not None:
+            self.identity = info.run_id or f"{self.pipeline.address} at {self._peer()}"
         self.pipeline.has_msetex = info.has_msetex
         self.pipeline.single_writes = info.is_proxied
         self._note_connected(info.server)
         return info.server
+
+    def _peer(self) -> object:
+        assert self.sock is not None
+        return self.sock.getpeername()
 
     def _note_connected(self, server: str) -> None:
         self.pipeline.down = None
@@ -382,6 +394,7 @@ class Connection:
         *,
         read_only: bool = False,
         of_cluster: bool = False,
+        is_near: bool = False,
         attempt: Attempt | None = None,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
@@ -399,7 +412,9 @@ class Connection:
                 login,
                 address,
                 read_only=read_only,
+                is_near=is_near,
                 of_cluster=of_cluster,
+                identifies=options.near_cache is not None,
                 attempt=attempt,
             )
             return (yield from self._greet(steps, attempt))

@@ -95,6 +95,13 @@ class Pool:
 
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
+        return self.execute(operation, arguments).take()
+
+    def execute(self, operation: str, arguments: tuple[Any, ...]) -> BlockingWaiter:
+        """Do one operation of a Pipeline, by its name; return its outcome.
+
+        Raises RecordError for bad arguments, and ConnectionLost or Overloaded without an outcome.
+        """
         idle = self._idle
         connection: Connection | None = None
         mine = True
@@ -103,6 +110,7 @@ class Pool:
                 connection = idle.pop()
             except IndexError:
                 connection = self._spare()
+            connects = connection.connects
             try:
                 outcome: BlockingWaiter = getattr(connection.pipeline, operation)(*arguments)
             except RecordError:
@@ -118,6 +126,9 @@ class Pool:
                 self._run_until_done(connection, outcome)
             if outcome.error is not None:
                 self._note_error(connection)
+            # Answers of two servers, before and behind a reconnection, have no one identity.
+            if connection.connects <= (connects or 1):
+                outcome.identity = connection.identity
             mine = False
             if not connection.ready or connection.retired or self._waiters:
                 self._put_back(connection)
@@ -129,7 +140,7 @@ class Pool:
             # A traceback may be kept for long, and must not keep the connection's place.
             connection = None
             raise
-        return outcome.take()
+        return outcome
 
     def _run_until_done(self, connection: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, over as many sockets as it takes, until its deadline."""
@@ -391,6 +402,10 @@ class Pool:
                 except ValueError:
                     continue  # in use: its thread drops it
                 self._drop(connection)
+
+    def leave_strangers(self, identity: str) -> None:
+        """Replace the connections to other servers than the one with this identity."""
+        self._retire(lambda other: other.identity not in (None, identity))
 
     # -- the life of the pool
 

@@ -490,8 +490,8 @@ def test_connections_closed_between_operations_fail_none(
             for node in connection.routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
-            pool._state.record_stale()
-            until(lambda: time.monotonic() >= pool._state.refresh_at)
+            pool.state.record_stale()
+            until(lambda: time.monotonic() >= pool.state.refresh_at)
         assert cache.set_bulk({name: (2, name) for name in names}) == set()
         assert set(cache.head_bulk(names).values()) == {2}
         assert "closed" in cache.stats()["last_loss"]
@@ -1018,8 +1018,8 @@ def test_the_claim_of_a_refresh_expires(backend: str, monkeypatch: pytest.Monkey
     with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
         pool: Any = cache._topology
         one, other = cluster.nodes
-        pool._state.record_stale()
-        until(lambda: pool._state.start_refresh(time.monotonic()))
+        pool.state.record_stale()
+        until(lambda: pool.state.start_refresh(time.monotonic()))
         for node in cluster.nodes:
             node.knows = [one] * 16384
         views = one.views + other.views
