@@ -34,6 +34,14 @@ def server(running: Callable[[ServerBinary], EmbeddedServer]) -> EmbeddedServer:
     return running(BY_AGE[-1])
 
 
+@pytest.fixture
+def redis(server: EmbeddedServer) -> Iterator[redis_py.Redis]:
+    """A client of the server, whose database is empty."""
+    with redis_py.Redis.from_url(server.url) as client:
+        client.flushdb()
+        yield client
+
+
 def assert_none_left(redis: redis_py.Redis) -> None:
     until(lambda: not any(links(redis, "near-reader")), "the end of all connections")
 
