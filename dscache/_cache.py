@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from . import _backend
-from .config import Config, load
+from .config import Config, load, load_url
+from .config.sources import Source
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -37,8 +37,14 @@ def warn_of_dropped(resource: object, remedy: str) -> None:
 class CacheBase(Generic[NodesT]):
     """A cache, which connects at its first use."""
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        """Make a cache; ``from_config`` documents the arguments."""
+        self._config = load(source, options=options)
         self._credentials = credentials
         self._topology: NodesT | None = None
         self._closed = False
@@ -47,21 +53,36 @@ class CacheBase(Generic[NodesT]):
     @classmethod
     def from_config(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
+        source: Source | Config,
         *,
         credentials: CredentialProvider | None = None,
+        **options: Any,
     ) -> Self:
         """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
 
-        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
-        first operation, or on entering a ``with`` or ``async with`` block. ``credentials`` is a
-        ``redis.CredentialProvider``, called before each connection; it replaces the configured
-        username and password.
+        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape or of
+        options alone, a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port``,
+        ``localhost``, or a Config of ``dscache.config.load``. ``options`` override those of the
+        source, by their names in a file or in snake_case: ``commandTimeout=200`` or
+        ``command_timeout=200``. The constructor takes the same arguments.
+
+        The cache connects at the first operation, or on entering a ``with`` or ``async with``
+        block. ``credentials`` is a ``redis.CredentialProvider``, called before each connection; it
+        replaces the configured username and password.
 
         Raises ConfigError for a bad configuration.
         """
-        return cls(load(source), credentials)
+        return cls(source, credentials, **options)
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, credentials: CredentialProvider | None = None, **options: Any
+    ) -> Self:
+        """Return a cache configured by a URL or ``host:port``, as ``from_config`` does.
+
+        Raises ConfigError for a bad URL, and for the path of a file.
+        """
+        return cls(load_url(url, options=options), credentials)
 
     @property
     def config(self) -> Config:

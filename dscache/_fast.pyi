@@ -6,7 +6,7 @@ from typing import Any, Generic, NoReturn, final, overload
 from typing_extensions import TypeVar
 
 from .core.condition import IfVersion, IfVersions, IfVersionsHeld
-from .core.constants import ErrorOf
+from .core.failures import ErrorOf
 
 _DataT = TypeVar("_DataT", covariant=True, default=Any)
 _T = TypeVar("_T")
@@ -68,7 +68,7 @@ class Pipeline:
     on_push: Callable[[list[Any]], object] | None
     inbox: MessageDispatcher | None
     resp2_pubsub: bool
-    # For core/recovery.py.
+    # For core/recovery.py and core/refusals.py.
     operations: int
     pending_bytes: int
     queued: int
@@ -95,6 +95,8 @@ class Pipeline:
         max_redirections: int = ...,
         bound: bool = False,
     ) -> None: ...
+    @property
+    def ttl(self) -> int: ...
     @property
     def settled(self) -> int: ...
     @property

@@ -19,11 +19,12 @@ from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.loading import Loads
 from .aio.memory import MemoryNode
 from .config import Config
+from .config.sources import Source
 from .core import typed
 from .core.changes import OMITTED, Omitted, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.entries import unique
 from .core.patches import patch_of
-from .core.pipeline import unique
 from .errors import ConnectionLost, UsageError
 
 if TYPE_CHECKING:
@@ -88,8 +89,14 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     operation fails with BulkError, which holds the results of the other records.
     """
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        super().__init__(config, credentials)
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, credentials, **options)
+        config = self._config
         self._pipeline: _Operations | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[AsyncWatch] = WeakSet()

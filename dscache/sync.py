@@ -19,11 +19,12 @@ from .blocking.loading import Loads
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
+from .config.sources import Source
 from .core import typed
 from .core.changes import OMITTED, check_arguments
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.entries import unique
 from .core.patches import patch_of
-from .core.pipeline import unique
 from .errors import BulkError, ConnectionLost
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ class Cache(CacheBase[Pool | MemoryPool]):
     which holds the results of the other records.
     """
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        super().__init__(config, credentials)
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, credentials, **options)
+        config = self._config
         self._run: _Run | None = None
         self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)

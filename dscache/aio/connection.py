@@ -21,8 +21,8 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import constants
-from ..core.constants import EndedHere, ErrorOf
-from ..core.recovery import settle_doubts
+from ..core.failures import EndedHere, ErrorOf
+from ..core.refusals import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
-from ..core import constants
+from ..config.address import join_address
 from ..errors import ConnectError, ConnectionLost, DscacheError
 from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
@@ -92,7 +92,7 @@ class Endpoint:
         """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
 
         def on_moved(host: str, port: int) -> None:
-            self.named = constants.join_address(host, port)
+            self.named = join_address(host, port)
             moved()
 
         await self._group().follow(on_moved)
@@ -123,7 +123,7 @@ class Endpoint:
             host, port, create = options.host, options.port, loop.create_connection
             if options.sentinels is not None:
                 host, port = await self._group().locate()
-                self.address = self.named = constants.join_address(host, port)
+                self.address = self.named = join_address(host, port)
             family = FAMILIES[options.family]
             found = await self._resolver.look_up(host, port, family)
             sock = await connect_to(found, self._attempt)

@@ -27,7 +27,7 @@ from contextlib import suppress
 from math import inf
 from typing import TYPE_CHECKING, Final
 
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import ConnectError
 from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .. import _backend
 from ..config import Config, Options
 from ..core import stats as counters
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import ConnectError, DscacheError
 from ..net.cluster_state import ClusterState
 from .cluster import ClusterConnection

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ..config.address import join_address
 from ..core import constants
-from ..core.constants import ErrorOf, join_address
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
@@ -231,7 +232,7 @@ class Connection:
         code = self.pipeline.away
         if code in constants.LEFT_FOR:
             # ``away`` stays: the pool sees why the socket is lost.
-            raise constants.EndedHere(constants.LEFT_FOR[code])
+            raise EndedHere(constants.LEFT_FOR[code])
         self.pipeline.away = ""
         pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
         time.sleep(min(pause, max(rest, 0)))

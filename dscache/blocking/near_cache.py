@@ -17,6 +17,7 @@ from .. import _backend
 from ..config import Options
 from ..core import constants as c
 from ..core import typed
+from ..core.failures import AWAY
 from ..errors import BulkError
 from .foreign_errors import raise_foreign
 from .near_link import NearConnection, NearLink
@@ -83,7 +84,7 @@ class NearFront:
             outcome = self._pool.execute("get", (name,))
             identity = outcome.identity
             record = outcome.take()
-        except c.AWAY as error:
+        except AWAY as error:
             raise_foreign(error)
             record = self.core.last_known(name)
             if record is None:
@@ -118,13 +119,13 @@ class NearFront:
             raise_foreign(error)
             found.update(error.result)
             errors = dict(error.errors)
-        except c.AWAY as error:
+        except AWAY as error:
             raise_foreign(error)
             failure = error
             errors = dict.fromkeys(missing, failure)
         if kind == c.GET:
             for name, reason in list(errors.items()):
-                known = self.core.last_known(name) if isinstance(reason, c.AWAY) else None
+                known = self.core.last_known(name) if isinstance(reason, AWAY) else None
                 if known is not None:
                     found[name] = known
                     del errors[name]

@@ -19,7 +19,8 @@ from weakref import WeakSet
 from msgspec.structs import replace
 
 from ..config import NearCacheOptions, Options
-from ..core.constants import EndedHere, ErrorOf, join_address
+from ..config.address import join_address
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import ConnectError, DscacheError, ProtocolError
 from ..net.backoff import full_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure

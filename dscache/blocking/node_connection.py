@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from ..core.constants import EndedHere, ErrorOf
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState

@@ -34,7 +34,7 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import stats as counters
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import (
     ConfigError,
     ConnectError,

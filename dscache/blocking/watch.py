@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from .._forks import after_fork_in_child
 from ..config import Config, Options
-from ..core.constants import join_address
+from ..config.address import join_address
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
 from ..net.watch import (

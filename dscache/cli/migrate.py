@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
+from ..errors import shorten
 from .job_summary import RESUMES, run_timed
 from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
@@ -34,6 +36,7 @@ def migrate(
     keep: Annotated[
         bool, flag("--keep", "Copy and verify, and keep the keys of the old layout.")
     ] = False,
+    yes: Annotated[bool, flag("--yes", "Don't ask before keys are removed.")] = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -46,6 +49,14 @@ def migrate(
     """
     config = with_long_timeouts(chosen.load())
     count = Count()
+    if not (dry_run or keep or yes) and sys.stdin.isatty() and sys.stdout.isatty():
+        prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
+        typer.confirm(
+            f"Move all records{prefixed} at {config.address} to the {to.value} layout, and remove "
+            "their old keys?",
+            abort=True,
+            err=True,
+        )
 
     async def work() -> str:
         """Migrate; return the key layout that is configured."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ..config import Config
-from .settings import DEFAULT_FILE, load, with_layout
+from .settings import load, with_layout
 
 
 def flag(name: str, text: str, **options: Any) -> Any:
@@ -47,13 +47,15 @@ class Chosen:
         typer.Option(
             "--config",
             metavar="FILE",
-            help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
+            help="Configuration file; by default config.yml or conf/config.yml in this folder.",
         ),
     ] = None
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."
+            "--url",
+            metavar="URL",
+            help="redis://, rediss:// or unix:// URL, or host:port; by default DSCACHE_URL.",
         ),
     ] = None
     layout: Annotated[

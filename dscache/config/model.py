@@ -21,7 +21,7 @@ from .._limits import (
     NEAR_BYTES,
     NEAR_RECORDS,
 )
-from ..core.constants import join_address
+from ..config.address import join_address
 from ..errors import DscacheError
 from . import ioredis
 from .tls import Tls

@@ -34,7 +34,7 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
         )
-    if isinstance(source, str) and ("://" in source or url.HOST_AND_PORT.fullmatch(source)):
+    if isinstance(source, str) and is_url(source):
         return url.parse(source, Location("URL"))
     path = os.fsdecode(source)
     if not path.lower().endswith(SUFFIXES):
@@ -45,6 +45,12 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
         )
     place = Location(os.path.basename(path))
     return Document(path, os.environ if environ is None else environ, place)
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is a URL, ``host:port`` or ``localhost``, and no path of a file."""
+    is_address = url.HOST_AND_PORT.fullmatch(source) or source == url.LOCALHOST
+    return "://" in source or bool(is_address)
 
 
 def sections_of(tree: Tree, example: str) -> Mapping[str, object]:
@@ -82,15 +88,28 @@ def read_section(
     options = entry.get("options")
     if not isinstance(options, Mapping):
         return read(struct, entry, place), {}
-    inside = place.at("options")
-    here = inside.at("url")
+    merged, places = with_url(options, place.at("options"))
+    return read(struct, {**entry, "options": merged}, place), places
+
+
+def with_url(
+    options: Mapping[str, object], place: Location
+) -> tuple[dict[str, object], dict[str, Location]]:
+    """Return options with the ones that their ``url`` states, and the place of each.
+
+    Raises ConfigError.
+    """
+    here = place.at("url")
     stated: dict[str, object] = {}
     written = options.get("url")
     if written is not None and written != "":
         stated = url.parse(text(written, here, secret=True), here).options
-    section = read(struct, {**entry, "options": _overridden(options, stated)}, place)
-    places = {name: inside.at(name) for name in options if not is_null(options[name])}
-    return section, places | dict.fromkeys(stated, here)
+    places = {
+        name: place.at(name)
+        for name, value in options.items()
+        if isinstance(name, str) and not is_null(value)
+    }
+    return _overridden(options, stated), places | dict.fromkeys(stated, here)
 
 
 def _overridden(options: Mapping[str, object], stated: dict[str, object]) -> dict[str, object]:

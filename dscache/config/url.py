@@ -18,6 +18,8 @@ from .validation import Location, nearest
 HOST: Final = r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+)"
 HOST_AND_PORT: Final = re.compile(rf"{HOST}:([0-9]{{1,5}})")
 """``host:port`` as a source; the port's range is checked with the option ``port``."""
+LOCALHOST: Final = "localhost"
+"""The one bare host name that is a source; any other would hide the mistyped path of a file."""
 SCHEMES = "redis://, rediss:// or unix://"
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 
@@ -34,9 +36,14 @@ def parse(url: str, place: Location) -> ParsedUrl:
 
     Raises ConfigError, which never quotes a part that may hold a password.
     """
+    if url == LOCALHOST:
+        return ParsedUrl({"host": url}, url)
     if HOST_AND_PORT.fullmatch(url):
         bare_host, _, bare_port = url.rpartition(":")
         return ParsedUrl({"host": bare_host.strip("[]"), "port": bare_port}, url)
+    # Valkey's tools use these for the same thing.
+    if (alias := re.match(r"valkey(s?)://", url, re.IGNORECASE)) is not None:
+        url = f"redis{alias[1].lower()}://{url[alias.end() :]}"
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise place.error(f"must begin with {SCHEMES}, or be host:port")

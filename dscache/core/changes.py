@@ -15,6 +15,7 @@ import msgspec
 from .. import _backend
 from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, shorten
 from . import constants as c
+from . import failures
 
 if TYPE_CHECKING:
     from .record import Record
@@ -88,7 +89,7 @@ def check_arguments(name: str, default: object, ttl: int | None) -> tuple[str, b
     """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
     name = _backend.core.check_name(name)
     if ttl is not None:
-        c.check_ttl(name, ttl)
+        failures.check_ttl(name, ttl)
     return name, OMITTED if default is OMITTED else _backend.core.encode_data(name, default)
 
 

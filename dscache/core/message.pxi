@@ -365,7 +365,7 @@ cdef bytes pack_message(long long topic, bytes opening, message, bint sharded):
     """Return the command that sends a message, or raise MessageError."""
     cdef bytes body
     try:
-        body = c.encode_json(message)
+        body = json_text.encode_json(message)
     except Exception:  # msgspec raises whatever a user's own type raises
         body = e.encode_tolerantly(topic, message)
     if not body:

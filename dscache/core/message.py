@@ -14,8 +14,8 @@ from typing import Any, Final, NoReturn, TypeVar, overload
 import msgspec
 
 from ..errors import shorten
-from . import constants as c
 from . import envelope as e
+from . import json_text
 
 T = TypeVar("T")
 
@@ -279,7 +279,7 @@ class MessageDispatcher:
 def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:
     """Return the command that sends a message, or raise MessageError."""
     try:
-        body = c.encode_json(message)
+        body = json_text.encode_json(message)
     except Exception:  # msgspec raises whatever a user's own type raises
         body = e.encode_tolerantly(topic, message)
     if not body:

@@ -11,7 +11,7 @@ cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
 cdef Py_ssize_t NO_TABLE = getsizeof({})
 cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
 cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
-cdef object _AWAY = c.AWAY
+cdef object _AWAY = failures.AWAY
 
 # An epoch is live while its connection is tracked, lost after the connection is lost, and over when
 # its records are known to be outdated.
@@ -518,7 +518,7 @@ cdef class NearCache(_NearStore):
         cdef str key
         self._stay()
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
+            raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:
             key = check_name(name)
             if key in found:
@@ -602,7 +602,7 @@ cdef class _PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _reject_unobserved(waiter, partial(c.copy_error, error))
+                _reject_unobserved(waiter, partial(failures.copy_error, error))
             else:
                 _resolve(waiter, known)
 

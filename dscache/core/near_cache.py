@@ -42,7 +42,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
-from . import typed
+from . import failures, typed
 from .batch import serials
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
@@ -475,7 +475,7 @@ class NearCache(NearStore):
     def _bulk(self, kind: int, names: Iterable[str], waiter: Any = None) -> Any:
         self._stay()
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
+            raise failures.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
         joined: list[PendingRead] = []
@@ -537,9 +537,9 @@ class PendingRead:
     def set_exception(self, error: Exception, /) -> None:
         self._near.end_read(self)
         for waiter in self.waiters:
-            known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
+            known = self._near.last_known(self.name) if isinstance(error, failures.AWAY) else None
             if known is None:
-                reject_unobserved(waiter, partial(c.copy_error, error))
+                reject_unobserved(waiter, partial(failures.copy_error, error))
             else:
                 resolve(waiter, known)
 

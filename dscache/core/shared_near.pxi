@@ -168,7 +168,7 @@ cdef class SharedNearCache(_NearStore):
         cdef bint stale
         cdef str key
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
+            raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:
             key = check_name(name)
             if key in found:

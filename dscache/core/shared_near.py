@@ -66,6 +66,7 @@ from typing import Any
 
 from ..errors import ProtocolError, shorten
 from . import constants as c
+from . import failures
 from .near_cache import LIVE, LOST, NEAR_ENTRY_BYTES, OVER, Epoch, NearStore, Reachability
 from .near_parts import NearSettings
 from .record import Record, check_name
@@ -119,14 +120,15 @@ class SharedWrite:
 
     def end(self) -> None:
         """End the writes: reads that are sent from now on see them."""
-        names, self._names = self._names, []
         # After a fork, the child has other writes.
-        if names and self._writes is self._near.writes:
-            for name in names:
-                self._near.end_write(name)
+        if self._names and self._writes is self._near.writes:
+            for name in self._names:
+                self._near.end_write(name, self)
+        self._names = []
 
     def __del__(self) -> None:
-        self.end()
+        if hasattr(self, "_writes"):  # otherwise its making was interrupted
+            self.end()
 
 
 class NearNode:
@@ -225,7 +227,8 @@ class SharedNearCache(NearStore):
         self._lock = threading.RLock()
         self._entries = OrderedDict()
         self._bytes = self._pending = 0
-        self.writes: dict[str, int] = {}
+        # By name, the identities of the SharedWrites.
+        self.writes: dict[str, set[int]] = {}
         # The node of each slot of a cluster.
         self._owners: list[NearNode | None] = [None] * (c.SLOTS if self._settings.clustered else 0)
 
@@ -253,7 +256,7 @@ class SharedNearCache(NearStore):
         RecordError for a bad name.
         """
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
+            raise failures.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
         for name in names:
@@ -384,18 +387,18 @@ class SharedNearCache(NearStore):
             with self._lock:
                 # In this order: whatever strikes here, what is counted is also ended.
                 counted.append(name)
-                self.writes[name] = self.writes.get(name, 0) + 1
+                self.writes.setdefault(name, set()).add(id(write))
                 self.drop(name)
         return write
 
-    def end_write(self, name: str) -> None:
-        """End one write of a name; for SharedWrite."""
+    def end_write(self, name: str, write: SharedWrite) -> None:
+        """End one write of a name; for SharedWrite, which may be interrupted and do it again."""
         with self._lock:
-            left = self.writes.get(name, 0) - 1
-            if left > 0:
-                self.writes[name] = left
-            else:
-                self.writes.pop(name, None)
+            under_way = self.writes.get(name)
+            if under_way is not None:
+                under_way.discard(id(write))
+                if not under_way:
+                    self.writes.pop(name, None)
             self.drop(name)
 
     # -- for the owner of the cache

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BulkError
 from . import constants as c
+from . import failures, json_text
 
 if TYPE_CHECKING:
     from .record import Record
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 def check_type(type_: Any) -> None:
     """Raise TypeError if msgspec doesn't know the type."""
-    c.decoder_of(type_)
+    json_text.decoder_of(type_)
 
 
 def checked(check_name: Callable[[str], str], names: Iterable[str]) -> dict[str, None]:
     """Return the names of a bulk, each once; raises RecordError for a bad one."""
     if isinstance(names, (str, bytes)):
-        raise c.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
+        raise failures.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
     return dict.fromkeys(map(check_name, names))
 
 

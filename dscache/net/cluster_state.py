@@ -20,8 +20,9 @@ from math import inf
 from typing import Any, Final
 
 from ..config import Config
+from ..config.address import join_address
 from ..core import stats as counters
-from ..core.constants import ErrorOf, join_address
+from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, ReplyError
 from .backoff import full_jitter, half_jitter
 from .slot_table import NodeInfo, Seeds, Shard, SlotTable

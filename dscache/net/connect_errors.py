@@ -9,7 +9,8 @@ import ssl
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..core.constants import PASSING, ErrorOf
+from ..core.constants import PASSING
+from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
 from .sockets import NoneAccepts
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..config import NearCacheOptions, Options
-from ..core import constants
+from ..config.address import join_address
+from ..core import constants, scripts
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
 from .connect_errors import UnsuitableConfig, UnsuitableServer, end_of_handshake, is_full
@@ -154,7 +155,7 @@ def _log_in(
     selection: list[list[Word]] = [["SELECT", str(options.db)]] if options.db else []
     questions: list[list[Word]] = [
         # Loaded here, the script is missing only after SCRIPT FLUSH.
-        ["SCRIPT", "LOAD", constants.SET_SCRIPT],
+        ["SCRIPT", "LOAD", scripts.SET_SCRIPT],
         ["COMMAND", "INFO", "MSETEX"],
     ]
     if read_only:
@@ -273,7 +274,7 @@ def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[A
         nodes = parse_nodes(slots, (address.rpartition(":")[0].strip("[]"), 0))
     except ProtocolError:
         return ""
-    named = [name for name, at in nodes.items() if at and constants.join_address(*at) == address]
+    named = [name for name, at in nodes.items() if at and join_address(*at) == address]
     return named[0] if len(named) == 1 else ""
 
 

@@ -34,7 +34,8 @@ from typing import Any, Final, Generic, Literal, TypeVar, cast
 import msgspec
 
 from ..config import Options
-from ..core.constants import SLOTS, VERSION_SUFFIX, join_address
+from ..config.address import join_address
+from ..core.constants import SLOTS, VERSION_SUFFIX
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
     BulkError,

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import UNSET
 
 from ..config import Node, Options
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from .slots import NAMES_LAST, Address
 
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..core.constants import SLOTS, is_address, join_address
+from ..config.address import is_address, join_address
+from ..core.constants import SLOTS
 from ..errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
 
 # The commands that ask a node for its view, and how many nodes are asked at a time: the newest view

@@ -21,7 +21,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from ..config import Options
-from ..core.constants import join_address
+from ..config.address import join_address
 
 FAMILIES: Final = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 

@@ -17,7 +17,7 @@ import pytest
 
 import dscache
 from dscache.aio import cluster
-from dscache.core import constants
+from dscache.core import constants, scripts
 from dscache.core import stats as counters
 from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer
@@ -56,7 +56,7 @@ class FakeNode(FakeServer):
                 "CLUSTER": self._tell,
                 "COMMAND": b"*1\r\n_\r\n",
                 "READONLY": b"+OK\r\n",
-                "SCRIPT": resp(constants.SET_SCRIPT_SHA),
+                "SCRIPT": resp(scripts.SET_SCRIPT_SHA),
             }
         )
         self.fakes = fakes

@@ -285,8 +285,8 @@ def test_address(source: str, address: str) -> None:
             "mapping: cache.options: the name of an option must be text, not a number",
         ),
         (
-            "localhost",
-            "localhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
+            "otherhost",
+            "otherhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
             "host:port, or a URL (redis://, rediss:// or unix://)",
         ),
         (

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
-from dscache.core import recovery
+from dscache.core import refusals, scripts
 from dscache.errors import (
     BulkError,
     ConnectError,
@@ -83,15 +83,15 @@ def record(name: str, version: int, data: bytes = b"1") -> list[bytes]:
         (Op("set", "a", (3, [1])), [[b"MSET", b"a_v", b"3", b"a_d", b"[1]"]]),
         (
             Op("set", "a", (3, [1]), {"ttl": 60}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"0"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"0"]],
         ),
         (
             Op("set", "a", (3, [1]), {"if_newer": True}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"0", b"1"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"0", b"1"]],
         ),
         (
             Op("set", "a", (3, [1]), {"ttl": 60, "if_newer": True}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"1"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"1"]],
         ),
         (Op("delete", "a"), [[b"DEL", b"a_v", b"a_d"]]),
         (Op("get_bulk", ["a", "b", "a"]), [[b"MGET", b"a_v", b"a_d", b"b_v", b"b_d"]]),
@@ -2195,7 +2195,7 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     """Let the owner of the socket note that nothing is under way, and send again."""
     assert exchange.pipeline.in_flight == 0
     exchange.pipeline.away = ""
-    recovery.settle_doubts(exchange.pipeline)
+    refusals.settle_doubts(exchange.pipeline)
     return exchange.take()
 
 

@@ -134,7 +134,7 @@ async def refused(cache: AsyncCache) -> None:
     cache.set_bulk({"n": 1})  # type: ignore[dict-item] # pyright: ignore[reportArgumentType]
     cache.is_ready = True  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
     AsyncCache.from_config(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    dscache.AsyncCache("host")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    dscache.AsyncCache(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with cache:  # type: ignore[attr-defined] # pyright: ignore[reportGeneralTypeIssues]
         pass
 

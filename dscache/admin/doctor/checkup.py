@@ -14,11 +14,10 @@ from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
-from ...core.constants import read_epoch
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import is_full
-from ...net.sentinels import pairs
+from ...net.sentinels import pairs, read_epoch
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
