@@ -117,6 +117,7 @@ def main(url: str) -> dict[str, Any]:
         listening, _ = links(redis, READER)
     before = ticks
     until(lambda: not any(links(redis, READER)), "the end of the connections")
+    until(lambda: ticks > before, "a turn of another greenlet")
     return {
         "wrong": wrong[:5],
         "readers": len([one for one in reads if one]),
