@@ -248,8 +248,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def _changing_run(self) -> _Run:
         """Return the function that executes the operations of a change.
 
-        The near cache may be behind, and what depends on the data read isn't always checked by a
-        write.
+        The near cache may be behind, and a write doesn't check all that depends on the data read.
         """
         run = self._run or self._open()
         return run if self._near is None else self._near.run_past

@@ -60,7 +60,6 @@ class ClusterConnection:
     """
 
     def __init__(self, state: ClusterState, routes: SlotRouter) -> None:
-        self.connects = 0
         self.identity = None
         self.admitted = False
         self.ready = True

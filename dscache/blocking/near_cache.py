@@ -1,8 +1,8 @@
 """The near cache of a Cache: its operations, in front of those of the pool.
 
-A hit is a call into the core and nothing else. A miss, and every write, is done by the pool as
-without a near cache; what it does to the entries is told here, before and after. The theory of
-operation stands in ``core/shared_near.py``.
+A hit is a call into the core and nothing else. The pool does a miss, and every write, as it does
+without a near cache; this module tells the core of it before and after. The theory of operation
+stands in ``core/shared_near.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..core.failures import AWAY
 from ..errors import BulkError
 from .foreign_errors import raise_foreign
 from .near_link import NearConnection, NearLink
-from .pool import Pool
+from .pool import Asked, Pool
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -79,11 +79,10 @@ class NearFront:
         name = _backend.core.check_name(name)
         self._check()
         stamp = self._stamp()
+        operation = Asked("get")
         entry = self.core.begin_read(name)
         try:
-            outcome = self._pool.execute("get", (name,))
-            identity = outcome.identity
-            record = outcome.take()
+            record = self._pool.run(operation, name)
         except AWAY as error:
             raise_foreign(error)
             record = self.core.last_known(name)
@@ -93,7 +92,7 @@ class NearFront:
         if entry is None:
             self.core.observe(name, None if record is None else record.version)
         else:
-            self.core.settle(entry, record, self._is_of_owner(identity, stamp))
+            self.core.settle(entry, record, self._is_of_owner(operation, stamp))
         return record
 
     def _head(self, name: str) -> Any:
@@ -143,12 +142,12 @@ class NearFront:
     def _get_missing(self, names: list[str]) -> dict[str, Any]:
         stamp = self._stamp()
         entries = [self.core.begin_read(name) for name in names]
-        outcome = self._pool.execute("get_bulk", (names,))
-        is_of_owner = self._is_of_owner(outcome.identity, stamp)
+        operation = Asked("get_bulk")
+        connects = self._pool.connects
         failed: Mapping[str, object] = {}
         found: Mapping[str, Record] = {}
         try:
-            result: dict[str, Any] = outcome.take()
+            result: dict[str, Any] = self._pool.run(operation, names)
             found = result
         except BulkError as error:
             found, failed = error.result, error.errors
@@ -157,6 +156,9 @@ class NearFront:
             failed = dict.fromkeys(names)
             raise
         finally:
+            # Before and behind a reconnection, two servers may have answered parts of it.
+            is_whole = self._pool.connects <= (connects or 1)
+            is_of_owner = is_whole and self._is_of_owner(operation, stamp)
             for name, entry in zip(names, entries, strict=True):
                 if name in failed:
                     continue
@@ -229,12 +231,13 @@ class NearFront:
         self._pool.leave_strangers(connection.identity or "")
 
     def _stamp(self) -> object:
-        """Return what ``_is_of_owner`` compares with, before a read is sent."""
+        """Return the state before a read, for ``_is_of_owner`` to compare with."""
         return None
 
-    def _is_of_owner(self, identity: str | None, stamp: object) -> bool:
+    def _is_of_owner(self, operation: Asked, stamp: object) -> bool:
         """Whether an answer is of the server that reports its changes."""
         node = self._node
+        identity = operation.identity
         if identity == node.identity:
             return True
         if identity is not None and node.is_live:
@@ -243,7 +246,7 @@ class NearFront:
         return False
 
     def _check(self) -> None:
-        """Start the links at the first use. Raises what operations fail with, if they do."""
+        """Start the links at the first use. Raises the error of a server that refuses."""
         if not self._started:
             self._start()
         for link in self._links:

@@ -14,7 +14,7 @@ from ..net.slot_table import SlotTable, reader_of
 from .cluster_pool import ClusterPool
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
-from .pool import Pool
+from .pool import Asked, Pool
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -28,8 +28,8 @@ _CHECK_EVERY: Final = 1.0
 class NearClusterFront(NearFront):
     """The operations of a ClusterPool, with a near cache before them.
 
-    A thread keeps the links: it begins one to each node that has become a primary, and ends those
-    to the others. Each thread that reads takes over the present slots before.
+    A thread keeps the links: it begins one to each node that has become a primary, and ends the
+    links to all other nodes. Each thread takes over the present slots before it reads.
     """
 
     def __init__(self, pool: Pool, config: Config, credentials: CredentialProvider | None) -> None:
@@ -52,7 +52,7 @@ class NearClusterFront(NearFront):
         state = self._cluster.state
         return self._table, self._seen, state.redirections
 
-    def _is_of_owner(self, identity: str | None, stamp: object) -> bool:
+    def _is_of_owner(self, operation: Asked, stamp: object) -> bool:
         state = self._cluster.state
         table = state.table
         return stamp == (table, len(table.moved), state.redirections) and table is self._table

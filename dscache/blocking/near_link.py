@@ -253,8 +253,9 @@ class NearLink:
         """Take the reports of a server until it is lost, or doesn't answer.
 
         In broadcast mode, a server reports the changes of one turn of its event loop at the turn's
-        end, which may be behind the answer to a PING of that turn. The PING after that answer comes
-        in a later turn. So an answer proves what was asked before the answer before it.
+        end, which may be behind the answer to a PING of that turn. The next PING is sent after that
+        answer, and comes in a later turn. So its answer proves that all changes from before the
+        first PING have been reported.
         """
         node = self.node
         beat = min(self._near.idle_limit / 1000 / _BEATS, _LONGEST_BEAT)

@@ -62,6 +62,12 @@ _PATIENCE: Final = 0.005
 _FAILURES: Final = (OSError, ConfigError, ReplyError, ProtocolError, UnicodeError)
 
 
+class Asked(str):
+    """The name of an operation; ``identity`` becomes that of the server that has answered last."""
+
+    identity: str | None = None
+
+
 class Pool:
     """The connections to one server; a ``provider`` gives the credentials of each."""
 
@@ -88,6 +94,7 @@ class Pool:
         self._closed = False
         self._closing = False
         self._overloads = 0
+        self.is_near = options.near_cache is not None
         on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
@@ -95,13 +102,6 @@ class Pool:
 
     def run(self, operation: str, *arguments: Any) -> Any:
         """Do one operation of a Pipeline, by its name; return its result or raise its error."""
-        return self.execute(operation, arguments).take()
-
-    def execute(self, operation: str, arguments: tuple[Any, ...]) -> BlockingWaiter:
-        """Do one operation of a Pipeline, by its name; return its outcome.
-
-        Raises RecordError for bad arguments, and ConnectionLost or Overloaded without an outcome.
-        """
         idle = self._idle
         connection: Connection | None = None
         mine = True
@@ -110,7 +110,6 @@ class Pool:
                 connection = idle.pop()
             except IndexError:
                 connection = self._spare()
-            connects = connection.connects
             try:
                 outcome: BlockingWaiter = getattr(connection.pipeline, operation)(*arguments)
             except RecordError:
@@ -127,9 +126,8 @@ class Pool:
                 self._run_until_done(connection, outcome)
             if outcome.error is not None:
                 self._note_error(connection)
-            # Answers of two servers, before and behind a reconnection, have no one identity.
-            if connection.connects <= (connects or 1):
-                outcome.identity = connection.identity
+            if self.is_near and isinstance(operation, Asked):
+                operation.identity = connection.identity
             mine = False
             if not connection.ready or connection.retired or self._waiters:
                 self._put_back(connection)
@@ -141,7 +139,7 @@ class Pool:
             # A traceback may be kept for long, and must not keep the connection's place.
             connection = None
             raise
-        return outcome
+        return outcome.take()
 
     def _run_until_done(self, connection: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, over as many sockets as it takes, until its deadline."""
@@ -409,6 +407,11 @@ class Pool:
         self._retire(lambda other: other.identity not in (None, identity))
 
     # -- the life of the pool
+
+    @property
+    def connects(self) -> int:
+        """How many connections there have been."""
+        return self._info.connects
 
     @property
     def server(self) -> str:

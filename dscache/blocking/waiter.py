@@ -6,18 +6,14 @@ from typing import Any
 
 
 class BlockingWaiter:
-    """The result or error of one operation, in the shape of a future.
+    """The result or error of one operation, in the shape of a future."""
 
-    ``identity`` is that of the server that has answered all of it, where there is a near cache.
-    """
-
-    __slots__ = ("_result", "done", "error", "identity")
+    __slots__ = ("_result", "done", "error")
 
     def __init__(self) -> None:
         self.done = False
         self._result: Any = None
         self.error: Exception | None = None
-        self.identity: str | None = None
 
     def set_result(self, result: Any, /) -> None:
         self._result = result

@@ -41,7 +41,7 @@ cdef class SharedWrite:
 
 @cython.final
 cdef class NearNode:
-    """What a SharedNearCache knows of one server: the link that reports its changes.
+    """One server as a SharedNearCache knows it: whether its link reports changes.
 
     ``identity`` tells which server it is, while there is a link.
     """
@@ -119,8 +119,8 @@ cdef class NearNode:
 cdef class SharedNearCache(_NearStore):
     """Records that threads have read, for all threads; ``settings`` are those of NearSettings.
 
-    ``read`` is called with the name and the type of a record that isn't cached, and returns it, and
-    ``read_head`` with the name for its version.
+    ``read`` is called with the name and the type of a record that isn't cached, and returns it;
+    ``read_head`` is called with the name, and returns the version.
     """
 
     cdef object _read, _read_head
@@ -392,7 +392,7 @@ cdef class SharedNearCache(_NearStore):
         return None
 
     cdef int _compare(self, _SharedEntry entry, bint exists, long long version) except -1:
-        """Drop an entry that may differ from what another read has found."""
+        """Drop an entry that may differ from the result of another read."""
         if entry is None:
             return 0
         if not entry.filled or exists != (entry.raw is not None) or (

@@ -10,8 +10,8 @@ it, and the order on one connection proves nothing about the other.
 
 **The link tracks in broadcast mode**, under the prefixes of the cache. With the other mode, the
 pooled connections would be tracked and their reports redirected to the link. But a server forgets
-what it tracks for a connection when that connection ends, and a pooled connection may end without
-anybody noticing: nobody reads an idle one. Its records would then change unreported while the link
+the keys of a tracked connection when that connection ends, and a pooled connection may end
+unnoticed: no thread reads an idle one. Its records would then change unreported while the link
 is well. In broadcast mode a record depends on the link alone. The pooled connections stay as they
 are, no connection has to be told of a new link, and the server keeps no table of keys. The price is
 a message for each change of any key under the prefixes.
@@ -19,7 +19,7 @@ a message for each change of any key under the prefixes.
 **The fence.** A read puts its entry, still empty, into the dict of entries *before* it is sent. A
 report, a write and a flush drop the entry of the name from the dict, or end the **epoch** of all
 entries. When the answer arrives, it is written into that entry, wherever the entry is. An entry
-that was dropped meanwhile can't be found by anybody, so nothing has to be compared at that moment,
+that was dropped meanwhile can't be found any more, so nothing has to be compared at that moment,
 and no step can come in between. Let the server execute the read at the time *t*; the entry is in
 the dict since before *t*.
 
@@ -29,7 +29,7 @@ the dict since before *t*.
 - The link was lost, or another one began: the entry's epoch is over. An epoch begins once the
   server has confirmed the tracking, so a change after *t* is reported unless the link is lost.
 - The link is dead and that isn't known yet, or its server or its thread is late: entries are only
-  served while the server has answered on the link what was asked within ``idle_limit``.
+  served while the server has answered a PING on the link that was sent within ``idle_limit``.
 - FLUSHALL: the server reports it as a change of all keys, which begins a new epoch.
 - The answer was of another server than the one that the link leads to: it isn't kept. Servers tell
   the id of their process, so a failover behind the same address is noticed as well. On a cluster,
@@ -37,8 +37,8 @@ the dict since before *t*.
 
 **Own writes** are fenced from the call to the reply: no entry of the name is made in that time, and
 the one at hand is dropped at either end. A read that is sent behind the reply sees the write. A
-write whose reply never came may still be executed later, and is then reported like a write by
-anybody else; before that, the server's state is what reads return.
+write without a reply may still be executed later, and is then reported like a write of another
+client; before that, reads return the server's state.
 
 **Never back in time.** Two threads that read one name at once share the empty entry, and the second
 answer is compared with the first. If they differ, the entry is dropped, since it isn't known which
@@ -46,9 +46,9 @@ is newer. So is an entry that differs from the version that any other read has f
 
 **No lock over I/O.** A hit is one look-up in a dict. Threads take turns at compiled code, which
 needs no lock at all. In this module, a lock protects the counters and the order of the entries for
-the length of a few statements. A signal handler may strike in between and use the cache itself. All
-that matters for what is served is a single step: putting an entry into the dict, dropping it, and
-filling it.
+the length of a few statements. A signal handler may strike in between and use the cache itself.
+Each step that decides which record is served is a single one: putting an entry into the dict,
+dropping it, and filling it.
 
 An exception may strike a thread anywhere. An entry that stays empty is harmless: the next read of
 the name fills it. A write that never ends is one by the end of its SharedWrite.
@@ -132,7 +132,7 @@ class SharedWrite:
 
 
 class NearNode:
-    """What a SharedNearCache knows of one server: the link that reports its changes.
+    """One server as a SharedNearCache knows it: whether its link reports changes.
 
     ``identity`` tells which server it is, while there is a link.
     """
@@ -206,8 +206,8 @@ class NearNode:
 class SharedNearCache(NearStore):
     """Records that threads have read, for all threads; ``settings`` are those of NearSettings.
 
-    ``read`` is called with the name and the type of a record that isn't cached, and returns it, and
-    ``read_head`` with the name for its version.
+    ``read`` is called with the name and the type of a record that isn't cached, and returns it;
+    ``read_head`` is called with the name, and returns the version.
     """
 
     def __init__(
@@ -487,7 +487,7 @@ class SharedNearCache(NearStore):
         return None if raw is None else Record(entry.name, version, raw, stale)
 
     def _compare(self, entry: SharedEntry | None, version: int | None) -> None:
-        """Drop an entry that may differ from what another read has found."""
+        """Drop an entry that may differ from the result of another read."""
         if entry is None:
             return
         cell = entry.cell.get(None)
