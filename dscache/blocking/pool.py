@@ -122,7 +122,6 @@ class Pool:
             if not (outcome.done or connection.send_and_receive(outcome)):
                 if not connection.admitted:
                     connection = self._admit(connection)
-                    connects = connection.connects  # by now it may be another one
                 self._run_until_done(connection, outcome)
             if outcome.error is not None:
                 self._note_error(connection)
