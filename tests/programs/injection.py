@@ -97,6 +97,11 @@ class Tracer:
         sys.settrace(None)
         Tracer._present = None
 
+    def forget(self) -> None:
+        """Let go of the frames that the exception has passed, and of all that they hold."""
+        if self._error is not None:
+            self._error.__traceback__ = self._error.__context__ = None
+
     @staticmethod
     def _enter(frame: types.FrameType, event: str, argument: Any) -> Any:
         return Tracer._line if _may_fail(frame) else None
@@ -414,6 +419,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
                 result = None
             finally:
                 sys.settrace(None)
+                tracer.forget()
             if time.monotonic() - began > PATIENCE:
                 findings.note(f"{call} took {time.monotonic() - began:.1f} s")
             if result is not None:
