@@ -67,6 +67,11 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "records-mirror": {"writes": scaled(100_000)},
         "records-scans": {"names": scaled(1_000_000)},
         "records-expiry": {"names": scaled(100_000)},
+        "sync-near": {"reads": scaled(10_000_000)},
+        "sync-near-disturbed": {"reads": scaled(1_000_000)},
+        "sync-near-race": {"rounds": scaled(100_000)},
+        "sync-near-writes": {"rounds": scaled(5000), "losses": scaled(300)},
+        "sync-near-memory": {"count": scaled(1_000_000)},
     }[row]
 
 

@@ -37,6 +37,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "records-mirror": {"writes": 4000},
     "records-scans": {"names": 20_000},
     "records-expiry": {"names": 2000, "ttl": 3},
+    "sync-near": {"reads": 60_000},
+    "sync-near-disturbed": {"reads": 20_000, "mischief_pause": 0.05, "times": 1},
+    "sync-near-race": {"rounds": 400},
+    "sync-near-writes": {"rounds": 200, "losses": 20},
+    "sync-near-memory": {"processes": 2, "count": 20_000},
 }
 
 # tests/deepstream has its short form, as it needs Node.
@@ -61,6 +66,19 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     print(figures.line())
     assert figures.problems == []
     assert figures.operations > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        ("sync-near", {"reads": 5000}),
+        ("sync-near-race", {"rounds": 8, "patience": 1.0}),
+        ("sync-near-writes", {"rounds": 20}),
+    ],
+)
+async def test_a_near_cache_that_hears_nothing_is_noticed(row: str, sizes: dict[str, Any]) -> None:
+    figures = await rows.run(row, BINARY, near="naive", **sizes)
+    assert figures.problems != []
 
 
 def test_every_row_is_here() -> None:
