@@ -26,9 +26,7 @@ local function present(key)
 end
 local function check(k, version, data, guard)
   local stored = redis.pcall('GET', KEYS[k])
-  if type(stored) == 'table' then
-    return string.find(stored.err, 'WRONGTYPE', 1, true) and -1 or stored
-  end
+  if type(stored) == 'table' then return stored end
   local mode, expected = string.sub(guard, 1, 1), string.sub(guard, 2)
   if not stored or not present(KEYS[k + 1]) then
     if mode == '~' then return -2 end

@@ -402,8 +402,9 @@ async def test_a_wrong_type_fails_only_its_guarded_write(
     names = ["a", "bad", "b"]
     results = await results_of(*(cache.set(name, 1, [], if_newer=True) for name in names))
     assert (results[0], results[2]) == (True, True)
-    assert isinstance(results[1], dscache.RecordError)
-    assert "record 'bad': its stored version is no integer" in str(results[1])
+    assert isinstance(results[1], dscache.ReplyError)
+    assert results[1].code == "WRONGTYPE"
+    assert "'bad'" in str(results[1])
     error = await error_of(cache.set_bulk(dict.fromkeys(names, (1, [])), ttl=10, if_newer=True))
     assert isinstance(error, dscache.BulkError)
     assert list(error.errors) == ["bad"]

@@ -111,11 +111,12 @@ async def test_halves_and_damaged_records(cache: dscache.AsyncCache, redis: redi
         lambda: cache.set("list", 2, [], if_newer=True),
         lambda: cache.delete("list", if_version=1),
     ):
-        with pytest.raises(dscache.RecordError, match=r"'list': its stored version is no integer"):
+        with pytest.raises(dscache.ReplyError, match="'list'") as refused:
             await call()
+        assert refused.value.code == "WRONGTYPE"
     with pytest.raises(dscache.BulkError) as caught:
         await cache.set_bulk({"list": (2, 1), "new": (2, 1)}, if_version={"list": 1, "new": None})
-    assert type(caught.value.errors["list"]) is dscache.RecordError
+    assert type(caught.value.errors["list"]) is dscache.ReplyError
     assert await cache.head("new") == 2
     assert redis.get("bad_v") == b"one"
     assert redis.type("list_v") == b"list"
