@@ -438,8 +438,10 @@ class Connection(LoopBound):
         self._socket = None
 
     def _check(self) -> None:
-        """Begin the keeper task again if it has ended or is stuck."""
+        """Begin again what an exception has ended or lost: the keeper task, and timers."""
         now = self._loop.time()
+        self._deadlines.restart_if_lost()
+        self._heartbeat.restart_if_lost()
         if self.pipeline.operations:
             self._deadlines.ensure(0)
         for task in self._tasks:

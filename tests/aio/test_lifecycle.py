@@ -19,9 +19,11 @@ async def test_a_recursion_error_is_not_taken_for_a_missing_loop(
     def deep() -> None:
         raise RecursionError("maximum recursion depth exceeded")
 
-    with monkeypatch.context() as patched, pytest.raises(RecursionError):
+    checks = {
+        "running_loop": lambda: lifecycle.running_loop("a cache"),
+        "check_loop": lambda: lifecycle.check_loop(loop, "a cache"),
+    }
+    with monkeypatch.context() as patched:
         patched.setattr(asyncio, "get_running_loop", deep)
-        if check == "running_loop":
-            lifecycle.running_loop("a cache")
-        else:
-            lifecycle.check_loop(loop, "a cache")
+        with pytest.raises(RecursionError):
+            checks[check]()
