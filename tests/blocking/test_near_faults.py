@@ -468,7 +468,7 @@ def test_the_checks_notice_a_near_cache_that_hears_nothing(
             assert isinstance(cache, NaiveCache)
             truth.write(put)
             readers = Readers(cache, truth)
-            with pytest.raises(AssertionError, match="was outdated for|it did not happen"):
+            with pytest.raises(AssertionError, match=r"was outdated for|it did not happen"):
                 _write_beside(readers, cache, truth, put)
             with pytest.raises(AssertionError):
                 assert_nothing_served_while_stopped(own, cache, 0.2, 0.05)

@@ -124,7 +124,8 @@ def test_public_names() -> None:
             if getattr(value, "__module__", None) == twin.__name__ or name.isupper()
         }
         # The Python core consists of several modules and lists its own names.
-        assert set(getattr(twin, "__all__", own)) == {*PUBLIC, *OF_THREADS, "NEAR_ENTRY_BYTES"}, twin.__name__
+        wanted = {*PUBLIC, *OF_THREADS, "NEAR_ENTRY_BYTES"}
+        assert set(getattr(twin, "__all__", own)) == wanted, twin.__name__
     for name in (
         "MessageDispatcher",
         "SubscriberQueue",
