@@ -58,7 +58,7 @@ class StoredRecords:
 class ExportedRecords:
     """The records of an export file, whose names begin with a prefix.
 
-    Raises RecordError for a line that is no record, and OSError.
+    Raises RecordError for a line that isn't a record, and OSError.
     """
 
     def __init__(self, file: Path, prefix: str) -> None:

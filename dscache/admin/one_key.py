@@ -48,7 +48,7 @@ class OneKeyRecord(Found):
 
 
 def parse(value: bytes) -> tuple[int, bytes] | None:
-    """Return version and JSON text of a key's value, or None if it is no record."""
+    """Return version and JSON text of a key's value, or None if it isn't a record."""
     version: Any
     try:
         found = _decode(value)

@@ -99,7 +99,7 @@ def _edited(file: Path, name: str) -> bytes:
         try:
             ndjson.encode(name, 0, text)
         except RecordError as error:
-            problem = f"the text is no JSON: {error.__cause__ or error}"
+            problem = f"the text isn't JSON: {error.__cause__ or error}"
         else:
             return text
         if not (sys.stdin.isatty() and typer.confirm(f"{problem}. Edit it again?", err=True)):

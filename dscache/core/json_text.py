@@ -41,7 +41,7 @@ def encode_tolerantly(name: str, data: object) -> bytes:
 def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     """Return the value of JSON text that msgspec's decoder refused.
 
-    Raises RecordError if it is no JSON.
+    Raises RecordError if it isn't JSON.
     """
     try:
         return tolerant_json.decode(raw)

@@ -683,7 +683,7 @@ def _store(
             record = record_of(name, loaded[name], base)
         except RecordError as error:
             token = {name: held.pop(name)}
-            said = "made what is no record"
+            said = "returned data that can't be stored"
             yield from _fail(token, terms, outcome, error, said, refresh=refresh)
             continue
         # A source that is behind what Redis holds moves no record back.

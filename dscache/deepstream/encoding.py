@@ -26,12 +26,12 @@ def encode_text(subject: str, value: Any) -> str:
         except Exception as error:
             raise MessageError(f"{subject} can't be encoded as JSON: {error}") from error
     if (reason := flaw(text)) is not None:
-        raise MessageError(f"{subject} has a msgspec.Raw in it that is no JSON: {reason}")
+        raise MessageError(f"{subject} holds a msgspec.Raw that isn't JSON: {reason}")
     return text.decode()
 
 
 def flaw(text: bytes) -> str | None:
-    """Return the reason for which encoded data is no JSON text, or None.
+    """Return why encoded data isn't JSON text, or None if it is.
 
     Only a ``msgspec.Raw``, at any depth, makes such data. It would end every client that reads it.
     """
@@ -50,7 +50,7 @@ def flaw(text: bytes) -> str | None:
 def decode_text(subject: str, text: str | UnsetType | None, value: Any) -> Any:
     """Return the value of a message's fields ``data`` and ``parsedData``, or None without both.
 
-    Raises MessageError if the text is no JSON.
+    Raises MessageError if the text isn't JSON.
     """
     if value is not UNSET:
         return value
@@ -63,4 +63,4 @@ def decode_text(subject: str, text: str | UnsetType | None, value: Any) -> Any:
     try:
         return tolerant_json.decode(text.encode("utf-8", "surrogatepass"))
     except ValueError as error:
-        raise MessageError(f"{subject}: its data is no JSON: {error}") from None
+        raise MessageError(f"{subject}: its data isn't JSON: {error}") from None

@@ -487,7 +487,7 @@ def _record_text(name: str, data: Any) -> bytes:
     text: bytes = _backend.core.encode_data(_backend.core.check_name(name), data)
     if (reason := flaw(text)) is not None:
         raise RecordError(
-            f"record {shorten(name)}: a msgspec.Raw in its data is no JSON: {reason}", name=name
+            f"record {shorten(name)}: a msgspec.Raw in its data isn't JSON: {reason}", name=name
         )
     if text[:1] not in (b"{", b"[") and text.lstrip()[:1] not in (b"{", b"["):
         raise RecordError(

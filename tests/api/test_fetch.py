@@ -295,7 +295,8 @@ async def test_what_is_no_record_is_a_failed_load(
     loads: list[int] = []
     cache = await make_cache()
     with opened(server) as blocking:
-        for text in ("'n': its load made what is no record", "just failed in another call"):
+        refused = "'n': its load returned data that can't be stored"
+        for text in (refused, "just failed in another call"):
             with pytest.raises(LoadError, match=text) as caught:
                 await fetch_by(kind, cache, blocking, load)
             if "made" in text:

@@ -94,8 +94,8 @@ def test_another_writer_is_not_overwritten(
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("text = '{'", "the text is no JSON"),
-        ("text = ''", "the text is no JSON"),
+        ("text = '{'", "the text isn't JSON"),
+        ("text = ''", "the text isn't JSON"),
         ("raise SystemExit(7)", "the editor ended with status 7; nothing was written"),
     ],
 )

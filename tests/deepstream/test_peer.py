@@ -288,7 +288,7 @@ async def test_data_that_servers_take_for_missing_is_refused(pair: Pair, data: A
 async def test_a_nested_text_that_is_no_json_is_refused(pair: Pair) -> None:
     """It would end the server that reads it."""
     for data in ({"a": msgspec.Raw(b"{")}, [msgspec.Raw(b"1 2")]):
-        with pytest.raises(RecordError, match=r"msgspec\.Raw in its data is no JSON"):
+        with pytest.raises(RecordError, match=r"msgspec\.Raw in its data isn't JSON"):
             await pair.peer.records.set("nested", data)
         with pytest.raises(RecordError, match=r"msgspec\.Raw"):
             await pair.peer.records.update("nested", lambda _: data, default={})  # noqa: B023
