@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from inspect import isawaitable
 from typing import Any, TypeAlias
 
@@ -82,17 +83,18 @@ class Loads:
         """Return the task of a load, which may be under way already."""
         key = refresh, frozenset(names)
         task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.ensure_future(_drive(steps, load, entry))
-
-            def end(ended: asyncio.Task[Outcome]) -> None:
-                if self._tasks.get(key) is ended:
-                    del self._tasks[key]
-                if not ended.cancelled():
-                    ended.exception()  # all its callers may have been cancelled
-
-            task.add_done_callback(end)
+        if task is None or task.done():
+            task = asyncio.ensure_future(_drive(steps, load, entry))
+            # First, so that no exception in between leaves a task here for good.
+            task.add_done_callback(partial(self._end, key))
+            self._tasks[key] = task
         return task
+
+    def _end(self, key: _Key, ended: asyncio.Task[Outcome]) -> None:
+        if self._tasks.get(key) is ended:
+            del self._tasks[key]
+        if not ended.cancelled():
+            ended.exception()  # all its callers may have been cancelled
 
     async def _outcome_of(self, task: asyncio.Task[Outcome], name: str) -> Outcome:
         if task is asyncio.current_task():
@@ -139,7 +141,7 @@ async def _execute(step: Step, load: _Loader, entry: Any) -> Any:
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
     if isinstance(step, Load):
-        renewing = asyncio.ensure_future(_renew(step.renewal, entry))
+        renewing = asyncio.ensure_future(_renew(step.renewal, entry, asyncio.current_task()))
         try:
             return await load(step.names)
         finally:
@@ -147,8 +149,9 @@ async def _execute(step: Step, load: _Loader, entry: Any) -> Any:
     return await asyncio.sleep(step.seconds)
 
 
-async def _renew(renewal: Do, entry: Any) -> None:
-    while True:
+async def _renew(renewal: Do, entry: Any, driver: asyncio.Task[Any] | None) -> None:
+    """Renew leases until cancelled, or until the task that has them is done."""
+    while driver is None or not driver.done():
         await asyncio.sleep(loading.RENEW_SECONDS)
         with suppress(DscacheError):  # the next one may succeed in time
             await getattr(entry, renewal.operation)(*renewal.arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from msgspec.structs import replace
 
 from ..config import Config, Options
+from ..core.holder import Place
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError
 from ..net.backoff import full_jitter
 from ..net.watch import (
@@ -81,7 +82,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             kind=AsyncChange,
         )
         self._found: deque[AsyncChange] = deque()
-        self._is_busy = False
+        self._place = Place()  # of the one consumer
         self._failures = 0
         self._end: Exception | None = None
         self._main: asyncio.Task[None] | None = None
@@ -149,7 +150,8 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         for future in self._ready.values():
             future.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            # Not for ever: an exception that strikes the event loop can keep a task from its end.
+            await asyncio.wait(tasks, timeout=self._options.close_timeout / 1000)
         private, self._private = self._private, None
         if private is not None:
             await private.close()
@@ -171,14 +173,14 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             self._check_owner()
             if not self._has_begun:
                 raise UsageError("use async with cache.watch(...) as changes, and iterate over it")
-            if self._is_busy:
+            holder = self._place.take()
+            if holder is None:
                 raise UsageError("this watch is in use already; call watch() once per consumer")
-            self._is_busy = True
             try:
                 while not found:
                     await self._find()
             finally:
-                self._is_busy = False
+                del holder
         return found.popleft()
 
     async def _find(self) -> None:
@@ -186,12 +188,15 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         if self._closed:
             raise self._end or StopAsyncIteration
         self._news.clear()
-        if events := self._changes.take_events():
-            self._found.extend(events)  # type: ignore[arg-type] # made by ``kind``
-        elif names := self._changes.take_names():
+        self._changes.move_events(self._found)
+        if self._found:
+            return
+        if names := self._changes.take_names():
             await self._read_names(names)
         else:
-            await self._news.wait()
+            with suppress(TimeoutError):  # an exception can strike the call that wakes it
+                async with asyncio.timeout(CHECK_INTERVAL):
+                    await self._news.wait()
 
     async def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -204,20 +209,19 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         except DscacheError:
             # The loss of a server is an event of its own. The names are read once it is back.
             changes.back(names)
+            changes.finish()
             if not self._closed:
                 await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1
             return
-        except BaseException:
-            changes.back(names)
-            raise
+        if not self._closed:
+            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
+        changes.finish()
         if found:
             self._failures = 0
         else:
             await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1
-        if not self._closed:
-            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
 
     def _get(self, name: str) -> asyncio.Future[Record | None]:
         future: asyncio.Future[Record | None] = self._topology.pipeline.get(name)
@@ -256,10 +260,11 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             if not is_first:
                 self._changes.lose(address, "it has become a primary of the cluster")
             self._ready[address] = ready = self._loop.create_future()
-            listening[address] = asyncio.create_task(
+            task = listening[address] = asyncio.create_task(
                 self._listen(address, wanted[address], ready if is_first else None),
                 name=f"dscache watches {address}",
             )
+            task.add_done_callback(partial(_end_wait, ready))
         # Behind the gaps of the new primaries, which have these servers' records now.
         for address in departed:
             listening.pop(address).cancel()
@@ -275,7 +280,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         changes = self._changes
         must_be_primary = bool(options.sentinels) or not isinstance(self._topology, Connection)
         failures = 0
-        while True:
+        while not self._closed:
             try:
                 on_push = partial(changes.take_push, address)
                 with closing(
@@ -316,3 +321,15 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         topology = self._topology
         if options.sentinels and isinstance(topology, Connection) and topology.address != address:
             raise ConnectError(f"the Sentinels name another primary than {address}")
+
+
+def _end_wait(ready: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+    """End the wait for the first reports of a task that has ended without any."""
+    if ready.done():
+        return
+    error = None if task.cancelled() else task.exception()
+    if error is None or isinstance(error, StopIteration):
+        ready.cancel()
+    else:
+        ready.set_exception(error)
+        ready.exception()  # a watch that was closed waits no more

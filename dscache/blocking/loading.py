@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
+from weakref import ref
 
 from ..core import loading
+from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Step, Terms
 from ..errors import BulkError, DscacheError, UsageError, shorten
 
@@ -21,11 +23,16 @@ _Key: TypeAlias = tuple[bool, frozenset[str]]
 class _Flight:
     """A load under way in one thread; without an outcome at its end, the thread was struck."""
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder) -> None:
         self.thread = threading.get_ident()
         self.ended = threading.Event()
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
+        self._holder = ref(holder)
+
+    def is_over(self) -> bool:
+        """Whether the thread has ended the load, or was struck before it could say so."""
+        return self.ended.is_set() or self._holder() is None
 
 
 class Loads:
@@ -115,7 +122,8 @@ class Loads:
         names = list(names)
         key = refresh, frozenset(names)
         while True:
-            own = _Flight()
+            holder = Holder()
+            own = _Flight(holder)
             try:
                 flight = self._flights.setdefault(key, own)
                 if flight is own:
@@ -127,19 +135,29 @@ class Loads:
                     return own.outcome, True
             finally:
                 # Whatever strikes the thread, waiting ones go on.
-                if self._flights.get(key) is own:
-                    del self._flights[key]
+                self._forget(key, own)
                 own.ended.set()
+                del holder
+            if flight.is_over():
+                # Left here by a struck thread, or it has ended now: what it has read may be old.
+                self._forget(key, flight)
+                continue
             if flight.thread == own.thread:
                 raise UsageError(
                     f"record {shorten(names[0])}: its load fetches the same record, and would "
                     "wait for itself; read the source in it"
                 )
-            flight.ended.wait()
+            while not flight.is_over():
+                flight.ended.wait(GLANCE)
             if isinstance(flight.error, DscacheError):
                 raise copy.copy(flight.error)
             if flight.outcome is not None:
                 return flight.outcome, False
+
+    def _forget(self, key: _Key, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            with suppress(KeyError):  # another thread does the same
+                del self._flights[key]
 
 
 def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
@@ -163,32 +181,36 @@ def _execute(step: Step, load: _Loader, run: _Run) -> Any:
     if isinstance(step, Do):
         return run(step.operation, *step.arguments)
     if isinstance(step, Load):
-        with _Renewing(step.renewal, run):
-            return load(step.names)
+        return _load(step, load, run)
     # An Event, whose wait a monkey-patched program replaces as well.
     threading.Event().wait(step.seconds)
     return None
 
 
-class _Renewing:
-    """A thread that renews leases while a load runs."""
+def _load(step: Load, load: _Loader, run: _Run) -> object:
+    """Run a load, while a thread renews its leases."""
+    ended = threading.Event()
+    holder = Holder()
+    try:
+        threading.Thread(
+            target=_renew,
+            args=(step.renewal, run, ended, ref(holder)),
+            name="dscache lease",
+            daemon=True,
+        ).start()
+        return load(step.names)
+    finally:
+        ended.set()
+        del holder
 
-    def __init__(self, renewal: Do, run: _Run) -> None:
-        self._renewal = renewal
-        self._run = run
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="dscache lease", daemon=True)
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-
-    def _renew(self) -> None:
-        while not self._ended.wait(loading.RENEW_SECONDS):
-            with suppress(DscacheError):  # the next one may succeed in time
-                self._run(self._renewal.operation, *self._renewal.arguments)
+def _renew(
+    renewal: Do, run: _Run, ended: threading.Event, holder: Callable[[], Holder | None]
+) -> None:
+    # Without a holder, the thread that loads was struck before it could say that it has ended.
+    while not ended.wait(loading.RENEW_SECONDS) and holder() is not None:
+        with suppress(DscacheError):  # the next one may succeed in time
+            run(renewal.operation, *renewal.arguments)
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:
