@@ -110,9 +110,10 @@ class Changes:
             steps = core.change_steps(operation, name, default, ttl, timing, if_changed)
             return await _drive(steps, reader, writer, operation, name, change, timing)
         finally:
-            # A traceback may be kept for long, and must not keep the turn.
+            # A traceback may be kept for long, and must not keep the turn or the queue.
             del update
             queue.wake()
+            del queue
 
 
 async def _drive(
