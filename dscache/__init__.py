@@ -23,11 +23,14 @@ from .errors import (
     RecordError,
     RecordMissing,
     ReplyError,
+    RPCError,
+    RPCTimeout,
     UsageError,
 )
 
 if TYPE_CHECKING:
     # Both cores have the same interface; type checkers read the one written in Python.
+    from . import deepstream as deepstream
     from .core.pure import Message, Record
     from .messages import MessageNode
     from .sync import Cache
@@ -39,6 +42,8 @@ else:
         # Cache imports redis-py, which takes longer to import than all of dscache; MessageNode's
         # import too is paid only by the programs that use it.
         module = {"Cache": "sync", "MessageNode": "messages"}.get(name)
+        if name == "deepstream":
+            return import_module(".deepstream", __name__)
         if module is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
@@ -68,6 +73,8 @@ __all__ = [
     "MessageNode",
     "Overloaded",
     "ProtocolError",
+    "RPCError",
+    "RPCTimeout",
     "Record",
     "RecordError",
     "RecordMissing",

@@ -1,8 +1,9 @@
 """Choose the core: ``_fast`` (Cython) or ``core.pure`` (Python), which behave the same.
 
-``DSCACHE_BACKEND=fast|pure`` obeys or raises. Unset, the compiled core is taken, else the
-pure one, with the reason logged once. Other modules use ``_backend.core`` at the moment of
-construction and never import either core by its name.
+``DSCACHE_BACKEND=fast|pure`` obeys or raises. Unset, the compiled core is taken, else the pure one:
+silently where dscache was installed without a compiled core, and with a warning where the core is
+there but doesn't load, or the source tree isn't built. Other modules use ``_backend.core`` at the
+moment of construction and never import either core by its name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -45,13 +47,27 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
         return "fast", importlib.import_module(_MODULES["fast"])
     except ImportError as error:
         # An ImportError alone: a compiled core that is there but broken must not hide.
+        _warn_of_fallback(error, Path(__file__).parent)
+        return "pure", importlib.import_module(_MODULES["pure"])
+
+
+def _warn_of_fallback(error: ImportError, package: Path) -> None:
+    """Log why the pure core is used, unless the package was installed without a compiled core."""
+    absent = isinstance(error, ModuleNotFoundError) and error.name == _MODULES["fast"]
+    if absent and package.joinpath("_fast.pyx").exists():
+        _logger.warning(
+            "%s is the source tree of dscache, and not built: falling back to pure Python, which "
+            "is several times slower; run make build, or leave this folder to import an installed "
+            "dscache",
+            package.parent,
+        )
+    elif not absent or any(package.glob("_fast.*.so")):
         _logger.warning(
             "the compiled core can't be loaded (%s): falling back to pure Python, "
-            "which is several times slower; reinstall dscache with a C compiler at hand, "
-            "or set DSCACHE_BACKEND=pure to choose it silently",
+            "which is several times slower; reinstall dscache for this Python with a C compiler at "
+            "hand, or set DSCACHE_BACKEND=pure to choose it silently",
             error,
         )
-        return "pure", importlib.import_module(_MODULES["pure"])
 
 
 class _StandIn(ModuleType):

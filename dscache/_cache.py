@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from . import _backend
-from .config import Config, load
+from .config import Config, load, load_url
+from .config.sources import Source
+from .errors import shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
+
+_logger = logging.getLogger("dscache")
 
 
 class Nodes(Protocol):
@@ -37,31 +42,68 @@ def warn_of_dropped(resource: object, remedy: str) -> None:
 class CacheBase(Generic[NodesT]):
     """A cache, which connects at its first use."""
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        """Make a cache; ``from_config`` documents the arguments."""
+        self._config = load(source, options=options)
         self._credentials = credentials
         self._topology: NodesT | None = None
         self._closed = False
         self._pid = 0  # the process in which it was opened
+        # Empty once a write below one of them has been warned of.
+        self._hot_paths = self._config.hot_path_prefixes
 
     @classmethod
     def from_config(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
+        source: Source | Config,
         *,
         credentials: CredentialProvider | None = None,
+        **options: Any,
     ) -> Self:
         """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
 
-        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape, a
-        URL (``redis://``, ``rediss://``, ``unix://``) or ``host:port``. The cache connects at the
-        first operation, or on entering a ``with`` or ``async with`` block. ``credentials`` is a
-        ``redis.CredentialProvider``, called before each connection; it replaces the configured
-        username and password.
+        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape or of
+        options alone, a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port``,
+        ``localhost``, or a Config of ``dscache.config.load``. ``options`` override those of the
+        source, by their names in a file or in snake_case: ``commandTimeout=200`` or
+        ``command_timeout=200``. The constructor takes the same arguments.
+
+        The cache connects at the first operation, or on entering a ``with`` or ``async with``
+        block. ``credentials`` is a ``redis.CredentialProvider``, called before each connection; it
+        replaces the configured username and password.
 
         Raises ConfigError for a bad configuration.
         """
-        return cls(load(source), credentials)
+        return cls(source, credentials, **options)
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, credentials: CredentialProvider | None = None, **options: Any
+    ) -> Self:
+        """Return a cache configured by a URL or ``host:port``, as ``from_config`` does.
+
+        Raises ConfigError for a bad URL, and for the path of a file.
+        """
+        return cls(load_url(url, options=options), credentials)
+
+    def _warn_of_hot_paths(self, names: Iterable[str]) -> None:
+        """Warn once of a guarded write to a record that deepstream keeps at version 0."""
+        paths = self._hot_paths
+        found = next((one for one in names if isinstance(one, str) and one.startswith(paths)), None)
+        if found is not None:
+            self._hot_paths = ()
+            _logger.warning(
+                "record %s is below storageHotPathPrefixes (%s), where deepstream writes version 0 "
+                "at every write: if_newer, update and patch write higher ones, and refuse to write "
+                "0 again; write version 0 without a condition, as dscache.deepstream.Peer does",
+                shorten(found),
+                self._config.source,
+            )
 
     @property
     def config(self) -> Config:

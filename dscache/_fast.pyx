@@ -16,7 +16,6 @@ from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
 from sys import getsizeof
 from types import GenericAlias
 
@@ -45,107 +44,22 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition
+from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, tracking
 from .core import constants as c
 from .core import envelope as e
-from .core import recovery, typed
-from .core.stats import stats_of
+from .core import typed
+from .core.stats import latency_of, stats_of
+from .core.suspects import is_suspicious, window_beside_suspects
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject_unobserved as _reject_unobserved
 from .errors import ProtocolError, ReplyError, shorten
 
-cdef extern from "Python.h":
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
-    bint PyUnicode_IS_COMPACT_ASCII(object text) noexcept
-    const char* PyUnicode_DATA(object text) noexcept
-    Py_ssize_t PyUnicode_GET_LENGTH(object text) noexcept
-    long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
-    PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
-    void PyObject_GC_UnTrack(PyObject* untied) noexcept
-    int PyList_SetSlice(object items, Py_ssize_t low, Py_ssize_t high, PyObject* given) except -1
+include "core/platform.pxi"
+include "core/constants.pxi"
 
-cdef extern from *:
-    """
-    #include <pthread.h>
-    #include <time.h>
-
-    static unsigned long dscache_thread(void) {
-        return (unsigned long)pthread_self();
-    }
-
-    static double dscache_monotonic(void) {
-        struct timespec now;
-    #ifdef __APPLE__
-        clock_gettime(CLOCK_UPTIME_RAW, &now);
-    #else
-        clock_gettime(CLOCK_MONOTONIC, &now);
-    #endif
-        return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-    }
-    """
-    # The clock of time.monotonic, without a call into Python.
-    double dscache_monotonic() noexcept nogil
-    # The identity of this thread. Python's own function takes four times the instructions.
-    unsigned long dscache_thread() noexcept nogil
-
-cdef enum Kind:
-    GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE_IF, DELETE, COMMAND, READ_KEY, WRITE_KEY, PUBLISH
-
-cdef enum:
-    SLOTS = 16384
-    MAX_DEPTH = 32
-    TIMED = 8  # operations with latencies: single ones, and behind them bulks
-    LATENCY_BOUNDS = 17
-
-if (
-    *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE_IF, DELETE, COMMAND),
-    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, MAX_DEPTH, b"_v", b"_d", TIMED, LATENCY_BOUNDS),
-) != (
-    *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF, c.DELETE, c.COMMAND),
-    *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.MAX_DEPTH),
-    *(c.VERSION_SUFFIX, c.DATA_SUFFIX),
-    *(len(c.TIMED), len(c.LATENCY_BOUNDS)),
-):
-    raise ImportError("dscache._fast was built for another dscache.core.constants; build it again")
-
-cdef Py_ssize_t COMMAND_RECORDS = c.COMMAND_RECORDS
-cdef Py_ssize_t FLUSH_RECORDS = c.FLUSH_RECORDS
-cdef Py_ssize_t EARLY_RECORDS = c.EARLY_RECORDS
-cdef Py_ssize_t SCRIPT_RECORDS = c.SCRIPT_RECORDS
-cdef Py_ssize_t READ_BUFFER_BYTES = c.READ_BUFFER_BYTES
-cdef Py_ssize_t COMMAND_BYTES = c.COMMAND_BYTES
-cdef Py_ssize_t WINDOW_RECORDS = c.WINDOW_RECORDS
-cdef long long MAX_ELEMENTS = c.MAX_ELEMENTS
-cdef int HEADER_BYTES = c.HEADER_BYTES
-cdef double[LATENCY_BOUNDS] latency_bounds = c.LATENCY_BOUNDS
-# The suffixes are an underscore and one letter, which lets the second key be made of the first.
-cdef enum:
-    SUFFIX_SIZE = 2
-    SUFFIX_OF_VERSION = 118
-    SUFFIX_OF_DATA = 100
-cdef bytes OK = b"OK"
-cdef bytes ASKING = c.ASKING
-cdef bytes GUARDED = c.GUARDED
-cdef bytes UNGUARDED = c.UNGUARDED
-cdef long NOT_NEWER = c.NOT_NEWER
-cdef long WRITTEN = c.WRITTEN
-cdef long DAMAGED = c.DAMAGED
-cdef long UNTOLD = c.UNTOLD
-cdef object ANY = condition.ANY
-
-cdef object _UNDECODED = object()
-cdef object _INCOMPLETE = object()
-# The reply to an MGET that was read where it lay; and what of it is half a record.
-cdef object _IN_PLACE = object()
-cdef object _HALF = object()
 cdef list _DISCARDED = _discarded
-cdef object _serial_of = attrgetter("serial")
 cdef object _PUSH = hiredis.PushNotification
-cdef object _encode_json_into = c.encode_json_into
-cdef bytearray _scratch = None  # for encode_data, unless it is in use
-cdef object _decode_json = msgspec.json.Decoder().decode
-
 
 cdef class _Encoder  # of core/resp.pxi, for the batches before it
 cdef class MessageDispatcher  # of core/message.pxi
@@ -155,7 +69,9 @@ cdef class _Reachability
 
 include "core/record.pxi"
 include "core/batch.pxi"
+include "core/entries.pxi"
 include "core/resp.pxi"
+include "core/reader.pxi"
 
 
 @cython.final
@@ -200,14 +116,14 @@ cdef class Pipeline:
     cdef public MessageDispatcher inbox
     cdef public bint resp2_pubsub
     cdef unsigned long long _messages
-    cdef _Reachability _reach
-    cdef _Epoch _epoch
+    cdef public _Reachability reach
+    cdef public _Epoch epoch
     cdef readonly Py_ssize_t settled
     cdef public Py_ssize_t operations
     cdef public Py_ssize_t pending_bytes
     cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes
     cdef readonly Py_ssize_t window
-    cdef Py_ssize_t _open_window  # 0 while there are suspects
+    cdef public Py_ssize_t open_window  # 0 while there are suspects
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef readonly Py_ssize_t max_redirections
     cdef bint _refuse_when_full
@@ -220,13 +136,13 @@ cdef class Pipeline:
     cdef object _begin
     cdef _Encoder _encoder
     cdef _LengthGuard _guard
-    cdef long long _ttl
+    cdef readonly long long ttl
     cdef readonly double timeout
     cdef bint _awake
     cdef public bint busy  # the queue or the slots change: only new operations may come
     cdef readonly list open_batches
-    cdef readonly object queue
-    cdef readonly list suspects
+    cdef public object queue
+    cdef public list suspects
     cdef readonly object slots
     cdef readonly list returned
     cdef _Replies _replies
@@ -272,7 +188,7 @@ cdef class Pipeline:
         self._wake = wake
         self._begin = begin
         self._encoder = _Encoder.__new__(_Encoder, key_prefix, hash_tag)
-        self._ttl = ttl
+        self.ttl = ttl
         self.timeout = timeout
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
@@ -281,13 +197,13 @@ cdef class Pipeline:
         self.clustered = clustered
         self.max_redirections = max_redirections
         self.window = max(1, min(WINDOW_RECORDS, max_pending))
-        self._open_window = self.window
+        self.open_window = self.window
         self.open_batches = []
         self.queue = deque()
         self.suspects = []
         self.slots = deque()
         self.returned = []
-        self._reach = _Reachability.__new__(_Reachability)
+        self.reach = _Reachability.__new__(_Reachability)
         self._replies = _Replies.__new__(_Replies)
         self.reset_reader()
 
@@ -325,7 +241,7 @@ cdef class Pipeline:
         cdef dict writes = {}
         cdef long long write_ttl = 0
         cdef Py_ssize_t size = 0
-        self.make_writes(records, ttl, if_newer, if_version, writes, &write_ttl, &size)
+        make_writes(self.ttl, records, ttl, if_newer, if_version, writes, &write_ttl, &size)
         return self._add_bulk(_kind_of(write_ttl, if_newer or if_version is not ANY), writes, size)
 
     def delete_bulk(self, names, if_version=ANY):
@@ -362,8 +278,8 @@ cdef class Pipeline:
         self.slots.append(slot)
         self.in_flight += 1
         self.operations += 1
-        if self._epoch is not None:
-            self._epoch.asked(self.fence())
+        if self.epoch is not None:
+            self.epoch.asked(self.fence())
         return command
 
     def key_command(self, int kind, str key not None, waiter, *parts):
@@ -405,27 +321,6 @@ cdef class Pipeline:
         """
         self.notify_pending()
         recovery.requeue(self, batches)
-
-    cpdef int replace_queue(self, list batches, Py_ssize_t known) except -1:
-        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
-        first ``known`` that wait now. The others came while this was being prepared, and stay.
-
-        If it raises, nothing has changed.
-        """
-        cdef object queue
-        cdef list suspects
-        while True:
-            while known < len(self.queue):
-                batches.append(self.queue[known])
-                known += 1
-            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
-            if known == len(self.queue):
-                break
-        self.queue = queue
-        self.suspects = suspects
-        if suspects:
-            self._open_window = 0
-        return 0
 
     # -- output
 
@@ -475,7 +370,7 @@ cdef class Pipeline:
         encoder.begin()
         while (
             self.queue
-            and self.in_flight < self._open_window
+            and self.in_flight < self.open_window
             and taken < FLUSH_RECORDS
             and encoder.size() < COMMAND_BYTES
         ):
@@ -489,7 +384,7 @@ cdef class Pipeline:
             if self.clustered and batch.hash_slots == NULL and is_grouped(batch.kind):
                 batch.group(encoder)
             if self.single_writes and SET <= batch.kind <= DELETE_IF:
-                recovery.prepare_single_writes(self, batch)
+                refusals.prepare_single_writes(self, batch)
                 if not batch.waiting():
                     self.queue.popleft()
                     continue
@@ -513,11 +408,11 @@ cdef class Pipeline:
             if not batch.waiting():
                 self.queue.popleft()
         if not encoder.size():
-            return b"" if self._open_window else self._take_beside_suspects()
+            return b"" if self.open_window else self._take_beside_suspects()
         self._flushes += 1
         self._bytes_out += encoder.size()
-        if self._epoch is not None:
-            self._epoch.asked(self.fence())
+        if self.epoch is not None:
+            self.epoch.asked(self.fence())
         return encoder.take()
 
     cdef bytes _take_beside_suspects(self):
@@ -526,14 +421,14 @@ cdef class Pipeline:
         cdef bytes output = b""
         try:
             while not output:
-                window = recovery.window_beside_suspects(self)
+                window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
-                self._open_window = window
+                self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if recovery.is_suspicious(self) else self.window
+            self.open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 
@@ -595,41 +490,14 @@ cdef class Pipeline:
 
     # -- what the near cache may believe
 
-    cpdef connected(self, bint is_tracked):
-        """Note that there is a connection, and whether its server reports changed keys."""
-        self._reach.up = True
-        if is_tracked and self.near is not None:
-            self._epoch = _Epoch.__new__(_Epoch, self._reach)
-            self.near.count_live(1)
+    connected = tracking.connected
+    disconnected = tracking.disconnected
+    unknown = tracking.unknown
+    forget = tracking.forget
 
-    cpdef disconnected(self, bint is_trusted):
-        """Note that the connection ended, and whether its replies can be trusted."""
-        self._end_epoch(LOST if is_trusted else OVER, "connection")
-        self._reach.up = False
-
-    def unknown(self):
-        """Return the seconds for which the near cache may have missed changes."""
-        return 0.0 if self._epoch is None else dscache_monotonic() - self._epoch.known
-
-    cpdef forget(self, str reason):
-        """Drop every record read so far from the near cache, and count the ``reason``."""
-        cdef _Epoch epoch = self._epoch
-        self._end_epoch(OVER, reason)
-        if epoch is not None:
-            self.connected(True)
-            self._epoch.known = epoch.known
-
-    cdef int _end_epoch(self, int state, str reason) except -1:
-        cdef _Epoch epoch = self._epoch
-        self._epoch = None
-        if state == OVER:  # and so is what earlier connections brought
-            self._reach.over = True
-            self._reach = _Reachability.__new__(_Reachability)
-        if epoch is not None and self.near is not None:
-            epoch.state = state
-            self.near.count_flush(reason)
-            self.near.count_live(-1)
-        return 0
+    def new_epoch(self):
+        """Return an epoch that begins now."""
+        return _Epoch.__new__(_Epoch, self.reach)
 
     # -- time and failure
 
@@ -661,58 +529,9 @@ cdef class Pipeline:
                        for j in range(LATENCY_BOUNDS + 1)]
             if any(buckets):
                 rows[c.TIMED[i]] = (self._seconds[i], buckets)
-        return c.latency_of(rows)
+        return latency_of(rows)
 
     # -- building batches
-
-    cdef _Write make_write(self, str name, version, data, ttl, if_newer, if_version):
-        """Return the checked and encoded content of a record; raises RecordError."""
-        cdef _Write write = _Write.__new__(_Write)
-        write.version = check_version(name, version)
-        write.ttl = self._ttl if ttl is None else c.check_ttl(name, ttl)
-        write.text = encode_data(name, data)
-        write.guard = GUARDED if if_newer else UNGUARDED
-        if if_version is not ANY:
-            condition.check_one(name, if_newer)
-            write.guard = condition.guard_of(name, if_version)
-        return write
-
-    cdef int make_writes(
-        self,
-        records,
-        ttl,
-        if_newer,
-        if_version,
-        dict writes,
-        long long* write_ttl,
-        Py_ssize_t* size,
-    ) except -1:
-        """Fill ``writes`` with the content of records; raises RecordError."""
-        cdef str key
-        cdef _Write write = None
-        cdef Py_ssize_t total = 0
-        if not isinstance(records, (dict, Mapping)):
-            raise c.bad_records(records)
-        cdef object expected = ANY
-        if if_version is not ANY:
-            condition.check_many("set_bulk", if_newer, if_version)
-        for name, pair in records.items():
-            key = check_name(name)
-            try:
-                version, data = pair
-            except (TypeError, ValueError):
-                raise c.bad_pair(key, pair) from None
-            if if_version is not ANY:
-                expected = condition.expected_of("set_bulk", key, if_version)
-            write = self.make_write(key, version, data, ttl, if_newer, expected)
-            # The waiter is the bulk's, so that this is part of no cycle, and no garbage collection
-            # need look at it: of 10^6 records, each takes 4.0 us in place of 5.2.
-            PyObject_GC_UnTrack(<PyObject*>write)
-            PyDict_SetItem(writes, key, write)
-            total += PyBytes_GET_SIZE(write.text)
-        size[0] = total
-        write_ttl[0] = 0 if write is None else write.ttl
-        return 0
 
     cdef _Batch _new_batch(self, int kind, dict records):
         return _Batch.__new__(_Batch, kind, dscache_monotonic() + self.timeout, 0, records)
@@ -820,11 +639,11 @@ cdef class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.overloaded(self.address, self.operations, self.pending_bytes)
+            raise failures.overloaded(self.address, self.operations, self.pending_bytes)
         return 0
 
     cdef object _put(self, str name, version, data, ttl, if_newer, if_version):
-        cdef _Write write = self.make_write(name, version, data, ttl, if_newer, if_version)
+        cdef _Write write = make_write(self.ttl, name, version, data, ttl, if_newer, if_version)
         self.check_capacity(PyBytes_GET_SIZE(write.text))
         cdef object waiter = self._create_waiter()
         cdef int kind = _kind_of(write.ttl, write.guard is not UNGUARDED)
@@ -939,9 +758,9 @@ cdef class Pipeline:
                     break
                 self.partial = 0
                 if type(reply) is _PUSH:
-                    self._take_push(reply)
+                    take_push(self, reply)
                 elif self.resp2_pubsub and e.is_plain_message(reply):
-                    self._take_message(reply)
+                    take_message(self, reply)
                 else:
                     answer(self, reply)
             if self.returned:
@@ -970,51 +789,6 @@ cdef class Pipeline:
                 f"{self.address} sent more than {self._max_reply_bytes} bytes (maxReplyBytes) "
                 "without the end of a reply"
             )
-        return 0
-
-    cdef int _take_push(self, push) except -1:
-        """Take a message, or let the near cache drop the records that changed.
-
-        All other pushes go to ``on_push``.
-        """
-        if self.inbox is not None and is_message(push):
-            return self._take_message(push)
-        if not c.is_push(push):
-            raise c.no_push(self.address, push)
-        if self.inbox is not None and push[0] in e.SUBSCRIPTIONS:
-            return self._take_subscription(push)
-        if push[0] != b"invalidate" or self.near is None:
-            if self.on_push is not None:
-                self.on_push(push)
-            return 0
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise wrong_shape(self, "a change of keys", push)
-        if self.near.invalidate(push[1]):
-            self.forget("flushall")
-        return 0
-
-    cdef int _take_message(self, push) except -1:
-        cdef object channel, payload
-        if self.inbox is not None and PyList_GET_SIZE(push) == 3:
-            channel = <object>PyList_GET_ITEM(push, 1)
-            payload = <object>PyList_GET_ITEM(push, 2)
-            if PyBytes_CheckExact(channel) and PyBytes_CheckExact(payload):
-                self.inbox.take(channel, payload)
-                return 0
-        raise wrong_shape(self, "a subscription", push)
-
-    cdef int _take_subscription(self, push) except -1:
-        """Take the push that confirms a subscription, or ends one unasked."""
-        cdef _Batch batch
-        if self.slots:
-            batch = self.slots[0][0]
-            if (
-                batch.kind == COMMAND
-                and not batch.abandoned()
-                and batch.names[0].lower().encode() == push[0]
-            ):
-                return answer(self, list(push))
-        self.inbox.on_ended(self, list(push))
         return 0
 
     # -- counting
@@ -1062,81 +836,10 @@ cdef class Pipeline:
         self.pending_bytes += batch.text_size()
         return 0
 
-# -- small things
 
-
-cdef _Bulk _new_bulk(int kind, dict records, waiter, bint shared):
-    """Return the bulk operation of that kind; the names of a read get their records in place."""
-    cdef object result
-    if kind == GET:
-        result = records  # the names are in their order already
-    elif kind == HEAD:
-        result = {}
-    elif kind == DELETE_IF or kind == DELETE:
-        result = 0
-    else:
-        result = set()
-    cdef str operation = f"{c.OPERATIONS[kind]}_bulk"
-    return _Bulk.__new__(_Bulk, operation, waiter, result, PyDict_Size(records), shared)
-
-
-# The kinds of which records of one slot share a command, and those that have one for each.
-cdef inline bint is_grouped(int kind) noexcept:
-    return kind == GET or SET <= kind <= DELETE_IF
-
-
-cdef inline bint is_one_by_one(int kind) noexcept:
-    return kind == HEAD or kind == DELETE or kind >= READ_KEY
-
-
-cdef inline bint is_unshared(int kind) noexcept:
-    return SET_IF_NEWER <= kind <= DELETE or kind >= READ_KEY
-
-
-cdef _Write make_removal(str name, if_version):
-    """Return a removal with a condition, as a write without data; raises RecordError."""
-    cdef _Write removal = _Write.__new__(_Write)
-    removal.text = b""
-    removal.guard = condition.guard_of_removal(name, if_version)
-    return removal
-
-
-cdef dict make_removals(dict names, if_version):
-    """Return the removals of a ``delete_bulk`` with conditions; raises RecordError."""
-    cdef dict removals = {}
-    condition.check_many("delete_bulk", False, if_version)
-    for name in names:
-        expected = condition.expected_of("delete_bulk", name, if_version)
-        PyDict_SetItem(removals, name, make_removal(name, expected))
-    return removals
-
-
-cdef inline int _kind_of(long long ttl, bint guarded) noexcept:
-    if guarded:
-        return SET_IF_NEWER
-    return SET_TTL if ttl else SET
-
-
-cdef bytes packed(tuple parts):
-    """Return a command as RESP. hiredis gets bytes alone: where memory ends, it crashes the process
-    as it converts something else."""
-    cdef list texts = []
-    for part in parts:
-        texts.append(part if type(part) is bytes else str(part).encode())
-    return hiredis.pack_command(tuple(texts))
-
-
-cdef dict _unique(str operation, names):
-    """Return the names as keys, each once and checked."""
-    cdef dict unique = {}
-    if isinstance(names, (str, bytes)):
-        raise c.bad_names(operation, names)
-    for name in names:
-        PyDict_SetItem(unique, check_name(name), None)
-    return unique
-
-
+include "core/pushes.pxi"
 include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
+include "core/shared_near.pxi"
 include "core/message.pxi"

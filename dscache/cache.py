@@ -19,12 +19,13 @@ from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.loading import Loads
 from .aio.memory import MemoryNode
 from .config import Config
-from .core import typed
-from .core.changes import OMITTED, Omitted, check_arguments
+from .config.sources import Source
+from .core import loading, typed
+from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.keys import NOTE_SUFFIX
 from .core.patches import patch_of
-from .core.pipeline import unique
-from .errors import ConnectionLost, UsageError
+from .errors import BulkError, ConnectionLost, UsageError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -88,8 +89,14 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     operation fails with BulkError, which holds the results of the other records.
     """
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        super().__init__(config, credentials)
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, credentials, **options)
+        config = self._config
         self._pipeline: _Operations | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[AsyncWatch] = WeakSet()
@@ -145,7 +152,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
         ``if_newer`` it is safe to repeat.
         """
-        return (self._pipeline or self._open()).set(name, version, data, ttl, if_newer, if_version)
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
+        operations = self._pipeline or self._open()
+        done = operations.set(name, version, data, ttl, if_newer, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=False)
+        return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> asyncio.Future[bool]:
         """Remove a record, even a half or damaged one; the result is whether it existed.
@@ -153,7 +166,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         With ``if_version``, nothing is removed and the result is False unless Redis holds exactly
         that version. Raises RecordError at the call for a bad name or version.
         """
-        return (self._pipeline or self._open()).delete(name, if_version)
+        done = (self._pipeline or self._open()).delete(name, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=True)
+        return done
 
     @overload
     def get_bulk(
@@ -203,7 +219,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
         """
-        return (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        done = (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes(records, removed=False)
+        return done
 
     def delete_bulk(
         self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY
@@ -217,8 +238,43 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         with BulkError if some records can't be removed; it has their errors and the number of
         the others.
         """
-        return (self._pipeline or self._open()).delete_bulk(names, if_version)
+        if not self._loads.checks.keeps_missing:
+            return (self._pipeline or self._open()).delete_bulk(names, if_version)
+        names = names if isinstance(names, str | bytes) else list(names)
+        done = (self._pipeline or self._open()).delete_bulk(names, if_version)
+        self._end_notes(names, removed=True)
+        return done
 
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: None = None,
+    ) -> Coroutine[Any, Any, Record | None]: ...
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[T], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: type[T],
+    ) -> Coroutine[Any, Any, Record[T] | None]: ...
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: Any,
+    ) -> Coroutine[Any, Any, Record | None]: ...
     def update(
         self,
         name: str,
@@ -226,6 +282,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         *,
         default: Any = OMITTED,
         ttl: int | None = None,
+        type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:
         """Change a record's data; the result is the Record written, or None if it was removed.
 
@@ -235,7 +292,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         it is read again, and ``change`` is called again, until ``commandTimeout`` is over. It may
         be async, and then has until that moment.
         A missing record has the data ``default``, if that is given, and is written with version 1.
-        ``ttl`` is that of ``set``. Updates of one record by one cache wait for each other.
+        ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets, and that of the
+        result, are of that type, as of ``get``. Updates of one record by one cache wait for each
+        other.
 
         It must be awaited. No step begins after ``commandTimeout``; one that has begun has as much
         of its own. Raises what ``change`` raises, and nothing is written then; RecordMissing
@@ -243,8 +302,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         the change took all of the time; RecordError if the record has the highest version; and
         ConnectionLost or DeadlineExceeded if the write may or may not have happened.
         """
+        check_change("update", change)
+        if type is not None:
+            typed.check_type(type)
         name, text = check_arguments(name, default, ttl)
-        return self._change("update", name, change, text, ttl)
+        return self._change("update", name, change, text, ttl, type=type)
 
     def patch(
         self,
@@ -271,6 +333,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change = patch_of(name, merge, path, value)
         patched = self._change("patch", name, change, text, ttl, ttl is None)
         return cast("Coroutine[Any, Any, Record]", patched)  # a patch removes no record
+
+    def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
+        """Remove the notes which remember that written or removed records don't exist."""
+        notes = self._loads.checks.notes_after(names, removed=removed)
+        if notes:
+            # In the tick's batch. A note that stays ends by itself.
+            self._open().delete_bulk(notes, ANY).add_done_callback(_ignore)
 
     def _typed_get(self, name: str, type_: Any) -> asyncio.Future[Record | None]:
         operations = self._pipeline or self._open()
@@ -305,6 +374,27 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         records: Literal[True],
         count: int = SCAN_COUNT,
         cursor: str | None = None,
+        type: None = None,
+    ) -> AsyncScan[Record]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+        type: type[T],
+    ) -> AsyncScan[Record[T]]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+        type: Any,
     ) -> AsyncScan[Record]: ...
     @overload
     def scan(
@@ -317,6 +407,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         records: bool = False,
         count: int = SCAN_COUNT,
         cursor: str | None = None,
+        type: Any = None,
     ) -> AsyncScan[Any]:
         """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
 
@@ -342,18 +433,52 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             records=records,
             count=count,
             cursor=cursor,
+            type=type,
         )
 
+    @overload
     def watch(
-        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
-    ) -> AsyncWatch:
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: None = None,
+    ) -> AsyncWatch: ...
+    @overload
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: type[T],
+    ) -> AsyncWatch[T]: ...
+    @overload
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: Any,
+    ) -> AsyncWatch: ...
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: Any = None,
+    ) -> AsyncWatch[Any]:
         """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
 
         Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
         the ``record``. Several changes of a name that come faster than they are taken are one.
         After the last write, the last change of each name has its last version. A gap, in which
         changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
-        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+        ``max_pending`` names wait to be taken, they are dropped, with a gap. With a ``type``, the
+        ``data`` of the records is of that type, and one that doesn't fit is "damaged".
 
         The servers need client tracking: Redis 6 or newer. Raises UsageError at the call for a bad
         argument. Entering the block raises ConnectError if a primary can't be reached, and
@@ -364,16 +489,19 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._open()  # raises on a closed cache
         assert self._topology is not None
         opened = AsyncWatch(
+            self,
             self._topology,
             self._config,
             self._credentials,
             prefix,
             records=records,
             max_pending=max_pending,
+            type=type,
         )
         self._watches.add(opened)
         return opened
 
+    @overload
     async def fetch(
         self,
         name: str,
@@ -383,6 +511,42 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         refresh_after: int | None = None,
         jitter: float = 0.1,
         keep_missing: int | None = None,
+        type: None = None,
+    ) -> Record | None: ...
+    @overload
+    async def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: type[T],
+    ) -> Record[T] | None: ...
+    @overload
+    async def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any,
+    ) -> Record | None: ...
+    async def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any = None,
     ) -> Record | None:
         """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
 
@@ -394,25 +558,35 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
         differ by up to that part. After ``refresh_after`` seconds one load runs in the background
         while everybody still gets the record at once. ``keep_missing`` is the number of seconds
-        for which a load's None is remembered for all processes.
+        for which a load's None is remembered for all processes. With a ``type``, the record's
+        ``data`` is of that type, as of ``get``.
 
-        Raises LoadError if the load of a missing record fails, RecordError for a bad argument, and
-        all errors of ``get`` and ``set``.
+        Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
+        TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
         """
+        if not callable(load):
+            raise loading.no_load("fetch", "load", load)
         checks = self._loads.checks
         terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
         if terms is None:
             terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
+        if type is not None:
+            typed.check_type(type)
         entry = self._pipeline or self._open()
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = await entry.get(name)
-            if record is not None:
-                return record
-            found: Record | None = await self._loads.load(entry, str(name), load, terms)
+            if name.endswith(NOTE_SUFFIX):
+                raise loading.name_of_note("fetch", name)
+            if record is None:
+                record = await self._loads.load(entry, str(name), load, terms)
         else:
-            found = await self._loads.fetch(entry, _backend.core.check_name(name), load, terms)
-        return found
+            (name,) = loading.checked_names("fetch", (name,))
+            record = await self._loads.fetch(entry, name, load, terms)
+        if type is not None and record is not None:
+            return typed.with_type(record, type)
+        return record
 
+    @overload
     async def fetch_bulk(
         self,
         names: Iterable[str],
@@ -422,6 +596,42 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         refresh_after: int | None = None,
         jitter: float = 0.1,
         keep_missing: int | None = None,
+        type: None = None,
+    ) -> dict[str, Record]: ...
+    @overload
+    async def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: type[T],
+    ) -> dict[str, Record[T]]: ...
+    @overload
+    async def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any,
+    ) -> dict[str, Record]: ...
+    async def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any = None,
     ) -> dict[str, Record]:
         """Read records; one ``load_many(missing names)`` makes the missing ones.
 
@@ -432,11 +642,23 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
+        if not callable(load_many):
+            raise loading.no_load("fetch_bulk", "load_many", load_many)
+        if type is not None:
+            typed.check_type(type)
         given = ttl, refresh_after, jitter, keep_missing
         terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
         entry = self._pipeline or self._open()
-        checked = list(unique("fetch_bulk", names))
-        return await self._loads.fetch_bulk(entry, checked, load_many, terms)
+        checked = loading.checked_names("fetch_bulk", names)
+        reads = self._loads.fetch_bulk(entry, checked, load_many, terms)
+        if type is None:
+            return await reads
+        errors: Mapping[str, Exception] = {}
+        try:
+            found = await reads
+        except BulkError as error:
+            found, errors = error.result, error.errors
+        return typed.all_with_type(found, errors, type, "fetch_bulk")
 
     async def when_ready(self) -> None:
         """Wait until the cache is connected.
@@ -494,14 +716,19 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         default: bytes | Omitted,
         ttl: int | None,
         if_changed: bool = False,
+        type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:
         writer = self._pipeline or self._open()
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=True)
         assert self._topology is not None
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
         # A near cache may be behind, and what depends on the data read isn't always checked by a
         # write.
         reader = self._topology.pipeline
         return self._changes.apply(
-            reader, writer, operation, name, change, default, ttl, if_changed
+            reader, writer, operation, name, change, default, ttl, if_changed, type
         )
 
     def _open(self) -> _Operations:
@@ -513,3 +740,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             # A hit takes about as long as this method's own call would.
             self.__dict__.setdefault("get", pipeline.get)
         return pipeline
+
+
+def _ignore(ended: asyncio.Future[Any]) -> None:
+    """Take the outcome of an operation on which nothing depends."""
+    if not ended.cancelled():
+        ended.exception()

@@ -8,6 +8,8 @@ DscacheError
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
 ├── LoadError          the load of a fetch failed; has its exception as the cause
+├── RPCError           a remote procedure call failed; has the reason and the provider's data
+│   └── RPCTimeout     its provider has not accepted or answered it in time
 ├── ConnectError       no connection; nothing was sent
 ├── ConnectionLost     connection lost before the reply, or the cache is closed
 ├── DeadlineExceeded   no reply within commandTimeout
@@ -15,8 +17,9 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first six are caused by the caller or the data, the next four on the way to the server, the
-last two by the server. No text contains a password. Every error can be pickled and copied.
+The first eight are caused by the caller, the data or a provider, the next four on the way to the
+server, the last two by the server. No text contains a password. Every error can be pickled and
+copied.
 """
 
 from __future__ import annotations
@@ -150,6 +153,28 @@ class LoadError(DscacheError):
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class RPCError(DscacheError):
+    """Failure of a remote procedure call among deepstream's servers.
+
+    ``reason`` is deepstream's word for it: NO_RPC_PROVIDER, REQUEST_ERROR, ACCEPT_TIMEOUT,
+    RESPONSE_TIMEOUT; or CLOSED. ``data`` is the error that the provider sent, or None. A handler
+    that raises it sends its ``data``.
+    """
+
+    def __init__(self, message: str, *, reason: str = "REQUEST_ERROR", data: Any = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.data = data
+
+
+class RPCTimeout(RPCError, TimeoutError):
+    """No acceptance or response of a remote procedure call in time."""
+
+    def __new__(cls, *args: Any, **_: Any) -> Self:
+        # An OSError whose class has an ``__init__`` alone would have no args until that is called.
+        return super().__new__(cls, *args)
 
 
 class ConnectError(DscacheError, ConnectionError):

@@ -17,6 +17,8 @@ from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropp
 from .config.messages import MessageConfig, load
 from .core import envelope
 from .errors import ConnectError, ConnectionLost, MessageError, shorten
+from .pubsub.protocol import CHECKED_TOPICS, check
+from .pubsub.reach import Echoes, Receivers
 from .pubsub.subscribers import Callback, Messages, Subscriber
 from .pubsub.subscriptions import Subscriptions
 from .pubsub.transport import PairTransport
@@ -69,6 +71,8 @@ class MessageNode(AsyncResource):
         self._direct_prefixes: dict[str, bytes] = {}
         self._sharded = config.options.sharded
         self._publish: Publish | None = None
+        self._echoes = Echoes(config.server_name)
+        self._receivers: Receivers | None = None
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._subscribers: dict[SubscriberQueue, Subscriber] = {}
@@ -106,25 +110,29 @@ class MessageNode(AsyncResource):
 
     # -- messages
 
-    def send(self, message: Any, *, topic: int | None = None) -> asyncio.Future[int]:
+    def send(
+        self, message: Any, *, topic: int | None = None, unchecked: bool = False
+    ) -> asyncio.Future[int]:
         """Send a message to all other servers; the result is the number of receiving connections.
 
         ``message`` is any value that msgspec encodes, with a ``topic``. For text that is JSON
         already, it is ``msgspec.Raw``, and the argument ``topic`` is required. The message is
-        encoded at the call. Raises MessageError at the call if it is bad.
+        encoded at the call. Raises MessageError at the call if it is bad, or if deepstream's
+        servers or clients could fail on it; ``unchecked`` allows the latter.
         """
-        return (self._publish or self._open())(topic, self._prefix, message, self._sharded)
+        return self._send(self._prefix, message, topic, unchecked)
 
     def send_direct(
-        self, server: str, message: Any, *, topic: int | None = None
+        self, server: str, message: Any, *, topic: int | None = None, unchecked: bool = False
     ) -> asyncio.Future[int]:
         """Send a message to one server; the result is the number of receiving connections.
 
         ``server`` is the server's name. Redis delivers the message to all subscribers of its
-        topic, and the other servers drop it. Raises MessageError at the call if it is bad.
+        topic, and the other servers drop it. Raises MessageError at the call if it is bad, or if a
+        server of deepstream could fail on it; ``unchecked`` allows the latter.
         """
         prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
-        return (self._publish or self._open())(topic, prefix, message, self._sharded)
+        return self._send(prefix, message, topic, unchecked)
 
     def subscribe(
         self,
@@ -217,17 +225,22 @@ class MessageNode(AsyncResource):
         """Return counters since the node was opened, as a dict; empty before that.
 
         Messages: ``received`` by subscribers here, ignored ``own`` and ``foreign`` ones (sent by
-        this server, and addressed to others), ``unwanted damaged``, ``dropped`` by full queues,
-        ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``, ``missed_seconds`` and
-        ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight pending
-        pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
+        this server, and addressed to others), ``namesakes`` (of another server with this name),
+        ``unwanted damaged``, ``fewer`` (reached fewer servers than before a loss), ``dropped`` by
+        full queues, ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``,
+        ``missed_seconds`` and ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight
+        pending pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
         """
         transport = self._transport
         if transport is None:
             return {}
         subscriptions = transport.subscriptions
+        counts = transport.dispatcher.stats()
+        counts["own"] -= self._echoes.namesakes
         return {
-            **transport.dispatcher.stats(),
+            **counts,
+            "namesakes": self._echoes.namesakes,
+            "fewer": 0 if self._receivers is None else self._receivers.fewer,
             "dropped": self._dropped + sum(queue.dropped for queue in self._queues),
             "waiting": sum(len(queue.messages) for queue in self._queues),
             "errors": self._errors + sum(one.errors for one in self._subscribers.values()),
@@ -298,6 +311,27 @@ class MessageNode(AsyncResource):
     def __repr__(self) -> str:
         return f"<MessageNode {shorten(self.server_name)} at {self._config.address}>"
 
+    def _send(
+        self, prefix: bytes, message: Any, topic: int | None, unchecked: bool
+    ) -> asyncio.Future[int]:
+        stated = topic
+        if topic is None:
+            if isinstance(message, Mapping):
+                stated = message.get("topic")
+            else:
+                stated = getattr(message, "topic", None)
+        # Anything but an int is refused below.
+        number = stated if isinstance(stated, int) else -1
+        if not unchecked and number in CHECKED_TOPICS:
+            check(message, topic)
+        sent = (self._publish or self._open())(topic, prefix, message, self._sharded)
+        expected = self._echoes.expected
+        if number in expected:
+            expected[number] += 1
+        if self._receivers is not None:
+            self._receivers.watch(number, sent)
+        return sent
+
     def _ensure_open(self) -> Transport:
         """Bind the node to the running event loop and start connecting, unless that is done."""
         if self._closed:
@@ -312,6 +346,7 @@ class MessageNode(AsyncResource):
                 _weak(self._on_push),
                 _weak(self._on_damaged),
                 _weak(self._is_crowded),
+                _weak(self._echoes.heard),
             )
             kind: type[Transport] = PairTransport
             if self._sharded:
@@ -319,7 +354,9 @@ class MessageNode(AsyncResource):
 
                 kind = ShardedTransport
             subscriptions = Subscriptions(_weak(self._report_gap))
-            self._transport = kind(self._config, self._credentials, dispatcher, subscriptions)
+            transport = kind(self._config, self._credentials, dispatcher, subscriptions)
+            self._transport = transport
+            self._receivers = Receivers(lambda: transport.connects, subscriptions.listens)
         return self._transport
 
     def _open(self) -> Publish:
@@ -345,6 +382,7 @@ class MessageNode(AsyncResource):
 
     def _subscribe(self, transport: Transport, topic: int, queue: SubscriberQueue) -> None:
         self._queues[queue] = topic
+        self._echoes.expect(topic, transport.stats()["pending"])
         transport.dispatcher.join(topic, queue)
         transport.subscriptions.add(topic)
         transport.on_topics_changed()

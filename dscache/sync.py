@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import builtins
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakSet
 
-from . import _backend
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
 from ._limits import SCAN_COUNT, WATCH_PENDING
@@ -20,21 +19,21 @@ from .blocking.loading import Loads
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
-from .core import typed
-from .core.changes import OMITTED, check_arguments
+from .config.sources import Source
+from .core import loading, typed
+from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
+from .core.keys import NOTE_SUFFIX
 from .core.patches import patch_of
-from .core.pipeline import unique
-from .errors import BulkError, ConfigError, ConnectionLost
+from .errors import BulkError, ConnectionLost, DscacheError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .blocking.near_cache import NearFront
     from .blocking.scan import Scan
     from .blocking.watch import Watch
     from .core.pure import Record
-
-_logger = logging.getLogger("dscache")
 
 _T = TypeVar("_T")
 
@@ -60,17 +59,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
     which holds the results of the other records.
     """
 
-    def __init__(self, config: Config, credentials: CredentialProvider | None = None) -> None:
-        near = config.options.near_cache
-        if near is not None and config.name == "redis":
-            if near.required:
-                raise ConfigError(
-                    f"{config.source}: cache.options.nearCache: a Cache has no near cache; leave "
-                    "it out, set nearCache.required: false, or use an AsyncCache"
-                )
-            _logger.info("%s: nearCache has no effect: a Cache has no near cache", config.source)
-        super().__init__(config, credentials)
+    def __init__(
+        self,
+        source: Source | Config,
+        credentials: CredentialProvider | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, credentials, **options)
+        config = self._config
         self._run: _Run | None = None
+        self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
         self._loads = Loads(config.options.ttl)
@@ -127,7 +125,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
         repeat.
         """
-        return (self._run or self._open())("set", name, version, data, ttl, if_newer, if_version)
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths((name,))
+        run = self._run or self._open()
+        done: bool = run("set", name, version, data, ttl, if_newer, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=False)
+        return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
         """Remove a record, even a half or damaged one; return whether it existed.
@@ -135,7 +139,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         With ``if_version``, nothing is removed and False is returned unless Redis holds exactly
         that version. Raises RecordError for a bad name or version.
         """
-        return (self._run or self._open())("delete", name, if_version)
+        existed: bool = (self._run or self._open())("delete", name, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=True)
+        return existed
 
     @overload
     def get_bulk(self, names: Iterable[str], *, type: None = None) -> dict[str, Record]: ...
@@ -180,7 +187,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
         """
-        return (self._run or self._open())("set_bulk", records, ttl, if_newer, if_version)
+        if if_newer and self._hot_paths:
+            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        run = self._run or self._open()
+        refused: builtins.set[str] = run("set_bulk", records, ttl, if_newer, if_version)
+        if self._loads.checks.keeps_missing:
+            self._end_notes(records, removed=False)
+        return refused
 
     def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
         """Remove records; return the number of records that existed.
@@ -191,8 +204,43 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
         """
-        return (self._run or self._open())("delete_bulk", names, if_version)
+        if not self._loads.checks.keeps_missing:
+            return (self._run or self._open())("delete_bulk", names, if_version)
+        names = names if isinstance(names, str | bytes) else list(names)
+        number: int = (self._run or self._open())("delete_bulk", names, if_version)
+        self._end_notes(names, removed=True)
+        return number
 
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: None = None,
+    ) -> Record | None: ...
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[_T], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: type[_T],
+    ) -> Record[_T] | None: ...
+    @overload
+    def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = ...,
+        ttl: int | None = None,
+        type: Any,
+    ) -> Record | None: ...
     def update(
         self,
         name: str,
@@ -200,6 +248,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         *,
         default: Any = OMITTED,
         ttl: int | None = None,
+        type: Any = None,
     ) -> Record | None:
         """Change a record's data; return the Record written, or None if it was removed.
 
@@ -208,7 +257,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
         record is written with the next version, and only if no other writer was first; otherwise
         it is read again, and ``change`` is called again, until ``commandTimeout`` is over.
         A missing record has the data ``default``, if that is given, and is written with version 1.
-        ``ttl`` is that of ``set``. Updates of one record by one cache wait for each other.
+        ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets, and that of the
+        result, are of that type, as of ``get``. Updates of one record by one cache wait for each
+        other.
 
         No step begins after ``commandTimeout``; one that has begun has as much of its own. Raises
         what ``change`` raises, and nothing is written then; RecordMissing if the record doesn't
@@ -216,9 +267,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         the time; RecordError if the record has the highest version; and ConnectionLost or
         DeadlineExceeded if the write may or may not have happened.
         """
+        check_change("update", change)
+        if type is not None:
+            typed.check_type(type)
         name, text = check_arguments(name, default, ttl)
-        run = self._run or self._open()
-        return self._changes.apply(run, "update", name, change, text, ttl)
+        run = self._changing_run()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=True)
+        return self._changes.apply(run, "update", name, change, text, ttl, type=type)
 
     def patch(
         self,
@@ -243,9 +301,28 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
-        run = self._run or self._open()
+        run = self._changing_run()
+        if self._hot_paths:
+            self._warn_of_hot_paths((name,))
+        if self._loads.checks.keeps_missing:
+            self._end_notes((name,), removed=True)
         patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
         return cast("Record", patched)  # a patch removes no record
+
+    def _changing_run(self) -> _Run:
+        """Return the function that executes the operations of a change.
+
+        The near cache may be behind, and a write doesn't check all that depends on the data read.
+        """
+        run = self._run or self._open()
+        return run if self._near is None else self._near.run_past
+
+    def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
+        """Remove the notes which remember that written or removed records don't exist."""
+        notes = self._loads.checks.notes_after(names, removed=removed)
+        if notes:
+            with suppress(DscacheError):  # a note that stays ends by itself
+                (self._run or self._open())("delete_bulk", notes)
 
     def _typed_get(self, name: str, type_: Any) -> Record | None:
         typed.check_type(type_)
@@ -279,6 +356,27 @@ class Cache(CacheBase[Pool | MemoryPool]):
         records: Literal[True],
         count: int = SCAN_COUNT,
         cursor: str | None = None,
+        type: None = None,
+    ) -> Scan[Record]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+        type: type[_T],
+    ) -> Scan[Record[_T]]: ...
+    @overload
+    def scan(
+        self,
+        prefix: str = "",
+        *,
+        records: Literal[True],
+        count: int = SCAN_COUNT,
+        cursor: str | None = None,
+        type: Any,
     ) -> Scan[Record]: ...
     @overload
     def scan(
@@ -291,6 +389,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         records: bool = False,
         count: int = SCAN_COUNT,
         cursor: str | None = None,
+        type: Any = None,
     ) -> Scan[Any]:
         """Iterate over all names that begin with a prefix, or over their Records.
 
@@ -317,18 +416,52 @@ class Cache(CacheBase[Pool | MemoryPool]):
             records=records,
             count=count,
             cursor=cursor,
+            type=type,
         )
 
+    @overload
     def watch(
-        self, prefix: str = "", *, records: bool = False, max_pending: int = WATCH_PENDING
-    ) -> Watch:
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: None = None,
+    ) -> Watch: ...
+    @overload
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: type[_T],
+    ) -> Watch[_T]: ...
+    @overload
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: Any,
+    ) -> Watch: ...
+    def watch(
+        self,
+        prefix: str = "",
+        *,
+        records: bool = False,
+        max_pending: int = WATCH_PENDING,
+        type: Any = None,
+    ) -> Watch[Any]:
         """Watch the records whose names begin with a prefix: ``with``, then ``for``.
 
         Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
         the ``record``. Several changes of a name that come faster than they are taken are one.
         After the last write, the last change of each name has its last version. A gap, in which
         changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
-        ``max_pending`` names wait to be taken, they are dropped, with a gap.
+        ``max_pending`` names wait to be taken, they are dropped, with a gap. With a ``type``, the
+        ``data`` of the records is of that type, and one that doesn't fit is "damaged".
 
         A thread for each primary takes the reports, over a connection of its own. The servers need
         client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument.
@@ -340,16 +473,19 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._open()  # raises on a closed cache
         assert self._topology is not None
         opened = Watch(
+            self,
             self._topology,
             self._config,
             self._credentials,
             prefix,
             records=records,
             max_pending=max_pending,
+            type=type,
         )
         self._watches.add(opened)
         return opened
 
+    @overload
     def fetch(
         self,
         name: str,
@@ -359,6 +495,42 @@ class Cache(CacheBase[Pool | MemoryPool]):
         refresh_after: int | None = None,
         jitter: float = 0.1,
         keep_missing: int | None = None,
+        type: None = None,
+    ) -> Record | None: ...
+    @overload
+    def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: type[_T],
+    ) -> Record[_T] | None: ...
+    @overload
+    def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any,
+    ) -> Record | None: ...
+    def fetch(
+        self,
+        name: str,
+        load: Callable[[str], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any = None,
     ) -> Record | None:
         """Return a record; if it is missing, ``load(name)`` makes it, once for all callers.
 
@@ -370,25 +542,38 @@ class Cache(CacheBase[Pool | MemoryPool]):
         ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
         differ by up to that part. After ``refresh_after`` seconds one caller loads the record anew
         while all others still get it at once. ``keep_missing`` is the number of seconds for which
-        a load's None is remembered for all processes.
+        a load's None is remembered for all processes. With a ``type``, the record's
+        ``data`` is of that type, as of ``get``.
 
-        Raises LoadError if the load of a missing record fails, RecordError for a bad argument, and
-        all errors of ``get`` and ``set``.
+        Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
+        TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
         """
+        if not callable(load):
+            raise loading.no_load("fetch", "load", load)
+        if loading.is_async(load):
+            raise loading.not_plain("fetch", "load")
         checks = self._loads.checks
         terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
         if terms is None:
             terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
+        if type is not None:
+            typed.check_type(type)
         run = self._run or self._open()
+        record: Record | None
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
-            record: Record | None = run("get", name)
-            if record is not None:
-                return record
-            record = self._loads.load(run, str(name), load, terms)
+            record = run("get", name)
+            if name.endswith(NOTE_SUFFIX):
+                raise loading.name_of_note("fetch", name)
+            if record is None:
+                record = self._loads.load(run, str(name), load, terms)
         else:
-            record = self._loads.fetch(run, _backend.core.check_name(name), load, terms)
+            (name,) = loading.checked_names("fetch", (name,))
+            record = self._loads.fetch(run, name, load, terms)
+        if type is not None and record is not None:
+            return typed.with_type(record, type)
         return record
 
+    @overload
     def fetch_bulk(
         self,
         names: Iterable[str],
@@ -398,6 +583,42 @@ class Cache(CacheBase[Pool | MemoryPool]):
         refresh_after: int | None = None,
         jitter: float = 0.1,
         keep_missing: int | None = None,
+        type: None = None,
+    ) -> dict[str, Record]: ...
+    @overload
+    def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: type[_T],
+    ) -> dict[str, Record[_T]]: ...
+    @overload
+    def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any,
+    ) -> dict[str, Record]: ...
+    def fetch_bulk(
+        self,
+        names: Iterable[str],
+        load_many: Callable[[list[str]], Any],
+        *,
+        ttl: int | None,
+        refresh_after: int | None = None,
+        jitter: float = 0.1,
+        keep_missing: int | None = None,
+        type: Any = None,
     ) -> dict[str, Record]:
         """Return records; one ``load_many(missing names)`` makes the missing ones.
 
@@ -408,10 +629,24 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
+        if not callable(load_many):
+            raise loading.no_load("fetch_bulk", "load_many", load_many)
+        if loading.is_async(load_many):
+            raise loading.not_plain("fetch_bulk", "load_many")
+        if type is not None:
+            typed.check_type(type)
         given = ttl, refresh_after, jitter, keep_missing
         terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
         run = self._run or self._open()
-        return self._loads.fetch_bulk(run, list(unique("fetch_bulk", names)), load_many, terms)
+        checked = loading.checked_names("fetch_bulk", names)
+        if type is None:
+            return self._loads.fetch_bulk(run, checked, load_many, terms)
+        errors: Mapping[str, Exception] = {}
+        try:
+            found = self._loads.fetch_bulk(run, checked, load_many, terms)
+        except BulkError as error:
+            found, errors = error.result, error.errors
+        return typed.all_with_type(found, errors, type, "fetch_bulk")
 
     def when_ready(self) -> None:
         """Wait until the cache is connected.
@@ -423,6 +658,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._open()
         assert self._topology is not None
         self._topology.when_ready()
+        if self._near is not None:
+            self._near.when_ready()
+
+    def stats(self) -> dict[str, Any]:
+        stats = super().stats()
+        if self._near is not None:
+            stats["near_cache"] = self._near.stats()
+        return stats
+
+    stats.__doc__ = CacheBase.stats.__doc__
 
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
@@ -432,6 +677,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
+        if self._near is not None and not already:
+            if self.__dict__.get("get") == self._near.core.get:  # and no other wrapper
+                del self.__dict__["get"]
+            self._near.close()
         if self._topology is not None and not already:
             for watch in list(self._watches):
                 watch.end(ConnectionLost("the cache is closed"))
@@ -451,6 +700,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     _remedy = "use with, or call its close()"
 
     def _close_dropped(self, topology: Pool | MemoryPool) -> None:
+        if self._near is not None:
+            self._near.close()
         topology.close()  # doesn't wait: an operation under way would have kept the cache
 
     def _reset_after_fork(self) -> None:
@@ -460,6 +711,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         # The watches of the parent are its own.
         self._watches = WeakSet()
         self._loads.reset_after_fork()
+        if self._near is not None:
+            self._near.reset_after_fork()
 
     def _open(self) -> _Run:
         """Return the function that executes operations; it opens the pool at first."""
@@ -481,6 +734,29 @@ class Cache(CacheBase[Pool | MemoryPool]):
                     self._topology = SentinelPool(options, self._credentials)
                 else:
                     self._topology = Pool(options, self._credentials)
+                self._near = self._make_near()
             run: _Run = self._topology.run
+            if self._near is not None:
+                run = self._near.run
+                if type(self).get is Cache.get:
+                    # A hit takes about as long as this method's own call would.
+                    self.__dict__.setdefault("get", self._near.core.get)
             self._run = run
             return run
+
+    def _make_near(self) -> NearFront | None:
+        """Return the near cache, if there is one, and if primaries are read."""
+        options = self._config.options
+        if options.near_cache is None or not isinstance(self._topology, Pool):
+            return None
+        from .blocking.near_cache import NearFront  # most programs have none
+
+        if options.nodes:
+            if options.scale_reads == "slave":
+                return None
+            from .blocking.near_cluster import NearClusterFront
+
+            return NearClusterFront(self._topology, self._config, self._credentials)
+        if options.sentinels and options.role == "slave":
+            return None
+        return NearFront(self._topology, options, self._credentials)

@@ -51,6 +51,7 @@ PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 LONG = (
     *("test_cluster", "test_sync", "test_sync_cluster", "test_cli", "test_resilience"),
     *("test_cache", "test_sentinel", "test_messages_apart"),
+    *("test_convergence", "test_peer", "test_peer_failures"),
 )
 
 # Durations prove nothing here, since machines differ. The examples of one test share its fixtures.
@@ -114,7 +115,7 @@ def pytest_report_header() -> list[str]:
 def _absent() -> Iterator[str]:
     """Yield the optional programs that aren't here, and what replaces them."""
     if not (shutil.which("node") and shutil.which("npm")):
-        yield "Node and npm, so a recording replaces deepstream's connector"
+        yield "Node and npm: a recording is deepstream's connector, and tests/deepstream is skipped"
     if not (shutil.which("node") and DEEPSTREAM_SERVER.exists()):
         yield "deepstream's server (`npm install` in examples/deepstream), so its test is left out"
     if not any(binary.tls for binary in BINARIES):

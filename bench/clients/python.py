@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import sys
+import threading
 import time
 import traceback
 import tracemalloc
@@ -108,6 +109,7 @@ class Worker:
         self._more = more
         self._kept: Any = None
         self._names: dict[tuple[str, int], list[str]] = {}
+        self._read: dict[tuple[str, int], list[str]] = {}
         self._highest = 0.0
 
     def names(self, work: Work) -> list[str]:
@@ -123,6 +125,8 @@ class Worker:
         (peer,) = self._peers
         peer.prepare(work)
         names = self.names(work)
+        if work.operation in ("cached", "popular"):
+            return self._in_threads(peer, work, records)
         one = getattr(peer, work.operation)
         if work.is_bulk:
             some, times = names[: work.size], records // work.size
@@ -134,6 +138,41 @@ class Worker:
         for name in islice(cycle(names), records):
             one(name)
         return sample.end(records)
+
+    def _in_threads(self, peer: Any, work: Work, records: int) -> dict[str, float]:
+        """Read again and again what a near cache keeps, in as many threads as there are tasks."""
+        names = self.names(work)
+        if (key := (work.operation, work.size)) not in self._read:
+            # A near cache is full before the first measurement.
+            is_popular = work.operation == "popular"
+            self._read[key] = drawn(names, 2 * DRAWS) if is_popular else names[:RECORDS]
+            for first in range(0, len(names) if is_popular else RECORDS, RECORDS):
+                peer.get_many(names[first : first + RECORDS])
+        get, kept = peer.get, self._read[key]
+        each = max(1, records // work.tasks)
+
+        def read() -> None:
+            for name in islice(cycle(kept), each):
+                get(name)
+
+        if work.tasks == 1:
+            sample = Sample()
+            read()
+            return sample.end(each)
+        begin = threading.Barrier(work.tasks + 1)
+
+        def task() -> None:
+            begin.wait()
+            read()
+
+        threads = [threading.Thread(target=task) for _ in range(work.tasks)]
+        for thread in threads:
+            thread.start()
+        begin.wait()
+        sample = Sample()
+        for thread in threads:
+            thread.join()
+        return sample.end(each * work.tasks)
 
     # -- with a client of asyncio
 

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "LICENSE": "LICENSE.txt",
     "bench/README.md": "bench.md",
     "examples/deepstream/README.md": "sharing.md",

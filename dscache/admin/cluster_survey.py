@@ -20,6 +20,7 @@ from ..aio.cluster import Cluster
 from ..aio.connection import Connection
 from ..aio.control import Reply
 from ..config import Config, Options
+from ..config.address import is_address, join_address
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean, shorten
 from ..net.slots import Address, parse_epoch, parse_nodes
@@ -112,7 +113,7 @@ def _members_by_slots(cluster: Cluster, options: Options) -> list[_Member]:
         primary = options.mapped(*one.primary)
         slots.setdefault(primary, []).append((one.first, one.last))
         primary_of.update((options.mapped(*replica), primary) for replica in one.replicas)
-    show = constants.join_address
+    show = join_address
     members = [
         _Member(place, NodeReport(address=show(*place), role="primary", slots=tuple(its)))
         for place, its in slots.items()
@@ -204,7 +205,7 @@ def _members(
     places = _places(lines, slots, source)
     places = {name: options.mapped(*place) for name, place in places.items()}
     shown = {line.id: line.id[:12] for line in lines}
-    shown |= {name: constants.join_address(*place) for name, place in places.items()}
+    shown |= {name: join_address(*place) for name, place in places.items()}
     members = []
     for line in lines:
         report = NodeReport(
@@ -230,7 +231,7 @@ def _places(lines: list[_NodesLine], slots: Reply, source: Address) -> Mapping[s
         host = (by_name and line.name) or line.host or (source[0] if "myself" in line.flags else "")
         if line.id in announced:
             places[line.id] = announced[line.id]
-        elif constants.is_address(host, line.port) and "noaddr" not in line.flags:
+        elif is_address(host, line.port) and "noaddr" not in line.flags:
             places[line.id] = host, line.port
     return places
 

@@ -21,6 +21,8 @@ _PREFIX = "dscache-bench/"
 _BATCH = 1000
 # Steps in each octave of a Latencies: its percentiles are off by 3 % at most.
 STEPS = 24
+FILL_SECONDS = 10.0
+"""Seconds for which the records of a load may be written, if the load isn't longer itself."""
 # Seconds that a task waits after a failed operation, to spare a server that is down.
 _AFTER_ERROR = 0.01
 # JSON text around the letters of a record.
@@ -72,7 +74,7 @@ class Plan:
     bulk: int
     """Records in one operation."""
     records: int
-    """The number of different records."""
+    """The number of different records, unless they take too long to write."""
     seconds: float
 
 
@@ -83,6 +85,8 @@ class Result:
     reads: Latencies = field(default_factory=Latencies)
     writes: Latencies = field(default_factory=Latencies)
     records: int = 0
+    written: int = 0
+    """The number of different records that the load uses."""
     seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     began: float = 0.0
@@ -96,15 +100,21 @@ class Result:
 async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
     """Put a load on a cache, on records of its own, which it removes afterwards.
 
-    Counts failed operations in the result. Raises DscacheError if the records can't be written at
-    the start, or removed at the end.
+    Writes them for as long as the load takes, or ``FILL_SECONDS`` if that is longer. The load uses
+    only those written by then. Counts failed operations in the result. Raises DscacheError if the
+    records can't be written at the start, or removed at the end.
     """
     prefix = f"{_PREFIX}{secrets.token_hex(4)}/"
-    names = [f"{prefix}{i}" for i in range(max(plan.records, plan.bulk))]
+    wanted = max(plan.records, plan.bulk)
+    names: list[str] = []
     data = _document(plan.size)
     try:
-        for first in range(0, len(names), _BATCH):
-            await cache.set_bulk(dict.fromkeys(names[first : first + _BATCH], (0, data)), ttl=0)
+        last = time.perf_counter() + max(plan.seconds, FILL_SECONDS)
+        while len(names) < wanted and (len(names) < plan.bulk or time.perf_counter() < last):
+            some = [f"{prefix}{i}" for i in range(len(names), min(len(names) + _BATCH, wanted))]
+            names += some
+            await cache.set_bulk(dict.fromkeys(some, (0, data)), ttl=0)
+        result.written = len(names)
         result.began = time.perf_counter()
         end = result.began + plan.seconds
         works = [_work(cache, plan, result, names, data, end) for _ in range(plan.tasks)]

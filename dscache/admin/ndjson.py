@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .. import _backend
-from ..core import constants, tolerant_json
+from ..core import failures, json_text, tolerant_json
 from ..errors import DscacheError, RecordError, shorten
 
 T = TypeVar("T")
@@ -58,17 +58,20 @@ def encode(name: str, version: int, raw: bytes, ttl: int | None = None) -> bytes
     Raises RecordError if the stored text is not JSON.
     """
     end = b"" if ttl is None else b',"ttl":%d' % ttl
-    text = _on_one_line(name, version, raw)
+    text = on_one_line(name, version, raw)
     return b'{"name":%b,"version":%d,"data":%b%b}\n' % (_encode(name), version, text, end)
 
 
-def _on_one_line(name: str, version: int, raw: bytes) -> bytes:
-    """Return stored JSON text as one line of UTF-8, as readers of the record see it."""
+def on_one_line(name: str, version: int, raw: bytes) -> bytes:
+    """Return stored JSON text as one line of UTF-8, as readers of the record see it.
+
+    Raises RecordError if it is not JSON.
+    """
     try:
         _skip(raw)
     except (msgspec.DecodeError, RecursionError):
         # msgspec is stricter than the readers of records.
-        constants.decode_tolerantly(name, version, raw)
+        json_text.decode_tolerantly(name, version, raw)
     if not raw.isascii():
         raw = raw.decode(errors="replace").encode()
     if b"\n" in raw or b"\r" in raw:
@@ -95,7 +98,7 @@ def decode(text: bytes) -> Line | None:
     core.check_name(line.name)
     core.check_version(line.name, line.version)
     if line.ttl is not None:
-        constants.check_ttl(line.name, line.ttl)
+        failures.check_ttl(line.name, line.ttl)
     return line
 
 

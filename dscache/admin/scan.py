@@ -93,10 +93,10 @@ class RecordReader:
             size = sum(len(record.raw) for record in records.values())
             self._batch = max(min(RECORDS, progress.BYTES * len(records) // (size + 1)), 1)
         keys = [self._layout.keys(name)[0] for name in records]
-        lifetimes = await _lifetimes(primary, keys)
+        left = await lifetimes(primary, keys)
         return [
             Found(name, record.version, record.raw, lifetime)
-            for (name, record), lifetime in zip(records.items(), lifetimes, strict=True)
+            for (name, record), lifetime in zip(records.items(), left, strict=True)
             if lifetime != _GONE
         ]
 
@@ -117,16 +117,16 @@ async def get_whole(
         return error.result, error.errors
 
 
-async def _lifetimes(primary: Primary, keys: Sequence[bytes]) -> list[int | None]:
+async def lifetimes(primary: Primary, keys: Sequence[bytes]) -> list[int | None]:
     """Return the remaining seconds of keys: None without a lifetime, _GONE if there is no key."""
     commands: list[RawCommand] = [("PTTL", key) for key in keys]
-    lifetimes: list[int | None] = []
+    left: list[int | None] = []
     for answer in await primary.server.execute_many(*commands):
         if isinstance(answer, ReplyError) and answer.code not in ("MOVED", "ASK", "TRYAGAIN"):
             raise answer
         if not isinstance(answer, int) or answer == -1:
-            lifetimes.append(None)
+            left.append(None)
         else:
             # Rounded up, so that no lifetime gets shorter.
-            lifetimes.append(_GONE if answer < 0 else max(-(-answer // 1000), 1))
-    return lifetimes
+            left.append(_GONE if answer < 0 else max(-(-answer // 1000), 1))
+    return left

@@ -86,8 +86,9 @@ class Changes:
         default: bytes | core.Omitted,
         ttl: int | None,
         if_changed: bool = False,
+        type: Any = None,
     ) -> Record | None:
-        """Do one update: reads with ``reader``, writes with ``writer``, both Pipelines or so."""
+        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
         loop = asyncio.get_running_loop()
         timing = core.Timing(self._timeout, loop.time, _pause_after)
         queue = self._queues.get(name)
@@ -107,7 +108,7 @@ class Changes:
                     raise core.late_turn(operation, name, self._timeout)
                 update.turn = loop.create_future()
                 await asyncio.wait([update.turn], timeout=min(rest, _GLANCE))
-            steps = core.change_steps(operation, name, default, ttl, timing, if_changed)
+            steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
             return await _drive(steps, reader, writer, operation, name, change, timing)
         finally:
             # A traceback may be kept for long, and must not keep the turn or the queue.

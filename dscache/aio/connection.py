@@ -21,8 +21,8 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import constants
-from ..core.constants import EndedHere, ErrorOf
-from ..core.recovery import settle_doubts
+from ..core.failures import EndedHere, ErrorOf
+from ..core.refusals import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
@@ -217,6 +217,8 @@ class Connection(LoopBound):
         timeout = self._options.connect_timeout
         if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
+            if self._attempting and self.last_loss == "":  # the first attempt ends by now, too
+                down = as_connect_error(TimeoutError(), timeout, self._endpoint.tried)
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
@@ -261,6 +263,11 @@ class Connection(LoopBound):
         if link is not None:
             await asyncio.wait([link.lost], timeout=max(end - self._loop.time(), 0))
             link.abort(ConnectionLost("it was closed"))
+
+    @property
+    def connects(self) -> int:
+        """How often the connection was made."""
+        return self._connects
 
     def stats(self) -> dict[str, Any]:
         stats = {
@@ -340,6 +347,7 @@ class Connection(LoopBound):
         pipeline.away = ""
         settle_doubts(pipeline)
         if leaves:
+            self._endpoint.note_useless()
             self.leave(constants.LEFT_FOR[code])
             return
         now = self._loop.time()
@@ -407,6 +415,7 @@ class Connection(LoopBound):
             if (cause := foreign(error)) is not None:
                 error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
+            self._endpoint.note_useless()
             self._failed(error)
             self._socket = None
             return False
@@ -429,8 +438,10 @@ class Connection(LoopBound):
         self._socket = None
 
     def _check(self) -> None:
-        """Begin the keeper task again if it has ended or is stuck."""
+        """Begin again what an exception has ended or lost: the keeper task, and timers."""
         now = self._loop.time()
+        self._deadlines.restart_if_lost()
+        self._heartbeat.restart_if_lost()
         if self.pipeline.operations:
             self._deadlines.ensure(0)
         for task in self._tasks:

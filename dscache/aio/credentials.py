@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
-from ..net.credentials import MAX_GIVEN, NOTHING, Hidden, Login, checked, hidden, provider_failed
-from ..net.foreign_errors import is_of_handler
+from ..net.credentials import NOTHING, Hidden, Login, Tokens, login_of, provider_failed
 from .resolver import Threads
 
 if TYPE_CHECKING:
@@ -25,8 +23,7 @@ class Credentials:
 
     def __init__(self, provider: CredentialProvider | None) -> None:
         self._provider = provider
-        # The latest tokens: a server may repeat one that it was given earlier.
-        self.given: deque[Hidden | None] = deque(maxlen=MAX_GIVEN)
+        self.given = Tokens()
         self._loop = asyncio.get_running_loop()
         self._thread = Threads(1, "dscache fetches credentials")
 
@@ -37,14 +34,10 @@ class Credentials:
         """
         provider = self._provider
         if provider is None:
-            return options.username, hidden(options.password)
+            return login_of(options)
         try:
-            login = checked(await self._fetch(provider))
-            self._note(login[1])
-            return login
+            return self.given.login(await self._fetch(provider))
         except Exception as error:  # whatever the provider raises, the next attempt may succeed
-            if is_of_handler(error):
-                raise
             failure = provider_failed(error)
         # Raised here, without the text and the frames of the provider's: both may hold a token.
         raise failure
@@ -62,7 +55,7 @@ class Credentials:
                 username = token.try_get("oid")
                 secret = Hidden(token.get_value())
                 words = [*([username] if username else []), secret]
-                self._note(secret)
+                self.given.note(secret)
             except Exception as error:
                 return on_error(error)
             # A loop in debug mode logs the arguments of its callbacks: this one has none. The
@@ -79,10 +72,6 @@ class Credentials:
             register(on_next)
         if (register := getattr(self._provider, "on_error", None)) is not None:
             register(on_error)
-
-    def _note(self, token: Hidden | None) -> None:
-        if token not in self.given:
-            self.given.append(token)
 
     async def _fetch(self, provider: CredentialProvider) -> tuple[str, ...]:
         from redis.credentials import CredentialProvider

@@ -25,7 +25,9 @@ class SureTimer:
     """Calls ``call`` again if an exception strikes before the call has done anything.
 
     A signal handler may raise as the callback begins, when the loop has dropped the timer. So each
-    timer is set twice. The second one is cancelled when ``call`` starts or stops the timer.
+    timer is set twice. The second one is cancelled when ``call`` starts or stops the timer. On a
+    busy machine a handler that raises often can strike both: the callback of another timer
+    then calls ``restart_if_lost``.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -44,6 +46,11 @@ class SureTimer:
         )
         for handle in earlier:
             handle.cancel()
+
+    def restart_if_lost(self) -> None:
+        """Schedule the call now if both timers are over and neither has called."""
+        if self.handles and self.handles[-1].when() < self._loop.time():
+            self.start(0)
 
     def stop(self) -> None:
         earlier, self.handles = self.handles, ()

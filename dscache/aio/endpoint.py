@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
-from ..core import constants
+from ..config.address import join_address
 from ..errors import ConnectError, ConnectionLost, DscacheError
 from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
 from ..net.handshake import ClosedHandshakes, ServerInfo, handshake, secrets_of
-from ..net.sockets import FAMILIES, SocketConnect, unix_address
+from ..net.sockets import FAMILIES, SocketConnect, UselessAddresses, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
 
@@ -62,7 +62,8 @@ class Endpoint:
         self._resolver = resolver or Resolver()
         self._sentinels: Sentinels | None = None
         self._doubted = -math.inf
-        self._attempt = SocketConnect()
+        self._useless = UselessAddresses()
+        self._attempt = SocketConnect(self._useless)
         self._closed = ClosedHandshakes() if may_be_proxy else None
         self.address = options.address
         self.named = options.address
@@ -88,11 +89,15 @@ class Endpoint:
         """The addresses that the last attempt has tried in vain, each with its reason."""
         return self._attempt.tried
 
+    def note_useless(self) -> None:
+        """Have the address in use, if it is one of several, tried last."""
+        self._attempt.note_useless()
+
     async def follow(self, moved: Callable[[], None]) -> None:
         """Keep ``named`` up to date, and call ``moved`` after each change, until cancelled."""
 
         def on_moved(host: str, port: int) -> None:
-            self.named = constants.join_address(host, port)
+            self.named = join_address(host, port)
             moved()
 
         await self._group().follow(on_moved)
@@ -111,7 +116,7 @@ class Endpoint:
         server.
         """
         options = self._options
-        self._attempt = SocketConnect()
+        self._attempt = SocketConnect(self._useless)
         loop = asyncio.get_running_loop()
         tls = options.tls
         context = await self._resolver.tls_context(tls) if tls else None
@@ -123,7 +128,7 @@ class Endpoint:
             host, port, create = options.host, options.port, loop.create_connection
             if options.sentinels is not None:
                 host, port = await self._group().locate()
-                self.address = self.named = constants.join_address(host, port)
+                self.address = self.named = join_address(host, port)
             family = FAMILIES[options.family]
             found = await self._resolver.look_up(host, port, family)
             sock = await connect_to(found, self._attempt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..core.constants import EndedHere
+from ..core.failures import EndedHere
 from .deadlines import SureTimer
 from .protocol import SocketProtocol, send_control
 

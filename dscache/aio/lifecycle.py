@@ -105,6 +105,8 @@ def running_loop(owner: str) -> asyncio.AbstractEventLoop:
     """Return the event loop on which the owner opens; raises UsageError if none runs."""
     try:
         return asyncio.get_running_loop()
+    except RecursionError:  # a RuntimeError too
+        raise
     except RuntimeError:
         raise UsageError(f"{owner} opens on the event loop that runs, and none does") from None
 
@@ -119,6 +121,8 @@ def check_loop(loop: asyncio.AbstractEventLoop, owner: str) -> None:
     """Raise UsageError unless ``loop``, which is the owner's, is the one that is running."""
     try:
         running = asyncio.get_running_loop()
+    except RecursionError:  # a RuntimeError too
+        raise
     except RuntimeError:
         running = None
     if running is not loop:

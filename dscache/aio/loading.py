@@ -11,8 +11,8 @@ from inspect import isawaitable
 from typing import Any, TypeAlias
 
 from ..core import loading
-from ..core.loading import Do, Load, Outcome, Step, Terms
-from ..errors import BulkError, ConnectionLost, DscacheError, UsageError, shorten
+from ..core.loading import Do, Flight, Load, Outcome, Step, Terms
+from ..errors import BulkError, ConnectionLost, DscacheError, shorten
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], Coroutine[Any, Any, object]]
 _Key: TypeAlias = tuple[bool, frozenset[str]]
@@ -24,7 +24,7 @@ class Loads:
 
     def __init__(self, default_ttl: int | None) -> None:
         self.checks = loading.Checks(default_ttl)
-        self._tasks: dict[_Key, asyncio.Task[Outcome]] = {}
+        self._tasks: dict[_Key, tuple[asyncio.Task[Outcome], Flight]] = {}
 
     async def fetch(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record read together with its note; begin a refresh if it is due."""
@@ -45,8 +45,11 @@ class Loads:
 
     async def load(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record that was missing, once this or another caller's load has made it."""
-        task = self._begin(False, [name], loading.load_missing([name], terms), _single(load), entry)
-        outcome = await self._outcome_of(task, name)
+        begun = self._begin(
+            False, [name], loading.load_missing([name], terms), _single(load), entry
+        )
+        outcome = await self._outcome_of(*begun)
+        self.checks.keep_missing(outcome.nothing)
         if terms.refresh_after is not None:
             self.checks.note(name, terms)
         if name in outcome.errors:
@@ -69,8 +72,9 @@ class Loads:
         missing = [name for name in names if name not in found]
         if not missing:
             return records
-        task = self._begin(False, missing, loading.load_missing(missing, terms), load, entry)
-        outcome = await self._outcome_of(task, missing[0])
+        begun = self._begin(False, missing, loading.load_missing(missing, terms), load, entry)
+        outcome = await self._outcome_of(*begun)
+        self.checks.keep_missing(outcome.nothing)
         records |= {name: loading.another(one) for name, one in outcome.records.items()}
         records = {name: records[name] for name in names if name in records}
         if outcome.errors:
@@ -79,33 +83,33 @@ class Loads:
 
     def _begin(
         self, refresh: bool, names: Iterable[str], steps: loading.Steps, load: _Loader, entry: Any
-    ) -> asyncio.Task[Outcome]:
-        """Return the task of a load, which may be under way already."""
+    ) -> tuple[asyncio.Task[Outcome], Flight]:
+        """Return the task and the flight of a load, which may be under way already."""
+        names = list(names)
         key = refresh, frozenset(names)
-        task = self._tasks.get(key)
-        if task is None or task.done():
-            task = asyncio.ensure_future(_drive(steps, load, entry))
+        begun = self._tasks.get(key)
+        if begun is None or begun[0].done():
+            flight = Flight(names)
+            task = asyncio.ensure_future(_drive(steps, load, entry, flight))
             # First, so that no exception in between leaves a task here for good.
             task.add_done_callback(partial(self._end, key))
-            self._tasks[key] = task
-        return task
+            begun = self._tasks[key] = task, flight
+        return begun
 
     def _end(self, key: _Key, ended: asyncio.Task[Outcome]) -> None:
-        if self._tasks.get(key) is ended:
+        begun = self._tasks.get(key)
+        if begun is not None and begun[0] is ended:
             del self._tasks[key]
         if not ended.cancelled():
             ended.exception()  # all its callers may have been cancelled
 
-    async def _outcome_of(self, task: asyncio.Task[Outcome], name: str) -> Outcome:
-        if task is asyncio.current_task():
-            raise UsageError(
-                f"record {shorten(name)}: its load fetches the same record, and would wait for "
-                "itself; read the source in it"
-            )
-        # Not by awaiting the task, which a cancelled caller would cancel.
-        await asyncio.wait([task])
+    async def _outcome_of(self, task: asyncio.Task[Outcome], flight: Flight) -> Outcome:
+        with flight.waited_for():
+            # Not by awaiting the task, which a cancelled caller would cancel.
+            await asyncio.wait([task])
         if task.cancelled():
-            raise ConnectionLost(f"record {shorten(name)}: its load was cancelled; fetch it again")
+            name = shorten(flight.names[0])
+            raise ConnectionLost(f"record {name}: its load was cancelled; fetch it again")
         error = task.exception()
         if isinstance(error, DscacheError):
             raise copy.copy(error)
@@ -113,14 +117,14 @@ class Loads:
 
     async def close(self, seconds: float) -> None:
         """Cancel all loads, and wait so long for them to give up their leases."""
-        tasks = list(self._tasks.values())
+        tasks = [task for task, _ in self._tasks.values()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
 
 
-async def _drive(steps: loading.Steps, load: _Loader, entry: Any) -> Outcome:
+async def _drive(steps: loading.Steps, load: _Loader, entry: Any, flight: Flight) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
     while True:
@@ -132,29 +136,38 @@ async def _drive(steps: loading.Steps, load: _Loader, entry: Any) -> Outcome:
         finally:
             error = None  # its traceback holds this frame
         try:
-            reply = await _execute(step, load, entry)
+            reply = await _execute(step, load, entry, flight)
         except BaseException as raised:
             error, reply = raised, None
 
 
-async def _execute(step: Step, load: _Loader, entry: Any) -> Any:
+async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any:
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
     if isinstance(step, Load):
-        renewing = asyncio.ensure_future(_renew(step.renewal, entry, asyncio.current_task()))
+        renewing = asyncio.ensure_future(
+            _renew(step.renewal, entry, flight, asyncio.current_task())
+        )
         try:
-            return await load(step.names)
+            with flight.loading():
+                return await load(step.names)
         finally:
             renewing.cancel()
     return await asyncio.sleep(step.seconds)
 
 
-async def _renew(renewal: Do, entry: Any, driver: asyncio.Task[Any] | None) -> None:
+async def _renew(
+    renewal: Callable[[list[str]], Do],
+    entry: Any,
+    flight: Flight,
+    driver: asyncio.Task[Any] | None,
+) -> None:
     """Renew leases until cancelled, or until the task that has them is done."""
     while driver is None or not driver.done():
         await asyncio.sleep(loading.RENEW_SECONDS)
+        step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
-            await getattr(entry, renewal.operation)(*renewal.arguments)
+            await getattr(entry, step.operation)(*step.arguments)
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:

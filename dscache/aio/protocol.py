@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ..core import constants
+from ..core import constants, failures
 from ..errors import ConnectionLost, ProtocolError, ReplyError
 from ..net.connect_errors import TurnedAway, end_of_handshake
 from ..net.credentials import Hidden, Word, masked, packed
@@ -118,13 +118,13 @@ class SocketProtocol(asyncio.BufferedProtocol):
     def _is_broken(self) -> bool:
         """Whether the socket has ended; ends one that an exception has struck."""
         if (self.is_sending or self.is_reading) and not self.is_cut:
-            self.abort(constants.EndedHere("it was interrupted"))
+            self.abort(failures.EndedHere("it was interrupted"))
         return self.is_cut
 
     def break_off(self, error: BaseException) -> None:
         """End the socket, since an exception has struck while it was used."""
         self.is_cut = True  # first, as the rest may fail too
-        self.abort(constants.EndedHere(f"it was interrupted by {type(error).__name__}"))
+        self.abort(failures.EndedHere(f"it was interrupted by {type(error).__name__}"))
 
     def _write(self, output: bytes) -> None:
         """Send bytes now, and leave the rest to the transport; a lost socket drops them."""
@@ -370,7 +370,7 @@ def send_control(
         if isinstance(error, ReplyError) and (command[0] != "PING" or error.code == "NOAUTH"):
             hidden = [word for word in command if isinstance(word, Hidden)]
             said = masked(str(error), [*hidden, *secrets])
-            link.abort(constants.EndedHere(f"{command[0]} was refused: {said}"))
+            link.abort(failures.EndedHere(f"{command[0]} was refused: {said}"))
 
     (waiter,) = link.request(command)
     waiter.add_done_callback(settled)

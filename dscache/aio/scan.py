@@ -44,9 +44,10 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
         records: bool,
         count: int,
         cursor: str | None,
+        type: Any = None,
     ) -> None:
         super().__init__("an AsyncCache")
-        check_arguments(prefix, count, cursor)
+        check_arguments(prefix, count, cursor, type, records=records)
         self._topology = topology
         self._has_begun = False
         self._is_closed = is_closed
@@ -63,12 +64,17 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
                 return None if node is None else node.info.shown
 
             scan = NameScan(options, prefix, count, cursor, owner, cluster.look_again)
-        self._finds: Finds[Item] = Finds(scan, records=records)
+        self._finds: Finds[Item] = Finds(scan, records=records, type=type)
 
     @property
     def cursor(self) -> str:
         """A text with which another scan goes on behind the last batch that was taken whole."""
         return self._finds.cursor()
+
+    @property
+    def skipped(self) -> int:
+        """How many keys were left out so far, as the names in them are no UTF-8."""
+        return self._finds.scan.skipped
 
     def __aiter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from .._forks import after_fork_in_child
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from .deadlines import Deadlines
 
 if TYPE_CHECKING:

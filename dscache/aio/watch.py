@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from msgspec.structs import replace
 
+from .._cache import warn_of_dropped
 from ..config import Config, Options
+from ..core import typed
 from ..core.holder import Place
-from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError
+from ..core.record import DataT
+from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError, shorten
 from ..net.backoff import full_jitter
 from ..net.watch import (
     CHECK_INTERVAL,
@@ -28,7 +33,7 @@ from ..net.watch import (
 )
 from .connection import Connection
 from .control import ControlConnection
-from .lifecycle import LoopBound
+from .lifecycle import LoopBound, close_dropped
 from .memory import MemoryNode
 
 if TYPE_CHECKING:
@@ -39,21 +44,95 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class AsyncChange(Change):
+class AsyncChange(Change[DataT]):
     """A change that an AsyncCache has heard of."""
 
-    def read(self) -> Awaitable[Record | None]:
+    def read(self) -> Awaitable[Record[DataT] | None]:
         """Read the record as it is now, from its primary; the result is None without one."""
         assert self._read is not None
-        found: Awaitable[Record | None] = self._read(self.name)
+        found: Awaitable[Record[DataT] | None] = self._read(self.name)
         return found
 
 
-class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
+class AsyncWatch(AsyncIterator[AsyncChange[DataT]]):
     """The changes of the records of a prefix, by ``async with`` and ``async for``.
 
-    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end.
+    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
+    its cache until then.
     """
+
+    def __init__(
+        self,
+        cache: object,
+        topology: MemoryNode | Connection | Cluster,
+        config: Config,
+        credentials: CredentialProvider | None,
+        prefix: str,
+        *,
+        records: bool,
+        max_pending: int,
+        type: Any = None,
+    ) -> None:
+        self._cache = cache
+        self._shown = f"{shorten(prefix)} at {config.address}"
+        # Its tasks refer to this one alone, so that a watch that the program drops is noticed.
+        self._watching: _Watching[DataT] = _Watching(
+            topology,
+            config,
+            credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+            type=type,
+        )
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the primaries that report changes."""
+        return self._watching.addresses
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._watching.skipped
+
+    async def __aenter__(self) -> Self:
+        await self._watching.begin()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the watch, its connections and tasks; a second call does nothing."""
+        await self.end(None)
+
+    async def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        await self._watching.end(reason)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AsyncChange[DataT]:
+        return await self._watching.next()
+
+    def __repr__(self) -> str:
+        return f"<AsyncWatch of {self._shown}>"
+
+    def __del__(self) -> None:
+        watching = self.__dict__.get("_watching")
+        if watching is None or not watching.is_listening or sys.is_finalizing():
+            return
+        try:
+            close_dropped(watching.loop, partial(watching.end, None))
+        finally:
+            self._cache = None  # the warning may be kept, and this object with it
+            warn_of_dropped(self, "use async with, or await its close()")
+
+
+class _Watching(LoopBound, Generic[DataT]):
+    """Changes that a watch has heard of, and the tasks that listen for them."""
 
     def __init__(
         self,
@@ -64,6 +143,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         super().__init__("an AsyncCache")
         self._topology = topology
@@ -72,6 +152,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         self._private: Connection | Cluster | None = None
         self._of_primaries = replace(config, options=primaries_only(options))
         self._news = asyncio.Event()
+        self._type = type
         self._changes = Changes(
             options,
             prefix,
@@ -80,8 +161,9 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             max_pending=max_pending,
             read=self._get,
             kind=AsyncChange,
+            as_type=type,
         )
-        self._found: deque[AsyncChange] = deque()
+        self._found: deque[AsyncChange[DataT]] = deque()
         self._place = Place()  # of the one consumer
         self._failures = 0
         self._end: Exception | None = None
@@ -92,12 +174,25 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses of the primaries that report changes."""
         return list(self._listening)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it has begun, and must be closed in this process."""
+        return self._has_begun and not self._closed and self._pid == os.getpid()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
 
     # -- the block
 
-    async def __aenter__(self) -> Self:
+    async def begin(self) -> None:
         self._check_owner()
         if self._has_begun or self._closed:
             raise UsageError("a watch is entered once; call watch() again")
@@ -105,12 +200,8 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         try:
             await self._begin()
         except BaseException:
-            await self.close()
+            await self.end(None)
             raise
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
 
     async def _begin(self) -> None:
         topology = self._topology
@@ -123,7 +214,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             if isinstance(topology, Connection):
                 self._private = Connection(self._of_primaries.options, self._credentials)
             else:
-                self._private = type(topology)(self._of_primaries, self._credentials)
+                self._private = topology.__class__(self._of_primaries, self._credentials)
             self._topology = topology = self._private
         await topology.when_ready()
         self._update()
@@ -131,12 +222,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         self._main = asyncio.create_task(self._keep(), name="dscache watch")
         self._main.add_done_callback(self._on_failed)
 
-    async def close(self) -> None:
-        """End the watch, its connections and tasks; a second call does nothing."""
-        await self.end(None)
-
     async def end(self, reason: Exception | None) -> None:
-        """Close; an iteration under way raises the reason, or ends if it is None."""
         if not self._closed:
             self._check_owner()
             self._closed, self._end = True, reason
@@ -164,10 +250,7 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
 
     # -- the iteration
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> AsyncChange:
+    async def next(self) -> AsyncChange[DataT]:
         found = self._found
         if not found:
             self._check_owner()
@@ -194,9 +277,20 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
         if names := self._changes.take_names():
             await self._read_names(names)
         else:
-            with suppress(TimeoutError):  # an exception can strike the call that wakes it
-                async with asyncio.timeout(CHECK_INTERVAL):
-                    await self._news.wait()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        memory = topology.pipeline if isinstance(topology, MemoryNode) else None
+        # Not for ever: an exception can strike the call that wakes it.
+        limit = CHECK_INTERVAL if memory is None else memory.seconds_to_expiry()
+        try:
+            async with asyncio.timeout(limit):
+                await self._news.wait()
+        except TimeoutError:
+            if memory is not None:
+                memory.expire()
 
     async def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -223,8 +317,13 @@ class AsyncWatch(LoopBound, AsyncIterator[AsyncChange]):
             await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1
 
-    def _get(self, name: str) -> asyncio.Future[Record | None]:
-        future: asyncio.Future[Record | None] = self._topology.pipeline.get(name)
+    def _get(self, name: str) -> asyncio.Future[Record[DataT] | None]:
+        operations: Any = self._topology.pipeline
+        if self._type is None:
+            future: asyncio.Future[Record[DataT] | None] = operations.get(name)
+        else:
+            future = self._loop.create_future()
+            typed.get(operations, future, name, self._type)
         return future
 
     # -- the servers

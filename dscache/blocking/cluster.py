@@ -27,7 +27,7 @@ from contextlib import suppress
 from math import inf
 from typing import TYPE_CHECKING, Final
 
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import ConnectError
 from ..net.backoff import half_jitter, longest_pause
 from ..net.cluster_state import ClusterState
@@ -60,6 +60,7 @@ class ClusterConnection:
     """
 
     def __init__(self, state: ClusterState, routes: SlotRouter) -> None:
+        self.identity = None
         self.admitted = False
         self.ready = True
         self.retired = False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .. import _backend
 from ..config import Config, Options
 from ..core import stats as counters
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import ConnectError, DscacheError
 from ..net.cluster_state import ClusterState
 from .cluster import ClusterConnection
@@ -43,22 +43,22 @@ class ClusterPool(Pool):
         shared = options.for_node(first.host, first.port, first)
         super().__init__(shared, provider)
         self.address = options.address
-        self._state = ClusterState(config)
+        self.state = ClusterState(config)
         self._new_routes = partial(
-            SlotRouter, _backend.core, self._state, shared, self._connector.logins
+            SlotRouter, _backend.core, self.state, shared, self._connector.logins
         )
         self._departures = 0
 
     # -- differences from the pool of one server
 
     def _new_connection(self) -> Connection:
-        return cast(Connection, ClusterConnection(self._state, self._new_routes()))
+        return cast(Connection, ClusterConnection(self.state, self._new_routes()))
 
     def _run_until_done(self, line: Connection, outcome: BlockingWaiter) -> None:
         """Go on with an operation, with as many nodes as it takes, until its deadline."""
         _cluster(line).run_until_done(outcome, self._closing_error)
-        if self._departures != self._state.departures:
-            self._departures = self._state.departures
+        if self._departures != self.state.departures:
+            self._departures = self.state.departures
             self._close_departed()
 
     def _close_departed(self) -> None:
@@ -84,7 +84,7 @@ class ClusterPool(Pool):
         Returns ConfigError if the server is no cluster, the nodes' own error if they all refuse,
         and ConnectError if no node can be used by the deadline.
         """
-        state = self._state
+        state = self.state
         _cluster(line).connect(deadline, self._closing_error)
         if self._closing:
             return closed_meanwhile("connect")
@@ -114,26 +114,26 @@ class ClusterPool(Pool):
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, without touching any connection of the parent."""
-        self._state.reset_after_fork()
+        self.state.reset_after_fork()
         super().reset_after_fork()
 
     # -- the nodes, for work on all names
 
     def options_at(self, shown: str) -> Options:
         """Return the options of a connection to the node at ``host:port``."""
-        return self._state.node_at(shown).options
+        return self.state.node_at(shown).options
 
     def owner(self, slot: int) -> str | None:
         """Return the address of the node that serves a slot, or None if none is known."""
-        return self._state.table.find(slot, reads=False)
+        return self.state.table.find(slot, reads=False)
 
     def primaries(self) -> dict[str, Options]:
         """Return the options of a connection to each node that serves slots, by address."""
-        return {shown: self.options_at(shown) for shown in self._state.table.primaries}
+        return {shown: self.options_at(shown) for shown in self.state.table.primaries}
 
     def look_again(self) -> None:
         """Have the slots refreshed soon, since they may have moved."""
-        self._state.record_stale()
+        self.state.record_stale()
         self.refresh_slots()
 
     def refresh_slots(self) -> None:
@@ -147,7 +147,7 @@ class ClusterPool(Pool):
     @property
     def is_ready(self) -> bool:
         """Whether there is a connection to every node that serves slots."""
-        primaries = self._state.primaries()
+        primaries = self.state.primaries()
         connected = {shown for line in self._present() for shown in _cluster(line).connected()}
         shown = {one.shown for one in primaries}
         return bool(not self._closed and shown and shown <= connected)
@@ -155,12 +155,12 @@ class ClusterPool(Pool):
     @property
     def server(self) -> str:
         """The kinds and versions of the servers, as far as they are known."""
-        return self._state.server
+        return self.state.server
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
         routes = [_cluster(line).routes for line in (*self._present(), *list(self._unplaced))]
-        infos = list(self._state.nodes.values())
+        infos = list(self.state.nodes.values())
         parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in infos}
         connected: Counter[str] = Counter()
         for shown, node in [item for one in routes for item in list(one.nodes.items())]:
@@ -173,7 +173,7 @@ class ClusterPool(Pool):
         for info in infos:
             nodes[info.shown] |= {**info.connections(), "last_loss": info.last_loss}
         others = [*(one.stats() for one in routes), {"overloaded": self._overloads}]
-        return {"waiting": len(self._waiters), **self._state.stats(nodes, (), others)}
+        return {"waiting": len(self._waiters), **self.state.stats(nodes, (), others)}
 
 
 def _cluster(line: Connection) -> ClusterConnection:

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ..config.address import join_address
 from ..core import constants
-from ..core.constants import ErrorOf, join_address
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.backoff import half_jitter
 from ..net.connect_errors import as_connect_error, end_of_handshake, permanent_failure
@@ -36,7 +37,8 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Connector, Logins
+    from ..net.credentials import Logins
+    from .connector import Connector
 
 _logger = logging.getLogger("dscache")
 
@@ -81,9 +83,10 @@ class Connection:
     """A pipeline and, most of the time, a socket.
 
     ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
-    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``info`` is of the
-    server, and ``connects`` the number of sockets so far. ``unsent`` is output that the socket has
-    not taken yet, and ``events`` are those of poll to wait for.
+    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``greeting`` has
+    what the server has last said of itself, and ``identity`` tells servers apart, where there is a
+    near cache. ``info`` is of the server, and ``connects`` the number of sockets so far. ``unsent``
+    is output that the socket has not taken yet, and ``events`` are those of poll to wait for.
     """
 
     __slots__ = (
@@ -97,6 +100,8 @@ class Connection:
         "connects",
         "events",
         "gone",
+        "greeting",
+        "identity",
         "info",
         "is_readable",
         "pipeline",
@@ -114,6 +119,8 @@ class Connection:
         self.ready = False
         self.retired = False
         self.gone = False
+        self.greeting: ServerInfo | None = None
+        self.identity: str | None = None
         self.is_readable: Callable[[int], object] = _always
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
@@ -225,8 +232,10 @@ class Connection:
         """
         code = self.pipeline.away
         if code in constants.LEFT_FOR:
+            if self._holder is not None:
+                self._holder.note_useless()
             # ``away`` stays: the pool sees why the socket is lost.
-            raise constants.EndedHere(constants.LEFT_FOR[code])
+            raise EndedHere(constants.LEFT_FOR[code])
         self.pipeline.away = ""
         pause = half_jitter(constants.PUT_OFF_FIRST, constants.PUT_OFF_CAP, put_offs)
         time.sleep(min(pause, max(rest, 0)))
@@ -327,10 +336,17 @@ class Connection:
                 self._wait(next(steps), deadline)
         except StopIteration as end:
             info: ServerInfo = end.value
+        self.greeting = info
+        if self.info.options.near_cache is not None:
+            self.identity = info.run_id or f"{self.pipeline.address} at {self._peer()}"
         self.pipeline.has_msetex = info.has_msetex
         self.pipeline.single_writes = info.is_proxied
         self._note_connected(info.server)
         return info.server
+
+    def _peer(self) -> object:
+        assert self.sock is not None
+        return self.sock.getpeername()
 
     def _note_connected(self, server: str) -> None:
         self.pipeline.down = None
@@ -344,7 +360,10 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        tried = "" if self._holder is None else self._holder.tried
+        tried = ""
+        if self._holder is not None:
+            tried = self._holder.tried
+            self._holder.note_useless()
         failure = as_connect_error(error, timeout, tried)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
@@ -382,11 +401,12 @@ class Connection:
         *,
         read_only: bool = False,
         of_cluster: bool = False,
+        is_near: bool = False,
         attempt: Attempt | None = None,
     ) -> Generator[int, None, ServerInfo]:
         """Connect and log in; yields the events that the socket must have before the next step."""
         options = self.info.options
-        holder = SocketConnect()
+        holder = SocketConnect(self.info.useless)
         # From here on the socket is found when this thread is interrupted, or the process forks.
         self._holder = holder
         yield from holder.open(options, host, port)
@@ -399,7 +419,9 @@ class Connection:
                 login,
                 address,
                 read_only=read_only,
+                is_near=is_near,
                 of_cluster=of_cluster,
+                identifies=options.near_cache is not None,
                 attempt=attempt,
             )
             return (yield from self._greet(steps, attempt))

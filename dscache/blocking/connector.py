@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from ..config import Options
-from ..net.credentials import MAX_GIVEN, NOTHING, Hidden, Login, checked, hidden, provider_failed
-from ..net.foreign_errors import is_of_handler
+from ..net.credentials import NOTHING, Logins
 from ..net.handshake import Attempt, ClosedHandshakes
 
 if TYPE_CHECKING:
@@ -48,37 +47,6 @@ class Connector:
     def attempt(self) -> Attempt | None:
         """Return the next handshake with a server that may be a proxy; None behind Sentinels."""
         return None if self._closed is None else self._closed.attempt()
-
-
-class Logins:
-    """The logins of one cache: those of the options, or of a provider. Any thread may use it."""
-
-    def __init__(self, provider: CredentialProvider | None) -> None:
-        self._provider = provider
-        # The latest tokens: a server may repeat one that it was given earlier. Assigned as a whole,
-        # since another thread may be reading them.
-        self.given: tuple[Hidden | None, ...] = ()
-
-    def current(self, options: Options) -> Login:
-        """Return the username and password to log in with now.
-
-        Raises ConnectError if the provider fails.
-        """
-        provider = self._provider
-        if provider is None:
-            return options.username, hidden(options.password)
-        try:
-            login = checked(provider.get_credentials())
-        except Exception as error:  # whatever the provider raises, the next attempt may succeed
-            if is_of_handler(error):
-                raise
-            failure = provider_failed(error)
-        else:
-            if login[1] not in self.given:
-                self.given = (*self.given[1 - MAX_GIVEN :], login[1])
-            return login
-        # Raised here, without the text and the frames of the provider's: both may hold a token.
-        raise failure
 
 
 def on_renewal(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .. import _backend
 from ..config import Options
-from ..core.constants import EndedHere
+from ..core.failures import EndedHere
 from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
 from ..net.connect_errors import as_connect_error
 from ..net.slot_table import NodeInfo

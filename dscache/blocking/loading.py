@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -10,9 +11,10 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from ..core import loading
+from ..core.changes import PLAIN
 from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Step, Terms
-from ..errors import BulkError, DscacheError, UsageError, shorten
+from ..errors import BulkError, DscacheError
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], object]
 _Run: TypeAlias = Callable[..., Any]
@@ -20,11 +22,11 @@ _Key: TypeAlias = tuple[bool, frozenset[str]]
 """Whether it is a refresh, and the names."""
 
 
-class _Flight:
+class _Flight(loading.Flight):
     """A load under way in one thread; without an outcome at its end, the thread was struck."""
 
-    def __init__(self, holder: Holder) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, names: Iterable[str], holder: Holder) -> None:
+        super().__init__(names)
         self.ended = threading.Event()
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
@@ -55,6 +57,7 @@ class Loads:
         outcome, is_own = self._fly(
             False, [name], lambda: loading.load_missing([name], terms), _single(load), run
         )
+        self.checks.keep_missing(outcome.nothing)
         if terms.refresh_after is not None:
             self.checks.note(name, terms)
         if name in outcome.errors:
@@ -73,7 +76,7 @@ class Loads:
         records = {name: found[name] for name in names if name in found}
 
         def load(wanted: tuple[str, ...]) -> object:
-            return load_many(list(wanted))
+            return _plain("fetch_bulk", "load_many", load_many(list(wanted)))
 
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
@@ -89,6 +92,7 @@ class Loads:
         outcome, is_own = self._fly(
             False, missing, lambda: loading.load_missing(missing, terms), load, run
         )
+        self.checks.keep_missing(outcome.nothing)
         for name, one in outcome.records.items():
             records[name] = one if is_own else loading.another(one)
         records = {name: records[name] for name in names if name in records}
@@ -105,7 +109,8 @@ class Loads:
     ) -> Mapping[str, Any]:
         """Return due records, loaded anew unless another thread or process does."""
         key = True, frozenset(due)
-        if key in self._flights:
+        begun = self._flights.get(key)
+        if begun is not None and not begun.is_over():
             return due
         outcome, is_own = self._fly(*key, lambda: loading.refresh(due, terms), load, run)
         return outcome.records if is_own else due
@@ -123,12 +128,13 @@ class Loads:
         key = refresh, frozenset(names)
         while True:
             holder = Holder()
-            own = _Flight(holder)
+            own = _Flight(names, holder)
             try:
                 flight = self._flights.setdefault(key, own)
                 if flight is own:
                     try:
-                        own.outcome = _drive(steps(), load, run)
+                        with own.waited_for():
+                            own.outcome = _drive(steps(), load, run, own)
                     except Exception as error:
                         own.error = error
                         raise
@@ -142,13 +148,9 @@ class Loads:
                 # Left here by a struck thread, or it has ended now: what it has read may be old.
                 self._forget(key, flight)
                 continue
-            if flight.thread == own.thread:
-                raise UsageError(
-                    f"record {shorten(names[0])}: its load fetches the same record, and would "
-                    "wait for itself; read the source in it"
-                )
-            while not flight.is_over():
-                flight.ended.wait(GLANCE)
+            with flight.waited_for():
+                while not flight.is_over():
+                    flight.ended.wait(GLANCE)
             if isinstance(flight.error, DscacheError):
                 raise copy.copy(flight.error)
             if flight.outcome is not None:
@@ -160,7 +162,7 @@ class Loads:
                 del self._flights[key]
 
 
-def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
+def _drive(steps: loading.Steps, load: _Loader, run: _Run, flight: _Flight) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
     while True:
@@ -172,50 +174,65 @@ def _drive(steps: loading.Steps, load: _Loader, run: _Run) -> Outcome:
         finally:
             error = None  # its traceback holds this frame
         try:
-            reply = _execute(step, load, run)
+            reply = _execute(step, load, run, flight)
         except BaseException as raised:
             error, reply = raised, None
 
 
-def _execute(step: Step, load: _Loader, run: _Run) -> Any:
+def _execute(step: Step, load: _Loader, run: _Run, flight: _Flight) -> Any:
     if isinstance(step, Do):
         return run(step.operation, *step.arguments)
     if isinstance(step, Load):
-        return _load(step, load, run)
+        return _load(step, load, run, flight)
     # An Event, whose wait a monkey-patched program replaces as well.
     threading.Event().wait(step.seconds)
     return None
 
 
-def _load(step: Load, load: _Loader, run: _Run) -> object:
+def _load(step: Load, load: _Loader, run: _Run, flight: loading.Flight) -> object:
     """Run a load, while a thread renews its leases."""
     ended = threading.Event()
     holder = Holder()
     try:
         threading.Thread(
             target=_renew,
-            args=(step.renewal, run, ended, ref(holder)),
+            args=(step.renewal, run, flight, ended, ref(holder)),
             name="dscache lease",
             daemon=True,
         ).start()
-        return load(step.names)
+        with flight.loading():
+            return load(step.names)
     finally:
         ended.set()
         del holder
 
 
 def _renew(
-    renewal: Do, run: _Run, ended: threading.Event, holder: Callable[[], Holder | None]
+    renewal: Callable[[list[str]], Do],
+    run: _Run,
+    flight: loading.Flight,
+    ended: threading.Event,
+    holder: Callable[[], Holder | None],
 ) -> None:
     # Without a holder, the thread that loads was struck before it could say that it has ended.
     while not ended.wait(loading.RENEW_SECONDS) and holder() is not None:
+        step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
-            run(renewal.operation, *renewal.arguments)
+            run(step.operation, *step.arguments)
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:
     def load_one(names: tuple[str, ...]) -> Mapping[str, Any]:
         (name,) = names
-        return {name: load(name)}
+        return {name: _plain("fetch", "load", load(name))}
 
     return load_one
+
+
+def _plain(operation: str, load: str, result: Any) -> Any:
+    """Return the result of a load; raises TypeError if it is to be awaited."""
+    if type(result) not in PLAIN and inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # or Python would warn that it was never awaited
+        raise loading.not_plain(operation, load)
+    return result

@@ -39,6 +39,16 @@ class MemoryPool:
         with self._lock:
             return self._pipeline.names()
 
+    def seconds_to_expiry(self) -> float | None:
+        """Return the seconds until the next record may end; None without any that does."""
+        with self._lock:
+            return self._pipeline.seconds_to_expiry()
+
+    def expire(self) -> None:
+        """Remove the records that have ended, and tell the listeners."""
+        with self._lock:
+            self._pipeline.expire()
+
     def listen(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Have a function called with the names of records that change; it must not block."""
         with self._lock:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from ..core.constants import EndedHere, ErrorOf
+from ..core.failures import EndedHere, ErrorOf
 from ..errors import DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
 from ..net.cluster_state import ClusterState
@@ -20,7 +20,7 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from ..core.pure import Pipeline
-    from .connector import Logins
+    from ..net.credentials import Logins
 
 # Errors of an attempt to connect; UnicodeError for a text that can't be a host.
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)

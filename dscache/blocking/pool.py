@@ -34,7 +34,7 @@ from .. import _backend
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..core import stats as counters
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
 from ..errors import (
     ConfigError,
     ConnectError,
@@ -60,6 +60,12 @@ _GLANCE: Final = 0.05
 _PATIENCE: Final = 0.005
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (OSError, ConfigError, ReplyError, ProtocolError, UnicodeError)
+
+
+class Asked(str):
+    """The name of an operation; ``identity`` becomes that of the server that has answered last."""
+
+    identity: str | None = None
 
 
 class Pool:
@@ -88,6 +94,7 @@ class Pool:
         self._closed = False
         self._closing = False
         self._overloads = 0
+        self.is_near = options.near_cache is not None
         on_renewal(provider, self._renew)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
@@ -118,6 +125,8 @@ class Pool:
                 self._run_until_done(connection, outcome)
             if outcome.error is not None:
                 self._note_error(connection)
+            if self.is_near and isinstance(operation, Asked):
+                operation.identity = connection.identity
             mine = False
             if not connection.ready or connection.retired or self._waiters:
                 self._put_back(connection)
@@ -392,7 +401,16 @@ class Pool:
                     continue  # in use: its thread drops it
                 self._drop(connection)
 
+    def leave_strangers(self, identity: str) -> None:
+        """Replace the connections to other servers than the one with this identity."""
+        self._retire(lambda other: other.identity not in (None, identity))
+
     # -- the life of the pool
+
+    @property
+    def connects(self) -> int:
+        """How many connections there have been."""
+        return self._info.connects
 
     @property
     def server(self) -> str:

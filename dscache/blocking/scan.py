@@ -48,8 +48,9 @@ class Scan(Iterator[Item]):
         records: bool,
         count: int,
         cursor: str | None,
+        type: Any = None,
     ) -> None:
-        check_arguments(prefix, count, cursor)
+        check_arguments(prefix, count, cursor, type, records=records)
         self._topology = topology
         self._has_begun = False
         self._options = options
@@ -70,13 +71,18 @@ class Scan(Iterator[Item]):
             scan = NameScan(options, prefix, count, cursor, topology.owner, topology.look_again)
         else:
             scan = NameScan(options, prefix, count, cursor)
-        self._finds: Finds[Item] = Finds(scan, records=records)
+        self._finds: Finds[Item] = Finds(scan, records=records, type=type)
         after_fork_in_child(self, Scan._reset_after_fork)
 
     @property
     def cursor(self) -> str:
         """A text with which another scan goes on behind the last batch that was taken whole."""
         return self._finds.cursor()
+
+    @property
+    def skipped(self) -> int:
+        """How many keys were left out so far, as the names in them are no UTF-8."""
+        return self._finds.scan.skipped
 
     def close(self) -> None:
         """Close the connection; an iteration that goes on opens another one."""

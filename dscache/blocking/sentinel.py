@@ -60,31 +60,43 @@ class Sentinels:
         self._options = options
         self._group = SentinelGroup(options)
         self._silent: set[str] = set()
+        self._least_telling = min(options.connect_timeout, options.command_timeout) / 2000
 
     def locate(self, deadline: float) -> Address:
         """Return the host and port of the group's primary, or of one of its replicas.
 
         The Sentinels are asked one after the other. Raises ConnectError, with the reason of each
-        Sentinel, if none names one.
+        Sentinel, if none names one, and ConnectTimeout if the time was too short to tell.
         """
         group = self._group
-        seconds = group.seconds_each(max(deadline - time.monotonic(), 0.001))
+        rest = max(deadline - time.monotonic(), 0.001)
+        seconds = group.seconds_each(rest)
         number = group.begin()
         replies: list[Answer | str] = []
+        timeouts = 0
         # Those that gave no answer come last: if the others are enough, they delay nothing.
         silent = self._silent
         for node in sorted(group.nodes, key=lambda one: one.address in silent):
-            replies.append(self._query(node, seconds))
+            try:
+                replies.append(self._query(node, seconds))
+            except ConnectTimeout:
+                timeouts += 1
+                replies.append(f"{node.address}: {group.shown(TimeoutError(), seconds)}")
             if isinstance(replies[-1], Answer):
                 silent.discard(node.address)
             else:
                 silent.add(node.address)
             if group.is_enough([one for one in replies if isinstance(one, Answer)]):
                 break
+        if timeouts == len(group.nodes) and rest < self._least_telling:
+            raise ConnectTimeout  # with so little time, the reason of the attempts before is better
         return group.conclude(number, replies)
 
     def _query(self, node: SentinelNode, seconds: float) -> Answer | str:
-        """Return a Sentinel's answer, or its address and why it has none."""
+        """Return a Sentinel's answer, or its address and why it has none.
+
+        Raises ConnectTimeout if it doesn't answer in time.
+        """
         group = self._group
         connection = _Connection(
             host=node.host,
@@ -113,6 +125,8 @@ class Sentinels:
                 raise_foreign(cause)
             # A RecordError of a signal handler is a ValueError too.
             raise_foreign(error)
+            if isinstance(error, redis.TimeoutError):
+                raise ConnectTimeout from None
             return f"{node.address}: {group.shown(error, seconds)}"
         finally:
             connection.disconnect()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from ..config import Options
+from ..config.address import join_address
 from ..core import constants
 from ..errors import ConnectError
 from ..net.slot_table import NodeInfo
@@ -112,7 +113,7 @@ class SentinelPool(Pool):
             except ConnectError:
                 return
             self._note_answer()
-            named = constants.join_address(host, port)
+            named = join_address(host, port)
             if named != connection.pipeline.address:
                 self._retire(
                     lambda other: other is not connection and other.pipeline.address != named

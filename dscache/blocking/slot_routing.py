@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..core.batch import Batch
     from ..core.pipeline import Pipeline
     from ..core.router import Router
-    from .connector import Logins
+    from ..net.credentials import Logins
 
 
 class SlotRouter:

@@ -7,21 +7,33 @@ memory, without a limit.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Generic, Self
 
 from msgspec.structs import replace
 
+from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
 from ..config import Config, Options
-from ..core.constants import join_address
+from ..config.address import join_address
+from ..core import typed
 from ..core.holder import Place
-from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
+from ..core.record import DataT
+from ..errors import (
+    BulkError,
+    ConnectError,
+    ConnectionLost,
+    DscacheError,
+    ReplyError,
+    UsageError,
+    shorten,
+)
 from ..net.backoff import full_jitter
 from ..net.watch import (
     CHECK_INTERVAL,
@@ -49,21 +61,88 @@ _GRACE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class BlockingChange(Change):
+class BlockingChange(Change[DataT]):
     """A change that a Cache has heard of."""
 
-    def read(self) -> Record | None:
+    def read(self) -> Record[DataT] | None:
         """Return the record as it is now, from its primary, or None without one."""
         assert self._read is not None
-        found: Record | None = self._read(self.name)
+        found: Record[DataT] | None = self._read(self.name)
         return found
 
 
-class Watch(Iterator[BlockingChange]):
+class Watch(Iterator[BlockingChange[DataT]]):
     """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
 
-    It listens from the beginning of the block to its end, in a thread for each primary.
+    It listens from the beginning of the block to its end, in a thread for each primary, and keeps
+    its cache until then.
     """
+
+    def __init__(
+        self,
+        cache: object,
+        topology: Pool | MemoryPool,
+        config: Config,
+        credentials: CredentialProvider | None,
+        prefix: str,
+        *,
+        records: bool,
+        max_pending: int,
+        type: Any = None,
+    ) -> None:
+        self._cache = cache
+        self._shown = f"{shorten(prefix)} at {config.address}"
+        # Its threads refer to this one alone, so that a watch that the program drops is noticed.
+        self._watching: _Watching[DataT] = _Watching(
+            topology,
+            config,
+            credentials,
+            prefix,
+            records=records,
+            max_pending=max_pending,
+            type=type,
+        )
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._watching.skipped
+
+    def __enter__(self) -> Self:
+        self._watching.begin()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the watch, its connections and threads; a second call does nothing."""
+        self.end(None)
+
+    def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        self._watching.end(reason)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BlockingChange[DataT]:
+        return self._watching.next()
+
+    def __repr__(self) -> str:
+        return f"<Watch of {self._shown}>"
+
+    def __del__(self) -> None:
+        watching = self.__dict__.get("_watching")
+        if watching is None or not watching.is_listening or sys.is_finalizing():
+            return
+        watching.drop()
+        self._cache = None  # the warning may be kept, and this object with it
+        warn_of_dropped(self, "use with, or call its close()")
+
+
+class _Watching(Generic[DataT]):
+    """Changes that a watch has heard of, and the threads that listen for them."""
 
     def __init__(
         self,
@@ -74,6 +153,7 @@ class Watch(Iterator[BlockingChange]):
         *,
         records: bool,
         max_pending: int,
+        type: Any = None,
     ) -> None:
         self._topology = topology
         self._config = config
@@ -82,6 +162,7 @@ class Watch(Iterator[BlockingChange]):
         self._private: Pool | None = None
         self._news = threading.Event()
         self._closing = threading.Event()
+        self._type = type
         self._changes = Changes(
             config.options,
             prefix,
@@ -90,8 +171,9 @@ class Watch(Iterator[BlockingChange]):
             max_pending=max_pending,
             read=self._get,
             kind=BlockingChange,
+            as_type=type,
         )
-        self._found: deque[BlockingChange] = deque()
+        self._found: deque[BlockingChange[DataT]] = deque()
         self._failures = 0
         self._end: Exception | None = None
         self._pid = os.getpid()
@@ -100,11 +182,23 @@ class Watch(Iterator[BlockingChange]):
         self._taking = threading.RLock()
         self._listeners: dict[str, _Listener] = {}
         self._keeper: threading.Thread | None = None
-        after_fork_in_child(self, Watch._reset_after_fork)
+        self.is_dropped = False
+        """Whether the threads are to end, which they do within ``CHECK_INTERVAL``."""
+        after_fork_in_child(self, _Watching._reset_after_fork)
+
+    @property
+    def skipped(self) -> int:
+        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        return self._changes.skipped
 
     # -- the block
 
-    def __enter__(self) -> Self:
+    @property
+    def is_listening(self) -> bool:
+        """Whether it has begun, and must be closed in this process."""
+        return self._has_begun and not self._closing.is_set() and self._pid == os.getpid()
+
+    def begin(self) -> None:
         self._check_process()
         if self._has_begun or self._closing.is_set():
             raise UsageError("a watch is entered once; call watch() again")
@@ -112,12 +206,8 @@ class Watch(Iterator[BlockingChange]):
         try:
             self._begin()
         except BaseException:
-            self.close()
+            self.end(None)
             raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _begin(self) -> None:
         topology = self._topology
@@ -149,12 +239,7 @@ class Watch(Iterator[BlockingChange]):
             )
             self._keeper.start()
 
-    def close(self) -> None:
-        """End the watch, its connections and threads; a second call does nothing."""
-        self.end(None)
-
     def end(self, reason: Exception | None) -> None:
-        """Close; an iteration under way raises the reason, or ends if it is None."""
         if self._pid != os.getpid():
             return  # a forked child has neither its threads nor its sockets
         if not self._closing.is_set():
@@ -177,10 +262,7 @@ class Watch(Iterator[BlockingChange]):
 
     # -- the iteration
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> BlockingChange:
+    def next(self) -> BlockingChange[DataT]:
         self._check_process()
         if not self._has_begun:
             raise UsageError("use with cache.watch(...) as changes, and iterate over it")
@@ -210,7 +292,15 @@ class Watch(Iterator[BlockingChange]):
         if names := self._changes.take_names():
             self._read_names(names)
         else:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for news; in memory, records end only when their time is looked at."""
+        topology = self._topology
+        if not isinstance(topology, MemoryPool):
             self._news.wait(CHECK_INTERVAL)  # an exception can strike the call that wakes it
+        elif not self._news.wait(topology.seconds_to_expiry()):
+            topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -233,7 +323,9 @@ class Watch(Iterator[BlockingChange]):
 
     def _get(self, name: str) -> Record | None:
         found: Record | None = self._topology.run("get", name)
-        return found
+        if found is None or self._type is None:
+            return found
+        return typed.with_type(found, self._type)
 
     # -- the servers
 
@@ -241,10 +333,33 @@ class Watch(Iterator[BlockingChange]):
         """Listen to the current primaries of a cluster until the watch is closed."""
         try:
             while not self._closing.wait(CHECK_INTERVAL):
+                if self._was_dropped():
+                    return
                 cluster.refresh_slots()
                 self._update(cluster, is_first=False)
         except Exception as error:
             self._fail(error)
+
+    def drop(self) -> None:
+        """Tell the threads to end, from any line of any thread."""
+        self.is_dropped = True
+        if isinstance(self._topology, MemoryPool):
+            self._topology.forget(self._changes.note_changed)
+
+    def _end_dropped(self) -> None:
+        """Close in a thread of the watch's own, without waiting for the others."""
+        self._closing.set()
+        for listener in list(self._listeners.values()):
+            listener.stop()
+        private, self._private = self._private, None
+        if private is not None:
+            private.close()
+
+    def _was_dropped(self) -> bool:
+        """Close if the program has dropped the watch; return whether it has."""
+        if self.is_dropped and not self._closing.is_set():
+            self._end_dropped()
+        return self.is_dropped
 
     def _fail(self, error: Exception) -> None:
         """End the iteration with an error that nothing else reports."""
@@ -270,6 +385,7 @@ class Watch(Iterator[BlockingChange]):
                 self._changes,
                 cluster.look_again if cluster is not None else None,
                 self._fail,
+                self._was_dropped,
                 is_first=is_first,
             )
             listener.thread.start()
@@ -304,6 +420,7 @@ class _Listener:
         changes: Changes,
         look_again: Callable[[], object] | None,
         fail: Callable[[Exception], object],
+        was_dropped: Callable[[], bool],
         *,
         is_first: bool,
     ) -> None:
@@ -313,6 +430,7 @@ class _Listener:
         self._changes = changes
         self._look_again = look_again
         self._fail = fail
+        self._was_dropped = was_dropped
         self._is_first = is_first
         self._must_be_primary = bool(options.sentinels) or look_again is not None
         self._connector = Connector(options, credentials)
@@ -352,9 +470,12 @@ class _Listener:
             self._error = self._error or ConnectionLost("the watch was closed")
             self._decided.set()
 
+    def _is_over(self) -> bool:
+        return self._was_dropped() or self._stopping.is_set()
+
     def _listen(self) -> None:
         failures = 0
-        while not self._stopping.is_set():
+        while not self._is_over():
             server = self._server = ControlConnection(
                 self._options, partial(self._changes.take_push, self._address)
             )
@@ -389,7 +510,7 @@ class _Listener:
         self._is_first = False
         self._decided.set()
         changes.resume(self._address)
-        while not self._stopping.is_set():
+        while not self._is_over():
             until = time.monotonic() + CHECK_INTERVAL
             while time.monotonic() < until and not self._stopping.is_set():
                 server.take(until)

@@ -1,7 +1,8 @@
 """The command line: ``dscache COMMAND ...``, which is also ``python -m dscache``.
 
 Exit status: 0 if all is well; 1 if it isn't, or after an error of dscache, which is one line on
-standard error; 2 for a wrong command line.
+standard error; 2 for a wrong command line; 128 plus the number of the signal after Ctrl-C, SIGTERM
+or SIGHUP.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import DscacheError
+from . import signals, versions
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -25,18 +28,18 @@ _EXTRA = ("typer", "rich")
 def main() -> None:
     """Run the command that the command line names. Raises SystemExit."""
     _open_standard_files()
+    if sys.argv[1:] == ["--version"]:
+        print(versions.described())  # also without the extra
+        return
     try:
-        from .app import app
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
-            raise
-        _fail(f"the command line needs {missing}; install it with: pip install 'dscache[cli]'")
-    try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
+        with signals.handled_as_interrupt():
+            app = _imported_app()
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(signals.exit_status())
     except OutputError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             sys.exit(1)  # a reader such as head has closed the pipe on purpose
@@ -47,6 +50,17 @@ def main() -> None:
         named = isinstance(error.filename, str | bytes)
         where = f"{os.fsdecode(error.filename)}: " if named else ""
         _fail(f"{where}{error.strerror or error}")
+
+
+def _imported_app() -> Callable[[], object]:
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        _fail(f"the command line needs {missing}; install it with: pip install 'dscache[cli]'")
+    return app
 
 
 class OutputError(Exception):

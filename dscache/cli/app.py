@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from typing import Annotated
 
 import typer
 
-from .. import __version__, _backend
+from . import versions
 from .bench import bench
 from .cluster import cluster
 from .delete import delete
+from .diff import diff
 from .doctor import doctor
+from .edit import edit
 from .export import export
 from .get import get
 from .head import head
@@ -25,7 +26,7 @@ from .watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     # typer's tracebacks show local variables, and passwords with them.
     pretty_exceptions_enable=False,
     # Help without frames in a file or a pipe.
@@ -35,8 +36,7 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
-        python = platform.python_version()
-        typer.echo(f"dscache {__version__}, {_backend.BACKEND} core, Python {python}")
+        typer.echo(versions.described())
         raise typer.Exit
 
 
@@ -49,6 +49,9 @@ def dscache(
     """Versioned JSON records in Redis: inspect and change them from a terminal or a script."""
 
 
-_COMMANDS = (get, set_, head, delete, ls, doctor, export, import_, bench, watch, migrate, cluster)
+_COMMANDS = (
+    *(get, set_, head, delete, edit, ls, diff),
+    *(doctor, export, import_, bench, watch, migrate, cluster),
+)
 for _command in _COMMANDS:
     app.command(_command.__name__.strip("_"))(_command)

@@ -59,8 +59,8 @@ def bench(
     """Put a load on a server, and measure rate and latency.
 
     Writes records under names of its own, dscache-bench/..., and removes them at the end, also
-    after Ctrl-C. It slows down the server's other clients. The exit status is 1 if operations
-    failed.
+    after Ctrl-C, which shows the result so far. It slows down the server's other clients. The exit
+    status is 1 if operations failed.
     """
     if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
         raise typer.BadParameter(
@@ -88,19 +88,34 @@ def bench(
             with progress("bench", position):
                 await apply(cache, plan, result)
 
-    with interruptible("its records have been removed"):
-        run(work())
-    if chosen.as_json:
+    try:
+        with interruptible("its records have been removed"):
+            run(work())
+    finally:
+        # After an interrupt too.
+        if result.seconds:
+            _print_result(facts, plan, result, plot, as_json=chosen.as_json)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def _print_result(
+    facts: Mapping[str, str], plan: Plan, result: Result, plot: Path | None, *, as_json: bool
+) -> None:
+    if as_json:
         print_json(document(facts, plan, result))
     else:
         console = Console(highlight=False)
         console.print(page(facts, plan, result, console.width))
     if plot is not None:
         _write_plot(plot, facts, plan, result)
+    if result.written < plan.records:
+        complain(
+            f"used {result.written:,} records in place of {plan.records:,}, as no more could be "
+            "written in the time that filling may take"
+        )
     for error, count in result.errors.most_common(5):
         complain(f"{number(count, 'operation')} failed: {error}")
-    if result.errors:
-        raise typer.Exit(1)
 
 
 def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, object]:
@@ -108,6 +123,7 @@ def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, 
     return {
         **facts,
         **asdict(plan),
+        "records": result.written,
         "seconds": round(result.seconds, 3),
         "records_per_second": round(result.rate),
         "errors": result.errors.total(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,8 +11,10 @@ import typer
 from ..admin.cache import AdminCache, open_cache
 from ..admin.key_layout import DEEPSTREAM, HASHTAG, Layout
 from ..admin.migration import Count, Migration
+from ..admin.one_key import OneKeyMigration
 from ..admin.primaries import open_primaries
 from ..admin.progress import with_long_timeouts
+from ..errors import shorten
 from .job_summary import RESUMES, run_timed
 from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
@@ -24,42 +27,88 @@ class _To(StrEnum):
     HASHTAG = HASHTAG
 
 
+class _From(StrEnum):
+    DEEPSTREAM3 = "deepstream3"
+
+
+_ONE_KEY = "one-key"
+
+
 @with_options("config", "url", "json")
 def migrate(
     to: Annotated[
-        _To, typer.Option(metavar="LAYOUT", help="The new key layout: hashtag or deepstream.")
-    ],
+        _To | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="The new key layout: hashtag or deepstream. With --from, the default is the "
+            "configured one.",
+            show_default=False,
+        ),
+    ] = None,
+    source_layout: Annotated[
+        _From | None,
+        typer.Option(
+            "--from",
+            metavar="LAYOUT",
+            help="deepstream3: move the records of deepstream 1 to 3, each under one key.",
+            show_default=False,
+        ),
+    ] = None,
     prefix: PrefixOption = "",
     dry_run: Annotated[bool, flag("--dry-run", "Count records, and change nothing.")] = False,
     keep: Annotated[
         bool, flag("--keep", "Copy and verify, and keep the keys of the old layout.")
     ] = False,
+    yes: Annotated[bool, flag("--yes", "Don't ask before keys are removed.")] = False,
     *,
     chosen: Chosen,
 ) -> None:
     """Move records from one key layout to the other, while the servers stay in use.
+
+    With --from deepstream3, it moves the records of deepstream 1 to 3 to the two keys of newer
+    versions; their versions stay.
 
     Copies each record unless the new layout has a version as new, verifies the copy, and removes
     the old keys if they are unchanged. While processes still write the old layout: run it with
     --keep, configure them with the new layout, and run it without. It can be interrupted and run
     again at any time. The exit status is 1 if records remain in the old layout.
     """
+    if to is None and source_layout is None:
+        raise typer.BadParameter("give the new layout, or --from deepstream3", param_hint="--to")
     config = with_long_timeouts(chosen.load())
     count = Count()
+    target_layout = ""
+    if not (dry_run or keep or yes) and sys.stdin.isatty() and sys.stdout.isatty():
+        prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
+        destination = f"the {to.value} layout" if to else "two keys each"
+        typer.confirm(
+            f"Move all records{prefixed} at {config.address} to {destination}, and remove "
+            "their old keys?",
+            abort=True,
+            err=True,
+        )
 
     async def work() -> str:
         """Migrate; return the key layout that is configured."""
+        nonlocal target_layout
         old = DEEPSTREAM if to is _To.HASHTAG else HASHTAG
-        async with (
-            open_cache(with_layout(config, old)) as source,
-            AdminCache(with_layout(source.config, to.value)) as target,
-            open_primaries(source) as primaries,
-        ):
-            job = Migration(source, target, primaries, prefix=prefix, count=count, keep=keep)
-            with progress("migrate", count.position):
-                await (job.count() if dry_run else job.run())
+        if source_layout is not None:
+            old = config.options.key_layout
+        async with open_cache(with_layout(config, old)) as source:
             # On a cluster, which the source may have turned out to be, "auto" is hashtag.
-            return Layout.of(with_layout(source.config, config.options.key_layout).options).kind
+            configured = Layout.of(
+                with_layout(source.config, config.options.key_layout).options
+            ).kind
+            target_layout = configured if to is None else to.value
+            async with (
+                AdminCache(with_layout(source.config, target_layout)) as target,
+                open_primaries(source) as primaries,
+            ):
+                kind = Migration if source_layout is None else OneKeyMigration
+                job = kind(source, target, primaries, prefix=prefix, count=count, keep=keep)
+                with progress("migrate", count.position):
+                    await (job.count() if dry_run else job.run())
+        return configured
 
     configured, seconds = run_timed(work(), RESUMES)
     complain_of_all(count.notes, count.left)
@@ -67,10 +116,14 @@ def migrate(
     if chosen.as_json:
         print_json(summary)
     else:
-        for line in _page(count, to.value, dry_run=dry_run, keep=keep):
+        old = DEEPSTREAM if target_layout == HASHTAG else HASHTAG
+        old = old if source_layout is None else _ONE_KEY
+        for line in _page(count, old, target_layout, dry_run=dry_run, keep=keep):
             typer.echo(line)
-        if configured != to.value and not dry_run:
-            typer.echo(f"configure keyLayout: {to.value} for all processes that read or write them")
+        if configured != target_layout and not dry_run:
+            typer.echo(
+                f"configure keyLayout: {target_layout} for all processes that read or write them"
+            )
     if not summary["ok"]:
         raise typer.Exit(1)
 
@@ -95,9 +148,8 @@ def _document(count: Count, *, dry_run: bool, keep: bool, seconds: float) -> dic
     }
 
 
-def _page(count: Count, to: str, *, dry_run: bool, keep: bool) -> list[str]:
+def _page(count: Count, old: str, to: str, *, dry_run: bool, keep: bool) -> list[str]:
     """Return the result as lines for a terminal."""
-    old = DEEPSTREAM if to == HASHTAG else HASHTAG
     lines = [f"{number(count.records, 'record')} found in the {old} layout"]
     if dry_run:
         lines += [

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ..config import Config
-from .settings import DEFAULT_FILE, load, with_layout
+from .settings import load, with_layout
 
 
 def flag(name: str, text: str, **options: Any) -> Any:
@@ -47,13 +47,15 @@ class Chosen:
         typer.Option(
             "--config",
             metavar="FILE",
-            help=f"Configuration file; the default without --url is {DEFAULT_FILE} in this folder.",
+            help="Configuration file; by default config.yml or conf/config.yml in this folder.",
         ),
     ] = None
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", metavar="URL", help="redis://, rediss:// or unix:// URL, or host:port."
+            "--url",
+            metavar="URL",
+            help="redis://, rediss:// or unix:// URL, or host:port; by default DSCACHE_URL.",
         ),
     ] = None
     layout: Annotated[
@@ -100,7 +102,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters += (_SHARED[name].replace(kind=kind) for name in names)
         # typer reads the signature and the annotations.
-        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined] # read by inspect
         call.__annotations__ = {one.name: one.annotation for one in parameters}
         return call
 

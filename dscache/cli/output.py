@@ -12,8 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as in shells: 128 plus the number of the signal."""
+from . import signals
 
 
 def print_json(document: object) -> None:
@@ -65,9 +64,9 @@ def new_table(*, show_header: bool = True) -> Table:
 
 @contextmanager
 def interruptible(hint: str) -> Iterator[None]:
-    """Turn Ctrl-C into one line on standard error, with a hint, and exit status 130."""
+    """Turn Ctrl-C, SIGTERM or SIGHUP into one line on standard error, with a hint, and an exit."""
     try:
         yield
     except KeyboardInterrupt:
         complain(f"interrupted; {hint}" if hint else "interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(signals.exit_status()) from None

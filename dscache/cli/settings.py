@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -17,34 +18,67 @@ from .. import config
 from ..admin import ndjson
 from ..config import Config
 from ..config import url as urls
+from ..config.document import SUFFIXES
+from ..config.sources import is_url
 from ..config.validation import Location
 
 T = TypeVar("T")
 
-DEFAULT_FILE = "config.yml"
+DEFAULT_FILES = ("config.yml", "conf/config.yml")
+"""The files that are looked for in the current folder; deepstream's package has the second."""
+OWN_VARIABLE, COMMON_VARIABLE = "DSCACHE_URL", "REDIS_URL"
+DEFAULT_ADDRESS = "localhost:6379"
 
 
 def load(file: Path | None, url: str | None) -> Config:
-    """Return the configuration that ``--config`` or ``--url`` names, else that of the default file.
+    """Return the configuration that ``--config`` or ``--url`` names, else the first default found.
 
-    Its warnings go to standard error. Raises typer.BadParameter if both or neither are given and
-    there is no default file, and ConfigError.
+    The defaults are ``DSCACHE_URL``, the default files, ``REDIS_URL`` and ``localhost:6379``. A
+    note on standard error names a default that is no file. Warnings go there too. Raises
+    typer.BadParameter if both options are given, and ConfigError.
     """
-    both = "--config / --url"
     if file is not None and url is not None:
-        raise typer.BadParameter("give only one of them", param_hint=both)
-    source = url if file is None else file
-    if source is None:
-        source = Path(DEFAULT_FILE)
-        if not source.is_file():
-            raise typer.BadParameter(
-                f"give one of them, as there is no {DEFAULT_FILE} here", param_hint=both
-            )
+        raise typer.BadParameter("give only one of them", param_hint="--config / --url")
+    if url is not None:
+        return _load_url(url, "--url")
+    file = file or _default_file()
+    if file is not None:
+        with _warnings_shown():
+            return config.load(file)
+    variable = OWN_VARIABLE if os.environ.get(OWN_VARIABLE) else COMMON_VARIABLE
+    if given := os.environ.get(variable):
+        loaded = _load_url(given, variable)
+        reason = f"as {variable} says"
+    else:
+        loaded = _load_url(DEFAULT_ADDRESS, "default")
+        others = ("--url", "--config", OWN_VARIABLE, COMMON_VARIABLE, *DEFAULT_FILES)
+        reason = f"without {', '.join(others[:-1])} or {others[-1]}"
+    print(f"dscache: using {loaded.address}, {reason}", file=sys.stderr)
+    return loaded
+
+
+def load_source(source: str, place: str) -> Config:
+    """Return the configuration of a URL, ``host:port`` or file; errors of a URL name its place."""
+    if source.lower().endswith(SUFFIXES):
+        with _warnings_shown():
+            return config.load(Path(source))
+    return _load_url(source, place)
+
+
+def _default_file() -> Path | None:
+    """Return the first default file that exists, unless DSCACHE_URL is set."""
+    if os.environ.get(OWN_VARIABLE):
+        return None
+    return next((path for path in map(Path, DEFAULT_FILES) if path.is_file()), None)
+
+
+def _load_url(url: str, source: str) -> Config:
+    """Return the configuration of a URL or ``host:port``; errors name its source."""
     with _warnings_shown():
-        if url is not None and "://" not in url and not urls.HOST_AND_PORT.fullmatch(url):
+        if not is_url(url):
             # config.load would take it for the path of a file.
-            urls.parse(url, Location("--url"))
-        return config.load(source)
+            urls.parse(url, Location(source))
+        return config.load(url)
 
 
 def with_layout(given: Config, layout: str) -> Config:

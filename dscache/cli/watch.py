@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..admin import ndjson
 from ..admin.cache import open_cache
+from ..errors import RecordError
 from ..net.watch import CHANGED, DAMAGED, DELETED, FLUSHED, GAP, RESUMED, Change
-from .options import Chosen, PrefixArgument, with_all_options
-from .output import INTERRUPTED, complain, plain, write
+from . import signals
+from .options import Chosen, PrefixArgument, flag, with_all_options
+from .output import complain, plain, write
 from .settings import run
 from .tables import line_of
 
@@ -28,6 +34,7 @@ _STYLES = {
 @with_all_options
 def watch(
     prefix: PrefixArgument = "",
+    data: Annotated[bool, flag("--data", "Print the data of changed records too.")] = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -42,13 +49,17 @@ def watch(
 
     def show(event: Change) -> None:
         now = datetime.now(UTC)
+        try:
+            text = _text_of(event)
+        except RecordError as error:
+            event, text = replace(event, kind=DAMAGED, reason=str(error)), None
         if as_json:
-            write(line(event, now))
+            write(line(event, now, text))
         else:
-            console.print(row(event, now.astimezone()), soft_wrap=True)
+            console.print(row(event, now.astimezone(), text), soft_wrap=True)
 
     async def work() -> None:
-        async with open_cache(config) as cache, cache.watch(prefix) as changes:
+        async with open_cache(config) as cache, cache.watch(prefix, records=data) as changes:
             complain(f"watching {', '.join(changes.addresses)}")
             async for change in changes:
                 show(change)
@@ -57,10 +68,17 @@ def watch(
         run(work())
     except KeyboardInterrupt:
         # Ctrl-C is the usual way to end it, so nothing is printed.
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(signals.exit_status()) from None
 
 
-def line(event: Change, now: datetime) -> bytes:
+def _text_of(event: Change) -> bytes | None:
+    """Return the JSON text of a record that was read, on one line. Raises RecordError."""
+    if event.record is None:
+        return None
+    return ndjson.on_one_line(event.name, event.record.version, event.record.raw)
+
+
+def line(event: Change, now: datetime, text: bytes | None = None) -> bytes:
     """Return an event as one line of JSON, without the fields that don't apply."""
     fields: dict[str, object] = {
         "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -68,6 +86,8 @@ def line(event: Change, now: datetime) -> bytes:
     }
     if event.name:
         fields |= {"name": event.name, "version": event.version}
+    if text is not None:
+        fields["data"] = msgspec.Raw(text)
     if event.node and event.kind != FLUSHED:
         fields["node"] = event.node
     if event.reason:
@@ -75,7 +95,7 @@ def line(event: Change, now: datetime) -> bytes:
     return line_of(**fields)
 
 
-def row(event: Change, now: datetime) -> Text:
+def row(event: Change, now: datetime, data: bytes | None = None) -> Text:
     """Return an event as a line for a terminal."""
     version = event.kind if event.version is None else str(event.version)
     text = Text.assemble(
@@ -88,6 +108,8 @@ def row(event: Change, now: datetime) -> Text:
         RESUMED: f"{event.node and event.node + ': '}changes are reported again",
     }
     text.append("  ").append_text(plain(words.get(event.kind, event.name)))
+    if data is not None:
+        text.append_text(plain(f"  {data.decode()}", "dim"))
     if event.name and event.reason:
         text.append_text(plain(f"  {event.reason}", "red"))
     return text

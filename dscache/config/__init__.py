@@ -1,6 +1,6 @@
 """The configuration: files, mappings and URLs, read into typed, frozen Structs."""
 
-from .loader import load
+from .loader import load, load_url
 from .model import (
     ClusterRetryStrategy,
     Config,
@@ -26,4 +26,5 @@ __all__ = [
     "SentinelNode",
     "Tls",
     "load",
+    "load_url",
 ]

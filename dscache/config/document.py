@@ -79,8 +79,11 @@ class Tree:
         self.place = place
         self.folder = folder  # start of relative paths
 
-    def keys(self, node: object) -> Mapping[str, object] | None:
-        """Return the child nodes of a mapping by their names, or None for any other node."""
+    def keys(self, node: object, place: Location | None = None) -> Mapping[str, object] | None:
+        """Return the child nodes of a mapping by their names, or None for any other node.
+
+        ``place`` is that of the node, by default the root's.
+        """
         return node if isinstance(node, Mapping) else None
 
     def is_empty(self, node: object) -> bool:
@@ -135,14 +138,14 @@ class Document(Tree):
         root = _parse(masked, place, is_json=path.lower().endswith(".json"))
         super().__init__(root, place, os.path.dirname(os.path.abspath(path)))
 
-    def keys(self, node: object) -> dict[str, Node] | None:
+    def keys(self, node: object, place: Location | None = None) -> dict[str, Node] | None:
         """Return the entries of a mapping, before substitution, or None for any other node.
 
         Raises ConfigError for a duplicate key.
         """
         if not isinstance(node, MappingNode):
             return None
-        return self._entries(node, self.place, False)
+        return self._entries(node, place or self.place, False)
 
     def is_empty(self, node: object) -> bool:
         return isinstance(node, ScalarNode) and not node.value

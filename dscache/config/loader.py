@@ -2,60 +2,139 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
+from msgspec.structs import replace
 
 from ..errors import shorten
 from .document import Tree
 from .model import Config, Options
 from .rules import check_cluster, complete
-from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sections_of
-from .url import ParsedUrl
-from .validation import ConfigStruct, Location, read
+from .sources import (
+    ENTRY_KEYS,
+    Source,
+    is_url,
+    missing_section,
+    open_source,
+    plugins_of,
+    read_head,
+    read_section,
+    sections_of,
+    with_url,
+)
+from .url import ParsedUrl, parse
+from .validation import ConfigStruct, Location, is_null, read, text
 
+_logger = logging.getLogger("dscache")
+
+_ARGUMENTS: Final = Location("arguments")
 _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
+_HOT_PATHS: Final = "storageHotPathPrefixes"
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
-class PluginSection(ConfigStruct, frozen=True, kw_only=True):
-    """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+class PluginHead(ConfigStruct, frozen=True, kw_only=True):
+    """The entries of a plug-in's section that choose the plug-in."""
 
     name: str | UnsetType | None = UNSET
     path: str | None = None
     type: str | None = None
+
+
+class PluginSection(PluginHead, frozen=True, kw_only=True):
+    """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+
     options: Options = field(default_factory=Options)
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Any], *, environ: Mapping[str, str] | None = None
+    source: Source | Config,
+    *,
+    environ: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the configuration of a cache.
 
     ``source`` is the path of a ``.yml``, ``.yaml`` or ``.json`` file (str or PathLike), a mapping,
-    a URL or ``host:port``. A file or mapping is either deepstream's whole configuration, of which
-    only the cache's section is read, or that section alone. In a file, ``${NAME}`` is replaced by
-    the variable of ``environ``, by default the process's environment. A mapping and a URL are
-    taken as they are.
+    a URL, ``host:port``, ``localhost``, or a Config, which is returned. A file or mapping is either
+    deepstream's whole configuration, of which only the cache's section is read, or that section
+    alone; a mapping may also have just the options. In a file, ``${NAME}`` is replaced by the
+    variable of ``environ``, by default the process's environment. A mapping and a URL are taken as
+    they are. ``options`` override those of the source, by their names in a file or in snake_case.
 
     Raises ConfigError, which begins with the place of the mistake.
     """
+    given, fields = _read_arguments(options or {})
+    arguments = {name: _ARGUMENTS.at(name) for name in given}
+    if isinstance(source, Config):
+        return _overridden(source, fields, source.source, os.getcwd()) if fields else source
     opened = open_source(source, environ)
     if isinstance(opened, ParsedUrl):
-        place, folder = Location(opened.shown), os.getcwd()
-        name: Literal["redis", "memory"] = "redis"
-        options = read(Options, opened.options, place)
-    else:
-        path, node = _find_cache(opened)
-        entry_place, folder = opened.place._replace(path=path), opened.folder
-        place = entry_place.at("options")
-        content = opened.value(node, entry_place)
-        section, places = read_section(PluginSection, content, entry_place, _EXAMPLE)
-        check_cluster(section.options, places)
-        name, options = _name(section, entry_place), section.options
-    return Config(name=name, options=complete(options, place, folder), source=place.source)
+        stated = Config(options=read(Options, opened.options, Location(opened.shown)))
+        return _overridden(stated, fields, opened.shown, os.getcwd())
+    if isinstance(source, Mapping) and _has_options_alone(source):
+        place = opened.place
+        merged, places = with_url(source, place)
+        chosen = replace(read(Options, merged, place), **fields)
+        check_cluster(chosen, places | arguments)
+        return Config(options=complete(chosen, place, opened.folder), source=place.source)
+    path, node = _find_cache(opened)
+    entry_place = opened.place._replace(path=path)
+    if (head := read_head(PluginHead, opened, node, entry_place)) is not None:
+        _name(head, entry_place)
+    content = opened.value(node, entry_place)
+    section, places = read_section(PluginSection, content, entry_place, _EXAMPLE)
+    chosen = replace(section.options, **fields)
+    check_cluster(chosen, places | arguments)
+    return Config(
+        name=_name(section, entry_place),
+        options=complete(chosen, entry_place.at("options"), opened.folder),
+        source=entry_place.source,
+        hot_path_prefixes=_hot_paths(opened),
+    )
+
+
+def load_url(url: str, *, options: Mapping[str, Any] | None = None) -> Config:
+    """Return the configuration that a URL or ``host:port`` states, as ``load`` does.
+
+    Raises ConfigError, also if it is neither.
+    """
+    if isinstance(url, str) and not is_url(url):
+        parse(url, Location("URL"))
+    return load(url, options=options)
+
+
+def _read_arguments(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that override the source: by name in a file, and as checked fields."""
+    names = dict(zip(Options.__struct_fields__, Options.__struct_encode_fields__, strict=True))
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        encoded = names.get(name, name)
+        if encoded in given:
+            raise _ARGUMENTS.at(encoded).error("given twice, in camelCase and in snake_case")
+        given[encoded] = value
+    checked = read(Options, given, _ARGUMENTS)
+    by_name = {encoded: field for field, encoded in names.items()}
+    stated = {by_name[name] for name, value in given.items() if value is not None}
+    return given, {field: getattr(checked, field) for field in stated}
+
+
+def _overridden(config: Config, fields: Mapping[str, Any], source: str, folder: str) -> Config:
+    options = complete(replace(config.options, **fields), Location(source), folder)
+    return replace(config, options=options, source=source)
+
+
+def _has_options_alone(source: Mapping[str, Any]) -> bool:
+    """Whether a mapping has the options of a cache, without a section around them."""
+    if source.keys() & {"cache", "plugins", "options", "type"}:
+        return False
+    if "name" in source and "sentinels" not in source:
+        return False
+    return bool(source.keys() & ({*Options.__struct_encode_fields__, "url"} - {"name", "path"}))
 
 
 def _find_cache(tree: Tree) -> tuple[str, object]:
@@ -63,8 +142,15 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
     sections = sections_of(tree, _EXAMPLE)
     if "cache" in sections:
         return "cache", sections["cache"]
-    plugins = tree.keys(sections["plugins"]) if "plugins" in sections else None
-    if plugins is not None and "cache" in plugins:
+    plugins = plugins_of(tree, sections)
+    if "cache" in plugins:
+        _logger.warning(
+            "%s is a section of deepstream 1 to 3, which keep each record under one key, and "
+            "dscache reads the two keys of deepstream 4 and newer: the records of such a server "
+            "read as missing; run dscache migrate --from deepstream3, and write the section as "
+            "cache: at the top of the file",
+            tree.place.at("plugins").at("cache"),
+        )
         return "plugins.cache", plugins["cache"]
     if sections.keys() & ENTRY_KEYS:
         return "", tree.root
@@ -77,7 +163,27 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
     raise missing_section("cache", sections, shown, tree, _EXAMPLE)
 
 
-def _name(section: PluginSection, place: Location) -> Literal["redis", "memory"]:
+def _hot_paths(tree: Tree) -> tuple[str, ...]:
+    """Return the prefixes of records that deepstream always writes with version 0.
+
+    They are in the section ``record``; deepstream 4 had them at the top.
+    """
+    sections = tree.keys(tree.root) or {}
+    inner = tree.place.at("record")
+    record = tree.keys(sections["record"], inner) if "record" in sections else None
+    for place, entries in ((inner, record or {}), (tree.place, sections)):
+        if _HOT_PATHS in entries:
+            here = place.at(_HOT_PATHS)
+            written = tree.value(entries[_HOT_PATHS], here)
+            if is_null(written):
+                return ()
+            if not isinstance(written, (list, tuple)):
+                raise here.error("must be a list of the beginnings of names")
+            return tuple(text(one, here.item(index)) for index, one in enumerate(written))
+    return ()
+
+
+def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:
     """Return the kind of cache: deepstream prefers the path to the name, and either to the type."""
     if section.path is not None:
         if section.path not in _REDIS_PLUGINS:

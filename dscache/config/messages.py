@@ -17,10 +17,18 @@ from msgspec.structs import replace
 
 from ..errors import shorten
 from .document import Tree
-from .loader import PluginSection
+from .loader import PluginHead, PluginSection
 from .model import Config, Milliseconds, Options
 from .rules import check_cluster, complete
-from .sources import ENTRY_KEYS, missing_section, open_source, read_section, sections_of
+from .sources import (
+    ENTRY_KEYS,
+    missing_section,
+    open_source,
+    plugins_of,
+    read_head,
+    read_section,
+    sections_of,
+)
 from .url import ParsedUrl
 from .validation import Location, is_null, read, text
 
@@ -97,6 +105,8 @@ def load(
         name = server_name or _server_name(name_node, named)
         entry_place, folder = opened.place._replace(path=path), opened.folder
         place = entry_place.at("options")
+        if (head := read_head(PluginHead, opened, node, entry_place)) is not None:
+            _check_plugin(head, entry_place)
         options = _read_options(opened.value(node, entry_place), entry_place)
     options = complete(options, place, folder)
     if options.sharded and not options.nodes:
@@ -117,6 +127,12 @@ def _find_section(tree: Tree) -> tuple[str, object, object]:
         return "clusterNode", sections["clusterNode"], name
     if sections.keys() & ENTRY_KEYS and sections.keys() <= {*ENTRY_KEYS, "serverName"}:
         return "", tree.root, name
+    if "message" in plugins_of(tree, sections):
+        place = tree.place.at("plugins").at("message")
+        raise place.error(
+            "is the message connector of deepstream 1 to 3, whose protocol is another one; with "
+            f"deepstream 4 or newer write {_EXAMPLE}"
+        )
     raise missing_section("clusterNode", sections, sections, tree, _EXAMPLE)
 
 
@@ -154,7 +170,7 @@ def _read_options(entry: object, place: Location) -> MessageOptions:
     return options
 
 
-def _check_plugin(section: _NodeSection, place: Location) -> None:
+def _check_plugin(section: PluginHead, place: Location) -> None:
     """Raise ConfigError for any plug-in but Redis; deepstream prefers the path to the name."""
     if section.path is not None:
         if section.path != _PLUGIN:

@@ -21,7 +21,7 @@ from .._limits import (
     NEAR_BYTES,
     NEAR_RECORDS,
 )
-from ..core.constants import join_address
+from ..config.address import join_address
 from ..errors import DscacheError
 from . import ioredis
 from .tls import Tls
@@ -152,6 +152,10 @@ class RedisOptions(ConfigStruct, frozen=True, kw_only=True):
         "reconnectOnError": "the primary of a slot is looked up after every READONLY",
         "retryStrategy": "it belongs beside redisOptions",
     }
+    unknown_remedy: ClassVar[str] = (
+        "; leave redisOptions out, or write redisOptions: {}, which deepstream's connector needs "
+        "beside nodes"
+    )
 
     username: str | None = None
     password: Secret | None = None
@@ -312,11 +316,16 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
 
 
 class Config(ConfigStruct, frozen=True, kw_only=True):
-    """A checked configuration: the kind of cache, its options, and their source."""
+    """A checked configuration: the kind of cache, its options, and their source.
+
+    ``hot_path_prefixes`` are deepstream's ``storageHotPathPrefixes``: its servers write records
+    whose names begin so with version 0 at every write.
+    """
 
     name: Literal["redis", "memory"] = "redis"
     options: Options = field(default_factory=Options)
     source: str = "mapping"
+    hot_path_prefixes: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:

@@ -18,6 +18,7 @@ from .validation import ConfigStruct, Location, is_null, nearest, read, redact_k
 Source = str | os.PathLike[str] | Mapping[str, Any]
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
+_HEAD_KEYS = ("name", "path", "type")
 
 
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
@@ -34,7 +35,7 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
         )
-    if isinstance(source, str) and ("://" in source or url.HOST_AND_PORT.fullmatch(source)):
+    if isinstance(source, str) and is_url(source):
         return url.parse(source, Location("URL"))
     path = os.fsdecode(source)
     if not path.lower().endswith(SUFFIXES):
@@ -45,6 +46,12 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
         )
     place = Location(os.path.basename(path))
     return Document(path, os.environ if environ is None else environ, place)
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is a URL, ``host:port`` or ``localhost``, and no path of a file."""
+    is_address = url.HOST_AND_PORT.fullmatch(source) or source == url.LOCALHOST
+    return "://" in source or bool(is_address)
 
 
 def sections_of(tree: Tree, example: str) -> Mapping[str, object]:
@@ -70,6 +77,28 @@ def missing_section(
     )
 
 
+def plugins_of(tree: Tree, sections: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the entries of the section ``plugins``.
+
+    deepstream 1 to 3 had all connectors there; since 4 it has plug-ins of the user alone.
+    """
+    if "plugins" not in sections:
+        return {}
+    return tree.keys(sections["plugins"], tree.place.at("plugins")) or {}
+
+
+def read_head(struct: type[SectionT], tree: Tree, node: object, place: Location) -> SectionT | None:
+    """Return a plug-in's section without its options, or None if it is no mapping.
+
+    The options of another plug-in are thus never evaluated or judged. Raises ConfigError.
+    """
+    entries = tree.keys(node, place)
+    if entries is None:
+        return None
+    head = {key: tree.value(entries[key], place.at(key)) for key in _HEAD_KEYS if key in entries}
+    return read(struct, head, place)
+
+
 def read_section(
     struct: type[SectionT], entry: object, place: Location, example: str
 ) -> tuple[SectionT, dict[str, Location]]:
@@ -80,17 +109,36 @@ def read_section(
     if not isinstance(entry, Mapping):
         raise place.error(f"must be a mapping; write {example}")
     options = entry.get("options")
+    inside = place.at("options")
+    if isinstance(options, str) and ("://" in options or url.HOST_AND_PORT.fullmatch(options)):
+        raise inside.error(
+            "must be a mapping of options, not text; write a URL as url: below options, as in "
+            "options: {url: ${REDIS_URL}}"
+        )
     if not isinstance(options, Mapping):
         return read(struct, entry, place), {}
-    inside = place.at("options")
-    here = inside.at("url")
+    merged, places = with_url(options, inside)
+    return read(struct, {**entry, "options": merged}, place), places
+
+
+def with_url(
+    options: Mapping[str, object], place: Location
+) -> tuple[dict[str, object], dict[str, Location]]:
+    """Return options with the ones that their ``url`` states, and the place of each.
+
+    Raises ConfigError.
+    """
+    here = place.at("url")
     stated: dict[str, object] = {}
     written = options.get("url")
     if written is not None and written != "":
         stated = url.parse(text(written, here, secret=True), here).options
-    section = read(struct, {**entry, "options": _overridden(options, stated)}, place)
-    places = {name: inside.at(name) for name in options if not is_null(options[name])}
-    return section, places | dict.fromkeys(stated, here)
+    places = {
+        name: place.at(name)
+        for name, value in options.items()
+        if isinstance(name, str) and not is_null(value)
+    }
+    return _overridden(options, stated), places | dict.fromkeys(stated, here)
 
 
 def _overridden(options: Mapping[str, object], stated: dict[str, object]) -> dict[str, object]:

@@ -7,17 +7,23 @@ wherever a missing percent-escape has put it.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from . import ioredis
 from .validation import Location, nearest
+
+_logger = logging.getLogger("dscache")
 
 HOST: Final = r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+)"
 HOST_AND_PORT: Final = re.compile(rf"{HOST}:([0-9]{{1,5}})")
 """``host:port`` as a source; the port's range is checked with the option ``port``."""
+LOCALHOST: Final = "localhost"
+"""The one bare host name that is a source; any other would hide the mistyped path of a file."""
 SCHEMES = "redis://, rediss:// or unix://"
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 
@@ -34,9 +40,14 @@ def parse(url: str, place: Location) -> ParsedUrl:
 
     Raises ConfigError, which never quotes a part that may hold a password.
     """
+    if url == LOCALHOST:
+        return ParsedUrl({"host": url}, url)
     if HOST_AND_PORT.fullmatch(url):
         bare_host, _, bare_port = url.rpartition(":")
         return ParsedUrl({"host": bare_host.strip("[]"), "port": bare_port}, url)
+    # Valkey's tools use these for the same thing.
+    if (alias := re.match(r"valkey(s?)://", url, re.IGNORECASE)) is not None:
+        url = f"redis{alias[1].lower()}://{url[alias.end() :]}"
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise place.error(f"must begin with {SCHEMES}, or be host:port")
@@ -94,6 +105,10 @@ def _query(query: str, place: Location) -> tuple[dict[str, object], dict[str, ob
     except ValueError:
         raise place.error(f"the query can't be read; {_ESCAPE}") from None
     for name, value in pairs:
+        if name in ioredis.NO_EFFECT_OUTSIDE:
+            reason = ioredis.NO_EFFECT_OUTSIDE[name]
+            _logger.info("%s has no effect: %s", place.at(name), reason)
+            continue
         if name not in QUERY_OPTIONS:
             best = nearest(name, QUERY_OPTIONS)
             known = ", ".join(QUERY_OPTIONS)

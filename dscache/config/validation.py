@@ -69,13 +69,15 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
 
     ``expected`` describes its form in a file. ``consumed`` names options that are handled before
     the Struct is read. ``no_effect`` maps accepted options without effect to the reason,
-    ``unsupported`` options that can't be ignored to the remedy.
+    ``unsupported`` options that can't be ignored to the remedy. ``unknown_remedy`` ends the error
+    for an option that is like none of them.
     """
 
     expected: ClassVar[str] = "a mapping of options"
     consumed: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[Mapping[str, str]] = {}
     unsupported: ClassVar[Mapping[str, str]] = {}
+    unknown_remedy: ClassVar[str] = ""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         shown = []
@@ -185,7 +187,7 @@ def _unknown(struct: type[ConfigStruct], key: str, value: object, place: Locatio
             f"a secret; {remedy}"
         )
     else:
-        problem = f"unknown option; the options are {', '.join(known)}"
+        problem = f"unknown option; the options are {', '.join(known)}{struct.unknown_remedy}"
     return place.at(key).error(problem)
 
 

@@ -66,11 +66,11 @@ cdef class _Bulk:
         """
         self.remaining -= count
         if not (self.remaining or self.over):
-            recovery.finish(self)
+            outcomes.finish(self)
         return 0
 
-    take = recovery.take
-    take_error = recovery.take_error
+    take = outcomes.take
+    take_error = outcomes.take_error
 
 
 @cython.final

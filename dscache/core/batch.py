@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import constants as c
-from . import recovery
-from .constants import Waiter
+from . import outcomes
+from .waiters import Waiter
 
 
 class _Serials:
@@ -73,10 +73,10 @@ class Bulk:
         """
         self.remaining -= count
         if not (self.remaining or self.over):
-            recovery.finish(self)
+            outcomes.finish(self)
 
-    take = recovery.take
-    take_error = recovery.take_error
+    take = outcomes.take
+    take_error = outcomes.take_error
 
 
 @dataclass(slots=True, eq=False)

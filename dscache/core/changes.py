@@ -15,6 +15,7 @@ import msgspec
 from .. import _backend
 from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, shorten
 from . import constants as c
+from . import failures
 
 if TYPE_CHECKING:
     from .record import Record
@@ -84,11 +85,17 @@ class Timing:
         return max(0.0, self.deadline - self.clock())
 
 
+def check_change(operation: str, change: object) -> None:
+    """Raise TypeError for a change that can't be called."""
+    if not callable(change):
+        raise TypeError(f"{operation}: change must be a function, not {shorten(change)}")
+
+
 def check_arguments(name: str, default: object, ttl: int | None) -> tuple[str, bytes | Omitted]:
     """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
     name = _backend.core.check_name(name)
     if ttl is not None:
-        c.check_ttl(name, ttl)
+        failures.check_ttl(name, ttl)
     return name, OMITTED if default is OMITTED else _backend.core.encode_data(name, default)
 
 
@@ -104,11 +111,12 @@ def change_steps(
     ttl: int | None,
     timing: Timing,
     if_changed: bool = False,
+    type: Any = None,
 ) -> Steps:
     """Yield the steps of one update; its result is the Record written, or None if it was removed.
 
     ``default`` is the JSON text of a missing record, or OMITTED. With ``if_changed``, data that is
-    equal to that of the record isn't written.
+    equal to that of the record isn't written. The data and the result are of the ``type``.
     """
     core = _backend.core
     conflicts = 0
@@ -116,11 +124,13 @@ def change_steps(
         record = yield "get", (name,)
         if record is not None:
             # Decoded from a Record of its own: the change may alter the data and then keep it.
-            data = core.Record(name, record.version, record.raw).data
+            if type is not None:
+                record = core.Record(name, record.version, record.raw, record.stale, type)
+            data = core.Record(name, record.version, record.raw, False, type).data
         elif default is OMITTED:
             raise missing(operation, name)
         else:
-            data = core.Record(name, 0, default).data
+            data = core.Record(name, 0, default, False, type).data
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
@@ -134,14 +144,14 @@ def change_steps(
         else:
             text = core.encode_data(name, data)
             if if_changed and record is not None and _is_same(name, record, text):
-                return record  # type: ignore[no-any-return]
+                return record  # type: ignore[no-any-return] # of the driver
             version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
             expected = None if record is None else record.version
             done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
         if done:
-            return None if data is DELETE else core.Record(name, version, text)
+            return None if data is DELETE else core.Record(name, version, text, False, type)
         pause = timing.pause(conflicts)
         conflicts += 1
         if timing.clock() + pause >= timing.deadline:
@@ -183,7 +193,7 @@ def always_late(operation: str, name: str, conflicts: int, timeout: float) -> De
 
 
 def late_change(operation: str, name: str, timeout: float) -> DeadlineExceeded:
-    """Return the error of an update that spent all of its time on the change."""
+    """Return the error of an update whose change took all of its time."""
     return DeadlineExceeded(
         f"{operation} {shorten(name)}: reading the record and changing its data took longer than "
         f"{timeout * 1000:.0f} ms; nothing was written"

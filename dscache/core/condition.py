@@ -87,3 +87,10 @@ def guard_of_version(name: str, expected: object, other: str) -> bytes:
         f"not {shorten(expected)}",
         name=name,
     )
+
+
+def repeat_of(guard: bytes) -> bytes:
+    """Return the guard of a repeat of a write whose first attempt may have been done."""
+    if guard == c.GUARDED:
+        return c.GUARDED_REPEAT
+    return c.EXPECTED_REPEAT + guard[1:]

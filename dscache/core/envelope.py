@@ -76,10 +76,38 @@ def check_topic(topic: object) -> int:
     return int(topic)
 
 
+class _Stated(msgspec.Struct):
+    topic: Any = msgspec.UNSET
+
+
+_decode_stated = msgspec.json.Decoder(_Stated).decode
+
+
+def stated_topic(channel: int, message: Any) -> int:
+    """Return the topic that a received message states; ``channel`` if it states none.
+
+    -1 if that is no topic, so that it has no subscriber.
+    """
+    try:
+        topic = _decode_stated(message.raw).topic
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        try:
+            data = message.data
+        except MessageError:
+            return channel  # its data tells the error
+        topic = data.get("topic", msgspec.UNSET) if isinstance(data, dict) else msgspec.UNSET
+    if topic is msgspec.UNSET:
+        return channel
+    if isinstance(topic, float) and topic.is_integer():
+        topic = int(topic)  # JSON has one kind of number
+    is_topic = isinstance(topic, int) and not isinstance(topic, bool) and 0 <= topic <= MAX_TOPIC
+    return topic if is_topic else -1
+
+
 def topic_of(message: object) -> int:
     """Return the topic that a message states, by key or by attribute; raises MessageError."""
     try:
-        topic = message["topic"] if isinstance(message, Mapping) else message.topic  # type: ignore[attr-defined]
+        topic = message["topic"] if isinstance(message, Mapping) else message.topic  # type: ignore[attr-defined] # a bad one raises
     except (KeyError, AttributeError):
         raise MessageError(
             f"a message must have a topic, and there is none in {shorten(message)}; "
@@ -133,7 +161,7 @@ def decode_tolerantly(topic: int, sender: str, raw: bytes, payload: bytes | None
             return tolerant_json.decode(raw)
         # More may follow the message than the end of its envelope.
         value = tolerant_json.decode(payload)
-        return value["message"]  # type: ignore[index]
+        return value["message"]  # type: ignore[index] # a bad one raises
     except (ValueError, LookupError, TypeError) as error:
         raise MessageError(
             f"message on topic {topic} from {shorten(sender)}: it is no JSON: {error}"

@@ -66,6 +66,20 @@ class KeyLayout:
         except UnicodeDecodeError:
             return None
 
+    def is_no_text(self, key: bytes) -> bool:
+        """Return whether a key is a record's but for its name, which is no UTF-8."""
+        if not key.endswith(_SUFFIXES) or not key.startswith(self.prefix):
+            return False
+        stem: bytes | None = key[len(self.prefix) : -len(c.DATA_SUFFIX)]
+        if self.hash_tag and stem is not None:
+            stem = _untagged(stem)
+        try:
+            if stem is not None:
+                stem.decode()
+        except UnicodeDecodeError:
+            return True
+        return False
+
     def slot(self, name: str) -> int:
         """Return the slot of both keys of a record, or -1 if their slots differ."""
         version, data = map(slot_of_key, self.keys(name))

@@ -20,7 +20,12 @@ and released by writes that expect its token. So nothing but conditional writes 
 work on every kind of server, and are repeated safely when a connection is lost.
 
 The result of a load is written on condition that the record is still the one that was read when
-the load began. A newer write of anybody else is therefore never undone.
+the load began, so that a load never undoes a newer write.
+
+Loads that fetch each other's records in a ring would wait for ever. A **flight** knows the flights
+that its load waits for, so a ring in one process is refused at the call that closes it. Over
+several processes, a lease tells the names that its load waits for. A caller that waits for a lease
+follows them from note to note; if they lead back to its own name for some seconds, it fails.
 
 A generator yields steps: operations of a Pipeline, loads and pauses. The asyncio and the blocking
 driver execute them.
@@ -28,10 +33,12 @@ driver execute them.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any, Final, TypeAlias
@@ -39,8 +46,9 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .. import _backend
-from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
+from ..errors import BulkError, DscacheError, LoadError, RecordError, UsageError, shorten
 from . import constants as c
+from .entries import unique
 from .keys import NOTE_SUFFIX
 
 _logger = logging.getLogger("dscache")
@@ -59,6 +67,10 @@ _FIRST_PAUSE: Final = 0.005
 _LAST_PAUSE: Final = 0.1
 # Jitter of a bulk's ttl takes at most this many values, since each needs a command of its own.
 _SPREAD: Final = 16
+# How long a ring of leases must last: what a note tells is as old as its last renewal.
+_RING_SECONDS: Final = 2 * RENEW_SECONDS
+# The most names that a note tells, and that are followed from note to note.
+_MOST_WAITED: Final = 100
 # How many names a process remembers having checked, and how many kinds of terms.
 _MOST_CHECKS: Final = 65_536
 _MOST_TERMS: Final = 1_024
@@ -127,6 +139,47 @@ def terms_of(
     return Terms(seconds, refresh_after, float(jitter), keep_missing)
 
 
+def no_load(operation: str, name: str, load: object) -> TypeError:
+    """Return the error of a load that can't be called."""
+    return TypeError(f"{operation}: {name} must be a function, not {shorten(load)}")
+
+
+def is_async(load: Any) -> bool:
+    """Return whether a function is a coroutine function, or an object called as one."""
+    code = getattr(load, "__code__", None)
+    if code is not None:
+        return bool(code.co_flags & inspect.CO_COROUTINE)
+    return inspect.iscoroutinefunction(load) or inspect.iscoroutinefunction(
+        getattr(load, "__call__", None)  # noqa: B004 # of an object; whether it is callable is known
+    )
+
+
+def not_plain(operation: str, name: str) -> TypeError:
+    """Return the error of a load that is a coroutine function in a blocking cache."""
+    return TypeError(
+        f"{operation}: {name} is a coroutine function, and a Cache awaits nothing; give a plain "
+        "function, or use an AsyncCache"
+    )
+
+
+def name_of_note(operation: str, name: str) -> RecordError:
+    """Return the error for a name that is that of a note."""
+    return RecordError(
+        f"{operation}: record {shorten(name)}: names that end with {NOTE_SUFFIX} belong to fetch "
+        "itself; name the record otherwise",
+        name=name,
+    )
+
+
+def checked_names(operation: str, names: Iterable[str]) -> list[str]:
+    """Return the names of a bulk, each once; raises RecordError for a bad one."""
+    checked = list(unique(operation, names))
+    for name in checked:
+        if name.endswith(NOTE_SUFFIX):
+            raise name_of_note(operation, name)
+    return checked
+
+
 def _check_seconds(option: str, value: int) -> None:
     if not _is_int(value) or not 1 <= value <= c.MAX_TTL:
         raise RecordError(
@@ -144,12 +197,15 @@ class Checks:
 
     ``known`` has the terms of options that were checked before, and ``recent`` the time until which
     a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
+    ``keeps_missing`` is whether any call has remembered that there is nothing.
     """
 
     def __init__(self, default_ttl: int | None) -> None:
         self._default_ttl = default_ttl
         self.known: dict[tuple[Any, ...], Terms] = {}
         self.recent: dict[str, float] = {}
+        self.keeps_missing = False
+        self._missing: set[str] = set()
 
     def terms(
         self,
@@ -163,7 +219,28 @@ class Checks:
         if len(self.known) >= _MOST_TERMS:
             self.known.clear()
         self.known[ttl, refresh_after, jitter, keep_missing] = terms
+        if keep_missing is not None:
+            self.keeps_missing = True
         return terms
+
+    def keep_missing(self, names: Iterable[str]) -> None:
+        """Note that other calls remember of these names that there is nothing."""
+        if len(self._missing) >= _MOST_CHECKS:
+            self._missing.clear()
+        self._missing.update(names)
+
+    def notes_after(self, names: Iterable[str], *, removed: bool) -> list[str]:
+        """Return the notes to remove with records that are written or removed.
+
+        A removal ends every process's memory of a name. A write does so only for the names known
+        here: while a record exists, it counts more than its note anyway.
+        """
+        if removed:
+            return [note_of(name) for name in names]
+        missing = self._missing
+        ended = [name for name in names if name in missing]
+        missing.difference_update(ended)
+        return [note_of(name) for name in ended]
 
     def is_recent(self, name: str) -> bool:
         """Return whether the age of a record was checked a moment ago."""
@@ -191,13 +268,14 @@ class Do:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load of records, during which ``renewal`` is done every ``RENEW_SECONDS``.
+    """A load of records, during which a renewal is done every ``RENEW_SECONDS``.
 
-    The step's result is a mapping of name to data; a name without data has no record.
+    ``renewal`` returns it, given the names that the load waits for. The step's result is a mapping
+    of name to data; a name without data has no record.
     """
 
     names: tuple[str, ...]
-    renewal: Do
+    renewal: Callable[[list[str]], Do]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +291,8 @@ class Outcome:
 
     records: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    nothing: set[str] = field(default_factory=set)
+    """Names of which a note tells that there is nothing."""
 
     def of(self, name: str) -> Any:
         """Return the record of a name, or None; raises its error."""
@@ -250,6 +330,125 @@ def _content(note: Any) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
+# -- rings
+
+
+class Flight:
+    """A load under way in this process, and the other ones that it waits for."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._waits: list[Flight] = []
+
+    def waited_names(self) -> list[str]:
+        """Return names that the load waits for at the moment."""
+        names = dict.fromkeys(name for one in list(self._waits) for name in one.names)
+        return list(names)[:_MOST_WAITED]
+
+    @contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Note within the block that the calling load, if any, waits for this flight.
+
+        Raises UsageError if this flight is that load's own, or waits for it.
+        """
+        caller = _current.get()
+        if caller is None:
+            yield
+            return
+        # Noted before the look: of two threads that close a ring together, one sees it.
+        caller._waits.append(self)
+        try:
+            if self._needs(caller):
+                raise _ring(self, caller)
+            yield
+        finally:
+            caller._waits.remove(self)
+
+    def _needs(self, other: Flight) -> bool:
+        seen = {self}
+        queue = [self]
+        while queue:
+            one = queue.pop()
+            if one is other:
+                return True
+            new = {*one._waits} - seen
+            seen |= new
+            queue += new
+        return False
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Say within the block that the calling code is the load of this flight."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+_current: ContextVar[Flight | None] = ContextVar("dscache_load", default=None)
+"""The flight whose load is the calling code; tasks and ``asyncio.to_thread`` inherit it."""
+
+
+def _ring(wanted: Flight, caller: Flight) -> UsageError:
+    name = shorten(wanted.names[0])
+    if wanted is caller:
+        return UsageError(
+            f"record {name}: its load fetches the same record, and would wait for itself; read "
+            "the source in it"
+        )
+    return UsageError(
+        f"record {name}: its load waits for that of {shorten(caller.names[0])}, which fetches it "
+        "and would wait for itself; read the source in one of the loads"
+    )
+
+
+class _Rings:
+    """The rings that a caller finds among the leases for which it waits."""
+
+    def __init__(self) -> None:
+        self.others: list[str] = []
+        """Names whose notes are read as well, as the leases wait for them."""
+        self._since: dict[str, float] = {}
+
+    def look(self, waiting: Iterable[str], found: Mapping[str, Any], outcome: Outcome) -> None:
+        """Fail the names whose leases have waited for themselves for a while."""
+        names = dict.fromkeys([*waiting, *self.others])
+        waits = {name: _waited_names(found.get(note_of(name))) for name in names}
+        others = dict.fromkeys(other for name in waiting for other in _reached(name, waits))
+        self.others = [name for name in others if name not in waiting][:_MOST_WAITED]
+        now = time.monotonic()
+        ringed = [name for name in waiting if waits[name] and name in _reached(name, waits)]
+        self._since = {name: self._since.get(name, now) for name in ringed}
+        for name, began in self._since.items():
+            if now - began >= _RING_SECONDS:
+                outcome.errors[name] = LoadError(
+                    f"record {shorten(name)}: its load, in another call, fetches a record whose "
+                    "load fetches this one; read the source in one of the loads",
+                    name=name,
+                )
+
+
+def _waited_names(note: Any) -> list[str]:
+    """Return the names that the load of a lease waits for."""
+    names = _content(note).get("waits")
+    if not isinstance(names, list) or state_of(note) != _LOADING:
+        return []
+    return [name for name in names[:_MOST_WAITED] if isinstance(name, str) and name]
+
+
+def _reached(name: str, waits: Mapping[str, list[str]]) -> dict[str, None]:
+    """Return the names to which ``waits`` leads from a name, itself only if it is among them."""
+    seen: dict[str, None] = {}
+    queue = [name]
+    while queue:
+        for other in waits.get(queue.pop(), ()):
+            if other not in seen:
+                seen[other] = None
+                queue.append(other)
+    return seen
+
+
 # -- the generators
 
 
@@ -257,9 +456,10 @@ def load_missing(names: Iterable[str], terms: Terms) -> Steps:
     """Load records that were not found, or wait until other callers have loaded them."""
     outcome = Outcome()
     waiting = dict.fromkeys(names)
+    rings = _Rings()
     pauses = 0
     while waiting:
-        vacant = yield from _look(waiting, outcome)
+        vacant = yield from _look(waiting, rings, outcome)
         leases = (yield from _acquire(vacant, outcome)) if vacant else {}
         if leases:
             yield from _load(leases, terms, outcome, refresh=False)
@@ -276,7 +476,10 @@ def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
     """Load records anew whose notes have ended, unless another caller does; none is lost."""
     outcome = Outcome(dict(records))
     try:
-        leases = yield from _acquire(dict.fromkeys(records), outcome)
+        notes = yield from _read(map(note_of, records), outcome)
+        beside = {name: notes.get(note_of(name)) for name in records}
+        vacant = {name: _version_of(note) for name, note in beside.items() if _is_due(note)}
+        leases = (yield from _acquire(vacant, outcome)) if vacant else {}
         if leases:
             yield from _load(leases, terms, outcome, refresh=True)
     except DscacheError as error:
@@ -287,12 +490,19 @@ def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
     return outcome
 
 
-def _look(waiting: dict[str, None], outcome: Outcome) -> Generator[Step, Any, dict[str, Any]]:
+def _look(
+    waiting: dict[str, None], rings: _Rings, outcome: Outcome
+) -> Generator[Step, Any, dict[str, Any]]:
     """Take the names that need no load out of ``waiting``.
 
     Returns the names without a lease, each with the version of its note or None.
     """
-    found = yield from _read(with_notes(waiting), outcome)
+    known = set(outcome.errors)
+    found = yield from _read([*with_notes(waiting), *map(note_of, rings.others)], outcome)
+    for name in rings.others:
+        if name not in known:
+            outcome.errors.pop(name, None)
+    rings.look(waiting, found, outcome)
     vacant: dict[str, int | None] = {}
     for name in list(waiting):
         note = found.get(note_of(name))
@@ -303,13 +513,26 @@ def _look(waiting: dict[str, None], outcome: Outcome) -> Generator[Step, Any, di
             outcome.records[name] = found[name]
             del waiting[name]
         elif state == _MISSING:
+            outcome.nothing.add(name)
             del waiting[name]
         elif state == _FAILED:
             outcome.errors[name] = _failed_before(name, note)
             del waiting[name]
         elif state != _LOADING:
-            vacant[name] = None if note is None else note.version
+            vacant[name] = _version_of(note)
     return vacant
+
+
+def _version_of(note: Any) -> int | None:
+    return None if note is None else int(note.version)
+
+
+def _is_due(note: Any) -> bool:
+    """Return whether a record beside such a note is to be loaded anew.
+
+    A note that there is nothing says nothing of a record that was written behind it.
+    """
+    return state_of(note) in ("", _MISSING)
 
 
 def _read(names: Iterable[str], outcome: Outcome) -> _Part:
@@ -382,7 +605,11 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
         wanted = tuple(name for name in leases if name not in done)
         if wanted:
             tokens = {name: leases[name] for name in wanted}
-            renewal = _write_notes({"state": _LOADING}, LEASE_SECONDS, tokens)
+
+            def renewal(waits: list[str]) -> Do:
+                content = {"state": _LOADING, **({"waits": waits} if waits else {})}
+                return _write_notes(content, LEASE_SECONDS, tokens)
+
             try:
                 loaded = yield Load(wanted, renewal)
                 if not isinstance(loaded, Mapping):
@@ -391,13 +618,11 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
                         f"{type(loaded).__name__}"
                     )
             except Exception as error:
-                pause = FAILURE_SECONDS
-                if refresh:
-                    pause = max(pause, (terms.refresh_after or 0) // 10)
-                yield from _fail(tokens, _STALE if refresh else _FAILED, pause, outcome, error)
                 held = {name: held[name] for name in held if name not in tokens}
+                said = f"raised {type(error).__name__}"
+                yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
             else:
-                yield from _store(held, wanted, loaded, found, terms, outcome)
+                yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
     except GeneratorExit:
         held = {}  # its driver is gone, and executes nothing any more
         raise
@@ -407,12 +632,22 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
 
 
 def _fail(
-    tokens: Mapping[str, int], state: str, pause: int, outcome: Outcome, error: Exception
+    tokens: Mapping[str, int],
+    terms: Terms,
+    outcome: Outcome,
+    error: Exception,
+    said: str,
+    *,
+    refresh: bool,
 ) -> _Part:
-    kind = type(error).__name__
-    yield from _quietly(_write_notes({"state": state, "error": kind}, pause, tokens))
+    """Fail the names of a load, so that no caller repeats it soon; ``said`` names its fault."""
+    pause = FAILURE_SECONDS
+    if refresh:
+        pause = max(pause, (terms.refresh_after or 0) // 10)
+    content = {"state": _STALE if refresh else _FAILED, "error": type(error).__name__}
+    yield from _quietly(_write_notes(content, pause, tokens))
     for name in tokens:
-        failure = LoadError(f"record {shorten(name)}: its load raised {kind}", name=name)
+        failure = LoadError(f"record {shorten(name)}: its load {said}", name=name)
         failure.__cause__ = error
         outcome.errors[name] = failure
 
@@ -433,6 +668,8 @@ def _store(
     bases: Mapping[str, Any],
     terms: Terms,
     outcome: Outcome,
+    *,
+    refresh: bool,
 ) -> _Part:
     """Write the results of a load, and end the leases of ``held`` that have one."""
     made: dict[str, Any] = {}
@@ -445,7 +682,9 @@ def _store(
         try:
             record = record_of(name, loaded[name], base)
         except RecordError as error:
-            outcome.errors[name] = error
+            token = {name: held.pop(name)}
+            said = "made what is no record"
+            yield from _fail(token, terms, outcome, error, said, refresh=refresh)
             continue
         # A source that is behind what Redis holds moves no record back.
         is_behind = base is not None and record.version < base.version
@@ -463,6 +702,7 @@ def _store(
     if terms.keep_missing is not None and nothing:
         for name in nothing:
             del held[name]
+        outcome.nothing.update(nothing)
         yield from _quietly(_write_notes({"state": _MISSING}, terms.keep_missing, nothing))
 
 
@@ -537,7 +777,8 @@ def due_names(
     for name in names:
         checks.note(name, terms)
         record = found.get(name)
-        if record is not None and note_of(name) not in found and not record.stale:
+        is_old = record is not None and not record.stale
+        if is_old and _is_due(found.get(note_of(name))):
             due[name] = record
     return due
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from .. import _backend
 from ..errors import ConnectionLost
-from . import constants
+from . import constants, failures
 from . import stats as counters
 from .condition import (
     ANY,
@@ -116,7 +116,7 @@ class MemoryPipeline:
         """Write many; return a done waiter with the set of names not written."""
         self._use()
         if not isinstance(records, Mapping):
-            raise constants.bad_records(records)
+            raise failures.bad_records(records)
         if if_version is not ANY:
             check_many("set_bulk", if_newer, if_version)
         contents: dict[str, tuple[int, bytes, int, bool, IfVersion]] = {}
@@ -125,7 +125,7 @@ class MemoryPipeline:
             try:
                 version, data = pair
             except (TypeError, ValueError):
-                raise constants.bad_pair(name, pair) from None
+                raise failures.bad_pair(name, pair) from None
             expected: IfVersion = ANY
             if if_version is not ANY:
                 expected = expected_of("set_bulk", name, if_version)
@@ -151,6 +151,16 @@ class MemoryPipeline:
         self._use()
         now = self._clock()
         return [name for name, (_, _, expiry) in list(self._records.items()) if expiry > now]
+
+    def seconds_to_expiry(self) -> float | None:
+        """Return the seconds until the next record may end; None without any that does."""
+        return max(0.0, self._expiries[0][0] - self._clock()) if self._expiries else None
+
+    def expire(self) -> None:
+        """Remove the records that have ended, and tell the listeners."""
+        now = self._clock()
+        while self._expiries and self._expiries[0][0] <= now:
+            self._stored(heapq.heappop(self._expiries)[1])
 
     def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Remove a listener; does nothing if it isn't there."""
@@ -192,14 +202,14 @@ class MemoryPipeline:
     def _checked_all(self, operation: str, names: Iterable[str]) -> dict[str, None]:
         self._use()
         if isinstance(names, (str, bytes)):
-            raise constants.bad_names(operation, names)
+            raise failures.bad_names(operation, names)
         return dict.fromkeys(map(self._core.check_name, names))
 
     def _content(
         self, name: str, version: object, data: object, ttl: int | None
     ) -> tuple[int, bytes, int]:
         number = self._core.check_version(name, version)
-        seconds = self._ttl if ttl is None else constants.check_ttl(name, ttl)
+        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)
         return number, self._core.encode_data(name, data), seconds
 
     # -- the records
@@ -253,8 +263,7 @@ class MemoryPipeline:
         self._records[name] = (version, text, expiry)
         if ttl:
             heapq.heappush(self._expiries, (expiry, name))
-        while self._expiries and self._expiries[0][0] <= now:
-            self._stored(heapq.heappop(self._expiries)[1])
+        self.expire()
         self._counts["writes"] += 1
         self._tell(name)
         return True

@@ -13,6 +13,7 @@ cdef long long MAX_TOPIC = e.MAX_TOPIC
 cdef bytes FROM = e.FROM
 cdef bytes TO = e.TO
 cdef bytes BODY = e.BODY + b"{"
+cdef bytes TOPIC = b'{"topic":'
 cdef bytes PUBLISH_HEADER = e.PUBLISH
 cdef bytes SPUBLISH_HEADER = e.SPUBLISH
 
@@ -179,26 +180,38 @@ cdef class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
-    itself, and ``on_damaged`` with a topic and a payload that is no envelope. ``is_crowded``
-    returns whether the subscribers have enough to do.
+    itself, ``on_damaged`` with a topic and a payload that is no envelope, and ``on_own`` with the
+    topic of a message from the server of this name. ``is_crowded`` returns whether the subscribers
+    have enough to do.
+
+    A message belongs to the topic that it states, as in deepstream's connector. One that states
+    none, which only Python sends, belongs to its channel.
     """
 
     cdef readonly object is_crowded, on_ended
     cdef str _name
     cdef bytes _own
-    cdef object _on_damaged
+    cdef object _on_damaged, _on_own
     cdef dict _topics  # of each channel: its topic, and a list of queues
     cdef bytes _last_sender
     cdef str _last_name
     cdef unsigned long long _count_received, _count_own, _count_foreign
     cdef unsigned long long _count_unwanted, _count_damaged
 
-    def __init__(self, str server_name not None, on_ended, on_damaged, is_crowded=lambda: False):
+    def __init__(
+        self,
+        str server_name not None,
+        on_ended,
+        on_damaged,
+        is_crowded=lambda: False,
+        on_own=lambda topic: None,
+    ):
         self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
         self.on_ended = on_ended
         self._on_damaged = on_damaged
+        self._on_own = on_own
         self._topics = {}
         self._last_sender = b""
         self._last_name = ""
@@ -239,14 +252,35 @@ cdef class MessageDispatcher:
         message = self._open(place[0], payload)
         if message is None:
             return
-        self._count_received += 1
         queues = place[1]
+        if not self._agrees(message, channel):
+            stated = e.stated_topic(place[0], message)
+            if stated != place[0]:
+                found = PyDict_GetItem(self._topics, b"%d" % stated)
+                if found == NULL:
+                    self._count_unwanted += 1
+                    return
+                message = Message(stated, message.sender, message.raw)
+                queues = (<tuple>found)[1]
+        self._count_received += 1
         if PyList_GET_SIZE(queues) == 1:
             (<SubscriberQueue>PyList_GET_ITEM(queues, 0)).put(message)
             return
         for queue in list(queues):  # one that is disconnected leaves the list
             (<SubscriberQueue>queue).put(message)
         return
+
+    cdef inline bint _agrees(self, Message message, bytes channel) noexcept:
+        """Return whether a message begins with the topic of its channel, as most do."""
+        cdef bytes text = message._payload if message._raw is None else message._raw
+        cdef const char* start = PyBytes_AS_STRING(text)
+        cdef const char* end = start + PyBytes_GET_SIZE(text)
+        cdef const char* at = start if message._raw is not None else start + message._start
+        at = passed(at, end, TOPIC)
+        if at == NULL:
+            return False
+        at = passed(at, end, channel)
+        return at != NULL and at < end and at[0] == 44  # ","
 
     cdef Message _open(self, long long topic, bytes payload):
         """Return the message of an envelope, unless it is from here or for others."""
@@ -275,6 +309,7 @@ cdef class MessageDispatcher:
             return self._read(topic, payload)
         if is_text_of(sender, sender_size, self._own):
             self._count_own += 1
+            self._on_own(topic)
             return None
         if to != NULL and not is_text_of(to, to_size, self._own):
             self._count_foreign += 1
@@ -301,6 +336,7 @@ cdef class MessageDispatcher:
         sender, to, raw = opened
         if sender == self._name:
             self._count_own += 1
+            self._on_own(topic)
             return None
         if to is not msgspec.UNSET and to != self._name:
             self._count_foreign += 1
@@ -365,7 +401,7 @@ cdef bytes pack_message(long long topic, bytes opening, message, bint sharded):
     """Return the command that sends a message, or raise MessageError."""
     cdef bytes body
     try:
-        body = c.encode_json(message)
+        body = json_text.encode_json(message)
     except Exception:  # msgspec raises whatever a user's own type raises
         body = e.encode_tolerantly(topic, message)
     if not body:

@@ -14,8 +14,8 @@ from typing import Any, Final, NoReturn, TypeVar, overload
 import msgspec
 
 from ..errors import shorten
-from . import constants as c
 from . import envelope as e
+from . import json_text
 
 T = TypeVar("T")
 
@@ -90,15 +90,15 @@ class Message:
 
     def keys(self) -> KeysView[str]:
         """Return the names of the data's members."""
-        return self.data.keys()  # type: ignore[no-any-return]
+        return self.data.keys()  # type: ignore[no-any-return] # JSON
 
     def values(self) -> ValuesView[Any]:
         """Return the data's members."""
-        return self.data.values()  # type: ignore[no-any-return]
+        return self.data.values()  # type: ignore[no-any-return] # JSON
 
     def items(self) -> ItemsView[str, Any]:
         """Return the data's members with their names."""
-        return self.data.items()  # type: ignore[no-any-return]
+        return self.data.items()  # type: ignore[no-any-return] # JSON
 
     def __getitem__(self, key: Any, /) -> Any:
         return self.data[key]
@@ -192,8 +192,12 @@ class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
-    itself, and ``on_damaged`` with a topic and a payload that is no envelope. ``is_crowded``
-    returns whether the subscribers have enough to do.
+    itself, ``on_damaged`` with a topic and a payload that is no envelope, and ``on_own`` with the
+    topic of a message from the server of this name. ``is_crowded`` returns whether the subscribers
+    have enough to do.
+
+    A message belongs to the topic that it states, as in deepstream's connector. One that states
+    none, which only Python sends, belongs to its channel.
     """
 
     def __init__(
@@ -202,12 +206,14 @@ class MessageDispatcher:
         on_ended: Callable[[Any, list[Any]], object],
         on_damaged: Callable[[int, bytes], object],
         is_crowded: Callable[[], bool] = lambda: False,
+        on_own: Callable[[int], object] = lambda topic: None,
     ) -> None:
         self.is_crowded = is_crowded
         self._name = server_name
         self._own = server_name.encode()
         self.on_ended = on_ended
         self._on_damaged = on_damaged
+        self._on_own = on_own
         self._topics: dict[bytes, tuple[int, list[SubscriberQueue]]] = {}
         self._counts = dict.fromkeys(("received", "own", "foreign", "unwanted", "damaged"), 0)
 
@@ -237,11 +243,22 @@ class MessageDispatcher:
             return
         topic, queues = found
         message = self._open(topic, payload)
-        if message is not None:
-            counts["received"] += 1
-            # One that is disconnected leaves the list.
-            for queue in queues if len(queues) == 1 else list(queues):
-                queue.put(message)
+        if message is None:
+            return
+        text = message.raw if message._payload is None else message._payload
+        if not text.startswith(b'{"topic":%b,' % channel, message._start):
+            stated = e.stated_topic(topic, message)
+            if stated != topic:
+                found = self._topics.get(b"%d" % stated)
+                if found is None:
+                    counts["unwanted"] += 1
+                    return
+                message = Message(stated, message.sender, message.raw)
+                queues = found[1]
+        counts["received"] += 1
+        # One that is disconnected leaves the list.
+        for queue in queues if len(queues) == 1 else list(queues):
+            queue.put(message)
 
     def _open(self, topic: int, payload: bytes) -> Message | None:
         """Return the message of an envelope, unless it is from here or for others."""
@@ -251,6 +268,7 @@ class MessageDispatcher:
         sender, to = simple.groups()
         if sender == self._own:
             self._counts["own"] += 1
+            self._on_own(topic)
             return None
         if to is not None and to != self._own:
             self._counts["foreign"] += 1
@@ -269,6 +287,7 @@ class MessageDispatcher:
         sender, to, raw = opened
         if sender == self._name:
             self._counts["own"] += 1
+            self._on_own(topic)
             return None
         if to is not msgspec.UNSET and to != self._name:
             self._counts["foreign"] += 1
@@ -279,7 +298,7 @@ class MessageDispatcher:
 def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> bytes:
     """Return the command that sends a message, or raise MessageError."""
     try:
-        body = c.encode_json(message)
+        body = json_text.encode_json(message)
     except Exception:  # msgspec raises whatever a user's own type raises
         body = e.encode_tolerantly(topic, message)
     if not body:

@@ -11,12 +11,7 @@ cdef Py_ssize_t ENTRY_BYTES = NEAR_ENTRY_BYTES
 cdef Py_ssize_t NO_TABLE = getsizeof({})
 cdef Py_ssize_t NEAR_FENCES = c.NEAR_FENCES
 cdef Py_ssize_t NEAR_SHARED = c.NEAR_SHARED
-cdef object _AWAY = c.AWAY
-
-# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
-# its records are known to be outdated.
-cdef enum:
-    LIVE, LOST, OVER
+cdef object _AWAY = failures.AWAY
 
 
 @cython.final
@@ -26,7 +21,7 @@ cdef class _Reachability:
     ``over`` is set when every record read from the node so far is known to be outdated.
     """
 
-    cdef bint up, over
+    cdef public bint up, over
 
 
 @cython.final
@@ -39,8 +34,8 @@ cdef class _Epoch:
     """
 
     cdef _Reachability reach
-    cdef int state
-    cdef double known
+    cdef public int state
+    cdef public double known
     cdef Py_ssize_t _mark, _last_mark
     cdef double _sent, _last_sent
 
@@ -65,7 +60,6 @@ cdef class _Epoch:
             self._sent = self._last_sent
 
 
-@cython.final
 @cython.no_gc  # an entry is in no reference cycle
 @cython.freelist(1024)
 cdef class _Entry:
@@ -85,8 +79,147 @@ cdef class _Entry:
     cdef PyObject* after
 
 
+cdef class _NearStore:
+    """The entries of a near cache, within their limits, and its counters."""
+
+    cdef _Encoder _encoder
+    cdef bint _clustered
+    cdef Py_ssize_t _max_records, _max_bytes
+    cdef double _max_age, _idle_limit
+    cdef tuple _prefixes
+    cdef bint _serve_stale
+    cdef dict _entries
+    cdef _Entry _ends  # before the first entry and after the last one
+    cdef Py_ssize_t _bytes
+    cdef unsigned int* _moves  # number of moves of each slot
+    cdef unsigned long long _hits, _misses, _joins, _stale, _invalidations, _evictions
+    cdef unsigned long long _dropped_fills
+    cdef dict _flushes
+
+    def __cinit__(self, *_, **__):
+        self._moves = <unsigned int*>PyMem_Malloc(SLOTS * sizeof(unsigned int))
+        if self._moves == NULL:
+            raise MemoryError
+        memset(self._moves, 0, SLOTS * sizeof(unsigned int))
+        self._entries = {}
+        self._ends = _Entry.__new__(_Entry)
+        self._ends.before = self._ends.after = <PyObject*>self._ends
+        self._flushes = {}
+
+    def __dealloc__(self):
+        PyMem_Free(self._moves)
+
+    cdef int _configure(self, chosen) except -1:
+        self._encoder = _Encoder.__new__(_Encoder, chosen.key_prefix, chosen.hash_tag)
+        self._clustered = chosen.clustered
+        self._max_records = chosen.max_records
+        self._max_bytes = chosen.max_bytes
+        self._max_age = chosen.max_age
+        self._idle_limit = chosen.idle_limit
+        self._prefixes = chosen.prefixes
+        self._serve_stale = chosen.serve_stale
+        return 0
+
+    # -- for the owner of the cache
+
+    def slots_moved(self, slots):
+        """Invalidate the records of slots that another node serves now."""
+        cdef int slot
+        cdef bint moved = False
+        for slot in slots:
+            if not 0 <= slot < SLOTS:
+                raise IndexError(slot)
+            self._moves[slot] += 1
+            moved = True
+        if moved:
+            self.count_flush("slots")
+
+    def close(self):
+        """Drop every record, and stop caching and serving records."""
+        self._ends.before = self._ends.after = <PyObject*>self._ends
+        self._entries.clear()
+        self._bytes = 0
+        self._max_records = 0
+        self._serve_stale = False
+
+    def stats(self):
+        """Return the counters, the flushes by reason, and the size of the cache."""
+        return {
+            "hits": self._hits,
+            "misses": self._misses,
+            "joins": self._joins,
+            "stale": self._stale,
+            "invalidations": self._invalidations,
+            "evictions": self._evictions,
+            "dropped_fills": self._dropped_fills,
+            "flushes": dict(self._flushes),
+            "records": PyDict_Size(self._entries),
+            "bytes": self._bytes + self._table(),
+        }
+
+    # -- the entries
+
+    cdef bint drop(self, str name) except -1:
+        """Drop the entry of a name; return whether there was one."""
+        cdef PyObject* found = PyDict_GetItem(self._entries, name)
+        if found == NULL:
+            return False
+        cdef _Entry entry = <_Entry>found
+        unlink(entry)
+        del self._entries[name]
+        self._bytes -= entry.size
+        return True
+
+    cdef bint invalidate(self, keys) except -1:
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
+        if keys is None:
+            return True
+        for key in <list>keys:
+            name = self._encoder.name_of(<bytes>key) if type(key) is bytes else None
+            if name is not None and self.drop(name):
+                self._invalidations += 1
+        return False
+
+    cpdef int count_flush(self, str reason) except -1:
+        """Count an invalidation of many records."""
+        self._flushes[reason] = self._flushes.get(reason, 0) + 1
+        return 0
+
+    cdef inline bint _may_be_stale(self, _Entry entry) noexcept:
+        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
+
+    cdef int _append(self, _Entry entry) noexcept:
+        """Append an entry to the linked list."""
+        cdef PyObject* last = self._ends.before
+        entry.before = last
+        entry.after = <PyObject*>self._ends
+        (<_Entry>last).after = <PyObject*>entry
+        self._ends.before = <PyObject*>entry
+        return 0
+
+    cdef Py_ssize_t _table(self) except -1:
+        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
+        return <Py_ssize_t>getsizeof(self._entries) - NO_TABLE
+
+    cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
+        cdef _Entry entry
+        while self._ends.after != <PyObject*>self._ends and (
+            PyDict_Size(self._entries) + records > self._max_records
+            or self._bytes + self._table() + size > self._max_bytes
+        ):
+            entry = <_Entry>self._ends.after
+            if entry.was_hit and entry.epoch.state == LIVE:
+                entry.was_hit = False
+                unlink(entry)
+                self._append(entry)
+                continue
+            self.drop(entry.name)
+            self._evictions += 1
+        return 0
+
+
 @cython.final
-cdef class NearCache:
+cdef class NearCache(_NearStore):
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
@@ -99,55 +232,24 @@ cdef class NearCache:
     cdef unsigned long _thread  # the thread the cache is bound to, or 0
     cdef object _create_waiter
     cdef object _inner
-    cdef _Encoder _encoder
-    cdef bint _clustered
     cdef double _join_period
-    cdef Py_ssize_t _max_records, _max_bytes
-    cdef double _max_age, _idle_limit
-    cdef tuple _prefixes
-    cdef bint _serve_stale
-    cdef dict _entries
-    cdef _Entry _ends  # before the first entry and after the last one
-    cdef Py_ssize_t _bytes
     cdef dict _pending
     cdef dict _fences
     cdef long long _floor
-    cdef unsigned int* _moves  # number of moves of each slot
     cdef long _live
-    cdef unsigned long long _hits, _misses, _joins, _stale, _invalidations, _evictions
-    cdef unsigned long long _dropped_fills
-    cdef dict _flushes
 
-    def __cinit__(self):
-        self._moves = <unsigned int*>PyMem_Malloc(SLOTS * sizeof(unsigned int))
-        if self._moves == NULL:
-            raise MemoryError
-        memset(self._moves, 0, SLOTS * sizeof(unsigned int))
-        self._entries = {}
-        self._ends = _Entry.__new__(_Entry)
-        self._ends.before = self._ends.after = <PyObject*>self._ends
+    def __cinit__(self, *_, **__):
         self._pending = {}
         self._fences = {}
-        self._flushes = {}
-
-    def __dealloc__(self):
-        PyMem_Free(self._moves)
 
     def __init__(self, create_waiter, inner, **settings):
         chosen = NearSettings(**settings)
+        self._configure(chosen)
         self._check = chosen.check
         self._thread = 0 if chosen.check is None else dscache_thread()
         self._create_waiter = create_waiter
         self._inner = inner
-        self._encoder = _Encoder.__new__(_Encoder, chosen.key_prefix, chosen.hash_tag)
-        self._clustered = chosen.clustered
         self._join_period = chosen.timeout / 20
-        self._max_records = chosen.max_records
-        self._max_bytes = chosen.max_bytes
-        self._max_age = chosen.max_age
-        self._idle_limit = chosen.idle_limit
-        self._prefixes = chosen.prefixes
-        self._serve_stale = chosen.serve_stale
 
     # -- operations on one record
 
@@ -242,43 +344,6 @@ cdef class NearCache:
             self._thread = dscache_thread()  # the event loop runs there now
         return 0
 
-    # -- for the owner of the cache
-
-    def slots_moved(self, slots):
-        """Invalidate the records of slots that another node serves now."""
-        cdef int slot
-        cdef bint moved = False
-        for slot in slots:
-            if not 0 <= slot < SLOTS:
-                raise IndexError(slot)
-            self._moves[slot] += 1
-            moved = True
-        if moved:
-            self.count_flush("slots")
-
-    def close(self):
-        """Drop every record, and stop caching and serving records."""
-        self._ends.before = self._ends.after = <PyObject*>self._ends
-        self._entries.clear()
-        self._bytes = 0
-        self._max_records = 0
-        self._serve_stale = False
-
-    def stats(self):
-        """Return the counters, the flushes by reason, and the size of the cache."""
-        return {
-            "hits": self._hits,
-            "misses": self._misses,
-            "joins": self._joins,
-            "stale": self._stale,
-            "invalidations": self._invalidations,
-            "evictions": self._evictions,
-            "dropped_fills": self._dropped_fills,
-            "flushes": dict(self._flushes),
-            "records": PyDict_Size(self._entries),
-            "bytes": self._bytes + self._table(),
-        }
-
     # -- for the pipelines
 
     cdef int fill(
@@ -337,17 +402,6 @@ cdef class NearCache:
         self._make_room(0, 0)  # the table may have grown
         return 0
 
-    cdef bint drop(self, str name) except -1:
-        """Drop the entry of a name; return whether there was one."""
-        cdef PyObject* found = PyDict_GetItem(self._entries, name)
-        if found == NULL:
-            return False
-        cdef _Entry entry = <_Entry>found
-        unlink(entry)
-        del self._entries[name]
-        self._bytes -= entry.size
-        return True
-
     cdef int add_fence(self, str name) except -1:
         """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
@@ -359,23 +413,13 @@ cdef class NearCache:
         PyDict_SetItem(self._fences, name, last_serial)
         return 0
 
-    cdef bint invalidate(self, keys) except -1:
-        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
-        if keys is None:
-            return True
-        for key in <list>keys:
-            name = self._encoder.name_of(<bytes>key) if type(key) is bytes else None
-            if name is not None and self.drop(name):
-                self._invalidations += 1
-        return False
-
-    cdef int count_flush(self, str reason) except -1:
+    cpdef int count_flush(self, str reason) except -1:
         """Count an invalidation of many records, and let no caller join the reads pending now."""
         self._pending.clear()
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
         return 0
 
-    cdef int count_live(self, long change) noexcept:
+    cpdef int count_live(self, long change) noexcept:
         """Add ``change`` to the number of tracked connections."""
         self._live += change
         return 0
@@ -433,9 +477,6 @@ cdef class NearCache:
                 return entry
         return None
 
-    cdef inline bint _may_be_stale(self, _Entry entry) noexcept:
-        return self._serve_stale and entry.raw is not None and not entry.epoch.reach.over
-
     cdef object _read(self, str name, waiter):
         # The waiter exists: creating it may run Python code that ends or begins pending reads.
         cdef double now = dscache_monotonic()
@@ -472,7 +513,7 @@ cdef class NearCache:
         cdef str key
         self._stay()
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
+            raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
         for name in names:
             key = check_name(name)
             if key in found:
@@ -516,36 +557,6 @@ cdef class NearCache:
             PyDict_SetItem(self._pending, read.name, read)
         return waiter
 
-    cdef int _append(self, _Entry entry) noexcept:
-        """Append an entry to the linked list."""
-        cdef PyObject* last = self._ends.before
-        entry.before = last
-        entry.after = <PyObject*>self._ends
-        (<_Entry>last).after = <PyObject*>entry
-        self._ends.before = <PyObject*>entry
-        return 0
-
-    cdef Py_ssize_t _table(self) except -1:
-        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
-        return <Py_ssize_t>getsizeof(self._entries) - NO_TABLE
-
-    cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
-        cdef _Entry entry
-        while self._ends.after != <PyObject*>self._ends and (
-            PyDict_Size(self._entries) + records > self._max_records
-            or self._bytes + self._table() + size > self._max_bytes
-        ):
-            entry = <_Entry>self._ends.after
-            if entry.was_hit and entry.epoch.state == LIVE:
-                entry.was_hit = False
-                unlink(entry)
-                self._append(entry)
-                continue
-            self.drop(entry.name)
-            self._evictions += 1
-        return 0
-
-
 cdef inline void unlink(_Entry entry) noexcept:
     (<_Entry>entry.before).after = entry.after
     (<_Entry>entry.after).before = entry.before
@@ -586,7 +597,7 @@ cdef class _PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _reject_unobserved(waiter, partial(c.copy_error, error))
+                _reject_unobserved(waiter, partial(failures.copy_error, error))
             else:
                 _resolve(waiter, known)
 

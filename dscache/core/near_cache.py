@@ -42,12 +42,13 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
-from . import typed
+from . import failures, typed
 from .batch import serials
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
+from .tracking import LIVE
 from .waiters import Part, Unobserved, reject_unobserved, resolve
 
 if TYPE_CHECKING:
@@ -56,10 +57,6 @@ if TYPE_CHECKING:
 # Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES: Final = 290
 _NO_TABLE: Final = getsizeof(OrderedDict())
-
-# An epoch is live while its connection is tracked, lost after the connection is lost, and over when
-# its records are known to be outdated.
-LIVE, LOST, OVER = range(3)
 
 
 class Reachability:
@@ -124,7 +121,98 @@ class Entry:
         self.was_hit = False
 
 
-class NearCache:
+class NearStore:
+    """The entries of a near cache, within their limits, and its counters."""
+
+    def __init__(self, settings: NearSettings) -> None:
+        self._settings = settings
+        self._encoder = Encoder(settings.key_prefix, settings.hash_tag)
+        self._entries: OrderedDict[str, Any] = OrderedDict()
+        self._bytes = 0
+        # Number of moves of each slot.
+        self._moves = array("L", bytes(array("L").itemsize * c.SLOTS))
+        self._counts = dict.fromkeys(
+            ("hits", "misses", "joins", "stale", "invalidations", "evictions", "dropped_fills"), 0
+        )
+        self._flushes: dict[str, int] = {}
+
+    # -- for the owner of the cache
+
+    def slots_moved(self, slots: Iterable[int]) -> None:
+        """Invalidate the records of slots that another node serves now."""
+        moved = 0
+        for slot in slots:
+            self._moves[slot] += 1
+            moved += 1
+        if moved:
+            self.count_flush("slots")
+
+    def close(self) -> None:
+        """Drop every record, and stop caching and serving records."""
+        self._entries.clear()
+        self._bytes = 0
+        self._settings.max_records = 0
+        self._settings.serve_stale = False
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, the flushes by reason, and the size of the cache."""
+        return {
+            **self._counts,
+            "flushes": dict(self._flushes),
+            "records": len(self._entries),
+            "bytes": self._bytes + self._table(),
+        }
+
+    # -- the entries
+
+    def drop(self, name: str) -> bool:
+        """Drop the entry of a name; return whether there was one."""
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            return False
+        self._bytes -= entry.size
+        return True
+
+    def invalidate(self, keys: list[Any] | None) -> bool:
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
+        if keys is None:
+            return True
+        for key in keys:
+            name = self._encoder.name_of(key) if type(key) is bytes else None
+            if name is not None and self.drop(name):
+                self._counts["invalidations"] += 1
+        return False
+
+    def count_flush(self, reason: str) -> None:
+        """Count an invalidation of many records."""
+        self._flushes[reason] = self._flushes.get(reason, 0) + 1
+
+    def _may_be_stale(self, entry: Any) -> bool:
+        return self._settings.serve_stale and entry.raw is not None and not entry.epoch.reach.over
+
+    def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
+        return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
+
+    def _table(self) -> int:
+        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
+        return getsizeof(self._entries) - _NO_TABLE
+
+    def _make_room(self, records: int, size: int) -> None:
+        entries = self._entries
+        while entries and (
+            len(entries) + records > self._settings.max_records
+            or self._bytes + self._table() + size > self._settings.max_bytes
+        ):
+            name, entry = next(iter(entries.items()))
+            if entry.was_hit and entry.epoch.state == LIVE:
+                entry.was_hit = False
+                entries.move_to_end(name)
+                continue
+            self.drop(name)
+            self._counts["evictions"] += 1
+
+
+class NearCache(NearStore):
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
@@ -134,24 +222,15 @@ class NearCache:
     """
 
     def __init__(self, create_waiter: Callable[[], Any], inner: Any, **settings: Any) -> None:
-        self._settings = NearSettings(**settings)
+        super().__init__(NearSettings(**settings))
         self._thread = get_ident()
         self._create_waiter = create_waiter
         self._inner = inner
-        self._encoder = Encoder(self._settings.key_prefix, self._settings.hash_tag)
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self._bytes = 0
         self._pending: dict[str, PendingRead] = {}
         self._join_period = self._settings.timeout / 20
         self._fences: dict[str, int] = {}
         self._floor = 0
-        # Number of moves of each slot.
-        self._moves = array("L", bytes(array("L").itemsize * c.SLOTS))
         self._live = 0
-        self._counts = dict.fromkeys(
-            ("hits", "misses", "joins", "stale", "invalidations", "evictions", "dropped_fills"), 0
-        )
-        self._flushes: dict[str, int] = {}
 
     # -- operations on one record
 
@@ -256,33 +335,6 @@ class NearCache:
             self._settings.check()
             self._thread = get_ident()  # the event loop runs there now
 
-    # -- for the owner of the cache
-
-    def slots_moved(self, slots: Iterable[int]) -> None:
-        """Invalidate the records of slots that another node serves now."""
-        moved = 0
-        for slot in slots:
-            self._moves[slot] += 1
-            moved += 1
-        if moved:
-            self.count_flush("slots")
-
-    def close(self) -> None:
-        """Drop every record, and stop caching and serving records."""
-        self._entries.clear()
-        self._bytes = 0
-        self._settings.max_records = 0
-        self._settings.serve_stale = False
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counters, the flushes by reason, and the size of the cache."""
-        return {
-            **self._counts,
-            "flushes": dict(self._flushes),
-            "records": len(self._entries),
-            "bytes": self._bytes + self._table(),
-        }
-
     # -- for the pipelines
 
     def fill(
@@ -329,14 +381,6 @@ class NearCache:
         self._bytes += size
         self._make_room(0, 0)  # the table may have grown
 
-    def drop(self, name: str) -> bool:
-        """Drop the entry of a name; return whether there was one."""
-        entry = self._entries.pop(name, None)
-        if entry is None:
-            return False
-        self._bytes -= entry.size
-        return True
-
     def add_fence(self, name: str) -> None:
         """Drop a record that this process writes, and keep older reads from restoring it."""
         self.drop(name)
@@ -346,20 +390,10 @@ class NearCache:
             self._fences.clear()
         self._fences[name] = serials.last
 
-    def invalidate(self, keys: list[Any] | None) -> bool:
-        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
-        if keys is None:
-            return True
-        for key in keys:
-            name = self._encoder.name_of(key) if type(key) is bytes else None
-            if name is not None and self.drop(name):
-                self._counts["invalidations"] += 1
-        return False
-
     def count_flush(self, reason: str) -> None:
         """Count an invalidation of many records, and let no caller join the reads pending now."""
         self._pending.clear()
-        self._flushes[reason] = self._flushes.get(reason, 0) + 1
+        super().count_flush(reason)
 
     def count_live(self, change: int) -> None:
         """Add ``change`` to the number of tracked connections."""
@@ -416,12 +450,6 @@ class NearCache:
                 return entry, True
         return None, False
 
-    def _may_be_stale(self, entry: Entry) -> bool:
-        return self._settings.serve_stale and entry.raw is not None and not entry.epoch.reach.over
-
-    def _record(self, name: str, entry: Entry, stale: bool) -> Record | None:
-        return None if entry.raw is None else Record(name, entry.version, entry.raw, stale)
-
     def _read(self, name: str, waiter: Any) -> Any:
         now = time.monotonic()
         read = self._joinable(name, now)
@@ -444,7 +472,7 @@ class NearCache:
     def _bulk(self, kind: int, names: Iterable[str], waiter: Any = None) -> Any:
         self._stay()
         if isinstance(names, (str, bytes)):
-            raise c.bad_names(c.OPERATIONS[kind] + "_bulk", names)
+            raise failures.bad_names(c.OPERATIONS[kind] + "_bulk", names)
         found: dict[str, Any] = {}
         missing: list[str] = []
         joined: list[PendingRead] = []
@@ -485,24 +513,6 @@ class NearCache:
             self._pending[read.name] = read
         return waiter
 
-    def _table(self) -> int:
-        """Return the bytes of the dict of entries, which grows and shrinks in steps."""
-        return getsizeof(self._entries) - _NO_TABLE
-
-    def _make_room(self, records: int, size: int) -> None:
-        entries = self._entries
-        while entries and (
-            len(entries) + records > self._settings.max_records
-            or self._bytes + self._table() + size > self._settings.max_bytes
-        ):
-            name, entry = next(iter(entries.items()))
-            if entry.was_hit and entry.epoch.state == LIVE:
-                entry.was_hit = False
-                entries.move_to_end(name)
-                continue
-            self.drop(name)
-            self._counts["evictions"] += 1
-
 
 class PendingRead:
     """A pending read of one name: the waiter that the pipeline resolves, for all its callers."""
@@ -524,9 +534,9 @@ class PendingRead:
     def set_exception(self, error: Exception, /) -> None:
         self._near.end_read(self)
         for waiter in self.waiters:
-            known = self._near.last_known(self.name) if isinstance(error, c.AWAY) else None
+            known = self._near.last_known(self.name) if isinstance(error, failures.AWAY) else None
             if known is None:
-                reject_unobserved(waiter, partial(c.copy_error, error))
+                reject_unobserved(waiter, partial(failures.copy_error, error))
             else:
                 resolve(waiter, known)
 

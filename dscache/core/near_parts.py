@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import BulkError
 from . import constants as c
+from . import failures
 from .waiters import reject, resolve
 
 
@@ -108,7 +109,7 @@ class BulkRead:
     def _end(self) -> None:
         """Settle the waiter with the results and errors of all reads."""
         for name, error in list(self._errors.items()):
-            if name not in self._rest and self._kind == c.GET and isinstance(error, c.AWAY):
+            if name not in self._rest and self._kind == c.GET and isinstance(error, failures.AWAY):
                 known = self._near.last_known(name)
                 if known is not None:
                     self._rest[name] = known

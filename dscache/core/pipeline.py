@@ -43,8 +43,8 @@ belong to another node, and ``requeue`` adds them to that node's pipeline in the
 they were issued. ``fence`` returns the value that ``settled`` reaches once everything in flight
 is answered, so that nothing newer overtakes it on another node.
 
-**Failures.** Timeouts, lost connections, refusals and redirections are handled in
-``recovery.py``, the same module for both cores.
+**Failures.** Timeouts and lost connections are handled in ``recovery.py``, refusals and
+redirections in ``refusals.py``, the same modules for both cores.
 
 **Suspects.** If the server cuts the connection at one operation, each repeat costs all others a
 connection. An operation that was under way twice is therefore a suspect. It waits outside the
@@ -73,7 +73,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from threading import get_ident
 from typing import Any, Final
 
@@ -82,30 +81,28 @@ import hiredis
 from ..errors import ProtocolError, ReplyError
 from . import constants as c
 from . import envelope as e
-from . import recovery, replies
-from .batch import Batch, Bulk, Command, Write, serials
+from . import failures, recovery, refusals, replies, tracking
+from .batch import Batch, Bulk, Command, serials
 from .condition import (
     ANY,
     IfVersion,
     IfVersions,
     IfVersionsHeld,
-    check_many,
-    check_one,
-    expected_of,
-    guard_of,
-    guard_of_removal,
 )
+from .entries import kind_of, make_removal, make_removals, make_write, make_writes, new_bulk, unique
 from .keys import slot_of_key
 from .message import MessageDispatcher, pack_message
-from .near_cache import LOST, OVER, Epoch, NearCache, Reachability
-from .record import check_name, check_version, encode_data
-from .resp import Encoder, LengthGuard, pack_command
+from .near_cache import Epoch, NearCache, Reachability
+from .pushes import take_message, take_push
+from .reader import LengthGuard
+from .record import check_name
+from .resp import Encoder, pack_command
 from .stats import Latencies, stats_of
+from .suspects import is_suspicious, window_beside_suspects
 from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
 _Reader: Any = hiredis.Reader
-_serial_of = attrgetter("serial")
 
 # The kinds of which records of one slot share a command, and those that have one for each.
 _GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
@@ -183,7 +180,7 @@ class Pipeline:
         self._wake = wake
         self._begin = begin
         self._encoder = Encoder(key_prefix, hash_tag)
-        self._ttl = ttl
+        self.ttl = ttl
         self.timeout = timeout
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
@@ -192,7 +189,7 @@ class Pipeline:
         self.clustered = clustered
         self.max_redirections = max_redirections
         self.window = max(1, min(c.WINDOW_RECORDS, max_pending))
-        self._open_window = self.window  # 0 while there are suspects
+        self.open_window = self.window  # 0 while there are suspects
         self._awake = False
         self.busy = False  # the queue or the slots are being changed: only new operations may come
         self.open_batches: list[Batch] = []
@@ -216,7 +213,7 @@ class Pipeline:
         self._bytes_in = 0
         self.latencies = Latencies()
         self.arrived = 0.0  # time of arrival of the replies at hand, 0.0 until it is needed
-        self._reach = Reachability()
+        self.reach = Reachability()
         self.epoch: Epoch | None = None
         self.reset_reader()
 
@@ -241,7 +238,7 @@ class Pipeline:
     ) -> Any:
         """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
         name = check_name(name)
-        write = self.make_write(name, version, data, ttl, if_newer, if_version)
+        write = make_write(self.ttl, name, version, data, ttl, if_newer, if_version)
         self.check_capacity(len(write.text))
         waiter = write.waiter = self._create_waiter()
         kind = kind_of(write.ttl, write.guard != c.UNGUARDED)
@@ -286,7 +283,7 @@ class Pipeline:
         if_version: IfVersions = ANY,
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
-        writes, write_ttl, size = self.make_writes(records, ttl, if_newer, if_version)
+        writes, write_ttl, size = make_writes(self.ttl, records, ttl, if_newer, if_version)
         return self._add_bulk(kind_of(write_ttl, if_newer or if_version is not ANY), writes, size)
 
     def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:
@@ -362,23 +359,6 @@ class Pipeline:
         self.notify_pending()
         recovery.requeue(self, batches)
 
-    def replace_queue(self, batches: list[Batch], known: int) -> None:
-        """Let ``batches`` wait, in the order of their age, in place of all suspects and of the
-        first ``known`` that wait now. The others came while this was being prepared, and stay.
-
-        If it raises, nothing has changed.
-        """
-        while True:
-            while known < len(self.queue):
-                batches.append(self.queue[known])
-                known += 1
-            queue, suspects = recovery.suspects_apart(sorted(batches, key=_serial_of))
-            if known == len(self.queue):
-                break
-        self.queue, self.suspects = queue, suspects
-        if suspects:
-            self._open_window = 0
-
     # -- output
 
     def end_tick(self) -> None:
@@ -413,7 +393,7 @@ class Pipeline:
         size = taken = 0
         while (
             queue
-            and self.in_flight < self._open_window
+            and self.in_flight < self.open_window
             and taken < c.FLUSH_RECORDS
             and size < c.COMMAND_BYTES
         ):
@@ -427,7 +407,7 @@ class Pipeline:
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
             if self.single_writes and c.SET <= batch.kind <= c.DELETE_IF:
-                recovery.prepare_single_writes(self, batch)
+                refusals.prepare_single_writes(self, batch)
                 if not batch.waiting():
                     queue.popleft()
                     continue
@@ -455,7 +435,7 @@ class Pipeline:
             self._bytes_out += size
             if self.epoch is not None:
                 self.epoch.asked(self.fence())
-        elif not self._open_window:
+        elif not self.open_window:
             return self._take_beside_suspects()
         return b"".join(out)
 
@@ -464,14 +444,14 @@ class Pipeline:
         output = b""
         try:
             while not output:
-                window = recovery.window_beside_suspects(self)
+                window = window_beside_suspects(self)
                 if self.in_flight >= window or not self.queue:
                     break
-                self._open_window = window
+                self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self._open_window = 0 if recovery.is_suspicious(self) else self.window
+            self.open_window = 0 if is_suspicious(self) else self.window
 
     # -- input
 
@@ -521,40 +501,14 @@ class Pipeline:
 
     # -- what the near cache may believe
 
-    def connected(self, is_tracked: bool) -> None:
-        """Note that there is a connection, and whether its server reports changed keys."""
-        self._reach.up = True
-        if is_tracked and self.near is not None:
-            self.epoch = Epoch(self._reach)
-            self.near.count_live(1)
+    connected = tracking.connected
+    disconnected = tracking.disconnected
+    unknown = tracking.unknown
+    forget = tracking.forget
 
-    def disconnected(self, is_trusted: bool) -> None:
-        """Note that the connection ended, and whether its replies can be trusted."""
-        self._end_epoch(LOST if is_trusted else OVER, "connection")
-        self._reach.up = False
-
-    def unknown(self) -> float:
-        """Return the seconds for which the near cache may have missed changes."""
-        return 0.0 if self.epoch is None else time.monotonic() - self.epoch.known
-
-    def forget(self, reason: str) -> None:
-        """Drop every record read so far from the near cache, and count the ``reason``."""
-        epoch = self.epoch
-        self._end_epoch(OVER, reason)
-        if epoch is not None:
-            self.connected(True)
-            assert self.epoch is not None
-            self.epoch.known = epoch.known
-
-    def _end_epoch(self, state: int, reason: str) -> None:
-        epoch, self.epoch = self.epoch, None
-        if state == OVER:  # and so is what earlier connections brought
-            self._reach.over = True
-            self._reach = Reachability()
-        if epoch is not None and self.near is not None:
-            epoch.state = state
-            self.near.count_flush(reason)
-            self.near.count_live(-1)
+    def new_epoch(self) -> Epoch:
+        """Return an epoch that begins now."""
+        return Epoch(self.reach)
 
     # -- time and failure
 
@@ -578,51 +532,6 @@ class Pipeline:
         return stats_of(self, counts, self.latencies.stats())
 
     # -- building batches
-
-    def make_writes(
-        self,
-        records: Mapping[str, tuple[int, Any]],
-        ttl: int | None,
-        if_newer: bool,
-        if_version: IfVersions,
-    ) -> tuple[dict[str, Any], int, int]:
-        """Return the contents of a ``set_bulk``, their ttl, and how much text they are."""
-        if not isinstance(records, Mapping):
-            raise c.bad_records(records)
-        if if_version is not ANY:
-            check_many("set_bulk", if_newer, if_version)
-        writes: dict[str, Any] = {}
-        write_ttl = size = 0
-        for name, pair in records.items():
-            name = check_name(name)
-            version, data = check_pair(name, pair)
-            expected: IfVersion = ANY
-            if if_version is not ANY:
-                expected = expected_of("set_bulk", name, if_version)
-            write = self.make_write(name, version, data, ttl, if_newer, expected)
-            writes[name] = write
-            write_ttl = write.ttl
-            size += len(write.text)
-        return writes, write_ttl, size
-
-    def make_write(
-        self,
-        name: str,
-        version: int,
-        data: Any,
-        ttl: int | None,
-        if_newer: bool,
-        if_version: IfVersion,
-    ) -> Write:
-        """Return the checked and encoded content of a record; raises RecordError."""
-        number = check_version(name, version)
-        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
-        text = encode_data(name, data)
-        guard = c.GUARDED if if_newer else c.UNGUARDED
-        if if_version is not ANY:
-            check_one(name, if_newer)
-            guard = guard_of(name, if_version)
-        return Write(number, text, seconds, guard)
 
     def _new_batch(self, kind: int, records: dict[str, Any]) -> Batch:
         return Batch(kind, time.monotonic() + self.timeout, 0, records)
@@ -701,7 +610,7 @@ class Pipeline:
             or (size and self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes)
         ):
             self._overloads += 1
-            raise c.overloaded(self.address, self.operations, self.pending_bytes)
+            raise failures.overloaded(self.address, self.operations, self.pending_bytes)
 
     def _join(self, kind: int, name: str, waiter: Any = None) -> Any:
         self.check_capacity(0)
@@ -756,15 +665,15 @@ class Pipeline:
             while True:
                 try:
                     reply = gets()
-                except c.NO_RESP as error:
-                    c.raise_invalid_resp(self.address, error)
+                except failures.NO_RESP as error:
+                    failures.raise_invalid_resp(self.address, error)
                 if reply is replies.INCOMPLETE:
                     break
                 self.partial = 0
                 if type(reply) is hiredis.PushNotification:
-                    self._take_push(reply)
+                    take_push(self, reply)
                 elif self.resp2_pubsub and e.is_plain_message(reply):
-                    self._take_message(reply)
+                    take_message(self, reply)
                 else:
                     replies.answer(self, reply)
             if self.partial > self._max_reply_bytes:
@@ -776,43 +685,6 @@ class Pipeline:
                 recovery.requeue_returned(self)
         finally:
             self.busy = False
-
-    def _take_push(self, push: Any) -> None:
-        """Take a message, or let the near cache drop the records that changed.
-
-        All other pushes go to ``on_push``.
-        """
-        if not c.is_push(push):
-            raise c.no_push(self.address, push)
-        if self.inbox is not None:
-            if push[0] in e.MESSAGES:
-                return self._take_message(push)
-            if push[0] in e.SUBSCRIPTIONS:
-                return self._take_subscription(push)
-        if push[0] != b"invalidate" or self.near is None:
-            if self.on_push is not None:
-                self.on_push(push)
-            return None
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise replies.wrong_shape(self, "a change of keys", push)
-        if self.near.invalidate(push[1]):
-            self.forget("flushall")
-        return None
-
-    def _take_message(self, push: list[Any]) -> None:
-        if self.inbox is None or len(push) != 3 or not type(push[1]) is type(push[2]) is bytes:
-            raise replies.wrong_shape(self, "a subscription", push)
-        self.inbox.take(push[1], push[2])
-
-    def _take_subscription(self, push: list[Any]) -> None:
-        """Take the push that confirms a subscription, or ends one unasked."""
-        assert self.inbox is not None
-        batch = self.slots[0][0] if self.slots else None
-        asked = batch is not None and batch.kind == c.COMMAND and not batch.abandoned()
-        if asked and batch.names[0].lower().encode() == push[0]:  # type: ignore[union-attr]
-            replies.answer(self, list(push))
-        else:
-            self.inbox.on_ended(self, list(push))
 
     # -- counting
 
@@ -841,53 +713,3 @@ class Pipeline:
         self.queued = sum(batch.waiting() for batch in waiting)
         self.operations = operations
         self.pending_bytes = pending_bytes
-
-
-# -- small things
-
-
-def new_bulk(kind: int, records: dict[str, Any], waiter: Any, shared: bool = False) -> Bulk:
-    """Return the bulk operation of that kind; the names of a read get their records in place."""
-    result: Any = set()
-    if kind == c.GET:
-        result = records  # the names are in their order already
-    elif kind == c.HEAD:
-        result = {}
-    elif c.DELETE_IF <= kind <= c.DELETE:
-        result = 0
-    return Bulk(f"{c.OPERATIONS[kind]}_bulk", waiter, result, len(records), shared)
-
-
-def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
-    """Return the version and data of an item of ``set_bulk``, or raise RecordError."""
-    try:
-        version, data = pair
-    except (TypeError, ValueError):
-        raise c.bad_pair(name, pair) from None
-    return version, data
-
-
-def make_removal(name: str, if_version: IfVersion) -> Write:
-    """Return a removal with a condition, as a write without data; raises RecordError."""
-    return Write(0, b"", 0, guard_of_removal(name, if_version))
-
-
-def make_removals(names: Iterable[str], if_version: IfVersionsHeld) -> dict[str, Any]:
-    """Return the removals of a ``delete_bulk`` with conditions; raises RecordError."""
-    check_many("delete_bulk", False, if_version)
-    return {
-        name: make_removal(name, expected_of("delete_bulk", name, if_version)) for name in names
-    }
-
-
-def kind_of(ttl: int, guarded: bool) -> int:
-    if guarded:
-        return c.SET_IF_NEWER
-    return c.SET_TTL if ttl else c.SET
-
-
-def unique(operation: str, names: Iterable[str]) -> dict[str, Any]:
-    """Return the names as keys, each once and checked."""
-    if isinstance(names, (str, bytes)):
-        raise c.bad_names(operation, names)
-    return dict.fromkeys(map(check_name, names))

@@ -2,8 +2,9 @@
 
 Its parts stand beside this module: ``record.py`` (records and their checks), ``batch.py``
 (operations that travel together), ``resp.py`` (RESP and keys), ``pipeline.py`` (one node, with the
-theory of operation), ``router.py`` (the nodes of a cluster), ``near_cache.py`` (records kept in the
-process) and ``message.py`` (messages and the queues of their subscribers).
+theory of operation), ``router.py`` (the nodes of a cluster), ``near_cache.py`` and
+``shared_near.py`` (records kept in the process, for an event loop and for threads) and
+``message.py`` (messages and the queues of their subscribers).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .router import Router
+from .shared_near import SharedNearCache
 
 __all__ = [
     "NEAR_ENTRY_BYTES",
@@ -23,6 +25,7 @@ __all__ = [
     "Pipeline",
     "Record",
     "Router",
+    "SharedNearCache",
     "SubscriberQueue",
     "check_name",
     "check_version",

@@ -1,6 +1,12 @@
 # Records, and the checks of their names, versions and data; the compiled twin of ``record.py``.
 
 
+cdef object _UNDECODED = object()
+cdef object _encode_json_into = json_text.encode_json_into
+cdef bytearray _scratch = None  # for encode_data, unless it is in use
+cdef object _decode_json = msgspec.json.Decoder().decode
+
+
 @cython.final
 @cython.no_gc  # only a caller can create a cycle, by putting a record into its data
 @cython.freelist(1024)
@@ -42,12 +48,12 @@ cdef class Record:
         """
         if self._data is _UNDECODED:
             if self._type is not None:
-                self._data = c.decode_as(self.name, self.version, self.raw, self._type)
+                self._data = json_text.decode_as(self.name, self.version, self.raw, self._type)
                 return self._data
             try:
                 self._data = _decode_json(self.raw)
             except (msgspec.DecodeError, ValueError, RecursionError):
-                self._data = c.decode_tolerantly(self.name, self.version, self.raw)
+                self._data = json_text.decode_tolerantly(self.name, self.version, self.raw)
         return self._data
 
     def decode(self, type, /):
@@ -55,7 +61,7 @@ cdef class Record:
 
         Raises RecordError with the path of a mismatch, or if the text is not valid JSON.
         """
-        return c.decode_as(self.name, self.version, self.raw, type)
+        return json_text.decode_as(self.name, self.version, self.raw, type)
 
     def __iter__(self):
         return iter((self.version, self.data))
@@ -115,14 +121,14 @@ cpdef str check_name(name):
     cdef Py_ssize_t size = 0
     if type(name) is not str:
         if not isinstance(name, str):
-            raise c.bad_name(name)
+            raise failures.bad_name(name)
         name = str.__str__(name)
     try:
         utf8_of(name, &size)
     except UnicodeEncodeError:
-        raise c.bad_name(name) from None
+        raise failures.bad_name(name) from None
     if size == 0:
-        raise c.bad_name(name)
+        raise failures.bad_name(name)
     return name
 
 
@@ -131,10 +137,10 @@ cpdef long long check_version(str name, version) except -1:
     cdef int overflow = 0
     cdef long long number
     if not isinstance(version, int) or isinstance(version, bool):
-        raise c.bad_version(name, version)
+        raise failures.bad_version(name, version)
     number = PyLong_AsLongLongAndOverflow(version, &overflow)
     if overflow or number < 0:
-        raise c.bad_version(name, version)
+        raise failures.bad_version(name, version)
     return number
 
 
@@ -152,12 +158,12 @@ cpdef bytes encode_data(str name, data):
     try:
         _encode_json_into(data, scratch)
     except Exception:  # msgspec passes on any exception of a user's own type
-        return c.encode_tolerantly(name, data)
+        return json_text.encode_tolerantly(name, data)
     text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), PyByteArray_GET_SIZE(scratch))
     if PyBytes_GET_SIZE(text) <= READ_BUFFER_BYTES:
         _scratch = scratch
     if not text:
-        raise c.empty_raw(name)
+        raise failures.empty_raw(name)
     return text
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from ..errors import shorten
 from . import constants as c
+from . import failures, json_text
 
 if TYPE_CHECKING:
     # Only type checkers know a default before Python 3.13; they bring their own module for it.
@@ -84,12 +85,12 @@ class Record(Pair[DataT]):
         data: DataT = self._data
         if data is _UNDECODED:
             if self._type is not None:
-                data = c.decode_as(self.name, self.version, self.raw, self._type)
+                data = json_text.decode_as(self.name, self.version, self.raw, self._type)
             else:
                 try:
                     data = _decode_json(self.raw)
                 except (msgspec.DecodeError, ValueError, RecursionError):
-                    data = c.decode_tolerantly(self.name, self.version, self.raw)
+                    data = json_text.decode_tolerantly(self.name, self.version, self.raw)
             object.__setattr__(self, "_data", data)
         return data
 
@@ -102,7 +103,7 @@ class Record(Pair[DataT]):
 
         Raises RecordError with the path of a mismatch, or if the text is not valid JSON.
         """
-        return c.decode_as(self.name, self.version, self.raw, type)
+        return json_text.decode_as(self.name, self.version, self.raw, type)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.version, self.data))
@@ -138,35 +139,35 @@ class Record(Pair[DataT]):
 def check_name(name: object) -> str:
     """Return the name as an exact str, or raise RecordError."""
     if not isinstance(name, str):
-        raise c.bad_name(name)
+        raise failures.bad_name(name)
     if type(name) is not str:
         name = str.__str__(name)
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise c.bad_name(name) from None
+        raise failures.bad_name(name) from None
     if not name:
-        raise c.bad_name(name)
+        raise failures.bad_name(name)
     return name
 
 
 def check_version(name: str, version: object) -> int:
     """Return the version as an int, or raise RecordError."""
     if not isinstance(version, int) or isinstance(version, bool):
-        raise c.bad_version(name, version)
+        raise failures.bad_version(name, version)
     if not 0 <= version <= c.MAX_VERSION:
-        raise c.bad_version(name, version)
+        raise failures.bad_version(name, version)
     return int(version)
 
 
 def encode_data(name: str, data: object) -> bytes:
     """Return the JSON text of a record's data, or raise RecordError."""
     try:
-        text = c.encode_json(data)
+        text = json_text.encode_json(data)
     except Exception:  # msgspec passes on any exception of a user's own type
-        return c.encode_tolerantly(name, data)
+        return json_text.encode_tolerantly(name, data)
     if not text:
-        raise c.empty_raw(name)
+        raise failures.empty_raw(name)
     return text
 
 

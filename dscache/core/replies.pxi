@@ -5,7 +5,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise c.stray_reply(pipeline.address, reply)
+        raise failures.stray_reply(pipeline.address, reply)
     cdef tuple slot = pipeline.slots[0]
     cdef _Batch batch = slot[0]
     cdef Py_ssize_t count = slot[1]
@@ -30,7 +30,7 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     if was_over:
         batch.answered += count
     elif refused:
-        recovery.refused(pipeline, batch, count, reply)
+        refusals.refused(pipeline, batch, count, reply)
     elif batch.kind == GET:
         if reply is not _IN_PLACE:
             add_found(pipeline, batch, count, found, reply)
@@ -52,8 +52,8 @@ cdef int answer(Pipeline pipeline, reply) except -1:
         answer_script(pipeline, batch, count, check_array(pipeline, reply, count, "the set script"))
     pipeline.slots.popleft()
     pipeline.settled += 1
-    if pipeline._epoch is not None:
-        pipeline._epoch.answered(pipeline.settled)
+    if pipeline.epoch is not None:
+        pipeline.epoch.answered(pipeline.settled)
     pipeline.in_flight -= count
     if batch.bulk is None:
         pipeline.operations -= count
@@ -121,7 +121,7 @@ cdef int add_found(Pipeline pipeline, _Batch batch, Py_ssize_t count, list found
 
 cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
     # Redis sends no invalidation for records read by ASKING.
-    cdef _Epoch epoch = None if batch.asking else pipeline._epoch
+    cdef _Epoch epoch = None if batch.asking else pipeline.epoch
     cdef _Bulk bulk = batch.bulk
     cdef dict result = None if bulk is None else bulk.result
     cdef Py_ssize_t settled = 0
@@ -236,11 +236,12 @@ cdef int answer_script(Pipeline pipeline, _Batch batch, Py_ssize_t count, list r
             name = <str>PyList_GET_ITEM(batch.names, batch.answered)
             entry = <_Write>PyList_GET_ITEM(batch.entries, batch.answered)
             if type(value) is ReplyError:
-                make = recovery.refusal_at(pipeline, value, batch, batch.answered)
-                recovery.give_error(pipeline, batch, name, entry, make)
+                make = refusals.refusal_at(pipeline, value, batch, batch.answered)
+                outcomes.give_error(pipeline, batch, name, entry, make)
             elif value == UNTOLD and batch.answered < batch.repeated:
-                make = partial(c.untold, pipeline.address, c.describe(batch.kind, name))
-                recovery.give_error(pipeline, batch, name, entry, make)
+                operation = failures.describe(batch.kind, name)
+                make = partial(failures.untold, pipeline.address, operation)
+                outcomes.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not DAMAGED <= value <= WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
             elif value == DAMAGED:
@@ -309,6 +310,6 @@ cdef object wrong_shape(Pipeline pipeline, str command, reply):
 
 cdef int damaged(Pipeline pipeline, _Batch batch, str name, entry, stored) except -1:
     pipeline._damages += 1
-    make = partial(c.damaged_version, name, stored)
-    recovery.give_error(pipeline, batch, name, entry, make)
+    make = partial(failures.damaged_version, name, stored)
+    outcomes.give_error(pipeline, batch, name, entry, make)
     return 0

@@ -1,6 +1,6 @@
 """Replies to operations, a function for each kind; the pure twin of ``replies.pxi``.
 
-Each settles the records that a reply belongs to. Retries and refusals are ``recovery.py``'s.
+Each settles the records that a reply belongs to. Refusals are ``refusals.py``'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
-from . import recovery
+from . import failures, outcomes, refusals
 from .record import Record, parse_version
 from .waiters import DISCARDED, resolve
 
@@ -27,7 +27,7 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
     """Settle the first slot. It stays in place till then, so that nothing is lost on the way
     if the reply turns out to be of the wrong shape."""
     if not pipeline.slots or pipeline.severed:
-        raise c.stray_reply(pipeline.address, reply)
+        raise failures.stray_reply(pipeline.address, reply)
     batch, count = pipeline.slots[0]
     if batch.asking and not pipeline.asked:
         pipeline.asked = True
@@ -50,7 +50,7 @@ def answer(pipeline: Pipeline, reply: Any) -> None:
     if was_over:
         batch.answered += count
     elif refused:
-        recovery.refused(pipeline, batch, count, reply)
+        refusals.refused(pipeline, batch, count, reply)
     elif batch.kind == c.GET:
         answer_get(pipeline, batch, count, reply)
     elif batch.kind == c.HEAD:
@@ -216,12 +216,12 @@ def answer_script(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> N
             name = batch.names[batch.answered]
             entry = batch.entries[batch.answered]
             if type(value) is ReplyError:
-                make = recovery.refusal_at(pipeline, value, batch, batch.answered)
-                recovery.give_error(pipeline, batch, name, entry, make)
+                make = refusals.refusal_at(pipeline, value, batch, batch.answered)
+                outcomes.give_error(pipeline, batch, name, entry, make)
             elif value == c.UNTOLD and batch.answered < batch.repeated:
-                operation = c.describe(batch.kind, name)
-                make = partial(c.untold, pipeline.address, operation)
-                recovery.give_error(pipeline, batch, name, entry, make)
+                operation = failures.describe(batch.kind, name)
+                make = partial(failures.untold, pipeline.address, operation)
+                outcomes.give_error(pipeline, batch, name, entry, make)
             elif type(value) is not int or not c.DAMAGED <= value <= c.WRITTEN:
                 raise wrong_shape(pipeline, "the set script", value)
             elif value == c.DAMAGED:
@@ -282,4 +282,6 @@ def wrong_shape(pipeline: Pipeline, command: str, reply: Any) -> ProtocolError:
 
 def damaged(pipeline: Pipeline, batch: Batch, name: str, entry: Any, stored: bytes | None) -> None:
     pipeline.counts["damaged"] += 1
-    recovery.give_error(pipeline, batch, name, entry, partial(c.damaged_version, name, stored))
+    outcomes.give_error(
+        pipeline, batch, name, entry, partial(failures.damaged_version, name, stored)
+    )

@@ -1,29 +1,19 @@
-"""RESP of commands and replies; the pure twin of ``resp.pxi``."""
+"""Commands as RESP; the pure twin of ``resp.pxi``."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import hiredis
 
 from . import constants as c
+from . import scripts
 from .batch import Batch
+from .condition import repeat_of
 from .keys import KeyLayout
 
 # hiredis's stub gives it a narrower type than it has.
 pack_command: Any = hiredis.pack_command
-
-# Types that RESP2 and RESP3 announce with a length: texts in bytes, the others in elements.
-_TEXTS: Final = (b"$", b"=", b"!")
-_LENGTHS: Final = (*_TEXTS, b"*", b"~", b">", b"%", b"|")
-
-
-def _announced(header: bytes) -> int:
-    """Return the length in a header, or -1 if the header has none; hiredis refuses invalid RESP."""
-    digits = header.rstrip(b"\r")
-    if not digits.isdigit() or len(header) > c.HEADER_BYTES:
-        return -1
-    return int(digits) if len(digits) <= 18 else 10**18
 
 
 class Encoder(KeyLayout):
@@ -84,69 +74,15 @@ class Encoder(KeyLayout):
                 lifetime = (b"EX", b"%d" % entries[0].ttl)
                 return ask + pack((b"MSETEX", count, *flat, *lifetime)), last - first
             return ask + pack((b"MSET", *flat)), last - first
-        how = (b"EVAL", c.SET_SCRIPT) if batch.whole_script else (b"EVALSHA", c.SET_SCRIPT_SHA)
+        how = (
+            (b"EVAL", scripts.SET_SCRIPT)
+            if batch.whole_script
+            else (b"EVALSHA", scripts.SET_SCRIPT_SHA)
+        )
         arguments: list[bytes] = []
         for i, write in enumerate(entries, first):
             guard = write.guard
             if i < batch.repeated and guard != c.UNGUARDED:
-                guard = c.repeat_of(guard)
+                guard = repeat_of(guard)
             arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
         return ask + pack((*how, count, *keys, *arguments)), last - first
-
-
-class LengthGuard:
-    """Checks the lengths that a server announces, across any number of reads."""
-
-    def __init__(self, max_reply_bytes: int) -> None:
-        self._max_reply_bytes = max_reply_bytes
-        self._skip = 0
-        self._header = b""
-        # Number of elements missing from each incomplete array, outermost first.
-        self._left: list[int] = []
-
-    def inspect(self, data: bytes, address: str) -> None:
-        """Check the announced lengths in received data, before hiredis allocates memory for them.
-
-        Otherwise a few bytes from a hostile server could take all memory. Raises ProtocolError.
-        """
-        at = self._skip  # skip the rest of a text, and of its line end
-        data = self._header + data
-        left = self._left
-        while at < len(data):
-            end = data.find(b"\n", at)
-            if end < 0:
-                break
-            mark = data[at : at + 1]
-            length = -1
-            of_text = False
-            if mark in _LENGTHS:
-                length = _announced(data[at + 1 : end])
-                of_text = mark in _TEXTS
-                limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
-                if length > limit:
-                    raise c.too_long(address, length, limit)
-                if of_text and length >= 0:
-                    end += length + 2
-            if length > 0 and not of_text:
-                self._open(mark, length, address)
-            elif left and mark != b"\n":
-                left[-1] -= 1
-                while left and not left[-1]:
-                    left.pop()
-                    if left:
-                        left[-1] -= 1
-            at = end + 1
-        self._skip = max(at - len(data), 0)
-        # Keep only the start of an incomplete line: a valid header is no longer than that.
-        self._header = data[at : at + 2 * c.HEADER_BYTES]
-
-    def _open(self, mark: bytes, length: int, address: str) -> None:
-        """Enter an array, set or push, or a map or attributes, which have two elements per pair."""
-        if mark in (b"%", b"|"):
-            length *= 2
-        if len(self._left) == c.MAX_DEPTH:
-            raise c.too_deep(address)
-        total = length + sum(self._left)
-        if total > c.MAX_ELEMENTS:
-            raise c.too_long(address, total, c.MAX_ELEMENTS)
-        self._left.append(length)

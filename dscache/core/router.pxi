@@ -86,7 +86,7 @@ cdef class Router:
         cdef Py_ssize_t size = 0
         # All pipelines have the same limits and the same default.
         cdef Pipeline pipeline = <Pipeline?>self.owners[0]
-        pipeline.make_writes(records, ttl, if_newer, if_version, writes, &write_ttl, &size)
+        make_writes(pipeline.ttl, records, ttl, if_newer, if_version, writes, &write_ttl, &size)
         return self._bulk(_kind_of(write_ttl, if_newer or if_version is not ANY), writes)
 
     def delete_bulk(self, names, if_version=ANY):

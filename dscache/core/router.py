@@ -9,8 +9,9 @@ from . import constants as c
 from . import envelope as e
 from .batch import Write
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
+from .entries import kind_of, make_removals, make_writes, new_bulk, unique
 from .keys import slot_of_key
-from .pipeline import Pipeline, kind_of, make_removals, new_bulk, unique
+from .pipeline import Pipeline
 from .record import check_name
 from .resp import Encoder
 
@@ -88,7 +89,7 @@ class Router:
     ) -> Any:
         """Queue a write of many records; its waiter gets the set of names not written."""
         # All pipelines have the same limits and the same default.
-        writes, write_ttl, _ = self.owners[0].make_writes(records, ttl, if_newer, if_version)
+        writes, write_ttl, _ = make_writes(self.owners[0].ttl, records, ttl, if_newer, if_version)
         return self._bulk(kind_of(write_ttl, if_newer or if_version is not ANY), writes)
 
     def delete_bulk(self, names: Iterable[str], if_version: IfVersionsHeld = ANY) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RecordError, shorten
 from . import constants as c
+from . import failures
 from .condition import ANY, IfVersion
 from .keys import KeyLayout
 from .stats import Latencies
@@ -74,7 +75,7 @@ class SplitRecords:
         if if_newer or if_version is not ANY:
             raise _unguardable(name)
         number = self._core.check_version(name, version)
-        seconds = self._ttl if ttl is None else c.check_ttl(name, ttl)
+        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)
         text = self._core.encode_data(name, data)
         waiter = self._begin(c.WRITE_KEY, name, len(text))
         return self._write(name, number, text, seconds, waiter)
@@ -199,7 +200,7 @@ class SplitRecords:
         version = self._core.parse_version(stored)
         if version < 0:
             self._counts["damaged"] += 1
-            raise c.damaged_version(name, stored)
+            raise failures.damaged_version(name, stored)
         self._counts["hits"] += 1
         return self._core.Record(name, version, raw)
 

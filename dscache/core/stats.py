@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from .constants import LATENCY_BOUNDS, TIMED, latency_of, mean_batch
+from .constants import LATENCY_BOUNDS, TIMED
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -96,3 +96,20 @@ class Latencies:
         """Return the latencies for ``stats()``, without operations that never occurred."""
         rows = zip(TIMED, self._seconds, self._buckets, strict=True)
         return latency_of({name: (took, [*bucket]) for name, took, bucket in rows if any(bucket)})
+
+
+def latency_of(rows: Mapping[str, tuple[float, list[int]]]) -> dict[str, Any]:
+    """Return the latencies of ``stats()``: the seconds and buckets of each operation."""
+    return {
+        "bounds": list(LATENCY_BOUNDS),
+        "operations": {
+            operation: {"count": sum(buckets), "sum": seconds, "buckets": buckets}
+            for operation, (seconds, buckets) in rows.items()
+        },
+    }
+
+
+def mean_batch(counts: Mapping[str, Any]) -> float:
+    """Return how many records a batch has brought on its way, on average; 0.0 without any."""
+    mean: float = counts["sent"] / counts["batches"] if counts["batches"] else 0.0
+    return mean

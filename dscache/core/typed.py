@@ -7,24 +7,68 @@ fails the read. That is the work of the read's waiter: pipelines read the record
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BulkError
+import msgspec
+
+from ..errors import BulkError, shorten
 from . import constants as c
+from . import failures, json_text
+from .models import is_model
 
 if TYPE_CHECKING:
     from .record import Record
 
 
 def check_type(type_: Any) -> None:
-    """Raise TypeError if msgspec doesn't know the type."""
-    c.decoder_of(type_)
+    """Raise TypeError if msgspec doesn't know the type, or a type within it."""
+    try:
+        _check_known(type_)
+    except TypeError:
+        # The type, or an annotation in it, has no hash; or it is refused again here.
+        _check(type_)
+
+
+def _check(type_: Any) -> None:
+    json_text.decoder_of(type_)
+    if is_model(type_):
+        return
+    queue, seen = [msgspec.inspect.type_info(type_)], set[int]()
+    while queue:
+        info = queue.pop()
+        if id(info) in seen:
+            continue
+        seen.add(id(info))
+        if isinstance(info, msgspec.inspect.CustomType):
+            if not (is_model(info.cls) or any(issubclass(each, info.cls) for each in _PLAIN)):
+                raise TypeError(
+                    f"type {shorten(type_)}: msgspec makes no {info.cls.__qualname__} of JSON; "
+                    "use a Struct, a dataclass or another type of its documentation"
+                )
+            continue
+        for name in info.__struct_fields__:
+            _add_types(getattr(info, name), queue)
+
+
+def _add_types(value: Any, queue: list[Any]) -> None:
+    """Add the types in a part of a type."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, msgspec.inspect.Field):
+            queue.append(one.type)
+        elif isinstance(one, msgspec.inspect.Type):
+            queue.append(one)
+
+
+_check_known = lru_cache(maxsize=256)(_check)
+# JSON's own types, which may fit an abstract class.
+_PLAIN: Final = (dict, list, str, int, float, bool, type(None))
 
 
 def checked(check_name: Callable[[str], str], names: Iterable[str]) -> dict[str, None]:
     """Return the names of a bulk, each once; raises RecordError for a bad one."""
     if isinstance(names, (str, bytes)):
-        raise c.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
+        raise failures.bad_names(c.OPERATIONS[c.GET] + "_bulk", names)
     return dict.fromkeys(map(check_name, names))
 
 
@@ -37,7 +81,10 @@ def with_type(record: Record, type_: Any) -> Record:
 
 
 def all_with_type(
-    records: Mapping[str, Record], errors: Mapping[str, Exception], type_: Any
+    records: Mapping[str, Record],
+    errors: Mapping[str, Exception],
+    type_: Any,
+    operation: str = "get_bulk",
 ) -> dict[str, Record]:
     """Return the Records of a bulk with their data decoded into a type.
 
@@ -51,7 +98,7 @@ def all_with_type(
         except Exception as error:  # msgspec passes on any exception of a user's own type
             misfits[name] = error
     if errors or misfits:
-        raise BulkError(c.OPERATIONS[c.GET] + "_bulk", {**errors, **misfits}, found)
+        raise BulkError(operation, {**errors, **misfits}, found)
     return found
 
 

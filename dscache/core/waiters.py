@@ -6,12 +6,19 @@ from asyncio import InvalidStateError
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from . import constants as c
+from . import failures
 
 # The waiters of a record that is read again: its first reply has no effect.
 DISCARDED: Final[list[Any]] = []
+
+
+class Waiter(Protocol):
+    """The receiver of an operation's outcome: ``asyncio.Future``, or an object with its methods."""
+
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
 
 
 class SupersededWrite:
@@ -36,7 +43,7 @@ class SupersededWrite:
             reject(self._waiter, self._refusal)
 
     def set_exception(self, error: Exception, /) -> None:
-        reject(self._waiter, partial(c.copy_error, error))
+        reject(self._waiter, partial(failures.copy_error, error))
 
 
 class Part:

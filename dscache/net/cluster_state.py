@@ -20,8 +20,9 @@ from math import inf
 from typing import Any, Final
 
 from ..config import Config
+from ..config.address import join_address
 from ..core import stats as counters
-from ..core.constants import ErrorOf, join_address
+from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, ReplyError
 from .backoff import full_jitter, half_jitter
 from .slot_table import NodeInfo, Seeds, Shard, SlotTable
@@ -31,6 +32,7 @@ from .slots import (
     GAP_CAP,
     GAP_GROWTH,
     GONE_AFTER,
+    NO_NODE,
     VIEWS_TO_LEAVE,
     Address,
     View,
@@ -253,6 +255,10 @@ class ClusterState:
             node.node_id = node_id
             if self.may_use(node, node_id):
                 return
+        if node_id == NO_NODE:
+            raise ConnectError(
+                f"{node.shown} is no node of a cluster, but a server of its own: it isn't used"
+            )
         raise ConnectError(
             f"{node.shown} is another node, {node_id[:8]}, than {self.table.ids[node.shown][:8]}, "
             "which the cluster has there: it isn't used unless the cluster announces it"
@@ -261,8 +267,11 @@ class ClusterState:
     def may_use(self, node: NodeInfo, node_id: str) -> bool:
         """Return whether a node with this id may be the one that the cluster has at its address.
 
-        It may also be a configured node while all known nodes are gone.
+        It may also be a configured node while all known nodes are gone. A server that is no node of
+        a cluster has an address that the cluster had earlier.
         """
+        if node_id == NO_NODE:
+            return not self.known
         if self._is_expected(node.shown, node_id):
             return True
         with self.lock:

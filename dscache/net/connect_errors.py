@@ -9,7 +9,8 @@ import ssl
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..core.constants import PASSING, ErrorOf
+from ..core.constants import PASSING
+from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
 from .sockets import NoneAccepts
 
@@ -58,6 +59,8 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
         return ConnectError(f"no answer within {connect_timeout} ms{tried}")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
+    if _is_end_of_tls(error):
+        return ConnectError("the server closed it during the TLS handshake")
     if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):
         return ConnectError(_refusal_of_tls(error.reason))
     if isinstance(error, OSError):
@@ -66,6 +69,17 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
             text = os.strerror(error.errno)  # asyncio puts a text of its own into strerror
         return ConnectError(clean(text or str(error)) or type(error).__name__)
     return ConnectError(clean(f"{type(error).__name__}: {error}"))
+
+
+def _is_end_of_tls(error: Exception) -> bool:
+    """Return whether a connection ended in the middle of a TLS handshake, without an alert.
+
+    A balancer without a server does that, or a server that restarts. OpenSSL reports it as an
+    SSLError, and asyncio as a ConnectionResetError without a number.
+    """
+    if isinstance(error, ssl.SSLError):
+        return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    return isinstance(error, ConnectionResetError) and error.errno is None
 
 
 def _refusal_of_tls(reason: str) -> str:
@@ -92,7 +106,7 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         return lambda operation: ConfigError(f"{operation} at {address}: {shown}")
     if isinstance(error, UnsuitableServer):
         return lambda operation: ConnectError(f"{operation}: {shown}")
-    if isinstance(error, (ssl.SSLError, ProtocolError)):
+    if isinstance(error, (ssl.SSLError, ProtocolError)) and not _is_end_of_tls(error):
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {shown}")
     return None

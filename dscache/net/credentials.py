@@ -7,14 +7,19 @@ a provider are shown by their type alone: their text may hold a token.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
+from ..config import Options
 from ..errors import ConnectError, DscacheError, ReplyError, clean
+from .foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
     from ..core.pure import Pipeline
 
 Login = tuple[str | None, "Hidden | None"]
@@ -81,8 +86,8 @@ class Hidden:
         return hash(self._text)
 
 
-MAX_GIVEN: Final = 4
-"""The number of a provider's latest tokens that no text may show."""
+# The number of a provider's latest tokens that no text may show.
+_MAX_GIVEN: Final = 4
 
 Word = str | bytes | int | Hidden
 """A word of a command."""
@@ -112,9 +117,9 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
     """Return a server's text with ``***`` for each secret that the server repeats.
 
-    A secret is found in each escaped form that servers and proxies use, and in part if the server
-    has cut it off. One of fewer than four characters is found only as a whole word: ``***`` in the
-    middle of a word would give it away.
+    A secret is found in each escaped or encoded form that servers and proxies use, and in part if
+    the server has cut it off. One of fewer than four characters is found only as a whole word:
+    ``***`` in the middle of a word would give it away.
     """
     if text in _FIXED:
         return text
@@ -124,6 +129,8 @@ def masked(text: str, secrets: Iterable[Hidden | None]) -> str:
         code, space, rest = "", "", text
     given = [one.reveal()[: len(rest) + 1] for one in secrets if one is not None]
     patterns = [[_spellings(char) for char in one] for one in dict.fromkeys(given)]
+    for one in dict.fromkeys(given):
+        patterns += _encodings(one)
     shown = []
     at = 0
     while at < len(rest):
@@ -193,6 +200,22 @@ def _spellings(char: str) -> frozenset[str]:
     return frozenset((*forms, *map(clean, forms)))
 
 
+def _encodings(secret: str) -> Iterator[list[frozenset[str]]]:
+    """Yield patterns of a secret in hexadecimal digits and in Base64.
+
+    A login may be encoded as one text, so that the secret begins at any of three places in a group
+    of Base64. The characters that the secret shares with its neighbours are left out.
+    """
+    given = secret.encode(errors="surrogatepass")
+    if len(given) < _SHORT:
+        return
+    yield [frozenset((digit, digit.upper())) for digit in given.hex()]
+    for before, shared in enumerate((0, 2, 3)):
+        text = b64encode(bytes(before) + given).decode()
+        whole = text[shared : (before + len(given)) * 8 // 6]
+        yield [frozenset((char, {"+": "-", "/": "_"}.get(char, char))) for char in whole]
+
+
 def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheError:
     """Return an error of a handshake without the secrets, and without the frames it went through.
 
@@ -210,16 +233,62 @@ def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheErr
     return error.with_traceback(None)
 
 
-def checked(given: Iterable[Any]) -> Login:
-    """Return the username and password that a provider has given; raises TypeError."""
-    words = tuple(given)
-    if len(words) not in (1, 2) or not all(type(word) is str for word in words):
-        raise TypeError("it must return (password,) or (username, password)")
-    return (None if len(words) == 1 else words[0]), Hidden(words[-1])
+class Logins:
+    """The logins of one cache: those of the options, or of a provider. Any thread may use it."""
+
+    def __init__(self, provider: CredentialProvider | None) -> None:
+        self.provider = provider
+        self.given = Tokens()
+
+    def current(self, options: Options) -> Login:
+        """Return the username and password to log in with now.
+
+        Raises ConnectError if the provider, which is a blocking one, fails.
+        """
+        if self.provider is None:
+            return login_of(options)
+        try:
+            return self.given.login(self.provider.get_credentials())
+        except Exception as error:  # whatever the provider raises, the next attempt may succeed
+            failure = provider_failed(error)
+        # Raised here, without the text and the frames of the provider's: both may hold a token.
+        raise failure
+
+
+class Tokens:
+    """The latest passwords of a provider: a server may repeat one that it was given earlier."""
+
+    def __init__(self) -> None:
+        # Assigned as a whole, since another thread may be reading them.
+        self._latest: tuple[Hidden | None, ...] = ()
+
+    def __iter__(self) -> Iterator[Hidden | None]:
+        return iter(self._latest)
+
+    def note(self, token: Hidden | None) -> None:
+        """Add a token, in place of the oldest one."""
+        if token not in self._latest:
+            self._latest = (*self._latest[1 - _MAX_GIVEN :], token)
+
+    def login(self, given: Iterable[Any]) -> Login:
+        """Return the username and password that a provider has given; raises TypeError."""
+        words = tuple(given)
+        if len(words) not in (1, 2) or not all(type(word) is str for word in words):
+            raise TypeError("it must return (password,) or (username, password)")
+        secret = Hidden(words[-1])
+        self.note(secret)
+        return (None if len(words) == 1 else words[0]), secret
+
+
+def login_of(options: Options) -> Login:
+    """Return the username and password of the options."""
+    return options.username, hidden(options.password)
 
 
 def provider_failed(error: Exception) -> ConnectError:
-    """Return the error to raise for a provider that has raised ``error``."""
+    """Return the error to raise for an exception of a provider; raises one of a signal handler."""
+    if is_of_handler(error):
+        raise error
     return ConnectError(f"the credential provider failed: {type(error).__name__}")
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..config import NearCacheOptions, Options
-from ..core import constants
+from ..config.address import join_address
+from ..core import constants, scripts
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
 from .connect_errors import UnsuitableConfig, UnsuitableServer, end_of_handshake, is_full
 from .credentials import Hidden, Login, Word, hidden, masked
-from .slots import parse_node_id, parse_nodes
+from .slots import NO_NODE, has_no_cluster, parse_node_id, parse_nodes
 
 # Errors to HELLO that end the attempt: a login without RESP3 would meet them too.
 _FINAL: Final = (*constants.PASSING, "WRONGPASS", "MASTERDOWN", "DENIED")
 # Errors to later commands of a server that serves no operation.
 _NOT_SERVING: Final = (*constants.PASSING, "NOAUTH")
+_RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
 # Seconds for which a server that closes connections at HELLO is not sent it again.
 _BARE_SECONDS: Final = 60.0
 
@@ -37,6 +40,8 @@ class ServerInfo:
     """Whether the connection speaks RESP3, which marks pushes apart from replies."""
     node_id: str = ""
     """The id of a node of a cluster; empty if it doesn't tell it, or wasn't asked."""
+    run_id: str = ""
+    """The id of the server's process; empty if it doesn't tell it, or wasn't asked."""
     is_proxied: bool = False
     """Whether the server is a proxy that may keep the keys of one command on several servers."""
 
@@ -95,14 +100,16 @@ def handshake(
     read_only: bool = False,
     is_near: bool = False,
     of_cluster: bool = False,
+    identifies: bool = False,
     attempt: Attempt | None = None,
 ) -> Handshake:
     """Log in to a server and set up the connection; returns the ServerInfo.
 
     With ``read_only``, a replica of a cluster is asked to answer reads. With ``is_near``, the
     server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
-    may be promoted on the same connection. There a node is asked for its id, too. ``attempt`` is
-    given for a server that may be a proxy, and hears from the caller if the connection is closed.
+    may be promoted on the same connection. There a node is asked for its id, too, and elsewhere the
+    server for that of its process, with ``identifies``. ``attempt`` is given for a server that may
+    be a proxy, and hears from the caller if the connection is closed.
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
@@ -122,7 +129,9 @@ def handshake(
                 attempt.refusal = pong
                 yield [["PING"]]
             attempt.has_answer = True
-        info = yield from _log_in(options, login, address, read_only, is_near, of_cluster)
+        info = yield from _log_in(
+            options, login, address, read_only, is_near, of_cluster, identifies
+        )
     if attempt is not None:
         attempt.note_done()
     return info
@@ -135,6 +144,7 @@ def _log_in(
     read_only: bool,
     is_near: bool,
     of_cluster: bool,
+    identifies: bool,
 ) -> Handshake:
     username, password = login
     hello: list[Word] = ["HELLO", "3"]
@@ -145,13 +155,17 @@ def _log_in(
     selection: list[list[Word]] = [["SELECT", str(options.db)]] if options.db else []
     questions: list[list[Word]] = [
         # Loaded here, the script is missing only after SCRIPT FLUSH.
-        ["SCRIPT", "LOAD", constants.SET_SCRIPT],
+        ["SCRIPT", "LOAD", scripts.SET_SCRIPT],
         ["COMMAND", "INFO", "MSETEX"],
     ]
     if read_only:
         # Its reply is ignored: a server outside a cluster is found out by CLUSTER SLOTS.
         questions.append(["READONLY"])
-    identity: list[list[Word]] = [["CLUSTER", "MYID"]] if of_cluster else []
+    identity: list[list[Word]] = []
+    if of_cluster:
+        identity.append(["CLUSTER", "MYID"])
+    elif identifies:
+        identity.append(["INFO", "server"])
     greeting, *others = yield [hello, *selection, *questions, *identity]
     is_foreign = False
     if isinstance(greeting, ReplyError) and not _is_final(greeting):
@@ -187,6 +201,7 @@ def _log_in(
         is_tracked,
         isinstance(greeting, dict),
         node_id,
+        _run_id(others[-1]) if identifies and not of_cluster else "",
         _is_proxied(options, is_foreign),
     )
 
@@ -250,17 +265,28 @@ def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
 def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[Any], str]:
     """Return the id of a node of a cluster, or an empty text if it can't be known.
 
-    A user without the right to CLUSTER MYID has that to CLUSTER SLOTS, where the node is listed.
+    It is NO_NODE of a server that is none. A user without the right to CLUSTER MYID has that to
+    CLUSTER SLOTS, where the node is listed.
     """
     if not isinstance(reply, ReplyError):
         return parse_node_id(reply)
+    if has_no_cluster(reply):
+        return NO_NODE
     (slots,) = yield [["CLUSTER", "SLOTS"]]
+    if has_no_cluster(slots):
+        return NO_NODE
     try:
         nodes = parse_nodes(slots, (address.rpartition(":")[0].strip("[]"), 0))
     except ProtocolError:
         return ""
-    named = [name for name, at in nodes.items() if at and constants.join_address(*at) == address]
+    named = [name for name, at in nodes.items() if at and join_address(*at) == address]
     return named[0] if len(named) == 1 else ""
+
+
+def _run_id(reply: object) -> str:
+    """Return the id of a server's process from its reply to INFO, or an empty text."""
+    found = _RUN_ID.search(reply) if isinstance(reply, bytes) else None
+    return "" if found is None else found[1].decode()
 
 
 def _track(

@@ -18,6 +18,7 @@ the others. Where they have too many keys for that, SCAN reads them again.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -34,7 +35,9 @@ from typing import Any, Final, Generic, Literal, TypeVar, cast
 import msgspec
 
 from ..config import Options
-from ..core.constants import SLOTS, VERSION_SUFFIX, join_address
+from ..config.address import join_address
+from ..core import typed
+from ..core.constants import SLOTS, VERSION_SUFFIX
 from ..core.holder import Holder, Place
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
@@ -49,9 +52,14 @@ from ..errors import (
 )
 from .backoff import half_jitter
 
+_logger = logging.getLogger("dscache")
+
 # Seconds without any progress after which a scan fails, beside connectTimeout.
 _PATIENCE: Final = 10.0
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+# A request that has met the end of so many connections in a row, as at a proxy, is not repeated:
+# with the connection it cuts off the operations of the cache.
+_MOST_CUTS: Final = 5
 # Error replies that end by themselves.
 _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
 _LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
@@ -193,7 +201,10 @@ class NameScan:
         self._socket: object = None
         self._sockets = 0
         self._failures = 0
+        self._cuts = 0
         self._progress_at = 0.0
+        self.skipped = 0
+        """How many keys had names that are no UTF-8."""
 
     def cursor(self) -> str:
         """Return the cursor of the names so far."""
@@ -206,6 +217,7 @@ class NameScan:
             try:
                 yield from self._cover_next()
             except _LOST as error:
+                self._check_cuts(error)
                 yield self._pause_after(error)
             except ReplyError as error:
                 if error.code not in _PASSING:
@@ -215,6 +227,15 @@ class NameScan:
     def _note_progress(self) -> None:
         self._failures = 0
         self._progress_at = time.monotonic()
+
+    def _check_cuts(self, error: Exception) -> None:
+        """Raise ConnectionLost if a single server ends the connection at each request."""
+        self._cuts += isinstance(error, ConnectionLost) and not self._clustered
+        if self._cuts >= _MOST_CUTS:
+            raise ConnectionLost(
+                f"scan: the connection was lost {self._cuts} times in a row while a request was "
+                f"under way: {error} (a proxy may not know INFO and SCAN: scan its servers)"
+            ) from error
 
     def _pause_after(self, error: Exception) -> Pause:
         """Return the pause before the next attempt; raises the error if no progress was made."""
@@ -296,6 +317,7 @@ class NameScan:
         """Return the replies of a node; raises the first error reply."""
         reply = yield Request(node, commands)
         assert reply is not None
+        self._cuts = 0
         for command, one in zip(commands, reply.replies, strict=True):
             if isinstance(one, ReplyError):
                 words = " ".join(map(str, command[:2] if command[0] == "CLUSTER" else command[:1]))
@@ -310,6 +332,7 @@ class NameScan:
             # Without the right to INFO, a server is the same as long as its socket lasts.
             asked = yield Request(node, [("INFO", "server"), ("INFO", "replication")])
             assert asked is not None
+            self._cuts = 0
             facts = {**_info(asked.replies[0]), **_info(asked.replies[1])}
             known = [facts.get(name, "") for name in ("run_id", "role", "master_replid")]
             if asked.socket is not self._socket:
@@ -387,14 +410,30 @@ class NameScan:
             # A third of the time of the other way. Other clients' keys may be no UTF-8.
             with suppress(UnicodeDecodeError):
                 names = [key[first:-_SUFFIX].decode() for key in keys]
+        if names is None:
+            self._note_skipped(keys)
         found = dict.fromkeys(map(self._layout.name_of, keys) if names is None else names)
         found.pop("", None)
         if matching := names_with(self._prefix, found):
             yield Names(matching)
 
+    def _note_skipped(self, keys: list[bytes]) -> None:
+        """Count the keys of names that are no UTF-8, which no operation can read."""
+        starts = tuple(self._layout.starts(self._prefix))
+        skipped = [key for key in keys if key.startswith(starts) and self._layout.is_no_text(key)]
+        if skipped and not self.skipped:
+            _logger.warning(
+                "scan: the name in key %s is no UTF-8, so that no operation can read its record; "
+                "scan leaves such names out, and counts them in skipped",
+                shorten(skipped[0]),
+            )
+        self.skipped += len(skipped)
+
 
 class MemoryScan:
     """A scan of the names in a cache in memory, in their order."""
+
+    skipped = 0
 
     def __init__(
         self, names: Callable[[], list[str]], prefix: str, count: int, cursor: str | None
@@ -426,15 +465,16 @@ class Finds(Generic[Item]):
     calls ``restart``: the scan then goes on behind the last names that were found.
     """
 
-    def __init__(self, scan: NameScan | MemoryScan, *, records: bool) -> None:
+    def __init__(self, scan: NameScan | MemoryScan, *, records: bool, type: Any = None) -> None:
         self.cursor = scan.cursor
+        self.scan = scan
         self.ready: deque[Item] = deque()
         self.unread: list[str] = []
         """Names of records that are still to be read."""
         self._place = Place()  # of the caller that waits for the next item; none may join it
-        self._scan = scan
         self._steps = scan.steps()
         self._records = records
+        self._type = type
         self._error: BulkError | None = None
         self._batch = _RECORDS
 
@@ -455,7 +495,7 @@ class Finds(Generic[Item]):
 
     def restart(self) -> None:
         """Begin the steps anew, behind the names that were found."""
-        self._steps = self._scan.steps()
+        self._steps = self.scan.steps()
 
     def next_names(self) -> list[str]:
         """Return the names of the records to read next; empty if there are none."""
@@ -465,7 +505,14 @@ class Finds(Generic[Item]):
         self, names: list[str], found: Mapping[str, Any], error: BulkError | None = None
     ) -> None:
         """Add the records with these names that were read, and the error of the others."""
-        self.ready.extend(found.values())
+        records = found
+        if self._type is not None:
+            try:
+                errors = {} if error is None else error.errors
+                records = typed.all_with_type(found, errors, self._type)
+            except BulkError as misfits:
+                records, error = misfits.result, misfits
+        self.ready.extend(cast("Iterable[Item]", records.values()))
         self._error = error
         if found:
             size = sum(len(record.raw) for record in found.values())
@@ -487,8 +534,14 @@ class Finds(Generic[Item]):
         return holder
 
 
-def check_arguments(prefix: object, count: object, cursor: object) -> None:
-    """Raise UsageError for a bad argument of ``scan``."""
+def check_arguments(
+    prefix: object, count: object, cursor: object, type: Any, *, records: bool
+) -> None:
+    """Raise UsageError for a bad argument of ``scan``, and TypeError for an unknown type."""
+    if type is not None:
+        typed.check_type(type)
+        if not records:
+            raise UsageError("scan: a type is that of records; give records=True as well")
     if not isinstance(prefix, str):
         raise UsageError(f"scan: prefix must be a str, not {shorten(prefix)}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:

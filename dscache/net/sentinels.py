@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any, Final
 
 from ..config import Options, SentinelNode
-from ..core.constants import read_address, read_epoch
+from ..config.address import read_address
 from ..errors import ConnectError, clean
 from .credentials import hidden, masked
 
@@ -164,3 +164,8 @@ def _read_replica(replicas: Any) -> Answer | None:
         return None
     replica = random.choice(up)
     return Answer(-1, read_address(replica["ip"], replica["port"]))
+
+
+def read_epoch(text: object) -> int:
+    """Return the epoch that a Sentinel states as text, or -1 if that is none."""
+    return int(text) if type(text) is str and text.isdecimal() and len(text) < 20 else -1

@@ -12,8 +12,10 @@ from typing import Any
 from msgspec import UNSET
 
 from ..config import Node, Options
-from ..core.constants import ErrorOf
+from ..core.failures import ErrorOf
+from .foreign_errors import foreign
 from .slots import NAMES_LAST, Address
+from .sockets import UselessAddresses
 
 
 class NodeInfo:
@@ -49,6 +51,7 @@ class NodeInfo:
         """Until when it isn't read as a replica, by ``time.monotonic()``."""
         self.node_id = ""
         """The id that the node told last; empty if it doesn't tell it."""
+        self.useless = UselessAddresses()
         self.avoid_for = 0.0
         """How long the last exclusion from reads lasts, in seconds."""
 
@@ -165,6 +168,8 @@ def reader_of(shard: Shard, slot: int) -> str:
 def _is_name(host: str) -> bool:
     try:
         ip_address(host.partition("%")[0])
-    except ValueError:
+    except ValueError as error:
+        if foreign(error) is not None:
+            raise  # a signal handler has raised it
         return True
     return False

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..core.constants import SLOTS, is_address, join_address
+from ..config.address import is_address, join_address
+from ..core.constants import SLOTS
 from ..errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
 
 # The commands that ask a node for its view, and how many nodes are asked at a time: the newest view
@@ -35,6 +36,10 @@ NAMES_LAST: Final = 2.0
 
 Address = tuple[str, int]
 _UNKNOWN_HOSTS: Final = ("", "?")
+# Refusals of a CLUSTER command by a single server: by Redis and Valkey, and by Dragonfly.
+_NO_CLUSTER: Final = re.compile("cluster support disabled|cluster is disabled", re.IGNORECASE)
+NO_NODE: Final = "none"
+"""In place of the id of a node: the server is no node of a cluster."""
 _NODE_ID: Final = re.compile(rb"[0-9a-f]{40}")
 # The longest number that is parsed from a server's text.
 _MOST_DIGITS: Final = 20
@@ -92,7 +97,7 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
     cluster, ReplyError if it refuses, and ProtocolError if its reply has another shape.
     """
     if isinstance(slots, ReplyError):
-        if "cluster support disabled" in slots.message.lower():
+        if has_no_cluster(slots):
             raise ConfigError(
                 f"{source}: cache.options.nodes: {join_address(*asked)} is no node of a "
                 f'cluster (it says "{slots.message}"); give host and port instead of nodes'
@@ -148,6 +153,11 @@ def _ranges_of(entries: Iterable[_Entry]) -> list[SlotRange]:
 
 def _nodes_of(entries: Iterable[_Entry]) -> dict[str, Address | None]:
     return {name: address for *_, nodes in entries for name, address in nodes if name}
+
+
+def has_no_cluster(reply: object) -> bool:
+    """Return whether a reply to a CLUSTER command says that the server is no node of a cluster."""
+    return isinstance(reply, ReplyError) and _NO_CLUSTER.search(reply.message) is not None
 
 
 def parse_node_id(reply: object) -> str:

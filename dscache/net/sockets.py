@@ -21,7 +21,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from ..config import Options
-from ..core.constants import join_address
+from ..config.address import join_address
 
 FAMILIES: Final = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -68,27 +68,55 @@ _GLANCE: Final = 0.02
 _EARLY: Final = 0.002
 
 
+# So many addresses are remembered as useless.
+_REMEMBERED: Final = 16
+
+
 class NoneAccepts(OSError):
     """No address of a host accepts; the text names each with its reason."""
+
+
+class UselessAddresses:
+    """The addresses of a host that have accepted a connection and then served nothing.
+
+    They are tried last. Otherwise one that is silent, such as that of a balancer without a server,
+    would use up every attempt. Any thread may use it.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Found, ...] = ()
+
+    def add(self, address: Found) -> None:
+        """Note that an address was of no use, the latest of all."""
+        others = [one for one in self._known if one != address]
+        self._known = (*others[1 - _REMEMBERED :], address)
+
+    def last(self, addresses: Iterable[Found]) -> list[Found]:
+        """Return the addresses, of which the latest useless one is the last."""
+        known = self._known
+        return sorted(addresses, key=lambda one: known.index(one) if one in known else -1)
 
 
 class SocketConnect:
     """A non-blocking socket while it is opened, and its holder from then on.
 
-    The socket can be closed at every step, also by the finalizer.
+    The socket can be closed at every step, also by the finalizer. All attempts to connect to one
+    server share the ``useless`` addresses.
     """
 
     # A class attribute, as ``__del__`` also runs when ``__init__`` was interrupted.
     _sock: socket.socket | None = None
     _racing: list[tuple[socket.socket, Any]] = []  # noqa: RUF012 # replaced before it is changed
 
-    def __init__(self) -> None:
+    def __init__(self, useless: UselessAddresses | None = None) -> None:
         self.wake_at = math.inf
         """When the next step is due even without an event, in seconds of ``time.monotonic``."""
         self._racing = []
         self._tried: dict[str, str] = {}
         self._waiting: deque[Found] = deque()
         self._is_shut = False
+        self._useless = useless or UselessAddresses()
+        self._used: Found | None = None
 
     @property
     def sock(self) -> socket.socket:
@@ -118,7 +146,8 @@ class SocketConnect:
         The next address is tried at once when another has failed, and otherwise 250 ms after the
         last. Raises the OSError of a single address, and NoneAccepts for several.
         """
-        waiting = self._waiting = deque(interleaved(addresses))
+        waiting = self._waiting = deque(self._useless.last(interleaved(addresses)))
+        found = {address: (*kind, address) for *kind, address in waiting}
         is_single = len(waiting) == 1
         failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         self._tried = {}
@@ -150,7 +179,8 @@ class SocketConnect:
                     next_at = 0.0
                 else:
                     if is_connected:
-                        self._win(sock)
+                        self._win(sock, address)
+                        self._used = None if is_single else found[address]
                         return
             if not self._racing or (waiting and time.monotonic() >= next_at):
                 continue
@@ -175,7 +205,7 @@ class SocketConnect:
         for _sock, address in self._racing:
             tried[shown_address(address)] = "no answer"
         for *_, address in self._waiting:
-            tried[shown_address(address)] = "not tried"
+            tried.setdefault(shown_address(address), "not tried")
         if len(tried) < 2:
             return ""
         return "; ".join(f"{address}: {reason}" for address, reason in tried.items())
@@ -187,14 +217,19 @@ class SocketConnect:
         self._tried[shown_address(address)] = os.strerror(error.errno)
         return error
 
-    def _win(self, winner: socket.socket) -> None:
+    def note_useless(self) -> None:
+        """Note that the address, one of several, has accepted and serves nothing."""
+        if self._used is not None:
+            self._useless.add(self._used)
+
+    def _win(self, winner: socket.socket, its_address: Any) -> None:
         self._sock = winner
-        for sock, _address in self._racing:
+        for sock, address in self._racing:
             if sock is not winner:
                 sock.close()
+                self._tried[shown_address(address)] = "no answer"
         self._racing = []
-        self._tried = {}
-        self._waiting.clear()
+        self._tried[shown_address(its_address)] = "silent once connected"
         self.wake_at = math.inf
 
     def _drop(self, sock: socket.socket) -> None:

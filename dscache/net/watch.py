@@ -15,21 +15,26 @@ each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 from msgspec.structs import replace as replaced
 
 from ..config import Options
+from ..core import typed
 from ..core.keys import KeyLayout, names_with
+from ..core.record import DataT
 from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
 
 if TYPE_CHECKING:
     from ..core.pure import Record
+
+_logger = logging.getLogger("dscache")
 
 Kind = Literal["changed", "deleted", "damaged", "flushed", "gap", "resumed"]
 
@@ -55,7 +60,7 @@ _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TR
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Change(Generic[DataT]):
     """A change of a record, of all records, or of the watch itself.
 
     ``kind`` is "changed" or "deleted" for a record; "damaged" for one that can't be read, with the
@@ -68,7 +73,7 @@ class Change:
     """The name of the record; empty if it is no change of one."""
     version: int | None = None
     """The version as it was read behind the change."""
-    record: Record | None = None
+    record: Record[DataT] | None = None
     """The record as it was read behind the change, if the watch reads records."""
     node: str = ""
     """The address of the server for a gap, its end, and a flush; empty if it concerns all."""
@@ -99,8 +104,11 @@ class Changes:
         max_pending: int,
         read: Callable[[str], Any],
         kind: type[Change],
+        as_type: Any = None,
     ) -> None:
         check_arguments(prefix, max_pending)
+        if as_type is not None:
+            typed.check_type(as_type)
         layout = KeyLayout(options.key_prefix, options.hash_tag)
         starts = [start for start in layout.starts(prefix) if start]
         self.tracking: list[bytes | str | int] = [
@@ -110,7 +118,11 @@ class Changes:
         self.operation = "get_bulk" if records else "head_bulk"
         """How the names are read."""
         self._records = records
+        self._type = as_type
         self._name_of = layout.name_of
+        self._layout = layout
+        self.skipped = 0
+        """How many reports were of keys whose names are no UTF-8."""
         self._prefix = prefix
         self._on_news = on_news
         self._max_pending = max_pending
@@ -133,7 +145,21 @@ class Changes:
         if keys is None:
             self._add_event(self._kind(FLUSHED, node=node))
             return
-        self.note_changed(dict.fromkeys(map(self._name_of, keys)))
+        names = dict.fromkeys(map(self._name_of, keys))
+        if None in names:
+            self._note_skipped(keys)
+        self.note_changed(names)
+
+    def _note_skipped(self, keys: Iterable[bytes]) -> None:
+        """Count the keys of names that are no UTF-8, which no operation can read."""
+        skipped = [key for key in keys if self._layout.is_no_text(key)]
+        if skipped and not self.skipped:
+            _logger.warning(
+                "watch: the name in key %s is no UTF-8, so that no operation can read its record; "
+                "watch leaves such names out, and counts them in skipped",
+                shorten(skipped[0]),
+            )
+        self.skipped += len(skipped)
 
     def note_changed(self, names: Iterable[str | None]) -> None:
         """Take the names of records that have changed, of any prefix."""
@@ -230,12 +256,20 @@ class Changes:
             elif one is None:
                 changes.append(kind(DELETED, name, _read=read))
             elif self._records:
-                changes.append(kind(CHANGED, name, one.version, one, _read=read))
+                changes.append(self._changed(name, one))
             else:
                 changes.append(kind(CHANGED, name, one, _read=read))
         if again:
             self.back(again)
         return changes
+
+    def _changed(self, name: str, record: Record) -> Change:
+        if self._type is not None:
+            try:
+                record = typed.with_type(record, self._type)
+            except Exception as error:  # msgspec passes on any exception of a user's own type
+                return self._kind(DAMAGED, name, reason=str(error), _read=self._read)
+        return self._kind(CHANGED, name, record.version, record, _read=self._read)
 
 
 def is_final(error: Exception) -> bool:

@@ -33,6 +33,8 @@ class ShardedTransport(Cluster):
         self.subscriptions = subscriptions
         self._heartbeat = config.options.heartbeat / 1000
         self._listeners: dict[Connection, Listener] = {}
+        self.connects = 0
+        """How often a connection was made."""
         super().__init__(config, credentials, inbox=dispatcher)
 
     def on_topics_changed(self) -> None:
@@ -58,6 +60,7 @@ class ShardedTransport(Cluster):
 
     def on_connected(self, node: Connection) -> None:
         super().on_connected(node)
+        self.connects += 1
         if node not in self._listeners:
             self._listeners[node] = Listener(
                 self.subscriptions,

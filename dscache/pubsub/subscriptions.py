@@ -52,6 +52,12 @@ class Subscriptions:
     def is_confirmed(self) -> bool:
         return self.wanted.keys() <= self._heard.keys()
 
+    def listens(self, topic: int) -> bool | None:
+        """Return whether a topic is subscribed to; None if it is wanted and not confirmed."""
+        if topic in self._heard:
+            return True
+        return None if topic in self.wanted else False
+
     def add(self, topic: int) -> None:
         self.wanted[topic] = None
 

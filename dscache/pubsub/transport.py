@@ -80,6 +80,11 @@ class PairTransport(NodeListener):
         return self._sender.pipeline
 
     @property
+    def connects(self) -> int:
+        """How often the sending connection was made."""
+        return self._sender.connects
+
+    @property
     def is_ready(self) -> bool:
         return self._sender.is_ready and self._receiver.is_ready
 

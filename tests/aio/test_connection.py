@@ -648,6 +648,40 @@ async def test_a_cancelled_close_still_closes(make_cache: MakeCache, proxy: Faul
     proxy.resume()
 
 
+@pytest.mark.parametrize("lost", ["deadlines", "heartbeat"])
+async def test_a_timer_that_was_struck_twice_is_set_again(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """A signal handler has raised at the beginning of a flush, and of both calls of a timer."""
+    cache = await make_cache(commandTimeout=50)
+    node: Any = cache._topology
+    beat = node._heartbeat
+    monkeypatch.setattr(beat, "_ping_after", 0.05)
+    beat._beat()
+    timer = {"deadlines": node._deadlines, "heartbeat": beat}[lost]
+
+    def lose() -> float:
+        for handle in timer.handles:
+            handle.cancel()
+        return max(handle.when() for handle in timer.handles)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node, "_flush", lambda: None)
+        pending = cache.get("a")
+        over = lose()
+        await asyncio.sleep(0)
+    if lost == "deadlines":
+        with pytest.raises(dscache.DeadlineExceeded):
+            await asyncio.wait_for(pending, PATIENCE)
+    else:
+        await asyncio.wait([pending], timeout=PATIENCE)
+        await until(lambda: asyncio.get_running_loop().time() > over)
+        await asyncio.wait([cache.get("a")], timeout=PATIENCE)
+    await until(lambda: not timer.handles or timer.handles[-1].when() > over)
+    assert await cache.get("a") is None
+    await cache.close()
+
+
 async def test_a_failed_entry_leaves_nothing_behind(backend: str) -> None:
     async with FakeServer({"HELLO": b"-WRONGPASS invalid\r\n"}) as fake:
         cache = lazy_cache(fake.url, retryStrategy={"first": 1, "cap": 2}, **PATIENT)

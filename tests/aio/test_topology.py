@@ -17,7 +17,7 @@ import pytest
 
 import dscache
 from dscache.aio import cluster
-from dscache.core import constants
+from dscache.core import constants, scripts
 from dscache.core import stats as counters
 from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer
@@ -56,7 +56,7 @@ class FakeNode(FakeServer):
                 "CLUSTER": self._tell,
                 "COMMAND": b"*1\r\n_\r\n",
                 "READONLY": b"+OK\r\n",
-                "SCRIPT": resp(constants.SET_SCRIPT_SHA),
+                "SCRIPT": resp(scripts.SET_SCRIPT_SHA),
             }
         )
         self.fakes = fakes
@@ -500,6 +500,31 @@ async def test_temporary_refusals_are_retried(words: str, backend: str, short_pa
             assert stats["redirections"] == before["redirections"] + times, name
             if "TRYAGAIN" not in words:
                 await until(lambda n=before["refreshes"]: cache.stats()["refreshes"] > n)
+
+
+@pytest.mark.parametrize(
+    "words", ["BUSY no", "LOADING no", "CLUSTERDOWN no", "TRYAGAIN no", "READONLY no"]
+)
+async def test_what_passes_is_no_redirection(words: str, backend: str, short_pauses: None) -> None:
+    """A node that refuses for long uses up no maxRedirections, and a redirection still counts."""
+    async with FakeCluster() as fakes:
+        first, second = fakes.nodes
+        refusals = itertools.count()
+        for node in fakes.nodes:
+            node.say = lambda command, slot: Refusal(words) if next(refusals) < 40 else None
+        async with opened(fakes, maxRedirections=2, commandTimeout=60_000) as cache:
+            assert await cache.set("a", 1, 1) is True
+            assert cache.stats()["redirections"] == 40
+            circle = itertools.count()
+
+            def say(command: list[bytes], slot: int) -> Refusal:
+                there = random.choice((first.address, second.address))
+                return Refusal(words if next(circle) % 2 else f"MOVED {slot} {there}")
+
+            first.say = second.say = say
+            with pytest.raises(dscache.ReplyError, match="redirected 3 times") as error:
+                await cache.set("a", 2, 2)
+            assert error.value.code == "MOVED"
 
 
 async def test_operations_wait_side_by_side_in_many_slots(backend: str) -> None:

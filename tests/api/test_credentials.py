@@ -233,7 +233,8 @@ async def test_a_provider_is_asked_before_each_connection(
             assert account.connections() == 1
             account.give(f"{SECRET}-{number}")
             account.disconnect()
-            assert await result_of(cache.get("a")) == await result_of(cache.get("a"))
+            for _ in range(2):
+                assert tuple(await result_of(cache.get("a"))) == (number, number)
             assert provider.calls == number + 1
         assert_silent(cache)
     assert threading.get_ident() not in provider.threads

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,71 @@ async def test_a_dropped_async_cache(
     await until_connections(redis, before)
 
 
+@pytest.mark.parametrize("keeps_cache", [True, False])
+async def test_a_dropped_watch(
+    keeps_cache: bool, server: EmbeddedServer, redis: redis_py.Redis, backend: str
+) -> None:
+    """Its connection ends; until then it keeps its cache."""
+    before = connections(redis)
+    cache: dscache.AsyncCache | None = dscache.AsyncCache.from_config(server.url)
+    assert cache is not None
+    watch = cache.watch("a")
+    changes = await watch.__aenter__()
+    assert connections(redis) == before + 2
+    if not keeps_cache:
+        cache = None
+        gc.collect()
+    redis.mset({"a_v": "1", "a_d": "1"})
+    assert (await anext(changes)).name == "a"
+    with pytest.warns(ResourceWarning, match=REMEDY) as caught:
+        del watch, changes
+    assert len(caught) == (1 if keeps_cache else 2)
+    await until_connections(redis, before + keeps_cache)
+    if cache is not None:
+        await cache.close()
+
+
+@pytest.mark.parametrize("keeps_cache", [True, False])
+def test_a_dropped_watch_of_threads(
+    keeps_cache: bool, server: EmbeddedServer, redis: redis_py.Redis, backend: str
+) -> None:
+    before = connections(redis)
+    cache: dscache.Cache | None = dscache.Cache.from_config(server.url)
+    assert cache is not None
+    watch = cache.watch("a")
+    changes = watch.__enter__()
+    if not keeps_cache:
+        cache = None
+        gc.collect()
+    redis.mset({"a_v": "1", "a_d": "1"})
+    assert next(changes).name == "a"
+    with pytest.warns(ResourceWarning, match=REMEDY) as caught:
+        del watch, changes
+    assert len(caught) == (1 if keeps_cache else 2)
+    asyncio.run(until_connections(redis, before + keeps_cache))
+    assert not any("dscache watches" in one.name for one in threading.enumerate())
+    if cache is not None:
+        cache.close()
+
+
+async def test_a_dropped_watch_of_memory(server: EmbeddedServer, backend: str) -> None:
+    cache = dscache.AsyncCache.from_config({"name": "memory"})
+    watch = cache.watch("a")
+    await watch.__aenter__()
+    with pytest.warns(ResourceWarning, match=REMEDY):
+        del watch
+    blocking = dscache.Cache.from_config({"name": "memory"})
+    other = blocking.watch("a")
+    other.__enter__()
+    with pytest.warns(ResourceWarning, match=REMEDY):
+        del other
+    assert await cache.set("a", 1, 1) is True
+    assert blocking.set("a", 1, 1) is True
+    assert cache.watch("a").addresses == []
+    await cache.close()
+    blocking.close()
+
+
 async def test_a_dropped_message_node(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str
 ) -> None:
@@ -74,13 +140,13 @@ async def test_an_iterator_keeps_its_message_node(server: EmbeddedServer, backen
 
     def messages() -> tuple[Any, Callable[[], Any]]:
         node = dscache.MessageNode.from_config(server.url)
-        return node.messages(4), node.when_ready
+        return node.messages(40), node.when_ready
 
     received, when_ready = messages()
     gc.collect()
     await when_ready()
     async with other:
-        await other.send({"topic": 4, "n": 1})
+        await other.send({"topic": 40, "n": 1})
         async with asyncio.timeout(PATIENCE):
             message, _ = await anext(received)
     assert message["n"] == 1
@@ -118,7 +184,7 @@ async def test_no_warning_without_a_connection(
     async with dscache.AsyncCache.from_config(server.url) as cache:
         await cache.get("a")
     async with dscache.MessageNode.from_config(server.url) as node:
-        await node.send({"topic": 4})
+        await node.send({"topic": 40})
     with dscache.Cache.from_config(server.url) as blocking:
         blocking.get("a")
     with pytest.raises(TypeError):

@@ -89,7 +89,7 @@ def test_the_tree_is_complete() -> None:
     public = (getattr(dscache, name) for name in dscache.__all__)
     classes = {one for one in public if isinstance(one, type)}
     assert {one for one in classes if issubclass(one, DscacheError)} == set(KINDS)
-    assert len(KINDS) == 14
+    assert len(KINDS) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

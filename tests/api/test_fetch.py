@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis as redis_py
@@ -75,6 +76,16 @@ async def bulk_of(
     if kind == "async":
         return await cache.fetch_bulk(["a", "b"], load, **options)
     return blocking.fetch_bulk(["a", "b"], load, **options)
+
+
+async def fetch_by(
+    kind: str, cache: dscache.AsyncCache, blocking: dscache.Cache, load: Any, **options: Any
+) -> dscache.Record | None:
+    """Fetch "n" by one of the caches."""
+    options = {"ttl": 60} | options
+    if kind == "async":
+        return await cache.fetch("n", load, **options)
+    return blocking.fetch("n", load, **options)
 
 
 # -- a miss
@@ -272,10 +283,105 @@ async def test_a_blocking_failing_load_is_raised(
             cache.fetch("n", load, ttl=60)
 
 
-async def test_data_that_is_no_json_ends_the_lease(cache: dscache.AsyncCache) -> None:
-    with pytest.raises(RecordError, match="can't be encoded"):
-        await cache.fetch("n", lambda _: object(), ttl=60)
-    assert await cache.get(loading.note_of("n")) is None
+@KINDS
+@pytest.mark.parametrize("made", [object(), Loaded(-1, {})], ids=["data", "version"])
+async def test_what_is_no_record_is_a_failed_load(
+    server: EmbeddedServer, make_cache: MakeCache, kind: str, made: Any
+) -> None:
+    def load(_: str) -> Any:
+        loads.append(1)
+        return made
+
+    loads: list[int] = []
+    cache = await make_cache()
+    with opened(server) as blocking:
+        for text in ("'n': its load made what is no record", "just failed in another call"):
+            with pytest.raises(LoadError, match=text) as caught:
+                await fetch_by(kind, cache, blocking, load)
+            if "made" in text:
+                assert type(caught.value.__cause__) is RecordError
+    assert len(loads) == 1
+    assert loading.state_of(await cache.get(loading.note_of("n"))) == "failed"
+
+
+async def test_a_refresh_that_makes_no_record_keeps_the_old_one(cache: dscache.AsyncCache) -> None:
+    await cache.set("n", 1, "old")
+    record = await cache.fetch("n", lambda _: object(), ttl=60, refresh_after=30)
+    await until(lambda: not cache._loads._tasks)
+    assert record is not None
+    assert await cache.get("n") == record
+    assert loading.state_of(await cache.get(loading.note_of("n"))) == "stale"
+
+
+class AsyncLoad:
+    async def __call__(self, name: str) -> Any:
+        return name
+
+
+async def async_load(name: Any) -> Any:
+    return name
+
+
+@pytest.mark.parametrize("load", [async_load, AsyncLoad(), functools.partial(async_load)])
+async def test_an_async_load_is_refused_by_a_cache_at_once(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis, load: Any
+) -> None:
+    with opened(server) as cache:
+        cache.set("n", 1, {})
+        for call in (lambda: cache.fetch("n", load, ttl=9), lambda: cache.fetch("x", load, ttl=9)):
+            with pytest.raises(TypeError, match="fetch: load is a coroutine function"):
+                call()
+        with pytest.raises(TypeError, match="fetch_bulk: load_many is a coroutine function"):
+            cache.fetch_bulk(["n"], load, ttl=9)
+        with pytest.raises(LoadError) as caught:
+            cache.fetch("x", lambda name: load(name), ttl=9)
+        assert type(caught.value.__cause__) is TypeError
+
+
+@PLACES
+async def test_arguments_that_are_no_functions_are_refused_at_the_call(
+    server: EmbeddedServer, make_cache: MakeCache, place: str
+) -> None:
+    cache, bad = await in_place(make_cache, place), cast("Any", 5)
+    await cache.set("n", 1, {})
+    for name in ("n", "missing"):
+        with pytest.raises(TypeError, match="fetch: load must be a function, not 5"):
+            await cache.fetch(name, bad, ttl=60)
+        with pytest.raises(TypeError, match="fetch_bulk: load_many must be a function"):
+            await cache.fetch_bulk([name], bad, ttl=60)
+        with pytest.raises(TypeError, match="update: change must be a function, not 5"):
+            cache.update(name, bad)
+        with opened(server) as blocking:
+            with pytest.raises(TypeError, match="fetch: load must be a function, not 5"):
+                blocking.fetch(name, bad, ttl=60)
+            with pytest.raises(TypeError, match="fetch_bulk: load_many must be a function"):
+                blocking.fetch_bulk([name], bad, ttl=60)
+            with pytest.raises(TypeError, match="update: change must be a function, not 5"):
+                blocking.update(name, bad)
+
+
+@PLACES
+@pytest.mark.parametrize("refresh_after", [None, 30])
+async def test_the_name_of_a_note_is_refused(
+    server: EmbeddedServer, make_cache: MakeCache, place: str, refresh_after: int | None
+) -> None:
+    cache = await in_place(make_cache, place)
+    source = Source("data")
+    source.open.clear()
+    call = asyncio.ensure_future(cache.fetch("x", source, ttl=60))
+    await until(lambda: source.loads)
+    for name in ("x}:fetch", "}:fetch", "free}:fetch"):
+        with pytest.raises(RecordError, match=r"names that end with \}:fetch belong to fetch"):
+            await cache.fetch(name, lambda _: 1, ttl=60, refresh_after=refresh_after)
+        with pytest.raises(RecordError, match=r"names that end with \}:fetch belong to fetch"):
+            await cache.fetch_bulk(["n", name], lambda _: {}, ttl=60)
+    source.open.set()
+    assert await call is not None
+    with opened(server, **OPTIONS[place] if place == "hashtag" else {}) as blocking:
+        with pytest.raises(RecordError, match="belong to fetch"):
+            blocking.fetch("x}:fetch", lambda _: 1, ttl=60, refresh_after=refresh_after)
+        with pytest.raises(RecordError, match="belong to fetch"):
+            blocking.fetch_bulk(["x}:fetch"], lambda _: {}, ttl=60)
 
 
 @PLACES
@@ -292,6 +398,150 @@ async def test_nothing_is_remembered_for_keep_missing(make_cache: MakeCache, pla
     record = await cache.fetch("n", source, ttl=60, keep_missing=60)
     assert record is not None
     assert record.data == "written"
+
+
+@PLACES
+@pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
+@pytest.mark.parametrize("is_own", [False, True], ids=["another cache", "own"])
+async def test_a_removal_ends_what_is_remembered(
+    make_cache: MakeCache, place: str, bulk: bool, is_own: bool
+) -> None:
+    cache = await in_place(make_cache, place)
+    other = cache if is_own or place == "memory" else await in_place(make_cache, place)
+    source = Source(None)
+    options: dict[str, Any] = {"ttl": 60, "keep_missing": 60}
+    await other.fetch("unrelated", lambda name: name, **options)
+    assert await cache.fetch("n", source, **options) is None
+    if bulk:
+        assert await other.delete_bulk(iter(["n", "m"])) == 0
+    else:
+        assert await other.delete("n") is False
+    assert await cache.fetch("n", source, **options) is None
+    assert source.loads == 2
+    await cache.set_bulk({"n": (1, "written")}) if bulk else await cache.set("n", 1, "written")
+    assert await cache.get(loading.note_of("n")) is None
+    assert await cache.update("n", lambda _: dscache.DELETE) is None
+    assert await cache.fetch("n", source, **options) is None
+    assert source.loads == 3
+
+
+async def test_a_blocking_write_or_removal_ends_what_is_remembered(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    options: dict[str, Any] = {"ttl": 60, "keep_missing": 60}
+    ends: list[Callable[[dscache.Cache], Any]] = [
+        lambda cache: cache.delete("n"),
+        lambda cache: cache.delete_bulk(iter(["n"])),
+        lambda cache: cache.set("n", 1, {}),
+        lambda cache: cache.set_bulk({"n": (1, {})}),
+        lambda cache: cache.update("n", lambda data: data, default={}),
+        lambda cache: cache.patch("n", {}, default={}),
+    ]
+    with opened(server) as cache:
+        for end in ends:
+            assert cache.fetch("n", lambda _: None, **options) is None
+            assert redis.exists("n}:fetch_v")
+            end(cache)
+            assert not redis.exists("n}:fetch_v")
+            redis.delete("n_v", "n_d")
+
+
+@KINDS
+async def test_a_record_counts_more_than_a_remembered_nothing(
+    server: EmbeddedServer, make_cache: MakeCache, redis: redis_py.Redis, kind: str
+) -> None:
+    cache = await make_cache()
+    versions = iter([3, 4])
+    options: dict[str, Any] = {"ttl": 60, "refresh_after": 30, "keep_missing": 60}
+    with opened(server) as blocking:
+
+        async def fetch(load: Any) -> dscache.Record | None:
+            cache._loads.checks.recent.clear()
+            blocking._loads.checks.recent.clear()
+            return await fetch_by(kind, cache, blocking, load, **options)
+
+        assert await fetch(lambda _: None) is None
+        redis.mset({"n_v": 2, "n_d": '"of another program"'})
+        record = await fetch(lambda _: Loaded(next(versions), "anew"))
+        await until(lambda: not cache._loads._tasks)
+        assert record is not None
+        assert record.version == (2 if kind == "async" else 3), "it was not due"
+        assert redis.get("n_v") == b"3"
+        assert (await fetch(lambda _: Loaded(next(versions), "anew"))) == await cache.get("n")
+        assert redis.get("n_v") == b"3"
+
+
+# -- rings
+
+
+@PLACES
+@pytest.mark.parametrize("length", [2, 3])
+async def test_a_ring_of_loads_fails(make_cache: MakeCache, place: str, length: int) -> None:
+    cache = await in_place(make_cache, place)
+
+    async def load(name: str) -> Any:
+        await asyncio.sleep(0.01)  # so that each load of a ring is under way
+        following = str((int(name) + 1) % length)
+        (record,) = await asyncio.gather(cache.fetch(following, load, ttl=60))
+        return record and record.data
+
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(LoadError, match=r"'0'.*LoadError"):
+            await cache.fetch("0", load, ttl=60)
+        for name in map(str, range(length)):
+            await cache.delete(loading.note_of(name))
+        calls = [cache.fetch(str(name), load, ttl=60) for name in range(length)]
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in errors] == [LoadError] * length
+    assert any("would wait for itself" in text for text in map(causes_of, errors))
+
+
+def causes_of(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return " < ".join(texts)
+
+
+def test_a_ring_of_threads_fails(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    def load(name: str) -> Any:
+        begun.wait(0.1)
+        record = cache.fetch("b" if name == "a" else "a", load, ttl=60)
+        return record and record.data
+
+    def fetch(number: int) -> Any:
+        try:
+            return cache.fetch("ab"[number], load, ttl=60)
+        except LoadError as error:
+            return error
+
+    begun = threading.Event()
+    with opened(server) as cache:
+        errors = [*in_threads(1, fetch)]
+        redis.flushdb()
+        errors += in_threads(2, fetch)
+    assert [type(error) for error in errors] == [LoadError] * 3
+    assert "would wait for itself" in causes_of(errors[0])
+
+
+async def test_a_task_that_a_load_has_begun_may_fetch_after_it(cache: dscache.AsyncCache) -> None:
+    begun: list[asyncio.Task[Any]] = []
+
+    async def fetch_later() -> Any:
+        await until(lambda: "n" in done)
+        return await cache.fetch("n", lambda _: 1, ttl=60)
+
+    def load(name: str) -> Any:
+        begun.append(asyncio.ensure_future(fetch_later()))
+        return "data"
+
+    done: list[str] = []
+    first = await cache.fetch("n", load, ttl=60)
+    done.append("n")
+    assert await begun[0] == first
 
 
 # -- refreshes

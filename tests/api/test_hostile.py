@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
 from dscache.admin.primaries import parse_info
-from dscache.core import constants
+from dscache.config.address import is_address, read_address
+from dscache.core import failures
 from dscache.errors import (
     MAX_TEXT,
     ConfigError,
@@ -27,7 +28,7 @@ from dscache.errors import (
     clean,
     shorten,
 )
-from dscache.net.sentinels import pairs
+from dscache.net.sentinels import pairs, read_epoch
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
@@ -95,8 +96,8 @@ def test_an_error_gives_the_length_of_text_it_cut() -> None:
 
 def test_a_long_path_of_redirections_is_kept_whole() -> None:
     trail = tuple(f"127.0.0.1:{port}: MOVED 1 127.0.0.1:{port + 1}" for port in range(7000, 7040))
-    error = constants.too_many_redirections(
-        "MOVED 1 127.0.0.1:7041", trail, 16, "get 'a' at 127.0.0.1:7040"
+    error = failures.too_many_redirections(
+        "MOVED 1 127.0.0.1:7041", trail, 40, 16, "get 'a' at 127.0.0.1:7040"
     )
     assert all(one in str(error) for one in trail)
     assert str(error).startswith("MOVED 1 127.0.0.1:7041 (redirected 40 times, and ")
@@ -206,7 +207,7 @@ def test_slots_are_ranges_or_a_protocol_error(reply: Any) -> None:
         assert type(one.first) is type(one.last) is int
         assert 0 <= one.first <= one.last < 16384
         for host, port in (one.primary, *one.replicas):
-            assert constants.is_address(host, port)
+            assert is_address(host, port)
             assert host.isprintable()
 
 
@@ -242,7 +243,7 @@ def test_an_epoch_is_a_number(reply: Any) -> None:
 @example("a:²")
 def test_a_redirection_is_an_address_or_none(where: str) -> None:
     found = parse_redirection(f"MOVED 5 {where}", 5, ASKED)
-    assert found is None or constants.is_address(*found)
+    assert found is None or is_address(*found)
 
 
 @given(junk | st.binary() | st.text().map(str.encode))
@@ -314,7 +315,7 @@ async def test_a_hostile_view_is_reported(way: str, backend: str) -> None:
 @example("a", "²")
 def test_a_sentinel_names_an_address_or_nothing(host: Any, port: Any) -> None:
     try:
-        assert constants.is_address(*constants.read_address(host, port))
+        assert is_address(*read_address(host, port))
     except ValueError as error:
         assert_shown_well(str(error))
 
@@ -322,7 +323,7 @@ def test_a_sentinel_names_an_address_or_nothing(host: Any, port: Any) -> None:
 @given(junk | st.text(st.characters(categories=["Nd", "No"])))
 @example("9" * 5000)
 def test_an_epoch_of_a_sentinel_is_a_number(text: Any) -> None:
-    assert constants.read_epoch(text) >= -1
+    assert read_epoch(text) >= -1
 
 
 PLACES = {

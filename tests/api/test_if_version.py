@@ -105,11 +105,21 @@ async def test_halves_and_damaged_records(cache: dscache.AsyncCache, redis: redi
     ):
         with pytest.raises(dscache.RecordError, match="bad"):
             await call()
-    with pytest.raises(dscache.ReplyError) as caught:
-        await cache.delete("list", if_version=1)
-    assert caught.value.code == "WRONGTYPE"
-    assert "delete" in str(caught.value)
+    for call in (
+        lambda: cache.set("list", 2, [], if_version=1),
+        lambda: cache.set("list", 2, [], if_version=None),
+        lambda: cache.set("list", 2, [], if_newer=True),
+        lambda: cache.delete("list", if_version=1),
+    ):
+        with pytest.raises(dscache.ReplyError, match="'list'") as refused:
+            await call()
+        assert refused.value.code == "WRONGTYPE"
+    with pytest.raises(dscache.BulkError) as caught:
+        await cache.set_bulk({"list": (2, 1), "new": (2, 1)}, if_version={"list": 1, "new": None})
+    assert type(caught.value.errors["list"]) is dscache.ReplyError
+    assert await cache.head("new") == 2
     assert redis.get("bad_v") == b"one"
+    assert redis.type("list_v") == b"list"
 
 
 async def test_a_ttl_is_that_of_the_write(cache: dscache.AsyncCache, redis: redis_py.Redis) -> None:

@@ -72,6 +72,15 @@ def test_exceptions_on_each_line_of_a_blocking_cache(server: EmbeddedServer, bac
     assert_holds(backend, {"host": server.host, "port": server.port}, "blocking")
 
 
+def test_exceptions_on_each_line_of_a_blocking_near_cache(
+    make_server: MakeServer, backend: str
+) -> None:
+    """Those of its thread too, and while its connections are killed."""
+    server = make_server()
+    options = {"host": server.host, "port": server.port, "nearCache": {"idleLimit": 500}}
+    assert_holds(backend, options, "blocking")
+
+
 @pytest.mark.parametrize("kind", ["messages", "coroutines"])
 def test_exceptions_on_each_line_of_a_message_node(
     server: EmbeddedServer, backend: str, kind: str

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+import redis as redis_py
 
 import dscache
+from dscache.embedded import EmbeddedServer
 from tests.aio.test_topology import FakeCluster, FakeNode, names_of
 from tests.conftest import BY_AGE
 from tests.soak.cluster_rows import CURIOUS
@@ -114,6 +116,48 @@ async def test_an_address_that_another_cluster_has_now(
         await until_read(cache, "ours")
     async with opened("async", theirs.nodes) as cache:
         assert await values_of(cache, NAMES) == dict.fromkeys(NAMES, "theirs")
+
+
+@pytest.mark.parametrize("role", ["primary", "replica"])
+async def test_an_address_that_a_single_server_has_now(
+    ours: ClusterGroup, kind: str, role: str
+) -> None:
+    await fill(ours, "ours")
+    *alive, lost = ours.nodes
+    kept, gone = owned_by(ours, *alive), owned_by(ours, lost)
+    async with opened(kind, alive) as cache:
+        assert await values_of(cache, NAMES) == dict.fromkeys(NAMES, "ours")
+        ours.kill(lost)
+        with (
+            EmbeddedServer(port=lost.port) as single,
+            redis_py.Redis(port=lost.port) as redis,
+        ):
+            redis.mset({f"{{{name}}}_v": "1" for name in gone})
+            redis.mset({f"{{{name}}}_d": '"theirs"' for name in gone})
+            if role == "replica":
+                redis.replicaof("127.0.0.1", 1)
+            end = time.monotonic() + EXPOSED / 2
+            while time.monotonic() < end:
+                assert await values_of(cache, kept) == dict.fromkeys(kept, "ours")
+                with pytest.raises(dscache.ConnectError, match="no node of a cluster"):
+                    await cache.get(gone[0])
+                with pytest.raises(dscache.ConnectError, match="no node of a cluster"):
+                    await cache.set(gone[0], 2, "ours")
+            assert redis.get(f"{{{gone[0]}}}_v") == b"1"
+            assert single.port == lost.port
+        ours.start(lost)
+        await until_read_or_missing(cache, kept)
+
+
+async def until_read_or_missing(cache: Cache, kept: list[str]) -> None:
+    """Wait until all shards answer; the one that was killed has lost its records."""
+    while True:
+        with suppress(dscache.DscacheError):
+            found = await values_of(cache, NAMES)
+            assert found.keys() >= set(kept)
+            assert set(found.values()) == {"ours"}
+            return
+        await asyncio.sleep(0.02)
 
 
 async def until_read(cache: Cache, value: str) -> None:

@@ -98,6 +98,31 @@ async def test_many_names_each_once(
         assert sorted(one.name for one in records) == sorted(names)
 
 
+@ON_ONE_SERVER
+@pytest.mark.parametrize("layout", ["deepstream", "hashtag"])
+async def test_names_that_are_no_text_are_counted(
+    layout: str,
+    kind: str,
+    backend: str,
+    server: EmbeddedServer,
+    redis: redis_py.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tags = (b"{", b"}") if layout == "hashtag" else (b"", b"")
+    for stem in (b"n/\xff", b"n/\xfe", b"other\xff"):
+        redis.mset({tags[0] + stem + tags[1] + suffix: "1" for suffix in (b"_v", b"_d")})
+    redis.set(b"n/\xff", 1)
+    fill(redis, ["n/1", "n/\u00e9"], KeyLayout("", layout == "hashtag"))
+    async with Either(kind, url=server.url, keyLayout=layout) as cache:
+        for options in ({}, {"records": True}):
+            scan = cache.cache.scan("n/", **options)
+            assert scan.skipped == 0
+            found = [getattr(one, "name", one) for one in await cache.rest(scan)]
+            assert sorted(found) == ["n/1", "n/\u00e9"]
+            assert scan.skipped == 2
+    assert caplog.text.count("is no UTF-8") == 2
+
+
 async def test_in_memory(kind: str, backend: str) -> None:
     async with Either(kind, name="memory") as cache:
         await cache.do("set_bulk", {f"n/{number}": (number, {}) for number in range(250)})

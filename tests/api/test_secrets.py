@@ -9,6 +9,8 @@ import asyncio
 import html
 import json
 import logging
+from base64 import b64encode, urlsafe_b64encode
+from binascii import hexlify
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -312,6 +314,22 @@ FORMS: dict[str, Callable[[str], str]] = {
 def test_masked_texts_hide_each_form_of_a_secret(form: str, secret: str) -> None:
     text = clean(f"ERR no {FORMS[form](secret)}!")
     assert masked(text, [Hidden("p@ss"), Hidden(secret)]) == "ERR no ***!"
+
+
+@pytest.mark.parametrize("encode", [b64encode, urlsafe_b64encode, hexlify])
+@pytest.mark.parametrize("user", ["", "a", "ap", "app"])
+@pytest.mark.parametrize("secret", ["p@ss", "p?>ss~w:rd", "hunter2-of-the-app", "日本-😀-€"])
+def test_masked_texts_hide_an_encoded_login(
+    encode: Callable[[bytes], bytes], user: str, secret: str
+) -> None:
+    encoded = encode(f"{user}:{secret}".encode()).decode()
+    shown = masked(f"ERR bad header {encoded}", [Hidden(secret)])
+    # No more of it is left than the name, and the characters of two groups' ends.
+    ours, _, rest = shown.removeprefix("ERR bad header ").partition("***")
+    assert encoded.startswith(ours)
+    assert encoded.endswith(rest)
+    assert len(ours) <= 2 * len(user) + 4
+    assert len(rest) <= 3
 
 
 @pytest.mark.parametrize(

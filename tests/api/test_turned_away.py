@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ import redis as redis_py
 from redis.credentials import CredentialProvider
 
 import dscache
+from dscache.blocking.foreign_errors import ConnectTimeout
+from dscache.blocking.sentinel import Sentinels
+from dscache.config import load
 from dscache.embedded import EmbeddedServer
 from dscache.messages import MessageNode
 from dscache.net.connect_errors import TurnedAway, as_connect_error, permanent_failure
 from tests.conftest import SERVERS, _server_id
+from tests.support.blocking import BlockingCache
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE, until
@@ -37,14 +42,14 @@ on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, id
 
 
 class Turnstile:
-    """Turns every client away with an error, in one of several ways.
+    """Turns every client away, in one of several ways: with an error, or without a word.
 
     Attributes:
         url: The server's URL; of a unix socket it is a path.
     """
 
     def __init__(self, words: str, way: str, path: str = "") -> None:
-        self._words = b"-" + words.encode() + b"\r\n"
+        self._words = b"-" + words.encode() + b"\r\n" if words else b""
         self._way = way
         if path:
             self._listener = socket.socket(socket.AF_UNIX)
@@ -64,6 +69,8 @@ class Turnstile:
             except OSError:
                 return
             with client, contextlib.suppress(OSError):
+                if not self._words:
+                    continue
                 if self._way != "at once" and not client.recv(1):
                     continue
                 client.sendall(self._words)
@@ -259,3 +266,31 @@ async def test_a_full_server_is_waited_for(backend: str, make_server: MakeServer
 def test_refusals_that_pass_are_waited_for(error: Exception, is_final: bool) -> None:
     failure = permanent_failure(error, as_connect_error(error, 100), "node.test:6379")
     assert (failure is not None) is is_final
+
+
+def test_a_sentinel_that_is_silent_in_the_last_moment_hides_no_reason() -> None:
+    """With the time that is left at the end, no Sentinel could answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        node = {"host": "127.0.0.1", "port": silent.getsockname()[1]}
+
+        def ask(timeout: int) -> None:
+            options = {"sentinels": [node], "name": "group", "connectTimeout": timeout}
+            config = load({"cache": {"name": "redis", "options": options}})
+            Sentinels(config.options).locate(time.monotonic() + 0.1)
+
+        with pytest.raises(ConnectTimeout):
+            ask(60_000)
+        with pytest.raises(dscache.ConnectError, match=r"127\.0\.0\.1:\d+: no answer within"):
+            ask(100)
+
+
+@pytest.mark.parametrize("kind", [dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+async def test_an_end_in_the_tls_handshake_is_waited_out(kind: Any) -> None:
+    """A balancer without a server accepts and closes; the next attempt may find one."""
+    with turnstile("", "at once") as server:
+        options = {"host": "127.0.0.1", "port": server.port, "tls": True}
+        cache = kind.from_config(config_of(**options))
+        said = "within 200 ms: the server closed it during the TLS handshake"
+        with pytest.raises(dscache.ConnectError, match=said):
+            await cache.set("a", 1, 1)
+        await cache.close()

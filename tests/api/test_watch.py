@@ -221,6 +221,37 @@ async def test_in_memory(kind: str, backend: str) -> None:
         assert await cache.next(watch) is None
 
 
+async def test_in_memory_an_expiry_is_told_in_time(kind: str, backend: str) -> None:
+    async with Either(kind, name="memory") as cache, watching(cache, "n/") as watch:
+        await cache.do("set", "other", 1, {}, ttl=1)
+        await cache.do("set", "n/1", 1, {}, ttl=1)
+        await cache.do("set", "n/lasting", 1, {})
+        async with asyncio.timeout(PATIENCE):
+            changes = [await cache.next(watch) for _ in range(3)]
+        assert [(one.kind, one.name) for one in changes] == [
+            ("changed", "n/1"),
+            ("changed", "n/lasting"),
+            ("deleted", "n/1"),
+        ]
+
+
+@ON_ONE_SERVER
+async def test_names_that_are_no_text_are_told(
+    kind: str,
+    backend: str,
+    server: EmbeddedServer,
+    redis: redis_py.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Either(kind, url=server.url) as cache, watching(cache, "n/") as watch:
+        assert watch.skipped == 0
+        redis.mset({b"n/\xff_v": 1, b"n/\xff_d": "{}", b"n/\xfe_v": 1, b"other\xff_v": 1})
+        fill(redis, ["n/last"])
+        assert (await cache.next(watch)).name == "n/last"
+        assert watch.skipped >= 3
+    assert caplog.text.count("is no UTF-8") == 1
+
+
 @ON_ONE_SERVER
 async def test_many_changes_of_a_name_are_one(
     kind: str, server: EmbeddedServer, redis: redis_py.Redis

@@ -143,19 +143,6 @@ def test_one_thread_needs_one_connection(open_cache: OpenCache) -> None:
     assert cache.stats()["connects"] == 1
 
 
-def test_there_is_no_near_cache(
-    open_cache: OpenCache, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(dscache.ConfigError, match=r"options\.nearCache: .* use an AsyncCache"):
-        dscache.Cache.from_config({"name": "redis", "options": {"nearCache": True}})
-    with caplog.at_level("INFO", logger="dscache"):
-        cache = open_cache(url=server.url, nearCache={"required": False})
-    assert "nearCache has no effect" in caplog.text
-    assert cache.set("a", 1, "b") is True
-    assert cache.get("a") == cache.get("a")
-    assert cache.stats()["reads"] == 2
-
-
 def test_threads_share_a_cache_in_memory(backend: str) -> None:
     cache = dscache.Cache.from_config({"name": "memory"})
 

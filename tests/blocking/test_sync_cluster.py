@@ -490,8 +490,8 @@ def test_connections_closed_between_operations_fail_none(
             for node in connection.routes.nodes.values():
                 until(lambda node=node: not node.ready or node.is_readable(0))
         if due:
-            pool._state.record_stale()
-            until(lambda: time.monotonic() >= pool._state.refresh_at)
+            pool.state.record_stale()
+            until(lambda: time.monotonic() >= pool.state.refresh_at)
         assert cache.set_bulk({name: (2, name) for name in names}) == set()
         assert set(cache.head_bulk(names).values()) == {2}
         assert "closed" in cache.stats()["last_loss"]
@@ -827,6 +827,25 @@ def test_temporary_refusals_are_retried(operation: str, code: str, backend: str)
         assert_drained(cache)
 
 
+@pytest.mark.parametrize("code", ["BUSY", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "READONLY"])
+def test_what_passes_is_no_redirection(code: str, backend: str) -> None:
+    """A node that refuses for long uses up no maxRedirections."""
+    with fakes() as cluster:
+        left = 9
+
+        def say(command: list[bytes], slot: int) -> bytes | None:
+            nonlocal left
+            left -= 1
+            return f"-{code} not now\r\n".encode() if left >= 0 else None
+
+        for node in cluster.nodes:
+            node.say = say
+        with cache_on_fakes(cluster, maxRedirections=2, **PATIENT) as cache:
+            assert cache.set("a", 1, 1) is True
+            assert left == -1
+            assert cache.stats()["redirections"] == 9
+
+
 @pytest.mark.parametrize("words", ["MOVED", "MOVED x y", "ASK 1 nonsense", "MOVED 77 1.2.3.4:5"])
 def test_a_redirection_to_an_unreachable_node_is_retried(words: str, backend: str) -> None:
     with fakes() as cluster:
@@ -1018,8 +1037,8 @@ def test_the_claim_of_a_refresh_expires(backend: str, monkeypatch: pytest.Monkey
     with fakes() as cluster, cache_on_fakes(cluster, slotsRefreshTimeout=50, **PATIENT) as cache:
         pool: Any = cache._topology
         one, other = cluster.nodes
-        pool._state.record_stale()
-        until(lambda: pool._state.start_refresh(time.monotonic()))
+        pool.state.record_stale()
+        until(lambda: pool.state.start_refresh(time.monotonic()))
         for node in cluster.nodes:
             node.knows = [one] * 16384
         views = one.views + other.views

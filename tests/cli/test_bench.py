@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import signal
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dscache import AsyncCache, ConnectionLost
+from dscache.admin import load_test
 from dscache.admin.latency_chart import draw
 from dscache.admin.load_test import Latencies
 from dscache.embedded import EmbeddedServer
@@ -34,6 +36,7 @@ def loaded() -> Iterator[EmbeddedServer]:
 def client(loaded: EmbeddedServer) -> Iterator[redis_py.Redis]:
     with redis_py.Redis.from_url(loaded.url) as opened:
         opened.flushall()
+        opened.config_resetstat()
         opened.mset({"user/1_v": 1, "user/1_d": "{}"})
         yield opened
         # A load leaves nothing behind and touches nothing else.
@@ -117,14 +120,34 @@ def test_operations_that_fail_are_counted(loaded: EmbeddedServer, client: redis_
     assert "failed: ConnectionLost: it was unplugged" in done.err
 
 
-def test_ctrl_c_removes_the_written_records(loaded: EmbeddedServer, client: redis_py.Redis) -> None:
-    with running("bench", "--seconds", "60", "--url", loaded.url) as process:
-        while client.dbsize() < 100:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_removes_the_written_records(
+    number: signal.Signals, status: int, loaded: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    with running("bench", "--seconds", "60", "--records", "100", "--url", loaded.url) as process:
+        # Records are read once the load itself is on.
+        while client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"] < 100:
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == status
+        assert process.stdout
         assert process.stderr
         assert process.stderr.read() == b"dscache: interrupted; its records have been removed\n"
+        # The result so far.
+        assert json.loads(process.stdout.read())["records_per_second"] > 0
+
+
+def test_filling_is_bounded(
+    loaded: EmbeddedServer, client: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_test, "FILL_SECONDS", 0.0)
+    done = invoke("bench", "--seconds", "0.1", "--records", "100000000", "--url", loaded.url)
+    assert done.status == 0
+    used = done.document["records"]
+    assert 0 < used < 100_000_000
+    assert f"used {used:,} records in place of 100,000,000" in done.err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dscache.admin.cache import on_cluster
 from dscache.admin.cluster_report import ClusterReport, NodeReport
 from dscache.admin.cluster_survey import survey
 from dscache.cli import cluster as cluster_command
+from dscache.cli import settings
 from dscache.cli.app import app
 from dscache.config import Config, load
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
@@ -435,7 +437,6 @@ def test_mistakes_in_the_configuration(
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("cluster",), "give one of them, as there is no config.yml here"),
         (("cluster", "--url", NOBODY, "--config", "c.yml"), "give only one of them"),
         (("cluster", "--ulr", NOBODY), "No such option: --ulr"),
         (("clutser",), "No such command 'clutser'"),
@@ -452,6 +453,69 @@ def test_a_wrong_command_line_on_a_terminal() -> None:
     status, written = run_on_terminal("cluster", "--url", NOBODY, "--config", "c.yml")
     assert status == 2
     assert "give only one of them" in plain(written)
+
+
+# -- the Redis to use
+
+
+@pytest.fixture
+def without_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (settings.OWN_VARIABLE, settings.COMMON_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "address", "said"),
+    [
+        ((), {}, "localhost:6379", "without --url, --config, DSCACHE_URL, REDIS_URL, config.yml"),
+        ((), {"REDIS_URL": "redis://:secret@r:1"}, "r:1", "as REDIS_URL says"),
+        ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": "d:2"}, "d:2", "as DSCACHE_URL says"),
+        ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": ""}, "r:1", "as REDIS_URL says"),
+        (("conf/config.yml",), {"REDIS_URL": "redis://r:1"}, "conf.config.yml:6", ""),
+        (("conf/config.yml", "config.yml"), {}, "config.yml:6", ""),
+        (("config.yml",), {"DSCACHE_URL": "d:2"}, "d:2", "as DSCACHE_URL says"),
+    ],
+)
+def test_the_default_redis(
+    files: Sequence[str],
+    variables: dict[str, str],
+    address: str,
+    said: str,
+    folder: Path,
+    without_variables: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(
+            f"name: redis\noptions: {{host: {name.replace('/', '.')}, port: 6}}\n"
+        )
+    for name, value in variables.items():
+        without_variables.setenv(name, value)
+    assert settings.load(None, None).address == address
+    told = capsys.readouterr().err
+    lines = told.splitlines()
+    assert len(lines) == bool(said)
+    assert all(line.startswith(f"dscache: using {address}, {said}") for line in lines)
+    assert "secret" not in told
+
+
+def test_a_variable_that_is_no_url_is_named(
+    folder: Path, without_variables: pytest.MonkeyPatch
+) -> None:
+    without_variables.setenv("DSCACHE_URL", "redis//h")
+    with pytest.raises(ConfigError, match=r"^DSCACHE_URL: must begin with redis://"):
+        settings.load(None, None)
+
+
+@pytest.mark.parametrize("words", [("-h",), ("get", "-h"), ("ls", "-h")])
+def test_the_short_option_of_help(words: Sequence[str]) -> None:
+    assert invoke(*words) == invoke(*words[:-1], "--help")
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in invoke("--help").out
 
 
 @pytest.mark.parametrize(
@@ -560,7 +624,20 @@ def test_help_on_a_terminal(columns: int) -> None:
 def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*\n", done.stdout)
+    first, second = done.stdout.splitlines()
+    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*, in .+", first)
+    assert first.endswith(f"in {PROJECT / 'dscache'}")
+    assert "hiredis " in second
+    assert f"redis {metadata.version('redis')}" in second
+
+
+def test_version_needs_no_extra() -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; sys.argv = ['dscache', '--version']; "
+        "from dscache.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (run("--version").stdout, "")
 
 
 def test_without_a_command_the_help_is_shown() -> None:
@@ -711,7 +788,10 @@ SHARED = ("--config", "--url", "--layout", "--json")
 # The section for options that no other command has.
 HEADINGS = {
     "set": "Records",
+    "edit": "Records",
     "ls": "ls",
+    "diff": "diff",
+    "watch": "The data of changes",
     "export": "export and import",
     "import": "export and import",
     "bench": "bench",

@@ -399,5 +399,28 @@ def test_server_texts_are_shown_without_control_characters() -> None:
 
 def test_every_check_is_documented() -> None:
     documented = [one for row in table(DOCUMENT, "doctor") for one in code(row[0])]
-    checks = ["connection", "cluster", "sentinels", *CHECKS]
+    checks = ["connection", "cluster", "sentinels", *CHECKS, "one-key records"]
     assert documented == [*checks, *findings.VERDICTS]
+
+
+def test_records_of_deepstream_1_to_3(
+    restored_server: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    client.mset({"user/1": '{"_v":7,"_d":{}}', "user/2_d": '{"_d":1,"_v":2}'})
+    client.mset({"two_v": "1", "two_d": '{"_v":1,"_d":2}'})
+    status, found = look("--url", restored_server.url)
+    assert status == 2
+    assert found["one-key records"]["verdict"] == BAD
+    assert found["one-key records"]["found"].startswith("2 records of deepstream 1 to 3")
+    assert "dscache migrate --from deepstream3" in found["one-key records"]["advice"]
+    assert found["halves"]["found"] == "none in a sample of 1 record"
+
+
+async def test_a_server_that_closes_may_speak_tls() -> None:
+    """The advice names TLS for a server that ends the connection, or never answers."""
+    closing = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = closing.sockets[0].getsockname()[1]
+    async with closing:
+        for scheme, advice in (("redis", "use rediss:// or tls: true"), ("rediss", "use redis://")):
+            _, found = await asyncio.to_thread(look, "--url", f"{scheme}://127.0.0.1:{port}")
+            assert advice in found["connection"]["advice"]

@@ -358,7 +358,7 @@ def test_an_interrupted_migration_resumes(url: Url, client: redis_py.Redis) -> N
 def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
     fill(url, DEEPSTREAM, ["a", "b"])
     client.set("half_v", 1)
-    status, written = run_on_terminal("migrate", "--to", "hashtag", *url, columns=60)
+    status, written = run_on_terminal("migrate", "--to", "hashtag", "--yes", *url, columns=60)
     assert status == 0
     lines = plain(written).splitlines()
     # The first number follows the sequence that clears the progress bar.

@@ -136,6 +136,7 @@ def test_a_complete_deepstream_file() -> None:
         name="redis",
         options=Options(host="10.1.2.3", port=6380),
         source="deepstream-config.yml",
+        hot_path_prefixes=("analytics/", "metrics/"),
     )
 
 
@@ -285,8 +286,8 @@ def test_address(source: str, address: str) -> None:
             "mapping: cache.options: the name of an option must be text, not a number",
         ),
         (
-            "localhost",
-            "localhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
+            "otherhost",
+            "otherhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
             "host:port, or a URL (redis://, rediss:// or unix://)",
         ),
         (

@@ -10,7 +10,7 @@ import pytest
 import dscache
 from dscache import _fast
 from dscache.core import constants as c
-from dscache.core import pure
+from dscache.core import pure, scripts
 from dscache.core.memory import MemoryPipeline
 from dscache.errors import BulkError, ConnectionLost, RecordError, ReplyError
 from tests.support.wire import ClusterExchange, Exchange, Operation, Refusal, Waiter
@@ -51,7 +51,7 @@ def test_they_go_by_the_script_of_if_newer_and_together(core: ModuleType) -> Non
     exchange.pipeline.set("c", 3, "new", None, True)
     first, second = exchange.take()
     keys = [b"a_v", b"a_d", b"b_v", b"b_d", b"c_v", b"c_d"]
-    assert first[:3] == [b"EVALSHA", c.SET_SCRIPT_SHA, b"6"]
+    assert first[:3] == [b"EVALSHA", scripts.SET_SCRIPT_SHA, b"6"]
     assert first[3:9] == keys
     assert first[9:] == [
         *(b"2", b'"new"', b"0", b"=1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from dscache.core import loading
 from dscache.core.loading import Checks, Do, Load, Loaded, Outcome, Pause
 from dscache.core.memory import MemoryPipeline
 from dscache.errors import BulkError, ConnectionLost, LoadError, ReplyError
+from tests.support.waiting import PATIENCE
 
 TERMS = loading.terms_of(60, None, 0.1, None, None)
 NOTE = loading.note_of("a")
@@ -109,7 +111,7 @@ def test_a_lease_that_ends_is_taken_over(pipeline: MemoryPipeline) -> None:
     pipeline.delete(NOTE)
     second.go_on()
     second.until(of_kind(Load))
-    renewal = first.step.renewal
+    renewal = first.step.renewal([])
     refused = getattr(pipeline, renewal.operation)(*renewal.arguments).take()
     assert refused == {NOTE}, "a lost lease was renewed"
     second.go_on({"a": Loaded(1, "second")})
@@ -203,6 +205,78 @@ def test_a_dropped_generator_ends_in_silence(
     gc.collect()
     assert not recwarn.list
     assert stored(pipeline, NOTE) is not None, "nothing can be sent any more"
+
+
+def test_a_ring_over_processes_ends(
+    pipeline: MemoryPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads of three processes fetch each other's records; each waits for the lease of the next."""
+    monkeypatch.setattr(loading, "_RING_SECONDS", 0.05)
+    names = ["a", "b", "c"]
+    loads = [Stepper(pipeline, loading.load_missing([name], TERMS)) for name in names]
+    waits = []
+    for load in loads:
+        load.until(of_kind(Load))
+    for load, following in zip(loads, "bca", strict=True):
+        renewal = load.step.renewal([following])
+        assert getattr(pipeline, renewal.operation)(*renewal.arguments).take() == set()
+        waits.append(Stepper(pipeline, loading.load_missing([following], TERMS)))
+    outside = Stepper(pipeline, loading.load_missing(["a", "z"], TERMS))
+    outside.until(of_kind(Load))
+    began = time.monotonic()
+    while waits[0].outcome is None:
+        assert time.monotonic() - began < PATIENCE
+        for each in waits:
+            each.until(of_kind(Pause))
+            if each.outcome is None:
+                each.go_on()
+        time.sleep(0.001)
+    assert time.monotonic() - began > 0.05
+    with pytest.raises(LoadError, match="'b': its load, in another call, fetches a record whose"):
+        waits[0].outcome.of("b")
+
+
+def test_a_chain_of_loads_is_no_ring(
+    pipeline: MemoryPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_RING_SECONDS", 0)
+    a, b = missing(pipeline), Stepper(pipeline, loading.load_missing(["b"], TERMS))
+    a.until(of_kind(Load))
+    b.until(of_kind(Load))
+    renewal = a.step.renewal(["b"])
+    getattr(pipeline, renewal.operation)(*renewal.arguments)
+    caller = missing(pipeline)
+    for _ in range(5):
+        caller.until(of_kind(Pause))
+        caller.go_on()
+    b.go_on({"b": 1})
+    b.until(never)
+    a.go_on({"a": 2})
+    a.until(never)
+    caller.until(never)
+    assert caller.outcome is not None
+    assert caller.outcome.of("a").data == 2
+
+
+@pytest.mark.parametrize("waits", ["b", [5, ""], {"a": 1}, None])
+def test_a_lease_with_other_waits_is_a_lease(pipeline: MemoryPipeline, waits: Any) -> None:
+    pipeline.set(NOTE, 5, {"state": "loading", "waits": waits}, 60)
+    caller = missing(pipeline)
+    caller.until(of_kind(Pause))
+    caller.go_on()
+    caller.until(of_kind(Pause))
+    assert caller.outcome is None
+
+
+def test_an_error_of_a_followed_note_is_not_of_the_names(pipeline: MemoryPipeline) -> None:
+    pipeline.set(NOTE, 5, {"state": "loading", "waits": ["b"]}, 60)
+    caller = missing(pipeline)
+    caller.until(of_kind(Pause))
+    caller.go_on()
+    assert caller.step.arguments[0] == ["a", NOTE, loading.note_of("b")]
+    found = pipeline.get_bulk([NOTE]).take()
+    caller.go_on(error=BulkError("get_bulk", {"b}:fetch": ConnectionLost("cut off")}, found))
+    assert type(caller.step) is Pause
 
 
 def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

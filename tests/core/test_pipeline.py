@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
-from dscache.core import recovery
+from dscache.core import refusals, scripts
 from dscache.errors import (
     BulkError,
     ConnectError,
@@ -83,15 +83,15 @@ def record(name: str, version: int, data: bytes = b"1") -> list[bytes]:
         (Op("set", "a", (3, [1])), [[b"MSET", b"a_v", b"3", b"a_d", b"[1]"]]),
         (
             Op("set", "a", (3, [1]), {"ttl": 60}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"0"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"0"]],
         ),
         (
             Op("set", "a", (3, [1]), {"if_newer": True}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"0", b"1"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"0", b"1"]],
         ),
         (
             Op("set", "a", (3, [1]), {"ttl": 60, "if_newer": True}),
-            [[b"EVALSHA", c.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"1"]],
+            [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"1"]],
         ),
         (Op("delete", "a"), [[b"DEL", b"a_v", b"a_d"]]),
         (Op("get_bulk", ["a", "b", "a"]), [[b"MGET", b"a_v", b"a_d", b"b_v", b"b_d"]]),
@@ -556,7 +556,7 @@ def test_the_number_of_records_in_a_command_is_limited(
         sum(part.endswith((b"_v", b"_d")) and part.startswith(b"n") for part in command) // 2
         for command in sent
     ]
-    assert counts == [limit, limit, 1][: 2 + (extra > 0)] if extra >= 0 else [limit, limit - 1]
+    assert counts == {-1: [limit, limit - 1], 0: [limit, limit], 1: [limit, limit, 1]}[extra]
     assert waiter.result() in ({}, set())
 
 
@@ -2195,8 +2195,22 @@ def repeated(exchange: Exchange) -> list[list[bytes]]:
     """Let the owner of the socket note that nothing is under way, and send again."""
     assert exchange.pipeline.in_flight == 0
     exchange.pipeline.away = ""
-    recovery.settle_doubts(exchange.pipeline)
+    refusals.settle_doubts(exchange.pipeline)
     return exchange.take()
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_repeat_that_was_sent_early_has_one_result(core: Any, retry: bool) -> None:
+    """The owner of the socket goes on sending, where a later write overtook the refused one."""
+    exchange = Exchange(core)
+    first, bulk = exchange.issue(Op("delete", "x"), Op("delete_bulk", ["x", "y"]))
+    assert len(exchange.take()) == 3
+    exchange.reply(Refusal("READONLY x"))
+    assert len(exchange.take()) == 1  # the repeat, which must wait for the others' replies
+    exchange.reply(0, 0, 2)
+    assert (first.result(), bulk.result()) == (True, 0)
+    exchange.pipeline.connection_lost(OSError("cut"), retry)
+    exchange.assert_drained()
 
 
 def test_what_was_put_off_before_a_suspect_waits_for_it(core: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dscache.core import constants as c
+from dscache.core import failures
 from dscache.errors import ConnectionLost, DeadlineExceeded
 from tests.support.wire import CORES, Exchange, Operation
 
@@ -156,7 +156,7 @@ def test_a_connection_ended_from_here_blames_nothing(exchange: Exchange) -> None
     [waiter] = exchange.issue(Op("get", "a"))
     for _ in range(5):
         exchange.take()
-        exchange.pipeline.connection_lost(c.EndedHere("another primary"), True)
+        exchange.pipeline.connection_lost(failures.EndedHere("another primary"), True)
     exchange.run()
     assert waiter.result() is None
 

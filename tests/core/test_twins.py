@@ -108,9 +108,9 @@ PUBLIC = (
 )
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
-    *("add_part", "check_capacity", "make_write", "make_writes", "notify_pending", "epoch"),
+    *("add_part", "check_capacity", "notify_pending"),
     *("counts", "latencies", "arrived", "asked", "version_reply"),
-    *("count_flush", "count_live", "drop", "fill", "invalidate", "end_read", "add_fence"),
+    *("drop", "fill", "invalidate", "end_read", "add_fence"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import numbers
 import pickle
 import typing
 from collections.abc import Generator
@@ -445,6 +446,35 @@ def test_an_unknown_type_is_refused_at_the_call(reads: Reads) -> None:
     assert reads.operations.stats() == before
     if reads.exchange is not None:
         assert reads.exchange.pipeline.take_output() == b""
+
+
+class Unknown:
+    """A class of which msgspec knows no form."""
+
+
+class Inside(msgspec.Struct):
+    deep: dict[str, list[Unknown | None]]
+
+
+@pytest.mark.parametrize("kind", [Unknown, Inside, list[Unknown], set[Unknown], complex])
+def test_a_class_that_msgspec_can_not_make_is_refused_at_the_call(reads: Reads, kind: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match="msgspec makes no"):
+            reads.issue("a", kind)
+        with pytest.raises(TypeError, match="msgspec makes no"):
+            reads.issue_bulk(["a"], kind)
+
+
+class Node(msgspec.Struct):
+    inner: Node | None
+    models: list[Model]
+
+
+@pytest.mark.parametrize(
+    "kind", [Node, Point, Profile, Size, list[Model], numbers.Number, dict[int, Any], Any]
+)
+def test_a_type_that_is_made_by_other_means_is_known(kind: Any) -> None:
+    typed.check_type(kind)
 
 
 def test_each_caller_gets_the_type_it_asked_for(reads: Reads) -> None:

@@ -18,9 +18,20 @@ from dscache.config import messages as message_config
 from dscache.config import url as urls
 from dscache.embedded import EmbeddedServer
 from option_reference import Part, fields, parts
-from tests.support.documents import DOCUMENTS, PROJECT, anchors, code, links, prose, section, table
+from tests.support.documents import (
+    DOCUMENTS,
+    PROJECT,
+    anchors,
+    blocks,
+    code,
+    links,
+    section,
+    table,
+)
 
 README = PROJECT / "README.md"
+RECORDS = PROJECT / "docs" / "records.md"
+FAILURES = PROJECT / "docs" / "failures.md"
 CONFIGURATION = PROJECT / "docs" / "configuration.md"
 MESSAGES = PROJECT / "docs" / "messages.md"
 BUILDING = PROJECT / "docs" / "building.md"
@@ -103,7 +114,7 @@ def test_options_of_a_url() -> None:
 
 
 def test_every_error() -> None:
-    rows = {code(row[0])[0]: row[2] for row in table(README, "When it goes wrong")}
+    rows = {code(row[0])[0]: row[2] for row in table(FAILURES, "The errors")}
     tree = {
         name: kind
         for name, kind in vars(errors).items()
@@ -119,7 +130,7 @@ def test_every_error() -> None:
 def test_every_operation() -> None:
     told = {
         match[1]
-        for text in code(prose(README))
+        for text in code(section(RECORDS, "Operations"))
         if (match := re.match(r"(\w+)(\(|$)", text)) is not None
     }
     public = {name for name in vars(dscache.AsyncCache) if not name.startswith("_")}
@@ -136,7 +147,9 @@ def test_every_operation_of_messages() -> None:
     for name in ("send", "send_direct", "subscribe", "messages"):
         parameters = inspect.signature(getattr(dscache.MessageNode, name)).parameters
         keywords = [
-            f"{one.name}=None" for one in parameters.values() if one.kind is one.KEYWORD_ONLY
+            f"{one.name}={one.default}"
+            for one in parameters.values()
+            if one.kind is one.KEYWORD_ONLY
         ]
         assert re.findall(r"\w+=\w+", told[name]) == keywords
     message = {name for name in vars(dscache.Message) if not name.startswith("_")}
@@ -154,7 +167,7 @@ async def test_every_counter_of_messages(server: EmbeddedServer) -> None:
 
 
 def test_signatures() -> None:
-    rows = table(README, "In a program")
+    rows = table(RECORDS, "Operations")
     assert rows
     for row in rows:
         for text in code(row[0]):
@@ -166,6 +179,37 @@ def test_signatures() -> None:
                 if one.default is not one.empty
             ]
             assert re.findall(r'\w+=(?:[\w.]+|"")', arguments) == keywords, text
+
+
+# -- figures
+
+
+def test_the_readme_shows_figures_of_the_documented_run() -> None:
+    heading = r"^(\S.+?) +records/s +best.*\n((?:  .+\n)+)"
+    rates = {
+        (group, client): int(rate.replace(",", "")) / 1000
+        for block in blocks(PROJECT / "docs" / "benchmarks.md")
+        for group, rows in re.findall(heading, block.text, re.M)
+        for client, rate in re.findall(r"^  (.+?) +([\d,]+) +[\d,]+ +[\d.]+ x$", rows, re.M)
+    }
+    chart = (PROJECT / "docs" / "speed.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r">([^<>]+)</text>", chart)
+    rows = table(README, "Beside redis-py")
+    assert len(rows) > 4
+    for group, fast, pure, other, ratio in rows:
+        peers = [rate for (of, who), rate in rates.items() if of == group and "redis-py" in who]
+        wanted = [rates[group, f"dscache, {core} core"] for core in ("fast", "pure")] + [max(peers)]
+        for shown, rate in zip((fast, pure, other), wanted, strict=True):
+            assert float(shown.replace(",", "")) == pytest.approx(rate, rel=0.03), group
+        assert float(ratio) == pytest.approx(wanted[0] / wanted[2], abs=0.05), group
+        if group in drawn:
+            first = drawn.index(group) + 1
+            assert drawn[first : first + 6] == ["fast", fast, "pure", pure, "redis-py", other]
+    assert len({row[0] for row in rows} & {*drawn}) >= 3
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 # -- everything

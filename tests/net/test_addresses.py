@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from dscache.blocking.sentinel import Sentinels as BlockingSentinels
 from dscache.config import Config, load
 from dscache.embedded import EmbeddedServer
 from dscache.net.sockets import interleaved
+from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE
 
 NAME = "several.test"
@@ -88,12 +91,97 @@ async def test_an_older_attempt_may_win(resolve: list[str], order: int) -> None:
             assert blocking.get("a") is not None
 
 
+@contextmanager
+def useless(port: int, first_words: bytes, *, closes: bool) -> Iterator[None]:
+    """Let an address accept, say something, and serve nothing."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.2", port)))
+        stack.callback(listener.shutdown, socket.SHUT_RDWR)
+        accepted = []
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    accepted.append(client)
+                    client.sendall(first_words)
+                    if closes:
+                        client.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+    thread.join()
+    assert accepted
+    for client in accepted:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("first_words", "closes"),
+    [(b"", False), (b"", True), (b"-ERR max number of clients reached\r\n", True)],
+    ids=["silent", "closing", "full"],
+)
+@pytest.mark.usefixtures("resolve")
+async def test_an_address_that_accepts_and_serves_nothing_is_tried_last(
+    backend: str, first_words: bytes, closes: bool
+) -> None:
+    with EmbeddedServer() as server:
+        config = config_of(server.port, connectTimeout=300)
+        with useless(server.port, first_words, closes=closes):
+            async with asyncio.timeout(PATIENCE):
+                cache = dscache.AsyncCache(config)
+                assert await cache.set("a", 1, 1)
+                await cache.close()
+        with useless(server.port, first_words, closes=closes):
+            blocking = dscache.Cache(config)
+            assert blocking.get("a") is not None
+            blocking.close()
+
+
+@pytest.mark.usefixtures("resolve")
+async def test_the_error_of_a_silent_address_names_all_of_them(backend: str) -> None:
+    with EmbeddedServer() as server:
+        port = server.port
+    config = config_of(port, connectTimeout=300, commandTimeout=300)
+    said = f"127.0.0.2:{port}: silent once connected; 127.0.0.1:{port}: not tried"
+    with useless(port, b"", closes=False):
+        with pytest.raises(dscache.ConnectError, match=said):
+            get_blocking(config)
+        cache = dscache.AsyncCache(config)
+        with pytest.raises(dscache.ConnectError, match=said):
+            await cache.when_ready()
+        await cache.close()
+
+
+@pytest.mark.usefixtures("resolve")
+async def test_a_replica_among_the_addresses_of_a_name_is_left(backend: str) -> None:
+    with EmbeddedServer() as server:
+        answers = {"MSET": b"-READONLY You can't write against a read only replica.\r\n"}
+        config = config_of(server.port)
+        async with (
+            FakeServer(answers, host="127.0.0.2", port=server.port) as replica,
+            asyncio.timeout(PATIENCE),
+        ):
+            async with dscache.AsyncCache(config) as cache:
+                assert await cache.set("a", 1, 1) is True
+                assert cache.stats()["connects"] == 2
+            assert replica.accepted == 1
+            await asyncio.to_thread(set_blocking, config)
+            assert replica.accepted == 2
+
+
 async def get_async(config: Config) -> None:
     cache = dscache.AsyncCache(config)
     try:
         await cache.get("a")
     finally:
         await cache.close()
+
+
+def set_blocking(config: Config) -> None:
+    with dscache.Cache(config) as cache:
+        assert cache.set("b", 1, 1) is True
 
 
 def get_blocking(config: Config) -> None:

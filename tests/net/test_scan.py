@@ -194,6 +194,21 @@ def test_errors_end_the_scan_once_nothing_moves_on(monkeypatch: pytest.MonkeyPat
         steps.throw(ConnectError("gone for good"))
 
 
+def test_a_server_that_cuts_every_request_ends_the_scan() -> None:
+    """Each time it cuts off the cache's other operations too."""
+    steps = first_request(NameScan(OPTIONS, "", 10, None))
+    for _ in range(4):
+        assert isinstance(steps.throw(ConnectionLost("cut")), Pause)
+        assert isinstance(next(steps), Request)
+    # An answer shows that it isn't the request.
+    assert isinstance(steps.send(Reply(None, [b"", b""])), Request)
+    for _ in range(4):
+        assert isinstance(steps.throw(ConnectionLost("cut")), Pause)
+        assert isinstance(next(steps), Request)
+    with pytest.raises(ConnectionLost, match=r"lost 5 times in a row .*: cut \(a proxy"):
+        steps.throw(ConnectionLost("cut"))
+
+
 def test_a_slot_without_an_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(net_scan.time, "monotonic", lambda: now[0])

@@ -22,7 +22,16 @@ ENVIRONMENT = WORK / "environment"
 SUITE = WORK / "suite"
 PROGRAMS = WORK / "programs"
 # Files that the suite reads; dscache/ and setup.py must not be among them.
-NEEDED = ("tests", "docs", "examples", "bench", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+NEEDED = (
+    "tests",
+    "docs",
+    "examples",
+    "bench",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+)
 NEEDED += ("LICENSE", "Makefile", "MANIFEST.in", "pyproject.toml", ".github")
 UNWANTED = shutil.ignore_patterns("__pycache__", "node_modules", "results")
 COMPILER = re.compile(r"(.+-)?(cc|c89|c99|gcc|clang|g\+\+|c\+\+|clang\+\+|cpp|tcc)(-[\d.]+)?")

@@ -19,7 +19,7 @@ import redis as redis_py
 import dscache
 
 NAME = "cold"
-CALLERS = 25
+CALLERS = int(os.environ.get("CALLERS", "25"))
 
 
 def note_load(url: str) -> None:

@@ -25,6 +25,8 @@ SCANNED = [f"owner/{i}" for i in range(100)]
 PATIENCE = 11.0
 STRIKES = 20
 KINDS = ("update", "patch", "fetch", "refresh", "fetch_bulk", "scan", "scan-names", "watch")
+# Threads of one fetch or watch; a near cache has others.
+OWN_THREADS = ("dscache lease", "dscache watch")
 # A message as its caller's finding.
 Note = Callable[[str], object]
 
@@ -299,7 +301,7 @@ class BlockingSequences(Sequences):
         if self.cache._loads._flights:
             self.note(f"loads are held: {self.cache._loads._flights}")
         end = time.monotonic() + 2.0
-        while names := [t.name for t in threading.enumerate() if t.name.startswith("dscache")]:
+        while names := [t.name for t in threading.enumerate() if t.name.startswith(OWN_THREADS)]:
             if time.monotonic() > end:
                 self.note(f"threads are left: {names}")
                 break

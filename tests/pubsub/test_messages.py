@@ -27,7 +27,7 @@ from tests.support.waiting import PATIENCE, until
 
 EVENT = 4
 RPC = 6
-NEWS = {"topic": EVENT, "action": 0, "name": "news"}
+NEWS = {"topic": EVENT, "action": 2, "name": "news"}
 
 
 @pytest.fixture

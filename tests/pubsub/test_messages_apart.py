@@ -19,7 +19,7 @@ from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import until
 
 EVENT = 4
-NEWS = {"topic": EVENT, "name": "news"}
+NEWS = {"topic": EVENT, "action": 2, "name": "news"}
 TOPICS = range(24)
 
 

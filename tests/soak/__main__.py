@@ -56,10 +56,22 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "messages": {"count": scaled(1_000_000)},
         "messages-kill": {"rounds": scaled(20)},
         "messages-slow": {"seconds": 20 * scale},
+        "deepstream-calls": {"calls": scaled(100_000), "seed": random.randrange(10**6)},
+        "deepstream": {"seconds": 300 * scale, "seed": random.randrange(10**6)},
         "sync-threads": {"operations": scaled(1_000_000)},
         "sync-interrupts": {"count": scaled(10_000)},
         "sync-kill": {"rounds": scaled(20)},
         "sync-reshard": {"slots": scaled(4000)},
+        "records-updates": {"times": scaled(1000)},
+        "records-crowd": {"callers": scaled(1000)},
+        "records-mirror": {"writes": scaled(100_000)},
+        "records-scans": {"names": scaled(1_000_000)},
+        "records-expiry": {"names": scaled(100_000)},
+        "sync-near": {"reads": scaled(10_000_000)},
+        "sync-near-disturbed": {"reads": scaled(1_000_000)},
+        "sync-near-race": {"rounds": scaled(100_000)},
+        "sync-near-writes": {"rounds": scaled(5000), "losses": scaled(300)},
+        "sync-near-memory": {"count": scaled(1_000_000)},
     }[row]
 
 

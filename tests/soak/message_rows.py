@@ -19,7 +19,7 @@ import dscache
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.soak.figures import Figures, held, until
 
-EVENT = 4
+EVENT = 1004  # none of deepstream's
 TEXT = "x" * 60
 # The messages of one sender in flight at a time.
 _WINDOW = 500

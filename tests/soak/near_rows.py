@@ -73,7 +73,7 @@ class Board:
 
     def __init__(self, path: Path, count: int) -> None:
         self.count = count
-        parts = (4, WRITERS, WRITERS, count, count, count, count * _RING)
+        parts = (4, WRITERS + 1, WRITERS, count, count, count, count * _RING)
         with path.open("a+b") as file:
             file.truncate(8 * sum(parts))
             self._map = mmap.mmap(file.fileno(), 0)
@@ -90,6 +90,14 @@ class Board:
     def is_over(self) -> bool:
         """Whether the writers are to end."""
         return bool(self._flags[0])
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the readers of other processes may end, once they have read enough."""
+        return bool(self._flags[2])
+
+    def let_end(self) -> None:
+        self._flags[2] = 1
 
     @property
     def pause(self) -> int:
@@ -409,7 +417,7 @@ async def near(
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(binary) as server:
         path = Path(folder, "board")
         board = Board(path, NAMES)
-        writers = _start_writers(server, path, write_pause)
+        writers = start_writers(server, path, write_pause)
         try:
             async with ProxyProcess(server.host, server.port) as proxy:
                 await _read(figures, server, proxy, board, reads, write_pause, mischief_pause)
@@ -421,9 +429,10 @@ async def near(
         figures.notes.append(f"{sum(board.writes)} writes")
 
 
-def _start_writers(
+def start_writers(
     server: EmbeddedServer, path: Path, pause: float
 ) -> list[subprocess.Popen[bytes]]:
+    """Start the processes that write the names of the writers until the board's end."""
     where = (server.host, str(server.port), str(path))
     return [
         subprocess.Popen(

@@ -26,7 +26,15 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.programs.injection import TIMEOUT
 from tests.programs.interruptions import SCENES
 from tests.programs.shortage import scan
-from tests.soak import cluster_rows, message_rows, near_rows, thread_rows
+from tests.soak import (
+    cluster_rows,
+    deepstream_rows,
+    message_rows,
+    near_rows,
+    near_thread_rows,
+    record_rows,
+    thread_rows,
+)
 from tests.soak.figures import (
     ATTEMPTS_A_MINUTE,
     DEAD_PEER,
@@ -367,8 +375,10 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
     with EmbeddedServer(binary) as server:
         options = {"host": server.host, "port": server.port, "commandTimeout": TIMEOUT}
         options["retryStrategy"] = {"first": 1, "cap": 20}
-        for kind in ("async", "blocking", "messages", "coroutines"):
-            where = {"options": options, "kind": kind, "every": every, "seconds": 6 * 3600}
+        near = {**options, "nearCache": {"idleLimit": 500}}
+        kinds = [(kind, options) for kind in ("async", "blocking", "messages", "coroutines")]
+        for kind, used in (*kinds, ("blocking", near)):
+            where = {"options": used, "kind": kind, "every": every, "seconds": 6 * 3600}
             where |= {"uvloop": False, "reconnect": True, "step": 1, "offset": 0}
             result = await asyncio.to_thread(
                 run_child,
@@ -379,7 +389,8 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
             )
             figures.operations += result["cases"]
             figures.problems += result["problems"]
-            figures.notes.append(f"{result['cases']} of {kind}")
+            with_near = ", near cache" if used is near else ""
+            figures.notes.append(f"{result['cases']} of {kind}{with_near}")
 
 
 async def interruptions(figures: Figures, binary: ServerBinary, *, rounds: int = 20) -> None:
@@ -788,10 +799,22 @@ ROWS: dict[str, Row] = {
     "messages": message_rows.everything,
     "messages-kill": message_rows.kill,
     "messages-slow": message_rows.slow,
+    "deepstream": deepstream_rows.converge,
+    "deepstream-calls": deepstream_rows.any_call,
     "sync-threads": thread_rows.threads,
     "sync-interrupts": thread_rows.interrupts,
     "sync-kill": thread_rows.kill,
     "sync-reshard": thread_rows.reshard,
+    "records-updates": record_rows.updates,
+    "records-crowd": record_rows.crowd,
+    "records-mirror": record_rows.mirror,
+    "records-scans": record_rows.scans,
+    "records-expiry": record_rows.expiry,
+    "sync-near": near_thread_rows.threads,
+    "sync-near-disturbed": near_thread_rows.disturbed,
+    "sync-near-race": near_thread_rows.race,
+    "sync-near-writes": near_thread_rows.writes,
+    "sync-near-memory": near_thread_rows.memory,
 }
 
 

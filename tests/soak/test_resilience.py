@@ -32,7 +32,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "messages-kill": {"rounds": 2},
     "messages-slow": {"seconds": 1.0, "pause": 0.01},
     "sync-kill": {"rounds": 2},
+    "records-updates": {"processes": 3, "times": 60},
+    "records-crowd": {"callers": 50},
+    "records-mirror": {"writes": 4000},
+    "records-scans": {"names": 20_000},
+    "records-expiry": {"names": 2000, "ttl": 3},
+    "sync-near": {"reads": 60_000},
+    "sync-near-disturbed": {"reads": 20_000, "mischief_pause": 0.05, "times": 1},
+    "sync-near-race": {"rounds": 400},
+    "sync-near-writes": {"rounds": 200, "losses": 20},
+    "sync-near-memory": {"processes": 2, "count": 20_000},
 }
+
+# tests/deepstream has its short form, as it needs Node.
+ON_NODE = ("deepstream", "deepstream-calls")
 
 # test_sync.py and test_sync_cluster.py have their short form.
 OF_THREADS = ("sync-threads", "sync-interrupts", "sync-reshard")
@@ -55,5 +68,18 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert figures.operations > 0
 
 
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        ("sync-near", {"reads": 5000}),
+        ("sync-near-race", {"rounds": 8, "patience": 1.0}),
+        ("sync-near-writes", {"rounds": 20}),
+    ],
+)
+async def test_a_near_cache_that_hears_nothing_is_noticed(row: str, sizes: dict[str, Any]) -> None:
+    figures = await rows.run(row, BINARY, near="naive", **sizes)
+    assert figures.problems != []
+
+
 def test_every_row_is_here() -> None:
-    assert {*SIZES, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
+    assert {*SIZES, *ON_NODE, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()

@@ -85,8 +85,13 @@ def run(
     )
 
 
-def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tuple[int, str]:
-    """Run the command line on its own terminal; return its exit status and all its output."""
+def run_on_terminal(
+    *words: str, columns: int = 130, typed: bytes = b"", **environment: str
+) -> tuple[int, str]:
+    """Run the command line on its own terminal; return its exit status and all its output.
+
+    ``typed`` is its input.
+    """
     ours, its = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     with subprocess.Popen(
@@ -97,6 +102,7 @@ def run_on_terminal(*words: str, columns: int = 130, **environment: str) -> tupl
         stderr=its,
     ) as process:
         os.close(its)
+        os.write(ours, typed)
         written = b""
         while True:
             try:

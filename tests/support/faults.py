@@ -87,6 +87,7 @@ class FaultProxy:
         A connection that was cut stays cut, and one that was accepted while deaf is never read.
         """
         self._delay = 0.0
+        self._delays: dict[int, float] = {}
         self._deaf = False
         self._split: dict[Direction, int] = {}
         self._cut_after: dict[Direction, tuple[int, Ending]] = {}
@@ -99,15 +100,38 @@ class FaultProxy:
         """Delay each chunk by that many seconds, in both directions."""
         self._delay = seconds
 
+    def delay_one(self, port: int, seconds: float) -> None:
+        """Delay the chunks of one connection by another time than those of all others.
+
+        ``port`` is the one that the target sees; CLIENT LIST of a server shows it in ``addr``.
+        """
+        self._delays[port] = seconds
+
     def stall(self, *directions: Direction) -> None:
         """Hold back everything in these directions, by default in both."""
         for way in directions or BOTH:
             self._open[way].clear()
 
+    def stall_one(self, port: int, *directions: Direction) -> None:
+        """Hold back everything of one connection, whose port the target sees."""
+        for forwarding in self._forwardings:
+            if forwarding.port == port:
+                for way in directions or BOTH:
+                    forwarding.gates[way].clear()
+
+    def cut_one(self, port: int, ending: Ending = "fin") -> None:
+        """Close one connection, whose port the target sees, on both sides."""
+        for forwarding in list(self._forwardings):
+            if forwarding.port == port:
+                forwarding.end(ending)
+
     def resume(self) -> None:
         """End a stall: what was held back is sent now."""
         for gate in self._open.values():
             gate.set()
+        for forwarding in self._forwardings:
+            for gate in forwarding.gates.values():
+                gate.set()
 
     def deaf(self) -> None:
         """Accept new connections, but neither read from them nor connect to the target."""
@@ -201,9 +225,10 @@ class FaultProxy:
     ) -> None:
         try:
             while chunk := await reader.read(_CHUNK):
-                if self._delay:
-                    await asyncio.sleep(self._delay)
+                if delay := self._delays.get(forwarding.port, self._delay):
+                    await asyncio.sleep(delay)
                 await self._open[way].wait()
+                await forwarding.gates[way].wait()
                 if self._alterations[way]:
                     chunk = self._alterations[way].pop(0)(chunk)
                 chunk, ending = self._cut_point(chunk, way)
@@ -304,6 +329,10 @@ class _Forwarding:
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
+        self.port = 0
+        self.gates: dict[Direction, asyncio.Event] = {way: asyncio.Event() for way in BOTH}
+        for gate in self.gates.values():
+            gate.set()
         self.ended = asyncio.Event()
         self.task = cast("asyncio.Task[None]", asyncio.current_task())
         self._writers = [client]
@@ -311,6 +340,7 @@ class _Forwarding:
 
     def add(self, target: asyncio.StreamWriter) -> None:
         self._writers.append(target)
+        self.port = target.get_extra_info("sockname")[1]
         _send_at_once(target)
         if self.ended.is_set():
             target.close()

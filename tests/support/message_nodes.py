@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,20 @@ from tests.support.waiting import own_tasks, until
 # nothing.
 
 
+class LooseNode(MessageNode):
+    """A node that sends any message on any topic: most tests' messages mean nothing to anybody."""
+
+    def send(
+        self, message: Any, *, topic: int | None = None, unchecked: bool = True
+    ) -> asyncio.Future[int]:
+        return super().send(message, topic=topic, unchecked=unchecked)
+
+    def send_direct(
+        self, server: str, message: Any, *, topic: int | None = None, unchecked: bool = True
+    ) -> asyncio.Future[int]:
+        return super().send_direct(server, message, topic=topic, unchecked=unchecked)
+
+
 class Nodes:
     """Nodes by name: ``await nodes("A", **options)``; later ones take the same options."""
 
@@ -25,7 +40,7 @@ class Nodes:
     async def __call__(self, name: str, *, on_gap: Any = None, **options: Any) -> MessageNode:
         entry = {"name": "redis", "options": self._options | options}
         config = {"serverName": name, "clusterNode": entry}
-        node = MessageNode.from_config(config, on_gap=on_gap)
+        node = LooseNode.from_config(config, on_gap=on_gap)
         self.opened.append(node)
         await node.when_ready()
         return node

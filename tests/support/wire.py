@@ -18,7 +18,7 @@ import pytest
 
 from dscache import _fast
 from dscache.core import constants as c
-from dscache.core import pure
+from dscache.core import pure, scripts
 from dscache.core.condition import ANY
 from dscache.core.split_records import SplitRecords
 from dscache.errors import ConnectionLost
@@ -331,11 +331,11 @@ class ModelServer:
         return len(present)
 
     def _evalsha(self, sha: bytes, *arguments: bytes) -> Any:
-        assert sha == c.SET_SCRIPT_SHA
+        assert sha == scripts.SET_SCRIPT_SHA
         return self._run_script(*arguments) if self.has_script else Refusal(NOSCRIPT)
 
     def _eval(self, text: bytes, *arguments: bytes) -> Any:
-        assert text == c.SET_SCRIPT
+        assert text == scripts.SET_SCRIPT
         self.has_script = True
         return self._run_script(*arguments)
 

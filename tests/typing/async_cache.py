@@ -134,7 +134,7 @@ async def refused(cache: AsyncCache) -> None:
     cache.set_bulk({"n": 1})  # type: ignore[dict-item] # pyright: ignore[reportArgumentType]
     cache.is_ready = True  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
     AsyncCache.from_config(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    dscache.AsyncCache("host")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    dscache.AsyncCache(6379)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with cache:  # type: ignore[attr-defined] # pyright: ignore[reportGeneralTypeIssues]
         pass
 
@@ -152,8 +152,8 @@ async def changed(cache: AsyncCache) -> None:
     assert_type(await cache.patch("n", {"a": None}), Record)
     assert_type(await cache.patch("n", path="a.b[0]", value=None, default={}, ttl=0), Record)
     assert_type(await cache.patch("n", path="a"), Record)
-    await cache.update("n")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
-    await cache.update("n", 5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await cache.update("n")  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
+    await cache.update("n", 5)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
     await cache.patch("n", path=5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
@@ -168,5 +168,35 @@ async def fetched(cache: AsyncCache) -> None:
     assert_type(await cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
     assert_type(await cache.fetch("n", load, ttl=60, keep_missing=5), Record | None)
     assert_type(await cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
-    await cache.fetch("n", load)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
-    await cache.fetch("n", 1, ttl=9)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await cache.fetch("n", load)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
+    await cache.fetch("n", 1, ttl=9)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
+
+
+async def of_a_type(cache: AsyncCache) -> None:
+    def many(names: list[str]) -> dict[str, User]:
+        return {name: User(name) for name in names}
+
+    async def load(name: str) -> User:
+        return User(name)
+
+    def change(user: User) -> User:
+        return user
+
+    assert_type(await cache.fetch("n", load, ttl=60, type=User), Record[User] | None)
+    assert_type(await cache.fetch_bulk(["n"], many, ttl=60, type=User), dict[str, Record[User]])
+    assert_type(await cache.update("n", change, type=User), Record[User] | None)
+    async for record in cache.scan(records=True, type=User):
+        assert_type(record, Record[User])
+        assert_type(record.data, User)
+    assert_type(cache.scan(records=True, type=list[int]), AsyncScan[Record[list[int]]])
+    async with cache.watch(records=True, type=User) as changes:
+        async for one in changes:
+            assert_type(one, AsyncChange[User])
+            assert_type(one.record, Record[User] | None)
+            assert_type(await one.read(), Record[User] | None)
+            assert_type(changes.skipped, int)
+    assert_type(cache.scan().skipped, int)
+    # Type checkers know no type of other forms.
+    assert_type(await cache.fetch("n", load, ttl=60, type=User | None), Record | None)
+    assert_type(await cache.update("n", change, type=User | None), Record | None)
+    cache.scan(type=User)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]

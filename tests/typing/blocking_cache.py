@@ -106,5 +106,27 @@ def changed(cache: Cache) -> None:
     assert_type(cache.update("n", lambda data: dscache.KEEP, ttl=60), Record | None)
     assert_type(cache.patch("n", {"a": None}), Record)
     assert_type(cache.patch("n", path="a.b[0]", value=1), Record)
-    cache.update("n", 5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    cache.update("n", 5)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
     cache.patch("n", {}, "a")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+def of_a_type(cache: Cache) -> None:
+    def many(names: list[str]) -> dict[str, User]:
+        return {name: User(name) for name in names}
+
+    def change(user: User) -> User:
+        return user
+
+    assert_type(cache.fetch("n", User, ttl=60, type=User), Record[User] | None)
+    assert_type(cache.fetch_bulk(["n"], many, ttl=60, type=User), dict[str, Record[User]])
+    assert_type(cache.update("n", change, type=User), Record[User] | None)
+    for record in cache.scan(records=True, type=User):
+        assert_type(record, Record[User])
+        assert_type(record.data, User)
+    with cache.watch(records=True, type=User) as changes:
+        for one in changes:
+            assert_type(one, BlockingChange[User])
+            assert_type(one.record, Record[User] | None)
+            assert_type(one.read(), Record[User] | None)
+            assert_type(changes.skipped, int)
+    assert_type(cache.scan().skipped, int)

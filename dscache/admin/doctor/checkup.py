@@ -14,11 +14,11 @@ from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
-from ...core.constants import read_epoch
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import is_full
-from ...net.sentinels import pairs
+from ...net.sentinels import pairs, read_epoch
+from .. import one_key
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
@@ -51,6 +51,9 @@ _REMEDIES = {
     "MASTERDOWN": "name the primary: this server is a replica that has lost it",
 }
 _FULL = "raise the server's maxclients, or end connections that have no more use"
+# A server that speaks TLS ends a connection without it, or waits, and the other way round.
+_IF_TLS = "; if it speaks TLS on this port, use rediss:// or tls: true"
+_IF_PLAIN = "; if it speaks no TLS on this port, use redis:// or leave tls out"
 _UNREACHABLE = "start the server, or correct the address, and check the firewalls in between"
 
 
@@ -84,6 +87,9 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
         remedy = _REMEDIES.get(code, _REMEDIES["ERR"] if code else _UNREACHABLE)
         if is_full(str(error)):
             remedy = _FULL
+        elif not code and (reason := str(error)) and "refused" not in reason:
+            tls = options.redis_options.tls if options.nodes else options.tls
+            remedy += _IF_PLAIN if tls else _IF_TLS
         found.insert(0, Finding("connection", BAD, str(error), remedy))
     return Checkup(config.address, tuple(found))
 
@@ -98,6 +104,7 @@ async def _check_all(primaries: Primaries, options: Options) -> list[Finding]:
         *merged(by_node),
         of_records.check_layout(sample, layout, on_cluster=bool(options.nodes)),
         of_records.check_halves(sample),
+        *of_records.check_one_key(sample),
     ]
 
 
@@ -204,6 +211,11 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
             ours = [key for key in keys if either.name_of(key) is not None]
             versions = [key for key in ours if is_version_key(key)]
             sample.others += len(keys) - len(ours)
+            old = await one_key.find_keys(primaries, keys) if keys else []
+            sample.one_key += len(old)
+            sample.first_one_key = sample.first_one_key or next(iter(old), b"")
+            ours = [key for key in ours if key not in set(old)]
+            versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
             lonely = await _lonely(primaries, ours)

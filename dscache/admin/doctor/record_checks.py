@@ -22,6 +22,9 @@ class Sample:
     """The keys whose record lacks its other key."""
     others: int = 0
     """The keys that belong to no record."""
+    one_key: int = 0
+    """The records of deepstream 1 to 3, each under one key."""
+    first_one_key: bytes = b""
 
 
 def check_halves(sample: Sample) -> Finding:
@@ -38,6 +41,21 @@ def check_halves(sample: Sample) -> Finding:
         "dscache treats them as missing, and deepstream reads no data: set or delete them, and see "
         "the check of memory for the cause",
     )
+
+
+def check_one_key(sample: Sample) -> list[Finding]:
+    """Check for records of deepstream 1 to 3; no finding if there are none."""
+    if not sample.one_key:
+        return []
+    first = shorten(sample.first_one_key.decode(errors="replace"))
+    return [
+        Check("one-key records").bad(
+            f"{number(sample.one_key, 'record')} of deepstream 1 to 3 in a sample, each under one "
+            f"key, such as {first}",
+            "dscache and deepstream 4 or newer find none of them: run "
+            "dscache migrate --from deepstream3",
+        )
+    ]
 
 
 def check_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:

@@ -1,0 +1,83 @@
+"""``dscache diff``: the records that differ between two places."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..admin.cache import open_cache
+from ..admin.comparison import Difference, ExportedRecords, Records, StoredRecords, compare
+from ..admin.progress import with_long_timeouts
+from ..config import Config
+from .options import Chosen, PrefixOption, with_all_options
+from .output import complain, number
+from .settings import load_source, run, with_layout
+from .tables import Results, line_of
+
+_EXPORTS = (".ndjson", ".ndjson.gz", ".jsonl", ".jsonl.gz")
+_SHOWN_AT_ONCE = 500
+
+
+@with_all_options
+def diff(
+    other: Annotated[
+        str,
+        typer.Argument(
+            metavar="OTHER",
+            help="A URL, host:port, configuration file, or an export (.ndjson, .ndjson.gz).",
+        ),
+    ],
+    prefix: PrefixOption = "",
+    *,
+    chosen: Chosen,
+) -> None:
+    """Compare the records of a Redis with those of another, or of an export.
+
+    Prints the records that are missing or added in OTHER, or have another version, or other data
+    under the same version. In a pipe, prints one JSON object a line. Reads all records of both,
+    while other clients are served. The exit status is 1 if there are differences.
+    """
+    config = with_long_timeouts(chosen.load())
+    results = Results(chosen.as_json, "here", "there", "")
+    count = 0
+
+    def show(one: Difference) -> None:
+        nonlocal count
+        count += 1
+        line = line_of(name=one.name, here=one.left, there=one.right, difference=one.kind)
+        cells = ("" if version is None else str(version) for version in (one.left, one.right))
+        results.add(one.name, line, *cells, one.kind)
+        if count % _SHOWN_AT_ONCE == 0:
+            results.show()
+
+    async def work() -> None:
+        async with (
+            open_cache(config) as cache,
+            _opened(other, prefix, chosen, config) as there,
+        ):
+            async for one in compare(StoredRecords(cache, prefix), there):
+                show(one)
+
+    run(work())
+    results.show()
+    complain(f"{number(count, 'record')} differ{'s' if count == 1 else ''}" if count else "equal")
+    if count:
+        raise typer.Exit(1)
+
+
+@asynccontextmanager
+async def _opened(
+    other: str, prefix: str, chosen: Chosen, config: Config
+) -> AsyncIterator[Records]:
+    if other.endswith(_EXPORTS):
+        yield ExportedRecords(Path(other), prefix)
+        return
+    loaded = with_long_timeouts(load_source(other, "OTHER"))
+    if chosen.layout is not None:
+        loaded = with_layout(loaded, chosen.layout)
+    async with open_cache(loaded) as cache:
+        yield StoredRecords(cache, prefix)

@@ -1,0 +1,46 @@
+"""Signals that end a command in order: SIGTERM and SIGHUP do what Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_received = signal.SIGINT
+
+
+@contextmanager
+def handled_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt during the block.
+
+    A signal that the parent process has ignored, as nohup does, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def exit_status() -> int:
+    """Return the exit status after an interrupt, as shells count it: 128 plus the signal."""
+    return 128 + _received
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = signal.Signals(number)
+    # asyncio cancels the main task at SIGINT alone.
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,341 @@
+"""Errors of operations, with the texts of both cores, and the meaning of error replies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any, Final, NoReturn
+
+import hiredis
+
+from ..errors import (
+    BulkError,
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    RecordError,
+    ReplyError,
+    shorten,
+)
+from . import constants as c
+
+# Errors that hiredis raises for invalid RESP. The last ones are for a member of a map or set that
+# isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
+NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
+# Errors of a node that can't be reached; they say nothing about the record.
+AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
+# Codes of errors that servers before Redis 7 report within another error.
+_IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
+
+ErrorOf = Callable[[str], Exception]
+"""Makes an operation's error from its description: every waiter gets an error of its own."""
+
+
+def copy_error(error: Exception) -> Exception:
+    """Return a copy of an error, for another caller."""
+    other = copy(error)
+    other.__cause__ = error.__cause__
+    return other
+
+
+def bad_name(name: object) -> RecordError:
+    """Return the error for a name that can't be a record's name."""
+    if not isinstance(name, str):
+        why = f"a name must be a str, not {type(name).__name__}"
+    elif not name:
+        why = "a name must not be empty"
+    else:
+        why = "a name must be valid Unicode, and this one has a lone surrogate"
+    return RecordError(f"record {shorten(name)}: {why}", name=name)
+
+
+def bad_names(operation: str, names: object) -> RecordError:
+    """Return the error for names that are one text, which would be read letter by letter."""
+    return RecordError(
+        f"{operation} takes an iterable of names, not one {type(names).__name__}; "
+        f"write {operation}([{shorten(names)}])"
+    )
+
+
+def bad_records(records: object) -> RecordError:
+    """Return the error for a ``set_bulk`` of something that is no mapping."""
+    return RecordError(
+        f"set_bulk takes a mapping of name to (version, data), not {type(records).__name__}"
+    )
+
+
+def bad_pair(name: str, pair: object) -> RecordError:
+    """Return the error for an item of ``set_bulk`` that is no (version, data)."""
+    return RecordError(
+        f"record {shorten(name)}: set_bulk takes (version, data) for each name, "
+        f"not {shorten(pair)}",
+        name=name,
+    )
+
+
+def bad_version(name: str, version: object) -> RecordError:
+    """Return the error for a version that is no integer from 0 to 2^63-1."""
+    return RecordError(
+        f"record {shorten(name)}: version must be an int from 0 to {c.MAX_VERSION}, "
+        f"not {shorten(version)}",
+        name=name,
+    )
+
+
+def check_ttl(name: str, ttl: object) -> int:
+    """Return a ttl that is whole seconds, or raise RecordError."""
+    if not isinstance(ttl, int) or isinstance(ttl, bool) or not 0 <= ttl <= c.MAX_TTL:
+        raise RecordError(
+            f"record {shorten(name)}: ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none "
+            f"or None for the configured default, not {shorten(ttl)}",
+            name=name,
+        )
+    return int(ttl)
+
+
+def overloaded(address: str, operations: int, size: int) -> Overloaded:
+    """Return the error for an operation that a full pipeline refuses."""
+    return Overloaded(
+        f"{address}: {operations} operations and {size} bytes of writes are pending, which is "
+        "all that maxPending and maxPendingBytes allow; the operation was not sent"
+    )
+
+
+def too_long(address: str, announced: int, limit: int) -> ProtocolError:
+    """Return the error for a text or array that is announced as longer than allowed."""
+    return ProtocolError(
+        f"{address} announced a reply of length {announced}, and {limit} is allowed"
+        f"{' (maxReplyBytes)' if limit != c.MAX_ELEMENTS else ''}"
+    )
+
+
+def too_deep(address: str) -> ProtocolError:
+    """Return the error for arrays that are nested deeper than any reply of Redis."""
+    return ProtocolError(f"{address} sent a reply of more than {c.MAX_DEPTH} nested arrays")
+
+
+def empty_raw(name: str) -> RecordError:
+    """Return the error for a ``msgspec.Raw`` without text."""
+    return RecordError(f"record {shorten(name)}: data is an empty msgspec.Raw", name=name)
+
+
+def keys_apart(name: str) -> RecordError:
+    """Return the error for a write by script whose two keys may be on two servers of a proxy."""
+    return RecordError(
+        f"record {shorten(name)}: a proxy may keep its two keys on two servers, and no script "
+        "writes both; set keyLayout: hashtag, or proxied: false if the proxy hides one server",
+        name=name,
+    )
+
+
+def is_across_slots(message: str) -> bool:
+    """Return whether an error reply says that a command has keys of several slots."""
+    return message.startswith("CROSSSLOT") or "same slot" in message.lower()
+
+
+def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
+    """Return the error for a stored version that is no integer from 0 to 2^63-1."""
+    found = f", but {shorten(stored)}" if stored is not None else ""
+    return RecordError(
+        f"record {shorten(name)}: its stored version is no integer from 0 to {c.MAX_VERSION}"
+        f"{found}; set or delete the record to repair it",
+        name=name,
+    )
+
+
+def bulk_failure(
+    operation: str, errors: Mapping[str, Exception], total: int, result: object
+) -> Exception:
+    """Return the error of a bulk operation of ``total`` records, of which some failed.
+
+    If Redis refused every single one, that is no partial failure but its refusal.
+    """
+    first = next(iter(errors.values()))
+    if len(errors) == total and all(isinstance(error, ReplyError) for error in errors.values()):
+        return first
+    return BulkError(operation, errors, result)
+
+
+def too_many_redirections(
+    message: str, redirections: tuple[str, ...], moves: int, limit: int, context: str
+) -> ReplyError:
+    """Return the error of an operation that was sent to other nodes too often."""
+    path = "; ".join(redirections)
+    # As the context, of which nothing is left out.
+    redirected = f"redirected {moves} times, and maxRedirections is {limit}: {path}"
+    return ReplyError(message, context=f"{redirected}) ({context}")
+
+
+def describe(kind: int, name: str) -> str:
+    """Return an operation as error messages show it, such as ``get 'user/1'``."""
+    if kind == c.PUBLISH:
+        return f"send on topic {name[1 : name.index('}')]}"
+    return f"{c.OPERATIONS[kind]} {shorten(name)}"
+
+
+def _doubt_of(operation: str) -> str:
+    """Return the end of an error text about a sent operation that may or may not have happened."""
+    if operation.startswith("send "):
+        return "; the message may have been delivered"
+    return "; the write may have happened"
+
+
+def no_answer_in_time(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
+    """Return the error of an operation that was sent and not answered in time."""
+    harmless = operation.startswith(("get", "head", "read"))
+    written = "" if harmless else _doubt_of(operation)
+    return DeadlineExceeded(
+        f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
+        f"(sent; {in_flight} records in flight){written}"
+    )
+
+
+def never_sent(
+    address: str,
+    timeout: float,
+    in_flight: int,
+    down: Exception | None,
+    redirections: tuple[str, ...],
+    operation: str,
+) -> Exception:
+    """Return the error of an operation that could not be sent in time, and now never will.
+
+    ``down`` is the reason why there is no connection, or None if there is one. ``redirections``
+    are the redirections on the way there.
+    """
+    limit = f"within {timeout * 1000:.0f} ms"
+    if redirections:
+        limit += f" (redirected: {'; '.join(redirections)})"
+    error: Exception
+    if isinstance(down, ReplyError):
+        error = ReplyError(down.message, context=f"{operation} at {address}, {limit}")
+    elif down is not None:
+        said = f"{operation}: no connection to {address} {limit}: {down}"
+        # Of a message it is one kind of error, which says whether it was sent.
+        is_message = operation.startswith("send ")
+        error = ConnectionLost(f"{said}; it was not sent") if is_message else ConnectError(said)
+    else:
+        error = DeadlineExceeded(
+            f"{operation}: not sent to {address} {limit} "
+            f"({in_flight} records in flight before it); nothing was done"
+        )
+    error.__cause__ = down
+    return error
+
+
+def refused_in_time(address: str, timeout: float, words: str, operation: str) -> Exception:
+    """Return the error of an operation that the server has refused until its deadline."""
+    context = f"{operation} at {address}, within {timeout * 1000:.0f} ms"
+    return ReplyError(words, context=context)
+
+
+def code_of(error: ReplyError) -> str:
+    """Return the code of an error reply, or of the error within it.
+
+    Before Redis 7, an error in a script is reported within another one.
+    """
+    if error.code == "ERR":
+        for code in _IN_SCRIPTS:
+            if f"-{code} " in error.message:
+                return code
+    return error.code
+
+
+def not_sent_again(
+    address: str, timeout: float, down: Exception | None, operation: str
+) -> Exception:
+    """Return the error of a write that was sent, and in time neither answered nor sent again."""
+    limit = f"within {timeout * 1000:.0f} ms"
+    error: Exception
+    if down is not None:
+        error = ConnectionLost(
+            f"{operation}: connection to {address} lost, and no other {limit}: {down}"
+            f"{_doubt_of(operation)}"
+        )
+    else:
+        error = DeadlineExceeded(
+            f"{operation}: no answer from {address} {limit} (sent in part, or on a connection "
+            f"that was lost){_doubt_of(operation)}"
+        )
+    error.__cause__ = down
+    return error
+
+
+def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
+    """Return the error of a write that was sent, in place of one that says nothing of that."""
+    said = error_of(operation)
+    error = ConnectionLost(f"{said}{_doubt_of(operation)}")
+    error.__cause__ = said
+    return error
+
+
+def raise_invalid_resp(address: str, error: Exception) -> NoReturn:
+    """Raise the error for bytes that hiredis refuses with one of ``NO_RESP``.
+
+    An error that a signal handler has raised while hiredis was called is raised as it is. It has a
+    frame of Python below that of the call, and an error of hiredis has none.
+    """
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        raise error
+    raise ProtocolError(f"{address} sent no valid reply: {error}") from error
+
+
+def is_push(push: list[Any]) -> bool:
+    """Return whether a push begins with its kind, as each does.
+
+    An array with one wrong bit looks like a push, and all replies behind it would be others'.
+    """
+    return bool(push) and type(push[0]) is bytes and push[0][:1].isalpha()
+
+
+def no_push(address: str, push: list[Any]) -> ProtocolError:
+    """Return the error for a push that has no kind."""
+    return ProtocolError(f"{address} sent a push without a kind: {shorten(push)}")
+
+
+def untold(address: str, operation: str) -> Exception:
+    """Return the error of a repeat that can't tell whether its first attempt was done."""
+    return ConnectionLost(
+        f"{operation}: the connection to {address} was lost while it was under way, and what is "
+        f"stored now doesn't tell whether it was done{_doubt_of(operation)}"
+    )
+
+
+def stray_reply(address: str, reply: object) -> ProtocolError:
+    """Return the error for a reply that no operation waits for.
+
+    Its texts are not shown: they may be a password that the server repeats, or others' data.
+    """
+    shown = shorten(reply)
+    if isinstance(reply, bytes):
+        shown = f"a text of {len(reply)} bytes"
+    elif isinstance(reply, (list, dict, set)):
+        shown = f"{len(reply)} elements"
+    return ProtocolError(f"{address} sent a reply that no operation waits for: {shown}")
+
+
+class EndedHere(ConnectionLost):
+    """The connection ended by a decision of this side, for no fault of the operations under way."""
+
+
+def cut_again(address: str, reason: Exception, kind: int, operation: str) -> Exception:
+    """Return the error of an operation during which the server has cut every connection."""
+    written = _doubt_of(operation) if c.is_write(kind) else ""
+    return ConnectionLost(
+        f"{operation}: {address} has cut the connection {c.FATAL_LOSSES} times while it was under "
+        f"way, the last time while nothing else was: {reason} (it may exceed a limit of the "
+        f"server, such as client-query-buffer-limit or client-output-buffer-limit){written}"
+    )
+
+
+def lost(address: str, reason: Exception, kind: int, operation: str) -> Exception:
+    """Return the error of an operation whose connection ended before the answer.
+
+    ``reason`` is a ProtocolError if dscache ended it, else the error that ended it.
+    """
+    written = _doubt_of(operation) if c.is_write(kind) else ""
+    if isinstance(reason, ProtocolError):
+        return ProtocolError(f"{operation}: {reason}{written}")
+    return ConnectionLost(f"{operation}: connection to {address} lost: {reason}{written}")

@@ -1,0 +1,98 @@
+"""JSON text of values, and values or types of JSON text, where msgspec alone does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+
+from ..errors import RecordError, shorten
+from . import tolerant_json
+from .models import decode_model, encode_model, is_model
+
+encode_json_into: Final = msgspec.json.Encoder(enc_hook=encode_model).encode_into
+
+
+def encode_json(value: object) -> bytes:
+    """Return the JSON text of a value; raises whatever msgspec or the value's own type raises.
+
+    Into a buffer: where memory ends, msgspec 0.20's ``encode`` crashes the process.
+    """
+    text = bytearray()
+    encode_json_into(value, text)
+    return bytes(text)
+
+
+def encode_tolerantly(name: str, data: object) -> bytes:
+    """Return the JSON text of data that msgspec's encoder refused.
+
+    Raises RecordError that names the record and the path of the part that can't be encoded.
+    """
+    try:
+        return tolerant_json.encode(data)
+    except Exception as error:  # whatever a user's own type raises belongs to this record
+        raise RecordError(
+            f"record {shorten(name)}: data can't be encoded: {error}", name=name
+        ) from error
+
+
+def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
+    """Return the value of JSON text that msgspec's decoder refused.
+
+    Raises RecordError if it is no JSON.
+    """
+    try:
+        return tolerant_json.decode(raw)
+    except ValueError as error:
+        raise RecordError(
+            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
+            name=name,
+        ) from error
+
+
+def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
+    if is_model(type_):
+        return type_.model_validate_json  # type: ignore[no-any-return] # pydantic's
+    return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
+
+
+_known_decoder = lru_cache(maxsize=256)(_new_decoder)
+
+
+def decoder_of(type_: Any) -> Callable[[bytes], Any]:
+    """Return a function that decodes JSON text into a type.
+
+    Raises TypeError if msgspec doesn't know the type.
+    """
+    try:
+        return _known_decoder(type_)
+    except TypeError:
+        # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
+        return _new_decoder(type_)
+
+
+def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
+    """Return JSON text decoded into ``type_``, which msgspec knows.
+
+    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON, and
+    TypeError if msgspec doesn't know the type.
+    """
+    decode = decoder_of(type_)
+    try:
+        return decode(raw)
+    except MemoryError:
+        raise
+    except Exception:  # msgspec passes on any exception of a user's own type
+        value = decode_tolerantly(name, version, raw)
+    try:
+        # In JSON, the keys of a dict[int, ...] are text.
+        return msgspec.convert(value, type_, str_keys=True, dec_hook=decode_model)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
+        raise RecordError(
+            f"record {shorten(name)}, version {version}: {reason}", name=name
+        ) from error

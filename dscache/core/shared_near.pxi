@@ -1,0 +1,426 @@
+# Records that all threads of a process share until Redis reports a change; the compiled twin of
+# ``shared_near.py``, which has the theory of operation. No lock is needed here: threads take turns
+# at Python code, and no method runs any between a check and the step that depends on it.
+
+
+cdef int LOST = tracking.LOST
+cdef int OVER = tracking.OVER
+
+
+@cython.final
+@cython.no_gc  # an entry is in no reference cycle
+cdef class _SharedEntry(_Entry):
+    """An entry of several threads; it isn't ``filled`` while its first read is under way."""
+
+    cdef bint filled
+    # The entry that it replaced, which may still be served as stale.
+    cdef _SharedEntry previous
+
+
+@cython.final
+cdef class SharedWrite:
+    """Writes under way: their names aren't cached until ``end``, or until the object is gone."""
+
+    cdef SharedNearCache _near
+    cdef list _names
+    cdef object _writes
+
+    def __cinit__(self, SharedNearCache near, list names):
+        self._near = near
+        self._names = names
+        self._writes = near._writes
+
+    def end(self):
+        """End the writes: reads that are sent from now on see them."""
+        cdef list names = self._names
+        self._names = []
+        # After a fork, the child has other writes.
+        if names and self._writes is self._near._writes:
+            for name in names:
+                self._near.end_write(name)
+
+    def __del__(self):
+        self.end()
+
+
+@cython.final
+cdef class NearNode:
+    """One server as a SharedNearCache knows it: whether its link reports changes.
+
+    ``identity`` tells which server it is, while there is a link.
+    """
+
+    cdef readonly object identity
+    cdef SharedNearCache _near
+    cdef _Reachability _reach
+    cdef _Epoch _epoch
+
+    def __cinit__(self, SharedNearCache near):
+        self._near = near
+        self._reach = _Reachability.__new__(_Reachability)
+        self._reach.up = True  # unless it is known not to be
+
+    @property
+    def is_live(self):
+        """Whether the server reports its changes."""
+        return self._epoch is not None
+
+    def connected(self, identity, double since):
+        """Begin to cache: the server reports every change after ``since``."""
+        self._end_epoch(LOST)
+        self.identity = identity
+        self._reach.up = True
+        cdef _Epoch epoch = _Epoch.__new__(_Epoch, self._reach)
+        epoch.known = since
+        self._epoch = epoch
+
+    def confirm(self, double known):
+        """Note that every change from before a time has been reported."""
+        if self._epoch is not None:
+            self._epoch.known = known
+
+    def disconnected(self, str reason, bint is_trusted=True):
+        """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
+        cdef bint was_live = self._epoch is not None
+        self._end_epoch(LOST if is_trusted else OVER)
+        if was_live:
+            self._near.count_flush(reason)
+
+    def unreachable(self):
+        """Note that the server can't be reached: stale entries may be served at once."""
+        self._reach.up = False
+
+    def reachable(self):
+        """Note that the server can be reached, though perhaps not by its link."""
+        self._reach.up = True
+
+    def take_push(self, push):
+        """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
+        cdef double known
+        if not push or push[0] != b"invalidate":
+            return
+        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
+            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
+        if self._near.invalidate(push[1]) and self._epoch is not None:
+            known = self._epoch.known
+            self.disconnected("flushall", False)
+            self.connected(self.identity, known)
+
+    cdef int _end_epoch(self, int state) except -1:
+        cdef _Epoch epoch = self._epoch
+        cdef bint up = self._reach.up
+        self._epoch = None
+        if epoch is not None:
+            epoch.state = state
+        if state == OVER:  # and so is what earlier links vouched for
+            self._reach.over = True
+            self._reach = _Reachability.__new__(_Reachability)
+            self._reach.up = up
+        return 0
+
+
+@cython.final
+cdef class SharedNearCache(_NearStore):
+    """Records that threads have read, for all threads; ``settings`` are those of NearSettings.
+
+    ``read`` is called with the name and the type of a record that isn't cached, and returns it;
+    ``read_head`` is called with the name, and returns the version.
+    """
+
+    cdef object _read, _read_head
+    cdef dict _writes
+    cdef NearNode _node
+    cdef list _owners  # the node of each slot of a cluster, or None
+    cdef Py_ssize_t _pending
+
+    def __init__(self, read, read_head, **settings):
+        self._configure(NearSettings(**settings))
+        self._read = read
+        self._read_head = read_head
+        self._writes = {}
+        self._owners = [None] * SLOTS if self._clustered else None
+
+    # -- operations
+
+    def get(self, name, type=None):
+        """Return the Record, or None; ``data`` is of the ``type``, if there is one."""
+        cdef bint stale = False
+        cdef _SharedEntry entry
+        if type is None:
+            entry = self._look(name, &stale)
+            if entry is not None:
+                return _record_of(entry, stale)
+        return self._read(name, type)
+
+    def head(self, name):
+        """Return the version, or None."""
+        cdef bint stale = False
+        cdef _SharedEntry entry = self._look(name, &stale)
+        if entry is None or stale:
+            return self._read_head(name)
+        return None if entry.raw is None else entry.version
+
+    def find(self, int kind, names):
+        """Return the cached Records or versions by name, and the names that aren't cached.
+
+        The Records are in a dict of all the names in their order, with None for the others. Raises
+        RecordError for a bad name.
+        """
+        cdef dict found = {}
+        cdef list missing = []
+        cdef _SharedEntry entry
+        cdef bint stale
+        cdef str key
+        if isinstance(names, (str, bytes)):
+            raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
+        for name in names:
+            key = check_name(name)
+            if key in found:
+                continue
+            stale = False
+            entry = self._look(key, &stale)
+            if entry is None or (stale and kind == HEAD):
+                PyDict_SetItem(found, key, None)
+                missing.append(key)
+            elif kind == GET:
+                PyDict_SetItem(found, key, _record_of(entry, stale))
+            else:
+                PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
+        return found, missing
+
+    # -- reads under way
+
+    def begin_read(self, str name not None):
+        """Return the entry that a read about to be sent will fill, or None if it may fill none."""
+        cdef NearNode node
+        cdef _SharedEntry entry, found
+        cdef Py_ssize_t size = 0
+        cdef int slot = 0
+        self._misses += 1
+        if self._prefixes and not name.startswith(self._prefixes):
+            return None
+        if self._clustered:
+            slot = self._encoder.slot(name)
+            node = None if slot < 0 else self._owners[slot]
+        else:
+            node = self._node
+        if node is None or node._epoch is None:
+            return None
+        utf8_of(name, &size)
+        size += ENTRY_BYTES
+        if self._table() + size > self._max_bytes or not self._max_records:
+            return None
+        self._make_room(1, size)
+        entry = _SharedEntry.__new__(_SharedEntry)
+        # From here on no Python code runs, so no other thread does.
+        if self._clustered:
+            node = self._owners[slot]
+        if node is None or node._epoch is None or not self._max_records or name in self._writes:
+            return None
+        found = self._current(name)
+        if found is not None:
+            if not found.filled and found.epoch is node._epoch and found.moves == self._moves[slot]:
+                return found  # of another read, which was sent earlier
+            entry.previous = found if found.filled else found.previous
+            found.previous = None
+            if entry.previous is not None and not self._may_be_stale(entry.previous):
+                entry.previous = None
+            self.drop(name)
+        entry.name = name
+        entry.epoch = node._epoch
+        entry.expires = dscache_monotonic() + self._max_age
+        entry.size = size
+        entry.slot = slot
+        entry.moves = self._moves[slot]
+        PyDict_SetItem(self._entries, name, entry)
+        self._append(entry)
+        self._bytes += size
+        self._pending += 1
+        return entry
+
+    def settle(self, _SharedEntry entry not None, Record record, bint is_of_owner):
+        """Take the result of a read: a record, or None without one.
+
+        It is kept unless something concerned the name since ``begin_read``, or the answer wasn't
+        of the server that reports its changes.
+        """
+        cdef Py_ssize_t size = 0 if record is None else PyBytes_GET_SIZE(record.raw)
+        cdef str name = entry.name
+        cdef _SharedEntry found
+        if self._table() + entry.size + size > self._max_bytes:
+            is_of_owner = False
+        else:
+            self._make_room(0, size)
+        # From here on no Python code runs.
+        found = self._current(name)
+        if found is not entry or not is_of_owner:
+            self._dropped_fills += 1
+            self._compare(found, record is not None, 0 if record is None else record.version)
+            return
+        if entry.filled:  # by another thread
+            if record is None:
+                if entry.raw is not None:
+                    self._remove(entry)
+            elif entry.raw is None or entry.version != record.version or entry.raw != record.raw:
+                self._remove(entry)
+            return
+        if record is not None:
+            entry.raw = record.raw
+            entry.version = record.version
+        entry.previous = None
+        entry.filled = True
+        entry.size += size
+        self._bytes += size
+        self._pending -= 1
+
+    def count_misses(self, Py_ssize_t count):
+        """Count versions that are about to be read; ``begin_read`` counts records."""
+        self._misses += count
+
+    def observe(self, str name not None, version):
+        """Drop an entry that differs from the version that a read has found, or None."""
+        cdef long long number = 0 if version is None else version
+        self._compare(self._current(name), version is not None, number)
+
+    def last_known(self, str name not None):
+        """Return the record to serve after a read of it has failed, or None."""
+        cdef _SharedEntry entry = self._current(name)
+        if entry is not None and not entry.filled:
+            entry = entry.previous
+        if (
+            entry is None
+            or not self._may_be_stale(entry)
+            or dscache_monotonic() >= entry.expires
+            or entry.moves != self._moves[entry.slot]
+        ):
+            return None
+        self._stale += 1
+        return _record_of(entry, True)
+
+    # -- writes under way
+
+    def begin_write(self, list names not None):
+        """Drop the entries of names, and cache none of them until the SharedWrite has ended."""
+        cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, [])
+        cdef str name
+        for name in names:
+            # In this order: whatever strikes here, what is counted is also ended.
+            write._names.append(name)
+            self._writes[name] = self._writes.get(name, 0) + 1
+            self.drop(name)
+        return write
+
+    cdef int end_write(self, str name) except -1:
+        left = self._writes.get(name, 0) - 1
+        if left > 0:
+            self._writes[name] = left
+        else:
+            self._writes.pop(name, None)
+        self.drop(name)
+        return 0
+
+    # -- for the owner of the cache
+
+    def only_node(self):
+        """Return the NearNode of the only server."""
+        self._node = NearNode.__new__(NearNode, self)
+        return self._node
+
+    def node(self):
+        """Return a NearNode for a node of a cluster."""
+        return NearNode.__new__(NearNode, self)
+
+    def route(self, owners):
+        """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""
+        cdef int slot
+        cdef bint moved = False
+        for slot, node in owners:
+            if self._owners[slot] is not node:
+                self._owners[slot] = <NearNode?>node if node is not None else None
+                self._moves[slot] += 1
+                moved = True
+        if moved:
+            self.count_flush("slots")
+
+    def close(self):
+        """Drop every record, and stop caching and serving records."""
+        _NearStore.close(self)
+        self._pending = 0
+        self._node = None
+        self._owners = [None] * SLOTS if self._clustered else None
+
+    def reset(self):
+        """Drop every record, and forget the writes under way, as a forked child has none."""
+        self._ends.before = self._ends.after = <PyObject*>self._ends
+        self._entries = {}
+        self._bytes = self._pending = 0
+        self._writes = {}
+        self._node = None
+        self._owners = [None] * SLOTS if self._clustered else None
+
+    def stats(self):
+        """Return the counters, the flushes by reason, and the size of the cache."""
+        counts = _NearStore.stats(self)
+        counts["records"] -= self._pending
+        return counts
+
+    # -- helpers
+
+    cdef inline _SharedEntry _current(self, name):
+        cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
+        return None if found == NULL else <_SharedEntry>found
+
+    cdef inline _SharedEntry _look(self, name, bint* stale):
+        """Return the entry of a name if it may be served, and whether it may be outdated."""
+        cdef _SharedEntry entry = self._current(name)
+        cdef _Epoch epoch
+        cdef double now
+        if entry is None:
+            return None
+        if not entry.filled:
+            entry = entry.previous
+            if entry is None:
+                return None
+        epoch = entry.epoch
+        now = dscache_monotonic()
+        if now >= entry.expires:
+            if self._current(name) is entry:
+                self._remove(entry)
+        elif entry.moves == self._moves[entry.slot]:
+            if epoch.state == LIVE:
+                if now - epoch.known <= self._idle_limit:
+                    entry.was_hit = True
+                    self._hits += 1
+                    return entry
+            # A miss has no Record that could be marked as stale.
+            elif self._may_be_stale(entry) and not epoch.reach.up:
+                self._stale += 1
+                stale[0] = True
+                return entry
+        return None
+
+    cdef int _compare(self, _SharedEntry entry, bint exists, long long version) except -1:
+        """Drop an entry that may differ from the result of another read."""
+        if entry is None:
+            return 0
+        if not entry.filled or exists != (entry.raw is not None) or (
+            exists and entry.version != version
+        ):
+            self._remove(entry)
+        return 0
+
+    cdef int _remove(self, _SharedEntry entry) except -1:
+        self.drop(entry.name)
+        return 0
+
+    cdef bint drop(self, str name) except -1:
+        """Drop the entry of a name; return whether there was one."""
+        cdef PyObject* found = PyDict_GetItem(self._entries, name)
+        if found == NULL:
+            return False
+        cdef _SharedEntry entry = <_SharedEntry>found
+        unlink(entry)
+        del self._entries[name]
+        self._bytes -= entry.size
+        self._pending -= not entry.filled
+        return True

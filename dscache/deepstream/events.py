@@ -1,0 +1,230 @@
+"""Events: messages by name. Redis keeps none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from ..core import envelope
+from ..errors import MessageError, Overloaded, UsageError, shorten
+from .encoding import decode_text, encode_text
+from .patterns import check_pattern, matcher
+from .protocol import Emit, EventAction, Topic
+
+if TYPE_CHECKING:
+    from ..core.pure import Message
+    from ..messages import MessageNode
+
+_logger = logging.getLogger("dscache")
+
+Overflow = Literal["drop_oldest", "drop_newest", "disconnect"]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """An event: its name, its data, and the server that it came from."""
+
+    name: str
+    data: Any
+    sender: str
+
+
+class _Received(msgspec.Struct, rename="camel"):
+    action: int
+    name: str
+    data: str | UnsetType | None = UNSET
+    parsed_data: Any = UNSET
+
+
+class Listening(AsyncIterator[Event]):
+    """The events of a pattern, by ``async for``; made by ``peer.events.listen``.
+
+    It receives events from its creation until it is closed or the peer is. ``dropped`` counts the
+    events that found no room.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        on_close: Callable[[Listening], object],
+        max_pending: int,
+        overflow: str,
+    ) -> None:
+        self.pattern = pattern
+        self.matches = matcher(pattern)
+        self.dropped = 0
+        self._on_close = on_close
+        self._max_pending = max_pending
+        self._overflow = overflow
+        self._events: deque[Event] = deque()
+        self._news = asyncio.Event()
+        self._is_closed = False
+        self._is_overloaded = False
+        self._is_busy = False
+
+    def put(self, event: Event) -> None:
+        """Let an event wait, if there is room, or is made for it."""
+        if self._is_closed:
+            return
+        if len(self._events) >= self._max_pending:
+            if not self.dropped:
+                _logger.warning(
+                    "events of %s are dropped: %d wait already (%s); count them by .dropped",
+                    shorten(self.pattern),
+                    self._max_pending,
+                    self._overflow,
+                )
+            self.dropped += 1
+            if self._overflow == "disconnect":
+                self._is_overloaded = True
+                self.close()
+                return
+            if self._overflow == "drop_newest":
+                return
+            self._events.popleft()
+        self._events.append(event)
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self._is_overloaded:
+                self._is_overloaded = False
+                raise Overloaded(
+                    f"{self._max_pending} events of {shorten(self.pattern)} were waiting; the "
+                    "subscription was ended by overflow: disconnect"
+                )
+            if self._is_closed:
+                raise StopAsyncIteration
+            if self._is_busy:
+                raise UsageError("this iterator is in use already; call listen() once per consumer")
+            self._news.clear()
+            self._is_busy = True
+            try:
+                await self._news.wait()
+            finally:
+                self._is_busy = False
+        return self._events.popleft()
+
+    def close(self) -> None:
+        """Receive no more events; the iteration ends after the waiting ones."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._on_close(self)
+        self._news.set()
+
+    async def aclose(self) -> None:
+        """Do the same."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class Events:
+    """The events of a peer: ``peer.events``."""
+
+    def __init__(self, node: MessageNode) -> None:
+        self._node = node
+        self._listening: list[Listening] = []
+        self._unsubscribe: Callable[[], None] | None = None
+        self._is_damage_logged = False
+        self.emitted = self.received = self.damaged = 0
+
+    async def emit(self, name: str, data: Any = None) -> int:
+        """Emit an event to all servers, and to the listeners of this peer.
+
+        The servers pass it on to their clients that are subscribed to the name. The result is the
+        number of servers that Redis gave it to. Raises MessageError for a bad name or data, and
+        the errors of ``MessageNode.send``.
+        """
+        if not isinstance(name, str) or not name:
+            raise MessageError(
+                f"emit: the name of an event must be a text that is not empty, not {shorten(name)}"
+            )
+        text = encode_text(f"emit {shorten(name)}: the data", data)
+        sent = self._node.send(Emit(name=name, data=text))
+        self.emitted += 1
+        if any(one.matches(name) for one in self._listening):
+            self._deliver(name, decode_text("emit", text, UNSET), self._node.server_name)
+        return await sent
+
+    def listen(
+        self, pattern: str, *, max_pending: int | None = None, overflow: Overflow | None = None
+    ) -> Listening:
+        """Return an iterator over the events whose names match: ``async for event in ...``.
+
+        In the pattern ``*`` stands for any text, and ``?`` for one character. At most
+        ``max_pending`` events wait, and ``overflow`` decides about further ones: "drop_oldest",
+        "drop_newest", or "disconnect", which raises Overloaded; both default to the configuration.
+        Redis has the subscription once ``peer.when_ready()`` returns. Raises UsageError for a bad
+        argument.
+        """
+        check_pattern("listen", pattern)
+        options = self._node.config.options
+        limit = options.max_pending if max_pending is None else max_pending
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise UsageError(f"listen: max_pending must be at least 1, not {shorten(limit)}")
+        policy = options.overflow if overflow is None else overflow
+        if policy not in envelope.OVERFLOWS:
+            known = ", ".join(envelope.OVERFLOWS)
+            raise UsageError(f"listen: overflow must be one of {known}, not {shorten(policy)}")
+        if self._unsubscribe is None:
+            self._unsubscribe = self._node.subscribe(Topic.EVENT, self._on_message)
+        opened = Listening(pattern, self._forget, limit, policy)
+        self._listening.append(opened)
+        return opened
+
+    def _forget(self, listening: Listening) -> None:
+        self._listening.remove(listening)
+        if not self._listening and self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+
+    def _on_message(self, message: Message, sender: str) -> None:
+        try:
+            received = message.decode(_Received)
+            if received.action != EventAction.EMIT:
+                return
+            if not any(one.matches(received.name) for one in self._listening):
+                return
+            shown = f"event {shorten(received.name)} from {shorten(sender)}"
+            data = decode_text(shown, received.data, received.parsed_data)
+        except MessageError as error:
+            self.damaged += 1
+            if not self._is_damage_logged:
+                self._is_damage_logged = True
+                _logger.warning("an event was ignored; further ones are only counted: %s", error)
+            return
+        self._deliver(received.name, data, sender)
+
+    def _deliver(self, name: str, data: Any, sender: str) -> None:
+        self.received += 1
+        event = Event(name, data, sender)
+        for one in list(self._listening):
+            if one.matches(name):
+                one.put(event)
+
+    def close(self) -> None:
+        """End all iterations."""
+        for one in list(self._listening):
+            one.close()
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of events."""
+        return {
+            "events_emitted": self.emitted,
+            "events_received": self.received,
+            "events_damaged": self.damaged,
+            "listening": len(self._listening),
+        }

@@ -1,0 +1,83 @@
+"""deepstream's lists: records whose data is an array of texts, mostly names of records."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..core.changes import KEEP
+from ..errors import RecordError, UsageError, shorten
+
+if TYPE_CHECKING:
+    from ..core.pure import Record
+    from .records import Records
+
+
+class Lists:
+    """The lists of a peer: ``peer.lists``."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    async def entries(self, name: str) -> list[str]:
+        """Return the entries of a list; empty if there is none."""
+        record = await self._records.get(name)
+        return [] if record is None else _entries(name, record.data)
+
+    async def set(self, name: str, entries: list[str]) -> Record:
+        """Replace the entries of a list, and tell the subscribers."""
+        for entry in entries:
+            _check_entry("set", entry)
+        return await self._records.set(name, list(entries))
+
+    async def add(
+        self, name: str, entry: str, *, index: int | None = None, unique: bool = True
+    ) -> list[str]:
+        """Add an entry, at the end or at an index, and tell the subscribers; returns all entries.
+
+        An entry that the list has already is not added again, unless ``unique`` is False. A missing
+        list is created. Raises UsageError for an index that is outside of the list.
+        """
+        _check_entry("add", entry)
+
+        def change(data: Any) -> Any:
+            found = _entries(name, data)
+            if unique and entry in found:
+                return KEEP
+            at = len(found) if index is None else index
+            if not isinstance(at, int) or isinstance(at, bool) or not 0 <= at <= len(found):
+                raise UsageError(
+                    f"add to {shorten(name)}: index must be an int from 0 to {len(found)}, "
+                    f"not {shorten(index)}"
+                )
+            found.insert(at, entry)
+            return found
+
+        return await self._change(name, change)
+
+    async def remove(self, name: str, entry: str) -> list[str]:
+        """Remove all occurrences of an entry, and tell the subscribers; returns all entries."""
+        _check_entry("remove", entry)
+
+        def change(data: Any) -> Any:
+            found = _entries(name, data)
+            left = [one for one in found if one != entry]
+            return KEEP if len(left) == len(found) else left
+
+        return await self._change(name, change)
+
+    async def _change(self, name: str, change: Any) -> list[str]:
+        record = await self._records.update(name, change, default=[])
+        return [] if record is None else _entries(name, record.data)
+
+
+def _entries(name: str, data: Any) -> list[str]:
+    if data == {}:
+        return []  # as a client creates it
+    if not isinstance(data, list) or not all(isinstance(entry, str) for entry in data):
+        raise RecordError(f"record {shorten(name)}: it is no list of texts", name=name)
+    return data
+
+
+def _check_entry(operation: str, entry: object) -> None:
+    if not isinstance(entry, str):
+        raise UsageError(f"{operation}: an entry must be a text, not {shorten(entry)}")

@@ -1,0 +1,498 @@
+"""Records that deepstream's clients hold open: each write is told to the servers.
+
+A write is guarded in Redis, with the version above the one there, and then told as servers tell
+each other: UPDATE after a write, DELETED after a deletion, NOTIFY after an expiry. A peer that dies
+between the two leaves its write untold. When the message can't be sent, the name is told later, as
+soon as Redis takes messages again.
+
+Servers don't guard their own writes. Two of them, or a server and a peer, may write one version of
+a record at the same moment, and their messages may arrive in another order than their writes. So a
+peer that notices such messages has the servers read the record again, by NOTIFY, once no more
+messages of that record come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from .. import _backend
+from ..aio.background_task import BackgroundTask
+from ..core.changes import DELETE, KEEP, OMITTED
+from ..core.patches import patch_of
+from ..errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    DscacheError,
+    MessageError,
+    RecordError,
+    UsageError,
+    shorten,
+)
+from .changes import RecordChanges
+from .encoding import flaw
+from .patterns import check_pattern
+from .protocol import MAX_VERSION, Deleted, Notify, RecordAction, Topic, Update
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..cache import AsyncCache
+    from ..core.pure import Message, Record
+    from ..messages import MessageNode
+
+_logger = logging.getLogger("dscache")
+
+# Names in one NOTIFY.
+_BATCH: Final = 100
+# Seconds without a message of a record after which servers read it again.
+_QUIET: Final = 0.3
+# Records whose last version on the bus is remembered.
+_MAX_KNOWN: Final = 20_000
+# Records that wait to be told, or for their expiry.
+_MAX_WAITING: Final = 100_000
+# Expired keys are gone for every reader at once, by Redis's clock.
+_EXPIRY_MARGIN: Final = 0.05
+_RETRY: Final = 0.5
+
+
+class Received(msgspec.Struct, rename="camel"):
+    """The fields of a message on Topic.RECORD."""
+
+    action: int
+    name: str | None = None
+    names: list[str] | None = None
+    version: int | None = None
+    data: str | UnsetType | None = UNSET
+    parsed_data: Any = UNSET
+
+
+class Records:
+    """The records of a peer: ``peer.records``."""
+
+    def __init__(
+        self, cache: AsyncCache, node: MessageNode, settings: Settings, *, reconcile: bool
+    ) -> None:
+        self._cache = cache
+        self._node = node
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._untold: dict[str, None] = {}
+        self._untold_added = asyncio.Event()
+        self._expiries: list[tuple[float, str]] = []
+        self._expiry_added = asyncio.Event()
+        self._changes: set[RecordChanges] = set()
+        self._known: OrderedDict[str, int] = OrderedDict()
+        self._told: OrderedDict[str, float] = OrderedDict()
+        self._crossed: dict[str, float] = {}
+        self._crossed_added = asyncio.Event()
+        self._unsubscribe: Callable[[], None] | None = None
+        self._is_damage_logged = False
+        self._is_reconciling = reconcile
+        self.written = self.deleted = self.told_late = self.reconciled = self.expired = 0
+        self._tasks = [
+            BackgroundTask(self._tell_late, "dscache peer tells late"),
+            BackgroundTask(self._tell_expired, "dscache peer tells expiries"),
+        ]
+        if reconcile:
+            self._tasks.append(BackgroundTask(self._reconcile, "dscache peer reconciles"))
+            self._subscribe()
+
+    # -- operations
+
+    def get(self, name: str) -> Awaitable[Record | None]:
+        """Read a record from Redis; the result is a Record, or None if there is none."""
+        return self._cache.get(name)
+
+    async def set(self, name: str, data: Any, *, ttl: int | None = None) -> Record:
+        """Write a record, and tell the subscribers; the result is the Record written.
+
+        ``data`` is an object or an array, as deepstream takes everything else for a missing
+        record. The version is one above the one in Redis, 1 for a new record, and 0 under a prefix
+        of ``record.storageHotPathPrefixes``. ``ttl`` is that of ``AsyncCache.set``.
+
+        Raises RecordError for a bad name or data, and the errors of ``AsyncCache.update``.
+        """
+        text = _record_text(name, data)
+        if self._settings.is_hot(name):
+            await self._guarded(name, self._cache.set(name, 0, msgspec.Raw(text), ttl=ttl))
+            written: Record = _backend.core.Record(name, 0, text)
+        else:
+            raw = msgspec.Raw(text)
+            updating = self._cache.update(name, lambda _: raw, default={}, ttl=ttl)
+            written = await self._guarded(name, updating)
+        self.written += 1
+        await self._tell_written(written, ttl)
+        return written
+
+    async def update(
+        self,
+        name: str,
+        change: Callable[[Any], Any],
+        *,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Record | None:
+        """Change a record's data, and tell the subscribers; the result is the Record, or None.
+
+        The arguments and errors are as for ``AsyncCache.update``: ``change`` gets the data and
+        returns the new data, ``dscache.KEEP`` or ``dscache.DELETE``, and may be called again. Under
+        a hot path's prefix it raises UsageError, as version 0 guards nothing.
+        """
+        self._check_guarded("update", name)
+        outcome: Any = KEEP
+
+        def checked(result: Any) -> Any:
+            nonlocal outcome
+            outcome = result
+            if result is KEEP or result is DELETE:
+                return result
+            return msgspec.Raw(_record_text(name, result))
+
+        async def awaited(result: Awaitable[Any]) -> Any:
+            return checked(await result)
+
+        def apply(data: Any) -> Any:
+            result = change(data)
+            return awaited(result) if inspect.isawaitable(result) else checked(result)
+
+        updating = self._cache.update(name, apply, default=default, ttl=ttl)
+        written: Record | None = await self._guarded(name, updating)
+        if outcome is DELETE:
+            if written is None:
+                await self._tell_deleted(name)
+        elif outcome is not KEEP and written is not None:
+            self.written += 1
+            await self._tell_written(written, ttl)
+        return written
+
+    async def patch(
+        self,
+        name: str,
+        path: str,
+        value: Any = OMITTED,
+        *,
+        default: Any = OMITTED,
+        ttl: int | None = None,
+    ) -> Record:
+        """Change one value of a record, and tell the subscribers; the result is the Record.
+
+        ``path`` is one of deepstream's client, such as ``address.street``; without a value it is
+        removed. A patch that changes nothing writes and tells nothing, unless it has a ``ttl``. The
+        errors are as for ``AsyncCache.patch``.
+        """
+        self._check_guarded("patch", name)
+        patched = patch_of(name, OMITTED, path, value)
+
+        def change(data: Any) -> Any:
+            before = _backend.core.encode_data(name, data)
+            after = patched(data)
+            unchanged = ttl is None and _backend.core.encode_data(name, after) == before
+            return KEEP if unchanged else after
+
+        record = await self.update(name, change, default=default, ttl=ttl)
+        if record is None:  # a default that the patch has not changed is not written
+            record = await self.update(name, patched, default=default, ttl=ttl)
+        assert record is not None
+        return record
+
+    async def delete(self, name: str) -> bool:
+        """Delete a record, and tell the subscribers; the result is whether it existed.
+
+        The subscribers are told in either case: a client may hold open a record that is gone.
+        """
+        try:
+            existed = await self._cache.delete(name)
+        except (ConnectionLost, DeadlineExceeded):
+            self._tell_later(name)
+            raise
+        await self._tell_deleted(name)
+        return existed
+
+    async def notify(self, names: str | Iterable[str]) -> None:
+        """Have the servers read records again, and tell their subscribers of the present state.
+
+        For records that another program has written, deleted or let expire.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            _backend.core.check_name(name)
+        for start in range(0, len(wanted), _BATCH):
+            await self._node.send(Notify(names=wanted[start : start + _BATCH]))
+
+    def changes(self, pattern: str = "*", *, max_pending: int = 10_000) -> RecordChanges:
+        """Return an iterator over the changes of records: ``async for change in ...``.
+
+        In the pattern ``*`` stands for any text, and ``?`` for one character. It reports writes of
+        any program, from Redis and from the servers' messages, each version once. After the last
+        write, the last change of each name has the record as it is in Redis, unless a gap is
+        reported. At most ``max_pending`` changes wait. Raises UsageError for a bad argument.
+        """
+        check_pattern("changes", pattern)
+        if not isinstance(max_pending, int) or isinstance(max_pending, bool) or max_pending < 1:
+            raise UsageError(f"changes: max_pending must be at least 1, not {shorten(max_pending)}")
+        self._subscribe()
+        opened = RecordChanges(self._cache, pattern, max_pending, self._changes.discard)
+        self._changes.add(opened)
+        return opened
+
+    # -- writes
+
+    def _check_guarded(self, operation: str, name: str) -> None:
+        if self._settings.is_hot(_backend.core.check_name(name)):
+            raise UsageError(
+                f"{operation} {shorten(name)}: the name begins with a prefix of "
+                "record.storageHotPathPrefixes, so its version is always 0 and guards nothing; "
+                "write the whole record by set"
+            )
+
+    async def _guarded(self, name: str, writing: Awaitable[Any]) -> Any:
+        """Await a write; one that may have happened is told later."""
+        try:
+            return await writing
+        except (ConnectionLost, DeadlineExceeded) as error:
+            if "may have happened" in str(error):
+                self._tell_later(name)
+            raise
+
+    # -- telling
+
+    async def _tell_written(self, record: Record, ttl: int | None) -> None:
+        name = record.name
+        lifetime = self._cache.config.options.ttl if ttl is None else ttl
+        if lifetime and len(self._expiries) < _MAX_WAITING:
+            heapq.heappush(self._expiries, (self._loop.time() + lifetime + _EXPIRY_MARGIN, name))
+            self._expiry_added.set()
+        if record.version > MAX_VERSION:
+            await self._tell(name, Notify(names=[name]))
+            return
+        self._note_told(name, record.version)
+        text = record.raw.decode("utf-8", "replace")
+        await self._tell(name, Update(name=name, version=record.version, data=text))
+
+    async def _tell_deleted(self, name: str) -> None:
+        self.deleted += 1
+        self._note_told(name, -1)
+        await self._tell(name, Deleted(name=name))
+
+    async def _tell(self, name: str, message: Any) -> None:
+        try:
+            await self._node.send(message)
+        except DscacheError as error:
+            if isinstance(error, (MessageError, UsageError)):
+                raise
+            _logger.info("record %s is told later: %s", shorten(name), error)
+            self._tell_later(name)
+
+    def _tell_later(self, name: str) -> None:
+        if len(self._untold) >= _MAX_WAITING:
+            oldest = next(iter(self._untold))
+            del self._untold[oldest]
+            _logger.error("record %s was written, and its subscribers aren't told", shorten(oldest))
+        self._untold[name] = None
+        self._untold_added.set()
+
+    async def _tell_late(self) -> None:
+        """Tell names by NOTIFY, until it succeeds."""
+        while True:
+            while not self._untold:
+                self._untold_added.clear()
+                await self._untold_added.wait()
+            names = [name for name, _ in zip(self._untold, range(_BATCH), strict=False)]
+            try:
+                await self._node.send(Notify(names=names))
+            except DscacheError:
+                await asyncio.sleep(_RETRY)
+                continue
+            self.told_late += len(names)
+            for name in names:
+                self._untold.pop(name, None)
+
+    async def _tell_expired(self) -> None:
+        """Tell records that this peer wrote with a ttl, once they have expired."""
+        while True:
+            self._expiry_added.clear()
+            now = self._loop.time()
+            due: list[str] = []
+            while self._expiries and self._expiries[0][0] <= now and len(due) < _BATCH:
+                due.append(heapq.heappop(self._expiries)[1])
+            if due:
+                await self._tell_if_gone(list(dict.fromkeys(due)))
+                continue
+            seconds = self._expiries[0][0] - now if self._expiries else None
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._expiry_added.wait()
+            except TimeoutError:
+                pass
+
+    async def _tell_if_gone(self, names: list[str]) -> None:
+        try:
+            found = await self._cache.head_bulk(names)
+        except DscacheError:
+            # Told without a look; servers read the records themselves.
+            found = {}
+        gone = [name for name in names if name not in found]
+        self.expired += len(gone)
+        for name in gone:
+            self._note_told(name, -1)
+            self._tell_later(name)
+
+    # -- the servers' messages
+
+    def _subscribe(self) -> None:
+        if self._unsubscribe is None:
+            self._unsubscribe = self._node.subscribe(Topic.RECORD, self._on_message)
+
+    def _on_message(self, message: Message, sender: str) -> None:
+        try:
+            received = message.decode(Received)
+        except MessageError as error:
+            if not self._is_damage_logged:
+                self._is_damage_logged = True
+                _logger.warning("a message of a record was ignored: %s", error)
+            return
+        if received.action == RecordAction.NOTIFY:
+            for name in received.names or ():
+                self._note_notified(name)
+            return
+        if received.name is None:
+            return
+        if self._is_reconciling:
+            self._note_heard(received.name, received.action, received.version)
+        for one in list(self._changes):
+            one.take(received, sender)
+
+    # -- messages that crossed
+
+    def _note_told(self, name: str, version: int) -> None:
+        """Note a message of this peer's own."""
+        if self._is_reconciling:
+            last = self._known.get(name)
+            # A message of a later version has been faster.
+            if last is not None and 0 < version <= last:
+                self._cross(name)
+            self._note_version(name, version)
+            self._note_notified(name)
+
+    def _note_heard(self, name: str, action: int, version: int | None) -> None:
+        """Note a server's message, and whether it crossed another one."""
+        if action == RecordAction.DELETED:
+            version = -1
+        if version is None:
+            return
+        last = self._known.get(name)
+        told = self._told.get(name)
+        now = self._loop.time()
+        is_hot = version <= 0
+        if not is_hot and last is not None and version <= last:
+            self._cross(name)
+        elif told is not None and now - told < _QUIET:
+            # A client's write may have been under way while the servers were told.
+            self._cross(name)
+        elif name in self._crossed:
+            self._crossed[name] = now
+        self._note_version(name, version)
+
+    def _note_version(self, name: str, version: int) -> None:
+        self._known[name] = version
+        self._known.move_to_end(name)
+        if len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
+
+    def _note_notified(self, name: str) -> None:
+        if self._is_reconciling:
+            now = self._loop.time()
+            if name in self._crossed:
+                self._crossed[name] = now
+            self._told[name] = now
+            self._told.move_to_end(name)
+            if len(self._told) > _MAX_KNOWN:
+                self._told.popitem(last=False)
+
+    def _cross(self, name: str) -> None:
+        if len(self._crossed) < _MAX_WAITING:
+            self._crossed[name] = self._loop.time()
+            self._crossed_added.set()
+
+    async def _reconcile(self) -> None:
+        """Have servers read records again whose messages crossed, once they are quiet."""
+        while True:
+            while not self._crossed:
+                self._crossed_added.clear()
+                await self._crossed_added.wait()
+            await asyncio.sleep(_QUIET / 3)
+            now = self._loop.time()
+            quiet = [name for name, at in self._crossed.items() if now - at >= _QUIET]
+            for start in range(0, len(quiet), _BATCH):
+                names = quiet[start : start + _BATCH]
+                for name in names:
+                    del self._crossed[name]
+                    self._note_notified(name)
+                try:
+                    await self._node.send(Notify(names=names))
+                except DscacheError:
+                    for name in names:
+                        self._tell_later(name)
+                self.reconciled += len(names)
+
+    def on_gap(self) -> None:
+        """Have servers read again all records of which messages may have been lost."""
+        if self._is_reconciling:
+            for name in self._known:
+                self._cross(name)
+
+    async def close(self) -> None:
+        """End the iterations, after late messages were tried once more."""
+        for one in list(self._changes):
+            await one.aclose()
+        for task in self._tasks:
+            task.cancel()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+        if self._untold:
+            names = list(self._untold)
+            try:
+                async with asyncio.timeout(1.0):
+                    await self.notify(names)
+            except (DscacheError, TimeoutError):
+                _logger.error(
+                    "%d records were written, and their subscribers aren't told: %s",
+                    len(names),
+                    shorten(names),
+                )
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of records."""
+        return {
+            "records_written": self.written,
+            "records_deleted": self.deleted,
+            "records_expired": self.expired,
+            "records_told_late": self.told_late,
+            "records_untold": len(self._untold),
+            "records_reconciled": self.reconciled,
+        }
+
+
+def _record_text(name: str, data: Any) -> bytes:
+    """Return the JSON text of a record's data; raises RecordError unless deepstream takes it."""
+    text: bytes = _backend.core.encode_data(_backend.core.check_name(name), data)
+    if (reason := flaw(text)) is not None:
+        raise RecordError(
+            f"record {shorten(name)}: a msgspec.Raw in its data is no JSON: {reason}", name=name
+        )
+    if text[:1] not in (b"{", b"[") and text.lstrip()[:1] not in (b"{", b"["):
+        raise RecordError(
+            f"record {shorten(name)}: deepstream's records are objects or arrays, and its servers "
+            f"take anything else for missing; write such as {{'value': {shorten(data)}}}",
+            name=name,
+        )
+    return text

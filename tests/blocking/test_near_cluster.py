@@ -1,0 +1,187 @@
+"""The near cache of a blocking Cache on real clusters and behind real Sentinels."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import dscache
+from dscache.embedded import ServerBinary
+from tests.blocking.test_near import NEAR, counters, is_answered, is_at_hand, put, version_of
+from tests.conftest import BY_AGE, PATIENT
+from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
+from tests.support.blocking import until
+from tests.support.clusters import ClusterGroup
+from tests.support.sentinels import SentinelGroup
+
+
+@pytest.fixture(scope="module")
+def binary() -> ServerBinary:
+    """The oldest server, which the cluster consists of."""
+    return BY_AGE[0]
+
+
+@contextlib.contextmanager
+def on_cluster(group: ClusterGroup, **options: Any) -> Iterator[dscache.Cache]:
+    options = {**group.options, "nearCache": NEAR, **PATIENT, **CURIOUS, **options}
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        yield cache
+
+
+def put_on(group: ClusterGroup, name: str, version: int) -> None:
+    """Let another client write a record on its owner."""
+    owner = group.primary_of(slot_of(name))
+    owner.ask("MSET", f"{{{name}}}_v", version, f"{{{name}}}_d", "1")
+
+
+def at_hand_twice(cache: dscache.Cache, name: str) -> bool:
+    return is_at_hand(cache, name) and is_at_hand(cache, name)
+
+
+def test_records_of_a_cluster_are_kept(group: ClusterGroup, backend: str) -> None:
+    names = [f"n/{number}" for number in range(60)]
+    with on_cluster(group) as cache:
+        cache.set_bulk({name: (1, name) for name in names})
+        assert len(cache.get_bulk([*names, "missing"])) == 60
+        for name in (*names, "missing"):
+            until(lambda n=name: is_at_hand(cache, n))
+        for name in names[::7]:
+            put_on(group, name, 2)
+            until(lambda n=name: version_of(cache, n) == 2)
+        [primary, *_] = group.primaries()
+        primary.ask("FLUSHALL")
+        gone = [name for name in names if group.primary_of(slot_of(name)) is primary]
+        for name in gone:
+            until(lambda n=name: cache.get(n) is None)
+        assert counters(cache)["flushes"]["flushall"] >= 1
+
+
+def test_a_slot_that_moves(group: ClusterGroup, backend: str) -> None:
+    source, target = group.primaries()[:2]
+    room = prefix_on(group, source)
+    slot = slot_of(room)
+    there, missing = f"{room}/there", f"{room}/missing"
+    try:
+        with on_cluster(group) as cache:
+            cache.set(there, 1, 1)
+            for name in (there, missing):
+                until(lambda n=name: is_at_hand(cache, n))
+            group.migrate([slot], source, target)
+            put_on(group, there, 2)
+            put_on(group, missing, 3)
+            until(lambda: version_of(cache, there) == 2)
+            # A miss is believed until the move is known.
+            until(lambda: version_of(cache, missing) == 3)
+            for name, version in ((there, 4), (missing, 5)):
+                until(lambda n=name: is_at_hand(cache, n))
+                put_on(group, name, version)
+                until(lambda n=name, v=version: version_of(cache, n) == v)
+            assert counters(cache)["flushes"]["slots"] >= 1
+    finally:
+        if slot in group.slots_of(target):
+            group.migrate([slot], target, source)
+
+
+@pytest.mark.parametrize("scale_reads", ["master", "all"])
+def test_a_replaced_primary(group: ClusterGroup, backend: str, scale_reads: str) -> None:
+    old = group.primaries()[0]
+    heir = group.replica_of(old)
+    # The slot decides which of primary and replica is read.
+    odd = [slot for slot in group.slots_of(old) if slot % 2]
+    names = (name for name in (f"n/{number}" for number in range(10**6)) if slot_of(name) in odd)
+    there, missing = next(names), next(names)
+    with on_cluster(group, scaleReads=scale_reads) as cache:
+        cache.set(there, 1, 1)
+        until(lambda: reads_from(cache, 6 if scale_reads == "all" else 3))
+        until(lambda: at_hand_twice(cache, there))
+        until(lambda: at_hand_twice(cache, missing))
+        group.failover(heir)
+        for version in (2, 3):
+            put_on(group, there, version)
+            put_on(group, missing, version)
+            until(lambda v=version: version_of(cache, there) == v)
+            until(lambda v=version: version_of(cache, missing) == v)
+            until(lambda: at_hand_twice(cache, there))
+            until(lambda: at_hand_twice(cache, missing))
+
+
+def test_a_lost_shard(group: ClusterGroup, backend: str) -> None:
+    """The other shards' records are current; its own are served stale, or by the heir."""
+    victim, other, *_ = group.primaries()
+    lost, well = f"{prefix_on(group, victim)}/a", f"{prefix_on(group, other)}/a"
+    near = {**NEAR, "serveStale": True}
+    with on_cluster(group, nearCache=near) as cache:
+        cache.set_bulk({lost: (1, 1), well: (1, 1)})
+        until(lambda: at_hand_twice(cache, well))
+        until(lambda: at_hand_twice(cache, lost))
+        group.kill(victim)
+        until(lambda: "connection" in counters(cache)["flushes"])
+        assert is_at_hand(cache, well)
+        record = cache.get(well)
+        assert record is not None
+        assert not record.stale
+        until(lambda: is_answered(cache, lost))
+        group.start(victim)
+
+
+def test_answers_of_replicas_are_not_kept(group: ClusterGroup, backend: str) -> None:
+    names = [f"n/{number}" for number in range(60)]
+    with on_cluster(group, scaleReads="all") as cache:
+        cache.set_bulk({name: (1, name) for name in names})
+        # Replicas receive it later, and are read from when they are ready.
+        until(lambda: reads_from(cache, 6))
+        until(lambda: len(cache.get_bulk(names)) == len(names))
+        kept = [name for name in names if is_at_hand(cache, name)]
+        # As many readers as there are primaries and replicas; the slot decides which one.
+        of_primaries = [name for name in names if slot_of(name) % 2]
+        assert set(kept) <= set(of_primaries)
+        until(lambda: all(is_at_hand(cache, name) for name in of_primaries))
+        for name in names:
+            put_on(group, name, 2)
+        for name in names:
+            until(lambda n=name: version_of(cache, n) == 2)
+
+
+def test_scaling_reads_to_replicas_alone_excludes_it(group: ClusterGroup, backend: str) -> None:
+    options = {"scaleReads": "slave", "nearCache": {"required": False}}
+    with on_cluster(group, **options) as cache:
+        cache.set("a", 1, 1)
+        until(lambda: version_of(cache) == 1)
+        assert "near_cache" not in cache.stats()
+    with pytest.raises(dscache.ConfigError, match="scaleReads: slave"):
+        dscache.Cache.from_config(
+            {
+                "name": "redis",
+                "options": {**group.options, "scaleReads": "slave", "nearCache": True},
+            }
+        )
+
+
+def reads_from(cache: dscache.Cache, count: int) -> bool:
+    """Whether that many nodes have been read from by now."""
+    cache.get_bulk([f"unknown/{random.randrange(10**6)}" for _ in range(50)])
+    return len([one for one in cache.stats()["nodes"].values() if one["reads"]]) == count
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_a_primary_that_the_sentinels_replace(backend: str, is_partitioned: bool) -> None:
+    with SentinelGroup(BY_AGE[0], replicas=1, sentinels=1) as sentinels:
+        options = {**sentinels.options, "nearCache": NEAR, **PATIENT}
+        with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+            cache.set("a", 1, 1)
+            until(lambda: at_hand_twice(cache, "a"))
+            if is_partitioned:
+                old = sentinels.fail_over()
+            else:
+                old = sentinels.primary()
+                old.kill()
+            sentinels.wait_for_primary(old)
+            with sentinels.ask(sentinels.primary().port) as client:
+                for version in (2, 3):
+                    put(client, "a", version)
+                    until(lambda v=version: version_of(cache) == v)
+                    until(lambda: at_hand_twice(cache, "a"))
