@@ -27,11 +27,12 @@ _GLANCE: Final = 0.25
 class _Update(Holder):
     """One update in the queue of its name; ``turn`` is what it waits for, if it does."""
 
-    __slots__ = ("turn",)
+    __slots__ = ("is_over", "turn")
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
         super().__init__(task)
         self.turn: asyncio.Future[None] | None = None
+        self.is_over = False
 
 
 class _Queue:
@@ -52,7 +53,7 @@ class _Queue:
         """Return the update that has the turn."""
         while self._updates:
             update = self._updates[0]()
-            if update is not None:
+            if update is not None and not update.is_over:
                 return update
             self._updates.popleft()
         return None
@@ -111,6 +112,7 @@ class Changes:
             steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
             return await _drive(steps, reader, writer, operation, name, change, timing)
         finally:
+            update.is_over = True
             # A traceback may be kept for long, and must not keep the turn or the queue.
             del update
             queue.wake()

@@ -170,9 +170,14 @@ class AsyncSequences(Sequences):
 
     async def check(self, action: str) -> None:
         """Check behind a strike that nothing is held."""
+        gc.collect()  # struck frames refer to each other, and hold what was struck
         await asyncio.sleep(0)
         try:
             async with asyncio.timeout(PATIENCE):
+                # A refresh goes on in the background, and would load a record that is deleted.
+                while tasks := self.cache._loads._tasks:
+                    await asyncio.wait([task for task, _ in tasks.values()])
+                    await asyncio.sleep(0)
                 if action in ("update", "patch"):
                     for name in ("owner/1", "owner/2"):
                         await self.cache.update(name, changed)
@@ -183,7 +188,7 @@ class AsyncSequences(Sequences):
         except BaseException as error:
             self.note(f"{action} again: {error!r}")
         await asyncio.sleep(0)
-        gc.collect()  # struck frames refer to each other
+        gc.collect()
         if queues := dict(self.cache._changes._queues):
             self.note(f"turns are held: {queues}")
         if self.cache._loads._tasks:
@@ -276,6 +281,7 @@ class BlockingSequences(Sequences):
 
     def check(self, action: str) -> None:
         """Check behind a strike that nothing is held."""
+        gc.collect()  # struck frames refer to each other, and hold what was struck
         ended = threading.Event()
         problem: list[BaseException] = []
 
