@@ -28,12 +28,10 @@ _EXTRA = ("typer", "rich")
 def main() -> None:
     """Run the command that the command line names. Raises SystemExit."""
     _open_standard_files()
-    if sys.argv[1:] == ["--version"]:
-        print(versions.described())  # also without the extra
-        return
     try:
         with signals.handled_as_interrupt():
-            app = _imported_app()
+            # The version needs no extra.
+            app = _print_version if sys.argv[1:] == ["--version"] else _imported_app()
             try:
                 app()
             finally:
@@ -50,6 +48,10 @@ def main() -> None:
         named = isinstance(error.filename, str | bytes)
         where = f"{os.fsdecode(error.filename)}: " if named else ""
         _fail(f"{where}{error.strerror or error}")
+
+
+def _print_version() -> None:
+    print(versions.described())
 
 
 def _imported_app() -> Callable[[], object]:

@@ -15,17 +15,19 @@ from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .router import Router
-from .shared_near import SharedNearCache
+from .shared_near import NearNode, SharedNearCache, SharedWrite
 
 __all__ = [
     "NEAR_ENTRY_BYTES",
     "Message",
     "MessageDispatcher",
     "NearCache",
+    "NearNode",
     "Pipeline",
     "Record",
     "Router",
     "SharedNearCache",
+    "SharedWrite",
     "SubscriberQueue",
     "check_name",
     "check_version",

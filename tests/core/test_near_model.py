@@ -205,10 +205,13 @@ class World:
 
     def flush(self, node: int) -> None:
         self.servers[node].flush()
-        self._observe(node)
+        self._observe(node, by_name=False)
 
-    def _observe(self, node: int) -> None:
-        """Record the changes made by the last command on a node."""
+    def _observe(self, node: int, *, by_name: bool = True) -> None:
+        """Record the changes made by the last command on a node.
+
+        A report that names no key concerns the slots that the client knows to be there.
+        """
         server = self.servers[node]
         for name in NAMES:
             if self.owner[SLOTS[name]] == node:
@@ -217,6 +220,7 @@ class World:
                 content = None if version is None or data is None else (int(version), int(data))
                 if content != self.states[name][-1].content:
                     is_said = not server.named.isdisjoint(keys)
+                    is_said &= by_name or self.known_owner[SLOTS[name]] == node
                     state = State(content, node, server.offset, self.streams[node], is_said)
                     self.states[name].append(state)
 

@@ -104,6 +104,7 @@ PUBLIC = (
         "Record",
         "Router",
     ),
+    *("NearNode", "SharedNearCache", "SharedWrite"),
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.

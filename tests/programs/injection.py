@@ -401,7 +401,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
         threading.settrace(Tracer._enter)
     cache = dscache.Cache.from_config({"name": "redis", "options": options})
     cache.set_bulk({name: (1, _write(name)) for name in OWNERS})
-    other = redis_py.Redis(host=options["host"], port=options["port"])
+    other = redis_py.Redis(host=options["host"], port=options["port"]) if has_near else None
     versions = itertools.count(10)
     told = 0
 
@@ -409,6 +409,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
         """Let another client change a record, and wait until that is known here."""
         nonlocal told
         told = next(versions)
+        assert other is not None
         other.set(f"{OWNERS[0]}_v", told)
         end = time.monotonic() + 1.0
         while cache.head(OWNERS[0]) != told and time.monotonic() < end:
@@ -489,7 +490,8 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
             probe()
         findings.seconds[action] = round(time.monotonic() - began, 1)
     cache.close()
-    other.close()
+    if other is not None:
+        other.close()
     if has_near and threading.active_count() > 1:
         findings.note(f"{threading.enumerate()} are left")
 
@@ -518,12 +520,12 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
 
     async def both() -> tuple[Any, Any]:
         sender, listener = await opened("A"), await opened("B")
-        listener.subscribe(7, hear_slowly if where["kind"] == "coroutines" else hear)
+        listener.subscribe(1007, hear_slowly if where["kind"] == "coroutines" else hear)
         await listener.when_ready()
         return sender, listener
 
     async def send(sender: Any, number: int, tracer: Tracer) -> None:
-        calls: list[Call] = [partial(sender.send, {"number": number}, topic=7)] * 2
+        calls: list[Call] = [partial(sender.send, {"number": number}, topic=1007)] * 2
         await _act(findings, calls, tracer)
         with tracer:  # the listener's callbacks come later
             end = time.monotonic() + 0.1
@@ -537,7 +539,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
         while time.monotonic() < end:
             # A message sent while the listener connects is missed, as Redis stores none.
             try:
-                await asyncio.wait_for(sender.send({"number": number}, topic=7), PATIENCE)
+                await asyncio.wait_for(sender.send({"number": number}, topic=1007), PATIENCE)
             except BaseException as error:
                 said = error
             await asyncio.sleep(0.01)

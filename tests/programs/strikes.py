@@ -129,6 +129,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     wrong: list[str] = []
     strikes: dict[str, int] = {}
     with dscache.Cache.from_config(config) as cache:
+        cache.delete_bulk(["written", "updated", "w/2"])
         cache.set_bulk(OWNED)
         kinds = itertools.cycle(KINDS)
         for name, action in ACTIONS.items():
