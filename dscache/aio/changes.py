@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakValueDictionary, ref
 
 from ..core import changes as core
+from ..core.holder import Holder
 from ..net.backoff import full_jitter
 
 if TYPE_CHECKING:
@@ -17,15 +20,53 @@ if TYPE_CHECKING:
 _pause_after = partial(full_jitter, core.FIRST_PAUSE, core.LONGEST_PAUSE)
 
 
-class _Turn:
-    """The updates of one name: one at a time, the others in a queue."""
+# How often a waiting update looks whether those before it are gone without a word, in seconds.
+_GLANCE: Final = 0.25
 
-    __slots__ = ("lock", "owner", "users")
+
+class _Update(Holder):
+    """One update in the queue of its name; ``turn`` is what it waits for, if it does."""
+
+    __slots__ = ("is_over", "turn")
+
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        super().__init__(task)
+        self.turn: asyncio.Future[None] | None = None
+        self.is_over = False
+
+
+class _Queue:
+    """The updates of one name; the first that still exists has the turn.
+
+    An exception may strike an update anywhere. It leaves the queue by the end of its ``_Update``.
+    """
+
+    __slots__ = ("__weakref__", "_updates")
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.owner: asyncio.Task[Any] | None = None
-        self.users = 0
+        self._updates: deque[Callable[[], _Update | None]] = deque()
+
+    def join(self, update: _Update) -> None:
+        self._updates.append(ref(update))
+
+    def first(self) -> _Update | None:
+        """Return the update that has the turn."""
+        while self._updates:
+            update = self._updates[0]()
+            if update is not None and not update.is_over:
+                return update
+            self._updates.popleft()
+        return None
+
+    def is_first(self, update: _Update) -> bool:
+        """Return whether an update has the turn."""
+        return self.first() is update
+
+    def wake(self) -> None:
+        """Let the first update go on."""
+        update = self.first()
+        if update is not None and update.turn is not None and not update.turn.done():
+            update.turn.set_result(None)
 
 
 class Changes:
@@ -33,7 +74,8 @@ class Changes:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._turns: dict[str, _Turn] = {}
+        # A queue exists as long as an update is in it.
+        self._queues: WeakValueDictionary[str, _Queue] = WeakValueDictionary()
 
     async def apply(
         self,
@@ -50,33 +92,31 @@ class Changes:
         """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
         loop = asyncio.get_running_loop()
         timing = core.Timing(self._timeout, loop.time, _pause_after)
-        turn = self._turns.get(name)
-        if turn is None:
-            turn = self._turns[name] = _Turn()
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = _Queue()
         task = asyncio.current_task()
-        if turn.owner is not None and turn.owner is task:
+        first = queue.first()
+        if first is not None and first.owner is task:
             raise core.nested(operation, name)
-        turn.users += 1
+        del first
+        update = _Update(task)
         try:
-            if turn.lock.locked():
-                try:
-                    async with asyncio.timeout_at(timing.deadline):
-                        await turn.lock.acquire()
-                except TimeoutError:
-                    raise core.late_turn(operation, name, self._timeout) from None
-            else:
-                await turn.lock.acquire()
-            turn.owner = task
-            try:
-                steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
-                return await _drive(steps, reader, writer, operation, name, change, timing)
-            finally:
-                turn.owner = None
-                turn.lock.release()
+            queue.join(update)
+            while not queue.is_first(update):
+                rest = timing.rest()
+                if not rest:
+                    raise core.late_turn(operation, name, self._timeout)
+                update.turn = loop.create_future()
+                await asyncio.wait([update.turn], timeout=min(rest, _GLANCE))
+            steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
+            return await _drive(steps, reader, writer, operation, name, change, timing)
         finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[name]
+            update.is_over = True
+            # A traceback may be kept for long, and must not keep the turn or the queue.
+            del update
+            queue.wake()
+            del queue
 
 
 async def _drive(

@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from inspect import isawaitable
 from typing import Any, TypeAlias
 
@@ -87,19 +88,20 @@ class Loads:
         names = list(names)
         key = refresh, frozenset(names)
         begun = self._tasks.get(key)
-        if begun is None:
+        if begun is None or begun[0].done():
             flight = Flight(names)
             task = asyncio.ensure_future(_drive(steps, load, entry, flight))
+            # First, so that no exception in between leaves a task here for good.
+            task.add_done_callback(partial(self._end, key))
             begun = self._tasks[key] = task, flight
-
-            def end(ended: asyncio.Task[Outcome]) -> None:
-                if self._tasks.get(key) is begun:
-                    del self._tasks[key]
-                if not ended.cancelled():
-                    ended.exception()  # all its callers may have been cancelled
-
-            task.add_done_callback(end)
         return begun
+
+    def _end(self, key: _Key, ended: asyncio.Task[Outcome]) -> None:
+        begun = self._tasks.get(key)
+        if begun is not None and begun[0] is ended:
+            del self._tasks[key]
+        if not ended.cancelled():
+            ended.exception()  # all its callers may have been cancelled
 
     async def _outcome_of(self, task: asyncio.Task[Outcome], flight: Flight) -> Outcome:
         with flight.waited_for():
@@ -143,7 +145,9 @@ async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
     if isinstance(step, Load):
-        renewing = asyncio.ensure_future(_renew(step.renewal, entry, flight))
+        renewing = asyncio.ensure_future(
+            _renew(step.renewal, entry, flight, asyncio.current_task())
+        )
         try:
             with flight.loading():
                 return await load(step.names)
@@ -152,8 +156,14 @@ async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any
     return await asyncio.sleep(step.seconds)
 
 
-async def _renew(renewal: Callable[[list[str]], Do], entry: Any, flight: Flight) -> None:
-    while True:
+async def _renew(
+    renewal: Callable[[list[str]], Do],
+    entry: Any,
+    flight: Flight,
+    driver: asyncio.Task[Any] | None,
+) -> None:
+    """Renew leases until cancelled, or until the task that has them is done."""
+    while driver is None or not driver.done():
         await asyncio.sleep(loading.RENEW_SECONDS)
         step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time

@@ -83,11 +83,11 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
         finds = self._finds
         if not finds.ready:
             self._check_owner()
-            finds.enter()
+            holder = finds.enter()
             try:
                 await self._find()
             finally:
-                finds.is_busy = False
+                del holder
         return finds.ready.popleft()
 
     async def _find(self) -> None:

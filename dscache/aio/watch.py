@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from .._cache import warn_of_dropped
 from ..config import Config, Options
 from ..core import typed
+from ..core.holder import Place
 from ..core.record import DataT
 from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError, shorten
 from ..net.backoff import full_jitter
@@ -163,7 +164,7 @@ class _Watching(LoopBound, Generic[DataT]):
             as_type=type,
         )
         self._found: deque[AsyncChange[DataT]] = deque()
-        self._is_busy = False
+        self._place = Place()  # of the one consumer
         self._failures = 0
         self._end: Exception | None = None
         self._main: asyncio.Task[None] | None = None
@@ -235,7 +236,8 @@ class _Watching(LoopBound, Generic[DataT]):
         for future in self._ready.values():
             future.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            # Not for ever: an exception that strikes the event loop can keep a task from its end.
+            await asyncio.wait(tasks, timeout=self._options.close_timeout / 1000)
         private, self._private = self._private, None
         if private is not None:
             await private.close()
@@ -254,14 +256,14 @@ class _Watching(LoopBound, Generic[DataT]):
             self._check_owner()
             if not self._has_begun:
                 raise UsageError("use async with cache.watch(...) as changes, and iterate over it")
-            if self._is_busy:
+            holder = self._place.take()
+            if holder is None:
                 raise UsageError("this watch is in use already; call watch() once per consumer")
-            self._is_busy = True
             try:
                 while not found:
                     await self._find()
             finally:
-                self._is_busy = False
+                del holder
         return found.popleft()
 
     async def _find(self) -> None:
@@ -269,9 +271,10 @@ class _Watching(LoopBound, Generic[DataT]):
         if self._closed:
             raise self._end or StopAsyncIteration
         self._news.clear()
-        if events := self._changes.take_events():
-            self._found.extend(events)  # type: ignore[arg-type] # made by ``kind``
-        elif names := self._changes.take_names():
+        self._changes.move_events(self._found)
+        if self._found:
+            return
+        if names := self._changes.take_names():
             await self._read_names(names)
         else:
             await self._wait()
@@ -279,14 +282,15 @@ class _Watching(LoopBound, Generic[DataT]):
     async def _wait(self) -> None:
         """Wait for news; in memory, records end only when their time is looked at."""
         topology = self._topology
-        if not isinstance(topology, MemoryNode):
-            await self._news.wait()
-            return
+        memory = topology.pipeline if isinstance(topology, MemoryNode) else None
+        # Not for ever: an exception can strike the call that wakes it.
+        limit = CHECK_INTERVAL if memory is None else memory.seconds_to_expiry()
         try:
-            async with asyncio.timeout(topology.pipeline.seconds_to_expiry()):
+            async with asyncio.timeout(limit):
                 await self._news.wait()
         except TimeoutError:
-            topology.pipeline.expire()
+            if memory is not None:
+                memory.expire()
 
     async def _read_names(self, names: list[str]) -> None:
         changes = self._changes
@@ -299,20 +303,19 @@ class _Watching(LoopBound, Generic[DataT]):
         except DscacheError:
             # The loss of a server is an event of its own. The names are read once it is back.
             changes.back(names)
+            changes.finish()
             if not self._closed:
                 await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1
             return
-        except BaseException:
-            changes.back(names)
-            raise
+        if not self._closed:
+            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
+        changes.finish()
         if found:
             self._failures = 0
         else:
             await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1
-        if not self._closed:
-            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
 
     def _get(self, name: str) -> asyncio.Future[Record[DataT] | None]:
         operations: Any = self._topology.pipeline
@@ -356,10 +359,11 @@ class _Watching(LoopBound, Generic[DataT]):
             if not is_first:
                 self._changes.lose(address, "it has become a primary of the cluster")
             self._ready[address] = ready = self._loop.create_future()
-            listening[address] = asyncio.create_task(
+            task = listening[address] = asyncio.create_task(
                 self._listen(address, wanted[address], ready if is_first else None),
                 name=f"dscache watches {address}",
             )
+            task.add_done_callback(partial(_end_wait, ready))
         # Behind the gaps of the new primaries, which have these servers' records now.
         for address in departed:
             listening.pop(address).cancel()
@@ -375,7 +379,7 @@ class _Watching(LoopBound, Generic[DataT]):
         changes = self._changes
         must_be_primary = bool(options.sentinels) or not isinstance(self._topology, Connection)
         failures = 0
-        while True:
+        while not self._closed:
             try:
                 on_push = partial(changes.take_push, address)
                 with closing(
@@ -416,3 +420,15 @@ class _Watching(LoopBound, Generic[DataT]):
         topology = self._topology
         if options.sentinels and isinstance(topology, Connection) and topology.address != address:
             raise ConnectError(f"the Sentinels name another primary than {address}")
+
+
+def _end_wait(ready: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+    """End the wait for the first reports of a task that has ended without any."""
+    if ready.done():
+        return
+    error = None if task.cancelled() else task.exception()
+    if error is None or isinstance(error, StopIteration):
+        ready.cancel()
+    else:
+        ready.set_exception(error)
+        ready.exception()  # a watch that was closed waits no more

@@ -7,30 +7,17 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from ..core import changes as core
+from ..core.holder import GLANCE, Holder, nothing
 from ..net.backoff import full_jitter
 
 if TYPE_CHECKING:
     from ..core.record import Record
 
 _pause_after = partial(full_jitter, core.FIRST_PAUSE, core.LONGEST_PAUSE)
-
-
-# How often a waiting thread looks whether the thread that has the turn was interrupted before it
-# could give it back, in seconds.
-_GLANCE: Final = 0.05
-
-
-class _Holder:
-    """Holds a turn for as long as it exists, so that no interruption keeps the turn for ever."""
-
-    __slots__ = ("__weakref__", "thread")
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
 
 
 class _Turn:
@@ -40,12 +27,8 @@ class _Turn:
 
     def __init__(self, lock: threading.RLock) -> None:
         self.freed = threading.Condition(lock)
-        self.holder: Callable[[], _Holder | None] = _nothing
+        self.holder: Callable[[], Holder | None] = nothing
         self.users = 0
-
-
-def _nothing() -> None:
-    return None
 
 
 class Changes:
@@ -74,7 +57,7 @@ class Changes:
     ) -> Record | None:
         """Do one update; ``run`` does one operation of a Pipeline, by its name."""
         timing = core.Timing(self._timeout, time.monotonic, _pause_after)
-        holder = _Holder()
+        holder = Holder(threading.get_ident())
         try:
             self._take_turn(operation, name, holder, timing)
             steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
@@ -84,7 +67,7 @@ class Changes:
             # A traceback may be kept for long, and must not keep the turn.
             del holder
 
-    def _take_turn(self, operation: str, name: str, holder: _Holder, timing: core.Timing) -> None:
+    def _take_turn(self, operation: str, name: str, holder: Holder, timing: core.Timing) -> None:
         """Wait until no other update of that name has the turn."""
         with self._lock:
             turn = self._turns.get(name)
@@ -93,26 +76,26 @@ class Changes:
             turn.users += 1
             try:
                 while (other := turn.holder()) is not None:
-                    if other.thread == holder.thread:
+                    if other.owner == holder.owner:
                         raise core.nested(operation, name)
                     del other
                     rest = timing.rest()
                     if not rest:
                         raise core.late_turn(operation, name, self._timeout)
-                    turn.freed.wait(min(rest, _GLANCE))
+                    turn.freed.wait(min(rest, GLANCE))
                 turn.holder = ref(holder)
             finally:
                 turn.users -= 1
-                if turn.holder is _nothing and not turn.users:
+                if turn.holder is nothing and not turn.users:
                     del self._turns[name]
 
-    def _end_turn(self, name: str, holder: _Holder) -> None:
+    def _end_turn(self, name: str, holder: Holder) -> None:
         """Give the turn to the update that has waited longest."""
         with self._lock:
             turn = self._turns.get(name)
             # It isn't there if the turn was never taken, or in a forked child.
             if turn is not None and turn.holder() is holder:
-                turn.holder = _nothing
+                turn.holder = nothing
                 turn.freed.notify()
                 if not turn.users:
                     del self._turns[name]

@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
+from weakref import ref
 
 from ..core import loading
 from ..core.changes import PLAIN
+from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Step, Terms
 from ..errors import BulkError, DscacheError
 
@@ -23,11 +25,16 @@ _Key: TypeAlias = tuple[bool, frozenset[str]]
 class _Flight(loading.Flight):
     """A load under way in one thread; without an outcome at its end, the thread was struck."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], holder: Holder) -> None:
         super().__init__(names)
         self.ended = threading.Event()
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
+        self._holder = ref(holder)
+
+    def is_over(self) -> bool:
+        """Whether the thread has ended the load, or was struck before it could say so."""
+        return self.ended.is_set() or self._holder() is None
 
 
 class Loads:
@@ -102,7 +109,8 @@ class Loads:
     ) -> Mapping[str, Any]:
         """Return due records, loaded anew unless another thread or process does."""
         key = True, frozenset(due)
-        if key in self._flights:
+        begun = self._flights.get(key)
+        if begun is not None and not begun.is_over():
             return due
         outcome, is_own = self._fly(*key, lambda: loading.refresh(due, terms), load, run)
         return outcome.records if is_own else due
@@ -119,7 +127,8 @@ class Loads:
         names = list(names)
         key = refresh, frozenset(names)
         while True:
-            own = _Flight(names)
+            holder = Holder()
+            own = _Flight(names, holder)
             try:
                 flight = self._flights.setdefault(key, own)
                 if flight is own:
@@ -132,15 +141,25 @@ class Loads:
                     return own.outcome, True
             finally:
                 # Whatever strikes the thread, waiting ones go on.
-                if self._flights.get(key) is own:
-                    del self._flights[key]
+                self._forget(key, own)
                 own.ended.set()
+                del holder
+            if flight.is_over():
+                # Left here by a struck thread, or it has ended now: what it has read may be old.
+                self._forget(key, flight)
+                continue
             with flight.waited_for():
-                flight.ended.wait()
+                while not flight.is_over():
+                    flight.ended.wait(GLANCE)
             if isinstance(flight.error, DscacheError):
                 raise copy.copy(flight.error)
             if flight.outcome is not None:
                 return flight.outcome, False
+
+    def _forget(self, key: _Key, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            with suppress(KeyError):  # another thread does the same
+                del self._flights[key]
 
 
 def _drive(steps: loading.Steps, load: _Loader, run: _Run, flight: _Flight) -> Outcome:
@@ -164,36 +183,42 @@ def _execute(step: Step, load: _Loader, run: _Run, flight: _Flight) -> Any:
     if isinstance(step, Do):
         return run(step.operation, *step.arguments)
     if isinstance(step, Load):
-        with _Renewing(step.renewal, run, flight), flight.loading():
-            return load(step.names)
+        return _load(step, load, run, flight)
     # An Event, whose wait a monkey-patched program replaces as well.
     threading.Event().wait(step.seconds)
     return None
 
 
-class _Renewing:
-    """A thread that renews leases while a load runs."""
+def _load(step: Load, load: _Loader, run: _Run, flight: loading.Flight) -> object:
+    """Run a load, while a thread renews its leases."""
+    ended = threading.Event()
+    holder = Holder()
+    try:
+        threading.Thread(
+            target=_renew,
+            args=(step.renewal, run, flight, ended, ref(holder)),
+            name="dscache lease",
+            daemon=True,
+        ).start()
+        with flight.loading():
+            return load(step.names)
+    finally:
+        ended.set()
+        del holder
 
-    def __init__(
-        self, renewal: Callable[[list[str]], Do], run: _Run, flight: loading.Flight
-    ) -> None:
-        self._renewal = renewal
-        self._run = run
-        self._flight = flight
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="dscache lease", daemon=True)
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-
-    def _renew(self) -> None:
-        while not self._ended.wait(loading.RENEW_SECONDS):
-            step = self._renewal(self._flight.waited_names())
-            with suppress(DscacheError):  # the next one may succeed in time
-                self._run(step.operation, *step.arguments)
+def _renew(
+    renewal: Callable[[list[str]], Do],
+    run: _Run,
+    flight: loading.Flight,
+    ended: threading.Event,
+    holder: Callable[[], Holder | None],
+) -> None:
+    # Without a holder, the thread that loads was struck before it could say that it has ended.
+    while not ended.wait(loading.RENEW_SECONDS) and holder() is not None:
+        step = renewal(flight.waited_names())
+        with suppress(DscacheError):  # the next one may succeed in time
+            run(step.operation, *step.arguments)
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:

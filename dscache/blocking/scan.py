@@ -108,11 +108,11 @@ class Scan(Iterator[Item]):
         if not finds.ready:
             if self._pid != os.getpid():
                 raise UsageError("a scan can't be used after a fork; begin one in the child")
-            finds.enter()
+            holder = finds.enter()
             try:
                 self._find()
             finally:
-                finds.is_busy = False
+                del holder
         return finds.ready.popleft()
 
     def _find(self) -> None:

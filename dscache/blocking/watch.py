@@ -23,6 +23,7 @@ from .._forks import after_fork_in_child
 from ..config import Config, Options
 from ..config.address import join_address
 from ..core import typed
+from ..core.holder import Place
 from ..core.record import DataT
 from ..errors import (
     BulkError,
@@ -177,7 +178,8 @@ class _Watching(Generic[DataT]):
         self._end: Exception | None = None
         self._pid = os.getpid()
         self._has_begun = False
-        self._using = threading.Lock()
+        self._place = Place()  # of the one consumer
+        self._taking = threading.RLock()
         self._listeners: dict[str, _Listener] = {}
         self._keeper: threading.Thread | None = None
         self.is_dropped = False
@@ -251,7 +253,8 @@ class _Watching(Generic[DataT]):
         limit = time.monotonic() + self._config.options.connect_timeout / 1000 + _GRACE
         threads = [one.thread for one in list(self._listeners.values())]
         for thread in [*threads, *([self._keeper] if self._keeper else [])]:
-            if thread is not threading.current_thread():
+            # One without an ident was never begun, for want of memory or threads.
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(limit - time.monotonic(), 0))
         private, self._private = self._private, None
         if private is not None:
@@ -263,7 +266,9 @@ class _Watching(Generic[DataT]):
         self._check_process()
         if not self._has_begun:
             raise UsageError("use with cache.watch(...) as changes, and iterate over it")
-        if not self._using.acquire(blocking=False):
+        with self._taking:
+            holder = self._place.take()
+        if holder is None:
             raise UsageError("this watch is in use already; call watch() once per consumer")
         try:
             found = self._found
@@ -274,16 +279,17 @@ class _Watching(Generic[DataT]):
                     return found.popleft()
                 self._find()
         finally:
-            self._using.release()
+            del holder
 
     def _find(self) -> None:
         """Take events or read some names, or wait for either."""
         self._news.clear()
         if self._closing.is_set():
             return
-        if events := self._changes.take_events():
-            self._found.extend(events)  # type: ignore[arg-type] # made by ``kind``
-        elif names := self._changes.take_names():
+        self._changes.move_events(self._found)
+        if self._found:
+            return
+        if names := self._changes.take_names():
             self._read_names(names)
         else:
             self._wait()
@@ -292,7 +298,7 @@ class _Watching(Generic[DataT]):
         """Wait for news; in memory, records end only when their time is looked at."""
         topology = self._topology
         if not isinstance(topology, MemoryPool):
-            self._news.wait()
+            self._news.wait(CHECK_INTERVAL)  # an exception can strike the call that wakes it
         elif not self._news.wait(topology.seconds_to_expiry()):
             topology.expire()
 
@@ -307,12 +313,10 @@ class _Watching(Generic[DataT]):
         except DscacheError:
             # The loss of a server is an event of its own. The names are read once it is back.
             changes.back(names)
-        except BaseException:
-            changes.back(names)
-            raise
+        self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
+        changes.finish()
         if found:
             self._failures = 0
-            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
         else:
             self._closing.wait(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
             self._failures += 1

@@ -38,6 +38,7 @@ from ..config import Options
 from ..config.address import join_address
 from ..core import typed
 from ..core.constants import SLOTS, VERSION_SUFFIX
+from ..core.holder import Holder, Place
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
     BulkError,
@@ -470,8 +471,7 @@ class Finds(Generic[Item]):
         self.ready: deque[Item] = deque()
         self.unread: list[str] = []
         """Names of records that are still to be read."""
-        self.is_busy = False
-        """Whether a caller waits for the next item; none may join it."""
+        self._place = Place()  # of the caller that waits for the next item; none may join it
         self._steps = scan.steps()
         self._records = records
         self._type = type
@@ -505,7 +505,6 @@ class Finds(Generic[Item]):
         self, names: list[str], found: Mapping[str, Any], error: BulkError | None = None
     ) -> None:
         """Add the records with these names that were read, and the error of the others."""
-        del self.unread[: len(names)]
         records = found
         if self._type is not None:
             try:
@@ -518,6 +517,8 @@ class Finds(Generic[Item]):
         if found:
             size = sum(len(record.raw) for record in found.values())
             self._batch = max(min(_RECORDS, _BYTES * len(found) // (size + 1)), 1)
+        # Last: an exception before it has the records read again, and none is missed.
+        del self.unread[: len(names)]
 
     def raise_error(self) -> None:
         """Raise the error of records that could not be read, once."""
@@ -525,11 +526,12 @@ class Finds(Generic[Item]):
         if error is not None:
             raise error
 
-    def enter(self) -> None:
-        """Begin to wait for the next item; raises UsageError if another caller does."""
-        if self.is_busy:
+    def enter(self) -> Holder:
+        """Return what its caller holds until it has an item; raises UsageError if another does."""
+        holder = self._place.take()
+        if holder is None:
             raise UsageError("this scan is in use already; call scan() once per consumer")
-        self.is_busy = True
+        return holder
 
 
 def check_arguments(

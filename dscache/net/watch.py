@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 from msgspec.structs import replace as replaced
@@ -89,8 +90,8 @@ class Changes:
     """The pending names and events of a watch on a prefix.
 
     ``on_news`` is called when there is something to take; it must not block. A driver calls
-    ``take_events``, and then ``take_names`` if there are none. What it has read it gives to
-    ``changes_of``; names that could not be read it gives ``back``.
+    ``move_events``, and then ``take_names`` if there are none. What it has read it gives to
+    ``changes_of``; names that could not be read it gives ``back``. Then it calls ``finish``.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Changes:
         self._kind = kind
         self._lock = threading.RLock()
         self._names: dict[str, None] = {}
+        self._taken: list[str] = []
         self._events: deque[Change] = deque()
         self._lost: set[str] = set()
 
@@ -208,24 +210,32 @@ class Changes:
 
     # -- to the caller
 
-    def take_events(self) -> list[Change]:
-        """Return the events that wait; all changes that were read must be given before them."""
+    # An exception may strike anywhere in between. So nothing is removed here before it has been
+    # added where it goes, and an event or a name is rather given twice.
+
+    def move_events(self, found: deque[Any]) -> None:
+        """Move the events that wait behind the changes that were read before."""
         with self._lock:
-            events = [*self._events]
+            found.extend(self._events)
             self._events.clear()
-        return events
 
     def take_names(self) -> list[str]:
-        """Return some names to read; empty if none are pending."""
+        """Return some names to read; empty if none are pending.
+
+        Names are given again unless ``finish`` has been called for them.
+        """
         with self._lock:
             names = self._names
-            if len(names) <= self._batch:
-                self._names = {}
-                return list(names)
-            some = [name for name, _ in zip(names, range(self._batch), strict=False)]
-            for name in some:
+            for name in self._taken:
+                names.setdefault(name)
+            self._taken = taken = list(islice(names, self._batch))
+            for name in taken:
                 del names[name]
-            return some
+            return taken
+
+    def finish(self) -> None:
+        """Forget the names that were taken, as they have been read or put back."""
+        self._taken = []
 
     def changes_of(
         self, names: Iterable[str], found: Mapping[str, Any], error: BulkError | None = None

@@ -16,8 +16,8 @@ import pytest
 import redis as redis_py
 
 import dscache
-from dscache.blocking.changes import _Holder
 from dscache.core.changes import Timing
+from dscache.core.holder import Holder
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE, PATIENT, SERVERS, MakeCache, MakeServer, _server_id
 from tests.soak.cluster_rows import CURIOUS
@@ -274,7 +274,7 @@ async def test_an_async_change(make_cache: MakeCache) -> None:
 
     with pytest.raises(TimeoutError, match="of the change"):
         await cache.update("a", fail)
-    assert cache._changes._turns == {}
+    assert len(cache._changes._queues) == 0
 
 
 @ON_ONE_SERVER
@@ -297,7 +297,7 @@ async def test_cancelled_updates_leave_the_queue(make_cache: MakeCache) -> None:
             *(True, False, True, False, False)
         ]
         assert tuple(await cache.get("a")) == (3, 3)
-        assert cache._changes._turns == {}
+        assert len(cache._changes._queues) == 0
 
 
 @ON_ONE_SERVER
@@ -362,7 +362,7 @@ def test_a_turn_ends_with_its_holder(backend: str) -> None:
     """An exception may strike a thread before it can give its turn back."""
     with dscache.Cache.from_config({"name": "memory"}) as cache:
         changes = cache._changes
-        changes._take_turn("update", "a", _Holder(), Timing(1, time.monotonic, lambda _: 0))
+        changes._take_turn("update", "a", Holder(), Timing(1, time.monotonic, lambda _: 0))
         assert "a" in changes._turns
         with ThreadPoolExecutor(1) as other:
             assert other.submit(cache.update, "a", lambda data: 1, default=0).result(PATIENCE)

@@ -95,6 +95,7 @@ class Fuzzer:
     def _run(self, template: _Template, bad: bytes) -> None:
         pipeline = self._pipeline
         pipeline.has_msetex = template.msetex
+        pipeline.away = ""  # as of a new connection
         self._waiters = []
         for operation in template.operations:
             operation.on(pipeline)
@@ -133,8 +134,9 @@ class Fuzzer:
                 buffer = self._pipeline.get_buffer(-1)
                 buffer[: len(piece)] = piece
                 self._pipeline.buffer_updated(len(piece))
-            if self._random.random() < 0.1:
-                # Replies may cause retries, which go out at the next flush.
+            if self._random.random() < 0.1 and not self._pipeline.away:
+                # Replies may cause retries, which go out at the next flush. To a server that is
+                # away nothing is sent until all commands under way have their replies.
                 self._pipeline.take_output()
 
     def _pieces(self, data: bytes) -> list[bytes]:
