@@ -12,7 +12,7 @@ from typing import Any, Final
 from ..core.constants import PASSING
 from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
-from .sockets import NoneAccepts
+from .sockets import EndOfTls, NoneAccepts
 
 # A server that is full for the moment says so in these words. Whether it then ends the connection
 # differs.
@@ -72,14 +72,8 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
 
 
 def _is_end_of_tls(error: Exception) -> bool:
-    """Return whether a connection ended in the middle of a TLS handshake, without an alert.
-
-    A balancer without a server does that, or a server that restarts. OpenSSL reports it as an
-    SSLError, and asyncio as a ConnectionResetError without a number.
-    """
-    if isinstance(error, ssl.SSLError):
-        return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-    return isinstance(error, ConnectionResetError) and error.errno is None
+    """Return whether a connection ended in the middle of a TLS handshake, or right behind it."""
+    return isinstance(error, (EndOfTls, ssl.SSLEOFError, ssl.SSLZeroReturnError))
 
 
 def _refusal_of_tls(reason: str) -> str:
