@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import random
@@ -33,6 +34,12 @@ def until(condition: Callable[[], object], what: str = "it") -> None:
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen"
         time.sleep(0.001)
+
+
+def strike(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise an exception in a thread, as soon as it runs Python code."""
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    assert raise_in(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error)) == 1
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
