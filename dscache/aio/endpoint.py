@@ -65,7 +65,7 @@ class Endpoint:
         self._doubted = -math.inf
         self._useless = UselessAddresses()
         self._attempt = SocketConnect(self._useless)
-        self._closed = ClosedHandshakes() if may_be_proxy else None
+        self._closed = ClosedHandshakes(tls=bool(options.tls)) if may_be_proxy else None
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""

@@ -23,6 +23,19 @@ _PASSING: Final = (*PASSING, "MASTERDOWN")
 _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 
 
+# Hints, since a server that speaks TLS says nothing to a client that doesn't, and the other way
+# round: it closes the connection, or waits for more.
+IF_TLS: Final = "; if it speaks TLS on this port, use rediss:// or tls: true"
+IF_PLAIN: Final = "; if it speaks no TLS on this port, use redis:// or leave tls out"
+# OpenSSL's names for bytes that are no TLS.
+_NO_TLS: Final = (
+    "HTTP_REQUEST",
+    "PACKET_LENGTH_TOO_LONG",
+    "UNKNOWN_PROTOCOL",
+    "WRONG_VERSION_NUMBER",
+)
+
+
 class UnsuitableServer(ConnectError):
     """The server can't do what the configuration asks of it."""
 
@@ -60,7 +73,9 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
     if _is_end_of_tls(error):
-        return ConnectError("the server closed it during the TLS handshake")
+        return ConnectError(f"the server closed it during the TLS handshake{IF_PLAIN}")
+    if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
+        return ConnectError(f"the server answers without TLS{IF_PLAIN}")
     if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):
         return ConnectError(_refusal_of_tls(error.reason))
     if isinstance(error, OSError):

@@ -49,7 +49,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def run_child(
-    script: str, *arguments: str, backend: str, seconds: float = 5.0 * PATIENCE
+    script: str, *arguments: str, backend: str, seconds: float = 4.5 * PATIENCE
 ) -> dict[str, Any]:
     """Return the JSON that a program of ``tests/programs`` prints within that many seconds."""
     done = subprocess.run(
