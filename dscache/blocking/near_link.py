@@ -137,7 +137,6 @@ class NearLink:
         self._connector = Connector(self._options, credentials)
         self._decided = threading.Event()
         self._stopping = threading.Event()
-        self._again = threading.Event()
         self._connection: NearConnection | None = None
         self._complaint = ""
         address = options.address
@@ -162,10 +161,14 @@ class NearLink:
 
     def restart(self, reason: str) -> None:
         """End the present connection; another one follows."""
-        self._again.set()
         connection = self._connection
         if connection is not None:
             connection.interrupt(EndedHere(reason))
+
+    def renew(self) -> None:
+        """Log in anew: the credentials have changed. What the present login has read is dropped."""
+        self.node.disconnected("login", False)
+        self.restart("there are new credentials")
 
     def stop(self) -> None:
         """Have the threads end soon."""
@@ -192,7 +195,6 @@ class NearLink:
     def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
-            self._again.clear()
             began = time.monotonic()
             connection = self._connection = NearConnection(
                 self._options, self.node.take_push, of_cluster=self._of_cluster
