@@ -328,6 +328,8 @@ CHANGES = [
     ("default", "SETUSER reader resetpass >another"),
     ("default", "DELUSER reader"),
     ("broadcast", "DELUSER reader"),
+    ("broadcast", "SETUSER reader reset"),
+    ("broadcast", "SETUSER reader -client|tracking"),
 ]
 
 
@@ -344,6 +346,9 @@ def test_a_user_that_changes(own: EmbeddedServer, backend: str, mode: str, chang
             for _ in range(2):
                 assert_serves(cache, truth, put)
                 redis.execute_command("ACL", *change.split())
+                if "tracking" in change:  # which matters to the next link only
+                    for client in links(redis, READER)[0]:
+                        redis.client_kill_filter(_id=client["id"])
                 end = time.monotonic() + 1.2 * BOUND
                 while time.monotonic() < end:
                     truth.write(put)
