@@ -139,6 +139,7 @@ class NearLink:
         self._stopping = threading.Event()
         self._connection: NearConnection | None = None
         self._complaint = ""
+        self._limit = 0.0
         address = options.address
         self._threads = [self._thread(self._run, f"dscache hears of changes at {address}")]
         if options.sentinels:
@@ -172,16 +173,16 @@ class NearLink:
 
     def stop(self) -> None:
         """Have the threads end soon."""
+        self._limit = time.monotonic() + self._options.connect_timeout / 1000 + _GRACE
         self._stopping.set()
         self._decided.set()
         self.restart("it was closed")
 
     def join(self) -> None:
         """Wait for the threads after ``stop``, unless one of them is the caller."""
-        limit = time.monotonic() + self._options.connect_timeout / 1000 + _GRACE
         for thread in self._threads:
             if thread is not threading.current_thread() and thread.ident is not None:
-                thread.join(max(limit - time.monotonic(), 0))
+                thread.join(max(self._limit - time.monotonic(), 0))
 
     def leave(self) -> None:
         """Close the socket in a forked child, which has no such thread."""
@@ -303,11 +304,13 @@ class NearLink:
 
 def _stop_all() -> None:
     """End the threads before the interpreter does, which they would otherwise be struck by."""
-    links = list(_links)
-    for link in links:
-        link.stop()
-    for link in links:
-        link.join()
+    # Ctrl-C ends the wait. Python would show it as an exception that was ignored.
+    with suppress(KeyboardInterrupt):
+        links = list(_links)
+        for link in links:
+            link.stop()
+        for link in links:
+            link.join()
 
 
 atexit.register(_stop_all)
