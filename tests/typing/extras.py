@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import Any, assert_type
 
-from dscache import AsyncCache, Cache, otel, prometheus
+from dscache import AsyncCache, Cache, django, otel, prometheus
 from dscache.embedded import EmbeddedServer, ServerBinary, find_server, find_servers
 
 
@@ -14,6 +14,12 @@ def exporters(cache: AsyncCache, blocking: Cache) -> None:
     otel.observe(cache, "name")
     tracing = otel.trace(blocking, sample=0.1, roots=True)
     tracing.stop()
+
+
+def django_caches(cache: django.RecordCache) -> None:
+    assert_type(cache.records, Cache)
+    assert_type(cache.touch("name"), bool)
+    assert_type(cache.get_many(["name"]), dict[str, Any])
 
 
 def servers() -> None:
