@@ -10,15 +10,15 @@ import base64
 import math
 import os
 import pickle
-import random
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from .config import load
+from .core import exact_json
 from .core.changes import OMITTED, Successor
+from .core.lifetimes import rest_of, version_for
 from .errors import ConfigError, RecordMissing, shorten
 from .sync import Cache
 
@@ -31,38 +31,6 @@ except ImportError as error:
     raise ImportError("dscache.django needs Django; install dscache[django]") from error
 
 __all__ = ["JSONSerializer", "PickleSerializer", "RecordCache", "Serializer", "close_all"]
-
-# -- versions
-
-_RANDOM_BITS: Final = 20
-# A version with this bit belongs to a value that doesn't expire.
-_FOREVER: Final = 1 << 62
-# The last millisecond that fits below that bit, in the year 2109.
-_LATEST: Final = (1 << 42) - 1
-# A version below belongs to a record that no Django cache wrote.
-_FIRST: Final = 1_600_000_000_000 << _RANDOM_BITS
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _version_for(ttl: int) -> int:
-    """Return a new version for a value that lives ``ttl`` seconds, 0 for ever."""
-    if not ttl:
-        return _FOREVER | random.getrandbits(61)
-    expires = min(_now() + ttl * 1000, _LATEST)
-    return expires << _RANDOM_BITS | random.getrandbits(_RANDOM_BITS)
-
-
-def _rest_of(version: int) -> int | None:
-    """Return how many seconds a value has left, 0 for ever, or None if its version doesn't say."""
-    if version >= _FOREVER:
-        return 0
-    if version < _FIRST:
-        return None
-    return max(1, math.ceil(((version >> _RANDOM_BITS) - _now()) / 1000))
-
 
 # -- values
 
@@ -82,15 +50,7 @@ class JSONSerializer:
 
     def dumps(self, value: Any) -> Any:
         """Return the JSON text of a value; raises TypeError if it would come back as another."""
-        try:
-            text = msgspec.json.encode(value)
-            # Compared in C; only what differs is looked at here.
-            if msgspec.json.decode(text) == value:
-                return msgspec.Raw(text)
-        except (TypeError, ValueError, OverflowError, RecursionError):
-            text = b""
-        _check_json(value, "the value", 0)
-        return msgspec.Raw(text) if text else value
+        return exact_json.encode(value, _REMEDY)
 
     def loads(self, data: Any) -> Any:
         """Return the data."""
@@ -123,33 +83,7 @@ _SERIALIZERS: Final[dict[str, Callable[[], Serializer]]] = {
     "json": JSONSerializer,
     "pickle": PickleSerializer,
 }
-_DEEPEST: Final = 500
 _REMEDY: Final = 'convert it, or choose OPTIONS: {"SERIALIZER": "pickle"}'
-
-
-def _check_json(value: Any, place: str, depth: int) -> None:
-    """Raise TypeError for a value that JSON would alter, with its place."""
-    if depth > _DEEPEST:
-        raise TypeError(f"the value is nested more than {_DEEPEST} deep; {_REMEDY}")
-    if value is None or isinstance(value, bool | int | str):
-        return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise TypeError(f"{place} is {value}, and JSON has no such number; {_REMEDY}")
-        return
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        for index, one in enumerate(value):
-            _check_json(one, f"{place}[{index}]", depth + 1)
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"{place} has the key {shorten(key)}, and keys in JSON are strings; {_REMEDY}"
-                )
-            _check_json(one, f"{place}[{shorten(key)}]", depth + 1)
-    else:
-        name = type(value).__name__
-        raise TypeError(f"{place} is of the type {name}, which isn't JSON; {_REMEDY}")
 
 
 # -- the cache
@@ -248,7 +182,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         ttl = self.get_backend_timeout(timeout)
         if ttl is None:
             return self._entries.head(name) is None
-        return self._entries.set(name, _version_for(ttl), data, ttl=ttl, if_version=None)
+        return self._entries.set(name, _version_of(ttl), data, ttl=ttl, if_version=None)
 
     def get(self, key: str, default: Any = None, version: int | None = None) -> Any:
         """Return a value, or the default."""
@@ -265,7 +199,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         if ttl is None:
             self._entries.delete(name)
         else:
-            self._entries.set(name, _version_for(ttl), data, ttl=ttl)
+            self._entries.set(name, _version_of(ttl), data, ttl=ttl)
 
     def touch(self, key: str, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:
         """Give a value a new timeout, in one atomic step; return whether it exists."""
@@ -275,7 +209,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
             return self._entries.delete(name)
         try:
             self._entries.change(
-                name, lambda raw: raw, lambda _: (_version_for(ttl), ttl), msgspec.Raw
+                name, lambda raw: raw, lambda _: (_version_of(ttl), ttl), msgspec.Raw
             )
         except RecordMissing:
             return False
@@ -311,7 +245,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
             self._entries.delete_bulk(values)
         elif values:
             self._entries.set_bulk(
-                {name: (_version_for(ttl), value) for name, value in values.items()}, ttl=ttl
+                {name: (_version_of(ttl), value) for name, value in values.items()}, ttl=ttl
             )
         return []
 
@@ -346,11 +280,11 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
 
     def _successor(self, record: Any) -> tuple[int, int | None]:
         """Return the next version and the rest of the lifetime."""
-        rest = _rest_of(record.version)
+        rest = rest_of(record.version)
         if rest is None:
             ttl = self.get_backend_timeout()
             return record.version + 1, 1 if ttl is None else ttl
-        return record.version + 1, rest
+        return record.version + 1, 0 if rest == math.inf else max(1, math.ceil(rest))
 
     def clear(self) -> None:
         """Remove the values of this KEY_PREFIX, in all versions; other records remain.
@@ -423,6 +357,10 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
 
 
 _CLEARED_TOGETHER: Final = 1000
+
+
+def _version_of(ttl: int) -> int:
+    return version_for(ttl or math.inf)
 
 
 async def _in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
