@@ -239,7 +239,7 @@ def check_bounds(data: object, most: float = math.inf) -> None:
 
     Each container is counted once, however many paths lead to it, so that this ends soon where
     encoding doesn't. The size is a lower bound: a number counts as one byte. With more than
-    ``most`` containers the data is left to encoding.
+    ``most`` containers the data is left to encoding. Without ``most``, DeepError has the levels.
     """
     kinds = _Kinds()
     depths: dict[int, int] = {}
@@ -254,6 +254,8 @@ def check_bounds(data: object, most: float = math.inf) -> None:
             todo.pop()
             continue
         if place not in inside:
+            if len(inside) > c.MAX_DATA_DEPTH and most < math.inf:
+                raise DeepError
             if len(depths) + len(todo) > most:
                 return
             kind = kinds[type(value)]
