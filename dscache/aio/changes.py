@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import ref
@@ -69,7 +70,7 @@ class Changes:
         name: str,
         change: Callable[[Any], Any],
         default: bytes | core.Omitted,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
     ) -> Record | None:

@@ -46,9 +46,11 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .. import _backend
+from .._seconds import Lifetime, whole_seconds
 from ..errors import BulkError, DscacheError, LoadError, RecordError, UsageError, shorten
 from . import constants as c
 from .entries import unique
+from .failures import bad_ttl
 from .keys import NOTE_SUFFIX
 
 _logger = logging.getLogger("dscache")
@@ -109,34 +111,29 @@ class Terms:
 
 
 def terms_of(
-    ttl: int | None,
-    refresh_after: int | None,
+    ttl: Lifetime | None,
+    refresh_after: Lifetime | None,
     jitter: float,
-    keep_missing: int | None,
+    keep_missing: Lifetime | None,
     default_ttl: int | None,
 ) -> Terms:
     """Return the checked options of a ``fetch``; raises RecordError."""
-    seconds = (default_ttl or 0) if ttl is None else ttl
-    if not _is_int(seconds) or not 0 <= seconds <= c.MAX_TTL:
+    seconds = (default_ttl or 0) if ttl is None else whole_seconds(ttl)
+    if seconds is None or not 0 <= seconds <= c.MAX_TTL:
+        raise bad_ttl("fetch", ttl)
+    due = _checked_seconds("refresh_after", refresh_after)
+    if due is not None and seconds and due >= seconds:
         raise RecordError(
-            f"fetch: ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none or None for the "
-            f"configured default, not {shorten(ttl)}"
+            f"fetch: refresh_after must be less than the ttl of {seconds} s, not {due}; a record "
+            "that has expired is loaded anyway"
         )
-    if refresh_after is not None:
-        _check_seconds("refresh_after", refresh_after)
-        if seconds and refresh_after >= seconds:
-            raise RecordError(
-                f"fetch: refresh_after must be less than the ttl of {seconds} s, not "
-                f"{refresh_after}; a record that has expired is loaded anyway"
-            )
-    if keep_missing is not None:
-        _check_seconds("keep_missing", keep_missing)
+    kept = _checked_seconds("keep_missing", keep_missing)
     is_number = type(jitter) is float or _is_int(jitter)
     if not is_number or not 0 <= jitter < 1:
         raise RecordError(
             f"fetch: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
         )
-    return Terms(seconds, refresh_after, float(jitter), keep_missing)
+    return Terms(seconds, due, float(jitter), kept)
 
 
 def no_load(operation: str, name: str, load: object) -> TypeError:
@@ -180,12 +177,14 @@ def checked_names(operation: str, names: Iterable[str]) -> list[str]:
     return checked
 
 
-def _check_seconds(option: str, value: int) -> None:
-    if not _is_int(value) or not 1 <= value <= c.MAX_TTL:
+def _checked_seconds(option: str, value: Lifetime | None) -> int | None:
+    seconds = whole_seconds(value)
+    if value is not None and (seconds is None or not 1 <= seconds <= c.MAX_TTL):
         raise RecordError(
             f"fetch: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
             f"not {shorten(value)}"
         )
+    return seconds
 
 
 def _is_int(value: Any) -> bool:
@@ -214,10 +213,10 @@ class Checks:
 
     def terms(
         self,
-        ttl: int | None,
-        refresh_after: int | None,
+        ttl: Lifetime | None,
+        refresh_after: Lifetime | None,
         jitter: float,
-        keep_missing: int | None,
+        keep_missing: Lifetime | None,
     ) -> Terms:
         """Return the checked options of a ``fetch``; raises RecordError."""
         given = ttl, refresh_after, jitter, keep_missing

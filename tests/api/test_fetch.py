@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -869,6 +870,16 @@ async def test_a_bulk_is_refreshed(
         ({"ttl": 60, "refresh_after": 0}, "refresh_after must be whole seconds"),
         ({"ttl": 60, "refresh_after": 60}, "refresh_after must be less than the ttl"),
         ({"ttl": 60, "keep_missing": "x"}, "keep_missing must be whole seconds"),
+        ({"ttl": timedelta(0)}, "ttl must be whole seconds.*; write 0 for no lifetime"),
+        (
+            {"ttl": timedelta(minutes=1), "refresh_after": timedelta(seconds=60)},
+            "must be less than",
+        ),
+        (
+            {"ttl": 60, "refresh_after": timedelta(seconds=0.5)},
+            "refresh_after must be whole seconds",
+        ),
+        ({"ttl": 60, "keep_missing": timedelta(seconds=-1)}, "keep_missing must be whole seconds"),
         ({"ttl": 60, "jitter": 1}, "jitter must be a number"),
     ],
 )

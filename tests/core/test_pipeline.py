@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -2075,7 +2076,10 @@ def test_half_a_record_is_a_miss_and_counted(exchange: Exchange, key: int) -> No
 
 BAD_NAMES = ["", None, 1, b"a", ["a"], "\ud800", "a\udfff"]
 BAD_VERSIONS = [-1, 2**63, True, 1.0, "1", None]
-BAD_TTLS = [-1, 1.5, True, "60", c.MAX_TTL + 1, math.inf]
+BAD_TTLS = [
+    *(-1, 1.5, True, "60", c.MAX_TTL + 1, math.inf),
+    *(timedelta(seconds=each) for each in (0, -1, 0.5, 1.5, c.MAX_TTL + 1)),
+]
 
 
 @pytest.mark.parametrize(
