@@ -248,7 +248,7 @@ class Checks:
         return [note_of(name) for name in self.no_longer_missing(names)]
 
     def no_longer_missing(self, names: Iterable[str]) -> list[str]:
-        """Return those of the names that were missing, and forget that they were."""
+        """Return the missing ones among the names, and forget that they were missing."""
         ended = [name for name in names if name in self.missing]
         self.missing.difference_update(ended)
         return ended
