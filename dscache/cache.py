@@ -737,7 +737,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         # write.
         reader = self._topology.pipeline
         return self._changes.apply(
-            reader, writer, operation, name, change, default, ttl, if_changed, type
+            self._loop, reader, writer, operation, name, change, default, ttl, if_changed, type
         )
 
     def _open(self) -> _Operations:

@@ -64,6 +64,7 @@ class Changes:
 
     async def apply(
         self,
+        loop: asyncio.AbstractEventLoop,
         reader: Any,
         writer: Any,
         operation: str,
@@ -74,8 +75,10 @@ class Changes:
         if_changed: bool = False,
         type: Any = None,
     ) -> Record | None:
-        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
-        loop = asyncio.get_running_loop()
+        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline.
+
+        ``loop`` is the running one, which Python 3.11 finds only by a system call.
+        """
         timing = core.Timing(self._timeout, loop.time, _pause_after)
         task = asyncio.current_task(loop)
         queue = self._queues.get(name)
