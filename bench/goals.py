@@ -49,6 +49,9 @@ blocking::test_get_bulk[blocking-raw]   redis-py-blocking           speed >= 6
 blocking::test_set_bulk[blocking]       redis-py-blocking-pipelined speed >= 4
 blocking::test_cluster[get-blocking-raw]  get-redis-py-blocking-cluster   speed >= 1
 blocking::test_cluster[bulk-blocking-raw] bulk-redis-py-blocking-cluster  speed >= 4
+programs::test_fetch[one-fast-raw]      one-get-fast-raw            time <= 1.05
+programs::test_update[one-fast-raw]     one-rewrite-fast-raw        time <= 2.2
+programs::test_replace[fast]            if_newer-fast               time <= 1.2
 messages::test_tasks[fast-node]         redis-py-node               speed >= 8
 messages::test_window[fast-node]        deepstream                  speed >= 2
 """

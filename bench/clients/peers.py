@@ -35,6 +35,9 @@ from clients.work import (
 PATIENCE_SECONDS = 600
 MOST_CONNECTIONS = 100_000
 MOST_KEPT = 100_000
+TTL_SECONDS = 3600
+# Keys that a server visits at a time, as dscache asks by default.
+SCAN_COUNT = 1000
 
 
 Methods = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[], Any]]
@@ -181,8 +184,25 @@ class _Dscache:
         pairs = dict.fromkeys(names, (self._version(), self._document))
         return self._cache.set_bulk(pairs, **self._how)
 
+    def replace(self, name: str) -> Any:
+        return self._cache.set(name, VERSION, self._document, if_version=VERSION)
+
+    def fetch(self, name: str) -> Any:
+        return self._cache.fetch(name, _no_load, ttl=TTL_SECONDS)
+
+    def update(self, name: str) -> Any:
+        return self._cache.update(name, _same)
+
     def _version(self) -> int:
         return VERSION if self._versions is None else next(self._versions)
+
+
+def _no_load(name: str) -> None:
+    raise AssertionError(f"{name} is missing")
+
+
+def _same(data: Any) -> Any:
+    return data
 
 
 def _decoded(records: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +230,17 @@ class Dscache(_Dscache):
         record = await self._cache.get(name)
         assert record is not None
         return record.data
+
+    async def rewrite(self, name: str) -> None:
+        await self._cache.get(name)
+        await self._cache.set(name, VERSION, self._document)
+
+    async def scan(self, prefix: str) -> int:
+        """Return how many names begin so."""
+        return len([name async for name in self._cache.scan(prefix)])
+
+    def watch(self, prefix: str) -> Any:
+        return self._cache.watch(prefix)
 
     async def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         return _decoded(await self._cache.get_bulk(names))
@@ -248,6 +279,10 @@ class DscacheBlocking(_Dscache):
         record = self._cache.get(name)
         assert record is not None
         return record.data
+
+    def rewrite(self, name: str) -> None:
+        self._cache.get(name)
+        self._cache.set(name, VERSION, self._document)
 
     def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         return _decoded(self._cache.get_bulk(names))
@@ -299,6 +334,11 @@ class RedisPy(Soon):
     def prepare(self, work: Work) -> None:
         super().prepare(work)
         self._write = self._set_with_ttl if work.ttl else self._redis.mset
+
+    async def scan(self, prefix: str) -> int:
+        """Return how many names begin so."""
+        keys = self._redis.scan_iter(match=f"{prefix}*_v", count=SCAN_COUNT)
+        return len([key async for key in keys])
 
     async def _set_with_ttl(self, pairs: dict[str, Any]) -> Any:
         # The only way to give all keys their TTL in one step, without a script.

@@ -193,8 +193,10 @@ class AsyncSequences(Sequences):
             self.note(f"{action} again: {error!r}")
         await asyncio.sleep(0)
         gc.collect()
-        if queues := dict(self.cache._changes._queues):
-            self.note(f"turns are held: {queues}")
+        # A struck update may leave its queue behind, without anything in it.
+        queues = self.cache._changes._queues
+        if turns := [name for name, queue in queues.items() if any(one() for one in queue)]:
+            self.note(f"turns are held: {turns}")
         if tasks := self._under_way():
             self.note(f"loads are held: {tasks}")
         for task in asyncio.all_tasks():
