@@ -31,6 +31,15 @@ ELSEWHERE = {
     "bench/README.md": "bench.md",
     "examples/deepstream/README.md": "sharing.md",
     "examples/deepstream/config.yml": "deepstream-config.yml",
+    "examples/operations/README.md": "operations.md",
+    "examples/operations/alerts.yml": "operations/alerts.yml",
+    "examples/operations/alerts_test.yml": "operations/alerts_test.yml",
+    "examples/operations/compose.yml": "operations/compose.yml",
+    "examples/operations/config.yml": "operations/config.yml",
+    "examples/operations/dashboard.json": "operations/dashboard.json",
+    "examples/operations/Dockerfile": "operations/Dockerfile",
+    "examples/operations/kubernetes.yml": "operations/kubernetes.yml",
+    "examples/operations/service.py": "operations/service.py",
 }
 PROGRAMS = ("fastapi_service", "flask_service", "uvloop_server", "metrics", "demo")
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
