@@ -6,6 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -51,7 +52,7 @@ class Changes:
         name: str,
         change: Callable[[Any], Any],
         default: bytes | core.Omitted,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
         successor: core.Successor | None = None,

@@ -7,6 +7,7 @@ of asyncio and of threads execute the steps, and keep the updates of one name in
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -93,7 +94,9 @@ def check_change(operation: str, change: object) -> None:
         raise TypeError(f"{operation}: change must be a function, not {shorten(change)}")
 
 
-def check_arguments(name: str, default: object, ttl: int | None) -> tuple[str, bytes | Omitted]:
+def check_arguments(
+    name: str, default: object, ttl: int | timedelta | None
+) -> tuple[str, bytes | Omitted]:
     """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
     name = _backend.core.check_name(name)
     if ttl is not None:
@@ -110,7 +113,7 @@ def change_steps(
     operation: str,
     name: str,
     default: bytes | Omitted,
-    ttl: int | None,
+    ttl: int | timedelta | None,
     timing: Timing,
     if_changed: bool = False,
     type: Any = None,
