@@ -20,7 +20,11 @@ from sys import getsizeof
 from types import GenericAlias
 
 cimport cython
-from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
+from cpython.bytearray cimport (
+    PyByteArray_AS_STRING,
+    PyByteArray_FromStringAndSize,
+    PyByteArray_GET_SIZE,
+)
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_CheckExact,
@@ -44,7 +48,17 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, tracking
+from .core import (
+    condition,
+    failures,
+    json_text,
+    outcomes,
+    recovery,
+    refusals,
+    scripts,
+    tolerant_json,
+    tracking,
+)
 from .core import constants as c
 from .core import envelope as e
 from .core import typed
