@@ -53,7 +53,7 @@ class CommandLoad:
 
 @dataclass(frozen=True, slots=True)
 class NodeLoad:
-    """The load of one server since the look before; None for what it doesn't tell."""
+    """The load of one server since the look before; None for a figure that it doesn't tell."""
 
     address: str
     role: str = ""
