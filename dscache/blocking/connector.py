@@ -29,8 +29,10 @@ class Connector:
         self._options = options
         self.logins = Logins(provider)
         self._sentinels: Sentinels | None = None
-        self._closed = ClosedHandshakes() if options.sentinels is None else None
-        if options.sentinels is not None:
+        self._closed: ClosedHandshakes | None = None
+        if options.sentinels is None:
+            self._closed = ClosedHandshakes(tls=bool(options.tls))
+        else:
             # Imported here: redis-py takes longer to import than all of dscache.
             from .sentinel import Sentinels
 

@@ -146,8 +146,24 @@ class NearLink:
             self._threads.append(self._thread(self._follow_place, f"dscache follows {address}"))
         _links.add(self)
 
-    def _thread(self, target: Callable[[], object], name: str) -> threading.Thread:
-        return threading.Thread(target=target, name=name, daemon=True)
+    def _thread(self, work: Callable[[], object], name: str) -> threading.Thread:
+        """Return a thread that works until ``stop``; another follows if an exception ends it.
+
+        Without its thread a cache would keep nothing for good. Under gevent, where all greenlets
+        run in one thread, a KeyboardInterrupt may strike it.
+        """
+
+        def work_on() -> None:
+            try:
+                work()
+            finally:
+                if not self._stopping.is_set():
+                    successor = self._thread(work, name)
+                    self._threads.append(successor)
+                    self._threads.remove(threading.current_thread())
+                    start_thread(successor)
+
+        return threading.Thread(target=work_on, name=name, daemon=True)
 
     # -- for other threads
 
@@ -180,7 +196,7 @@ class NearLink:
 
     def join(self) -> None:
         """Wait for the threads after ``stop``, unless one of them is the caller."""
-        for thread in self._threads:
+        for thread in tuple(self._threads):
             if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join(max(self._limit - time.monotonic(), 0))
 

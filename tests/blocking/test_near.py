@@ -32,6 +32,7 @@ from tests.support.blocking import (
     ProxyThread,
     in_threads,
     run_child,
+    strike,
     until,
 )
 from tests.support.blocking_checks import assert_interrupted, assert_struck_at_each_line
@@ -812,6 +813,21 @@ def test_a_thread_is_struck_at_each_line(
 ) -> None:
     # A hit is one line of Python.
     assert_struck_at_each_line({"url": server.url, "nearCache": NEAR}, backend, fewest=1)
+
+
+@on_one_server
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_another_thread_follows_one_that_is_struck(
+    open_cache: OpenCache, redis: redis_py.Redis
+) -> None:
+    """Under gevent, a KeyboardInterrupt may strike any greenlet."""
+    cache = one_at_hand(open_cache, redis)
+    [link] = links()
+    strike(link, KeyboardInterrupt)
+    put(redis, "a", 2)  # its report wakes the thread
+    until(lambda: not link.is_alive())
+    until(lambda: version_of(cache) == 2 and is_at_hand(cache, "a"))
+    assert len(links()) == 1
 
 
 @on_one_server
