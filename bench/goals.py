@@ -39,6 +39,7 @@ near_cache::test_hits[fast-near-raw]    redis-py-raw                speed >= 400
 near_cache::test_popular[fast-near-raw] fast-raw                    speed >= 4
 near_cache::test_hits_blocking[blocking-near-raw]     blocking-raw               speed >= 60
 near_cache::test_hits_blocking[blocking-near-raw]     redis-py-blocking-near-raw speed >= 25
+near_cache::test_hits_blocking[blocking-near-raw]     vcache-blocking-near-raw   speed >= 1.4
 near_cache::test_threads[four-blocking-near-raw]      one-blocking-near-raw      speed >= 0.95
 near_cache::test_popular_blocking[blocking-near-raw]  blocking-raw               speed >= 6
 cluster::test_get[three-fast-raw]       three-redis-py-cluster-raw  speed >= 10

@@ -48,7 +48,7 @@ class _Json:
     """The work that clients of plain Redis leave to the program: version and document."""
 
     blocking: ClassVar[bool] = False
-    _version: int | str
+    _version: int | str | bytes
     _document: object
     _value: Callable[[bytes], Any]
     _ttl: int | None = None
@@ -89,7 +89,7 @@ class _Json:
 class Soon(_Json):
     """A client of asyncio, whose own methods read and write keys: a command for each record."""
 
-    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+    def __init__(self, connect: Connect, version: int | str | bytes = VERSION) -> None:
         self._connect, self._version = connect, version
 
     async def open(self, where: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Blocking(_Json):
 
     blocking: ClassVar[bool] = True
 
-    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+    def __init__(self, connect: Connect, version: int | str | bytes = VERSION) -> None:
         self._connect, self._version = connect, version
 
     def open(self, where: dict[str, Any]) -> None:
@@ -509,6 +509,47 @@ async def aiocache(host: str, port: int) -> Methods:
     return cache.multi_get, lambda pairs: cache.multi_set(list(pairs.items())), end
 
 
+def _vcache(host: str, port: int, kept: int = 0) -> Any:
+    """Connect django-vcache's driver in Rust, which its cache for Django wraps."""
+    from django_vcache._driver import RustValkeyDriver
+
+    near = {"cache_max_size": kept, "cache_ttl_secs": 3600} if kept else {}
+    return RustValkeyDriver.connect(f"redis://{host}:{port}/0", **near)
+
+
+async def vcache(host: str, port: int) -> Methods:
+    driver = _vcache(host, port)
+    return driver.mget, lambda pairs: driver.pipeline_set(list(pairs.items()), None), _nothing
+
+
+async def _nothing() -> None:
+    """Do nothing: the driver has no method that closes it."""
+
+
+def vcache_near(host: str, port: int) -> Methods:
+    driver = _vcache(host, port, MOST_KEPT)
+    write = driver.pipeline_set_sync
+    return driver.mget_sync, lambda pairs: write(list(pairs.items()), None), lambda: None
+
+
+class VcacheOneKey(_Json):
+    """django-vcache's near cache, and half of the work: the documents alone, by a key each."""
+
+    blocking: ClassVar[bool] = True
+
+    def open(self, where: dict[str, Any]) -> None:
+        self._driver = _vcache(where["host"], where["port"], MOST_KEPT)
+
+    def get(self, name: str) -> Any:
+        return self._value(self._driver.get_sync(name + "_d"))
+
+    def get_many(self, names: Sequence[str]) -> Any:
+        return [self.get(name) for name in names]
+
+    def close(self) -> None:
+        """Do nothing: the driver has no method that closes it."""
+
+
 class Cashews(_Json):
     """cashews with its client-side cache, on entries of its own: a version and a text in each."""
 
@@ -589,9 +630,12 @@ PYTHON: dict[str, Python] = {
     "redis-rs": Python("redis-rs", lambda: Soon(redis_rs), "redis-rs"),
     "aiocache": Python("aiocache", lambda: Soon(aiocache), "aiocache"),
     "cashews": Python("cashews, client_side", Cashews, "cashews"),
+    "vcache": Python("django-vcache", lambda: Soon(vcache, _BYTES), "django-vcache"),
+    "vcache-blocking-near": Python(
+        "django-vcache, near cache", lambda: Blocking(vcache_near, _BYTES), "django-vcache"
+    ),
+    "vcache-blocking-near-one": Python(
+        "django-vcache, near cache, one key", VcacheOneKey, "django-vcache"
+    ),
 }
 OURS = tuple(name for name, one in PYTHON.items() if one.package == "dscache")
-# Clients that no process can measure yet.
-UNMEASURED = {
-    "vcache": "it needs Python 3.12 and Django, and has no adapter yet",
-}
