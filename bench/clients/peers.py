@@ -38,6 +38,8 @@ MOST_KEPT = 100_000
 TTL_SECONDS = 3600
 # Keys that a server visits at a time, as dscache asks by default.
 SCAN_COUNT = 1000
+# For clients that take nothing else.
+_BYTES = str(VERSION).encode()
 
 
 Methods = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[], Any]]
