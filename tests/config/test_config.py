@@ -45,7 +45,7 @@ OPTIONS = (
     "connectionName, connectTimeout, commandTimeout, closeTimeout, reconnectOnError, "
     "retryStrategy, maxPending, "
     "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, "
-    "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, natMap, "
+    "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, zone, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
@@ -121,6 +121,7 @@ def test_defaults() -> None:
         nodes=None,
         max_redirections=16,
         scale_reads="master",
+        zone=None,
         nat_map=None,
         slots_refresh_timeout=1000,
         slots_refresh_interval=5000,
@@ -723,7 +724,10 @@ def field(found: Options, line: str) -> object:
         ("role: primary", 'role: must be "master" or "slave", not \'primary\''),
         ("name: mymaster", None),
         ("enableTLSForSentinelMode: true", None),
-        ("scaleReads: primary", 'scaleReads: must be "all", "master" or "slave", not \'primary\''),
+        (
+            "scaleReads: primary",
+            'scaleReads: must be "all", "master", "slave" or "zone", not \'primary\'',
+        ),
         (
             "nearCache: {maxRecord: 1}",
             'nearCache.maxRecord: unknown option, did you mean "maxRecords"?',
@@ -800,11 +804,12 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
     [
         ("role", {"role": "slave", "name": "g", "sentinels": [{"host": "s"}]}),
         ("scaleReads", {"scaleReads": "slave", "nodes": [{"host": "h"}]}),
+        ("scaleReads", {"scaleReads": "zone", "zone": "a", "nodes": [{"host": "h"}]}),
     ],
 )
 def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> None:
     assert refusal(options, nearCache=True, **others) == (
-        f"mapping: options.nearCache: with {option}: slave every read goes to a replica, and "
+        f"mapping: options.nearCache: with {option}: {others[option]} every read goes to a replica, and "
         f"reads of replicas are not cached; leave one of the two out"
     )
     assert options(nearCache={"required": False}, **others).near_cache
@@ -1087,6 +1092,25 @@ def test_options_only_for_clusters(line: str, read: Read, notes: Notes) -> None:
     read("nodes: [{}]", line)
     read(f"{name}: null")
     assert notes() == []
+
+
+def test_the_zone_of_the_program(read: Read, notes: Notes) -> None:
+    where = "config.yml: cache.options"
+    found = read("nodes: [{}]", "scaleReads: zone", "zone: eu-1a")
+    assert (found.scale_reads, found.zone) == ("zone", "eu-1a")
+    for zone in ("zone: null", "zone: ''"):
+        assert refusal(read, "nodes: [{}]", "scaleReads: zone", zone) == (
+            f"{where}.scaleReads: reads replicas in the program's own availability zone; "
+            "write its name as zone: ..."
+        )
+    assert refusal(read, "nodes: [{}]", "scaleReads: all", "zone: a") == (
+        f"{where}.zone: chooses replicas only with scaleReads: zone; write that, or leave it out"
+    )
+    assert notes() == []
+    read("zone: a")
+    assert notes() == [
+        ("INFO", f"{where}.zone has no effect: there are no nodes of a cluster"),
+    ]
 
 
 def test_missing_options_are_not_logged(notes: Notes) -> None:
