@@ -809,8 +809,8 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
 )
 def test_replicas_keep_no_near_cache(option: str, others: dict[str, Any]) -> None:
     assert refusal(options, nearCache=True, **others) == (
-        f"mapping: options.nearCache: with {option}: {others[option]} every read goes to a replica, and "
-        f"reads of replicas are not cached; leave one of the two out"
+        f"mapping: options.nearCache: with {option}: {others[option]} every read goes to a "
+        "replica, and reads of replicas are not cached; leave one of the two out"
     )
     assert options(nearCache={"required": False}, **others).near_cache
     # Without Sentinels or nodes, the option has no effect.
