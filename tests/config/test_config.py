@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -311,7 +312,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     folder = tmp_path / "folder.yml"
     folder.mkdir()
     assert refusal(load, folder) == f"folder.yml: {folder} is a folder; name a file in it"
-    assert "can't be read: embedded null byte" in refusal(load, "a\0.yml")
+    assert re.search("can't be read: .*embedded null", refusal(load, "a\0.yml"))
     latin = tmp_path / "latin.yml"
     latin.write_bytes(b"cache: \xe9")
     assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7)"
