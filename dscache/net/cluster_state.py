@@ -185,7 +185,7 @@ class ClusterState:
         return found
 
     def primaries(self) -> list[NodeInfo]:
-        """Return the nodes that serve slots; of very many, only those needed so far, or one."""
+        """Return the nodes that serve slots; of very many, only the nodes needed so far, or one."""
         shown = self.table.primaries
         known = [node for one in shown if (node := self.nodes.get(one))]
         return known or [self.node_at(one) for one in list(shown)[:1]]
@@ -206,7 +206,7 @@ class ClusterState:
     def stats(
         self, nodes: dict[str, dict[str, Any]], leaving: Counts, others: Counts
     ) -> dict[str, Any]:
-        """Return the counters of all connections together, and those of each node.
+        """Return the counters of all connections together, and of each node.
 
         ``leaving`` are the counters of connections to departed nodes, and ``others`` belong to no
         node.
@@ -516,7 +516,7 @@ class ClusterState:
     # -- which nodes to ask
 
     def to_ask(self, ready: Iterable[str]) -> list[NodeInfo]:
-        """Return the nodes to ask for their view, first those at the addresses ``ready``."""
+        """Return the nodes to ask for their view, first the nodes at the addresses ``ready``."""
         chosen = [node for shown in ready if (node := self.nodes.get(shown))][:ASKED]
         with self.lock:
             others = [one for one in self.nodes.values() if one not in chosen]
@@ -610,7 +610,7 @@ class ClusterState:
         self.record_stale()
 
     def reset_after_fork(self) -> None:
-        """Begin again in a forked child, with what is known and without a claim."""
+        """Begin again in a forked child, with the known slots and without a claim."""
         self.lock = threading.RLock()
         self._claim = self.refresh_at = 0.0
 

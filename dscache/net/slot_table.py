@@ -88,7 +88,7 @@ class Seeds:
         return self._options.for_node(*address, self._named.get(address))
 
     def to_look_up(self, now: float) -> list[Node]:
-        """Return the nodes to look up now: those with credentials, at most every 2 seconds.
+        """Return the nodes to look up now: nodes with credentials, at most every 2 seconds.
 
         ``now`` is ``time.monotonic()``.
         """
