@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 # The first Python with a sufficient version, venv and headers; PYTHON=/path/to/python3.x chooses one.
-PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for candidate in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
 	"$$candidate" -c 'import ensurepip, os, sys, sysconfig, venv; \
 	header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \

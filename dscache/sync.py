@@ -764,7 +764,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         from .blocking.near_cache import NearFront  # most programs have none
 
         if options.nodes:
-            if options.scale_reads == "slave":
+            if options.scale_reads in ("slave", "zone"):
                 return None
             from .blocking.near_cluster import NearClusterFront
 

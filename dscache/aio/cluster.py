@@ -239,6 +239,7 @@ class Cluster(LoopBound, NodeListener):
     def on_connected(self, node: Connection) -> None:
         info = node.info
         info.server, info.trouble, info.refusal = node.server, None, None
+        self.state.record_zone(info, node.zone)
         self._refresher.on_node_decided()
         self._assign_readers()
 

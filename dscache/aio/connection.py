@@ -100,7 +100,7 @@ class Connection(LoopBound):
         owner: str = "an AsyncCache",
     ) -> None:
         super().__init__(owner)
-        self.server = ""
+        self.server = self.zone = ""
         self.watched = False
         """Whether the cluster hears of every reply."""
         self.redirections = 0
@@ -486,7 +486,7 @@ class Connection(LoopBound):
 
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self.link = link
-        self.server = greeting.server
+        self.server, self.zone = greeting.server, greeting.zone
         # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
         # where it redirects every other command: a record would be on two nodes.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
