@@ -44,6 +44,7 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
+from ._interruptions import raise_interruption
 from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, tracking
 from .core import constants as c
 from .core import envelope as e

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import RecordError, shorten
 from . import tolerant_json
 from .models import decode_model, encode_model, is_model
@@ -33,6 +34,7 @@ def encode_tolerantly(name: str, data: object) -> bytes:
     try:
         return tolerant_json.encode(data)
     except Exception as error:  # whatever a user's own type raises belongs to this record
+        raise_interruption(error)
         raise RecordError(
             f"record {shorten(name)}: data can't be encoded: {error}", name=name
         ) from error
@@ -46,6 +48,7 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     try:
         return tolerant_json.decode(raw)
     except ValueError as error:
+        raise_interruption(error)
         raise RecordError(
             f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
             name=name,
@@ -68,7 +71,8 @@ def decoder_of(type_: Any) -> Callable[[bytes], Any]:
     """
     try:
         return _known_decoder(type_)
-    except TypeError:
+    except TypeError as error:
+        raise_interruption(error)
         # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
         return _new_decoder(type_)
 
@@ -84,7 +88,8 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
         return decode(raw)
     except MemoryError:
         raise
-    except Exception:  # msgspec passes on any exception of a user's own type
+    except Exception as error:  # msgspec passes on any exception of a user's own type
+        raise_interruption(error)
         value = decode_tolerantly(name, version, raw)
     try:
         # In JSON, the keys of a dict[int, ...] are text.
@@ -92,6 +97,7 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:
+        raise_interruption(error)
         reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
         raise RecordError(
             f"record {shorten(name)}, version {version}: {reason}", name=name

@@ -52,7 +52,8 @@ cdef class Record:
                 return self._data
             try:
                 self._data = _decode_json(self.raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise_interruption(error)
                 self._data = json_text.decode_tolerantly(self.name, self.version, self.raw)
         return self._data
 
@@ -157,7 +158,8 @@ cpdef bytes encode_data(str name, data):
         scratch = bytearray()
     try:
         _encode_json_into(data, scratch)
-    except Exception:  # msgspec passes on any exception of a user's own type
+    except Exception as error:  # msgspec passes on any exception of a user's own type
+        raise_interruption(error)
         return json_text.encode_tolerantly(name, data)
     text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), PyByteArray_GET_SIZE(scratch))
     if PyBytes_GET_SIZE(text) <= READ_BUFFER_BYTES:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import shorten
 from .models import encode_model
 
@@ -31,7 +32,9 @@ _PATH_STEPS = 8  # of a long path, so many are shown at either end
 def _to_integer(digits: str) -> int | float:
     try:
         return int(digits) if len(digits.lstrip("-")) <= _INTEGER_DIGITS else float(digits)
-    except ValueError:  # this interpreter's limit is lower, though never as low as a double's
+    except ValueError as error:
+        raise_interruption(error)
+        # This interpreter's limit is lower, though never as low as a double's.
         return float(digits)
 
 
@@ -63,7 +66,8 @@ def decode(raw: bytes) -> object:
     """
     try:
         return msgspec.json.decode(raw)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        raise_interruption(error)
         # Tried again below, outside of this handler: an error there has its own reason.
         text = str(raw, "utf-8", "replace")
     return decode_tolerantly(text)
@@ -74,8 +78,10 @@ def decode_tolerantly(text: str) -> object:
     try:
         return _standard.decode(text)
     except json.JSONDecodeError as error:
+        raise_interruption(error)
         reason = _explain(error)
-    except (RecursionError, LookupError):
+    except (RecursionError, LookupError) as error:
+        raise_interruption(error)
         reason = ""  # too deep, or NaN and its like, whose position is found on the way
     # Raised here and not in the handler: Python's own error would keep the whole text alive.
     if reason:
@@ -155,6 +161,7 @@ def _read_string(text: str, start: int) -> tuple[str, int]:
         # At a quotation mark it reads that string alone.
         return _standard.raw_decode(text, start)
     except json.JSONDecodeError as error:
+        raise_interruption(error)
         reason = _explain(error)
     raise ValueError(reason)
 
@@ -179,6 +186,7 @@ def encode(data: object) -> bytes:
     try:
         return b"".join(_pieces(data))
     except Exception as error:
+        raise_interruption(error)
         # All of them: msgspec hands on whatever an object raises while its fields are read.
         path, reason = _locate(data, error)
         kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -194,8 +202,9 @@ def _pieces(data: object) -> Iterator[bytes]:
     try:
         yield _write_plain(plain).encode("utf-8", "backslashreplace")
         return
-    except (TypeError, ValueError, RecursionError):
-        pass  # there is more to it than half a pair: NaN, text in a Raw, or a real fault
+    except (TypeError, ValueError, RecursionError) as error:
+        raise_interruption(error)
+        # There is more to it than half a pair: NaN, text in a Raw, or a real fault.
     # The values still to be written, the next one last. A Raw is ready text.
     todo: list[object] = [plain]
     while todo:
@@ -246,6 +255,7 @@ def _locate(data: object, error: Exception) -> tuple[str, str]:
             done.update([inside.popitem()])
             continue
         except Exception as refusal:
+            raise_interruption(refusal)
             return _join(path), _reason(refusal)
         if type(value) in _always_fine or id(value) in done:
             continue
