@@ -74,7 +74,7 @@ class NodeListener:
         """A reply has arrived while the connection was ``watched``."""
 
     def check_timers(self) -> None:
-        """Begin again what an exception has ended or lost; each node calls it now and then."""
+        """Set lost timers again; each node calls it now and then."""
 
 
 class Connection(LoopBound):
