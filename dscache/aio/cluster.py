@@ -233,6 +233,9 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
+    def check_timers(self) -> None:
+        self._routing.check_timers()
+
     def check_identity(self, node: Connection, node_id: str) -> None:
         self.state.check_identity(node.info, node_id)
 

@@ -73,6 +73,9 @@ class NodeListener:
     def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
 
+    def check_timers(self) -> None:
+        """Set lost timers again; each node calls it now and then."""
+
 
 class Connection(LoopBound):
     """The connection to one node: made, kept, made again, and closed.
@@ -453,6 +456,8 @@ class Connection(LoopBound):
             # An exception in the loop has lost the future or timer that the task awaits.
             self._stuck_at = now + _GRACE
             self._keeper.begin_again()
+        if self._cluster is not None:
+            self._cluster.check_timers()
 
     def _end(self) -> None:
         """Close: the keeper task has ended for good."""

@@ -51,7 +51,8 @@ cdef int make_writes(
         key = check_name(name)
         try:
             version, data = pair
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            raise_interruption(error)
             raise failures.bad_pair(key, pair) from None
         if if_version is not ANY:
             expected = condition.expected_of("set_bulk", key, if_version)
