@@ -229,7 +229,10 @@ class Tracing:
                 _fail(span, error)
                 raise
             if isinstance(result, asyncio.Future):
-                result.add_done_callback(partial(_settled, span, operation))
+                if result.done():  # of the near cache, which took no turn of the loop
+                    _settled(span, operation, result)
+                else:
+                    result.add_done_callback(partial(_settled, span, operation))
             elif asyncio.iscoroutine(result):
                 return _awaited(span, operation, result)
             else:

@@ -25,6 +25,7 @@ from dscache.cli.top import document, page
 from dscache.config import load
 from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.prometheus import CacheCollector
+from tests.support.clusters import ClusterGroup
 from tests.support.commands import PATIENCE, Done, invoke, on_terminal, plain, run, running
 
 # Intervals that make the tests short.
@@ -173,6 +174,20 @@ async def test_counters_that_begin_anew(looked_at: EmbeddedServer, client: redis
         (node,) = (await watched.look()).nodes
         assert node.operations is None
         assert node.hits is None
+
+
+async def test_all_nodes_of_a_cluster(group: ClusterGroup) -> None:
+    seed, lost = group.primaries()[0], group.replicas()[0]
+    addresses = {f"{node.host}:{node.port}" for node in group.nodes}
+    async with watched_servers(load(f"{seed.host}:{seed.port}")) as watched:
+        await watched.look()
+        nodes = (await watched.look()).nodes
+        assert {node.address for node in nodes} == addresses
+        assert [node.role for node in nodes] == 3 * ["primary"] + 3 * ["replica"]
+        assert all(node.operations for node in nodes)
+        group.kill(lost)
+        down = [node.address for node in (await watched.look()).nodes if node.down]
+        assert down == [f"{lost.host}:{lost.port}"]
 
 
 def test_keys_that_are_evicted(looked_at: EmbeddedServer, client: redis_py.Redis) -> None:
