@@ -80,6 +80,7 @@ class Pipeline:
     queue: deque[Any]
     suspects: list[Any]
     open_window: int
+    script_fence: int
     reach: Any
     epoch: Any
     def __init__(

@@ -580,6 +580,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = await self._loads.load(entry, str(name), load, terms)
+            elif name in checks.missing:
+                await self._loads.end_missing(entry, [record])
         else:
             (name,) = loading.checked_names("fetch", (name,))
             record = await self._loads.fetch(entry, name, load, terms)

@@ -560,19 +560,21 @@ class Cache(CacheBase[Pool | MemoryPool]):
         if type is not None:
             typed.check_type(type)
         run = self._run or self._open()
-        record: Record | None
+        record: Any
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = run("get", name)
             if name.endswith(NOTE_SUFFIX):
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = self._loads.load(run, str(name), load, terms)
+            elif name in checks.missing:
+                self._loads.end_missing(run, [record])
         else:
             (name,) = loading.checked_names("fetch", (name,))
             record = self._loads.fetch(run, name, load, terms)
         if type is not None and record is not None:
-            return typed.with_type(record, type)
-        return record
+            record = typed.with_type(record, type)
+        return record  # type: ignore[no-any-return]
 
     @overload
     def fetch_bulk(

@@ -55,13 +55,16 @@ class Changes:
         ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
+        successor: core.Successor | None = None,
     ) -> Record | None:
         """Do one update; ``run`` does one operation of a Pipeline, by its name."""
         timing = core.Timing(self._timeout, time.monotonic, _pause_after)
         holder = Holder(threading.get_ident())
         try:
             self._take_turn(operation, name, holder, timing)
-            steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
+            steps = core.change_steps(
+                operation, name, default, ttl, timing, if_changed, type, successor
+            )
             return _drive(steps, run, operation, name, change)
         finally:
             self._end_turn(name, holder)

@@ -196,7 +196,8 @@ class Checks:
 
     ``known`` has the terms of options that were checked before, and ``recent`` the time until which
     a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
-    ``keeps_missing`` is whether any call has remembered that there is nothing.
+    ``keeps_missing`` is whether any call has remembered that there is nothing. ``missing`` has the
+    names of which a note told so that this process has not ended.
     """
 
     def __init__(self, default_ttl: int | None) -> None:
@@ -204,7 +205,7 @@ class Checks:
         self.known: dict[tuple[Any, ...], Terms] = {}
         self.recent: dict[str, float] = {}
         self.keeps_missing = False
-        self._missing: set[str] = set()
+        self.missing: set[str] = set()
 
     def terms(
         self,
@@ -224,9 +225,9 @@ class Checks:
 
     def keep_missing(self, names: Iterable[str]) -> None:
         """Note that other calls remember of these names that there is nothing."""
-        if len(self._missing) >= _MOST_CHECKS:
-            self._missing.clear()
-        self._missing.update(names)
+        if len(self.missing) >= _MOST_CHECKS:
+            self.missing.clear()
+        self.missing.update(names)
 
     def notes_after(self, names: Iterable[str], *, removed: bool) -> list[str]:
         """Return the notes to remove with records that are written or removed.
@@ -236,10 +237,13 @@ class Checks:
         """
         if removed:
             return [note_of(name) for name in names]
-        missing = self._missing
-        ended = [name for name in names if name in missing]
-        missing.difference_update(ended)
-        return [note_of(name) for name in ended]
+        return [note_of(name) for name in self.no_longer_missing(names)]
+
+    def no_longer_missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names that were missing, and forget that they were."""
+        ended = [name for name in names if name in self.missing]
+        self.missing.difference_update(ended)
+        return ended
 
     def is_recent(self, name: str) -> bool:
         """Return whether the age of a record was checked a moment ago."""
@@ -489,6 +493,32 @@ def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
     return outcome
 
 
+def end_missing(names: Iterable[str]) -> Steps:
+    """End the notes that there is nothing, beside records that another program has written.
+
+    The record may be removed again, by a program that knows no notes, before such a note ends.
+    """
+    outcome = Outcome()
+    try:
+        notes = yield from _read(map(note_of, names), outcome)
+        yield from _end_missing(names, notes)
+    except DscacheError:
+        pass  # a note that stays ends by itself
+    outcome.errors.clear()
+    return outcome
+
+
+def _end_missing(names: Iterable[str], notes: Mapping[str, Any]) -> _Part:
+    beside = {name: notes.get(note_of(name)) for name in names}
+    ended = {
+        name: note.version
+        for name, note in beside.items()
+        if note is not None and state_of(note) == _MISSING
+    }
+    if ended:
+        yield from _quietly(_drop_notes(ended))
+
+
 def _look(
     waiting: dict[str, None], rings: _Rings, outcome: Outcome
 ) -> Generator[Step, Any, dict[str, Any]]:
@@ -503,6 +533,7 @@ def _look(
             outcome.errors.pop(name, None)
     rings.look(waiting, found, outcome)
     vacant: dict[str, int | None] = {}
+    written: list[str] = []
     for name in list(waiting):
         note = found.get(note_of(name))
         state = state_of(note)
@@ -511,6 +542,7 @@ def _look(
         elif name in found:
             outcome.records[name] = found[name]
             del waiting[name]
+            written.append(name)
         elif state == _MISSING:
             outcome.nothing.add(name)
             del waiting[name]
@@ -519,6 +551,7 @@ def _look(
             del waiting[name]
         elif state != _LOADING:
             vacant[name] = _version_of(note)
+    yield from _end_missing(written, found)
     return vacant
 
 
