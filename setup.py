@@ -42,7 +42,7 @@ class DescribedWheel(bdist_wheel):
 
 
 def materials(metadata):
-    """Return what the wheel contains, as CycloneDX.
+    """Return the contents of the wheel, as CycloneDX.
 
     It contains no other library: hiredis, msgspec, PyYAML and redis are installed beside it. The
     compiled core has code that Cython adds to each module.

@@ -39,7 +39,7 @@ class Serializer(Protocol):
     """Makes JSON data of values, and values of JSON data."""
 
     def dumps(self, value: Any) -> Any:
-        """Return what msgspec encodes as JSON."""
+        """Return a value that msgspec encodes as JSON."""
 
     def loads(self, data: Any) -> Any:
         """Return the value for decoded JSON data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import re
@@ -179,10 +180,14 @@ async def test_counters_that_begin_anew(looked_at: EmbeddedServer, client: redis
 async def test_all_nodes_of_a_cluster(group: ClusterGroup) -> None:
     seed, lost = group.primaries()[0], group.replicas()[0]
     addresses = {f"{node.host}:{node.port}" for node in group.nodes}
-    async with watched_servers(load(f"{seed.host}:{seed.port}")) as watched:
-        await watched.look()
+    config = load(f"{seed.host}:{seed.port}", options={"slotsRefreshInterval": 100})
+    async with watched_servers(config) as watched, asyncio.timeout(PATIENCE):
         nodes = (await watched.look()).nodes
-        assert {node.address for node in nodes} == addresses
+        # A node that has just joined may not have heard of all replicas.
+        while {node.address for node in nodes} != addresses:
+            await asyncio.sleep(0.05)
+            nodes = (await watched.look()).nodes
+        nodes = (await watched.look()).nodes
         assert [node.role for node in nodes] == 3 * ["primary"] + 3 * ["replica"]
         assert all(node.operations for node in nodes)
         group.kill(lost)
