@@ -4,9 +4,11 @@
 because silently installing the slow core would be worse.
 """
 
+import json
 import os
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PURE = os.environ.get("DSCACHE_NO_EXTENSIONS", "") not in ("", "0")
@@ -28,6 +30,51 @@ class LoudBuild(build_ext):
             raise SystemExit(REMEDY.format(error=error)) from error
 
 
+class DescribedWheel(bdist_wheel):
+    """Build the wheel with a software bill of materials beside its metadata (PEP 770)."""
+
+    def egg2dist(self, egginfo_path, distinfo_path):
+        super().egg2dist(egginfo_path, distinfo_path)
+        folder = os.path.join(distinfo_path, "sboms")
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "dscache.cdx.json"), "w", encoding="utf-8") as file:
+            json.dump(materials(self.distribution.metadata), file, indent=2)
+
+
+def materials(metadata):
+    """Return the contents of the wheel, as CycloneDX.
+
+    It contains no other library: hiredis, msgspec, PyYAML and redis are installed beside it. The
+    compiled core has code that Cython adds to each module.
+    """
+    own = component("library", metadata.get_name(), metadata.get_version(), "Apache-2.0")
+    parts = []
+    if not PURE:
+        from Cython import __version__ as version
+
+        parts.append(component("library", "Cython", version, "Apache-2.0"))
+    refs = [part["bom-ref"] for part in parts]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": own},
+        "components": parts,
+        "dependencies": [
+            {"ref": own["bom-ref"], "dependsOn": refs},
+            *({"ref": ref} for ref in refs),
+        ],
+        "compositions": [{"aggregate": "complete", "assemblies": [own["bom-ref"]]}],
+    }
+
+
+def component(kind, name, version, license_id):
+    url = f"pkg:pypi/{name.lower()}@{version}"
+    licenses = [{"license": {"id": license_id}}]
+    known = {"type": kind, "name": name, "version": version, "purl": url}
+    return {"bom-ref": url, **known, "licenses": licenses}
+
+
 def compiled_modules():
     """Return the extensions to build: none if DSCACHE_NO_EXTENSIONS is set."""
     if PURE:
@@ -43,4 +90,6 @@ def compiled_modules():
         raise SystemExit(REMEDY.format(error=error)) from error
 
 
-setup(ext_modules=compiled_modules(), cmdclass={"build_ext": LoudBuild})
+setup(
+    ext_modules=compiled_modules(), cmdclass={"build_ext": LoudBuild, "bdist_wheel": DescribedWheel}
+)

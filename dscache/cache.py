@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
@@ -45,8 +45,8 @@ Topology: TypeAlias = "MemoryNode | Connection | Cluster"
 class _Operations(Protocol):
     """The operations of a Pipeline, a Router, a NearCache or a MemoryPipeline."""
 
-    def get(self, name: str) -> Awaitable[Record | None]: ...
-    def head(self, name: str) -> Awaitable[int | None]: ...
+    def get(self, name: str) -> asyncio.Future[Record | None]: ...
+    def head(self, name: str) -> asyncio.Future[int | None]: ...
     def set(
         self,
         name: str,
@@ -79,8 +79,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
     Only ``fetch`` and ``fetch_bulk`` are coroutine functions, whose calls do nothing unawaited.
-    With a near cache (``nearCache``), ``head`` and an untyped ``get`` return a coroutine instead
-    of a Future. It must be awaited once; the operation is still issued at the call.
+    With a near cache (``nearCache``), the future of a hit is done at once.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
@@ -104,12 +103,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._loads = Loads(config.options.ttl)
 
     @overload
-    def get(self, name: str, *, type: None = None) -> Awaitable[Record | None]: ...
+    def get(self, name: str, *, type: None = None) -> asyncio.Future[Record | None]: ...
     @overload
     def get(self, name: str, *, type: type[T]) -> asyncio.Future[Record[T] | None]: ...
     @overload
     def get(self, name: str, *, type: Any) -> asyncio.Future[Record | None]: ...
-    def get(self, name: str, type: Any = None) -> Awaitable[Record | None]:
+    def get(self, name: str, type: Any = None) -> asyncio.Future[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
         ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
@@ -122,7 +121,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             return self._typed_get(name, type)
         return (self._pipeline or self._open()).get(name)
 
-    def head(self, name: str) -> Awaitable[int | None]:
+    def head(self, name: str) -> asyncio.Future[int | None]:
         """Read the version of a record; the result is an int, or None if it doesn't exist.
 
         Raises RecordError at the call for a bad name. The future fails with RecordError if the

@@ -244,7 +244,10 @@ class _Wrappers(ABC, Generic[_CallT]):
                 self._fail(begun, error)
                 raise
             if isinstance(result, asyncio.Future):
-                result.add_done_callback(partial(self._settled, begun, operation))
+                if result.done():  # of the near cache, which took no turn of the loop
+                    self._settled(begun, operation, result)
+                else:
+                    result.add_done_callback(partial(self._settled, begun, operation))
             elif asyncio.iscoroutine(result):
                 return self._awaited(begun, operation, result)
             else:

@@ -2,8 +2,14 @@
 # ``near_cache.py``, which has the theory of operation. One difference: the entries form a linked
 # list in their order, since a Python dict gives no immediate access to its oldest entry.
 
+from asyncio import Future
+
 from .core.near_parts import BulkRead, NearSettings
-from .core.waiters import Part
+from .core.waiters import Part, arguments_of_future
+
+cdef object _Future = Future
+cdef object _set_result = Future.set_result
+cdef tuple _NOTHING = ()
 
 # Bytes of overhead per record, without the text of name and data and without the dict.
 NEAR_ENTRY_BYTES = 208
@@ -222,8 +228,7 @@ cdef class _NearStore:
 cdef class NearCache(_NearStore):
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
-    the event loop. Both are issued at the call, like every other operation.
+    The waiter of a hit is done already: awaiting it doesn't yield to the event loop.
 
     ``settings`` are those of NearSettings.
     """
@@ -231,6 +236,7 @@ cdef class NearCache(_NearStore):
     cdef object _check
     cdef unsigned long _thread  # the thread the cache is bound to, or 0
     cdef object _create_waiter
+    cdef dict _of_future  # the arguments of asyncio.Future, or None for other waiters
     cdef object _inner
     cdef double _join_period
     cdef dict _pending
@@ -248,15 +254,16 @@ cdef class NearCache(_NearStore):
         self._check = chosen.check
         self._thread = 0 if chosen.check is None else dscache_thread()
         self._create_waiter = create_waiter
+        self._of_future = arguments_of_future(create_waiter)
         self._inner = inner
         self._join_period = chosen.timeout / 20
 
     # -- operations on one record
 
     def get(self, name, type=None):
-        """Return a coroutine that returns the Record, or None.
+        """Read one record; its waiter gets the Record, or None.
 
-        With a ``type``, return a waiter of the Record, whose data is of that type.
+        With a ``type``, the Record's data is of that type.
         """
         if type is not None:
             waiter = self._create_waiter()
@@ -266,11 +273,11 @@ cdef class NearCache(_NearStore):
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
         if entry is None:
-            return _later(self._read(check_name(name), self._create_waiter()))
-        return _now(_record_of(entry, stale))
+            return self._read(check_name(name), self._create_waiter())
+        return self._done(_record_of(entry, stale))
 
     def head(self, name):
-        """Return a coroutine that returns the version, or None."""
+        """Read one version; its waiter gets the int, or None."""
         self._stay()
         cdef bint stale = False
         cdef _Entry entry = self._look(name, &stale)
@@ -278,8 +285,22 @@ cdef class NearCache(_NearStore):
             self._misses += 1
             waiter = self._create_waiter()
             self._inner.read(check_name(name), _Unobserved(waiter), HEAD)
-            return _later(waiter)
-        return _now(None if entry.raw is None else entry.version)
+            return waiter
+        return self._done(None if entry.raw is None else entry.version)
+
+    cdef object _done(self, result):
+        """Return a waiter that is done."""
+        if self._of_future is None:
+            waiter = self._create_waiter()
+            waiter.set_result(result)
+            return waiter
+        return dscache_done(
+            <PyObject*>_Future,
+            <PyObject*>_NOTHING,
+            <PyObject*>self._of_future,
+            <PyObject*>_set_result,
+            <PyObject*>result,
+        )
 
     def set(self, name, version, data, ttl=None, if_newer=False, if_version=ANY):
         """Queue a write; its waiter gets True, or False if its condition doesn't hold."""
@@ -608,11 +629,3 @@ cdef class _PendingRead:
 cdef inline Record _another(Record record):
     """Return a copy of the record, for another caller."""
     return None if record is None else _record(record.name, record.version, record.raw)
-
-
-async def _now(result):
-    return result
-
-
-async def _later(waiter):
-    return await waiter

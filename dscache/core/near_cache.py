@@ -216,8 +216,7 @@ class NearStore:
 class NearCache(NearStore):
     """The operations of a Pipeline or Router (``inner``), with a cache of the records read.
 
-    ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
-    the event loop. Both are issued at the call, like every other operation.
+    The waiter of a hit is done already: awaiting it doesn't yield to the event loop.
 
     ``settings`` are those of NearSettings.
     """
@@ -236,9 +235,9 @@ class NearCache(NearStore):
     # -- operations on one record
 
     def get(self, name: str, type: Any = None) -> Any:
-        """Return a coroutine that returns the Record, or None.
+        """Read one record; its waiter gets the Record, or None.
 
-        With a ``type``, return a waiter of the Record, whose data is of that type.
+        With a ``type``, the Record's data is of that type.
         """
         if type is not None:
             waiter = self._create_waiter()
@@ -247,19 +246,25 @@ class NearCache(NearStore):
         self._stay()
         entry, stale = self._look(name)
         if entry is None:
-            return _later(self._read(check_name(name), self._create_waiter()))
-        return _now(self._record(name, entry, stale))
+            return self._read(check_name(name), self._create_waiter())
+        return self._done(self._record(name, entry, stale))
 
     def head(self, name: str) -> Any:
-        """Return a coroutine that returns the version, or None."""
+        """Read one version; its waiter gets the int, or None."""
         self._stay()
         entry, stale = self._look(name)
         if entry is None or stale:
             self._counts["misses"] += 1
             waiter = self._create_waiter()
             self._inner.read(check_name(name), Unobserved(waiter), c.HEAD)
-            return _later(waiter)
-        return _now(None if entry.raw is None else entry.version)
+            return waiter
+        return self._done(None if entry.raw is None else entry.version)
+
+    def _done(self, result: Any) -> Any:
+        """Return a waiter that is done."""
+        waiter = self._create_waiter()
+        waiter.set_result(result)
+        return waiter
 
     def set(
         self,
@@ -547,11 +552,3 @@ class PendingRead:
 def _another(record: Record | None) -> Record | None:
     """Return a copy of the record, for another caller."""
     return None if record is None else Record(record.name, record.version, record.raw)
-
-
-async def _now(result: Any) -> Any:
-    return result
-
-
-async def _later(waiter: Any) -> Any:
-    return await waiter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncio import InvalidStateError
+from asyncio import Future, InvalidStateError
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,6 +19,17 @@ class Waiter(Protocol):
 
     def set_result(self, result: Any, /) -> None: ...
     def set_exception(self, error: Exception, /) -> None: ...
+
+
+def arguments_of_future(create_waiter: Callable[[], Any]) -> dict[str, Any] | None:
+    """Return the arguments of the ``asyncio.Future`` that a function makes, or None.
+
+    It is None unless the function is ``create_future`` of an event loop without futures of its own.
+    """
+    if getattr(create_waiter, "__name__", "") != "create_future":
+        return None
+    loop = getattr(create_waiter, "__self__", None)
+    return {"loop": loop} if loop and type(create_waiter()) is Future else None
 
 
 class SupersededWrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import re
@@ -25,6 +26,7 @@ from dscache.cli.top import document, page
 from dscache.config import load
 from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.prometheus import CacheCollector
+from tests.support.clusters import ClusterGroup
 from tests.support.commands import PATIENCE, Done, invoke, on_terminal, plain, run, running
 
 # Intervals that make the tests short.
@@ -173,6 +175,24 @@ async def test_counters_that_begin_anew(looked_at: EmbeddedServer, client: redis
         (node,) = (await watched.look()).nodes
         assert node.operations is None
         assert node.hits is None
+
+
+async def test_all_nodes_of_a_cluster(group: ClusterGroup) -> None:
+    seed, lost = group.primaries()[0], group.replicas()[0]
+    addresses = {f"{node.host}:{node.port}" for node in group.nodes}
+    config = load(f"{seed.host}:{seed.port}", options={"slotsRefreshInterval": 100})
+    async with watched_servers(config) as watched, asyncio.timeout(PATIENCE):
+        nodes = (await watched.look()).nodes
+        # A node that has just joined may not have heard of all replicas.
+        while {node.address for node in nodes} != addresses:
+            await asyncio.sleep(0.05)
+            nodes = (await watched.look()).nodes
+        nodes = (await watched.look()).nodes
+        assert [node.role for node in nodes] == 3 * ["primary"] + 3 * ["replica"]
+        assert all(node.operations for node in nodes)
+        group.kill(lost)
+        down = [node.address for node in (await watched.look()).nodes if node.down]
+        assert down == [f"{lost.host}:{lost.port}"]
 
 
 def test_keys_that_are_evicted(looked_at: EmbeddedServer, client: redis_py.Redis) -> None:

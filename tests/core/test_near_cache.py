@@ -1776,10 +1776,10 @@ def test_a_near_cache_is_freed(core: Any) -> None:
     pipeline = core.Pipeline(create, int)
     pipeline.near = core.NearCache(create, pipeline)
     pipeline.connected(True)
-    pipeline.near.get("a").close()
+    pipeline.near.get("a")
     pipeline.take_output()
     pipeline.feed(resp([b"1", b"1"]))
-    pipeline.near.get("b").close()
+    pipeline.near.get("b")
     del pipeline, create
     gc.collect()
     assert gone() is None
@@ -1799,9 +1799,9 @@ async def pair(core: Any) -> tuple[Any, Any]:
 
 async def test_tasks_share_one_read(core: Any) -> None:
     pipeline, near = await pair(core)
-    tasks = [asyncio.create_task(near.get("a")) for _ in range(5)]
+    tasks = [near.get("a") for _ in range(5)]
     assert [command[0] for command in commands(pipeline.take_output())] == [b"MGET"]
-    tasks.append(asyncio.create_task(near.get("a")))
+    tasks.append(near.get("a"))
     await asyncio.sleep(0)
     tasks[0].cancel()
     tasks[3].cancel()
@@ -1818,8 +1818,8 @@ async def test_tasks_share_one_read(core: Any) -> None:
 async def test_a_read_may_be_dropped_without_awaiting_it(core: Any) -> None:
     """A caller that never awaits gets no result, and no other caller is affected."""
     pipeline, near = await pair(core)
-    near.get("a").close()
-    waiting = asyncio.create_task(near.get("a"))
+    near.get("a")
+    waiting = near.get("a")
     pipeline.take_output()
     pipeline.feed(resp(Refusal(NOPERM)))
     with pytest.raises(ReplyError):
@@ -1827,9 +1827,43 @@ async def test_a_read_may_be_dropped_without_awaiting_it(core: Any) -> None:
     assert pipeline.in_flight == 0
 
 
+async def test_the_futures_of_a_loop_of_its_own_kind_are_kept(core: Any) -> None:
+    class Own(asyncio.Future):  # type: ignore[type-arg] # of any result
+        pass
+
+    class Loop:
+        def create_future(self) -> Own:
+            return Own(loop=asyncio.get_running_loop())
+
+    create = Loop().create_future
+    pipeline = core.Pipeline(create, lambda: None, timeout=FOREVER)
+    pipeline.near = core.NearCache(create, pipeline, timeout=FOREVER, idle_limit=FOREVER)
+    pipeline.connected(True)
+    missed = pipeline.near.get("a")
+    pipeline.take_output()
+    pipeline.feed(resp([b"1", b"1"]))
+    hit = pipeline.near.get("a")
+    assert type(missed) is type(hit) is type(pipeline.near.head("a")) is Own
+    assert await missed == await hit
+
+
+async def test_a_hit_is_an_exact_future_of_the_loop(core: Any) -> None:
+    pipeline, near = await pair(core)
+    near.get("a")
+    pipeline.take_output()
+    pipeline.feed(resp([b"1", b"1"]))
+    loop = asyncio.get_running_loop()
+    for debug in (False, True):
+        loop.set_debug(debug)
+        hit = near.get("a")
+        assert (type(hit), hit.done(), hit.get_loop()) == (asyncio.Future, True, loop)
+        assert hit.result() is await hit
+    loop.set_debug(False)
+
+
 async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
     pipeline, near = await pair(core)
-    task = asyncio.create_task(near.get("a"))
+    task = near.get("a")
     pipeline.take_output()
     pipeline.feed(resp([b"1", b"1"]))
     record = await task

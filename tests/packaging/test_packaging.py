@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -109,6 +110,52 @@ def test_the_wheel_holds_the_package_and_no_sources_of_the_core(wheel: Path) -> 
     (extension,) = (name for name in names if name.endswith(".so"))
     assert extension.startswith("dscache/_fast.")
     assert names == MODULES | {"dscache/py.typed", "dscache/_fast.pyi", extension}
+
+
+def materials_of(wheel: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (one for one in archive.namelist() if ".dist-info/sboms/" in one)
+        assert name.endswith(".cdx.json")
+        (record,) = (one for one in archive.namelist() if one.endswith(".dist-info/RECORD"))
+        assert f"{name},sha256=" in archive.read(record).decode()
+        found: dict[str, Any] = json.loads(archive.read(name))
+    return found
+
+
+def test_the_wheels_say_what_they_contain(wheel: Path, pure_wheel: Path) -> None:
+    for built, parts in ((wheel, ["Cython"]), (pure_wheel, [])):
+        found = materials_of(built)
+        assert (found["bomFormat"], found["specVersion"]) == ("CycloneDX", "1.6")
+        own = found["metadata"]["component"]
+        assert (own["name"], own["version"]) == ("dscache", dscache.__version__)
+        assert own["purl"] == f"pkg:pypi/dscache@{dscache.__version__}"
+        assert [part["name"] for part in found["components"]] == parts
+        assert all(part["version"] and part["licenses"] for part in found["components"])
+        refs = {own["bom-ref"], *(part["bom-ref"] for part in found["components"])}
+        assert {one["ref"] for one in found["dependencies"]} == refs
+        # It is complete: no library of others is in the wheel.
+        assert {name.partition("/")[0] for name in names_in(built)} == {"dscache"}
+
+
+def test_every_action_is_pinned_to_a_commit() -> None:
+    for path in (PROJECT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        actions = re.findall(r"uses: *(.+)", text)
+        assert actions
+        for action in actions:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action), action
+
+
+def test_the_continuous_integration_runs_every_claimed_python() -> None:
+    text = (PROJECT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    prefix = "Programming Language :: Python :: "
+    claimed = [name.removeprefix(prefix) for name in project()["project"]["classifiers"]]
+    pythons = [name for name in claimed if name.startswith("3.")]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == pythons
+    assert pythons == ["3.11", "3.12", "3.13", "3.14", "3.15"]
+    # The oldest versions of the dependencies are tested as well.
+    assert jobs["minimum"]["steps"][-1]["run"] == "make test-minimum"
 
 
 def test_the_metadata_lists_the_dependencies(wheel: Path) -> None:

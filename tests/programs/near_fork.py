@@ -19,7 +19,7 @@ def refused(cache: dscache.AsyncCache, calls: list[Any]) -> int:
     served = 0
     for call in calls:
         try:
-            call(cache).close()
+            call(cache)
             served += 1
         except dscache.UsageError as error:
             served += "fork" not in str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,8 +36,8 @@ async def of_a_subclass() -> None:
 
 
 async def single(cache: AsyncCache) -> None:
-    assert_type(cache.get("n"), Awaitable[Record | None])
-    assert_type(cache.head("n"), Awaitable[int | None])
+    assert_type(cache.get("n"), Future[Record | None])
+    assert_type(cache.head("n"), Future[int | None])
     assert_type(cache.set("n", 1, {}), Future[bool])
     assert_type(cache.delete("n"), Future[bool])
     assert_type(await cache.get("n"), Record | None)
@@ -74,7 +73,7 @@ class Profile(TypedDict):
 
 async def typed(cache: AsyncCache) -> None:
     assert_type(cache.get("n", type=User), Future[Record[User] | None])
-    assert_type(cache.get("n", type=None), Awaitable[Record | None])
+    assert_type(cache.get("n", type=None), Future[Record | None])
     assert_type(await cache.get("n", type=User), Record[User] | None)
     assert_type(await cache.get("n", type=list[User]), Record[list[User]] | None)
     assert_type(await cache.get("n", type=dict[str, int]), Record[dict[str, int]] | None)
