@@ -44,7 +44,7 @@ class NearFront:
         self._credentials = credentials
         self._closed = False
         self._lock = threading.RLock()
-        self.core = _backend.core.SharedNearCache(self._get, self._head, **options.for_near_cache())
+        self.core = self._make_core()
         self._begin()
         self._operations: dict[str, Callable[..., Any]] = {
             "get": self.core.get,
@@ -56,6 +56,11 @@ class NearFront:
             "set_bulk": self._set_bulk,
             "delete_bulk": self._delete_bulk,
         }
+
+    def _make_core(self) -> Any:
+        """Return the entries and the rules for them."""
+        make = _backend.core.SharedNearCache
+        return make(self._get, self._head, **self._options.for_near_cache())
 
     # -- operations
 
