@@ -64,7 +64,8 @@ class Segment:
         self._files: list[int] = []
         self._owner = -1
         # A closed number may soon be that of another file, so it isn't closed while it is locked.
-        self._lock = threading.Lock()
+        # A signal handler may close the cache meanwhile.
+        self._lock = threading.RLock()
 
     # -- a process
 
