@@ -21,7 +21,7 @@ BUILT := $(VENV)/.built
 # Two pips at a time would break their environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-minimum coverage soak sanitize lint format docs wheel bench bench-smoke instructions clean
+.PHONY: help build demo test test-minimum coverage soak sanitize lint format docs docs-test wheel bench bench-smoke instructions clean
 
 help:
 	@echo "make demo         the main job on a private server, with records per second"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-smoke  each benchmark once, to see that it runs"
 	@echo "make instructions the instructions of the hottest paths, against bench/instructions.json"
 	@echo "make docs         the site, into build/site"
+	@echo "make docs-test    the site in a headless Chromium: links, search, phone; pictures in build/screenshots"
 	@echo "make wheel        sdist and wheel, into dist/; runs the suite on the wheel, without a compiler"
 	@echo "make build        $(VENV), with the compiled core built in place"
 	@echo "make clean        remove the environments and everything built"
@@ -151,7 +152,26 @@ wheel: $(VENV)/.installed-wheel
 	$(PY) tests/packaging/installed.py $(BESIDE) $(ARGS)
 
 docs: $(VENV)/.installed-docs $(BUILT)
-	$(PY) -m mkdocs build -q -f docs/site/mkdocs.yml --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q -f docs/site/mkdocs.yml --strict
+
+# A Chromium of the machine serves. Where there is none, apt-get's is unpacked with the libraries that
+# are missing, and not installed.
+CHROMIUM := $(VENV)/.chromium
+$(CHROMIUM): $(CREATED)
+	@rm -rf $(VENV)/chromium && mkdir -p $(VENV)/chromium/archives/partial
+	@if command -v chromium-headless-shell || command -v chromium || command -v chromium-browser \
+		|| command -v google-chrome; then :; \
+	elif command -v apt-get >/dev/null; then \
+		apt-get install -qq -y --download-only --no-install-recommends -o Debug::NoLocking=1 \
+			-o "Dir::Cache=$(abspath $(VENV))/chromium" chromium-headless-shell >/dev/null \
+		&& for package in $(VENV)/chromium/archives/*.deb; do \
+			dpkg-deb -x "$$package" $(VENV)/chromium || exit 1; done; \
+	else echo "make: found no Chromium; install one to open the site" >&2; exit 1; fi
+	@rm -rf $(VENV)/chromium/archives $(VENV)/chromium/*.bin
+	@touch $@
+
+docs-test: docs $(CHROMIUM)
+	$(PY) -m pytest -p no:benchmark docs/site $(ARGS)
 
 bench: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench --benchmark-only --benchmark-min-rounds=7 --benchmark-max-time=1.4 \
@@ -162,6 +182,7 @@ bench-smoke: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench --benchmark-disable -m 'not large' $(ARGS)
 	$(PY) -m pytest bench --benchmark-only --benchmark-quiet --benchmark-max-time=0.05 \
 		-k 'test_hits and goals or growth and get-10-' --report=build/bench-smoke
+	$(PY) bench/stores.py 1
 
 instructions: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench/instructions.py $(ARGS)

@@ -11,7 +11,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
@@ -31,10 +30,18 @@ ELSEWHERE = {
     "bench/README.md": "bench.md",
     "examples/deepstream/README.md": "sharing.md",
     "examples/deepstream/config.yml": "deepstream-config.yml",
+    "examples/deepstream/page.html": "deepstream-page.html.txt",
+    "examples/deepstream/service.py": "deepstream-service.py.txt",
 }
 PROGRAMS = ("fastapi_service", "flask_service", "uvloop_server", "metrics", "demo")
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
-_CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+_SOURCE = '<details class="mkdocstrings-source"'
+_DRAWING = re.compile(r"!(\[[^]]*\])\(([\w/.-]+)\.svg\)")
+_DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n((?:  .+\n)+)\}\n")
+# A name in bold above a block of code; a successor with another name makes both a row of tabs.
+_TAB = r"\*\*(?:async|blocking)\*\*\n\n(?:```\w*\n(?:.*\n)*?```\n\n?)+"
+_TABS = re.compile(rf"^(?:{_TAB}){{2}}", re.MULTILINE)
+_CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -55,11 +62,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (PROJECT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
     files.append(File.generated(config, "examples.md", content=_examples()))
-    highlighting = HtmlFormatter(style="friendly").get_style_defs(".codehilite")
-    files.append(File.generated(config, "pygments.css", content=highlighting))
-    styles = (HERE / "site.css").read_text(encoding="utf-8")
-    files.append(File.generated(config, "site.css", content=styles))
+    for name in ("site.css", "favicon.svg"):
+        text = (HERE / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, name, content=text))
+    for drawing in sorted((PROJECT / "docs").glob("*.svg")):
+        text = drawing.read_text(encoding="utf-8")
+        for scheme, changed in schemes(text).items():
+            name = f"{drawing.stem}-{scheme}.svg"
+            files.append(File.generated(config, name, content=changed))
     return files
+
+
+def schemes(drawing: str) -> dict[str, str]:
+    """Return a drawing for the light and the dark site.
+
+    In the repository one file serves both, by the system's preference; the site has a switch.
+    """
+    rules = _DARK.search(drawing)
+    if rules is None:
+        raise PluginError("a drawing in docs/ has no colours for prefers-color-scheme: dark")
+    light = drawing[: rules.start()] + drawing[rules.end() :]
+    dark = drawing[: rules.start()] + rules[1] + drawing[rules.end() :]
+    return {"light": light, "dark": dark}
 
 
 def _examples() -> str:
@@ -82,6 +106,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             markdown = reference(markdown)
         except ValueError as error:
             raise PluginError(str(error)) from error
+    if name.startswith(("api-", "bench", "changelog")):
+        # The guide comes first: the words of a search are explained there.
+        page.meta["search"] = {"boost": 0.5}
     sources = {site: path for path, site in ELSEWHERE.items()} | {"examples.md": "EXAMPLES"}
     folder = posixpath.dirname(sources.get(name, f"docs/{name}"))
 
@@ -99,9 +126,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             path = ELSEWHERE.get(path, path.removeprefix("docs/"))
         return f"{opening}{path}{anchor}{closing}"
 
+    markdown = _TABS.sub(_tabs, markdown)
     # Code is left alone: brackets and parentheses there aren't links.
     pieces, end = [], 0
     for code in _CODE.finditer(markdown):
         pieces += [_LINK.sub(resolved, markdown[end : code.start()]), code[0]]
         end = code.end()
-    return "".join([*pieces, _LINK.sub(resolved, markdown[end:])])
+    made = "".join([*pieces, _LINK.sub(resolved, markdown[end:])])
+    return _DRAWING.sub(r"!\1(\2-light.svg#only-light) !\1(\2-dark.svg#only-dark)", made)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep the source of the package, shown in the API, out of the search."""
+    return html.replace(_SOURCE, f"{_SOURCE} data-search-exclude")
+
+
+def _tabs(match: re.Match[str]) -> str:
+    """Return two named blocks of code as tabs."""
+    lines = []
+    for line in match[0].splitlines():
+        name = re.fullmatch(r"\*\*(async|blocking)\*\*", line)
+        lines.append(f'=== "{name[1].capitalize()}"' if name else f"    {line}".rstrip())
+    return "\n".join(lines) + "\n\n"

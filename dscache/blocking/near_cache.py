@@ -1,4 +1,4 @@
-"""The near cache of a Cache: its operations, in front of those of the pool.
+"""The near cache of a Cache: its operations, in front of the pool's.
 
 A hit is a call into the core and nothing else. The pool does a miss, and every write, as it does
 without a near cache; this module tells the core of it before and after. The theory of operation
@@ -19,6 +19,7 @@ from ..core import constants as c
 from ..core import typed
 from ..core.failures import AWAY
 from ..errors import BulkError
+from .connector import on_renewal
 from .foreign_errors import raise_foreign
 from .near_link import NearConnection, NearLink
 from .pool import Asked, Pool
@@ -56,6 +57,7 @@ class NearFront:
             "set_bulk": self._set_bulk,
             "delete_bulk": self._delete_bulk,
         }
+        on_renewal(credentials, self._renew, options.address)
 
     def _make_core(self) -> Any:
         """Return the entries and the rules for them."""
@@ -268,6 +270,11 @@ class NearFront:
             self._started = True
         for link in self._links:
             link.wait(self._options.command_timeout / 1000 * _SHARE)
+
+    def _renew(self) -> None:
+        """Have the links log in anew: there are new credentials."""
+        for link in self._links:
+            link.renew()
 
     def when_ready(self) -> None:
         """Wait until the changes are reported, or it is known that they aren't.

@@ -5,16 +5,16 @@ Theory of operation
 All processes of a host map one file, the **segment**, which has the entries. One of them, the
 **owner**, has the connection over which the server reports changes; the others wait for its place.
 ``core/host_near.pxi`` has the segment, ``near_segment.py`` the files and their locks. The rules are
-those of ``core/shared_near.py``, with processes in the place of threads.
+the rules of ``core/shared_near.py``, with processes in the place of threads.
 
 **Changes are made under a lock, and hits take none.** The lock is an ``flock``, so the system
 releases it if its process dies. A process that finds it released in the middle of a change drops
 all entries. No process waits for the lock for longer than some milliseconds: a read does without
-an entry then, and all else, which has to drop one, drops all instead, by an atomic addition to the
+an entry then, and a step that has to drop one drops all instead, by an atomic addition to the
 number of the epoch.
 
 **A hit is never half an entry.** Each entry has a sequence number, which is odd while the entry is
-written. A reader copies what it needs and returns it only if the number, and that of the epoch,
+written. A reader copies the entry and returns it only if the number, and that of the epoch,
 are the same before and after. The texts lie in blocks that other entries may take over, but only
 after the number of the first one has changed. The numbers are read and written by atomic
 operations with the fences that this takes on any processor. An entry has the whole name, so that
@@ -25,7 +25,7 @@ ticket that no other entry ever has. A report, a write and an answer that differ
 the answer fills it only if ticket and epoch are still the same.
 
 **The epoch** is a number in the segment: even while the owner hears of changes, else odd. It grows
-when a connection begins or ends and at a flush. Entries are those of the epoch in which their read
+when a connection begins or ends and at a flush. An entry is of the epoch in which its read
 was sent. Together with the epoch stands the time up to which the owner knows of every change. If
 the owner dies or stops, that time stands still, and hits end within ``idle_limit``. The next owner
 first ends the epoch.
@@ -94,7 +94,7 @@ def _bytes_of(identity: str) -> bytes:
 
 
 class HostNode:
-    """The server as the processes of a host know it; only the owner may say what it reports."""
+    """The server as the processes of a host know it; only the owner may pass on its reports."""
 
     def __init__(self, core: HostNearCache) -> None:
         self.core = core
@@ -161,6 +161,11 @@ class HostLink(NearLink):
         self._glance = _FIRST_GLANCE
         self._longest_glance = min(self._near.idle_limit / 1000 / _GLANCES, _LONGEST_GLANCE)
 
+    def renew(self) -> None:
+        # The owner may be another process, which has records of the former login as well.
+        self._core.flush("login")
+        super().renew()
+
     def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
@@ -177,7 +182,7 @@ class HostLink(NearLink):
             self._pause(failures)
 
     def _wait_for_owner(self) -> None:
-        """Wait a moment for the place of the owner, and follow what it does."""
+        """Wait a moment for the place of the owner, and follow its connections."""
         core = self._core
         if core.is_live:
             session = core.session

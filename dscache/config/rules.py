@@ -77,7 +77,7 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
 
 
 def _check_shared(options: Options, near: NearCacheOptions, place: Location) -> None:
-    """Raise ConfigError for what processes that share a near cache can't have."""
+    """Raise ConfigError for options that exclude a near cache of many processes."""
     if options.nodes:
         raise place.error(
             "is for one server; on a cluster each process has a near cache of its own, so leave it "

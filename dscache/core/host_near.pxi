@@ -91,7 +91,7 @@ cdef extern from *:
         HN_AT_IDENTITY = 32
     };
 
-    /* Values of a node's size beside those of texts. */
+    /* Values of a node's size that no text has. */
     #define HN_PENDING 0xffffffffu
     #define HN_MISSING 0xfffffffeu
     #define HN_LARGEST 0x7fffffffu
@@ -568,7 +568,7 @@ cdef extern from *:
         return node;
     }
 
-    /* Drop a node that may differ from what a read has found: no version is -1. */
+    /* Drop a node that may differ from the result of a read: no version is -1. */
     static void hn_compare(hn_map *map, const char *name, uint32_t size, int64_t version) {
         hn_node *node = hn_find(map, hn_hash(map->seed, name, size), name, size);
         if (node == NULL) return;
@@ -620,7 +620,7 @@ cdef extern from *:
 
     /* -- hits, without the lock */
 
-    /* Find a node that may be served; ``hn_is_still`` has to confirm what was read of it. */
+    /* Find a node that may be served; ``hn_is_still`` has to confirm it after it was read. */
     static int hn_look(const hn_map *map, const char *name, uint32_t size, int64_t idle_limit,
                        uint64_t session, hn_found *found) {
         uint64_t hash = hn_hash(map->seed, name, size);
@@ -662,7 +662,7 @@ cdef extern from *:
         return 0;
     }
 
-    /* Return whether nothing has changed of what was found. */
+    /* Return whether nothing has changed of a node that was found. */
     static int hn_is_still(const hn_map *map, const hn_found *found) {
         hn_fence_acquire();
         return hn_load(&found->node->seq) == found->seq
@@ -772,7 +772,7 @@ cdef int MANY_TRIES = 120
 # Names that are dropped under one lock.
 cdef Py_ssize_t HOST_DROPS = 128
 
-# Whether this machine has what a segment needs.
+# Whether this machine has the atomic operations that a segment needs.
 HOST_NEAR_SUPPORTED = bool(HN_SUPPORTED)
 
 
@@ -1041,7 +1041,7 @@ cdef class HostNearCache:
 
     @property
     def leads(self):
-        """Whether this process hears of the changes: only then it may say what is true."""
+        """Whether this process hears of the changes, and may pass them on."""
         return self._leads
 
     @leads.setter
@@ -1150,6 +1150,11 @@ cdef class HostNearCache:
         self.detach()
         self._writes = {}
 
+    def flush(self, str reason not None):
+        """Drop every record of all processes."""
+        if self._map.base != NULL:
+            self._flush(reason)
+
     def count_flush(self, str reason not None):
         """Count an invalidation of many records."""
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
@@ -1180,7 +1185,7 @@ cdef class HostNearCache:
     # -- helpers
 
     cdef inline bint _look(self, name, hn_found* found):
-        """Find what may be served of a name, if ``hn_is_still`` confirms it at the end."""
+        """Find the node of a name that may be served, if ``hn_is_still`` confirms it at the end."""
         cdef Py_ssize_t size = 0
         cdef const char* text
         if type(name) is not str or self._map.base == NULL:

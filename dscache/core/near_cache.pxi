@@ -225,7 +225,7 @@ cdef class NearCache(_NearStore):
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
     the event loop. Both are issued at the call, like every other operation.
 
-    ``settings`` are those of NearSettings.
+    ``settings`` are the fields of NearSettings.
     """
 
     cdef object _check

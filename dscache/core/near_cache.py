@@ -36,6 +36,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from functools import partial
 from sys import getsizeof
 from threading import get_ident
@@ -218,7 +219,7 @@ class NearCache(NearStore):
     ``get`` and ``head`` return a coroutine in place of a waiter: awaiting a hit doesn't yield to
     the event loop. Both are issued at the call, like every other operation.
 
-    ``settings`` are those of NearSettings.
+    ``settings`` are the fields of NearSettings.
     """
 
     def __init__(self, create_waiter: Callable[[], Any], inner: Any, **settings: Any) -> None:
@@ -265,7 +266,7 @@ class NearCache(NearStore):
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -308,7 +309,7 @@ class NearCache(NearStore):
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

@@ -135,6 +135,7 @@ def test_what_comes_between_keeps_a_read_from_being_kept(process: Process, at_en
         lambda: lead(one),
         lambda: lead(two),
         lambda: two.end_epoch("connection"),
+        lambda: one.flush("login"),
     ]
     for act in between:
         for reader in (one, two):
