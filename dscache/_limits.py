@@ -14,6 +14,8 @@ MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 MAX_REPLY_BYTES: Final = 1024 * 1024 * 1024
 NEAR_RECORDS: Final = 100_000
 NEAR_BYTES: Final = 64 * 1024 * 1024
+# The least size of a near cache that processes share.
+NEAR_SHARED_BYTES: Final = 1024 * 1024
 
 # Keys that one SCAN visits; other clients are served between two of them.
 SCAN_COUNT: Final = 1000

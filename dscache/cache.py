@@ -26,7 +26,7 @@ from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.keys import NOTE_SUFFIX
 from .core.patches import patch_of
-from .errors import BulkError, ConnectionLost, UsageError
+from .errors import BulkError, ConfigError, ConnectionLost, UsageError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -97,6 +97,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> None:
         super().__init__(source, credentials, **options)
         config = self._config
+        if config.options.near_cache is not None and config.options.near_cache.shared:
+            raise ConfigError(
+                f"{config.source}: nearCache: shared is for Cache; leave it out, and each process "
+                "with an AsyncCache has a near cache of its own"
+            )
         self._pipeline: _Operations | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[AsyncWatch] = WeakSet()

@@ -68,6 +68,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> None:
         super().__init__(source, credentials, **options)
         config = self._config
+        if config.options.near_cache is not None and config.options.near_cache.shared:
+            from .blocking.near_host import check_host  # few programs share theirs
+
+            check_host(config)
         self._run: _Run | None = None
         self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
@@ -771,4 +775,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             return NearClusterFront(self._topology, self._config, self._credentials)
         if options.sentinels and options.role == "slave":
             return None
+        if options.near_cache.shared:
+            from .blocking.near_host import HostFront
+
+            return HostFront(self._topology, options, self._credentials)
         return NearFront(self._topology, options, self._credentials)

@@ -1,4 +1,4 @@
-"""The near cache of a Cache: its operations, in front of those of the pool.
+"""The near cache of a Cache: its operations, in front of the pool's.
 
 A hit is a call into the core and nothing else. The pool does a miss, and every write, as it does
 without a near cache; this module tells the core of it before and after. The theory of operation
@@ -45,7 +45,7 @@ class NearFront:
         self._credentials = credentials
         self._closed = False
         self._lock = threading.RLock()
-        self.core = _backend.core.SharedNearCache(self._get, self._head, **options.for_near_cache())
+        self.core = self._make_core()
         self._begin()
         self._operations: dict[str, Callable[..., Any]] = {
             "get": self.core.get,
@@ -58,6 +58,11 @@ class NearFront:
             "delete_bulk": self._delete_bulk,
         }
         on_renewal(credentials, self._renew, options.address)
+
+    def _make_core(self) -> Any:
+        """Return the entries and the rules for them."""
+        make = _backend.core.SharedNearCache
+        return make(self._get, self._head, **self._options.for_near_cache())
 
     # -- operations
 

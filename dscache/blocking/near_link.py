@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakSet
 
 from msgspec.structs import replace
@@ -33,8 +33,6 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
-
-    from ..core.shared_near import NearNode
 
 _logger = logging.getLogger("dscache")
 
@@ -57,6 +55,19 @@ _GRACE: Final = 1.0
 _FAILURES: Final = (OSError, DscacheError, UnicodeError)
 
 _links: WeakSet[NearLink] = WeakSet()
+
+
+class Reported(Protocol):
+    """A server whose changes a link reports: a NearNode, or the HostNode of many processes."""
+
+    @property
+    def is_live(self) -> bool: ...
+    def connected(self, identity: str | None, since: float) -> None: ...
+    def confirm(self, known: float) -> None: ...
+    def disconnected(self, reason: str, is_trusted: bool = ...) -> None: ...
+    def unreachable(self) -> None: ...
+    def reachable(self) -> None: ...
+    def take_push(self, push: Any) -> None: ...
 
 
 def broadcast_options(options: Options) -> Options:
@@ -119,7 +130,7 @@ class NearLink:
         self,
         options: Options,
         credentials: CredentialProvider | None,
-        node: NearNode,
+        node: Reported,
         *,
         of_cluster: bool = False,
         on_connected: Callable[[NearConnection], object],
@@ -212,26 +223,34 @@ class NearLink:
     def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
-            began = time.monotonic()
-            connection = self._connection = NearConnection(
-                self._options, self.node.take_push, of_cluster=self._of_cluster
-            )
-            try:
-                if self._open(connection):
-                    self._follow(connection)
-            except Exception as error:
-                # Whatever it is, a link that ended without a successor would end the cache.
-                if not self._stopping.is_set():
-                    self._lose(connection, error)
-            finally:
-                self.node.disconnected("connection")
-                connection.discard()
-                self._decided.set()
-            if self._on_lost is not None and not self._stopping.is_set():
-                self._on_lost()
-            failures = 0 if time.monotonic() > began + _STEADY_AFTER else failures + 1
-            if failures:
-                self._stopping.wait(full_jitter(_PAUSE, _LONGEST_PAUSE, failures - 1))
+            failures = self._pause(0 if self._serve() else failures + 1)
+
+    def _pause(self, failures: int) -> int:
+        """Pause after so many failures in a row, and return their number."""
+        if failures:
+            self._stopping.wait(full_jitter(_PAUSE, _LONGEST_PAUSE, failures - 1))
+        return failures
+
+    def _serve(self) -> bool:
+        """Connect, and take reports until the connection ends; return whether it was a good one."""
+        began = time.monotonic()
+        connection = self._connection = NearConnection(
+            self._options, self.node.take_push, of_cluster=self._of_cluster
+        )
+        try:
+            if self._open(connection):
+                self._follow(connection)
+        except Exception as error:
+            # Whatever it is, a link that ended without a successor would end the cache.
+            if not self._stopping.is_set():
+                self._lose(connection, error)
+        finally:
+            self.node.disconnected("connection")
+            connection.discard()
+            self._decided.set()
+        if self._on_lost is not None and not self._stopping.is_set():
+            self._on_lost()
+        return time.monotonic() > began + _STEADY_AFTER
 
     def _open(self, connection: NearConnection) -> bool:
         """Connect; return whether the server reports its changes from now on."""

@@ -130,7 +130,7 @@ class NearCacheOptions(SwitchedStruct, frozen=True, kw_only=True):
 
     ``max_age`` and ``idle_limit`` are in milliseconds. Only names that begin with one of
     ``prefixes`` are kept; () keeps every name. With ``required``, a server that can't report
-    changes is refused.
+    changes is refused. If ``shared``, the processes of a host keep records together.
     """
 
     max_records: Count = NEAR_RECORDS
@@ -140,6 +140,7 @@ class NearCacheOptions(SwitchedStruct, frozen=True, kw_only=True):
     mode: Literal["default", "broadcast"] = "default"
     prefixes: tuple[NamePrefix, ...] = ()
     serve_stale: bool = False
+    shared: bool = False
     required: bool = True
 
 

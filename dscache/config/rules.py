@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from .._limits import NEAR_SHARED_BYTES
 from ..errors import shorten
 from . import ioredis
 from .model import NearCacheOptions, Options
@@ -62,6 +63,8 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
                     f"{shorten(one)} and {shorten(other)} overlap, which Redis refuses in the "
                     "mode broadcast; leave the longer one out"
                 )
+    if near.shared:
+        _check_shared(options, near, place.at("shared"))
     for name, value, applies in (
         ("role", options.role, options.sentinels),
         ("scaleReads", options.scale_reads, options.nodes),
@@ -71,6 +74,25 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
                 f"with {name}: {value} every read goes to a replica, and reads of replicas are not "
                 "cached; leave one of the two out"
             )
+
+
+def _check_shared(options: Options, near: NearCacheOptions, place: Location) -> None:
+    """Raise ConfigError for options that exclude a near cache of many processes."""
+    if options.nodes:
+        raise place.error(
+            "is for one server; on a cluster each process has a near cache of its own, so leave it "
+            "out"
+        )
+    if near.serve_stale:
+        raise place.error(
+            "and serveStale exclude each other: a record of another process isn't served after its "
+            "time; leave one of them out"
+        )
+    if near.max_bytes < NEAR_SHARED_BYTES:
+        raise place.error(
+            f"needs maxBytes of at least {NEAR_SHARED_BYTES}, not {near.max_bytes}; write more, or "
+            "leave it out"
+        )
 
 
 def check_cluster(options: Options, places: Mapping[str, Location]) -> None:

@@ -230,7 +230,7 @@ cdef class NearCache(_NearStore):
 
     The waiter of a hit is done already: awaiting it doesn't yield to the event loop.
 
-    ``settings`` are those of NearSettings.
+    ``settings`` are the fields of NearSettings.
     """
 
     cdef object _check

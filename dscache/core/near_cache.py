@@ -218,7 +218,7 @@ class NearCache(NearStore):
 
     The waiter of a hit is done already: awaiting it doesn't yield to the event loop.
 
-    ``settings`` are those of NearSettings.
+    ``settings`` are the fields of NearSettings.
     """
 
     def __init__(self, create_waiter: Callable[[], Any], inner: Any, **settings: Any) -> None:

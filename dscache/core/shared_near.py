@@ -205,7 +205,7 @@ class NearNode:
 
 
 class SharedNearCache(NearStore):
-    """Records that threads have read, for all threads; ``settings`` are those of NearSettings.
+    """Records that threads have read, for all threads; ``settings`` are of NearSettings.
 
     ``read`` is called with the name and the type of a record that isn't cached, and returns it;
     ``read_head`` is called with the name, and returns the version.

@@ -801,6 +801,26 @@ def test_mistakes(line: str, message: str | None, read: Read) -> None:
 
 
 @pytest.mark.parametrize(
+    ("near", "others", "problem"),
+    [
+        ({}, {"nodes": [{"host": "h"}]}, "is for one server; on a cluster each process has"),
+        ({"serveStale": True}, {}, "and serveStale exclude each other: a record of another"),
+        ({"maxBytes": 1000}, {}, "needs maxBytes of at least 1048576, not 1000; write more, or"),
+    ],
+)
+def test_what_a_shared_near_cache_excludes(
+    near: dict[str, Any], others: dict[str, Any], problem: str
+) -> None:
+    near = {"shared": True, **near}
+    found = refusal(options, nearCache=near, **others)
+    assert found.startswith(f"mapping: options.nearCache.shared: {problem}")
+    shared = options(nearCache={"shared": True}).near_cache
+    assert shared is not None
+    assert shared.shared
+    assert not NearCacheOptions().shared
+
+
+@pytest.mark.parametrize(
     ("option", "others"),
     [
         ("role", {"role": "slave", "name": "g", "sentinels": [{"host": "s"}]}),

@@ -25,7 +25,7 @@ import redis as redis_py
 from typer.main import get_group
 
 import dscache
-from dscache import _backend, config
+from dscache import _backend, _fast, config
 from dscache.cli.app import app
 from dscache.config import messages as message_config
 from dscache.embedded import EmbeddedServer
@@ -173,12 +173,16 @@ def run(folder: Path, *command: str) -> str:
 
 
 @in_language("yaml")
-def test_configuration(block: Block, tmp_path: Path) -> None:
+def test_configuration(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.yml"
     path.write_text(block.text, encoding="utf-8")
     # Constructed, not only parsed: an unsupported option must not be shown as an example.
     if "clusterNode" in block.text:
         dscache.MessageNode(message_config.load(path, environ=ENVIRON))
+    elif "shared: true" in block.text:
+        monkeypatch.setattr(_backend, "BACKEND", "fast")
+        monkeypatch.setattr(_backend, "core", _fast)
+        dscache.Cache(config.load(path, environ=ENVIRON))
     else:
         dscache.AsyncCache(config.load(path, environ=ENVIRON))
 

@@ -62,6 +62,7 @@ class Process:
         self._floor = array("q", bytes(8 * board.count))
         self._own = array("q", bytes(8 * board.count))
         self._stop = threading.Event()
+        self._ends = False
         self.problems: list[str] = []
         self.outcomes: Counter[str] = Counter()
         self.reads = [0] * where["threads"]
@@ -112,6 +113,10 @@ class Process:
             "usual": ordered[len(ordered) * 999 // 1000] / 1e9 if ordered else 0.0,
         }
 
+    def end(self) -> None:
+        """Have the readers of this process end, once they have read enough."""
+        self._ends = True
+
     def _guard(self, work: Any, *arguments: int) -> None:
         try:
             work(*arguments)
@@ -130,7 +135,7 @@ class Process:
         stale, floor, own, acked = self.stale[number], self._floor, self._own, board.acked
         now = time.monotonic_ns
         done = at = 0
-        while done < least or not board.may_end:
+        while done < least or not (board.may_end or self._ends):
             at = (at + 1) % (_PICKS - _BULK_SIZE)
             some = picks[at : at + (_BULK_SIZE if at % _BULK == 0 else 1)]
             lowest = [max(floors[i], floor[i], own[i]) for i in some]

@@ -56,11 +56,12 @@ async def threads(
     pause: float = 0.02,
     mode: str = "default",
     near: str = "",
+    core: str = "",
 ) -> None:
     """Read in threads of several processes, beside eight foreign writers and one of their own."""
     settings: Any = near or {"idleLimit": _LONG, "maxRecords": NAMES // 2, "mode": mode}
     await asyncio.to_thread(
-        _threads, figures, binary, reads, processes, count, pause, settings, None, 0
+        _threads, figures, binary, reads, processes, count, pause, settings, None, 0, core
     )
 
 
@@ -98,6 +99,7 @@ def _threads(
     near: Any,
     mischief_pause: float | None,
     times: int,
+    core: str = "",
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(binary) as server:
         path = Path(folder, "board")
@@ -131,7 +133,7 @@ def _threads(
                             json.dumps({**where, "seed": number, "writes": number == 0}),
                         ],
                         cwd=_ROOT,
-                        env={**os.environ, "DSCACHE_BACKEND": _backend.BACKEND},
+                        env={**os.environ, "DSCACHE_BACKEND": core or _backend.BACKEND},
                         stdout=subprocess.PIPE,
                         text=True,
                     )
@@ -154,6 +156,8 @@ def _threads(
         figures.notes.append(f"{sum(board.writes)} writes")
     for number, one in enumerate(found):
         _tell(figures, number, one, is_disturbed=mischief_pause is not None)
+    if not any(one["near"]["invalidations"] for one in found):
+        figures.problems.append("no process was told of a change")
 
 
 def _tell(figures: Figures, number: int, found: dict[str, Any], *, is_disturbed: bool) -> None:
@@ -170,7 +174,7 @@ def _tell(figures: Figures, number: int, found: dict[str, Any], *, is_disturbed:
         f"{found['longest'] * 1000:.1f} ms, 99.9 % up to {found['usual'] * 1000:.1f} ms, a probe "
         f"took up to {found['late'] * 1000:.1f} ms"
     )
-    if not near["hits"] or not near["invalidations"]:
+    if not near["hits"]:
         figures.problems.append(f"process {number}: nothing was put to the test: {near}")
     if not is_disturbed:
         if not found["probes"]:

@@ -32,6 +32,7 @@ from tests.soak import (
     deepstream_rows,
     message_rows,
     near_fault_rows,
+    near_host_rows,
     near_rows,
     near_thread_rows,
     record_rows,
@@ -826,6 +827,8 @@ ROWS: dict[str, Row] = {
     "sync-near-writes": near_thread_rows.writes,
     "sync-near-memory": near_thread_rows.memory,
     "sync-near-faults": near_fault_rows.faults,
+    "sync-near-host": near_host_rows.threads,
+    "sync-near-host-killed": near_host_rows.killed,
 }
 
 

@@ -50,6 +50,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "sync-near-faults": {"seconds": 4.5, "rounds": 1, "scenes": ("stopped", "overrun")},
 }
 
+# The pure core has no such near cache.
+OF_COMPILED_CORE: dict[str, dict[str, Any]] = {
+    "sync-near-host": {"reads": 20_000, "processes": 2},
+    "sync-near-host-killed": {"times": 3, "processes": 3},
+}
+
 # tests/deepstream has its short form, as it needs Node.
 ON_NODE = ("deepstream", "deepstream-calls")
 
@@ -121,5 +127,19 @@ async def test_a_program_that_does_not_end_is_a_problem_of_its_row(
     assert "TimeoutExpired" in problem
 
 
+@pytest.mark.parametrize("row", OF_COMPILED_CORE)
+async def test_row_of_the_compiled_core(row: str) -> None:
+    figures = await rows.run(row, BINARY, **OF_COMPILED_CORE[row])
+    print(figures.line())
+    assert figures.problems == []
+
+
 def test_every_row_is_here() -> None:
-    assert {*SIZES, *ON_NODE, *ON_CLUSTERS, *OF_THREADS, *IN_PROCESSES} == rows.ROWS.keys()
+    assert {
+        *SIZES,
+        *OF_COMPILED_CORE,
+        *ON_NODE,
+        *ON_CLUSTERS,
+        *OF_THREADS,
+        *IN_PROCESSES,
+    } == rows.ROWS.keys()

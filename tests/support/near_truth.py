@@ -7,11 +7,13 @@ acknowledged, and a thread that has read a step may never read an earlier one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -287,3 +289,16 @@ def links(redis: redis_py.Redis, name: str) -> tuple[list[dict[str, str]], list[
 def port_of(client: dict[str, str]) -> int:
     """Return the port of a connection, as a server sees it."""
     return int(client["addr"].rpartition(":")[2])
+
+
+def ports_of(process: int) -> set[int]:
+    """Return the ports of a process's IPv4 sockets, as Linux tells them."""
+    sockets = set()
+    with contextlib.suppress(OSError):  # it may have ended
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(str(file.readlink()))
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {
+        int(line[1].rpartition(":")[2], 16) for line in table if f"socket:[{line[9]}]" in sockets
+    }
