@@ -1,5 +1,6 @@
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from datetime import timedelta
 from types import GenericAlias
 from typing import Any, Generic, NoReturn, final, overload
 
@@ -79,6 +80,7 @@ class Pipeline:
     queue: deque[Any]
     suspects: list[Any]
     open_window: int
+    script_fence: int
     reach: Any
     epoch: Any
     def __init__(
@@ -129,7 +131,7 @@ class Pipeline:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ...,
     ) -> Any: ...
@@ -139,7 +141,7 @@ class Pipeline:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ...,
     ) -> Any: ...
@@ -193,7 +195,7 @@ class Router:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ...,
     ) -> Any: ...
@@ -203,7 +205,7 @@ class Router:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ...,
     ) -> Any: ...
@@ -230,7 +232,7 @@ class NearCache:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ...,
     ) -> Any: ...
@@ -240,7 +242,7 @@ class NearCache:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ...,
     ) -> Any: ...

@@ -20,7 +20,11 @@ from sys import getsizeof
 from types import GenericAlias
 
 cimport cython
-from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
+from cpython.bytearray cimport (
+    PyByteArray_AS_STRING,
+    PyByteArray_FromStringAndSize,
+    PyByteArray_GET_SIZE,
+)
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_CheckExact,
@@ -44,12 +48,22 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
-from .core import condition, failures, json_text, outcomes, recovery, refusals, scripts, tracking
+from .core import (
+    condition,
+    failures,
+    json_text,
+    outcomes,
+    recovery,
+    refusals,
+    scripts,
+    tolerant_json,
+    tracking,
+)
 from .core import constants as c
 from .core import envelope as e
 from .core import typed
 from .core.stats import latency_of, stats_of
-from .core.suspects import is_suspicious, window_beside_suspects
+from .core.suspects import is_restricted, restricted_window
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import Unobserved as _Unobserved
 from .core.waiters import reject_unobserved as _reject_unobserved
@@ -123,7 +137,8 @@ cdef class Pipeline:
     cdef public Py_ssize_t pending_bytes
     cdef Py_ssize_t _max_pending, _max_pending_bytes, _max_reply_bytes
     cdef readonly Py_ssize_t window
-    cdef public Py_ssize_t open_window  # 0 while there are suspects
+    cdef public Py_ssize_t open_window  # 0 while output is restricted
+    cdef public Py_ssize_t script_fence  # no output until ``settled`` reaches it
     cdef readonly Py_ssize_t partial  # bytes of a reply that isn't complete
     cdef readonly Py_ssize_t max_redirections
     cdef bint _refuse_when_full
@@ -408,27 +423,30 @@ cdef class Pipeline:
             if not batch.waiting():
                 self.queue.popleft()
         if not encoder.size():
-            return b"" if self.open_window else self._take_beside_suspects()
+            return b"" if self.open_window else self._take_restricted()
         self._flushes += 1
         self._bytes_out += encoder.size()
         if self.epoch is not None:
             self.epoch.asked(self.fence())
         return encoder.take()
 
-    cdef bytes _take_beside_suspects(self):
-        """Return output while there are suspects: one of them alone, or other operations."""
+    cdef bytes _take_restricted(self):
+        """Return output while there are suspects: one of them alone, or other operations.
+
+        Returns nothing while output waits for the refusals of a lost script.
+        """
         cdef Py_ssize_t window
         cdef bytes output = b""
         try:
             while not output:
-                window = window_beside_suspects(self)
+                window = restricted_window(self)
                 if self.in_flight >= window or not self.queue:
                     break
                 self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self.open_window = 0 if is_suspicious(self) else self.window
+            self.open_window = 0 if is_restricted(self) else self.window
 
     # -- input
 

@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
 from weakref import WeakSet
@@ -51,7 +52,7 @@ class _Operations(Protocol):
         name: str,
         version: int,
         data: Any,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_newer: bool,
         if_version: IfVersion,
     ) -> asyncio.Future[bool]: ...
@@ -61,7 +62,7 @@ class _Operations(Protocol):
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_newer: bool,
         if_version: IfVersions,
     ) -> asyncio.Future[builtins.set[str]]: ...
@@ -135,7 +136,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         version: int,
         data: Any,
         *,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> asyncio.Future[bool]:
@@ -143,10 +144,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
         any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is
-        encoded at the call. ``ttl`` is the record's lifetime in seconds: None for the configured
-        default, 0 for no expiry. With ``if_newer``, nothing is written and the result is False if
-        Redis holds this version or a higher one. With ``if_version``, nothing is written and the
-        result is False unless Redis holds exactly that version, or no record if it is None.
+        encoded at the call. ``ttl`` is the record's lifetime in whole seconds or as a timedelta:
+        None for the configured default, 0 for no expiry. With ``if_newer``, nothing is written and
+        the result is False if Redis holds this version or a higher one. With ``if_version``,
+        nothing is written and the result is False unless Redis holds exactly that version, or no
+        record if it is None.
 
         Raises RecordError at the call for a bad argument, or for both conditions. If a write may or
         may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
@@ -205,7 +207,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self,
         records: Mapping[str, tuple[int, Any]],
         *,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> asyncio.Future[builtins.set[str]]:
@@ -213,8 +215,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         Each record is written atomically, but the bulk isn't: it is sent in commands of some
         hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records in seconds. ``if_version`` maps each name to the version that
-        Redis must hold, or to None.
+        lifetime of all these records, as for ``set``. ``if_version`` maps each name to the version
+        that Redis must hold, or to None.
 
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
@@ -252,7 +254,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: None = None,
     ) -> Coroutine[Any, Any, Record | None]: ...
     @overload
@@ -262,7 +264,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[T], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: type[T],
     ) -> Coroutine[Any, Any, Record[T] | None]: ...
     @overload
@@ -272,7 +274,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: Any,
     ) -> Coroutine[Any, Any, Record | None]: ...
     def update(
@@ -281,7 +283,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:
         """Change a record's data; the result is the Record written, or None if it was removed.
@@ -316,7 +318,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         path: str | None = None,
         value: Any = OMITTED,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
     ) -> Coroutine[Any, Any, Record]:
         """Change part of a record's data; the result is the Record.
 
@@ -507,10 +509,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: None = None,
     ) -> Record | None: ...
     @overload
@@ -519,10 +521,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: type[T],
     ) -> Record[T] | None: ...
     @overload
@@ -531,10 +533,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any,
     ) -> Record | None: ...
     async def fetch(
@@ -542,10 +544,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> Record | None:
         """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
@@ -555,10 +557,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         missing record, one load runs, and all get its result. A cancelled caller ends no load. A
         write by anybody else while the load runs is never overwritten, but returned.
 
-        ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
-        differ by up to that part. After ``refresh_after`` seconds one load runs in the background
-        while everybody still gets the record at once. ``keep_missing`` is the number of seconds
-        for which a load's None is remembered for all processes. With a ``type``, the record's
+        ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
+        to that part. After ``refresh_after`` one load runs in the background while everybody still
+        gets the record at once. ``keep_missing`` is how long a load's None is remembered for all
+        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
         ``data`` is of that type, as of ``get``.
 
         Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
@@ -579,6 +581,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = await self._loads.load(entry, str(name), load, terms)
+            elif name in checks.missing:
+                await self._loads.end_missing(entry, [record])
         else:
             (name,) = loading.checked_names("fetch", (name,))
             record = await self._loads.fetch(entry, name, load, terms)
@@ -592,10 +596,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: None = None,
     ) -> dict[str, Record]: ...
     @overload
@@ -604,10 +608,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: type[T],
     ) -> dict[str, Record[T]]: ...
     @overload
@@ -616,10 +620,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any,
     ) -> dict[str, Record]: ...
     async def fetch_bulk(
@@ -627,10 +631,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> dict[str, Record]:
         """Read records; one ``load_many(missing names)`` makes the missing ones.
@@ -714,7 +718,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         change: Callable[[Any], Any],
         default: bytes | Omitted,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakSet
@@ -108,7 +109,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         version: int,
         data: Any,
         *,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> bool:
@@ -116,10 +117,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
         any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl``
-        is the record's lifetime in seconds: None for the configured default, 0 for no expiry. With
-        ``if_newer``, nothing is written and False is returned if Redis holds this version or a
-        higher one. With ``if_version``, nothing is written and False is returned unless Redis holds
-        exactly that version, or no record if it is None.
+        is the record's lifetime in whole seconds or as a timedelta: None for the configured
+        default, 0 for no expiry. With ``if_newer``, nothing is written and False is returned if
+        Redis holds this version or a higher one. With ``if_version``, nothing is written and False
+        is returned unless Redis holds exactly that version, or no record if it is None.
 
         Raises RecordError for a bad argument or for both conditions, and ConnectionLost or
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
@@ -173,7 +174,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self,
         records: Mapping[str, tuple[int, Any]],
         *,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> builtins.set[str]:
@@ -181,8 +182,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         Each record is written atomically, but the bulk isn't: it is sent in commands of some
         hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records in seconds. ``if_version`` maps each name to the version that
-        Redis must hold, or to None.
+        lifetime of all these records, as for ``set``. ``if_version`` maps each name to the version
+        that Redis must hold, or to None.
 
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
@@ -218,7 +219,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: None = None,
     ) -> Record | None: ...
     @overload
@@ -228,7 +229,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[_T], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: type[_T],
     ) -> Record[_T] | None: ...
     @overload
@@ -238,7 +239,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: Any,
     ) -> Record | None: ...
     def update(
@@ -247,7 +248,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         type: Any = None,
     ) -> Record | None:
         """Change a record's data; return the Record written, or None if it was removed.
@@ -286,7 +287,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         path: str | None = None,
         value: Any = OMITTED,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
     ) -> Record:
         """Change part of a record's data; return the Record.
 
@@ -491,10 +492,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: None = None,
     ) -> Record | None: ...
     @overload
@@ -503,10 +504,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: type[_T],
     ) -> Record[_T] | None: ...
     @overload
@@ -515,10 +516,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any,
     ) -> Record | None: ...
     def fetch(
@@ -526,10 +527,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         name: str,
         load: Callable[[str], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> Record | None:
         """Return a record; if it is missing, ``load(name)`` makes it, once for all callers.
@@ -539,10 +540,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         thread of the first caller, and all get its result. A write by anybody else while the load
         runs is never overwritten, but returned.
 
-        ``ttl`` is the lifetime of a loaded record in seconds, as for ``set``; ``jitter`` makes it
-        differ by up to that part. After ``refresh_after`` seconds one caller loads the record anew
-        while all others still get it at once. ``keep_missing`` is the number of seconds for which
-        a load's None is remembered for all processes. With a ``type``, the record's
+        ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
+        to that part. After ``refresh_after`` one caller loads the record anew while all others
+        still get it at once. ``keep_missing`` is how long a load's None is remembered for all
+        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
         ``data`` is of that type, as of ``get``.
 
         Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
@@ -559,19 +560,21 @@ class Cache(CacheBase[Pool | MemoryPool]):
         if type is not None:
             typed.check_type(type)
         run = self._run or self._open()
-        record: Record | None
+        record: Any
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = run("get", name)
             if name.endswith(NOTE_SUFFIX):
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = self._loads.load(run, str(name), load, terms)
+            elif name in checks.missing:
+                self._loads.end_missing(run, [record])
         else:
             (name,) = loading.checked_names("fetch", (name,))
             record = self._loads.fetch(run, name, load, terms)
         if type is not None and record is not None:
-            return typed.with_type(record, type)
-        return record
+            record = typed.with_type(record, type)
+        return record  # type: ignore[no-any-return]
 
     @overload
     def fetch_bulk(
@@ -579,10 +582,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: None = None,
     ) -> dict[str, Record]: ...
     @overload
@@ -591,10 +594,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: type[_T],
     ) -> dict[str, Record[_T]]: ...
     @overload
@@ -603,10 +606,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any,
     ) -> dict[str, Record]: ...
     def fetch_bulk(
@@ -614,10 +617,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         names: Iterable[str],
         load_many: Callable[[list[str]], Any],
         *,
-        ttl: int | None,
-        refresh_after: int | None = None,
+        ttl: int | timedelta | None,
+        refresh_after: int | timedelta | None = None,
         jitter: float = 0.1,
-        keep_missing: int | None = None,
+        keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> dict[str, Record]:
         """Return records; one ``load_many(missing names)`` makes the missing ones.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import BulkError, RecordError, ReplyError
 from .cache import AdminCache
 from .key_layout import Layout
-from .primaries import Primaries
+from .primaries import Primaries, open_primaries
 
 if TYPE_CHECKING:
     from ..core.pure import Record
@@ -85,6 +85,18 @@ async def list_records(
             batch = []
         if record is None:
             return
+
+
+async def lifetimes_of(cache: AdminCache, names: Sequence[str]) -> dict[str, int | None]:
+    """Return the lifetimes of records in seconds, rounded up; None for one without.
+
+    A record that no longer exists has none either. Raises ConnectError, ConnectionLost, and
+    ReplyError if a server refuses.
+    """
+    layout = Layout.of(cache.config.options)
+    keys = [layout.keys(name)[0] for name in names]
+    async with open_primaries(cache) as primaries:
+        return dict(zip(names, map(_seconds, await _lifetimes(primaries, keys)), strict=True))
 
 
 async def sorted_records(

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary, ref
@@ -85,7 +86,7 @@ class Changes:
         name: str,
         change: Callable[[Any], Any],
         default: bytes | core.Omitted,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
     ) -> Record | None:

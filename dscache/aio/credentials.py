@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 from ..config import Options
-from ..net.credentials import NOTHING, Hidden, Login, Tokens, login_of, provider_failed
+from ..net.credentials import Hidden, Login, Tokens, login_of, provider_failed
+from ..net.renewals import failed, listen
 from .resolver import Threads
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
-
-_logger = logging.getLogger("dscache")
 
 
 class Credentials:
@@ -45,33 +44,30 @@ class Credentials:
     def on_renewal(self, renewed: Callable[[list[str | Hidden]], None], address: str) -> None:
         """Call ``renewed`` on the loop with the words of an AUTH whenever there is a new token.
 
-        Providers call back in any thread, and some of them await the result. ``address`` is for
-        the log.
+        ``renewed`` is a bound method, whose object isn't kept alive. ``address`` is for the log.
         """
+        method = WeakMethod(renewed)
+
+        def log_in(words: list[str | Hidden]) -> None:
+            if (call := method()) is not None:
+                call(words)
 
         # The token is of a class of the provider's own.
-        def on_next(token: Any) -> Awaitable[None]:
+        def on_token(token: Any) -> None:
             try:
                 username = token.try_get("oid")
                 secret = Hidden(token.get_value())
                 words = [*([username] if username else []), secret]
                 self.given.note(secret)
             except Exception as error:
-                return on_error(error)
+                failed(address, error)
+                return
             # A loop in debug mode logs the arguments of its callbacks: this one has none. The
             # loop may be closed by now, and the cache with it.
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(lambda: renewed(words))
-            return NOTHING
+                self._loop.call_soon_threadsafe(lambda: log_in(words))
 
-        def on_error(error: Exception) -> Awaitable[None]:
-            _logger.warning("no new credentials for %s: %s", address, type(error).__name__)
-            return NOTHING
-
-        if (register := getattr(self._provider, "on_next", None)) is not None:
-            register(on_next)
-        if (register := getattr(self._provider, "on_error", None)) is not None:
-            register(on_error)
+        listen(self._provider, method, on_token, address)
 
     async def _fetch(self, provider: CredentialProvider) -> tuple[str, ...]:
         from redis.credentials import CredentialProvider

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..config import Options
@@ -19,7 +20,7 @@ from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
 from ..net.handshake import ClosedHandshakes, ServerInfo, handshake, secrets_of
-from ..net.sockets import FAMILIES, SocketConnect, UselessAddresses, unix_address
+from ..net.sockets import FAMILIES, SocketConnect, UselessAddresses, tls_handshake, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
 
@@ -64,7 +65,7 @@ class Endpoint:
         self._doubted = -math.inf
         self._useless = UselessAddresses()
         self._attempt = SocketConnect(self._useless)
-        self._closed = ClosedHandshakes() if may_be_proxy else None
+        self._closed = ClosedHandshakes(tls=bool(options.tls)) if may_be_proxy else None
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -133,12 +134,13 @@ class Endpoint:
             found = await self._resolver.look_up(host, port, family)
             sock = await connect_to(found, self._attempt)
         # From here on the loop closes the socket, whatever happens.
-        await create(
-            lambda: protocol,
-            sock=sock,
-            ssl=context,
-            server_hostname=(tls.servername or host) if tls else None,
-        )
+        with tls_handshake() if tls else nullcontext():
+            await create(
+                lambda: protocol,
+                sock=sock,
+                ssl=context,
+                server_hostname=(tls.servername or host) if tls else None,
+            )
         if tls:
             # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
             # alert is read here, before a write fails on the socket that the server has closed.

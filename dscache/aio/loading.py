@@ -69,6 +69,8 @@ class Loads:
         if due:
             self._begin(True, due, loading.refresh(due, terms), load, entry)
         records = {name: found[name] for name in names if name in found}
+        if self.checks.missing:
+            await self.end_missing(entry, records.values())
         missing = [name for name in names if name not in found]
         if not missing:
             return records
@@ -80,6 +82,12 @@ class Loads:
         if outcome.errors:
             raise BulkError("fetch_bulk", dict(outcome.errors), records)
         return records
+
+    async def end_missing(self, entry: Any, records: Iterable[Any]) -> None:
+        """End what is remembered of names whose records were read."""
+        names = [record.name for record in records if not record.stale]
+        if ended := self.checks.no_longer_missing(names):
+            await _drive(loading.end_missing(ended), _load_nothing, entry, Flight(ended))
 
     def _begin(
         self, refresh: bool, names: Iterable[str], steps: loading.Steps, load: _Loader, entry: Any
@@ -168,6 +176,10 @@ async def _renew(
         step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
             await getattr(entry, step.operation)(*step.arguments)
+
+
+async def _load_nothing(_names: tuple[str, ...]) -> object:
+    return {}
 
 
 def _single(load: Callable[[str], Any]) -> _Loader:

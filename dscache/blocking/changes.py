@@ -6,6 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -51,16 +52,19 @@ class Changes:
         name: str,
         change: Callable[[Any], Any],
         default: bytes | core.Omitted,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_changed: bool = False,
         type: Any = None,
+        successor: core.Successor | None = None,
     ) -> Record | None:
         """Do one update; ``run`` does one operation of a Pipeline, by its name."""
         timing = core.Timing(self._timeout, time.monotonic, _pause_after)
         holder = Holder(threading.get_ident())
         try:
             self._take_turn(operation, name, holder, timing)
-            steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
+            steps = core.change_steps(
+                operation, name, default, ttl, timing, if_changed, type, successor
+            )
             return _drive(steps, run, operation, name, change)
         finally:
             self._end_turn(name, holder)

@@ -6,14 +6,15 @@ changed since the last one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from ..config import Options
-from ..net.credentials import NOTHING, Logins
+from ..net.credentials import Logins
 from ..net.handshake import Attempt, ClosedHandshakes
+from ..net.renewals import listen
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -28,8 +29,10 @@ class Connector:
         self._options = options
         self.logins = Logins(provider)
         self._sentinels: Sentinels | None = None
-        self._closed = ClosedHandshakes() if options.sentinels is None else None
-        if options.sentinels is not None:
+        self._closed: ClosedHandshakes | None = None
+        if options.sentinels is None:
+            self._closed = ClosedHandshakes(tls=bool(options.tls))
+        else:
             # Imported here: redis-py takes longer to import than all of dscache.
             from .sentinel import Sentinels
 
@@ -49,19 +52,18 @@ class Connector:
         return None if self._closed is None else self._closed.attempt()
 
 
-def on_renewal(provider: CredentialProvider | None, renewed: Callable[[], None]) -> None:
+def on_renewal(
+    provider: CredentialProvider | None, renewed: Callable[[], None], address: str
+) -> None:
     """Have a bound method called, in any thread, whenever a provider has new credentials.
 
-    The provider keeps no reference to the method's object.
+    The provider keeps no reference to the method's object. ``address`` is for the log.
     """
-    if (register := getattr(provider, "on_next", None)) is None:
-        return
     method = WeakMethod(renewed)
 
-    def on_next(token: object) -> Awaitable[None]:
+    def on_token(token: object) -> None:
         if (call := method()) is not None:
             with suppress(RuntimeError):
                 call()
-        return NOTHING
 
-    register(on_next)
+    listen(provider, method, on_token, address)

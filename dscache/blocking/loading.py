@@ -86,6 +86,8 @@ class Loads:
                 for name, one in records.items()
                 if name not in due or name in anew
             }
+        if self.checks.missing:
+            self.end_missing(run, records.values())
         missing = [name for name in names if name not in found]
         if not missing:
             return records
@@ -99,6 +101,12 @@ class Loads:
         if outcome.errors:
             raise BulkError("fetch_bulk", dict(outcome.errors), records)
         return records
+
+    def end_missing(self, run: _Run, records: Iterable[Any]) -> None:
+        """End what is remembered of names whose records were read."""
+        names = [record.name for record in records if not record.stale]
+        if ended := self.checks.no_longer_missing(names):
+            _drive(loading.end_missing(ended), dict.fromkeys, run, _Flight(ended, Holder()))
 
     def reset_after_fork(self) -> None:
         """Forget the loads of the parent's threads, which a forked child lacks."""

@@ -19,6 +19,7 @@ from ..core import constants as c
 from ..core import typed
 from ..core.failures import AWAY
 from ..errors import BulkError
+from .connector import on_renewal
 from .foreign_errors import raise_foreign
 from .near_link import NearConnection, NearLink
 from .pool import Asked, Pool
@@ -56,6 +57,7 @@ class NearFront:
             "set_bulk": self._set_bulk,
             "delete_bulk": self._delete_bulk,
         }
+        on_renewal(credentials, self._renew, options.address)
 
     # -- operations
 
@@ -263,6 +265,11 @@ class NearFront:
             self._started = True
         for link in self._links:
             link.wait(self._options.command_timeout / 1000 * _SHARE)
+
+    def _renew(self) -> None:
+        """Have the links log in anew: there are new credentials."""
+        for link in self._links:
+            link.renew()
 
     def when_ready(self) -> None:
         """Wait until the changes are reported, or it is known that they aren't.

@@ -137,17 +137,33 @@ class NearLink:
         self._connector = Connector(self._options, credentials)
         self._decided = threading.Event()
         self._stopping = threading.Event()
-        self._again = threading.Event()
         self._connection: NearConnection | None = None
         self._complaint = ""
+        self._limit = 0.0
         address = options.address
         self._threads = [self._thread(self._run, f"dscache hears of changes at {address}")]
         if options.sentinels:
             self._threads.append(self._thread(self._follow_place, f"dscache follows {address}"))
         _links.add(self)
 
-    def _thread(self, target: Callable[[], object], name: str) -> threading.Thread:
-        return threading.Thread(target=target, name=name, daemon=True)
+    def _thread(self, work: Callable[[], object], name: str) -> threading.Thread:
+        """Return a thread that works until ``stop``; another follows if an exception ends it.
+
+        Without its thread a cache would keep nothing for good. Under gevent, where all greenlets
+        run in one thread, a KeyboardInterrupt may strike it.
+        """
+
+        def work_on() -> None:
+            try:
+                work()
+            finally:
+                if not self._stopping.is_set():
+                    successor = self._thread(work, name)
+                    self._threads.append(successor)
+                    self._threads.remove(threading.current_thread())
+                    start_thread(successor)
+
+        return threading.Thread(target=work_on, name=name, daemon=True)
 
     # -- for other threads
 
@@ -162,23 +178,27 @@ class NearLink:
 
     def restart(self, reason: str) -> None:
         """End the present connection; another one follows."""
-        self._again.set()
         connection = self._connection
         if connection is not None:
             connection.interrupt(EndedHere(reason))
 
+    def renew(self) -> None:
+        """Log in anew: the credentials have changed. What the present login has read is dropped."""
+        self.node.disconnected("login", False)
+        self.restart("there are new credentials")
+
     def stop(self) -> None:
         """Have the threads end soon."""
+        self._limit = time.monotonic() + self._options.connect_timeout / 1000 + _GRACE
         self._stopping.set()
         self._decided.set()
         self.restart("it was closed")
 
     def join(self) -> None:
         """Wait for the threads after ``stop``, unless one of them is the caller."""
-        limit = time.monotonic() + self._options.connect_timeout / 1000 + _GRACE
-        for thread in self._threads:
+        for thread in tuple(self._threads):
             if thread is not threading.current_thread() and thread.ident is not None:
-                thread.join(max(limit - time.monotonic(), 0))
+                thread.join(max(self._limit - time.monotonic(), 0))
 
     def leave(self) -> None:
         """Close the socket in a forked child, which has no such thread."""
@@ -192,7 +212,6 @@ class NearLink:
     def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
-            self._again.clear()
             began = time.monotonic()
             connection = self._connection = NearConnection(
                 self._options, self.node.take_push, of_cluster=self._of_cluster
@@ -301,11 +320,13 @@ class NearLink:
 
 def _stop_all() -> None:
     """End the threads before the interpreter does, which they would otherwise be struck by."""
-    links = list(_links)
-    for link in links:
-        link.stop()
-    for link in links:
-        link.join()
+    # Ctrl-C ends the wait. Python would show it as an exception that was ignored.
+    with suppress(KeyboardInterrupt):
+        links = list(_links)
+        for link in links:
+            link.stop()
+        for link in links:
+            link.join()
 
 
 atexit.register(_stop_all)

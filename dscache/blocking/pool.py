@@ -95,7 +95,7 @@ class Pool:
         self._closing = False
         self._overloads = 0
         self.is_near = options.near_cache is not None
-        on_renewal(provider, self._renew)
+        on_renewal(provider, self._renew, options.address)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
 
     # -- operations

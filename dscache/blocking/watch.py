@@ -337,8 +337,10 @@ class _Watching(Generic[DataT]):
                     return
                 cluster.refresh_slots()
                 self._update(cluster, is_first=False)
-        except Exception as error:
+        except BaseException as error:
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
 
     def drop(self) -> None:
         """Tell the threads to end, from any line of any thread."""
@@ -361,8 +363,13 @@ class _Watching(Generic[DataT]):
             self._end_dropped()
         return self.is_dropped
 
-    def _fail(self, error: Exception) -> None:
-        """End the iteration with an error that nothing else reports."""
+    def _fail(self, error: BaseException) -> None:
+        """End the iteration with an error that nothing else reports.
+
+        A thread may end by any exception. Under gevent, a KeyboardInterrupt strikes any greenlet.
+        """
+        if not isinstance(error, Exception):
+            error = ConnectionLost(f"{type(error).__name__} has ended a thread of the watch")
         if not self._closing.is_set():
             self._end = error
             self._closing.set()
@@ -419,7 +426,7 @@ class _Listener:
         credentials: CredentialProvider | None,
         changes: Changes,
         look_again: Callable[[], object] | None,
-        fail: Callable[[Exception], object],
+        fail: Callable[[BaseException], object],
         was_dropped: Callable[[], bool],
         *,
         is_first: bool,
@@ -464,8 +471,10 @@ class _Listener:
     def _run(self) -> None:
         try:
             self._listen()
-        except Exception as error:
+        except BaseException as error:
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._error = self._error or ConnectionLost("the watch was closed")
             self._decided.set()

@@ -22,6 +22,7 @@ from .ls import ls
 from .migrate import migrate
 from .options import flag
 from .set import set_
+from .top import top
 from .watch import watch
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def dscache(
 
 _COMMANDS = (
     *(get, set_, head, delete, edit, ls, diff),
-    *(doctor, export, import_, bench, watch, migrate, cluster),
+    *(doctor, top, export, import_, bench, watch, migrate, cluster),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.strip("_"))(_command)

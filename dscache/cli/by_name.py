@@ -8,8 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from ..admin import ndjson
-from ..admin.cache import open_cache
-from ..cache import AsyncCache
+from ..admin.cache import AdminCache, open_cache
 from ..config import Config
 from .settings import read_input, run
 
@@ -31,7 +30,7 @@ NamesArgument = Annotated[
 def run_by_name(
     names: list[str] | None,
     config: Config,
-    handle: Callable[[AsyncCache, list[str]], Awaitable[int]],
+    handle: Callable[[AdminCache, list[str]], Awaitable[int]],
 ) -> None:
     """Call ``handle`` with the cache and some names at a time, until all have been handled.
 

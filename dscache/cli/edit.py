@@ -15,6 +15,7 @@ import typer
 
 from ..admin import ndjson
 from ..admin.cache import open_cache
+from ..admin.indent import indented
 from ..config import Config
 from ..errors import DscacheError, RecordError, RecordMissing, shorten
 from .options import Chosen, flag, with_all_options
@@ -42,7 +43,7 @@ def edit(
     record = run(_read(config, name))
     if record is None and not create:
         raise RecordMissing(f"no record {shorten(name)}; --create begins one", name=name)
-    version, text = (0, b"{}") if record is None else (record.version, _pretty(record))
+    version, text = (0, b"{}") if record is None else (record.version, indented(record.raw))
     handle, path = tempfile.mkstemp(prefix="dscache-", suffix=".json")
     file = Path(path)
     with open(handle, "wb") as opened:
@@ -81,14 +82,6 @@ async def _write(config: Config, name: str, version: int, text: bytes, *, existe
     async with open_cache(config) as cache:
         expected = version if existed else None
         return await cache.set(name, version + 1, msgspec.Raw(text), if_version=expected)
-
-
-def _pretty(record: Record) -> bytes:
-    """Return the JSON text indented, or as stored where msgspec refuses it."""
-    try:
-        return msgspec.json.format(record.raw, indent=2)
-    except msgspec.DecodeError:
-        return record.raw
 
 
 def _edited(file: Path, name: str) -> bytes:

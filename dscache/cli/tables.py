@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import msgspec
 from rich.console import Console
+from rich.highlighter import JSONHighlighter
 from rich.text import Text
 
+from ..admin.indent import indented
 from ..errors import BulkError, RecordError, shorten
-from .output import complain, new_table, plain, write
+from .output import complain, new_table, plain, printable, write
 
 T = TypeVar("T")
 Cell = str | Text
@@ -20,6 +22,8 @@ NO_RECORD = Text("no record", "yellow")
 """The cell beside a name without a record."""
 # The columns of numbers.
 _NUMBERS = ("version", "bytes", "ttl")
+# Bytes of JSON text beyond which colours would take seconds.
+_MOST_COLOURED = 100_000
 # The number of missing names that are printed one by one.
 _MISSING_SHOWN = 5
 
@@ -32,10 +36,9 @@ def line_of(**fields: object) -> bytes:
 class Results:
     """Results by name, printed in parts: ``show`` prints those added since the last call."""
 
-    def __init__(self, as_json: bool, *columns: str, fold: bool = False) -> None:
+    def __init__(self, as_json: bool, *columns: str) -> None:
         self._as_json = as_json
         self._heads = ["name", *columns]
-        self._fold = fold
         self._lines: list[bytes] = []
         self._rows: list[list[Text]] = []
         self._headed = False
@@ -99,21 +102,59 @@ class Results:
         heads = self._heads
         columns = zip_longest(map(Text, heads), *self._rows, fillvalue=Text())
         widths = [max(cell.cell_len for cell in column) for column in columns]
-        # Data is cut first; a name is folded only if it would leave no width for the data.
+        # A name is folded only if it would leave no width for the other columns.
         widths[0] = min(widths[0], max(console.width // 2, 12))
-        if "data" in heads:
-            widths[-1] = min(widths[-1], max(console.width - sum(widths[:-1]) - 2 * len(heads), 10))
         for head, width in zip(heads, widths, strict=True):
-            folds = head == "name" or (head == "data" and self._fold)
             table.add_column(
                 head,
                 justify="right" if head in _NUMBERS else "left",
                 width=width,
-                no_wrap=not folds,
-                overflow="fold" if folds else "ellipsis",
+                no_wrap=head != "name",
+                overflow="fold" if head == "name" else "ellipsis",
             )
         for row in self._rows:
             table.add_row(*row)
         console.print(table)
         self._rows.clear()
         self._headed = True
+
+
+class Blocks(Results):
+    """Records for a terminal: each as a heading, and its data indented below."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    @staticmethod
+    def block(head: str, data: bytes) -> Text:
+        """Return a record's cell: the facts beside its name, and its JSON text."""
+        lines = indented(data).decode(errors="replace").split("\n")
+        text = Text("\n".join(map(printable, lines)))
+        if len(data) <= _MOST_COLOURED:
+            JSONHighlighter().highlight(text)
+        return Text("\n").join([Text(head, "dim"), text])
+
+    def show(self) -> None:
+        """Print the records added since the last call, with an empty line between two."""
+        console = Console(highlight=False)
+        for name, cell in self._rows:
+            if self._headed:
+                console.print()
+            self._headed = True
+            name.stylize("bold")
+            # The terminal folds long lines, so that copied text has no line ends of ours.
+            console.print(Text("  ").join([name, cell]), soft_wrap=True)
+        self._rows.clear()
+
+
+def with_lifetime(head: str, name: str, lifetimes: Mapping[str, int | None]) -> str:
+    """Return a heading with the remaining lifetime of a record, if it is known."""
+    if name not in lifetimes:
+        return head
+    seconds = lifetimes[name]
+    if seconds is None:
+        return f"{head}, no expiry"
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{head}, expires in {seconds // size} {unit}"
+    return f"{head}, expires in {seconds} s"

@@ -13,11 +13,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 import msgspec
 from msgspec import inspect
 
+from .._seconds import whole_seconds
 from ..errors import ConfigError, shorten
 
 _logger = logging.getLogger("dscache")
@@ -237,8 +239,11 @@ def _integer(
     # deepstream's connector takes any falsy ttl for none.
     if zero_is_none and _plain(written) in (False, ""):
         return None
-    number = _number(written, place, expected)
-    if zero_is_none and number == 0:
+    if isinstance(written, timedelta) and extra.get("unit") == "seconds":
+        number = whole_seconds(written) or 0
+    else:
+        number = _number(written, place, expected)
+    if zero_is_none and number == 0 and not isinstance(written, timedelta):
         return None
     if number < low or (high is not None and number > high):
         _refuse(written, place, expected)
@@ -312,7 +317,9 @@ def _shown(written: object) -> str:
     if isinstance(written, Scalar):
         return written.text[:80]
     # Text with an @ may be a misplaced URL, with a password in it.
-    if isinstance(written, (bool, int, float)) or (isinstance(written, str) and "@" not in written):
+    if isinstance(written, (bool, int, float, timedelta)) or (
+        isinstance(written, str) and "@" not in written
+    ):
         return shorten(written)
     return _kind(written)
 

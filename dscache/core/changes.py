@@ -7,6 +7,7 @@ of asyncio and of threads execute the steps, and keep the updates of one name in
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -65,6 +66,8 @@ PAUSE: Final = "pause"
 Step: TypeAlias = tuple[str, tuple[Any, ...]]
 """The name of a step, and its arguments."""
 Steps: TypeAlias = Generator[Step, Any, "Record | None"]
+Successor: TypeAlias = Callable[["Record | None"], tuple[int, int | None]]
+"""Returns the version and the ttl to write, given the Record read."""
 
 
 class Timing:
@@ -91,7 +94,9 @@ def check_change(operation: str, change: object) -> None:
         raise TypeError(f"{operation}: change must be a function, not {shorten(change)}")
 
 
-def check_arguments(name: str, default: object, ttl: int | None) -> tuple[str, bytes | Omitted]:
+def check_arguments(
+    name: str, default: object, ttl: int | timedelta | None
+) -> tuple[str, bytes | Omitted]:
     """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
     name = _backend.core.check_name(name)
     if ttl is not None:
@@ -108,15 +113,17 @@ def change_steps(
     operation: str,
     name: str,
     default: bytes | Omitted,
-    ttl: int | None,
+    ttl: int | timedelta | None,
     timing: Timing,
     if_changed: bool = False,
     type: Any = None,
+    successor: Successor | None = None,
 ) -> Steps:
     """Yield the steps of one update; its result is the Record written, or None if it was removed.
 
     ``default`` is the JSON text of a missing record, or OMITTED. With ``if_changed``, data that is
-    equal to that of the record isn't written. The data and the result are of the ``type``.
+    equal to that of the record isn't written. The data and the result are of the ``type``. By
+    default the record is written with the next version and ``ttl``; a ``successor`` chooses both.
     """
     core = _backend.core
     conflicts = 0
@@ -145,7 +152,10 @@ def change_steps(
             text = core.encode_data(name, data)
             if if_changed and record is not None and _is_same(name, record, text):
                 return record  # type: ignore[no-any-return] # of the driver
-            version = FIRST_VERSION if record is None else record.version + 1
+            if successor is not None:
+                version, ttl = successor(record)
+            else:
+                version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
             expected = None if record is None else record.version

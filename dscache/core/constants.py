@@ -28,6 +28,17 @@ TAG_FOR_BRACE: Final = b"}{0}"
 
 MAX_VERSION: Final = 2**63 - 1
 
+# Bounds of data to be encoded, the same on every Python: msgspec and ``json`` stop at the end of
+# the stack, which comes after 1000 levels on one and after 100,000 on another, and a value that
+# leads to its parts on 2**n paths has that many parts in its text. Redis takes 512 MiB.
+MAX_DATA_DEPTH: Final = 1000
+MAX_DATA_BYTES: Final = 512 * 1024 * 1024
+# Buffers for a text, each for a text that is too long for the one before.
+DATA_BUFFERS: Final = (2**20, 2**24, 2**26, 2**28, MAX_DATA_BYTES)
+# After the second buffer a value of no more containers is looked through. As a rule, honest data
+# with a text of 16 MiB has more; a value that leads to its parts on 2**n paths has n.
+DATA_CONTAINERS: Final = 20_000
+
 # Records in one MGET or MSET, and about as many in one write to the socket, so that the server has
 # begun, and answers come, while the next are encoded and those before are parsed. Bulks of 1000 and
 # of 20,000 take 0.90 to 0.95 of the time that they took with 512 and all of it in one write, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from . import constants as c
@@ -25,7 +26,7 @@ from .record import check_name, check_version, encode_data
 def make_writes(
     default_ttl: int,
     records: Mapping[str, tuple[int, Any]],
-    ttl: int | None,
+    ttl: int | timedelta | None,
     if_newer: bool,
     if_version: IfVersions,
 ) -> tuple[dict[str, Any], int, int]:
@@ -54,7 +55,7 @@ def make_write(
     name: str,
     version: int,
     data: Any,
-    ttl: int | None,
+    ttl: int | timedelta | None,
     if_newer: bool,
     if_version: IfVersion,
 ) -> Write:

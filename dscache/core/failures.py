@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from datetime import timedelta
 from typing import Any, Final, NoReturn
 
 import hiredis
 
+from .._seconds import whole_seconds
 from ..errors import (
     BulkError,
     ConnectError,
@@ -85,14 +87,24 @@ def bad_version(name: str, version: object) -> RecordError:
 
 
 def check_ttl(name: str, ttl: object) -> int:
-    """Return a ttl that is whole seconds, or raise RecordError."""
-    if not isinstance(ttl, int) or isinstance(ttl, bool) or not 0 <= ttl <= c.MAX_TTL:
-        raise RecordError(
-            f"record {shorten(name)}: ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none "
-            f"or None for the configured default, not {shorten(ttl)}",
-            name=name,
-        )
-    return int(ttl)
+    """Return a ttl in whole seconds, or raise RecordError."""
+    seconds = ttl if type(ttl) is int else whole_seconds(ttl)
+    if seconds is None or not 0 <= seconds <= c.MAX_TTL:
+        raise RecordError(f"record {shorten(name)}: {_bad_ttl(ttl)}", name=name)
+    return seconds
+
+
+def bad_ttl(operation: str, ttl: object) -> RecordError:
+    """Return the error for the ttl of an operation on many records."""
+    return RecordError(f"{operation}: {_bad_ttl(ttl)}")
+
+
+def _bad_ttl(ttl: object) -> str:
+    remedy = "; write 0 for no lifetime" if ttl == timedelta(0) else ""
+    return (
+        f"ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none or None for the configured "
+        f"default, not {shorten(ttl)}{remedy}"
+    )
 
 
 def overloaded(address: str, operations: int, size: int) -> Overloaded:

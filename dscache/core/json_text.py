@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from ..errors import RecordError, shorten
+from . import constants as c
 from . import tolerant_json
 from .models import decode_model, encode_model, is_model
 
@@ -18,11 +19,50 @@ encode_json_into: Final = msgspec.json.Encoder(enc_hook=encode_model).encode_int
 def encode_json(value: object) -> bytes:
     """Return the JSON text of a value; raises whatever msgspec or the value's own type raises.
 
-    Into a buffer: where memory ends, msgspec 0.20's ``encode`` crashes the process.
+    Raises DeepError or LongError beyond the bounds of depth and size.
+
+    Into buffers of fixed size, each larger than the one before: a value that leads to its parts on
+    2**n paths fills the last at most, and msgspec writes into all of them together less than twice
+    the longest. And where memory ends, msgspec 0.20's ``encode`` crashes the process.
     """
-    text = bytearray()
-    encode_json_into(value, text)
-    return bytes(text)
+    for size in (4096, *c.DATA_BUFFERS):
+        text = bytearray(size)
+        if encode_within(value, text):
+            if is_too_deep(text):
+                raise tolerant_json.DeepError
+            return bytes(text)
+        if size == c.DATA_BUFFERS[1]:
+            tolerant_json.check_bounds(value, c.DATA_CONTAINERS)
+    raise tolerant_json.LongError
+
+
+def encode_within(value: object, text: bytearray) -> bool:
+    """Encode a value into a buffer and cut it to the text; return False if it is too short.
+
+    Its view keeps msgspec from enlarging it.
+    """
+    with memoryview(text):
+        try:
+            encode_json_into(value, text)
+        except BufferError as error:
+            if not is_overflow(error):
+                raise
+            return False
+    return True
+
+
+def is_overflow(error: BufferError) -> bool:
+    """Return whether msgspec met the end of the buffer; an object of the data may fail likewise."""
+    return str(error).startswith("Existing exports of data")
+
+
+def is_too_deep(text: bytearray) -> bool:
+    """Return whether a text is nested beyond the bound."""
+    return (
+        len(text) > c.MAX_DATA_DEPTH
+        and text.count(b"[") + text.count(b"{") > c.MAX_DATA_DEPTH
+        and tolerant_json.depth_of(text) > c.MAX_DATA_DEPTH
+    )
 
 
 def encode_tolerantly(name: str, data: object) -> bytes:

@@ -46,9 +46,11 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .. import _backend
+from .._seconds import Lifetime, whole_seconds
 from ..errors import BulkError, DscacheError, LoadError, RecordError, UsageError, shorten
 from . import constants as c
 from .entries import unique
+from .failures import bad_ttl
 from .keys import NOTE_SUFFIX
 
 _logger = logging.getLogger("dscache")
@@ -109,34 +111,29 @@ class Terms:
 
 
 def terms_of(
-    ttl: int | None,
-    refresh_after: int | None,
+    ttl: Lifetime | None,
+    refresh_after: Lifetime | None,
     jitter: float,
-    keep_missing: int | None,
+    keep_missing: Lifetime | None,
     default_ttl: int | None,
 ) -> Terms:
     """Return the checked options of a ``fetch``; raises RecordError."""
-    seconds = (default_ttl or 0) if ttl is None else ttl
-    if not _is_int(seconds) or not 0 <= seconds <= c.MAX_TTL:
+    seconds = (default_ttl or 0) if ttl is None else whole_seconds(ttl)
+    if seconds is None or not 0 <= seconds <= c.MAX_TTL:
+        raise bad_ttl("fetch", ttl)
+    due = _checked_seconds("refresh_after", refresh_after)
+    if due is not None and seconds and due >= seconds:
         raise RecordError(
-            f"fetch: ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none or None for the "
-            f"configured default, not {shorten(ttl)}"
+            f"fetch: refresh_after must be less than the ttl of {seconds} s, not {due}; a record "
+            "that has expired is loaded anyway"
         )
-    if refresh_after is not None:
-        _check_seconds("refresh_after", refresh_after)
-        if seconds and refresh_after >= seconds:
-            raise RecordError(
-                f"fetch: refresh_after must be less than the ttl of {seconds} s, not "
-                f"{refresh_after}; a record that has expired is loaded anyway"
-            )
-    if keep_missing is not None:
-        _check_seconds("keep_missing", keep_missing)
+    kept = _checked_seconds("keep_missing", keep_missing)
     is_number = type(jitter) is float or _is_int(jitter)
     if not is_number or not 0 <= jitter < 1:
         raise RecordError(
             f"fetch: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
         )
-    return Terms(seconds, refresh_after, float(jitter), keep_missing)
+    return Terms(seconds, due, float(jitter), kept)
 
 
 def no_load(operation: str, name: str, load: object) -> TypeError:
@@ -180,12 +177,14 @@ def checked_names(operation: str, names: Iterable[str]) -> list[str]:
     return checked
 
 
-def _check_seconds(option: str, value: int) -> None:
-    if not _is_int(value) or not 1 <= value <= c.MAX_TTL:
+def _checked_seconds(option: str, value: Lifetime | None) -> int | None:
+    seconds = whole_seconds(value)
+    if value is not None and (seconds is None or not 1 <= seconds <= c.MAX_TTL):
         raise RecordError(
             f"fetch: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
             f"not {shorten(value)}"
         )
+    return seconds
 
 
 def _is_int(value: Any) -> bool:
@@ -197,7 +196,8 @@ class Checks:
 
     ``known`` has the terms of options that were checked before, and ``recent`` the time until which
     a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
-    ``keeps_missing`` is whether any call has remembered that there is nothing.
+    ``keeps_missing`` is whether any call has remembered that there is nothing. ``missing`` has the
+    names of which a note told so that this process has not ended.
     """
 
     def __init__(self, default_ttl: int | None) -> None:
@@ -205,14 +205,14 @@ class Checks:
         self.known: dict[tuple[Any, ...], Terms] = {}
         self.recent: dict[str, float] = {}
         self.keeps_missing = False
-        self._missing: set[str] = set()
+        self.missing: set[str] = set()
 
     def terms(
         self,
-        ttl: int | None,
-        refresh_after: int | None,
+        ttl: Lifetime | None,
+        refresh_after: Lifetime | None,
         jitter: float,
-        keep_missing: int | None,
+        keep_missing: Lifetime | None,
     ) -> Terms:
         """Return the checked options of a ``fetch``; raises RecordError."""
         terms = terms_of(ttl, refresh_after, jitter, keep_missing, self._default_ttl)
@@ -225,9 +225,9 @@ class Checks:
 
     def keep_missing(self, names: Iterable[str]) -> None:
         """Note that other calls remember of these names that there is nothing."""
-        if len(self._missing) >= _MOST_CHECKS:
-            self._missing.clear()
-        self._missing.update(names)
+        if len(self.missing) >= _MOST_CHECKS:
+            self.missing.clear()
+        self.missing.update(names)
 
     def notes_after(self, names: Iterable[str], *, removed: bool) -> list[str]:
         """Return the notes to remove with records that are written or removed.
@@ -237,10 +237,13 @@ class Checks:
         """
         if removed:
             return [note_of(name) for name in names]
-        missing = self._missing
-        ended = [name for name in names if name in missing]
-        missing.difference_update(ended)
-        return [note_of(name) for name in ended]
+        return [note_of(name) for name in self.no_longer_missing(names)]
+
+    def no_longer_missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names that were missing, and forget that they were."""
+        ended = [name for name in names if name in self.missing]
+        self.missing.difference_update(ended)
+        return ended
 
     def is_recent(self, name: str) -> bool:
         """Return whether the age of a record was checked a moment ago."""
@@ -490,6 +493,32 @@ def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
     return outcome
 
 
+def end_missing(names: Iterable[str]) -> Steps:
+    """End the notes that there is nothing, beside records that another program has written.
+
+    The record may be removed again, by a program that knows no notes, before such a note ends.
+    """
+    outcome = Outcome()
+    try:
+        notes = yield from _read(map(note_of, names), outcome)
+        yield from _end_missing(names, notes)
+    except DscacheError:
+        pass  # a note that stays ends by itself
+    outcome.errors.clear()
+    return outcome
+
+
+def _end_missing(names: Iterable[str], notes: Mapping[str, Any]) -> _Part:
+    beside = {name: notes.get(note_of(name)) for name in names}
+    ended = {
+        name: note.version
+        for name, note in beside.items()
+        if note is not None and state_of(note) == _MISSING
+    }
+    if ended:
+        yield from _quietly(_drop_notes(ended))
+
+
 def _look(
     waiting: dict[str, None], rings: _Rings, outcome: Outcome
 ) -> Generator[Step, Any, dict[str, Any]]:
@@ -504,6 +533,7 @@ def _look(
             outcome.errors.pop(name, None)
     rings.look(waiting, found, outcome)
     vacant: dict[str, int | None] = {}
+    written: list[str] = []
     for name in list(waiting):
         note = found.get(note_of(name))
         state = state_of(note)
@@ -512,6 +542,7 @@ def _look(
         elif name in found:
             outcome.records[name] = found[name]
             del waiting[name]
+            written.append(name)
         elif state == _MISSING:
             outcome.nothing.add(name)
             del waiting[name]
@@ -520,6 +551,7 @@ def _look(
             del waiting[name]
         elif state != _LOADING:
             vacant[name] = _version_of(note)
+    yield from _end_missing(written, found)
     return vacant
 
 

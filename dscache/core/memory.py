@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Final
 
 from .. import _backend
@@ -74,7 +75,7 @@ class MemoryPipeline:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -109,7 +110,7 @@ class MemoryPipeline:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:
@@ -206,7 +207,7 @@ class MemoryPipeline:
         return dict.fromkeys(map(self._core.check_name, names))
 
     def _content(
-        self, name: str, version: object, data: object, ttl: int | None
+        self, name: str, version: object, data: object, ttl: int | timedelta | None
     ) -> tuple[int, bytes, int]:
         number = self._core.check_version(name, version)
         seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)

@@ -36,6 +36,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from functools import partial
 from sys import getsizeof
 from threading import get_ident
@@ -265,7 +266,7 @@ class NearCache(NearStore):
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -308,7 +309,7 @@ class NearCache(NearStore):
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

@@ -51,7 +51,13 @@ connection. An operation that was under way twice is therefore a suspect. It wai
 queue, in ``suspects``, until nothing else waits or is in flight, until half of its time is left, or
 until an operation that must not overtake it is next; and then nothing else is sent until it is
 answered. Cut once more, it fails. While there are suspects, the window is 0, so that all output
-goes through ``_take_beside_suspects`` and the usual way needs no test for them.
+goes through ``_take_restricted`` and the usual way needs no test for them.
+
+**Lost scripts.** Redis refuses every write by script until it has the script again. The first
+repeat brings it, and must not come before the refusals of the others under way: a write issued
+later would then be done before their repeats. So the pipeline sends nothing until those are
+answered, ``script_fence``. If another client has loaded the script meanwhile, a later write under
+way is done, and a write of its name that waits for its repeat is overtaken (``settle_doubts``).
 
 **Re-entrancy.** A finalizer, a waiter, ``wake`` or ``create_waiter`` may issue operations in the
 middle of any method. A batch is therefore queued with its first record already in it. While the
@@ -73,6 +79,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from threading import get_ident
 from typing import Any, Final
 
@@ -98,7 +105,7 @@ from .reader import LengthGuard
 from .record import check_name
 from .resp import Encoder, pack_command
 from .stats import Latencies, stats_of
-from .suspects import is_suspicious, window_beside_suspects
+from .suspects import is_restricted, restricted_window
 from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
@@ -189,7 +196,8 @@ class Pipeline:
         self.clustered = clustered
         self.max_redirections = max_redirections
         self.window = max(1, min(c.WINDOW_RECORDS, max_pending))
-        self.open_window = self.window  # 0 while there are suspects
+        self.open_window = self.window  # 0 while output is restricted
+        self.script_fence = 0  # no output until ``settled`` reaches it
         self._awake = False
         self.busy = False  # the queue or the slots are being changed: only new operations may come
         self.open_batches: list[Batch] = []
@@ -232,7 +240,7 @@ class Pipeline:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -278,7 +286,7 @@ class Pipeline:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:
@@ -436,22 +444,25 @@ class Pipeline:
             if self.epoch is not None:
                 self.epoch.asked(self.fence())
         elif not self.open_window:
-            return self._take_beside_suspects()
+            return self._take_restricted()
         return b"".join(out)
 
-    def _take_beside_suspects(self) -> bytes:
-        """Return output while there are suspects: one of them alone, or other operations."""
+    def _take_restricted(self) -> bytes:
+        """Return output while there are suspects: one of them alone, or other operations.
+
+        Returns nothing while output waits for the refusals of a lost script.
+        """
         output = b""
         try:
             while not output:
-                window = window_beside_suspects(self)
+                window = restricted_window(self)
                 if self.in_flight >= window or not self.queue:
                     break
                 self.open_window = window
                 output = self._take()  # nothing, if no waiter was left for what waited
             return output
         finally:
-            self.open_window = 0 if is_suspicious(self) else self.window
+            self.open_window = 0 if is_restricted(self) else self.window
 
     # -- input
 

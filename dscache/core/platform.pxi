@@ -8,6 +8,7 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
     void PyObject_GC_UnTrack(PyObject* untied) noexcept
+    void Py_SET_SIZE(object container, Py_ssize_t size) noexcept
     int PyList_SetSlice(object items, Py_ssize_t low, Py_ssize_t high, PyObject* given) except -1
 
 cdef extern from *:

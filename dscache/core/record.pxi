@@ -3,7 +3,9 @@
 
 cdef object _UNDECODED = object()
 cdef object _encode_json_into = json_text.encode_json_into
-cdef bytearray _scratch = None  # for encode_data, unless it is in use
+# For encode_data, unless it is in use. Its view keeps msgspec from enlarging it.
+cdef bytearray _scratch = None
+cdef object _scratch_view = None
 cdef object _decode_json = msgspec.json.Decoder().decode
 
 
@@ -146,25 +148,86 @@ cpdef long long check_version(str name, version) except -1:
 
 cpdef bytes encode_data(str name, data):
     """Return the JSON text of a record's data, or raise RecordError."""
-    global _scratch
+    global _scratch, _scratch_view
     # Encode into a reused buffer: msgspec's own has to grow and shrink for each text, so that 123
     # bytes take 650 ns instead of 550. ``_scratch`` is None meanwhile: neither another thread nor
     # the code of a user's own type that is being encoded may use the buffer.
+    #
+    # The buffer is also what bounds size and depth, at no cost: msgspec can't write beyond it, so
+    # that a value that leads to its parts on 2**n paths fills it and no more, and a text of up to
+    # 1000 bytes has no 1001 levels. Longer texts are looked through.
     cdef bytearray scratch = _scratch
+    cdef object view = _scratch_view
     cdef bytes text
+    cdef Py_ssize_t size
     _scratch = None
     if scratch is None:
-        scratch = bytearray()
+        scratch = PyByteArray_FromStringAndSize(NULL, DATA_BUFFER)
+        view = memoryview(scratch)
     try:
         _encode_json_into(data, scratch)
+        size = PyByteArray_GET_SIZE(scratch)
+        if size > MAX_DATA_DEPTH and is_too_deep(PyByteArray_AS_STRING(scratch), size):
+            raise RecursionError
+        text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), size)
+    except BufferError as error:
+        if not json_text.is_overflow(error):
+            return json_text.encode_tolerantly(name, data)
+        return _encode_long(name, data)
     except Exception:  # msgspec passes on any exception of a user's own type
         return json_text.encode_tolerantly(name, data)
-    text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), PyByteArray_GET_SIZE(scratch))
-    if PyBytes_GET_SIZE(text) <= READ_BUFFER_BYTES:
+    finally:
+        # msgspec has set the size to that of the text.
+        Py_SET_SIZE(scratch, DATA_BUFFER)
         _scratch = scratch
+        _scratch_view = view
     if not text:
         raise failures.empty_raw(name)
     return text
+
+
+cdef bytes _encode_long(str name, data):
+    """Return a text that is longer than the first buffer."""
+    cdef bytearray text
+    try:
+        for size in c.DATA_BUFFERS[1:]:
+            text = PyByteArray_FromStringAndSize(NULL, size)
+            if json_text.encode_within(data, text):
+                if is_too_deep(PyByteArray_AS_STRING(text), PyByteArray_GET_SIZE(text)):
+                    break
+                return bytes(text)
+            if size == c.DATA_BUFFERS[1]:
+                tolerant_json.check_bounds(data, c.DATA_CONTAINERS)
+    except Exception:
+        pass  # raised again below, with its path
+    return json_text.encode_tolerantly(name, data)
+
+
+cdef bint is_too_deep(const char* text, Py_ssize_t size) noexcept:
+    """Return whether a text is nested beyond the bound."""
+    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t depth = 0
+    # One loop that the compiler makes a few instructions of for 16 bytes, and all that most texts
+    # need. It counts brackets within strings too.
+    for i in range(size):
+        depth += (text[i] == c"[") | (text[i] == c"{")
+    if depth <= MAX_DATA_DEPTH:
+        return False
+    depth = 0
+    i = 0
+    while i < size:
+        if text[i] == c'"':
+            i += 1
+            while i < size and text[i] != c'"':
+                i += 2 if text[i] == c"\\" else 1
+        elif text[i] == c"[" or text[i] == c"{":
+            depth += 1
+            if depth > MAX_DATA_DEPTH:
+                return True
+        elif text[i] == c"]" or text[i] == c"}":
+            depth -= 1
+        i += 1
+    return False
 
 
 cpdef long long parse_version(bytes text) noexcept:

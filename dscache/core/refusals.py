@@ -5,7 +5,7 @@ Each function takes a pipeline, compiled or pure, and keeps the rules of ``recov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # After so many equal refusals in a row the pauses between them grow no longer.
 _SAME_REFUSALS: Final = 6
+
+_NO_SCRIPT: Final = "NOSCRIPT No matching script. Please use EVAL."
 
 # Of each name, its first later write: the batch, the place in it, and whether a read is between.
 _Later = dict[str, tuple["Batch", int, bool]]
@@ -63,7 +65,9 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         return
     put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
-    lost_script = error.code == "NOSCRIPT" and by_script and not batch.whole_script
+    lost_script = (
+        error.code == "NOSCRIPT" and not batch.whole_script and _is_by_script(pipeline, batch)
+    )
     across = failures.is_across_slots(error.message) and not pipeline.clustered
     mixed = count > 1 and (error.code == "NOPERM" or across)
     if mixed and across and batch.kind <= c.DELETE_IF:
@@ -102,15 +106,47 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
                 give_error(pipeline, batch, name, entry, make)
     if again:
         _send_again(pipeline, batch, again, repeated, lost_script, mixed)
+        repeat = pipeline.returned[-1]
+        if lost_script and (under_way := _scripts_under_way(pipeline)):
+            pipeline.script_fence = pipeline.fence()
+            pipeline.open_window = 0
+            doubts = _maybe_done_after(batch, again, under_way)
         if put_off:
-            repeat = pipeline.returned[-1]
             repeat.redirections = (error.message,)
+        if doubts:
             pipeline.doubts += [(repeat, batch.serial, *doubt) for doubt in doubts]
         if c.SET <= batch.kind <= c.DELETE:
             _read_again(pipeline, batch, again)
     batch.answered += count
     if batch.bulk is not None:
         batch.bulk.settle(settled - len(again))
+
+
+def _scripts_under_way(pipeline: Pipeline) -> list[Batch]:
+    """Return the batches under way, behind the first, that need the script in the server."""
+    return [
+        batch
+        for batch in dict.fromkeys(batch for batch, _count in list(pipeline.slots)[1:])
+        if _is_by_script(pipeline, batch) and not batch.whole_script
+    ]
+
+
+def _maybe_done_after(
+    batch: Batch, again: Mapping[str, Any], under_way: Iterable[Batch]
+) -> list[tuple[str, int, str]]:
+    """Return each name to be written again with the first write under way that may undo it.
+
+    That write is refused too, unless another client has loaded the script in between.
+    """
+    found: dict[str, int] = {}
+    for later in under_way:
+        if later.serial <= batch.serial:
+            continue
+        for i in range(later.answered, later.sent):
+            name = later.names[i]
+            if name in again and not _are_if_newer(batch, again, later, i):
+                found.setdefault(name, later.serial)
+    return [(name, serial, name) for name, serial in found.items()]
 
 
 def _puts_off(pipeline: Pipeline, batch: Batch, error: ReplyError) -> bool:
@@ -143,9 +179,9 @@ def _published_after(pipeline: Pipeline, batch: Batch) -> list[tuple[str, int, s
 
 
 def settle_doubts(pipeline: Pipeline) -> None:
-    """Fail the operations put off that a later one of their name has overtaken.
+    """Fail the operations to be repeated that a later one of their name has overtaken.
 
-    When all commands under way have their replies, each later one was done, or was put off too
+    When all commands under way have their replies, each later one was done, or is repeated too
     and comes behind the earlier one. A repeat of an overtaken write would undo the later one.
     """
     if not pipeline.doubts:
@@ -157,7 +193,7 @@ def settle_doubts(pipeline: Pipeline) -> None:
         if not batch.abandoned()
         for name in (batch.names or batch.records)
     }
-    pipeline.busy = True
+    was_busy, pipeline.busy = pipeline.busy, True
     try:
         # The last ones first: what fails has been overtaken, and lets none pass either.
         while pipeline.doubts:
@@ -170,18 +206,19 @@ def settle_doubts(pipeline: Pipeline) -> None:
                 _drop(pipeline, batch, name)
             pipeline.doubts.pop()
     finally:
-        pipeline.busy = False
+        pipeline.busy = was_busy
     pipeline.recount()
 
 
 def _drop(pipeline: Pipeline, batch: Batch, name: str) -> None:
-    """Fail one record of a batch that was put off, which was not sent since."""
+    """Fail one record of a batch that is to be repeated, which was not sent since."""
     batch.freeze()
     i = batch.names.index(name)
     entry = batch.entries[i]
     if entry is DISCARDED:
         return
-    error = ReplyError(batch.redirections[-1])
+    is_put_off = batch.redirections and not pipeline.clustered
+    error = ReplyError(batch.redirections[-1] if is_put_off else _NO_SCRIPT)
     give_error(pipeline, batch, name, entry, refusal_at(pipeline, error, batch, i))
     batch.records = {one: batch.entries[at] for at, one in enumerate(batch.names) if at != i}
     batch.names, batch.entries = list(batch.records), list(batch.records.values())
@@ -215,9 +252,26 @@ def _in_doubt_at(batch: Batch, i: int, make: Callable[[], Exception]) -> Callabl
     return partial(failures.in_doubt, lambda _operation: make(), operation)
 
 
+def _is_by_script(pipeline: Pipeline, batch: Batch) -> bool:
+    """Return whether a batch is written or removed by script."""
+    return batch.kind in (c.SET_IF_NEWER, c.DELETE_IF) or (
+        batch.kind == c.SET_TTL and not pipeline.has_msetex
+    )
+
+
 def _is_if_newer(kind: int, entry: Any) -> bool:
     """Return whether an operation is a write with ``if_newer``."""
     return kind == c.SET_IF_NEWER and bool(entry.guard == c.GUARDED)
+
+
+def _are_if_newer(batch: Batch, records: Mapping[str, Any], later: Batch, i: int) -> bool:
+    """Return whether two writes of a name have ``if_newer``, so that neither undoes the other."""
+    name = later.names[i]
+    return (
+        name in records
+        and _is_if_newer(later.kind, later.entries[i])
+        and _is_if_newer(batch.kind, records[name])
+    )
 
 
 def _is_conditional(kind: int, entry: Any) -> bool:
@@ -354,23 +408,16 @@ def _written_after(pipeline: Pipeline, batch: Batch, mixed: bool) -> _Later:
     loaded = mixed
     for later in _batches_in_flight(pipeline):
         newer = batch.serial < later.serial and later.kind < c.COMMAND
-        guarded = later.kind in (c.SET_IF_NEWER, c.DELETE_IF)
-        by_script = guarded or (later.kind == c.SET_TTL and not pipeline.has_msetex)
+        loaded = loaded or later.whole_script
         if newer and later.kind <= c.HEAD:
             for i in range(later.answered, later.sent):
                 if later.entries[i] is not DISCARDED:
                     read.add(later.names[i])
-        elif newer and (loaded or not by_script):
+        elif newer and (loaded or not _is_by_script(pipeline, later)):
             for i in range(later.answered, later.sent):
                 name = later.names[i]
-                harmless = (
-                    name in batch.records
-                    and _is_if_newer(later.kind, later.entries[i])
-                    and _is_if_newer(batch.kind, batch.records[name])
-                )
-                if name in read or not harmless:
+                if name in read or not _are_if_newer(batch, batch.records, later, i):
                     found.setdefault(name, (later, i, name in read))
-        loaded = loaded or later.whole_script
     return found
 
 

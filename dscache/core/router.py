@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from . import constants as c
@@ -57,7 +58,7 @@ class Router:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -83,7 +84,7 @@ class Router:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

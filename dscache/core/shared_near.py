@@ -63,6 +63,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import ref
 
 from ..errors import ProtocolError, shorten
 from . import constants as c
@@ -110,9 +111,12 @@ class SharedEntry:
 
 
 class SharedWrite:
-    """Writes under way: their names aren't cached until ``end``, or until the object is gone."""
+    """Writes under way: their names aren't cached until ``end``, or until the object is gone.
 
-    __slots__ = ("_names", "_near", "_writes")
+    It has no finalizer, as an exception that strikes there would be lost.
+    """
+
+    __slots__ = ("__weakref__", "_names", "_near", "_writes")
 
     def __init__(self, near: SharedNearCache, names: list[str]) -> None:
         self._near = near
@@ -126,10 +130,6 @@ class SharedWrite:
             for name in self._names:
                 self._near.end_write(name, self)
         self._names = []
-
-    def __del__(self) -> None:
-        if hasattr(self, "_writes"):  # otherwise its making was interrupted
-            self.end()
 
 
 class NearNode:
@@ -228,8 +228,8 @@ class SharedNearCache(NearStore):
         self._lock = threading.RLock()
         self._entries = OrderedDict()
         self._bytes = self._pending = 0
-        # By name, the identities of the SharedWrites.
-        self.writes: dict[str, set[int]] = {}
+        # By name, the SharedWrites; those that were interrupted may be gone.
+        self.writes: dict[str, set[ref[SharedWrite]]] = {}
         # The node of each slot of a cluster.
         self._owners: list[NearNode | None] = [None] * (c.SLOTS if self._settings.clustered else 0)
 
@@ -305,7 +305,7 @@ class SharedNearCache(NearStore):
             ):
                 # Of another read, which was sent earlier. A write that has begun meanwhile drops
                 # it.
-                return None if name in self.writes else found
+                return None if self._is_written(name) else found
             entry = SharedEntry(name, epoch, time.monotonic() + settings.max_age, size, slot, moves)
             if found is not None:
                 previous = found if found.cell else found.previous
@@ -316,7 +316,7 @@ class SharedNearCache(NearStore):
             self._bytes += size
             self._pending += 1
             # Behind that, or a write that has begun meanwhile would not have seen the entry.
-            if name in self.writes:
+            if self._is_written(name):
                 self._remove(entry)
                 return None
         return entry
@@ -388,7 +388,7 @@ class SharedNearCache(NearStore):
             with self._lock:
                 # In this order: whatever strikes here, what is counted is also ended.
                 counted.append(name)
-                self.writes.setdefault(name, set()).add(id(write))
+                self.writes.setdefault(name, set()).add(ref(write))
                 self.drop(name)
         return write
 
@@ -397,7 +397,7 @@ class SharedNearCache(NearStore):
         with self._lock:
             under_way = self.writes.get(name)
             if under_way is not None:
-                under_way.discard(id(write))
+                under_way.discard(ref(write))
                 if not under_way:
                     self.writes.pop(name, None)
             self.drop(name)
@@ -457,6 +457,19 @@ class SharedNearCache(NearStore):
         """Count an invalidation of many records."""
         with self._lock:
             super().count_flush(reason)
+
+    def _is_written(self, name: str) -> bool:
+        """Whether a write of a name is under way; forgets those that are gone."""
+        under_way = self.writes.get(name)
+        if under_way is None:
+            return False
+        for write in list(under_way):
+            if write() is not None:
+                return True
+            under_way.discard(write)
+        if not under_way:
+            self.writes.pop(name, None)
+        return False
 
     def _look(self, name: Any) -> tuple[SharedEntry | None, bool]:
         """Return the entry of a name if it may be served, and whether it may be outdated."""

@@ -11,6 +11,7 @@ import time
 from asyncio import InvalidStateError
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from ..errors import RecordError, shorten
@@ -67,7 +68,7 @@ class SplitRecords:
         name: str,
         version: int,
         data: Any,
-        ttl: int | None,
+        ttl: int | timedelta | None,
         if_newer: bool,
         if_version: IfVersion = ANY,
     ) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from . import constants as c
+from .refusals import settle_doubts
 from .waiters import DISCARDED
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def _keep_order(one: Batch, other: Batch) -> bool:
     return not are_reads and not one.records.keys().isdisjoint(other.records)
 
 
-def is_suspicious(pipeline: Pipeline) -> bool:
-    """Return whether a suspect waits or is under way."""
-    return bool(pipeline.suspects) or _is_trial(pipeline)
+def is_restricted(pipeline: Pipeline) -> bool:
+    """Return whether a suspect waits or is under way, or output waits for refusals."""
+    is_held = pipeline.settled < pipeline.script_fence
+    return is_held or bool(pipeline.suspects) or _is_trial(pipeline)
 
 
 def _is_trial(pipeline: Pipeline) -> bool:
@@ -76,11 +78,17 @@ def _is_trial(pipeline: Pipeline) -> bool:
     )
 
 
-def window_beside_suspects(pipeline: Pipeline) -> int:
+def restricted_window(pipeline: Pipeline) -> int:
     """Return how many records may be in flight now; 1 for a suspect, which goes alone.
 
-    If it is time for a suspect, it is put at the head of the queue.
+    If it is time for a suspect, it is put at the head of the queue. Until the refusals of a lost
+    script are all there, it returns 0.
     """
+    if pipeline.settled < pipeline.script_fence:
+        return 0
+    if pipeline.script_fence:
+        settle_doubts(pipeline)
+        pipeline.script_fence = 0  # behind it: it may raise, and is then called again
     if _is_trial(pipeline):
         return 1
     drop_settled_suspects(pipeline)

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
 import re
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import msgspec
 
 from ..errors import shorten
+from . import constants as c
 from .models import encode_model
 
 # Longer integers are beyond a double by far, so they read as infinity. This is CPython's own
@@ -46,7 +50,13 @@ _write_plain = json.JSONEncoder(
 _write_scalar = msgspec.json.Encoder().encode
 _standard = json.JSONDecoder(parse_int=_to_integer, parse_constant=_refuse_constant)
 _always_fine = (str, float, bool, type(None))
+_PLAIN = (int, float, type(None), msgspec.Raw)
 _words = {"true": True, "false": False, "null": None}
+_string = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_UNIMPORTANT = bytes(set(range(256)) - set(b'[]{}"'))
+_STEPS = {ord("["): 1, ord("]"): -1, ord('"'): 0}
+_SHALLOW = 500  # levels that ``json`` can read on every Python, if its caller isn't nested itself
 # White space, then a sign, a word or a number and its integer, or nothing that JSON knows.
 _token = re.compile(
     r"[ \t\n\r]*([\[\]{},:\"]|true|false|null"
@@ -71,16 +81,43 @@ def decode(raw: bytes) -> object:
 
 def decode_tolerantly(text: str) -> object:
     """Return the value of JSON text without msgspec; raises ValueError as ``decode`` does."""
-    try:
-        return _standard.decode(text)
-    except json.JSONDecodeError as error:
-        reason = _explain(error)
-    except (RecursionError, LookupError):
-        reason = ""  # too deep, or NaN and its like, whose position is found on the way
+    reason = ""
+    if not _is_deep(text):
+        try:
+            return _standard.decode(text)
+        except json.JSONDecodeError as error:
+            reason = _explain(error)
+        except (RecursionError, LookupError):
+            pass  # too deep for this stack, or NaN and its like: the position is found on the way
     # Raised here and not in the handler: Python's own error would keep the whole text alive.
     if reason:
         raise ValueError(reason)
     return decode_deep(text)
+
+
+def _is_deep(text: str) -> bool:
+    """Return whether ``json`` shall not read a text.
+
+    Some Pythons end its recursion after 1000 levels, others after 100,000: the same words for the
+    same text come of leaving neither to them.
+    """
+    return text.count("[") + text.count("{") > _SHALLOW and depth_of(text.encode()) > _SHALLOW
+
+
+def depth_of(text: bytes | bytearray) -> int:
+    """Return how deep JSON text is nested."""
+    # Most strings have neither brackets nor escapes: of them, two quotation marks are left.
+    bare = text.translate(_ONE_KIND, _UNIMPORTANT).replace(b'""', b"")
+    if b'"' in bare or b"\\" in text:
+        # A string is left out with its content. One without an end is the last.
+        bare = _string.sub(b"", text).translate(_ONE_KIND, _UNIMPORTANT)
+    bare += b"]" * (bare.count(b"[") - bare.count(b"]"))
+    innermost = 0
+    while len(bare) > 4096 and innermost < 4:
+        # They are most of an ordinary text.
+        bare = bare.replace(b"[]", b"")
+        innermost += 1
+    return max(accumulate(map(_STEPS.__getitem__, bare)), default=0) + innermost
 
 
 def decode_deep(text: str) -> object:
@@ -177,20 +214,116 @@ def encode(data: object) -> bytes:
     encoded, and the reason: ``$.users[3].photo: ...``.
     """
     try:
-        return b"".join(_pieces(data))
+        check_bounds(data)
+        text = b"".join(_pieces(data))
+        if len(text) > c.MAX_DATA_BYTES:
+            raise LongError
+        return text
     except Exception as error:
         # All of them: msgspec hands on whatever an object raises while its fields are read.
-        path, reason = _locate(data, error)
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+        path, reason, kind = _locate(data, error)
     # Outside of the handler: this error says all that the first one said.
     raise kind(f"{path}: {reason}")
 
 
+class DeepError(RecursionError):
+    """Data is nested beyond the bound, or holds itself."""
+
+
+class LongError(ValueError):
+    """Data has a text beyond the bound."""
+
+
+def check_bounds(data: object, most: float = math.inf) -> None:
+    """Raise DeepError or LongError for data whose text is beyond the bounds.
+
+    Each container is counted once, however many paths lead to it, so that this ends soon where
+    encoding doesn't. The size is a lower bound: a number counts as one byte. With more than
+    ``most`` containers the data is left to encoding. Without ``most``, DeepError has the levels.
+    """
+    kinds = _Kinds()
+    depths: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    inside: dict[int, list[Any]] = {}  # the containers that lead to the next one, with their parts
+    todo: list[Any] = [data]
+    kept: list[Any] = []  # the parts of objects, which may have been made for this call
+    while todo:
+        value = todo[-1]
+        place = id(value)
+        if place in depths:
+            todo.pop()
+            continue
+        if place not in inside:
+            if len(inside) > c.MAX_DATA_DEPTH and most < math.inf:
+                raise DeepError
+            if len(depths) + len(todo) > most:
+                return
+            kind = kinds[type(value)]
+            if kind == _MAPPING:
+                parts = list(value.values())
+            elif kind == _SEQUENCE:
+                parts = list(value)
+            elif kind == _SCALAR:
+                parts = []
+            else:
+                names = map(_NAME, dataclasses.fields(value)) if kind == _DATACLASS else ()
+                names = value.__struct_fields__ if kind == _STRUCT else names
+                parts = [getattr(value, name, None) for name in names]
+                kept.append(parts)
+            unknown = [
+                part for part in parts if kinds[type(part)] != _SCALAR and id(part) not in depths
+            ]
+            inside[place] = parts
+            if unknown:
+                if any(id(part) in inside for part in unknown):
+                    raise DeepError("endless")
+                todo += unknown
+                continue
+        todo.pop()
+        parts = inside.pop(place)
+        depth, size = 0, 2 + len(parts)
+        if isinstance(value, dict):
+            size += sum([len(key) + 3 if isinstance(key, str) else 4 for key in value])
+        for part in parts:
+            if (inner := sizes.get(id(part))) is not None:
+                depth = max(depth, depths[id(part)])
+                size += inner
+            else:
+                size += len(part) if isinstance(part, (str, bytes)) else 1
+        depths[place] = depth + 1
+        sizes[place] = size
+    if depths[id(data)] > c.MAX_DATA_DEPTH:
+        raise DeepError(depths[id(data)])
+    if sizes[id(data)] > c.MAX_DATA_BYTES:
+        raise LongError
+
+
+_SCALAR, _MAPPING, _SEQUENCE, _STRUCT, _DATACLASS = range(5)
+_NAME = operator.attrgetter("name")
+
+
+class _Kinds(dict[type, int]):
+    """The kinds of the types met so far."""
+
+    def __missing__(self, type_: type) -> int:
+        if issubclass(type_, dict):
+            kind = _MAPPING
+        elif issubclass(type_, (list, tuple, set, frozenset)):
+            kind = _SEQUENCE
+        elif issubclass(type_, msgspec.Struct):
+            kind = _STRUCT
+        else:
+            kind = _DATACLASS if dataclasses.is_dataclass(type_) else _SCALAR
+        self[type_] = kind
+        return kind
+
+
 def _pieces(data: object) -> Iterator[bytes]:
     """Yield the JSON text of ``data`` in pieces; raises as msgspec does, without a path."""
-    plain = msgspec.to_builtins(
-        data, str_keys=True, builtin_types=(msgspec.Raw,), enc_hook=encode_model
-    )
+    try:
+        plain = _to_plain(data)
+    except RecursionError:
+        plain = data  # within the bound, and yet too deep for this stack
     try:
         yield _write_plain(plain).encode("utf-8", "backslashreplace")
         return
@@ -216,10 +349,19 @@ def _pieces(data: object) -> Iterator[bytes]:
             parts[:1] = [msgspec.Raw(opening)]
             parts.append(msgspec.Raw(closing))
             todo.extend(reversed(parts))
-        elif text := _write_scalar(value):
+        elif isinstance(value, _PLAIN):
+            text = _write_scalar(value)
+            if not text:
+                raise ValueError("an empty msgspec.Raw is no JSON text")
             yield text
         else:
-            raise ValueError("an empty msgspec.Raw is no JSON text")
+            todo.append(_to_plain(value))
+
+
+def _to_plain(value: object) -> object:
+    return msgspec.to_builtins(
+        value, str_keys=True, builtin_types=(msgspec.Raw,), enc_hook=encode_model
+    )
 
 
 def _to_name(key: object) -> str:
@@ -228,8 +370,8 @@ def _to_name(key: object) -> str:
     return str(name)
 
 
-def _locate(data: object, error: Exception) -> tuple[str, str]:
-    """Return the path of the first part of ``data`` that can't be encoded, and the reason.
+def _locate(data: object, error: Exception) -> tuple[str, str, type[Exception]]:
+    """Return path, reason and error of the first part of ``data`` that can't be encoded.
 
     ``error`` is the error of encoding all of it, and the reason if no part stands out.
     """
@@ -246,19 +388,27 @@ def _locate(data: object, error: Exception) -> tuple[str, str]:
             done.update([inside.popitem()])
             continue
         except Exception as refusal:
-            return _join(path), _reason(refusal)
+            return _join(path), _reason(refusal), _kind(refusal)
         if type(value) in _always_fine or id(value) in done:
             continue
         path.append(step)
         if id(value) in inside:
-            return _join(path), "nested too deeply or cyclic: it holds itself"
+            return _join(path), "nested too deeply or cyclic: it holds itself", ValueError
         if len(path) > depth:
             depth, deepest = len(path), "".join(path[:_PATH_STEPS])
         inside[id(value)] = value
         members.append(_members(value))
     if isinstance(error, RecursionError):
-        return f"{deepest}…", f"nested too deeply or cyclic: it has {depth} levels"
-    return "$", _reason(error)
+        levels = error.args[0] if isinstance(error, DeepError) else depth
+        reason = f"nested too deeply or cyclic: it has {levels} levels"
+        return f"{deepest}…", f"{reason}, and {c.MAX_DATA_DEPTH} are the most", ValueError
+    if isinstance(error, LongError):
+        return "$", f"its JSON text has more than {c.MAX_DATA_BYTES} bytes", ValueError
+    return "$", _reason(error), _kind(error)
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return TypeError if isinstance(error, TypeError) else ValueError
 
 
 def _reason(error: Exception) -> str:

@@ -7,19 +7,18 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from ..core import tolerant_json
+from ..core import json_text, tolerant_json
 from ..errors import MessageError
 
 _decode: Final = msgspec.json.Decoder().decode
 # Checks the text without making objects of it.
 _skip: Final = msgspec.json.Decoder(msgspec.Raw).decode
-_encode: Final = msgspec.json.Encoder().encode
 
 
 def encode_text(subject: str, value: Any) -> str:
     """Return the JSON text of a value; raises MessageError for one that has none."""
     try:
-        text = _encode(value)
+        text = json_text.encode_json(value)
     except Exception:  # msgspec raises whatever a user's own type raises
         try:
             text = tolerant_json.encode(value)

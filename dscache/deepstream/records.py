@@ -19,12 +19,14 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from .. import _backend
+from .._seconds import whole_seconds
 from ..aio.background_task import BackgroundTask
 from ..core.changes import DELETE, KEEP, OMITTED
 from ..core.patches import patch_of
@@ -111,7 +113,7 @@ class Records:
         """Read a record from Redis; the result is a Record, or None if there is none."""
         return self._cache.get(name)
 
-    async def set(self, name: str, data: Any, *, ttl: int | None = None) -> Record:
+    async def set(self, name: str, data: Any, *, ttl: int | timedelta | None = None) -> Record:
         """Write a record, and tell the subscribers; the result is the Record written.
 
         ``data`` is an object or an array, as deepstream takes everything else for a missing
@@ -138,7 +140,7 @@ class Records:
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
     ) -> Record | None:
         """Change a record's data, and tell the subscribers; the result is the Record, or None.
 
@@ -180,7 +182,7 @@ class Records:
         value: Any = OMITTED,
         *,
         default: Any = OMITTED,
-        ttl: int | None = None,
+        ttl: int | timedelta | None = None,
     ) -> Record:
         """Change one value of a record, and tell the subscribers; the result is the Record.
 
@@ -264,9 +266,9 @@ class Records:
 
     # -- telling
 
-    async def _tell_written(self, record: Record, ttl: int | None) -> None:
+    async def _tell_written(self, record: Record, ttl: int | timedelta | None) -> None:
         name = record.name
-        lifetime = self._cache.config.options.ttl if ttl is None else ttl
+        lifetime = self._cache.config.options.ttl if ttl is None else whole_seconds(ttl)
         if lifetime and len(self._expiries) < _MAX_WAITING:
             heapq.heappush(self._expiries, (self._loop.time() + lifetime + _EXPIRY_MARGIN, name))
             self._expiry_added.set()

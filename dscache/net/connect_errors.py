@@ -12,7 +12,7 @@ from typing import Any, Final
 from ..core.constants import PASSING
 from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
-from .sockets import NoneAccepts
+from .sockets import EndOfTls, NoneAccepts
 
 # A server that is full for the moment says so in these words. Whether it then ends the connection
 # differs.
@@ -21,6 +21,19 @@ _FULL: Final = re.compile(r"max(imum)? number of (clients|connections)", re.IGNO
 _PASSING: Final = (*PASSING, "MASTERDOWN")
 # Errors of a server that turns a client away for good. Whatever else it says may pass.
 _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
+
+
+# Hints, since a server that speaks TLS says nothing to a client that doesn't, and the other way
+# round: it closes the connection, or waits for more.
+IF_TLS: Final = "; if it speaks TLS on this port, use rediss:// or tls: true"
+IF_PLAIN: Final = "; if it speaks no TLS on this port, use redis:// or leave tls out"
+# OpenSSL's names for bytes that are no TLS.
+_NO_TLS: Final = (
+    "HTTP_REQUEST",
+    "PACKET_LENGTH_TOO_LONG",
+    "UNKNOWN_PROTOCOL",
+    "WRONG_VERSION_NUMBER",
+)
 
 
 class UnsuitableServer(ConnectError):
@@ -60,7 +73,9 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
     if _is_end_of_tls(error):
-        return ConnectError("the server closed it during the TLS handshake")
+        return ConnectError(f"the server closed it during the TLS handshake{IF_PLAIN}")
+    if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
+        return ConnectError(f"the server answers without TLS{IF_PLAIN}")
     if isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or ""):
         return ConnectError(_refusal_of_tls(error.reason))
     if isinstance(error, OSError):
@@ -72,14 +87,8 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
 
 
 def _is_end_of_tls(error: Exception) -> bool:
-    """Return whether a connection ended in the middle of a TLS handshake, without an alert.
-
-    A balancer without a server does that, or a server that restarts. OpenSSL reports it as an
-    SSLError, and asyncio as a ConnectionResetError without a number.
-    """
-    if isinstance(error, ssl.SSLError):
-        return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-    return isinstance(error, ConnectionResetError) and error.errno is None
+    """Return whether a connection ended in the middle of a TLS handshake, or right behind it."""
+    return isinstance(error, (EndOfTls, ssl.SSLEOFError, ssl.SSLZeroReturnError))
 
 
 def _refusal_of_tls(reason: str) -> str:

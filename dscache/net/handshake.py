@@ -14,7 +14,14 @@ from ..config.address import join_address
 from ..core import constants, scripts
 from ..core.keys import key_stem
 from ..errors import ConnectError, ProtocolError, ReplyError, clean
-from .connect_errors import UnsuitableConfig, UnsuitableServer, end_of_handshake, is_full
+from .connect_errors import (
+    IF_TLS,
+    UnsuitableConfig,
+    UnsuitableServer,
+    as_connect_error,
+    end_of_handshake,
+    is_full,
+)
 from .credentials import Hidden, Login, Word, hidden, masked
 from .slots import NO_NODE, has_no_cluster, parse_node_id, parse_nodes
 
@@ -55,7 +62,8 @@ class ClosedHandshakes:
     COMMAND. All attempts to connect to one server share one of these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool) -> None:
+        self.tls = tls
         self.is_suspect = False
         self.bare_until = -math.inf
 
@@ -80,8 +88,14 @@ class Attempt:
         """Note that the connection was closed during the handshake; return the reason to raise."""
         until = time.monotonic() + _BARE_SECONDS if self.has_answer else -math.inf
         self._closed.is_suspect, self._closed.bare_until = True, until
-        refusal = None if self.has_answer else self.refusal
-        return reason if refusal is None else end_of_handshake([refusal], reason)
+        if self.has_answer:
+            return reason
+        if self.refusal is not None:
+            return end_of_handshake([self.refusal], reason)
+        if self.is_suspect and not self._closed.tls and not isinstance(reason, ReplyError):
+            # Neither HELLO nor PING has got a word.
+            return ConnectError(f"{as_connect_error(reason, 0)}{IF_TLS}")
+        return reason
 
     def note_done(self) -> None:
         """Note a finished handshake."""

@@ -15,13 +15,14 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any, Final
 
 from ..config import Options
 from ..config.address import join_address
+from .foreign_errors import is_of_handler
 
 FAMILIES: Final = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -37,6 +38,8 @@ _TCP_OPTIONS: Final = {
     }.items()
     if hasattr(socket, name)
 }
+
+_ENDS: Final = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 # Held while a socket is made that no object holds yet. A fork then comes before or after, and the
 # child closes every socket that it finds. The child inherits the lock, held by the thread that has
@@ -74,6 +77,26 @@ _REMEMBERED: Final = 16
 
 class NoneAccepts(OSError):
     """No address of a host accepts; the text names each with its reason."""
+
+
+class EndOfTls(ConnectionResetError):
+    """The connection ended in the middle of the TLS handshake, without an alert."""
+
+
+@contextmanager
+def tls_handshake() -> Iterator[None]:
+    """Raise EndOfTls if the connection ends in the block, in whatever words the system says so.
+
+    A balancer without a server ends it, or a server that restarts. Data that it has left unread
+    makes of the end a reset.
+    """
+    try:
+        yield
+    except OSError as error:
+        ended = isinstance(error, _ENDS) or error.errno == errno.ENOTCONN
+        if not ended or is_of_handler(error):
+            raise
+        raise EndOfTls(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
 
 
 class UselessAddresses:
@@ -240,18 +263,19 @@ class SocketConnect:
 
     def secure(self, context: ssl.SSLContext, server_hostname: str) -> Steps:
         """Do the TLS handshake over the connected socket. Raises SSLError or OSError."""
-        with _making:
-            self._sock = secure = context.wrap_socket(
-                self.sock, server_hostname=server_hostname, do_handshake_on_connect=False
-            )
-        while True:
-            try:
-                secure.do_handshake()
-                return
-            except ssl.SSLWantReadError:
-                yield select.POLLIN
-            except ssl.SSLWantWriteError:
-                yield select.POLLOUT
+        with tls_handshake():
+            with _making:
+                self._sock = secure = context.wrap_socket(
+                    self.sock, server_hostname=server_hostname, do_handshake_on_connect=False
+                )
+            while True:
+                try:
+                    secure.do_handshake()
+                    return
+                except ssl.SSLWantReadError:
+                    yield select.POLLIN
+                except ssl.SSLWantWriteError:
+                    yield select.POLLOUT
 
     def detach(self) -> socket.socket:
         """Return the socket, which the caller closes from now on."""

@@ -82,6 +82,10 @@ class Account:
         """Close all connections of the user."""
         self.redis.execute_command("CLIENT", "KILL", "USER", USER)
 
+    def logins(self) -> int:
+        """Return the number of AUTH commands since the last CONFIG RESETSTAT."""
+        return int(self.redis.info("commandstats").get("cmdstat_auth", {}).get("calls", 0))
+
     def connections(self) -> int:
         """Return how many connections the user has."""
         return sum(client["user"] == USER for client in self.redis.client_list())
@@ -369,7 +373,7 @@ async def test_a_renewed_token_is_sent_to_the_server(
         account.redis.config_resetstat()
         account.give(f"{SECRET}-1")
         provider.renew(Token(f"{SECRET}-1"))
-        await until(lambda: account.redis.info("commandstats").get("cmdstat_auth", {}).get("calls"))
+        await until(account.logins)
         assert await cache.get("a") is not None
         assert (provider.calls, cache.stats()["connects"]) == (1, 1)
         assert account.redis.acl_log() == []
@@ -410,6 +414,22 @@ async def test_a_renewal_under_load_fails_no_operation(
             assert {record.version for record in await asyncio.gather(*reads)} == {number}
         stats = cache.stats()
         assert (stats["connects"], stats["last_loss"]) == (1, "")
+
+
+async def test_caches_that_share_a_provider_all_hear_of_its_tokens(
+    server: EmbeddedServer, backend: str, account: Account
+) -> None:
+    """Though the provider keeps only the callback that it was given last."""
+    provider = Streaming()
+    async with open_cache(server, provider) as one, open_cache(server, provider) as other:
+        for number in range(1, 4):
+            for cache in (one, other):
+                await cache.set("a", number, number)
+            account.redis.config_resetstat()
+            account.give(f"{SECRET}-{number}")
+            provider.renew(Token(f"{SECRET}-{number}"))
+            await until(lambda: account.logins() == 2)
+        assert (one.stats()["connects"], other.stats()["connects"]) == (1, 1)
 
 
 @pytest.mark.parametrize("user", [USER, None], ids=["user", "password alone"])

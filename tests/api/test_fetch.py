@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -448,6 +449,49 @@ async def test_a_blocking_write_or_removal_ends_what_is_remembered(
 
 
 @KINDS
+@pytest.mark.parametrize("place", ["redis", "near", "hashtag"])
+@pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
+async def test_a_record_of_another_program_ends_what_is_remembered(
+    server: EmbeddedServer, make_cache: MakeCache, kind: str, place: str, bulk: bool
+) -> None:
+    """That program removes the record again, and leaves the note, of which it knows nothing."""
+    cache, other = [await in_place(make_cache, place) for _ in range(2)]
+    loads: list[str] = []
+    options: dict[str, Any] = {"ttl": 60, "keep_missing": 60}
+    with opened(server, **OPTIONS[place]) as blocking:
+
+        async def fetch() -> int | None:
+            """Return the version of the record "a"."""
+            if bulk:
+                found = await bulk_of(kind, cache, blocking, load_many, **options)
+                return found["a"].version if "a" in found else None
+            if kind == "async":
+                record = await cache.fetch("a", loads.append, **options)
+            else:
+                record = await asyncio.to_thread(blocking.fetch, "a", loads.append, **options)
+            return None if record is None else record.version
+
+        def load_many(names: list[str]) -> dict[str, Any]:
+            loads.extend(names)
+            return {}
+
+        async def until_read(version: int | None) -> None:
+            """Wait until the near cache has heard of a change."""
+            async with asyncio.timeout(PATIENCE):
+                while await fetch() != version:
+                    await asyncio.sleep(0.002)
+
+        assert [await fetch(), await fetch()] == [None, None]
+        assert loads.count("a") == 1
+        await other.set("a", 7, "of another program")
+        await until_read(7)
+        assert await other.get(loading.note_of("a")) is None
+        await other.delete("a")
+        await until_read(None)
+        assert loads.count("a") == 2
+
+
+@KINDS
 async def test_a_record_counts_more_than_a_remembered_nothing(
     server: EmbeddedServer, make_cache: MakeCache, redis: redis_py.Redis, kind: str
 ) -> None:
@@ -826,6 +870,16 @@ async def test_a_bulk_is_refreshed(
         ({"ttl": 60, "refresh_after": 0}, "refresh_after must be whole seconds"),
         ({"ttl": 60, "refresh_after": 60}, "refresh_after must be less than the ttl"),
         ({"ttl": 60, "keep_missing": "x"}, "keep_missing must be whole seconds"),
+        ({"ttl": timedelta(0)}, "ttl must be whole seconds.*; write 0 for no lifetime"),
+        (
+            {"ttl": timedelta(minutes=1), "refresh_after": timedelta(seconds=60)},
+            "must be less than",
+        ),
+        (
+            {"ttl": 60, "refresh_after": timedelta(seconds=0.5)},
+            "refresh_after must be whole seconds",
+        ),
+        ({"ttl": 60, "keep_missing": timedelta(seconds=-1)}, "keep_missing must be whole seconds"),
         ({"ttl": 60, "jitter": 1}, "jitter must be a number"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +24,11 @@ import dscache
 from dscache.blocking.foreign_errors import ConnectTimeout
 from dscache.blocking.sentinel import Sentinels
 from dscache.config import load
-from dscache.embedded import EmbeddedServer
+from dscache.embedded import EmbeddedServer, TLSFiles
 from dscache.messages import MessageNode
-from dscache.net.connect_errors import TurnedAway, as_connect_error, permanent_failure
+from dscache.net.connect_errors import IF_PLAIN, TurnedAway, as_connect_error, permanent_failure
 from tests.conftest import SERVERS, _server_id
-from tests.support.blocking import BlockingCache
+from tests.support.blocking import BlockingCache, ProxyThread
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE, until
@@ -70,6 +71,8 @@ class Turnstile:
                 return
             with client, contextlib.suppress(OSError):
                 if not self._words:
+                    if self._way == "unread":
+                        client.recv(1)
                     continue
                 if self._way != "at once" and not client.recv(1):
                     continue
@@ -285,12 +288,53 @@ def test_a_sentinel_that_is_silent_in_the_last_moment_hides_no_reason() -> None:
 
 
 @pytest.mark.parametrize("kind", [dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
-async def test_an_end_in_the_tls_handshake_is_waited_out(kind: Any) -> None:
-    """A balancer without a server accepts and closes; the next attempt may find one."""
-    with turnstile("", "at once") as server:
+@pytest.mark.parametrize("end", ["at once", "unread"])
+async def test_an_end_in_the_tls_handshake_is_waited_out(kind: Any, end: str) -> None:
+    """A balancer without a server accepts and closes; the next attempt may find one.
+
+    What it leaves unread makes of the end a reset.
+    """
+    with turnstile("", end) as server:
+        options = {"host": "127.0.0.1", "port": server.port, "tls": True}
+        said = "within 200 ms: the server closed it during the TLS handshake"
+        cache = kind.from_config(config_of(**options))
+        try:
+            with pytest.raises(dscache.ConnectError, match=said):
+                await cache.set("a", 1, 1)
+            loss = cache.stats()["last_loss"]
+            assert loss == f"the server closed it during the TLS handshake{IF_PLAIN}"
+        finally:
+            await cache.close()
+
+
+@pytest.mark.parametrize("kind", [dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+async def test_a_server_without_tls_gets_tls(kind: Any) -> None:
+    """OpenSSL's name for that is WRONG_VERSION_NUMBER, which says nothing to most people."""
+    with turnstile("ERR unknown command", "at once") as server:
         options = {"host": "127.0.0.1", "port": server.port, "tls": True}
         cache = kind.from_config(config_of(**options))
-        said = "within 200 ms: the server closed it during the TLS handshake"
-        with pytest.raises(dscache.ConnectError, match=said):
-            await cache.set("a", 1, 1)
-        await cache.close()
+        try:
+            with pytest.raises(
+                dscache.ConnectError, match=r"the server answers without TLS; .* use redis://"
+            ):
+                await cache.set("a", 1, 1)
+        finally:
+            await cache.close()
+
+
+@pytest.mark.parametrize("kind", [dscache.AsyncCache, BlockingCache], ids=["async", "blocking"])
+@on_one_server
+async def test_a_server_with_tls_gets_none(
+    kind: Any, server: EmbeddedServer, certificates: TLSFiles
+) -> None:
+    """OpenSSL closes such a connection without a word."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with ProxyThread(server.host, server.port, tls=context) as proxy:
+        port = int(proxy.url.rpartition(":")[2])
+        cache = kind.from_config(config_of(host="127.0.0.1", port=port))
+        try:
+            with pytest.raises(dscache.ConnectError, match=r"within 200 ms: .* use rediss://"):
+                await cache.set("a", 1, 1)
+        finally:
+            await cache.close()

@@ -19,6 +19,7 @@ from dscache.embedded import EmbeddedServer
 from dscache.errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from tests.conftest import BY_AGE, SERVERS, MakeServer, _server_id
 from tests.soak.figures import open_files
+from tests.support.blocking import strike
 from tests.support.clusters import ClusterGroup
 from tests.support.either import Either, fill, moving
 from tests.support.faults import FakeServer
@@ -531,6 +532,19 @@ def test_another_loop(server: EmbeddedServer) -> None:
         thread.start()
         thread.join()
         runner.run(cache.close())
+
+
+@ON_ONE_SERVER
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_struck_thread_ends_the_watch_with_an_error(server: EmbeddedServer) -> None:
+    """Under gevent, a KeyboardInterrupt may strike any greenlet."""
+    with dscache.Cache.from_config(server.url) as cache, cache.watch("n/") as watch:
+        [listener] = [one for one in threading.enumerate() if one.name.startswith("dscache watche")]
+        strike(listener, KeyboardInterrupt)
+        cache.set("n/a", 1, {})  # its report wakes the thread
+        with pytest.raises(ConnectionLost, match="KeyboardInterrupt has ended a thread"):
+            for _ in watch:
+                pass
 
 
 @ON_ONE_SERVER

@@ -20,6 +20,7 @@ import redis as redis_py
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from redis.credentials import CredentialProvider
 
 import dscache
 from dscache import otel
@@ -31,10 +32,12 @@ from tests.support.blocking import (
     ProxyThread,
     in_threads,
     run_child,
+    strike,
     until,
 )
 from tests.support.blocking_checks import assert_interrupted, assert_struck_at_each_line
 from tests.support.faults import HELLO_REPLY, FakeServer
+from tests.support.near_truth import links as links_of
 
 # A busy machine may be silent for a while, which must not look like a dead link.
 NEAR = {"idleLimit": 30_000}
@@ -357,6 +360,125 @@ def test_a_user_who_may_not_ask_for_the_identity(
         redis.acl_deluser("near")
 
 
+# -- credentials
+
+
+class Provider(CredentialProvider):
+    """Gives one login after the other; like redis-py's own class, it keeps the last callback."""
+
+    def __init__(self) -> None:
+        self.login = ("first", "secret-first")
+        self.tell: Callable[[object], object]
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self.login
+
+    def on_next(self, callback: Callable[[object], object]) -> None:
+        self.tell = callback
+
+
+@pytest.fixture
+def accounts(redis: redis_py.Redis) -> Iterator[Callable[[str], None]]:
+    """Two users of a server, and a function that admits one, whose rights are whole then."""
+
+    def admit(name: str) -> None:
+        redis.acl_setuser(
+            name, enabled=True, reset=True, passwords=[f"+secret-{name}"], keys="*",
+            channels="*", commands=["+@all"],
+        )  # fmt: skip
+
+    for name in ("first", "second"):
+        admit(name)
+    yield admit
+    redis.acl_deluser("first", "second")
+
+
+def logins(redis: redis_py.Redis, cache_name: str = "renewed") -> tuple[set[str], set[str]]:
+    """Return the users of the connections that hear of changes, and of the others."""
+    listening, pooled = links_of(redis, cache_name)
+    return {one["user"] for one in listening}, {one["user"] for one in pooled}
+
+
+@on_one_server
+@pytest.mark.usefixtures("accounts")
+def test_new_credentials_are_those_of_the_link_too(
+    redis: redis_py.Redis, server: EmbeddedServer, backend: str
+) -> None:
+    """What was read with the earlier ones is dropped at once, and then all works as before."""
+    provider = Provider()
+    options = {"url": server.url, "connectionName": "renewed", "nearCache": NEAR, **PATIENT}
+    config = {"name": "redis", "options": options}
+    put(redis, "a", 1)
+    with dscache.Cache.from_config(config, credentials=provider) as cache:
+        until(lambda: is_at_hand(cache, "a"))
+        for turn, user in enumerate(("second", "first"), start=1):
+            provider.login = (user, f"secret-{user}")
+            provider.tell(object())
+            assert not is_at_hand(cache, "a")
+            assert counters(cache)["flushes"] == {"login": turn}
+            until(lambda: is_at_hand(cache, "a"), "a hit")
+            until(lambda user=user: logins(redis) == ({user}, {user}), "new logins of all")
+            put(redis, "a", turn + 1)
+            until(lambda turn=turn: version_of(cache) == turn + 1, "the change")
+
+
+@on_one_server
+def test_new_credentials_that_are_refused_at_first(
+    redis: redis_py.Redis,
+    server: EmbeddedServer,
+    backend: str,
+    accounts: Callable[[str], None],
+) -> None:
+    """Operations tell of the refusal, serve nothing, and work again once the server agrees."""
+    provider = Provider()
+    options = {"url": server.url, "connectionName": "renewed", "nearCache": NEAR, **PATIENT}
+    config = {"name": "redis", "options": options}
+    put(redis, "a", 1)
+    with dscache.Cache.from_config(config, credentials=provider) as cache:
+        until(lambda: is_at_hand(cache, "a"))
+        redis.acl_setuser("second", enabled=False)
+        provider.login = ("second", "secret-second")
+        provider.tell(object())
+        for _ in range(3):
+            with pytest.raises(dscache.DscacheError, match="WRONGPASS") as caught:
+                cache.get("a")
+            assert "secret" not in str(caught.value)
+        put(redis, "a", 2)
+        accounts("second")
+        until(lambda: works(cache) and is_at_hand(cache, "a"), "a hit")
+        assert version_of(cache) == 2
+        assert logins(redis) == ({"second"}, {"second"})
+
+
+def works(cache: dscache.Cache) -> bool:
+    try:
+        cache.get("a")
+    except dscache.DscacheError:
+        return False
+    return True
+
+
+@on_one_server
+@pytest.mark.usefixtures("accounts")
+def test_a_link_that_ends_asks_for_the_credentials_of_now(
+    redis: redis_py.Redis, server: EmbeddedServer, backend: str
+) -> None:
+    """Some providers announce nothing."""
+    provider = Provider()
+    options = {"url": server.url, "connectionName": "renewed", "nearCache": NEAR, **PATIENT}
+    config = {"name": "redis", "options": options}
+    put(redis, "a", 1)
+    with dscache.Cache.from_config(config, credentials=provider) as cache:
+        until(lambda: is_at_hand(cache, "a"))
+        provider.login = ("second", "secret-second")
+        (link,), _ = links_of(redis, "renewed")
+        redis.client_kill_filter(_id=link["id"])
+        until(lambda: logins(redis)[0] == {"second"}, "a new link")
+        put(redis, "a", 2)
+        until(lambda: version_of(cache) == 2, "the change")
+        until(lambda: is_at_hand(cache, "a"), "a hit")
+
+
 # -- losses
 
 
@@ -670,6 +792,21 @@ def test_a_thread_is_struck_at_each_line(
 ) -> None:
     # A hit is one line of Python.
     assert_struck_at_each_line({"url": server.url, "nearCache": NEAR}, backend, fewest=1)
+
+
+@on_one_server
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_another_thread_follows_one_that_is_struck(
+    open_cache: OpenCache, redis: redis_py.Redis
+) -> None:
+    """Under gevent, a KeyboardInterrupt may strike any greenlet."""
+    cache = one_at_hand(open_cache, redis)
+    [link] = links()
+    strike(link, KeyboardInterrupt)
+    put(redis, "a", 2)  # its report wakes the thread
+    until(lambda: not link.is_alive())
+    until(lambda: version_of(cache) == 2 and is_at_hand(cache, "a"))
+    assert len(links()) == 1
 
 
 @on_one_server

@@ -11,7 +11,15 @@ import pytest
 
 import dscache
 from dscache.embedded import ServerBinary
-from tests.blocking.test_near import NEAR, counters, is_answered, is_at_hand, put, version_of
+from tests.blocking.test_near import (
+    NEAR,
+    Provider,
+    counters,
+    is_answered,
+    is_at_hand,
+    put,
+    version_of,
+)
 from tests.conftest import BY_AGE, PATIENT
 from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
 from tests.support.blocking import until
@@ -58,6 +66,47 @@ def test_records_of_a_cluster_are_kept(group: ClusterGroup, backend: str) -> Non
         for name in gone:
             until(lambda n=name: cache.get(n) is None)
         assert counters(cache)["flushes"]["flushall"] >= 1
+
+
+def test_new_credentials_are_those_of_all_links(group: ClusterGroup, backend: str) -> None:
+    users = ("first", "second")
+    for node in group.nodes:
+        for user in users:
+            words = (user, "reset", "on", f">secret-{user}", "~*", "&*", "+@all")
+            node.ask("ACL", "SETUSER", *words)
+    provider = Provider()
+    options = {**group.options, "nearCache": NEAR, **PATIENT, **CURIOUS, "connectionName": "user"}
+    config = {"name": "redis", "options": options}
+    names = [f"c/{number}" for number in range(30)]
+    try:
+        with dscache.Cache.from_config(config, credentials=provider) as cache:
+            for turn, user in enumerate((*users, users[0]), start=1):
+                provider.login = (user, f"secret-{user}")
+                if turn > 1:
+                    provider.tell(object())
+                    assert not any(is_at_hand(cache, name) for name in names)
+                for name in names:
+                    put_on(group, name, turn)
+                    until(lambda n=name, t=turn: version_of(cache, n) == t)
+                    until(lambda n=name: is_at_hand(cache, n))
+                until(lambda user=user: users_of_links(group) == {user})
+    finally:
+        for node in group.nodes:
+            node.ask("ACL", "DELUSER", *users)
+
+
+def users_of_links(group: ClusterGroup) -> set[str]:
+    """Return the users of the connections that hear of changes at the primaries."""
+    found = set()
+    for node in group.primaries():
+        lines = node.ask("CLIENT", "LIST").splitlines()
+        clients = [dict(word.split("=", 1) for word in line.split()) for line in lines]
+        listening = [
+            one["user"] for one in clients if one["name"] == "user" and "B" in one["flags"]
+        ]
+        assert len(listening) <= 2  # the next one, and one that is about to end
+        found.update(listening or ["none"])
+    return found
 
 
 def test_a_slot_that_moves(group: ClusterGroup, backend: str) -> None:

@@ -213,7 +213,7 @@ def assert_nothing_served_while_stopped(
             thread.join(120)
     assert served, "nothing was kept when the server stopped"
     late = [began - stopped for began in served if began - stopped > idle_limit]
-    assert late == []
+    assert not late, f"{len(late)} reads were served beyond the limit, up to {max(late)} s after"
 
 
 @ON_ONE_SERVER
@@ -328,6 +328,8 @@ CHANGES = [
     ("default", "SETUSER reader resetpass >another"),
     ("default", "DELUSER reader"),
     ("broadcast", "DELUSER reader"),
+    ("broadcast", "SETUSER reader reset"),
+    ("broadcast", "SETUSER reader -client|tracking"),
 ]
 
 
@@ -344,6 +346,9 @@ def test_a_user_that_changes(own: EmbeddedServer, backend: str, mode: str, chang
             for _ in range(2):
                 assert_serves(cache, truth, put)
                 redis.execute_command("ACL", *change.split())
+                if "tracking" in change:  # which matters to the next link only
+                    for client in links(redis, READER)[0]:
+                        redis.client_kill_filter(_id=client["id"])
                 end = time.monotonic() + 1.2 * BOUND
                 while time.monotonic() < end:
                     truth.write(put)
@@ -461,26 +466,28 @@ def test_a_replaced_primary_of_a_cluster(group: ClusterGroup, backend: str) -> N
 def test_the_checks_notice_a_near_cache_that_hears_nothing(
     own: EmbeddedServer, backend: str
 ) -> None:
+    """A number of reads is enough for it, however long they take; a check without reads fails."""
     with redis_py.Redis.from_url(own.url) as redis:
         put = putting(redis)
-        truth = Truth(NAMES, 0.05)
+        truth = Truth(NAMES, 0.0)
         with open_cache({"url": own.url, **SLOW}, "naive") as cache:
             assert isinstance(cache, NaiveCache)
             truth.write(put)
+            for name in NAMES:
+                assert version_of(cache, name) == 1
             readers = Readers(cache, truth)
-            with pytest.raises(AssertionError, match=r"was outdated for|it did not happen"):
-                _write_beside(readers, cache, truth, put)
-            with pytest.raises(AssertionError):
-                assert_nothing_served_while_stopped(own, cache, 0.2, 0.05)
+            with pytest.raises(AssertionError, match="step 1 was outdated for"):
+                _write_beside(readers, truth, put)
+            with pytest.raises(AssertionError, match="reads were served beyond the limit"):
+                assert_nothing_served_while_stopped(own, cache, 0.5, 0.0)
 
 
-def _write_beside(
-    readers: Readers, cache: Any, truth: Truth, put: Callable[[str, int], object]
-) -> None:
+def _write_beside(readers: Readers, truth: Truth, put: Callable[[str, int], object]) -> None:
+    """Write beside readers, until they have read each name again."""
     with readers:
-        until(lambda: is_at_hand(cache, NAMES[0]))
         truth.write(put)
-        until(lambda: readers.wrong)
+        before = readers.reads
+        until(lambda: readers.reads >= before + 4 * len(NAMES), "enough reads")
 
 
 def test_the_checks_notice_a_read_back_in_time() -> None:

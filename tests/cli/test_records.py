@@ -19,7 +19,15 @@ from dscache.admin import ndjson
 from dscache.admin.cache import open_cache
 from dscache.config import load
 from dscache.embedded import EmbeddedServer
-from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal, running
+from tests.support.commands import (
+    PATIENCE,
+    invoke,
+    on_terminal,
+    plain,
+    run,
+    run_on_terminal,
+    running,
+)
 
 
 @pytest.fixture(scope="module")
@@ -231,18 +239,131 @@ def test_a_terminal_gets_a_table(url: Url) -> None:
     long = "x" * 300
     for name, data in (("user/1", '{"a":1}'), ("user/2", json.dumps(long))):
         invoke("set", name, "7", data, *url)
-    status, written = run_on_terminal("get", "user/1", "user/2", "away", *url, columns=60)
+    status, written = run_on_terminal("head", "user/1", "user/2", long, *url, columns=60)
     assert status == 1
     assert "\x1b[33mno record" in written
     lines = plain(written).splitlines()
     assert max(map(len, lines)) <= 60
-    assert re.split("  +", lines[0].strip()) == ["name", "version", "data"]
-    assert re.split("  +", lines[2].strip()) == ["user/1", "7", '{"a":1}']
-    assert re.fullmatch(r'user/2 +7  "x+… *', lines[3])
-    # A single record is shown whole.
-    status, written = run_on_terminal("get", "user/2", *url, columns=60)
-    assert (status, plain(written).count("x")) == (0, 300)
-    assert max(map(len, plain(written).splitlines())) <= 60
+    assert re.split("  +", lines[0].strip()) == ["name", "version"]
+    assert re.split("  +", lines[2].strip()) == ["user/1", "7"]
+    # A long name is folded.
+    assert plain(written).count("x") == 300
+
+
+def test_a_terminal_gets_indented_data_with_its_size_and_lifetime(
+    url: Url, client: redis_py.Redis
+) -> None:
+    data = rb'{"a":[1,{"b":1e400}],"c":[],"d":"\ud800 {\"","e":12345678901234567890123}'
+    client.mset({"user/1_v": 7, "user/1_d": data, "user/2_v": 8})
+    client.set("user/2_d", '"' + "x" * 300 + '"')
+    for half in ("user/2_v", "user/2_d"):
+        client.expire(half, 7200 + 30)
+    status, written = run_on_terminal("get", "user/1", "user/2", "away", *url, columns=60)
+    assert status == 1
+    assert "\x1b[33mno record" in written
+    assert plain(written).splitlines() == [
+        f"user/1  version 7, {len(data)} bytes, no expiry",
+        "{",
+        '  "a": [',
+        "    1,",
+        "    {",
+        '      "b": 1e400',
+        "    }",
+        "  ],",
+        '  "c": [],',
+        r'  "d": "\ud800 {\"",',
+        '  "e": 12345678901234567890123',
+        "}",
+        "",
+        "user/2  version 8, 302 bytes, expires in 2 h",
+        # Whole, and folded by the terminal alone.
+        '"' + "x" * 300 + '"',
+        "",
+        "away  no record",
+    ]
+    status, written = run_on_terminal("get", "user/1", *url, NO_COLOR="1")
+    assert status == 0
+    assert "\x1b[3" not in written
+
+
+def test_data_is_indented_however_it_is_nested(url: Url, client: redis_py.Redis) -> None:
+    deep = b"[" * 3000 + b"]" * 3000
+    client.mset({"a_v": 1, "a_d": deep, "b_v": 1, "b_d": "[1"})
+    status, written = run_on_terminal("get", "a", "b", *url)
+    assert status == 1
+    assert re.sub(r"\s", "", plain(written).partition("expiry")[2]).startswith(deep.decode())
+    assert "record 'b', version 1: stored data is no JSON" in plain(written)
+
+
+def test_a_user_who_may_not_read_lifetimes_gets_the_records(
+    records_server: EmbeddedServer, url: Url, client: redis_py.Redis
+) -> None:
+    invoke("set", "a", "1", "[]", *url)
+    client.acl_setuser("bob", enabled=True, nopass=True, keys="*", commands=["+@all", "-pttl"])
+    try:
+        limited = records_server.url.replace("://", "://bob:x@")
+        status, written = run_on_terminal("get", "a", "--url", limited)
+    finally:
+        client.acl_deluser("bob")
+    assert (status, plain(written)) == (0, "a  version 1, 2 bytes\n[]\n")
+
+
+# -- at each change
+
+
+def test_a_record_is_printed_at_each_change(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": "[]"})
+    with running("get", "a", "ab", "--watch", *url) as process:
+        assert process.stdout
+        assert process.stderr
+        assert json.loads(process.stdout.readline()) == {"name": "a", "version": 1, "data": []}
+        assert process.stderr.readline() == b"dscache: no record 'ab'\n"
+        client.mset({"abc_v": 1, "abc_d": "1"})  # another record that begins so
+        client.mset({"ab_v": 5, "ab_d": '{"n": 1}'})
+        assert process.stdout.readline() == b'{"name":"ab","version":5,"data":{"n": 1}}\n'
+        client.delete("ab_v", "ab_d")
+        gone = {"name": "ab", "version": None, "data": None}
+        assert json.loads(process.stdout.readline()) == gone
+        client.flushall()
+        assert json.loads(process.stdout.readline()) == {**gone, "name": "a"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+
+
+def test_what_changed_in_a_gap_is_printed_behind_it(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": "1"})
+    with running("get", "a", "--watch", *url) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        for version in (2, 3):
+            with client.pipeline() as together:
+                together.client_kill_filter(_type="normal", skipme=True)
+                together.mset({"a_v": version, "a_d": "2"})
+                together.execute()
+            assert json.loads(process.stdout.readline())["version"] == version
+        process.terminate()
+        assert process.wait(PATIENCE) == 143
+        assert b"changes may be missed from here on" in process.stderr.read()
+
+
+def test_a_terminal_shows_the_time_of_each_change(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": "[]"})
+    with on_terminal("get", "a", "--watch", *url) as terminal:
+        terminal.until(r"a  \d\d:\d\d:\d\d, version 1, 2 bytes, no expiry\n\[\]\n")
+        client.mset({"a_v": 2, "a_d": '{"n":1}'})
+        terminal.until(r'\n\na  [\d:]{8}, version 2, 7 bytes, no expiry\n{\n  "n": 1\n}\n')
+        client.delete("a_v", "a_d")
+        terminal.until(r"\n\na  no record\n")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.rest()[0] == 130
+
+
+def test_a_watch_needs_names(url: Url) -> None:
+    done = invoke("get", "--watch", *url, stdin=b"a\n")
+    assert (done.status, done.out) == (2, "")
+    assert "--watch needs the names as arguments" in done.err
 
 
 def test_a_terminal_without_colours_and_with_json(url: Url) -> None:

@@ -96,6 +96,25 @@ def test_sharded_messages(core: Any) -> None:
     assert exchange.take() == [[b"SPUBLISH", b"17", b'{"fromServer":"A","message":[1]}']]
 
 
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        (
+            60,
+            r"^message on topic 4: it can't be encoded: \$: its JSON text has more than 536870912",
+        ),
+        (5000, r"^message on topic 4: it can't be encoded: \$\[0\]\S+: .* it has 5000 levels, and"),
+    ],
+)
+def test_messages_beyond_the_bounds_of_data(core: Any, levels: int, said: str) -> None:
+    message: list[Any] = [1]
+    for _ in range(levels - 1):
+        message = [message, message]
+    with pytest.raises(MessageError, match=said):
+        Exchange(core).pipeline.publish(4, OPENING, message, False)
+
+
 class Struct(msgspec.Struct):
     topic: int
 

@@ -332,13 +332,15 @@ class Connections(RuleBasedStateMachine):
     # -- mishaps
 
     @rule(
-        mishap=st.sampled_from(["script", "script", "lose", "expire first", "expire all"]),
+        mishap=st.sampled_from(["script", "script", "load", "lose", "expire first", "expire all"]),
         executed=st.integers(0, 20),
     )
     def mishap(self, mishap: str, executed: int) -> None:
         match mishap:
             case "script":
                 self.server.has_script = False
+            case "load":
+                self._load()
             case "lose":
                 self._lose(executed)
             case "expire first":
@@ -347,6 +349,16 @@ class Connections(RuleBasedStateMachine):
                     self.pipeline.expire(deadline)
             case "expire all":
                 self.pipeline.expire(math.inf)
+
+    def _load(self) -> None:
+        """Let another client load the script, between two commands under way perhaps.
+
+        Two guarded writes may then change places, because the first one found no script.
+        """
+        if not self.server.has_script:
+            self.server.has_script = True
+            for issued in self.issued:
+                issued.disturbed |= issued.is_guarded and not issued.waiter.done
 
     def _lose(self, executed: int) -> None:
         """Lose the connection: some sent commands are still executed, but none is answered."""
@@ -395,6 +407,25 @@ class FastConnections(Connections):
 
 class PureConnections(Connections):
     core = pure
+
+
+@pytest.mark.parametrize("machine", [FastConnections, PureConnections], ids=["fast", "pure"])
+def test_a_lost_script_between_two_bulks_of_guarded_writes(machine: type[Connections]) -> None:
+    """A run that the machine has found: the script came back before the second bulk alone."""
+    first = Operation("set", "a", (0, None), {"ttl": 60})
+    bulk = Operation("set_bulk", dict.fromkeys(ALLOWED, (0, None)), (), {"if_newer": True})
+    run = machine()
+    run.begin(msetex=False, has_script=False, forbidden=False)
+    run.issue([first, bulk])
+    run.move(executed=0, delivered=0)
+    for _ in range(5):
+        run.issue([Operation("get", "a")])
+    run.issue([bulk])
+    run.move(executed=1, delivered=48)
+    run.counters_add_up()
+    run.teardown()
+    written = [issued.waiter.result() for issued in run.issued if issued.name == "b"]
+    assert written == [{"a"}, {"a", "b"}]
 
 
 EXAMPLES = settings(max_examples=200, stateful_step_count=30)

@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -1818,20 +1819,119 @@ def test_a_retry_does_not_undo_a_later_write(exchange: Exchange) -> None:
     assert exchange.server.values[b"b_d"] == b'"b"'
 
 
-def test_a_retry_that_loads_the_script_is_superseded_by_later_writes(exchange: Exchange) -> None:
-    """A write behind it is executed by the script; a refused one before it comes too late."""
+def test_a_retry_that_loads_the_script_waits_for_the_refusals_under_way(
+    exchange: Exchange,
+) -> None:
+    """A write behind it would be executed by the script, and the refused one come too late."""
     refused = resp(Refusal(NOSCRIPT))
     [loads] = exchange.issue(Op("set", "z", (1, 1), {"ttl": 9}))
     exchange.take()
     [first] = exchange.issue(Op("set", "a", (1, "old"), {"ttl": 9}))
     exchange.take()
     exchange.pipeline.feed(refused)
-    [later] = exchange.issue(Op("set", "a", (2, "new"), {"ttl": 9}))
-    output = exchange.pipeline.take_output()
-    assert verbs(commands(output)) == ["EVAL", "EVALSHA"]
-    exchange.pipeline.feed(refused + exchange.server.answer(output))
-    exchange.run()
+    read, later = exchange.issue(Op("get", "a"), Op("set", "a", (2, "new"), {"ttl": 9}))
+    assert exchange.take() == []
+    exchange.pipeline.feed(refused)
+    assert verbs(exchange.run()) == ["EVAL", "EVAL", "MGET", "EVALSHA"]
     assert [waiter.result() for waiter in (loads, first, later)] == [True] * 3
+    assert plain(read.result()) == (1, "old")
+    assert exchange.server.values[b"a_d"] == b'"new"'
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
+def test_guarded_writes_around_a_lost_script_keep_their_order(
+    exchange: Exchange, bulk: bool
+) -> None:
+    """Of two writes of one version, the first is done and the second is not newer."""
+    exchange.server.has_script = False
+    guard = {"if_newer": True}
+
+    def write(data: str) -> Op:
+        if bulk:
+            return Op("set_bulk", dict.fromkeys("ab", (0, data)), (), guard)
+        return Op("set", "b", (0, data), guard)
+
+    exchange.issue(Op("set", "a", (0, "ttl"), {"ttl": 60}))
+    output = exchange.pipeline.take_output()
+    [first] = exchange.issue(write("first"))
+    output += exchange.pipeline.take_output()
+    replies = exchange.server.answer(output)
+    half = len(replies) // 2
+    exchange.pipeline.feed(replies[:half])
+    [read] = exchange.issue(Op("get", "a"))
+    [second] = exchange.issue(write("second"))
+    assert exchange.take() == []
+    exchange.pipeline.feed(replies[half:])
+    exchange.run()
+    assert first.result() == ({"a"} if bulk else True)
+    assert second.result() == ({"a", "b"} if bulk else False)
+    assert plain(read.result()) == (0, "ttl")
+    assert exchange.server.values[b"b_d"] == b'"first"'
+
+
+def test_output_goes_on_when_the_connection_is_lost_before_the_refusals(exchange: Exchange) -> None:
+    exchange.server.has_script = False
+    first, second = exchange.issue(
+        Op("set", "a", (1, "a"), {"if_newer": True}), Op("set", "b", (1, "b"), {"ttl": 9})
+    )
+    assert verbs(exchange.take()) == ["EVALSHA", "EVALSHA"]
+    exchange.reply(Refusal(NOSCRIPT))
+    assert exchange.take() == []
+    exchange.pipeline.connection_lost(OSError("cut"), True)
+    assert verbs(exchange.run()) == ["EVAL"]
+    assert first.result() is True
+    assert isinstance(second.error, ConnectionLost)
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "bulk"])
+@pytest.mark.parametrize("kind", ["ttl", "if_version", "if_newer"])
+def test_a_retry_does_not_undo_a_write_whose_script_another_client_has_loaded(
+    exchange: Exchange, kind: str, bulk: bool
+) -> None:
+    """The first one found no script; the second, already under way, found that client's."""
+    exchange.server.put("a", 1, b'"stored"')
+    options: dict[str, Any] = {"ttl": {"ttl": 9}, "if_newer": {"if_newer": True}}.get(kind, {})
+
+    def write(version: int, data: str) -> Op:
+        held: dict[str, Any] = {"if_version": {"a": 1} if bulk else 1}
+        chosen = held if kind == "if_version" else options
+        if bulk:
+            return Op("set_bulk", {"a": (version, data)}, (), chosen)
+        return Op("set", "a", (version, data), chosen)
+
+    exchange.server.has_script = False
+    [first] = exchange.issue(write(2, "first"))
+    replies = exchange.server.answer(exchange.pipeline.take_output())
+    [second] = exchange.issue(write(3, "second"))
+    output = exchange.pipeline.take_output()
+    exchange.pipeline.feed(replies)
+    exchange.server.has_script = True
+    exchange.pipeline.feed(exchange.server.answer(output))
+    exchange.run()
+    assert second.result() == (set() if bulk else True)
+    assert exchange.server.values[b"a_d"] == b'"second"'
+    if kind == "if_newer":
+        assert first.result() == ({"a"} if bulk else False)
+    else:
+        assert isinstance(first.error, ReplyError)
+        assert first.error.code == "NOSCRIPT"
+
+
+def test_a_retry_without_the_script_does_not_undo_a_later_one_that_brings_it(
+    exchange: Exchange,
+) -> None:
+    exchange.server.refused = {*keys_of("no")}
+    no, first = exchange.issue(
+        Op("set", "no", (1, 1), {"ttl": 9}), Op("set", "a", (1, "old"), {"ttl": 9})
+    )
+    refused = exchange.server.answer(exchange.pipeline.take_output())
+    [later] = exchange.issue(Op("set", "a", (2, "new"), {"ttl": 9}))
+    exchange.server.has_script = False
+    refused += exchange.server.answer(exchange.pipeline.take_output())
+    exchange.pipeline.feed(refused)
+    exchange.run()
+    assert isinstance(no.error, ReplyError)
+    assert [first.result(), later.result()] == [True, True]
     assert exchange.server.values[b"a_d"] == b'"new"'
 
 
@@ -1976,7 +2076,10 @@ def test_half_a_record_is_a_miss_and_counted(exchange: Exchange, key: int) -> No
 
 BAD_NAMES = ["", None, 1, b"a", ["a"], "\ud800", "a\udfff"]
 BAD_VERSIONS = [-1, 2**63, True, 1.0, "1", None]
-BAD_TTLS = [-1, 1.5, True, "60", c.MAX_TTL + 1, math.inf]
+BAD_TTLS = [
+    *(-1, 1.5, True, "60", c.MAX_TTL + 1, math.inf),
+    *(timedelta(seconds=each) for each in (0, -1, 0.5, 1.5, c.MAX_TTL + 1)),
+]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import gc
 import math
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
 from dscache import _backend, _fast
+from dscache.core import constants as c
 from dscache.core import pure
 from dscache.errors import RecordError
 from tests.support.wire import CORES, Waiter
@@ -260,6 +262,103 @@ def test_deep_json(core: Any) -> None:
     for _ in range(DEEP - 1):
         [data] = data
     assert data == []
+
+
+# -- bounds of data that is encoded
+
+
+def nested(levels: int, kind: str) -> object:
+    data: object = []
+    for _ in range(levels - 1):
+        data = [data] if kind == "list" else {"[": data} if kind == "dict" else Pair(data, ["}"])
+    return data
+
+
+class Pair(msgspec.Struct):
+    left: object
+    right: object
+
+
+def doubled(levels: int, kind: str) -> object:
+    """Return a value in which 2**levels paths lead to one number."""
+    data: object = 1
+    for _ in range(levels):
+        data = [data, data] if kind == "list" else Pair(data, data)
+    return data
+
+
+def at_depth(frames: int, call: Callable[[], Any]) -> Any:
+    return call() if frames == 0 else at_depth(frames - 1, call)
+
+
+@pytest.mark.parametrize("frames", [0, 200])
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_data_of_the_last_allowed_level(core: Any, kind: str, frames: int) -> None:
+    text = at_depth(frames, lambda: core.encode_data("a", nested(c.MAX_DATA_DEPTH, kind)))
+    opening, closing = (b"[", b"]") if kind == "list" else (b'{"[":', b"}")
+    levels = c.MAX_DATA_DEPTH - 1
+    assert text == opening * levels + b"[]" + closing * levels
+
+
+@pytest.mark.parametrize("levels", [c.MAX_DATA_DEPTH + 1, 5000, DEEP])
+@pytest.mark.parametrize("kind", ["list", "dict", "struct"])
+def test_data_beyond_it(core: Any, kind: str, levels: int) -> None:
+    data = nested(levels, kind)
+    with pytest.raises(RecordError, match=rf"it has {levels} levels, and 1000 are the most$"):
+        core.encode_data("a", data)
+    with pytest.raises(RecordError, match=r"^record 'a': data can't be encoded: \$\.k[.\[]"):
+        core.encode_data("a", {"k": data, "v": ["x" * 2**20]})
+
+
+@pytest.mark.parametrize("kind", ["list", "struct"])
+@pytest.mark.parametrize("levels", [30, 60, 900])
+def test_data_whose_parts_have_too_many_paths(core: Any, kind: str, levels: int) -> None:
+    with pytest.raises(RecordError, match=r"\$: its JSON text has more than 536870912 bytes$"):
+        core.encode_data("a", doubled(levels, kind))
+
+
+def test_data_whose_parts_have_too_many_paths_and_levels(core: Any) -> None:
+    with pytest.raises(RecordError, match="it has 20000 levels, and 1000 are the most"):
+        core.encode_data("a", doubled(20_000, "list"))
+    assert len(core.encode_data("a", doubled(15, "list"))) == 4 * 2**15 - 3
+
+
+def test_brackets_in_strings_are_no_levels(core: Any) -> None:
+    data = [
+        {"[{" * 3000: ['"]' * 3000, "\\[" * 3000, '\\"[' * 3000]},
+        "]}" * 3000,
+        nested(500, "list"),
+    ]
+    assert core.encode_data("a", data) == msgspec.json.encode(data)
+    # Brackets that close in strings hide no levels.
+    hidden: object = 1
+    for _ in range(1001):
+        hidden = ['"]\\"}', hidden, "]"]
+    with pytest.raises(RecordError, match="it has 1001 levels"):
+        core.encode_data("a", hidden)
+
+
+def test_text_given_as_it_is_has_no_bound_of_depth(core: Any) -> None:
+    text = b"[" * 5000 + b"]" * 5000
+    assert core.encode_data("a", msgspec.Raw(text)) == text
+
+
+@pytest.mark.parametrize("buffer", [4096, *c.DATA_BUFFERS[:2]])
+def test_texts_about_as_long_as_the_buffers(core: Any, buffer: int) -> None:
+    for size in (buffer - 1, buffer, buffer + 1, buffer * 2):
+        data = [*[{"a": [1, "b"]}] * (buffer // 64), ""]
+        data[-1] = "x" * (size - len(msgspec.json.encode(data)))
+        assert core.encode_data("a", data) == msgspec.json.encode(data)
+    assert core.encode_data("a", {"a": 1}) == b'{"a":1}'
+
+
+def test_a_type_may_encode_data_while_it_is_encoded(core: Any) -> None:
+    class Model:
+        def model_dump_json(self, by_alias: bool) -> str:
+            return str(core.encode_data("b", ["x" * 100]), "utf-8")
+
+    expected = b'["yyy",["' + b"x" * 100 + b'"],["' + b"x" * 100 + b'"]]'
+    assert core.encode_data("a", ["yyy", Model(), Model()]) == expected
 
 
 BROKEN = [

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -234,7 +235,7 @@ async def test_a_deletion_is_told_and_later_writes_arent_lost(pair: Pair, way: s
 
 async def test_an_expiry_is_told(pair: Pair) -> None:
     await pair.one.do("open", name="brief")
-    await pair.peer.records.set("brief", {"n": 1}, ttl=1)
+    await pair.peer.records.set("brief", {"n": 1}, ttl=timedelta(seconds=1))
     await shows(pair.one, "brief", [1, {"n": 1}])
     await shows(pair.one, "brief", None)
     # One that was written again in the meantime has not expired.

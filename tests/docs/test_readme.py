@@ -140,10 +140,14 @@ def test_session(document: Path, session: Session) -> None:
 
 
 @in_language("python")
-def test_program(block: Block, folder: Path) -> None:
+def test_program(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if block.document.name in ("messages.md", "deepstream.md"):
         own = next(one.text for one in blocks(block.document) if one.language == "yaml")
         (folder / "config.yml").write_text(own, encoding="utf-8")
+    if block.document.name == "django.md":
+        settings = next(one.text for one in blocks(block.document) if one.language == "python")
+        (folder / "settings.py").write_text(settings, encoding="utf-8")
+        monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "settings")
     program = folder / "program.py"
     program.write_text(block.text, encoding="utf-8")
     printed = run(folder, sys.executable, "-W", "error", str(program))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # The extras that a program installs to use dscache.
-EXTRAS = ("cli", "embedded", "otel", "prometheus", "uvloop")
+EXTRAS = ("cli", "django", "embedded", "key-value", "otel", "prometheus", "uvloop")
 _LOWEST = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9.]+)")
 
 

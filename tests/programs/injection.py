@@ -4,8 +4,9 @@
 JSON: the ``options`` that lead to a server or a cluster, the ``kind`` of user ("async", "blocking",
 "messages", or "coroutines" for messages with a coroutine as callback), whether the loop is
 ``uvloop``'s, and whether ``every`` exception is raised on every line. If not, each exception in
-turn is raised on one line of each ``step``, from the line ``offset`` on. ``DSCACHE_BACKEND`` names
-the core.
+turn is raised on one line of each ``step``, from the line ``offset`` on. ``part`` [I, N] strikes
+only every Nth action, from the Ith on; all parts together strike the same lines as one run.
+``DSCACHE_BACKEND`` names the core.
 
 Each action, such as a read or a write, runs once to record its lines in dscache and in the parts of
 asyncio that dscache calls. Then it runs once for each line, on which an exception is raised the
@@ -247,9 +248,10 @@ async def _probe(findings: Findings, cache: Any) -> bool:
                 findings.note(f"WRONG OWNER: {name} got {record!r}")
         errors = [one for one in found if isinstance(one, BaseException)]
         left = {name: cache.stats()[name] for name in COUNTERS if cache.stats()[name]}
-        if not errors and not left and None not in found:
+        missing = [name for name, one in zip(OWNERS, found, strict=True) if one is None]
+        if not errors and not left and not missing:
             return True
-        said = errors[0] if errors else left
+        said = errors[0] if errors else left or f"{missing} are missing"
         if not errors and left:
             await asyncio.sleep(0.01)
     findings.note(f"of no use any more: {said!r}")
@@ -265,20 +267,30 @@ async def _close(cache: Any, findings: Findings) -> None:
         findings.note(f"close: {error!r}")
 
 
-def _each(
-    known: set[Site], sites: dict[Site, None], where: dict[str, Any]
-) -> Iterator[tuple[Site, BaseException]]:
-    """Yield each exception with its line; a line hit in an earlier action is skipped."""
-    for place, site in enumerate(sites):
-        if where["every"]:
-            if place % where["step"] == where["offset"]:
-                for make in _EXCEPTIONS:
-                    yield site, make()
-        elif site not in known:
-            number = len(known)
-            known.add(site)
-            if number % where["step"] == where["offset"]:
-                yield site, _EXCEPTIONS[number // where["step"] % len(_EXCEPTIONS)]()
+class Plan:
+    """Chooses the lines to strike, action by action, as WHERE says."""
+
+    def __init__(self, where: dict[str, Any]) -> None:
+        self._every = where["every"]
+        self._step, self._offset = where["step"], where["offset"]
+        self._part, self._parts = where.get("part", (0, 1))
+        self._known: set[Site] = set()
+        self._actions = 0
+
+    def each(self, sites: dict[Site, None]) -> Iterator[tuple[Site, BaseException]]:
+        """Yield each exception with its line; a line hit in an earlier action is skipped."""
+        is_mine = self._actions % self._parts == self._part
+        self._actions += 1
+        for place, site in enumerate(sites):
+            if self._every:
+                if is_mine and place % self._step == self._offset:
+                    for make in _EXCEPTIONS:
+                        yield site, make()
+            elif site not in self._known:
+                number = len(self._known)
+                self._known.add(site)
+                if is_mine and number % self._step == self._offset:
+                    yield site, _EXCEPTIONS[number // self._step % len(_EXCEPTIONS)]()
 
 
 def _named(action: str, site: Site, error: BaseException) -> str:
@@ -289,7 +301,7 @@ def _named(action: str, site: Site, error: BaseException) -> str:
 def _run_async(findings: Findings, where: dict[str, Any]) -> None:
     """Strike an AsyncCache: in its operations, in a loss of its connection, and in its close."""
     survivor = Survivor(uvloop.new_event_loop() if where["uvloop"] else asyncio.new_event_loop())
-    known: set[Site] = set()
+    plan = Plan(where)
 
     async def opened() -> Any:
         cache = dscache.AsyncCache.from_config({"name": "redis", "options": where["options"]})
@@ -326,7 +338,7 @@ def _run_async(findings: Findings, where: dict[str, Any]) -> None:
         first = Tracer()
         survivor.run(one(cache, action, Tracer()))
         survivor.run(one(cache, action, first))
-        for site, error in _each(known, first.sites, where):
+        for site, error in plan.each(first.sites):
             findings.case = _named(action, site, error)
             findings.cases += 1
             survivor.run(one(cache, action, Tracer(site, error)))
@@ -341,7 +353,7 @@ def _run_async(findings: Findings, where: dict[str, Any]) -> None:
     began = time.monotonic()
     first = Tracer()
     survivor.run(close_of_each(first))
-    for site, error in _each(known, first.sites, where):
+    for site, error in plan.each(first.sites):
         findings.case = _named("close", site, error)
         findings.cases += 1
         survivor.run(close_of_each(Tracer(site, error)))
@@ -394,7 +406,7 @@ def _kill_clients(options: dict[str, Any]) -> None:
 
 def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
     """Strike a Cache, in the thread that uses it, and in the one that reads for a near cache."""
-    known: set[Site] = set()
+    plan = Plan(where)
     options = where["options"]
     has_near = "nearCache" in options
     if has_near:
@@ -480,7 +492,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
         act(action, Tracer())
         first = Tracer()
         act(action, first)
-        for site, error in _each(known, first.sites, where):
+        for site, error in plan.each(first.sites):
             findings.case = _named(action, site, error)
             findings.cases += 1
             act(action, Tracer(site, error))
@@ -502,7 +514,7 @@ def _run_blocking(findings: Findings, where: dict[str, Any]) -> None:
 def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
     """Strike a MessageNode that publishes; another receives complete messages in order."""
     survivor = Survivor(uvloop.new_event_loop() if where["uvloop"] else asyncio.new_event_loop())
-    known: set[Site] = set()
+    plan = Plan(where)
     heard: list[int] = []
 
     async def opened(name: str) -> Any:
@@ -555,7 +567,7 @@ def _run_messages(findings: Findings, where: dict[str, Any]) -> None:
     survivor.run(send(sender, number, Tracer()))
     first = Tracer()
     survivor.run(send(sender, number, first))
-    for site, error in _each(known, first.sites, where):
+    for site, error in plan.each(first.sites):
         findings.case = _named("send", site, error)
         findings.cases += 1
         number += 2

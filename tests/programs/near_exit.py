@@ -6,10 +6,12 @@ It prints "done" as its last act where it can. Nothing may be written to stderr.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -194,6 +196,32 @@ def interrupted() -> None:
     print("done")
 
 
+def interrupted_at_the_end() -> None:
+    """Ctrl-C comes while the end of the program waits for a thread that looks up a host."""
+    resolve = socket.getaddrinfo
+    is_looked_up = threading.Event()
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        is_looked_up.set()
+        time.sleep(2)
+        return resolve(*arguments, **more)
+
+    socket.getaddrinfo = slow
+    options = {"url": sys.argv[2].replace("127.0.0.1", "localhost"), "nearCache": True}
+    globals()["kept"] = cache = dscache.Cache.from_config({"name": "redis", "options": options})
+
+    def read() -> None:
+        with contextlib.suppress(dscache.DscacheError):
+            cache.get("n/0")
+
+    threading.Thread(target=read, daemon=True).start()
+    assert is_looked_up.wait(PATIENCE)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    # Behind this function, the program's end calls the one that waits for the threads.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0.3)
+    print("done")
+
+
 def check(cache: dscache.Cache, number: int) -> None:
     name = NAMES[number % len(NAMES)]
     record = cache.get(name)
@@ -215,6 +243,7 @@ SCENES = {
         close_in_threads,
         collected,
         interrupted,
+        interrupted_at_the_end,
     )
 }
 

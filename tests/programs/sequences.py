@@ -78,7 +78,8 @@ class Sequences:
         """Return the operations to issue together."""
         cache, number = self.cache, next(_numbers)
         self.name = name = f"loaded/{number}"
-        terms: dict[str, Any] = {"ttl": 60, "refresh_after": 30}
+        # Long: a refresh gives its ttl to records that all actions need.
+        terms: dict[str, Any] = {"ttl": 3600, "refresh_after": 1800}
         if action == "update":
             return [partial(cache.update, "owner/1", changed)] * 2
         if action == "patch":
@@ -175,8 +176,8 @@ class AsyncSequences(Sequences):
         try:
             async with asyncio.timeout(PATIENCE):
                 # A refresh goes on in the background, and would load a record that is deleted.
-                while tasks := self.cache._loads._tasks:
-                    await asyncio.wait([task for task, _ in tasks.values()])
+                while tasks := self._under_way():
+                    await asyncio.wait(tasks)
                     await asyncio.sleep(0)
                 if action in ("update", "patch"):
                     for name in ("owner/1", "owner/2"):
@@ -191,8 +192,8 @@ class AsyncSequences(Sequences):
         gc.collect()
         if queues := dict(self.cache._changes._queues):
             self.note(f"turns are held: {queues}")
-        if self.cache._loads._tasks:
-            self.note(f"loads are held: {self.cache._loads._tasks}")
+        if tasks := self._under_way():
+            self.note(f"loads are held: {tasks}")
         for task in asyncio.all_tasks():
             if task.get_coro().__qualname__ == "_renew":
                 await asyncio.wait([task], timeout=2.0)  # it looks every 1.5 s
@@ -204,6 +205,10 @@ class AsyncSequences(Sequences):
                 if not task.done():
                     self.note(f"a watch listens for ever: {task}")
                     task.cancel()
+
+    def _under_way(self) -> list[asyncio.Task[Any]]:
+        """Return the loads that have not ended; the next load of its name replaces an ended one."""
+        return [task for task, _ in self.cache._loads._tasks.values() if not task.done()]
 
     async def _check_loads(self) -> None:
         """Fetch what was loaded, and once more when it is gone."""

@@ -72,6 +72,7 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "sync-near-race": {"rounds": scaled(100_000)},
         "sync-near-writes": {"rounds": scaled(5000), "losses": scaled(300)},
         "sync-near-memory": {"count": scaled(1_000_000)},
+        "sync-near-faults": {"seconds": 10 * scale, "rounds": scaled(20)},
     }[row]
 
 

@@ -30,6 +30,7 @@ from tests.soak import (
     cluster_rows,
     deepstream_rows,
     message_rows,
+    near_fault_rows,
     near_rows,
     near_thread_rows,
     record_rows,
@@ -815,6 +816,7 @@ ROWS: dict[str, Row] = {
     "sync-near-race": near_thread_rows.race,
     "sync-near-writes": near_thread_rows.writes,
     "sync-near-memory": near_thread_rows.memory,
+    "sync-near-faults": near_fault_rows.faults,
 }
 
 

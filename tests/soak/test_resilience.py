@@ -10,6 +10,7 @@ from dscache.aio import heartbeat
 from dscache.embedded import ServerBinary, find_server
 from tests.conftest import SERVERS
 from tests.soak import rows
+from tests.support import blocking
 
 # The rows start their own servers, to kill them.
 BINARY = SERVERS[0] if SERVERS and isinstance(SERVERS[0], ServerBinary) else find_server()
@@ -42,6 +43,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "sync-near-race": {"rounds": 400},
     "sync-near-writes": {"rounds": 200, "losses": 20},
     "sync-near-memory": {"processes": 2, "count": 20_000},
+    # tests/blocking/test_near_faults.py has the other scenes.
+    "sync-near-faults": {"seconds": 4.5, "rounds": 1, "scenes": ("stopped", "overrun")},
 }
 
 # tests/deepstream has its short form, as it needs Node.
@@ -74,9 +77,13 @@ async def test_row(row: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
         ("sync-near", {"reads": 5000}),
         ("sync-near-race", {"rounds": 8, "patience": 1.0}),
         ("sync-near-writes", {"rounds": 20}),
+        ("sync-near-faults", {"rounds": 1, "scenes": ("removed",)}),
     ],
 )
-async def test_a_near_cache_that_hears_nothing_is_noticed(row: str, sizes: dict[str, Any]) -> None:
+async def test_a_near_cache_that_hears_nothing_is_noticed(
+    row: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocking, "PATIENCE", 2)
     figures = await rows.run(row, BINARY, near="naive", **sizes)
     assert figures.problems != []
 

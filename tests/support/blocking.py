@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import random
@@ -35,6 +36,12 @@ def until(condition: Callable[[], object], what: str = "it") -> None:
         time.sleep(0.001)
 
 
+def strike(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise an exception in a thread, as soon as it runs Python code."""
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    assert raise_in(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error)) == 1
+
+
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
     """Return the results of ``work`` in that many threads, which run at once."""
     with ThreadPoolExecutor(count) as threads:
@@ -42,7 +49,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def run_child(
-    script: str, *arguments: str, backend: str, seconds: float = 5.0 * PATIENCE
+    script: str, *arguments: str, backend: str, seconds: float = 4.5 * PATIENCE
 ) -> dict[str, Any]:
     """Return the JSON that a program of ``tests/programs`` prints within that many seconds."""
     done = subprocess.run(

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,58 @@ def run_on_terminal(
             written += piece
         os.close(ours)
         return process.wait(PATIENCE), written.decode()
+
+
+class Terminal:
+    """A command on a terminal of its own, with what it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ours: int) -> None:
+        self.process = process
+        self._ours = ours
+        self.written = ""
+
+    def until(self, pattern: str) -> re.Match[str]:
+        """Read until the output, without colours, matches; return the match."""
+        while not (match := re.search(pattern, plain(self.written))):
+            assert self._read(), f"it ended before {pattern!r}: {self.written!r}"
+        return match
+
+    def rest(self) -> tuple[int, str]:
+        """Return the exit status, and all the output."""
+        while self._read():
+            pass
+        return self.process.wait(PATIENCE), self.written
+
+    def _read(self) -> bool:
+        ready, _, _ = select.select([self._ours], [], [], PATIENCE)
+        assert ready, f"it wrote nothing for {PATIENCE} s after {self.written!r}"
+        try:
+            piece = os.read(self._ours, 65536)
+        except OSError:  # Linux raises this when the other side has ended
+            return False
+        self.written += piece.decode(errors="replace")
+        return bool(piece)
+
+
+@contextlib.contextmanager
+def on_terminal(*words: str, columns: int = 130, **environment: str) -> Iterator[Terminal]:
+    """Start the command line on its own terminal; the process has ended on exit."""
+    ours, its = pty.openpty()
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    size = {"COLUMNS": str(columns), "LINES": "40"}
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "dscache", *words],
+        env={**inherited, "TERM": "xterm-256color", **size, **environment},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    ) as process:
+        os.close(its)
+        try:
+            yield Terminal(process, ours)
+        finally:
+            process.kill()
+            os.close(ours)
 
 
 @contextlib.contextmanager

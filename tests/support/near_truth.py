@@ -185,8 +185,8 @@ class NaiveCache:
             self._hits += 1
             return self._kept[name]
         self._misses += 1
-        record = self._kept[name] = self._cache.get(name)
-        return record
+        # The first answer stays, also if another thread's later one arrives behind a change.
+        return self._kept.setdefault(name, self._cache.get(name))
 
     def head(self, name: str) -> int | None:
         record = self.get(name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis as redis_py
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -20,8 +22,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 import dscache
 from dscache import otel
 from dscache.config import load
+from dscache.embedded import EmbeddedServer
 from tests.aio.test_topology import FakeCluster, names_of, opened
-from tests.conftest import MakeCache
+from tests.conftest import PATIENT, MakeCache
+from tests.support.blocking import until
+from tests.support.near_truth import links
 
 SECRET = "user/of-nobody's-business"
 
@@ -147,6 +152,51 @@ async def test_a_near_cache(
     topology.pipeline.forget("login")
     (point,) = points(reader, "dscache.near.flushes", dscache_reason="login")
     assert point.value == 1
+
+
+def test_a_near_cache_of_threads(
+    server: EmbeddedServer,
+    redis: redis_py.Redis,
+    backend: str,
+    meters: MeterProvider,
+    reader: InMemoryMetricReader,
+) -> None:
+    near = {"idleLimit": 60_000, "maxRecords": 4}
+    options = {"url": server.url, "connectionName": "exported", "nearCache": near, **PATIENT}
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        otel.observe(cache, "main", meters)
+        for number in range(8):
+            cache.get(f"a/{number}")
+        for _ in range(3):
+            cache.get("a/7")
+        (link,), _ = links(redis, "exported")
+        redis.client_kill_filter(_id=link["id"])
+        until(lambda: points(reader, "dscache.near.flushes", dscache_reason="connection"))
+
+        def has_heard() -> bool:
+            cache.get("a/7")
+            redis.set("a/7_v", 1)
+            (point,) = points(reader, "dscache.near.invalidations")
+            return bool(point.value)
+
+        until(has_heard, "a change")
+        near = cache.stats()["near_cache"]
+        for key, name, labels in (
+            ("hits", "reads", {"dscache_result": "hit"}),
+            ("misses", "reads", {"dscache_result": "miss"}),
+            ("joins", "reads", {"dscache_result": "join"}),
+            ("stale", "stale_reads", {}),
+            ("invalidations", "invalidations", {}),
+            ("evictions", "evictions", {}),
+            ("dropped_fills", "dropped_fills", {}),
+            ("records", "records", {}),
+            ("bytes", "bytes", {}),
+        ):
+            (point,) = points(reader, f"dscache.near.{name}", **labels)
+            assert point.value == near[key], key
+            assert point.attributes["dscache.cache"] == "main"
+        assert near["hits"] >= 3
+        assert near["evictions"] >= 4
 
 
 # -- spans
@@ -356,6 +406,27 @@ async def test_with_a_near_cache(
     await cache.close()
     with pytest.raises(dscache.ConnectionLost):
         await cache.get("a")
+
+
+def test_spans_of_a_near_cache_of_threads(
+    server: EmbeddedServer, redis: redis_py.Redis, backend: str, spans: Spans
+) -> None:
+    """A hit has a span too, until tracing stops; then the core's own methods are called again."""
+    options = {"url": server.url, "nearCache": {"idleLimit": 60_000}, **PATIENT}
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        tracing = otel.trace(cache, tracer_provider=spans.provider, roots=True)
+        for _ in range(4):
+            cache.get("a")
+            cache.head("a")
+            assert cache.get_bulk(["a", "b"]) == {}
+        names = Counter(span.name.split()[0] for span in spans())
+        assert names == {"get": 4, "head": 4, "BATCH": 4}
+        hits = cache.stats()["near_cache"]["hits"]
+        assert hits >= 9
+        tracing.stop()
+        cache.get("a")
+        assert spans() == []
+        assert cache.stats()["near_cache"]["hits"] == hits + 1
 
 
 @pytest.mark.parametrize(

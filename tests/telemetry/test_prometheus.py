@@ -11,15 +11,19 @@ from typing import Any
 
 import prometheus_client
 import pytest
+import redis as redis_py
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 import dscache
 from dscache import _metrics
+from dscache.embedded import EmbeddedServer
 from dscache.prometheus import CacheCollector, register
 from tests.aio.test_topology import FakeCluster, names_of, opened
-from tests.conftest import MakeCache
+from tests.conftest import PATIENT, SERVERS, MakeCache, MakeServer, _server_id
+from tests.support.blocking import until
+from tests.support.near_truth import links
 
 NODES = {"node": "10.0.0.1:7000"}
 
@@ -136,6 +140,95 @@ async def test_a_near_cache(make_cache: MakeCache, registry: CollectorRegistry) 
     topology: Any = cache._topology
     topology.pipeline.forget("login")
     assert value(registry, "dscache_near_flushes_total", reason="login") == 1
+
+
+def test_a_near_cache_of_threads(
+    server: EmbeddedServer, redis: redis_py.Redis, backend: str, registry: CollectorRegistry
+) -> None:
+    """Each counter, beside threads that read all the time: no export is torn or fails."""
+    near = {"idleLimit": 60_000, "maxRecords": 8}
+    options = {"url": server.url, "connectionName": "exported", "nearCache": near, **PATIENT}
+    redis.mset({f"m/{number}_{part}": 1 for number in range(8) for part in "vd"})
+    over = threading.Event()
+
+    def read() -> None:
+        number = 0
+        while not over.is_set():
+            cache.get(f"m/{number % 8}")
+            number += 1
+
+    def has_heard(version: int) -> bool:
+        """Whether a write was reported, which a link that is about to begin may miss."""
+        redis.set("m/3_v", version)
+        return bool(value(registry, "dscache_near_invalidations_total"))
+
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        register(cache, "main", registry)
+        assert value(registry, "dscache_near_records", cache="main") == 0
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: value(registry, "dscache_near_reads_total", result="hit"), "a hit")
+            until(lambda: value(registry, "dscache_near_records") == 8, "all records")
+            (link,), _ = links(redis, "exported")
+            redis.client_kill_filter(_id=link["id"])
+            until(lambda: flushes(registry, "connection") == 1, "a lost link")
+            until(lambda: has_heard(2), "a change")
+            cache.get_bulk(f"more/{number}" for number in range(30))
+            until(lambda: value(registry, "dscache_near_evictions_total"), "an eviction")
+            redis.flushdb()
+            until(lambda: flushes(registry, "flushall") == 1, "the removal of all")
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        near = cache.stats()["near_cache"]
+        for key, name, labels in (
+            ("hits", "near_reads_total", {"result": "hit"}),
+            ("misses", "near_reads_total", {"result": "miss"}),
+            ("joins", "near_reads_total", {"result": "join"}),
+            ("stale", "near_stale_reads_total", {}),
+            ("invalidations", "near_invalidations_total", {}),
+            ("evictions", "near_evictions_total", {}),
+            ("dropped_fills", "near_dropped_fills_total", {}),
+            ("records", "near_records", {}),
+            ("bytes", "near_bytes", {}),
+        ):
+            assert value(registry, f"dscache_{name}", cache="main", **labels) == near[key], key
+        told = {
+            one.labels["reason"]: one.value for one in samples(registry) if "reason" in one.labels
+        }
+        assert told == near["flushes"]
+        # A hit is no operation that Redis has seen.
+        assert value(registry, "dscache_operations_total") == cache.stats()["operations"]
+        assert near["hits"] > 0
+    assert value(registry, "dscache_near_records") == value(registry, "dscache_near_bytes") == 0
+
+
+def flushes(registry: CollectorRegistry, reason: str) -> float | None:
+    return value(registry, "dscache_near_flushes_total", reason=reason)
+
+
+@pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
+def test_stale_records_of_a_near_cache_of_threads(
+    make_server: MakeServer, backend: str, registry: CollectorRegistry
+) -> None:
+    server = make_server()
+    near = {"idleLimit": 60_000, "serveStale": True}
+    options = {"url": server.url, "nearCache": near, "commandTimeout": 3000}
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        register(cache, registry=registry)
+        cache.set("a", 1, 1)
+        until(lambda: cache.get("a") and cache.stats()["near_cache"]["hits"], "a hit")
+        server.kill()
+        until(lambda: flushes(registry, "connection"), "the loss of the link")
+        until(lambda: getattr(cache.get("a"), "stale", False), "the last known record")
+        assert (
+            value(registry, "dscache_near_stale_reads_total")
+            == (cache.stats()["near_cache"]["stale"])
+        )
+        assert value(registry, "dscache_near_stale_reads_total") >= 1  # type: ignore[operator]
 
 
 def test_every_counter_has_its_metric() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import Future
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict, assert_type
 
@@ -44,6 +45,7 @@ async def single(cache: AsyncCache) -> None:
     assert_type(await cache.head("n"), int | None)
     assert_type(await cache.set("n", 1, {"a": [1]}, ttl=60, if_newer=True), bool)
     assert_type(await cache.set("n", 1, {}, ttl=None), bool)
+    assert_type(await cache.set("n", 1, {}, ttl=timedelta(minutes=1)), bool)
     assert_type(await cache.delete("n"), bool)
     assert_type(await cache.set("n", 2, {}, if_version=1), bool)
     assert_type(await cache.set("n", 1, {}, if_version=None), bool)
@@ -167,6 +169,11 @@ async def fetched(cache: AsyncCache) -> None:
     assert_type(await cache.fetch("n", load, ttl=60), Record | None)
     assert_type(await cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
     assert_type(await cache.fetch("n", load, ttl=60, keep_missing=5), Record | None)
+    minute = timedelta(minutes=1)
+    fetched = await cache.fetch(
+        "n", load, ttl=9 * minute, refresh_after=minute, keep_missing=minute
+    )
+    assert_type(fetched, Record | None)
     assert_type(await cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
     await cache.fetch("n", load)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
     await cache.fetch("n", 1, ttl=9)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -79,6 +80,10 @@ def fetched(cache: Cache) -> None:
     assert_type(cache.fetch("n", len, ttl=60), Record | None)
     assert_type(cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
     assert_type(cache.fetch("n", len, ttl=60, keep_missing=5), Record | None)
+    minute = timedelta(minutes=1)
+    fetched = cache.fetch("n", len, ttl=9 * minute, refresh_after=minute, keep_missing=minute)
+    assert_type(fetched, Record | None)
+    assert_type(cache.set("n", 1, {}, ttl=minute), bool)
     assert_type(cache.fetch_bulk({"n"}, load_many, ttl=60), dict[str, Record])
 
 

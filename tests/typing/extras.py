@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import Any, assert_type
 
-from dscache import AsyncCache, Cache, otel, prometheus
+from key_value.aio.protocols import AsyncKeyValue
+
+from dscache import AsyncCache, Cache, django, key_value, otel, prometheus
 from dscache.embedded import EmbeddedServer, ServerBinary, find_server, find_servers
 
 
@@ -14,6 +16,20 @@ def exporters(cache: AsyncCache, blocking: Cache) -> None:
     otel.observe(cache, "name")
     tracing = otel.trace(blocking, sample=0.1, roots=True)
     tracing.stop()
+
+
+def django_caches(cache: django.RecordCache) -> None:
+    assert_type(cache.records, Cache)
+    assert_type(cache.touch("name"), bool)
+    assert_type(cache.get_many(["name"]), dict[str, Any])
+
+
+async def stores(store: key_value.RecordStore) -> None:
+    as_any: AsyncKeyValue = store
+    await as_any.put("key", {"a": 1}, ttl=60)
+    assert_type(await store.get("key"), dict[str, Any] | None)
+    assert_type(await store.keys("collection", limit=5), list[str])
+    assert_type(store.records, AsyncCache)
 
 
 def servers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, assert_type
 
 import dscache
@@ -27,6 +28,7 @@ async def events() -> None:
 async def records(peer: Peer) -> None:
     assert_type(await peer.records.get("a"), Record[Any] | None)
     assert_type(await peer.records.set("a", {}, ttl=5), Record[Any])
+    assert_type(await peer.records.set("a", {}, ttl=timedelta(minutes=1)), Record[Any])
     assert_type(await peer.records.patch("a", "b.c", 1), Record[Any])
     assert_type(await peer.records.update("a", lambda data: data), Record[Any] | None)
     assert_type(await peer.records.delete("a"), bool)

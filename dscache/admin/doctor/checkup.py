@@ -16,7 +16,7 @@ from ...config import Config, Options, SentinelNode
 from ...config.validation import Location
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
-from ...net.connect_errors import is_full
+from ...net.connect_errors import IF_PLAIN, IF_TLS, is_full
 from ...net.sentinels import pairs, read_epoch
 from .. import one_key
 from ..cache import AdminCache, on_cluster
@@ -51,9 +51,6 @@ _REMEDIES = {
     "MASTERDOWN": "name the primary: this server is a replica that has lost it",
 }
 _FULL = "raise the server's maxclients, or end connections that have no more use"
-# A server that speaks TLS ends a connection without it, or waits, and the other way round.
-_IF_TLS = "; if it speaks TLS on this port, use rediss:// or tls: true"
-_IF_PLAIN = "; if it speaks no TLS on this port, use redis:// or leave tls out"
 _UNREACHABLE = "start the server, or correct the address, and check the firewalls in between"
 
 
@@ -87,10 +84,11 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
         remedy = _REMEDIES.get(code, _REMEDIES["ERR"] if code else _UNREACHABLE)
         if is_full(str(error)):
             remedy = _FULL
-        elif not code and (reason := str(error)) and "refused" not in reason:
+        elif not code and "refused" not in str(error):
             tls = options.redis_options.tls if options.nodes else options.tls
-            remedy += _IF_PLAIN if tls else _IF_TLS
-        found.insert(0, Finding("connection", BAD, str(error), remedy))
+            remedy += IF_PLAIN if tls else IF_TLS
+        reason = str(error).removesuffix(IF_PLAIN).removesuffix(IF_TLS)
+        found.insert(0, Finding("connection", BAD, reason, remedy))
     return Checkup(config.address, tuple(found))
 
 
