@@ -269,7 +269,8 @@ def test_search(browser: Browser, url: str, word: str, page: str) -> None:
         "[one.querySelector('a').href, one.querySelector('h1')?.textContent]))"
     )
     pages = [urlsplit(target).path.lstrip("/") for target, _ in found]
-    # Each result begins with the name of its page.
+    # Source is left out of the search; each result begins with the name of its page.
+    assert not browser.run(f"{results}.some(one => one.textContent.includes('self._'))")
     assert all(title for _, title in found)
     assert page in pages[:5]
 
