@@ -167,7 +167,7 @@ class RecordStore(
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return what ``ttl`` returns for each key, read together."""
+        """Return the results of ``ttl`` for the keys, read together."""
         names = self._names(collection, keys)
         found = await self.records.get_bulk(names)
         values: list[tuple[dict[str, Any] | None, float | None]] = []

@@ -23,7 +23,16 @@ SITE = PROJECT / "build" / "site"
 PAGES = sorted(path.name for path in SITE.glob("*.html"))
 DESKTOP = (1280, 900)
 PHONE = (390, 844)
-PICTURED = ("index", "getting-started", "records", "configuration", "architecture", "api-caches")
+PICTURED = (
+    "index",
+    "getting-started",
+    "how-it-works",
+    "benchmarks",
+    "records",
+    "configuration",
+    "architecture",
+    "api-caches",
+)
 
 
 class Page(HTMLParser):

@@ -178,7 +178,7 @@ class _Sample:
 
 
 def _values(text: str) -> dict[tuple[str, Labels], float]:
-    """Return the values in an exposition of Prometheus, those of dscache alone."""
+    """Return the values of dscache in an exposition of Prometheus."""
     found = {}
     for line in text.splitlines():
         if match := _LINE.fullmatch(line.strip()):
@@ -246,7 +246,7 @@ def _share(part: float | None, others: Iterable[float | None]) -> float | None:
 def _operations(
     cache: str, sample: _Sample, last: _Sample | None, seconds: float
 ) -> dict[str, OperationLoad]:
-    """Return the calls of each operation since the last sample, without those that had none."""
+    """Return the calls of each operation that was called since the last sample."""
     found: dict[str, OperationLoad] = {}
     if last is None:
         return found

@@ -53,7 +53,7 @@ class CommandLoad:
 
 @dataclass(frozen=True, slots=True)
 class NodeLoad:
-    """The load of one server since the look before; None for what it doesn't tell."""
+    """The load of one server since the look before; None for a value that it doesn't report."""
 
     address: str
     role: str = ""
@@ -290,7 +290,7 @@ def _commands_since(sample: _Sample, last: _Sample, seconds: float) -> dict[str,
 
 
 def _own_trouble(sample: _Sample) -> str:
-    """Return what makes a node slow or useless whatever the others do, or nothing."""
+    """Return the reason why a node is slow or useless, regardless of the others, or nothing."""
     if sample.number("loading"):
         return "loads its data"
     if sample.info.get("master_link_status") == "down":

@@ -1,4 +1,4 @@
-"""The near cache of a Cache: its operations, in front of those of the pool.
+"""The near cache of a Cache: its operations, in front of the pool's.
 
 A hit is a call into the core and nothing else. The pool does a miss, and every write, as it does
 without a near cache; this module tells the core of it before and after. The theory of operation
