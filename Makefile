@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 # The first Python with a sufficient version, venv and headers; PYTHON=/path/to/python3.x chooses one.
-PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for candidate in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
 	"$$candidate" -c 'import ensurepip, os, sys, sysconfig, venv; \
 	header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' >/dev/null 2>&1 \
@@ -81,8 +81,17 @@ $(TWEMPROXY): $(CREATED)
 		&& dpkg-deb -x nutcracker_*.deb . || echo "make: no twemproxy, so its tests are skipped"
 	@touch $@
 
+# The same for promtool, which checks the alerts and the dashboard's expressions.
+PROMTOOL := $(VENV)/.promtool
+$(PROMTOOL): $(CREATED)
+	@rm -rf $(VENV)/promtool && mkdir -p $(VENV)/promtool
+	-@cd $(VENV)/promtool && command -v apt-get >/dev/null && apt-get download -qq prometheus \
+		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool \
+		&& rm prometheus_*.deb || echo "make: no promtool, so its tests are skipped"
+	@touch $@
+
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY)
+test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMTOOL)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 # In a separate environment, for which pip takes the oldest versions only.

@@ -23,7 +23,7 @@ import redis
 
 import goals
 import report
-from clients.peers import OURS, PYTHON, UNMEASURED
+from clients.peers import OURS, PYTHON
 from clients.work import DOCUMENT, RECORDS, Work, encode
 from contest import Row, Sample, facts_of, replay
 from dscache.embedded import EmbeddedServer
@@ -301,7 +301,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    names = [*PYTHON, DEEPSTREAM, *LIMITS, *UNMEASURED]
+    names = [*PYTHON, DEEPSTREAM, *LIMITS]
     absent: dict[str, list[str]] = {}
     for name in names:
         if why := absence_of(name):

@@ -39,6 +39,7 @@ near_cache::test_hits[fast-near-raw]    redis-py-raw                speed >= 400
 near_cache::test_popular[fast-near-raw] fast-raw                    speed >= 4
 near_cache::test_hits_blocking[blocking-near-raw]     blocking-raw               speed >= 60
 near_cache::test_hits_blocking[blocking-near-raw]     redis-py-blocking-near-raw speed >= 25
+near_cache::test_hits_blocking[blocking-near-raw]     vcache-blocking-near-raw   speed >= 1.4
 near_cache::test_threads[four-blocking-near-raw]      one-blocking-near-raw      speed >= 0.95
 near_cache::test_popular_blocking[blocking-near-raw]  blocking-raw               speed >= 6
 cluster::test_get[three-fast-raw]       three-redis-py-cluster-raw  speed >= 10
@@ -49,6 +50,9 @@ blocking::test_get_bulk[blocking-raw]   redis-py-blocking           speed >= 6
 blocking::test_set_bulk[blocking]       redis-py-blocking-pipelined speed >= 4
 blocking::test_cluster[get-blocking-raw]  get-redis-py-blocking-cluster   speed >= 1
 blocking::test_cluster[bulk-blocking-raw] bulk-redis-py-blocking-cluster  speed >= 4
+programs::test_fetch[one-fast-raw]      one-get-fast-raw            time <= 1.05
+programs::test_update[one-fast-raw]     one-rewrite-fast-raw        time <= 2.2
+programs::test_replace[fast]            if_newer-fast               time <= 1.2
 messages::test_tasks[fast-node]         redis-py-node               speed >= 8
 messages::test_window[fast-node]        deepstream                  speed >= 2
 """

@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clients.peers import PATIENCE_SECONDS, PYTHON, UNMEASURED
+from clients.peers import PATIENCE_SECONDS, PYTHON
 from clients.work import DOCUMENT, MESSAGE, ORDINARY, RECORDS, Work, encode, keys_of, names_of
 
 HERE = Path(__file__).parent
 DEEPSTREAM = "deepstream"
-OTHERS = {DEEPSTREAM: "deepstream's connector", "vcache": "django-vcache"}
+OTHERS = {DEEPSTREAM: "deepstream's connector"}
 # The clusternode connector requires more than it declares.
 PACKAGES = (
     *("@deepstream/cache-redis@2.0.9", "@deepstream/clusternode-redis@1.0.1"),
@@ -232,8 +232,6 @@ def label_of(name: str) -> str:
 
 def absence_of(name: str) -> str:
     """Return the reason why a client can't take part, or an empty text."""
-    if name in UNMEASURED:
-        return UNMEASURED[name]
     if name in LIMITS:
         return "" if _limit_program() else "there is no redis-benchmark in PATH"
     if name == DEEPSTREAM:

@@ -48,6 +48,7 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 import hiredis
 import msgspec
 
+from ._interruptions import raise_interruption
 from .core import (
     condition,
     failures,

@@ -9,7 +9,7 @@ Lifetime = int | timedelta
 
 
 def whole_seconds(lifetime: object) -> int | None:
-    """Return a lifetime in seconds, or None if it is neither an int nor a timedelta of such.
+    """Return a lifetime in seconds, or None if it is no int and no timedelta of whole seconds.
 
     A timedelta of nothing is none either: one that a program computes as what is left would make
     a record permanent, which the int 0 means.

@@ -569,15 +569,21 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         if not callable(load):
             raise loading.no_load("fetch", "load", load)
         checks = self._loads.checks
-        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
-        if terms is None:
+        known_ttl, known_age, known_jitter, known_missing, terms = checks.latest
+        if (
+            terms is None
+            or ttl is not known_ttl
+            or refresh_after is not known_age
+            or jitter is not known_jitter
+            or keep_missing is not known_missing
+        ):
             terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
         if type is not None:
             typed.check_type(type)
         entry = self._pipeline or self._open()
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = await entry.get(name)
-            if name.endswith(NOTE_SUFFIX):
+            if NOTE_SUFFIX in name and name.endswith(NOTE_SUFFIX):  # the latter alone takes longer
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = await self._loads.load(entry, str(name), load, terms)
@@ -650,8 +656,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             raise loading.no_load("fetch_bulk", "load_many", load_many)
         if type is not None:
             typed.check_type(type)
-        given = ttl, refresh_after, jitter, keep_missing
-        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
         entry = self._pipeline or self._open()
         checked = loading.checked_names("fetch_bulk", names)
         reads = self._loads.fetch_bulk(entry, checked, load_many, terms)
@@ -732,7 +737,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         # write.
         reader = self._topology.pipeline
         return self._changes.apply(
-            reader, writer, operation, name, change, default, ttl, if_changed, type
+            self._loop, reader, writer, operation, name, change, default, ttl, if_changed, type
         )
 
     def _open(self) -> _Operations:

@@ -39,7 +39,7 @@ class Serializer(Protocol):
     """Makes JSON data of values, and values of JSON data."""
 
     def dumps(self, value: Any) -> Any:
-        """Return what msgspec encodes as JSON."""
+        """Return a value that msgspec encodes as JSON."""
 
     def loads(self, data: Any) -> Any:
         """Return the value for decoded JSON data."""
@@ -60,7 +60,7 @@ class JSONSerializer:
 class PickleSerializer:
     """Values are pickled, as in Django's own backends; integers remain numbers in JSON.
 
-    Whoever can write to the Redis can run code in a process that unpickles its values.
+    A program that can write to the Redis can run code in every process that unpickles its values.
     """
 
     def __init__(self, protocol: int = pickle.HIGHEST_PROTOCOL) -> None:
@@ -117,8 +117,8 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     """A cache backend for Django on a blocking Cache, shared by all threads of the process.
 
     LOCATION is a URL, ``host:port``, the path of a configuration file, or a mapping. OPTIONS are
-    those of dscache, such as ``nearCache``, and ``SERIALIZER``: "json", "pickle", or a class with
-    ``dumps`` and ``loads``, or its dotted path.
+    the options of dscache, such as ``nearCache``, and ``SERIALIZER``: "json", "pickle", or a class
+    with ``dumps`` and ``loads``, or its dotted path.
 
     Operations raise the errors of Cache, and TypeError for a value that the serializer refuses.
     """

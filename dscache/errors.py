@@ -31,6 +31,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Self, TypeVar
 
+from ._interruptions import raise_interruption
+
 _Error = TypeVar("_Error", bound="DscacheError")
 
 
@@ -272,5 +274,6 @@ def shorten(value: object, limit: int = 80) -> str:
     try:
         text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else repr(value)
     except Exception as error:  # nested too deeply, or raised by the caller's own type
+        raise_interruption(error)
         text = f"a {type(value).__name__} that can't be shown ({type(error).__name__})"
     return text if len(text) <= limit + 2 else f"{text[:limit]}…"

@@ -54,11 +54,11 @@ class RecordStore(
 ):
     """A store of py-key-value, in records.
 
-    ``source``, ``credentials`` and ``options`` are those of AsyncCache, which the store opens at
-    its first use and closes with ``close`` or at the end of ``async with``. An AsyncCache as the
+    ``source``, ``credentials`` and ``options`` are for an AsyncCache, which the store opens at its
+    first use and closes with ``close`` or at the end of ``async with``. An AsyncCache as the
     ``source`` is used as it is, and stays open. All names begin with ``prefix``.
 
-    Operations raise the errors of AsyncCache, and those of py-key-value for a bad value or ttl.
+    Operations raise the errors of AsyncCache, and py-key-value's own for a bad value or ttl.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class RecordStore(
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return the results of ``ttl`` for the keys, read together."""
+        """Return the results of ``ttl`` for several keys, read together."""
         names = self._names(collection, keys)
         found = await self.records.get_bulk(names)
         values: list[tuple[dict[str, Any] | None, float | None]] = []

@@ -551,11 +551,21 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         if not callable(load):
             raise loading.no_load("fetch", "load", load)
-        if loading.is_async(load):
-            raise loading.not_plain("fetch", "load")
         checks = self._loads.checks
-        terms = checks.known.get((ttl, refresh_after, jitter, keep_missing))
-        if terms is None:
+        # A function's code shows at less cost that it was seen before.
+        code = getattr(load, "__code__", None)
+        if code is None or code is not checks.plain:
+            if loading.is_async(load):
+                raise loading.not_plain("fetch", "load")
+            checks.plain = code
+        known_ttl, known_age, known_jitter, known_missing, terms = checks.latest
+        if (
+            terms is None
+            or ttl is not known_ttl
+            or refresh_after is not known_age
+            or jitter is not known_jitter
+            or keep_missing is not known_missing
+        ):
             terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
         if type is not None:
             typed.check_type(type)
@@ -563,7 +573,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         record: Any
         if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
             record = run("get", name)
-            if name.endswith(NOTE_SUFFIX):
+            if NOTE_SUFFIX in name and name.endswith(NOTE_SUFFIX):  # the latter alone takes longer
                 raise loading.name_of_note("fetch", name)
             if record is None:
                 record = self._loads.load(run, str(name), load, terms)
@@ -638,8 +648,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             raise loading.not_plain("fetch_bulk", "load_many")
         if type is not None:
             typed.check_type(type)
-        given = ttl, refresh_after, jitter, keep_missing
-        terms = self._loads.checks.known.get(given) or self._loads.checks.terms(*given)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
         run = self._run or self._open()
         checked = loading.checked_names("fetch_bulk", names)
         if type is None:
@@ -755,7 +764,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         from .blocking.near_cache import NearFront  # most programs have none
 
         if options.nodes:
-            if options.scale_reads == "slave":
+            if options.scale_reads in ("slave", "zone"):
                 return None
             from .blocking.near_cluster import NearClusterFront
 

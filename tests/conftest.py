@@ -32,6 +32,7 @@ from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server
 from tests.soak import cluster_rows
 from tests.support.clusters import ClusterGroup
 from tests.support.faults import FaultProxy
+from tests.support.promtool import find_promtool
 from tests.support.twemproxy import find_twemproxy
 
 CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
@@ -108,6 +109,7 @@ def pytest_report_header() -> list[str]:
         f"libraries: {', '.join(versions)}",
         f"servers: {', '.join(map(_server_id, SERVERS)) or 'none'}",
         f"twemproxy: {find_twemproxy() or 'none, so its tests are skipped; make test fetches it'}",
+        f"promtool: {find_promtool() or 'none, so its tests are skipped; make test fetches it'}",
         f"absent: {'; '.join(_absent()) or 'nothing'}",
     ]
 

@@ -35,6 +35,11 @@ from clients.work import (
 PATIENCE_SECONDS = 600
 MOST_CONNECTIONS = 100_000
 MOST_KEPT = 100_000
+TTL_SECONDS = 3600
+# Keys that a server visits at a time, as dscache asks by default.
+SCAN_COUNT = 1000
+# For clients that take nothing else.
+_BYTES = str(VERSION).encode()
 
 
 Methods = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[], Any]]
@@ -45,7 +50,7 @@ class _Json:
     """The work that clients of plain Redis leave to the program: version and document."""
 
     blocking: ClassVar[bool] = False
-    _version: int | str
+    _version: int | str | bytes
     _document: object
     _value: Callable[[bytes], Any]
     _ttl: int | None = None
@@ -86,7 +91,7 @@ class _Json:
 class Soon(_Json):
     """A client of asyncio, whose own methods read and write keys: a command for each record."""
 
-    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+    def __init__(self, connect: Connect, version: int | str | bytes = VERSION) -> None:
         self._connect, self._version = connect, version
 
     async def open(self, where: dict[str, Any]) -> None:
@@ -114,7 +119,7 @@ class Blocking(_Json):
 
     blocking: ClassVar[bool] = True
 
-    def __init__(self, connect: Connect, version: int | str = VERSION) -> None:
+    def __init__(self, connect: Connect, version: int | str | bytes = VERSION) -> None:
         self._connect, self._version = connect, version
 
     def open(self, where: dict[str, Any]) -> None:
@@ -181,8 +186,25 @@ class _Dscache:
         pairs = dict.fromkeys(names, (self._version(), self._document))
         return self._cache.set_bulk(pairs, **self._how)
 
+    def replace(self, name: str) -> Any:
+        return self._cache.set(name, VERSION, self._document, if_version=VERSION)
+
+    def fetch(self, name: str) -> Any:
+        return self._cache.fetch(name, _no_load, ttl=TTL_SECONDS)
+
+    def update(self, name: str) -> Any:
+        return self._cache.update(name, _same)
+
     def _version(self) -> int:
         return VERSION if self._versions is None else next(self._versions)
+
+
+def _no_load(name: str) -> None:
+    raise AssertionError(f"{name} is missing")
+
+
+def _same(data: Any) -> Any:
+    return data
 
 
 def _decoded(records: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +232,17 @@ class Dscache(_Dscache):
         record = await self._cache.get(name)
         assert record is not None
         return record.data
+
+    async def rewrite(self, name: str) -> None:
+        await self._cache.get(name)
+        await self._cache.set(name, VERSION, self._document)
+
+    async def scan(self, prefix: str) -> int:
+        """Return how many names begin so."""
+        return len([name async for name in self._cache.scan(prefix)])
+
+    def watch(self, prefix: str) -> Any:
+        return self._cache.watch(prefix)
 
     async def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         return _decoded(await self._cache.get_bulk(names))
@@ -248,6 +281,10 @@ class DscacheBlocking(_Dscache):
         record = self._cache.get(name)
         assert record is not None
         return record.data
+
+    def rewrite(self, name: str) -> None:
+        self._cache.get(name)
+        self._cache.set(name, VERSION, self._document)
 
     def _get_many_decoded(self, names: Sequence[str]) -> dict[str, Any]:
         return _decoded(self._cache.get_bulk(names))
@@ -299,6 +336,11 @@ class RedisPy(Soon):
     def prepare(self, work: Work) -> None:
         super().prepare(work)
         self._write = self._set_with_ttl if work.ttl else self._redis.mset
+
+    async def scan(self, prefix: str) -> int:
+        """Return how many names begin so."""
+        keys = self._redis.scan_iter(match=f"{prefix}*_v", count=SCAN_COUNT)
+        return len([key async for key in keys])
 
     async def _set_with_ttl(self, pairs: dict[str, Any]) -> Any:
         # The only way to give all keys their TTL in one step, without a script.
@@ -469,6 +511,47 @@ async def aiocache(host: str, port: int) -> Methods:
     return cache.multi_get, lambda pairs: cache.multi_set(list(pairs.items())), end
 
 
+def _vcache(host: str, port: int, kept: int = 0) -> Any:
+    """Connect django-vcache's driver in Rust, which its cache for Django wraps."""
+    from django_vcache._driver import RustValkeyDriver
+
+    near = {"cache_max_size": kept, "cache_ttl_secs": 3600} if kept else {}
+    return RustValkeyDriver.connect(f"redis://{host}:{port}/0", **near)
+
+
+async def vcache(host: str, port: int) -> Methods:
+    driver = _vcache(host, port)
+    return driver.mget, lambda pairs: driver.pipeline_set(list(pairs.items()), None), _nothing
+
+
+async def _nothing() -> None:
+    """Do nothing: the driver has no method that closes it."""
+
+
+def vcache_near(host: str, port: int) -> Methods:
+    driver = _vcache(host, port, MOST_KEPT)
+    write = driver.pipeline_set_sync
+    return driver.mget_sync, lambda pairs: write(list(pairs.items()), None), lambda: None
+
+
+class VcacheOneKey(_Json):
+    """django-vcache's near cache, and half of the work: the documents alone, by a key each."""
+
+    blocking: ClassVar[bool] = True
+
+    def open(self, where: dict[str, Any]) -> None:
+        self._driver = _vcache(where["host"], where["port"], MOST_KEPT)
+
+    def get(self, name: str) -> Any:
+        return self._value(self._driver.get_sync(name + "_d"))
+
+    def get_many(self, names: Sequence[str]) -> Any:
+        return [self.get(name) for name in names]
+
+    def close(self) -> None:
+        """Do nothing: the driver has no method that closes it."""
+
+
 class Cashews(_Json):
     """cashews with its client-side cache, on entries of its own: a version and a text in each."""
 
@@ -549,9 +632,12 @@ PYTHON: dict[str, Python] = {
     "redis-rs": Python("redis-rs", lambda: Soon(redis_rs), "redis-rs"),
     "aiocache": Python("aiocache", lambda: Soon(aiocache), "aiocache"),
     "cashews": Python("cashews, client_side", Cashews, "cashews"),
+    "vcache": Python("django-vcache", lambda: Soon(vcache, _BYTES), "django-vcache"),
+    "vcache-blocking-near": Python(
+        "django-vcache, near cache", lambda: Blocking(vcache_near, _BYTES), "django-vcache"
+    ),
+    "vcache-blocking-near-one": Python(
+        "django-vcache, near cache, one key", VcacheOneKey, "django-vcache"
+    ),
 }
 OURS = tuple(name for name, one in PYTHON.items() if one.package == "dscache")
-# Clients that no process can measure yet.
-UNMEASURED = {
-    "vcache": "it needs Python 3.12 and Django, and has no adapter yet",
-}

@@ -26,11 +26,13 @@ from typing import Any, TextIO
 import msgspec
 
 from clients.peers import PYTHON
-from clients.work import DRAWS, RECORDS, Work, drawn, names_of
+from clients.work import DRAWS, KINDS, RECORDS, Work, drawn, names_of
 
 PERCENTILES = (50, 90, 99, 99.9)
 SEED = 1
 WINDOW = 100
+# The operations on one name that each client has as a method; all others read.
+ONE_BY_ONE = ("set", "fetch", "update", "rewrite", "replace")
 # Rare delays need more operations to be seen.
 LONGER = 5
 # A hit of a near cache doesn't yield to the event loop, so readers yield to let invalidations in.
@@ -230,7 +232,7 @@ class Worker:
                 pairs = zip(left, cycle((one.set, *[one.get] * 9)), strict=False)
                 workers += [mixed(pairs) for _ in range(work.tasks)]
             else:
-                operation = one.set if work.operation == "set" else one.get
+                operation = getattr(one, work.operation if work.operation in ONE_BY_ONE else "get")
                 tasks = work.tasks // len(peers)
                 workers += [task(operation, left) for _ in range(tasks)]
         return await start.measure(asyncio.gather(*workers), each * len(peers))
@@ -281,6 +283,30 @@ class Worker:
             sample = Sample()
             await peer.exchange(records, work.tasks)
             return sample.end(records)
+
+    async def _scan(self, peer: Any, work: Work, records: int) -> dict[str, float]:
+        prefix = f"{KINDS[work.kind].folder}/"
+        found = 0
+        sample = Sample()
+        while found < records:
+            found += await peer.scan(prefix)
+        return sample.end(found)
+
+    async def _watch(self, peer: Any, work: Work, records: int) -> dict[str, float]:
+        """Write all names again and again, each time once the changes of all were heard."""
+        names = self.names(work)[: max(1, records)]
+        times = -(-records // len(names))
+        async with peer.watch(f"{KINDS[work.kind].folder}/") as changes:
+            sample = Sample()
+            for _ in range(times):
+                left = set(names)
+                writing = asyncio.ensure_future(peer.set_many(names))
+                async for change in changes:
+                    left.discard(change.name)
+                    if not left:
+                        break
+                await writing
+            return sample.end(times * len(names))
 
     async def _latency(self, peer: Any, work: Work, records: int) -> dict[str, Any]:
         """Time operations that start at times drawn beforehand, regardless of their results."""

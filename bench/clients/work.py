@@ -61,6 +61,9 @@ SIZES = tuple(KINDS)
 # Records that are only written: reads of the others must not find their long versions.
 WRITTEN = "written"
 KINDS[WRITTEN] = Kind(WRITTEN, DOCUMENT, 10_000)
+# Records that updates write under versions of their own.
+CHANGED = "changed"
+KINDS[CHANGED] = Kind(CHANGED, DOCUMENT, 10_000)
 # As in YCSB: the most popular of 10,000 records is requested in every tenth read.
 ZIPF = 0.99
 DRAWS = 100_000
@@ -92,7 +95,8 @@ class Work:
     operation: str
     """get, set, mixed (nine gets to a set), zipf (gets), get_many, set_many, cached (one task reads
     a thousand records again and again), popular (tasks read them by Zipf's law), latency,
-    messages."""
+    messages, fetch (hits), update, rewrite (a get and then a set), replace (a set whose if_version
+    is the version that is there), scan (all names), watch (changes that are written meanwhile)."""
     tasks: int = 1
     """The number of tasks at a time; each does one record, or bulk, after the other."""
     size: int = RECORDS
@@ -115,7 +119,7 @@ class Work:
 
     @property
     def reads(self) -> bool:
-        return "set" not in self.operation and self.operation != "messages"
+        return "set" not in self.operation and self.operation not in ("messages", "watch")
 
     @property
     def least(self) -> int:

@@ -28,7 +28,7 @@ _PAUSE = 0.05
 
 @dataclass(slots=True)
 class Count(JobProgress):
-    """The counts of a migration, by what happened to the ``records`` of the old layout."""
+    """The counts of a migration, by the outcomes of the ``records`` of the old layout."""
 
     copied: int = 0
     """Written in the new layout."""

@@ -246,7 +246,7 @@ def _share(part: float | None, others: Iterable[float | None]) -> float | None:
 def _operations(
     cache: str, sample: _Sample, last: _Sample | None, seconds: float
 ) -> dict[str, OperationLoad]:
-    """Return the calls of each operation that was called since the last sample."""
+    """Return the calls of each operation that had some since the last sample."""
     found: dict[str, OperationLoad] = {}
     if last is None:
         return found

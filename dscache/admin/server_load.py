@@ -53,7 +53,7 @@ class CommandLoad:
 
 @dataclass(frozen=True, slots=True)
 class NodeLoad:
-    """The load of one server since the look before; None for a value that it doesn't report."""
+    """The load of one server since the look before; a figure that it doesn't tell is None."""
 
     address: str
     role: str = ""
@@ -290,7 +290,7 @@ def _commands_since(sample: _Sample, last: _Sample, seconds: float) -> dict[str,
 
 
 def _own_trouble(sample: _Sample) -> str:
-    """Return the reason why a node is slow or useless, regardless of the others, or nothing."""
+    """Return the fault that makes a node slow or useless by itself, or nothing."""
     if sample.number("loading"):
         return "loads its data"
     if sample.info.get("master_link_status") == "down":

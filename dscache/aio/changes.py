@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakValueDictionary, ref
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from weakref import ref
 
 from ..core import changes as core
 from ..core.holder import Holder
@@ -25,49 +24,34 @@ _pause_after = partial(full_jitter, core.FIRST_PAUSE, core.LONGEST_PAUSE)
 _GLANCE: Final = 0.25
 
 
+# How many names may have a queue before those that struck updates have left behind are removed.
+_MOST_LEFT: Final = 1024
+
+
 class _Update(Holder):
     """One update in the queue of its name; ``turn`` is what it waits for, if it does."""
 
     __slots__ = ("is_over", "turn")
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        super().__init__(task)
+        self.owner = task
         self.turn: asyncio.Future[None] | None = None
         self.is_over = False
 
 
-class _Queue:
-    """The updates of one name; the first that still exists has the turn.
+# The updates of one name. An exception may strike an update anywhere: it leaves the queue by the
+# end of its _Update. A list, as most queues hold one update, and a deque takes longer to make.
+_Queue: TypeAlias = list[Callable[[], _Update | None]]
 
-    An exception may strike an update anywhere. It leaves the queue by the end of its ``_Update``.
-    """
 
-    __slots__ = ("__weakref__", "_updates")
-
-    def __init__(self) -> None:
-        self._updates: deque[Callable[[], _Update | None]] = deque()
-
-    def join(self, update: _Update) -> None:
-        self._updates.append(ref(update))
-
-    def first(self) -> _Update | None:
-        """Return the update that has the turn."""
-        while self._updates:
-            update = self._updates[0]()
-            if update is not None and not update.is_over:
-                return update
-            self._updates.popleft()
-        return None
-
-    def is_first(self, update: _Update) -> bool:
-        """Return whether an update has the turn."""
-        return self.first() is update
-
-    def wake(self) -> None:
-        """Let the first update go on."""
-        update = self.first()
-        if update is not None and update.turn is not None and not update.turn.done():
-            update.turn.set_result(None)
+def _first(queue: _Queue) -> _Update | None:
+    """Return the update that has the turn: the first that still exists."""
+    while queue:
+        update = queue[0]()
+        if update is not None and not update.is_over:
+            return update
+        del queue[0]
+    return None
 
 
 class Changes:
@@ -75,11 +59,12 @@ class Changes:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        # A queue exists as long as an update is in it.
-        self._queues: WeakValueDictionary[str, _Queue] = WeakValueDictionary()
+        self._queues: dict[str, _Queue] = {}
+        self._most = _MOST_LEFT
 
     async def apply(
         self,
+        loop: asyncio.AbstractEventLoop,
         reader: Any,
         writer: Any,
         operation: str,
@@ -90,67 +75,80 @@ class Changes:
         if_changed: bool = False,
         type: Any = None,
     ) -> Record | None:
-        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline."""
-        loop = asyncio.get_running_loop()
+        """Do one update; ``reader`` and ``writer`` have the methods of a Pipeline.
+
+        ``loop`` is the running one, which Python 3.11 finds only by a system call.
+        """
         timing = core.Timing(self._timeout, loop.time, _pause_after)
+        task = asyncio.current_task(loop)
         queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[name] = _Queue()
-        task = asyncio.current_task()
-        first = queue.first()
-        if first is not None and first.owner is task:
-            raise core.nested(operation, name)
-        del first
+            queue = self._new_queue(name)
+        else:
+            first = _first(queue)
+            if first is not None and first.owner is task:
+                raise core.nested(operation, name)
+            del first
         update = _Update(task)
         try:
-            queue.join(update)
-            while not queue.is_first(update):
+            queue.append(ref(update))
+            while _first(queue) is not update:
                 rest = timing.rest()
                 if not rest:
                     raise core.late_turn(operation, name, self._timeout)
                 update.turn = loop.create_future()
                 await asyncio.wait([update.turn], timeout=min(rest, _GLANCE))
             steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
-            return await _drive(steps, reader, writer, operation, name, change, timing)
+            step, arguments = next(steps)
+            while True:
+                if step == "get":
+                    result: Any = await reader.get(*arguments)
+                elif step == core.CHANGE:
+                    result = change(*arguments)
+                    if result.__class__ not in core.PLAIN and inspect.isawaitable(result):
+                        result = await _in_time(result, operation, name, timing)
+                elif step == core.PAUSE:
+                    await asyncio.sleep(*arguments)
+                    result = None
+                else:
+                    result = await getattr(writer, step)(*arguments)
+                try:
+                    step, arguments = steps.send(result)
+                except StopIteration as end:
+                    record: Record | None = end.value
+                    return record
         finally:
             update.is_over = True
-            # A traceback may be kept for long, and must not keep the turn or the queue.
+            # A traceback may be kept for long, and must not keep the turn.
             del update
-            queue.wake()
-            del queue
+            self._end_turn(name, queue)
+
+    def _new_queue(self, name: str) -> _Queue:
+        if len(self._queues) >= self._most:
+            for one, queue in list(self._queues.items()):
+                if _first(queue) is None:
+                    del self._queues[one]
+            self._most = _MOST_LEFT + 2 * len(self._queues)
+        queue = self._queues[name] = []
+        return queue
+
+    def _end_turn(self, name: str, queue: _Queue) -> None:
+        """Let the next update of a name go on."""
+        update = _first(queue)
+        if update is not None:
+            if update.turn is not None and not update.turn.done():
+                update.turn.set_result(None)
+        elif self._queues.get(name) is queue:
+            del self._queues[name]
 
 
-async def _drive(
-    steps: core.Steps,
-    reader: Any,
-    writer: Any,
-    operation: str,
-    name: str,
-    change: Callable[[Any], Any],
-    timing: core.Timing,
-) -> Record | None:
-    step, arguments = next(steps)
-    while True:
-        result: Any = None
-        if step == "get":
-            result = await reader.get(*arguments)
-        elif step == core.CHANGE:
-            result = change(*arguments)
-            if type(result) not in core.PLAIN and inspect.isawaitable(result):
-                timeout = asyncio.timeout_at(timing.deadline)
-                try:
-                    async with timeout:
-                        result = await result
-                except TimeoutError:
-                    if not timeout.expired():
-                        raise  # of the change itself
-                    raise core.late_change(operation, name, timing.timeout) from None
-        elif step == core.PAUSE:
-            await asyncio.sleep(*arguments)
-        else:
-            result = await getattr(writer, step)(*arguments)
-        try:
-            step, arguments = steps.send(result)
-        except StopIteration as end:
-            record: Record | None = end.value
-            return record
+async def _in_time(result: Awaitable[Any], operation: str, name: str, timing: core.Timing) -> Any:
+    """Return the result of an async change; raises DeadlineExceeded."""
+    timeout = asyncio.timeout_at(timing.deadline)
+    try:
+        async with timeout:
+            return await result
+    except TimeoutError:
+        if not timeout.expired():
+            raise  # of the change itself
+        raise core.late_change(operation, name, timing.timeout) from None

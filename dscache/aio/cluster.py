@@ -233,12 +233,16 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
+    def check_timers(self) -> None:
+        self._routing.check_timers()
+
     def check_identity(self, node: Connection, node_id: str) -> None:
         self.state.check_identity(node.info, node_id)
 
     def on_connected(self, node: Connection) -> None:
         info = node.info
         info.server, info.trouble, info.refusal = node.server, None, None
+        self.state.record_zone(info, node.zone)
         self._refresher.on_node_decided()
         self._assign_readers()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..core.constants import SLOTS
 from ..net.cluster_state import ClusterState
@@ -36,7 +36,7 @@ class ClusterNodes:
 
     def open_shard(self, shard: Shard) -> Connection:
         """Return the connection to a shard's primary; connect to the shard's readers too."""
-        for reader in shard.readers:
+        for reader in (*shard.readers, *shard.reserves):
             self.open(self._state.node_at(reader))
         return self.open(self._state.node_at(shard.primary))
 
@@ -89,12 +89,14 @@ class ClusterNodes:
         for shard in self._state.table.shards:
             if (primary := self.by_address.get(shard.primary)) is None:
                 continue
-            found = map(self.by_address.get, shard.readers)
-            ready = [
-                one for one in found if one is not None and one is not primary and one.is_ready
-            ]
+            ready = self._ready_of(shard.readers, primary)
+            ready = ready or self._ready_of(shard.reserves, primary)
             replicas.setdefault(primary, {}).update(dict.fromkeys(ready))
         return {
             primary: [*ready, primary] if also_primary else list(ready)
             for primary, ready in replicas.items()
         }
+
+    def _ready_of(self, shown: Iterable[str], primary: Connection) -> list[Connection]:
+        found = map(self.by_address.get, shown)
+        return [one for one in found if one is not None and one is not primary and one.is_ready]

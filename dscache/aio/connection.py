@@ -73,6 +73,9 @@ class NodeListener:
     def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
 
+    def check_timers(self) -> None:
+        """Set lost timers again; each node calls it now and then."""
+
 
 class Connection(LoopBound):
     """The connection to one node: made, kept, made again, and closed.
@@ -100,7 +103,7 @@ class Connection(LoopBound):
         owner: str = "an AsyncCache",
     ) -> None:
         super().__init__(owner)
-        self.server = ""
+        self.server = self.zone = ""
         self.watched = False
         """Whether the cluster hears of every reply."""
         self.redirections = 0
@@ -453,6 +456,8 @@ class Connection(LoopBound):
             # An exception in the loop has lost the future or timer that the task awaits.
             self._stuck_at = now + _GRACE
             self._keeper.begin_again()
+        if self._cluster is not None:
+            self._cluster.check_timers()
 
     def _end(self) -> None:
         """Close: the keeper task has ended for good."""
@@ -486,7 +491,7 @@ class Connection(LoopBound):
 
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self.link = link
-        self.server = greeting.server
+        self.server, self.zone = greeting.server, greeting.zone
         # On a cluster, Valkey 9.1 serves MSETEX even for keys of a slot that is being moved away,
         # where it redirects every other command: a record would be on two nodes.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None

@@ -84,7 +84,7 @@ class Loads:
         return records
 
     async def end_missing(self, entry: Any, records: Iterable[Any]) -> None:
-        """End the remembered absence of names whose records were read."""
+        """End the notes of missing records that were read after all."""
         names = [record.name for record in records if not record.stale]
         if ended := self.checks.no_longer_missing(names):
             await _drive(loading.end_missing(ended), _load_nothing, entry, Flight(ended))

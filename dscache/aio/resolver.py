@@ -105,7 +105,7 @@ class Threads:
         self._works: dict[Hashable, tuple[asyncio.Future[Any], Callable[[], Any]]] = {}
 
     async def run(self, key: Hashable, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns, or raise what it raises.
+        """Return the result of ``work``, or raise its error.
 
         Callers under the same key share the work under way. It goes on when they are cancelled,
         and the next call takes its result.

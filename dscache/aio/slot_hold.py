@@ -131,11 +131,18 @@ class SlotHold:
         """Stop the timer of the deadlines."""
         self._deadlines.stop()
 
+    def check_timers(self) -> None:
+        """Set the timer of the deadlines again if an exception has lost it."""
+        self._deadlines.restart_if_lost()
+        if self.pipeline.operations:
+            self._deadlines.ensure(0)
+
     def _wake(self) -> None:
         if not self._adopting:
             self._check_usable()
         # An operation that joins this tick's batch needs no check; the next tick's does.
         self._loop.call_soon(self._end_tick)
+        self._deadlines.restart_if_lost()
         self._deadlines.ensure(0)
 
     def _end_tick(self) -> None:

@@ -212,6 +212,14 @@ class SlotRouter:
             self.requeue(self._holders.get(target, self.unrouted), waiting)
         self._between.clear()  # after a failure above, the next call moves them
 
+    def check_timers(self) -> None:
+        """Set the timers again that an exception has lost."""
+        for hold in self._all_holds:
+            hold.check_timers()
+        timer = self._release_timer
+        if timer is not None and timer.when() < self._loop.time():
+            self._release_overdue()
+
     def _on_unrouted(self) -> None:
         if self.unopened:
             self._move(self.unrouted.pipeline)

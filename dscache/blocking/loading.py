@@ -103,7 +103,7 @@ class Loads:
         return records
 
     def end_missing(self, run: _Run, records: Iterable[Any]) -> None:
-        """End the remembered absence of names whose records were read."""
+        """End the notes of missing records that were read after all."""
         names = [record.name for record in records if not record.stale]
         if ended := self.checks.no_longer_missing(names):
             _drive(loading.end_missing(ended), dict.fromkeys, run, _Flight(ended, Holder()))

@@ -183,7 +183,7 @@ class NearLink:
             connection.interrupt(EndedHere(reason))
 
     def renew(self) -> None:
-        """Log in anew: the credentials have changed. What the present login has read is dropped."""
+        """Log in anew: the credentials have changed. Records of the present login are dropped."""
         self.node.disconnected("login", False)
         self.restart("there are new credentials")
 

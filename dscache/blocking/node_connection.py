@@ -122,6 +122,7 @@ class NodeConnection(Connection):
             self.node_id = server.node_id
             self._note_connected(server.server)
             self._state.record_connected(self.info, server.server, self.connects > 1)
+            self._state.record_zone(self.info, server.zone)
         except _FAILURES as error:
             self.fail(error)
 

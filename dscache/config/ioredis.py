@@ -51,6 +51,7 @@ UNSUPPORTED: Final = {
 NEEDS_NODES: Final = (
     "maxRedirections",
     "scaleReads",
+    "zone",
     "natMap",
     "slotsRefreshTimeout",
     "slotsRefreshInterval",

@@ -47,6 +47,7 @@ RECORD_OPTIONS: Final = {
     "nearCache": "messages are not kept",
     "maxConnections": "a message node has two connections, or one to each node of a cluster",
     "scaleReads": "nothing is read",
+    "zone": "nothing is read",
 }
 """Options of records, and the reasons for which they have no effect on messages."""
 
@@ -162,6 +163,7 @@ def _read_options(entry: object, place: Location) -> MessageOptions:
         ttl=None,
         near_cache=None,
         scale_reads="master",
+        zone=None,
     )
     for name, why in RECORD_OPTIONS.items():
         if name in places:

@@ -205,7 +205,8 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     sentinel_password: Secret | None = None
     nodes: tuple[Node, ...] | None = None
     max_redirections: Annotated[int, Meta(ge=0, le=1000)] = 16
-    scale_reads: Literal["master", "slave", "all"] = "master"
+    scale_reads: Literal["master", "slave", "all", "zone"] = "master"
+    zone: str | None = None
     nat_map: Mapping[HostAndPort, NatTarget] | None = None
     slots_refresh_timeout: Milliseconds = 1000
     slots_refresh_interval: Interval | None = 5000

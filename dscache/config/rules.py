@@ -66,9 +66,9 @@ def check_near_cache(options: Options, near: NearCacheOptions, place: Location) 
         ("role", options.role, options.sentinels),
         ("scaleReads", options.scale_reads, options.nodes),
     ):
-        if value == "slave" and applies and near.required:
+        if value in ("slave", "zone") and applies and near.required:
             raise place.error(
-                f"with {name}: slave every read goes to a replica, and reads of replicas are not "
+                f"with {name}: {value} every read goes to a replica, and reads of replicas are not "
                 "cached; leave one of the two out"
             )
 
@@ -93,6 +93,14 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
         )
     if options.path:
         raise places["path"].error("a cluster has no socket; leave it out, or nodes")
+    if options.scale_reads == "zone" and not options.zone:
+        raise places["scaleReads"].error(
+            "reads replicas in the program's own availability zone; write its name as zone: ..."
+        )
+    if options.zone is not None and options.scale_reads != "zone":
+        raise places["zone"].error(
+            "chooses replicas only with scaleReads: zone; write that, or leave it out"
+        )
     if options.tls and shared.tls is None:
         # Ignoring it would send passwords and records in the clear.
         raise places["tls"].error("on a cluster redisOptions.tls is used; write it there")

@@ -9,9 +9,23 @@ cdef _Write make_write(long long default_ttl, str name, version, data, ttl, if_n
     write.text = encode_data(name, data)
     write.guard = GUARDED if if_newer else UNGUARDED
     if if_version is not ANY:
-        condition.check_one(name, if_newer)
-        write.guard = condition.guard_of(name, if_version)
+        if if_newer:
+            condition.check_one(name, if_newer)
+        write.guard = guard_of(name, if_version)
     return write
+
+
+cdef bytes guard_of(str name, if_version):
+    """Return the guard of a write that expects a version, or no record if that is None."""
+    cdef long long expected
+    cdef int overflow = 0
+    cdef char text[21]
+    if type(if_version) is int:
+        expected = PyLong_AsLongLongAndOverflow(if_version, &overflow)
+        if expected >= 0 and not overflow:
+            text[0] = 61  # "="
+            return PyBytes_FromStringAndSize(text, put_digits(text + 1, expected) - text)
+    return condition.guard_of(name, if_version)
 
 
 cdef int make_writes(
@@ -37,7 +51,8 @@ cdef int make_writes(
         key = check_name(name)
         try:
             version, data = pair
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            raise_interruption(error)
             raise failures.bad_pair(key, pair) from None
         if if_version is not ANY:
             expected = condition.expected_of("set_bulk", key, if_version)

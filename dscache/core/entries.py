@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+from .._interruptions import raise_interruption
 from . import constants as c
 from . import failures
 from .batch import Bulk, Write
@@ -86,7 +87,8 @@ def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     """Return the version and data of an item of ``set_bulk``, or raise RecordError."""
     try:
         version, data = pair
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        raise_interruption(error)
         raise failures.bad_pair(name, pair) from None
     return version, data
 

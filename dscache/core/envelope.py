@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import MessageError, shorten
 from . import tolerant_json
 
@@ -90,7 +91,8 @@ def stated_topic(channel: int, message: Any) -> int:
     """
     try:
         topic = _decode_stated(message.raw).topic
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise_interruption(error)
         try:
             data = message.data
         except MessageError:
@@ -121,6 +123,7 @@ def encode_tolerantly(topic: int, message: object) -> bytes:
     try:
         return tolerant_json.encode(message)
     except Exception as error:  # whatever a user's own type raises belongs to this message
+        raise_interruption(error)
         raise MessageError(f"message on topic {topic}: it can't be encoded: {error}") from error
 
 
@@ -137,11 +140,12 @@ def read(payload: bytes) -> tuple[str, Any, bytes] | None:
     try:
         opened = _decoder.decode(payload)
         return opened.from_server, opened.to_server, bytes(opened.message)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        pass
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise_interruption(error)
     try:
         value = tolerant_json.decode(payload)
-    except ValueError:
+    except ValueError as error:
+        raise_interruption(error)
         return None
     if not isinstance(value, dict) or "message" not in value:
         return None
@@ -163,6 +167,7 @@ def decode_tolerantly(topic: int, sender: str, raw: bytes, payload: bytes | None
         value = tolerant_json.decode(payload)
         return value["message"]  # type: ignore[index] # a bad one raises
     except (ValueError, LookupError, TypeError) as error:
+        raise_interruption(error)
         raise MessageError(
             f"message on topic {topic} from {shorten(sender)}: it is no JSON: {error}"
         ) from error
@@ -174,6 +179,7 @@ def decode_as(topic: int, sender: str, raw: bytes, payload: bytes | None, type_:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
+        raise_interruption(error)
         raise MessageError(f"message on topic {topic} from {shorten(sender)}: {error}") from error
 
 

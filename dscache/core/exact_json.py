@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import shorten
 
 _DEEPEST: Final = 500
@@ -22,7 +23,8 @@ def encode(value: Any, remedy: str) -> Any:
         # Compared in C; the parts are looked at only if something differs.
         if msgspec.json.decode(text) == value:
             return msgspec.Raw(text)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise_interruption(error)
         text = b""
     _check(value, "the value", 0, remedy)
     # The cache refuses the rest, such as text that UTF-8 can't encode.

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import RecordError, shorten
 from . import constants as c
 from . import tolerant_json
@@ -45,6 +46,7 @@ def encode_within(value: object, text: bytearray) -> bool:
         try:
             encode_json_into(value, text)
         except BufferError as error:
+            raise_interruption(error)
             if not is_overflow(error):
                 raise
             return False
@@ -73,6 +75,7 @@ def encode_tolerantly(name: str, data: object) -> bytes:
     try:
         return tolerant_json.encode(data)
     except Exception as error:  # whatever a user's own type raises belongs to this record
+        raise_interruption(error)
         raise RecordError(
             f"record {shorten(name)}: data can't be encoded: {error}", name=name
         ) from error
@@ -86,6 +89,7 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     try:
         return tolerant_json.decode(raw)
     except ValueError as error:
+        raise_interruption(error)
         raise RecordError(
             f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
             name=name,
@@ -108,7 +112,8 @@ def decoder_of(type_: Any) -> Callable[[bytes], Any]:
     """
     try:
         return _known_decoder(type_)
-    except TypeError:
+    except TypeError as error:
+        raise_interruption(error)
         # The type, or an annotation in it, has no hash; or msgspec refuses it, as it does here.
         return _new_decoder(type_)
 
@@ -124,7 +129,8 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
         return decode(raw)
     except MemoryError:
         raise
-    except Exception:  # msgspec passes on any exception of a user's own type
+    except Exception as error:  # msgspec passes on any exception of a user's own type
+        raise_interruption(error)
         value = decode_tolerantly(name, version, raw)
     try:
         # In JSON, the keys of a dict[int, ...] are text.
@@ -132,6 +138,7 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:
+        raise_interruption(error)
         reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
         raise RecordError(
             f"record {shorten(name)}, version {version}: {reason}", name=name

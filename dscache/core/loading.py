@@ -194,8 +194,9 @@ def _is_int(value: Any) -> bool:
 class Checks:
     """The terms in use, and the names whose age this process has checked a moment ago.
 
-    ``known`` has the terms of options that were checked before, and ``recent`` the time until which
-    a name needs no check, in seconds of ``time.monotonic``. A hit looks into both, without a call.
+    ``known`` has the terms of options that were checked before, ``latest`` the latest options with
+    their terms, and ``recent`` the time until which a name needs no check, in seconds of
+    ``time.monotonic``. A hit looks into them, without a call.
     ``keeps_missing`` is whether any call has remembered that there is nothing. ``missing`` has the
     names of which a note told so that this process has not ended.
     """
@@ -203,7 +204,10 @@ class Checks:
     def __init__(self, default_ttl: int | None) -> None:
         self._default_ttl = default_ttl
         self.known: dict[tuple[Any, ...], Terms] = {}
+        # Compared one by one: hashing the options would cost a hit a tenth of a read.
+        self.latest: tuple[Any, Any, Any, Any, Terms | None] = (None, None, None, None, None)
         self.recent: dict[str, float] = {}
+        self.plain: object = None  # the code of the latest load that is no coroutine function
         self.keeps_missing = False
         self.missing: set[str] = set()
 
@@ -215,12 +219,16 @@ class Checks:
         keep_missing: Lifetime | None,
     ) -> Terms:
         """Return the checked options of a ``fetch``; raises RecordError."""
-        terms = terms_of(ttl, refresh_after, jitter, keep_missing, self._default_ttl)
-        if len(self.known) >= _MOST_TERMS:
-            self.known.clear()
-        self.known[ttl, refresh_after, jitter, keep_missing] = terms
-        if keep_missing is not None:
-            self.keeps_missing = True
+        given = ttl, refresh_after, jitter, keep_missing
+        terms = self.known.get(given)
+        if terms is None:
+            terms = terms_of(*given, self._default_ttl)
+            if len(self.known) >= _MOST_TERMS:
+                self.known.clear()
+            self.known[given] = terms
+            if keep_missing is not None:
+                self.keeps_missing = True
+        self.latest = (*given, terms)
         return terms
 
     def keep_missing(self, names: Iterable[str]) -> None:
@@ -240,7 +248,7 @@ class Checks:
         return [note_of(name) for name in self.no_longer_missing(names)]
 
     def no_longer_missing(self, names: Iterable[str]) -> list[str]:
-        """Return those of the names that were missing, and forget that they were."""
+        """Return the missing ones among the names, and forget that they were missing."""
         ended = [name for name in names if name in self.missing]
         self.missing.difference_update(ended)
         return ended

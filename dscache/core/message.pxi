@@ -59,7 +59,8 @@ cdef class Message:
             raw = self.raw
             try:
                 self._data = _decode_json(raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise_interruption(error)
                 self._data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
         return self._data
 
@@ -402,7 +403,8 @@ cdef bytes pack_message(long long topic, bytes opening, message, bint sharded):
     cdef bytes body
     try:
         body = json_text.encode_json(message)
-    except Exception:  # msgspec raises whatever a user's own type raises
+    except Exception as error:  # msgspec raises whatever a user's own type raises
+        raise_interruption(error)
         body = e.encode_tolerantly(topic, message)
     if not body:
         raise e.empty_raw(topic)

@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, TypeVar, overload
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import shorten
 from . import envelope as e
 from . import json_text
@@ -68,7 +69,8 @@ class Message:
             raw = self.raw
             try:
                 data = _decode_json(raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise_interruption(error)
                 data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
             object.__setattr__(self, "_data", data)
         return data
@@ -299,7 +301,8 @@ def pack_message(topic: int, opening: bytes, message: Any, sharded: bool) -> byt
     """Return the command that sends a message, or raise MessageError."""
     try:
         body = json_text.encode_json(message)
-    except Exception:  # msgspec raises whatever a user's own type raises
+    except Exception as error:  # msgspec raises whatever a user's own type raises
+        raise_interruption(error)
         body = e.encode_tolerantly(topic, message)
     if not body:
         raise e.empty_raw(topic)

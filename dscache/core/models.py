@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
+
 # The flag of a class that was created at run time.
 _HEAP_TYPE: Final = 1 << 9
 
@@ -47,6 +49,7 @@ def decode_model(type_: Any, value: Any) -> Any:
         # From JSON, of which a model accepts more than of Python's own objects.
         return type_.model_validate_json(_encode(value))
     except ValueError as error:
+        raise_interruption(error)
         raise ValueError(_misfits(error)) from error
 
 

@@ -505,6 +505,7 @@ cdef class NearCache(_NearStore):
         cdef list missing = []
         cdef list joined = []
         cdef list reads = []
+        cdef set awaited
         cdef double now = dscache_monotonic()
         cdef bint stale
         cdef _Entry entry
@@ -545,7 +546,9 @@ cdef class NearCache(_NearStore):
             for key in missing:
                 read = _PendingRead.__new__(_PendingRead, self, key, now + self._join_period)
                 reads.append(read)
-        awaited = is_asked + PyList_GET_SIZE(joined)
+        awaited = {None} if is_asked else set()
+        for read in joined:
+            awaited.add(read.name)
         bulk = BulkRead(self, kind, found, missing, reads, waiter, awaited)
         if is_asked:
             self._inner.read_bulk(kind, missing, bulk)

@@ -503,7 +503,9 @@ class NearCache(NearStore):
         reads: list[PendingRead] = []
         if kind == c.GET and len(missing) <= c.NEAR_SHARED:
             reads += (PendingRead(self, name, now + self._join_period) for name in missing)
-        bulk = BulkRead(self, kind, found, missing, reads, waiter, is_asked + len(joined))
+        awaited: set[str | None] = {None} if is_asked else set()
+        awaited.update(read.name for read in joined)
+        bulk = BulkRead(self, kind, found, missing, reads, waiter, awaited)
         if is_asked:
             self._inner.read_bulk(kind, missing, bulk)
         self._counts["misses"] += len(missing)

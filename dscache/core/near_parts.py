@@ -42,11 +42,12 @@ class BulkRead:
 
     ``found`` has the cached records or versions, and None for each other name. The pipeline settles
     this object as the waiter for the ``missing`` ones. Other callers may join their ``reads``.
-    ``awaited`` counts the read of the pipeline and the pending reads that this bulk has joined.
+    ``awaited`` has the names of the pending reads that this bulk has joined, and None for the read
+    of the pipeline. A read settles again if its first settling raised.
     """
 
     __slots__ = (
-        *("_awaited", "_errors", "_failure", "_found", "_is_read", "_kind", "_missing"),
+        *("_awaited", "_errors", "_failure", "_found", "_kind", "_missing"),
         *("_near", "_reads", "_rest", "_waiter"),
     )
 
@@ -58,7 +59,7 @@ class BulkRead:
         missing: list[str],
         reads: list[Any],
         waiter: Any,
-        awaited: int,
+        awaited: set[str | None],
     ) -> None:
         self._near = near
         self._kind = kind
@@ -70,7 +71,6 @@ class BulkRead:
         self._rest: dict[str, Any] = {}
         self._errors: dict[str, Exception] = {}
         self._failure: Exception | None = None
-        self._is_read = False  # the read of the pipeline is settled
 
     def set_result(self, found: Mapping[str, Any], /) -> None:
         self._take_all(found, {})
@@ -87,22 +87,22 @@ class BulkRead:
         self._rest.update(found)
         self._errors.update(errors)
         self._near.settle_reads(self._reads, found, errors)
-        again, self._is_read = self._is_read, True
-        self._count(again)
+        self._count(None)
 
-    def take(self, name: str, record: Any, again: bool) -> None:
+    def take(self, name: str, record: Any) -> None:
         """Add the result of a pending read that this bulk has joined."""
         self._rest[name] = record
-        self._count(again)
+        self._count(name)
 
-    def take_error(self, name: str, error: Exception, again: bool) -> None:
+    def take_error(self, name: str, error: Exception) -> None:
         """Add the error of a pending read that this bulk has joined."""
         self._errors[name] = error
-        self._count(again)
+        self._count(name)
 
-    def _count(self, again: bool) -> None:
-        """Count a settled read. A read settles ``again`` if its first settling raised."""
-        self._awaited -= not again
+    def _count(self, read: str | None) -> None:
+        """Count a settled read; settle the waiter with the last one."""
+        # One step, also for an exception: what is counted isn't counted again.
+        self._awaited.discard(read)
         if not self._awaited:
             self._end()
 

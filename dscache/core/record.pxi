@@ -54,7 +54,8 @@ cdef class Record:
                 return self._data
             try:
                 self._data = _decode_json(self.raw)
-            except (msgspec.DecodeError, ValueError, RecursionError):
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise_interruption(error)
                 self._data = json_text.decode_tolerantly(self.name, self.version, self.raw)
         return self._data
 
@@ -171,10 +172,12 @@ cpdef bytes encode_data(str name, data):
             raise RecursionError
         text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), size)
     except BufferError as error:
+        raise_interruption(error)
         if not json_text.is_overflow(error):
             return json_text.encode_tolerantly(name, data)
         return _encode_long(name, data)
-    except Exception:  # msgspec passes on any exception of a user's own type
+    except Exception as error:  # msgspec passes on any exception of a user's own type
+        raise_interruption(error)
         return json_text.encode_tolerantly(name, data)
     finally:
         # msgspec has set the size to that of the text.
@@ -198,8 +201,8 @@ cdef bytes _encode_long(str name, data):
                 return bytes(text)
             if size == c.DATA_BUFFERS[1]:
                 tolerant_json.check_bounds(data, c.DATA_CONTAINERS)
-    except Exception:
-        pass  # raised again below, with its path
+    except Exception as error:
+        raise_interruption(error)  # any other is raised again below, with its path
     return json_text.encode_tolerantly(name, data)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar, 
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import shorten
 from . import constants as c
 from . import failures, json_text
@@ -89,7 +90,8 @@ class Record(Pair[DataT]):
             else:
                 try:
                     data = _decode_json(self.raw)
-                except (msgspec.DecodeError, ValueError, RecursionError):
+                except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                    raise_interruption(error)
                     data = json_text.decode_tolerantly(self.name, self.version, self.raw)
             object.__setattr__(self, "_data", data)
         return data
@@ -164,7 +166,8 @@ def encode_data(name: str, data: object) -> bytes:
     """Return the JSON text of a record's data, or raise RecordError."""
     try:
         text = json_text.encode_json(data)
-    except Exception:  # msgspec passes on any exception of a user's own type
+    except Exception as error:  # msgspec passes on any exception of a user's own type
+        raise_interruption(error)
         return json_text.encode_tolerantly(name, data)
     if not text:
         raise failures.empty_raw(name)

@@ -459,7 +459,7 @@ class SharedNearCache(NearStore):
             super().count_flush(reason)
 
     def _is_written(self, name: str) -> bool:
-        """Whether a write of a name is under way; forgets those that are gone."""
+        """Whether a write of a name is under way; forgets the writes that are gone."""
         under_way = self.writes.get(name)
         if under_way is None:
             return False

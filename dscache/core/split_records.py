@@ -221,22 +221,22 @@ class _Pair:
         self._waiter = waiter
         self._finish = finish
         self._note = note
-        self._missing = 2
+        self._awaited = {0, 1}
 
-    def take(self, half: int, reply: Any, again: bool) -> None:
+    def take(self, half: int, reply: Any) -> None:
         """Add the reply to one of the commands."""
         self._replies[half] = reply
-        self._count(again)
+        self._count(half)
 
-    def take_error(self, half: int, error: Exception, again: bool) -> None:
+    def take_error(self, half: int, error: Exception) -> None:
         """Add the error of one of the commands."""
         self._errors[half] = error
-        self._count(again)
+        self._count(half)
 
-    def _count(self, again: bool) -> None:
+    def _count(self, half: int) -> None:
         """Count an outcome; settle the waiter with the second one."""
-        self._missing -= not again
-        if self._missing:
+        self._awaited.discard(half)
+        if self._awaited:
             return
         error = self._errors.get(0) or self._errors.get(1)
         with suppress(InvalidStateError):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def parts_of(batch: Batch) -> list[Batch]:
-    """Return what is to wait in place of a batch that was cut off; nothing for the batch itself.
+    """Return the batches to wait in place of one that was cut off; nothing for the batch itself.
 
     At its second loss, each single operation that was under way before becomes a suspect of its
     own, and the others one batch together. A bulk is one operation.

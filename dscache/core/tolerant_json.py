@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import shorten
 from . import constants as c
 from .models import encode_model
@@ -35,7 +36,9 @@ _PATH_STEPS = 8  # of a long path, so many are shown at either end
 def _to_integer(digits: str) -> int | float:
     try:
         return int(digits) if len(digits.lstrip("-")) <= _INTEGER_DIGITS else float(digits)
-    except ValueError:  # this interpreter's limit is lower, though never as low as a double's
+    except ValueError as error:
+        raise_interruption(error)
+        # This interpreter's limit is lower, though never as low as a double's.
         return float(digits)
 
 
@@ -73,7 +76,8 @@ def decode(raw: bytes) -> object:
     """
     try:
         return msgspec.json.decode(raw)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        raise_interruption(error)
         # Tried again below, outside of this handler: an error there has its own reason.
         text = str(raw, "utf-8", "replace")
     return decode_tolerantly(text)
@@ -86,9 +90,11 @@ def decode_tolerantly(text: str) -> object:
         try:
             return _standard.decode(text)
         except json.JSONDecodeError as error:
+            raise_interruption(error)
             reason = _explain(error)
-        except (RecursionError, LookupError):
-            pass  # too deep for this stack, or NaN and its like: the position is found on the way
+        except (RecursionError, LookupError) as error:
+            raise_interruption(error)
+            # Too deep for this stack, or NaN and its like: the position is found on the way.
     # Raised here and not in the handler: Python's own error would keep the whole text alive.
     if reason:
         raise ValueError(reason)
@@ -192,6 +198,7 @@ def _read_string(text: str, start: int) -> tuple[str, int]:
         # At a quotation mark it reads that string alone.
         return _standard.raw_decode(text, start)
     except json.JSONDecodeError as error:
+        raise_interruption(error)
         reason = _explain(error)
     raise ValueError(reason)
 
@@ -220,6 +227,7 @@ def encode(data: object) -> bytes:
             raise LongError
         return text
     except Exception as error:
+        raise_interruption(error)
         # All of them: msgspec hands on whatever an object raises while its fields are read.
         path, reason, kind = _locate(data, error)
     # Outside of the handler: this error says all that the first one said.
@@ -322,13 +330,15 @@ def _pieces(data: object) -> Iterator[bytes]:
     """Yield the JSON text of ``data`` in pieces; raises as msgspec does, without a path."""
     try:
         plain = _to_plain(data)
-    except RecursionError:
+    except RecursionError as error:
+        raise_interruption(error)
         plain = data  # within the bound, and yet too deep for this stack
     try:
         yield _write_plain(plain).encode("utf-8", "backslashreplace")
         return
-    except (TypeError, ValueError, RecursionError):
-        pass  # there is more to it than half a pair: NaN, text in a Raw, or a real fault
+    except (TypeError, ValueError, RecursionError) as error:
+        raise_interruption(error)
+        # There is more to it than half a pair: NaN, text in a Raw, or a real fault.
     # The values still to be written, the next one last. A Raw is ready text.
     todo: list[object] = [plain]
     while todo:
@@ -388,6 +398,7 @@ def _locate(data: object, error: Exception) -> tuple[str, str, type[Exception]]:
             done.update([inside.popitem()])
             continue
         except Exception as refusal:
+            raise_interruption(refusal)
             return _join(path), _reason(refusal), _kind(refusal)
         if type(value) in _always_fine or id(value) in done:
             continue

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from .._interruptions import raise_interruption
 from ..errors import BulkError, shorten
 from . import constants as c
 from . import failures, json_text
@@ -25,7 +26,8 @@ def check_type(type_: Any) -> None:
     """Raise TypeError if msgspec doesn't know the type, or a type within it."""
     try:
         _check_known(type_)
-    except TypeError:
+    except TypeError as error:
+        raise_interruption(error)
         # The type, or an annotation in it, has no hash; or it is refused again here.
         _check(type_)
 
@@ -96,6 +98,7 @@ def all_with_type(
         try:
             found[name] = with_type(record, type_)
         except Exception as error:  # msgspec passes on any exception of a user's own type
+            raise_interruption(error)
             misfits[name] = error
     if errors or misfits:
         raise BulkError(operation, {**errors, **misfits}, found)
@@ -160,7 +163,7 @@ class TypedBulkRead:
             return
         try:
             found = all_with_type(records, errors, self._type)
-        except BulkError as error:
+        except Exception as error:
             self._waiter.set_exception(error)
         else:
             self._waiter.set_result(found)

@@ -49,24 +49,21 @@ class SupersededWrite:
 class Part:
     """The waiter of one part of an operation, the part that ``key`` names.
 
-    ``whole`` gets the outcome by ``take`` or ``take_error``. Its last argument, ``again``, is True
-    if it got an outcome before: settling the first time may have raised.
+    ``whole`` gets the outcome by ``take`` or ``take_error``; again, if settling the first time has
+    raised.
     """
 
-    __slots__ = ("_is_settled", "_key", "_whole")
+    __slots__ = ("_key", "_whole")
 
     def __init__(self, whole: Any, key: Any) -> None:
         self._whole = whole
         self._key = key
-        self._is_settled = False
 
     def set_result(self, result: object, /) -> None:
-        again, self._is_settled = self._is_settled, True
-        self._whole.take(self._key, result, again)
+        self._whole.take(self._key, result)
 
     def set_exception(self, error: Exception, /) -> None:
-        again, self._is_settled = self._is_settled, True
-        self._whole.take_error(self._key, error, again)
+        self._whole.take_error(self._key, error)
 
 
 class Unobserved:

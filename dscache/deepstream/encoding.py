@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .._interruptions import raise_interruption
 from ..core import json_text, tolerant_json
 from ..errors import MessageError
 
@@ -19,10 +20,12 @@ def encode_text(subject: str, value: Any) -> str:
     """Return the JSON text of a value; raises MessageError for one that has none."""
     try:
         text = json_text.encode_json(value)
-    except Exception:  # msgspec raises whatever a user's own type raises
+    except Exception as refusal:  # msgspec raises whatever a user's own type raises
+        raise_interruption(refusal)
         try:
             text = tolerant_json.encode(value)
         except Exception as error:
+            raise_interruption(error)
             raise MessageError(f"{subject} can't be encoded as JSON: {error}") from error
     if (reason := flaw(text)) is not None:
         raise MessageError(f"{subject} holds a msgspec.Raw that isn't JSON: {reason}")
@@ -37,11 +40,13 @@ def flaw(text: bytes) -> str | None:
     try:
         _skip(text)
         text.decode()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as refusal:
+        raise_interruption(refusal)
         try:
             tolerant_json.decode(text)
             text.decode()
         except ValueError as error:
+            raise_interruption(error)
             return str(error)
     return None
 
@@ -57,9 +62,10 @@ def decode_text(subject: str, text: str | UnsetType | None, value: Any) -> Any:
         return None
     try:
         return _decode(text)
-    except (ValueError, RecursionError):
-        pass
+    except (ValueError, RecursionError) as error:
+        raise_interruption(error)
     try:
         return tolerant_json.decode(text.encode("utf-8", "surrogatepass"))
     except ValueError as error:
+        raise_interruption(error)
         raise MessageError(f"{subject}: its data isn't JSON: {error}") from None

@@ -185,7 +185,7 @@ class ClusterState:
         return found
 
     def primaries(self) -> list[NodeInfo]:
-        """Return the nodes that serve slots; of very many, only those needed so far, or one."""
+        """Return the nodes that serve slots; of very many, only the nodes needed so far, or one."""
         shown = self.table.primaries
         known = [node for one in shown if (node := self.nodes.get(one))]
         return known or [self.node_at(one) for one in list(shown)[:1]]
@@ -206,7 +206,7 @@ class ClusterState:
     def stats(
         self, nodes: dict[str, dict[str, Any]], leaving: Counts, others: Counts
     ) -> dict[str, Any]:
-        """Return the counters of all connections together, and those of each node.
+        """Return the counters of all connections together, and of each node.
 
         ``leaving`` are the counters of connections to departed nodes, and ``others`` belong to no
         node.
@@ -454,13 +454,15 @@ class ClusterState:
         if reads_replicas:
             announced.update(replica for one in view.ranges for replica in one.replicas)
         self.opens_all = len(announced) <= _AT_ONCE
+        zones = {join_address(*mapped(*at)): zone for at, zone in view.zones.items()}
         shards = []
         for one in sorted(view.ranges, key=lambda one: one.first):
             primary = join_address(*mapped(*one.primary))
             if self.opens_all:
                 self.node_at(primary)
             replicas = [mapped(*replica) for replica in one.replicas] if reads_replicas else []
-            shards.append(Shard(one.first, one.last, primary, self._readers(primary, replicas)))
+            readers, reserves = self._readers(primary, replicas, zones)
+            shards.append(Shard(one.first, one.last, primary, readers, reserves))
         return tuple(shards)
 
     def record_failure(self, error: Exception) -> None:
@@ -493,8 +495,9 @@ class ClusterState:
         return refusals[0] if all(refusals) else None
 
     def _let_leave(self, is_up: Callable[[str], bool]) -> None:
-        readers = (reader for shard in self.table.shards for reader in shard.readers)
-        present = {*self.table.primaries, *readers}
+        present = set(self.table.primaries)
+        for shard in self.table.shards:
+            present.update(shard.readers, shard.reserves)
         if not any(map(is_up, present)):
             return
         for shown, node in list(self.nodes.items()):
@@ -513,7 +516,7 @@ class ClusterState:
     # -- which nodes to ask
 
     def to_ask(self, ready: Iterable[str]) -> list[NodeInfo]:
-        """Return the nodes to ask for their view, first those at the addresses ``ready``."""
+        """Return the nodes to ask for their view, first the nodes at the addresses ``ready``."""
         chosen = [node for shown in ready if (node := self.nodes.get(shown))][:ASKED]
         with self.lock:
             others = [one for one in self.nodes.values() if one not in chosen]
@@ -534,14 +537,34 @@ class ClusterState:
 
     # -- reads from replicas
 
-    def _readers(self, primary: str, replicas: list[Address]) -> tuple[str, ...]:
-        """Return the addresses that are read for a shard, or none if its primary is."""
+    def _readers(
+        self, primary: str, replicas: list[Address], zones: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the addresses that are read for a shard, or none if its primary is.
+
+        The others are in reserve: replicas in other zones, while there is one in the zone.
+        """
         now = time.monotonic()
         shown = [join_address(*one) for one in replicas]
         readers = [one for one in shown if self._is_readable(one, now)]
         if self._options.scale_reads == "all" and readers:
             readers.append(primary)
-        return tuple(readers)
+        if self._options.scale_reads != "zone":
+            return tuple(readers), ()
+        here = tuple(one for one in readers if self._zone_of(one, zones) == self._options.zone)
+        others = tuple(one for one in readers if one not in here)
+        return (here, others) if here else (others, ())
+
+    def _zone_of(self, shown: str, zones: Mapping[str, str]) -> str:
+        node = self.nodes.get(shown)
+        return zones.get(shown) or (node.zone if node is not None else "")
+
+    def record_zone(self, node: NodeInfo, zone: str) -> None:
+        """Note the zone that a node has told, on a server whose slots don't have it."""
+        if node.zone != zone:
+            node.zone = zone
+            if self._options.scale_reads == "zone":
+                self.record_stale()
 
     def _is_readable(self, shown: str, now: float) -> bool:
         node = self.nodes.get(shown)
@@ -554,11 +577,7 @@ class ClusterState:
             if node.shown in table.primaries:
                 return
             now = time.monotonic()
-            shards = []
-            for shard in table.shards:
-                readers = tuple(one for one in shard.readers if one != node.shown)
-                alone = readers == (shard.primary,)
-                shards.append(replace(shard, readers=() if alone else readers))
+            shards = [shard.without(node.shown) for shard in table.shards]
             if tuple(shards) == table.shards:
                 return
             again = now < node.avoid_until + _AVOID_CAP
@@ -591,7 +610,7 @@ class ClusterState:
         self.record_stale()
 
     def reset_after_fork(self) -> None:
-        """Begin again in a forked child, with what is known and without a claim."""
+        """Begin again in a forked child, with the known slots and without a claim."""
         self.lock = threading.RLock()
         self._claim = self.refresh_at = 0.0
 

@@ -37,7 +37,7 @@ _NO_TLS: Final = (
 
 
 class UnsuitableServer(ConnectError):
-    """The server can't do what the configuration asks of it."""
+    """The server lacks something that the configuration asks of it."""
 
 
 class UnsuitableConfig(ConfigError):

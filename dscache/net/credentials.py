@@ -234,7 +234,7 @@ def without(error: DscacheError, secrets: Iterable[Hidden | None]) -> DscacheErr
 
 
 class Logins:
-    """The logins of one cache: those of the options, or of a provider. Any thread may use it."""
+    """The logins of one cache: of the options, or of a provider. Any thread may use it."""
 
     def __init__(self, provider: CredentialProvider | None) -> None:
         self.provider = provider

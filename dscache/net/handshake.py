@@ -49,6 +49,8 @@ class ServerInfo:
     """The id of a node of a cluster; empty if it doesn't tell it, or wasn't asked."""
     run_id: str = ""
     """The id of the server's process; empty if it doesn't tell it, or wasn't asked."""
+    zone: str = ""
+    """The availability zone that the server states; empty if it states none."""
     is_proxied: bool = False
     """Whether the server is a proxy that may keep the keys of one command on several servers."""
 
@@ -216,8 +218,14 @@ def _log_in(
         isinstance(greeting, dict),
         node_id,
         _run_id(others[-1]) if identifies and not of_cluster else "",
+        _zone_in(facts),
         _is_proxied(options, is_foreign),
     )
+
+
+def _zone_in(facts: dict[Any, Any]) -> str:
+    zone = facts.get(b"availability_zone")
+    return zone.decode(errors="replace") if isinstance(zone, bytes) else ""
 
 
 def _log_in_barely(options: Options, login: Login, address: str, is_near: bool) -> Handshake:

@@ -527,7 +527,7 @@ class Finds(Generic[Item]):
             raise error
 
     def enter(self) -> Holder:
-        """Return what its caller holds until it has an item; raises UsageError if another does."""
+        """Return the object held until there is an item; raises UsageError if it is taken."""
         holder = self._place.take()
         if holder is None:
             raise UsageError("this scan is in use already; call scan() once per consumer")

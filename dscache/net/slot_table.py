@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from math import inf
 from typing import Any
@@ -34,6 +34,8 @@ class NodeInfo:
         """Whether reaching it takes a name lookup, which no timeout limits."""
         self.server = ""
         """The kind and version of the server, once it is known."""
+        self.zone = ""
+        """Its availability zone, if it has told it to a connection."""
         self.connects = 0
         self.reconnections = 0
         self.redirections = 0
@@ -86,7 +88,7 @@ class Seeds:
         return self._options.for_node(*address, self._named.get(address))
 
     def to_look_up(self, now: float) -> list[Node]:
-        """Return the nodes to look up now: those with credentials, at most every 2 seconds.
+        """Return the nodes to look up now: nodes with credentials, at most every 2 seconds.
 
         ``now`` is ``time.monotonic()``.
         """
@@ -109,13 +111,24 @@ class Seeds:
 class Shard:
     """Slots ``first`` to ``last``, with the addresses of their primary and of its readers.
 
-    ``readers`` is empty where reads go to the primary.
+    ``readers`` is empty where reads go to the primary. ``reserves`` are read when no reader can be.
     """
 
     first: int
     last: int
     primary: str
     readers: tuple[str, ...]
+    reserves: tuple[str, ...] = ()
+
+    def without(self, shown: str) -> Shard:
+        """Return the shard without one of its readers or reserves."""
+        readers = tuple(one for one in self.readers if one != shown)
+        reserves = tuple(one for one in self.reserves if one != shown)
+        if readers == (self.primary,):
+            readers = ()
+        if not readers:
+            readers, reserves = reserves, ()
+        return replace(self, readers=readers, reserves=reserves)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ class View:
     """The address of the node that gave the view."""
     node_id: str = ""
     """The id of that node, if it is known."""
+    zones: Mapping[Address, str] = field(default_factory=dict)
+    """The availability zone of each node that has one in the view."""
 
     def is_kin(self, other: View) -> bool:
         """Whether both may be views of one cluster: they share a node, or have no node ids."""
@@ -104,7 +106,14 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
             )
         raise slots
     entries = _entries(slots, asked, node_id)
-    return View(parse_epoch(info), tuple(_ranges_of(entries)), _nodes_of(entries), asked, node_id)
+    return View(
+        parse_epoch(info),
+        tuple(_ranges_of(entries)),
+        _nodes_of(entries),
+        asked,
+        node_id,
+        _zones_of(slots, entries),
+    )
 
 
 def newest(views: Iterable[View]) -> View:
@@ -205,14 +214,28 @@ def _node(entry: Any, asked: Address, node_id: str) -> tuple[str, Address | None
     return its_id, (host, port)
 
 
-def _host_in(metadata: Any) -> str:
-    """Return the host in the metadata of an entry, a map or a flat list of pairs, or nothing."""
+def _zones_of(reply: Any, entries: list[_Entry]) -> dict[Address, str]:
+    zones: dict[Address, str] = {}
+    for described, (_, _, nodes) in zip(reply, entries, strict=True):
+        for node, (_, address) in zip(described[2:], nodes, strict=True):
+            zone = _named_in(node[3]).get(b"availability-zone") if len(node) > 3 else None
+            if address is not None and type(zone) is bytes and zone:
+                zones[address] = zone.decode(errors="replace")
+    return zones
+
+
+def _named_in(metadata: Any) -> dict[Any, Any]:
+    """Return the metadata of an entry, which is a map or a flat list of pairs."""
     if isinstance(metadata, dict):
-        named = metadata
-    elif isinstance(metadata, list | tuple) and all(type(one) is bytes for one in metadata):
-        named = dict(zip(metadata[::2], metadata[1::2], strict=False))
-    else:
-        return ""
+        return metadata
+    if isinstance(metadata, list | tuple) and all(type(one) is bytes for one in metadata):
+        return dict(zip(metadata[::2], metadata[1::2], strict=False))
+    return {}
+
+
+def _host_in(metadata: Any) -> str:
+    """Return the host in the metadata of an entry, or nothing."""
+    named = _named_in(metadata)
     for name in (b"ip", b"hostname"):
         value = named.get(name)
         host = value.decode() if type(value) is bytes else ""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 from msgspec.structs import replace as replaced
 
+from .._interruptions import raise_interruption
 from ..config import Options
 from ..core import typed
 from ..core.keys import KeyLayout, names_with
@@ -268,6 +269,7 @@ class Changes:
             try:
                 record = typed.with_type(record, self._type)
             except Exception as error:  # msgspec passes on any exception of a user's own type
+                raise_interruption(error)
                 return self._kind(DAMAGED, name, reason=str(error), _read=self._read)
         return self._kind(CHANGED, name, record.version, record, _read=self._read)
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .._interruptions import raise_interruption
 from ..core import tolerant_json
 from ..errors import MessageError, shorten
 
@@ -339,7 +340,8 @@ def _decode(text: str | bytes) -> Any:
     """Return the value of a JSON text; raises ValueError or RecursionError."""
     try:
         return _decode_json(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        raise_interruption(error)
         # JavaScript takes more, such as lone surrogates.
         return tolerant_json.decode(text.encode() if isinstance(text, str) else bytes(text))
 
@@ -548,6 +550,7 @@ def _wrong_data(message: Mapping[str, Any], must_be_record: bool) -> str | None:
         try:
             data = _decode(text)
         except (ValueError, RecursionError) as error:
+            raise_interruption(error)
             return f"data must be JSON text, not {shorten(text)} ({error}){remedy}"
         data = message.get("parsedData", data)
     else:
@@ -585,11 +588,13 @@ def _as_mapping(message: Any, topic: int | None) -> Mapping[str, Any]:
         try:
             message = _decode(message)
         except (ValueError, RecursionError) as error:
+            raise_interruption(error)
             raise MessageError(f"message on topic {topic}: it is no JSON: {error}") from None
     elif not isinstance(message, Mapping):
         try:
             message = msgspec.to_builtins(message)
         except (TypeError, ValueError, RecursionError) as error:
+            raise_interruption(error)
             raise MessageError(f"message on topic {topic}: it can't be encoded: {error}") from None
     if not isinstance(message, Mapping):
         if topic in _TOPICS:

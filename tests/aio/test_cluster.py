@@ -422,3 +422,40 @@ async def test_a_lost_replica_is_not_read(group: ClusterGroup, backend: str) -> 
         await until(lambda: sum(map(len, topology._routing.readers.values())) == 3)
         stop = True
         await asyncio.gather(*readers)
+
+
+# -- timers that an exception has lost
+
+
+@pytest.mark.parametrize("lost", ["deadlines", "release"])
+async def test_a_lost_timer_of_held_operations_is_set_again(
+    lost: str, group: ClusterGroup, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler has raised at the beginning of each call of a timer."""
+    timeout = 50 if lost == "deadlines" else 60_000
+    async with opened(group, **PATIENT | {"commandTimeout": timeout}) as cache:
+        routing: Any = cache._topology._routing
+        slot = slot_of("a")
+        node = routing.masters[slot]
+        hold = routing.hold(slot, node, set())
+        hold.wait(3600 if lost == "deadlines" else 0.01)
+        pending = cache.get("a")
+        await until(lambda: hold.pipeline.operations == 1)
+        routing.release_due()
+        if lost == "release":
+            node.watched = False  # neither a reply nor a new view releases the hold
+            monkeypatch.setattr(cache._topology, "on_refreshed", lambda: None)
+            routing._release_timer.cancel()
+        else:
+            for handle in hold._deadlines.handles:
+                handle.cancel()
+        node._heartbeat._ping_after = 0.05
+        node._heartbeat._beat()
+        if lost == "release":
+            assert await pending is None
+        else:
+            with pytest.raises(dscache.DeadlineExceeded):
+                await pending
+            hold.not_before = 0
+            routing.release_due()
+        assert not hold.slots

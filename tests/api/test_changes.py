@@ -301,6 +301,19 @@ async def test_cancelled_updates_leave_the_queue(make_cache: MakeCache) -> None:
 
 
 @ON_ONE_SERVER
+async def test_queues_that_struck_updates_have_left_behind_are_removed(
+    make_cache: MakeCache,
+) -> None:
+    cache = await make_cache()
+    queues = cache._changes._queues
+    queues.update({f"struck/{i}": [] for i in range(2000)})
+    assert tuple(await cache.update("struck/1", lambda data: data, default=1)) == (1, 1)
+    assert "struck/1" not in queues
+    assert tuple(await cache.update("a", lambda data: data, default=1)) == (1, 1)
+    assert queues == {}
+
+
+@ON_ONE_SERVER
 async def test_errors_at_the_call(make_cache: MakeCache) -> None:
     cache = await make_cache()
     with pytest.raises(dscache.RecordError):

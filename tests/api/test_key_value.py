@@ -300,6 +300,8 @@ async def test_under_a_wrapper(store: RecordStore) -> None:
     assert await store.keys() == ["mine__key"]
 
 
+# Of an older py-key-value with a newer redis-py.
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 async def test_it_does_what_their_store_does(make: Make, server: EmbeddedServer) -> None:
     """One sequence of calls on both; py-key-value's own tests cover more."""
     ours, theirs = make(), RedisStore(url=server.url)

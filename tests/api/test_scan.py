@@ -392,7 +392,6 @@ def test_another_loop(server: EmbeddedServer, redis: redis_py.Redis) -> None:
 
 
 @ON_ONE_SERVER
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child(server: EmbeddedServer, redis: redis_py.Redis) -> None:
     names = [f"n/{number}" for number in range(500)]
     fill(redis, names)

@@ -548,7 +548,6 @@ def test_a_struck_thread_ends_the_watch_with_an_error(server: EmbeddedServer) ->
 
 
 @ON_ONE_SERVER
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child(server: EmbeddedServer) -> None:
     with dscache.Cache.from_config(server.url) as cache, cache.watch("n/") as watch:
         child = os.fork()

@@ -460,6 +460,27 @@ def works(cache: dscache.Cache) -> bool:
 
 @on_one_server
 @pytest.mark.usefixtures("accounts")
+def test_a_lost_right_is_noticed_when_the_connections_end(
+    redis: redis_py.Redis, server: EmbeddedServer, backend: str
+) -> None:
+    """Redis tells nobody of a right: hits go on, until the connections of the user are ended."""
+    login = {"username": "first", "password": "secret-first"}
+    options = {"url": server.url, "nearCache": NEAR, **login, **PATIENT}
+    put(redis, "a", 1)
+    with dscache.Cache.from_config({"name": "redis", "options": options}) as cache:
+        until(lambda: is_at_hand(cache, "a"))
+        redis.acl_setuser("first", enabled=True, reset_keys=True)
+        assert is_at_hand(cache, "a")
+        with pytest.raises(dscache.ReplyError, match="NOPERM"):
+            cache.get("another")
+        redis.execute_command("CLIENT", "KILL", "USER", "first")
+        until(lambda: not works(cache), "an error")
+        with pytest.raises(dscache.ReplyError, match="NOPERM"):
+            cache.get("a")
+
+
+@on_one_server
+@pytest.mark.usefixtures("accounts")
 def test_a_link_that_ends_asks_for_the_credentials_of_now(
     redis: redis_py.Redis, server: EmbeddedServer, backend: str
 ) -> None:

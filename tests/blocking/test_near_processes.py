@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,41 @@ def test_a_signal_ends_a_process_that_hits(
     expected = "KeyboardInterrupt" if number == signal.SIGINT else ""
     assert told.strip().rpartition("\n")[2] == expected
     assert told.count("Traceback") == (number == signal.SIGINT)
+
+
+def test_a_process_that_stops_for_a_while(
+    server: EmbeddedServer, redis: redis_py.Redis, backend: str
+) -> None:
+    """What its thread couldn't hear of meanwhile, no other thread reads when it goes on."""
+    idle_limit, rounds = 0.3, 3
+    options = {"url": server.url, "commandTimeout": 20_000}
+    where = {"options": options, "near": {"idleLimit": round(idle_limit * 1000)}}
+    redis.mset({"a_v": 1, "a_d": 1})
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.programs.near_stopped"),
+            *(json.dumps(where), str(rounds)),
+        ],
+        cwd=_ROOT,
+        env={**os.environ, "DSCACHE_BACKEND": backend},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        for version in range(2, rounds + 2):
+            assert process.stdout.readline() == "warm\n"
+            process.send_signal(signal.SIGSTOP)
+            redis.set("a_v", version)
+            written = time.monotonic()
+            time.sleep(2 * idle_limit)
+            process.send_signal(signal.SIGCONT)
+            last = json.loads(process.stdout.readline())
+            assert last - written <= idle_limit
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_exceptions_at_each_line(server: EmbeddedServer, backend: str) -> None:

@@ -42,7 +42,7 @@ CHECKS = (
         "memory",
         "connections",
     ),
-    *("scripts", "tracking", "clock", "key layout", "halves"),
+    *("scripts", "tracking", "clock", "key layout", "halves", "large records"),
 )
 # Checks that depend more on the test machine than on the server.
 FICKLE = {"round trip", "commands", "clock"}
@@ -107,6 +107,45 @@ def test_a_server_that_evicts(restored_server: EmbeddedServer, client: redis_py.
     assert "noeviction" in found["memory"]["advice"]
     assert found["halves"]["verdict"] == WARNING
     assert found["persistence"]["verdict"] == WARNING
+
+
+def test_large_records_are_found(restored_server: EmbeddedServer, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": "x" * 2048, "{b}_v": 1, "{b}_d": 1, "other": "x" * 10**6})
+    client.rpush("list_d", "x" * 10**6)
+    _, found = look("--url", restored_server.url)
+    assert found["large records"]["verdict"] == OK
+    assert (
+        found["large records"]["found"] == "the largest in a sample of 2 records has 2 KiB, 'a_d'"
+    )
+    client.mset({"big_v": 1, "big_d": "x" * 2**20, "large_v": 1, "large_d": "x" * 2**19})
+    _, found = look("--url", restored_server.url)
+    assert found["large records"]["verdict"] == WARNING
+    assert found["large records"]["found"] == (
+        "2 of 4 sampled records have 512 KiB or more; the largest has 1,024 KiB, 'big_d'"
+    )
+
+
+def test_sizes_that_may_not_be_measured(
+    restored_server: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    client.mset({"a_v": 1, "a_d": "x"})
+    client.acl_setuser("ada", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-strlen"])
+    _, found = look("--url", restored_server.url.replace("redis://", "redis://ada:any@"))
+    assert found["large records"]["verdict"] == UNKNOWN
+    assert found["large records"]["found"].startswith("STRLEN is refused: ")
+    assert "+strlen" in found["large records"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "verdict"), [("allkeys-lrm", BAD), ("volatile-lrm", WARNING), ("noeviction", OK)]
+)
+def test_policies_of_newer_servers(policy: str, verdict: str) -> None:
+    """Redis 8.6 evicts by the last change, too."""
+    memory = {"used_memory": "1000", "maxmemory": "1000000"}
+    found = of_server.check_memory(memory, {}, policy)
+    assert found is not None
+    assert found.verdict == verdict
+    assert policy in found.found
 
 
 def test_halves_are_found_by_either_key(

@@ -81,7 +81,7 @@ def test_options_for_records_have_no_effect(caplog: pytest.LogCaptureFixture) ->
     of_records = {
         **{"keyPrefix": "{", "ttl": 60, "nearCache": True, "keyLayout": "hashtag"},
         "proxied": True,
-        **{"maxConnections": 3, "scaleReads": "slave"},
+        **{"maxConnections": 3, "scaleReads": "zone", "zone": "a"},
     }
     caplog.set_level(logging.INFO)
     nodes = [{"host": "a"}]

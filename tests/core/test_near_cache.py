@@ -7,14 +7,19 @@ One section for each of its rules. ``test_near_model.py`` covers random operatio
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count, product
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from dscache.core import constants as c
+from dscache.core import near_parts
+from dscache.core.near_parts import BulkRead
 from dscache.errors import (
     BulkError,
     ConnectionLost,
@@ -1843,3 +1848,60 @@ async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
     assert not turned
     await asyncio.sleep(0)
     assert turned
+
+
+# -- interruptions
+
+
+class _Store:
+    """What a bulk read asks of its near cache."""
+
+    def settle_reads(self, *_: Any) -> None: ...
+
+    def last_known(self, name: str) -> None:
+        return None
+
+
+def struck(call: Callable[[], object], number: int) -> bool:
+    """Raise MemoryError on a line of a BulkRead's methods; return whether there are so many."""
+    left = number
+
+    def on_line(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        left -= event == "line" and frame.f_code.co_filename == near_parts.__file__
+        if not left:
+            left = -1
+            raise MemoryError
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(on_line)
+    try:
+        call()
+    except MemoryError:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("first", ["pipeline", "joined"])
+async def test_a_bulk_read_that_is_struck_on_any_line_ends(first: str) -> None:
+    """What settles it does so again: no read is missed, and none counts twice."""
+    loop = asyncio.get_running_loop()
+    for number in count(1):
+        waiter = loop.create_future()
+        found = {"joined": None, "read": None}
+        bulk = BulkRead(_Store(), c.GET, found, ["read"], [], waiter, {None, "joined"})
+        settle = [partial(bulk.set_result, {}), partial(bulk.take, "joined", None)]
+        if first == "joined":
+            settle.reverse()
+        was_struck = struck(settle[0], number)
+        settle[0]()
+        assert not waiter.done()
+        was_struck |= struck(settle[1], number)
+        settle[1]()
+        assert waiter.done()
+        if not was_struck:
+            break
+    assert number > 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -201,6 +202,72 @@ def test_a_lost_replica_is_not_read_for_a_while() -> None:
     table = state.table
     state.exclude_replica(state.node(A))  # a primary
     assert state.table is table
+
+
+def in_zones(view: View, **zones: str) -> View:
+    at = {"a": A, "b": B, "c": C, "d": D}
+    return replace(view, zones={at[name]: zone for name, zone in zones.items()})
+
+
+def readers(state: ClusterState) -> set[str | None]:
+    return {state.table.find(slot, reads=True) for slot in (0, 1, 2)}
+
+
+def test_the_replica_in_the_zone_is_read_then_any_then_the_primary() -> None:
+    state = state_of(scaleReads="zone", zone="x")
+    view = in_zones(view_of(A, B, C, D), a="x", c="x", d="y")
+    refresh(state, view)
+    assert readers(state) == shown(C)
+    assert state.table.find(HALF, reads=True) == "127.0.0.1:2"
+    state.exclude_replica(state.node(C))
+    assert readers(state) == shown(D)
+    state.exclude_replica(state.node(D))
+    assert readers(state) == shown(A)
+    refresh(state, view)
+    assert readers(state) == shown(A)
+    state.node(D).avoid_until = state.node(C).avoid_until = time.monotonic()
+    refresh(state, view)
+    assert readers(state) == shown(C)
+    refresh(state, in_zones(view, d="x", c="y"))  # as after CONFIG SET availability-zone
+    assert readers(state) == shown(D)
+    refresh(state, in_zones(view, c="y", d="z"))
+    assert readers(state) == shown(C, D)
+
+
+def test_replicas_in_reserve_do_not_leave() -> None:
+    state = state_of(scaleReads="zone", zone="x")
+    for address in (A, B, C, D):
+        state.node(address)
+    for _ in range(slots.VIEWS_TO_LEAVE + 1):
+        refresh(state, in_zones(view_of(A, B, C, D), c="x"))
+    assert set(state.nodes) == shown(A, B, C, D)
+
+
+def test_a_zone_that_only_the_node_itself_tells() -> None:
+    """The slots of Valkey 9.0 don't have it, but the reply to HELLO does."""
+    state = state_of(scaleReads="zone", zone="x")
+    refresh(state, view_of(A, B, C, D))
+    assert readers(state) == shown(C, D)
+    assert state.refresh_at - time.monotonic() > cluster_state.GAP
+    state.record_zone(state.node(D), "x")
+    assert state.refresh_at - time.monotonic() <= cluster_state.GAP
+    refresh(state, view_of(A, B, C, D))
+    assert readers(state) == shown(D)
+    state.record_zone(state.node(D), "x")
+    assert state.refresh_at - time.monotonic() > cluster_state.GAP
+
+
+@pytest.mark.parametrize("as_map", [True, False])
+def test_zones_in_a_reply_to_cluster_slots(as_map: bool) -> None:
+    def node(port: int, **metadata: str) -> list[Any]:
+        pairs = {name.replace("_", "-").encode(): text.encode() for name, text in metadata.items()}
+        flat = [word for pair in pairs.items() for word in pair]
+        return [b"h", port, b"%040d" % port, pairs if as_map else flat]
+
+    nodes = [node(1, availability_zone="x", ip="::1"), node(2, availability_zone=""), node(3)]
+    view = slots.read_view([[0, 16383, *nodes, [b"h", 4]]], b"", A, "config.yml")
+    assert view.zones == {("h", 1): "x"}
+    assert len(view.ranges[0].replicas) == 3
 
 
 def test_a_refusal_ends_with_a_view() -> None:

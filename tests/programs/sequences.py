@@ -67,6 +67,8 @@ class Sequences:
         self.cache = cache
         self.note = note
         address = {"host": options.get("host"), "port": options.get("port")}
+        # The key of a record on a cluster holds its name as a hash tag.
+        self._key = "{%s}" if "nodes" in options else "%s"
         if "nodes" in options:
             address = dict(options["nodes"][0])
             self.writer: Any = redis_py.RedisCluster(**address)
@@ -101,8 +103,9 @@ class Sequences:
     def store(self, name: str, version: int) -> None:
         """Write a record past the cache."""
         text = f'{{"name":"{name}"}}'
-        self.writer.set(f"{name}_v", version)
-        self.writer.set(f"{name}_d", text)
+        key = self._key % name
+        self.writer.set(f"{key}_v", version)
+        self.writer.set(f"{key}_d", text)
 
     def scan(self, records: bool) -> Any:
         raise NotImplementedError
@@ -190,8 +193,10 @@ class AsyncSequences(Sequences):
             self.note(f"{action} again: {error!r}")
         await asyncio.sleep(0)
         gc.collect()
-        if queues := dict(self.cache._changes._queues):
-            self.note(f"turns are held: {queues}")
+        # A struck update may leave its queue behind, without anything in it.
+        queues = self.cache._changes._queues
+        if turns := [name for name, queue in queues.items() if any(one() for one in queue)]:
+            self.note(f"turns are held: {turns}")
         if tasks := self._under_way():
             self.note(f"loads are held: {tasks}")
         for task in asyncio.all_tasks():
@@ -307,10 +312,13 @@ class BlockingSequences(Sequences):
             self.note(f"{action} again had no end")
         for error in problem:
             self.note(f"{action} again: {error!r}")
-        if turns := self.cache._changes._turns:
-            self.note(f"turns are held: {turns}")
-        if self.cache._loads._flights:
-            self.note(f"loads are held: {self.cache._loads._flights}")
+        # A struck thread may leave its turn or its load behind, which the next one takes over.
+        turns = self.cache._changes._turns
+        if held := [name for name, turn in turns.items() if turn.holder() is not None]:
+            self.note(f"turns are held: {held}")
+        flights = self.cache._loads._flights
+        if held := [key for key, flight in flights.items() if not flight.is_over()]:
+            self.note(f"loads are held: {held}")
         end = time.monotonic() + 2.0
         while names := [t.name for t in threading.enumerate() if t.name.startswith(OWN_THREADS)]:
             if time.monotonic() > end:

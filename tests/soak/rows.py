@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import ssl
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -381,13 +382,17 @@ async def injection(figures: Figures, binary: ServerBinary, *, every: bool = Tru
         for kind, used in (*kinds, ("blocking", near)):
             where = {"options": used, "kind": kind, "every": every, "seconds": 6 * 3600}
             where |= {"uvloop": False, "reconnect": True, "step": 1, "offset": 0}
-            result = await asyncio.to_thread(
-                run_child,
-                "injection.py",
-                json.dumps(where),
-                backend=_backend.BACKEND,
-                seconds=6 * 3600.0,
-            )
+            try:
+                result = await asyncio.to_thread(
+                    run_child,
+                    "injection.py",
+                    json.dumps(where),
+                    backend=_backend.BACKEND,
+                    seconds=6 * 3600.0,
+                )
+            except AssertionError as error:
+                figures.problems.append(f"{kind}: {error}")
+                continue
             figures.operations += result["cases"]
             figures.problems += result["problems"]
             with_near = ", near cache" if used is near else ""
@@ -399,14 +404,18 @@ async def interruptions(figures: Figures, binary: ServerBinary, *, rounds: int =
     with EmbeddedServer(binary) as server:
         for number in range(rounds):
             for scene, loop in SCENES:
-                result = await asyncio.to_thread(
-                    run_child,
-                    "interruptions.py",
-                    *(scene, loop, server.url, "long"),
-                    backend=_backend.BACKEND,
-                    seconds=600.0,
-                )
                 figures.operations += 1
+                try:
+                    result = await asyncio.to_thread(
+                        run_child,
+                        "interruptions.py",
+                        *(scene, loop, server.url, "long"),
+                        backend=_backend.BACKEND,
+                        seconds=600.0,
+                    )
+                except AssertionError as error:
+                    figures.problems.append(f"{scene}, {loop}, round {number}: {error}")
+                    continue
                 if result != {"wrong": [], "pending": {}}:
                     figures.problems.append(f"{scene}, {loop}, round {number}: {result}")
     figures.notes.append(f"{len(SCENES)} scenes {rounds} times")
@@ -826,6 +835,11 @@ async def run(row: str, binary: ServerBinary, **sizes: Any) -> Figures:
     async with measured(figures):
         try:
             await ROWS[row](figures, binary, **sizes)
-        except (AssertionError, TimeoutError, dscache.DscacheError) as error:
+        except (
+            AssertionError,
+            TimeoutError,
+            subprocess.SubprocessError,
+            dscache.DscacheError,
+        ) as error:
             figures.problems.append(f"{type(error).__name__}: {error}")
     return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from dscache.aio import heartbeat
 from dscache.embedded import ServerBinary, find_server
 from tests.conftest import SERVERS
 from tests.soak import rows
+from tests.soak.figures import Figures
 from tests.support import blocking
+from tests.support.blocking import run_child
 
 # The rows start their own servers, to kill them.
 BINARY = SERVERS[0] if SERVERS and isinstance(SERVERS[0], ServerBinary) else find_server()
@@ -86,6 +89,36 @@ async def test_a_near_cache_that_hears_nothing_is_noticed(
     monkeypatch.setattr(blocking, "PATIENCE", 2)
     figures = await rows.run(row, BINARY, near="naive", **sizes)
     assert figures.problems != []
+
+
+async def test_a_child_that_does_not_end_is_a_problem_of_its_row(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other scenes of the row, and the other rows, run all the same."""
+    monkeypatch.setattr(rows, "SCENES", [("first", "asyncio"), ("second", "uvloop")])
+
+    def run_briefly(script: str, *arguments: str, backend: str, seconds: float) -> Any:
+        return run_child(script, *arguments, backend=backend, seconds=0.01)
+
+    monkeypatch.setattr(rows, "run_child", run_briefly)
+    figures = await rows.run("interruptions", BINARY, rounds=1)
+    assert figures.operations == 2
+    first, second = figures.problems
+    assert "first" in first
+    assert "second" in second
+    assert "did not end within 0.01 s" in first
+
+
+async def test_a_program_that_does_not_end_is_a_problem_of_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def row(figures: Figures, binary: ServerBinary) -> None:
+        raise subprocess.TimeoutExpired("program", 1.0)
+
+    monkeypatch.setitem(rows.ROWS, "stuck", row)
+    figures = await rows.run("stuck", BINARY)
+    [problem] = figures.problems
+    assert "TimeoutExpired" in problem
 
 
 def test_every_row_is_here() -> None:

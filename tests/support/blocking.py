@@ -51,14 +51,23 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 def run_child(
     script: str, *arguments: str, backend: str, seconds: float = 4.5 * PATIENCE
 ) -> dict[str, Any]:
-    """Return the JSON that a program of ``tests/programs`` prints within that many seconds."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "programs" / script), *arguments],
-        env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    """Return the JSON that a program of ``tests/programs`` prints within that many seconds.
+
+    Raises AssertionError if it fails, or takes longer.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parents[1] / "programs" / script), *arguments],
+            env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        printed = (error.stderr or b"")[-2000:].decode("utf-8", "replace")
+        raise AssertionError(
+            f"{' '.join((script, *arguments))} did not end within {seconds:g} s: {printed}"
+        ) from None
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

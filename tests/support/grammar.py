@@ -288,6 +288,7 @@ class TwinFuzzer:
         for twin in self._twins:
             twin.waiters.clear()
             twin.pipeline.has_msetex = template.msetex
+            twin.pipeline.away = ""  # as of a new connection
         for operation in template.operations:
             self._on_both(lambda twin, one=operation: one.on(twin.pipeline) and None)
         self._on_both(lambda twin: twin.pipeline.take_output())
@@ -296,8 +297,10 @@ class TwinFuzzer:
         for piece in self._grammar.pieces(self._fed):
             if (error := self._feed(piece)) is not None:
                 break
-            if how != "valid" and chance.random() < 0.05:
-                # Replies may cause repeats, which go out whenever there is a flush.
+            is_away = self._on_both(lambda twin: bool(twin.pipeline.away), is_error=False)
+            if how != "valid" and chance.random() < 0.05 and not is_away:
+                # Replies may cause repeats, which go out whenever there is a flush. To a server
+                # that is away nothing is sent until all commands under way have their replies.
                 self._on_both(lambda twin: twin.pipeline.take_output())
         self._compare()
         self.outcomes[how if error is None else type(error).__name__] += 1

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.semconv.attributes import db_attributes, error_attributes, server_attributes
+from opentelemetry.semconv.metrics import db_metrics
 from opentelemetry.trace import SpanKind, StatusCode
 
 import dscache
@@ -444,3 +445,109 @@ def test_the_address_of_a_database(options: dict[str, Any], expected: dict[str, 
     assert found.pop("db.system.name") == "redis"
     assert found.pop("db.namespace") in ("0", "2", "3")
     assert found == expected
+
+
+# -- durations
+
+
+DURATION = "db.client.operation.duration"
+# By the semantic conventions of databases.
+ADVISED_BOUNDS = {0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10}
+
+
+async def test_durations_are_a_histogram(
+    make_cache: MakeCache, meters: MeterProvider, reader: InMemoryMetricReader, redis: Any
+) -> None:
+    cache = await make_cache()
+    measuring = otel.measure(cache, "main", meters)
+    await cache.set(SECRET, 1, {"a": 1})
+    await cache.get(SECRET)
+    await cache.get("no")
+    await cache.get_bulk(["a", "b"])
+    await cache.get_bulk(iter(["a"]))
+    await cache.update("a", lambda data: data + 1, default=0)
+    with pytest.raises(dscache.RecordError):
+        await cache.get("")
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(dscache.ReplyError):
+            await cache.set("a", 1, 1)
+    finally:
+        redis.config_set("maxmemory", 0)
+    await asyncio.sleep(0)  # when callbacks of done futures have run
+    told = {}
+    for point in points(reader, DURATION):
+        attributes = dict(point.attributes)
+        assert attributes.pop("db.system.name") == "redis"
+        assert attributes.pop("db.namespace") == str(cache.config.options.db)
+        assert attributes.pop("server.address") == cache.config.options.host
+        assert attributes.pop("server.port") == cache.config.options.port
+        assert attributes.pop("dscache.cache") == "main"
+        assert {*point.explicit_bounds} > ADVISED_BOUNDS
+        assert 0 < point.min <= point.max < 60
+        assert SECRET not in str(point)
+        told[tuple(attributes.values())] = point.count
+    assert told == {
+        ("set",): 1,
+        ("get",): 3,
+        ("BATCH get",): 1,
+        ("update",): 1,
+        ("get", "RecordError"): 1,
+        ("set", "OOM", "OOM"): 1,
+    }
+    measuring.stop()
+    measuring.stop()
+    await cache.get("a")
+    assert sum(point.count for point in points(reader, DURATION)) == 8
+
+
+def test_the_histogram_is_that_of_the_conventions(
+    meters: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    with dscache.Cache({"name": "memory"}) as cache:
+        otel.measure(cache, meter_provider=meters)
+        cache.get("a")
+        data = reader.get_metrics_data()
+    assert data is not None
+    (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
+    assert (metric.name, metric.unit) == (db_metrics.DB_CLIENT_OPERATION_DURATION, "s")
+    (point,) = metric.data.data_points
+    assert point.attributes == {
+        "db.system.name": "memory",
+        "db.operation.name": "get",
+        "dscache.cache": "default",
+    }
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+@pytest.mark.parametrize("near", [False, True])
+async def test_spans_and_durations_of_one_cache(
+    outer_first: bool,
+    near: bool,
+    make_cache: MakeCache,
+    meters: MeterProvider,
+    reader: InMemoryMetricReader,
+    spans: Spans,
+) -> None:
+    cache = await make_cache(**({"nearCache": {"idleLimit": 30_000}} if near else {}))
+
+    async def told() -> tuple[int, int]:
+        await cache.get("a")
+        await cache.get_bulk(["a", "b"])
+        await asyncio.sleep(0)
+        return len(spans()), sum(point.count for point in points(reader, DURATION))
+
+    measuring = otel.measure(cache, meter_provider=meters)
+    tracing = otel.trace(cache, roots=True, tracer_provider=spans.provider)
+    assert await told() == (2, 2)
+    if outer_first:
+        tracing.stop()
+        assert await told() == (0, 4)
+        measuring.stop()
+    else:
+        measuring.stop()
+        assert await told() == (2, 2)
+        tracing.stop()
+    # Nothing is left that a call would have to pass.
+    assert not [name for name, value in vars(cache).items() if hasattr(value, "owner")]
+    assert (await told())[0] == 0

@@ -16,6 +16,7 @@ def exporters(cache: AsyncCache, blocking: Cache) -> None:
     otel.observe(cache, "name")
     tracing = otel.trace(blocking, sample=0.1, roots=True)
     tracing.stop()
+    assert_type(otel.measure(cache, "name"), otel.Measuring)
 
 
 def django_caches(cache: django.RecordCache) -> None:

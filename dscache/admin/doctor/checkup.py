@@ -102,6 +102,7 @@ async def _check_all(primaries: Primaries, options: Options) -> list[Finding]:
         *merged(by_node),
         of_records.check_layout(sample, layout, on_cluster=bool(options.nodes)),
         of_records.check_halves(sample),
+        of_records.check_sizes(sample),
         *of_records.check_one_key(sample),
     ]
 
@@ -216,6 +217,7 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
             versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
+            await _measure(primaries, [k for k in ours if not is_version_key(k)], sample)
             lonely = await _lonely(primaries, ours)
             sample.records += len(versions) + sum(not is_version_key(key) for key in lonely)
             alone += lonely
@@ -227,6 +229,16 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
         alone = [key for key, is_there in zip(alone, there, strict=True) if is_there]
         sample.halves = await _lonely(primaries, alone)
     return sample
+
+
+async def _measure(primaries: Primaries, keys: list[bytes], sample: Sample) -> None:
+    """Add the sizes of data keys to a sample. A key that has gone meanwhile has none."""
+    replies = await primaries.execute_by_key([(key, ("STRLEN", key)) for key in keys])
+    for key, reply in zip(keys, replies, strict=True):
+        if isinstance(reply, int) and reply:
+            sample.sizes[key] = reply
+        elif isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
+            sample.unmeasured = reply.message
 
 
 async def _lonely(primaries: Primaries, keys: list[bytes]) -> list[bytes]:

@@ -8,6 +8,9 @@ from ...errors import shorten
 from ..key_layout import DEEPSTREAM, HASHTAG
 from .findings import Check, Finding, number
 
+LARGE_BYTES = 512 * 1024
+"""The text of a large record: it takes a server about a millisecond to copy and send it."""
+
 
 @dataclass(slots=True)
 class Sample:
@@ -25,6 +28,10 @@ class Sample:
     one_key: int = 0
     """The records of deepstream 1 to 3, each under one key."""
     first_one_key: bytes = b""
+    sizes: dict[bytes, int] = field(default_factory=dict)
+    """The bytes of text of the data keys that were measured."""
+    unmeasured: str = ""
+    """Why the server refuses to tell sizes."""
 
 
 def check_halves(sample: Sample) -> Finding:
@@ -41,6 +48,33 @@ def check_halves(sample: Sample) -> Finding:
         "dscache treats them as missing, and deepstream reads no data: set or delete them, and see "
         "the check of memory for the cause",
     )
+
+
+def check_sizes(sample: Sample) -> Finding:
+    """Check for records so large that each read or write of one delays all others."""
+    check = Check("large records")
+    if sample.unmeasured:
+        return check.unknown(
+            f"STRLEN is refused: {sample.unmeasured}", "allow +strlen to have sizes checked"
+        )
+    if not sample.sizes:
+        return check.ok("no records yet")
+    largest = max(sample.sizes, key=sample.sizes.__getitem__)
+    shown = f"{_kilobytes(sample.sizes[largest])}, {shorten(largest.decode(errors='replace'))}"
+    large = [size for size in sample.sizes.values() if size >= LARGE_BYTES]
+    if not large:
+        measured = number(len(sample.sizes), "record")
+        return check.ok(f"the largest in a sample of {measured} has {shown}")
+    return check.warning(
+        f"{len(large):,} of {len(sample.sizes):,} sampled records have {_kilobytes(LARGE_BYTES)} "
+        f"or more; the largest has {shown}",
+        "the server and the connection serve nothing else while they pass, and each change sends "
+        "all of it: divide them into several records",
+    )
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1024:,.0f} KiB" if size >= 1024 else number(size, "byte")
 
 
 def check_one_key(sample: Sample) -> list[Finding]:
