@@ -787,6 +787,8 @@ def test_an_error_is_one_line(
 SHARED = ("--config", "--url", "--layout", "--json")
 # The section for options that no other command has.
 HEADINGS = {
+    "get": "Records",
+    "top": "top",
     "set": "Records",
     "edit": "Records",
     "ls": "ls",
@@ -808,7 +810,7 @@ def test_every_option_is_documented() -> None:
         options = {
             word for one in command.params if one.param_type_name == "option" for word in one.opts
         }
-        missing = {"--layout"} if name in ("cluster", "migrate") else set()
+        missing = {"--layout"} if name in ("cluster", "migrate", "top") else set()
         assert shared - missing <= options, name
         if own := options - shared - {"--help"}:
             given.setdefault(HEADINGS[name], set()).update(own)
