@@ -1,4 +1,4 @@
-"""The credentials of a cache on an event loop: the configuration's, or those of a provider."""
+"""The credentials of a cache on an event loop: configured, or from a provider."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Credentials:
         self._thread = Threads(1, "dscache fetches credentials")
 
     async def current(self, options: Options) -> Login:
-        """Return the username and password to log in with now, by default those of the options.
+        """Return the username and password to log in with now, by default from the options.
 
         Raises ConnectError if the provider fails.
         """

@@ -45,7 +45,7 @@ nothing: with the open files of its parent it would also have its parent's locks
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -79,8 +79,9 @@ def check_host(config: Config) -> None:
         return
     if _backend.BACKEND == "pure":
         problem = "needs the compiled core, and this process has the pure one"
-    elif os.name != "posix" or not _backend.core.HOST_NEAR_SUPPORTED:
-        problem = "needs a POSIX system with 64-bit atomic operations"
+    elif sys.platform != "linux" or not _backend.core.HOST_NEAR_SUPPORTED:
+        # It was tried on no other system.
+        problem = "needs Linux and 64-bit atomic operations"
     else:
         return
     raise ConfigError(

@@ -48,6 +48,6 @@ def run_by_name(
 
 
 async def batches_of(items: list[T]) -> AsyncIterator[list[T]]:
-    """Yield items from the command line in batches, as ``Lines.items`` yields lines."""
+    """Yield items from the command line as ``Lines.items`` yields lines of standard input."""
     for first in range(0, len(items), BATCH):
         yield items[first : first + BATCH]

@@ -34,7 +34,7 @@ def line_of(**fields: object) -> bytes:
 
 
 class Results:
-    """Results by name, printed in parts: ``show`` prints those added since the last call."""
+    """Results by name, printed in parts: ``show`` prints the ones added since the last call."""
 
     def __init__(self, as_json: bool, *columns: str) -> None:
         self._as_json = as_json
