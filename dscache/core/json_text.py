@@ -26,7 +26,8 @@ def encode_json(value: object) -> bytes:
     2**n paths fills the last at most, and msgspec writes into all of them together less than twice
     the longest. And where memory ends, msgspec 0.20's ``encode`` crashes the process.
     """
-    for size in (4096, *c.DATA_BUFFERS):
+    # Python fills each with zeros first: 1 MiB takes 600 us, and 10 kB of text 4 us.
+    for size in (2**12, 2**15, 2**18, *c.DATA_BUFFERS):
         text = bytearray(size)
         if encode_within(value, text):
             if is_too_deep(text):

@@ -373,7 +373,7 @@ def test_a_near_cached_record_is_dropped_by_either_outcome(core: ModuleType) -> 
         (lambda: near.set("a", 2, 0, None, False, 1), True),
         (lambda: near.delete("a", 2), True),
     ):
-        near.get("a").close()
+        near.get("a")
         exchange.run()
         assert near.stats()["records"] == 1
         waiter = issue()

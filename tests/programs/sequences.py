@@ -19,12 +19,15 @@ from typing import Any
 import redis as redis_py
 
 import dscache
+from dscache.aio import loading
 
 SCANNED = [f"owner/{i}" for i in range(100)]
 # Seconds until a call counts as endless: the lease of a load that was struck hard ends by itself.
 PATIENCE = 11.0
 STRIKES = 20
 KINDS = ("update", "patch", "fetch", "refresh", "fetch_bulk", "scan", "scan-names", "watch")
+# The coroutine in which a load runs.
+LOAD = loading._drive.__qualname__
 # Threads of one fetch or watch; a near cache has others.
 OWN_THREADS = ("dscache lease", "dscache watch")
 # A message as its caller's finding.
@@ -212,8 +215,9 @@ class AsyncSequences(Sequences):
                     task.cancel()
 
     def _under_way(self) -> list[asyncio.Task[Any]]:
-        """Return the loads that have not ended; the next load of its name replaces an ended one."""
-        return [task for task, _ in self.cache._loads._tasks.values() if not task.done()]
+        """Return the loads that have not ended, also those that a strike has hidden."""
+        own = (task for task in asyncio.all_tasks() if not task.done())
+        return [task for task in own if task.get_coro().__qualname__ == LOAD]
 
     async def _check_loads(self) -> None:
         """Fetch what was loaded, and once more when it is gone."""
