@@ -120,7 +120,7 @@ class Watched:
 
         A server that can't be reached is a part of the result, and no error.
         """
-        wanted = _options_of(self._cache)
+        wanted = options_by_address(self._cache)
         for address in self._nodes.keys() - wanted.keys():
             self._nodes.pop(address).close()
         for address, options in wanted.items():
@@ -150,7 +150,7 @@ async def watched_servers(config: Config) -> AsyncIterator[Watched]:
             watched.close()
 
 
-def _options_of(cache: AdminCache) -> dict[str, Options]:
+def options_by_address(cache: AdminCache) -> dict[str, Options]:
     """Return the options of a connection to each server, primaries before replicas."""
     topology = cache.topology
     options = cache.config.options

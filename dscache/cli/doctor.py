@@ -12,7 +12,7 @@ from ..admin.doctor.checkup import check_up
 from ..admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup
 from .options import Chosen, with_all_options
 from .output import new_table, number, plain, print_json
-from .settings import run
+from .settings import load_messages, run
 
 _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
@@ -24,7 +24,10 @@ def doctor(*, chosen: Chosen) -> None:
     It changes nothing, and takes some seconds. The exit status is 0 if all is well, 1 if there are
     warnings, and 2 if something is bad.
     """
-    checkup = run(check_up(chosen.load(), by_url=chosen.url is not None))
+    config = chosen.load()
+    messages, is_named = load_messages(chosen.config, chosen.url) or (None, False)
+    by_url = chosen.url is not None
+    checkup = run(check_up(config, by_url=by_url, messages=messages, is_named=is_named))
     if chosen.as_json:
         print_json(document(checkup))
     else:

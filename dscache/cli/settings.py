@@ -19,6 +19,7 @@ from ..admin import ndjson
 from ..config import Config
 from ..config import url as urls
 from ..config.document import SUFFIXES
+from ..config.messages import MessageConfig, load_beside
 from ..config.sources import is_url
 from ..config.validation import Location
 
@@ -55,6 +56,15 @@ def load(file: Path | None, url: str | None) -> Config:
         reason = f"without {', '.join(others[:-1])} or {others[-1]}"
     print(f"dscache: using {loaded.address}, {reason}", file=sys.stderr)
     return loaded
+
+
+def load_messages(file: Path | None, url: str | None) -> tuple[MessageConfig, bool] | None:
+    """Return the section ``clusterNode`` beside the cache that ``load`` finds, if there is one.
+
+    The second item is whether the file states ``serverName``. Raises ConfigError.
+    """
+    file = None if url is not None else file or _default_file()
+    return None if file is None else load_beside(file)
 
 
 def load_source(source: str, place: str) -> Config:

@@ -120,6 +120,20 @@ def load(
     return MessageConfig(server_name=name, options=options, source=place.source)
 
 
+def load_beside(source: str | os.PathLike[str]) -> tuple[MessageConfig, bool] | None:
+    """Return the message node of a file that a cache is configured by, if it has ``clusterNode``.
+
+    The second item is whether the file states ``serverName``. Raises ConfigError as ``load`` does.
+    """
+    opened = open_source(source, None)
+    if isinstance(opened, ParsedUrl):
+        return None
+    sections = sections_of(opened, _EXAMPLE)
+    if "clusterNode" not in sections:
+        return None
+    return load(source), sections.get("serverName") is not None
+
+
 def _find_section(tree: Tree) -> tuple[str, object, object]:
     """Return the path of keys to the section, the section, and the server's name or None."""
     sections = sections_of(tree, _EXAMPLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from dscache.admin.doctor.record_checks import Sample
 from dscache.admin.doctor.topology_checks import SentinelReport
 from dscache.cli import doctor
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
+from dscache.messages import MessageNode
+from dscache.pubsub.protocol import Topic
 from tests.conftest import BY_AGE
+from tests.support.clusters import ClusterGroup
 from tests.support.commands import invoke, plain, run_on_terminal
 from tests.support.documents import PROJECT, code, table
 from tests.support.faults import FaultProxy
@@ -438,7 +442,8 @@ def test_server_texts_are_shown_without_control_characters() -> None:
 
 def test_every_check_is_documented() -> None:
     documented = [one for row in table(DOCUMENT, "doctor") for one in code(row[0])]
-    checks = ["connection", "cluster", "sentinels", *CHECKS, "one-key records"]
+    more = ["one-key records", "messages", "server name"]
+    checks = ["connection", "cluster", "sentinels", *CHECKS, *more]
     assert documented == [*checks, *findings.VERDICTS]
 
 
@@ -463,3 +468,84 @@ async def test_a_server_that_closes_may_speak_tls() -> None:
         for scheme, advice in (("redis", "use rediss:// or tls: true"), ("rediss", "use redis://")):
             _, found = await asyncio.to_thread(look, "--url", f"{scheme}://127.0.0.1:{port}")
             assert advice in found["connection"]["advice"]
+
+
+def deepstream_file(path: Path, server: EmbeddedServer, **sections: Any) -> Path:
+    """Write a file with both sections, and return its path."""
+    options = {"host": server.host, "port": server.port}
+    cluster_node = {"name": "redis", "options": options}
+    written = {"cache": {"name": "redis", "options": options}, "clusterNode": cluster_node}
+    file = path / "config.json"
+    file.write_text(json.dumps(written | sections))
+    return file
+
+
+async def test_a_cluster_node_and_its_listeners(
+    restored_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    file = str(deepstream_file(tmp_path, restored_server))
+    _, found = await asyncio.to_thread(look, "--config", file)
+    assert found["messages"]["verdict"] == WARNING
+    assert "no other server listens" in found["messages"]["found"]
+    assert "server name" not in found
+    async with MessageNode.from_config(file) as node:
+        for topic in (Topic.EVENT, Topic.RECORD):
+            node.subscribe(topic, print)
+        await node.when_ready()
+        _, found = await asyncio.to_thread(look, "--config", file)
+    assert found["messages"]["verdict"] == OK
+    assert found["messages"]["found"].endswith("and 1 other server can be reached")
+
+
+def test_a_cluster_node_with_a_name_for_all(
+    restored_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    file = deepstream_file(tmp_path, restored_server, serverName="one")
+    _, found = look("--config", str(file))
+    assert found["server name"]["verdict"] == WARNING
+    assert "'one'" in found["server name"]["found"]
+    assert "server_name=" in found["server name"]["advice"]
+
+
+def test_a_cluster_node_that_refuses(
+    restored_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    client.acl_setuser("ada", True, True, keys=["*"], categories=["+@all"], reset_channels=True)
+    options = {"host": restored_server.host, "port": restored_server.port, "username": "ada"}
+    client.acl_setuser("ada", True, passwords=["+secret"])
+    options["password"] = "secret"
+    section = {"name": "redis", "options": options}
+    status, found = look(
+        "--config", str(deepstream_file(tmp_path, restored_server, clusterNode=section))
+    )
+    assert status == 2
+    assert found["messages"]["verdict"] == BAD
+    assert "NOPERM" in found["messages"]["found"]
+    assert "ACL SETUSER" in found["messages"]["advice"]
+
+
+def test_a_cluster_node_that_is_away(
+    restored_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    section = {"name": "redis", "options": {"port": port, "connectTimeout": 500}}
+    file = deepstream_file(tmp_path, restored_server, clusterNode=section)
+    status, found = look("--config", str(file))
+    assert status == 2
+    assert found["messages"]["verdict"] == BAD
+    assert "refused" in found["messages"]["found"]
+    assert found["messages"]["advice"].startswith("start the server")
+
+
+async def test_a_cluster_node_on_a_cluster(
+    group: ClusterGroup, restored_server: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    section = {"name": "redis", "options": group.options}
+    file = str(deepstream_file(tmp_path, restored_server, clusterNode=section))
+    async with MessageNode.from_config(file) as node:
+        for topic in (Topic.EVENT, Topic.RECORD):
+            node.subscribe(topic, print)
+        await node.when_ready()
+        _, found = await asyncio.to_thread(look, "--config", file)
+    assert found["messages"]["found"].endswith("and 1 other server can be reached")

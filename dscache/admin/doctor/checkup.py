@@ -13,6 +13,7 @@ from ...aio.control import ControlConnection, Reply, is_clustered
 from ...aio.resolver import Resolver
 from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
+from ...config.messages import MessageConfig
 from ...config.validation import Location
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
@@ -28,6 +29,7 @@ from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
 from .findings import BAD, Checkup, Finding, merged
+from .message_checks import check_messages, check_server_name
 from .record_checks import Sample
 from .topology_checks import SentinelReport
 
@@ -54,11 +56,18 @@ _FULL = "raise the server's maxclients, or end connections that have no more use
 _UNREACHABLE = "start the server, or correct the address, and check the firewalls in between"
 
 
-async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
+async def check_up(
+    config: Config,
+    *,
+    by_url: bool = False,
+    messages: MessageConfig | None = None,
+    is_named: bool = False,
+) -> Checkup:
     """Return the findings on the server or the cluster of a configuration.
 
     A server that can't be reached is a finding, not an error. With ``by_url`` the configuration is
-    a URL, which can't name the nodes of a cluster. Raises ConfigError.
+    a URL, which can't name the nodes of a cluster. ``messages`` is the section ``clusterNode``
+    beside it, and ``is_named`` whether ``serverName`` is. Raises ConfigError.
     """
     found: list[Finding] = []
     options = config.options
@@ -80,16 +89,30 @@ async def check_up(config: Config, *, by_url: bool = False) -> Checkup:
     except ConfigError:
         raise
     except DscacheError as error:
-        code = error.code if isinstance(error, ReplyError) else ""
-        remedy = _REMEDIES.get(code, _REMEDIES["ERR"] if code else _UNREACHABLE)
-        if is_full(str(error)):
-            remedy = _FULL
-        elif not code and "refused" not in str(error):
-            tls = options.redis_options.tls if options.nodes else options.tls
-            remedy += IF_PLAIN if tls else IF_TLS
-        reason = str(error).removesuffix(IF_PLAIN).removesuffix(IF_TLS)
-        found.insert(0, Finding("connection", BAD, reason, remedy))
+        found.insert(0, _no_connection("connection", error, options))
+    if messages is not None:
+        try:
+            found.append(await check_messages(messages))
+        except ConfigError:
+            raise
+        except DscacheError as error:
+            found.append(_no_connection("messages", error, messages.options))
+        if is_named:
+            found.append(check_server_name(messages.server_name))
     return Checkup(config.address, tuple(found))
+
+
+def _no_connection(check: str, error: DscacheError, options: Options) -> Finding:
+    """Return the finding of a server that can't be reached, or refuses to serve."""
+    code = error.code if isinstance(error, ReplyError) else ""
+    remedy = _REMEDIES.get(code, _REMEDIES["ERR"] if code else _UNREACHABLE)
+    if is_full(str(error)):
+        remedy = _FULL
+    elif not code and "refused" not in str(error):
+        tls = options.redis_options.tls if options.nodes else options.tls
+        remedy += IF_PLAIN if tls else IF_TLS
+    reason = str(error).removesuffix(IF_PLAIN).removesuffix(IF_TLS)
+    return Finding(check, BAD, reason, remedy)
 
 
 async def _check_all(primaries: Primaries, options: Options) -> list[Finding]:
