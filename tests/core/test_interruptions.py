@@ -6,6 +6,7 @@ Each reaches the caller as it is, and none is taken for a flaw of the data.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import signal
 import sys
@@ -208,10 +209,13 @@ class Strike:
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
+        # The finalizers of other tests' garbage have lines of the package too.
+        gc.disable()
         sys.settrace(self.trace)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(FOLDER):
