@@ -263,6 +263,7 @@ class OneRecordACommand(Dscache):
         cluster: Any = object.__new__(Cluster)
         cluster.on_connected = cluster.on_disconnected = lambda node: None
         cluster.check_identity = lambda node, node_id: None
+        cluster.check_timers = lambda: None
         connection = Connection(load(self._config(where)).options, cluster=cluster)
         self._cache._topology = connection
 
