@@ -1,4 +1,4 @@
-"""What programs do with records beside reading and writing them.
+"""Rows for the operations of programs beside reads and writes of records.
 
 An ``update`` reads, decodes, changes and encodes a record, and writes it under the version read.
 No other client writes, so that each succeeds at once. Each round of ``watch`` writes 10,000

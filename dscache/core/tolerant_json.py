@@ -362,7 +362,7 @@ def _pieces(data: object) -> Iterator[bytes]:
         elif isinstance(value, _PLAIN):
             text = _write_scalar(value)
             if not text:
-                raise ValueError("an empty msgspec.Raw is no JSON text")
+                raise ValueError("an empty msgspec.Raw isn't JSON text")
             yield text
         else:
             todo.append(_to_plain(value))

@@ -35,7 +35,7 @@ KEY = (False, frozenset({"n"}))
 
 
 class Struck(BaseException):
-    """What a signal handler raises."""
+    """The error of a signal handler."""
 
 
 @pytest.fixture(params=["AsyncCache", "Cache"])

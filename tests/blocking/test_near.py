@@ -404,7 +404,7 @@ def logins(redis: redis_py.Redis, cache_name: str = "renewed") -> tuple[set[str]
 def test_new_credentials_are_those_of_the_link_too(
     redis: redis_py.Redis, server: EmbeddedServer, backend: str
 ) -> None:
-    """What was read with the earlier ones is dropped at once, and then all works as before."""
+    """Records read with the earlier credentials are dropped at once; then all works as before."""
     provider = Provider()
     options = {"url": server.url, "connectionName": "renewed", "nearCache": NEAR, **PATIENT}
     config = {"name": "redis", "options": options}

@@ -106,7 +106,7 @@ def test_a_signal_ends_a_process_that_hits(
 def test_a_process_that_stops_for_a_while(
     server: EmbeddedServer, redis: redis_py.Redis, backend: str
 ) -> None:
-    """What its thread couldn't hear of meanwhile, no other thread reads when it goes on."""
+    """No thread that goes on reads a record whose change the near cache's thread couldn't hear."""
     idle_limit, rounds = 0.3, 3
     options = {"url": server.url, "commandTimeout": 20_000}
     where = {"options": options, "near": {"idleLimit": round(idle_limit * 1000)}}

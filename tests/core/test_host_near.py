@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -291,7 +293,6 @@ def test_an_often_read_entry_stays(process: Process) -> None:
 
 
 def test_a_file_without_room_leaves_the_entries_there_are(process: Process) -> None:
-    resource = pytest.importorskip("resource")
     near = process(max_bytes=2**24, max_records=100_000)
     lead(near)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -311,7 +312,6 @@ def test_a_file_without_room_leaves_the_entries_there_are(process: Process) -> N
 
 
 def test_without_the_lock_nothing_is_kept_and_drops_flush(process: Process, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     one, two = process(), process()
     lead(one)
     two.vouches(b"one")

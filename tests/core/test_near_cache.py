@@ -1888,7 +1888,7 @@ async def test_a_hit_does_not_yield_to_the_loop(core: Any) -> None:
 
 
 class _Store:
-    """What a bulk read asks of its near cache."""
+    """The part of a near cache that a bulk read uses."""
 
     def settle_reads(self, *_: Any) -> None: ...
 
@@ -1921,7 +1921,7 @@ def struck(call: Callable[[], object], number: int) -> bool:
 
 @pytest.mark.parametrize("first", ["pipeline", "joined"])
 async def test_a_bulk_read_that_is_struck_on_any_line_ends(first: str) -> None:
-    """What settles it does so again: no read is missed, and none counts twice."""
+    """Each outcome comes again after a strike: no read is missed, and none counts twice."""
     loop = asyncio.get_running_loop()
     for number in count(1):
         waiter = loop.create_future()

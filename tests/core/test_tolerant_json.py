@@ -402,7 +402,7 @@ CYCLIC = "nested too deeply or cyclic"
         ({"a": [{(1, 2): 1}]}, TypeError, "$.a[0]: Only dicts with str-like"),
         ({"a": msgspec.UNSET}, TypeError, "$.a: Encoding objects of type msgspec.UnsetType"),
         ([1, 10**5000], ValueError, "$[1]: Exceeds the limit"),
-        (msgspec.Raw(b""), ValueError, "$: an empty msgspec.Raw is no JSON text"),
+        (msgspec.Raw(b""), ValueError, "$: an empty msgspec.Raw isn't JSON text"),
         (["\ud800", {"r": msgspec.Raw(b"")}], ValueError, "$[1].r: an empty msgspec.Raw"),
         ({"p": half_made()}, ValueError, "$.p: AttributeError: "),
         ({"m": memoryview(b"abcd")[::2]}, ValueError, "$.m: BufferError: "),
