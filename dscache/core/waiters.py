@@ -78,7 +78,7 @@ class Part:
 
 
 class Unobserved:
-    """The waiter of a coroutine; see ``reject_unobserved``."""
+    """The waiter of a caller that may never look at it; see ``reject_unobserved``."""
 
     __slots__ = ("_waiter",)
 
@@ -117,8 +117,8 @@ def reject(waiter: Any, make: Callable[[], Exception]) -> None:
 def reject_unobserved(waiter: Any, make: Callable[[], Exception]) -> None:
     """Give an error to a waiter of which no caller may hear.
 
-    A coroutine may be closed before it begins to wait, as in a cancelled ``asyncio.gather``. Then
-    the event loop must not log that the error was never retrieved.
+    A program may drop the future of a near cache's read, whose error others may get as well. Then
+    the event loop doesn't log that the error was never retrieved.
     """
     with suppress(InvalidStateError):
         waiter.set_exception(make())
