@@ -141,7 +141,7 @@ async def test_names_of_a_struck_watch_are_read_again(
 ) -> None:
     watch = either.cache.watch("")
     async with Entered(either, watch):
-        calls = strike_after(monkeypatch, watch._watching._changes, "take_names")
+        calls = strike_after(monkeypatch, watch._watching.changes, "take_names")
         await either.do("set", "a", 1, "data")
         with pytest.raises(Struck):
             await next_of(either, watch)
@@ -159,7 +159,7 @@ async def test_a_watch_looks_for_news_whose_call_was_struck(
     ):
         watch = either.cache.watch("")
         async with Entered(either, watch):
-            watch._watching._changes._on_news = lambda: None
+            watch._watching.changes._on_news = lambda: None
             coming = asyncio.ensure_future(next_of(either, watch))
             await asyncio.sleep(0.05)
             await either.do("set", "a", 1, "data")
@@ -222,9 +222,9 @@ def test_a_watch_closes_beside_a_thread_that_was_not_begun(
 ) -> None:
     with dscache.Cache(server.url) as cache, cache.watch("") as watch:
         watching = watch._watching
-        [listener] = watching._listeners.values()
+        [listener] = watching._listening.values()
         never = SimpleNamespace(thread=threading.Thread(target=lambda: None), stop=lambda: None)
-        watching._listeners["never"] = never
+        watching._listening["never"] = never
         watch.close()
         assert not listener.thread.is_alive()
 
