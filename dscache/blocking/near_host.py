@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 All processes of a host map one file, the **segment**, which has the entries. One of them, the
 **owner**, has the connection over which the server reports changes; the others wait for its place.
-``core/host_near.pxi`` has the segment, ``near_segment.py`` the files and their locks. The rules are
-the rules of ``core/shared_near.py``, with processes in the place of threads.
+``core/host_segment.pxi`` has the segment, ``near_segment.py`` the files and their locks. The rules
+are those of ``core/shared_near.py``, with processes in the place of threads.
 
 **Changes are made under a lock, and hits take none.** The lock is an ``flock``, so the system
 releases it if its process dies. A process that finds it released in the middle of a change drops

@@ -15,14 +15,13 @@ from .near_cache import NEAR_ENTRY_BYTES, NearCache
 from .pipeline import Pipeline
 from .record import Record, check_name, check_version, encode_data, parse_version
 from .router import Router
-from .shared_near import NearNode, SharedNearCache, SharedWrite
+from .shared_near import SharedNearCache, SharedWrite
 
 __all__ = [
     "NEAR_ENTRY_BYTES",
     "Message",
     "MessageDispatcher",
     "NearCache",
-    "NearNode",
     "Pipeline",
     "Record",
     "Router",
