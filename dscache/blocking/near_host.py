@@ -52,7 +52,8 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import _backend
 from ..config import Config, Options
 from ..core.failures import EndedHere
-from ..errors import ConfigError, ProtocolError, shorten
+from ..core.near_node import is_of_keys
+from ..errors import ConfigError
 from .foreign_errors import raise_foreign
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
@@ -130,11 +131,8 @@ class HostNode:
 
     def take_push(self, push: Any) -> None:
         """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        self.core.take_keys(push[1])
+        if is_of_keys(push):
+            self.core.take_keys(push[1])
 
 
 class HostLink(NearLink):

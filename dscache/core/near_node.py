@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from .shared_near import SharedNearCache
 
 
+def is_of_keys(push: Any) -> bool:
+    """Return whether a push reports changed keys. Raises ProtocolError for one of a wrong shape."""
+    if not push or push[0] != b"invalidate":
+        return False
+    if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
+        raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
+    return True
+
+
 class NearNode:
     """One server as a SharedNearCache knows it: whether its link reports changes.
 
@@ -64,12 +73,8 @@ class NearNode:
 
     def take_push(self, push: Any) -> None:
         """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
         epoch = self.epoch
-        if self._near.invalidate(push[1]) and epoch is not None:
+        if is_of_keys(push) and self._near.invalidate(push[1]) and epoch is not None:
             self.disconnected("flushall", False)
             self.connected(self.identity, epoch.known)
 
