@@ -24,7 +24,7 @@ from dscache.core import loading
 from dscache.core.holder import Holder, Place
 from dscache.core.loading import Do, Flight
 from dscache.embedded import EmbeddedServer
-from dscache.net.scan import Finds, MemoryScan
+from dscache.net.finds import Finds, MemoryScan
 from dscache.net.watch import Change, Changes
 from tests.conftest import SERVERS, _server_id
 from tests.support.either import Either

@@ -19,11 +19,12 @@ from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import IF_PLAIN, IF_TLS, is_full
 from ...net.sentinels import pairs, read_epoch
+from ...net.slots import parse_info
 from .. import one_key
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
-from ..primaries import Primaries, open_primaries, parse_info
+from ..primaries import Primaries, open_primaries
 from ..scan import SCAN_COUNT
 from . import record_checks as of_records
 from . import server_checks as of_server
