@@ -105,7 +105,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names that were found, or keys, each once in this step."""
+    """Names that were found, or keys, each once in this step; it may have none."""
 
     names: list[Any]
 
@@ -406,8 +406,7 @@ class KeyScan:
 
     def _found(self, keys: list[bytes], *, is_matched: bool) -> Steps:
         """Yield what is to be found in keys; ``is_matched`` if they match the pattern."""
-        if keys:
-            yield Names(list(dict.fromkeys(keys)))
+        yield Names(list(dict.fromkeys(keys)))
 
 
 class NameScan(KeyScan):
@@ -434,8 +433,7 @@ class NameScan(KeyScan):
             self._note_skipped(keys)
         found = dict.fromkeys(map(self._layout.name_of, keys) if names is None else names)
         found.pop("", None)
-        if matching := names_with(self._prefix, found):
-            yield Names(matching)
+        yield Names(names_with(self._prefix, found))
 
     def _note_skipped(self, keys: list[bytes]) -> None:
         """Count the keys of names that are no UTF-8, which no operation can read."""
