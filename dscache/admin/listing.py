@@ -6,19 +6,13 @@ import heapq
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from ..errors import BulkError, RecordError
+from ..net.scan import NameScan
 from .cache import AdminCache
 from .key_layout import Layout
 from .primaries import Primaries, open_primaries
-from .scan import GONE, lifetimes, seconds
-
-if TYPE_CHECKING:
-    from ..core.pure import Record
-
-# Records of one request for lifetimes.
-_BATCH = 256
+from .progress import RECORDS, JobProgress
+from .scan import RecordReader, lifetimes, scan, seconds
 
 
 class Order(StrEnum):
@@ -55,31 +49,11 @@ async def list_records(
 
     Calls ``on_damaged`` with the error of each damaged record. Raises any other error.
     """
-    scan = cache.scan(prefix, records=True)
-    layout = Layout.of(cache.config.options)
-    batch: list[Record] = []
-    while True:
-        try:
-            record = await anext(scan, None)
-        except BulkError as error:
-            for reason in error.errors.values():
-                if not isinstance(reason, RecordError):
-                    raise reason from None
-                on_damaged(reason)
-            continue
-        if record is not None:
-            batch.append(record)
-        if batch and (record is None or len(batch) == _BATCH):
-            keys = [layout.keys(one.name)[0] for one in batch]
-            left = await lifetimes(primaries, keys)
-            yield [
-                Row(one.name, one.version, len(one.raw), seconds(lifetime))
-                for one, lifetime in zip(batch, left, strict=True)
-                if lifetime != GONE
-            ]
-            batch = []
-        if record is None:
-            return
+    job = JobProgress()
+    reader = RecordReader(cache, primaries, Layout.of(cache.config.options), job, on_damaged)
+    async for _, names in scan(cache, NameScan, prefix, job):
+        async for found in reader.read(names):
+            yield [Row(one.name, one.version, len(one.raw), one.ttl) for one in found]
 
 
 async def lifetimes_of(cache: AdminCache, names: Sequence[str]) -> dict[str, int | None]:
@@ -101,7 +75,7 @@ async def sorted_records(
     rows: dict[str, Row] = {}
     async for some in found:
         rows.update({row.name: row for row in some})
-        if most is not None and len(rows) > most + _BATCH:
+        if most is not None and len(rows) > most + RECORDS:
             best = heapq.nsmallest(most, rows.values(), key=lambda row: row.key(order))
             rows = {row.name: row for row in best}
     ordered = sorted(rows.values(), key=lambda row: row.key(order))

@@ -70,15 +70,24 @@ async def scan(
 
 
 class RecordReader:
-    """Reads records with their lifetimes, as many at once as fit in some megabytes."""
+    """Reads records with their lifetimes, as many at once as fit in some megabytes.
+
+    ``on_damaged`` is called with the error of each damaged record, in place of counting it.
+    """
 
     def __init__(
-        self, cache: AsyncCache, primaries: Primaries, layout: Layout, job: JobProgress
+        self,
+        cache: AsyncCache,
+        primaries: Primaries,
+        layout: Layout,
+        job: JobProgress,
+        on_damaged: Callable[[Exception], object] | None = None,
     ) -> None:
         self._cache = cache
         self._primaries = primaries
         self._layout = layout
         self._job = job
+        self._on_damaged = on_damaged or job.note_damaged
         self._batch = RECORDS
         self._halves = cache.stats()["halves"]
 
@@ -91,7 +100,7 @@ class RecordReader:
     async def _read(self, names: Sequence[str]) -> list[Found]:
         records, damaged = await get_whole(self._cache, names)
         for error in damaged.values():
-            self._job.note_damaged(error)
+            self._on_damaged(error)
         # A record deleted since SCAN found its key isn't counted as a half.
         halves = self._cache.stats()["halves"]
         self._job.halves += halves - self._halves
@@ -112,14 +121,14 @@ async def get_whole(
 ) -> tuple[Mapping[str, Record], Mapping[str, Exception]]:
     """Return the whole records of some names, and the errors of damaged ones.
 
-    Raises any other error.
+    Raises any other error of a record.
     """
     try:
         return await cache.get_bulk(names), {}
     except BulkError as error:
         for reason in error.errors.values():
             if not isinstance(reason, RecordError):
-                raise
+                raise reason from None
         return error.result, error.errors
 
 
