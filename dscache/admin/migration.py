@@ -102,15 +102,15 @@ class Migration:
         """Move the records, and count those that remain."""
         count = self._count
         count.total = self._primaries.size * (1 if self._keep else 2)
-        await self._move_all()
-        if not self._keep:
-            async for _, keys in self._scan():
-                count.remaining += sum(self._is_of(self._old, key) for key in keys)
-
-    async def _move_all(self) -> None:
         async for _, keys in self._scan():
             async for found in self._read(list(self._names(keys))):
                 await self._move(found)
+        if not self._keep:
+            await self._count_remaining()
+
+    async def _count_remaining(self) -> None:
+        async for _, keys in self._scan():
+            self._count.remaining += sum(self._is_of(self._old, key) for key in keys)
 
     # -- reading
 

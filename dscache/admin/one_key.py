@@ -103,13 +103,8 @@ class OneKeyMigration(Migration):
         super().__init__(*arguments, **options)
         self._pattern = self._untagged.pattern("").removesuffix(b"_v")
 
-    async def run(self) -> None:
-        """Move the records, and count those that remain."""
+    async def _count_remaining(self) -> None:
         count = self._count
-        count.total = self._primaries.size * (1 if self._keep else 2)
-        await self._move_all()
-        if self._keep:
-            return
         before = count.records, count.damaged, count.ambiguous
         count.records = 0
         async for _, keys in self._scan():

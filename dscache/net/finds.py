@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Generic, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from ..core import typed
 from ..core.holder import Holder, Place
 from ..core.keys import names_with
 from ..errors import BulkError, UsageError, shorten
-from .scan import Names, Pause, Reply, Request, Steps, pack, unpack
+from .scan import KeyScan, Names, Pause, Reply, Request, Steps, pack, unpack
 
 _MOST_COUNT: Final = 100_000
 # Records and bytes that one read of records asks for.
 _RECORDS, _BYTES = 256, 4 << 20
 
 Item = TypeVar("Item")
-
-
-class Scan(Protocol):
-    """A scan without its I/O: a KeyScan, or one of a cache in memory."""
-
-    skipped: int
-
-    def cursor(self) -> str:
-        """Return the cursor of what was found so far."""
-
-    def steps(self) -> Steps:
-        """Yield the steps, from the cursor on."""
 
 
 class MemoryScan:
@@ -66,7 +54,7 @@ class Finds(Generic[Item]):
     calls ``restart``: the scan then goes on behind the last names that were found.
     """
 
-    def __init__(self, scan: Scan, *, records: bool, type: Any = None) -> None:
+    def __init__(self, scan: KeyScan | MemoryScan, *, records: bool, type: Any = None) -> None:
         self.cursor = scan.cursor
         self.scan = scan
         self.ready: deque[Item] = deque()
