@@ -46,7 +46,7 @@ CHECKS = (
         "memory",
         "connections",
     ),
-    *("scripts", "tracking", "clock", "key layout", "halves", "large records"),
+    *("scripts", "tracking", "rights", "clock", "key layout", "halves", "large records"),
 )
 # Checks that depend more on the test machine than on the server.
 FICKLE = {"round trip", "commands", "clock"}

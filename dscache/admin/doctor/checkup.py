@@ -31,6 +31,7 @@ from . import topology_checks as of_topology
 from .findings import BAD, Checkup, Finding, merged
 from .message_checks import check_messages, check_server_name
 from .record_checks import Sample
+from .rights import check_rights, find_missing_rights
 from .topology_checks import SentinelReport
 
 _PINGS = 200
@@ -141,6 +142,12 @@ async def _check_server(server: ControlConnection, options: Options) -> list[Fin
         ["EVAL", "return 1", 0], ["CLIENT", "TRACKING", "ON", "BCAST"]
     )
     await server.execute_many(["CLIENT", "TRACKING", "OFF"])
+    missing = await find_missing_rights(
+        server,
+        Layout.of(options),
+        db=options.redis_options.db if options.nodes else options.db,
+        is_cluster=bool(options.nodes),
+    )
     username, has_password = _login(options)
     is_local = server.is_local
     found = [
@@ -159,6 +166,7 @@ async def _check_server(server: ControlConnection, options: Options) -> list[Fin
         of_server.check_connections(info["clients"], most),
         of_server.check_permission("scripts", _refusal(scripts)),
         of_server.check_permission("tracking", _refusal(tracking)),
+        check_rights(missing, username),
         of_server.check_clock(await _clock(server)),
     ]
     return [one for one in found if one is not None]
