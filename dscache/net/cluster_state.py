@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
 
+from .._locks import make_lock
 from ..config import Config
 from ..config.address import join_address
 from ..core import stats as counters
@@ -528,7 +528,7 @@ class ClusterState(RefreshSchedule):
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, with the known slots and without a claim."""
-        self.lock = threading.RLock()
+        self.lock = make_lock()
         self._claim = self.refresh_at = 0.0
 
 

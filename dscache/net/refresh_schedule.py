@@ -11,12 +11,12 @@ any line.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from math import inf
 from typing import Final
 
+from .._locks import make_lock
 from ..config import Options
 from .backoff import half_jitter
 from .slots import GAP, GAP_CAP, GAP_GROWTH
@@ -38,7 +38,7 @@ class RefreshSchedule:
         self.refresh_at = 0.0
         """When the next refresh is due, by ``time.monotonic()``; during one, when its claim ends.
         """
-        self.lock = threading.RLock()
+        self.lock = make_lock()
         self._on_due = on_due
         self._interval = (options.slots_refresh_interval or 0) / 1000 or inf
         self._claim = 0.0
