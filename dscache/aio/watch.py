@@ -237,6 +237,9 @@ class _Watching(LoopBound, Watching[DataT]):
                     failures = 0
                     if ready is not None and not ready.done():
                         ready.set_result(None)
+                    else:
+                        # Records are read again now: from this server, not from the one before.
+                        self._check_place(server.address, options)
                     changes.resume(address)
                     while True:
                         await asyncio.wait([server.lost], timeout=CHECK_INTERVAL)

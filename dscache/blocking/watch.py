@@ -247,6 +247,18 @@ class _Watching(Watching[DataT]):
     def _leave(self, listener: _Listener) -> None:
         listener.stop()
 
+    def follow(self, address: str) -> None:
+        """Have records read from the primary that reports changes, before they are read again.
+
+        The one before may still take it for the primary, and answer with records that are lost.
+        Raises ConnectError if the Sentinels name another.
+        """
+        if self._of_primaries.options.sentinels:
+            from .sentinel_pool import SentinelPool
+
+            assert isinstance(self._topology, SentinelPool)
+            self._topology.follow(address)
+
     # -- forks
 
     def _check_process(self) -> None:
@@ -351,6 +363,7 @@ class _Listener:
             raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
         self._is_first = False
         self._decided.set()
+        self._watching.follow(server.pipeline.address)
         changes.resume(self._address)
         while not self._is_over():
             until = time.monotonic() + CHECK_INTERVAL
