@@ -10,7 +10,8 @@ import asyncio
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -27,6 +28,8 @@ FOREVER = 1e9
 # Handles every name as often as that.
 Path = Callable[[int], None]
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 600_000}
+TTL = 600
+ENDLESS = {"maxAge": 3_600_000, "idleLimit": 3_600_000}
 
 
 class Waiter:
@@ -133,13 +136,22 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
 
     with chosen("fast"):
         blocking = dscache.Cache.from_config(config(server))
+        kept = dscache.Cache.from_config(config(server, nearCache=ENDLESS))
         routed = dscache.Cache.from_config(config(cluster))
         soon = runner.run(opened())
-        near = runner.run(opened(nearCache={"maxAge": 3_600_000, "idleLimit": 3_600_000}))
+        near = runner.run(opened(nearCache=ENDLESS))
     for cache in (blocking, routed):
         cache.set_bulk(WRITTEN)
 
-    async def together(times: int) -> None:
+    async def together(operation: Callable[[str], Awaitable[object]], times: int) -> None:
+        async def task() -> None:
+            for name in left:
+                await operation(name)
+
+        left = islice(cycle(NAMES), times * len(NAMES))
+        await asyncio.gather(*(task() for _ in NAMES))
+
+    async def get_each(times: int) -> None:
         async def task() -> None:
             for name in left:
                 await soon.get(name)
@@ -147,10 +159,34 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
         left = islice(cycle(NAMES), times * len(NAMES))
         await asyncio.gather(*(task() for _ in NAMES))
 
+    async def fetch_each(times: int) -> None:
+        async def task() -> None:
+            for name in left:
+                await soon.fetch(name, load, ttl=TTL)
+
+        left = islice(cycle(NAMES), times * len(NAMES))
+        await asyncio.gather(*(task() for _ in NAMES))
+
+    async def rewrite(name: str) -> None:
+        await soon.get(name)
+        await soon.set(name, VERSION, DOCUMENT)
+
+    async def update(name: str) -> None:
+        await soon.update(name, same)
+
+    async def alone(operation: Callable[[str], Awaitable[object]], times: int) -> None:
+        for name in times * NAMES:
+            await operation(name)
+
     async def hits(times: int) -> None:
         for _ in range(times):
             for name in NAMES:
                 await near.get(name)
+
+    async def fetched_hits(times: int) -> None:
+        for _ in range(times):
+            for name in NAMES:
+                await near.fetch(name, load, ttl=TTL)
 
     def one_by_one(cache: dscache.Cache) -> Path:
         def run() -> None:
@@ -159,12 +195,39 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
 
         return repeated(run)
 
+    def fetched_one_by_one(cache: dscache.Cache) -> Path:
+        def run() -> None:
+            for name in NAMES:
+                cache.fetch(name, load, ttl=TTL)
+
+        return repeated(run)
+
+    def soon_path(work: Callable[[int], Coroutine[Any, Any, None]]) -> Path:
+        return lambda times: runner.run(work(times))
+
     return {
         "blocking get": one_by_one(blocking),
         "blocking get, cluster": one_by_one(routed),
-        "await get, 100 tasks": lambda times: runner.run(together(times)),
-        "await get, near cache hit": lambda times: runner.run(hits(times)),
+        "blocking get, near cache hit": one_by_one(kept),
+        "blocking fetch": fetched_one_by_one(blocking),
+        "blocking fetch, near cache hit": fetched_one_by_one(kept),
+        "await get, 100 tasks": soon_path(get_each),
+        "await get, near cache hit": soon_path(hits),
+        "await fetch, 100 tasks": soon_path(fetch_each),
+        "await fetch, near cache hit": soon_path(fetched_hits),
+        "get and set": soon_path(partial(alone, rewrite)),
+        "update": soon_path(partial(alone, update)),
+        "get and set, 100 tasks": soon_path(partial(together, rewrite)),
+        "update, 100 tasks": soon_path(partial(together, update)),
     }
+
+
+def load(name: str) -> None:
+    raise AssertionError(f"{name} is missing")
+
+
+def same(data: Any) -> Any:
+    return data
 
 
 def main(server: str, cluster: str) -> None:
