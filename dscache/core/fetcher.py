@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, Protocol
 
 from .._seconds import Lifetime
@@ -132,7 +133,7 @@ class BlockingFetcher:
     def __init__(
         self, run: Callable[..., Any], near: Any, checks: Checks, slow: BlockingFetches
     ) -> None:
-        self._run = run if near is None else lambda _, name: near.get(name)
+        self._get: Callable[[str], Any] = partial(run, "get") if near is None else near.get
         self._checks = checks
         self._slow = slow
         self._plain: object = None  # the code of the latest load that is no coroutine function
@@ -166,7 +167,7 @@ class BlockingFetcher:
         if refresh_after is not None and not self._checks.is_recent(name):
             record = self._slow.check_age(name, load, terms)
         else:
-            record = self._run("get", name)
+            record = self._get(name)
             if record is None or name in self._checks.missing:
                 record = self._slow.go_on(name, load, terms, record)
         return record if type is None or record is None else typed.with_type(record, type)
