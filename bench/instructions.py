@@ -42,10 +42,6 @@ PATHS = (
     "blocking get, near cache hit",
     "blocking fetch",
     "blocking fetch, near cache hit",
-    "get and set",
-    "update",
-    "get and set, 100 tasks",
-    "update, 100 tasks",
 )
 
 

@@ -10,8 +10,7 @@ import asyncio
 import gc
 import json
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
+from collections.abc import Callable, Coroutine
 from itertools import cycle, islice
 from typing import Any
 
@@ -143,14 +142,6 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
     for cache in (blocking, routed):
         cache.set_bulk(WRITTEN)
 
-    async def together(operation: Callable[[str], Awaitable[object]], times: int) -> None:
-        async def task() -> None:
-            for name in left:
-                await operation(name)
-
-        left = islice(cycle(NAMES), times * len(NAMES))
-        await asyncio.gather(*(task() for _ in NAMES))
-
     async def get_each(times: int) -> None:
         async def task() -> None:
             for name in left:
@@ -166,17 +157,6 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
 
         left = islice(cycle(NAMES), times * len(NAMES))
         await asyncio.gather(*(task() for _ in NAMES))
-
-    async def rewrite(name: str) -> None:
-        await soon.get(name)
-        await soon.set(name, VERSION, DOCUMENT)
-
-    async def update(name: str) -> None:
-        await soon.update(name, same)
-
-    async def alone(operation: Callable[[str], Awaitable[object]], times: int) -> None:
-        for name in times * NAMES:
-            await operation(name)
 
     async def hits(times: int) -> None:
         for _ in range(times):
@@ -215,19 +195,11 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
         "await get, near cache hit": soon_path(hits),
         "await fetch, 100 tasks": soon_path(fetch_each),
         "await fetch, near cache hit": soon_path(fetched_hits),
-        "get and set": soon_path(partial(alone, rewrite)),
-        "update": soon_path(partial(alone, update)),
-        "get and set, 100 tasks": soon_path(partial(together, rewrite)),
-        "update, 100 tasks": soon_path(partial(together, update)),
     }
 
 
 def load(name: str) -> None:
     raise AssertionError(f"{name} is missing")
-
-
-def same(data: Any) -> Any:
-    return data
 
 
 def main(server: str, cluster: str) -> None:

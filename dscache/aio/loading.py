@@ -50,7 +50,7 @@ class Loads:
         found = {name: record} if note is None else {name: record, note_of(name): note}
         due = loading.due_names(found, [name], self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, terms), _single(load), entry)
+            self._begin(True, due, loading.refresh(due, found, terms), _single(load), entry)
         return record
 
     async def load(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
@@ -77,7 +77,7 @@ class Loads:
         load = _many(load_many)
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, terms), load, entry)
+            self._begin(True, due, loading.refresh(due, found, terms), load, entry)
         records = {name: found[name] for name in names if name in found}
         if self.checks.missing:
             await self.end_missing(entry, records.values())

@@ -53,7 +53,9 @@ class Loads:
         if name not in found:
             return self.load(run, name, load, terms)
         due = loading.due_names(found, [name], self.checks, terms)
-        return self._refreshed(run, due, _single(load), terms).get(name) if due else found[name]
+        return (
+            self._refreshed(run, due, found, _single(load), terms).get(name) if due else found[name]
+        )
 
     def load(self, run: _Run, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record that was missing, once this or another caller's load has made it."""
@@ -83,7 +85,7 @@ class Loads:
 
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
-            anew = self._refreshed(run, due, load, terms)
+            anew = self._refreshed(run, due, found, load, terms)
             records = {
                 name: anew[name] if name in due else one
                 for name, one in records.items()
@@ -116,14 +118,19 @@ class Loads:
         self._flights = {}
 
     def _refreshed(
-        self, run: _Run, due: Mapping[str, Any], load: _Loader, terms: Terms
+        self,
+        run: _Run,
+        due: Mapping[str, Any],
+        found: Mapping[str, Any],
+        load: _Loader,
+        terms: Terms,
     ) -> Mapping[str, Any]:
         """Return due records, loaded anew unless another thread or process does."""
         key = True, frozenset(due)
         begun = self._flights.get(key)
         if begun is not None and not begun.is_over():
             return due
-        outcome, is_own = self._fly(*key, lambda: loading.refresh(due, terms), load, run)
+        outcome, is_own = self._fly(*key, lambda: loading.refresh(due, found, terms), load, run)
         return outcome.records if is_own else due
 
     def _fly(

@@ -157,14 +157,15 @@ def load_missing(names: Iterable[str], terms: Terms) -> Steps:
     return outcome
 
 
-def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
-    """Load records anew whose notes have ended, unless another caller does; none is lost."""
+def refresh(records: Mapping[str, Any], found: Mapping[str, Any], terms: Terms) -> Steps:
+    """Load records anew whose notes have ended, unless another caller does; none is lost.
+
+    ``found`` has the notes that were read with them. Only if they are unchanged is a lease taken.
+    """
     outcome = Outcome(dict(records))
     try:
-        notes = yield from _read(map(note_of, records), outcome)
-        beside = {name: notes.get(note_of(name)) for name in records}
-        vacant = {name: _version_of(note) for name, note in beside.items() if _is_due(note)}
-        leases = (yield from _acquire(vacant, outcome)) if vacant else {}
+        vacant = {name: _version_of(found.get(note_of(name))) for name in records}
+        leases = yield from _acquire(vacant, outcome)
         if leases:
             yield from _load(leases, terms, outcome, refresh=True)
     except DscacheError as error:
