@@ -456,6 +456,32 @@ class ClusterGroup(Together):
             self._move(some, source, target)
             self._end(some, source, target)
 
+    @property
+    def moves_atomically(self) -> bool:
+        """Whether the servers can move slots with their keys in one step: Valkey 9 and newer."""
+        return self._binary.name.startswith("valkey") and self._binary.version >= (9,)
+
+    def migrate_atomically(
+        self, slots: Iterable[int], source: ClusterNode, target: ClusterNode
+    ) -> None:
+        """Let the servers move slots in one step, and wait until they have.
+
+        Raises RuntimeError if they give up.
+        """
+        todo = list(slots)
+        ranges = [end for slot in todo for end in (slot, slot)]
+        source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", *ranges, "NODE", target.id)
+
+        def missing() -> str:
+            newest = source.ask("CLUSTER", "GETSLOTMIGRATIONS")[0]
+            if newest["state"] in ("failed", "cancelled"):
+                raise RuntimeError(f"slots {todo[0]} ...: {newest['state']}: {newest['message']}")
+            if newest["state"] != "success":
+                return f"the migration of slots {todo[0]} ... is in state {newest['state']}"
+            return self._disowned(set(todo), target)
+
+        self._wait(missing)
+
     def begin_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
         """Open a slot: ``source`` now answers ASK with ``target`` for keys it lacks."""
         self._begin([slot], source, target)
