@@ -250,25 +250,33 @@ async def expiry(
             began = time.monotonic()
             # Before the first is due, and from then on until all are due and over.
             spans: tuple[list[float], list[float]] = ([], [])
+            waits: list[float] = []  # of the calls that found no record, and loaded it
             loads = 0
 
-            async def load(name: str) -> int:
-                nonlocal loads
-                loads += 1
-                return 1
-
             async def read(until: float, times: list[float]) -> None:
+                loaded = 0
+
+                async def load(name: str) -> int:
+                    nonlocal loads, loaded
+                    loads += 1
+                    loaded += name == waiting
+                    return 1
+
                 while (at := time.monotonic()) < until:
-                    record = await cache.fetch(random.choice(every), load, **options)
+                    waiting, before = random.choice(every), loaded
+                    record = await cache.fetch(waiting, load, **options)
                     assert record is not None
-                    times.append(time.monotonic() - at)
+                    seconds = time.monotonic() - at
+                    (times if loaded == before else waits).append(seconds)
+                    waiting = ""
 
             for until_, times in ((ttl * 0.3, spans[0]), (ttl * 1.4, spans[1])):
                 await asyncio.gather(*(read(began + until_, times) for _ in range(tasks)))
             hits, ends = (sorted(one)[int(len(one) * 0.99)] for one in spans)
-            figures.operations = sum(map(len, spans))
+            figures.operations = sum(map(len, (*spans, waits)))
             figures.notes.append(
-                f"p99 of hits {hits * 1e3:.2f} ms, over the end {ends * 1e3:.2f} ms, {loads} loads"
+                f"p99 of hits {hits * 1e3:.2f} ms, over the end {ends * 1e3:.2f} ms, "
+                f"{loads} loads, for {len(waits)} of which calls waited"
             )
             if not loads:
                 figures.problems.append("nothing was loaded anew")
