@@ -245,14 +245,21 @@ async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
     if isinstance(step, Load):
-        renewing = asyncio.ensure_future(
-            _renew(step.renewal, entry, flight, asyncio.current_task())
-        )
+        renewing: list[asyncio.Task[None]] = []
+        driver = asyncio.current_task()
+
+        def begin() -> None:
+            renewing.append(asyncio.ensure_future(_renew(step.renewal, entry, flight, driver)))
+
+        # Most loads end before it is due.
+        timer = asyncio.get_running_loop().call_later(notes.RENEW_SECONDS, begin)
         try:
             with flight.loading():
                 return await load(step.names)
         finally:
-            renewing.cancel()
+            timer.cancel()
+            for task in renewing:
+                task.cancel()
     return await asyncio.sleep(step.seconds)
 
 
@@ -264,10 +271,10 @@ async def _renew(
 ) -> None:
     """Renew leases until cancelled, or until the task that has them is done."""
     while driver is None or not driver.done():
-        await asyncio.sleep(notes.RENEW_SECONDS)
         step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
             await getattr(entry, step.operation)(*step.arguments)
+        await asyncio.sleep(notes.RENEW_SECONDS)
 
 
 async def _load_nothing(_names: tuple[str, ...]) -> object:
