@@ -20,9 +20,10 @@ import dscache
 from dscache.aio import loading as aio_loading
 from dscache.blocking import loading as blocking_loading
 from dscache.config import Options
-from dscache.core import loading
+from dscache.core import notes
+from dscache.core.flights import Flight
 from dscache.core.holder import Holder, Place
-from dscache.core.loading import Do, Flight
+from dscache.core.loading import Do
 from dscache.embedded import EmbeddedServer
 from dscache.net.finds import Finds, MemoryScan
 from dscache.net.watch import Change, Changes
@@ -310,7 +311,7 @@ async def test_a_load_that_is_over_keeps_no_later_one_from_beginning(
 async def test_leases_of_a_task_that_is_over_are_not_renewed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.001)
+    monkeypatch.setattr(notes, "RENEW_SECONDS", 0.001)
     renewed = asyncio.Event()
     release = asyncio.Event()
 
@@ -361,7 +362,7 @@ def test_a_thread_that_waits_for_a_struck_one_goes_on(backend: str) -> None:
 
 
 def test_leases_of_a_struck_thread_are_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.001)
+    monkeypatch.setattr(notes, "RENEW_SECONDS", 0.001)
     holder = Holder()
     renewed = threading.Event()
     thread = threading.Thread(
