@@ -154,6 +154,7 @@ class Peer(AsyncResource):
         try:
             if self._member is not None:
                 self.events.close()
+                self.presence.close()
                 await self.rpc.close()
                 await self.records.close()
                 await self._member.leave()

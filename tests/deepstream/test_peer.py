@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import uuid
@@ -13,7 +14,16 @@ import msgspec
 import pytest
 
 import dscache
-from dscache.deepstream import Event, Peer, Reject, RPCError, RPCTimeout, check, protocol
+from dscache.deepstream import (
+    Event,
+    Peer,
+    PresenceChange,
+    Reject,
+    RPCError,
+    RPCTimeout,
+    check,
+    protocol,
+)
 from dscache.errors import (
     ConfigError,
     MessageError,
@@ -141,6 +151,23 @@ async def test_an_overflow_is_told(
     assert [event async for event in listening] == []
 
 
+async def test_an_iterator_that_is_dropped_ends(pair: Pair) -> None:
+    """Without a call of close, and with the subscription at the next message."""
+    listening: Any = pair.peer.events.listen("dropped/*")
+    await pair.peer.when_ready()
+    assert pair.peer.stats()["listening"] == 1
+    topics = pair.peer.node.stats()["topics"]
+    del listening
+
+    async def has_ended() -> bool:
+        gc.collect()
+        await pair.one.do("emit", name="dropped/1", data=1)
+        return bool(pair.peer.node.stats()["topics"] == topics - 1)
+
+    await eventually(has_ended)
+    assert pair.peer.stats()["listening"] == 0
+
+
 async def test_bad_events_are_refused_at_the_call(pair: Pair) -> None:
     for name in ("", None, 5):
         with pytest.raises(MessageError, match="name of an event"):
@@ -149,7 +176,12 @@ async def test_bad_events_are_refused_at_the_call(pair: Pair) -> None:
     for data in (object(), {1, object()}, msgspec.Raw(b"{"), msgspec.Raw(b""), nested):
         with pytest.raises(MessageError, match="emit 'news': the data"):
             await pair.peer.events.emit("news", data)
-    for arguments in ({"pattern": ""}, {"pattern": "a", "max_pending": 0}, {"pattern": 1}):
+    for arguments in (
+        {"pattern": ""},
+        {"pattern": "a", "max_pending": 0},
+        {"pattern": 1},
+        {"pattern": "\ud800*"},
+    ):
         with pytest.raises(UsageError, match="listen"):
             pair.peer.events.listen(**arguments)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="overflow must be one of"):
@@ -406,7 +438,11 @@ async def test_a_false_version_of_a_message_is_corrected(pair: Pair) -> None:
 
 
 async def test_bad_arguments_of_changes(pair: Pair) -> None:
-    for arguments in ({"pattern": ""}, {"pattern": "a", "max_pending": 0}):
+    for arguments in (
+        {"pattern": ""},
+        {"pattern": "a", "max_pending": 0},
+        {"pattern": "a\ud800?"},
+    ):
         with pytest.raises(UsageError, match="changes"):
             pair.peer.records.changes(**arguments)  # type: ignore[arg-type]
 
@@ -646,6 +682,61 @@ async def test_presence_is_that_of_all_servers(pair: Pair) -> None:
 
     await eventually(has_left)
     assert not await pair.peer.presence.is_online("py-1")
+
+
+async def test_users_come_and_go(pair: Pair) -> None:
+    """A user with a client at each server goes with the last one."""
+    await pair.peer.presence.users()
+    async with pair.peer.presence.changes() as changes:
+        first = await pair.world.client(pair.world.servers[0], "mia")
+        assert await anext(changes) == PresenceChange("mia", is_online=True)
+        second = await pair.world.client(pair.world.servers[1], "mia")
+        other = await pair.world.client(pair.world.servers[1], "tom")
+        assert await anext(changes) == PresenceChange("tom", is_online=True)
+        await first.stop()
+        await other.stop()
+        assert await anext(changes) == PresenceChange("tom", is_online=False)
+        assert await pair.peer.presence.is_online("mia")
+        await second.stop()
+        assert await anext(changes) == PresenceChange("mia", is_online=False)
+        busy = asyncio.create_task(anext(changes))
+        await asyncio.sleep(0)
+        with pytest.raises(UsageError, match=r"call changes\(\) once per consumer"):
+            await anext(changes)
+        changes.close()
+        with pytest.raises(StopAsyncIteration):
+            await busy
+    for client in (first, second, other):
+        pair.world.clients.remove(client)
+    assert await pair.peer.presence.users() == {"ada", "bob"}
+    with pytest.raises(UsageError, match="user must be a text, not 5"):
+        await pair.peer.presence.is_online(5)  # type: ignore[arg-type]
+
+
+async def test_a_change_of_presence_that_was_undone_is_not_reported(pair: Pair) -> None:
+    await pair.peer.presence.users()
+    changes = pair.peer.presence.changes()
+    for user in ("zoe", "max"):
+        client = await pair.world.client(pair.world.servers[0], user)
+
+        async def is_there(user: str = user) -> bool:
+            return await pair.peer.presence.is_online(user)
+
+        await eventually(is_there)
+        if user == "zoe":
+            await client.stop()
+            pair.world.clients.remove(client)
+
+            async def has_left() -> bool:
+                return not await pair.peer.presence.is_online("zoe")
+
+            await eventually(has_left)
+    assert await anext(changes) == PresenceChange("max", is_online=True)
+    await client.stop()
+    pair.world.clients.remove(client)
+    assert await anext(changes) == PresenceChange("max", is_online=False)
+    changes.close()
+    assert [change async for change in changes] == []
 
 
 # -- the cluster
