@@ -822,6 +822,39 @@ async def test_a_peer_of_bad_configuration() -> None:
         await peer.when_ready()
 
 
+@pytest.mark.parametrize("source", ["redis://h:7000/2", "h:7000", {"host": "h", "port": 7000}])
+async def test_options_by_keyword(source: Any) -> None:
+    """Each goes to the connection that has it."""
+    peer = Peer.from_config(
+        source,
+        server_name="py",
+        commandTimeout=200,
+        connect_timeout=300,
+        keyPrefix="live/",
+        overflow="disconnect",
+        ttl=60,
+    )
+    for options in (peer.cache.config.options, peer.node.config.options):
+        assert (options.host, options.port) == ("h", 7000)
+        assert (options.command_timeout, options.connect_timeout) == (200, 300)
+    assert (peer.cache.config.options.key_prefix, peer.cache.config.options.ttl) == ("live/", 60)
+    assert (peer.node.config.options.key_prefix, peer.node.config.options.ttl) == ("", None)
+    assert peer.node.config.options.overflow == "disconnect"
+    await peer.close()
+    with pytest.raises(ConfigError, match=r'arguments: prot: unknown option, did you mean "port"'):
+        Peer.from_config(source, prot=1)
+    with pytest.raises(ConfigError, match="arguments: ttl: must be"):
+        Peer.from_config(source, ttl=-1)
+
+
+async def test_a_peer_by_a_url(pair: Pair) -> None:
+    url = pair.world.redis.url
+    async with Peer.from_config(url, server_name="py-url", near_cache=True) as peer:
+        record = await peer.records.set("by/url", {"n": 1})
+        await pair.one.do("open", name="by/url")
+        await shows(pair.one, "by/url", [record.version, {"n": 1}])
+
+
 async def test_state_of_a_peer(pair: Pair) -> None:
     assert pair.peer.is_ready
     assert set(pair.peer.servers) >= {"js-1", "js-2"}

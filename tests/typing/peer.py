@@ -16,7 +16,7 @@ async def add(data: Any) -> int:
 
 
 async def events() -> None:
-    async with Peer.from_config("config.yml", server_name="py-1") as peer:
+    async with Peer.from_config("redis://h:1", server_name="py-1", commandTimeout=200) as peer:
         assert_type(peer, Peer)
         assert_type(await peer.events.emit("news", {"a": 1}), int)
         async for event in peer.events.listen("user/*", overflow="disconnect"):
