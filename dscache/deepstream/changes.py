@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from ..errors import BulkError, DscacheError, MessageError, UsageError, shorten
-from .encoding import decode_text
+from ..pubsub.encoding import decode_text
 from .patterns import matcher, prefix_of
 from .protocol import RecordAction
 

@@ -13,8 +13,8 @@ from msgspec import UNSET, UnsetType
 
 from ..core import envelope
 from ..errors import MessageError, Overloaded, UsageError, shorten
+from ..pubsub.encoding import decode_text, encode_text
 from .arrivals import Arrivals
-from .encoding import decode_text, encode_text
 from .patterns import check_pattern, matcher
 from .protocol import Emit, EventAction, Topic
 
@@ -126,7 +126,7 @@ class Events:
                 f"emit: the name of an event must be a text that is not empty, not {shorten(name)}"
             )
         text = encode_text(f"emit {shorten(name)}: the data", data)
-        sent = self._node.send(Emit(name=name, data=text))
+        sent = self._node.send(Emit(name=name, data=text), unchecked=True)  # it has been checked
         self.emitted += 1
         if any(one.matches(name) for one in self._listening):
             self._deliver(name, decode_text("emit", text, UNSET), self._node.server_name)
