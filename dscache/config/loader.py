@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
 from msgspec.structs import replace
@@ -47,6 +47,8 @@ class PluginHead(ConfigStruct, frozen=True, kw_only=True):
 
 class PluginSection(PluginHead, frozen=True, kw_only=True):
     """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+
+    unknown_remedy: ClassVar[str] = "; an option of Redis belongs below options:"
 
     options: Options = field(default_factory=Options)
 
@@ -142,6 +144,8 @@ def has_options_alone(struct: type[Options], source: Mapping[str, Any]) -> bool:
 def _find_cache(tree: Tree) -> tuple[str, object]:
     """Return the path of keys to the cache's section, and the section."""
     sections = sections_of(tree, _EXAMPLE)
+    if "cache" in sections and "options" in sections:
+        raise tree.place.at("options").error("stands beside cache:; indent it to be part of it")
     if "cache" in sections:
         return "cache", sections["cache"]
     plugins = plugins_of(tree, sections)
@@ -190,7 +194,8 @@ def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:
     if section.path is not None:
         if section.path not in _REDIS_PLUGINS:
             raise place.at("path").error(
-                f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here'
+                f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here; write name: redis in '
+                "its place if the records are in Redis"
             )
         return "redis"
     if section.type not in (None, "default"):
