@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import uuid
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -435,6 +436,22 @@ async def test_a_false_version_of_a_message_is_corrected(pair: Pair) -> None:
             assert (change.version, change.sender) == (9, "lie")
         change = await anext(changes)
         assert (change.version, change.data, change.sender) == (2, {"n": 2}, None)
+
+
+async def test_closed_changes_are_freed_at_once(pair: Pair) -> None:
+    """With the buffers of their connection, which no garbage collection needs to find."""
+    gc.disable()
+    try:
+        changes: Any = pair.peer.records.changes("freed/*")
+        async with changes:
+            await pair.peer.records.set("freed/1", {})
+            assert (await anext(changes)).name == "freed/1"
+        freed = weakref.ref(changes)
+        del changes
+        await asyncio.sleep(0)
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 async def test_bad_arguments_of_changes(pair: Pair) -> None:
