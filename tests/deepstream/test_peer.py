@@ -362,6 +362,20 @@ async def test_notify_tells_writes_of_others(pair: Pair) -> None:
         await pair.peer.records.notify([""])
 
 
+async def test_a_write_that_was_never_told_is_seen_with_the_next_one(pair: Pair) -> None:
+    """As a peer leaves it that dies between the write and the message."""
+    for client in (pair.one, pair.two):
+        assert await client.do("open", name="untold") == [0, {}]
+    await pair.peer.cache.update("untold", lambda data: {**data, "a": 1})
+    late = await pair.world.client(pair.world.servers[0], "late")
+    assert await late.do("open", name="untold") == [1, {"a": 1}]
+    assert (await pair.peer.records.patch("untold", "b", 2)).version == 2
+    for client in (pair.one, pair.two, late):
+        await shows(client, "untold", [2, {"a": 1, "b": 2}])
+    await late.stop()
+    pair.world.clients.remove(late)
+
+
 async def test_messages_that_cross_are_reconciled(pair: Pair) -> None:
     """A late message takes clients back to an old version; the servers read the record again."""
     await pair.one.do("set", name="crossed", data={"n": 1})
