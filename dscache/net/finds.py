@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
 from ..core import typed
+from ..core.failures import check_prefix
 from ..core.holder import Holder, Place
 from ..core.keys import names_with
 from ..errors import BulkError, UsageError, shorten
@@ -131,8 +132,7 @@ def check_arguments(
         typed.check_type(type)
         if not records:
             raise UsageError("scan: a type is that of records; give records=True as well")
-    if not isinstance(prefix, str):
-        raise UsageError(f"scan: prefix must be a str, not {shorten(prefix)}")
+    check_prefix("scan", prefix)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:
         raise UsageError(f"scan: count must be an int from 1 to {_MOST_COUNT}: {shorten(count)}")
     if not isinstance(cursor, str | None):

@@ -427,6 +427,7 @@ async def test_bad_arguments(kind: str, server: EmbeddedServer) -> None:
     async with Either(kind, url=server.url) as cache:
         for arguments, words in (
             ({"prefix": b"a"}, "must be a str"),
+            ({"prefix": "ü\ud800"}, "has a lone surrogate"),
             ({"max_pending": 0}, "from 1 to"),
             ({"max_pending": True}, "from 1 to"),
             ({"max_pending": "7"}, "from 1 to"),

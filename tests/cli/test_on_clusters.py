@@ -163,6 +163,48 @@ def test_migrate(to: str, url: Url, group: ClusterGroup) -> None:
     assert found[:-2] == [line for line in EXPECTED if line["name"] not in ("r/1", "r/2")]
 
 
+FEW = NAMES[-50:]
+
+
+def one_key(name: str) -> str:
+    return json.dumps({"_v": FEW.index(name), "_d": [name]}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("to", [HASHTAG, DEEPSTREAM])
+def test_migrate_from_one_key(to: str, group: ClusterGroup, tmp_path: Path) -> None:
+    """Records of deepstream 1 to 3 behind a key prefix, and others beside them."""
+    file = tmp_path / "config.yml"
+    nodes = [{"host": node.host, "port": node.port} for node in group.nodes[:1]]
+    options = {"nodes": nodes, "keyPrefix": "app:", "redisOptions": {"password": PASSWORD}}
+    file.write_text(json.dumps({"cache": {"name": "redis", "options": options}}))
+    for name in FEW:
+        group.owner(f"app:{name}").ask("SET", f"app:{name}", one_key(name))
+    group.owner("app:ü").ask("PEXPIRE", "app:ü", 500_000)
+    group.owner("other").ask("SET", "other", one_key("ü"))
+    words = ("--from", "deepstream3", "--to", to, "--config", str(file), "--json")
+    found = {
+        one["check"]: one for one in invoke("doctor", "--config", str(file)).document["findings"]
+    }
+    assert found["one-key records"]["verdict"] == "bad"
+    assert found["one-key records"]["found"].startswith(f"{len(FEW)} records of deepstream")
+    dry = invoke("migrate", *words, "--dry-run")
+    assert (dry.status, dry.document["found"], dry.document["copied"]) == (0, *[len(FEW)] * 2)
+    done = invoke("migrate", *words)
+    assert (done.status, done.err) == (0, "")
+    for count in ("found", "copied", "removed"):
+        assert done.document[count] == len(FEW)
+    layout = Layout(to, "app:")
+    assert keys(group) == {key.decode() for name in FEW for key in layout.keys(name)} | {"other"}
+    for number, name in enumerate(FEW):
+        version, data = layout.keys(name)
+        assert group.owner(version).ask("GET", version) == str(number)
+        assert json.loads(group.owner(data).ask("GET", data)) == [name]
+    for key in layout.keys("ü"):
+        assert 0 < group.owner(key).ask("PTTL", key) <= 500_000
+    again = invoke("migrate", *words)
+    assert (again.status, again.document["found"], again.document["remaining"]) == (0, 0, 0)
+
+
 def test_ttls_and_conflicts_of_two_nodes(url: Url, group: ClusterGroup) -> None:
     invoke("set", "a", "1", "[]", "--ttl", "500", *url)
     invoke("set", "b", "1", "[1]", *url)

@@ -251,14 +251,13 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
         keys: list[bytes]
         for _ in range(rounds):
             cursor, keys = await primary.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
-            # A hashtag key is also a deepstream key, of a name in braces.
-            ours = [key for key in keys if either.name_of(key) is not None]
-            versions = [key for key in ours if is_version_key(key)]
-            sample.others += len(keys) - len(ours)
-            old = await one_key.find_keys(primaries, keys) if keys else []
+            behind = [key for key in keys if key.startswith(either.prefix)]
+            old = set(await one_key.find_keys(primaries, behind) if behind else ())
             sample.one_key += len(old)
             sample.first_one_key = sample.first_one_key or next(iter(old), b"")
-            ours = [key for key in ours if key not in set(old)]
+            # A hashtag key is also a deepstream key, of a name in braces.
+            ours = [key for key in behind if key not in old and either.name_of(key) is not None]
+            sample.others += len(keys) - len(old) - len(ours)
             versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
