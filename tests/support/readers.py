@@ -97,7 +97,7 @@ class ReaderFuzzer:
     """Feeds both readers the same replies, valid and not, and notes each difference."""
 
     def __init__(self, seed: int) -> None:
-        self.replies = 0
+        self.cases = 0
         self.outcomes: Counter[str] = Counter()
         self.problems: list[str] = []
         self._seed = seed
@@ -116,8 +116,8 @@ class ReaderFuzzer:
             elif how == "hostile":
                 text = grammar.hostile(text)
             pieces = grammar.pieces(text)
-            self.replies += count
+            self.cases += 1
             self.outcomes[how] += 1
             problem = difference(pieces, in_place=chance.random() < 0.5)
             if problem is not None and len(self.problems) < _EXAMPLES:
-                self.problems.append(f"reply {self.replies} of seed {self._seed}: {problem}")
+                self.problems.append(f"case {self.cases} of seed {self._seed}: {problem}")
