@@ -58,10 +58,10 @@ cdef inline const char* read_number(const char* at, const char* end, long long* 
     cdef const char* start = at
     cdef long long value = 0
     while at < end and 48 <= at[0] <= 57:
+        if at - start == 18:
+            return NULL
         value = 10 * value + at[0] - 48
         at += 1
-        if at - start > 18:
-            return NULL
     if end - at < 2 or at[0] != 13 or at[1] != 10 or at == start:
         return NULL
     if start[0] == 48 and at - start > 1:
