@@ -307,6 +307,8 @@ cdef class _OwnReader:
     cdef int _hold(self, const char* text, Py_ssize_t size) except -1:
         cdef Py_ssize_t capacity
         cdef char* held
+        if size == 0:
+            return 0
         if self._held_size + size > self._capacity:
             capacity = max(2 * self._capacity, self._held_size + size, 256)
             held = <char*>PyMem_Realloc(self._held, capacity)
