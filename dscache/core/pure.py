@@ -19,8 +19,12 @@ from .record import Record, check_name, check_version, encode_data, parse_versio
 from .router import Router
 from .shared_near import SharedNearCache, SharedWrite
 
+# The name of the reader of replies.
+READER = "hiredis"
+
 __all__ = [
     "NEAR_ENTRY_BYTES",
+    "READER",
     "BlockingFetcher",
     "Fetcher",
     "Message",
