@@ -14,6 +14,7 @@ from .._interruptions import raise_interruption
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import failures, outcomes, refusals
+from .near_cache import PendingRead
 from .record import UNDECODED, Draft, Record, new_record, parse_version
 from .waiters import DISCARDED, resolve
 
@@ -130,7 +131,7 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
                 else:
                     pipeline.counts["hits"] += 1
                     if epoch is not None:
-                        keep_near(pipeline, epoch, batch, name, version, raw)
+                        keep_near(pipeline, epoch, batch, entry, version, raw)
                     if bulk is not None:
                         bulk.result[name] = new_record(name, version, raw)
                     elif type(entry) is list:
@@ -146,7 +147,7 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
                     pipeline.counts["halves"] += 1
                 pipeline.counts["misses"] += 1
                 if epoch is not None:
-                    keep_near(pipeline, epoch, batch, name, 0, None)
+                    keep_near(pipeline, epoch, batch, entry, 0, None)
                 if bulk is not None:
                     bulk.missing.append(name)
                 else:
@@ -222,10 +223,13 @@ def answer_found(
 
 
 def keep_near(
-    pipeline: Pipeline, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any
+    pipeline: Pipeline, epoch: Epoch, batch: Batch, entry: Any, version: int, raw: Any
 ) -> None:
     assert pipeline.near is not None
-    slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
+    slot = entry.slot if type(entry) is PendingRead else -1
+    if batch.hash_slots:
+        slot = batch.hash_slots[batch.answered]
+    name = batch.names[batch.answered]
     pipeline.near.fill(pipeline, epoch, batch.serial, name, version, raw, slot)
 
 
