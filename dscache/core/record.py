@@ -29,7 +29,7 @@ else:
 
 T = TypeVar("T")
 
-_UNDECODED: Final = object()
+UNDECODED: Final = object()
 
 _decode_json = msgspec.json.Decoder().decode
 
@@ -74,7 +74,7 @@ class Record(Pair[DataT]):
         set_field(self, "version", version)
         set_field(self, "raw", raw)
         set_field(self, "stale", stale)
-        set_field(self, "_data", _UNDECODED)
+        set_field(self, "_data", UNDECODED)
         set_field(self, "_type", type)
 
     @property
@@ -84,7 +84,7 @@ class Record(Pair[DataT]):
         Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
         """
         data: DataT = self._data
-        if data is _UNDECODED:
+        if data is UNDECODED:
             if self._type is not None:
                 data = json_text.decode_as(self.name, self.version, self.raw, self._type)
             else:
@@ -133,6 +133,29 @@ class Record(Pair[DataT]):
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a Record is immutable: {name} can't be deleted")
+
+
+class Draft(Pair[DataT]):
+    """A record in the making: to finish it, set its class to Record, which has the same slots.
+
+    To set six fields like this and then the class takes a fifth of the time of ``Record()``, which
+    has to go around its own ``__setattr__``.
+    """
+
+    __slots__ = Record.__slots__
+
+
+def new_record(name: str, version: int, raw: bytes) -> Record[Any]:
+    """Return a record that a server holds."""
+    record: Any = Draft()
+    record.name = name
+    record.version = version
+    record.raw = raw
+    record.stale = False
+    record._data = UNDECODED
+    record._type = None
+    record.__class__ = Record
+    return record  # type: ignore[no-any-return]
 
 
 # -- checks and texts
