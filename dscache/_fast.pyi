@@ -67,6 +67,7 @@ class Pipeline:
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
     on_push: Callable[[list[Any]], object] | None
+    timeout: float
     inbox: MessageDispatcher | None
     resp2_pubsub: bool
     # For core/recovery.py and core/refusals.py.
@@ -112,8 +113,6 @@ class Pipeline:
     def window(self) -> int: ...
     @property
     def partial(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
     @property
     def clustered(self) -> bool: ...
     @property
