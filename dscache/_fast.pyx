@@ -7,11 +7,13 @@ is no socket, event loop or configuration here. The theory of operation stands a
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
 * Replies to MGET and MSET are read in place. All other replies, and unusual ones, are left to
-  hiredis, so that both cores judge them alike.
+  hiredis, so that both cores judge them alike; where the GIL is off, to a reader that does as
+  hiredis does.
 * ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
   each collection that they would trigger looks at all of them.
 """
 
+import sys
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
@@ -42,10 +44,9 @@ from cpython.dict cimport (
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
-import hiredis
 import msgspec
 
 from ._interruptions import raise_interruption
@@ -74,18 +75,19 @@ include "core/platform.pxi"
 include "core/constants.pxi"
 
 cdef list _DISCARDED = _discarded
-cdef object _PUSH = hiredis.PushNotification
 
 cdef class _Encoder  # of core/resp.pxi, for the batches before it
 cdef class MessageDispatcher  # of core/message.pxi
 cdef class NearCache  # of core/near_cache.pxi, as are
 cdef class _Epoch
+cdef class _PendingRead
 cdef class _Reachability
 
 include "core/record.pxi"
 include "core/batch.pxi"
 include "core/entries.pxi"
 include "core/resp.pxi"
+include "core/own_reader.pxi"
 include "core/reader.pxi"
 
 
@@ -99,7 +101,8 @@ cdef class Pipeline:
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
     ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
-    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. ``away`` is
+    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. With
+    ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA. ``away`` is
     the code of an error reply for which the server should be left, or asked again later; the owner
     of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
     ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
@@ -125,6 +128,7 @@ cdef class Pipeline:
     cdef public bint reconnects
     cdef public bint single_writes
     cdef public bint single_reads
+    cdef public bint whole_scripts
     cdef public list redirected
     cdef public NearCache near
     cdef public object on_push
@@ -406,6 +410,8 @@ cdef class Pipeline:
                     continue
             elif self.single_reads and batch.kind == GET:
                 batch.one_per_command = True
+            if self.whole_scripts:
+                batch.whole_script = True
             count = encoder.encode(batch, self.has_msetex)
             if is_one_by_one(batch.kind):
                 slot = (batch, 1)
@@ -861,5 +867,7 @@ include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
 include "core/shared_near.pxi"
+include "core/host_segment.pxi"
 include "core/host_near.pxi"
 include "core/message.pxi"
+include "core/fetcher.pxi"

@@ -7,8 +7,6 @@ from copy import copy
 from datetime import timedelta
 from typing import Any, Final, NoReturn
 
-import hiredis
-
 from .._seconds import whole_seconds
 from ..errors import (
     BulkError,
@@ -19,17 +17,20 @@ from ..errors import (
     ProtocolError,
     RecordError,
     ReplyError,
+    UsageError,
     shorten,
 )
 from . import constants as c
 
-# Errors that hiredis raises for invalid RESP. The last ones are for a member of a map or set that
+# Errors that hiredis raises for invalid RESP, beside its own: for a member of a map or set that
 # isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
-NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
+NO_RESP: Final = (TypeError, ValueError, ArithmeticError)
 # Errors of a node that can't be reached; they say nothing about the record.
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 # Codes of errors that servers before Redis 7 report within another error.
 _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
+# An error reply names a refused command within so many characters, before any argument.
+_NAMED: Final = 80
 
 ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
@@ -51,6 +52,16 @@ def bad_name(name: object) -> RecordError:
     else:
         why = "a name must be valid Unicode, and this one has a lone surrogate"
     return RecordError(f"record {shorten(name)}: {why}", name=name)
+
+
+def check_prefix(operation: str, prefix: object) -> None:
+    """Raise UsageError for a prefix of names that no name can begin with."""
+    if not isinstance(prefix, str):
+        raise UsageError(f"{operation}: prefix must be a str, not {shorten(prefix)}")
+    if not prefix.isascii() and prefix.encode(errors="ignore").decode() != prefix:
+        raise UsageError(
+            f"{operation}: prefix {shorten(prefix)} has a lone surrogate, which no name may have"
+        )
 
 
 def bad_names(operation: str, names: object) -> RecordError:
@@ -140,6 +151,15 @@ def keys_apart(name: str) -> RecordError:
         "writes both; set keyLayout: hashtag, or proxied: false if the proxy hides one server",
         name=name,
     )
+
+
+def refuses(command: str, error: ReplyError) -> bool:
+    """Return whether a server or proxy refuses a command to everybody or to this user.
+
+    Redis and Valkey name the command, in the client's spelling if they don't know it; so do the
+    proxies that refuse it by a reply. An error about a key or argument doesn't.
+    """
+    return error.code in ("NOPERM", "ERR") and command in error.message[:_NAMED].lower()
 
 
 def is_across_slots(message: str) -> bool:
@@ -284,14 +304,19 @@ def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
 
 
 def raise_invalid_resp(address: str, error: Exception) -> NoReturn:
-    """Raise the error for bytes that hiredis refuses with one of ``NO_RESP``.
+    """Raise the error for bytes that hiredis refuses with its own error or one of ``NO_RESP``.
 
     An error that a signal handler has raised while hiredis was called is raised as it is. It has a
     frame of Python below that of the call, and an error of hiredis has none.
     """
     if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
         raise error
-    raise ProtocolError(f"{address} sent no valid reply: {error}") from error
+    raise invalid_reply(address, error) from error
+
+
+def invalid_reply(address: str, why: object) -> ProtocolError:
+    """Return the error for bytes that are no RESP."""
+    return ProtocolError(f"{address} sent no valid reply: {why}")
 
 
 def is_push(push: list[Any]) -> bool:

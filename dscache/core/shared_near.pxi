@@ -2,9 +2,7 @@
 # ``shared_near.py``, which has the theory of operation. No lock is needed here: threads take turns
 # at Python code, and no method runs any between a check and the step that depends on it.
 
-
-cdef int LOST = tracking.LOST
-cdef int OVER = tracking.OVER
+from .core.near_node import NearNode
 
 
 @cython.final
@@ -21,102 +19,39 @@ cdef class _SharedEntry(_Entry):
 cdef class SharedWrite:
     """Writes under way: their names aren't cached until ``end``, or until the object is gone."""
 
-    cdef SharedNearCache _near
+    cdef object _near  # a SharedNearCache or a HostNearCache
     cdef list _names
-    cdef object _writes
+    cdef dict _writes
 
-    def __cinit__(self, SharedNearCache near, list names):
+    def __cinit__(self, near, dict writes):
         self._near = near
-        self._names = names
-        self._writes = near._writes
+        self._names = []
+        self._writes = writes
+
+    cdef int begin(self, str name) except -1:
+        # In this order: whatever strikes here, what is counted is also ended.
+        self._names.append(name)
+        self._writes[name] = self._writes.get(name, 0) + 1
+        return 0
 
     def end(self):
         """End the writes: reads that are sent from now on see them."""
         cdef list names = self._names
         self._names = []
-        # After a fork, the child has other writes.
-        if names and self._writes is self._near._writes:
-            for name in names:
-                self._near.end_write(name)
+        if names:
+            self._near.end_writes(names, self._writes)
 
     def __del__(self):
         self.end()
 
 
-@cython.final
-cdef class NearNode:
-    """One server as a SharedNearCache knows it: whether its link reports changes.
-
-    ``identity`` tells which server it is, while there is a link.
-    """
-
-    cdef readonly object identity
-    cdef SharedNearCache _near
-    cdef _Reachability _reach
-    cdef _Epoch _epoch
-
-    def __cinit__(self, SharedNearCache near):
-        self._near = near
-        self._reach = _Reachability.__new__(_Reachability)
-        self._reach.up = True  # unless it is known not to be
-
-    @property
-    def is_live(self):
-        """Whether the server reports its changes."""
-        return self._epoch is not None
-
-    def connected(self, identity, double since):
-        """Begin to cache: the server reports every change after ``since``."""
-        self._end_epoch(LOST)
-        self.identity = identity
-        self._reach.up = True
-        cdef _Epoch epoch = _Epoch.__new__(_Epoch, self._reach)
-        epoch.known = since
-        self._epoch = epoch
-
-    def confirm(self, double known):
-        """Note that every change from before a time has been reported."""
-        if self._epoch is not None:
-            self._epoch.known = known
-
-    def disconnected(self, str reason, bint is_trusted=True):
-        """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
-        cdef bint was_live = self._epoch is not None
-        self._end_epoch(LOST if is_trusted else OVER)
-        if was_live:
-            self._near.count_flush(reason)
-
-    def unreachable(self):
-        """Note that the server can't be reached: stale entries may be served at once."""
-        self._reach.up = False
-
-    def reachable(self):
-        """Note that the server can be reached, though perhaps not by its link."""
-        self._reach.up = True
-
-    def take_push(self, push):
-        """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        cdef double known
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        if self._near.invalidate(push[1]) and self._epoch is not None:
-            known = self._epoch.known
-            self.disconnected("flushall", False)
-            self.connected(self.identity, known)
-
-    cdef int _end_epoch(self, int state) except -1:
-        cdef _Epoch epoch = self._epoch
-        cdef bint up = self._reach.up
-        self._epoch = None
-        if epoch is not None:
-            epoch.state = state
-        if state == OVER:  # and so is what earlier links vouched for
-            self._reach.over = True
-            self._reach = _Reachability.__new__(_Reachability)
-            self._reach.up = up
-        return 0
+cdef int uncount_write(dict writes, name) except -1:
+    left = writes.get(name, 0) - 1
+    if left > 0:
+        writes[name] = left
+    else:
+        writes.pop(name, None)
+    return 0
 
 
 @cython.final
@@ -129,8 +64,8 @@ cdef class SharedNearCache(_NearStore):
 
     cdef object _read, _read_head
     cdef dict _writes
-    cdef NearNode _node
-    cdef list _owners  # the node of each slot of a cluster, or None
+    cdef object _node
+    cdef list _owners  # the NearNode of each slot of a cluster, or None
     cdef Py_ssize_t _pending
 
     def __init__(self, read, read_head, **settings):
@@ -192,7 +127,8 @@ cdef class SharedNearCache(_NearStore):
 
     def begin_read(self, str name not None):
         """Return the entry that a read about to be sent will fill, or None if it may fill none."""
-        cdef NearNode node
+        cdef object node
+        cdef _Epoch epoch
         cdef _SharedEntry entry, found
         cdef Py_ssize_t size = 0
         cdef int slot = 0
@@ -204,7 +140,7 @@ cdef class SharedNearCache(_NearStore):
             node = None if slot < 0 else self._owners[slot]
         else:
             node = self._node
-        if node is None or node._epoch is None:
+        if node is None or node.epoch is None:
             return None
         utf8_of(name, &size)
         size += ENTRY_BYTES
@@ -215,11 +151,12 @@ cdef class SharedNearCache(_NearStore):
         # From here on no Python code runs, so no other thread does.
         if self._clustered:
             node = self._owners[slot]
-        if node is None or node._epoch is None or not self._max_records or name in self._writes:
+        epoch = None if node is None else node.epoch
+        if epoch is None or not self._max_records or name in self._writes:
             return None
         found = self._current(name)
         if found is not None:
-            if not found.filled and found.epoch is node._epoch and found.moves == self._moves[slot]:
+            if not found.filled and found.epoch is epoch and found.moves == self._moves[slot]:
                 return found  # of another read, which was sent earlier
             entry.previous = found if found.filled else found.previous
             found.previous = None
@@ -227,7 +164,7 @@ cdef class SharedNearCache(_NearStore):
                 entry.previous = None
             self.drop(name)
         entry.name = name
-        entry.epoch = node._epoch
+        entry.epoch = epoch
         entry.expires = dscache_monotonic() + self._max_age
         entry.size = size
         entry.slot = slot
@@ -301,34 +238,34 @@ cdef class SharedNearCache(_NearStore):
 
     def begin_write(self, list names not None):
         """Drop the entries of names, and cache none of them until the SharedWrite has ended."""
-        cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, [])
+        cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, self._writes)
         cdef str name
         for name in names:
-            # In this order: whatever strikes here, what is counted is also ended.
-            write._names.append(name)
-            self._writes[name] = self._writes.get(name, 0) + 1
+            write.begin(name)
             self.drop(name)
         return write
 
-    cdef int end_write(self, str name) except -1:
-        left = self._writes.get(name, 0) - 1
-        if left > 0:
-            self._writes[name] = left
-        else:
-            self._writes.pop(name, None)
-        self.drop(name)
-        return 0
+    def end_writes(self, list names, writes):
+        """End writes, unless they were of the parent of a forked child."""
+        if writes is self._writes:
+            for name in names:
+                uncount_write(self._writes, name)
+                self.drop(name)
 
     # -- for the owner of the cache
 
     def only_node(self):
         """Return the NearNode of the only server."""
-        self._node = NearNode.__new__(NearNode, self)
+        self._node = self.node()
         return self._node
 
     def node(self):
         """Return a NearNode for a node of a cluster."""
-        return NearNode.__new__(NearNode, self)
+        return NearNode(self, _Reachability.__new__(_Reachability))
+
+    def new_epoch(self, _Reachability reach not None):
+        """Return an epoch that begins now."""
+        return _Epoch.__new__(_Epoch, reach)
 
     def route(self, owners):
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""
@@ -336,7 +273,7 @@ cdef class SharedNearCache(_NearStore):
         cdef bint moved = False
         for slot, node in owners:
             if self._owners[slot] is not node:
-                self._owners[slot] = <NearNode?>node if node is not None else None
+                self._owners[slot] = node
                 self._moves[slot] += 1
                 moved = True
         if moved:

@@ -16,7 +16,6 @@ each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,8 +25,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 from msgspec.structs import replace as replaced
 
 from .._interruptions import raise_interruption
+from .._locks import make_lock
 from ..config import Options
 from ..core import typed
+from ..core.failures import check_prefix
 from ..core.keys import KeyLayout, names_with
 from ..core.record import DataT
 from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
@@ -130,7 +131,7 @@ class Changes:
         self._batch = max(min(_BATCH, options.max_pending // 4), 1)
         self._read = read
         self._kind = kind
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._names: dict[str, None] = {}
         self._taken: list[str] = []
         self._events: deque[Change] = deque()
@@ -312,8 +313,7 @@ def check_pushes(address: str, hello: object) -> None:
 
 def check_arguments(prefix: object, max_pending: object) -> None:
     """Raise UsageError for a bad argument of ``watch``."""
-    if not isinstance(prefix, str):
-        raise UsageError(f"watch: prefix must be a str, not {shorten(prefix)}")
+    check_prefix("watch", prefix)
     is_int = isinstance(max_pending, int) and not isinstance(max_pending, bool)
     if not is_int or not 1 <= max_pending <= _MOST_PENDING:  # type: ignore[operator] # is_int
         raise UsageError(

@@ -625,10 +625,25 @@ def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
-    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*, in .+", first)
+    assert re.fullmatch(
+        r"dscache [\d.]+\S*, (fast|pure) core( with its own reader)?, Python [\d.]+\S*, in .+",
+        first,
+    )
     assert first.endswith(f"in {PROJECT / 'dscache'}")
     assert "hiredis " in second
     assert f"redis {metadata.version('redis')}" in second
+
+
+def test_version_names_the_own_reader() -> None:
+    code = (
+        "import sys; sys._is_gil_enabled = lambda: False; sys.argv = ['dscache', '--version']; "
+        "from dscache.cli import main; main()"
+    )
+    environ = {**os.environ, "DSCACHE_BACKEND": "fast"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert ", fast core with its own reader, Python " in done.stdout.splitlines()[0]
 
 
 def test_version_needs_no_extra() -> None:
@@ -793,6 +808,7 @@ HEADINGS = {
     "edit": "Records",
     "ls": "ls",
     "diff": "diff",
+    "doctor": "doctor",
     "watch": "The data of changes",
     "export": "export and import",
     "import": "export and import",
