@@ -341,3 +341,9 @@ def test_no_request_on_a_cluster() -> None:
     nodes = [{"host": "10.0.0.1", "port": 7000}]
     with pytest.raises(dscache.ConfigError, match="maintNotifications: is for one server"):
         dscache.AsyncCache.from_config({"nodes": nodes, "maintNotifications": "on"})
+
+
+def test_no_promise_of_a_blocking_cache() -> None:
+    with pytest.raises(dscache.ConfigError, match="maintNotifications: on is for AsyncCache"):
+        dscache.Cache({"host": "10.0.0.1", "maintNotifications": "on"})
+    dscache.Cache({"host": "10.0.0.1", "maintNotifications": "auto"}).close()
