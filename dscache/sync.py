@@ -74,7 +74,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             check_host(config)
         if config.options.maint_notifications == "on":
             raise ConfigError(
-                f"{config.source}: maintNotifications: on is for AsyncCache; a Cache doesn't follow "
+                f"{config.source}: maintNotifications: on is for AsyncCache; a Cache follows no "
                 "announced maintenance, so leave it out"
             )
         self._run: _Run | None = None
