@@ -237,15 +237,15 @@ async def test_an_address_that_is_not_there_is_no_loss(before: Announcer) -> Non
 async def test_more_time(before: Announcer, caplog: pytest.LogCaptureFixture) -> None:
     """During maintenance, operations have more time, and so have those under way."""
     caplog.set_level(logging.INFO, "dscache")
-    async with open_cache(before, maintNotifications="on", commandTimeout=300) as cache:
+    async with open_cache(before, maintNotifications="on", commandTimeout=1500) as cache:
         await cache.when_ready()
-        before.slow = 1.0
+        before.slow = 3.0
         before.push(b"MIGRATING", 1, 0, b"1")
         assert await cache.set("moving", 1, None)
         before.slow = 0.0
         before.push(b"MIGRATED", 2, b"1")
         await until(lambda: "is over" in caplog.text)
-        before.slow = 2.0
+        before.slow = 3.0
         with pytest.raises(dscache.DeadlineExceeded):
             await cache.get("moving")
 
