@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from . import constants as c
 from . import outcomes
 from .waiters import Waiter
 
-
-class _Serials:
-    """One sequence of numbers for all pipelines, so that batches keep their order across nodes."""
-
-    def __init__(self) -> None:
-        self.last = 0
-
-    def __next__(self) -> int:
-        self.last += 1
-        return self.last
+# One sequence of numbers for all pipelines, so that batches keep their order across nodes. Threads
+# may take from it at once.
+serials: Final = itertools.count(1)
 
 
-serials = _Serials()
+def latest_serial() -> int:
+    """Return a number that no batch of this thread has exceeded so far."""
+    return next(serials) - 1
 
 
 @dataclass(slots=True, eq=False)

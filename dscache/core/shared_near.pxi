@@ -1,6 +1,8 @@
 # Records that all threads of a process share until Redis reports a change; the compiled twin of
-# ``shared_near.py``, which has the theory of operation. No lock is needed here: threads take turns
-# at Python code, and no method runs any between a check and the step that depends on it.
+# ``shared_near.py``, which has the theory of operation. With the GIL no lock is needed: threads
+# take turns at Python code, and no method runs any between a check and the step that depends on it.
+# Without the GIL, a cache has a lock for the length of such a method; a critical section of CPython
+# would not do, since it ends wherever its thread has to wait.
 
 
 cdef int LOST = tracking.LOST
@@ -50,7 +52,7 @@ cdef class NearNode:
     ``identity`` tells which server it is, while there is a link.
     """
 
-    cdef readonly object identity
+    cdef object _identity
     cdef SharedNearCache _near
     cdef _Reachability _reach
     cdef _Epoch _epoch
@@ -61,38 +63,70 @@ cdef class NearNode:
         self._reach.up = True  # unless it is known not to be
 
     @property
+    def identity(self):
+        """The server's identity, or None."""
+        dscache_lock(&self._near._mutex)
+        identity = self._identity
+        dscache_unlock(&self._near._mutex)
+        return identity
+
+    @property
     def is_live(self):
         """Whether the server reports its changes."""
         return self._epoch is not None
 
     def connected(self, identity, double since):
         """Begin to cache: the server reports every change after ``since``."""
+        dscache_lock(&self._near._mutex)
+        try:
+            self._connected(identity, since)
+        finally:
+            dscache_unlock(&self._near._mutex)
+
+    cdef int _connected(self, identity, double since) except -1:
         self._end_epoch(LOST)
-        self.identity = identity
+        self._identity = identity
         self._reach.up = True
         cdef _Epoch epoch = _Epoch.__new__(_Epoch, self._reach)
         epoch.known = since
         self._epoch = epoch
+        return 0
 
     def confirm(self, double known):
         """Note that every change from before a time has been reported."""
+        dscache_lock(&self._near._mutex)
         if self._epoch is not None:
             self._epoch.known = known
+        dscache_unlock(&self._near._mutex)
 
     def disconnected(self, str reason, bint is_trusted=True):
         """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
+        dscache_lock(&self._near._mutex)
+        try:
+            self._disconnected(reason, is_trusted)
+        finally:
+            dscache_unlock(&self._near._mutex)
+
+    cdef int _disconnected(self, str reason, bint is_trusted) except -1:
         cdef bint was_live = self._epoch is not None
         self._end_epoch(LOST if is_trusted else OVER)
         if was_live:
             self._near.count_flush(reason)
+        return 0
 
     def unreachable(self):
         """Note that the server can't be reached: stale entries may be served at once."""
-        self._reach.up = False
+        self._set_reach(False)
 
     def reachable(self):
         """Note that the server can be reached, though perhaps not by its link."""
-        self._reach.up = True
+        self._set_reach(True)
+
+    cdef int _set_reach(self, bint up) except -1:
+        dscache_lock(&self._near._mutex)
+        self._reach.up = up
+        dscache_unlock(&self._near._mutex)
+        return 0
 
     def take_push(self, push):
         """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
@@ -101,10 +135,15 @@ cdef class NearNode:
             return
         if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
             raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        if self._near.invalidate(push[1]) and self._epoch is not None:
-            known = self._epoch.known
-            self.disconnected("flushall", False)
-            self.connected(self.identity, known)
+        changed = push[1]
+        dscache_lock(&self._near._mutex)
+        try:
+            if self._near.invalidate(changed) and self._epoch is not None:
+                known = self._epoch.known
+                self._disconnected("flushall", False)
+                self._connected(self._identity, known)
+        finally:
+            dscache_unlock(&self._near._mutex)
 
     cdef int _end_epoch(self, int state) except -1:
         cdef _Epoch epoch = self._epoch
@@ -127,6 +166,7 @@ cdef class SharedNearCache(_NearStore):
     ``read_head`` is called with the name, and returns the version.
     """
 
+    cdef dscache_mutex _mutex
     cdef object _read, _read_head
     cdef dict _writes
     cdef NearNode _node
@@ -144,21 +184,16 @@ cdef class SharedNearCache(_NearStore):
 
     def get(self, name, type=None):
         """Return the Record, or None; ``data`` is of the ``type``, if there is one."""
-        cdef bint stale = False
-        cdef _SharedEntry entry
         if type is None:
-            entry = self._look(name, &stale)
-            if entry is not None:
-                return _record_of(entry, stale)
+            found = self._take(name)
+            if found is not _UNDECODED:
+                return found
         return self._read(name, type)
 
     def head(self, name):
         """Return the version, or None."""
-        cdef bint stale = False
-        cdef _SharedEntry entry = self._look(name, &stale)
-        if entry is None or stale:
-            return self._read_head(name)
-        return None if entry.raw is None else entry.version
+        found = self._take_version(name)
+        return self._read_head(name) if found is _UNDECODED else found
 
     def find(self, int kind, names):
         """Return the cached Records or versions by name, and the names that aren't cached.
@@ -168,8 +203,6 @@ cdef class SharedNearCache(_NearStore):
         """
         cdef dict found = {}
         cdef list missing = []
-        cdef _SharedEntry entry
-        cdef bint stale
         cdef str key
         if isinstance(names, (str, bytes)):
             raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
@@ -177,21 +210,24 @@ cdef class SharedNearCache(_NearStore):
             key = check_name(name)
             if key in found:
                 continue
-            stale = False
-            entry = self._look(key, &stale)
-            if entry is None or (stale and kind == HEAD):
-                PyDict_SetItem(found, key, None)
+            value = self._take(key) if kind == GET else self._take_version(key)
+            if value is _UNDECODED:
+                value = None
                 missing.append(key)
-            elif kind == GET:
-                PyDict_SetItem(found, key, _record_of(entry, stale))
-            else:
-                PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
+            PyDict_SetItem(found, key, value)
         return found, missing
 
     # -- reads under way
 
     def begin_read(self, str name not None):
         """Return the entry that a read about to be sent will fill, or None if it may fill none."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._begin_read(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef _SharedEntry _begin_read(self, str name):
         cdef NearNode node
         cdef _SharedEntry entry, found
         cdef Py_ssize_t size = 0
@@ -244,6 +280,13 @@ cdef class SharedNearCache(_NearStore):
         It is kept unless something concerned the name since ``begin_read``, or the answer wasn't
         of the server that reports its changes.
         """
+        dscache_lock(&self._mutex)
+        try:
+            self._settle(entry, record, is_of_owner)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _settle(self, _SharedEntry entry, Record record, bint is_of_owner) except -1:
         cdef Py_ssize_t size = 0 if record is None else PyBytes_GET_SIZE(record.raw)
         cdef str name = entry.name
         cdef _SharedEntry found
@@ -256,14 +299,14 @@ cdef class SharedNearCache(_NearStore):
         if found is not entry or not is_of_owner:
             self._dropped_fills += 1
             self._compare(found, record is not None, 0 if record is None else record.version)
-            return
+            return 0
         if entry.filled:  # by another thread
             if record is None:
                 if entry.raw is not None:
                     self._remove(entry)
             elif entry.raw is None or entry.version != record.version or entry.raw != record.raw:
                 self._remove(entry)
-            return
+            return 0
         if record is not None:
             entry.raw = record.raw
             entry.version = record.version
@@ -272,18 +315,32 @@ cdef class SharedNearCache(_NearStore):
         entry.size += size
         self._bytes += size
         self._pending -= 1
+        return 0
 
     def count_misses(self, Py_ssize_t count):
         """Count versions that are about to be read; ``begin_read`` counts records."""
+        dscache_lock(&self._mutex)
         self._misses += count
+        dscache_unlock(&self._mutex)
 
     def observe(self, str name not None, version):
         """Drop an entry that differs from the version that a read has found, or None."""
         cdef long long number = 0 if version is None else version
-        self._compare(self._current(name), version is not None, number)
+        dscache_lock(&self._mutex)
+        try:
+            self._compare(self._current(name), version is not None, number)
+        finally:
+            dscache_unlock(&self._mutex)
 
     def last_known(self, str name not None):
         """Return the record to serve after a read of it has failed, or None."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._last_known(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef Record _last_known(self, str name):
         cdef _SharedEntry entry = self._current(name)
         if entry is not None and not entry.filled:
             entry = entry.previous
@@ -303,28 +360,39 @@ cdef class SharedNearCache(_NearStore):
         """Drop the entries of names, and cache none of them until the SharedWrite has ended."""
         cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, [])
         cdef str name
-        for name in names:
-            # In this order: whatever strikes here, what is counted is also ended.
-            write._names.append(name)
-            self._writes[name] = self._writes.get(name, 0) + 1
-            self.drop(name)
+        dscache_lock(&self._mutex)
+        try:
+            for name in names:
+                # In this order: whatever strikes here, what is counted is also ended.
+                write._names.append(name)
+                self._writes[name] = self._writes.get(name, 0) + 1
+                self.drop(name)
+        finally:
+            dscache_unlock(&self._mutex)
         return write
 
     cdef int end_write(self, str name) except -1:
-        left = self._writes.get(name, 0) - 1
-        if left > 0:
-            self._writes[name] = left
-        else:
-            self._writes.pop(name, None)
-        self.drop(name)
+        dscache_lock(&self._mutex)
+        try:
+            left = self._writes.get(name, 0) - 1
+            if left > 0:
+                self._writes[name] = left
+            else:
+                self._writes.pop(name, None)
+            self.drop(name)
+        finally:
+            dscache_unlock(&self._mutex)
         return 0
 
     # -- for the owner of the cache
 
     def only_node(self):
         """Return the NearNode of the only server."""
-        self._node = NearNode.__new__(NearNode, self)
-        return self._node
+        cdef NearNode node = NearNode.__new__(NearNode, self)
+        dscache_lock(&self._mutex)
+        self._node = node
+        dscache_unlock(&self._mutex)
+        return node
 
     def node(self):
         """Return a NearNode for a node of a cluster."""
@@ -334,23 +402,33 @@ cdef class SharedNearCache(_NearStore):
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""
         cdef int slot
         cdef bint moved = False
-        for slot, node in owners:
-            if self._owners[slot] is not node:
-                self._owners[slot] = <NearNode?>node if node is not None else None
-                self._moves[slot] += 1
-                moved = True
-        if moved:
-            self.count_flush("slots")
+        cdef list pairs = list(owners)  # which runs Python code
+        dscache_lock(&self._mutex)
+        try:
+            for slot, node in pairs:
+                if self._owners[slot] is not node:
+                    self._owners[slot] = <NearNode?>node if node is not None else None
+                    self._moves[slot] += 1
+                    moved = True
+            if moved:
+                self.count_flush("slots")
+        finally:
+            dscache_unlock(&self._mutex)
 
     def close(self):
         """Drop every record, and stop caching and serving records."""
-        _NearStore.close(self)
-        self._pending = 0
-        self._node = None
-        self._owners = [None] * SLOTS if self._clustered else None
+        dscache_lock(&self._mutex)
+        try:
+            _NearStore.close(self)
+            self._pending = 0
+            self._node = None
+            self._owners = [None] * SLOTS if self._clustered else None
+        finally:
+            dscache_unlock(&self._mutex)
 
     def reset(self):
         """Drop every record, and forget the writes under way, as a forked child has none."""
+        dscache_renew(&self._mutex)  # a thread that the child doesn't have may have had it
         self._ends.before = self._ends.after = <PyObject*>self._ends
         self._entries = {}
         self._bytes = self._pending = 0
@@ -365,6 +443,30 @@ cdef class SharedNearCache(_NearStore):
         return counts
 
     # -- helpers
+
+    cdef inline object _take(self, name):
+        """Return the cached Record, None for a missing one, or _UNDECODED if it isn't cached."""
+        cdef bint stale = False
+        cdef _SharedEntry entry
+        dscache_lock(&self._mutex)
+        try:
+            entry = self._look(name, &stale)
+            return _UNDECODED if entry is None else _record_of(entry, stale)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef object _take_version(self, name):
+        """Return the cached version as ``_take`` does the Record; a stale one isn't cached."""
+        cdef bint stale = False
+        cdef _SharedEntry entry
+        dscache_lock(&self._mutex)
+        try:
+            entry = self._look(name, &stale)
+            if entry is None or stale:
+                return _UNDECODED
+            return None if entry.raw is None else entry.version
+        finally:
+            dscache_unlock(&self._mutex)
 
     cdef inline _SharedEntry _current(self, name):
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
