@@ -141,7 +141,7 @@ sanitize: $(VENV)/.installed-test
 	rm -f $(SANITIZED)/dscache/*.so
 	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -g -O1' LDFLAGS='$(SANITIZERS)' \
 		"$(abspath $(PY))" setup.py -q build_ext --inplace --force
-	$(SANITIZED_RUN) -m tests.soak fuzz mutations finalizers shortage $(ARGS)
+	$(SANITIZED_RUN) -m tests.soak fuzz mutations own-reader finalizers shortage $(ARGS)
 
 lint: $(VENV)/.installed-lint $(BUILT)
 	$(PY) -m ruff check .

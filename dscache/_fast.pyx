@@ -7,11 +7,13 @@ is no socket, event loop or configuration here. The theory of operation stands a
 
 * Commands are encoded straight into one C buffer, from the UTF-8 that a str caches.
 * Replies to MGET and MSET are read in place. All other replies, and unusual ones, are left to
-  hiredis, so that both cores judge them alike.
+  hiredis, so that both cores judge them alike; where the GIL is off, to a reader that does as
+  hiredis does.
 * ``Record`` takes no part in garbage collection. A bulk makes thousands of records at once, and
   each collection that they would trigger looks at all of them.
 """
 
+import sys
 from asyncio import InvalidStateError
 from collections import deque
 from collections.abc import Mapping
@@ -42,10 +44,9 @@ from cpython.dict cimport (
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
-import hiredis
 import msgspec
 
 from ._interruptions import raise_interruption
@@ -74,7 +75,6 @@ include "core/platform.pxi"
 include "core/constants.pxi"
 
 cdef list _DISCARDED = _discarded
-cdef object _PUSH = hiredis.PushNotification
 
 cdef class _Encoder  # of core/resp.pxi, for the batches before it
 cdef class MessageDispatcher  # of core/message.pxi
@@ -86,6 +86,7 @@ include "core/record.pxi"
 include "core/batch.pxi"
 include "core/entries.pxi"
 include "core/resp.pxi"
+include "core/own_reader.pxi"
 include "core/reader.pxi"
 
 

@@ -14,10 +14,13 @@ _LIBRARIES = ("hiredis", "msgspec", "redis", "PyYAML", "uvloop")
 def described() -> str:
     """Return two lines: version, core, Python and folder; then the versions of the libraries."""
     folder = Path(_backend.__file__).parent
+    core = f"{_backend.BACKEND} core"
+    if _backend.core.READER == "own":
+        core += " with its own reader"
     libraries = (f"{name} {version}" for name in _LIBRARIES if (version := _version_of(name)))
     return (
-        f"dscache {__version__}, {_backend.BACKEND} core, Python {platform.python_version()}, "
-        f"in {folder}\n{', '.join(libraries)}"
+        f"dscache {__version__}, {core}, Python {platform.python_version()}, in {folder}\n"
+        f"{', '.join(libraries)}"
     )
 
 

@@ -120,12 +120,21 @@ cdef inline int _kind_of(long long ttl, bint guarded) noexcept:
 
 
 cdef bytes packed(tuple parts):
-    """Return a command as RESP. hiredis gets bytes alone: where memory ends, it crashes the process
-    as it converts something else."""
+    """Return a command as RESP."""
     cdef list texts = []
+    cdef bytes text
+    cdef Py_ssize_t size = ROOM_AROUND
     for part in parts:
-        texts.append(part if type(part) is bytes else str(part).encode())
-    return hiredis.pack_command(tuple(texts))
+        text = part if type(part) is bytes else str(part).encode()
+        texts.append(text)
+        size += PyBytes_GET_SIZE(text) + ROOM_AROUND
+    cdef bytearray command = PyByteArray_FromStringAndSize(NULL, size)
+    cdef char* start = PyByteArray_AS_STRING(command)
+    cdef char* at = put_length(start, 42, PyList_GET_SIZE(texts))  # "*"
+    for text in texts:
+        at = put_length(at, 36, PyBytes_GET_SIZE(text))  # "$"
+        at = put_end(put_bytes(at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text)))
+    return PyBytes_FromStringAndSize(start, at - start)
 
 
 cdef dict _unique(str operation, names):

@@ -7,8 +7,6 @@ from copy import copy
 from datetime import timedelta
 from typing import Any, Final, NoReturn
 
-import hiredis
-
 from .._seconds import whole_seconds
 from ..errors import (
     BulkError,
@@ -23,9 +21,9 @@ from ..errors import (
 )
 from . import constants as c
 
-# Errors that hiredis raises for invalid RESP. The last ones are for a member of a map or set that
+# Errors that hiredis raises for invalid RESP, beside its own: for a member of a map or set that
 # isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
-NO_RESP: Final = (hiredis.HiredisError, TypeError, ValueError, ArithmeticError)
+NO_RESP: Final = (TypeError, ValueError, ArithmeticError)
 # Errors of a node that can't be reached; they say nothing about the record.
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 # Codes of errors that servers before Redis 7 report within another error.
@@ -284,14 +282,19 @@ def in_doubt(error_of: ErrorOf, operation: str) -> Exception:
 
 
 def raise_invalid_resp(address: str, error: Exception) -> NoReturn:
-    """Raise the error for bytes that hiredis refuses with one of ``NO_RESP``.
+    """Raise the error for bytes that hiredis refuses with its own error or one of ``NO_RESP``.
 
     An error that a signal handler has raised while hiredis was called is raised as it is. It has a
     frame of Python below that of the call, and an error of hiredis has none.
     """
     if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
         raise error
-    raise ProtocolError(f"{address} sent no valid reply: {error}") from error
+    raise invalid_reply(address, error) from error
+
+
+def invalid_reply(address: str, why: object) -> ProtocolError:
+    """Return the error for bytes that are no RESP."""
+    return ProtocolError(f"{address} sent no valid reply: {why}")
 
 
 def is_push(push: list[Any]) -> bool:

@@ -110,6 +110,7 @@ from .waiters import with_waiter
 
 # hiredis's stub gives it a narrower type than it has.
 _Reader: Any = hiredis.Reader
+_NO_RESP = (hiredis.HiredisError, *failures.NO_RESP)
 
 # The kinds of which records of one slot share a command, and those that have one for each.
 _GROUPED: Final = (c.GET, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
@@ -676,7 +677,7 @@ class Pipeline:
             while True:
                 try:
                     reply = gets()
-                except failures.NO_RESP as error:
+                except _NO_RESP as error:
                     failures.raise_invalid_resp(self.address, error)
                 if reply is replies.INCOMPLETE:
                     break

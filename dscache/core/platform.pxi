@@ -9,6 +9,8 @@ cdef extern from "Python.h":
     PyObject* PyDict_SetDefault(object records, object key, object value) except NULL
     void PyObject_GC_UnTrack(PyObject* untied) noexcept
     void Py_SET_SIZE(object container, Py_ssize_t size) noexcept
+    double PyOS_string_to_double(const char* text, char** rest, PyObject* overflow) except? -1.0
+    Py_ssize_t PY_SSIZE_T_MAX
     int PyList_SetSlice(object items, Py_ssize_t low, Py_ssize_t high, PyObject* given) except -1
 
 cdef extern from *:

@@ -17,8 +17,12 @@ from .record import Record, check_name, check_version, encode_data, parse_versio
 from .router import Router
 from .shared_near import NearNode, SharedNearCache, SharedWrite
 
+# The name of the reader of replies.
+READER = "hiredis"
+
 __all__ = [
     "NEAR_ENTRY_BYTES",
+    "READER",
     "Message",
     "MessageDispatcher",
     "NearCache",

@@ -39,6 +39,7 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "cut": {"step": max(1, round(1 / scale))},
         "fuzz": {"replies": scaled(1_000_000), "seed": random.randrange(10**6)},
         "mutations": {"cases": scaled(1_000_000), "seed": random.randrange(10**6)},
+        "own-reader": {"cases": scaled(1_000_000), "seed": random.randrange(10**6)},
         "injection": {"every": scale >= 1},
         "interruptions": {"rounds": scaled(20)},
         "shortage": {"stride": max(1, round(1 / scale))},

@@ -22,7 +22,7 @@ import redis as redis_py
 import trustme
 
 import dscache
-from dscache import _backend
+from dscache import _backend, _fast
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.programs.injection import TIMEOUT
 from tests.programs.interruptions import SCENES
@@ -58,6 +58,7 @@ from tests.support.blocking import run_child
 from tests.support.faults import FaultProxy, ProxyProcess
 from tests.support.grammar import TwinFuzzer
 from tests.support.mutation import Fuzzer
+from tests.support.readers import ReaderFuzzer, reading
 from tests.support.sentinels import SentinelGroup
 
 
@@ -371,6 +372,27 @@ async def mutations(
     figures.outcomes = fuzzer.outcomes
     figures.problems += fuzzer.problems
     figures.notes.append(f"{fuzzer.cases / (time.monotonic() - began):.0f} cases/s, seed {seed}")
+
+
+async def own_reader(
+    figures: Figures, binary: ServerBinary, *, cases: int = 1_000_000, seed: int = 0
+) -> None:
+    """Let the compiled core read without hiredis, beside hiredis, the pure core, and mutations."""
+    began = time.monotonic()
+    with reading("own"):
+        fuzzers = (ReaderFuzzer(seed), TwinFuzzer(seed), Fuzzer(_fast, seed))
+        before = 0
+        for fuzzer in fuzzers:
+            while fuzzer.cases < cases / len(fuzzers):
+                fuzzer.run(50)
+                await asyncio.sleep(0)
+                if not before and fuzzer is fuzzers[-1]:  # the others hold what they hold
+                    before = held()
+            figures.operations += fuzzer.cases
+            figures.outcomes += fuzzer.outcomes
+            figures.problems += fuzzer.problems
+    figures.memory, figures.most_growth = (before, held()), LEFT
+    figures.notes.append(f"seed {seed}, {time.monotonic() - began:.0f} s")
 
 
 async def injection(figures: Figures, binary: ServerBinary, *, every: bool = True) -> None:
@@ -793,6 +815,7 @@ ROWS: dict[str, Row] = {
     "cut": cut,
     "fuzz": fuzz,
     "mutations": mutations,
+    "own-reader": own_reader,
     "injection": injection,
     "interruptions": interruptions,
     "shortage": shortage,

@@ -50,8 +50,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "sync-near-faults": {"seconds": 4.5, "rounds": 1, "scenes": ("stopped", "overrun")},
 }
 
-# The pure core has no such near cache.
+# The pure core has no such reader, and no such near cache.
 OF_COMPILED_CORE: dict[str, dict[str, Any]] = {
+    "own-reader": {"cases": 6000},
     "sync-near-host": {"reads": 20_000, "processes": 2},
     "sync-near-host-killed": {"times": 3, "processes": 3},
 }

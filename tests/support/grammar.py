@@ -18,7 +18,7 @@ from typing import Any
 
 from dscache import _fast
 from dscache.core import pure
-from dscache.errors import BulkError, ConnectionLost, ReplyError
+from dscache.errors import BulkError, ConnectionLost, ProtocolError, ReplyError
 from tests.support.mutation import NAMES, data_of, encoded, random_operation
 from tests.support.wire import (
     ADDRESS,
@@ -48,7 +48,7 @@ _REFUSALS = (
     *("MOVED 7 127.0.0.1:7", "ASK 7 127.0.0.1:7", "TRYAGAIN x", "MOVED", "ASK x y"),
 )
 # Well-formed values of every type, with the members of no other.
-_VALUES = (
+VALUES = (
     *_NULLS,
     *(b":0\r\n", b":1\r\n", b":2\r\n", b":-1\r\n", b":+7\r\n", b":9223372036854775807\r\n"),
     *(b"+OK\r\n", b"+\r\n", b"+string\r\n", b"+none\r\n", b"+list\r\n", b"+QUEUED\r\n"),
@@ -61,7 +61,7 @@ _VALUES = (
     *(resp(Refusal(text)) for text in _REFUSALS),
 )
 # What stands for a value and is none.
-_BROKEN = (
+BROKEN = (
     *(b"$+3\r\nabc\r\n", b"$03\r\nabc\r\n", b"$ 3\r\nabc\r\n", b"$3 \r\nabc\r\n", b"$-2\r\n"),
     *(b"$\r\n", b"$3\nabc\r\n", b"$3\r\nabcd\r\n", b"$3\r\nab\r\n", b"$3\r\nabc\n", b"$-1\n"),
     *(b"$3\r\rabc\r\n", b"$x\r\n", b"$1e3\r\n", b"$-\r\n", b"$--1\r\n", b"$?\r\n", b"*?\r\n"),
@@ -115,7 +115,7 @@ class Grammar:
         """Return a well-formed value of any type."""
         chance = self._chance
         if depth == 0 or chance.random() < 0.6:
-            return chance.choice(_VALUES)
+            return chance.choice(VALUES)
         if chance.random() < 0.1:
             return self.push()
         count = chance.randrange(5)
@@ -149,11 +149,11 @@ class Grammar:
             case 2:
                 return text[:at] + bytes([chance.randrange(256)]) + text[at + 1 :]
             case 3:
-                return self._at_a_line(text, chance.choice(_BROKEN))
+                return self._at_a_line(text, chance.choice(BROKEN))
             case 4:
                 return self._with_another_length(text)
             case _:
-                return chance.choice(_BROKEN)
+                return chance.choice(BROKEN)
 
     def hostile(self, text: bytes) -> bytes:
         """Return a reply that announces more than it has, or more than anyone should take."""
@@ -501,6 +501,8 @@ def _plain_error(error: BaseException) -> Any:
     elif isinstance(error, ReplyError):
         more = [error.code, error.message]
     cause = error.__cause__ and _plain_error(error.__cause__)
+    if isinstance(error, ProtocolError) and _fast.READER == "own":
+        cause = None  # that of hiredis alone
     return (type(error).__name__, str(error), more, cause)
 
 
