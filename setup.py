@@ -85,7 +85,9 @@ def compiled_modules():
         # The compiler takes the last -O, which would override the user's CFLAGS.
         optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
         fast = Extension("dscache._fast", ["dscache/_fast.pyx"], extra_compile_args=optimise)
-        return cythonize([fast], build_dir="build/cython", language_level=3)
+        # The core imports hiredis, which needs the GIL, only where there is one.
+        directives = {"language_level": 3, "freethreading_compatible": True}
+        return cythonize([fast], build_dir="build/cython", compiler_directives=directives)
     except Exception as error:
         raise SystemExit(REMEDY.format(error=error)) from error
 

@@ -1,7 +1,7 @@
 # Records, and the checks of their names, versions and data; the compiled twin of ``record.py``.
 
 
-# What no JSON decodes to. This one lives for ever, so that threads need not count its references,
+# A value that no JSON has. It lives for ever, so that threads need not count its references,
 # which all of them would do in one place.
 cdef object _UNDECODED = ...
 cdef object _encode_json_into = json_text.encode_json_into
