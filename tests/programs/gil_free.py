@@ -269,42 +269,66 @@ def _interpreter() -> dict[str, Any]:
 
 
 def scaling(rounds: int, seconds: float) -> dict[str, Any]:
-    """Return, of each kind of work, how much more two threads do than one, by the median."""
+    """Return, of each kind of work, how much more two threads do than one, by the median.
+
+    Of a second, and of a second of the processors, which counts on a machine that has other work.
+    Two threads that share nothing, and run a loop, tell what the machine has to give.
+    """
     figures: dict[str, Any] = _interpreter()
     with EmbeddedServer() as server:
         board = Board(server.url, 0)
         with board.open(dscache.Cache) as cache:
             cache.set_bulk({f"s{i}": (1, data_of(f"s{i}", 20)) for i in range(1000)})
-        for kind in (_near_hits, _shared_near_hits, _decoded_bulks):
-            ratios = []
-            rates = []
+        for kind in (_loop, _near_hits, _shared_near_hits, _decoded_bulks):
+            ratios, of_processors, rates = [], [], []
             for _ in range(rounds):
-                one = _rate(board, kind, 1, seconds)
-                ratios.append(_rate(board, kind, 2, seconds) / one)
+                one, one_of_processors = _rates(board, kind, 1, seconds)
+                two, two_of_processors = _rates(board, kind, 2, seconds)
                 rates.append(one)
+                ratios.append(two / one)
+                of_processors.append(two_of_processors / one_of_processors)
             figures[kind.__name__[1:]] = {
                 "per_second": round(statistics.median(rates)),
                 "ratio": round(statistics.median(ratios), 2),
                 "ratios": [round(ratio, 2) for ratio in sorted(ratios)],
+                "of_processors": round(statistics.median(of_processors), 2),
             }
     return figures
 
 
-def _rate(board: Board, kind: Callable[..., int], count: int, seconds: float) -> float:
+def _rates(
+    board: Board, kind: Callable[..., int], count: int, seconds: float
+) -> tuple[float, float]:
+    """Return what threads do in a second, and in a second of the processor of each."""
     barrier = threading.Barrier(count)
     done: list[float] = []
+    of_processor: list[float] = []
 
     with board.open(dscache.Cache) as cache:
 
         def work(number: int) -> None:
-            done.append(kind(board, cache, number, barrier, seconds) / seconds)
+            begun = time.thread_time()
+            times = kind(board, cache, number, barrier, seconds)
+            done.append(times / seconds)
+            of_processor.append(times / (time.thread_time() - begun))
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    return sum(done)
+    return sum(done), sum(of_processor)
+
+
+def _loop(_board: Board, _cache: Any, _number: int, barrier: Any, seconds: float) -> int:
+    count = 0
+    barrier.wait()
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        for _ in range(1000):
+            pass
+        count += 1000
+    return count
 
 
 def _near_hits(board: Board, _cache: Any, number: int, barrier: Any, seconds: float) -> int:
