@@ -58,10 +58,10 @@ cdef inline const char* read_number(const char* at, const char* end, long long* 
     cdef const char* start = at
     cdef long long value = 0
     while at < end and 48 <= at[0] <= 57:
+        if at - start == 18:
+            return NULL
         value = 10 * value + at[0] - 48
         at += 1
-        if at - start > 18:
-            return NULL
     if end - at < 2 or at[0] != 13 or at[1] != 10 or at == start:
         return NULL
     if start[0] == 48 and at - start > 1:
@@ -307,6 +307,8 @@ cdef class _OwnReader:
     cdef int _hold(self, const char* text, Py_ssize_t size) except -1:
         cdef Py_ssize_t capacity
         cdef char* held
+        if size == 0:
+            return 0
         if self._held_size + size > self._capacity:
             capacity = max(2 * self._capacity, self._held_size + size, 256)
             held = <char*>PyMem_Realloc(self._held, capacity)

@@ -373,10 +373,14 @@ cdef class _Replies:
         """Return the next reply, or _INCOMPLETE, by the own reader."""
         cdef const char* storage = PyByteArray_AS_STRING(self._storage)
         cdef const char* at = storage + self._start
+        # Held here: an error reply runs Python code as it is made, which may reset all of this.
+        cdef _OwnReader own = self._own
         if self._found is not None and not self._delegated:
-            self._own.begin(2 * (self._count - PyList_GET_SIZE(self._found)))
+            own.begin(2 * (self._count - PyList_GET_SIZE(self._found)))
         self._delegated = True
-        cdef object reply = self._own.next(&at, storage + self._end, address)
+        cdef object reply = own.next(&at, storage + self._end, address)
+        if own is not self._own:
+            raise failures.invalid_reply(address, "its connection ended while it was read")
         self._start = at - storage
         if reply is _INCOMPLETE:
             self._start = self._end = 0

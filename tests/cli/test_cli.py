@@ -631,6 +631,18 @@ def test_version() -> None:
     assert f"redis {metadata.version('redis')}" in second
 
 
+def test_version_names_the_own_reader() -> None:
+    code = (
+        "import sys; sys._is_gil_enabled = lambda: False; sys.argv = ['dscache', '--version']; "
+        "from dscache.cli import main; main()"
+    )
+    environ = {**os.environ, "DSCACHE_BACKEND": "fast"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert ", fast core with its own reader, Python " in done.stdout.splitlines()[0]
+
+
 def test_version_needs_no_extra() -> None:
     code = (
         "import sys; sys.modules['typer'] = None; sys.argv = ['dscache', '--version']; "

@@ -255,6 +255,28 @@ def test_data_that_arrives_while_an_error_is_made_is_refused(
     assert len(refused) == 1
 
 
+def test_connection_that_ends_while_an_error_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reading("own"):
+        pipeline = _fast.Pipeline(Waiter, lambda: None, timeout=3600.0)
+    make = ReplyError.__init__
+
+    def end(self: ReplyError, message: str) -> None:
+        monkeypatch.undo()
+        pipeline.connection_lost(ConnectionLost("gone"), False)
+        make(self, message)
+
+    waiters = [pipeline.command("PING")[1] for _ in range(2)]
+    monkeypatch.setattr(ReplyError, "__init__", end)
+    with pytest.raises(ProtocolError, match="its connection ended while it was read"):
+        pipeline.feed(b"*2\r\n-ERR no\r\n:1\r\n+PONG\r\n")
+    assert [str(one.error) for one in waiters] == [str(waiters[0].error)] * 2
+    assert isinstance(waiters[0].error, ConnectionLost)
+    pipeline.reset_reader()
+    waiter = pipeline.command("PING")[1]
+    pipeline.feed(b"+PONG\r\n")
+    assert waiter.value == b"PONG"
+
+
 # -- the rest of an MGET
 
 

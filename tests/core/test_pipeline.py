@@ -29,6 +29,7 @@ from dscache.errors import (
     RecordError,
     ReplyError,
 )
+from tests.support.readers import FAST_WITH_OWN_READER
 from tests.support.wire import (
     ADDRESS,
     CORES,
@@ -55,7 +56,7 @@ Op = Operation
 WINDOW = min(c.WINDOW_RECORDS, c.MAX_PENDING)
 
 
-@pytest.fixture(params=CORES)
+@pytest.fixture(params=[*CORES, FAST_WITH_OWN_READER])
 def core(request: pytest.FixtureRequest) -> Any:
     return request.param
 

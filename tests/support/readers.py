@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from dscache import _fast
 from tests.support.grammar import Grammar
 from tests.support.wire import ADDRESS, Waiter
@@ -28,6 +30,21 @@ def reading(name: str) -> Iterator[None]:
         yield
     finally:
         _fast._choose_reader(before)
+
+
+class _FastWithOwnReader:
+    """The compiled core, of which each pipeline reads without hiredis."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_fast, name)
+
+    def Pipeline(self, *arguments: Any, **options: Any) -> _fast.Pipeline:  # noqa: N802
+        with reading("own"):
+            return _fast.Pipeline(*arguments, **options)
+
+
+# A core for ``@pytest.mark.parametrize``, beside those of ``tests.support.wire.CORES``.
+FAST_WITH_OWN_READER = pytest.param(_FastWithOwnReader(), id="own-reader")
 
 
 @dataclass
