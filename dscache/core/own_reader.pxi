@@ -10,7 +10,7 @@ cdef class _Push(list):
 cdef object _PUSH = _Push
 cdef object hiredis = None
 cdef tuple _NO_RESP = ()
-# Whether pipelines read replies without hiredis.
+# Whether pipelines that are made from now on read replies without hiredis.
 cdef bint has_own_reader = False
 
 READER = ""

@@ -625,7 +625,10 @@ def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
-    assert re.fullmatch(r"dscache [\d.]+\S*, (fast|pure) core, Python [\d.]+\S*, in .+", first)
+    assert re.fullmatch(
+        r"dscache [\d.]+\S*, (fast|pure) core( with its own reader)?, Python [\d.]+\S*, in .+",
+        first,
+    )
     assert first.endswith(f"in {PROJECT / 'dscache'}")
     assert "hiredis " in second
     assert f"redis {metadata.version('redis')}" in second
