@@ -67,6 +67,7 @@ class Pipeline:
     reconnects: bool
     single_writes: bool
     single_reads: bool
+    whole_scripts: bool
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
     on_push: Callable[[list[Any]], object] | None

@@ -100,7 +100,8 @@ cdef class Pipeline:
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
     ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
-    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. ``away`` is
+    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. With
+    ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA. ``away`` is
     the code of an error reply for which the server should be left, or asked again later; the owner
     of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
     ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
@@ -126,6 +127,7 @@ cdef class Pipeline:
     cdef public bint reconnects
     cdef public bint single_writes
     cdef public bint single_reads
+    cdef public bint whole_scripts
     cdef public list redirected
     cdef public NearCache near
     cdef public object on_push
@@ -407,6 +409,8 @@ cdef class Pipeline:
                     continue
             elif self.single_reads and batch.kind == GET:
                 batch.one_per_command = True
+            if self.whole_scripts:
+                batch.whole_script = True
             count = encoder.encode(batch, self.has_msetex)
             if is_one_by_one(batch.kind):
                 slot = (batch, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -15,6 +14,7 @@ from weakref import WeakSet
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
 from ._limits import SCAN_COUNT, WATCH_PENDING
+from ._locks import make_lock
 from .blocking.changes import Changes
 from .blocking.loading import Loads
 from .blocking.memory import MemoryPool
@@ -78,7 +78,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._watches: WeakSet[Watch] = WeakSet()
         self._loads = Loads(config.options.ttl)
         # A signal handler can use the cache while its thread holds the lock.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         after_fork_in_child(self, Cache._reset_after_fork)
 
     @overload
@@ -722,7 +722,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
     def _reset_after_fork(self) -> None:
         # The thread that held the lock may not exist in the child.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._changes.reset_after_fork()
         # The watches of the parent are its own.
         self._watches = WeakSet()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from ..aio.control import Reply
+from ..core.failures import refuses
 from ..errors import ReplyError
 from .primaries import Primaries
 
@@ -62,11 +63,25 @@ async def run_script(
     if not calls:
         return []
     sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
+    how: tuple[str, bytes] = ("EVALSHA", sha)
     load = ("SCRIPT", "LOAD", script)
-    await asyncio.gather(*(primary.server.execute(*load) for primary in primaries.all))
-    replies = await primaries.execute_by_key(
-        [(keys[0], ("EVALSHA", sha, len(keys), *keys, *arguments)) for keys, arguments in calls]
-    )
+    try:
+        await asyncio.gather(*(primary.server.execute(*load) for primary in primaries.all))
+    except ReplyError as error:
+        if not refuses("script", error):
+            raise
+        how = ("EVAL", script)
+
+    def run() -> Awaitable[list[Reply]]:
+        return primaries.execute_by_key(
+            [(keys[0], (*how, len(keys), *keys, *arguments)) for keys, arguments in calls]
+        )
+
+    replies = await run()
+    if any(isinstance(reply, ReplyError) and refuses("evalsha", reply) for reply in replies):
+        # Nothing of a refused call was done, and all of them are refused alike.
+        how = ("EVAL", script)
+        replies = await run()
     for reply in replies:
         if isinstance(reply, ReplyError) and reply.code not in _MOVING:
             raise reply

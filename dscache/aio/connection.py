@@ -496,6 +496,7 @@ class Connection(LoopBound):
         # where it redirects every other command: a record would be on two nodes.
         self.pipeline.has_msetex = greeting.has_msetex and self._cluster is None
         self.pipeline.single_writes = greeting.is_proxied
+        self.pipeline.whole_scripts = False
         self.pipeline.resp2_pubsub = not greeting.has_pushes and self.pipeline.inbox is not None
         self.pipeline.connected(greeting.is_tracked)
         if self._near is not None and not greeting.is_tracked:

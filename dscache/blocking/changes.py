@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+from .._locks import make_lock
 from ..core import changes as core
 from ..core.holder import GLANCE, Holder, nothing
 from ..net.backoff import full_jitter
@@ -43,7 +44,7 @@ class Changes:
         """Forget the updates of other threads, which a forked child doesn't have."""
         self._turns: dict[str, _Turn] = {}
         # A signal handler can update a record while its thread holds the lock.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
 
     def apply(
         self,

@@ -341,6 +341,7 @@ class Connection:
             self.identity = info.run_id or f"{self.pipeline.address} at {self._peer()}"
         self.pipeline.has_msetex = info.has_msetex
         self.pipeline.single_writes = info.is_proxied
+        self.pipeline.whole_scripts = False
         self._note_connected(info.server)
         return info.server
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._forks import after_fork_in_child
+from .._locks import make_lock
 from ..config import Options
 from ..core.memory import NO_CONNECTIONS, MemoryPipeline
 from .waiter import BlockingWaiter
@@ -20,7 +20,7 @@ class MemoryPool:
     def __init__(self, options: Options) -> None:
         self._pipeline = MemoryPipeline(BlockingWaiter, lambda: None, options.ttl)
         # A signal handler may use the cache in the middle of an operation of its own thread.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         after_fork_in_child(self, MemoryPool.reset_after_fork)
 
     @property
@@ -70,7 +70,7 @@ class MemoryPool:
 
     def reset_after_fork(self) -> None:
         """Replace the lock in a forked child, which lacks the thread that held it."""
-        self._lock = threading.RLock()
+        self._lock = make_lock()
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, named as those of a pool."""

@@ -7,13 +7,13 @@ stands in ``core/shared_near.py``.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import _backend
+from .._locks import make_lock
 from ..config import Options
 from ..core import constants as c
 from ..core import typed
@@ -44,7 +44,7 @@ class NearFront:
         self._options = options
         self._credentials = credentials
         self._closed = False
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self.core = self._make_core()
         self._begin()
         self._operations: dict[str, Callable[..., Any]] = {
@@ -307,7 +307,7 @@ class NearFront:
 
     def reset_after_fork(self) -> None:
         """Begin anew in a forked child, without the parent's sockets and entries."""
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         links = self._links
         self.core.reset()
         self._begin()

@@ -21,7 +21,6 @@ import stat
 import struct
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from hashlib import blake2b
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
+from .._locks import make_lock
 from ..config import NearCacheOptions, Options
 from ..errors import ConfigError
 
@@ -65,7 +65,7 @@ class Segment:
         self._owner = -1
         # A closed number may soon be that of another file, so it isn't closed while it is locked.
         # A signal handler may close the cache meanwhile.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
 
     # -- a process
 

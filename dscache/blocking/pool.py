@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from weakref import ref
 
 from .. import _backend
 from .._forks import after_fork_in_child
+from .._locks import make_lock
 from ..config import Options
 from ..core import stats as counters
 from ..core.failures import ErrorOf
@@ -91,7 +91,7 @@ class Pool:
         self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
         self._connections: list[ref[Connection]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._closed = False
         self._closing = False
         self._overloads = 0
@@ -504,7 +504,7 @@ class Pool:
     def reset_after_fork(self) -> None:
         """Begin anew in a forked child, and leave the parent's connections alone."""
         connections = [held() for held in self._connections]
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._idle = deque()
         self._unplaced.clear()
         self._waiters = deque()

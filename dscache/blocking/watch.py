@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
+from .._locks import make_lock
 from ..config import Config, Options
 from ..config.address import join_address
 from ..core import typed
@@ -179,7 +180,7 @@ class _Watching(Generic[DataT]):
         self._pid = os.getpid()
         self._has_begun = False
         self._place = Place()  # of the one consumer
-        self._taking = threading.RLock()
+        self._taking = make_lock()
         self._listeners: dict[str, _Listener] = {}
         self._keeper: threading.Thread | None = None
         self.is_dropped = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -17,17 +18,31 @@ from .settings import load_messages, run
 _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
 
+HotOption = Annotated[
+    float,
+    typer.Option(
+        "--hot",
+        metavar="SECONDS",
+        min=0,
+        max=60,
+        help="Let servers of Redis 8.6 or newer count for that long which records are used most.",
+    ),
+]
+
+
 @with_all_options
-def doctor(*, chosen: Chosen) -> None:
+def doctor(*, hot: HotOption = 0, chosen: Chosen) -> None:
     """Check whether a Redis suits records, and advise how to fix it.
 
-    It changes nothing, and takes some seconds. The exit status is 0 if all is well, 1 if there are
-    warnings, and 2 if something is bad.
+    It changes no record, and takes some seconds. The exit status is 0 if all is well, 1 if there
+    are warnings, and 2 if something is bad.
     """
     config = chosen.load()
     messages, is_named = load_messages(chosen.config, chosen.url) or (None, False)
     by_url = chosen.url is not None
-    checkup = run(check_up(config, by_url=by_url, messages=messages, is_named=is_named))
+    checkup = run(
+        check_up(config, by_url=by_url, messages=messages, is_named=is_named, hot_seconds=hot)
+    )
     if chosen.as_json:
         print_json(document(checkup))
     else:

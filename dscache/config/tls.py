@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from .._locks import make_lock
 from ..errors import ConfigError
 from . import files as regular_files
 from .validation import Location, Secret, SwitchedStruct
@@ -102,7 +102,7 @@ _KEPT: Final = 64
 # File systems have a coarse clock: two changes within this time may have the same stamp.
 _SETTLED_NS: Final = 100_000_000
 _made: dict[Tls, tuple[tuple[_Stamp, ...], ssl.SSLContext]] = {}
-_making = threading.RLock()
+_making = make_lock()
 os.register_at_fork(
     before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
 )

@@ -28,6 +28,8 @@ NO_RESP: Final = (TypeError, ValueError, ArithmeticError)
 AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 # Codes of errors that servers before Redis 7 report within another error.
 _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
+# An error reply names a refused command within so many characters, before any argument.
+_NAMED: Final = 80
 
 ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
@@ -138,6 +140,15 @@ def keys_apart(name: str) -> RecordError:
         "writes both; set keyLayout: hashtag, or proxied: false if the proxy hides one server",
         name=name,
     )
+
+
+def refuses(command: str, error: ReplyError) -> bool:
+    """Return whether a server or proxy refuses a command to everybody or to this user.
+
+    Redis and Valkey name the command, in the client's spelling if they don't know it; so do the
+    proxies that refuse it by a reply. An error about a key or argument doesn't.
+    """
+    return error.code in ("NOPERM", "ERR") and command in error.message[:_NAMED].lower()
 
 
 def is_across_slots(message: str) -> bool:

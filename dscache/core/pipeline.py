@@ -127,7 +127,8 @@ class Pipeline:
     ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
     none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
     ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
-    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. ``away`` is
+    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. With
+    ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA. ``away`` is
     the code of an error reply for which the server should be left, or asked again later; the owner
     of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
     ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
@@ -173,6 +174,7 @@ class Pipeline:
         self.reconnects = True
         self.single_writes = False
         self.single_reads = False
+        self.whole_scripts = False
         self.near: NearCache | None = None
         self.on_push: Callable[[list[Any]], object] | None = None
         self.inbox: MessageDispatcher | None = None
@@ -422,6 +424,8 @@ class Pipeline:
                     continue
             elif self.single_reads and batch.kind == c.GET:
                 batch.one_per_command = True
+            if self.whole_scripts:
+                batch.whole_script = True
             text, count = self._encoder.encode(batch, self.has_msetex)
             if batch.kind in _ONE_BY_ONE:
                 self.slots.extend([(batch, 1)] * count)

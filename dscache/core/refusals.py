@@ -65,11 +65,13 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         return
     put_off = _puts_off(pipeline, batch, error)
     by_script = batch.kind in (c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF)
-    lost_script = (
-        error.code == "NOSCRIPT" and not batch.whole_script and _is_by_script(pipeline, batch)
-    )
+    lost_script = not batch.whole_script and _is_by_script(pipeline, batch)
+    if lost_script and failures.refuses("evalsha", error):
+        pipeline.whole_scripts = True
+    else:
+        lost_script = lost_script and error.code == "NOSCRIPT"
     across = failures.is_across_slots(error.message) and not pipeline.clustered
-    mixed = count > 1 and (error.code == "NOPERM" or across)
+    mixed = count > 1 and not lost_script and (error.code == "NOPERM" or across)
     if mixed and across and batch.kind <= c.DELETE_IF:
         pipeline.single_writes = True
         pipeline.single_reads = pipeline.single_reads or batch.kind == c.GET

@@ -58,13 +58,13 @@ After a fork, the child begins without entries, and with a link of its own.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
+from .._locks import make_lock
 from ..errors import ProtocolError, shorten
 from . import constants as c
 from . import failures
@@ -225,7 +225,7 @@ class SharedNearCache(NearStore):
 
     def _begin(self) -> None:
         # Of the counters and of the order of the entries; a signal handler may use the cache.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._entries = OrderedDict()
         self._bytes = self._pending = 0
         # By name, the SharedWrites; those that were interrupted may be gone.

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
 
+from .._locks import make_lock
 from ..config import Config
 from ..config.address import join_address
 from ..core import stats as counters
@@ -92,7 +92,7 @@ class ClusterState:
         self.nodes: dict[str, NodeInfo] = {}
         """The nodes by address."""
         self.seeds = Seeds(options)
-        self.lock = threading.RLock()
+        self.lock = make_lock()
         self._options = options
         self._on_due = on_due
         self._interval = (options.slots_refresh_interval or 0) / 1000 or inf
@@ -611,7 +611,7 @@ class ClusterState:
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, with the known slots and without a claim."""
-        self.lock = threading.RLock()
+        self.lock = make_lock()
         self._claim = self.refresh_at = 0.0
 
 

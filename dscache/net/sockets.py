@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import ssl
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +19,7 @@ from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any, Final
 
+from .._locks import make_lock
 from ..config import Options
 from ..config.address import join_address
 from .foreign_errors import is_of_handler
@@ -44,7 +44,7 @@ _ENDS: Final = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 # Held while a socket is made that no object holds yet. A fork then comes before or after, and the
 # child closes every socket that it finds. The child inherits the lock, held by the thread that has
 # forked.
-_making = threading.RLock()
+_making = make_lock()
 os.register_at_fork(
     before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
 )

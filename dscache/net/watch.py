@@ -16,7 +16,6 @@ each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 from msgspec.structs import replace as replaced
 
 from .._interruptions import raise_interruption
+from .._locks import make_lock
 from ..config import Options
 from ..core import typed
 from ..core.keys import KeyLayout, names_with
@@ -130,7 +130,7 @@ class Changes:
         self._batch = max(min(_BATCH, options.max_pending // 4), 1)
         self._read = read
         self._kind = kind
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._names: dict[str, None] = {}
         self._taken: list[str] = []
         self._events: deque[Change] = deque()

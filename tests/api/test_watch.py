@@ -142,10 +142,14 @@ async def assert_equal_at_the_end(mirror: Mirror, either: Either, prefix: str) -
             break
         except DscacheError:  # the connection was lost a moment ago
             await asyncio.sleep(0.01)
-    async with asyncio.timeout(PATIENCE):
-        # Read again each time: a primary that is being replaced may have answered the first.
-        while mirror.versions != (wanted := await versions_of(either, prefix)):
-            await asyncio.sleep(0.02)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            # Read again each time: a primary that is being replaced may have answered the first.
+            while mirror.versions != (wanted := await versions_of(either, prefix)):
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        wrong = dict(mirror.versions.items() ^ wanted.items())
+        raise AssertionError(f"of {len(wanted)} records, the mirror has other: {wrong}") from None
     assert len(wanted) > 50
     await asyncio.sleep(0.1)
     assert mirror.versions == wanted

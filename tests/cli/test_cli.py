@@ -808,6 +808,7 @@ HEADINGS = {
     "edit": "Records",
     "ls": "ls",
     "diff": "diff",
+    "doctor": "doctor",
     "watch": "The data of changes",
     "export": "export and import",
     "import": "export and import",

@@ -11,6 +11,7 @@ import pytest
 import redis as redis_py
 
 import dscache
+from dscache.admin.doctor import rights
 from dscache.core import constants
 from dscache.embedded import EmbeddedServer, ServerBinary, find_servers
 from tests.support.clusters import ClusterGroup
@@ -69,6 +70,13 @@ async def use(cache: dscache.AsyncCache) -> None:
     assert len(await cache.get_bulk(names)) == len(await cache.head_bulk(names)) == len(names)
     assert await cache.delete_bulk([*names, "none"]) == len(names)
     assert await cache.delete("a")
+    assert (await cache.fetch("b", lambda name: name, ttl=60, refresh_after=30)).data == "b"
+    assert (await cache.update("b", lambda data: [data])).data == ["b"]
+    assert [name async for name in cache.scan("b")] == ["b"]
+    async with cache.watch("b") as changes:
+        await cache.set("b", 100, {})
+        assert (await anext(changes)).name == "b"
+    assert await cache.delete("b", if_version=100)
 
 
 def block(config: dict[str, Any]) -> None:
@@ -77,6 +85,7 @@ def block(config: dict[str, Any]) -> None:
         assert not cache.set("a", 3, {}, if_newer=True)
         assert cache.get_bulk(["a"])["a"].version == cache.head("a") == 3
         assert cache.delete("a")
+        assert list(cache.scan("a")) == []
 
 
 @pytest.mark.parametrize("binary", FOUND, ids=lambda binary: binary.name)
@@ -87,7 +96,8 @@ def test_one_server(binary: ServerBinary) -> None:
         options = {"port": server.port, "connectionName": "me", "db": 3, **LOGIN}
         asyncio.run(do_everything(options))
         assert refused(client) == []
-        of_clusters = {"readonly", "asking", "cluster|slots", "cluster|info", "cluster|myid"}
+        of_clusters = {name for name in allowed if name.startswith("cluster|")}
+        of_clusters |= {"readonly", "asking"}
         # These are needed for lost scripts, servers without HELLO, and empty data.
         at_times = {"eval", "auth", "client|setname", "ping", "msetex", "exists"}
         assert allowed - called(client) <= of_clusters | at_times
@@ -107,6 +117,20 @@ def test_a_cluster(cluster: ClusterGroup) -> None:
     for node in cluster.nodes:
         with node.client() as client:
             assert refused(client) == []
+
+
+def test_the_doctor_asks_for_the_same_rights() -> None:
+    groups = (
+        *(rights.FOR_CONNECTION, rights.FOR_RECORDS),
+        *(rights.FOR_SCRIPTS, rights.FOR_CLUSTERS, rights.FOR_SCANS),
+    )
+    lines = [" ".join(f"+{name}" for name in group) for group in groups]
+    [text] = [
+        block.text
+        for block in blocks(PROJECT / "docs" / "operating.md")
+        if block.text.startswith("ACL SETUSER")
+    ]
+    assert [line.strip().removeprefix("-@all ") for line in text.splitlines()[1:]] == lines
 
 
 def test_only_listed_commands_are_allowed() -> None:

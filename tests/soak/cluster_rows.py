@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -259,9 +260,15 @@ async def reshard(figures: Figures, binary: ServerBinary, *, slots: int = 4000) 
 
 
 async def move_slots(
-    figures: Figures, group: ClusterGroup, cache: dscache.AsyncCache, count: int
+    figures: Figures,
+    group: ClusterGroup,
+    cache: dscache.AsyncCache,
+    count: int,
+    *,
+    atomically: bool = False,
 ) -> None:
     """Move that many slots there and back: no error, nothing lost, and nothing out of order."""
+    move = group.migrate_atomically if atomically else partial(group.migrate, at_once=32)
     source, target = (await asyncio.to_thread(group.primaries))[:2]
     owned = await asyncio.to_thread(group.slots_of, source)
     load = Load(cache, timeout=5.0, names=150, pause=0.002, prefix="moving")
@@ -276,7 +283,7 @@ async def move_slots(
         await asyncio.sleep(0.1)
         for there, back in ((source, target), (target, source)):
             began = time.monotonic()
-            await asyncio.to_thread(group.migrate, moved, there, back, at_once=32)
+            await asyncio.to_thread(move, moved, there, back)
             figures.notes.append(f"{len(moved)} slots in {time.monotonic() - began:.1f} s")
         await asyncio.sleep(0.1)
     await load.verify()

@@ -456,6 +456,43 @@ class ClusterGroup(Together):
             self._move(some, source, target)
             self._end(some, source, target)
 
+    @property
+    def moves_atomically(self) -> bool:
+        """Whether the servers can move slots with all their keys at one moment."""
+        return self._binary.version >= ((9,) if self._is_valkey else (8, 4))
+
+    def migrate_atomically(
+        self, slots: Sequence[int], source: ClusterNode, target: ClusterNode
+    ) -> None:
+        """Move slots with their keys as a whole: no key is ever on both nodes for clients.
+
+        Raises RuntimeError if the servers give up the move.
+        """
+        ranges = [bound for first, last in _ranges_of(slots) for bound in (first, last)]
+        if self._is_valkey:
+            source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", *ranges, "NODE", target.id)
+        else:
+            task = target.ask("CLUSTER", "MIGRATION", "IMPORT", *ranges)
+
+        def missing() -> str:
+            if self._is_valkey:
+                # Newest first; the servers keep the ended ones for a while.
+                state = source.ask("CLUSTER", "GETSLOTMIGRATIONS")[0]["state"]
+            else:
+                [found] = target.ask("CLUSTER", "MIGRATION", "STATUS", "ID", task)
+                state = found["state"]
+            if state in {"failed", "cancelled", "canceled"}:
+                raise RuntimeError(f"{source!r} keeps its slots: the move has {state}")
+            if state not in {"success", "completed"}:
+                return f"{source!r} moves slots to {target!r}: {state}"
+            return self._disowned(set(slots), target)
+
+        self._wait(missing)
+
+    @property
+    def _is_valkey(self) -> bool:
+        return self._binary.name.startswith("valkey")
+
     def begin_migration(self, slot: int, source: ClusterNode, target: ClusterNode) -> None:
         """Open a slot: ``source`` now answers ASK with ``target`` for keys it lacks."""
         self._begin([slot], source, target)
@@ -841,6 +878,17 @@ class ClusterGroup(Together):
 
 def _shape(view: dict[str, _Line]) -> dict[str, tuple[bool, str, tuple[str, ...]]]:
     return {name: (line.is_primary, line.primary, line.ranges) for name, line in view.items()}
+
+
+def _ranges_of(slots: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the ranges, first and last slot each, that slots make up."""
+    ranges: list[tuple[int, int]] = []
+    for slot in sorted(slots):
+        if ranges and ranges[-1][1] == slot - 1:
+            ranges[-1] = ranges[-1][0], slot
+        else:
+            ranges.append((slot, slot))
+    return ranges
 
 
 def _migration(target: ClusterNode, keys: Sequence[str]) -> tuple[bytes | str | int, ...]:

@@ -29,8 +29,10 @@ from . import record_checks as of_records
 from . import server_checks as of_server
 from . import topology_checks as of_topology
 from .findings import BAD, Checkup, Finding, merged
+from .hot_records import Counted, check_counted, check_frequent, count_uses, find_frequent
 from .message_checks import check_messages, check_server_name
 from .record_checks import Sample
+from .rights import check_rights, find_missing_rights
 from .topology_checks import SentinelReport
 
 _PINGS = 200
@@ -62,12 +64,14 @@ async def check_up(
     by_url: bool = False,
     messages: MessageConfig | None = None,
     is_named: bool = False,
+    hot_seconds: float = 0.0,
 ) -> Checkup:
     """Return the findings on the server or the cluster of a configuration.
 
     A server that can't be reached is a finding, not an error. With ``by_url`` the configuration is
     a URL, which can't name the nodes of a cluster. ``messages`` is the section ``clusterNode``
-    beside it, and ``is_named`` whether ``serverName`` is. Raises ConfigError.
+    beside it, and ``is_named`` whether ``serverName`` is. With ``hot_seconds``, servers that can
+    count the uses of each key do so for that time. Raises ConfigError.
     """
     found: list[Finding] = []
     options = config.options
@@ -85,7 +89,7 @@ async def check_up(
             report = await survey(config)
             found.append(of_topology.check_cluster(report, is_configured=is_configured))
         async with AdminCache(config) as cache, open_primaries(cache) as primaries:
-            found += await _check_all(primaries, config.options)
+            found += await _check_all(primaries, config.options, hot_seconds)
     except ConfigError:
         raise
     except DscacheError as error:
@@ -115,11 +119,21 @@ def _no_connection(check: str, error: DscacheError, options: Options) -> Finding
     return Finding(check, BAD, reason, remedy)
 
 
-async def _check_all(primaries: Primaries, options: Options) -> list[Finding]:
+async def _check_all(primaries: Primaries, options: Options, hot_seconds: float) -> list[Finding]:
     by_node = {
         primary.address: await _check_server(primary.server, options) for primary in primaries.all
     }
     sample = await _take_sample(primaries, options)
+    # At the same time, as each takes that long.
+    counts = await asyncio.gather(
+        *(count_uses(one.server, Layout.of(options), hot_seconds) for one in primaries.all)
+    )
+    for primary, counted in zip(primaries.all, counts, strict=True):
+        hot = check_counted(counted)
+        if not isinstance(counted, Counted) and primary.address in sample.frequencies:
+            hot = check_frequent(sample.frequencies[primary.address], Layout.of(options))
+        if hot is not None:
+            by_node[primary.address].append(hot)
     layout = HASHTAG if options.hash_tag else DEEPSTREAM
     return [
         *merged(by_node),
@@ -141,6 +155,12 @@ async def _check_server(server: ControlConnection, options: Options) -> list[Fin
         ["EVAL", "return 1", 0], ["CLIENT", "TRACKING", "ON", "BCAST"]
     )
     await server.execute_many(["CLIENT", "TRACKING", "OFF"])
+    missing = await find_missing_rights(
+        server,
+        Layout.of(options),
+        db=options.redis_options.db if options.nodes else options.db,
+        is_cluster=bool(options.nodes),
+    )
     username, has_password = _login(options)
     is_local = server.is_local
     found = [
@@ -159,6 +179,7 @@ async def _check_server(server: ControlConnection, options: Options) -> list[Fin
         of_server.check_connections(info["clients"], most),
         of_server.check_permission("scripts", _refusal(scripts)),
         of_server.check_permission("tracking", _refusal(tracking)),
+        check_rights(missing, username),
         of_server.check_clock(await _clock(server)),
     ]
     return [one for one in found if one is not None]
@@ -240,6 +261,7 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
             versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
+            sample.add_frequencies(primary.address, await find_frequent(primary.server, ours))
             await _measure(primaries, [k for k in ours if not is_version_key(k)], sample)
             lonely = await _lonely(primaries, ours)
             sample.records += len(versions) + sum(not is_version_key(key) for key in lonely)

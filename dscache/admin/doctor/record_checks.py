@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...errors import shorten
@@ -32,6 +33,13 @@ class Sample:
     """The bytes of text of the data keys that were measured."""
     unmeasured: str = ""
     """Why the server refuses to tell sizes."""
+    frequencies: dict[str, dict[bytes, int]] = field(default_factory=dict)
+    """By server, how often each key is used, where servers know."""
+
+    def add_frequencies(self, address: str, found: Mapping[bytes, int]) -> None:
+        """Add what a server knows of the uses of some keys."""
+        if found:
+            self.frequencies.setdefault(address, {}).update(found)
 
 
 def check_halves(sample: Sample) -> Finding:

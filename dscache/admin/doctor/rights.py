@@ -1,0 +1,122 @@
+"""The rights that a cache needs, and which of them a server refuses.
+
+Every command is tried in a form that changes nothing: on a key that doesn't exist, or without
+effect. A server checks rights before it looks at keys or slots, so that each reply but a refusal
+means that the command is allowed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+from ...aio.control import ControlConnection, RawCommand
+from ...core.failures import refuses
+from ...errors import ReplyError
+from ..key_layout import Layout
+from .findings import Check, Finding
+
+FOR_CONNECTION: Final = (
+    *("hello", "auth", "ping", "select", "client|setname", "client|tracking", "command|info"),
+)
+FOR_RECORDS: Final = ("mget", "mset", "msetex", "del", "get", "type")
+FOR_SCRIPTS: Final = ("eval", "evalsha", "script|load", "set", "strlen", "exists", "time")
+FOR_CLUSTERS: Final = ("readonly", "asking", "cluster|slots", "cluster|info", "cluster|myid")
+FOR_SCANS: Final = (
+    *("scan", "info", "role", "cluster|nodes", "cluster|countkeysinslot"),
+    "cluster|getkeysinslot",
+)
+
+# A cache works without these: by RESP2, by EVAL, by MSET with a script.
+_DISPENSABLE: Final = frozenset(
+    {"hello", "command|info", "evalsha", "script|load", "msetex", "ping", "asking", "readonly"}
+)
+# Without these, only some features fail.
+_OF_SOME: Final = frozenset({*FOR_SCRIPTS, *FOR_SCANS, "select"})
+_NO_KEY = "the names of records"
+
+
+async def find_missing_rights(
+    server: ControlConnection, layout: Layout, *, db: int, is_cluster: bool
+) -> list[str]:
+    """Return the commands that the server refuses, as an ACL rule names them.
+
+    Raises ConnectionLost.
+    """
+    key, _ = layout.keys(f"dscache doctor {secrets.token_hex(8)}")
+    missing = []
+    keys_refused = False
+    trials = _trials(key, db, is_cluster=is_cluster)
+    replies = await server.execute_many(*(trial for _, trial in trials))
+    for (name, _), reply in zip(trials, replies, strict=True):
+        if isinstance(reply, ReplyError):
+            if refuses(name.partition("|")[0], reply):
+                missing.append(name)
+            keys_refused = keys_refused or (reply.code == "NOPERM" and " key" in reply.message)
+    for name, trial in _writes(key):
+        # Only within a transaction that is given up: these have no form without an effect.
+        (begun,) = await server.execute_many(["MULTI"])
+        if isinstance(begun, ReplyError):
+            break
+        reply, _ = await server.execute_many(trial, ["DISCARD"])
+        if isinstance(reply, ReplyError) and refuses(name, reply):
+            missing.append(name)
+    return [*missing, *([_NO_KEY] if keys_refused else ())]
+
+
+def _trials(key: bytes, db: int, *, is_cluster: bool) -> Sequence[tuple[str, RawCommand]]:
+    of_cluster: list[tuple[str, RawCommand]] = [
+        ("readonly", ["READONLY"]),
+        ("asking", ["ASKING"]),
+        *(
+            (f"cluster|{word}", ["CLUSTER", word.upper()])
+            for word in ("slots", "info", "myid", "nodes")
+        ),
+        ("cluster|countkeysinslot", ["CLUSTER", "COUNTKEYSINSLOT", 0]),
+        ("cluster|getkeysinslot", ["CLUSTER", "GETKEYSINSLOT", 0, 1]),
+    ]
+    of_database: list[tuple[str, RawCommand]] = [("select", ["SELECT", db])]
+    return [
+        ("hello", ["HELLO"]),
+        ("ping", ["PING"]),
+        *(of_database if db else []),
+        ("command|info", ["COMMAND", "INFO", "GET"]),
+        ("mget", ["MGET", key, key]),
+        ("get", ["GET", key]),
+        ("type", ["TYPE", key]),
+        ("del", ["DEL", key]),
+        ("scan", ["SCAN", 0, "COUNT", 1]),
+        ("info", ["INFO", "server"]),
+        ("role", ["ROLE"]),
+        ("eval", ["EVAL", "return 1", 0]),
+        ("evalsha", ["EVALSHA", "0" * 40, 0]),
+        ("script|load", ["SCRIPT", "LOAD", "return 1"]),
+        ("set", ["SET", key, "", "XX"]),
+        ("strlen", ["STRLEN", key]),
+        ("exists", ["EXISTS", key]),
+        ("time", ["TIME"]),
+        *(of_cluster if is_cluster else []),
+    ]
+
+
+def _writes(key: bytes) -> Sequence[tuple[str, RawCommand]]:
+    return [("mset", ["MSET", key, ""])]
+
+
+def check_rights(missing: Sequence[str], username: str | None) -> Finding:
+    """Check that no command is refused which a cache needs."""
+    check = Check("rights")
+    if not missing:
+        return check.ok("every command that a cache needs")
+    found = f"no {', '.join(missing)}"
+    rules = " ".join(f"+{name}" for name in missing if name != _NO_KEY)
+    if rules:
+        advice = f"ACL SETUSER {username or 'default'} {rules}, or end the renaming of the command"
+    else:
+        advice = "allow the user the pattern of the keys, such as ~*"
+    if _DISPENSABLE.issuperset(missing):
+        return check.ok(f"{found}, without which a cache works too")
+    if _OF_SOME.union(_DISPENSABLE).issuperset(missing):
+        return check.warning(found, f"ttl, guarded writes or scan fail: {advice}")
+    return check.bad(found, f"records can't be read or written: {advice}")
