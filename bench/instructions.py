@@ -37,6 +37,11 @@ PATHS = (
     "blocking get, cluster",
     "await get, 100 tasks",
     "await get, near cache hit",
+    "await fetch, 100 tasks",
+    "await fetch, near cache hit",
+    "blocking get, near cache hit",
+    "blocking fetch",
+    "blocking fetch, near cache hit",
 )
 
 

@@ -20,7 +20,7 @@ TASKS = {"one": 1, "many": 100}
     {
         f"programs: hits of fetch, {tasks} tasks": [
             *rows(OURS, Work("fetch", tasks, decode=False), name),
-            *rows(OURS, Work("get", tasks, decode=False), f"{name}-get"),
+            *rows(OURS, Work("read", tasks, decode=False), f"{name}-get"),
         ]
         for name, tasks in TASKS.items()
     }
@@ -33,7 +33,7 @@ def test_fetch(race: Any, row: Row) -> None:
     {
         f"programs: hits of fetch, near cache, {tasks} tasks": [
             *rows(("fast-near", "pure-near"), Work("fetch", tasks, decode=False), name),
-            *rows(("fast-near", "pure-near"), Work("get", tasks, decode=False), f"{name}-get"),
+            *rows(("fast-near", "pure-near"), Work("read", tasks, decode=False), f"{name}-get"),
         ]
         for name, tasks in TASKS.items()
     }

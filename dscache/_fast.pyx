@@ -80,6 +80,7 @@ cdef class _Encoder  # of core/resp.pxi, for the batches before it
 cdef class MessageDispatcher  # of core/message.pxi
 cdef class NearCache  # of core/near_cache.pxi, as are
 cdef class _Epoch
+cdef class _PendingRead
 cdef class _Reachability
 
 include "core/record.pxi"
@@ -863,5 +864,7 @@ include "core/replies.pxi"
 include "core/router.pxi"
 include "core/near_cache.pxi"
 include "core/shared_near.pxi"
+include "core/host_segment.pxi"
 include "core/host_near.pxi"
 include "core/message.pxi"
+include "core/fetcher.pxi"

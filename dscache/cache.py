@@ -7,7 +7,6 @@ import builtins
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
 from weakref import WeakSet
 
@@ -17,14 +16,14 @@ from ._limits import SCAN_COUNT, WATCH_PENDING
 from .aio.changes import Changes
 from .aio.connection import Connection
 from .aio.lifecycle import AsyncResource, close_dropped, running_loop
-from .aio.loading import Loads
+from .aio.loading import Loads, SlowFetches
 from .aio.memory import MemoryNode
 from .config import Config
 from .config.sources import Source
-from .core import loading, typed
+from .core import typed
 from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
-from .core.keys import NOTE_SUFFIX
+from .core.fetch_terms import checked_names, no_load
 from .core.patches import patch_of
 from .errors import BulkError, ConfigError, ConnectionLost, UsageError
 
@@ -78,7 +77,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    Only ``fetch`` and ``fetch_bulk`` are coroutine functions, whose calls do nothing unawaited.
+    Only ``fetch_bulk`` is a coroutine function, whose calls do nothing unawaited.
     With a near cache (``nearCache``), the future of a hit is done at once.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
@@ -106,6 +105,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[AsyncWatch] = WeakSet()
         self._loads = Loads(config.options.ttl)
+        self._quick_fetch: Callable[..., Any] | None = None
 
     @overload
     def get(self, name: str, *, type: None = None) -> asyncio.Future[Record | None]: ...
@@ -508,7 +508,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return opened
 
     @overload
-    async def fetch(
+    def fetch(
         self,
         name: str,
         load: Callable[[str], Any],
@@ -518,9 +518,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         jitter: float = 0.1,
         keep_missing: int | timedelta | None = None,
         type: None = None,
-    ) -> Record | None: ...
+    ) -> asyncio.Future[Record | None]: ...
     @overload
-    async def fetch(
+    def fetch(
         self,
         name: str,
         load: Callable[[str], Any],
@@ -530,9 +530,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         jitter: float = 0.1,
         keep_missing: int | timedelta | None = None,
         type: type[T],
-    ) -> Record[T] | None: ...
+    ) -> asyncio.Future[Record[T] | None]: ...
     @overload
-    async def fetch(
+    def fetch(
         self,
         name: str,
         load: Callable[[str], Any],
@@ -542,8 +542,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         jitter: float = 0.1,
         keep_missing: int | timedelta | None = None,
         type: Any,
-    ) -> Record | None: ...
-    async def fetch(
+    ) -> asyncio.Future[Record | None]: ...
+    def fetch(
         self,
         name: str,
         load: Callable[[str], Any],
@@ -553,7 +553,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         jitter: float = 0.1,
         keep_missing: int | timedelta | None = None,
         type: Any = None,
-    ) -> Record | None:
+    ) -> asyncio.Future[Record | None]:
         """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
 
         ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
@@ -567,38 +567,26 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         processes. All three are whole seconds or a timedelta. With a ``type``, the record's
         ``data`` is of that type, as of ``get``.
 
-        Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
-        TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
+        Raises RecordError at the call for a bad argument, and TypeError for a ``load`` that can't
+        be called. The future fails with LoadError if the load of a missing record fails, and with
+        all errors of ``get`` and ``set``. To cancel it ends the wait, and no load.
         """
-        if not callable(load):
-            raise loading.no_load("fetch", "load", load)
-        checks = self._loads.checks
-        known_ttl, known_age, known_jitter, known_missing, terms = checks.latest
-        if (
-            terms is None
-            or ttl is not known_ttl
-            or refresh_after is not known_age
-            or jitter is not known_jitter
-            or keep_missing is not known_missing
-        ):
-            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
-        if type is not None:
-            typed.check_type(type)
-        entry = self._pipeline or self._open()
-        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
-            record = await entry.get(name)
-            if NOTE_SUFFIX in name and name.endswith(NOTE_SUFFIX):  # the latter alone takes longer
-                raise loading.name_of_note("fetch", name)
-            if record is None:
-                record = await self._loads.load(entry, str(name), load, terms)
-            elif name in checks.missing:
-                await self._loads.end_missing(entry, [record])
-        else:
-            (name,) = loading.checked_names("fetch", (name,))
-            record = await self._loads.fetch(entry, name, load, terms)
-        if type is not None and record is not None:
-            return typed.with_type(record, type)
-        return record
+        # An opened cache has a function of the core in this one's place.
+        fetch = self._quick_fetch
+        if fetch is None:
+            self._open()
+            fetch = self._quick_fetch
+            assert fetch is not None
+        fetched: asyncio.Future[Record | None] = fetch(
+            name,
+            load,
+            ttl=ttl,
+            refresh_after=refresh_after,
+            jitter=jitter,
+            keep_missing=keep_missing,
+            type=type,
+        )
+        return fetched
 
     @overload
     async def fetch_bulk(
@@ -657,12 +645,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
         if not callable(load_many):
-            raise loading.no_load("fetch_bulk", "load_many", load_many)
+            raise no_load("fetch_bulk", "load_many", load_many)
         if type is not None:
             typed.check_type(type)
         terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
         entry = self._pipeline or self._open()
-        checked = loading.checked_names("fetch_bulk", names)
+        checked = checked_names("fetch_bulk", names)
         reads = self._loads.fetch_bulk(entry, checked, load_many, terms)
         if type is None:
             return await reads
@@ -689,6 +677,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self._closed = True
         self._pipeline = None
         self.__dict__.pop("get", None)
+        if self._quick_fetch is not None and self.fetch is self._quick_fetch:
+            del self.__dict__["fetch"]
+        self._quick_fetch = None
         try:
             for watch in list(self._watches):
                 await watch.end(ConnectionLost("the cache is closed"))
@@ -748,6 +739,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         if self._closed:
             raise ConnectionLost("the cache is closed")
         pipeline: _Operations = (self._topology or self._begin()).entry
+        if self._quick_fetch is None:
+            slow = SlowFetches(self._loop, pipeline, self._loads)
+            create_waiter, checks = self._loop.create_future, self._loads.checks
+            self._quick_fetch = _backend.core.Fetcher(pipeline, create_waiter, checks, slow).quick()
+            if getattr(self.fetch, "__func__", None) is AsyncCache.fetch:
+                # A hit takes hardly longer than this method's own call would.
+                self.fetch = self._quick_fetch  # type: ignore[method-assign]
         self._pipeline = pipeline
         if self._config.options.near_cache is not None:
             # A hit takes about as long as this method's own call would.

@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ except ImportError as error:
     raise ImportError("dscache.django needs Django; install dscache[django]") from error
 
 __all__ = ["JSONSerializer", "PickleSerializer", "RecordCache", "Serializer", "close_all"]
+
+T = TypeVar("T")
 
 # -- values
 
@@ -314,7 +316,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     async def aadd(
         self, key: str, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> bool:
-        return await _in_thread(self.add, key, value, timeout, version)  # type: ignore[no-any-return] # of asgiref
+        return await _in_thread(self.add, key, value, timeout, version)
 
     async def aget(self, key: str, default: Any = None, version: int | None = None) -> Any:
         return await _in_thread(self.get, key, default, version)
@@ -327,13 +329,13 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     async def atouch(
         self, key: str, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> bool:
-        return await _in_thread(self.touch, key, timeout, version)  # type: ignore[no-any-return]
+        return await _in_thread(self.touch, key, timeout, version)
 
     async def adelete(self, key: str, version: int | None = None) -> bool:
-        return await _in_thread(self.delete, key, version)  # type: ignore[no-any-return]
+        return await _in_thread(self.delete, key, version)
 
     async def aget_many(self, keys: Iterable[str], version: int | None = None) -> dict[str, Any]:
-        return await _in_thread(self.get_many, keys, version)  # type: ignore[no-any-return]
+        return await _in_thread(self.get_many, keys, version)
 
     async def aset_many(
         self,
@@ -341,13 +343,13 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         timeout: Any = DEFAULT_TIMEOUT,
         version: int | None = None,
     ) -> list[str]:
-        return await _in_thread(self.set_many, data, timeout, version)  # type: ignore[no-any-return]
+        return await _in_thread(self.set_many, data, timeout, version)
 
     async def adelete_many(self, keys: Iterable[str], version: int | None = None) -> None:
         await _in_thread(self.delete_many, keys, version)
 
     async def ahas_key(self, key: str, version: int | None = None) -> bool:
-        return await _in_thread(self.has_key, key, version)  # type: ignore[no-any-return]
+        return await _in_thread(self.has_key, key, version)
 
     async def aincr(self, key: str, delta: Any = 1, version: int | None = None) -> Any:
         return await _in_thread(self.incr, key, delta, version)
@@ -363,8 +365,9 @@ def _version_of(ttl: int) -> int:
     return version_for(ttl or math.inf)
 
 
-async def _in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    return await sync_to_async(call, thread_sensitive=False)(*arguments)
+async def _in_thread(call: Callable[..., T], *arguments: Any) -> T:
+    found: T = await sync_to_async(call, thread_sensitive=False)(*arguments)
+    return found
 
 
 def _serializer_of(option: Any) -> Serializer:

@@ -94,19 +94,21 @@ class MessageNode(AsyncResource):
         server_name: str | None = None,
         credentials: CredentialProvider | None = None,
         on_gap: Callable[[float, float], object] | None = None,
+        **options: Any,
     ) -> Self:
         """Return a node configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's YAML or JSON file, of which the section
-        ``clusterNode`` and ``serverName`` are read, a mapping of the same shape, a URL or
-        ``host:port``. ``server_name`` overrides the configured name. Each server needs a unique
-        name; without one, a random name is generated. The node connects at the first operation,
-        or on entering ``async with``. ``credentials`` is a ``redis.CredentialProvider``, called
-        before each connection.
+        ``clusterNode`` and ``serverName`` are read, a mapping of the same shape or of options
+        alone, a URL or ``host:port``. ``server_name`` overrides the configured name. Each server
+        needs a unique name; without one, a random name is generated. The node connects at the
+        first operation, or on entering ``async with``. ``credentials`` is a
+        ``redis.CredentialProvider``, called before each connection. ``options`` override those of
+        the source, by their names in a file or in snake_case.
 
         Raises ConfigError for a bad configuration.
         """
-        return cls(load(source, server_name), credentials, on_gap)
+        return cls(load(source, server_name, options=options), credentials, on_gap)
 
     # -- messages
 

@@ -7,24 +7,24 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakSet
 
+from . import _backend
 from ._cache import CacheBase
 from ._forks import after_fork_in_child
 from ._limits import SCAN_COUNT, WATCH_PENDING
 from ._locks import make_lock
 from .blocking.changes import Changes
-from .blocking.loading import Loads
+from .blocking.loading import Loads, SlowFetches
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
 from .config.sources import Source
-from .core import loading, typed
+from .core import typed
 from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
-from .core.keys import NOTE_SUFFIX
+from .core.fetch_terms import checked_names, is_async, no_load, not_plain
 from .core.patches import patch_of
 from .errors import BulkError, ConnectionLost, DscacheError
 
@@ -77,6 +77,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self._changes = Changes(config.options.command_timeout / 1000)
         self._watches: WeakSet[Watch] = WeakSet()
         self._loads = Loads(config.options.ttl)
+        self._quick_fetch: Callable[..., Any] | None = None
         # A signal handler can use the cache while its thread holds the lock.
         self._lock = make_lock()
         after_fork_in_child(self, Cache._reset_after_fork)
@@ -553,42 +554,22 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
         TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
         """
-        if not callable(load):
-            raise loading.no_load("fetch", "load", load)
-        checks = self._loads.checks
-        # A function's code shows at less cost that it was seen before.
-        code = getattr(load, "__code__", None)
-        if code is None or code is not checks.plain:
-            if loading.is_async(load):
-                raise loading.not_plain("fetch", "load")
-            checks.plain = code
-        known_ttl, known_age, known_jitter, known_missing, terms = checks.latest
-        if (
-            terms is None
-            or ttl is not known_ttl
-            or refresh_after is not known_age
-            or jitter is not known_jitter
-            or keep_missing is not known_missing
-        ):
-            terms = checks.terms(ttl, refresh_after, jitter, keep_missing)
-        if type is not None:
-            typed.check_type(type)
-        run = self._run or self._open()
-        record: Any
-        if refresh_after is None or checks.recent.get(name, 0.0) > monotonic():
-            record = run("get", name)
-            if NOTE_SUFFIX in name and name.endswith(NOTE_SUFFIX):  # the latter alone takes longer
-                raise loading.name_of_note("fetch", name)
-            if record is None:
-                record = self._loads.load(run, str(name), load, terms)
-            elif name in checks.missing:
-                self._loads.end_missing(run, [record])
-        else:
-            (name,) = loading.checked_names("fetch", (name,))
-            record = self._loads.fetch(run, name, load, terms)
-        if type is not None and record is not None:
-            record = typed.with_type(record, type)
-        return record  # type: ignore[no-any-return]
+        # An opened cache has a function of the core in this one's place.
+        fetch = self._quick_fetch
+        if fetch is None:
+            self._open()
+            fetch = self._quick_fetch
+            assert fetch is not None
+        record: Record | None = fetch(
+            name,
+            load,
+            ttl=ttl,
+            refresh_after=refresh_after,
+            jitter=jitter,
+            keep_missing=keep_missing,
+            type=type,
+        )
+        return record
 
     @overload
     def fetch_bulk(
@@ -647,14 +628,14 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises BulkError, which has the errors and the other records, if some can't be loaded.
         """
         if not callable(load_many):
-            raise loading.no_load("fetch_bulk", "load_many", load_many)
-        if loading.is_async(load_many):
-            raise loading.not_plain("fetch_bulk", "load_many")
+            raise no_load("fetch_bulk", "load_many", load_many)
+        if is_async(load_many):
+            raise not_plain("fetch_bulk", "load_many")
         if type is not None:
             typed.check_type(type)
         terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
         run = self._run or self._open()
-        checked = loading.checked_names("fetch_bulk", names)
+        checked = checked_names("fetch_bulk", names)
         if type is None:
             return self._loads.fetch_bulk(run, checked, load_many, terms)
         errors: Mapping[str, Exception] = {}
@@ -693,6 +674,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
         with self._lock:
             already, self._closed = self._closed, True
             self._run = None
+            if self._quick_fetch is not None and self.fetch is self._quick_fetch:
+                del self.__dict__["fetch"]
+            self._quick_fetch = None
         if self._near is not None and not already:
             if self.__dict__.get("get") == self._near.core.get:  # and no other wrapper
                 del self.__dict__["get"]
@@ -757,6 +741,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 if type(self).get is Cache.get:
                     # A hit takes about as long as this method's own call would.
                     self.__dict__.setdefault("get", self._near.core.get)
+            if self._quick_fetch is None:
+                near = None if self._near is None else self._near.core
+                slow, checks = SlowFetches(run, self._loads), self._loads.checks
+                self._quick_fetch = _backend.core.BlockingFetcher(run, near, checks, slow).quick()
+                if getattr(self.fetch, "__func__", None) is Cache.fetch:
+                    # A hit takes hardly longer than this method's own call would.
+                    self.fetch = self._quick_fetch  # type: ignore[method-assign]
             self._run = run
             return run
 

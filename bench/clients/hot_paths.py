@@ -10,7 +10,7 @@ import asyncio
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from itertools import cycle, islice
 from typing import Any
 
@@ -27,6 +27,8 @@ FOREVER = 1e9
 # Handles every name as often as that.
 Path = Callable[[int], None]
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 600_000}
+TTL = 600
+ENDLESS = {"maxAge": 3_600_000, "idleLimit": 3_600_000}
 
 
 class Waiter:
@@ -133,16 +135,25 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
 
     with chosen("fast"):
         blocking = dscache.Cache.from_config(config(server))
+        kept = dscache.Cache.from_config(config(server, nearCache=ENDLESS))
         routed = dscache.Cache.from_config(config(cluster))
         soon = runner.run(opened())
-        near = runner.run(opened(nearCache={"maxAge": 3_600_000, "idleLimit": 3_600_000}))
+        near = runner.run(opened(nearCache=ENDLESS))
     for cache in (blocking, routed):
         cache.set_bulk(WRITTEN)
 
-    async def together(times: int) -> None:
+    async def get_each(times: int) -> None:
         async def task() -> None:
             for name in left:
                 await soon.get(name)
+
+        left = islice(cycle(NAMES), times * len(NAMES))
+        await asyncio.gather(*(task() for _ in NAMES))
+
+    async def fetch_each(times: int) -> None:
+        async def task() -> None:
+            for name in left:
+                await soon.fetch(name, load, ttl=TTL)
 
         left = islice(cycle(NAMES), times * len(NAMES))
         await asyncio.gather(*(task() for _ in NAMES))
@@ -152,6 +163,11 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
             for name in NAMES:
                 await near.get(name)
 
+    async def fetched_hits(times: int) -> None:
+        for _ in range(times):
+            for name in NAMES:
+                await near.fetch(name, load, ttl=TTL)
+
     def one_by_one(cache: dscache.Cache) -> Path:
         def run() -> None:
             for name in NAMES:
@@ -159,12 +175,31 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
 
         return repeated(run)
 
+    def fetched_one_by_one(cache: dscache.Cache) -> Path:
+        def run() -> None:
+            for name in NAMES:
+                cache.fetch(name, load, ttl=TTL)
+
+        return repeated(run)
+
+    def soon_path(work: Callable[[int], Coroutine[Any, Any, None]]) -> Path:
+        return lambda times: runner.run(work(times))
+
     return {
         "blocking get": one_by_one(blocking),
         "blocking get, cluster": one_by_one(routed),
-        "await get, 100 tasks": lambda times: runner.run(together(times)),
-        "await get, near cache hit": lambda times: runner.run(hits(times)),
+        "blocking get, near cache hit": one_by_one(kept),
+        "blocking fetch": fetched_one_by_one(blocking),
+        "blocking fetch, near cache hit": fetched_one_by_one(kept),
+        "await get, 100 tasks": soon_path(get_each),
+        "await get, near cache hit": soon_path(hits),
+        "await fetch, 100 tasks": soon_path(fetch_each),
+        "await fetch, near cache hit": soon_path(fetched_hits),
     }
+
+
+def load(name: str) -> None:
+    raise AssertionError(f"{name} is missing")
 
 
 def main(server: str, cluster: str) -> None:

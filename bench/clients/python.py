@@ -32,7 +32,7 @@ PERCENTILES = (50, 90, 99, 99.9)
 SEED = 1
 WINDOW = 100
 # The operations on one name that each client has as a method; all others read.
-ONE_BY_ONE = ("set", "fetch", "update", "rewrite", "replace")
+ONE_BY_ONE = ("set", "read", "fetch", "update", "rewrite", "replace")
 # Rare delays need more operations to be seen.
 LONGER = 5
 # A hit of a near cache doesn't yield to the event loop, so readers yield to let invalidations in.

@@ -95,8 +95,9 @@ class Work:
     operation: str
     """get, set, mixed (nine gets to a set), zipf (gets), get_many, set_many, cached (one task reads
     a thousand records again and again), popular (tasks read them by Zipf's law), latency,
-    messages, fetch (hits), update, rewrite (a get and then a set), replace (a set whose if_version
-    is the version that is there), scan (all names), watch (changes that are written meanwhile)."""
+    messages, fetch (hits), read (a get in a method, as that of fetch), update, rewrite (a get and
+    then a set), replace (a set whose if_version is the version that is there), scan (all names),
+    watch (changes that are written meanwhile)."""
     tasks: int = 1
     """The number of tasks at a time; each does one record, or bulk, after the other."""
     size: int = RECORDS

@@ -23,9 +23,8 @@ from ..config import Config, Options
 from ..config.address import is_address, join_address
 from ..core import constants
 from ..errors import ConnectError, DscacheError, ProtocolError, clean, shorten
-from ..net.slots import Address, parse_epoch, parse_nodes
+from ..net.slots import Address, parse_epoch, parse_info, parse_nodes
 from .cluster_report import CLUSTER_DOWN, ClusterReport, NodeReport, Slots
-from .primaries import parse_info
 from .progress import cancel_all
 
 _PINGS = 5

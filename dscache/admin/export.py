@@ -1,31 +1,29 @@
 """Export of all records of a prefix into lines of JSON, resumable and in bounded memory.
 
-It iterates over the keys of each primary with SCAN. A file beside the output keeps its state: the
-number of valid bytes, and the cursor of each server.
+A file beside the output keeps its state: the number of valid bytes, and the cursor of the scan.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import io
 import os
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from ..core.keys import names_with
 from ..errors import DscacheError, RecordError
+from ..net.scan import NameScan
 from . import ndjson, progress
 from .cache import AdminCache
 from .key_layout import Layout
-from .primaries import Primaries, Primary
-from .progress import JobProgress, cancel_all, errors_of, read_state, write_state
+from .primaries import Primaries
+from .progress import JobProgress, errors_of, read_state, write_state
 from .scan import Found, RecordReader, scan
 
 if TYPE_CHECKING:
@@ -71,25 +69,16 @@ class Sink:
         return size
 
 
-class _ScanPosition(msgspec.Struct, forbid_unknown_fields=True):
-    """The progress of SCAN on one server."""
-
-    run_id: str
-    cursor: str = "0"
-    done: bool = False
-
-
 class ExportState(msgspec.Struct, forbid_unknown_fields=True):
     """The state of an export; ``of`` identifies its records."""
 
     of: dict[str, str]
-    slots: list[tuple[int, int, str]] = []
+    cursor: str = ""
     size: int = 0
     visited: int = 0
     records: int = 0
     halves: int = 0
     damaged: int = 0
-    servers: dict[str, _ScanPosition] = {}
 
 
 class Target:
@@ -148,16 +137,16 @@ class Target:
 
 
 class Export:
-    """One run of an export: the records of a prefix, read from all primaries at once."""
+    """One run of an export of the records of a prefix."""
 
     def __init__(
         self, cache: AdminCache, primaries: Primaries, prefix: str, job: JobProgress
     ) -> None:
+        self._cache = cache
         self._primaries = primaries
-        self._layout = Layout.of(cache.config.options)
         self._prefix = prefix
         self._job = job
-        self._reader = RecordReader(cache, self._layout, job)
+        self._reader = RecordReader(cache, primaries, Layout.of(cache.config.options), job)
 
     async def run(
         self, sink: Sink, state: ExportState, save: Callable[[ExportState], object]
@@ -167,10 +156,11 @@ class Export:
         Raises ConnectionLost, ReplyError or another DscacheError if a server can't be read; the
         lines before remain written.
         """
-        slots = await self._slots()
-        if not state.servers:
-            state.slots = slots
-        self._resume(state)
+        job = self._job
+        job.total = max(self._primaries.size, state.visited)
+        job.done = state.visited
+        job.records = job.resumed = state.records
+        job.halves, job.damaged = state.halves, state.damaged
         saved = time.monotonic()
 
         def settle() -> None:
@@ -178,56 +168,22 @@ class Export:
                 state.size = sink.settle()
                 save(state)
 
-        async def export_from(primary: Primary) -> None:
-            nonlocal saved
-            async for lines in self._lines(primary, state):
-                sink.write(lines)
+        pages = scan(self._cache, NameScan, self._prefix, job, state.cursor or None)
+        try:
+            async for cursor, names in pages:
+                lines: list[bytes] = []
+                async for found in self._reader.read(names):
+                    lines += self._encode(found)
+                sink.write(b"".join(lines))
+                state.cursor, state.visited = cursor, job.done
+                state.records += len(lines)
+                state.halves, state.damaged = job.halves, job.damaged
                 if time.monotonic() > saved + progress.SAVE_INTERVAL:
                     settle()
                     saved = time.monotonic()
-
-        try:
-            await run_all(export_from(primary) for primary in self._primaries.all)
-            if state.slots != await self._slots():
-                self._job.warnings.append(
-                    "slots moved between nodes during the export, so records may be missing: "
-                    "export again"
-                )
         finally:
+            await pages.aclose()
             settle()
-
-    def _resume(self, state: ExportState) -> None:
-        """Keep the cursor of each server that is still the same process."""
-        job = self._job
-        servers = {}
-        for primary in self._primaries.all:
-            position = state.servers.get(primary.address)
-            if position is None or not position.run_id or position.run_id != primary.run_id:
-                # A cursor is void in another process, which orders its keys differently.
-                position = _ScanPosition(primary.run_id)
-            servers[primary.address] = position
-        state.servers = servers
-        job.total = max(self._primaries.size, state.visited)
-        job.done = state.visited
-        job.records = job.resumed = state.records
-        job.halves, job.damaged = state.halves, state.damaged
-
-    async def _lines(self, primary: Primary, state: ExportState) -> AsyncIterator[bytes]:
-        """Yield the records of one server as lines, and update the state after each SCAN."""
-        job = self._job
-        position = state.servers[primary.address]
-        if position.done:
-            return
-        pattern = self._layout.pattern(self._prefix)
-        async for cursor, keys in scan(primary, pattern, job, position.cursor):
-            ours = names_with(self._prefix, map(self._layout.name_of, keys))
-            lines: list[bytes] = []
-            async for found in self._reader.read(primary, ours):
-                lines += self._encode(found)
-            position.cursor, position.done = cursor.decode(), cursor == b"0"
-            state.records += len(lines)
-            state.visited, state.halves, state.damaged = job.done, job.halves, job.damaged
-            yield b"".join(lines)
 
     def _encode(self, found: Sequence[Found]) -> list[bytes]:
         """Return records as lines, and count the damaged ones."""
@@ -239,16 +195,3 @@ class Export:
                 self._job.note_damaged(error)
         self._job.records += len(lines)
         return lines
-
-    async def _slots(self) -> list[tuple[int, int, str]]:
-        found = await self._primaries.slots()
-        return [(one.first, one.last, f"{one.primary[0]}:{one.primary[1]}") for one in found]
-
-
-async def run_all(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run coroutines at once; raises the first error after all have ended."""
-    tasks = [asyncio.ensure_future(one) for one in jobs]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await cancel_all(tasks)

@@ -14,10 +14,11 @@ import msgspec
 
 from ..core.keys import slot_of_key
 from ..errors import RecordError, shorten
+from ..net.scan import KeyScan
 from .cache import AdminCache
 from .compare_and_set import DONE, REMOVE, SWAP, run_script
 from .key_layout import DEEPSTREAM, HASHTAG, Layout
-from .primaries import Primaries, Primary
+from .primaries import Primaries
 from .progress import JobProgress
 from .scan import Found, RecordReader, get_whole, scan
 
@@ -83,35 +84,38 @@ class Migration:
         self._prefix = prefix
         self._count = count
         self._keep = keep
-        self._reader = RecordReader(source, self._old, count)
+        self._reader = RecordReader(source, primaries, self._old, count)
 
     async def count(self) -> None:
         """Count the records, and change nothing."""
         count = self._count
         count.total = self._primaries.size
-        for primary in self._primaries.all:
-            async for _, keys in scan(primary, self._pattern, count):
-                count.already += sum(self._is_of(self._new, key) for key in keys)
-                async for found in self._read(primary, list(self._names(keys))):
-                    verified, conflicts = await self._verify(found)
-                    count.present += len(verified)
-                    self._note_conflicts(conflicts)
-                    count.copied += len(found) - len(verified) - len(conflicts)
+        async for _, keys in self._scan():
+            count.already += sum(self._is_of(self._new, key) for key in keys)
+            async for found in self._read(list(self._names(keys))):
+                verified, conflicts = await self._verify(found)
+                count.present += len(verified)
+                self._note_conflicts(conflicts)
+                count.copied += len(found) - len(verified) - len(conflicts)
 
     async def run(self) -> None:
         """Move the records, and count those that remain."""
         count = self._count
         count.total = self._primaries.size * (1 if self._keep else 2)
-        for primary in self._primaries.all:
-            async for _, keys in scan(primary, self._pattern, count):
-                async for found in self._read(primary, list(self._names(keys))):
-                    await self._move(primary, found)
+        async for _, keys in self._scan():
+            async for found in self._read(list(self._names(keys))):
+                await self._move(found)
         if not self._keep:
-            for primary in self._primaries.all:
-                async for _, keys in scan(primary, self._pattern, count):
-                    count.remaining += sum(self._is_of(self._old, key) for key in keys)
+            await self._count_remaining()
+
+    async def _count_remaining(self) -> None:
+        async for _, keys in self._scan():
+            self._count.remaining += sum(self._is_of(self._old, key) for key in keys)
 
     # -- reading
+
+    def _scan(self) -> AsyncIterator[tuple[str, list[bytes]]]:
+        return scan(self._source, KeyScan, self._pattern, self._count)
 
     def _is_of(self, layout: Layout, key: bytes) -> bool:
         """Return whether a key belongs to a layout; a key of both counts as hashtag."""
@@ -138,9 +142,9 @@ class Migration:
                 continue
             yield name
 
-    async def _read(self, primary: Primary, names: Sequence[str]) -> AsyncIterator[list[Found]]:
+    async def _read(self, names: Sequence[str]) -> AsyncIterator[list[Found]]:
         """Yield the whole records of the old layout in batches, and count the others."""
-        async for found in self._reader.read(primary, names):
+        async for found in self._reader.read(names):
             for one in found:
                 if not one.raw:
                     self._count.note_damaged(
@@ -150,7 +154,7 @@ class Migration:
 
     # -- moving
 
-    async def _move(self, primary: Primary, waiting: Sequence[Found]) -> None:
+    async def _move(self, waiting: Sequence[Found]) -> None:
         """Copy, verify and remove records; retries those that change meanwhile."""
         count = self._count
         copied: set[str] = set()
@@ -158,7 +162,7 @@ class Migration:
         for turn in range(_ROUNDS):
             if turn:
                 await asyncio.sleep(_PAUSE * turn)
-                waiting = await self._read_again(primary, waiting)
+                waiting = await self._read_again(waiting)
             written, damaged = await self._copy(waiting)
             copied |= written
             for error in damaged.values():
@@ -182,10 +186,10 @@ class Migration:
         count.copied += len(copied)
         count.present += len(present - copied)
 
-    async def _read_again(self, primary: Primary, records: Sequence[Found]) -> list[Found]:
+    async def _read_again(self, records: Sequence[Found]) -> list[Found]:
         count = self._count
         halves, damaged = count.halves, count.damaged
-        batches = self._read(primary, [one.name for one in records])
+        batches = self._read([one.name for one in records])
         found = [one async for batch in batches for one in batch]
         # They have been counted as whole already; the missing ones were removed by another process.
         count.halves, count.damaged = halves, damaged

@@ -20,9 +20,9 @@ from . import progress
 from .compare_and_set import DONE, REMOVE, run_script
 from .key_layout import Layout
 from .migration import Migration
-from .primaries import Primaries, Primary
+from .primaries import Primaries
 from .progress import RECORDS
-from .scan import Found, lifetimes, scan
+from .scan import Found, lifetimes, seconds
 
 # The beginnings of a record's text as JSON.stringify writes it, in either order of its members.
 _HEADS: Final = (b'{"_v":', b'{"_d":')
@@ -103,22 +103,13 @@ class OneKeyMigration(Migration):
         super().__init__(*arguments, **options)
         self._pattern = self._untagged.pattern("").removesuffix(b"_v")
 
-    async def run(self) -> None:
-        """Move the records, and count those that remain."""
+    async def _count_remaining(self) -> None:
         count = self._count
-        count.total = self._primaries.size * (1 if self._keep else 2)
-        for primary in self._primaries.all:
-            async for _, keys in scan(primary, self._pattern, count):
-                async for found in self._read(primary, list(self._names(keys))):
-                    await self._move(primary, found)
-        if self._keep:
-            return
         before = count.records, count.damaged, count.ambiguous
         count.records = 0
-        for primary in self._primaries.all:
-            async for _, keys in scan(primary, self._pattern, count):
-                async for _found in self._read(primary, list(self._names(keys))):
-                    pass
+        async for _, keys in self._scan():
+            async for _found in self._read(list(self._names(keys))):
+                pass
         count.remaining = count.records
         count.records, count.damaged, count.ambiguous = before
 
@@ -142,7 +133,7 @@ class OneKeyMigration(Migration):
     def _key(self, name: str) -> bytes:
         return self._untagged.keys(name)[0].removesuffix(b"_v")
 
-    async def _read(self, primary: Primary, names: Sequence[str]) -> AsyncIterator[list[Found]]:
+    async def _read(self, names: Sequence[str]) -> AsyncIterator[list[Found]]:
         """Yield the records among some keys in batches; counts damaged and ambiguous ones."""
         count = self._count
         names_by_key = {self._key(name): name for name in names}
@@ -151,7 +142,7 @@ class OneKeyMigration(Migration):
         keys = await self._unambiguous(keys, names_by_key)
         for some in await self._batches(keys):
             values = await self._primaries.execute_by_key([(key, ("GET", key)) for key in some])
-            left = await lifetimes(primary, some)
+            left = await lifetimes(self._primaries, some)
             batch: list[Found] = []
             for key, reply, ttl in zip(some, values, left, strict=True):
                 value, name = _text(reply), names_by_key[key]
@@ -163,7 +154,7 @@ class OneKeyMigration(Migration):
                         "version from 0 to 2^63-1"
                     )
                 else:
-                    batch.append(OneKeyRecord(name, *parsed, ttl, value))
+                    batch.append(OneKeyRecord(name, *parsed, seconds(ttl), value))
             yield batch
 
     async def _batches(self, keys: Sequence[bytes]) -> list[list[bytes]]:
@@ -199,10 +190,10 @@ class OneKeyMigration(Migration):
             )
         return clear
 
-    async def _read_again(self, primary: Primary, records: Sequence[Found]) -> list[Found]:
+    async def _read_again(self, records: Sequence[Found]) -> list[Found]:
         count = self._count
         before = count.records, count.ambiguous
-        found = await super()._read_again(primary, records)
+        found = await super()._read_again(records)
         count.records, count.ambiguous = before
         return found
 

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from .. import _backend
 from ..aio.cluster import Cluster
 from ..aio.connection import Connection
 from ..aio.control import ControlConnection, RawCommand, Reply
 from ..core.constants import SLOTS
-from ..core.keys import slot_of_key
-from ..errors import ConnectError, clean
-from ..net.slots import SlotRange, parse_slots
+from ..errors import ConnectError
 from .cache import AdminCache
 
 
@@ -23,8 +22,6 @@ class Primary:
 
     server: ControlConnection
     address: str
-    run_id: str
-    """A new one after each start of the server; empty if INFO is refused."""
     size: int
     """The number of keys at the start."""
 
@@ -51,9 +48,10 @@ class Primaries:
 
         Raises ConnectionLost.
         """
+        slot = _backend.core.slot_of_key
         by_server: dict[ControlConnection, list[int]] = {}
         for number, (key, _) in enumerate(commands):
-            owner = self._by_slot[slot_of_key(key)] if self._by_slot else self.all[0]
+            owner = self._by_slot[slot(key)] if self._by_slot else self.all[0]
             by_server.setdefault(owner.server, []).append(number)
         replies: dict[int, Reply] = {}
 
@@ -63,20 +61,6 @@ class Primaries:
 
         await asyncio.gather(*(execute_on(*one) for one in by_server.items()))
         return [replies[number] for number in range(len(commands))]
-
-    async def slots(self) -> list[SlotRange]:
-        """Return the current slot ranges in order; empty for a single server.
-
-        Raises ReplyError and ConnectionLost.
-        """
-        if self._by_slot is None:
-            return []
-        server = self.all[0].server
-        reply = await server.execute("CLUSTER", "SLOTS")
-        # A node that doesn't know its own host leaves it out.
-        host, _, port = server.address.rpartition(":")
-        asked = (host.strip("[]"), int(port))
-        return sorted(parse_slots(reply, asked), key=lambda one: one.first)
 
 
 @asynccontextmanager
@@ -121,22 +105,5 @@ async def open_primaries(cache: AdminCache) -> AsyncIterator[Primaries]:
 
 
 async def _measure(server: ControlConnection) -> Primary:
-    size, info = await server.execute_many(["DBSIZE"], ["INFO", "server"])
-    return Primary(
-        server=server,
-        address=server.address,
-        run_id=parse_info(info).get("run_id", ""),
-        size=size if isinstance(size, int) else 0,
-    )
-
-
-def parse_info(reply: Reply) -> dict[str, str]:
-    """Return the ``name:value`` lines of a reply to INFO; empty for an error reply."""
-    if not isinstance(reply, bytes):
-        return {}
-    lines = reply.decode(errors="replace").splitlines()
-    return {
-        clean(name): clean(value)
-        for name, colon, value in (one.partition(":") for one in lines)
-        if colon
-    }
+    (size,) = await server.execute_many(["DBSIZE"])
+    return Primary(server, server.address, size if isinstance(size, int) else 0)

@@ -52,7 +52,6 @@ class JobProgress:
     """The part of ``records`` that an earlier run had done."""
     notes: list[str] = field(default_factory=list)
     """The first faults, one text each."""
-    warnings: list[str] = field(default_factory=list)
 
     def position(self) -> tuple[int, int, int]:
         """Return the work done, its total, and the records of this run, for a progress bar."""

@@ -1,18 +1,21 @@
-"""Reading of all records of a prefix: SCAN on each primary, then the records in bounded batches."""
+"""Reading of all records of a prefix: a scan of their servers, then the records in batches."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from ..aio.control import RawCommand
+from ..aio.memory import MemoryNode
+from ..aio.scan import Pages
 from ..cache import AsyncCache
 from ..errors import BulkError, RecordError, ReplyError
+from ..net.scan import KeyScan
 from . import progress
+from .cache import AdminCache
 from .key_layout import Layout
-from .primaries import Primary
+from .primaries import Primaries
 from .progress import RECORDS, JobProgress
 
 if TYPE_CHECKING:
@@ -20,8 +23,11 @@ if TYPE_CHECKING:
 
 SCAN_COUNT = 1000
 """Keys that one SCAN visits; other clients are served between two of them."""
-# The lifetime of a key that no longer exists, as PTTL returns it.
-_GONE = -2
+GONE: Final = -2
+"""The lifetime of a key that no longer exists, as PTTL returns it."""
+# A slot that moves is asked for again, this often and after so many seconds.
+_TRIES, _PAUSE = 40, 0.05
+_MOVING = ("MOVED", "ASK", "TRYAGAIN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,56 +41,66 @@ class Found:
 
 
 async def scan(
-    primary: Primary, pattern: bytes, job: JobProgress, cursor: bytes | str = b"0"
-) -> AsyncIterator[tuple[bytes, list[bytes]]]:
-    """Yield keys of a server, without repetitions, and the cursor that follows them, 0 at the end.
+    cache: AdminCache,
+    make: Callable[..., KeyScan],
+    text: Any,
+    job: JobProgress,
+    cursor: str | None = None,
+) -> AsyncGenerator[tuple[str, list[Any]], None]:
+    """Yield what a scan finds, page by page, and the cursor behind each page.
 
-    The server scans on while the caller handles the keys.
+    ``make`` is NameScan, for the names that begin with ``text``, or KeyScan, for the keys that
+    match it. The servers scan on while the caller handles a page.
     """
-
-    def begin() -> asyncio.Future[tuple[bytes, list[bytes]]]:
-        command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT)
-        task = asyncio.ensure_future(primary.server.execute(*command))
-        # Its error is of no use to a caller that has stopped.
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return task
-
-    scanning = begin()
+    topology = cache.topology
+    assert not isinstance(topology, MemoryNode)
+    pages = Pages(topology, make, cache.config.options, text, SCAN_COUNT, cursor)
+    before = job.done
+    scanning = asyncio.ensure_future(pages.next())
     try:
-        while True:
-            cursor, keys = await scanning
-            if is_last := int(cursor) == 0:
-                cursor = b"0"
-            else:
-                scanning = begin()
-            job.done = min(job.done + SCAN_COUNT, job.total)
-            yield cursor, list(dict.fromkeys(keys))
-            if is_last:
-                return
+        while (page := await scanning) is not None:
+            scanning = asyncio.ensure_future(pages.next())
+            found, cursor, visited = page
+            job.done = min(before + visited, job.total)
+            yield cursor, found
     finally:
         scanning.cancel()
+        # Its error is of no use to a caller that has stopped.
+        scanning.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 class RecordReader:
-    """Reads records with their lifetimes, as many at once as fit in some megabytes."""
+    """Reads records with their lifetimes, as many at once as fit in some megabytes.
 
-    def __init__(self, cache: AsyncCache, layout: Layout, job: JobProgress) -> None:
+    ``on_damaged`` is called with the error of each damaged record, in place of counting it.
+    """
+
+    def __init__(
+        self,
+        cache: AsyncCache,
+        primaries: Primaries,
+        layout: Layout,
+        job: JobProgress,
+        on_damaged: Callable[[Exception], object] | None = None,
+    ) -> None:
         self._cache = cache
+        self._primaries = primaries
         self._layout = layout
         self._job = job
+        self._on_damaged = on_damaged or job.note_damaged
         self._batch = RECORDS
         self._halves = cache.stats()["halves"]
 
-    async def read(self, primary: Primary, names: Sequence[str]) -> AsyncIterator[list[Found]]:
+    async def read(self, names: Sequence[str]) -> AsyncIterator[list[Found]]:
         """Yield the whole records of some names, in batches; counts halves and damaged ones."""
         while names:
             some, names = names[: self._batch], names[self._batch :]
-            yield await self._read(primary, some)
+            yield await self._read(some)
 
-    async def _read(self, primary: Primary, names: Sequence[str]) -> list[Found]:
+    async def _read(self, names: Sequence[str]) -> list[Found]:
         records, damaged = await get_whole(self._cache, names)
         for error in damaged.values():
-            self._job.note_damaged(error)
+            self._on_damaged(error)
         # A record deleted since SCAN found its key isn't counted as a half.
         halves = self._cache.stats()["halves"]
         self._job.halves += halves - self._halves
@@ -92,12 +108,11 @@ class RecordReader:
         if records:
             size = sum(len(record.raw) for record in records.values())
             self._batch = max(min(RECORDS, progress.BYTES * len(records) // (size + 1)), 1)
-        keys = [self._layout.keys(name)[0] for name in records]
-        left = await lifetimes(primary, keys)
+        left = await lifetimes(self._primaries, [self._layout.keys(name)[0] for name in records])
         return [
-            Found(name, record.version, record.raw, lifetime)
+            Found(name, record.version, record.raw, seconds(lifetime))
             for (name, record), lifetime in zip(records.items(), left, strict=True)
-            if lifetime != _GONE
+            if lifetime != GONE
         ]
 
 
@@ -106,27 +121,57 @@ async def get_whole(
 ) -> tuple[Mapping[str, Record], Mapping[str, Exception]]:
     """Return the whole records of some names, and the errors of damaged ones.
 
-    Raises any other error.
+    Raises any other error of a record.
     """
     try:
         return await cache.get_bulk(names), {}
     except BulkError as error:
         for reason in error.errors.values():
             if not isinstance(reason, RecordError):
-                raise
+                raise reason from None
         return error.result, error.errors
 
 
-async def lifetimes(primary: Primary, keys: Sequence[bytes]) -> list[int | None]:
-    """Return the remaining seconds of keys: None without a lifetime, _GONE if there is no key."""
-    commands: list[RawCommand] = [("PTTL", key) for key in keys]
-    left: list[int | None] = []
-    for answer in await primary.server.execute_many(*commands):
-        if isinstance(answer, ReplyError) and answer.code not in ("MOVED", "ASK", "TRYAGAIN"):
-            raise answer
-        if not isinstance(answer, int) or answer == -1:
-            left.append(None)
+async def lifetimes(primaries: Primaries, keys: Sequence[bytes]) -> list[int]:
+    """Return the remaining milliseconds of keys, as PTTL does.
+
+    Raises ReplyError if a server refuses, or if a slot moves for too long.
+    """
+    found: dict[bytes, int] = {}
+    answers = await primaries.execute_by_key([(key, ("PTTL", key)) for key in keys])
+    error = _note(found, keys, answers)
+    for _ in range(_TRIES):
+        if error is None:
+            break
+        missing = [key for key in keys if key not in found]
+        for primary in primaries.all:
+            answers = await primary.server.execute_many(*(("PTTL", key) for key in missing))
+            error = _note(found, missing, answers)
+            missing = [key for key in missing if key not in found]
+            if not missing:
+                break
         else:
-            # Rounded up, so that no lifetime gets shorter.
-            left.append(_GONE if answer < 0 else max(-(-answer // 1000), 1))
-    return left
+            await asyncio.sleep(_PAUSE)
+    if error is not None:
+        raise error
+    return [found[key] for key in keys]
+
+
+def _note(
+    found: dict[bytes, int], keys: Sequence[bytes], answers: Sequence[object]
+) -> ReplyError | None:
+    """Note the lifetimes that a server told; return its error about a key that it lacks."""
+    moving = None
+    for key, answer in zip(keys, answers, strict=True):
+        if isinstance(answer, ReplyError):
+            if answer.code not in _MOVING:
+                raise answer
+            moving = answer
+        elif isinstance(answer, int):
+            found[key] = answer
+    return moving
+
+
+def seconds(milliseconds: int) -> int | None:
+    """Return a lifetime in seconds, rounded up; None for a key without one."""
+    return None if milliseconds < 0 else max(-(-milliseconds // 1000), 1)

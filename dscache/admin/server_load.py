@@ -19,8 +19,8 @@ from ..aio.cluster import Cluster
 from ..aio.control import ControlConnection
 from ..config import Config, Options
 from ..errors import DscacheError
+from ..net.slots import parse_info
 from .cache import AdminCache, open_cache
-from .primaries import parse_info
 
 _PINGS: Final = 3
 _SECTIONS: Final = (

@@ -10,6 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import ref
 
+from msgspec import Raw
+
 from ..core import changes as core
 from ..core.holder import Holder
 from ..net.backoff import full_jitter
@@ -79,9 +81,11 @@ class Changes:
 
         ``loop`` is the running one, which Python 3.11 finds only by a system call.
         """
-        timing = core.Timing(self._timeout, loop.time, _pause_after)
+        deadline = loop.time() + self._timeout
+        timing: core.Timing | None = None
         task = asyncio.current_task(loop)
         queue = self._queues.get(name)
+        is_first = queue is None
         if queue is None:
             queue = self._new_queue(name)
         else:
@@ -92,21 +96,48 @@ class Changes:
         update = _Update(task)
         try:
             queue.append(ref(update))
-            while _first(queue) is not update:
-                rest = timing.rest()
-                if not rest:
-                    raise core.late_turn(operation, name, self._timeout)
-                update.turn = loop.create_future()
-                await asyncio.wait([update.turn], timeout=min(rest, _GLANCE))
+            if not is_first:
+                timing = core.Timing(self._timeout, loop.time, _pause_after, deadline)
+                while _first(queue) is not update:
+                    rest = timing.rest()
+                    if not rest:
+                        raise core.late_turn(operation, name, self._timeout)
+                    update.turn = loop.create_future()
+                    await asyncio.wait([update.turn], timeout=min(rest, _GLANCE))
+            known: list[Any] = []
+            if type is None and not if_changed:
+                # The usual steps, without the generator, which would add a tenth to them. If
+                # anything else is to be done, the generator gets the results so far, and goes on.
+                record = await reader.get(name)
+                known.append(record)
+                if record is not None:
+                    version = record.version
+                    data = change(core.data_of(record))
+                    known.append(data)
+                    if (
+                        data.__class__ in core.PLAIN
+                        and version < core.MAX_VERSION
+                        and loop.time() < deadline
+                    ):
+                        text = core.text_of(name, data)
+                        done = await writer.set(name, version + 1, Raw(text), ttl, False, version)
+                        if done:
+                            return core.record_of(name, version + 1, text)
+                        known.append(done)
+            if timing is None:
+                timing = core.Timing(self._timeout, loop.time, _pause_after, deadline)
             steps = core.change_steps(operation, name, default, ttl, timing, if_changed, type)
             step, arguments = next(steps)
+            known.reverse()
             while True:
-                if step == "get":
-                    result: Any = await reader.get(*arguments)
+                if known:
+                    result: Any = known.pop()
+                    if step == core.CHANGE:
+                        result = await _awaited(result, operation, name, timing)
+                elif step == "get":
+                    result = await reader.get(*arguments)
                 elif step == core.CHANGE:
-                    result = change(*arguments)
-                    if result.__class__ not in core.PLAIN and inspect.isawaitable(result):
-                        result = await _in_time(result, operation, name, timing)
+                    result = await _awaited(change(*arguments), operation, name, timing)
                 elif step == core.PAUSE:
                     await asyncio.sleep(*arguments)
                     result = None
@@ -115,13 +146,17 @@ class Changes:
                 try:
                     step, arguments = steps.send(result)
                 except StopIteration as end:
-                    record: Record | None = end.value
-                    return record
+                    changed: Record | None = end.value
+                    return changed
         finally:
             update.is_over = True
+            if len(queue) == 1 and queue[0]() is update and self._queues.get(name) is queue:
+                del self._queues[name]  # as most updates wait for none
+                queue = None
             # A traceback may be kept for long, and must not keep the turn.
             del update
-            self._end_turn(name, queue)
+            if queue is not None:
+                self._end_turn(name, queue)
 
     def _new_queue(self, name: str) -> _Queue:
         if len(self._queues) >= self._most:
@@ -140,6 +175,13 @@ class Changes:
                 update.turn.set_result(None)
         elif self._queues.get(name) is queue:
             del self._queues[name]
+
+
+async def _awaited(result: Any, operation: str, name: str, timing: core.Timing) -> Any:
+    """Return the data that a change has returned, or will return."""
+    if result.__class__ not in core.PLAIN and inspect.isawaitable(result):
+        return await _in_time(result, operation, name, timing)
+    return result
 
 
 async def _in_time(result: Awaitable[Any], operation: str, name: str, timing: core.Timing) -> Any:

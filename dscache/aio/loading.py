@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from inspect import isawaitable
 from typing import Any, TypeAlias
 
-from ..core import loading
-from ..core.loading import Do, Flight, Load, Outcome, Step, Terms
+from ..core import loading, notes
+from ..core.fetch_terms import Checks, Terms
+from ..core.flights import Flight
+from ..core.loading import Do, Load, Outcome, Step
+from ..core.notes import note_of
+from ..core.typed import TypedRead
 from ..errors import BulkError, ConnectionLost, DscacheError, shorten
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], Coroutine[Any, Any, object]]
@@ -23,24 +28,29 @@ class Loads:
     """The loads under way in one cache. ``entry`` is where the operations of a cache go."""
 
     def __init__(self, default_ttl: int | None) -> None:
-        self.checks = loading.Checks(default_ttl)
+        self.checks = Checks(default_ttl)
         self._tasks: dict[_Key, tuple[asyncio.Task[Outcome], Flight]] = {}
 
-    async def fetch(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
+    async def fetch(
+        self,
+        entry: Any,
+        reads: tuple[Awaitable[Any], Awaitable[Any]],
+        name: str,
+        load: Callable[[str], Any],
+        terms: Terms,
+    ) -> Any:
         """Return a record read together with its note; begin a refresh if it is due."""
-        # Both join the tick's batch of reads.
-        read = entry.get(name), entry.get(loading.note_of(name))
-        answers = await asyncio.gather(*read, return_exceptions=True)
+        answers = await asyncio.gather(*reads, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         record, note = answers
         if record is None:
             return await self.load(entry, name, load, terms)
-        found = {name: record} if note is None else {name: record, loading.note_of(name): note}
+        found = {name: record} if note is None else {name: record, note_of(name): note}
         due = loading.due_names(found, [name], self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, terms), _single(load), entry)
+            self._begin(True, due, loading.refresh(due, found, terms), _single(load), entry)
         return record
 
     async def load(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
@@ -63,11 +73,11 @@ class Loads:
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]
-        found = await entry.get_bulk([*names, *map(loading.note_of, aged)])
+        found = await entry.get_bulk([*names, *map(note_of, aged)])
         load = _many(load_many)
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, terms), load, entry)
+            self._begin(True, due, loading.refresh(due, found, terms), load, entry)
         records = {name: found[name] for name in names if name in found}
         if self.checks.missing:
             await self.end_missing(entry, records.values())
@@ -132,6 +142,88 @@ class Loads:
             await asyncio.wait(tasks, timeout=seconds)
 
 
+class SlowFetches:
+    """The calls of ``fetch`` that are no plain hits; a task completes the future of each."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, entry: Any, loads: Loads) -> None:
+        self._loop = loop
+        self._entry = entry
+        self._loads = loads
+
+    def check_age(
+        self, waiter: asyncio.Future[Any], name: str, load: Any, terms: Terms, type_: Any, /
+    ) -> None:
+        """Read a record with its note, in the caller's context; complete the future ``waiter``."""
+        # Both join the tick's batch of reads.
+        reads = self._entry.get(name), self._entry.get(note_of(name))
+        work = self._loads.fetch(self._entry, reads, name, load, terms)
+        self._complete_by(work, waiter, type_)
+
+    def go_on(
+        self,
+        waiter: asyncio.Future[Any],
+        name: str,
+        load: Any,
+        terms: Terms,
+        type_: Any,
+        found: Any,
+        context: Context,
+        /,
+    ) -> None:
+        """Complete the future after a read that found the record ``found``, or None."""
+        # Later, as the pipeline is in the middle of its replies.
+        self._loop.call_soon(self._begin, waiter, name, load, terms, type_, found, context=context)
+
+    def _begin(
+        self,
+        waiter: asyncio.Future[Any],
+        name: str,
+        load: Any,
+        terms: Terms,
+        type_: Any,
+        found: Any,
+    ) -> None:
+        if waiter.done():  # its caller was cancelled
+            return
+        if found is None:
+            work = self._loads.load(self._entry, name, load, terms)
+        else:
+            work = self._found(found)
+        self._complete_by(work, waiter, type_)
+
+    async def _found(self, record: Any) -> Any:
+        await self._loads.end_missing(self._entry, [record])
+        return record
+
+    def _complete_by(
+        self, work: Coroutine[Any, Any, Any], waiter: asyncio.Future[Any], type_: Any
+    ) -> None:
+        task = self._loop.create_task(work)
+        task.add_done_callback(partial(_complete, waiter, type_))
+        waiter.add_done_callback(partial(_cancel, task))
+
+
+def _complete(waiter: asyncio.Future[Any], type_: Any, work: asyncio.Task[Any]) -> None:
+    """Give a caller's future the outcome of its task."""
+    error = None if work.cancelled() else work.exception()
+    if waiter.done():
+        return
+    if work.cancelled():
+        waiter.cancel()
+    elif error is not None:
+        waiter.set_exception(error)
+    elif type_ is not None:
+        TypedRead(waiter, type_).set_result(work.result())
+    else:
+        waiter.set_result(work.result())
+
+
+def _cancel(work: asyncio.Task[Any], waiter: asyncio.Future[Any]) -> None:
+    """End the task of a caller that was cancelled."""
+    if waiter.cancelled():
+        work.cancel()
+
+
 async def _drive(steps: loading.Steps, load: _Loader, entry: Any, flight: Flight) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
@@ -153,14 +245,21 @@ async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
     if isinstance(step, Load):
-        renewing = asyncio.ensure_future(
-            _renew(step.renewal, entry, flight, asyncio.current_task())
-        )
+        renewing: list[asyncio.Task[None]] = []
+        driver = asyncio.current_task()
+
+        def begin() -> None:
+            renewing.append(asyncio.ensure_future(_renew(step.renewal, entry, flight, driver)))
+
+        # Most loads end before it is due.
+        timer = asyncio.get_running_loop().call_later(notes.RENEW_SECONDS, begin)
         try:
             with flight.loading():
                 return await load(step.names)
         finally:
-            renewing.cancel()
+            timer.cancel()
+            for task in renewing:
+                task.cancel()
     return await asyncio.sleep(step.seconds)
 
 
@@ -172,10 +271,10 @@ async def _renew(
 ) -> None:
     """Renew leases until cancelled, or until the task that has them is done."""
     while driver is None or not driver.done():
-        await asyncio.sleep(loading.RENEW_SECONDS)
         step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
             await getattr(entry, step.operation)(*step.arguments)
+        await asyncio.sleep(notes.RENEW_SECONDS)
 
 
 async def _load_nothing(_names: tuple[str, ...]) -> object:

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..config import Options
 from ..errors import BulkError, ConnectionLost, DscacheError
-from ..net.scan import (
-    Finds,
-    Item,
-    MemoryScan,
-    Names,
-    NameScan,
-    Pause,
-    Reply,
-    Request,
-    check_arguments,
-)
+from ..net.finds import Finds, Item, MemoryScan, check_arguments
+from ..net.scan import KeyScan, Names, NameScan, Pause, Reply, Request
 from .connection import Connection
 from .lifecycle import LoopBound
 from .memory import MemoryNode
@@ -27,7 +18,69 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 
-class AsyncScan(LoopBound, AsyncIterator[Item]):
+class ScanDriver(LoopBound):
+    """Takes the steps of a scan, over the connections that its cache has already."""
+
+    def __init__(
+        self, topology: MemoryNode | Connection | Cluster, is_closed: Callable[[], bool]
+    ) -> None:
+        super().__init__("an AsyncCache")
+        self._topology = topology
+        self._has_begun = False
+        self._is_closed = is_closed
+
+    def _where(self) -> tuple[Any, ...]:
+        """Return the arguments of a KeyScan that lead it to the nodes of a cluster."""
+        cluster = self._topology
+        if isinstance(cluster, MemoryNode | Connection):
+            return ()
+
+        def owner(slot: int) -> str | None:
+            node = cluster.owner(slot)
+            return None if node is None else node.info.shown
+
+        return owner, cluster.look_again
+
+    async def advance(self, finds: Finds[Any]) -> bool:
+        """Go on to the next names; return False at the end."""
+        self._check_cache()
+        if not self._has_begun:
+            await self._topology.when_ready()
+            self._has_begun = True
+        reply: Reply | None = None
+        error: Exception | None = None
+        while True:
+            step = finds.next_step(reply, error)
+            reply = error = None
+            if not isinstance(step, Request | Pause):
+                return isinstance(step, Names)
+            if isinstance(step, Pause):
+                await asyncio.sleep(step.seconds)
+                continue
+            try:
+                reply = await self._ask(step)
+            except (OSError, DscacheError) as failure:
+                self._check_cache()
+                error = failure
+
+    async def _ask(self, request: Request) -> Reply:
+        topology = self._topology
+        assert not isinstance(topology, MemoryNode)
+        if isinstance(topology, Connection):
+            node = topology
+        else:
+            node = topology.nodes.open(topology.state.node_at(request.node))
+        self._check_cache()
+        if not node.is_ready:
+            await node.when_ready()
+        return Reply(node.link, await node.ask(*request.commands))
+
+    def _check_cache(self) -> None:
+        if self._is_closed():
+            raise ConnectionLost("the cache is closed")
+
+
+class AsyncScan(ScanDriver, AsyncIterator[Item]):
     """The names or Records of a prefix, by ``async for``; made by ``AsyncCache.scan``.
 
     It has no connection and no task of its own, so an iteration may stop anywhere. An exception
@@ -46,24 +99,13 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
         cursor: str | None,
         type: Any = None,
     ) -> None:
-        super().__init__("an AsyncCache")
+        super().__init__(topology, is_closed)
         check_arguments(prefix, count, cursor, type, records=records)
-        self._topology = topology
-        self._has_begun = False
-        self._is_closed = is_closed
         scan: NameScan | MemoryScan
         if isinstance(topology, MemoryNode):
             scan = MemoryScan(topology.pipeline.names, prefix, count, cursor)
-        elif isinstance(topology, Connection):
-            scan = NameScan(options, prefix, count, cursor)
         else:
-            cluster = topology
-
-            def owner(slot: int) -> str | None:
-                node = cluster.owner(slot)
-                return None if node is None else node.info.shown
-
-            scan = NameScan(options, prefix, count, cursor, owner, cluster.look_again)
+            scan = NameScan(options, prefix, count, cursor, *self._where())
         self._finds: Finds[Item] = Finds(scan, records=records, type=type)
 
     @property
@@ -101,49 +143,11 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
                 await self._read(finds.next_names())
                 continue
             try:
-                if not await self._advance():
+                if not await self.advance(finds):
                     raise StopAsyncIteration
             except BaseException:
                 finds.restart()
                 raise
-
-    async def _advance(self) -> bool:
-        """Go on to the next names; return False at the end."""
-        self._check_cache()
-        if not self._has_begun:
-            await self._topology.when_ready()
-            self._has_begun = True
-        reply: Reply | None = None
-        error: Exception | None = None
-        while True:
-            step = self._finds.next_step(reply, error)
-            reply = error = None
-            if not isinstance(step, Request | Pause):
-                return isinstance(step, Names)
-            if isinstance(step, Pause):
-                await asyncio.sleep(step.seconds)
-                continue
-            try:
-                reply = await self._ask(step)
-            except (OSError, DscacheError) as failure:
-                self._check_cache()
-                error = failure
-
-    async def _ask(self, request: Request) -> Reply:
-        topology = self._topology
-        assert not isinstance(topology, MemoryNode)
-        if isinstance(topology, Connection):
-            node = topology
-        else:
-            node = topology.nodes.open(topology.state.node_at(request.node))
-        self._check_cache()
-        if not node.is_ready:
-            await node.when_ready()
-        return Reply(node.link, await node.ask(*request.commands))
-
-    def _check_cache(self) -> None:
-        if self._is_closed():
-            raise ConnectionLost("the cache is closed")
 
     async def _read(self, names: list[str]) -> None:
         self._check_cache()
@@ -153,3 +157,28 @@ class AsyncScan(LoopBound, AsyncIterator[Item]):
             self._finds.add_records(names, await pipeline.get_bulk(names))
         except BulkError as error:
             self._finds.add_records(names, error.result, error)
+
+
+class Pages(ScanDriver):
+    """The keys or names that a scan finds, in pages, and the cursor behind each page."""
+
+    def __init__(
+        self,
+        topology: Connection | Cluster,
+        make: Callable[..., KeyScan],
+        options: Options,
+        text: Any,
+        count: int,
+        cursor: str | None = None,
+    ) -> None:
+        super().__init__(topology, lambda: False)
+        self._scan = make(options, text, count, cursor, *self._where())
+        self._finds: Finds[Any] = Finds(self._scan, records=False)
+
+    async def next(self) -> tuple[list[Any], str, int] | None:
+        """Return a page, the cursor behind it and the number of keys visited; None at the end."""
+        if not await self.advance(self._finds):
+            return None
+        page = list(self._finds.ready)
+        self._finds.ready.clear()
+        return page, self._scan.cursor_behind(), self._scan.visited

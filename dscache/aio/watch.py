@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self
-
-from msgspec.structs import replace
+from typing import TYPE_CHECKING, Any, Self
 
 from .._cache import warn_of_dropped
-from ..config import Config, Options
+from ..config import Options
 from ..core import typed
-from ..core.holder import Place
 from ..core.record import DataT
-from ..errors import BulkError, ConnectError, ConnectionLost, DscacheError, UsageError, shorten
+from ..errors import ConnectError, ConnectionLost, DscacheError
 from ..net.backoff import full_jitter
-from ..net.watch import (
-    CHECK_INTERVAL,
-    LONGEST_PAUSE,
-    PAUSE,
-    Change,
-    Changes,
-    check_pushes,
-    check_role,
-    primaries_only,
-)
+from ..net.watch import CHECK_INTERVAL, LONGEST_PAUSE, PAUSE, Change, check_pushes, check_role
+from ..net.watching import WatchBase, Watching
 from .connection import Connection
 from .control import ControlConnection
 from .lifecycle import LoopBound, close_dropped
 from .memory import MemoryNode
 
 if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
-
     from ..core.pure import Record
     from .cluster import Cluster
 
@@ -54,137 +40,24 @@ class AsyncChange(Change[DataT]):
         return found
 
 
-class AsyncWatch(AsyncIterator[AsyncChange[DataT]]):
-    """The changes of the records of a prefix, by ``async with`` and ``async for``.
+class _Watching(LoopBound, Watching[DataT]):
+    """A watch whose tasks listen to the primaries, each to one."""
 
-    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
-    its cache until then.
-    """
+    _kind = AsyncChange
+    _event = asyncio.Event
+    _usage = "async with"
+    _topology: MemoryNode | Connection | Cluster
+    _found: deque[AsyncChange[DataT]]
 
-    def __init__(
-        self,
-        cache: object,
-        topology: MemoryNode | Connection | Cluster,
-        config: Config,
-        credentials: CredentialProvider | None,
-        prefix: str,
-        *,
-        records: bool,
-        max_pending: int,
-        type: Any = None,
-    ) -> None:
-        self._cache = cache
-        self._shown = f"{shorten(prefix)} at {config.address}"
-        # Its tasks refer to this one alone, so that a watch that the program drops is noticed.
-        self._watching: _Watching[DataT] = _Watching(
-            topology,
-            config,
-            credentials,
-            prefix,
-            records=records,
-            max_pending=max_pending,
-            type=type,
-        )
-
-    @property
-    def addresses(self) -> list[str]:
-        """The addresses of the primaries that report changes."""
-        return self._watching.addresses
-
-    @property
-    def skipped(self) -> int:
-        """How many reports were left out so far, as the names in their keys are no UTF-8."""
-        return self._watching.skipped
-
-    async def __aenter__(self) -> Self:
-        await self._watching.begin()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """End the watch, its connections and tasks; a second call does nothing."""
-        await self.end(None)
-
-    async def end(self, reason: Exception | None) -> None:
-        """Close; an iteration under way raises the reason, or ends if it is None."""
-        await self._watching.end(reason)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> AsyncChange[DataT]:
-        return await self._watching.next()
-
-    def __repr__(self) -> str:
-        return f"<AsyncWatch of {self._shown}>"
-
-    def __del__(self) -> None:
-        watching = self.__dict__.get("_watching")
-        if watching is None or not watching.is_listening or sys.is_finalizing():
-            return
-        try:
-            close_dropped(watching.loop, partial(watching.end, None))
-        finally:
-            self._cache = None  # the warning may be kept, and this object with it
-            warn_of_dropped(self, "use async with, or await its close()")
-
-
-class _Watching(LoopBound, Generic[DataT]):
-    """Changes that a watch has heard of, and the tasks that listen for them."""
-
-    def __init__(
-        self,
-        topology: MemoryNode | Connection | Cluster,
-        config: Config,
-        credentials: CredentialProvider | None,
-        prefix: str,
-        *,
-        records: bool,
-        max_pending: int,
-        type: Any = None,
-    ) -> None:
-        super().__init__("an AsyncCache")
-        self._topology = topology
-        self._options = options = config.options
-        self._credentials = credentials
-        self._private: Connection | Cluster | None = None
-        self._of_primaries = replace(config, options=primaries_only(options))
-        self._news = asyncio.Event()
-        self._type = type
-        self._changes = Changes(
-            options,
-            prefix,
-            self._news.set,
-            records=records,
-            max_pending=max_pending,
-            read=self._get,
-            kind=AsyncChange,
-            as_type=type,
-        )
-        self._found: deque[AsyncChange[DataT]] = deque()
-        self._place = Place()  # of the one consumer
-        self._failures = 0
-        self._end: Exception | None = None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        LoopBound.__init__(self, "an AsyncCache")
+        Watching.__init__(self, *arguments, **options)
         self._main: asyncio.Task[None] | None = None
-        self._listening: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, asyncio.Future[None]] = {}
-        self._has_begun = False
 
     @property
-    def addresses(self) -> list[str]:
-        return list(self._listening)
-
-    @property
-    def skipped(self) -> int:
-        """How many reports were left out so far, as the names in their keys are no UTF-8."""
-        return self._changes.skipped
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether it has begun, and must be closed in this process."""
-        return self._has_begun and not self._closed and self._pid == os.getpid()
+    def is_closed(self) -> bool:  # type: ignore[override] # set by ``end`` alone
+        return self._closed
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -194,9 +67,7 @@ class _Watching(LoopBound, Generic[DataT]):
 
     async def begin(self) -> None:
         self._check_owner()
-        if self._has_begun or self._closed:
-            raise UsageError("a watch is entered once; call watch() again")
-        self._has_begun = True
+        self._enter()
         try:
             await self._begin()
         except BaseException:
@@ -207,14 +78,14 @@ class _Watching(LoopBound, Generic[DataT]):
         topology = self._topology
         if isinstance(topology, MemoryNode):
             await topology.when_ready()
-            topology.pipeline.listeners.append(self._changes.note_changed)
+            topology.pipeline.listeners.append(self.changes.note_changed)
             return
         if self._of_primaries.options != self._options:
             # Its reads may be of replicas, or may fill a near cache.
             if isinstance(topology, Connection):
-                self._private = Connection(self._of_primaries.options, self._credentials)
+                self._private = Connection(self._of_primaries.options, self.credentials)
             else:
-                self._private = topology.__class__(self._of_primaries, self._credentials)
+                self._private = topology.__class__(self._of_primaries, self.credentials)
             self._topology = topology = self._private
         await topology.when_ready()
         self._update()
@@ -229,7 +100,7 @@ class _Watching(LoopBound, Generic[DataT]):
             self._found.clear()
         self._news.set()
         if isinstance(self._topology, MemoryNode):
-            self._topology.pipeline.forget(self._changes.note_changed)
+            self._topology.pipeline.forget(self.changes.note_changed)
         tasks = [*self._listening.values(), *([self._main] if self._main else [])]
         for task in tasks:
             task.cancel()
@@ -254,11 +125,7 @@ class _Watching(LoopBound, Generic[DataT]):
         found = self._found
         if not found:
             self._check_owner()
-            if not self._has_begun:
-                raise UsageError("use async with cache.watch(...) as changes, and iterate over it")
-            holder = self._place.take()
-            if holder is None:
-                raise UsageError("this watch is in use already; call watch() once per consumer")
+            holder = self._hold()
             try:
                 while not found:
                     await self._find()
@@ -270,13 +137,9 @@ class _Watching(LoopBound, Generic[DataT]):
         """Take events or read some names, or wait for either."""
         if self._closed:
             raise self._end or StopAsyncIteration
-        self._news.clear()
-        self._changes.move_events(self._found)
-        if self._found:
-            return
-        if names := self._changes.take_names():
+        if names := self._look():
             await self._read_names(names)
-        else:
+        elif names is not None:
             await self._wait()
 
     async def _wait(self) -> None:
@@ -293,29 +156,13 @@ class _Watching(LoopBound, Generic[DataT]):
                 memory.expire()
 
     async def _read_names(self, names: list[str]) -> None:
-        changes = self._changes
-        pipeline: Any = self._topology.pipeline
+        read = getattr(self._topology.pipeline, self.changes.operation)
         try:
-            try:
-                found = changes.changes_of(names, await getattr(pipeline, changes.operation)(names))
-            except BulkError as error:
-                found = changes.changes_of(names, error.result, error)
-        except DscacheError:
-            # The loss of a server is an event of its own. The names are read once it is back.
-            changes.back(names)
-            changes.finish()
-            if not self._closed:
-                await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
-            self._failures += 1
-            return
-        if not self._closed:
-            self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
-        changes.finish()
-        if found:
-            self._failures = 0
-        else:
-            await asyncio.sleep(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
-            self._failures += 1
+            pause = self._settle(names, await read(names))
+        except DscacheError as error:
+            pause = self._settle(names, {}, error)
+        if pause and not self._closed:
+            await asyncio.sleep(pause)
 
     def _get(self, name: str) -> asyncio.Future[Record[DataT] | None]:
         operations: Any = self._topology.pipeline
@@ -352,22 +199,18 @@ class _Watching(LoopBound, Generic[DataT]):
             wanted = {self._options.address: self._of_primaries.options}
         else:
             wanted = {one.address: one for one in topology.primaries().values()}
-        listening = self._listening
-        departed = listening.keys() - wanted.keys()
-        is_first = self._main is None
-        for address in wanted.keys() - listening.keys():
-            if not is_first:
-                self._changes.lose(address, "it has become a primary of the cluster")
-            self._ready[address] = ready = self._loop.create_future()
-            task = listening[address] = asyncio.create_task(
-                self._listen(address, wanted[address], ready if is_first else None),
-                name=f"dscache watches {address}",
-            )
-            task.add_done_callback(partial(_end_wait, ready))
-        # Behind the gaps of the new primaries, which have these servers' records now.
-        for address in departed:
-            listening.pop(address).cancel()
-            self._changes.leave(address, "it is no longer a primary of the cluster")
+        self._follow(wanted, is_first=self._main is None)
+
+    def _listen_to(self, address: str, options: Options, *, is_first: bool) -> None:
+        self._ready[address] = ready = self._loop.create_future()
+        task = self._listening[address] = asyncio.create_task(
+            self._listen(address, options, ready if is_first else None),
+            name=f"dscache watches {address}",
+        )
+        task.add_done_callback(partial(_end_wait, ready))
+
+    def _leave(self, listener: asyncio.Task[None]) -> None:
+        listener.cancel()
 
     async def _listen(
         self, address: str, options: Options, ready: asyncio.Future[None] | None
@@ -376,14 +219,14 @@ class _Watching(LoopBound, Generic[DataT]):
 
         A failure before the reports have begun at first goes to ``ready``.
         """
-        changes = self._changes
+        changes = self.changes
         must_be_primary = bool(options.sentinels) or not isinstance(self._topology, Connection)
         failures = 0
         while not self._closed:
             try:
                 on_push = partial(changes.take_push, address)
                 with closing(
-                    await ControlConnection.open(options, on_push, self._credentials)
+                    await ControlConnection.open(options, on_push, self.credentials)
                 ) as server:
                     hello, role = await server.execute_many(["HELLO"], ["ROLE"])
                     check_pushes(server.address, hello)
@@ -394,6 +237,9 @@ class _Watching(LoopBound, Generic[DataT]):
                     failures = 0
                     if ready is not None and not ready.done():
                         ready.set_result(None)
+                    else:
+                        # Records are read again now: from this server, not from the one before.
+                        self._check_place(server.address, options)
                     changes.resume(address)
                     while True:
                         await asyncio.wait([server.lost], timeout=CHECK_INTERVAL)
@@ -420,6 +266,53 @@ class _Watching(LoopBound, Generic[DataT]):
         topology = self._topology
         if options.sentinels and isinstance(topology, Connection) and topology.address != address:
             raise ConnectError(f"the Sentinels name another primary than {address}")
+
+
+class AsyncWatch(WatchBase, AsyncIterator[AsyncChange[DataT]]):
+    """The changes of the records of a prefix, by ``async with`` and ``async for``.
+
+    Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
+    its cache until then.
+    """
+
+    _made_with = _Watching
+    _watching: _Watching[DataT]
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the primaries that report changes."""
+        return self._watching.addresses
+
+    async def __aenter__(self) -> Self:
+        await self._watching.begin()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the watch, its connections and tasks; a second call does nothing."""
+        await self.end(None)
+
+    async def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        await self._watching.end(reason)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AsyncChange[DataT]:
+        return await self._watching.next()
+
+    def __del__(self) -> None:
+        watching = self.__dict__.get("_watching")
+        if watching is None or not watching.is_listening or sys.is_finalizing():
+            return
+        try:
+            close_dropped(watching.loop, partial(watching.end, None))
+        finally:
+            self._cache = None  # the warning may be kept, and this object with it
+            warn_of_dropped(self, "use async with, or await its close()")
 
 
 def _end_wait(ready: asyncio.Future[None], task: asyncio.Task[None]) -> None:

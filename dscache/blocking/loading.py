@@ -10,10 +10,13 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 from weakref import ref
 
-from ..core import loading
+from ..core import loading, notes
 from ..core.changes import PLAIN
+from ..core.fetch_terms import Checks, Terms, not_plain
+from ..core.flights import Flight
 from ..core.holder import GLANCE, Holder
-from ..core.loading import Do, Load, Outcome, Step, Terms
+from ..core.loading import Do, Load, Outcome, Step
+from ..core.notes import note_of
 from ..errors import BulkError, DscacheError
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], object]
@@ -22,7 +25,7 @@ _Key: TypeAlias = tuple[bool, frozenset[str]]
 """Whether it is a refresh, and the names."""
 
 
-class _Flight(loading.Flight):
+class _Flight(Flight):
     """A load under way in one thread; without an outcome at its end, the thread was struck."""
 
     def __init__(self, names: Iterable[str], holder: Holder) -> None:
@@ -41,16 +44,18 @@ class Loads:
     """The loads under way in one cache. ``run`` does an operation of a cache by its name."""
 
     def __init__(self, default_ttl: int | None) -> None:
-        self.checks = loading.Checks(default_ttl)
+        self.checks = Checks(default_ttl)
         self._flights: dict[_Key, _Flight] = {}
 
     def fetch(self, run: _Run, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record read together with its note; load it anew if it is due."""
-        found = run("get_bulk", [name, loading.note_of(name)])
+        found = run("get_bulk", [name, note_of(name)])
         if name not in found:
             return self.load(run, name, load, terms)
         due = loading.due_names(found, [name], self.checks, terms)
-        return self._refreshed(run, due, _single(load), terms).get(name) if due else found[name]
+        return (
+            self._refreshed(run, due, found, _single(load), terms).get(name) if due else found[name]
+        )
 
     def load(self, run: _Run, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record that was missing, once this or another caller's load has made it."""
@@ -72,7 +77,7 @@ class Loads:
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]
-        found = run("get_bulk", [*names, *map(loading.note_of, aged)])
+        found = run("get_bulk", [*names, *map(note_of, aged)])
         records = {name: found[name] for name in names if name in found}
 
         def load(wanted: tuple[str, ...]) -> object:
@@ -80,7 +85,7 @@ class Loads:
 
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
-            anew = self._refreshed(run, due, load, terms)
+            anew = self._refreshed(run, due, found, load, terms)
             records = {
                 name: anew[name] if name in due else one
                 for name, one in records.items()
@@ -113,14 +118,19 @@ class Loads:
         self._flights = {}
 
     def _refreshed(
-        self, run: _Run, due: Mapping[str, Any], load: _Loader, terms: Terms
+        self,
+        run: _Run,
+        due: Mapping[str, Any],
+        found: Mapping[str, Any],
+        load: _Loader,
+        terms: Terms,
     ) -> Mapping[str, Any]:
         """Return due records, loaded anew unless another thread or process does."""
         key = True, frozenset(due)
         begun = self._flights.get(key)
         if begun is not None and not begun.is_over():
             return due
-        outcome, is_own = self._fly(*key, lambda: loading.refresh(due, terms), load, run)
+        outcome, is_own = self._fly(*key, lambda: loading.refresh(due, found, terms), load, run)
         return outcome.records if is_own else due
 
     def _fly(
@@ -170,6 +180,25 @@ class Loads:
                 del self._flights[key]
 
 
+class SlowFetches:
+    """The calls of ``fetch`` that are no plain hits; ``run`` does the operations."""
+
+    def __init__(self, run: _Run, loads: Loads) -> None:
+        self._run = run
+        self._loads = loads
+
+    def check_age(self, name: str, load: Any, terms: Terms, /) -> Any:
+        """Return a record that is read with its note."""
+        return self._loads.fetch(self._run, name, load, terms)
+
+    def go_on(self, name: str, load: Any, terms: Terms, found: Any, /) -> Any:
+        """Return the record after a read that found the record ``found``, or None."""
+        if found is None:
+            return self._loads.load(self._run, name, load, terms)
+        self._loads.end_missing(self._run, [found])
+        return found
+
+
 def _drive(steps: loading.Steps, load: _Loader, run: _Run, flight: _Flight) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
@@ -197,7 +226,7 @@ def _execute(step: Step, load: _Loader, run: _Run, flight: _Flight) -> Any:
     return None
 
 
-def _load(step: Load, load: _Loader, run: _Run, flight: loading.Flight) -> object:
+def _load(step: Load, load: _Loader, run: _Run, flight: Flight) -> object:
     """Run a load, while a thread renews its leases."""
     ended = threading.Event()
     holder = Holder()
@@ -218,12 +247,12 @@ def _load(step: Load, load: _Loader, run: _Run, flight: loading.Flight) -> objec
 def _renew(
     renewal: Callable[[list[str]], Do],
     run: _Run,
-    flight: loading.Flight,
+    flight: Flight,
     ended: threading.Event,
     holder: Callable[[], Holder | None],
 ) -> None:
     # Without a holder, the thread that loads was struck before it could say that it has ended.
-    while not ended.wait(loading.RENEW_SECONDS) and holder() is not None:
+    while not ended.wait(notes.RENEW_SECONDS) and holder() is not None:
         step = renewal(flight.waited_names())
         with suppress(DscacheError):  # the next one may succeed in time
             run(step.operation, *step.arguments)
@@ -242,5 +271,5 @@ def _plain(operation: str, load: str, result: Any) -> Any:
     if type(result) not in PLAIN and inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # or Python would warn that it was never awaited
-        raise loading.not_plain(operation, load)
+        raise not_plain(operation, load)
     return result

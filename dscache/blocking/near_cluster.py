@@ -18,7 +18,7 @@ from .pool import Asked, Pool
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-    from ..core.shared_near import NearNode
+    from ..core.near_node import NearNode
 
 # How often the slots are refreshed if that is due, although nothing is read, in seconds.
 _CHECK_EVERY: Final = 1.0

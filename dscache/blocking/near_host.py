@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 All processes of a host map one file, the **segment**, which has the entries. One of them, the
 **owner**, has the connection over which the server reports changes; the others wait for its place.
-``core/host_near.pxi`` has the segment, ``near_segment.py`` the files and their locks. The rules are
-the rules of ``core/shared_near.py``, with processes in the place of threads.
+``core/host_segment.pxi`` has the segment, ``near_segment.py`` the files and their locks. The rules
+are those of ``core/shared_near.py``, with processes in the place of threads.
 
 **Changes are made under a lock, and hits take none.** The lock is an ``flock``, so the system
 releases it if its process dies. A process that finds it released in the middle of a change drops
@@ -52,7 +52,8 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import _backend
 from ..config import Config, Options
 from ..core.failures import EndedHere
-from ..errors import ConfigError, ProtocolError, shorten
+from ..core.near_node import is_of_keys
+from ..errors import ConfigError
 from .foreign_errors import raise_foreign
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
@@ -130,11 +131,8 @@ class HostNode:
 
     def take_push(self, push: Any) -> None:
         """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        self.core.take_keys(push[1])
+        if is_of_keys(push):
+            self.core.take_keys(push[1])
 
 
 class HostLink(NearLink):

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from .._forks import after_fork_in_child
 from ..config import Options
 from ..errors import BulkError, ConnectionLost, DscacheError, UsageError
-from ..net.scan import (
-    Finds,
-    Item,
-    MemoryScan,
-    Names,
-    NameScan,
-    Pause,
-    Reply,
-    Request,
-    check_arguments,
-)
+from ..net.finds import Finds, Item, MemoryScan, check_arguments
+from ..net.scan import Names, NameScan, Pause, Reply, Request
 from .control import ControlConnection
 from .memory import MemoryPool
 from .pool import Pool

@@ -122,6 +122,17 @@ class SentinelPool(Pool):
         finally:
             self._looking.release()
 
+    def follow(self, address: str) -> None:
+        """Leave all other servers for the one at an address, which Sentinels name.
+
+        Raises ConnectError if there is none within ``connectTimeout``, or if they name another.
+        """
+        self._retire(lambda other: other.pipeline.address != address)
+        if self.address != address:
+            self.when_ready()
+        if self.address != address:
+            raise ConnectError(f"the Sentinels name another primary than {address}")
+
     def _note_answer(self) -> None:
         self._failures = 0
         self._look_at = time.monotonic() + _LOOK_AFTER

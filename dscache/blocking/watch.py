@@ -11,49 +11,35 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Self
-
-from msgspec.structs import replace
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
 from .._locks import make_lock
-from ..config import Config, Options
+from ..config import Options
 from ..config.address import join_address
 from ..core import typed
-from ..core.holder import Place
 from ..core.record import DataT
-from ..errors import (
-    BulkError,
-    ConnectError,
-    ConnectionLost,
-    DscacheError,
-    ReplyError,
-    UsageError,
-    shorten,
-)
+from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
 from ..net.watch import (
     CHECK_INTERVAL,
     LONGEST_PAUSE,
     PAUSE,
     Change,
-    Changes,
     check_pushes,
     check_role,
-    primaries_only,
 )
+from ..net.watching import WatchBase, Watching
 from .connector import Connector
 from .control import ControlConnection
 from .memory import MemoryPool
 from .pool import Pool
 
 if TYPE_CHECKING:
-    from redis.credentials import CredentialProvider
-
     from ..core.pure import Record
     from .cluster_pool import ClusterPool
 
@@ -72,138 +58,34 @@ class BlockingChange(Change[DataT]):
         return found
 
 
-class Watch(Iterator[BlockingChange[DataT]]):
-    """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
+class _Watching(Watching[DataT]):
+    """A watch whose threads listen to the primaries, each to one."""
 
-    It listens from the beginning of the block to its end, in a thread for each primary, and keeps
-    its cache until then.
-    """
+    _kind = BlockingChange
+    _event = threading.Event
+    _usage = "with"
+    _topology: Pool | MemoryPool
+    _found: deque[BlockingChange[DataT]]
 
-    def __init__(
-        self,
-        cache: object,
-        topology: Pool | MemoryPool,
-        config: Config,
-        credentials: CredentialProvider | None,
-        prefix: str,
-        *,
-        records: bool,
-        max_pending: int,
-        type: Any = None,
-    ) -> None:
-        self._cache = cache
-        self._shown = f"{shorten(prefix)} at {config.address}"
-        # Its threads refer to this one alone, so that a watch that the program drops is noticed.
-        self._watching: _Watching[DataT] = _Watching(
-            topology,
-            config,
-            credentials,
-            prefix,
-            records=records,
-            max_pending=max_pending,
-            type=type,
-        )
-
-    @property
-    def skipped(self) -> int:
-        """How many reports were left out so far, as the names in their keys are no UTF-8."""
-        return self._watching.skipped
-
-    def __enter__(self) -> Self:
-        self._watching.begin()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the watch, its connections and threads; a second call does nothing."""
-        self.end(None)
-
-    def end(self, reason: Exception | None) -> None:
-        """Close; an iteration under way raises the reason, or ends if it is None."""
-        self._watching.end(reason)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> BlockingChange[DataT]:
-        return self._watching.next()
-
-    def __repr__(self) -> str:
-        return f"<Watch of {self._shown}>"
-
-    def __del__(self) -> None:
-        watching = self.__dict__.get("_watching")
-        if watching is None or not watching.is_listening or sys.is_finalizing():
-            return
-        watching.drop()
-        self._cache = None  # the warning may be kept, and this object with it
-        warn_of_dropped(self, "use with, or call its close()")
-
-
-class _Watching(Generic[DataT]):
-    """Changes that a watch has heard of, and the threads that listen for them."""
-
-    def __init__(
-        self,
-        topology: Pool | MemoryPool,
-        config: Config,
-        credentials: CredentialProvider | None,
-        prefix: str,
-        *,
-        records: bool,
-        max_pending: int,
-        type: Any = None,
-    ) -> None:
-        self._topology = topology
-        self._config = config
-        self._credentials = credentials
-        self._of_primaries = replace(config, options=primaries_only(config.options))
-        self._private: Pool | None = None
-        self._news = threading.Event()
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._closing = threading.Event()
-        self._type = type
-        self._changes = Changes(
-            config.options,
-            prefix,
-            self._news.set,
-            records=records,
-            max_pending=max_pending,
-            read=self._get,
-            kind=BlockingChange,
-            as_type=type,
-        )
-        self._found: deque[BlockingChange[DataT]] = deque()
-        self._failures = 0
-        self._end: Exception | None = None
-        self._pid = os.getpid()
-        self._has_begun = False
-        self._place = Place()  # of the one consumer
         self._taking = make_lock()
-        self._listeners: dict[str, _Listener] = {}
         self._keeper: threading.Thread | None = None
+        self.cluster: ClusterPool | None = None
         self.is_dropped = False
         """Whether the threads are to end, which they do within ``CHECK_INTERVAL``."""
         after_fork_in_child(self, _Watching._reset_after_fork)
 
     @property
-    def skipped(self) -> int:
-        """How many reports were left out so far, as the names in their keys are no UTF-8."""
-        return self._changes.skipped
+    def is_closed(self) -> bool:  # type: ignore[override] # set by ``end`` alone
+        return self._closing.is_set()
 
     # -- the block
 
-    @property
-    def is_listening(self) -> bool:
-        """Whether it has begun, and must be closed in this process."""
-        return self._has_begun and not self._closing.is_set() and self._pid == os.getpid()
-
     def begin(self) -> None:
         self._check_process()
-        if self._has_begun or self._closing.is_set():
-            raise UsageError("a watch is entered once; call watch() again")
-        self._has_begun = True
+        self._enter()
         try:
             self._begin()
         except BaseException:
@@ -214,30 +96,27 @@ class _Watching(Generic[DataT]):
         topology = self._topology
         if isinstance(topology, MemoryPool):
             topology.when_ready()
-            topology.listen(self._changes.note_changed)
+            topology.listen(self.changes.note_changed)
             return
         options = self._of_primaries.options
-        cluster: ClusterPool | None = None
         if options.nodes:
             from .cluster_pool import ClusterPool
 
-            if options != self._config.options:  # reads may be of replicas
-                topology = self._private = ClusterPool(self._of_primaries, self._credentials)
+            if options != self._options:  # reads may be of replicas
+                topology = self._private = ClusterPool(self._of_primaries, self.credentials)
             assert isinstance(topology, ClusterPool)
-            cluster = topology
-        elif options.sentinels and options.role != self._config.options.role:
+            self.cluster = topology
+        elif options.sentinels and options.role != self._options.role:
             from .sentinel_pool import SentinelPool
 
-            topology = self._private = SentinelPool(options, self._credentials)
+            topology = self._private = SentinelPool(options, self.credentials)
         self._topology = topology
         topology.when_ready()
-        self._update(cluster, is_first=True)
-        for listener in list(self._listeners.values()):
+        self._update(is_first=True)
+        for listener in list(self._listening.values()):
             listener.wait_until_ready()
-        if cluster is not None:
-            self._keeper = threading.Thread(
-                target=self._keep, args=(cluster,), name="dscache watch", daemon=True
-            )
+        if self.cluster is not None:
+            self._keeper = threading.Thread(target=self._keep, name="dscache watch", daemon=True)
             self._keeper.start()
 
     def end(self, reason: Exception | None) -> None:
@@ -248,11 +127,11 @@ class _Watching(Generic[DataT]):
             self._closing.set()
         self._news.set()
         if isinstance(self._topology, MemoryPool):
-            self._topology.forget(self._changes.note_changed)
-        for listener in list(self._listeners.values()):
+            self._topology.forget(self.changes.note_changed)
+        for listener in list(self._listening.values()):
             listener.stop()
-        limit = time.monotonic() + self._config.options.connect_timeout / 1000 + _GRACE
-        threads = [one.thread for one in list(self._listeners.values())]
+        limit = time.monotonic() + self._options.connect_timeout / 1000 + _GRACE
+        threads = [one.thread for one in list(self._listening.values())]
         for thread in [*threads, *([self._keeper] if self._keeper else [])]:
             # One without an ident was never begun, for want of memory or threads.
             if thread.ident is not None and thread is not threading.current_thread():
@@ -265,12 +144,8 @@ class _Watching(Generic[DataT]):
 
     def next(self) -> BlockingChange[DataT]:
         self._check_process()
-        if not self._has_begun:
-            raise UsageError("use with cache.watch(...) as changes, and iterate over it")
         with self._taking:
-            holder = self._place.take()
-        if holder is None:
-            raise UsageError("this watch is in use already; call watch() once per consumer")
+            holder = self._hold()
         try:
             found = self._found
             while True:
@@ -284,15 +159,9 @@ class _Watching(Generic[DataT]):
 
     def _find(self) -> None:
         """Take events or read some names, or wait for either."""
-        self._news.clear()
-        if self._closing.is_set():
-            return
-        self._changes.move_events(self._found)
-        if self._found:
-            return
-        if names := self._changes.take_names():
+        if names := self._look():
             self._read_names(names)
-        else:
+        elif names is not None:
             self._wait()
 
     def _wait(self) -> None:
@@ -304,23 +173,11 @@ class _Watching(Generic[DataT]):
             topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
-        changes = self._changes
-        found: list[Change] = []
         try:
-            try:
-                found = changes.changes_of(names, self._topology.run(changes.operation, names))
-            except BulkError as error:
-                found = changes.changes_of(names, error.result, error)
-        except DscacheError:
-            # The loss of a server is an event of its own. The names are read once it is back.
-            changes.back(names)
-        self._found.extend(found)  # type: ignore[arg-type] # made by ``kind``
-        changes.finish()
-        if found:
-            self._failures = 0
-        else:
-            self._closing.wait(full_jitter(PAUSE, LONGEST_PAUSE, self._failures))
-            self._failures += 1
+            pause = self._settle(names, self._topology.run(self.changes.operation, names))
+        except DscacheError as error:
+            pause = self._settle(names, {}, error)
+        self._closing.wait(pause)
 
     def _get(self, name: str) -> Record | None:
         found: Record | None = self._topology.run("get", name)
@@ -330,16 +187,17 @@ class _Watching(Generic[DataT]):
 
     # -- the servers
 
-    def _keep(self, cluster: ClusterPool) -> None:
+    def _keep(self) -> None:
         """Listen to the current primaries of a cluster until the watch is closed."""
         try:
             while not self._closing.wait(CHECK_INTERVAL):
-                if self._was_dropped():
+                if self.was_dropped():
                     return
-                cluster.refresh_slots()
-                self._update(cluster, is_first=False)
+                assert self.cluster is not None
+                self.cluster.refresh_slots()
+                self._update(is_first=False)
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
             if not isinstance(error, Exception):
                 raise
 
@@ -347,24 +205,24 @@ class _Watching(Generic[DataT]):
         """Tell the threads to end, from any line of any thread."""
         self.is_dropped = True
         if isinstance(self._topology, MemoryPool):
-            self._topology.forget(self._changes.note_changed)
+            self._topology.forget(self.changes.note_changed)
 
     def _end_dropped(self) -> None:
         """Close in a thread of the watch's own, without waiting for the others."""
         self._closing.set()
-        for listener in list(self._listeners.values()):
+        for listener in list(self._listening.values()):
             listener.stop()
         private, self._private = self._private, None
         if private is not None:
             private.close()
 
-    def _was_dropped(self) -> bool:
+    def was_dropped(self) -> bool:
         """Close if the program has dropped the watch; return whether it has."""
         if self.is_dropped and not self._closing.is_set():
             self._end_dropped()
         return self.is_dropped
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """End the iteration with an error that nothing else reports.
 
         A thread may end by any exception. Under gevent, a KeyboardInterrupt strikes any greenlet.
@@ -376,31 +234,30 @@ class _Watching(Generic[DataT]):
             self._closing.set()
         self._news.set()
 
-    def _update(self, cluster: ClusterPool | None, *, is_first: bool) -> None:
+    def _update(self, *, is_first: bool) -> None:
         """Listen to the current primaries, and to no others."""
-        options = self._of_primaries.options
+        options, cluster = self._of_primaries.options, self.cluster
         wanted = {options.address: options} if cluster is None else cluster.primaries()
-        departed = self._listeners.keys() - wanted.keys()
-        for address in wanted.keys() - self._listeners.keys():
-            if self._closing.is_set():
-                return
-            if not is_first:
-                self._changes.lose(address, "it has become a primary of the cluster")
-            listener = self._listeners[address] = _Listener(
-                address,
-                wanted[address],
-                self._credentials,
-                self._changes,
-                cluster.look_again if cluster is not None else None,
-                self._fail,
-                self._was_dropped,
-                is_first=is_first,
-            )
-            listener.thread.start()
-        # Behind the gaps of the new primaries, which have these servers' records now.
-        for address in departed:
-            self._listeners.pop(address).stop()
-            self._changes.leave(address, "it is no longer a primary of the cluster")
+        self._follow(wanted, is_first=is_first)
+
+    def _listen_to(self, address: str, options: Options, *, is_first: bool) -> None:
+        listener = self._listening[address] = _Listener(self, address, options, is_first)
+        listener.thread.start()
+
+    def _leave(self, listener: _Listener) -> None:
+        listener.stop()
+
+    def follow(self, address: str) -> None:
+        """Have records read from the primary that reports changes, before they are read again.
+
+        The one before may still take it for the primary, and answer with records that are lost.
+        Raises ConnectError if the Sentinels name another.
+        """
+        if self._of_primaries.options.sentinels:
+            from .sentinel_pool import SentinelPool
+
+            assert isinstance(self._topology, SentinelPool)
+            self._topology.follow(address)
 
     # -- forks
 
@@ -410,7 +267,7 @@ class _Watching(Generic[DataT]):
 
     def _reset_after_fork(self) -> None:
         """Leave the sockets to the parent, in a forked child."""
-        for listener in list(self._listeners.values()):
+        for listener in list(self._listening.values()):
             listener.leave()
 
 
@@ -421,27 +278,14 @@ class _Listener:
     """
 
     def __init__(
-        self,
-        address: str,
-        options: Options,
-        credentials: CredentialProvider | None,
-        changes: Changes,
-        look_again: Callable[[], object] | None,
-        fail: Callable[[BaseException], object],
-        was_dropped: Callable[[], bool],
-        *,
-        is_first: bool,
+        self, watching: _Watching[Any], address: str, options: Options, is_first: bool
     ) -> None:
+        self._watching = watching
         self._address = address
         self._options = options
-        self._credentials = credentials
-        self._changes = changes
-        self._look_again = look_again
-        self._fail = fail
-        self._was_dropped = was_dropped
         self._is_first = is_first
-        self._must_be_primary = bool(options.sentinels) or look_again is not None
-        self._connector = Connector(options, credentials)
+        self._must_be_primary = bool(options.sentinels) or watching.cluster is not None
+        self._connector = Connector(options, watching.credentials)
         self._decided = threading.Event()
         self._error: Exception | None = None
         self._stopping = threading.Event()
@@ -473,7 +317,7 @@ class _Listener:
         try:
             self._listen()
         except BaseException as error:
-            self._fail(error)
+            self._watching.fail(error)
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -481,16 +325,16 @@ class _Listener:
             self._decided.set()
 
     def _is_over(self) -> bool:
-        return self._was_dropped() or self._stopping.is_set()
+        return self._watching.was_dropped() or self._stopping.is_set()
 
     def _listen(self) -> None:
         failures = 0
         while not self._is_over():
             server = self._server = ControlConnection(
-                self._options, partial(self._changes.take_push, self._address)
+                self._options, partial(self._watching.changes.take_push, self._address)
             )
             try:
-                server.connect(self._credentials)
+                server.connect(self._watching.credentials)
                 failures = 0
                 self._follow(server)
             except DscacheError as error:
@@ -499,10 +343,10 @@ class _Listener:
                 if self._is_first:
                     self._error = error
                     return
-                self._changes.lose(self._address, str(error))
-                if self._look_again is not None:
+                self._watching.changes.lose(self._address, str(error))
+                if self._watching.cluster is not None:
                     # Another node may be the primary by now; the next timer would be late.
-                    self._look_again()
+                    self._watching.cluster.look_again()
             finally:
                 server.discard()
             self._stopping.wait(full_jitter(PAUSE, LONGEST_PAUSE, failures))
@@ -510,7 +354,7 @@ class _Listener:
 
     def _follow(self, server: ControlConnection) -> None:
         """Take the reports of a server until it is lost, hangs, or isn't a primary any more."""
-        changes = self._changes
+        changes = self._watching.changes
         hello, role = server.request(["HELLO"], ["ROLE"])
         check_pushes(server.pipeline.address, hello)
         self._check_role(server, role)
@@ -519,6 +363,7 @@ class _Listener:
             raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
         self._is_first = False
         self._decided.set()
+        self._watching.follow(server.pipeline.address)
         changes.resume(self._address)
         while not self._is_over():
             until = time.monotonic() + CHECK_INTERVAL
@@ -546,3 +391,43 @@ class _Listener:
         self._must_be_primary = check_role(
             server.pipeline.address, role, must_be_primary=self._must_be_primary
         )
+
+
+class Watch(WatchBase, Iterator[BlockingChange[DataT]]):
+    """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
+
+    It listens from the beginning of the block to its end, in a thread for each primary, and keeps
+    its cache until then.
+    """
+
+    _made_with = _Watching
+    _watching: _Watching[DataT]
+
+    def __enter__(self) -> Self:
+        self._watching.begin()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the watch, its connections and threads; a second call does nothing."""
+        self.end(None)
+
+    def end(self, reason: Exception | None) -> None:
+        """Close; an iteration under way raises the reason, or ends if it is None."""
+        self._watching.end(reason)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BlockingChange[DataT]:
+        return self._watching.next()
+
+    def __del__(self) -> None:
+        watching = self.__dict__.get("_watching")
+        if watching is None or not watching.is_listening or sys.is_finalizing():
+            return
+        watching.drop()
+        self._cache = None  # the warning may be kept, and this object with it
+        warn_of_dropped(self, "use with, or call its close()")

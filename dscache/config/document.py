@@ -284,8 +284,25 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
         raise place.error("is nested too deeply") from None
     raise place.error(
         f"line {line}, column {column}: no valid {'JSON' if is_json else 'YAML'}: "
-        f"{_without_quotes(problem)}; put text with special characters in quotes"
+        f"{_without_quotes(problem)}; {_remedy(text, line, column, problem, is_json)}"
     )
+
+
+def _remedy(text: str, line: int, column: int, problem: str, is_json: bool) -> str:
+    """Return what to do about text that isn't YAML or JSON, by the characters at its place."""
+    written = text.splitlines()[line - 1 : line]
+    there = written[0][column - 1 :] if written else ""
+    if not text.strip():
+        return "it is empty"
+    if is_json and (there.startswith(("//", "/*", "#"))):
+        return "JSON has no comments: remove them, or name the file .yml and begin them with #"
+    if is_json and there.startswith(("}", "]")):
+        return "remove the comma before it"
+    if not is_json and there.startswith("\t"):
+        return "indent by spaces, not by tabs"
+    if "another document" in problem:
+        return "keep one of the documents that --- separates"
+    return "put text with special characters in quotes"
 
 
 def _without_quotes(problem: str) -> str:

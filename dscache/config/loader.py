@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
 from msgspec.structs import replace
@@ -31,7 +31,7 @@ from .validation import ConfigStruct, Location, is_null, read, text
 
 _logger = logging.getLogger("dscache")
 
-_ARGUMENTS: Final = Location("arguments")
+ARGUMENTS: Final = Location("arguments")
 _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _HOT_PATHS: Final = "storageHotPathPrefixes"
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
@@ -47,6 +47,8 @@ class PluginHead(ConfigStruct, frozen=True, kw_only=True):
 
 class PluginSection(PluginHead, frozen=True, kw_only=True):
     """A plug-in's section of deepstream's configuration, such as the one of the cache."""
+
+    unknown_remedy: ClassVar[str] = "; an option of Redis belongs below options:"
 
     options: Options = field(default_factory=Options)
 
@@ -68,15 +70,15 @@ def load(
 
     Raises ConfigError, which begins with the place of the mistake.
     """
-    given, fields = _read_arguments(options or {})
-    arguments = {name: _ARGUMENTS.at(name) for name in given}
+    given, fields = read_arguments(Options, options or {})
+    arguments = {name: ARGUMENTS.at(name) for name in given}
     if isinstance(source, Config):
         return _overridden(source, fields, source.source, os.getcwd()) if fields else source
     opened = open_source(source, environ)
     if isinstance(opened, ParsedUrl):
         stated = Config(options=read(Options, opened.options, Location(opened.shown)))
         return _overridden(stated, fields, opened.shown, os.getcwd())
-    if isinstance(source, Mapping) and _has_options_alone(source):
+    if isinstance(source, Mapping) and has_options_alone(Options, source):
         place = opened.place
         merged, places = with_url(source, place)
         chosen = replace(read(Options, merged, place), **fields)
@@ -108,16 +110,18 @@ def load_url(url: str, *, options: Mapping[str, Any] | None = None) -> Config:
     return load(url, options=options)
 
 
-def _read_arguments(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_arguments(
+    struct: type[Options], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options that override the source: by name in a file, and as checked fields."""
-    names = dict(zip(Options.__struct_fields__, Options.__struct_encode_fields__, strict=True))
+    names = dict(zip(struct.__struct_fields__, struct.__struct_encode_fields__, strict=True))
     given: dict[str, Any] = {}
     for name, value in options.items():
         encoded = names.get(name, name)
         if encoded in given:
-            raise _ARGUMENTS.at(encoded).error("given twice, in camelCase and in snake_case")
+            raise ARGUMENTS.at(encoded).error("given twice, in camelCase and in snake_case")
         given[encoded] = value
-    checked = read(Options, given, _ARGUMENTS)
+    checked = read(struct, given, ARGUMENTS)
     by_name = {encoded: field for field, encoded in names.items()}
     stated = {by_name[name] for name, value in given.items() if value is not None}
     return given, {field: getattr(checked, field) for field in stated}
@@ -128,18 +132,20 @@ def _overridden(config: Config, fields: Mapping[str, Any], source: str, folder: 
     return replace(config, options=options, source=source)
 
 
-def _has_options_alone(source: Mapping[str, Any]) -> bool:
-    """Whether a mapping has the options of a cache, without a section around them."""
-    if source.keys() & {"cache", "plugins", "options", "type"}:
+def has_options_alone(struct: type[Options], source: Mapping[str, Any]) -> bool:
+    """Whether a mapping has options without the section around them."""
+    if source.keys() & {"cache", "clusterNode", "plugins", "options", "type"}:
         return False
     if "name" in source and "sentinels" not in source:
         return False
-    return bool(source.keys() & ({*Options.__struct_encode_fields__, "url"} - {"name", "path"}))
+    return bool(source.keys() & ({*struct.__struct_encode_fields__, "url"} - {"name", "path"}))
 
 
 def _find_cache(tree: Tree) -> tuple[str, object]:
     """Return the path of keys to the cache's section, and the section."""
     sections = sections_of(tree, _EXAMPLE)
+    if "cache" in sections and "options" in sections:
+        raise tree.place.at("options").error("stands beside cache:; indent it to be part of it")
     if "cache" in sections:
         return "cache", sections["cache"]
     plugins = plugins_of(tree, sections)
@@ -188,7 +194,8 @@ def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:
     if section.path is not None:
         if section.path not in _REDIS_PLUGINS:
             raise place.at("path").error(
-                f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here'
+                f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here; write name: redis in '
+                "its place if the records are in Redis"
             )
         return "redis"
     if section.type not in (None, "default"):

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from ..errors import shorten
 from .document import Tree
-from .loader import PluginHead, PluginSection
+from .loader import ARGUMENTS, PluginHead, PluginSection, has_options_alone, read_arguments
 from .model import Config, Milliseconds, Options
 from .rules import check_cluster, complete
 from .sources import (
@@ -28,6 +28,7 @@ from .sources import (
     read_head,
     read_section,
     sections_of,
+    with_url,
 )
 from .url import ParsedUrl
 from .validation import Location, is_null, read, text
@@ -81,23 +82,35 @@ def load(
     server_name: str | None = None,
     *,
     environ: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> MessageConfig:
     """Return the configuration of a message node.
 
     ``source`` is the path of a file, a mapping, a URL or ``host:port``. A file or mapping is
     either deepstream's whole configuration, of which ``clusterNode`` and ``serverName`` are read,
-    or the section ``clusterNode`` alone. ``server_name`` overrides the written one; without
-    either, a random name is generated. ``environ`` is as for a cache's configuration.
+    or the section ``clusterNode`` alone; a mapping may also have just the options. ``server_name``
+    overrides the written one; without either, a random name is generated. ``environ`` and
+    ``options`` are as for a cache's configuration.
 
     Raises ConfigError, which begins with the place of the mistake.
     """
+    given, fields = read_arguments(MessageOptions, options or {})
+    arguments = {name: ARGUMENTS.at(name) for name in given}
     if server_name is not None:
         server_name = _checked_name(server_name, Location("server_name"))
     opened = open_source(source, environ)
     if isinstance(opened, ParsedUrl):
         place, folder = Location(opened.shown), os.getcwd()
-        options = read(MessageOptions, opened.options, place)
+        chosen = replace(read(MessageOptions, opened.options, place), **fields)
+        chosen = _without_records(chosen, arguments)
         name = server_name or _server_name(None, place)
+    elif isinstance(source, Mapping) and has_options_alone(MessageOptions, source):
+        place, folder = opened.place, opened.folder
+        name = server_name or _server_name(source.get("serverName"), place.at("serverName"))
+        stated = {key: value for key, value in source.items() if key != "serverName"}
+        merged, places = with_url(stated, place)
+        chosen = replace(read(MessageOptions, merged, place), **fields)
+        chosen = _without_records(chosen, places | arguments)
     else:
         path, node, name_node = _find_section(opened)
         named = opened.place.at("serverName")
@@ -108,16 +121,34 @@ def load(
         place = entry_place.at("options")
         if (head := read_head(PluginHead, opened, node, entry_place)) is not None:
             _check_plugin(head, entry_place)
-        options = _read_options(opened.value(node, entry_place), entry_place)
-    options = complete(options, place, folder)
-    if options.sharded and not options.nodes:
-        raise place.at("sharded").error("is for a cluster; leave it out, or give its nodes")
-    if options.sentinels and options.role == "slave":
-        raise place.at("role").error(
+        content = opened.value(node, entry_place)
+        chosen = _read_options(content, entry_place, fields, arguments)
+    chosen = complete(chosen, place, folder)
+    if chosen.sharded and not chosen.nodes:
+        raise arguments.get("sharded", place.at("sharded")).error(
+            "is for a cluster; leave it out, or give its nodes"
+        )
+    if chosen.sentinels and chosen.role == "slave":
+        raise arguments.get("role", place.at("role")).error(
             "must be master: a message published at a replica reaches only that replica's "
             "subscribers"
         )
-    return MessageConfig(server_name=name, options=options, source=place.source)
+    return MessageConfig(server_name=name, options=chosen, source=place.source)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options by keyword that a cache takes, and the ones that a node takes."""
+    fields = MessageOptions.__struct_fields__, MessageOptions.__struct_encode_fields__
+    names = dict(zip(*fields, strict=True))
+    for_messages = {*fields[1]} - {*Options.__struct_encode_fields__}
+    of_cache, of_node = {}, {}
+    for name, value in options.items():
+        encoded = names.get(name, name)
+        if encoded not in for_messages:
+            of_cache[name] = value
+        if encoded not in RECORD_OPTIONS:
+            of_node[name] = value
+    return of_cache, of_node
 
 
 def load_beside(source: str | os.PathLike[str]) -> tuple[MessageConfig, bool] | None:
@@ -163,14 +194,20 @@ def _checked_name(name: str, place: Location) -> str:
     return text(name, place)
 
 
-def _read_options(entry: object, place: Location) -> MessageOptions:
+def _read_options(
+    entry: object, place: Location, fields: Mapping[str, Any], arguments: dict[str, Location]
+) -> MessageOptions:
     if isinstance(entry, Mapping) and not place.path:
         entry = {name: value for name, value in entry.items() if name != "serverName"}
     section, places = read_section(_NodeSection, entry, place, _EXAMPLE)
     _check_plugin(section, place)
-    # Every option that concerns records gets its default.
+    return _without_records(replace(section.options, **fields), places | arguments)
+
+
+def _without_records(chosen: MessageOptions, places: dict[str, Location]) -> MessageOptions:
+    """Return options that concern messages alone, checked; the others get their defaults."""
     options = replace(
-        section.options,
+        chosen,
         key_prefix="",
         key_layout="auto",
         proxied=None,

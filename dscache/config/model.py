@@ -34,7 +34,9 @@ _PORT: Final = (
 Host = Annotated[
     str,
     Meta(
-        pattern=r"[^\s/@\[\]]+", extra={"expected": "a host name or an address (a URL is for url)"}
+        # One colon is that of a port, and several are those of an IPv6 address.
+        pattern=r"(?![^:]*:[0-9]+$)[^\s/@\[\]]+",
+        extra={"expected": "a host name or an address, without a port (a URL is for url)"},
     ),
 ]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -91,12 +93,17 @@ class Node(_Server, frozen=True, kw_only=True):
     ``redisOptions`` are used. None means that the node has none.
     """
 
+    expected: ClassVar[str] = "a mapping of options, such as {host: 10.0.0.1, port: 7000}"
+    unsupported: ClassVar[Mapping[str, str]] = {"url": "write host: and port: of each node"}
+
     username: str | UnsetType | None = UNSET
     password: Secret | UnsetType | None = UNSET
 
 
 class SentinelNode(_Server, frozen=True, kw_only=True):
     """One Sentinel."""
+
+    expected: ClassVar[str] = "a mapping of options, such as {host: 10.0.0.1, port: 26379}"
 
     port: Port = 26379
 

@@ -57,6 +57,8 @@ def is_url(source: str) -> bool:
 def sections_of(tree: Tree, example: str) -> Mapping[str, object]:
     """Return the sections of a configuration. Raises ConfigError if it is no mapping."""
     sections = tree.keys(tree.root)
+    if sections is None and tree.is_empty(tree.root):
+        raise tree.place.error(f"is empty, or has only comments; write {example}")
     if sections is None:
         raise tree.place.error(f"must be a mapping of sections; write {example}")
     return sections
@@ -72,6 +74,11 @@ def missing_section(
     best = nearest(name, map(str, sections))
     suggestion = f'; did you mean "{best}"?' if best else ""
     present = ", ".join(redact_key(str(key)) for key in shown) or "none"
+    if "services" in sections:
+        suggestion = (
+            "; this is a file of docker-compose, so give the configuration that its container of "
+            "deepstream has"
+        )
     return tree.place.error(
         f"no section {name}, the sections are: {present}{suggestion}; write {example}"
     )

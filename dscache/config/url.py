@@ -50,7 +50,9 @@ def parse(url: str, place: Location) -> ParsedUrl:
         url = f"redis{alias[1].lower()}://{url[alias.end() :]}"
     scheme, separator, _ = url.partition("://")
     if not separator:
-        raise place.error(f"must begin with {SCHEMES}, or be host:port")
+        is_variable = re.fullmatch(r"\$[A-Za-z_]\w*", url)
+        braces = "; the value of a variable is written as in ${REDIS_URL}" if is_variable else ""
+        raise place.error(f"must begin with {SCHEMES}, or be host:port{braces}")
     if scheme.lower() not in ("redis", "rediss", "unix"):
         named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""
         raise place.error(f"must begin with {SCHEMES}{named}")

@@ -55,6 +55,7 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.064
 
 FIRST_VERSION: Final = 1
+MAX_VERSION: Final = c.MAX_VERSION
 
 # Types of data that can't be awaited; looking further takes as long as a small record's decoding.
 PLAIN: Final = frozenset((dict, list, str, int, float, bool, type(None)))
@@ -76,11 +77,15 @@ class Timing:
     __slots__ = ("clock", "deadline", "pause", "timeout")
 
     def __init__(
-        self, timeout: float, clock: Callable[[], float], pause: Callable[[int], float]
+        self,
+        timeout: float,
+        clock: Callable[[], float],
+        pause: Callable[[int], float],
+        deadline: float | None = None,
     ) -> None:
         self.timeout = timeout
         self.clock = clock
-        self.deadline = clock() + timeout
+        self.deadline = clock() + timeout if deadline is None else deadline
         self.pause = pause
 
     def rest(self) -> float:
@@ -109,6 +114,21 @@ def plain_copy(name: str, value: object) -> Any:
     return _backend.core.Record(name, 0, _backend.core.encode_data(name, value)).data
 
 
+def data_of(record: Record) -> Any:
+    """Return a record's data, decoded for one change: it may alter the data and then keep it."""
+    return _backend.core.Record(record.name, record.version, record.raw).data
+
+
+def text_of(name: str, data: object) -> bytes:
+    """Return the JSON text of data; raises RecordError if it has none."""
+    return _backend.core.encode_data(name, data)  # type: ignore[no-any-return] # of the core
+
+
+def record_of(name: str, version: int, text: bytes) -> Record:
+    """Return the record that was written."""
+    return _backend.core.Record(name, version, text)  # type: ignore[no-any-return] # of the core
+
+
 def change_steps(
     operation: str,
     name: str,
@@ -133,7 +153,9 @@ def change_steps(
             # Decoded from a Record of its own: the change may alter the data and then keep it.
             if type is not None:
                 record = core.Record(name, record.version, record.raw, record.stale, type)
-            data = core.Record(name, record.version, record.raw, False, type).data
+                data = core.Record(name, record.version, record.raw, False, type).data
+            else:
+                data = data_of(record)
         elif default is OMITTED:
             raise missing(operation, name)
         else:
@@ -161,7 +183,9 @@ def change_steps(
             expected = None if record is None else record.version
             done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
         if done:
-            return None if data is DELETE else core.Record(name, version, text, False, type)
+            if data is DELETE:
+                return None
+            return core.Record(name, version, text, False, type)  # type: ignore[no-any-return]
         pause = timing.pause(conflicts)
         conflicts += 1
         if timing.clock() + pause >= timing.deadline:

@@ -17,6 +17,7 @@ from ..errors import (
     ProtocolError,
     RecordError,
     ReplyError,
+    UsageError,
     shorten,
 )
 from . import constants as c
@@ -51,6 +52,16 @@ def bad_name(name: object) -> RecordError:
     else:
         why = "a name must be valid Unicode, and this one has a lone surrogate"
     return RecordError(f"record {shorten(name)}: {why}", name=name)
+
+
+def check_prefix(operation: str, prefix: object) -> None:
+    """Raise UsageError for a prefix of names that no name can begin with."""
+    if not isinstance(prefix, str):
+        raise UsageError(f"{operation}: prefix must be a str, not {shorten(prefix)}")
+    if not prefix.isascii() and prefix.encode(errors="ignore").decode() != prefix:
+        raise UsageError(
+            f"{operation}: prefix {shorten(prefix)} has a lone surrogate, which no name may have"
+        )
 
 
 def bad_names(operation: str, names: object) -> RecordError:

@@ -33,12 +33,10 @@ driver execute them.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any, Final, TypeAlias
@@ -46,36 +44,32 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .. import _backend
-from .._seconds import Lifetime, whole_seconds
-from ..errors import BulkError, DscacheError, LoadError, RecordError, UsageError, shorten
-from . import constants as c
-from .entries import unique
-from .failures import bad_ttl
+from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
+from .fetch_terms import Checks, Terms
+from .flights import Rings
 from .keys import NOTE_SUFFIX
+from .notes import (
+    FAILED,
+    FRESH,
+    LEASE_SECONDS,
+    LOADING,
+    MISSING,
+    STALE,
+    content_of,
+    note_of,
+    state_of,
+    with_notes,
+)
 
 _logger = logging.getLogger("dscache")
 
-LEASE_SECONDS: Final = 5
-RENEW_SECONDS: Final = 1.5
 FAILURE_SECONDS: Final = 1
 
-_LOADING: Final = "loading"
-_FRESH: Final = "fresh"
-_MISSING: Final = "missing"
-_FAILED: Final = "failed"
-_STALE: Final = "stale"
 # How long a caller waits before it reads a lease again, in seconds: at first, and at last.
 _FIRST_PAUSE: Final = 0.005
 _LAST_PAUSE: Final = 0.1
 # Jitter of a bulk's ttl takes at most this many values, since each needs a command of its own.
 _SPREAD: Final = 16
-# How long a ring of leases must last: what a note tells is as old as its last renewal.
-_RING_SECONDS: Final = 2 * RENEW_SECONDS
-# The most names that a note tells, and that are followed from note to note.
-_MOST_WAITED: Final = 100
-# How many names a process remembers having checked, and how many kinds of terms.
-_MOST_CHECKS: Final = 65_536
-_MOST_TERMS: Final = 1_024
 
 # Children of one parent share the state of the usual generator.
 _random = SystemRandom()
@@ -87,183 +81,6 @@ class Loaded:
 
     version: int
     data: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The checked options of a ``fetch``, with ``ttl`` 0 for none."""
-
-    ttl: int
-    refresh_after: int | None
-    jitter: float
-    keep_missing: int | None
-
-    def lifetime(self, seconds: int) -> int:
-        """Return a lifetime with jitter, in whole seconds."""
-        if not seconds or not self.jitter:
-            return seconds
-        spread = seconds * _random.uniform(1 - self.jitter, 1 + self.jitter)
-        return min(max(1, int(spread + _random.random())), c.MAX_TTL)
-
-    def check_period(self) -> float:
-        """Return after how many seconds a process checks again whether a record is due."""
-        return (self.refresh_after or 0) * _random.uniform(0.05, 0.1)
-
-
-def terms_of(
-    ttl: Lifetime | None,
-    refresh_after: Lifetime | None,
-    jitter: float,
-    keep_missing: Lifetime | None,
-    default_ttl: int | None,
-) -> Terms:
-    """Return the checked options of a ``fetch``; raises RecordError."""
-    seconds = (default_ttl or 0) if ttl is None else whole_seconds(ttl)
-    if seconds is None or not 0 <= seconds <= c.MAX_TTL:
-        raise bad_ttl("fetch", ttl)
-    due = _checked_seconds("refresh_after", refresh_after)
-    if due is not None and seconds and due >= seconds:
-        raise RecordError(
-            f"fetch: refresh_after must be less than the ttl of {seconds} s, not {due}; a record "
-            "that has expired is loaded anyway"
-        )
-    kept = _checked_seconds("keep_missing", keep_missing)
-    is_number = type(jitter) is float or _is_int(jitter)
-    if not is_number or not 0 <= jitter < 1:
-        raise RecordError(
-            f"fetch: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
-        )
-    return Terms(seconds, due, float(jitter), kept)
-
-
-def no_load(operation: str, name: str, load: object) -> TypeError:
-    """Return the error of a load that can't be called."""
-    return TypeError(f"{operation}: {name} must be a function, not {shorten(load)}")
-
-
-def is_async(load: Any) -> bool:
-    """Return whether a function is a coroutine function, or an object called as one."""
-    code = getattr(load, "__code__", None)
-    if code is not None:
-        return bool(code.co_flags & inspect.CO_COROUTINE)
-    return inspect.iscoroutinefunction(load) or inspect.iscoroutinefunction(
-        getattr(load, "__call__", None)  # noqa: B004 # of an object; whether it is callable is known
-    )
-
-
-def not_plain(operation: str, name: str) -> TypeError:
-    """Return the error of a load that is a coroutine function in a blocking cache."""
-    return TypeError(
-        f"{operation}: {name} is a coroutine function, and a Cache awaits nothing; give a plain "
-        "function, or use an AsyncCache"
-    )
-
-
-def name_of_note(operation: str, name: str) -> RecordError:
-    """Return the error for a name that is that of a note."""
-    return RecordError(
-        f"{operation}: record {shorten(name)}: names that end with {NOTE_SUFFIX} belong to fetch "
-        "itself; name the record otherwise",
-        name=name,
-    )
-
-
-def checked_names(operation: str, names: Iterable[str]) -> list[str]:
-    """Return the names of a bulk, each once; raises RecordError for a bad one."""
-    checked = list(unique(operation, names))
-    for name in checked:
-        if name.endswith(NOTE_SUFFIX):
-            raise name_of_note(operation, name)
-    return checked
-
-
-def _checked_seconds(option: str, value: Lifetime | None) -> int | None:
-    seconds = whole_seconds(value)
-    if value is not None and (seconds is None or not 1 <= seconds <= c.MAX_TTL):
-        raise RecordError(
-            f"fetch: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
-            f"not {shorten(value)}"
-        )
-    return seconds
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class Checks:
-    """The terms in use, and the names whose age this process has checked a moment ago.
-
-    ``known`` has the terms of options that were checked before, ``latest`` the latest options with
-    their terms, and ``recent`` the time until which a name needs no check, in seconds of
-    ``time.monotonic``. A hit looks into them, without a call.
-    ``keeps_missing`` is whether any call has remembered that there is nothing. ``missing`` has the
-    names of which a note told so that this process has not ended.
-    """
-
-    def __init__(self, default_ttl: int | None) -> None:
-        self._default_ttl = default_ttl
-        self.known: dict[tuple[Any, ...], Terms] = {}
-        # Compared one by one: hashing the options would cost a hit a tenth of a read.
-        self.latest: tuple[Any, Any, Any, Any, Terms | None] = (None, None, None, None, None)
-        self.recent: dict[str, float] = {}
-        self.plain: object = None  # the code of the latest load that is no coroutine function
-        self.keeps_missing = False
-        self.missing: set[str] = set()
-
-    def terms(
-        self,
-        ttl: Lifetime | None,
-        refresh_after: Lifetime | None,
-        jitter: float,
-        keep_missing: Lifetime | None,
-    ) -> Terms:
-        """Return the checked options of a ``fetch``; raises RecordError."""
-        given = ttl, refresh_after, jitter, keep_missing
-        terms = self.known.get(given)
-        if terms is None:
-            terms = terms_of(*given, self._default_ttl)
-            if len(self.known) >= _MOST_TERMS:
-                self.known.clear()
-            self.known[given] = terms
-            if keep_missing is not None:
-                self.keeps_missing = True
-        self.latest = (*given, terms)
-        return terms
-
-    def keep_missing(self, names: Iterable[str]) -> None:
-        """Note that other calls remember of these names that there is nothing."""
-        if len(self.missing) >= _MOST_CHECKS:
-            self.missing.clear()
-        self.missing.update(names)
-
-    def notes_after(self, names: Iterable[str], *, removed: bool) -> list[str]:
-        """Return the notes to remove with records that are written or removed.
-
-        A removal ends every process's memory of a name. A write does so only for the names known
-        here: while a record exists, it counts more than its note anyway.
-        """
-        if removed:
-            return [note_of(name) for name in names]
-        return [note_of(name) for name in self.no_longer_missing(names)]
-
-    def no_longer_missing(self, names: Iterable[str]) -> list[str]:
-        """Return the missing ones among the names, and forget that they were missing."""
-        ended = [name for name in names if name in self.missing]
-        self.missing.difference_update(ended)
-        return ended
-
-    def is_recent(self, name: str) -> bool:
-        """Return whether the age of a record was checked a moment ago."""
-        return self.recent.get(name, 0.0) > time.monotonic()
-
-    def note(self, name: str, terms: Terms) -> None:
-        """Note that the age of a record has been checked now."""
-        recent = self.recent
-        if name not in recent and len(recent) >= _MOST_CHECKS:
-            with suppress(KeyError, RuntimeError, StopIteration):  # other threads do the same
-                del recent[next(iter(recent))]
-        recent[name] = time.monotonic() + terms.check_period()
 
 
 # -- steps
@@ -317,149 +134,6 @@ Steps: TypeAlias = Generator[Step, Any, Outcome]
 _Part: TypeAlias = Generator[Step, Any, Any]
 
 
-def note_of(name: str) -> str:
-    """Return the name of the note beside a record."""
-    return name + NOTE_SUFFIX
-
-
-def with_notes(names: Iterable[str]) -> list[str]:
-    """Return names and the names of their notes."""
-    names = list(names)
-    return [*names, *map(note_of, names)]
-
-
-def state_of(note: Any) -> str:
-    """Return the state that a note tells, or nothing without a note."""
-    return str(_content(note).get("state", ""))
-
-
-def _content(note: Any) -> Mapping[str, Any]:
-    try:
-        data = None if note is None else note.data
-    except RecordError:
-        data = None
-    return data if isinstance(data, Mapping) else {}
-
-
-# -- rings
-
-
-class Flight:
-    """A load under way in this process, and the other ones that it waits for."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-        self._waits: list[Flight] = []
-
-    def waited_names(self) -> list[str]:
-        """Return names that the load waits for at the moment."""
-        names = dict.fromkeys(name for one in list(self._waits) for name in one.names)
-        return list(names)[:_MOST_WAITED]
-
-    @contextmanager
-    def waited_for(self) -> Iterator[None]:
-        """Note within the block that the calling load, if any, waits for this flight.
-
-        Raises UsageError if this flight is that load's own, or waits for it.
-        """
-        caller = _current.get()
-        if caller is None:
-            yield
-            return
-        # Noted before the look: of two threads that close a ring together, one sees it.
-        caller._waits.append(self)
-        try:
-            if self._needs(caller):
-                raise _ring(self, caller)
-            yield
-        finally:
-            caller._waits.remove(self)
-
-    def _needs(self, other: Flight) -> bool:
-        seen = {self}
-        queue = [self]
-        while queue:
-            one = queue.pop()
-            if one is other:
-                return True
-            new = {*one._waits} - seen
-            seen |= new
-            queue += new
-        return False
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Say within the block that the calling code is the load of this flight."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-
-
-_current: ContextVar[Flight | None] = ContextVar("dscache_load", default=None)
-"""The flight whose load is the calling code; tasks and ``asyncio.to_thread`` inherit it."""
-
-
-def _ring(wanted: Flight, caller: Flight) -> UsageError:
-    name = shorten(wanted.names[0])
-    if wanted is caller:
-        return UsageError(
-            f"record {name}: its load fetches the same record, and would wait for itself; read "
-            "the source in it"
-        )
-    return UsageError(
-        f"record {name}: its load waits for that of {shorten(caller.names[0])}, which fetches it "
-        "and would wait for itself; read the source in one of the loads"
-    )
-
-
-class _Rings:
-    """The rings that a caller finds among the leases for which it waits."""
-
-    def __init__(self) -> None:
-        self.others: list[str] = []
-        """Names whose notes are read as well, as the leases wait for them."""
-        self._since: dict[str, float] = {}
-
-    def look(self, waiting: Iterable[str], found: Mapping[str, Any], outcome: Outcome) -> None:
-        """Fail the names whose leases have waited for themselves for a while."""
-        names = dict.fromkeys([*waiting, *self.others])
-        waits = {name: _waited_names(found.get(note_of(name))) for name in names}
-        others = dict.fromkeys(other for name in waiting for other in _reached(name, waits))
-        self.others = [name for name in others if name not in waiting][:_MOST_WAITED]
-        now = time.monotonic()
-        ringed = [name for name in waiting if waits[name] and name in _reached(name, waits)]
-        self._since = {name: self._since.get(name, now) for name in ringed}
-        for name, began in self._since.items():
-            if now - began >= _RING_SECONDS:
-                outcome.errors[name] = LoadError(
-                    f"record {shorten(name)}: its load, in another call, fetches a record whose "
-                    "load fetches this one; read the source in one of the loads",
-                    name=name,
-                )
-
-
-def _waited_names(note: Any) -> list[str]:
-    """Return the names that the load of a lease waits for."""
-    names = _content(note).get("waits")
-    if not isinstance(names, list) or state_of(note) != _LOADING:
-        return []
-    return [name for name in names[:_MOST_WAITED] if isinstance(name, str) and name]
-
-
-def _reached(name: str, waits: Mapping[str, list[str]]) -> dict[str, None]:
-    """Return the names to which ``waits`` leads from a name, itself only if it is among them."""
-    seen: dict[str, None] = {}
-    queue = [name]
-    while queue:
-        for other in waits.get(queue.pop(), ()):
-            if other not in seen:
-                seen[other] = None
-                queue.append(other)
-    return seen
-
-
 # -- the generators
 
 
@@ -467,7 +141,7 @@ def load_missing(names: Iterable[str], terms: Terms) -> Steps:
     """Load records that were not found, or wait until other callers have loaded them."""
     outcome = Outcome()
     waiting = dict.fromkeys(names)
-    rings = _Rings()
+    rings = Rings()
     pauses = 0
     while waiting:
         vacant = yield from _look(waiting, rings, outcome)
@@ -483,14 +157,15 @@ def load_missing(names: Iterable[str], terms: Terms) -> Steps:
     return outcome
 
 
-def refresh(records: Mapping[str, Any], terms: Terms) -> Steps:
-    """Load records anew whose notes have ended, unless another caller does; none is lost."""
+def refresh(records: Mapping[str, Any], found: Mapping[str, Any], terms: Terms) -> Steps:
+    """Load records anew whose notes have ended, unless another caller does; none is lost.
+
+    ``found`` has the notes that were read with them. Only if they are unchanged is a lease taken.
+    """
     outcome = Outcome(dict(records))
     try:
-        notes = yield from _read(map(note_of, records), outcome)
-        beside = {name: notes.get(note_of(name)) for name in records}
-        vacant = {name: _version_of(note) for name, note in beside.items() if _is_due(note)}
-        leases = (yield from _acquire(vacant, outcome)) if vacant else {}
+        vacant = {name: _version_of(found.get(note_of(name))) for name in records}
+        leases = yield from _acquire(vacant, outcome)
         if leases:
             yield from _load(leases, terms, outcome, refresh=True)
     except DscacheError as error:
@@ -521,14 +196,14 @@ def _end_missing(names: Iterable[str], notes: Mapping[str, Any]) -> _Part:
     ended = {
         name: note.version
         for name, note in beside.items()
-        if note is not None and state_of(note) == _MISSING
+        if note is not None and state_of(note) == MISSING
     }
     if ended:
         yield from _quietly(_drop_notes(ended))
 
 
 def _look(
-    waiting: dict[str, None], rings: _Rings, outcome: Outcome
+    waiting: dict[str, None], rings: Rings, outcome: Outcome
 ) -> Generator[Step, Any, dict[str, Any]]:
     """Take the names that need no load out of ``waiting``.
 
@@ -539,7 +214,7 @@ def _look(
     for name in rings.others:
         if name not in known:
             outcome.errors.pop(name, None)
-    rings.look(waiting, found, outcome)
+    rings.look(waiting, found, outcome.errors)
     vacant: dict[str, int | None] = {}
     written: list[str] = []
     for name in list(waiting):
@@ -551,13 +226,13 @@ def _look(
             outcome.records[name] = found[name]
             del waiting[name]
             written.append(name)
-        elif state == _MISSING:
+        elif state == MISSING:
             outcome.nothing.add(name)
             del waiting[name]
-        elif state == _FAILED:
+        elif state == FAILED:
             outcome.errors[name] = _failed_before(name, note)
             del waiting[name]
-        elif state != _LOADING:
+        elif state != LOADING:
             vacant[name] = _version_of(note)
     yield from _end_missing(written, found)
     return vacant
@@ -572,7 +247,7 @@ def _is_due(note: Any) -> bool:
 
     A note that there is nothing says nothing of a record that was written behind it.
     """
-    return state_of(note) in ("", _MISSING)
+    return state_of(note) in ("", MISSING)
 
 
 def _read(names: Iterable[str], outcome: Outcome) -> _Part:
@@ -597,7 +272,7 @@ def _acquire(
     refused: Iterable[str]
     try:
         refused = yield _write_notes(
-            {"state": _LOADING},
+            {"state": LOADING},
             LEASE_SECONDS,
             tokens,
             {note_of(name): version for name, version in vacant.items()},
@@ -647,7 +322,7 @@ def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bo
             tokens = {name: leases[name] for name in wanted}
 
             def renewal(waits: list[str]) -> Do:
-                content = {"state": _LOADING, **({"waits": waits} if waits else {})}
+                content = {"state": LOADING, **({"waits": waits} if waits else {})}
                 return _write_notes(content, LEASE_SECONDS, tokens)
 
             try:
@@ -684,7 +359,7 @@ def _fail(
     pause = FAILURE_SECONDS
     if refresh:
         pause = max(pause, (terms.refresh_after or 0) // 10)
-    content = {"state": _STALE if refresh else _FAILED, "error": type(error).__name__}
+    content = {"state": STALE if refresh else FAILED, "error": type(error).__name__}
     yield from _quietly(_write_notes(content, pause, tokens))
     for name in tokens:
         failure = LoadError(f"record {shorten(name)}: its load {said}", name=name)
@@ -693,7 +368,7 @@ def _fail(
 
 
 def _failed_before(name: str, note: Any) -> LoadError:
-    kind = shorten(_content(note).get("error", "an error"))
+    kind = shorten(content_of(note).get("error", "an error"))
     return LoadError(
         f"record {shorten(name)}: its load has just failed in another call ({kind}), and is not "
         "repeated at once; try again in a second",
@@ -738,12 +413,12 @@ def _store(
     if terms.refresh_after is not None:
         for ttl, names in _spread(stored, terms.refresh_after, terms).items():
             tokens = {name: held.pop(name) for name in names}
-            yield from _quietly(_write_notes({"state": _FRESH}, ttl, tokens))
+            yield from _quietly(_write_notes({"state": FRESH}, ttl, tokens))
     if terms.keep_missing is not None and nothing:
         for name in nothing:
             del held[name]
         outcome.nothing.update(nothing)
-        yield from _quietly(_write_notes({"state": _MISSING}, terms.keep_missing, nothing))
+        yield from _quietly(_write_notes({"state": MISSING}, terms.keep_missing, nothing))
 
 
 def record_of(name: str, loaded: Any, base: Any) -> Any:

@@ -176,7 +176,7 @@ cdef class _NearStore:
         self._bytes -= entry.size
         return True
 
-    cdef bint invalidate(self, keys) except -1:
+    cpdef bint invalidate(self, keys) except -1:
         """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
         if keys is None:
             return True
@@ -601,10 +601,12 @@ cdef class _PendingRead:
     cdef NearCache _near
     cdef str name
     cdef double joinable_until
+    cdef int slot  # -1 while it isn't known
     cdef list waiters
 
     def __cinit__(self, NearCache near, str name, double joinable_until):
         self._near = near
+        self.slot = -1
         self.name = name
         self.joinable_until = joinable_until
         self.waiters = []

@@ -525,12 +525,13 @@ class NearCache(NearStore):
 class PendingRead:
     """A pending read of one name: the waiter that the pipeline resolves, for all its callers."""
 
-    __slots__ = ("_near", "joinable_until", "name", "waiters")
+    __slots__ = ("_near", "joinable_until", "name", "slot", "waiters")
 
     def __init__(self, near: NearCache, name: str, joinable_until: float) -> None:
         self._near = near
         self.name = name
         self.joinable_until = joinable_until
+        self.slot = -1  # not known yet
         self.waiters: list[Any] = []
 
     def set_result(self, record: Record | None, /) -> None:

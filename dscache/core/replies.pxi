@@ -127,7 +127,6 @@ cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
     cdef Py_ssize_t settled = 0
     cdef object one, entry
     cdef str name
-    cdef int slot
     cdef Record record
     try:
         for one in found:
@@ -140,9 +139,9 @@ cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
                 record = <Record>one
                 pipeline._hits += 1
                 if epoch is not None:
-                    slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
                     pipeline.near.fill(
-                        pipeline, epoch, batch.serial, name, record.version, record.raw, slot
+                        pipeline, epoch, batch.serial, name, record.version, record.raw,
+                        slot_known(batch, entry),
                     )
                 if bulk is not None:
                     PyDict_SetItem(result, name, record)
@@ -155,8 +154,9 @@ cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
                 pipeline._halves += one is not None
                 pipeline._misses += 1
                 if epoch is not None:
-                    slot = -1 if batch.hash_slots == NULL else batch.hash_slots[batch.answered]
-                    pipeline.near.fill(pipeline, epoch, batch.serial, name, 0, None, slot)
+                    pipeline.near.fill(
+                        pipeline, epoch, batch.serial, name, 0, None, slot_known(batch, entry)
+                    )
                 if bulk is not None:
                     bulk.missing.append(name)
                 else:
@@ -172,6 +172,13 @@ cdef int answer_get(Pipeline pipeline, _Batch batch, list found) except -1:
         if bulk is not None:
             bulk.settle(settled)
     return 0
+
+
+cdef inline int slot_known(_Batch batch, entry) noexcept:
+    """Return the slot of the record that a reply is about, or -1 if it isn't known."""
+    if batch.hash_slots != NULL:
+        return batch.hash_slots[batch.answered]
+    return (<_PendingRead>entry).slot if type(entry) is _PendingRead else -1
 
 
 cdef int answer_head(Pipeline pipeline, _Batch batch, stored, reply) except -1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import failures, outcomes, refusals
+from .near_cache import PendingRead
 from .record import Record, parse_version
 from .waiters import DISCARDED, resolve
 
@@ -123,7 +124,7 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
                 else:
                     pipeline.counts["hits"] += 1
                     if epoch is not None:
-                        keep_near(pipeline, epoch, batch, name, version, raw)
+                        keep_near(pipeline, epoch, batch, entry, version, raw)
                     if bulk is not None:
                         bulk.result[name] = Record(name, version, raw)
                     elif type(entry) is list:
@@ -139,7 +140,7 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
                     pipeline.counts["halves"] += 1
                 pipeline.counts["misses"] += 1
                 if epoch is not None:
-                    keep_near(pipeline, epoch, batch, name, 0, None)
+                    keep_near(pipeline, epoch, batch, entry, 0, None)
                 if bulk is not None:
                     bulk.missing.append(name)
                 else:
@@ -153,10 +154,13 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
 
 
 def keep_near(
-    pipeline: Pipeline, epoch: Epoch, batch: Batch, name: str, version: int, raw: Any
+    pipeline: Pipeline, epoch: Epoch, batch: Batch, entry: Any, version: int, raw: Any
 ) -> None:
     assert pipeline.near is not None
-    slot = batch.hash_slots[batch.answered] if batch.hash_slots else -1
+    slot = entry.slot if type(entry) is PendingRead else -1
+    if batch.hash_slots:
+        slot = batch.hash_slots[batch.answered]
+    name = batch.names[batch.answered]
     pipeline.near.fill(pipeline, epoch, batch.serial, name, version, raw, slot)
 
 

@@ -104,6 +104,8 @@ cdef class Router:
         if slot < 0:
             self._apart.read(name, waiter, kind)
         else:
+            if type(waiter) is _PendingRead:
+                (<_PendingRead>waiter).slot = slot  # for ``fill``
             (<Pipeline?>self.readers[slot])._join(kind, name, waiter)
 
     def read_bulk(self, int kind, names, waiter):

@@ -12,6 +12,7 @@ from .batch import Write
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .entries import kind_of, make_removals, make_writes, new_bulk, unique
 from .keys import slot_of_key
+from .near_cache import PendingRead
 from .pipeline import Pipeline
 from .record import check_name
 from .resp import Encoder
@@ -104,7 +105,10 @@ class Router:
 
     def read(self, name: str, waiter: Any, kind: int = c.GET) -> None:
         """Queue a GET or HEAD, of which ``waiter`` gets the Record or the version, or None."""
-        self._at(self.readers, name).read(name, waiter, kind)
+        slot = self._encoder.slot(name)
+        if type(waiter) is PendingRead:
+            waiter.slot = slot  # for ``fill``
+        (self._apart if slot < 0 else self.readers[slot]).read(name, waiter, kind)
 
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None:
         """Queue a GET or HEAD of many records; ``waiter`` gets a dict of all found."""

@@ -4,8 +4,8 @@
 # Without the GIL, a cache has a lock for the length of such a method; a critical section of CPython
 # would not do, since it ends wherever its thread has to wait.
 
+from .core.near_node import NearNode
 
-cdef int LOST = tracking.LOST
 cdef int OVER = tracking.OVER
 
 
@@ -23,139 +23,39 @@ cdef class _SharedEntry(_Entry):
 cdef class SharedWrite:
     """Writes under way: their names aren't cached until ``end``, or until the object is gone."""
 
-    cdef SharedNearCache _near
+    cdef object _near  # a SharedNearCache or a HostNearCache
     cdef list _names
-    cdef object _writes
+    cdef dict _writes
 
-    def __cinit__(self, SharedNearCache near, list names):
+    def __cinit__(self, near, dict writes):
         self._near = near
-        self._names = names
-        self._writes = near._writes
+        self._names = []
+        self._writes = writes
+
+    cdef int begin(self, str name) except -1:
+        # In this order: whatever strikes here, what is counted is also ended.
+        self._names.append(name)
+        self._writes[name] = self._writes.get(name, 0) + 1
+        return 0
 
     def end(self):
         """End the writes: reads that are sent from now on see them."""
         cdef list names = self._names
         self._names = []
-        # After a fork, the child has other writes.
-        if names and self._writes is self._near._writes:
-            for name in names:
-                self._near.end_write(name)
+        if names:
+            self._near.end_writes(names, self._writes)
 
     def __del__(self):
         self.end()
 
 
-@cython.final
-cdef class NearNode:
-    """One server as a SharedNearCache knows it: whether its link reports changes.
-
-    ``identity`` tells which server it is, while there is a link.
-    """
-
-    cdef object _identity
-    cdef SharedNearCache _near
-    cdef _Reachability _reach
-    cdef _Epoch _epoch
-
-    def __cinit__(self, SharedNearCache near):
-        self._near = near
-        self._reach = _Reachability.__new__(_Reachability)
-        self._reach.up = True  # unless it is known not to be
-
-    @property
-    def identity(self):
-        """The server's identity, or None."""
-        dscache_lock(&self._near._mutex)
-        identity = self._identity
-        dscache_unlock(&self._near._mutex)
-        return identity
-
-    @property
-    def is_live(self):
-        """Whether the server reports its changes."""
-        return self._epoch is not None
-
-    def connected(self, identity, double since):
-        """Begin to cache: the server reports every change after ``since``."""
-        dscache_lock(&self._near._mutex)
-        try:
-            self._connected(identity, since)
-        finally:
-            dscache_unlock(&self._near._mutex)
-
-    cdef int _connected(self, identity, double since) except -1:
-        self._end_epoch(LOST)
-        self._identity = identity
-        self._reach.up = True
-        cdef _Epoch epoch = _Epoch.__new__(_Epoch, self._reach)
-        epoch.known = since
-        self._epoch = epoch
-        return 0
-
-    def confirm(self, double known):
-        """Note that every change from before a time has been reported."""
-        dscache_lock(&self._near._mutex)
-        if self._epoch is not None:
-            self._epoch.known = known
-        dscache_unlock(&self._near._mutex)
-
-    def disconnected(self, str reason, bint is_trusted=True):
-        """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
-        dscache_lock(&self._near._mutex)
-        try:
-            self._disconnected(reason, is_trusted)
-        finally:
-            dscache_unlock(&self._near._mutex)
-
-    cdef int _disconnected(self, str reason, bint is_trusted) except -1:
-        cdef bint was_live = self._epoch is not None
-        self._end_epoch(LOST if is_trusted else OVER)
-        if was_live:
-            self._near.count_flush(reason)
-        return 0
-
-    def unreachable(self):
-        """Note that the server can't be reached: stale entries may be served at once."""
-        self._set_reach(False)
-
-    def reachable(self):
-        """Note that the server can be reached, though perhaps not by its link."""
-        self._set_reach(True)
-
-    cdef int _set_reach(self, bint up) except -1:
-        dscache_lock(&self._near._mutex)
-        self._reach.up = up
-        dscache_unlock(&self._near._mutex)
-        return 0
-
-    def take_push(self, push):
-        """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        cdef double known
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        changed = push[1]
-        dscache_lock(&self._near._mutex)
-        try:
-            if self._near.invalidate(changed) and self._epoch is not None:
-                known = self._epoch.known
-                self._disconnected("flushall", False)
-                self._connected(self._identity, known)
-        finally:
-            dscache_unlock(&self._near._mutex)
-
-    cdef int _end_epoch(self, int state) except -1:
-        cdef _Epoch epoch = self._epoch
-        cdef bint up = self._reach.up
-        self._epoch = None
-        if epoch is not None:
-            epoch.state = state
-        if state == OVER:  # and so is what earlier links vouched for
-            self._reach.over = True
-            self._reach = _Reachability.__new__(_Reachability)
-            self._reach.up = up
-        return 0
+cdef int uncount_write(dict writes, name) except -1:
+    left = writes.get(name, 0) - 1
+    if left > 0:
+        writes[name] = left
+    else:
+        writes.pop(name, None)
+    return 0
 
 
 @cython.final
@@ -169,8 +69,8 @@ cdef class SharedNearCache(_NearStore):
     cdef dscache_mutex _mutex
     cdef object _read, _read_head
     cdef dict _writes
-    cdef NearNode _node
-    cdef list _owners  # the node of each slot of a cluster, or None
+    cdef object _node
+    cdef list _owners  # the NearNode of each slot of a cluster, or None
     cdef Py_ssize_t _pending
 
     def __init__(self, read, read_head, **settings):
@@ -228,7 +128,8 @@ cdef class SharedNearCache(_NearStore):
             dscache_unlock(&self._mutex)
 
     cdef _SharedEntry _begin_read(self, str name):
-        cdef NearNode node
+        cdef object node
+        cdef _Epoch epoch
         cdef _SharedEntry entry, found
         cdef Py_ssize_t size = 0
         cdef int slot = 0
@@ -240,7 +141,7 @@ cdef class SharedNearCache(_NearStore):
             node = None if slot < 0 else self._owners[slot]
         else:
             node = self._node
-        if node is None or node._epoch is None:
+        if node is None or node.epoch is None:
             return None
         utf8_of(name, &size)
         size += ENTRY_BYTES
@@ -251,11 +152,12 @@ cdef class SharedNearCache(_NearStore):
         # From here on no Python code runs, so no other thread does.
         if self._clustered:
             node = self._owners[slot]
-        if node is None or node._epoch is None or not self._max_records or name in self._writes:
+        epoch = None if node is None else node.epoch
+        if epoch is None or not self._max_records or name in self._writes:
             return None
         found = self._current(name)
         if found is not None:
-            if not found.filled and found.epoch is node._epoch and found.moves == self._moves[slot]:
+            if not found.filled and found.epoch is epoch and found.moves == self._moves[slot]:
                 return found  # of another read, which was sent earlier
             entry.previous = found if found.filled else found.previous
             found.previous = None
@@ -263,7 +165,7 @@ cdef class SharedNearCache(_NearStore):
                 entry.previous = None
             self.drop(name)
         entry.name = name
-        entry.epoch = node._epoch
+        entry.epoch = epoch
         entry.expires = dscache_monotonic() + self._max_age
         entry.size = size
         entry.slot = slot
@@ -358,37 +260,88 @@ cdef class SharedNearCache(_NearStore):
 
     def begin_write(self, list names not None):
         """Drop the entries of names, and cache none of them until the SharedWrite has ended."""
-        cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, [])
+        cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, self._writes)
         cdef str name
         dscache_lock(&self._mutex)
         try:
             for name in names:
-                # In this order: whatever strikes here, what is counted is also ended.
-                write._names.append(name)
-                self._writes[name] = self._writes.get(name, 0) + 1
+                write.begin(name)
                 self.drop(name)
         finally:
             dscache_unlock(&self._mutex)
         return write
 
-    cdef int end_write(self, str name) except -1:
+    def end_writes(self, list names, writes):
+        """End writes, unless they were of the parent of a forked child."""
         dscache_lock(&self._mutex)
         try:
-            left = self._writes.get(name, 0) - 1
-            if left > 0:
-                self._writes[name] = left
-            else:
-                self._writes.pop(name, None)
-            self.drop(name)
+            if writes is self._writes:
+                for name in names:
+                    uncount_write(self._writes, name)
+                    self.drop(name)
         finally:
             dscache_unlock(&self._mutex)
+
+    # -- for a NearNode: hits compare these fields under the lock
+
+    def new_epoch(self, _Reachability reach not None, double known):
+        """Return an epoch of a node that is up: all changes after ``known`` are reported."""
+        cdef _Epoch epoch = _Epoch.__new__(_Epoch, reach)
+        epoch.known = known
+        self.set_up(reach, True)
+        return epoch
+
+    def confirm(self, _Epoch epoch not None, double known):
+        """Note that every change from before a time has been reported."""
+        dscache_lock(&self._mutex)
+        epoch.known = known
+        dscache_unlock(&self._mutex)
+
+    def end_epoch(self, _Epoch epoch, _Reachability reach not None, int state):
+        """End an epoch, or None; return the Reachability of the next one.
+
+        OVER also ends all epochs before it: none of their records is served as stale.
+        """
+        cdef _Reachability following = reach
+        if state == OVER:
+            following = _Reachability.__new__(_Reachability)
+        dscache_lock(&self._mutex)
+        if epoch is not None:
+            epoch.state = state
+        if state == OVER:
+            following.up = reach.up
+            reach.over = True
+        dscache_unlock(&self._mutex)
+        return following
+
+    cpdef int set_up(self, _Reachability reach, bint up) except -1:
+        """Note whether a node can be reached."""
+        dscache_lock(&self._mutex)
+        reach.up = up
+        dscache_unlock(&self._mutex)
         return 0
+
+    cpdef bint invalidate(self, keys) except -1:
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
+        dscache_lock(&self._mutex)
+        try:
+            return _NearStore.invalidate(self, keys)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cpdef int count_flush(self, str reason) except -1:
+        """Count an invalidation of many records."""
+        dscache_lock(&self._mutex)
+        try:
+            return _NearStore.count_flush(self, reason)
+        finally:
+            dscache_unlock(&self._mutex)
 
     # -- for the owner of the cache
 
     def only_node(self):
         """Return the NearNode of the only server."""
-        cdef NearNode node = NearNode.__new__(NearNode, self)
+        node = self.node()
         dscache_lock(&self._mutex)
         self._node = node
         dscache_unlock(&self._mutex)
@@ -396,7 +349,7 @@ cdef class SharedNearCache(_NearStore):
 
     def node(self):
         """Return a NearNode for a node of a cluster."""
-        return NearNode.__new__(NearNode, self)
+        return NearNode(self, _Reachability.__new__(_Reachability))
 
     def route(self, owners):
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""
@@ -407,11 +360,11 @@ cdef class SharedNearCache(_NearStore):
         try:
             for slot, node in pairs:
                 if self._owners[slot] is not node:
-                    self._owners[slot] = <NearNode?>node if node is not None else None
+                    self._owners[slot] = node
                     self._moves[slot] += 1
                     moved = True
             if moved:
-                self.count_flush("slots")
+                _NearStore.count_flush(self, "slots")
         finally:
             dscache_unlock(&self._mutex)
 

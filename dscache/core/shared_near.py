@@ -65,13 +65,13 @@ from typing import Any
 from weakref import ref
 
 from .._locks import make_lock
-from ..errors import ProtocolError, shorten
 from . import constants as c
 from . import failures
 from .near_cache import NEAR_ENTRY_BYTES, Epoch, NearStore, Reachability
+from .near_node import NearNode
 from .near_parts import NearSettings
 from .record import Record, check_name
-from .tracking import LIVE, LOST, OVER
+from .tracking import LIVE, OVER
 
 
 class SharedEntry:
@@ -130,78 +130,6 @@ class SharedWrite:
             for name in self._names:
                 self._near.end_write(name, self)
         self._names = []
-
-
-class NearNode:
-    """One server as a SharedNearCache knows it: whether its link reports changes.
-
-    ``identity`` tells which server it is, while there is a link.
-    """
-
-    __slots__ = ("_near", "_reach", "epoch", "identity")
-
-    def __init__(self, near: SharedNearCache) -> None:
-        self._near = near
-        self._reach = Reachability()
-        self._reach.up = True  # unless it is known not to be
-        self.epoch: Epoch | None = None
-        self.identity: str | None = None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the server reports its changes."""
-        return self.epoch is not None
-
-    def connected(self, identity: str | None, since: float) -> None:
-        """Begin to cache: the server reports every change after ``since``."""
-        self._end_epoch(LOST)
-        self.identity = identity
-        self._reach.up = True
-        epoch = Epoch(self._reach)
-        epoch.known = since
-        self.epoch = epoch
-
-    def confirm(self, known: float) -> None:
-        """Note that every change from before a time has been reported."""
-        epoch = self.epoch
-        if epoch is not None:
-            epoch.known = known
-
-    def disconnected(self, reason: str, is_trusted: bool = True) -> None:
-        """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
-        was_live = self.is_live
-        self._end_epoch(LOST if is_trusted else OVER)
-        if was_live:
-            self._near.count_flush(reason)
-
-    def unreachable(self) -> None:
-        """Note that the server can't be reached: stale entries may be served at once."""
-        self._reach.up = False
-
-    def reachable(self) -> None:
-        """Note that the server can be reached, though perhaps not by its link."""
-        self._reach.up = True
-
-    def take_push(self, push: Any) -> None:
-        """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        if not push or push[0] != b"invalidate":
-            return
-        if len(push) != 2 or not (push[1] is None or type(push[1]) is list):
-            raise ProtocolError(f"a change of keys: unexpected push {shorten(push)}")
-        epoch = self.epoch
-        if self._near.invalidate(push[1]) and epoch is not None:
-            self.disconnected("flushall", False)
-            self.connected(self.identity, epoch.known)
-
-    def _end_epoch(self, state: int) -> None:
-        epoch, self.epoch = self.epoch, None
-        if epoch is not None:
-            epoch.state = state
-        if state == OVER:  # and so is what earlier links vouched for
-            up = self._reach.up
-            self._reach.over = True
-            self._reach = Reachability()
-            self._reach.up = up
 
 
 class SharedNearCache(NearStore):
@@ -402,16 +330,47 @@ class SharedNearCache(NearStore):
                     self.writes.pop(name, None)
             self.drop(name)
 
+    # -- for a NearNode
+
+    def new_epoch(self, reach: Reachability, known: float) -> Epoch:
+        """Return an epoch of a node that is up: all changes after ``known`` are reported."""
+        epoch = Epoch(reach)
+        epoch.known = known
+        reach.up = True
+        return epoch
+
+    def confirm(self, epoch: Epoch, known: float) -> None:
+        """Note that every change from before a time has been reported."""
+        epoch.known = known
+
+    def end_epoch(self, epoch: Epoch | None, reach: Reachability, state: int) -> Reachability:
+        """End an epoch, or None; return the Reachability of the next one.
+
+        OVER also ends all epochs before it: none of their records is served as stale.
+        """
+        if epoch is not None:
+            epoch.state = state
+        if state != OVER:
+            return reach
+        following = Reachability()
+        following.up = reach.up
+        reach.over = True
+        return following
+
+    def set_up(self, reach: Reachability, up: bool) -> None:
+        """Note whether a node can be reached."""
+        reach.up = up
+
     # -- for the owner of the cache
 
     def only_node(self) -> NearNode:
         """Return the NearNode of the only server."""
-        self._node = NearNode(self)
+        self._node = self.node()
         return self._node
 
     def node(self) -> NearNode:
         """Return a NearNode for a node of a cluster."""
-        return NearNode(self)
+        return NearNode(self, Reachability())
 
     def route(self, owners: Iterable[tuple[int, NearNode | None]]) -> None:
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""

@@ -7,7 +7,18 @@ from . import protocol
 from .changes import RecordChange
 from .events import Event
 from .peer import Peer
+from .presence import PresenceChange
 from .protocol import check
 from .rpc import Reject
 
-__all__ = ["Event", "Peer", "RPCError", "RPCTimeout", "RecordChange", "Reject", "check", "protocol"]
+__all__ = [
+    "Event",
+    "Peer",
+    "PresenceChange",
+    "RPCError",
+    "RPCTimeout",
+    "RecordChange",
+    "Reject",
+    "check",
+    "protocol",
+]

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from ..errors import BulkError, DscacheError, MessageError, UsageError, shorten
-from .encoding import decode_text
+from ..pubsub.encoding import decode_text
 from .patterns import matcher, prefix_of
 from .protocol import RecordAction
 
@@ -159,6 +159,8 @@ class RecordChanges(AsyncIterator[RecordChange]):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        # Their tracebacks lead here, and would keep the watch's buffers until a garbage collection.
+        self._tasks = []
         if self._watch is not None:
             await self._watch.close()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..core import envelope
 from ..errors import MessageError, Overloaded, UsageError, shorten
-from .encoding import decode_text, encode_text
+from ..pubsub.encoding import decode_text, encode_text
+from .arrivals import Arrivals
 from .patterns import check_pattern, matcher
 from .protocol import Emit, EventAction, Topic
 
@@ -41,7 +42,7 @@ class _Received(msgspec.Struct, rename="camel"):
     parsed_data: Any = UNSET
 
 
-class Listening(AsyncIterator[Event]):
+class Listening(Arrivals[Event]):
     """The events of a pattern, by ``async for``; made by ``peer.events.listen``.
 
     It receives events from its creation until it is closed or the peer is. ``dropped`` counts the
@@ -55,17 +56,14 @@ class Listening(AsyncIterator[Event]):
         max_pending: int,
         overflow: str,
     ) -> None:
+        super().__init__("listen", on_close)
         self.pattern = pattern
         self.matches = matcher(pattern)
         self.dropped = 0
-        self._on_close = on_close
         self._max_pending = max_pending
         self._overflow = overflow
         self._events: deque[Event] = deque()
-        self._news = asyncio.Event()
-        self._is_closed = False
         self._is_overloaded = False
-        self._is_busy = False
 
     def put(self, event: Event) -> None:
         """Let an event wait, if there is room, or is made for it."""
@@ -90,45 +88,19 @@ class Listening(AsyncIterator[Event]):
         self._events.append(event)
         self._news.set()
 
-    def __aiter__(self) -> Self:
-        return self
+    def _has_waiting(self) -> bool:
+        return bool(self._events)
 
-    async def __anext__(self) -> Event:
-        while not self._events:
-            if self._is_overloaded:
-                self._is_overloaded = False
-                raise Overloaded(
-                    f"{self._max_pending} events of {shorten(self.pattern)} were waiting; the "
-                    "subscription was ended by overflow: disconnect"
-                )
-            if self._is_closed:
-                raise StopAsyncIteration
-            if self._is_busy:
-                raise UsageError("this iterator is in use already; call listen() once per consumer")
-            self._news.clear()
-            self._is_busy = True
-            try:
-                await self._news.wait()
-            finally:
-                self._is_busy = False
+    def _take(self) -> Event:
         return self._events.popleft()
 
-    def close(self) -> None:
-        """Receive no more events; the iteration ends after the waiting ones."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._on_close(self)
-        self._news.set()
-
-    async def aclose(self) -> None:
-        """Do the same."""
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
+    def _check_end(self) -> None:
+        if self._is_overloaded:
+            self._is_overloaded = False
+            raise Overloaded(
+                f"{self._max_pending} events of {shorten(self.pattern)} were waiting; the "
+                "subscription was ended by overflow: disconnect"
+            )
 
 
 class Events:
@@ -136,7 +108,8 @@ class Events:
 
     def __init__(self, node: MessageNode) -> None:
         self._node = node
-        self._listening: list[Listening] = []
+        # Weak references: an iterator that its consumer drops needs no more events.
+        self._listening: WeakSet[Listening] = WeakSet()
         self._unsubscribe: Callable[[], None] | None = None
         self._is_damage_logged = False
         self.emitted = self.received = self.damaged = 0
@@ -153,7 +126,7 @@ class Events:
                 f"emit: the name of an event must be a text that is not empty, not {shorten(name)}"
             )
         text = encode_text(f"emit {shorten(name)}: the data", data)
-        sent = self._node.send(Emit(name=name, data=text))
+        sent = self._node.send(Emit(name=name, data=text), unchecked=True)  # it has been checked
         self.emitted += 1
         if any(one.matches(name) for one in self._listening):
             self._deliver(name, decode_text("emit", text, UNSET), self._node.server_name)
@@ -182,16 +155,22 @@ class Events:
         if self._unsubscribe is None:
             self._unsubscribe = self._node.subscribe(Topic.EVENT, self._on_message)
         opened = Listening(pattern, self._forget, limit, policy)
-        self._listening.append(opened)
+        self._listening.add(opened)
         return opened
 
     def _forget(self, listening: Listening) -> None:
-        self._listening.remove(listening)
+        self._listening.discard(listening)
+        self._end_unused()
+
+    def _end_unused(self) -> None:
         if not self._listening and self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
 
     def _on_message(self, message: Message, sender: str) -> None:
+        if not self._listening:
+            self._end_unused()  # the last iterator was dropped
+            return
         try:
             received = message.decode(_Received)
             if received.action != EventAction.EMIT:

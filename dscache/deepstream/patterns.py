@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from ..core.failures import check_prefix
 from ..errors import UsageError, shorten
 
 _WILDCARD: Final = re.compile(r"[*?]")
@@ -17,6 +18,7 @@ def check_pattern(operation: str, pattern: object) -> str:
         raise UsageError(
             f"{operation}: a pattern must be a text that is not empty, not {shorten(pattern)}"
         )
+    check_prefix(operation, prefix_of(pattern))
     return pattern
 
 

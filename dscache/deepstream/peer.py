@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..aio.lifecycle import AsyncResource
 from ..cache import AsyncCache
+from ..config.messages import split_options
 from ..config.sources import Source
 from ..errors import ConnectionLost, UsageError, shorten
 from ..messages import MessageNode
@@ -62,22 +63,27 @@ class Peer(AsyncResource):
         credentials: CredentialProvider | None = None,
         on_gap: Callable[[float, float], object] | None = None,
         reconcile: bool = True,
+        **options: Any,
     ) -> Self:
-        """Return a peer configured by deepstream's file, or a mapping of the same shape, or a URL.
+        """Return a peer configured by a file, a mapping or a URL; it isn't connected yet.
 
-        Of the file are read the sections ``cache`` and ``clusterNode``, and the options of
-        ``record``, ``rpc`` and ``clusterRegistry`` that servers and peers share. ``server_name``
-        must be unique among all servers; without it a random name is made, as the one in the file
-        is the server's. With ``reconcile``, the servers read a record again after messages about
-        it crossed. ``credentials`` and ``on_gap`` are as for ``MessageNode``.
+        ``source`` is the path of deepstream's file, a mapping of the same shape or of options
+        alone, a URL or ``host:port``. Of a file are read the sections ``cache`` and
+        ``clusterNode``, and the options of ``record``, ``rpc`` and ``clusterRegistry`` that servers
+        and peers share. ``server_name`` must be unique among all servers; without it a random name
+        is made, as the one in the file is the server's. With ``reconcile``, the servers read a
+        record again after messages about it crossed. ``credentials`` and ``on_gap`` are as for
+        ``MessageNode``. ``options`` override those of both sections, by their names in a file or in
+        snake_case: each goes to the connection that has it.
 
         Raises ConfigError for a bad configuration.
         """
         name = f"dscache-{uuid.uuid4().hex[:12]}" if server_name is None else server_name
+        of_cache, of_node = split_options(options)
         node = MessageNode.from_config(
-            source, server_name=name, credentials=credentials, on_gap=on_gap
+            source, server_name=name, credentials=credentials, on_gap=on_gap, **of_node
         )
-        cache = AsyncCache.from_config(source, credentials=credentials)
+        cache = AsyncCache.from_config(source, credentials=credentials, **of_cache)
         return cls(cache, node, settings_.load(source), reconcile=reconcile)
 
     @property
@@ -154,6 +160,7 @@ class Peer(AsyncResource):
         try:
             if self._member is not None:
                 self.events.close()
+                self.presence.close()
                 await self.rpc.close()
                 await self.records.close()
                 await self._member.leave()

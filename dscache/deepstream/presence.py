@@ -3,8 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from weakref import WeakSet
 
+import msgspec
+
+from ..errors import UsageError, shorten
+from .arrivals import Arrivals
 from .cluster import ClusterMember
+
+
+class PresenceChange(msgspec.Struct, frozen=True):
+    """A user has come online, at the first of the servers, or has left the last one."""
+
+    user: str
+    is_online: bool
+
+
+class PresenceChanges(Arrivals[PresenceChange]):
+    """The changes of presence, by ``async for``; made by ``peer.presence.changes``.
+
+    At most one change of each user waits. A user that leaves before the change was taken, or comes
+    back, has not changed.
+    """
+
+    def __init__(self, on_close: Callable[[PresenceChanges], object]) -> None:
+        super().__init__("changes", on_close)
+        self._waiting: OrderedDict[str, bool] = OrderedDict()
+
+    def put(self, user: str, is_online: bool) -> None:
+        """Let a change wait, or end the wait of its opposite."""
+        if self._waiting.pop(user, is_online) == is_online:
+            self._waiting[user] = is_online
+            self._news.set()
+
+    def _has_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def _take(self) -> PresenceChange:
+        return PresenceChange(*self._waiting.popitem(last=False))
 
 
 class Presence:
@@ -16,6 +54,9 @@ class Presence:
 
     def __init__(self, member: ClusterMember) -> None:
         self._member = member
+        # Weak references: an iterator that its consumer drops needs no more changes.
+        self._changes: WeakSet[PresenceChanges] = WeakSet()
+        member.users.changed.append(self._report)
 
     async def users(self) -> set[str]:
         """Return the names of all users that are online.
@@ -27,9 +68,31 @@ class Presence:
         return self._member.users.names()
 
     async def is_online(self, user: str) -> bool:
-        """Return whether a user is online, as ``users`` does."""
+        """Return whether a user is online, as ``users`` does. Raises UsageError for no text."""
+        if not isinstance(user, str):
+            raise UsageError(f"is_online: a user must be a text, not {shorten(user)}")
         await self._settle()
         return self._member.users.has(user)
+
+    def changes(self) -> PresenceChanges:
+        """Return an iterator over the users that come online and go: ``async for change in ...``.
+
+        It reports from the call on, so that ``users`` called after it has whatever it doesn't
+        report. In the first second of a peer, servers still tell the users that are online
+        already, and these are reported too. A user of several servers goes with the last one.
+        """
+        opened = PresenceChanges(self._changes.discard)
+        self._changes.add(opened)
+        return opened
+
+    def _report(self, user: str, is_online: bool) -> None:
+        for one in list(self._changes):
+            one.put(user, is_online)
+
+    def close(self) -> None:
+        """End all iterations."""
+        for one in list(self._changes):
+            one.close()
 
     async def _settle(self) -> None:
         loop = asyncio.get_running_loop()

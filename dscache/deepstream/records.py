@@ -39,8 +39,8 @@ from ..errors import (
     UsageError,
     shorten,
 )
+from ..pubsub.encoding import flaw
 from .changes import RecordChanges
-from .encoding import flaw
 from .patterns import check_pattern
 from .protocol import MAX_VERSION, Deleted, Notify, RecordAction, Topic, Update
 from .settings import Settings
@@ -286,7 +286,8 @@ class Records:
 
     async def _tell(self, name: str, message: Any) -> None:
         try:
-            await self._node.send(message)
+            # Name, version and data have been checked.
+            await self._node.send(message, unchecked=True)
         except DscacheError as error:
             if isinstance(error, (MessageError, UsageError)):
                 raise

@@ -22,8 +22,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..errors import DscacheError, MessageError, RPCError, RPCTimeout, UsageError, shorten
+from ..pubsub.encoding import decode_text, encode_text
 from .cluster import ClusterMember
-from .encoding import decode_text, encode_text
 from .protocol import RPCAction, RPCMessage, Topic
 from .settings import Settings
 

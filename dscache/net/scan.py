@@ -24,24 +24,20 @@ import re
 import time
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from typing import Any, Final, Literal
 
 import msgspec
 
 from ..config import Options
 from ..config.address import join_address
-from ..core import typed
 from ..core.constants import SLOTS, VERSION_SUFFIX
-from ..core.holder import Holder, Place
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
-    BulkError,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
@@ -51,6 +47,7 @@ from ..errors import (
     shorten,
 )
 from .backoff import half_jitter
+from .slots import parse_info
 
 _logger = logging.getLogger("dscache")
 
@@ -75,14 +72,9 @@ _END: Final = b"end"
 _ALL: Final = (1 << SLOTS) - 1
 _VERSION: Final = 1
 _LONGEST_CURSOR: Final = 1 << 22
-_MOST_COUNT: Final = 100_000
 # A line of CLUSTER NODES has this many words before the slots.
 _NODE_WORDS: Final = 8
 _OPEN_SLOT: Final = re.compile(r"\[(\d{1,5})-([<>])-(\w+)\]")
-# Records and bytes that one read of records asks for.
-_RECORDS, _BYTES = 256, 4 << 20
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +105,9 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names that were found, each once in this step."""
+    """Names that were found, or keys, each once in this step; it may have none."""
 
-    names: list[str]
+    names: list[Any]
 
 
 Steps = Generator[Request | Pause | Names, Reply | None, None]
@@ -167,8 +159,8 @@ class _Claim:
     incoming: int
 
 
-class NameScan:
-    """A scan of the names that begin with a prefix, on one server or on all of a cluster.
+class KeyScan:
+    """A scan of the keys that match a pattern, and perhaps of others, of one server or a cluster.
 
     ``owner`` returns the address of the node that serves a slot, or None if none is known; it is
     None itself outside a cluster. ``look_again`` asks for a fresh view of the slots. ``cursor`` is
@@ -178,16 +170,16 @@ class NameScan:
     def __init__(
         self,
         options: Options,
-        prefix: str,
+        pattern: bytes,
         count: int,
-        cursor: str | None,
+        cursor: str | None = None,
         owner: Callable[[int], str | None] | None = None,
         look_again: Callable[[], object] = lambda: None,
+        *,
+        prefix: str = "",
     ) -> None:
-        self._layout = KeyLayout(options.key_prefix, options.hash_tag)
-        self._prefix = prefix
         self._count = count
-        self._pattern = self._layout.pattern(prefix)
+        self._pattern = pattern
         self._owner = owner
         self._look_again = look_again
         self._clustered = owner is not None
@@ -203,12 +195,19 @@ class NameScan:
         self._failures = 0
         self._cuts = 0
         self._progress_at = 0.0
+        self._behind = self._state
+        self.visited = 0
+        """About how many keys the servers have looked at, of any name."""
         self.skipped = 0
         """How many keys had names that are no UTF-8."""
 
     def cursor(self) -> str:
-        """Return the cursor of the names so far."""
+        """Return the cursor of the items before those of the last step."""
         return self._state.encoded(self._id)
+
+    def cursor_behind(self) -> str:
+        """Return the cursor of the items so far, with those of the last step if possible."""
+        return self._behind.encoded(self._id)
 
     def steps(self) -> Steps:
         """Yield the steps of the scan; raises ReplyError, ConnectError and ConnectionLost."""
@@ -333,7 +332,7 @@ class NameScan:
             asked = yield Request(node, [("INFO", "server"), ("INFO", "replication")])
             assert asked is not None
             self._cuts = 0
-            facts = {**_info(asked.replies[0]), **_info(asked.replies[1])}
+            facts = {**parse_info(asked.replies[0]), **parse_info(asked.replies[1])}
             known = [facts.get(name, "") for name in ("run_id", "role", "master_replid")]
             if asked.socket is not self._socket:
                 self._socket = asked.socket
@@ -342,7 +341,7 @@ class NameScan:
             return _Claim(" ".join([*known, unknown]), _ALL, {}, 0), asked.socket
         asked = yield from self._ask(node, ("INFO", "server"), ("CLUSTER", "NODES"))
         info, nodes = asked.replies
-        run_id = _info(info).get("run_id", "")
+        run_id = parse_info(info).get("run_id", "")
         try:
             return _claim_of(nodes, run_id, node, self._options.mapped), asked.socket
         except (ValueError, IndexError) as error:  # numbers that are none, or too high
@@ -368,9 +367,11 @@ class NameScan:
             keys: list[bytes] = reply[1]
             if slots:
                 keys = [key for key in keys if slot_of_key(key) in slots]
-            yield from self._found(keys, is_matched=True)
             if at == b"0":
                 at = _END
+            self.visited += self._count
+            self._behind = replace(self._state, at=at)
+            yield from self._found(keys, is_matched=True)
             self._state = replace(self._state, at=at)
 
     def _few(
@@ -399,11 +400,29 @@ class NameScan:
             if len(found) >= some[slot] + _MARGIN:
                 del some[slot]
             keys += found
-        keys = [key for key in keys if is_version_key(key)]
+        self.visited += len(keys)
+        self._behind = self._state
         yield from self._found(keys, is_matched=False)
 
     def _found(self, keys: list[bytes], *, is_matched: bool) -> Steps:
-        """Yield the names of keys; ``is_matched`` if they match the pattern."""
+        """Yield what is to be found in keys; ``is_matched`` if they match the pattern."""
+        yield Names(list(dict.fromkeys(keys)))
+
+
+class NameScan(KeyScan):
+    """A scan of the names that begin with a prefix; the other arguments are those of a KeyScan."""
+
+    def __init__(
+        self, options: Options, prefix: str, count: int, cursor: str | None = None, *of_cluster: Any
+    ) -> None:
+        self._layout = KeyLayout(options.key_prefix, options.hash_tag)
+        self._prefix = prefix
+        pattern = self._layout.pattern(prefix)
+        super().__init__(options, pattern, count, cursor, *of_cluster, prefix=prefix)
+
+    def _found(self, keys: list[bytes], *, is_matched: bool) -> Steps:
+        if not is_matched:
+            keys = [key for key in keys if is_version_key(key)]
         names: list[str] | None = None
         if is_matched and not self._layout.hash_tag:
             first = len(self._layout.prefix)
@@ -414,8 +433,7 @@ class NameScan:
             self._note_skipped(keys)
         found = dict.fromkeys(map(self._layout.name_of, keys) if names is None else names)
         found.pop("", None)
-        if matching := names_with(self._prefix, found):
-            yield Names(matching)
+        yield Names(names_with(self._prefix, found))
 
     def _note_skipped(self, keys: list[bytes]) -> None:
         """Count the keys of names that are no UTF-8, which no operation can read."""
@@ -430,135 +448,7 @@ class NameScan:
         self.skipped += len(skipped)
 
 
-class MemoryScan:
-    """A scan of the names in a cache in memory, in their order."""
-
-    skipped = 0
-
-    def __init__(
-        self, names: Callable[[], list[str]], prefix: str, count: int, cursor: str | None
-    ) -> None:
-        self._names = names
-        self._prefix = prefix
-        self._count = count
-        self._said = f"memory {prefix}"
-        self._last = unpack(cursor, self._said, str) if cursor is not None else ""
-
-    def cursor(self) -> str:
-        """Return the cursor of the names so far."""
-        return pack(self._said, self._last)
-
-    def steps(self) -> Steps:
-        """Yield the names."""
-        matching = names_with(self._prefix, self._names())
-        names = sorted(name for name in matching if name > self._last)
-        for first in range(0, len(names), self._count):
-            some = names[first : first + self._count]
-            yield Names(some)
-            self._last = some[-1]
-
-
-class Finds(Generic[Item]):
-    """The names or Records that a scan has found and its caller hasn't taken yet.
-
-    A driver calls ``next_step`` and does what the step says. After an exception of any kind it
-    calls ``restart``: the scan then goes on behind the last names that were found.
-    """
-
-    def __init__(self, scan: NameScan | MemoryScan, *, records: bool, type: Any = None) -> None:
-        self.cursor = scan.cursor
-        self.scan = scan
-        self.ready: deque[Item] = deque()
-        self.unread: list[str] = []
-        """Names of records that are still to be read."""
-        self._place = Place()  # of the caller that waits for the next item; none may join it
-        self._steps = scan.steps()
-        self._records = records
-        self._type = type
-        self._error: BulkError | None = None
-        self._batch = _RECORDS
-
-    def next_step(
-        self, reply: Reply | None, error: Exception | None
-    ) -> Request | Pause | Names | None:
-        """Return the next step after the reply to a request, or its error; None at the end."""
-        try:
-            step = self._steps.send(reply) if error is None else self._steps.throw(error)
-        except StopIteration:
-            return None
-        if isinstance(step, Names):
-            if self._records:
-                self.unread = [*step.names]
-            else:
-                self.ready.extend(cast("list[Item]", step.names))
-        return step
-
-    def restart(self) -> None:
-        """Begin the steps anew, behind the names that were found."""
-        self._steps = self.scan.steps()
-
-    def next_names(self) -> list[str]:
-        """Return the names of the records to read next; empty if there are none."""
-        return self.unread[: self._batch]
-
-    def add_records(
-        self, names: list[str], found: Mapping[str, Any], error: BulkError | None = None
-    ) -> None:
-        """Add the records with these names that were read, and the error of the others."""
-        records = found
-        if self._type is not None:
-            try:
-                errors = {} if error is None else error.errors
-                records = typed.all_with_type(found, errors, self._type)
-            except BulkError as misfits:
-                records, error = misfits.result, misfits
-        self.ready.extend(cast("Iterable[Item]", records.values()))
-        self._error = error
-        if found:
-            size = sum(len(record.raw) for record in found.values())
-            self._batch = max(min(_RECORDS, _BYTES * len(found) // (size + 1)), 1)
-        # Last: an exception before it has the records read again, and none is missed.
-        del self.unread[: len(names)]
-
-    def raise_error(self) -> None:
-        """Raise the error of records that could not be read, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def enter(self) -> Holder:
-        """Return the object held until there is an item; raises UsageError if it is taken."""
-        holder = self._place.take()
-        if holder is None:
-            raise UsageError("this scan is in use already; call scan() once per consumer")
-        return holder
-
-
-def check_arguments(
-    prefix: object, count: object, cursor: object, type: Any, *, records: bool
-) -> None:
-    """Raise UsageError for a bad argument of ``scan``, and TypeError for an unknown type."""
-    if type is not None:
-        typed.check_type(type)
-        if not records:
-            raise UsageError("scan: a type is that of records; give records=True as well")
-    if not isinstance(prefix, str):
-        raise UsageError(f"scan: prefix must be a str, not {shorten(prefix)}")
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:
-        raise UsageError(f"scan: count must be an int from 1 to {_MOST_COUNT}: {shorten(count)}")
-    if not isinstance(cursor, str | None):
-        raise UsageError(f"scan: cursor must be the cursor of a scan, not {shorten(cursor)}")
-
-
 # -- replies
-
-
-def _info(reply: object) -> dict[str, str]:
-    """Return the ``name:value`` lines of a reply to INFO; empty for an error reply."""
-    if not isinstance(reply, bytes):
-        return {}
-    lines = reply.decode(errors="replace").splitlines()
-    return {name: value for name, colon, value in (one.partition(":") for one in lines) if colon}
 
 
 def _claim_of(

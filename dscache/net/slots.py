@@ -1,4 +1,4 @@
-"""Parsers for a cluster's view of its slots: CLUSTER SLOTS, CLUSTER INFO, MOVED and ASK.
+"""Parsers for a cluster's view of its slots: CLUSTER SLOTS, CLUSTER INFO, MOVED and ASK; and INFO.
 
 Source: the Redis Cluster specification and the pages of CLUSTER SLOTS and CLUSTER INFO.
 """
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..config.address import is_address, join_address
 from ..core.constants import SLOTS
-from ..errors import ConfigError, ConnectError, ProtocolError, ReplyError, shorten
+from ..errors import ConfigError, ConnectError, ProtocolError, ReplyError, clean, shorten
 
 # The commands that ask a node for its view, and how many nodes are asked at a time: the newest view
 # counts.
@@ -262,12 +262,19 @@ def parse_redirection(words: str, slot: int, source: Address) -> Address | None:
     return (host, int(port)) if is_address(host, int(port)) else None
 
 
+def parse_info(reply: object) -> dict[str, str]:
+    """Return the ``name:value`` lines of a reply to INFO; empty for an error reply."""
+    if not isinstance(reply, bytes):
+        return {}
+    lines = reply.decode(errors="replace").splitlines()
+    return {
+        clean(name): clean(value)
+        for name, colon, value in (one.partition(":") for one in lines)
+        if colon
+    }
+
+
 def parse_epoch(reply: object) -> int:
     """Return the current epoch in a reply to CLUSTER INFO, or -1."""
-    if not isinstance(reply, bytes):
-        return -1
-    for line in reply.splitlines():
-        name, _, value = line.partition(b":")
-        if name == b"cluster_current_epoch" and value.isdigit() and len(value) <= _MOST_DIGITS:
-            return int(value)
-    return -1
+    value = parse_info(reply).get("cluster_current_epoch", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS else -1

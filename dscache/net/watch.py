@@ -28,6 +28,7 @@ from .._interruptions import raise_interruption
 from .._locks import make_lock
 from ..config import Options
 from ..core import typed
+from ..core.failures import check_prefix
 from ..core.keys import KeyLayout, names_with
 from ..core.record import DataT
 from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
@@ -312,8 +313,7 @@ def check_pushes(address: str, hello: object) -> None:
 
 def check_arguments(prefix: object, max_pending: object) -> None:
     """Raise UsageError for a bad argument of ``watch``."""
-    if not isinstance(prefix, str):
-        raise UsageError(f"watch: prefix must be a str, not {shorten(prefix)}")
+    check_prefix("watch", prefix)
     is_int = isinstance(max_pending, int) and not isinstance(max_pending, bool)
     if not is_int or not 1 <= max_pending <= _MOST_PENDING:  # type: ignore[operator] # is_int
         raise UsageError(

@@ -17,7 +17,9 @@ from msgspec import UNSET, UnsetType
 
 from .._interruptions import raise_interruption
 from ..core import tolerant_json
+from ..core.models import encode_model
 from ..errors import MessageError, shorten
+from .encoding import encode_text
 
 # Clients and servers exchange versions as 32-bit integers.
 MAX_VERSION: Final = 2**31 - 1
@@ -333,7 +335,12 @@ class FullState(_Struct, frozen=True):
 
 # -- the check
 
+# Types whose values hold no others.
+_PLAIN: Final = frozenset((str, int, float, bool, type(None)))
+
 _decode_json: Final = msgspec.json.Decoder().decode
+# Checks the text without making objects of it.
+_skip: Final = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def _decode(text: str | bytes) -> Any:
@@ -522,6 +529,8 @@ def check(message: Any, topic: int | None = None) -> None:
     required = rules.required.get(action) if _is_int(action) else None
     if required is None:
         raise _error(rules, _wrong_action(rules, action))
+    # The JSON of values that hold others: any of them may be a msgspec.Raw.
+    texts: dict[str, str] = {}
     for field in required:
         if field not in message and (field != "data" or "parsedData" not in message):
             raise _error(rules, f"{field} is missing{_hint(field, message)}", action)
@@ -529,9 +538,15 @@ def check(message: Any, topic: int | None = None) -> None:
         wrong = f"names must be a list of names that is not empty, not {shorten(message['names'])}"
         raise _error(rules, wrong, action)
     for field, value in message.items():
-        if (rule := _FIELDS.get(field)) is not None and not rule[0](value):
-            raise _error(rules, f"{field} must be {rule[1]}, not {shorten(value)}", action)
-    if (bad := _wrong_data(message, action == _UPDATE and rules is _RECORD)) is not None:
+        if (rule := _FIELDS.get(field)) is not None:
+            if not rule[0](value):
+                raise _error(rules, f"{field} must be {rule[1]}, not {shorten(value)}", action)
+        elif type(value) not in _PLAIN and field != "data":
+            try:
+                texts[field] = encode_text(f"{field} of the message", value)
+            except MessageError as error:
+                raise _error(rules, str(error), action) from None
+    if (bad := _wrong_data(message, action == _UPDATE and rules is _RECORD, texts)) is not None:
         raise _error(rules, bad, action)
 
 
@@ -540,23 +555,31 @@ def _error(rules: _Topic, text: str, action: int | None = None) -> MessageError:
     return MessageError(f"message on topic {rules.topic:d} ({rules.topic.name}{named}): {text}")
 
 
-def _wrong_data(message: Mapping[str, Any], must_be_record: bool) -> str | None:
+def _wrong_data(
+    message: Mapping[str, Any], must_be_record: bool, texts: Mapping[str, str]
+) -> str | None:
     """Return a text about data that clients can't read, or None."""
-    if "data" in message:
-        field, text = "data", message["data"]
+    field = "data"
+    text = message.get("data", UNSET)
+    if text is not UNSET:
         remedy = "; write data=json.dumps(value), or parsedData=value"
         if not isinstance(text, str):
             return f"data must be JSON text, not {shorten(text)}{remedy}"
         try:
-            data = _decode(text)
+            _skip(text)
         except (ValueError, RecursionError) as error:
             raise_interruption(error)
-            return f"data must be JSON text, not {shorten(text)} ({error}){remedy}"
-        data = message.get("parsedData", data)
-    else:
-        field, data = "parsedData", message.get("parsedData")
-    if must_be_record and isinstance(data, (str, int, float, type(None))):
-        return f"{field} must be an object or an array, as a record's data is, not {shorten(data)}"
+            try:
+                # JavaScript takes more, such as lone surrogates.
+                tolerant_json.decode(text.encode())
+            except ValueError as refusal:
+                raise_interruption(refusal)
+                return f"data must be JSON text, not {shorten(text)} ({refusal}){remedy}"
+    if "parsedData" in message:
+        field, text = "parsedData", texts.get("parsedData", UNSET)
+    if must_be_record and (text is UNSET or text.lstrip()[:1] not in ("{", "[")):
+        shown = shorten(message.get(field))
+        return f"{field} must be an object or an array, as a record's data is, not {shown}"
     return None
 
 
@@ -592,7 +615,9 @@ def _as_mapping(message: Any, topic: int | None) -> Mapping[str, Any]:
             raise MessageError(f"message on topic {topic}: it is no JSON: {error}") from None
     elif not isinstance(message, Mapping):
         try:
-            message = msgspec.to_builtins(message)
+            message = msgspec.to_builtins(
+                message, builtin_types=(msgspec.Raw,), str_keys=True, enc_hook=encode_model
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise_interruption(error)
             raise MessageError(f"message on topic {topic}: it can't be encoded: {error}") from None

@@ -13,12 +13,13 @@ import redis as redis_py
 
 from dscache import ConnectError, ConnectionLost, ReplyError
 from dscache.admin.cache import AdminCache, open_cache
-from dscache.admin.primaries import open_primaries, parse_info
+from dscache.admin.primaries import open_primaries
 from dscache.aio import control
 from dscache.aio.connection import Connection
 from dscache.aio.control import ControlConnection, is_clustered
 from dscache.config import Options, load
 from dscache.embedded import EmbeddedServer
+from dscache.net.slots import parse_info
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 

@@ -21,7 +21,7 @@ from dscache.core import constants, scripts
 from dscache.core import stats as counters
 from dscache.core.keys import slot_of_key
 from dscache.embedded import EmbeddedServer
-from dscache.net import cluster_state
+from dscache.net import refresh_schedule
 from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
 from tests.conftest import NamedServer
 from tests.soak.figures import open_files
@@ -266,8 +266,8 @@ def nodes_of(cache: dscache.AsyncCache) -> set[str]:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses between slot refreshes and between retries."""
-    monkeypatch.setattr(cluster_state, "GAP", 0.002)
-    monkeypatch.setattr(cluster_state, "GAP_CAP", 0.02)
+    monkeypatch.setattr(refresh_schedule, "GAP", 0.002)
+    monkeypatch.setattr(refresh_schedule, "GAP_CAP", 0.02)
     monkeypatch.setattr(cluster, "RETRY_CAP", 0.01)
 
 

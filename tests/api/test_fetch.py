@@ -20,7 +20,9 @@ import redis as redis_py
 
 import dscache
 from dscache import Loaded, LoadError, RecordError
-from dscache.core import loading
+from dscache.core import loading, notes
+from dscache.core.fetch_terms import terms_of
+from dscache.core.notes import note_of, state_of
 from dscache.embedded import EmbeddedServer
 from tests.conftest import PATIENT, SERVERS, MakeCache, _server_id
 from tests.programs.fetching import CALLERS
@@ -103,7 +105,7 @@ async def test_a_miss_is_loaded_once_and_then_read(make_cache: MakeCache, place:
     assert len({id(one) for one in data}) == 20, "decoded data is shared"
     stored = await cache.get("n")
     assert stored == records[0]
-    assert await cache.get(loading.note_of("n")) is None, "the lease was not released"
+    assert await cache.get(note_of("n")) is None, "the lease was not released"
     assert await cache.fetch("n", source, ttl=60) == stored
     assert source.loads == 1
 
@@ -199,7 +201,7 @@ async def test_close_ends_a_load_and_its_lease(make_cache: MakeCache) -> None:
     await cache.close()
     with pytest.raises(dscache.ConnectionLost, match="cancelled"):
         await call
-    assert await other.get(loading.note_of("n")) is None
+    assert await other.get(note_of("n")) is None
 
 
 async def test_a_load_that_fetches_its_own_record_is_refused(cache: dscache.AsyncCache) -> None:
@@ -264,7 +266,7 @@ async def test_a_failing_load_is_raised_to_all_and_not_repeated_at_once(
     with pytest.raises(LoadError, match=r"another call.*ValueError"):
         await cache.fetch("n", source, ttl=60)
     assert source.loads == 1
-    await cache.delete(loading.note_of("n"))  # as it ends by itself
+    await cache.delete(note_of("n"))  # as it ends by itself
     record = await cache.fetch("n", source, ttl=60)
     assert record is not None
     assert record.data == "data"
@@ -303,7 +305,7 @@ async def test_what_is_no_record_is_a_failed_load(
             if "made" in text:
                 assert type(caught.value.__cause__) is RecordError
     assert len(loads) == 1
-    assert loading.state_of(await cache.get(loading.note_of("n"))) == "failed"
+    assert state_of(await cache.get(note_of("n"))) == "failed"
 
 
 async def test_a_refresh_that_makes_no_record_keeps_the_old_one(cache: dscache.AsyncCache) -> None:
@@ -312,7 +314,7 @@ async def test_a_refresh_that_makes_no_record_keeps_the_old_one(cache: dscache.A
     await until(lambda: not cache._loads._tasks)
     assert record is not None
     assert await cache.get("n") == record
-    assert loading.state_of(await cache.get(loading.note_of("n"))) == "stale"
+    assert state_of(await cache.get(note_of("n"))) == "stale"
 
 
 class AsyncLoad:
@@ -421,7 +423,7 @@ async def test_a_removal_ends_what_is_remembered(
     assert await cache.fetch("n", source, **options) is None
     assert source.loads == 2
     await cache.set_bulk({"n": (1, "written")}) if bulk else await cache.set("n", 1, "written")
-    assert await cache.get(loading.note_of("n")) is None
+    assert await cache.get(note_of("n")) is None
     assert await cache.update("n", lambda _: dscache.DELETE) is None
     assert await cache.fetch("n", source, **options) is None
     assert source.loads == 3
@@ -485,7 +487,7 @@ async def test_a_record_of_another_program_ends_what_is_remembered(
         assert loads.count("a") == 1
         await other.set("a", 7, "of another program")
         await until_read(7)
-        assert await other.get(loading.note_of("a")) is None
+        assert await other.get(note_of("a")) is None
         await other.delete("a")
         await until_read(None)
         assert loads.count("a") == 2
@@ -534,7 +536,7 @@ async def test_a_ring_of_loads_fails(make_cache: MakeCache, place: str, length: 
         with pytest.raises(LoadError, match=r"'0'.*LoadError"):
             await cache.fetch("0", load, ttl=60)
         for name in map(str, range(length)):
-            await cache.delete(loading.note_of(name))
+            await cache.delete(note_of(name))
         calls = [cache.fetch(str(name), load, ttl=60) for name in range(length)]
         errors = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(error) for error in errors] == [LoadError] * length
@@ -594,7 +596,7 @@ async def test_a_task_that_a_load_has_begun_may_fetch_after_it(cache: dscache.As
 
 async def age(cache: dscache.AsyncCache, name: str) -> None:
     """End the note that says that a record is fresh, as time does, and what is known of it."""
-    await cache.delete(loading.note_of(name))
+    await cache.delete(note_of(name))
     cache._loads.checks.recent.clear()
 
 
@@ -610,8 +612,8 @@ async def test_an_old_record_is_served_while_it_is_refreshed(
         return record and record.version
 
     assert await fetch() == 1
-    note = await cache.get(loading.note_of("n"))
-    assert loading.state_of(note) == "fresh"
+    note = await cache.get(note_of("n"))
+    assert state_of(note) == "fresh"
     cache._loads.checks.recent.clear()
     assert await fetch() == 1
     assert source.loads == 1
@@ -639,7 +641,7 @@ async def test_a_failing_refresh_keeps_the_record(
     assert source.loads == 2
     assert "was not refreshed" in caplog.text
     assert await cache.get("n") == record
-    assert loading.state_of(await cache.get(loading.note_of("n"))) == "stale"
+    assert state_of(await cache.get(note_of("n"))) == "stale"
     # That note keeps nobody from loading a record that has ended.
     await cache.delete("n")
     source.results = [Loaded(3, "c")]
@@ -655,7 +657,7 @@ async def test_a_refresh_that_finds_nothing_removes_the_record(cache: dscache.As
     await cache.fetch("n", source, ttl=60, refresh_after=30, keep_missing=60)
     await until(lambda: not cache._loads._tasks)
     assert await cache.get("n") is None
-    assert loading.state_of(await cache.get(loading.note_of("n"))) == "missing"
+    assert state_of(await cache.get(note_of("n"))) == "missing"
 
 
 async def test_a_refresh_moves_no_record_back(cache: dscache.AsyncCache) -> None:
@@ -689,7 +691,7 @@ async def test_one_thread_refreshes(
             return record.version
 
         assert fetch() == 1
-        cache.delete(loading.note_of("n"))
+        cache.delete(note_of("n"))
         cache._loads.checks.recent.clear()
         found: list[int] = []
         refreshing = threading.Thread(target=lambda: found.append(fetch()))
@@ -707,12 +709,12 @@ async def test_one_thread_refreshes(
 async def test_a_lease_is_renewed_and_released_by_its_token_alone(
     cache: dscache.AsyncCache, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(notes, "RENEW_SECONDS", 0.01)
     source = Source("data")
     source.open.clear()
     call = asyncio.ensure_future(cache.fetch("n", source, ttl=60))
     await until(lambda: source.loads)
-    note = loading.note_of("n")
+    note = note_of("n")
     token = redis.get(f"{note}_v")
     for half in "vd":
         redis.persist(f"{note}_{half}")
@@ -899,10 +901,10 @@ async def test_a_bad_name_is_refused(server: EmbeddedServer, cache: dscache.Asyn
 
 
 def test_a_lifetime_has_jitter(server: EmbeddedServer) -> None:
-    terms = loading.terms_of(100, None, 0.1, None, None)
+    terms = terms_of(100, None, 0.1, None, None)
     lifetimes = {terms.lifetime(100) for _ in range(500)}
     assert min(lifetimes) >= 90
     assert max(lifetimes) <= 111
     assert len(lifetimes) > 5
-    assert loading.terms_of(None, None, 0, None, 30).lifetime(30) == 30
-    assert loading.terms_of(None, None, 0.1, None, None).lifetime(0) == 0
+    assert terms_of(None, None, 0, None, 30).lifetime(30) == 30
+    assert terms_of(None, None, 0.1, None, None).lifetime(0) == 0

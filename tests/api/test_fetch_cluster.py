@@ -8,8 +8,8 @@ import pytest
 
 import dscache
 from dscache import RecordError
-from dscache.core import loading
 from dscache.core.keys import KeyLayout
+from dscache.core.notes import note_of
 from tests.conftest import PATIENT
 from tests.support.clusters import ClusterGroup
 
@@ -29,13 +29,13 @@ def echo(names: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["user/1", "}", "}{a", "a}b", "{room}/a", "{{", "é"])
 def test_a_note_is_in_the_slot_of_its_record(name: str) -> None:
     layout = KeyLayout("p:", hash_tag=True)
-    assert layout.slot(name) == layout.slot(loading.note_of(name)) >= 0
-    assert layout.name_of(layout.keys(loading.note_of(name))[0]) == loading.note_of(name)
+    assert layout.slot(name) == layout.slot(note_of(name)) >= 0
+    assert layout.name_of(layout.keys(note_of(name))[0]) == note_of(name)
 
 
 def test_a_note_is_in_the_slot_of_a_tagged_name() -> None:
     layout = KeyLayout("", hash_tag=False)
-    assert layout.slot("{room}/a") == layout.slot(loading.note_of("{room}/a")) >= 0
+    assert layout.slot("{room}/a") == layout.slot(note_of("{room}/a")) >= 0
 
 
 @KINDS

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import dscache
 from dscache.admin.cluster_survey import _parse_nodes
-from dscache.admin.primaries import parse_info
 from dscache.config.address import is_address, read_address
 from dscache.core import failures
 from dscache.errors import (
@@ -29,7 +28,7 @@ from dscache.errors import (
     shorten,
 )
 from dscache.net.sentinels import pairs, read_epoch
-from dscache.net.slots import parse_epoch, parse_redirection, parse_slots, read_view
+from dscache.net.slots import parse_epoch, parse_info, parse_redirection, parse_slots, read_view
 from tests.support.commands import invoke
 from tests.support.faults import FakeServer
 

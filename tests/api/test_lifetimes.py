@@ -11,7 +11,8 @@ import redis as redis_py
 
 import dscache
 from dscache.config import load
-from dscache.core import loading, memory
+from dscache.core import memory
+from dscache.core.fetch_terms import terms_of
 from dscache.embedded import EmbeddedServer
 from tests.conftest import SERVERS, _server_id
 from tests.support.either import Either
@@ -113,9 +114,7 @@ async def test_an_age_and_a_nothing_of_it(
 
 @pytest.mark.parametrize(("given", "seconds"), WHOLE, ids=str)
 def test_it_is_its_seconds(given: timedelta, seconds: int) -> None:
-    assert loading.terms_of(given, None, 0, given, None) == loading.terms_of(
-        seconds, None, 0, seconds, None
-    )
+    assert terms_of(given, None, 0, given, None) == terms_of(seconds, None, 0, seconds, None)
     for source in ({"ttl": given}, {"name": "redis", "options": {"ttl": given}}):
         assert load(source).options.ttl == seconds
     assert dscache.AsyncCache("redis://h", ttl=given).config.options.ttl == seconds

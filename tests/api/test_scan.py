@@ -207,6 +207,7 @@ async def test_bad_arguments(kind: str, server: EmbeddedServer, redis: redis_py.
             ({"cursor": of_another}, "of another prefix or cache"),
             ({"cursor": 7}, "must be the cursor"),
             ({"prefix": b"a"}, "must be a str"),
+            ({"prefix": "ü\ud800"}, "has a lone surrogate"),
             ({"count": 0}, "from 1 to"),
             ({"count": True}, "from 1 to"),
         ):

@@ -20,11 +20,12 @@ import dscache
 from dscache.aio import loading as aio_loading
 from dscache.blocking import loading as blocking_loading
 from dscache.config import Options
-from dscache.core import loading
+from dscache.core import notes
+from dscache.core.flights import Flight
 from dscache.core.holder import Holder, Place
-from dscache.core.loading import Do, Flight
+from dscache.core.loading import Do
 from dscache.embedded import EmbeddedServer
-from dscache.net.scan import Finds, MemoryScan
+from dscache.net.finds import Finds, MemoryScan
 from dscache.net.watch import Change, Changes
 from tests.conftest import SERVERS, _server_id
 from tests.support.either import Either
@@ -141,7 +142,7 @@ async def test_names_of_a_struck_watch_are_read_again(
 ) -> None:
     watch = either.cache.watch("")
     async with Entered(either, watch):
-        calls = strike_after(monkeypatch, watch._watching._changes, "take_names")
+        calls = strike_after(monkeypatch, watch._watching.changes, "take_names")
         await either.do("set", "a", 1, "data")
         with pytest.raises(Struck):
             await next_of(either, watch)
@@ -159,7 +160,7 @@ async def test_a_watch_looks_for_news_whose_call_was_struck(
     ):
         watch = either.cache.watch("")
         async with Entered(either, watch):
-            watch._watching._changes._on_news = lambda: None
+            watch._watching.changes._on_news = lambda: None
             coming = asyncio.ensure_future(next_of(either, watch))
             await asyncio.sleep(0.05)
             await either.do("set", "a", 1, "data")
@@ -222,9 +223,9 @@ def test_a_watch_closes_beside_a_thread_that_was_not_begun(
 ) -> None:
     with dscache.Cache(server.url) as cache, cache.watch("") as watch:
         watching = watch._watching
-        [listener] = watching._listeners.values()
+        [listener] = watching._listening.values()
         never = SimpleNamespace(thread=threading.Thread(target=lambda: None), stop=lambda: None)
-        watching._listeners["never"] = never
+        watching._listening["never"] = never
         watch.close()
         assert not listener.thread.is_alive()
 
@@ -310,7 +311,7 @@ async def test_a_load_that_is_over_keeps_no_later_one_from_beginning(
 async def test_leases_of_a_task_that_is_over_are_not_renewed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.001)
+    monkeypatch.setattr(notes, "RENEW_SECONDS", 0.001)
     renewed = asyncio.Event()
     release = asyncio.Event()
 
@@ -361,7 +362,7 @@ def test_a_thread_that_waits_for_a_struck_one_goes_on(backend: str) -> None:
 
 
 def test_leases_of_a_struck_thread_are_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "RENEW_SECONDS", 0.001)
+    monkeypatch.setattr(notes, "RENEW_SECONDS", 0.001)
     holder = Holder()
     renewed = threading.Event()
     thread = threading.Thread(

@@ -23,7 +23,7 @@ from tests.support.blocking import strike
 from tests.support.clusters import ClusterGroup
 from tests.support.either import Either, fill, moving
 from tests.support.faults import FakeServer
-from tests.support.sentinels import SentinelGroup
+from tests.support.sentinels import GROUP, FakeSentinel, SentinelGroup
 from tests.support.waiting import PATIENCE, own_tasks, until
 
 ON_ONE_SERVER = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
@@ -388,6 +388,31 @@ async def test_a_mirror_over_a_sentinel_failover(kind: str, sentinel_group: Sent
             await assert_equal_at_the_end(mirror, cache, "n/")
 
 
+async def test_records_are_read_from_the_primary_that_resumes(
+    kind: str, make_server: MakeServer
+) -> None:
+    """The one before is up, takes itself for the primary, and has a record that is lost."""
+    old, new = make_server(), make_server()
+    for server, version in ((old, 1), (new, 2)):
+        with redis_py.Redis(port=server.port) as redis:
+            redis.mset({"n/a_v": version, "n/a_d": "{}"})
+    async with FakeSentinel(old.port) as sentinel:
+        sentinels = [{"host": "127.0.0.1", "port": sentinel.port}]
+        async with Either(kind, sentinels=sentinels, name=GROUP) as cache:
+            assert (await cache.do("get", "n/a")).version == 1
+            async with watching(cache, "n/") as watch:
+                sentinel.primary, sentinel.epoch = new.port, 2
+                with redis_py.Redis(port=old.port) as redis:
+                    for client in redis.client_list():
+                        if "B" in client["flags"]:
+                            redis.client_kill_filter(_id=client["id"])
+                # Before the cache may have heard of it, if it listens to Sentinels at all.
+                announcing = asyncio.get_running_loop().call_later(0.5, sentinel.announce, old.port)
+                await until_change(cache, watch, kind="resumed")
+                assert (await cache.do("get", "n/a")).version == 2
+                announcing.cancel()
+
+
 @pytest.fixture(scope="module")
 def sentinel_group() -> Iterator[SentinelGroup]:
     with SentinelGroup(BY_AGE[-1]) as started:
@@ -402,6 +427,7 @@ async def test_bad_arguments(kind: str, server: EmbeddedServer) -> None:
     async with Either(kind, url=server.url) as cache:
         for arguments, words in (
             ({"prefix": b"a"}, "must be a str"),
+            ({"prefix": "ü\ud800"}, "has a lone surrogate"),
             ({"max_pending": 0}, "from 1 to"),
             ({"max_pending": True}, "from 1 to"),
             ({"max_pending": "7"}, "from 1 to"),

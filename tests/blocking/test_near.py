@@ -37,6 +37,7 @@ from tests.support.blocking import (
 )
 from tests.support.blocking_checks import assert_interrupted, assert_struck_at_each_line
 from tests.support.faults import HELLO_REPLY, FakeServer
+from tests.support.near_truth import counters, is_at_hand, opened_caches, version_of
 from tests.support.near_truth import links as links_of
 
 # A busy machine may be silent for a while, which must not look like a dead link.
@@ -53,44 +54,14 @@ AWAY = (dscache.ConnectError, dscache.ConnectionLost, dscache.DeadlineExceeded)
 @pytest.fixture
 def open_cache(server: EmbeddedServer, backend: str, redis: redis_py.Redis) -> Iterator[OpenCache]:
     """Open caches with a near cache, on ``server`` or, with ``url``, elsewhere."""
-    opened: list[dscache.Cache] = []
-
-    def open_one(near: Any = NEAR, **options: Any) -> dscache.Cache:
-        if not options.keys() & {"url", "path", "sentinels"}:
-            options["url"] = server.url
-        if near is not None:
-            options["nearCache"] = near
-        cache = dscache.Cache.from_config({"name": "redis", "options": options})
-        opened.append(cache)
-        return cache
-
-    yield open_one
-    for cache in opened:
-        cache.close()
+    with opened_caches(NEAR, url=server.url) as open_one:
+        yield open_one
     assert not links()
 
 
 def links() -> list[threading.Thread]:
     """Return the threads of near caches."""
     return [one for one in threading.enumerate() if one.name.startswith("dscache hears")]
-
-
-def counters(cache: dscache.Cache) -> dict[str, Any]:
-    """Return the counters of a cache's near cache."""
-    found: dict[str, Any] = cache.stats().get("near_cache", {"hits": 0})
-    return found
-
-
-def is_at_hand(cache: dscache.Cache, name: str) -> bool:
-    """Read a record; return whether that was a hit."""
-    before = counters(cache)["hits"]
-    cache.get(name)
-    return bool(counters(cache)["hits"] > before)
-
-
-def version_of(cache: dscache.Cache, name: str = "a") -> int | None:
-    record = cache.get(name)
-    return None if record is None else record.version
 
 
 def put(redis: redis_py.Redis, name: str, version: int, data: str = "1", prefix: str = "") -> None:

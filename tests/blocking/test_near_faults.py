@@ -24,6 +24,7 @@ from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
 from tests.support.blocking import ProxyThread, until
 from tests.support.clusters import ClusterGroup
 from tests.support.near_truth import (
+    RIGHTS,
     NaiveCache,
     Readers,
     Truth,
@@ -34,7 +35,9 @@ from tests.support.near_truth import (
     open_cache,
     port_of,
     putting,
+    putting_on,
     version_of,
+    write_without_rights,
 )
 from tests.support.sentinels import SentinelGroup
 
@@ -337,23 +340,14 @@ CHANGES = [
 @pytest.mark.parametrize(("mode", "change"), CHANGES)
 def test_a_user_that_changes(own: EmbeddedServer, backend: str, mode: str, change: str) -> None:
     """What the server does to a user ends no promise: what is served is current."""
-    allowed = ("ACL", "SETUSER", "reader", "reset", "on", ">secret", "~*", "&*", "+@all")
     with redis_py.Redis.from_url(own.url) as redis:
-        redis.execute_command(*allowed)
+        redis.execute_command(*RIGHTS)
         login = {"username": "reader", "password": "secret"}
         with reading(own.url, mode, **login) as (cache, truth, readers):
             put = putting(redis)
             for _ in range(2):
                 assert_serves(cache, truth, put)
-                redis.execute_command("ACL", *change.split())
-                if "tracking" in change:  # which matters to the next link only
-                    for client in links(redis, READER)[0]:
-                        redis.client_kill_filter(_id=client["id"])
-                end = time.monotonic() + 1.2 * BOUND
-                while time.monotonic() < end:
-                    truth.write(put)
-                    time.sleep(0.01)
-                redis.execute_command(*allowed)
+                write_without_rights(redis, truth, READER, change, 1.2 * BOUND)
                 until(lambda: is_answered(cache), "a read")
             assert_serves(cache, truth, put)
             assert readers.reads > 0
@@ -394,17 +388,6 @@ def on_cluster(group: ClusterGroup, names: list[str]) -> Iterator[tuple[Any, Tru
         truth = Truth(names, BOUND)
         with Readers(cache, truth):
             yield cache, truth
-
-
-def putting_on(group: ClusterGroup) -> Callable[[str, int], None]:
-    """Return a function that writes a version of a record on the owner of its slot."""
-
-    def put(name: str, version: int) -> None:
-        owner = group.primary_of(slot_of(name))
-        data = json.dumps([name, version])
-        owner.ask("MSET", f"{{{name}}}_v", version, f"{{{name}}}_d", data)
-
-    return put
 
 
 @pytest.mark.parametrize("removal", ["FLUSHALL", "FLUSHDB"])

@@ -27,7 +27,10 @@ from tests.support.near_truth import (
     Readers,
     Truth,
     assert_serves,
+    counters,
+    is_at_hand,
     links,
+    opened_caches,
     putting,
     version_of,
 )
@@ -53,31 +56,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def open_cache(server: EmbeddedServer, redis: redis_py.Redis, folder: Path) -> Iterator[OpenCache]:
     """Open caches of processes of a host; at the end, nothing is left of their files."""
-    opened: list[dscache.Cache] = []
-
-    def open_one(near: Any = NEAR, **options: Any) -> dscache.Cache:
-        chosen = {"url": server.url, "connectionName": NAME, "nearCache": near, **options}
-        cache = dscache.Cache.from_config({"name": "redis", "options": chosen})
-        opened.append(cache)
-        return cache
-
-    yield open_one
-    for cache in opened:
-        cache.close()
+    with opened_caches(NEAR, url=server.url, connectionName=NAME) as open_one:
+        yield open_one
     assert list(folder.glob("dscache-*")) == []
-
-
-def counters(cache: dscache.Cache) -> dict[str, Any]:
-    """Return the counters of a cache's near cache, also before its first use."""
-    found: dict[str, Any] = cache.stats().get("near_cache", {"hits": 0})
-    return found
-
-
-def is_at_hand(cache: dscache.Cache, name: str) -> bool:
-    """Read a record; return whether that was a hit."""
-    before = counters(cache)["hits"]
-    cache.get(name)
-    return bool(counters(cache)["hits"] > before)
 
 
 def segments(folder: Path) -> list[Path]:

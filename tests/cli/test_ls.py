@@ -100,7 +100,7 @@ def test_bad_options(url: tuple[str, str]) -> None:
 async def test_the_first_of_many_take_memory_for_as_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(listing, "_BATCH", 10)
+    monkeypatch.setattr(listing, "RECORDS", 10)
     rows = [Row(f"n/{number}", number, number * 7 % 1000, None) for number in range(1000)]
 
     async def found() -> Any:

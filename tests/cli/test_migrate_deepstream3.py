@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_py
 
+from dscache import Cache
 from dscache.admin import one_key
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE
-from tests.support.commands import invoke
+from tests.support.commands import invoke, running
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,44 @@ def test_records_written_meanwhile_are_not_lost(
     done = migrate(started)
     assert counts(done, "found", "removed", "changing") == (1, 1, 0)
     assert client.mget("busy", "busy_v", "busy_d") == [None, b"3", b'"later"']
+
+
+def test_a_run_after_one_that_was_killed(started: EmbeddedServer, client: redis_py.Redis) -> None:
+    """It moves the rest, whether or not the killed one had copied a record already."""
+    names = [f"user/{number}" for number in range(8000)]
+    client.mset({name: one(number, [number]) for number, name in enumerate(names)})
+    words = ("migrate", "--from", "deepstream3", "--url", started.url, "--yes", "--json")
+    with running(*words) as process:
+        while client.dbsize() == len(names) and process.poll() is None:
+            pass
+        process.kill()
+    left = client.exists(*names)
+    assert left > 0
+    done = migrate(started)
+    assert counts(done, "found", "removed", "remaining") == (left, left, 0)
+    assert client.dbsize() == 2 * len(names)
+    assert client.mget([f"{name}_v" for name in names]) == [
+        b"%d" % number for number in range(len(names))
+    ]
+    assert client.mget([f"{name}_d" for name in names]) == [
+        b"[%d]" % number for number in range(len(names))
+    ]
+
+
+def test_a_key_prefix(started: EmbeddedServer, client: redis_py.Redis, tmp_path: Path) -> None:
+    """Of two applications in one Redis, the records of one move."""
+    client.mset({"app:a": one(1, "a"), "app:b": one(2, "b"), "a": one(3, "x"), "app2:c": one(4, 5)})
+    file = tmp_path / "config.yml"
+    options = {"host": started.host, "port": started.port, "keyPrefix": "app:"}
+    file.write_text(json.dumps({"cache": {"name": "redis", "options": options}}))
+    result = invoke("migrate", "--from", "deepstream3", "--config", str(file), "--json")
+    assert (result.status, result.document["removed"]) == (0, 2)
+    assert set(client.keys()) == {b"app:a_v", b"app:a_d", b"app:b_v", b"app:b_d", b"a", b"app2:c"}
+    with Cache.from_config(file) as cache:
+        assert [(one.version, one.data) for one in cache.get_bulk(["a", "b"]).values()] == [
+            (1, "a"),
+            (2, "b"),
+        ]
 
 
 def test_the_page_and_the_layout(started: EmbeddedServer, client: redis_py.Redis) -> None:

@@ -273,7 +273,8 @@ def test_address(source: str, address: str) -> None:
         ),
         (
             {"cache": {"path": "./mine", "name": "redis"}},
-            'mapping: cache.path: must be "@deepstream/cache-redis", no other plug-in runs here',
+            'mapping: cache.path: must be "@deepstream/cache-redis", no other plug-in runs here; '
+            "write name: redis in its place if the records are in Redis",
         ),
         (
             {"cache": {"name": "redis", "option": {}}},
@@ -317,7 +318,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     latin.write_bytes(b"cache: \xe9")
     assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7)"
     assert refusal(load, write("")) == (
-        f"config.yml: must be a mapping of sections; write {EXAMPLE}"
+        f"config.yml: is empty, or has only comments; write {EXAMPLE}"
     )
     assert refusal(load, write("- cache")) == (
         f"config.yml: must be a mapping of sections; write {EXAMPLE}"
@@ -670,13 +671,16 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "host: a b",
-            "host: must be a host name or an address (a URL is for url), not 'a b'",
+            "host: must be a host name or an address, without a port (a URL is for url), not 'a b'",
         ),
         (
             f"host: redis://:{SECRET}@h",
-            "host: must be a host name or an address (a URL is for url), not text",
+            "host: must be a host name or an address, without a port (a URL is for url), not text",
         ),
-        ("host: ''", "host: must be a host name or an address (a URL is for url), not ''"),
+        (
+            "host: ''",
+            "host: must be a host name or an address, without a port (a URL is for url), not ''",
+        ),
         ("host: [h]", "host: must be text, not a list"),
         ("host: {h: 1}", "host: must be text, not a mapping"),
         (f"password: [{SECRET}]", "password: must be text, not a list"),
@@ -687,7 +691,11 @@ def field(found: Options, line: str) -> object:
         ("nodes:", "nodes: must be a list, not null"),
         ("nodes: []", "nodes: must have at least one entry; leave the option out if there is none"),
         ("nodes: [{}, null]", "nodes[1]: must be a mapping of options, not null"),
-        ("nodes: ['h:1']", "nodes[0]: must be a mapping of options, not text"),
+        (
+            "nodes: ['h:1']",
+            "nodes[0]: must be a mapping of options, such as {host: 10.0.0.1, port: 7000}, not "
+            "text",
+        ),
         ("nodes: [{port: x}]", f"nodes[0].port: {PORT}, not 'x'"),
         ("redisOptions: 5", "redisOptions: must be a mapping of options, not a number"),
         ("tls: yes", "tls: must be true, false or a mapping of options, not text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,3 +168,89 @@ def test_the_options_of_another_plug_in_are_not_evaluated(tmp_path: Path) -> Non
     file.write_text("cache: {name: memcached, options: {serverLocation: '${NOT_SET}'}}\n")
     with pytest.raises(ConfigError, match=r"cache\.name: must be"):
         load(file, environ={})
+
+
+# The parts of files that users write, and what each must say: an address, or the error.
+TRIED: list[tuple[str, str]] = [
+    (
+        "cache: {type: redis, options: {host: h}}",
+        'cache.type: must be "default"; write',
+    ),
+    (
+        "cache: {path: ./node_modules/mine, options: {host: h}}",
+        'cache.path: must be "@deepstream/cache-redis", .*; write name: redis',
+    ),
+    ("cache: ./cache.js", "cache: must be a mapping; write cache: {name: redis"),
+    ("cache: {name: redis, options: {host: h, port: '6380', db: '2'}}", "h:6380"),
+    (
+        "cache: {path: '@deepstream/cache-redis', name: x, options: {host: h}}",
+        "h:6379",
+    ),
+    ("cache: {name: hazelcast, options: {port: 5701}}", "cache.name: must be"),
+    (
+        "storage: {name: mongodb}",
+        "no section cache, the sections are: storage; write",
+    ),
+    (
+        "cache:\n\tname: redis\n",
+        "line 2, column 1: no valid YAML: .*indent by spaces",
+    ),
+    ("\ufeffcache: {name: redis, options: {host: h}}", "h:6379"),
+    ("cache:\r\n  name: redis\r\n  options:\r\n    host: h\r\n", "h:6379"),
+    (
+        '{\n  // the cache\n  "cache": {"name": "redis"}}',
+        "line 2, column 3: .*JSON has no comments: remove them, or name the file .yml",
+    ),
+    ('{"cache": {"name": "redis",}}', "line 1, .*remove the comma before it"),
+    (
+        '{"cache": {"options": {"db": 1, "db": 2}}}',
+        "cache.options.db: is given twice",
+    ),
+    ("", "line 1, column 1: no valid JSON: .*; it is empty"),
+    ("\n", "is empty, or has only comments; write cache: {name: redis"),
+    ("# cache:\n#   name: redis\n", "is empty, or has only comments; write cache:"),
+    (
+        "version: '3'\nservices: {deepstream: {}, redis: {}}",
+        "no section cache, .*this is a file of docker-compose, so give the configuration",
+    ),
+    ("- cache: {name: redis}", "must be a mapping of sections; write cache: {name"),
+    (
+        "cache: {name: a}\ncache: {name: b}",
+        r"cache: is given twice \(lines 1 and 2\)",
+    ),
+    ("cache: {name: redis}\n---\na: 1", "line 2, .*keep one of the documents"),
+    ("cache: {name: redis, options: null}", "localhost:6379"),
+    ("cache: {name: redis, options: {host: h, redisOptions: {}}}", "h:6379"),
+    (
+        "cache: {name: redis}\noptions: {host: h}",
+        "options: stands beside cache:; indent",
+    ),
+    ("cache: {name: redis, host: h}", "cache.host: unknown .*belongs below options:"),
+    (
+        "cache: {name: redis, options: {nodes: ['10.0.0.1:7000']}}",
+        r"cache.options.nodes\[0\]: .*such as {host: 10.0.0.1, port: 7000}, not text",
+    ),
+    (
+        "cache: {name: redis, options: {nodes: [{url: 'redis://:pass@h:1'}]}}",
+        r"cache.options.nodes\[0\].url: .*write host: and port: of each node",
+    ),
+    ("cache: {name: redis, options: {host: 'redis:6379'}}", ".*without a port"),
+    ("cache: {name: redis, options: {host: '${URL}'}}", ".*a URL is for url"),
+    ("cache: {name: redis, options: {url: '${URL}'}}", "h:15000"),
+    ("cache: {name: redis, options: {url: $URL}}", r".*written as in \${REDIS_URL}"),
+    ("cache: {name: redis, options: '${UNSET}'}", ".*variable UNSET is not set"),
+    ("cache: {name: redis, options: {port: '${LINK}'}}", ".*port: must be a whole"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), TRIED)
+def test_what_users_write(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / ("config.yml" if text and text[0] != "{" else "config.json")
+    path.write_bytes(text.encode())
+    environ = {"URL": "redis://user:pass@h:15000", "LINK": "tcp://172.17.0.2:6379"}
+    try:
+        answer = load(path, environ=environ).address
+    except ConfigError as error:
+        answer = str(error)
+    assert re.match(said, answer.removeprefix(f"{path.name}: ")), answer
+    assert "pass@" not in answer

@@ -144,3 +144,55 @@ def test_message_nodes_have_few_options() -> None:
     assert issubclass(MessageOptions, ConfigStruct)
     own = set(MessageOptions.__struct_fields__) - set(Options.__struct_fields__)
     assert own == {"overflow", "heartbeat", "sharded"}
+
+
+@pytest.mark.parametrize(
+    "source", ["redis://h:7000", "h:7000", {"host": "h", "port": 7000}, {"clusterNode": ENTRY}]
+)
+def test_options_by_keyword(source: Any) -> None:
+    node = dscache.MessageNode.from_config(
+        source, server_name="a", commandTimeout=200, max_pending=5, overflow="disconnect"
+    )
+    wanted = MessageOptions(
+        host="h", port=7000, command_timeout=200, max_pending=5, overflow="disconnect"
+    )
+    assert node.config.options == wanted
+    assert node.server_name == "a"
+
+
+def test_options_alone_may_have_a_name_beside() -> None:
+    config = load({"url": "redis://h:1/2", "db": 3, "serverName": "py"}, options={"heartbeat": 9})
+    assert (config.server_name, config.address) == ("py", "h:1")
+    assert (config.options.db, config.options.heartbeat) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("h:1", {"overflw": 1}, 'arguments: overflw: unknown option, did you mean "overflow"?'),
+        ("h:1", {"sharded": True}, "arguments: sharded: is for a cluster"),
+        ({"host": "h", "sharded": True}, {}, "mapping: sharded: is for a cluster"),
+        ({"host": "h", "prot": 1}, {}, 'mapping: prot: unknown option, did you mean "port"?'),
+        ({"host": "h", "cache": {}}, {}, "mapping: no section clusterNode"),
+        (
+            {"name": "s", "sentinels": [{"host": "h"}]},
+            {"role": "slave"},
+            "arguments: role: must be master",
+        ),
+    ],
+)
+def test_mistakes_in_options(source: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(dscache.ConfigError) as caught:
+        load(source, options=options)
+    assert str(caught.value).startswith(message)
+
+
+def test_keywords_without_effect_on_messages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="dscache")
+    assert load("h:1", options={"key_prefix": "a"}).options.key_prefix == ""
+    assert load({"host": "h"}, options={"ttl": 5}).options.ttl is None
+    said = [one.getMessage() for one in caplog.records]
+    assert [one.partition(" has no effect: ")[0] for one in said] == [
+        "arguments: keyPrefix",
+        "arguments: ttl",
+    ]

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from dscache.blocking.waiter import BlockingWaiter
-from dscache.core import loading
-from dscache.core.loading import Checks, Do, Load, Loaded, Outcome, Pause
+from dscache.core import fetch_terms, flights, loading
+from dscache.core.fetch_terms import Checks, terms_of
+from dscache.core.loading import Do, Load, Loaded, Outcome, Pause
 from dscache.core.memory import MemoryPipeline
+from dscache.core.notes import note_of, state_of
 from dscache.errors import BulkError, ConnectionLost, LoadError, ReplyError
 from tests.support.waiting import PATIENCE
 
-TERMS = loading.terms_of(60, None, 0.1, None, None)
-NOTE = loading.note_of("a")
+TERMS = terms_of(60, None, 0.1, None, None)
+NOTE = note_of("a")
 
 
 class Stepper:
@@ -147,7 +149,7 @@ def test_a_load_that_is_no_mapping_has_failed(pipeline: MemoryPipeline) -> None:
     assert caller.outcome is not None
     with pytest.raises(LoadError, match="TypeError"):
         caller.outcome.of("a")
-    assert loading.state_of(stored(pipeline, NOTE)) == "failed"
+    assert state_of(stored(pipeline, NOTE)) == "failed"
 
 
 def test_an_interrupted_load_releases_its_lease(pipeline: MemoryPipeline) -> None:
@@ -211,7 +213,7 @@ def test_a_ring_over_processes_ends(
     pipeline: MemoryPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loads of three processes fetch each other's records; each waits for the lease of the next."""
-    monkeypatch.setattr(loading, "_RING_SECONDS", 0.05)
+    monkeypatch.setattr(flights, "_RING_SECONDS", 0.05)
     names = ["a", "b", "c"]
     loads = [Stepper(pipeline, loading.load_missing([name], TERMS)) for name in names]
     waits = []
@@ -239,7 +241,7 @@ def test_a_ring_over_processes_ends(
 def test_a_chain_of_loads_is_no_ring(
     pipeline: MemoryPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_RING_SECONDS", 0)
+    monkeypatch.setattr(flights, "_RING_SECONDS", 0)
     a, b = missing(pipeline), Stepper(pipeline, loading.load_missing(["b"], TERMS))
     a.until(of_kind(Load))
     b.until(of_kind(Load))
@@ -273,19 +275,19 @@ def test_an_error_of_a_followed_note_is_not_of_the_names(pipeline: MemoryPipelin
     caller = missing(pipeline)
     caller.until(of_kind(Pause))
     caller.go_on()
-    assert caller.step.arguments[0] == ["a", NOTE, loading.note_of("b")]
+    assert caller.step.arguments[0] == ["a", NOTE, note_of("b")]
     found = pipeline.get_bulk([NOTE]).take()
     caller.go_on(error=BulkError("get_bulk", {"b}:fetch": ConnectionLost("cut off")}, found))
     assert type(caller.step) is Pause
 
 
 def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_MOST_CHECKS", 3)
-    monkeypatch.setattr(loading, "_MOST_TERMS", 3)
+    monkeypatch.setattr(fetch_terms, "_MOST_CHECKS", 3)
+    monkeypatch.setattr(fetch_terms, "_MOST_TERMS", 3)
     checks = Checks(None)
     for i in range(2, 12):
         terms = checks.terms(100, i, 0.1, None)
         checks.note(str(i), terms)
         assert checks.is_recent(str(i))
     assert list(checks.recent) == ["9", "10", "11"]
-    assert len(checks.known) <= 3
+    assert len(checks._known) <= 3

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from dscache.core import constants as c
-from dscache.core import near_parts
+from dscache.core import near_parts, pure
 from dscache.core.near_parts import BulkRead
+from dscache.core.resp import Encoder
 from dscache.errors import (
     BulkError,
     ConnectionLost,
@@ -1089,6 +1090,20 @@ def test_records_of_a_cluster_are_cached(cluster: NearCluster) -> None:
         message = Push([b"invalidate", [b"{%s}_v" % name.encode()]])
         cluster.reply(cluster.node_of(name), message)
     assert [cluster.read(name).was_at_hand for name in names] == [False, True] * 15
+
+
+def test_a_slot_is_computed_once_for_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pure core, whose computations can be counted."""
+    cluster = NearCluster(pure)
+    asked: list[str] = []
+    slot = Encoder.slot
+    monkeypatch.setattr(Encoder, "slot", lambda self, name: asked.append(name) or slot(self, name))
+    node = cluster.node_of("a")
+    asked.clear()
+    assert not cluster.read("a", node).was_at_hand
+    assert asked == ["a"]
+    assert cluster.read("a", node).was_at_hand
+    assert asked == ["a"]
 
 
 def test_a_slot_that_moves_loses_its_records(cluster: NearCluster) -> None:

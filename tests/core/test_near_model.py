@@ -298,11 +298,15 @@ class World:
     def move_slot(self, slot: int) -> None:
         """Move a slot to the other node without notice to this client.
 
-        It does not return within the round trip of a command: everything sent is executed before.
+        It does not return within the round trip of a command: everything sent is executed and
+        answered before. Otherwise a read could go to the former owner behind a write that was
+        redirected, and be served there.
         """
         if slot in self.held or self.owner[slot] != self.known_owner[slot]:
             for node in NODES:
                 self.execute(node, len(self.requests[node]))
+                if self.is_up[node]:
+                    self.arrive(node, 2**30)
         source, target = self.owner[slot], 1 - self.owner[slot]
         self.owner[slot] = target
         for name in NAMES:

@@ -111,14 +111,14 @@ PUBLIC = (
     *("check_name", "check_version", "encode_data", "parse_version", "slot_of_key"),
 )
 # The near cache for threads: test_shared_near_model.py compares the twins.
-OF_THREADS = ("NearNode", "SharedNearCache", "SharedWrite")
+OF_THREADS = ("SharedNearCache", "SharedWrite")
 # The near cache that processes share has no twin: Python has no atomic loads.
-OF_PROCESSES = ("HOST_NEAR_SUPPORTED", "HostNearCache", "HostWrite")
+OF_PROCESSES = ("HOST_NEAR_SUPPORTED", "HostNearCache")
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
 IN_C = {
     *("add_part", "check_capacity", "notify_pending"),
     *("counts", "latencies", "arrived", "asked", "version_reply"),
-    *("drop", "fill", "invalidate", "end_read", "add_fence"),
+    *("drop", "fill", "end_read", "add_fence"),
 }
 
 

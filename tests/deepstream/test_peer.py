@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import uuid
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +15,16 @@ import msgspec
 import pytest
 
 import dscache
-from dscache.deepstream import Event, Peer, Reject, RPCError, RPCTimeout, check, protocol
+from dscache.deepstream import (
+    Event,
+    Peer,
+    PresenceChange,
+    Reject,
+    RPCError,
+    RPCTimeout,
+    check,
+    protocol,
+)
 from dscache.errors import (
     ConfigError,
     MessageError,
@@ -141,6 +152,23 @@ async def test_an_overflow_is_told(
     assert [event async for event in listening] == []
 
 
+async def test_an_iterator_that_is_dropped_ends(pair: Pair) -> None:
+    """Without a call of close, and with the subscription at the next message."""
+    listening: Any = pair.peer.events.listen("dropped/*")
+    await pair.peer.when_ready()
+    assert pair.peer.stats()["listening"] == 1
+    topics = pair.peer.node.stats()["topics"]
+    del listening
+
+    async def has_ended() -> bool:
+        gc.collect()
+        await pair.one.do("emit", name="dropped/1", data=1)
+        return bool(pair.peer.node.stats()["topics"] == topics - 1)
+
+    await eventually(has_ended)
+    assert pair.peer.stats()["listening"] == 0
+
+
 async def test_bad_events_are_refused_at_the_call(pair: Pair) -> None:
     for name in ("", None, 5):
         with pytest.raises(MessageError, match="name of an event"):
@@ -149,7 +177,12 @@ async def test_bad_events_are_refused_at_the_call(pair: Pair) -> None:
     for data in (object(), {1, object()}, msgspec.Raw(b"{"), msgspec.Raw(b""), nested):
         with pytest.raises(MessageError, match="emit 'news': the data"):
             await pair.peer.events.emit("news", data)
-    for arguments in ({"pattern": ""}, {"pattern": "a", "max_pending": 0}, {"pattern": 1}):
+    for arguments in (
+        {"pattern": ""},
+        {"pattern": "a", "max_pending": 0},
+        {"pattern": 1},
+        {"pattern": "\ud800*"},
+    ):
         with pytest.raises(UsageError, match="listen"):
             pair.peer.events.listen(**arguments)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="overflow must be one of"):
@@ -329,6 +362,20 @@ async def test_notify_tells_writes_of_others(pair: Pair) -> None:
         await pair.peer.records.notify([""])
 
 
+async def test_a_write_that_was_never_told_is_seen_with_the_next_one(pair: Pair) -> None:
+    """As a peer leaves it that dies between the write and the message."""
+    for client in (pair.one, pair.two):
+        assert await client.do("open", name="untold") == [0, {}]
+    await pair.peer.cache.update("untold", lambda data: {**data, "a": 1})
+    late = await pair.world.client(pair.world.servers[0], "late")
+    assert await late.do("open", name="untold") == [1, {"a": 1}]
+    assert (await pair.peer.records.patch("untold", "b", 2)).version == 2
+    for client in (pair.one, pair.two, late):
+        await shows(client, "untold", [2, {"a": 1, "b": 2}])
+    await late.stop()
+    pair.world.clients.remove(late)
+
+
 async def test_messages_that_cross_are_reconciled(pair: Pair) -> None:
     """A late message takes clients back to an old version; the servers read the record again."""
     await pair.one.do("set", name="crossed", data={"n": 1})
@@ -405,8 +452,28 @@ async def test_a_false_version_of_a_message_is_corrected(pair: Pair) -> None:
         assert (change.version, change.data, change.sender) == (2, {"n": 2}, None)
 
 
+async def test_closed_changes_are_freed_at_once(pair: Pair) -> None:
+    """With the buffers of their connection, which no garbage collection needs to find."""
+    gc.disable()
+    try:
+        changes: Any = pair.peer.records.changes("freed/*")
+        async with changes:
+            await pair.peer.records.set("freed/1", {})
+            assert (await anext(changes)).name == "freed/1"
+        freed = weakref.ref(changes)
+        del changes
+        await asyncio.sleep(0)
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
 async def test_bad_arguments_of_changes(pair: Pair) -> None:
-    for arguments in ({"pattern": ""}, {"pattern": "a", "max_pending": 0}):
+    for arguments in (
+        {"pattern": ""},
+        {"pattern": "a", "max_pending": 0},
+        {"pattern": "a\ud800?"},
+    ):
         with pytest.raises(UsageError, match="changes"):
             pair.peer.records.changes(**arguments)  # type: ignore[arg-type]
 
@@ -648,6 +715,61 @@ async def test_presence_is_that_of_all_servers(pair: Pair) -> None:
     assert not await pair.peer.presence.is_online("py-1")
 
 
+async def test_users_come_and_go(pair: Pair) -> None:
+    """A user with a client at each server goes with the last one."""
+    await pair.peer.presence.users()
+    async with pair.peer.presence.changes() as changes:
+        first = await pair.world.client(pair.world.servers[0], "mia")
+        assert await anext(changes) == PresenceChange("mia", is_online=True)
+        second = await pair.world.client(pair.world.servers[1], "mia")
+        other = await pair.world.client(pair.world.servers[1], "tom")
+        assert await anext(changes) == PresenceChange("tom", is_online=True)
+        await first.stop()
+        await other.stop()
+        assert await anext(changes) == PresenceChange("tom", is_online=False)
+        assert await pair.peer.presence.is_online("mia")
+        await second.stop()
+        assert await anext(changes) == PresenceChange("mia", is_online=False)
+        busy = asyncio.create_task(anext(changes))
+        await asyncio.sleep(0)
+        with pytest.raises(UsageError, match=r"call changes\(\) once per consumer"):
+            await anext(changes)
+        changes.close()
+        with pytest.raises(StopAsyncIteration):
+            await busy
+    for client in (first, second, other):
+        pair.world.clients.remove(client)
+    assert await pair.peer.presence.users() == {"ada", "bob"}
+    with pytest.raises(UsageError, match="user must be a text, not 5"):
+        await pair.peer.presence.is_online(5)  # type: ignore[arg-type]
+
+
+async def test_a_change_of_presence_that_was_undone_is_not_reported(pair: Pair) -> None:
+    await pair.peer.presence.users()
+    changes = pair.peer.presence.changes()
+    for user in ("zoe", "max"):
+        client = await pair.world.client(pair.world.servers[0], user)
+
+        async def is_there(user: str = user) -> bool:
+            return await pair.peer.presence.is_online(user)
+
+        await eventually(is_there)
+        if user == "zoe":
+            await client.stop()
+            pair.world.clients.remove(client)
+
+            async def has_left() -> bool:
+                return not await pair.peer.presence.is_online("zoe")
+
+            await eventually(has_left)
+    assert await anext(changes) == PresenceChange("max", is_online=True)
+    await client.stop()
+    pair.world.clients.remove(client)
+    assert await anext(changes) == PresenceChange("max", is_online=False)
+    changes.close()
+    assert [change async for change in changes] == []
+
+
 # -- the cluster
 
 
@@ -729,6 +851,39 @@ async def test_a_peer_of_bad_configuration() -> None:
     await peer.close()
     with pytest.raises(dscache.ConnectionLost):
         await peer.when_ready()
+
+
+@pytest.mark.parametrize("source", ["redis://h:7000/2", "h:7000", {"host": "h", "port": 7000}])
+async def test_options_by_keyword(source: Any) -> None:
+    """Each goes to the connection that has it."""
+    peer = Peer.from_config(
+        source,
+        server_name="py",
+        commandTimeout=200,
+        connect_timeout=300,
+        keyPrefix="live/",
+        overflow="disconnect",
+        ttl=60,
+    )
+    for options in (peer.cache.config.options, peer.node.config.options):
+        assert (options.host, options.port) == ("h", 7000)
+        assert (options.command_timeout, options.connect_timeout) == (200, 300)
+    assert (peer.cache.config.options.key_prefix, peer.cache.config.options.ttl) == ("live/", 60)
+    assert (peer.node.config.options.key_prefix, peer.node.config.options.ttl) == ("", None)
+    assert peer.node.config.options.overflow == "disconnect"
+    await peer.close()
+    with pytest.raises(ConfigError, match=r'arguments: prot: unknown option, did you mean "port"'):
+        Peer.from_config(source, prot=1)
+    with pytest.raises(ConfigError, match="arguments: ttl: must be"):
+        Peer.from_config(source, ttl=-1)
+
+
+async def test_a_peer_by_a_url(pair: Pair) -> None:
+    url = pair.world.redis.url
+    async with Peer.from_config(url, server_name="py-url", near_cache=True) as peer:
+        record = await peer.records.set("by/url", {"n": 1})
+        await pair.one.do("open", name="by/url")
+        await shows(pair.one, "by/url", [record.version, {"n": 1}])
 
 
 async def test_state_of_a_peer(pair: Pair) -> None:

@@ -259,12 +259,13 @@ async def test_closing_ends_everything(world: World) -> None:
     changes = peer.records.changes("*")
     listening = asyncio.create_task(anext(events))
     watching = asyncio.create_task(anext(changes))
+    noticing = asyncio.create_task(anext(peer.presence.changes()))
     await began.wait()
     await peer.close()
     with pytest.raises(RPCError, match="closed") as raised:
         await made
     assert raised.value.reason == "CLOSED"
-    for task in (listening, watching):
+    for task in (listening, watching, noticing):
         with pytest.raises(StopAsyncIteration):
             await task
     await peer.close()

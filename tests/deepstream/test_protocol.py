@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,59 @@ def test_the_topic_must_be_in_the_message() -> None:
         check({"action": 2, "name": "news"}, 4)
     with pytest.raises(MessageError, match="topic must be 4 in the message too, not 99"):
         check({"topic": 99, "action": 2, "name": "news"}, 4)
+
+
+NESTED: list[tuple[dict[str, Any], str]] = [
+    ({"parsedData": {"a": [msgspec.Raw(b"{")]}}, r"parsedData .*msgspec\.Raw that isn't JSON"),
+    ({"parsedData": msgspec.Raw(b"1 2")}, r"parsedData .*msgspec\.Raw that isn't JSON"),
+    ({"parsedData": msgspec.Raw(b"")}, r"parsedData .*msgspec\.Raw that isn't JSON"),
+    ({"parsedData": {"a": object()}}, "parsedData .*can't be encoded"),
+    ({"parsedData": {"a": msgspec.Raw(b'"\xff"')}}, r"parsedData .*msgspec\.Raw that isn't JSON"),
+    ({"more": [msgspec.Raw(b"nul")]}, r"more .*msgspec\.Raw that isn't JSON"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), NESTED)
+def test_a_nested_text_that_is_no_json_is_refused(fields: dict[str, Any], text: str) -> None:
+    """It would break the whole message, and every server that reads it."""
+    message = {"topic": 4, "action": 2, "name": "news", **fields}
+    with pytest.raises(MessageError, match=text) as raised:
+        check(message)
+    assert str(raised.value).startswith("message on topic 4 (EVENT, EMIT): ")
+    with pytest.raises(MessageError, match=r"msgspec\.Raw|encoded"):
+        check(Parsed(fields.get("parsedData", fields.get("more"))))
+
+
+def test_a_nested_text_that_is_json() -> None:
+    check({"topic": 4, "action": 2, "name": "a", "parsedData": {"a": msgspec.Raw(b" [1] ")}})
+    check(Parsed({"a": msgspec.Raw(b"1"), 5: "a key that becomes a text"}))
+
+
+class Parsed(msgspec.Struct):
+    parsedData: Any  # noqa: N815 # the name in the message
+    topic: int = 4
+    action: int = 2
+    name: str = "news"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_record"),
+    [
+        (msgspec.Raw(b" {}"), True),
+        (msgspec.Raw(b"7"), False),
+        (Parsed(1), True),
+        ((1, 2), True),
+        (date(2026, 1, 1), False),
+        (b"bytes", False),
+    ],
+)
+def test_a_record_by_its_text(value: Any, is_record: bool) -> None:
+    update = {"topic": 5, "action": 18, "name": "a", "version": 1, "parsedData": value}
+    if is_record:
+        check(update)
+        return
+    with pytest.raises(MessageError, match="parsedData must be an object or an array"):
+        check(update)
 
 
 @dataclass

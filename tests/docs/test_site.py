@@ -61,7 +61,12 @@ def test_every_entry_has_type_default_purpose_and_error(part: Part) -> None:
         (config.Options, "password", "text, and never shown; default: none"),
         (config.Options, "whenFull", "`error` or `wait`; default: `wait`"),
         (config.Options, "tls", "true, false or a mapping of options; default: none"),
-        (config.Options, "nodes", "a list, each entry a mapping of options; default: none"),
+        (
+            config.Options,
+            "nodes",
+            "a list, each entry a mapping of options, such as {host: 10.0.0.1, port: 7000}; "
+            "default: none",
+        ),
         (config.Options, "retryStrategy", "a mapping of options; default: its own defaults"),
         (config.NearCacheOptions, "serveStale", "`true` or `false`; default: `false`"),
         (config.NearCacheOptions, "prefixes", "a list, each entry the beginning of names"),

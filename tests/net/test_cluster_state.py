@@ -11,7 +11,7 @@ import pytest
 
 import dscache
 from dscache.config import load
-from dscache.net import cluster_state, slots
+from dscache.net import slots
 from dscache.net.cluster_state import ClusterState
 from dscache.net.slot_table import SlotTable
 from dscache.net.slots import Address, SlotRange, View
@@ -48,7 +48,7 @@ def test_one_caller_has_the_refresh() -> None:
     state.abandon_refresh(claim - 1)  # of another caller, whose claim has ended by itself
     assert not state.start_refresh(now)
     state.abandon_refresh(claim)
-    assert 0 < state.refresh_at - time.monotonic() <= cluster_state.GAP
+    assert 0 < state.refresh_at - time.monotonic() <= slots.GAP
 
 
 def test_a_claim_ends_by_itself() -> None:
@@ -64,11 +64,11 @@ def test_nothing_is_due_after_a_refresh() -> None:
     refresh(state, view_of(A, B))
     assert state.refresh_at == inf
     state.record_stale()
-    assert state.refresh_at < time.monotonic() + cluster_state.GAP
+    assert state.refresh_at < time.monotonic() + slots.GAP
     assert state.start_refresh(state.refresh_at)
     state.record_stale()  # the view under way may be older than this
     refresh(state, view_of(A, B))
-    assert state.refresh_at < time.monotonic() + cluster_state.GAP * cluster_state.GAP_GROWTH
+    assert state.refresh_at < time.monotonic() + slots.GAP * slots.GAP_GROWTH
 
 
 @pytest.mark.parametrize("record", ["record_stale", "record_unready"])
@@ -84,12 +84,12 @@ def test_refreshes_that_change_nothing_get_rarer(record: str) -> None:
             state.record_stale()
         refresh(state, view_of(A, B))
         longest.append(max(state.gap() for _ in range(50)))
-    assert longest[0] <= cluster_state.GAP * cluster_state.GAP_GROWTH
-    assert cluster_state.GAP_CAP / 2 <= longest[-1] <= cluster_state.GAP_CAP
+    assert longest[0] <= slots.GAP * slots.GAP_GROWTH
+    assert slots.GAP_CAP / 2 <= longest[-1] <= slots.GAP_CAP
     state.start_refresh(inf)
     state.record_stale()
     refresh(state, view_of(B, A))
-    assert max(state.gap() for _ in range(50)) <= cluster_state.GAP
+    assert max(state.gap() for _ in range(50)) <= slots.GAP
 
 
 def test_the_owner_of_a_cache_is_called_when_a_refresh_comes_earlier() -> None:
@@ -248,13 +248,13 @@ def test_a_zone_that_only_the_node_itself_tells() -> None:
     state = state_of(scaleReads="zone", zone="x")
     refresh(state, view_of(A, B, C, D))
     assert readers(state) == shown(C, D)
-    assert state.refresh_at - time.monotonic() > cluster_state.GAP
+    assert state.refresh_at - time.monotonic() > slots.GAP
     state.record_zone(state.node(D), "x")
-    assert state.refresh_at - time.monotonic() <= cluster_state.GAP
+    assert state.refresh_at - time.monotonic() <= slots.GAP
     refresh(state, view_of(A, B, C, D))
     assert readers(state) == shown(D)
     state.record_zone(state.node(D), "x")
-    assert state.refresh_at - time.monotonic() > cluster_state.GAP
+    assert state.refresh_at - time.monotonic() > slots.GAP
 
 
 @pytest.mark.parametrize("as_map", [True, False])

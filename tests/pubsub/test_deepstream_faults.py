@@ -41,6 +41,7 @@ BAD = [
     ({"topic": 4, "action": 0, "name": "news"}, "action must be one that servers take, EMIT 2"),
     ({"topic": 4, "action": 2, "name": "news", "data": {"a": 1}}, "data must be JSON text"),
     ({"topic": 5, "action": 2, "name": "live/1"}, "names is missing; name is not enough"),
+    ({"topic": 4, "action": 2, "name": "a", "parsedData": {"a": msgspec.Raw(b"{{")}}, "isn't"),
     (Emit(name=7), "name must be a text"),  # type: ignore[arg-type]
 ]
 
@@ -54,9 +55,10 @@ async def test_a_wrong_message_is_refused_at_the_call(
             node.send(message)
         with pytest.raises(dscache.MessageError, match=said):
             node.send_direct("B", message)
-        raw = msgspec.Raw(msgspec.json.encode(message))
-        with pytest.raises(dscache.MessageError, match=said):
-            node.send(raw, topic=msgspec.json.decode(raw)["topic"])
+        topic = message["topic"] if isinstance(message, dict) else message.topic
+        text = msgspec.json.encode(message)
+        with pytest.raises(dscache.MessageError, match="no JSON" if b"{{" in text else said):
+            node.send(msgspec.Raw(text), topic=topic)
         assert node.stats()["commands"] == 0
         assert await node.send(message, unchecked=True) == 0
         assert await node.send_direct("B", message, unchecked=True) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import tempfile
 import time
@@ -19,6 +20,8 @@ from dscache.embedded import EmbeddedServer, ServerBinary
 from dscache.errors import DscacheError
 from tests.soak.figures import Figures
 from tests.support.deepstream import FAST, Client, NotInstalledError, World, install
+
+_logger = logging.getLogger("dscache")
 
 NAMES = [f"room/{number}" for number in range(8)]
 EVENTS = ("e/1", "e/2")
@@ -284,9 +287,13 @@ async def any_call(
         return
     with EmbeddedServer(binary) as redis, tempfile.TemporaryDirectory() as folder:
         world = World(packages, redis, Path(folder))
+        # Handlers return anything too, and each failure of one is logged.
+        level = _logger.level
+        _logger.setLevel(logging.CRITICAL)
         try:
             await _call_anything(figures, world, calls, random.Random(seed))
         finally:
+            _logger.setLevel(level)
             await world.close()
 
 
@@ -394,7 +401,25 @@ async def _call_provide(peer: Peer, dice: random.Random, records: list[str]) -> 
     end()
 
 
+async def _call_changes(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    pattern = _name(dice, ["any/*", "*", "any/?"])
+    async with peer.records.changes(pattern, max_pending=dice.choice((1, 5, 0))) as changes:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await anext(changes)
+
+
+async def _call_presence(peer: Peer, dice: random.Random, records: list[str]) -> None:
+    await peer.presence.is_online(_name(dice, ["user-1", "OPEN"]))
+    async with peer.presence.changes() as changes:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await anext(changes)
+
+
 _CALLS = {
+    "changes": _call_changes,
+    "presence": _call_presence,
     "events": _call_events,
     "set": _call_set,
     "patch": _call_patch,

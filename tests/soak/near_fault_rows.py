@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +22,20 @@ from tests.soak.figures import Figures
 from tests.support.blocking import ProxyThread, until
 from tests.support.clusters import ClusterGroup
 from tests.support.near_truth import (
-    Put,
+    RIGHTS,
+    RIGHTS_LOST,
     Readers,
     Truth,
     assert_serves,
     counters,
+    has_last,
     links,
     open_cache,
     port_of,
     putting,
+    putting_on,
     version_of,
+    write_without_rights,
 )
 from tests.support.sentinels import SentinelGroup
 
@@ -42,12 +45,6 @@ _NAMES = [f"f/{number}" for number in range(8)]
 _IDLE_LIMIT = 0.5
 # Longer than a read may take on a busy machine, shorter than the time for which a server stops.
 _TIMEOUTS = {"commandTimeout": 2000, "connectTimeout": 2000}
-_RIGHTS = ("ACL", "SETUSER", "reader", "reset", "on", ">secret", "~*", "&*", "+@all")
-_RIGHTS_LOST = (
-    *("SETUSER reader reset", "SETUSER reader off", "SETUSER reader -@all"),
-    *("SETUSER reader -client|tracking", "SETUSER reader resetkeys"),
-    *("SETUSER reader resetpass >another", "DELUSER reader"),
-)
 
 
 async def faults(
@@ -201,22 +198,14 @@ def _overrun(
 def _rights(figures: Figures, binary: ServerBinary, seconds: float, rounds: int, near: str) -> None:
     """Take rights from the user, and give them back."""
     with EmbeddedServer(binary) as server, redis_py.Redis.from_url(server.url) as redis:
-        redis.execute_command(*_RIGHTS)
+        redis.execute_command(*RIGHTS)
         put = putting(redis)
         login = {"url": server.url, "username": "reader", "password": "secret"}
         with _reading(figures, "rights", login, near) as (cache, truth):
             for _ in range(max(1, rounds // 5)):
-                for change in _RIGHTS_LOST:
+                for change in RIGHTS_LOST:
                     assert_serves(cache, truth, put)
-                    redis.execute_command("ACL", *change.split())
-                    if "tracking" in change:  # which matters to the next link only
-                        for client in links(redis, _READER)[0]:
-                            redis.client_kill_filter(_id=client["id"])
-                    end = time.monotonic() + 1.5 * _IDLE_LIMIT
-                    while time.monotonic() < end:
-                        truth.write(put)
-                        time.sleep(0.01)
-                    redis.execute_command(*_RIGHTS)
+                    write_without_rights(redis, truth, _READER, change, 1.5 * _IDLE_LIMIT)
                     _wait_for_last(cache, truth)
             assert_serves(cache, truth, put)
 
@@ -299,7 +288,7 @@ def _slots(figures: Figures, binary: ServerBinary, seconds: float, rounds: int, 
         room = prefix_on(group, source)
         names = [f"{room}/{number}" for number in range(8)]
         others = [f"{room}/another {number}" for number in range(8)]
-        put = _putting_on(group)
+        put = putting_on(group)
         options = {**group.options, **CURIOUS}
         with _reading(figures, "slots", options, near, names) as (cache, truth):
             for _ in range(rounds):
@@ -321,28 +310,11 @@ def _slots(figures: Figures, binary: ServerBinary, seconds: float, rounds: int, 
             assert_serves(cache, truth, put)
 
 
-def _putting_on(group: ClusterGroup) -> Put:
-    """Return a function that writes a version of a record on the owner of its slot."""
-
-    def put(name: str, version: int) -> None:
-        owner = group.primary_of(slot_of(name))
-        data = json.dumps([name, version])
-        owner.ask("MSET", f"{{{name}}}_v", version, f"{{{name}}}_d", data)
-
-    return put
-
-
 def _wait_for_last(cache: Any, truth: Truth) -> None:
     """Wait until a read of each record gives its last step; a read that fails doesn't."""
 
-    def has_last(name: str) -> bool:
-        try:
-            return truth.is_last(name, version_of(cache, name))
-        except dscache.DscacheError:
-            return False
-
     for name in truth.names:
-        until(lambda n=name: has_last(n), f"the last step of {name}")
+        until(lambda n=name: has_last(cache, truth, n), f"the last step of {name}")
 
 
 SCENES: dict[str, Callable[[Figures, ServerBinary, float, int, str], None]] = {

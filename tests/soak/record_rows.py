@@ -110,7 +110,7 @@ async def crowd(
 
 
 async def mirror(figures: Figures, binary: ServerBinary, *, writes: int = 100_000) -> None:
-    """Keep a mirror from a watch while slots move, and a primary is killed and replaced."""
+    """Keep a mirror from a watch: slots move, one primary hands over, and one is killed."""
     with cluster_rows.start(binary) as group:
         async with _cache(**group.options, slotsRefreshInterval=200) as cache:
             kept = _Mirror(cache)
@@ -119,10 +119,14 @@ async def mirror(figures: Figures, binary: ServerBinary, *, writes: int = 100_00
                 async with _while_slots_move(group):
                     await _write(cache, half, figures)
                 group.wait_until_ok()
+                replica = group.replica_of(group.primaries()[1])
+                await asyncio.gather(
+                    asyncio.to_thread(group.failover, replica), _write(cache, half // 3, figures)
+                )
                 group.kill(group.primaries()[0])
-                await _write(cache, half // 2, figures)
+                await _write(cache, half // 3, figures)
                 await asyncio.to_thread(group.heal)
-                await _write(cache, half // 2, figures)
+                await _write(cache, half // 3, figures)
                 wanted: dict[str, int] = {}
                 deadline = time.monotonic() + PATIENCE
                 while not wanted or kept.versions != wanted:
@@ -208,6 +212,7 @@ async def _while_slots_move(group: ClusterGroup) -> AsyncIterator[None]:
 
 async def scans(figures: Figures, binary: ServerBinary, *, names: int = 1_000_000) -> None:
     """Scan a cluster while its slots move; each name that stays is found."""
+    figures.most_growth = 64 * 1024 * 1024  # the sets of a million names leave holes behind
     with cluster_rows.start(binary) as group:
         async with _cache(**group.options) as cache:
             stay = [f"n/{number}" for number in range(names)]
@@ -245,25 +250,33 @@ async def expiry(
             began = time.monotonic()
             # Before the first is due, and from then on until all are due and over.
             spans: tuple[list[float], list[float]] = ([], [])
+            waits: list[float] = []  # of the calls that found no record, and loaded it
             loads = 0
 
-            async def load(name: str) -> int:
-                nonlocal loads
-                loads += 1
-                return 1
-
             async def read(until: float, times: list[float]) -> None:
+                loaded = 0
+
+                async def load(name: str) -> int:
+                    nonlocal loads, loaded
+                    loads += 1
+                    loaded += name == waiting
+                    return 1
+
                 while (at := time.monotonic()) < until:
-                    record = await cache.fetch(random.choice(every), load, **options)
+                    waiting, before = random.choice(every), loaded
+                    record = await cache.fetch(waiting, load, **options)
                     assert record is not None
-                    times.append(time.monotonic() - at)
+                    seconds = time.monotonic() - at
+                    (times if loaded == before else waits).append(seconds)
+                    waiting = ""
 
             for until_, times in ((ttl * 0.3, spans[0]), (ttl * 1.4, spans[1])):
                 await asyncio.gather(*(read(began + until_, times) for _ in range(tasks)))
             hits, ends = (sorted(one)[int(len(one) * 0.99)] for one in spans)
-            figures.operations = sum(map(len, spans))
+            figures.operations = sum(map(len, (*spans, waits)))
             figures.notes.append(
-                f"p99 of hits {hits * 1e3:.2f} ms, over the end {ends * 1e3:.2f} ms, {loads} loads"
+                f"p99 of hits {hits * 1e3:.2f} ms, over the end {ends * 1e3:.2f} ms, "
+                f"{loads} loads, for {len(waits)} of which calls waited"
             )
             if not loads:
                 figures.problems.append("nothing was loaded anew")

@@ -84,7 +84,10 @@ def fill(client: redis_py.Redis, names: list[str], layout: KeyLayout | None = No
 
 
 def moving(group: ClusterGroup, ended: threading.Event) -> Callable[[], None]:
-    """Return a function that moves slots between random primaries until ``ended`` is set."""
+    """Return a function that moves slots between random primaries until ``ended`` is set.
+
+    Servers that can do so move every second time in one step.
+    """
 
     def move() -> None:
         rng = random.Random(1)
@@ -93,6 +96,10 @@ def moving(group: ClusterGroup, ended: threading.Event) -> Callable[[], None]:
             slots = group.slots_of(source)
             if len(slots) > 400:
                 first = rng.randrange(len(slots) - 200)
-                group.migrate(slots[first : first + 200], source, target, at_once=50)
+                some = slots[first : first + 200]
+                if group.moves_atomically and rng.random() < 0.5:
+                    group.migrate_atomically(some, source, target)
+                else:
+                    group.migrate(some, source, target, at_once=50)
 
     return move

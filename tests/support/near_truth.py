@@ -12,15 +12,18 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import redis as redis_py
 
 import dscache
 from tests.support.blocking import until
+
+if TYPE_CHECKING:
+    from tests.support.clusters import ClusterGroup
 
 EXAMPLES = 10
 # Reads by head and by get_bulk: every so many.
@@ -219,15 +222,39 @@ def open_cache(options: Mapping[str, Any], near: Mapping[str, Any] | str) -> Any
     return dscache.Cache.from_config({"name": "redis", "options": {**options, "nearCache": near}})
 
 
-def version_of(cache: Any, name: str) -> int | None:
+@contextlib.contextmanager
+def opened_caches(near: Any, **usual: Any) -> Iterator[Callable[..., dscache.Cache]]:
+    """Give a function that opens caches with a near cache, and close them at the end.
+
+    Its options are added to the ``usual`` ones; with None for ``near`` it has no near cache.
+    """
+    opened: list[dscache.Cache] = []
+
+    def open_one(near: Any = near, **options: Any) -> dscache.Cache:
+        chosen = {**usual, **options, **({} if near is None else {"nearCache": near})}
+        if options.keys() & {"path", "sentinels"}:
+            del chosen["url"]
+        cache = dscache.Cache.from_config({"name": "redis", "options": chosen})
+        opened.append(cache)
+        return cache
+
+    try:
+        yield open_one
+    finally:
+        for cache in opened:
+            cache.close()
+
+
+def version_of(cache: Any, name: str = "a") -> int | None:
     """Return the version that a read gives."""
     record = cache.get(name)
     return None if record is None else int(record.version)
 
 
 def counters(cache: Any) -> dict[str, Any]:
-    """Return the counters of the near cache."""
-    found: dict[str, Any] = cache.stats()["near_cache"]
+    """Return the counters of the near cache, also before its first use."""
+    unused = dict.fromkeys(("hits", "misses", "joins"), 0)
+    found: dict[str, Any] = cache.stats().get("near_cache", unused)
     return found
 
 
@@ -266,6 +293,41 @@ def putting(redis: redis_py.Redis) -> Put:
         redis.mset({f"{name}_v": version, f"{name}_d": json.dumps([name, version])})
 
     return put
+
+
+def putting_on(group: ClusterGroup) -> Put:
+    """Return a function that writes a version of a record on the owner of its slot."""
+
+    def put(name: str, version: int) -> None:
+        data = json.dumps([name, version])
+        key = f"{{{name}}}"
+        group.owner(f"{key}_v").ask("MSET", f"{key}_v", version, f"{key}_d", data)
+
+    return put
+
+
+RIGHTS = ("ACL", "SETUSER", "reader", "reset", "on", ">secret", "~*", "&*", "+@all")
+"""The command that gives ``reader`` every right."""
+RIGHTS_LOST = (
+    *("SETUSER reader reset", "SETUSER reader off", "SETUSER reader -@all"),
+    *("SETUSER reader -client|tracking", "SETUSER reader resetkeys"),
+    *("SETUSER reader resetpass >another", "DELUSER reader"),
+)
+
+
+def write_without_rights(
+    redis: redis_py.Redis, truth: Truth, name: str, change: str, seconds: float
+) -> None:
+    """Take rights from ``reader``, whose connections have a name; write; give the rights back."""
+    redis.execute_command("ACL", *change.split())
+    if "tracking" in change:  # which matters to the next link only
+        for client in links(redis, name)[0]:
+            redis.client_kill_filter(_id=client["id"])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        truth.write(putting(redis))
+        time.sleep(0.01)
+    redis.execute_command(*RIGHTS)
 
 
 def links(redis: redis_py.Redis, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

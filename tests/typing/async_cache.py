@@ -165,6 +165,7 @@ async def fetched(cache: AsyncCache) -> None:
     async def load_many(names: list[str]) -> dict[str, int]:
         return dict.fromkeys(names, 1)
 
+    assert_type(cache.fetch("n", load, ttl=60), Future[Record | None])
     assert_type(await cache.fetch("n", load, ttl=60), Record | None)
     assert_type(await cache.fetch("n", len, ttl=None, refresh_after=9, jitter=0), Record | None)
     assert_type(await cache.fetch("n", load, ttl=60, keep_missing=5), Record | None)
@@ -188,6 +189,7 @@ async def of_a_type(cache: AsyncCache) -> None:
     def change(user: User) -> User:
         return user
 
+    assert_type(cache.fetch("n", load, ttl=60, type=User), Future[Record[User] | None])
     assert_type(await cache.fetch("n", load, ttl=60, type=User), Record[User] | None)
     assert_type(await cache.fetch_bulk(["n"], many, ttl=60, type=User), dict[str, Record[User]])
     assert_type(await cache.update("n", change, type=User), Record[User] | None)

@@ -20,11 +20,13 @@ def note_gap(since: float, until: float) -> None: ...
 
 
 async def sends() -> None:
-    async with MessageNode.from_config("host:6379", server_name="a", on_gap=note_gap) as node:
+    async with MessageNode.from_config("h:1", server_name="a", on_gap=note_gap, db=2) as node:
         assert_type(node, MessageNode)
         assert_type(node.send({"topic": 1}), Future[int])
         assert_type(await node.send([], topic=1), int)
         assert_type(await node.send_direct("b", {"topic": 1}), int)
+        assert_type(await node.send({"topic": 4, "action": 0}, unchecked=True), int)
+        assert_type(node.send_direct("b", [], topic=1, unchecked=True), Future[int])
 
 
 async def listens(node: MessageNode) -> None:
@@ -49,3 +51,4 @@ def refused(node: MessageNode) -> None:
     node.subscribe(1, note_gap)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     node.messages(1, overflow="wait")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     node.send_direct({"topic": 1})  # type: ignore[call-arg, arg-type] # pyright: ignore[reportCallIssue]
+    node.send({"topic": 1}, None, True)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]

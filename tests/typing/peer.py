@@ -8,7 +8,7 @@ from typing import Any, assert_type
 
 import dscache
 from dscache import Record, RPCError
-from dscache.deepstream import Event, Peer, RecordChange, check
+from dscache.deepstream import Event, Peer, PresenceChange, RecordChange, check
 
 
 async def add(data: Any) -> int:
@@ -16,7 +16,7 @@ async def add(data: Any) -> int:
 
 
 async def events() -> None:
-    async with Peer.from_config("config.yml", server_name="py-1") as peer:
+    async with Peer.from_config("redis://h:1", server_name="py-1", commandTimeout=200) as peer:
         assert_type(peer, Peer)
         assert_type(await peer.events.emit("news", {"a": 1}), int)
         async for event in peer.events.listen("user/*", overflow="disconnect"):
@@ -42,6 +42,10 @@ async def records(peer: Peer) -> None:
 async def others(peer: Peer) -> None:
     assert_type(peer.rpc.provide("add", add, max_running=5), Callable[[], None])
     assert_type(await peer.presence.users(), set[str])
+    async for change in peer.presence.changes():
+        assert_type(change, PresenceChange)
+        assert_type(change.user, str)
+        assert_type(change.is_online, bool)
     assert_type(peer.servers, list[str])
     assert_type(peer.server_name, str)
     assert_type(peer.stats(), dict[str, Any])

@@ -19,11 +19,12 @@ from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import IF_PLAIN, IF_TLS, is_full
 from ...net.sentinels import pairs, read_epoch
+from ...net.slots import parse_info
 from .. import one_key
 from ..cache import AdminCache, on_cluster
 from ..cluster_survey import survey
 from ..key_layout import DEEPSTREAM, HASHTAG, Layout
-from ..primaries import Primaries, open_primaries, parse_info
+from ..primaries import Primaries, open_primaries
 from ..scan import SCAN_COUNT
 from . import record_checks as of_records
 from . import server_checks as of_server
@@ -250,14 +251,13 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
         keys: list[bytes]
         for _ in range(rounds):
             cursor, keys = await primary.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
-            # A hashtag key is also a deepstream key, of a name in braces.
-            ours = [key for key in keys if either.name_of(key) is not None]
-            versions = [key for key in ours if is_version_key(key)]
-            sample.others += len(keys) - len(ours)
-            old = await one_key.find_keys(primaries, keys) if keys else []
+            behind = [key for key in keys if key.startswith(either.prefix)]
+            old = set(await one_key.find_keys(primaries, behind) if behind else ())
             sample.one_key += len(old)
             sample.first_one_key = sample.first_one_key or next(iter(old), b"")
-            ours = [key for key in ours if key not in set(old)]
+            # A hashtag key is also a deepstream key, of a name in braces.
+            ours = [key for key in behind if key not in old and either.name_of(key) is not None]
+            sample.others += len(keys) - len(old) - len(ours)
             versions = [key for key in ours if is_version_key(key)]
             sample.hashtag += (by_tag := sum(tagged.name_of(key) is not None for key in versions))
             sample.deepstream += len(versions) - by_tag
