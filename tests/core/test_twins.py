@@ -112,6 +112,8 @@ PUBLIC = (
 )
 # The near cache for threads: test_shared_near_model.py compares the twins.
 OF_THREADS = ("SharedNearCache", "SharedWrite")
+# The hits of ``fetch``.
+OF_FETCH = ("BlockingFetcher", "Fetcher")
 # The near cache that processes share has no twin: Python has no atomic loads.
 OF_PROCESSES = ("HOST_NEAR_SUPPORTED", "HostNearCache")
 # What a Router or NearCache does with a Pipeline is in C there, and the same names in Python here.
@@ -130,7 +132,7 @@ def test_public_names() -> None:
             if getattr(value, "__module__", None) == twin.__name__ or name.isupper()
         }
         # The Python core consists of several modules and lists its own names.
-        wanted = {*PUBLIC, *OF_THREADS, "NEAR_ENTRY_BYTES", "READER"}
+        wanted = {*PUBLIC, *OF_THREADS, *OF_FETCH, "NEAR_ENTRY_BYTES", "READER"}
         if twin is _fast:
             wanted |= {*OF_PROCESSES}
         assert set(getattr(twin, "__all__", own)) == wanted, twin.__name__
