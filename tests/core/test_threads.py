@@ -1,9 +1,10 @@
-"""What threads share of the core: records, messages, numbers of batches, buffers of texts."""
+"""What threads share of the core: records, messages, batch numbers, texts, near caches."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -165,3 +166,71 @@ def test_no_number_is_taken_twice_however_threads_alternate() -> None:
     assert len({number, *numbers}) == len(numbers) + 1
     assert number <= latest
     assert next(serials) > max(number, latest, *numbers)
+
+
+# -- near caches
+
+
+def test_no_hit_is_older_than_what_was_reported(core: Any) -> None:
+    """While changes, flushes and losses are reported, and another thread logs in anew."""
+    version, reported, is_over = 1, 0, False
+    problems: list[tuple[int, int]] = []
+
+    def read(name: str, _type: Any = None) -> Any:
+        entry = near.begin_read(name)
+        record = core.Record(name, version, b"1")
+        if entry is not None:
+            near.settle(entry, record, True)
+        return record
+
+    near = core.SharedNearCache(read, read, max_age=1e6, idle_limit=1e6)
+    node = near.only_node()
+
+    def report(count: int) -> None:
+        nonlocal version, reported
+        version += 1
+        if count % 4 == 0:
+            node.disconnected("connection", count % 8 == 0)
+            node.unreachable()
+            node.connected("one", time.monotonic())
+        elif not node.is_live:
+            node.connected("one", time.monotonic())
+        elif count % 4 == 1:
+            node.take_push([b"invalidate", None])
+        else:
+            node.take_push([b"invalidate", [b"a_v"]])
+            node.confirm(time.monotonic())
+        reported = version
+
+    def has_seen_all() -> bool:
+        stats = near.stats()
+        return stats["hits"] > 0 and {"flushall", "connection", "login"} <= stats["flushes"].keys()
+
+    def hear(_: int) -> None:
+        nonlocal is_over
+        try:
+            count = 0
+            while count < 2000 or not has_seen_all():
+                report(count)
+                count += 1
+        finally:
+            is_over = True
+
+    def log_in(_: int) -> None:
+        while not is_over:
+            node.disconnected("login", False)
+            time.sleep(0.001)
+
+    def look(_: int) -> None:
+        while not is_over:
+            least = reported
+            found = near.get("a")
+            if found.version < least and not found.stale:
+                problems.append((found.version, least))
+
+    in_threads(lambda number: (hear, log_in, look, look)[number](number))
+    assert not problems
+    stats = near.stats()
+    node.disconnected("connection", False)
+    assert near.get("a").version == version  # is read anew
+    assert near.stats()["misses"] == stats["misses"] + 1
