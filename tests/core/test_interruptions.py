@@ -24,8 +24,8 @@ import pytest
 from dscache import errors
 from dscache.core import typed
 from dscache.core.envelope import decode_as, read, stated_topic
-from dscache.deepstream import encoding
 from dscache.errors import MessageError, RecordError
+from dscache.pubsub import encoding
 from tests.support.wire import CORES, Waiter
 
 FOLDER = str(Path(errors.__file__).parent)
