@@ -98,6 +98,7 @@ class Pipeline(_Operations):
     redirected: list[tuple[str, int, Any]]
     near: NearCache | None
     on_push: Callable[[list[Any]], object] | None
+    timeout: float
     inbox: MessageDispatcher | None
     resp2_pubsub: bool
     # For core/recovery.py and core/refusals.py.
@@ -143,8 +144,6 @@ class Pipeline(_Operations):
     def window(self) -> int: ...
     @property
     def partial(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
     @property
     def clustered(self) -> bool: ...
     @property

@@ -157,7 +157,7 @@ cdef class Pipeline:
     cdef _Encoder _encoder
     cdef _LengthGuard _guard
     cdef readonly long long ttl
-    cdef readonly double timeout
+    cdef public double timeout
     cdef bint _awake
     cdef public bint busy  # the queue or the slots change: only new operations may come
     cdef readonly list open_batches

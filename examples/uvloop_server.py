@@ -87,5 +87,7 @@ async def main(port: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+        sys.exit("usage: python examples/uvloop_server.py PORT")
     with suppress(KeyboardInterrupt):
         uvloop.run(main(int(sys.argv[1])))

@@ -87,6 +87,10 @@ class Result:
     records: int = 0
     written: int = 0
     """The number of different records that the load uses."""
+    left: str = ""
+    """The prefix of the records, until they are removed."""
+    removal_error: DscacheError | None = None
+    """The reason that they could not be removed."""
     seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     began: float = 0.0
@@ -101,10 +105,10 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
     """Put a load on a cache, on records of its own, which it removes afterwards.
 
     Writes them for as long as the load takes, or ``FILL_SECONDS`` if that is longer. The load uses
-    only those written by then. Counts failed operations in the result. Raises DscacheError if the
-    records can't be written at the start, or removed at the end.
+    only those written by then. Counts failed operations in the result, which also tells if the
+    records could not be removed. Raises DscacheError if they can't be written at the start.
     """
-    prefix = f"{_PREFIX}{secrets.token_hex(4)}/"
+    prefix = result.left = f"{_PREFIX}{secrets.token_hex(4)}/"
     wanted = max(plan.records, plan.bulk)
     names: list[str] = []
     data = _document(plan.size)
@@ -114,7 +118,7 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
             some = [f"{prefix}{i}" for i in range(len(names), min(len(names) + _BATCH, wanted))]
             names += some
             await cache.set_bulk(dict.fromkeys(some, (0, data)), ttl=0)
-        result.written = len(names)
+            result.written = len(names)
         result.began = time.perf_counter()
         end = result.began + plan.seconds
         works = [_work(cache, plan, result, names, data, end) for _ in range(plan.tasks)]
@@ -123,8 +127,14 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
         finally:
             result.seconds = time.perf_counter() - result.began
     finally:
-        for first in range(0, len(names), _BATCH):
-            await cache.delete_bulk(names[first : first + _BATCH])
+        try:
+            for first in range(0, len(names), _BATCH):
+                await cache.delete_bulk(names[first : first + _BATCH])
+        except DscacheError as error:
+            # Raised here, it would replace an interrupt.
+            result.removal_error = error
+        else:
+            result.left = ""
 
 
 def _document(size: int) -> msgspec.Raw:

@@ -29,12 +29,14 @@ from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
+from ..net.maintenance import Announcements
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
 from .lifecycle import LoopBound, check_loop, check_process, closed
+from .maintenance import Maintenance
 from .protocol import PushProtocol, SocketProtocol, request, request_greeting, send_control
 from .reconnect import Reconnect
 from .resolver import Resolver
@@ -110,6 +112,7 @@ class Connection(LoopBound):
         """How many operations the node has redirected; the cluster counts them."""
         self._options = options
         self._cluster = cluster
+        announcements = Announcements(options) if cluster is None and inbox is None else None
         is_near = near is not None or (cluster is None and options.near_cache is not None)
         self._endpoint = endpoint or Endpoint(
             options,
@@ -119,6 +122,7 @@ class Connection(LoopBound):
             of_cluster=cluster is not None,
             resolver=resolver,
             may_be_proxy=cluster is None and inbox is None and options.sentinels is None,
+            announcements=announcements,
         )
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
@@ -147,6 +151,7 @@ class Connection(LoopBound):
         kept = options.near_cache if is_near else None
         idle_limit = None if kept is None else kept.idle_limit / 1000
         self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
+        self._maintenance = Maintenance(self, self._endpoint, self._heartbeat, announcements)
         self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
         self.link: SocketProtocol | None = None
         """The socket of a connection that is ready."""
@@ -254,6 +259,7 @@ class Connection(LoopBound):
             self._own_near.close()
         end = self._loop.time() + self._options.close_timeout / 1000
         link = self.link
+        await self._maintenance.close()
         try:
             self._flush()
             await self._drain(lambda: self.pipeline.queued or self.pipeline.in_flight, end)
@@ -380,7 +386,7 @@ class Connection(LoopBound):
         deadline: float | None = self.pipeline.expire(now)
         if self._flush_due:
             self._flush()  # call_soon is late, or lost with an interruption of the loop
-        timeout = self._options.command_timeout / 1000
+        timeout = self.pipeline.timeout  # longer during maintenance
         if self.link is not None and self.link.unanswered_for() >= timeout:
             # Operations about to expire fail by their deadline, not with the connection.
             deadline = self.pipeline.expire(now + _DEADLINE_GRAIN)
@@ -419,6 +425,7 @@ class Connection(LoopBound):
                 error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
             self._endpoint.note_useless()
+            self._endpoint.move(None, 0.0)
             self._failed(error)
             self._socket = None
             return False
@@ -426,9 +433,35 @@ class Connection(LoopBound):
         self._stuck_at = math.inf
         self._on_connected(link, greeting)
         reason = await asyncio.shield(link.lost)
+        while self._socket is not link and self._socket is not None:  # its successor is in use
+            link = self._socket
+            reason = await asyncio.shield(link.lost)
         self._on_disconnected(reason)
         self._socket = None
         return self._loop.time() - began > _STEADY_AFTER
+
+    def replace(
+        self, link: SocketProtocol, greeting: ServerInfo, address: str, reason: str
+    ) -> None:
+        """Go on over another socket, while no reply is due from the present one."""
+        before = self._socket
+        assert before is not None
+        assert not self.pipeline.in_flight
+        try:
+            before.abort(EndedHere(reason))
+            # The near cache believes nothing that the former socket has brought.
+            self.pipeline.connection_lost(EndedHere(reason), retry=True)
+            link.adopt(self, self.pipeline)
+            self.pipeline.address = address
+            self._socket = link
+            self._on_connected(link, greeting)
+        except BaseException:
+            link.abort(EndedHere("it was interrupted"))
+            raise
+
+    def expire_soon(self) -> None:
+        """Look at the deadlines now, since they have changed."""
+        self._deadlines.start(0)
 
     def _settle(self) -> None:
         """Handle the end of a socket that an exception has kept from being handled."""
@@ -553,6 +586,7 @@ class Connection(LoopBound):
         self._heartbeat.stop()
         self._deadlines.stop()
         self._again.stop()
+        self._maintenance.stop()
         self.pipeline.fail_all(closed)
 
     def _reset_after_fork(self) -> None:

@@ -20,6 +20,7 @@ from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
 from ..net.handshake import ClosedHandshakes, ServerInfo, handshake, secrets_of
+from ..net.maintenance import Announcements
 from ..net.sockets import FAMILIES, SocketConnect, UselessAddresses, tls_handshake, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
@@ -41,7 +42,8 @@ class Endpoint:
 
     ``provider`` has the credentials, if the options don't. ``read_only``, ``is_near`` and
     ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``. With
-    ``may_be_proxy``, a server that closes connections at HELLO is tried without it.
+    ``may_be_proxy``, a server that closes connections at HELLO is tried without it. With
+    ``announcements``, it may be asked to announce its maintenance.
     """
 
     def __init__(
@@ -54,8 +56,13 @@ class Endpoint:
         of_cluster: bool = False,
         resolver: Resolver | None = None,
         may_be_proxy: bool = False,
+        announcements: Announcements | None = None,
     ) -> None:
         self._is_near = is_near
+        self._announcements = announcements
+        self._peer = ""
+        self._moved: tuple[str, int] | None = None
+        self._moved_until = -math.inf
         self._of_cluster = of_cluster
         self._read_only = read_only
         self._options = options
@@ -71,6 +78,11 @@ class Endpoint:
         """The address that the Sentinels named last."""
 
     @property
+    def options(self) -> Options:
+        """The options of the server."""
+        return self._options
+
+    @property
     def is_discovered(self) -> bool:
         """Whether the address may be another one at the next attempt."""
         return self._options.sentinels is not None
@@ -83,12 +95,19 @@ class Endpoint:
     @property
     def has_moved(self) -> bool:
         """Whether the Sentinels have named another server since the last socket was opened."""
-        return self.named != self.address
+        return self.is_discovered and self.named != self.address
 
     @property
     def tried(self) -> str:
         """The addresses that the last attempt has tried in vain, each with its reason."""
         return self._attempt.tried
+
+    def move(self, address: tuple[str, int] | None, until: float) -> None:
+        """Open sockets to another address until then, by the loop's time; None for the usual one.
+
+        The usual one may lead to the new server only after a while.
+        """
+        self._moved, self._moved_until = address, until
 
     def note_useless(self) -> None:
         """Have the address in use, if it is one of several, tried last."""
@@ -130,9 +149,15 @@ class Endpoint:
             if options.sentinels is not None:
                 host, port = await self._group().locate()
                 self.address = self.named = join_address(host, port)
+            elif self._moved is not None and loop.time() < self._moved_until:
+                host, port = self._moved
+                self.address = join_address(host, port)
+            else:
+                self.address = options.address
             family = FAMILIES[options.family]
             found = await self._resolver.look_up(host, port, family)
             sock = await connect_to(found, self._attempt)
+            self._peer = str(sock.getpeername()[0])
         # From here on the loop closes the socket, whatever happens.
         with tls_handshake() if tls else nullcontext():
             await create(
@@ -172,6 +197,8 @@ class Endpoint:
             is_near=self._is_near,
             of_cluster=self._of_cluster,
             attempt=attempt,
+            announcements=self._announcements,
+            peer=self._peer,
         )
         commands = next(steps)
         while True:

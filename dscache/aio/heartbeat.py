@@ -33,9 +33,15 @@ class Heartbeat(SureTimer):
         self._check = check
         self._link: SocketProtocol | None = None
         self._ping_after = _PING_AFTER
+        self.patience = _PING_ANSWER
+        """The longest silence after a PING, in seconds."""
         if idle_limit is not None:
             # Half of it, so that a reply is due twice within the limit.
             self._ping_after = min(_PING_AFTER, idle_limit / 2)
+
+    def be_patient(self, seconds: float) -> None:
+        """Bear a silence of this many seconds, or of the usual length if that is more."""
+        self.patience = max(seconds, _PING_ANSWER)
 
     def watch(self, link: SocketProtocol | None) -> None:
         self._link = link
@@ -52,10 +58,10 @@ class Heartbeat(SureTimer):
         wait = self._ping_after - max(link.idle(), self._pipeline.unknown())
         if wait <= 0:
             silence = link.unanswered_for()
-            if silence >= _PING_ANSWER:
+            if silence >= self.patience:
                 link.abort(EndedHere(f"the server did not answer for {silence:.0f} s"))
                 return
             if not silence:
                 send_control(link, "PING")
-            wait = min(_PING_ANSWER - silence, self._ping_after)
+            wait = min(self.patience - silence, self._ping_after)
         self.start(wait)

@@ -171,34 +171,27 @@ class SlowFetches:
         /,
     ) -> None:
         """Complete the future after a read that found the record ``found``, or None."""
-        # Later, as the pipeline is in the middle of its replies.
-        self._loop.call_soon(self._begin, waiter, name, load, terms, type_, found, context=context)
+        work = self._after(waiter, name, load, terms, found)
+        context.run(self._complete_by, work, waiter, type_)
 
-    def _begin(
-        self,
-        waiter: asyncio.Future[Any],
-        name: str,
-        load: Any,
-        terms: Terms,
-        type_: Any,
-        found: Any,
-    ) -> None:
+    async def _after(
+        self, waiter: asyncio.Future[Any], name: str, load: Any, terms: Terms, found: Any
+    ) -> Any:
+        # The pipeline is in the middle of its replies, also where tasks begin eagerly.
+        await asyncio.sleep(0)
         if waiter.done():  # its caller was cancelled
-            return
+            return None
         if found is None:
-            work = self._loads.load(self._entry, name, load, terms)
-        else:
-            work = self._found(found)
-        self._complete_by(work, waiter, type_)
-
-    async def _found(self, record: Any) -> Any:
-        await self._loads.end_missing(self._entry, [record])
-        return record
+            return await self._loads.load(self._entry, name, load, terms)
+        await self._loads.end_missing(self._entry, [found])
+        return found
 
     def _complete_by(
         self, work: Coroutine[Any, Any, Any], waiter: asyncio.Future[Any], type_: Any
     ) -> None:
         task = self._loop.create_task(work)
+        # Twice, as an exception of a signal handler may strike one call.
+        task.add_done_callback(partial(_complete, waiter, type_))
         task.add_done_callback(partial(_complete, waiter, type_))
         waiter.add_done_callback(partial(_cancel, task))
 

@@ -171,6 +171,11 @@ class SocketProtocol(asyncio.BufferedProtocol):
         """Why the socket has ended, as far as is known."""
         return self._reason
 
+    def adopt(self, owner: ProtocolListener, pipeline: Pipeline) -> None:
+        """Serve another pipeline, to which nothing was sent; the present one awaits no reply."""
+        self._owner, self._pipeline = owner, pipeline
+        self._settled, self._partial, self._due_since = pipeline.settled, 0, None
+
     def idle(self) -> float:
         """Return the seconds since anything arrived."""
         return self._loop.time() - self._heard

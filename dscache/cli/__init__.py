@@ -36,7 +36,12 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if not signals.have_caused(ended):
+            raise
+        # Python notes an interrupt that came while it executed text, as dataclasses do, and would
+        # end by SIGINT in place of the status. Other text removes the note.
+        exec("")
         sys.exit(signals.exit_status())
     except OutputError as error:
         if isinstance(error.__cause__, BrokenPipeError):

@@ -89,13 +89,15 @@ def bench(
                 await apply(cache, plan, result)
 
     try:
-        with interruptible("its records have been removed"):
+        with interruptible(lambda: _whereabouts(result)):
             run(work())
     finally:
         # After an interrupt too.
         if result.seconds:
             _print_result(facts, plan, result, plot, as_json=chosen.as_json)
-    if result.errors:
+        if result.left:
+            _complain_of_left(result)
+    if result.errors or result.left:
         raise typer.Exit(1)
 
 
@@ -116,6 +118,21 @@ def _print_result(
         )
     for error, count in result.errors.most_common(5):
         complain(f"{number(count, 'operation')} failed: {error}")
+
+
+def _whereabouts(result: Result) -> str:
+    """Return what has become of the records, or nothing if that isn't known."""
+    if result.left:
+        return ""
+    return "its records have been removed" if result.written else "no record was written"
+
+
+def _complain_of_left(result: Result) -> None:
+    why = f": {result.removal_error}" if result.removal_error else ""
+    complain(
+        f"records that begin with {result.left} may be left{why}; dscache ls shows them, and "
+        "dscache delete removes them"
+    )
 
 
 def document(facts: Mapping[str, str], plan: Plan, result: Result) -> dict[str, object]:

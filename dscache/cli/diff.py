@@ -14,7 +14,7 @@ from ..admin.comparison import Difference, ExportedRecords, Records, StoredRecor
 from ..admin.progress import with_long_timeouts
 from ..config import Config
 from .options import Chosen, PrefixOption, with_all_options
-from .output import complain, number
+from .output import complain, interruptible, number
 from .settings import load_source, run, with_layout
 from .tables import Results, line_of
 
@@ -62,8 +62,11 @@ def diff(
             async for one in compare(StoredRecords(cache, prefix), there):
                 show(one)
 
-    run(work())
-    results.show()
+    with interruptible("not all records were compared"):
+        try:
+            run(work())
+        finally:
+            results.show()
     complain(f"{number(count, 'record')} differ{'s' if count == 1 else ''}" if count else "equal")
     if count:
         raise typer.Exit(1)

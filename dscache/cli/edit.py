@@ -17,13 +17,17 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.indent import indented
 from ..config import Config
-from ..errors import DscacheError, RecordError, RecordMissing, shorten
+from ..errors import RecordError, RecordMissing, shorten
+from . import signals
 from .options import Chosen, flag, with_all_options
 from .output import complain
 from .settings import run
 
 if TYPE_CHECKING:
     from ..core.pure import Record
+
+# Seconds that an editor has to end after a signal.
+_EDITOR_SECONDS = 5.0
 
 
 @with_all_options
@@ -36,8 +40,9 @@ def edit(
     """Change the data of a record in $VISUAL or $EDITOR, and write it as the next version.
 
     Nothing is written if the text stays the same, or if another client has written the record in
-    the meantime; the edited text is kept in a file then. A lifetime ends with the write, as with
-    set. The exit status is 1 if an edited record was not written.
+    the meantime. Edited text that was not written, for whatever reason, stays in a file that the
+    command names. A lifetime ends with the write, as with set. The exit status is 1 if an edited
+    record was not written.
     """
     config = chosen.load()
     record = run(_read(config, name))
@@ -48,28 +53,22 @@ def edit(
     file = Path(path)
     with open(handle, "wb") as opened:
         opened.write(text + b"\n")
-    kept = False
+    written = False
     try:
-        edited = _edited(file, name)
+        edited = _edited(file)
         if edited == text.strip() and record is not None:
             complain("unchanged")
             return
-        kept = True  # from here on the text is worth something
         written = run(_write(config, name, version, edited, existed=record is not None))
-        kept = not written
-    except DscacheError:
-        if kept:
-            complain(f"the edited text is in {file}")
-        raise
+        if not written:
+            complain(f"{shorten(name)} was written by another client in the meantime")
+            raise typer.Exit(1)
     finally:
-        if not kept:
+        # After an error or an interrupt, too, the text is worth something.
+        if written or not _differs(file, text):
             file.unlink(missing_ok=True)
-    if not written:
-        complain(
-            f"{shorten(name)} was written by another client in the meantime; the edited text is "
-            f"in {file}"
-        )
-        raise typer.Exit(1)
+        else:
+            complain(f"the edited text is in {file}")
     complain(f"{shorten(name)} written as version {version + 1}")
 
 
@@ -84,13 +83,13 @@ async def _write(config: Config, name: str, version: int, text: bytes, *, existe
         return await cache.set(name, version + 1, msgspec.Raw(text), if_version=expected)
 
 
-def _edited(file: Path, name: str) -> bytes:
+def _edited(file: Path) -> bytes:
     """Let the user edit a file until it has JSON; return that text without space around it."""
     while True:
         _run_editor(file)
         text = file.read_bytes().strip()
         try:
-            ndjson.encode(name, 0, text)
+            ndjson.encode("", 0, text)
         except RecordError as error:
             problem = f"the text isn't JSON: {error.__cause__ or error}"
         else:
@@ -103,11 +102,36 @@ def _edited(file: Path, name: str) -> bytes:
 def _run_editor(file: Path) -> None:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
-        status = subprocess.run([*shlex.split(editor), str(file)], check=False).returncode
+        process = subprocess.Popen([*shlex.split(editor), str(file)])
     except (OSError, ValueError) as error:
         raise typer.BadParameter(
             f"{editor!r} can't be run: {error}; set it to an editor", param_hint="VISUAL or EDITOR"
         ) from None
+    try:
+        with signals.left_to_editor():
+            status = process.wait()
+    except KeyboardInterrupt:
+        _end_editor(process)
+        raise
     if status:
-        complain(f"the editor ended with status {status}; nothing was written")
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        complain(f"the editor ended {how}; nothing was written")
         raise typer.Exit(1)
+
+
+def _end_editor(process: subprocess.Popen[bytes]) -> None:
+    """Pass the signal on to the editor, and wait until it has ended, which it may be made to."""
+    process.send_signal(signals.received())
+    try:
+        process.wait(_EDITOR_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _differs(file: Path, text: bytes) -> bool:
+    """Return whether a file has other text than it was given; False if it can't be read."""
+    try:
+        return file.read_bytes().strip() != text.strip()
+    except OSError:
+        return False

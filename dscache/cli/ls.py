@@ -11,7 +11,7 @@ from ..admin.cache import open_cache
 from ..admin.listing import Order, Row, list_records, sorted_records
 from ..admin.primaries import open_primaries
 from .options import Chosen, PrefixArgument, with_all_options
-from .output import complain
+from .output import complain, interruptible
 from .settings import run
 from .tables import Results, line_of
 
@@ -69,6 +69,7 @@ def ls(
             else:
                 show(await sorted_records(found, sort or Order.BYTES, top))
 
-    run(work())
+    with interruptible("there are more records"):
+        run(work())
     if damaged:
         raise typer.Exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
@@ -63,10 +63,14 @@ def new_table(*, show_header: bool = True) -> Table:
 
 
 @contextmanager
-def interruptible(hint: str) -> Iterator[None]:
-    """Turn Ctrl-C, SIGTERM or SIGHUP into one line on standard error, with a hint, and an exit."""
+def interruptible(hint: str | Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C, SIGTERM or SIGHUP into one line on standard error, with a hint, and an exit.
+
+    A function is called for the hint after the interrupt.
+    """
     try:
         yield
     except KeyboardInterrupt:
+        hint = hint if isinstance(hint, str) else hint()
         complain(f"interrupted; {hint}" if hint else "interrupted")
         raise typer.Exit(signals.exit_status()) from None

@@ -34,9 +34,48 @@ def handled_as_interrupt() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def left_to_editor() -> Iterator[None]:
+    """Ignore Ctrl-C during the block, as the terminal sends it to the editor in front of it too.
+
+    SIGTERM and SIGHUP still raise KeyboardInterrupt.
+    """
+
+    def ignore_ctrl_c(number: int, frame: FrameType | None) -> None:
+        if _received is not signal.SIGINT:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, ignore_ctrl_c)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def received() -> signal.Signals:
+    """Return the signal that has interrupted the command: SIGINT for Ctrl-C."""
+    return _received
+
+
 def exit_status() -> int:
     """Return the exit status after an interrupt, as shells count it: 128 plus the signal."""
     return 128 + _received
+
+
+def have_caused(error: BaseException) -> bool:
+    """Return whether an exception was raised because of an interrupt.
+
+    typer replaces KeyboardInterrupt by exceptions with a status of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__context__
+    return False
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

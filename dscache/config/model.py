@@ -205,6 +205,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     max_reply_bytes: Bytes = MAX_REPLY_BYTES
     max_connections: Annotated[int, Meta(ge=1, le=65535)] = 64
     near_cache: NearCacheOptions | None = None
+    maint_notifications: Literal["auto", "on", "off"] = "auto"
     tls: Tls | None = None
     sentinels: tuple[SentinelNode, ...] | None = None
     name: str | None = None

@@ -84,7 +84,7 @@ cdef class _Batch:
     """
 
     cdef readonly int kind
-    cdef readonly double deadline
+    cdef public double deadline
     cdef readonly long long serial  # assigned when the batch is queued
     cdef public dict records
     cdef public list names

@@ -19,6 +19,7 @@ Rules that every function of either module keeps, whatever raises and wherever:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import attrgetter
@@ -190,6 +191,20 @@ def expire(pipeline: Pipeline, now: float) -> float | None:
     if pipeline.queue:
         next_deadline = min(next_deadline, pipeline.queue[0].deadline)
     return None if next_deadline == math.inf else next_deadline
+
+
+def change_timeout(pipeline: Pipeline, seconds: float) -> None:
+    """Give operations this much time from now on; those under way get more, too, or lose it.
+
+    Less time never ends an operation at once: it has at least the new time left, or what it had.
+    """
+    more = seconds - pipeline.timeout
+    at_most = math.inf if more > 0 else time.monotonic() + seconds
+    in_flight = [batch for batch, _count in pipeline.slots.copy()]
+    batches = dict.fromkeys((*in_flight, *pipeline.queue.copy(), *pipeline.suspects))
+    pipeline.timeout = seconds
+    for batch in batches:
+        batch.deadline = min(batch.deadline + max(more, 0.0), at_most)
 
 
 def drop_late(pipeline: Pipeline, now: float) -> None:

@@ -6,14 +6,16 @@ Each settles the records that a reply belongs to. Refusals are ``refusals.py``'s
 from __future__ import annotations
 
 import time
+from asyncio import InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from .._interruptions import raise_interruption
 from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import failures, outcomes, refusals
 from .near_cache import PendingRead
-from .record import Record, parse_version
+from .record import Draft, Record, new_record, parse_version
 from .waiters import DISCARDED, resolve
 
 if TYPE_CHECKING:
@@ -105,6 +107,11 @@ def count_latency(pipeline: Pipeline, batch: Batch, count: int) -> None:
 
 def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None:
     check_array(pipeline, reply, 2 * count, "MGET")
+    if pipeline.epoch is None and set(map(type, reply)) == {bytes}:
+        entries = batch.entries[batch.answered : batch.answered + count]
+        if (versions := versions_of(reply[::2])) and DISCARDED not in entries:
+            answer_found(pipeline, batch, entries, versions, reply[1::2])
+            return
     bulk = batch.bulk
     # Redis sends no invalidation for records read by ASKING.
     epoch = None if batch.asking else pipeline.epoch
@@ -126,12 +133,12 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
                     if epoch is not None:
                         keep_near(pipeline, epoch, batch, entry, version, raw)
                     if bulk is not None:
-                        bulk.result[name] = Record(name, version, raw)
+                        bulk.result[name] = new_record(name, version, raw)
                     elif type(entry) is list:
                         for waiter in entry:
-                            resolve(waiter, Record(name, version, raw))
+                            resolve(waiter, new_record(name, version, raw))
                     else:
-                        resolve(entry, Record(name, version, raw))
+                        resolve(entry, new_record(name, version, raw))
             else:
                 for value in (stored, raw):
                     if value is not None and type(value) is not bytes:
@@ -151,6 +158,68 @@ def answer_get(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None
     finally:  # those before one of the wrong shape have their outcome
         if bulk is not None:
             bulk.settle(settled)
+
+
+def versions_of(stored: list[bytes]) -> list[int]:
+    """Return the versions of records, or an empty list if one is damaged."""
+    try:
+        if b"".join(stored).isdigit():
+            versions = list(map(int, stored))
+            return versions if max(versions) <= c.MAX_VERSION else []
+    except ValueError as error:  # one is empty, or has thousands of digits
+        raise_interruption(error)
+    return []
+
+
+def answer_found(
+    pipeline: Pipeline, batch: Batch, entries: list[Any], versions: list[int], raws: list[bytes]
+) -> None:
+    """Settle the records of a reply that need no closer look: a third of the time for each."""
+    first, last = batch.answered, batch.answered + len(entries)
+    names = batch.names[first:last]
+    bulk = batch.bulk
+    done = 0
+    try:
+        if bulk is not None:
+            records = {}
+            for name, version, raw in zip(names, versions, raws, strict=True):
+                record: Any = Draft()  # as in new_record, without the call
+                record.name = name
+                record.version = version
+                record.raw = raw
+                record.stale = False
+                record._data = {}
+                record._type = None
+                record.__class__ = Record
+                records[name] = record
+            bulk.result.update(records)
+            batch.answered = last
+            done = len(entries)
+            return
+        for name, version, raw, entry in zip(names, versions, raws, entries, strict=True):
+            if type(entry) is list:
+                for waiter in entry:
+                    resolve(waiter, new_record(name, version, raw))
+            else:
+                record = Draft()
+                record.name = name
+                record.version = version
+                record.raw = raw
+                record.stale = False
+                record._data = {}
+                record._type = None
+                record.__class__ = Record
+                try:  # noqa: SIM105 # as in resolve
+                    entry.set_result(record)
+                except InvalidStateError:
+                    pass
+            batch.answered += 1
+            done += 1
+    finally:
+        pipeline.counts["reads"] += done
+        pipeline.counts["hits"] += done
+        if bulk is not None:
+            bulk.settle(done)
 
 
 def keep_near(

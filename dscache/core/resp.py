@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import hiredis
 
@@ -16,8 +16,36 @@ from .keys import KeyLayout
 pack_command: Any = hiredis.pack_command
 
 
+# Names up to so many characters have the headers of their keys ready.
+_SHORT: Final = 256
+
+
 class Encoder(KeyLayout):
     """Writes the commands of batches, with the keys of one layout."""
+
+    def __init__(self, key_prefix: str, hash_tag: bool) -> None:
+        super().__init__(key_prefix, hash_tag)
+        opening, closing = ("{", "}") if hash_tag else ("", "")
+        around = len(self.prefix) + len(opening) + len(closing) + len(c.DATA_SUFFIX)
+        self._heads = [f"${around + n}\r\n{key_prefix}{opening}" for n in range(_SHORT)]
+        self._tails = [f"{closing}{end.decode()}\r\n" for end in (c.VERSION_SUFFIX, c.DATA_SUFFIX)]
+
+    def _reading(self, names: list[str]) -> bytes:
+        """Return the MGET of these records."""
+        text = "".join(names)
+        if text.isascii() and not (self.hash_tag and "}" in text):
+            heads, (version, data) = self._heads, self._tails
+            try:
+                keys = [
+                    f"{(head := heads[len(name)])}{name}{version}{head}{name}{data}"
+                    for name in names
+                ]
+            except IndexError:
+                pass  # a long name
+            else:
+                return f"*{2 * len(names) + 1}\r\n$4\r\nMGET\r\n{''.join(keys)}".encode()
+        command: bytes = pack_command((b"MGET", *(key for n in names for key in self.keys(n))))
+        return command
 
     def encode(self, batch: Batch, has_msetex: bool) -> tuple[bytes, int]:
         """Return the next command of a batch, and its record count.
@@ -46,12 +74,12 @@ class Encoder(KeyLayout):
         if kind >= c.READ_KEY:
             commands = (ask + entry.text for entry in batch.entries[first:last])
             return b"".join(commands), last - first
+        if kind == c.GET:
+            return ask + self._reading(batch.names[first:last]), last - first
         keys: list[bytes] = []
         for i in range(first, last):
             keys.extend(self.keys(batch.names[i]))
         entries = batch.entries[first:last]
-        if kind == c.GET:
-            return ask + pack((b"MGET", *keys)), last - first
         if kind == c.DELETE:
             pairs = zip(keys[::2], keys[1::2], strict=True)
             return b"".join(ask + pack((b"DEL", *pair)) for pair in pairs), last - first

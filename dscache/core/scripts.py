@@ -6,7 +6,11 @@ import hashlib
 from typing import Final
 
 # KEYS: _v, _d of each record. ARGV: version, data, ttl in seconds or 0, guard. Without data, the
-# record is removed.
+# record is removed. A command has guards for all its records or for none, and no name twice.
+# A call of a command costs the script as much as all else for a record. So one MGET reads the
+# versions, and one MSET writes what has no ttl: in place of five to six times the processor time of
+# MSET, a guarded write takes three, of which 2.5 are a script that does nothing but MSET. Only
+# records that aren't plainly older are looked at one by one.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
@@ -48,24 +52,46 @@ local function check(k, version, data, guard)
   end
   return 0
 end
-for k = 1, #KEYS, 2 do
-  local a = 2 * k - 1
-  local version, data, ttl, guard = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
+local keys, arguments = KEYS, ARGV
+local records = #keys / 2
+local stored = {}
+local plain = false
+if arguments[4] ~= '0' then
+  for i = 1, records do stored[i] = keys[2 * i - 1] end
+  stored = redis.pcall('MGET', unpack(stored))
+  local all, text = pcall(table.concat, stored)
+  plain = not stored.err and all and not string.find(text, '%D')
+end
+local parts, n = {}, 0
+for i = 1, records do
+  local k, a = 2 * i - 1, 4 * i - 3
+  local version, data = arguments[a], arguments[a + 1]
+  local ttl, guard = arguments[a + 2], arguments[a + 3]
   local answer = 1
-  if guard ~= '0' then answer = check(k, version, data, guard) end
-  if answer == 1 then
-    if data == '' then
-      redis.call('DEL', KEYS[k], KEYS[k + 1])
-    elseif ttl == '0' then
-      redis.call('MSET', KEYS[k], version, KEYS[k + 1], data)
-    else
-      local at = expiry(ttl)
-      redis.call('SET', KEYS[k], version, 'PXAT', at)
-      redis.call('SET', KEYS[k + 1], data, 'PXAT', at)
+  if guard ~= '0' then
+    local old = stored[i]
+    if not (
+      plain and (guard == '1' or guard == '2') and old >= '1'
+      and (#old < #version or (#old == #version and old < version))
+    ) then
+      answer = check(k, version, data, guard)
     end
   end
-  answers[(k + 1) / 2] = answer
+  if answer == 1 then
+    if data == '' then
+      redis.call('DEL', keys[k], keys[k + 1])
+    elseif ttl == '0' then
+      parts[n + 1], parts[n + 2], parts[n + 3], parts[n + 4] = keys[k], version, keys[k + 1], data
+      n = n + 4
+    else
+      local at = expiry(ttl)
+      redis.call('SET', keys[k], version, 'PXAT', at)
+      redis.call('SET', keys[k + 1], data, 'PXAT', at)
+    end
+  end
+  answers[i] = answer
 end
+if n > 0 then redis.call('MSET', unpack(parts)) end
 return answers
 """
 

@@ -103,8 +103,10 @@ def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
 def resolve(waiter: Any, result: object) -> None:
     """Give a waiter, or each of a list, the result, unless it was cancelled."""
     for one in waiter if type(waiter) is list else (waiter,):
-        with suppress(InvalidStateError):
+        try:  # noqa: SIM105 # suppress() takes three times as long
             one.set_result(result)
+        except InvalidStateError:
+            pass
 
 
 def reject(waiter: Any, make: Callable[[], Exception]) -> None:

@@ -23,6 +23,7 @@ from .connect_errors import (
     is_full,
 )
 from .credentials import Hidden, Login, Word, hidden, masked
+from .maintenance import Announcements
 from .slots import NO_NODE, has_no_cluster, parse_node_id, parse_nodes
 
 # Errors to HELLO that end the attempt: a login without RESP3 would meet them too.
@@ -53,6 +54,11 @@ class ServerInfo:
     """The availability zone that the server states; empty if it states none."""
     is_proxied: bool = False
     """Whether the server is a proxy that may keep the keys of one command on several servers."""
+    announces: bool = False
+    """Whether the server announces its maintenance."""
+    refused_announcements: str | None = None
+    """The code of the error with which it has refused to announce maintenance; None if it didn't.
+    """
 
 
 class ClosedHandshakes:
@@ -118,6 +124,8 @@ def handshake(
     of_cluster: bool = False,
     identifies: bool = False,
     attempt: Attempt | None = None,
+    announcements: Announcements | None = None,
+    peer: str = "",
 ) -> Handshake:
     """Log in to a server and set up the connection; returns the ServerInfo.
 
@@ -125,7 +133,8 @@ def handshake(
     server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
     may be promoted on the same connection. There a node is asked for its id, too, and elsewhere the
     server for that of its process, with ``identifies``. ``attempt`` is given for a server that may
-    be a proxy, and hears from the caller if the connection is closed.
+    be a proxy, and hears from the caller if the connection is closed. With
+    ``announcements``, the server at the IP address ``peer`` may be asked to announce maintenance.
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
@@ -145,9 +154,21 @@ def handshake(
                 attempt.refusal = pong
                 yield [["PING"]]
             attempt.has_answer = True
+        request = None
+        # A server that may close connections at commands that it doesn't know gets no such one.
+        if announcements is not None and (attempt is None or not attempt.is_suspect):
+            request = announcements.request(peer)
         info = yield from _log_in(
-            options, login, address, read_only, is_near, of_cluster, identifies
+            options, login, address, read_only, is_near, of_cluster, identifies, request
         )
+        if announcements is not None:
+            if request is not None:
+                announcements.note(info.refused_announcements)
+            if announcements.are_required and not info.announces:
+                raise UnsuitableServer(
+                    f"{address} doesn't announce its maintenance: it refuses CLIENT "
+                    "MAINT_NOTIFICATIONS; leave maintNotifications: on out"
+                )
     if attempt is not None:
         attempt.note_done()
     return info
@@ -161,6 +182,7 @@ def _log_in(
     is_near: bool,
     of_cluster: bool,
     identifies: bool,
+    request: list[Word] | None,
 ) -> Handshake:
     username, password = login
     hello: list[Word] = ["HELLO", "3"]
@@ -182,7 +204,10 @@ def _log_in(
         identity.append(["CLUSTER", "MYID"])
     elif identifies:
         identity.append(["INFO", "server"])
-    greeting, *others = yield [hello, *selection, *questions, *identity]
+    # In this batch it costs no round trip, and a refusal changes nothing.
+    requests = [] if request is None else [request]
+    greeting, *others = yield [hello, *selection, *questions, *requests, *identity]
+    consent = others.pop(len(selection) + len(questions)) if requests else None
     is_foreign = False
     if isinstance(greeting, ReplyError) and not _is_final(greeting):
         is_foreign = not _is_of_redis(greeting)
@@ -220,6 +245,8 @@ def _log_in(
         _run_id(others[-1]) if identifies and not of_cluster else "",
         _zone_in(facts),
         _is_proxied(options, is_foreign),
+        consent is not None and not isinstance(consent, ReplyError) and bool(facts),
+        consent.code if isinstance(consent, ReplyError) else None,
     )
 
 

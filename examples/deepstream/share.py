@@ -32,4 +32,6 @@ async def main(name: str, json: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python share.py NAME [JSON]")
     asyncio.run(main(*sys.argv[1:3]))

@@ -296,6 +296,21 @@ def test_a_broken_state_file_names_the_remedy(
     assert (done.status, "start over with --restart" in done.err) == (1, True)
 
 
+@pytest.mark.parametrize("options", [(), ("--restart",)])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_target_that_is_no_file(
+    kind: str, options: tuple[str, ...], url: Url, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    """A named pipe stands for all devices, which a finished export must not replace."""
+    target = tmp_path / kind
+    target.mkdir() if kind == "folder" else os.mkfifo(target)
+    done = invoke("export", str(target), *options, *url)
+    assert (done.status, done.out) == (2, "")
+    assert "is no file but a folder or a device" in done.err
+    assert [one.name for one in tmp_path.iterdir()] == [kind]
+    assert target.is_fifo() or target.is_dir()
+
+
 def test_two_exports_into_one_file(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     target = export.Target(tmp_path / "all.ndjson")
     with target.open(export.ExportState({})):

@@ -45,7 +45,8 @@ OPTIONS = (
     "host, port, path, family, username, password, db, keyPrefix, keyLayout, proxied, ttl, "
     "connectionName, connectTimeout, commandTimeout, closeTimeout, reconnectOnError, "
     "retryStrategy, maxPending, "
-    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, tls, sentinels, name, "
+    "maxPendingBytes, whenFull, maxReplyBytes, maxConnections, nearCache, maintNotifications, "
+    "tls, sentinels, name, "
     "role, sentinelUsername, sentinelPassword, nodes, maxRedirections, scaleReads, zone, natMap, "
     "slotsRefreshTimeout, slotsRefreshInterval, clusterRetryStrategy, redisOptions, url"
 )

@@ -204,6 +204,26 @@ def test_uvloop(private: EmbeddedServer, tmp_path: Path) -> None:
         assert "JSON" in errors[2] or "truncated" in errors[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        (["uvloop_server.py"], "usage: python examples/uvloop_server.py PORT\n"),
+        (["uvloop_server.py", "http"], "usage: python examples/uvloop_server.py PORT\n"),
+        (["deepstream/share.py"], "usage: python share.py NAME [JSON]\n"),
+    ],
+)
+def test_an_example_without_its_argument(words: list[str], usage: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / words[0], *words[1:]],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", usage)
+
+
 # -- deepstream
 
 

@@ -1,0 +1,206 @@
+"""Maintenance of the server of a Connection, as the server announces it.
+
+Before the server moves, a second socket is opened to the new address, with the whole handshake,
+by a pipeline of its own. Then operations wait for a moment, until each one under way has its
+reply over the old socket, and go on over the new one. So none is lost, and none is in doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import _backend
+from ..config.address import join_address
+from ..core.recovery import change_timeout
+from ..errors import ConnectionLost, DscacheError
+from ..net.backoff import full_jitter
+from ..net.maintenance import BEGINNINGS, LASTS, MOVING, RELAXED, Announcements, Notice
+from .deadlines import SureTimer
+from .endpoint import Endpoint
+from .heartbeat import Heartbeat
+from .protocol import SocketProtocol, request_greeting
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+_logger = logging.getLogger("dscache")
+
+# How often to look whether the replies that are due have come, in seconds.
+_GLANCE = 0.002
+# The pause before another attempt to connect, and its longest form, in seconds.
+_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+# A server that moves has at least this much time, in seconds.
+_LEAST = 1.0
+
+
+class _Quiet:
+    """The listener of a socket without operations."""
+
+    def on_replies(self) -> None: ...
+
+    def on_writable(self) -> None: ...
+
+
+class Maintenance:
+    """Follows the announcements of a server: gives operations more time, and moves with it.
+
+    Without ``announcements`` it does nothing.
+    """
+
+    def __init__(
+        self,
+        node: Connection,
+        endpoint: Endpoint,
+        heartbeat: Heartbeat,
+        announcements: Announcements | None,
+    ) -> None:
+        self._node = node
+        self._endpoint = endpoint
+        self._heartbeat = heartbeat
+        self._announcements = announcements
+        self._loop = asyncio.get_running_loop()
+        self._usual = node.pipeline.timeout
+        self._is_relaxed = False
+        self._over = SureTimer(self._end)
+        self._moving: Notice | None = None
+        self._task: asyncio.Task[None] | None = None
+        if announcements is not None:
+            node.pipeline.on_push = self._on_push
+
+    async def close(self) -> None:
+        """End the move under way; the present socket stays in use."""
+        self.stop()
+        if self._task is not None and self._task is not asyncio.current_task():
+            await asyncio.wait([self._task])
+
+    def stop(self) -> None:
+        """Stop the timers, and have a move end soon."""
+        self._announcements = None
+        self._over.stop()
+        if self._task is not None and not self._loop.is_closed():
+            self._task.cancel()
+
+    def _on_push(self, push: list[Any]) -> None:
+        """Take a push, while the pipeline reads replies."""
+        if self._announcements is None:
+            return
+        notice = self._announcements.read(push, self._node.address)
+        if notice is not None:
+            self._loop.call_soon(self._follow, notice)
+
+    def _follow(self, notice: Notice) -> None:
+        if self._announcements is None:
+            return
+        if notice.kind == MOVING:
+            self._move(notice)
+        elif notice.kind in BEGINNINGS:
+            self._begin(notice)
+        elif self._is_relaxed:
+            self._end()
+
+    # -- more time
+
+    def _begin(self, notice: Notice) -> None:
+        self._over.start(notice.seconds + LASTS)
+        if self._is_relaxed:
+            return
+        self._is_relaxed = True
+        seconds = max(self._usual, RELAXED)
+        _logger.info(
+            "%s announces %s: operations have %.0f s until it is over",
+            self._node.address,
+            notice.kind.decode(),
+            seconds,
+        )
+        self._heartbeat.be_patient(seconds)
+        change_timeout(self._node.pipeline, seconds)
+
+    def _end(self) -> None:
+        self._over.stop()
+        self._is_relaxed = False
+        self._heartbeat.be_patient(0)
+        change_timeout(self._node.pipeline, self._usual)
+        self._node.expire_soon()
+        _logger.info("the maintenance of %s is over", self._node.address)
+
+    # -- another address
+
+    def _move(self, notice: Notice) -> None:
+        link = self._node.link
+        known = self._moving
+        is_known = known is not None and (known.serial, known.endpoint) == (
+            notice.serial,
+            notice.endpoint,
+        )
+        if link is None or is_known:
+            return
+        self._moving = notice
+        if self._task is not None:
+            self._task.cancel()
+        _logger.info(
+            "%s announces MOVING within %d s: it is followed to %s",
+            self._node.address,
+            notice.seconds,
+            "its usual address" if notice.endpoint is None else join_address(*notice.endpoint),
+        )
+        self._task = self._loop.create_task(
+            self._follow_server(notice, link), name=f"dscache moves from {self._node.address}"
+        )
+
+    async def _follow_server(self, notice: Notice, old: SocketProtocol) -> None:
+        """Move to the new address in time, unless the old socket is lost before."""
+        until = self._loop.time() + max(notice.seconds, _LEAST)
+        if notice.endpoint is None:
+            # The name leads to the new server only after a while.
+            await asyncio.sleep(notice.seconds / 2)
+        self._endpoint.move(notice.endpoint, until)
+        failures = 0
+        while self._node.link is old and self._loop.time() < until:
+            if await self._try_to_move(old, until):
+                return
+            failures += 1
+            await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))
+
+    async def _try_to_move(self, old: SocketProtocol, until: float) -> bool:
+        node, endpoint = self._node, self._endpoint
+        options = endpoint.options
+        pipeline = _backend.core.Pipeline(
+            self._loop.create_future,
+            lambda: None,
+            address=node.address,
+            **options.for_pipeline(),
+        )
+        pipeline.on_push = self._on_push
+        link = SocketProtocol(_Quiet(), pipeline)
+        is_moved = False
+        try:
+            async with asyncio.timeout(options.connect_timeout / 1000):
+                await endpoint.open(link)
+                address = pipeline.address = endpoint.address
+                greeting = await endpoint.greet(partial(request_greeting, link))
+            old.hold(True)
+            try:
+                # As long as this, each operation waits.
+                patience = min(until, self._loop.time() + self._usual / 2)
+                while node.pipeline.in_flight and node.link is old and not link.is_cut:
+                    if self._loop.time() >= patience:
+                        return False
+                    await asyncio.sleep(_GLANCE)
+                if node.link is old and not (old.is_cut or link.is_cut or pipeline.partial):
+                    is_moved = True
+                    node.replace(link, greeting, address, "the server has moved")
+                return is_moved
+            finally:
+                old.hold(False)
+                if not is_moved:
+                    node.on_writable()
+        except (OSError, DscacheError, UnicodeError) as error:
+            _logger.info("can't move to %s yet: %s", endpoint.address, error)
+            return False
+        finally:
+            if not is_moved:
+                link.abort(ConnectionLost("it was closed"))

@@ -1,0 +1,317 @@
+"""SIGTERM and SIGHUP end every command as Ctrl-C does, wherever it is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+from typer.main import get_group
+
+from dscache.cli.app import app
+from dscache.embedded import EmbeddedServer
+from tests.support.commands import PATIENCE
+from tests.support.stalling import stalling
+
+DEFAULT = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+RESUMES = "dscache: interrupted; the same command resumes\n"
+# What each command may be doing, and the request at which the server stalls.
+AT_WORK: Mapping[str, tuple[tuple[str, ...], bytes]] = {
+    "get": (("get", "a"), b"MGET"),
+    "get --watch": (("get", "a", "--watch"), b"MGET"),
+    "set": (("set", "a", "1", "{}"), b"SET"),
+    "head": (("head", "a"), b"a_v"),
+    "delete": (("delete", "a"), b"DEL"),
+    "edit": (("edit", "a"), b"MGET"),
+    "ls": (("ls",), b"PTTL"),
+    "ls --top": (("ls", "--top", "3"), b"SCAN"),
+    "diff": (("diff", "empty.ndjson"), b"SCAN"),
+    "doctor": (("doctor",), b"CONFIG"),
+    "top": (("top",), b"INFO"),
+    "top --json": (("top", "--json"), b"INFO"),
+    "export": (("export", "all.ndjson.gz"), b"PTTL"),
+    "export -": (("export", "-"), b"PTTL"),
+    "import": (("import", "empty.ndjson"), b"HELLO"),
+    "bench": (("bench", "--seconds", "60"), b"MGET"),
+    "watch": (("watch", "--data"), b"TRACKING"),
+    "migrate": (("migrate", "--to", "hashtag", "--yes"), b"SCAN"),
+    "cluster": (("cluster",), b"CLUSTER"),
+}
+FROM_INPUT = {
+    "get": ("get",),
+    "set": ("set",),
+    "head": ("head",),
+    "delete": ("delete",),
+    "import": ("import", "-"),
+}
+EXPECTED = {
+    "export": RESUMES,
+    "export -": "dscache: interrupted\n",
+    "import": RESUMES,
+    "migrate": RESUMES,
+    "ls": "dscache: interrupted; there are more records\n",
+    "ls --top": "dscache: interrupted; there are more records\n",
+    "diff": "dscache: interrupted; not all records were compared\n",
+}
+
+
+def alternately(names: Iterable[str], *numbers: signal.Signals) -> list[object]:
+    """Return a case for each name, with the signals in turn, as all end a command the same way."""
+    return [
+        pytest.param(name, number, id=f"{name}-{number.name}")
+        for name, number in zip(names, itertools.cycle(numbers), strict=False)
+    ]
+
+
+@pytest.fixture(scope="module")
+def holder() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.fixture
+def client(holder: EmbeddedServer) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(holder.url) as opened:
+        opened.flushall()
+        opened.mset({f"{name}_{half}": 1 for name in "abc" for half in "vd"})
+        yield opened
+
+
+@contextmanager
+def started(
+    folder: Path, number: signal.Signals, *words: str, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a folder, with the signal's usual effect, which nohup would change."""
+    (folder / "empty.ndjson").touch()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dscache", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        preexec_fn=partial(signal.signal, number, DEFAULT[number]),
+        text=True,
+        **pipes,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_every_command_is_here() -> None:
+    commands = {one.partition(" ")[0] for one in AT_WORK}
+    assert commands == set(get_group(app).commands)
+
+
+@pytest.mark.parametrize(("name", "number"), alternately(AT_WORK, signal.SIGTERM, signal.SIGHUP))
+def test_a_command_whose_server_stalls(
+    name: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    """It ends, although no answer comes, and leaves no process and no file of its own."""
+    words, request = AT_WORK[name]
+    with stalling(holder.port, request) as server:
+        url = f"redis://{server.address}"
+        with started(tmp_path, number, *words, "--url", url, TMPDIR=str(tmp_path)) as process:
+            assert server.reached.wait(PATIENCE)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == STATUS[number], err
+    if name == "bench":
+        first, second = err.splitlines()
+        assert first == "dscache: interrupted"
+        assert second.startswith("dscache: records that begin with dscache-bench/")
+        assert json.loads(out)["records"] == 10_000
+        return
+    assert err.removeprefix(f"dscache: watching {server.address}\n") == EXPECTED.get(name, "")
+    # An export resumes by its own files.
+    left = {one.name for one in tmp_path.iterdir()} - {"empty.ndjson"}
+    assert left <= {"all.ndjson.gz.partial", "all.ndjson.gz.resume"}
+
+
+@pytest.mark.parametrize(("name", "number"), alternately(FROM_INPUT, *STATUS))
+def test_a_command_that_waits_for_input(
+    name: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    before = client.info("stats")["total_connections_received"]
+    with started(tmp_path, number, *FROM_INPUT[name], "--url", holder.url) as process:
+        wait_for(
+            lambda: client.info("stats")["total_connections_received"] > before,
+            process,
+        )
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE)
+    expected = "dscache: interrupted\n" if name == "import" else ""
+    assert (process.returncode, out, err) == (STATUS[number], "", expected)
+
+
+def test_a_program_whose_metrics_stall(tmp_path: Path) -> None:
+    with stalling() as server:
+        url = f"http://{server.address}/metrics"
+        with started(tmp_path, signal.SIGHUP, "top", "--metrics", url) as process:
+            assert server.reached.wait(PATIENCE)
+            process.send_signal(signal.SIGHUP)
+            out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (129, "", "")
+
+
+def test_a_load_that_has_not_begun(tmp_path: Path) -> None:
+    with (
+        stalling() as server,
+        started(tmp_path, signal.SIGTERM, "bench", "--url", server.address) as process,
+    ):
+        assert server.reached.wait(PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (143, "")
+    assert err == "dscache: interrupted; no record was written\n"
+
+
+# -- edit: a child process, and a file
+
+
+EDITOR = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+text, mark, *options = sys.argv[1:-1]
+if "stubborn" in options:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if text:
+    pathlib.Path(sys.argv[-1]).write_text(text)
+pathlib.Path(mark).write_text(str(os.getpid()))
+while pathlib.Path(mark).exists():
+    time.sleep(0.01)
+"""
+
+
+def editor(folder: Path, *words: str) -> str:
+    """Return the EDITOR that writes a text, tells its pid in the file ``mark``, and waits."""
+    program = folder / "editor.py"
+    program.write_text(EDITOR)
+    return shlex.join([sys.executable, str(program), words[0], str(folder / "mark"), *words[1:]])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("", signal.SIGTERM), ('{"edited": true}', signal.SIGHUP)]
+)
+def test_the_editor_ends_with_the_command(
+    text: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    """Edited text is kept."""
+    mark = tmp_path / "mark"
+    with started(
+        *(tmp_path, number, "edit", "a", "--url", holder.url),
+        **{"VISUAL": editor(tmp_path, text), "TMPDIR": str(tmp_path)},
+    ) as process:
+        wait_for(lambda: mark.exists() and mark.read_text(), process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == STATUS[number]
+    assert not is_running(int(mark.read_text()))
+    left = [one for one in tmp_path.iterdir() if one.name.startswith("dscache-")]
+    if text:
+        (kept,) = left
+        assert kept.read_text() == text
+        assert err == f"dscache: the edited text is in {kept}\n"
+    else:
+        assert (left, err) == ([], "")
+    assert client.get("a_v") == b"1"
+
+
+def test_an_editor_that_ignores_the_signal_is_killed(
+    holder: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    with started(
+        *(tmp_path, signal.SIGTERM, "edit", "a", "--url", holder.url),
+        **{"VISUAL": editor(tmp_path, "", "stubborn"), "TMPDIR": str(tmp_path)},
+    ) as process:
+        wait_for(lambda: mark.exists() and mark.read_text(), process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (143, "")
+    assert not is_running(int(mark.read_text()))
+
+
+def test_ctrl_c_belongs_to_the_editor(
+    holder: EmbeddedServer, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    """The terminal sends it to both, and an editor uses it for something of its own."""
+    mark = tmp_path / "mark"
+    with started(
+        *(tmp_path, signal.SIGINT, "edit", "a", "--url", holder.url),
+        VISUAL=editor(tmp_path, "[2]"),
+    ) as process:
+        wait_for(lambda: mark.exists() and mark.read_text(), process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        mark.unlink()
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "dscache: 'a' written as version 2\n")
+    assert client.get("a_d") == b"[2]"
+
+
+# -- the exit status
+
+
+def test_an_interrupt_in_executed_text_gives_the_status_too() -> None:
+    """Python itself would end by SIGINT then."""
+    program = (
+        "import os, signal\n"
+        "from dscache import cli\n"
+        "def interrupted():\n"
+        "    exec('os.kill(os.getpid(), signal.SIGTERM)', globals())\n"
+        "cli._imported_app = lambda: interrupted\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL),
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (143, b"")
