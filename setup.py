@@ -6,6 +6,7 @@ because silently installing the slow core would be worse.
 
 import json
 import os
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -85,7 +86,11 @@ def compiled_modules():
         # The compiler takes the last -O, which would override the user's CFLAGS.
         optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
         fast = Extension("dscache._fast", ["dscache/_fast.pyx"], extra_compile_args=optimise)
-        return cythonize([fast], build_dir="build/cython", language_level=3)
+        # The core imports hiredis, which needs the GIL, only where that is on. Python 3.13's own
+        # containers aren't yet as safe without it as the caches need them.
+        is_free = sys.version_info >= (3, 14)
+        directives = {"language_level": 3, "freethreading_compatible": is_free}
+        return cythonize([fast], build_dir="build/cython", compiler_directives=directives)
     except Exception as error:
         raise SystemExit(REMEDY.format(error=error)) from error
 

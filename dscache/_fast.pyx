@@ -574,7 +574,6 @@ cdef class Pipeline:
         Runs no Python code, so that nothing can come in between; the caller has called
         ``notify_pending``.
         """
-        global last_serial
         cdef _Batch other
         cdef Py_ssize_t i
         for i in range(PyList_GET_SIZE(self.open_batches)):
@@ -582,8 +581,7 @@ cdef class Pipeline:
             if other.kind == batch.kind or not is_open:
                 self._close_batches()
                 break
-        last_serial += 1
-        batch.serial = last_serial
+        batch.serial = dscache_increment(last_serial)
         self.queue.append(batch)
         if is_open:  # behind it: what joins a batch that isn't queued would be lost
             self.open_batches.append(batch)
@@ -825,32 +823,31 @@ cdef class Pipeline:
     cpdef int recount(self) except -1:
         """Count pending records and operations anew, after batches were dropped."""
         # By index, which makes no object: nothing can fail here, and no Python code runs.
-        global last_count
+        cdef long long number = dscache_increment(last_count)
         cdef _Batch batch
         cdef tuple slot
         cdef Py_ssize_t i
-        last_count += 1
         self.in_flight = self.queued = self.operations = self.pending_bytes = 0
         for i in range(len(self.slots)):
             slot = self.slots[i]
             self.in_flight += slot[1]
-            self._count(slot[0])
+            self._count(slot[0], number)
         for i in range(len(self.queue)):
             batch = self.queue[i]
             self.queued += batch.waiting()
-            self._count(batch)
+            self._count(batch, number)
         for i in range(PyList_GET_SIZE(self.suspects)):
             batch = self.suspects[i]
-            if batch.count != last_count:
+            if batch.count != number:
                 self.queued += batch.waiting()
-                self._count(batch)
+                self._count(batch, number)
         return 0
 
-    cdef int _count(self, _Batch batch) except -1:
+    cdef int _count(self, _Batch batch, long long number) except -1:
         cdef Py_ssize_t last
-        if batch.count == last_count:
+        if batch.count == number:
             return 0
-        batch.count = last_count
+        batch.count = number
         if batch.bulk is None:
             # An abandoned record that was not sent never will be.
             last = batch.sent if batch.abandoned() else PyDict_Size(batch.records)

@@ -63,7 +63,7 @@ class ClusterPool(Pool):
 
     def _close_departed(self) -> None:
         """Close the connections to departed nodes, of lines that no thread uses."""
-        for line in list(self._idle):
+        for line in self._idle.copy():  # in one step, unlike a list of it
             try:
                 self._idle.remove(line)
             except ValueError:
@@ -159,7 +159,7 @@ class ClusterPool(Pool):
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        routes = [_cluster(line).routes for line in (*self._present(), *list(self._unplaced))]
+        routes = [_cluster(line).routes for line in (*self._present(), *self._unplaced)]
         infos = list(self.state.nodes.values())
         parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in infos}
         connected: Counter[str] = Counter()

@@ -85,8 +85,9 @@ class Pool:
         )
         self._connector = Connector(options, provider)
         self._idle: deque[Connection] = deque()
-        # Connections without a place, whose operation another connection has taken over.
-        self._unplaced: deque[Connection] = deque()
+        # Connections without a place, whose operation another connection has taken over. A list
+        # can be copied while other threads change it; a deque then raises.
+        self._unplaced: list[Connection] = []
         self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
         self._connections: list[ref[Connection]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
@@ -477,7 +478,7 @@ class Pool:
     def stats(self) -> dict[str, Any]:
         """Return the counters of the pipelines and of the connections."""
         present = self._present()
-        parts = [one.pipeline.stats() for one in (*present, *list(self._unplaced))]
+        parts = [one.pipeline.stats() for one in (*present, *self._unplaced)]
         return {
             **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),

@@ -92,7 +92,7 @@ cdef class _Batch:
     cdef public Py_ssize_t sent
     cdef public Py_ssize_t answered
     cdef public Py_ssize_t failed  # records before this index were rejected when the batch failed
-    cdef long long count  # ``last_count`` of the last recount that included this batch
+    cdef long long count  # the number of the last recount that included this batch
     cdef readonly _Bulk bulk
     cdef public bint expired  # its waiters have their outcome; further replies are dropped
     cdef public Py_ssize_t repeated  # records before this index were sent on a lost connection

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from . import constants as c
 from . import outcomes
 from .waiters import Waiter
 
-
-class _Serials:
-    """One sequence of numbers for all pipelines, so that batches keep their order across nodes."""
-
-    def __init__(self) -> None:
-        self.last = 0
-
-    def __next__(self) -> int:
-        self.last += 1
-        return self.last
+# One sequence of numbers for all pipelines, so that batches keep their order across nodes. Threads
+# may take from it at once.
+serials: Final = itertools.count(1)
 
 
-serials = _Serials()
+def latest_serial() -> int:
+    """Return the number of the latest batch."""
+    # Of "count(8)": taking a number to learn the latest would put it behind reads that are still to
+    # join the latest batch.
+    return int(repr(serials)[6:-1]) - 1
 
 
 @dataclass(slots=True, eq=False)

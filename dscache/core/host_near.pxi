@@ -35,6 +35,7 @@ cdef class HostNearCache:
     Nothing is cached before ``attach``.
     """
 
+    cdef dscache_mutex _mutex  # of the fields from here on, as in a SharedNearCache
     cdef object _read, _read_head
     cdef _Encoder _encoder
     cdef hn_map _map
@@ -84,16 +85,23 @@ cdef class HostNearCache:
 
     def attach(self, int data, int lock):
         """Begin to use a file, whose changes the other file locks; return whether it fits."""
-        self.detach()
-        if not hn_open(&self._map, data, lock, self._max_nodes, self._max_blocks):
-            return False
-        if not hn_fits(&self._map):
-            self.detach()
-            return False
-        return True
+        cdef bint fits
+        dscache_lock(&self._mutex)
+        self._detach()
+        fits = hn_open(&self._map, data, lock, self._max_nodes, self._max_blocks)
+        if fits and not hn_fits(&self._map):
+            self._detach()
+            fits = False
+        dscache_unlock(&self._mutex)
+        return fits
 
     def detach(self):
         """Leave the file; entries of reads under way aren't filled any more."""
+        dscache_lock(&self._mutex)
+        self._detach()
+        dscache_unlock(&self._mutex)
+
+    cdef void _detach(self) noexcept:
         if self._map.base != NULL and self._leads and self._map.pid == getpid():
             hn_end_epoch(&self._map)
         self._serial += 1
@@ -142,6 +150,13 @@ cdef class HostNearCache:
 
     def begin_read(self, str name not None):
         """Return the entry that a read about to be sent will fill, or None if it may fill none."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._begin_read(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef _HostEntry _begin_read(self, str name):
         cdef Py_ssize_t size = 0
         cdef const char* text
         cdef hn_node* node
@@ -175,6 +190,13 @@ cdef class HostNearCache:
         It is kept unless something concerned the name since ``begin_read``, or the answer wasn't
         of the server that reports its changes.
         """
+        dscache_lock(&self._mutex)
+        try:
+            self._settle(entry, record, is_of_owner)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _settle(self, _HostEntry entry, Record record, bint is_of_owner) except -1:
         cdef Py_ssize_t size = 0, raw_size = 0
         cdef const char* text = utf8_of(entry.name, &size)
         cdef const char* raw = NULL
@@ -182,14 +204,14 @@ cdef class HostNearCache:
         cdef bint is_kept = False
         if self._map.base == NULL:
             self._dropped_fills += 1
-            return
+            return 0
         if record is not None:
             version = record.version
             raw = PyBytes_AS_STRING(record.raw)
             raw_size = PyBytes_GET_SIZE(record.raw)
         if not self._lock():
             self._dropped_fills += 1
-            return
+            return 0
         if is_of_owner and entry.serial == self._serial and raw_size + size <= self._largest:
             is_kept = hn_fill(
                 &self._map,
@@ -205,22 +227,33 @@ cdef class HostNearCache:
             hn_compare(&self._map, text, <uint32_t>size, version)
             self._dropped_fills += 1
         hn_unlock(&self._map)
+        return 0
 
     def count_misses(self, Py_ssize_t count):
         """Count versions that are about to be read; ``begin_read`` counts records."""
+        dscache_lock(&self._mutex)
         self._misses += count
+        dscache_unlock(&self._mutex)
 
     def observe(self, str name not None, version):
         """Drop an entry that differs from the version that a read has found, or None."""
+        dscache_lock(&self._mutex)
+        try:
+            self._observe(name, version)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _observe(self, str name, version) except -1:
         cdef int64_t number = -1 if version is None else version
         cdef Py_ssize_t size = 0
         cdef const char* text = utf8_of(name, &size)
         if self._map.base == NULL or size > self._largest:
-            return
+            return 0
         if not self._lock():
-            return
+            return 0
         hn_compare(&self._map, text, <uint32_t>size, number)
         hn_unlock(&self._map)
+        return 0
 
     def last_known(self, str name not None):
         """Return None: records of a host aren't served after a failure."""
@@ -231,18 +264,27 @@ cdef class HostNearCache:
     def begin_write(self, list names not None):
         """Drop the entries of names, and serve none of them until the SharedWrite has ended."""
         cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, self._writes)
-        for name in names:
-            write.begin(name)
-        self._drop(write._names)
+        dscache_lock(&self._mutex)
+        try:
+            for name in names:
+                write.begin(name)
+            self._drop(write._names)
+        finally:
+            dscache_unlock(&self._mutex)
         return write
 
     def end_writes(self, list names, writes):
         """End writes, unless they were of the parent of a forked child."""
-        if writes is self._writes:
-            # In this order: a name that isn't counted any more has no entry from before the write.
-            self._drop(names)
-            for name in names:
-                uncount_write(self._writes, name)
+        dscache_lock(&self._mutex)
+        try:
+            if writes is self._writes:
+                # In this order: a name that isn't counted any more has no entry from before the
+                # write.
+                self._drop(names)
+                for name in names:
+                    uncount_write(self._writes, name)
+        finally:
+            dscache_unlock(&self._mutex)
 
     # -- what the server reports, for the process that hears of it
 
@@ -253,14 +295,17 @@ cdef class HostNearCache:
 
     @leads.setter
     def leads(self, bint leads):
+        dscache_lock(&self._mutex)
         if (leads or self._leads) and self._map.base != NULL:
             hn_end_epoch(&self._map)  # that of another process, or its own
         self._leads = leads
+        dscache_unlock(&self._mutex)
 
     def begin_epoch(self, bytes identity not None, double known):
         """Begin to cache: the server reports every change after ``known``."""
         if PyBytes_GET_SIZE(identity) > HN_IDENTITY:
             raise ValueError(f"the identity of a server is too long: {len(identity)} bytes")
+        dscache_lock(&self._mutex)
         if self._leads and self._map.base != NULL:
             hn_begin_epoch(
                 &self._map,
@@ -269,49 +314,79 @@ cdef class HostNearCache:
                 <int64_t>(known * 1e9),
             )
             self._session = hn_load(self._map.at + HN_AT_SESSION)
+        dscache_unlock(&self._mutex)
 
     def end_epoch(self, str reason not None):
         """End all entries; ``reason`` is that of the flush."""
-        if self._leads and self._map.base != NULL and hn_end_epoch(&self._map):
-            self.count_flush(reason)
+        dscache_lock(&self._mutex)
+        try:
+            if self._leads and self._map.base != NULL and hn_end_epoch(&self._map):
+                self._count_flush(reason)
+        finally:
+            dscache_unlock(&self._mutex)
 
     def confirm(self, double known):
         """Note that every change from before a time has been reported."""
+        dscache_lock(&self._mutex)
         if self._leads and self._map.base != NULL:
             hn_release(self._map.at + HN_AT_KNOWN, <uint64_t><int64_t>(known * 1e9))
+        dscache_unlock(&self._mutex)
 
     def take_keys(self, list keys):
         """Drop the entries of changed keys, or all if ``keys`` is None."""
+        dscache_lock(&self._mutex)
+        try:
+            self._take_keys(keys)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _take_keys(self, list keys) except -1:
         cdef list names
         if not self._leads:
-            return
+            return 0
         if keys is None:
             self._flush("flushall")
-            return
+            return 0
         names = []
         for key in keys:
             name = self._encoder.name_of(<bytes>key) if type(key) is bytes else None
             if name is not None:
                 names.append(name)
         self._invalidations += self._drop(names)
+        return 0
 
     # -- what each process knows of the server
 
     @property
     def is_live(self):
         """Whether the server reports its changes to a process of the host."""
-        return self._map.base != NULL and not hn_acquire(self._map.at + HN_AT_EPOCH) & 1
+        cdef uint64_t epoch = 1
+        dscache_lock(&self._mutex)
+        if self._map.base != NULL:
+            epoch = hn_acquire(self._map.at + HN_AT_EPOCH)
+        dscache_unlock(&self._mutex)
+        return not epoch & 1
 
     @property
     def session(self):
         """The number of the connection that reports changes."""
-        return hn_acquire(self._map.at + HN_AT_SESSION) if self._map.base != NULL else 0
+        cdef uint64_t session = 0
+        dscache_lock(&self._mutex)
+        if self._map.base != NULL:
+            session = hn_acquire(self._map.at + HN_AT_SESSION)
+        dscache_unlock(&self._mutex)
+        return session
 
     @property
     def identity(self):
         """The identity of the server that reports its changes, or None."""
         cdef uint64_t session = 0
-        cdef bytes found = self._identity(&session)
+        cdef bytes found
+        dscache_lock(&self._mutex)
+        try:
+            found = self._identity(&session)
+        finally:
+            dscache_unlock(&self._mutex)
         return None if found is None else found.decode("utf-8", "surrogateescape")
 
     def vouches(self, bytes identity not None):
@@ -320,22 +395,32 @@ cdef class HostNearCache:
         Records are served here once that is known.
         """
         cdef uint64_t session = 0
-        if self._identity(&session) != identity:
-            return False
-        self._session = session
-        return True
+        dscache_lock(&self._mutex)
+        try:
+            if self._identity(&session) != identity:
+                return False
+            self._session = session
+            return True
+        finally:
+            dscache_unlock(&self._mutex)
 
     def doubt(self):
         """Have the connection that reports changes made anew: another server has answered."""
+        dscache_lock(&self._mutex)
         if self._map.base != NULL:
             hn_release(self._map.at + HN_AT_DOUBT, hn_acquire(self._map.at + HN_AT_SESSION))
+        dscache_unlock(&self._mutex)
 
     @property
     def is_doubted(self):
         """Whether a process doubts that the server is the right one."""
-        return self._map.base != NULL and (
+        cdef bint is_doubted
+        dscache_lock(&self._mutex)
+        is_doubted = self._map.base != NULL and (
             hn_acquire(self._map.at + HN_AT_DOUBT) == hn_acquire(self._map.at + HN_AT_SESSION)
         )
+        dscache_unlock(&self._mutex)
+        return is_doubted
 
     # -- for the owner of the cache
 
@@ -345,21 +430,35 @@ cdef class HostNearCache:
 
     def reset(self):
         """Leave the file, and forget the writes under way, as a forked child has none."""
+        dscache_renew(&self._mutex)  # a thread that the child doesn't have may have had it
         self.detach()
         self._writes = {}
 
     def flush(self, str reason not None):
         """Drop every record of all processes."""
-        if self._map.base != NULL:
-            self._flush(reason)
+        dscache_lock(&self._mutex)
+        try:
+            if self._map.base != NULL:
+                self._flush(reason)
+        finally:
+            dscache_unlock(&self._mutex)
 
     def count_flush(self, str reason not None):
         """Count an invalidation of many records."""
+        dscache_lock(&self._mutex)
+        try:
+            self._count_flush(reason)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _count_flush(self, str reason) except -1:
         self._flushes[reason] = self._flushes.get(reason, 0) + 1
+        return 0
 
     def stats(self):
         """Return the counters, the flushes by reason, and the size of the cache."""
         cdef uint64_t records = 0, taken = 0
+        dscache_lock(&self._mutex)
         if self._map.base != NULL:
             records = hn_load(self._map.at + HN_AT_USED_NODES)
             taken = HN_HEADER + 64 * (
@@ -367,6 +466,7 @@ cdef class HostNearCache:
                 + hn_load(self._map.at + HN_AT_BLOCKS_KEPT)
             ) + hn_size(self._max_nodes, 0) - HN_HEADER - 64 * <uint64_t>self._max_nodes
             records -= min(records, hn_load(self._map.at + HN_AT_PENDING))
+        dscache_unlock(&self._mutex)
         return {
             "hits": self._hits,
             "misses": self._misses,
@@ -400,6 +500,13 @@ cdef class HostNearCache:
 
     cdef inline object _take(self, name):
         """Return the cached Record, None for a missing one, or _UNDECODED if it isn't cached."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._take_still(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef inline object _take_still(self, name):
         cdef hn_found found
         cdef bytes raw
         cdef hn_place place
@@ -421,6 +528,13 @@ cdef class HostNearCache:
 
     cdef inline object _take_version(self, name):
         """Return the cached version as ``_take`` does the Record."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._version_still(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef object _version_still(self, name):
         cdef hn_found found
         if not self._look(name, &found) or not hn_is_still(&self._map, &found):
             return _UNDECODED
@@ -444,7 +558,7 @@ cdef class HostNearCache:
 
     cdef int _flush(self, str reason) except -1:
         hn_flush(&self._map)
-        self.count_flush(reason)
+        self._count_flush(reason)
         return 0
 
     cdef Py_ssize_t _drop(self, list names) except -1:

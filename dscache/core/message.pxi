@@ -45,9 +45,11 @@ cdef class Message:
     @property
     def raw(self):
         """The JSON text of the message alone."""
-        if self._raw is None:
-            self._raw = self._payload[self._start : -1]
-        return self._raw
+        cdef PyObject* known = dscache_load(raw_of_message(self))
+        if known != <PyObject*>None:
+            return <object>known
+        raw = self._payload[self._start : -1]
+        return dscache_settle(raw_of_message(self), <PyObject*>None, <PyObject*>raw)
 
     @property
     def data(self):
@@ -55,14 +57,16 @@ cdef class Message:
 
         Raises MessageError if the text is no JSON.
         """
-        if self._data is _UNDECODED:
-            raw = self.raw
-            try:
-                self._data = _decode_json(raw)
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                raise_interruption(error)
-                self._data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
-        return self._data
+        cdef PyObject* known = dscache_load(data_of_message(self))
+        if known != <PyObject*>_UNDECODED:
+            return <object>known
+        raw = self.raw
+        try:
+            data = _decode_json(raw)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise_interruption(error)
+            data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
+        return dscache_settle(data_of_message(self), <PyObject*>_UNDECODED, <PyObject*>data)
 
     def decode(self, type, /):
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
@@ -128,6 +132,13 @@ cdef class Message:
 
 
 _Mapping.register(Message)
+
+cdef extern from *:
+    """
+    #define dscache_raw_of(owner) (&(owner)->_raw)
+    """
+    PyObject** data_of_message "dscache_data_of"(Message message) noexcept
+    PyObject** raw_of_message "dscache_raw_of"(Message message) noexcept
 
 
 @cython.final

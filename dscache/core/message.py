@@ -20,8 +20,6 @@ from . import json_text
 
 T = TypeVar("T")
 
-_UNDECODED: Final = object()
-
 # An envelope as JSON.stringify writes it, up to the message; names without an escape.
 _SIMPLE: Final = re.compile(
     b'%b([^"\\\\]*)"(?:%b([^"\\\\]*)")?%b(?=\\{)' % tuple(map(re.escape, (e.FROM, e.TO, e.BODY)))
@@ -43,7 +41,7 @@ class Message:
     _raw: bytes | None
     _payload: bytes | None
     _start: int
-    _data: Any
+    _data: dict[None, Any]  # as of a Record
 
     def __init__(self, topic: int, sender: str, raw: bytes) -> None:
         _fill(self, topic, sender, raw, None, 0)
@@ -64,16 +62,16 @@ class Message:
 
         Raises MessageError if the text is no JSON.
         """
-        data = self._data
-        if data is _UNDECODED:
-            raw = self.raw
-            try:
-                data = _decode_json(raw)
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                raise_interruption(error)
-                data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
-            object.__setattr__(self, "_data", data)
-        return data
+        known = self._data
+        if known:
+            return known[None]
+        raw = self.raw
+        try:
+            data = _decode_json(raw)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise_interruption(error)
+            data = e.decode_tolerantly(self.topic, self.sender, raw, self._payload)
+        return known.setdefault(None, data)
 
     @overload
     def decode(self, type: type[T], /) -> T: ...
@@ -149,7 +147,7 @@ def _fill(
     set_field(message, "_raw", raw)
     set_field(message, "_payload", payload)
     set_field(message, "_start", start)
-    set_field(message, "_data", _UNDECODED)
+    set_field(message, "_data", {})
 
 
 class SubscriberQueue:

@@ -429,9 +429,9 @@ cdef class NearCache(_NearStore):
         if self._pending:
             self._pending.pop(name, None)
         if PyDict_Size(self._fences) >= NEAR_FENCES:
-            self._floor = last_serial
+            self._floor = dscache_current(last_serial)
             self._fences.clear()
-        PyDict_SetItem(self._fences, name, last_serial)
+        PyDict_SetItem(self._fences, name, dscache_current(last_serial))
         return 0
 
     cpdef int count_flush(self, str reason) except -1:

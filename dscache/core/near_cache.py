@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import constants as c
 from . import failures, typed
-from .batch import serials
+from .batch import latest_serial
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
@@ -392,9 +392,9 @@ class NearCache(NearStore):
         self.drop(name)
         self._pending.pop(name, None)
         if len(self._fences) >= c.NEAR_FENCES:
-            self._floor = serials.last
+            self._floor = latest_serial()
             self._fences.clear()
-        self._fences[name] = serials.last
+        self._fences[name] = latest_serial()
 
     def count_flush(self, reason: str) -> None:
         """Count an invalidation of many records, and let no caller join the reads pending now."""

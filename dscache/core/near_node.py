@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .._locks import make_lock
 from ..errors import ProtocolError, shorten
 from .tracking import LOST, OVER
 
@@ -24,12 +25,15 @@ def is_of_keys(push: Any) -> bool:
 class NearNode:
     """One server as a SharedNearCache knows it: whether its link reports changes.
 
-    ``identity`` tells which server it is, while there is a link.
+    ``identity`` tells which server it is, while there is a link. Reads take the ``epoch`` without
+    the lock: it is whole before it is there, and is never begun anew. The fields that hits compare
+    are set by the cache, which may have a lock for them.
     """
 
-    __slots__ = ("_near", "_reach", "epoch", "identity")
+    __slots__ = ("_lock", "_near", "_reach", "epoch", "identity")
 
     def __init__(self, near: SharedNearCache, reach: Reachability) -> None:
+        self._lock = make_lock()  # of the link's thread, and of one that logs in anew
         self._near = near
         self._reach = reach
         self._reach.up = True  # unless it is known not to be
@@ -43,47 +47,45 @@ class NearNode:
 
     def connected(self, identity: str | None, since: float) -> None:
         """Begin to cache: the server reports every change after ``since``."""
-        self._end_epoch(LOST)
-        self.identity = identity
-        self._reach.up = True
-        epoch = self._near.new_epoch(self._reach)
-        epoch.known = since
-        self.epoch = epoch
+        with self._lock:
+            self._end_epoch(LOST)
+            self.identity = identity
+            self.epoch = self._near.new_epoch(self._reach, since)
 
     def confirm(self, known: float) -> None:
         """Note that every change from before a time has been reported."""
         epoch = self.epoch
         if epoch is not None:
-            epoch.known = known
+            self._near.confirm(epoch, known)
 
     def disconnected(self, reason: str, is_trusted: bool = True) -> None:
         """End all entries of the server; unless ``is_trusted``, none may be served as stale."""
-        was_live = self.is_live
-        self._end_epoch(LOST if is_trusted else OVER)
-        if was_live:
-            self._near.count_flush(reason)
+        with self._lock:
+            was_live = self.is_live
+            self._end_epoch(LOST if is_trusted else OVER)
+            if was_live:
+                self._near.count_flush(reason)
 
     def unreachable(self) -> None:
         """Note that the server can't be reached: stale entries may be served at once."""
-        self._reach.up = False
+        with self._lock:
+            self._near.set_up(self._reach, False)
 
     def reachable(self) -> None:
         """Note that the server can be reached, though perhaps not by its link."""
-        self._reach.up = True
+        with self._lock:
+            self._near.set_up(self._reach, True)
 
     def take_push(self, push: Any) -> None:
         """Drop the entries of changed keys. Raises ProtocolError for a push of a wrong shape."""
-        epoch = self.epoch
-        if is_of_keys(push) and self._near.invalidate(push[1]) and epoch is not None:
-            self.disconnected("flushall", False)
-            self.connected(self.identity, epoch.known)
+        if is_of_keys(push) and self._near.invalidate(push[1]):
+            with self._lock:
+                epoch = self.epoch
+                if epoch is not None:  # no other thread has ended it
+                    self.disconnected("flushall", False)
+                    self.connected(self.identity, epoch.known)
 
     def _end_epoch(self, state: int) -> None:
-        epoch, self.epoch = self.epoch, None
-        if epoch is not None:
-            epoch.state = state
-        if state == OVER:  # and so is what earlier links vouched for
-            up = self._reach.up
-            self._reach.over = True
-            self._reach = type(self._reach)()
-            self._reach.up = up
+        # In this order: what was cached is ended, whatever strikes here.
+        self._reach = self._near.end_epoch(self.epoch, self._reach, state)
+        self.epoch = None

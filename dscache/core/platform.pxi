@@ -18,6 +18,90 @@ cdef extern from *:
     #include <pthread.h>
     #include <time.h>
 
+    /* The memory that threads share. With the GIL they take turns, so that these are plain loads
+       and stores, and no locks. */
+    #ifdef Py_GIL_DISABLED
+    typedef PyMutex dscache_mutex;
+    #define dscache_renew(mutex) memset(mutex, 0, sizeof(dscache_mutex))
+    #define dscache_lock(mutex) PyMutex_Lock(mutex)
+    #define dscache_unlock(mutex) PyMutex_Unlock(mutex)
+    #define DSCACHE_SCRATCHES 64
+    #define dscache_load(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
+    #define dscache_exchange(place, value) __atomic_exchange_n(place, value, __ATOMIC_ACQ_REL)
+    #define dscache_increment(number) __atomic_add_fetch(&(number), 1, __ATOMIC_RELAXED)
+    #define dscache_current(number) __atomic_load_n(&(number), __ATOMIC_RELAXED)
+    static int dscache_replace(PyObject **place, PyObject *expected, PyObject *value) {
+        return __atomic_compare_exchange_n(
+            place, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    }
+    #else
+    typedef char dscache_mutex;
+    #define dscache_renew(mutex) ((void)(mutex))
+    #define dscache_lock(mutex) ((void)(mutex))
+    #define dscache_unlock(mutex) ((void)(mutex))
+    #define DSCACHE_SCRATCHES 1
+    #define dscache_load(place) (*(place))
+    #define dscache_increment(number) (++(number))
+    #define dscache_current(number) (number)
+    static inline PyObject *dscache_exchange(PyObject **place, PyObject *value) {
+        PyObject *before = *place;
+        *place = value;
+        return before;
+    }
+    static inline int dscache_replace(PyObject **place, PyObject *expected, PyObject *value) {
+        if (*place != expected) {
+            return 0;
+        }
+        *place = value;
+        return 1;
+    }
+    #endif
+
+    /* Put a value into a place that holds ``none`` so far, unless another thread, or code that has
+       run meanwhile, was first; return what is there. The place holds it from then on. */
+    static PyObject *dscache_settle(PyObject **place, PyObject *none, PyObject *value) {
+        if (dscache_replace(place, none, value)) {
+            Py_INCREF(value);
+            Py_DECREF(none);
+        } else {
+            value = dscache_load(place);
+        }
+        Py_INCREF(value);
+        return value;
+    }
+
+    /* A buffer for the text of data, or NULL where all are in use. Threads that run at once look
+       in different places, each in a cache line of its own. */
+    static struct {
+        PyObject *kept;
+        char apart[64 - sizeof(PyObject *)];
+    } dscache_scratches[DSCACHE_SCRATCHES];
+
+    static inline PyObject **dscache_scratch_place(void) {
+    #if DSCACHE_SCRATCHES > 1
+        size_t thread = (size_t)pthread_self();  /* an address, whose low bits are all alike */
+        thread = (thread >> 12) * (size_t)0x9e3779b97f4a7c15u;
+        return &dscache_scratches[thread >> (sizeof(size_t) * 8 - 6)].kept;
+    #else
+        return &dscache_scratches[0].kept;
+    #endif
+    }
+
+    static inline PyObject *dscache_take_scratch(PyObject *otherwise) {
+        PyObject *scratch = dscache_exchange(dscache_scratch_place(), NULL);
+        if (scratch == NULL) {
+            Py_INCREF(otherwise);
+            return otherwise;
+        }
+        return scratch;
+    }
+
+    static inline void dscache_give_scratch(PyObject *scratch) {
+        if (dscache_replace(dscache_scratch_place(), NULL, scratch)) {
+            Py_INCREF(scratch);
+        }
+    }
+
     static unsigned long dscache_thread(void) {
         return (unsigned long)pthread_self();
     }
@@ -68,3 +152,16 @@ cdef extern from *:
     double dscache_monotonic() noexcept nogil
     # The identity of this thread. Python's own function takes four times the instructions.
     unsigned long dscache_thread() noexcept nogil
+
+    # Nothing with the GIL. A thread that has the lock runs no Python code, nor waits for another.
+    ctypedef struct dscache_mutex:
+        pass
+    void dscache_renew(dscache_mutex*) noexcept
+    void dscache_lock(dscache_mutex*) noexcept
+    void dscache_unlock(dscache_mutex*) noexcept
+    PyObject* dscache_load(PyObject**) noexcept
+    object dscache_settle(PyObject** place, PyObject* none, PyObject* value)
+    long long dscache_increment(long long) noexcept
+    long long dscache_current(long long) noexcept
+    object dscache_take_scratch(PyObject* otherwise)
+    void dscache_give_scratch(PyObject* scratch) noexcept

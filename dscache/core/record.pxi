@@ -1,11 +1,10 @@
 # Records, and the checks of their names, versions and data; the compiled twin of ``record.py``.
 
 
-cdef object _UNDECODED = object()
+# A value that no JSON has. It lives for ever, so that threads need not count its references,
+# which all of them would do in one place.
+cdef object _UNDECODED = ...
 cdef object _encode_json_into = json_text.encode_json_into
-# For encode_data, unless it is in use. Its view keeps msgspec from enlarging it.
-cdef bytearray _scratch = None
-cdef object _scratch_view = None
 cdef object _decode_json = msgspec.json.Decoder().decode
 
 
@@ -48,16 +47,19 @@ cdef class Record:
 
         Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
         """
-        if self._data is _UNDECODED:
-            if self._type is not None:
-                self._data = json_text.decode_as(self.name, self.version, self.raw, self._type)
-                return self._data
+        cdef PyObject* known = dscache_load(data_of_record(self))
+        if known != <PyObject*>_UNDECODED:
+            return <object>known
+        if self._type is not None:
+            data = json_text.decode_as(self.name, self.version, self.raw, self._type)
+        else:
             try:
-                self._data = _decode_json(self.raw)
+                data = _decode_json(self.raw)
             except (msgspec.DecodeError, ValueError, RecursionError) as error:
                 raise_interruption(error)
-                self._data = json_text.decode_tolerantly(self.name, self.version, self.raw)
-        return self._data
+                data = json_text.decode_tolerantly(self.name, self.version, self.raw)
+        # Another thread may have decoded it too: the first data is that of all.
+        return dscache_settle(data_of_record(self), <PyObject*>_UNDECODED, <PyObject*>data)
 
     def decode(self, type, /):
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other supported type.
@@ -96,6 +98,13 @@ cdef class Record:
 
     def __delattr__(self, name):
         raise AttributeError(f"a Record is immutable: {name} can't be deleted")
+
+
+cdef extern from *:
+    """
+    #define dscache_data_of(owner) (&(owner)->_data)
+    """
+    PyObject** data_of_record "dscache_data_of"(Record record) noexcept
 
 
 cdef inline Record _record(str name, long long version, bytes raw):
@@ -147,30 +156,35 @@ cpdef long long check_version(str name, version) except -1:
     return number
 
 
+@cython.final
+@cython.no_gc
+cdef class _Scratch:
+    """A buffer for the text of data, and the view that keeps msgspec from enlarging it."""
+
+    cdef bytearray text
+    cdef object view
+
+
 cpdef bytes encode_data(str name, data):
     """Return the JSON text of a record's data, or raise RecordError."""
-    global _scratch, _scratch_view
     # Encode into a reused buffer: msgspec's own has to grow and shrink for each text, so that 123
-    # bytes take 650 ns instead of 550. ``_scratch`` is None meanwhile: neither another thread nor
+    # bytes take 650 ns instead of 550. It is taken away meanwhile: neither another thread nor
     # the code of a user's own type that is being encoded may use the buffer.
     #
     # The buffer is also what bounds size and depth, at no cost: msgspec can't write beyond it, so
     # that a value that leads to its parts on 2**n paths fills it and no more, and a text of up to
     # 1000 bytes has no 1001 levels. Longer texts are looked through.
-    cdef bytearray scratch = _scratch
-    cdef object view = _scratch_view
+    cdef object taken = dscache_take_scratch(<PyObject*>None)
+    cdef _Scratch scratch = _new_scratch() if taken is None else <_Scratch>taken
+    cdef bytearray written = scratch.text
     cdef bytes text
     cdef Py_ssize_t size
-    _scratch = None
-    if scratch is None:
-        scratch = PyByteArray_FromStringAndSize(NULL, DATA_BUFFER)
-        view = memoryview(scratch)
     try:
-        _encode_json_into(data, scratch)
-        size = PyByteArray_GET_SIZE(scratch)
-        if size > MAX_DATA_DEPTH and is_too_deep(PyByteArray_AS_STRING(scratch), size):
+        _encode_json_into(data, written)
+        size = PyByteArray_GET_SIZE(written)
+        if size > MAX_DATA_DEPTH and is_too_deep(PyByteArray_AS_STRING(written), size):
             raise RecursionError
-        text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(scratch), size)
+        text = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(written), size)
     except BufferError as error:
         raise_interruption(error)
         if not json_text.is_overflow(error):
@@ -181,12 +195,18 @@ cpdef bytes encode_data(str name, data):
         return json_text.encode_tolerantly(name, data)
     finally:
         # msgspec has set the size to that of the text.
-        Py_SET_SIZE(scratch, DATA_BUFFER)
-        _scratch = scratch
-        _scratch_view = view
+        Py_SET_SIZE(written, DATA_BUFFER)
+        dscache_give_scratch(<PyObject*>scratch)
     if not text:
         raise failures.empty_raw(name)
     return text
+
+
+cdef _Scratch _new_scratch():
+    cdef _Scratch scratch = _Scratch.__new__(_Scratch)
+    scratch.text = PyByteArray_FromStringAndSize(NULL, DATA_BUFFER)
+    scratch.view = memoryview(scratch.text)
+    return scratch
 
 
 cdef bytes _encode_long(str name, data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 import msgspec
 
@@ -29,8 +29,6 @@ else:
 
 T = TypeVar("T")
 
-UNDECODED: Final = object()
-
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -51,7 +49,7 @@ class Record(Pair[DataT]):
     version: int
     raw: bytes
     stale: bool
-    _data: Any
+    _data: dict[None, Any]  # at most one: the first thread to decode it fills it for all
     _type: Any
 
     @overload
@@ -74,7 +72,7 @@ class Record(Pair[DataT]):
         set_field(self, "version", version)
         set_field(self, "raw", raw)
         set_field(self, "stale", stale)
-        set_field(self, "_data", UNDECODED)
+        set_field(self, "_data", {})
         set_field(self, "_type", type)
 
     @property
@@ -83,18 +81,18 @@ class Record(Pair[DataT]):
 
         Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
         """
-        data: DataT = self._data
-        if data is UNDECODED:
-            if self._type is not None:
-                data = json_text.decode_as(self.name, self.version, self.raw, self._type)
-            else:
-                try:
-                    data = _decode_json(self.raw)
-                except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                    raise_interruption(error)
-                    data = json_text.decode_tolerantly(self.name, self.version, self.raw)
-            object.__setattr__(self, "_data", data)
-        return data
+        known = self._data
+        if known:
+            return known[None]  # type: ignore[no-any-return] # of the type, or JSON
+        if self._type is not None:
+            data = json_text.decode_as(self.name, self.version, self.raw, self._type)
+        else:
+            try:
+                data = _decode_json(self.raw)
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise_interruption(error)
+                data = json_text.decode_tolerantly(self.name, self.version, self.raw)
+        return known.setdefault(None, data)  # type: ignore[no-any-return] # as above
 
     @overload
     def decode(self, type: type[T], /) -> T: ...
@@ -152,7 +150,7 @@ def new_record(name: str, version: int, raw: bytes) -> Record[Any]:
     record.version = version
     record.raw = raw
     record.stale = False
-    record._data = UNDECODED
+    record._data = {}
     record._type = None
     record.__class__ = Record
     return record  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from ..errors import ProtocolError, ReplyError, shorten
 from . import constants as c
 from . import failures, outcomes, refusals
 from .near_cache import PendingRead
-from .record import UNDECODED, Draft, Record, new_record, parse_version
+from .record import Draft, Record, new_record, parse_version
 from .waiters import DISCARDED, resolve
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def answer_found(
                 record.version = version
                 record.raw = raw
                 record.stale = False
-                record._data = UNDECODED
+                record._data = {}
                 record._type = None
                 record.__class__ = Record
                 records[name] = record
@@ -206,7 +206,7 @@ def answer_found(
                 record.version = version
                 record.raw = raw
                 record.stale = False
-                record._data = UNDECODED
+                record._data = {}
                 record._type = None
                 record.__class__ = Record
                 try:  # noqa: SIM105 # as in resolve

@@ -1,8 +1,12 @@
 # Records that all threads of a process share until Redis reports a change; the compiled twin of
-# ``shared_near.py``, which has the theory of operation. No lock is needed here: threads take turns
-# at Python code, and no method runs any between a check and the step that depends on it.
+# ``shared_near.py``, which has the theory of operation. With the GIL no lock is needed: threads
+# take turns at Python code, and no method runs any between a check and the step that depends on it.
+# Without the GIL, a cache has a lock for the length of such a method; a critical section of CPython
+# would not do, since it ends wherever its thread has to wait.
 
 from .core.near_node import NearNode
+
+cdef int OVER = tracking.OVER
 
 
 @cython.final
@@ -62,6 +66,7 @@ cdef class SharedNearCache(_NearStore):
     ``read_head`` is called with the name, and returns the version.
     """
 
+    cdef dscache_mutex _mutex
     cdef object _read, _read_head
     cdef dict _writes
     cdef object _node
@@ -79,21 +84,16 @@ cdef class SharedNearCache(_NearStore):
 
     def get(self, name, type=None):
         """Return the Record, or None; ``data`` is of the ``type``, if there is one."""
-        cdef bint stale = False
-        cdef _SharedEntry entry
         if type is None:
-            entry = self._look(name, &stale)
-            if entry is not None:
-                return _record_of(entry, stale)
+            found = self._take(name)
+            if found is not _UNDECODED:
+                return found
         return self._read(name, type)
 
     def head(self, name):
         """Return the version, or None."""
-        cdef bint stale = False
-        cdef _SharedEntry entry = self._look(name, &stale)
-        if entry is None or stale:
-            return self._read_head(name)
-        return None if entry.raw is None else entry.version
+        found = self._take_version(name)
+        return self._read_head(name) if found is _UNDECODED else found
 
     def find(self, int kind, names):
         """Return the cached Records or versions by name, and the names that aren't cached.
@@ -103,8 +103,6 @@ cdef class SharedNearCache(_NearStore):
         """
         cdef dict found = {}
         cdef list missing = []
-        cdef _SharedEntry entry
-        cdef bint stale
         cdef str key
         if isinstance(names, (str, bytes)):
             raise failures.bad_names(f"{c.OPERATIONS[kind]}_bulk", names)
@@ -112,21 +110,24 @@ cdef class SharedNearCache(_NearStore):
             key = check_name(name)
             if key in found:
                 continue
-            stale = False
-            entry = self._look(key, &stale)
-            if entry is None or (stale and kind == HEAD):
-                PyDict_SetItem(found, key, None)
+            value = self._take(key) if kind == GET else self._take_version(key)
+            if value is _UNDECODED:
+                value = None
                 missing.append(key)
-            elif kind == GET:
-                PyDict_SetItem(found, key, _record_of(entry, stale))
-            else:
-                PyDict_SetItem(found, key, None if entry.raw is None else entry.version)
+            PyDict_SetItem(found, key, value)
         return found, missing
 
     # -- reads under way
 
     def begin_read(self, str name not None):
         """Return the entry that a read about to be sent will fill, or None if it may fill none."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._begin_read(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef _SharedEntry _begin_read(self, str name):
         cdef object node
         cdef _Epoch epoch
         cdef _SharedEntry entry, found
@@ -181,6 +182,13 @@ cdef class SharedNearCache(_NearStore):
         It is kept unless something concerned the name since ``begin_read``, or the answer wasn't
         of the server that reports its changes.
         """
+        dscache_lock(&self._mutex)
+        try:
+            self._settle(entry, record, is_of_owner)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef int _settle(self, _SharedEntry entry, Record record, bint is_of_owner) except -1:
         cdef Py_ssize_t size = 0 if record is None else PyBytes_GET_SIZE(record.raw)
         cdef str name = entry.name
         cdef _SharedEntry found
@@ -193,14 +201,14 @@ cdef class SharedNearCache(_NearStore):
         if found is not entry or not is_of_owner:
             self._dropped_fills += 1
             self._compare(found, record is not None, 0 if record is None else record.version)
-            return
+            return 0
         if entry.filled:  # by another thread
             if record is None:
                 if entry.raw is not None:
                     self._remove(entry)
             elif entry.raw is None or entry.version != record.version or entry.raw != record.raw:
                 self._remove(entry)
-            return
+            return 0
         if record is not None:
             entry.raw = record.raw
             entry.version = record.version
@@ -209,18 +217,32 @@ cdef class SharedNearCache(_NearStore):
         entry.size += size
         self._bytes += size
         self._pending -= 1
+        return 0
 
     def count_misses(self, Py_ssize_t count):
         """Count versions that are about to be read; ``begin_read`` counts records."""
+        dscache_lock(&self._mutex)
         self._misses += count
+        dscache_unlock(&self._mutex)
 
     def observe(self, str name not None, version):
         """Drop an entry that differs from the version that a read has found, or None."""
         cdef long long number = 0 if version is None else version
-        self._compare(self._current(name), version is not None, number)
+        dscache_lock(&self._mutex)
+        try:
+            self._compare(self._current(name), version is not None, number)
+        finally:
+            dscache_unlock(&self._mutex)
 
     def last_known(self, str name not None):
         """Return the record to serve after a read of it has failed, or None."""
+        dscache_lock(&self._mutex)
+        try:
+            return self._last_known(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef Record _last_known(self, str name):
         cdef _SharedEntry entry = self._current(name)
         if entry is not None and not entry.filled:
             entry = entry.previous
@@ -240,54 +262,126 @@ cdef class SharedNearCache(_NearStore):
         """Drop the entries of names, and cache none of them until the SharedWrite has ended."""
         cdef SharedWrite write = SharedWrite.__new__(SharedWrite, self, self._writes)
         cdef str name
-        for name in names:
-            write.begin(name)
-            self.drop(name)
+        dscache_lock(&self._mutex)
+        try:
+            for name in names:
+                write.begin(name)
+                self.drop(name)
+        finally:
+            dscache_unlock(&self._mutex)
         return write
 
     def end_writes(self, list names, writes):
         """End writes, unless they were of the parent of a forked child."""
-        if writes is self._writes:
-            for name in names:
-                uncount_write(self._writes, name)
-                self.drop(name)
+        dscache_lock(&self._mutex)
+        try:
+            if writes is self._writes:
+                for name in names:
+                    uncount_write(self._writes, name)
+                    self.drop(name)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    # -- for a NearNode: hits compare these fields under the lock
+
+    def new_epoch(self, _Reachability reach not None, double known):
+        """Return an epoch of a node that is up: all changes after ``known`` are reported."""
+        cdef _Epoch epoch = _Epoch.__new__(_Epoch, reach)
+        epoch.known = known
+        self.set_up(reach, True)
+        return epoch
+
+    def confirm(self, _Epoch epoch not None, double known):
+        """Note that every change from before a time has been reported."""
+        dscache_lock(&self._mutex)
+        epoch.known = known
+        dscache_unlock(&self._mutex)
+
+    def end_epoch(self, _Epoch epoch, _Reachability reach not None, int state):
+        """End an epoch, or None; return the Reachability of the next one.
+
+        OVER also ends all epochs before it: none of their records is served as stale.
+        """
+        cdef _Reachability following = reach
+        if state == OVER:
+            following = _Reachability.__new__(_Reachability)
+        dscache_lock(&self._mutex)
+        if epoch is not None:
+            epoch.state = state
+        if state == OVER:
+            following.up = reach.up
+            reach.over = True
+        dscache_unlock(&self._mutex)
+        return following
+
+    cpdef int set_up(self, _Reachability reach, bint up) except -1:
+        """Note whether a node can be reached."""
+        dscache_lock(&self._mutex)
+        reach.up = up
+        dscache_unlock(&self._mutex)
+        return 0
+
+    cpdef bint invalidate(self, keys) except -1:
+        """Drop the records of changed keys; return True if all keys changed (``keys`` is None)."""
+        dscache_lock(&self._mutex)
+        try:
+            return _NearStore.invalidate(self, keys)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cpdef int count_flush(self, str reason) except -1:
+        """Count an invalidation of many records."""
+        dscache_lock(&self._mutex)
+        try:
+            return _NearStore.count_flush(self, reason)
+        finally:
+            dscache_unlock(&self._mutex)
 
     # -- for the owner of the cache
 
     def only_node(self):
         """Return the NearNode of the only server."""
-        self._node = self.node()
-        return self._node
+        node = self.node()
+        dscache_lock(&self._mutex)
+        self._node = node
+        dscache_unlock(&self._mutex)
+        return node
 
     def node(self):
         """Return a NearNode for a node of a cluster."""
         return NearNode(self, _Reachability.__new__(_Reachability))
 
-    def new_epoch(self, _Reachability reach not None):
-        """Return an epoch that begins now."""
-        return _Epoch.__new__(_Epoch, reach)
-
     def route(self, owners):
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""
         cdef int slot
         cdef bint moved = False
-        for slot, node in owners:
-            if self._owners[slot] is not node:
-                self._owners[slot] = node
-                self._moves[slot] += 1
-                moved = True
-        if moved:
-            self.count_flush("slots")
+        cdef list pairs = list(owners)  # which runs Python code
+        dscache_lock(&self._mutex)
+        try:
+            for slot, node in pairs:
+                if self._owners[slot] is not node:
+                    self._owners[slot] = node
+                    self._moves[slot] += 1
+                    moved = True
+            if moved:
+                _NearStore.count_flush(self, "slots")
+        finally:
+            dscache_unlock(&self._mutex)
 
     def close(self):
         """Drop every record, and stop caching and serving records."""
-        _NearStore.close(self)
-        self._pending = 0
-        self._node = None
-        self._owners = [None] * SLOTS if self._clustered else None
+        dscache_lock(&self._mutex)
+        try:
+            _NearStore.close(self)
+            self._pending = 0
+            self._node = None
+            self._owners = [None] * SLOTS if self._clustered else None
+        finally:
+            dscache_unlock(&self._mutex)
 
     def reset(self):
         """Drop every record, and forget the writes under way, as a forked child has none."""
+        dscache_renew(&self._mutex)  # a thread that the child doesn't have may have had it
         self._ends.before = self._ends.after = <PyObject*>self._ends
         self._entries = {}
         self._bytes = self._pending = 0
@@ -302,6 +396,30 @@ cdef class SharedNearCache(_NearStore):
         return counts
 
     # -- helpers
+
+    cdef inline object _take(self, name):
+        """Return the cached Record, None for a missing one, or _UNDECODED if it isn't cached."""
+        cdef bint stale = False
+        cdef _SharedEntry entry
+        dscache_lock(&self._mutex)
+        try:
+            entry = self._look(name, &stale)
+            return _UNDECODED if entry is None else _record_of(entry, stale)
+        finally:
+            dscache_unlock(&self._mutex)
+
+    cdef object _take_version(self, name):
+        """Return the cached version as ``_take`` does the Record; a stale one isn't cached."""
+        cdef bint stale = False
+        cdef _SharedEntry entry
+        dscache_lock(&self._mutex)
+        try:
+            entry = self._look(name, &stale)
+            if entry is None or stale:
+                return _UNDECODED
+            return None if entry.raw is None else entry.version
+        finally:
+            dscache_unlock(&self._mutex)
 
     cdef inline _SharedEntry _current(self, name):
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL

@@ -71,7 +71,7 @@ from .near_cache import NEAR_ENTRY_BYTES, Epoch, NearStore, Reachability
 from .near_node import NearNode
 from .near_parts import NearSettings
 from .record import Record, check_name
-from .tracking import LIVE
+from .tracking import LIVE, OVER
 
 
 class SharedEntry:
@@ -330,6 +330,37 @@ class SharedNearCache(NearStore):
                     self.writes.pop(name, None)
             self.drop(name)
 
+    # -- for a NearNode
+
+    def new_epoch(self, reach: Reachability, known: float) -> Epoch:
+        """Return an epoch of a node that is up: all changes after ``known`` are reported."""
+        epoch = Epoch(reach)
+        epoch.known = known
+        reach.up = True
+        return epoch
+
+    def confirm(self, epoch: Epoch, known: float) -> None:
+        """Note that every change from before a time has been reported."""
+        epoch.known = known
+
+    def end_epoch(self, epoch: Epoch | None, reach: Reachability, state: int) -> Reachability:
+        """End an epoch, or None; return the Reachability of the next one.
+
+        OVER also ends all epochs before it: none of their records is served as stale.
+        """
+        if epoch is not None:
+            epoch.state = state
+        if state != OVER:
+            return reach
+        following = Reachability()
+        following.up = reach.up
+        reach.over = True
+        return following
+
+    def set_up(self, reach: Reachability, up: bool) -> None:
+        """Note whether a node can be reached."""
+        reach.up = up
+
     # -- for the owner of the cache
 
     def only_node(self) -> NearNode:
@@ -340,10 +371,6 @@ class SharedNearCache(NearStore):
     def node(self) -> NearNode:
         """Return a NearNode for a node of a cluster."""
         return NearNode(self, Reachability())
-
-    def new_epoch(self, reach: Reachability) -> Epoch:
-        """Return an epoch that begins now."""
-        return Epoch(reach)
 
     def route(self, owners: Iterable[tuple[int, NearNode | None]]) -> None:
         """Take over the nodes of slots: an iterable of slots with their NearNode, or None."""

@@ -47,13 +47,14 @@ def stats_of(pipeline: Pipeline, counted: Iterable[int], latency: dict[str, Any]
 
 def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = False) -> None:
     """Add another pipeline's counters; with ``lasting``, without the momentary ones."""
-    for name, count in counts.items():
+    # Copied, since other threads may add the first counters of a kind meanwhile.
+    for name, count in dict(counts).items():
         if isinstance(count, int) and not (lasting and name in OF_THE_MOMENT):
             total[name] = total.get(name, 0) + count
     if (latency := counts.get("latency")) is None:
         return
     rows = total.setdefault("latency", latency_of({}))["operations"]
-    for operation, row in latency["operations"].items():
+    for operation, row in dict(latency["operations"]).items():
         own = rows.setdefault(operation, {"count": 0, "sum": 0.0, "buckets": []})
         buckets = own["buckets"] or [0] * len(row["buckets"])
         rows[operation] = {

@@ -303,3 +303,24 @@ async def test_threads_that_wait_for_a_connection_are_counted(
         # Two operations were issued without a connection, and are counted too.
         assert (stats["waiting"], stats["operations"]) == (0, 4)
         assert rows(stats) == {"set": 4}
+
+
+def test_counters_that_another_thread_adds_to() -> None:
+    """Counters are added while a connection that ends adds the first ones of a kind to them."""
+    row = {"count": 1, "sum": 0.5, "buckets": [1]}
+    operations: dict[str, Any] = {"get": row}
+    counts: dict[str, Any] = {"hits": 1, "latency": {"operations": operations}}
+
+    class Total(dict[str, Any]):
+        def __init__(self, grows: dict[str, Any], more: Any, **rows: Any) -> None:
+            super().__init__(rows)
+            self._grows, self._more = grows, more
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            self._grows[f"more {name}"] = self._more
+            super().__setitem__(name, value)
+
+    total = Total(counts, 1, latency={"operations": Total(operations, row)})
+    counters.add(total, counts)
+    assert total == {"hits": 1, "latency": {"operations": {"get": row}}}
+    assert (counts["more hits"], operations["more get"]) == (1, row)

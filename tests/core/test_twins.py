@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import hiredis
 import msgspec
 import pytest
 from hypothesis import example, given, settings
@@ -69,7 +70,10 @@ def shown(value: Any) -> Any:
                 more = (type(value.name),)
         elif isinstance(value, ReplyError):
             more = (value.code, value.message)
-        return (type(value), str(value), *more, shown(value.__cause__))
+        cause = value.__cause__
+        if isinstance(cause, hiredis.ProtocolError) and _fast.READER == "own":
+            cause = None  # the compiled core without hiredis has no such error
+        return (type(value), str(value), *more, shown(cause))
     if isinstance(value, dict):
         return [(shown(key), shown(member)) for key, member in value.items()]
     if isinstance(value, set):
