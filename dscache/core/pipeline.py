@@ -255,13 +255,17 @@ class Pipeline:
         self.check_capacity(len(write.text))
         waiter = write.waiter = self._create_waiter()
         kind = kind_of(write.ttl, write.guard != c.UNGUARDED)
-        while (earlier := self._add(kind, name, write)) is not write:
-            write.waiter = with_waiter(earlier.waiter, waiter)
-            if self._replace(kind, name, earlier, write):
-                self.pending_bytes -= len(earlier.text)
-                break
+        try:
+            while (earlier := self._add(kind, name, write)) is not write:
+                write.waiter = with_waiter(earlier.waiter, waiter)
+                if self._replace(kind, name, earlier, write):
+                    self.pending_bytes -= len(earlier.text)
+                    break
+            self.pending_bytes += len(write.text)
+        except BaseException:
+            self._count_struck()
+            raise
         self._calls += 1
-        self.pending_bytes += len(write.text)
         self._begin_early()
         return waiter
 
@@ -273,7 +277,11 @@ class Pipeline:
         removal = make_removal(name, if_version)
         self.check_capacity(0)
         waiter = removal.waiter = self._create_waiter()
-        self._add(c.DELETE_IF, name, removal)
+        try:
+            self._add(c.DELETE_IF, name, removal)
+        except BaseException:
+            self._count_struck()
+            raise
         self._calls += 1
         self._begin_early()
         return waiter
@@ -614,8 +622,12 @@ class Pipeline:
         return True
 
     def _add_command(self, kind: int, name: str, text: bytes, waiter: Any) -> None:
-        self._add(kind, name, Command(text, waiter))
-        self.pending_bytes += len(text)
+        try:
+            self._add(kind, name, Command(text, waiter))
+            self.pending_bytes += len(text)
+        except BaseException:
+            self._count_struck()
+            raise
 
     def check_capacity(self, size: int) -> None:
         """Raise Overloaded if the pipeline is full, for an operation that writes so much.
@@ -639,23 +651,35 @@ class Pipeline:
         if waiter is None:
             waiter = self._create_waiter()
         batches = self.open_batches
-        # As _add does in most cases, for a tenth of the time of a read.
-        if (
-            batches
-            and kind < c.SET
-            and (batch := batches[-1]).kind == kind
-            and batch.records.setdefault(name, waiter) is waiter
-        ):
-            self.queued += 1
-            self.operations += 1
-        else:
-            while (earlier := self._add(kind, name, waiter)) is not waiter:
-                if self._replace(kind, name, earlier, with_waiter(earlier, waiter)):
-                    break
+        try:
+            # As _add does in most cases, for a tenth of the time of a read.
+            if (
+                batches
+                and kind < c.SET
+                and (batch := batches[-1]).kind == kind
+                and batch.records.setdefault(name, waiter) is waiter
+            ):
+                self.queued += 1
+                self.operations += 1
+            else:
+                while (earlier := self._add(kind, name, waiter)) is not waiter:
+                    if self._replace(kind, name, earlier, with_waiter(earlier, waiter)):
+                        break
+        except BaseException:
+            self._count_struck()
+            raise
         self._calls += 1
         if self.queued >= c.EARLY_RECORDS:
             self._begin_early()
         return waiter
+
+    def _count_struck(self) -> None:
+        """Count anew after an exception, which may have come between a record and its count.
+
+        While replies are read, records to be sent again are counted and not queued yet.
+        """
+        if not self.busy:
+            self.recount()
 
     def _begin_early(self) -> None:
         """Let the server begin, if it has nothing to do and a part of the tick's operations."""
@@ -683,11 +707,15 @@ class Pipeline:
         batch.bulk = bulk
         batch.counted = True
         self.notify_pending()
-        self._enqueue(batch, False)
+        try:
+            self._enqueue(batch, False)
+            self.queued += len(records)
+            self.operations += 1
+            self.pending_bytes += size
+        except BaseException:
+            self._count_struck()
+            raise
         self._calls += 1
-        self.queued += len(records)
-        self.operations += 1
-        self.pending_bytes += size
 
     # -- replies
 
