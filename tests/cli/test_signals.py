@@ -48,7 +48,7 @@ AT_WORK: Mapping[str, tuple[tuple[str, ...], bytes]] = {
     "export": (("export", "all.ndjson.gz"), b"PTTL"),
     "export -": (("export", "-"), b"PTTL"),
     "import": (("import", "empty.ndjson"), b"HELLO"),
-    "bench": (("bench", "--seconds", "60"), b"MGET"),
+    "bench": (("bench", "--seconds", "60"), b"\r\nMGET\r\n"),
     "watch": (("watch", "--data"), b"TRACKING"),
     "migrate": (("migrate", "--to", "hashtag", "--yes"), b"SCAN"),
     "cluster": (("cluster",), b"CLUSTER"),

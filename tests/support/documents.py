@@ -44,6 +44,8 @@ def blocks(document: Path) -> list[Block]:
     for match, after in zip_longest(matches, matches[1:]):
         line = source.count("\n", 0, match.start(2)) + 1
         prints = after is not None and after[1] == "text" and match[1] == "python"
+        if prints and "\n#" in source[match.end() : after.start()]:
+            prints = False  # it is of another section
         found.append(Block(document, line, match[1], match[2], after[2] if prints else None))
     return found
 
