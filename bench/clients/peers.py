@@ -270,6 +270,7 @@ class OneRecordACommand(Dscache):
         cluster.check_timers = lambda: None
         connection = Connection(load(self._config(where)).options, cluster=cluster)
         self._cache._topology = connection
+        self._cache._loop = asyncio.get_running_loop()
 
 
 class DscacheBlocking(_Dscache):

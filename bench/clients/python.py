@@ -111,7 +111,7 @@ class Worker:
         self._more = more
         self._kept: Any = None
         self._names: dict[tuple[str, int], list[str]] = {}
-        self._read: dict[tuple[str, int], list[str]] = {}
+        self._names_read: dict[tuple[str, int], list[str]] = {}
         self._highest = 0.0
 
     def names(self, work: Work) -> list[str]:
@@ -144,13 +144,13 @@ class Worker:
     def _in_threads(self, peer: Any, work: Work, records: int) -> dict[str, float]:
         """Read again and again what a near cache keeps, in as many threads as there are tasks."""
         names = self.names(work)
-        if (key := (work.operation, work.size)) not in self._read:
+        if (key := (work.operation, work.size)) not in self._names_read:
             # A near cache is full before the first measurement.
             is_popular = work.operation == "popular"
-            self._read[key] = drawn(names, 2 * DRAWS) if is_popular else names[:RECORDS]
+            self._names_read[key] = drawn(names, 2 * DRAWS) if is_popular else names[:RECORDS]
             for first in range(0, len(names) if is_popular else RECORDS, RECORDS):
                 peer.get_many(names[first : first + RECORDS])
-        get, kept = peer.get, self._read[key]
+        get, kept = peer.get, self._names_read[key]
         each = max(1, records // work.tasks)
 
         def read() -> None:
