@@ -745,7 +745,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             self._quick_fetch = _backend.core.Fetcher(pipeline, create_waiter, checks, slow).quick()
             if getattr(self.fetch, "__func__", None) is AsyncCache.fetch:
                 # A hit takes hardly longer than this method's own call would.
-                self.fetch = self._quick_fetch  # type: ignore[method-assign]
+                self.fetch = self._quick_fetch  # type: ignore[method-assign] # for this cache
         self._pipeline = pipeline
         if self._config.options.near_cache is not None:
             # A hit takes about as long as this method's own call would.

@@ -752,7 +752,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 self._quick_fetch = _backend.core.BlockingFetcher(run, near, checks, slow).quick()
                 if getattr(self.fetch, "__func__", None) is Cache.fetch:
                     # A hit takes hardly longer than this method's own call would.
-                    self.fetch = self._quick_fetch  # type: ignore[method-assign]
+                    self.fetch = self._quick_fetch  # type: ignore[method-assign] # for this cache
             self._run = run
             return run
 

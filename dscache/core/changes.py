@@ -185,7 +185,7 @@ def change_steps(
         if done:
             if data is DELETE:
                 return None
-            return core.Record(name, version, text, False, type)  # type: ignore[no-any-return]
+            return core.Record(name, version, text, False, type)  # type: ignore[no-any-return] # of either core
         pause = timing.pause(conflicts)
         conflicts += 1
         if timing.clock() + pause >= timing.deadline:

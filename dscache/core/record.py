@@ -153,7 +153,7 @@ def new_record(name: str, version: int, raw: bytes) -> Record[Any]:
     record._data = {}
     record._type = None
     record.__class__ = Record
-    return record  # type: ignore[no-any-return]
+    return record  # type: ignore[no-any-return] # its class is set above
 
 
 # -- checks and texts
