@@ -1,4 +1,4 @@
-"""What threads share of the core: records, messages, batch numbers, texts, near caches."""
+"""Parts of the core that threads share: records, messages, batch numbers, texts, near caches."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def data_of(name: str, version: int) -> Any:
 
 
 class Board:
-    """What the threads share, beside the cache."""
+    """Objects that the threads share, beside the cache."""
 
     def __init__(self, url: str, ends: float) -> None:
         self.url = url

@@ -1,4 +1,4 @@
-"""Which records take most of a server's time and bytes, as the server itself counts them.
+"""The records that take most of a server's time and bytes, as the server itself counts them.
 
 Redis counts by key since 8.6, from HOTKEYS START on. Other servers keep a rough frequency of each
 key while ``maxmemory-policy`` is an LFU one, which OBJECT FREQ returns without counting as a use.
@@ -68,19 +68,8 @@ async def count_uses(
         return None
     # With a time limit, so that the count ends also if this process does.
     limit = max(1, round(seconds) + 1)
-    start: RawCommand = [
-        "HOTKEYS",
-        "START",
-        "METRICS",
-        2,
-        "CPU",
-        "NET",
-        "COUNT",
-        20,
-        "DURATION",
-        limit,
-    ]
-    (begun,) = await server.execute_many(start)
+    how: RawCommand = ["METRICS", 2, "CPU", "NET", "COUNT", 20, "DURATION", limit]
+    (begun,) = await server.execute_many(["HOTKEYS", "START", *how])
     if isinstance(begun, ReplyError):
         return begun.message
     try:
