@@ -54,14 +54,12 @@ async def find_missing_rights(
             if refuses(name.partition("|")[0], reply):
                 missing.append(name)
             keys_refused = keys_refused or (reply.code == "NOPERM" and " key" in reply.message)
-    for name, trial in _writes(key):
-        # Only within a transaction that is given up: these have no form without an effect.
-        (begun,) = await server.execute_many(["MULTI"])
-        if isinstance(begun, ReplyError):
-            break
-        reply, _ = await server.execute_many(trial, ["DISCARD"])
-        if isinstance(reply, ReplyError) and refuses(name, reply):
-            missing.append(name)
+    # MSET has no form without an effect, but one within a transaction that is given up.
+    (begun,) = await server.execute_many(["MULTI"])
+    if not isinstance(begun, ReplyError):
+        reply, _ = await server.execute_many(["MSET", key, ""], ["DISCARD"])
+        if isinstance(reply, ReplyError) and refuses("mset", reply):
+            missing.append("mset")
     return [*missing, *([_NO_KEY] if keys_refused else ())]
 
 
@@ -98,10 +96,6 @@ def _trials(key: bytes, db: int, *, is_cluster: bool) -> Sequence[tuple[str, Raw
         ("time", ["TIME"]),
         *(of_cluster if is_cluster else []),
     ]
-
-
-def _writes(key: bytes) -> Sequence[tuple[str, RawCommand]]:
-    return [("mset", ["MSET", key, ""])]
 
 
 def check_rights(missing: Sequence[str], username: str | None) -> Finding:
