@@ -81,17 +81,17 @@ $(TWEMPROXY): $(CREATED)
 		&& dpkg-deb -x nutcracker_*.deb . || echo "make: no twemproxy, so its tests are skipped"
 	@touch $@
 
-# The same for promtool, which checks the alerts and the dashboard's expressions.
-PROMTOOL := $(VENV)/.promtool
-$(PROMTOOL): $(CREATED)
-	@rm -rf $(VENV)/promtool && mkdir -p $(VENV)/promtool
-	-@cd $(VENV)/promtool && command -v apt-get >/dev/null && apt-get download -qq prometheus \
-		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool \
-		&& rm prometheus_*.deb || echo "make: no promtool, so its tests are skipped"
+# The same for Prometheus, which the tests let scrape caches, and its promtool.
+PROMETHEUS := $(VENV)/.prometheus
+$(PROMETHEUS): $(CREATED)
+	@rm -rf $(VENV)/prometheus && mkdir -p $(VENV)/prometheus
+	-@cd $(VENV)/prometheus && command -v apt-get >/dev/null && apt-get download -qq prometheus \
+		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin \
+		&& rm prometheus_*.deb || echo "make: no Prometheus, so its tests are skipped"
 	@touch $@
 
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMTOOL)
+test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMETHEUS)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 # In a separate environment, for which pip takes the oldest versions only.

@@ -71,6 +71,9 @@ NEAR_GAUGES: Final = (
     Metric("records", "near_records", "{record}", "Records in the near cache."),
     Metric("bytes", "near_bytes", "By", "Bytes of the near cache."),
 )
+# Why a near cache is emptied. Each reason is exported from the start, as 0: Prometheus doesn't see
+# the increase of a series that begins with it.
+FLUSH_REASONS: Final = ("connection", "flushall", "login", "slots", "busy", "fork")
 # Keys that the counters of each node of a cluster have as well.
 OF_NODES: Final = frozenset(
     (
@@ -116,7 +119,8 @@ def _present(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sa
             continue
         value = stats[metric.key]
         if isinstance(value, Mapping):
-            for reason, count in value.items():
+            counts: dict[str, int] = dict.fromkeys(FLUSH_REASONS, 0) | dict(value)
+            for reason, count in counts.items():
                 yield Sample(metric.name, metric.text, {"reason": reason}, count)
         else:
             yield Sample(metric.name, metric.text, dict(metric.labels), value)
