@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import dscache
 from tests.packaging import minimum
+from tests.support.schemas import check_schema
 
 PROJECT = Path(__file__).parents[2]
 # Not the whole folder: it may hold an environment and the files of an earlier build.
@@ -133,8 +136,73 @@ def test_the_wheels_say_what_they_contain(wheel: Path, pure_wheel: Path) -> None
         assert all(part["version"] and part["licenses"] for part in found["components"])
         refs = {own["bom-ref"], *(part["bom-ref"] for part in found["components"])}
         assert {one["ref"] for one in found["dependencies"]} == refs
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(found)) is None
         # It is complete: no library of others is in the wheel.
         assert {name.partition("/")[0] for name in names_in(built)} == {"dscache"}
+
+
+def test_the_schema_of_the_contents_is_checked(pure_wheel: Path) -> None:
+    found = materials_of(pure_wheel)
+    found["components"] = [{"name": "a part without a type"}]
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(found)) is not None
+
+
+GITHUB = PROJECT / ".github"
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("vendor.github-workflows", "workflows/*.yml"),
+        ("custom.github-workflows-require-timeout", "workflows/*.yml"),
+        ("vendor.dependabot", "dependabot.yml"),
+        ("vendor.github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+        ("vendor.github-issue-config", "ISSUE_TEMPLATE/config.yml"),
+    ],
+)
+def test_the_files_of_the_host_fit_their_schemas(schema: str, pattern: str) -> None:
+    files = [*GITHUB.glob(pattern)]
+    assert files
+    check_schema(schema, *files)
+
+
+def test_dependabot_keeps_the_pinned_actions_new() -> None:
+    settings = yaml.safe_load((GITHUB / "dependabot.yml").read_text(encoding="utf-8"))
+    updated = {(one["package-ecosystem"], one["directory"]) for one in settings["updates"]}
+    assert updated == {("github-actions", "/"), ("pip", "/")}
+
+
+def test_the_wheels_of_a_release_are_for_every_claimed_python() -> None:
+    built = project()["tool"]["cibuildwheel"]["build"]
+    prefix = "Programming Language :: Python :: 3."
+    minors = [
+        name.removeprefix(prefix)
+        for name in project()["project"]["classifiers"]
+        if name.startswith(prefix)
+    ]
+    wanted = [f"cp3{minor}-*" for minor in minors if minor.isdecimal()]
+    assert wanted == [f"cp3{minor}-*" for minor in (11, 12, 13, 14, 15)]
+    assert {*built} == {*wanted, "cp314t-*", "cp315t-*"}
+    text = (GITHUB / "workflows" / "release.yml").read_text(encoding="utf-8")
+    wheels = yaml.safe_load(text)["jobs"]["wheels"]
+    machines = wheels["strategy"]["matrix"]["machine"]
+    # Linux and macOS, each on both processors, without emulation.
+    assert [name.partition("-")[0] for name in machines] == ["ubuntu", "ubuntu", "macos", "macos"]
+    assert any("cibuildwheel" in step.get("run", "") for step in wheels["steps"])
+
+
+def test_a_vulnerability_has_a_way_to_be_told() -> None:
+    text = (PROJECT / "SECURITY.md").read_text(encoding="utf-8")
+    for said in ("Report a vulnerability", "within a week", "latest minor version"):
+        assert said in text
+    assert "](SECURITY.md)" in (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_name_that_goes_is_announced() -> None:
+    text = (PROJECT / "docs" / "supported-versions.md").read_text(encoding="utf-8")
+    assert "warns with a `DeprecationWarning` for at least two minor versions and six months" in (
+        " ".join(text.split())
+    )
 
 
 def test_every_action_is_pinned_to_a_commit() -> None:
