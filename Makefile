@@ -90,8 +90,20 @@ $(PROMETHEUS): $(CREATED)
 		&& rm prometheus_*.deb || echo "make: no Prometheus, so its tests are skipped"
 	@touch $@
 
+# Django's own tests of caches are in its sdist alone.
+DJANGO_TESTS := $(VENV)/.django-tests
+$(DJANGO_TESTS): $(VENV)/.installed-test
+	@rm -rf $(VENV)/django-tests && mkdir -p $(VENV)/django-tests
+	-@version=$$($(PY) -c 'import django; print(django.__version__)') && cd $(VENV)/django-tests \
+		&& "$(abspath $(PY))" -m pip download -q --disable-pip-version-check --no-deps \
+			--no-build-isolation --no-binary django "django==$$version" \
+		&& folder=$$(basename *.tar.gz .tar.gz)/tests \
+		&& tar -xzf *.tar.gz --strip-components=2 "$$folder/cache" "$$folder/sessions_tests" \
+		&& rm *.tar.gz || echo "make: no tests of Django, so they are skipped"
+	@touch $@
+
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMETHEUS)
+test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMETHEUS) $(DJANGO_TESTS)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 # In a separate environment, for which pip takes the oldest versions only.

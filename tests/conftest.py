@@ -31,6 +31,7 @@ from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
 from tests.soak import cluster_rows
 from tests.support.clusters import ClusterGroup
+from tests.support.django_tests import find_django_tests
 from tests.support.faults import FaultProxy
 from tests.support.prometheus import find_prometheus
 from tests.support.twemproxy import find_twemproxy
@@ -113,6 +114,7 @@ def pytest_report_header() -> list[str]:
         f"servers: {', '.join(map(_server_id, SERVERS)) or 'none'}",
         f"twemproxy: {find_twemproxy() or UNFETCHED}",
         f"prometheus: {find_prometheus() or UNFETCHED}",
+        f"Django's tests: {find_django_tests() or UNFETCHED}",
         f"absent: {'; '.join(_absent()) or 'nothing'}",
     ]
 
