@@ -18,6 +18,8 @@ import pytest
 import redis as redis_py
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import dscache
 from dscache.embedded import EmbeddedServer
@@ -330,5 +332,10 @@ async def test_promtool_finds_nothing_to_improve(server: EmbeddedServer) -> None
         while b"dscache_near_reads_total{" not in generate_latest(caches.registry):
             await asyncio.sleep(0.01)
         text = generate_latest(caches.registry).decode()
+        as_openmetrics = openmetrics.generate_latest(caches.registry).decode()
     assert "dscache_node_operations_total{" in text
     assert promtool("check", "metrics", given=text) == ""
+    # This parser refuses what the standard doesn't allow.
+    families = [*text_string_to_metric_families(as_openmetrics)]
+    assert len(families) > 30
+    assert all(family.documentation.endswith(".") for family in families)
