@@ -62,9 +62,9 @@ def bench(
     after Ctrl-C, which shows the result so far. It slows down the server's other clients. The exit
     status is 1 if operations failed.
     """
-    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
+    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir() or plot.is_dir()):
         raise typer.BadParameter(
-            "it must end in .svg, in a folder that exists", param_hint="--plot"
+            "it must be a file that ends in .svg, in a folder that exists", param_hint="--plot"
         )
     config = chosen.load()
     plan = Plan(

@@ -165,7 +165,7 @@ def test_filling_is_bounded(
     [
         (("--tasks", "0"), "--tasks"),
         (("--read-ratio", "1.5"), "--read-ratio"),
-        (("--plot", "latency.png"), "it must end in .svg"),
+        (("--plot", "latency.png"), "it must be a file that ends in .svg"),
         (("--plot", "/nowhere/latency.svg"), "in a folder that exists"),
     ],
 )

@@ -20,7 +20,7 @@ from dscache.cli.app import app
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE, SERVERS, _server_id
 from tests.support.clusters import ClusterGroup
-from tests.support.commands import PATIENCE, invoke
+from tests.support.commands import PATIENCE, invoke, run
 
 # These tests don't depend on the server's version.
 pytestmark = [
@@ -192,28 +192,62 @@ def test_an_export_to_a_file_of_limited_size(
     name: str, records: Path, server: EmbeddedServer
 ) -> None:
     """The same command resumes as soon as there is space."""
+    status, err = limited(800, records, "export", name, "--url", server.url)
+    assert status == 1
+    assert err == f"dscache: {name}.partial: File too large; make room, or write elsewhere\n"
+    again = run("export", name, "--url", server.url, cwd=records)
+    assert again.returncode == 0
+    found = (records / name).read_bytes()
+    lines = gzip.decompress(found) if name.endswith(".gz") else found
+    assert len(set(lines.splitlines())) == 501
+
+
+def test_a_chart_for_which_there_is_no_room(records: Path, server: EmbeddedServer) -> None:
+    """The figures are printed, and the records removed."""
+    words = ("bench", "--seconds", "0.1", "--records", "10", "--plot", "latency.svg")
+    status, err = limited(0, records, *words, "--url", server.url)
+    assert status == 1
+    assert err == "dscache: latency.svg: File too large; make room, or write elsewhere\n"
+    with redis_py.Redis.from_url(server.url) as client:
+        assert client.keys("dscache-bench/*") == []
+
+
+def test_an_import_whose_progress_has_no_room(records: Path, server: EmbeddedServer) -> None:
+    """It only loses the progress, as in a folder that can't be written."""
+    status, err = limited(0, records, "import", "records.ndjson", "--url", server.url)
+    assert (status, err) == (0, "")
+    assert [one.name for one in records.iterdir()] == ["records.ndjson"]
+
+
+@pytest.mark.parametrize("size", [0, 50])
+def test_an_edit_without_room_for_the_text(
+    size: int, records: Path, server: EmbeddedServer
+) -> None:
+    words = ("edit", "a", "--url", server.url)
+    status, err = limited(size, records, *words, EDITOR="true", TMPDIR=str(records))
+    assert status == 1
+    assert err.startswith("dscache: no temporary file for the text: ")
+    assert err.endswith("; set TMPDIR to a folder with room\n")
+    assert [one.name for one in records.iterdir()] == ["records.ndjson"]
+
+
+def limited(size: int, folder: Path, *words: str, **environment: str) -> tuple[int, str]:
+    """Run a command whose files can't exceed a size; return its status and standard error."""
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    words = [sys.executable, "-m", "dscache", "export", name, "--url", server.url]
     done = subprocess.run(
-        words,
-        cwd=records,
+        [sys.executable, "-m", "dscache", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
         preexec_fn=limit,
         capture_output=True,
         encoding="utf-8",
         timeout=PATIENCE,
         check=False,
     )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert f"{name}.partial: " in done.stderr.splitlines()[-1]
-    again = subprocess.run(words, cwd=records, capture_output=True, timeout=PATIENCE, check=False)
-    assert again.returncode == 0
-    found = (records / name).read_bytes()
-    lines = gzip.decompress(found) if name.endswith(".gz") else found
-    assert len(set(lines.splitlines())) == 501
+    return done.returncode, done.stderr
 
 
 # -- input with a byte order mark
