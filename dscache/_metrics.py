@@ -11,7 +11,8 @@ NAMESPACE: Final = "dscache"
 class Metric(NamedTuple):
     """The metric for the number that ``stats()`` has under ``key``.
 
-    ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``.
+    ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``. If
+    ``stats()`` has a number for each of several things there, the label ``by`` tells which.
     """
 
     key: str
@@ -19,6 +20,7 @@ class Metric(NamedTuple):
     unit: str
     text: str
     labels: tuple[tuple[str, str], ...] = ()
+    by: str = "reason"
 
 
 _FOUND: Final = "Records read, by whether Redis had them."
@@ -71,6 +73,22 @@ NEAR_GAUGES: Final = (
     Metric("records", "near_records", "{record}", "Records in the near cache."),
     Metric("bytes", "near_bytes", "By", "Bytes of the near cache."),
 )
+MAINTENANCE_COUNTERS: Final = (
+    Metric(
+        "notifications",
+        "maintenance_notifications",
+        "{notification}",
+        "Announcements of maintenance, by kind.",
+        by="kind",
+    ),
+    Metric("moves", "maintenance_moves", "{move}", "Moves to the new address of a server."),
+    Metric(
+        "moved_slots", "maintenance_moved_slots", "{slot}", "Slots that were announced to move."
+    ),
+    Metric(
+        "relaxed", "maintenance_relaxed", "{connection}", "How often a connection got more time."
+    ),
+)
 # Keys that the counters of each node of a cluster have as well.
 OF_NODES: Final = frozenset(
     (
@@ -91,7 +109,8 @@ class Sample(NamedTuple):
 
 def counters(stats: Mapping[str, Any]) -> Iterator[Sample]:
     """Return the values that only grow, as far as ``stats`` has them."""
-    return _samples(stats, COUNTERS, NEAR_COUNTERS)
+    yield from _samples(stats, COUNTERS, NEAR_COUNTERS)
+    yield from _present(MAINTENANCE_COUNTERS, stats.get("maintenance", {}))
 
 
 def gauges(stats: Mapping[str, Any]) -> Iterator[Sample]:
@@ -116,7 +135,7 @@ def _present(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sa
             continue
         value = stats[metric.key]
         if isinstance(value, Mapping):
-            for reason, count in value.items():
-                yield Sample(metric.name, metric.text, {"reason": reason}, count)
+            for label, count in value.items():
+                yield Sample(metric.name, metric.text, {metric.by: label}, count)
         else:
             yield Sample(metric.name, metric.text, dict(metric.labels), value)
