@@ -45,7 +45,12 @@ class ClusterPool(Pool):
         self.address = options.address
         self.state = ClusterState(config)
         self._new_routes = partial(
-            SlotRouter, _backend.core, self.state, shared, self._connector.logins
+            SlotRouter,
+            _backend.core,
+            self.state,
+            shared,
+            self._connector.logins,
+            self.announcements,
         )
         self._departures = 0
 
@@ -173,7 +178,11 @@ class ClusterPool(Pool):
         for info in infos:
             nodes[info.shown] |= {**info.connections(), "last_loss": info.last_loss}
         others = [*(one.stats() for one in routes), {"overloaded": self._overloads}]
-        return {"waiting": len(self._waiters), **self.state.stats(nodes, (), others)}
+        return {
+            "waiting": len(self._waiters),
+            **self.state.stats(nodes, (), others),
+            "maintenance": self.announcements.stats(),
+        }
 
 
 def _cluster(line: Connection) -> ClusterConnection:

@@ -54,6 +54,7 @@ from ..config import Config, Options
 from ..core.failures import EndedHere
 from ..core.near_node import is_of_keys
 from ..errors import ConfigError
+from ..net.maintenance import NewAddress
 from .foreign_errors import raise_foreign
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
@@ -151,8 +152,11 @@ class HostLink(NearLink):
         *,
         on_connected: Callable[[NearConnection], object],
         on_session: Callable[[str], object],
+        new_address: NewAddress,
     ) -> None:
-        super().__init__(options, credentials, node, on_connected=on_connected)
+        super().__init__(
+            options, credentials, node, on_connected=on_connected, new_address=new_address
+        )
         self._core = node.core
         self._segment = segment
         self._on_session = on_session
@@ -232,6 +236,7 @@ class HostFront(NearFront):
                 segment,
                 on_connected=self._leave_strangers,
                 on_session=self._pool.leave_strangers,
+                new_address=self._pool.new_address,
             )
         ]
 

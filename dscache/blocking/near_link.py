@@ -26,6 +26,7 @@ from ..net.backoff import full_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Logins
 from ..net.handshake import Attempt, ServerInfo
+from ..net.maintenance import NewAddress
 from .connector import Connector
 from .control import ControlConnection
 from .foreign_errors import ConnectTimeout, raise_foreign
@@ -123,7 +124,7 @@ class NearLink:
 
     ``on_connected`` is called with the connection before anything is cached, and may raise
     DscacheError to refuse the server. ``on_lost`` is called after a loss, and after each attempt
-    in vain.
+    in vain. ``new_address`` is that of the pool of a server that may move.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class NearLink:
         of_cluster: bool = False,
         on_connected: Callable[[NearConnection], object],
         on_lost: Callable[[], object] | None = None,
+        new_address: NewAddress | None = None,
     ) -> None:
         self.refusal: ErrorOf | None = None
         """How operations fail while the server refuses the link, and it is required."""
@@ -145,7 +147,7 @@ class NearLink:
         self._of_cluster = of_cluster
         self._on_connected = on_connected
         self._on_lost = on_lost
-        self._connector = Connector(self._options, credentials)
+        self._connector = Connector(self._options, credentials, new_address)
         self._decided = threading.Event()
         self._stopping = threading.Event()
         self._connection: NearConnection | None = None
@@ -260,6 +262,7 @@ class NearLink:
             connection.open(self._connector, deadline)
             self._on_connected(connection)
         except _FAILURES as error:
+            self._connector.new_address.clear()
             failure = as_connect_error(error, options.connect_timeout)
             address = connection.pipeline.address
             refusal = permanent_failure(error, failure, address)

@@ -12,7 +12,9 @@ from ..core import stats as counters
 from ..core.split_records import SplitRecords
 from ..errors import ConnectError
 from ..net.cluster_state import ClusterState
+from ..net.maintenance import Announcements
 from ..net.slot_table import NodeInfo, SlotTable, reader_of
+from .maintenance import Follower, follow_slots
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 
@@ -37,7 +39,10 @@ class SlotRouter:
         state: ClusterState,
         options: Options,
         logins: Logins,
+        announcements: Announcements,
     ) -> None:
+        self._announcements = announcements
+        self._asks = options.maint_notifications != "off"
         self._state = state
         self._logins = logins
         self._new_pipeline = partial(
@@ -122,6 +127,9 @@ class SlotRouter:
             )
             pipeline.down = ConnectError("still connecting")
             node = NodeConnection(pipeline, info, self._state, self._logins)
+            if self._asks:
+                on_news = partial(follow_slots, self._state, self._announcements)
+                node.follow(Follower(node, self._announcements, on_news))
             self.nodes[info.shown] = node
             self._rebuild(self._table)
         return node

@@ -446,6 +446,7 @@ class ClusterState(RefreshSchedule):
             present.update(shard.readers, shard.reserves)
         if not any(map(is_up, present)):
             return
+        departures = self.departures
         for shown, node in list(self.nodes.items()):
             if shown in present:
                 node.absences = 0
@@ -458,6 +459,9 @@ class ClusterState(RefreshSchedule):
                 counters.add(self.past, node.connections())
             else:
                 self._is_stale = True
+        if self.departures != departures:
+            # As a new table, so that each thread sees it and ends its connections to these nodes.
+            self.table = replace(self.table, moved=self.table.moved.copy())
 
     # -- which nodes to ask
 

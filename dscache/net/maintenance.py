@@ -216,6 +216,29 @@ class Announcements:
         self._lock = make_lock()
 
 
+class NewAddress:
+    """The address to which a server has moved, until the configured one leads there, for threads.
+
+    Times are those of ``time.monotonic()``.
+    """
+
+    def __init__(self) -> None:
+        self._now: tuple[Address | None, float] = None, -math.inf
+
+    def set(self, address: Address | None, until: float) -> None:
+        """Use another address until then; None for the configured one."""
+        self._now = address, until
+
+    def get(self) -> Address | None:
+        """Return the address to use now; None for the configured one."""
+        address, until = self._now
+        return address if time.monotonic() < until else None
+
+    def clear(self) -> None:
+        """Use the configured address again, since the other one couldn't be reached."""
+        self._now = None, -math.inf
+
+
 class Leeway:
     """The time that operations over one connection have: ``usual`` seconds, or more for a while.
 
