@@ -395,6 +395,11 @@ class Connection:
         self._follower = follower
         self.pipeline.on_push = follower.take_push
 
+    @property
+    def patience(self) -> float:
+        """How long the server may be silent because of maintenance, in seconds; 0 outside it."""
+        return 0.0 if self._follower is None else self._follower.patience
+
     def watch_time(self, look: Callable[[], object] | None) -> None:
         """Call ``look`` before each operation from now on; None ends that."""
         self._look = look

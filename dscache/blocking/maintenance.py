@@ -17,7 +17,7 @@ those in use end as soon as their thread has its reply. So no operation is lost,
 doubt. If every connection is idle until the old server ends them, their next users find them ended,
 and connect to the new address.
 
-On a cluster, the shared table of slots takes over the slots that have moved (``follow_slots``).
+On a cluster, the shared table of slots takes over the slots that have moved (``SlotFollower``).
 Each thread follows the table before its next operation, and connections to nodes that left end when
 nothing is under way.
 """
@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
-from weakref import ref
+from weakref import WeakMethod, ref
 
 from ..config.address import join_address
 from ..core.recovery import change_timeout
@@ -83,6 +83,11 @@ class Follower:
         self._others = others
         self._leeway = Leeway(connection.pipeline.timeout)
 
+    @property
+    def patience(self) -> float:
+        """How long the server may be silent because of maintenance, in seconds; 0 outside it."""
+        return 0.0 if self._leeway.until is None else self._leeway.seconds
+
     def take_push(self, push: list[Any]) -> None:
         """Take a push, while the pipeline reads replies."""
         connection = self._connection()
@@ -126,10 +131,37 @@ class Follower:
             self.announcements.count_relaxed()
 
 
-def follow_slots(state: ClusterState, announcements: Announcements, notice: Notice) -> None:
-    """Give slots to the nodes that have them by now, as one has announced."""
-    if notice.kind in (MOVING, SLOTS_MOVED):
-        announcements.count_slots(len(state.record_moves(notice.moves)))
+def follow_maintenance(
+    announcements: Announcements,
+    on_news: Callable[[Notice], object],
+    connection: Connection,
+    others: Callable[[list[Any]], object] | None = None,
+) -> None:
+    """Follow the announcements over a connection, unless none are wanted; see Follower."""
+    if announcements.are_wanted:
+        connection.follow(Follower(connection, announcements, on_news, others))
+
+
+class SlotFollower:
+    """Gives slots of a cluster to the nodes that have them by now, as a node has announced."""
+
+    def __init__(self, state: ClusterState, announcements: Announcements) -> None:
+        self._state = state
+        self._announcements = announcements
+        self._on_moved: WeakMethod[Callable[[], object]] | None = None
+
+    def on_moved(self, moved: Callable[[], object]) -> None:
+        """Have a bound method called after each change, without a reference to its object."""
+        self._on_moved = WeakMethod(moved)
+
+    def follow(self, notice: Notice) -> None:
+        """Follow an announcement that no other connection has brought."""
+        if notice.kind not in (MOVING, SLOTS_MOVED):
+            return
+        self._announcements.count_slots(len(self._state.record_moves(notice.moves)))
+        moved = None if self._on_moved is None else self._on_moved()
+        if moved is not None:
+            moved()
 
 
 class Mover:

@@ -237,7 +237,7 @@ class NearFront:
                 self._credentials,
                 node,
                 on_connected=self._leave_strangers,
-                new_address=self._pool.new_address,
+                pool=self._pool,
             )
         ]
 

@@ -54,12 +54,11 @@ from ..config import Config, Options
 from ..core.failures import EndedHere
 from ..core.near_node import is_of_keys
 from ..errors import ConfigError
-from ..net.maintenance import NewAddress
 from .foreign_errors import raise_foreign
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
 from .near_segment import Segment
-from .pool import Asked
+from .pool import Asked, Pool
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -152,11 +151,9 @@ class HostLink(NearLink):
         *,
         on_connected: Callable[[NearConnection], object],
         on_session: Callable[[str], object],
-        new_address: NewAddress,
+        pool: Pool,
     ) -> None:
-        super().__init__(
-            options, credentials, node, on_connected=on_connected, new_address=new_address
-        )
+        super().__init__(options, credentials, node, on_connected=on_connected, pool=pool)
         self._core = node.core
         self._segment = segment
         self._on_session = on_session
@@ -236,7 +233,7 @@ class HostFront(NearFront):
                 segment,
                 on_connected=self._leave_strangers,
                 on_session=self._pool.leave_strangers,
-                new_address=self._pool.new_address,
+                pool=self._pool,
             )
         ]
 

@@ -26,7 +26,6 @@ from ..net.backoff import full_jitter
 from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Logins
 from ..net.handshake import Attempt, ServerInfo
-from ..net.maintenance import NewAddress
 from .connector import Connector
 from .control import ControlConnection
 from .foreign_errors import ConnectTimeout, raise_foreign
@@ -34,6 +33,8 @@ from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
+
+    from .pool import Pool
 
 _logger = logging.getLogger("dscache")
 
@@ -124,7 +125,8 @@ class NearLink:
 
     ``on_connected`` is called with the connection before anything is cached, and may raise
     DscacheError to refuse the server. ``on_lost`` is called after a loss, and after each attempt
-    in vain. ``new_address`` is that of the pool of a server that may move.
+    in vain. With the ``pool`` of the cache, the link goes with it to another address, and has it
+    follow what the server announces over the link.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class NearLink:
         of_cluster: bool = False,
         on_connected: Callable[[NearConnection], object],
         on_lost: Callable[[], object] | None = None,
-        new_address: NewAddress | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.refusal: ErrorOf | None = None
         """How operations fail while the server refuses the link, and it is required."""
@@ -147,7 +149,10 @@ class NearLink:
         self._of_cluster = of_cluster
         self._on_connected = on_connected
         self._on_lost = on_lost
-        self._connector = Connector(self._options, credentials, new_address)
+        self._pool = pool
+        self._connector = Connector(
+            self._options, credentials, None if pool is None else pool.new_address
+        )
         self._decided = threading.Event()
         self._stopping = threading.Event()
         self._connection: NearConnection | None = None
@@ -239,6 +244,8 @@ class NearLink:
         connection = self._connection = NearConnection(
             self._options, self.node.take_push, of_cluster=self._of_cluster
         )
+        if self._pool is not None:
+            self._pool.follow_maintenance(connection, self.node.take_push)
         try:
             if self._open(connection):
                 self._follow(connection)
@@ -323,9 +330,10 @@ class NearLink:
             if pong is None and now >= due:
                 (pong,) = connection.ask([["PING"]])
                 asked, due = now, now + beat
-            elif pong is not None and now >= asked + _ANSWER_WITHIN:
-                raise EndedHere(f"the server did not answer for {_ANSWER_WITHIN:.0f} s")
-            connection.take(due if pong is None else asked + _ANSWER_WITHIN)
+            within = max(_ANSWER_WITHIN, connection.patience)
+            if pong is not None and now >= asked + within:
+                raise EndedHere(f"the server did not answer for {within:.0f} s")
+            connection.take(due if pong is None else asked + within)
 
     def _follow_place(self) -> None:
         """Leave a server that the Sentinels no longer name, which may be cut off from them."""

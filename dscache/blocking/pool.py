@@ -50,7 +50,7 @@ from ..net.maintenance import Announcements, NewAddress
 from ..net.slot_table import NodeInfo
 from .connection import LEAST_TO_CONNECT, Connection
 from .connector import Connector, on_renewal
-from .maintenance import Follower, Mover
+from .maintenance import Mover, follow_maintenance
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class Pool:
         self._overloads = 0
         self.announcements = Announcements(options)
         self._mover = Mover(self, self.announcements, self._connector.new_address)
+        # Without a reference to the pool, to which its connections would refer.
+        self.follow_maintenance = partial(
+            follow_maintenance, self.announcements, self._mover.follow
+        )
+        """Has a connection follow announcements, and others take all other pushes."""
         self._on_moved: WeakMethod[Callable[[], object]] | None = None
         self.is_near = options.near_cache is not None
         on_renewal(provider, self._renew, options.address)
@@ -185,8 +190,7 @@ class Pool:
 
     def _prepared(self, connection: Connection) -> Connection:
         connection.pipeline.reconnects = self._options.leaves_replicas
-        if self._options.maint_notifications != "off":
-            connection.follow(Follower(connection, self.announcements, self._mover.follow))
+        self.follow_maintenance(connection)
         return connection
 
     def _admit(self, spare: Connection) -> Connection:
@@ -422,7 +426,7 @@ class Pool:
         return self._connector.new_address
 
     def on_moved(self, moved: Callable[[], object]) -> None:
-        """Have a bound method called when the connections have gone over to another address.
+        """Have a bound method called when the server, or slots of a cluster, have moved.
 
         The pool keeps no reference to the method's object.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,7 @@ from ..core import stats as counters
 from ..core.split_records import SplitRecords
 from ..errors import ConnectError
 from ..net.cluster_state import ClusterState
-from ..net.maintenance import Announcements
 from ..net.slot_table import NodeInfo, SlotTable, reader_of
-from .maintenance import Follower, follow_slots
 from .node_connection import NodeConnection
 from .waiter import BlockingWaiter
 
@@ -30,7 +29,8 @@ class SlotRouter:
 
     ``unrouted`` is a pipeline without a node. It takes operations whose node isn't known yet, or
     has no connection of this thread yet. A pipeline that gets its first operation appends its
-    node's address to ``pending_nodes``; ``unrouted`` appends an empty one.
+    node's address to ``pending_nodes``; ``unrouted`` appends an empty one. ``follow`` is called
+    with each new connection.
     """
 
     def __init__(
@@ -39,10 +39,9 @@ class SlotRouter:
         state: ClusterState,
         options: Options,
         logins: Logins,
-        announcements: Announcements,
+        follow: Callable[[NodeConnection], None],
     ) -> None:
-        self._announcements = announcements
-        self._asks = options.maint_notifications != "off"
+        self._follow = follow
         self._state = state
         self._logins = logins
         self._new_pipeline = partial(
@@ -127,9 +126,7 @@ class SlotRouter:
             )
             pipeline.down = ConnectError("still connecting")
             node = NodeConnection(pipeline, info, self._state, self._logins)
-            if self._asks:
-                on_news = partial(follow_slots, self._state, self._announcements)
-                node.follow(Follower(node, self._announcements, on_news))
+            self._follow(node)
             self.nodes[info.shown] = node
             self._rebuild(self._table)
         return node

@@ -116,6 +116,11 @@ class Announcements:
         self._moves = self._slots = self._relaxed = 0
 
     @property
+    def are_wanted(self) -> bool:
+        """Whether any server is asked for announcements."""
+        return self._options.maint_notifications != "off"
+
+    @property
     def are_required(self) -> bool:
         """Whether a server without announcements is refused."""
         return self._options.maint_notifications == "on"

@@ -338,6 +338,46 @@ def test_a_fork_moves_by_itself(stage: Stage, backend: str) -> None:
     assert behind.accepted == 2
 
 
+# -- near caches, which are used without any command
+
+
+def cached(cache: dscache.Cache, name: str) -> Any:
+    """Read until the record is a hit; return its data."""
+
+    def is_hit() -> bool:
+        hits = cache.stats()["near_cache"]["hits"]
+        assert cache.get(name) is not None
+        return bool(cache.stats()["near_cache"]["hits"] > hits)
+
+    until(is_hit)
+    record = cache.get(name)
+    assert record is not None
+    return record.data
+
+
+def test_a_near_cache_without_misses_moves(stage: Stage, redis: Any) -> None:
+    """The link reads announcements, so that a cache with hits alone follows the server."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before, nearCache=True) as cache:
+        cache.set("moving", 1, "old")
+        assert cached(cache, "moving") == "old"
+        stage.push(b"MOVING", 1, 30, behind.address, by=before)
+        until(lambda: maintenance(cache)["moves"] and not before.connections)
+        assert cached(cache, "moving") == "old"
+        redis.mset({"moving_v": 2, "moving_d": '"new"'})
+        until(lambda: cached(cache, "moving") == "new")
+
+
+def test_a_slow_server_is_not_lost_to_the_near_cache(stage: Stage) -> None:
+    before = stage.server()
+    with open_cache(before, nearCache=True) as cache:
+        cache.when_ready()
+        stage.push(b"FAILING_OVER", 1, 30, by=before)
+        until(lambda: maintenance(cache)["relaxed"])
+        assert cache.set("moving", 1, None)
+        assert maintenance(cache)["notifications"]["FAILING_OVER"] == 1
+
+
 # -- clusters
 
 
@@ -406,6 +446,21 @@ def test_routes_follow_without_a_redirection(cluster: Stage) -> None:
         assert third.served
         assert cache.stats()["redirections"] == 0
         until(lambda: cache.set(of_second, 1, None) and not first.connections)
+
+
+def test_a_near_cache_drops_slots_that_have_moved(cluster: Stage) -> None:
+    """Without a read of Redis, records of slots that have another owner are no hits any more."""
+    first, _, third = cluster.slots.nodes
+    name = next(one for one in map(str, range(100)) if key_slot(one.encode()) < 8192)
+    with open_cluster(cluster, nearCache=True) as cache:
+        cache.set(name, 1, "old")
+        assert cached(cache, name) == "old"
+        give(cluster, 0, 8191, third)
+        announce(cluster, 1, [(first, third, b"0-8191")])
+        until(lambda: maintenance(cache)["moved_slots"] == 8192)
+        until(lambda: cache.get(name) and third.served)
+        assert cached(cache, name) == "old"
+        until(lambda: not first.connections)
 
 
 def test_more_time_on_a_cluster(cluster: Stage) -> None:
