@@ -12,8 +12,8 @@ class Metric(NamedTuple):
     """The metric for the number that ``stats()`` has under ``key``.
 
     ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``. If
-    ``stats()`` has a number for each of several things there, the label ``by`` tells which; ``things``
-    are exported as 0 until they are there.
+    ``stats()`` has a number for each of several things there, the label ``by`` tells which, and
+    ``things`` are exported as 0 until they are there.
     """
 
     key: str
