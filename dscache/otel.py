@@ -89,7 +89,7 @@ class _Instruments:
         self._caches: WeakValueDictionary[str, AsyncCache | Cache] = WeakValueDictionary()
         _declare(
             meter.create_observable_counter,
-            (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS),
+            (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.MAINTENANCE_COUNTERS),
             partial(self._samples, _metrics.counters),
         )
         _declare(
@@ -157,7 +157,7 @@ def _declare(
             names.setdefault(f"node_{metric.name}", metric)
     for name, metric in names.items():
         of, _, rest = name.partition("_")
-        dotted = f"{of}.{rest}" if of in ("near", "node") else name
+        dotted = f"{of}.{rest}" if of in ("near", "node", "maintenance") else name
         text = f"Of one node: {metric.text}" if of == "node" else metric.text
         create(f"{NAMESPACE}.{dotted}", [partial(observe, name)], metric.unit, text)
 

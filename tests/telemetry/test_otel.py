@@ -137,6 +137,8 @@ async def test_nodes_of_a_cluster(
             assert point.value == 1
         (point,) = points(reader, "dscache.topology_refreshes")
         assert point.value >= 1
+        found = points(reader, "dscache.maintenance.notifications", dscache_kind="SMIGRATED")
+        assert [point.value for point in found] == [0]
 
 
 async def test_a_near_cache(
