@@ -12,7 +12,8 @@ class Metric(NamedTuple):
     """The metric for the number that ``stats()`` has under ``key``.
 
     ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``. If
-    ``stats()`` has a number for each of several things there, the label ``by`` tells which.
+    ``stats()`` has a number for each of several things there, the label ``by`` tells which, and
+    ``things`` are exported as 0 until they are there.
     """
 
     key: str
@@ -20,7 +21,8 @@ class Metric(NamedTuple):
     unit: str
     text: str
     labels: tuple[tuple[str, str], ...] = ()
-    by: str = "reason"
+    by: str = ""
+    things: tuple[str, ...] = ()
 
 
 _FOUND: Final = "Records read, by whether Redis had them."
@@ -57,6 +59,9 @@ GAUGES: Final = (
     Metric("waiting", "waiting_threads", "{thread}", "Threads waiting for a connection."),
 )
 _NEAR_READS: Final = "Reads of the near cache: hits, reads of Redis, and joins of a pending read."
+# Why a near cache is emptied. Each reason is exported from the start, as 0: Prometheus doesn't see
+# the increase of a series that begins with it.
+FLUSH_REASONS: Final = ("connection", "flushall", "login", "slots", "busy", "fork")
 NEAR_COUNTERS: Final = (
     Metric("hits", "near_reads", "{record}", _NEAR_READS, (("result", "hit"),)),
     Metric("misses", "near_reads", "{record}", _NEAR_READS, (("result", "miss"),)),
@@ -67,7 +72,14 @@ NEAR_COUNTERS: Final = (
     ),
     Metric("evictions", "near_evictions", "{record}", "Cached records evicted for space."),
     Metric("dropped_fills", "near_dropped_fills", "{record}", "Reads too old to be cached."),
-    Metric("flushes", "near_flushes", "{flush}", "How often the near cache was emptied."),
+    Metric(
+        "flushes",
+        "near_flushes",
+        "{flush}",
+        "How often the near cache was emptied.",
+        by="reason",
+        things=FLUSH_REASONS,
+    ),
 )
 NEAR_GAUGES: Final = (
     Metric("records", "near_records", "{record}", "Records in the near cache."),
@@ -135,7 +147,8 @@ def _present(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sa
             continue
         value = stats[metric.key]
         if isinstance(value, Mapping):
-            for label, count in value.items():
-                yield Sample(metric.name, metric.text, {metric.by: label}, count)
+            counts: dict[str, int] = dict.fromkeys(metric.things, 0) | dict(value)
+            for thing, count in counts.items():
+                yield Sample(metric.name, metric.text, {metric.by: thing}, count)
         else:
             yield Sample(metric.name, metric.text, dict(metric.labels), value)
