@@ -84,7 +84,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
     with ReplyError (Redis returned an error), DeadlineExceeded (no reply within
     ``commandTimeout``), ConnectError (no connection), ConnectionLost (lost before the reply),
-    ProtocolError (an invalid reply), or RecordError (the stored value is no record). A bulk
+    ProtocolError (an invalid reply), or RecordDamaged (the stored value is no record). A bulk
     operation fails with BulkError, which holds the results of the other records.
     """
 
@@ -119,7 +119,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
         other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
         at the call for a bad name, and TypeError for a type that msgspec doesn't know. The future
-        fails with RecordError if the stored value isn't a record or doesn't fit the type.
+        fails with RecordDamaged if the stored value isn't a record or doesn't fit the type.
         """
         # Not keyword-only: that would cost each call some hundred instructions.
         if type is not None:

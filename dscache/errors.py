@@ -4,6 +4,7 @@ DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
 ├── UsageError         unsupported use of a cache: another event loop, a forked child
 ├── RecordError        bad name, version, ttl or JSON text; names the record
+│   └── RecordDamaged  the stored value is no record, or doesn't fit the type
 ├── RecordMissing      update of a record that doesn't exist
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
@@ -17,7 +18,7 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first eight are caused by the caller, the data or a provider, the next four on the way to the
+The first nine are caused by the caller, the data or a provider, the next four on the way to the
 server, the last two by the server. No text contains a password. Every error can be pickled and
 copied.
 """
@@ -111,6 +112,10 @@ class RecordError(DscacheError, ValueError):
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class RecordDamaged(RecordError):
+    """Stored value that is no record, or doesn't fit the type; the caller's arguments are right."""
 
 
 class RecordMissing(DscacheError, KeyError):

@@ -52,9 +52,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     that it borrows, out of at most ``maxConnections``, and waits for the reply. On a cluster a
     thread borrows a connection to each node it needs.
 
-    An operation raises RecordError for a bad name, version, ttl or data, or if the stored value is
-    no record, ConnectionLost if the cache is closed, ReplyError (Redis returned an error),
-    DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
+    An operation raises RecordError for a bad name, version, ttl or data, RecordDamaged if the
+    stored value is no record, ConnectionLost if the cache is closed, ReplyError (Redis returned an
+    error), DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
     ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
     ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,
     which holds the results of the other records.

@@ -397,7 +397,7 @@ async def test_a_read_with_a_type(cache: dscache.AsyncCache) -> None:
 async def test_a_read_of_data_that_does_not_fit_the_type(cache: dscache.AsyncCache) -> None:
     await cache.set("a", 3, {"name": "Ada", "age": "old"})
     text = r"^record 'a', version 3: Expected `int`, got `str` - at `\$\.age`$"
-    with pytest.raises(dscache.RecordError, match=text) as misfit:
+    with pytest.raises(dscache.RecordDamaged, match=text) as misfit:
         await cache.get("a", type=Person)
     assert misfit.value.name == "a"
     assert tuple(await cache.get("a")) == (3, {"name": "Ada", "age": "old"})
@@ -589,7 +589,7 @@ async def test_nothing_is_newer_than_a_damaged_version(
         *(cache.set(name, LAST, "x", ttl=ttl, if_newer=True) for name in ("bad", "good", "fresh")),
         return_exceptions=True,
     )
-    assert isinstance(bad, dscache.RecordError)
+    assert type(bad) is dscache.RecordDamaged
     assert bad.name == "bad"
     assert (good, fresh) == (True, True)
     news = {"good": (5, 5), "bad": (6, 6), "more": (7, 7)}
