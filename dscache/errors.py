@@ -2,7 +2,7 @@
 
 DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
-├── UsageError         unsupported use of a cache: another event loop, a forked child
+├── UsageError         unsupported use of a cache: closed, another event loop, a forked child
 ├── RecordError        bad name, version, ttl or JSON text; names the record
 │   └── RecordDamaged  the stored value is no record, or doesn't fit the type
 ├── RecordMissing      update of a record that doesn't exist
@@ -12,7 +12,7 @@ DscacheError
 ├── RPCError           a remote procedure call failed; has the reason and the provider's data
 │   └── RPCTimeout     its provider has not accepted or answered it in time
 ├── ConnectError       no connection; nothing was sent
-├── ConnectionLost     connection lost before the reply, or the cache is closed
+├── ConnectionLost     connection lost, or the cache closed, before the reply
 ├── DeadlineExceeded   no reply within commandTimeout
 ├── Overloaded         a bounded queue is full; nothing was sent
 ├── ReplyError         error reply of Redis; ``code`` is its first word
@@ -100,7 +100,7 @@ class ConfigError(DscacheError):
 
 
 class UsageError(DscacheError, RuntimeError):
-    """Unsupported use of a cache or message node, such as from another event loop."""
+    """Unsupported use of a cache or message node, such as after its close."""
 
 
 class RecordError(DscacheError, ValueError):
@@ -189,7 +189,7 @@ class ConnectError(DscacheError, ConnectionError):
 
 
 class ConnectionLost(DscacheError, ConnectionError):
-    """Connection lost before the reply, or the cache is closed."""
+    """Connection lost, or the cache closed, before the reply."""
 
 
 class DeadlineExceeded(DscacheError, TimeoutError):

@@ -44,6 +44,11 @@ def copy_error(error: Exception) -> Exception:
     return other
 
 
+def closed(owner: str) -> UsageError:
+    """Return the error for the use of an object that the program has closed."""
+    return UsageError(f"the {owner} is closed; open another one")
+
+
 def bad_name(name: object) -> RecordError:
     """Return the error for a name that can't be a record's name."""
     if not isinstance(name, str):
