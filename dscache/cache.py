@@ -563,9 +563,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
         to that part. After ``refresh_after`` one load runs in the background while everybody still
-        gets the record at once. ``keep_missing`` is how long a load's None is remembered for all
-        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
-        ``data`` is of that type, as of ``get``.
+        gets the record at once; a cache runs up to 32 such loads, and others wait. ``keep_missing``
+        is how long a load's None is remembered for all processes. All three are whole seconds or a
+        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
 
         Raises RecordError at the call for a bad argument, and TypeError for a ``load`` that can't
         be called. The future fails with LoadError if the load of a missing record fails, and with
