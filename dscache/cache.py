@@ -75,9 +75,9 @@ class _Operations(Protocol):
 class AsyncCache(CacheBase[Topology], AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
-    Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
+    An operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    Only ``fetch_bulk`` is a coroutine function, whose calls do nothing unawaited.
+    ``update``, ``patch`` and ``fetch_bulk`` return a coroutine, which does nothing until awaited.
     With a near cache (``nearCache``), the future of a hit is done at once.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data,
