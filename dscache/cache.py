@@ -237,8 +237,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> asyncio.Future[int]:
         """Remove records; the result is the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold; the result is the number
-        of records removed then.
+        ``if_version`` maps each name to the version that Redis must hold. Records of another
+        version stay, and don't count.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
         with BulkError if some records can't be removed; it has their errors and the number of
