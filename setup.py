@@ -6,7 +6,6 @@ because silently installing the slow core would be worse.
 
 import json
 import os
-import re
 import sys
 
 from setuptools import Extension, setup
@@ -20,37 +19,6 @@ REMEDY = (
     "python3-dev).\n"
     "To build without it, several times slower, set DSCACHE_NO_EXTENSIONS=1."
 )
-
-
-# GitHub Actions names the repository of a release. Elsewhere there is none to link to.
-REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "")
-SITE = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{REPOSITORY}"
-
-
-def described():
-    """Return the description and the links of the package's page in an index.
-
-    The index resolves no relative link, so that they become links to the repository.
-    """
-    with open("README.md", encoding="utf-8") as file:
-        text = file.read()
-    urls = {}
-    if REPOSITORY:
-        version = os.environ.get("GITHUB_REF_NAME", "main")
-        for opening, kind in (("!", "raw"), ("", "blob")):
-            link = rf"(?<!!)({opening}\[[^]]*\]\()(?!https:)(?=[\w.])"
-            text = re.sub(link, rf"\g<1>{SITE}/{kind}/{version}/", text)
-        urls = {
-            "Source": SITE,
-            "Documentation": f"{SITE}/blob/{version}/docs/getting-started.md",
-            "Changelog": f"{SITE}/blob/{version}/CHANGELOG.md",
-            "Issues": f"{SITE}/issues",
-        }
-    return {
-        "long_description": text,
-        "long_description_content_type": "text/markdown",
-        "project_urls": urls,
-    }
 
 
 class LoudBuild(build_ext):
@@ -128,7 +96,5 @@ def compiled_modules():
 
 
 setup(
-    **described(),
-    ext_modules=compiled_modules(),
-    cmdclass={"build_ext": LoudBuild, "bdist_wheel": DescribedWheel},
+    ext_modules=compiled_modules(), cmdclass={"build_ext": LoudBuild, "bdist_wheel": DescribedWheel}
 )

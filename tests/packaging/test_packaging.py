@@ -11,8 +11,6 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from email import message_from_string
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +71,6 @@ def names_in(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def metadata_of(wheel: Path) -> Message:
-    with zipfile.ZipFile(wheel) as archive:
-        (entry,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        return message_from_string(archive.read(entry).decode())
-
-
 def unpack(wheel: Path, target: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
@@ -103,20 +95,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sources: Path) -> Path:
     # Unoptimised: the compiler finishes sooner, and the files are the same.
-    return build_wheel(sources, sources.parent / "wheel", CFLAGS="-O0", GITHUB_REPOSITORY="")
+    return build_wheel(sources, sources.parent / "wheel", CFLAGS="-O0")
 
 
 @pytest.fixture(scope="module")
 def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pure")
     sources = copy_sources(folder / "sources")
-    release = {
-        "GITHUB_REPOSITORY": "someone/dscache",
-        "GITHUB_SERVER_URL": "https://github.com",
-        "GITHUB_REF_NAME": "v9.9",
-    }
-    switches = {"DSCACHE_NO_EXTENSIONS": "1", "CC": "no-compiler"}
-    return build_wheel(sources, folder / "wheel", **switches, **release)
+    return build_wheel(sources, folder / "wheel", DSCACHE_NO_EXTENSIONS="1", CC="no-compiler")
 
 
 def test_the_wheel_holds_the_package_and_no_sources_of_the_core(wheel: Path) -> None:
@@ -185,21 +171,6 @@ def test_the_metadata_lists_the_dependencies(wheel: Path) -> None:
     assert {"hiredis", "msgspec", "PyYAML", "redis"} <= needed
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
     assert {"uvloop", "cli", "embedded"} <= extras
-
-
-def test_the_page_of_a_release_has_absolute_links(wheel: Path, pure_wheel: Path) -> None:
-    site = "https://github.com/someone/dscache"
-    text = metadata_of(pure_wheel)
-    links = re.findall(r"\]\(([^)]+)\)", text.get_payload())
-    assert f"{site}/raw/v9.9/docs/speed.svg" in links
-    assert f"{site}/blob/v9.9/docs/records.md" in links
-    assert len(links) > 20
-    assert not [link for link in links if not link.startswith("https://")]
-    assert f"Source, {site}" in text.get_all("Project-URL")
-    # Elsewhere the README is as it stands.
-    readme = (PROJECT / "README.md").read_text("utf-8")
-    assert metadata_of(wheel).get_payload().strip() == readme.strip()
-    assert metadata_of(wheel).get_all("Project-URL") is None
 
 
 def test_the_wheel_uses_the_compiled_core_and_obeys_the_variable(
