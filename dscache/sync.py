@@ -26,7 +26,7 @@ from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
 from .core.patches import patch_of
-from .errors import BulkError, ConfigError, ConnectionLost, DscacheError
+from .errors import BulkError, ConnectionLost, DscacheError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -72,11 +72,6 @@ class Cache(CacheBase[Pool | MemoryPool]):
             from .blocking.near_host import check_host  # few programs share theirs
 
             check_host(config)
-        if config.options.maint_notifications == "on":
-            raise ConfigError(
-                f"{config.source}: maintNotifications: on is for AsyncCache; a Cache follows no "
-                "announced maintenance, so leave it out"
-            )
         self._run: _Run | None = None
         self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)

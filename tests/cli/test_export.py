@@ -368,7 +368,8 @@ def test_a_full_disk(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     with mock.patch.object(os, "fsync", failing_after(0, os.fsync, full)):
         done = invoke("export", str(file), *url)
     assert done.status == 1
-    assert done.err == f"dscache: {file}.partial: No space left on device\n"
+    reason = "No space left on device; make room, or write elsewhere"
+    assert done.err == f"dscache: {file}.partial: {reason}\n"
     assert invoke("export", str(file), *url).status == 0
     # An import that can't store its progress can't be resumed, and works all the same.
     with mock.patch.object(restore, "write_state", failing_after(0, print, full)):
@@ -451,6 +452,9 @@ def test_lines_of_one_name_keep_their_order(url: Url, client: redis_py.Redis) ->
 def test_invalid_files(url: Url, tmp_path: Path) -> None:
     done = invoke("import", str(tmp_path / "none"), *url)
     assert done.err == f"dscache: {tmp_path / 'none'}: No such file or directory\n"
+    done = invoke("import", str(tmp_path), *url)
+    assert done.status == 1
+    assert done.err == f"dscache: {tmp_path} is a folder; name the file of an export\n"
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     done = invoke("import", str(tmp_path / "a.gz"), *url)
     assert (done.status, "a.gz can't be read: " in done.err) == (1, True)
