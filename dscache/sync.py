@@ -168,7 +168,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return (self._run or self._open())("get_bulk", names)
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found by their names, in the order of ``names``.
+        """Return the versions of the records found, as a dict in the order of ``names``.
 
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
