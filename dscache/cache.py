@@ -75,9 +75,9 @@ class _Operations(Protocol):
 class AsyncCache(CacheBase[Topology], AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
-    Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
+    An operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    Only ``fetch_bulk`` is a coroutine function, whose calls do nothing unawaited.
+    ``update``, ``patch`` and ``fetch_bulk`` return a coroutine, which does nothing until awaited.
     With a near cache (``nearCache``), the future of a hit is done at once.
 
     An operation raises at the call: RecordError for a bad name, version, ttl or data, UsageError
@@ -237,8 +237,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> asyncio.Future[int]:
         """Remove records; the result is the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold; the result is the number
-        of records removed then.
+        ``if_version`` maps each name to the version that Redis must hold. Records of another
+        version stay, and don't count.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
         with BulkError if some records can't be removed; it has their errors and the number of
@@ -563,9 +563,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
         to that part. After ``refresh_after`` one load runs in the background while everybody still
-        gets the record at once. ``keep_missing`` is how long a load's None is remembered for all
-        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
-        ``data`` is of that type, as of ``get``.
+        gets the record at once; a cache runs up to 32 such loads, and others wait. ``keep_missing``
+        is how long a load's None is remembered for all processes. All three are whole seconds or a
+        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
 
         Raises RecordError at the call for a bad argument, and TypeError for a ``load`` that can't
         be called. The future fails with LoadError if the load of a missing record fails, and with

@@ -226,12 +226,15 @@ class MessageNode(AsyncResource):
     def stats(self) -> dict[str, Any]:
         """Return counters since the node was opened, as a dict; empty before that.
 
-        Messages: ``received`` by subscribers here, ignored ``own`` and ``foreign`` ones (sent by
-        this server, and addressed to others), ``namesakes`` (of another server with this name),
-        ``unwanted damaged``, ``fewer`` (reached fewer servers than before a loss), ``dropped`` by
-        full queues, ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``,
-        ``missed_seconds`` and ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight
-        pending pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
+        ``received`` messages have a subscriber here, which ``dropped`` ones missed because its
+        queue was full. ``waiting`` ones are in a queue now. ``errors`` were raised by callbacks.
+
+        These messages were ignored: ``own`` ones of this server, ``namesakes`` of another server
+        with its name, ``foreign`` ones to other servers, ``unwanted`` ones without a subscriber
+        here, and ``damaged`` ones. ``fewer`` reached fewer connections than before a loss.
+
+        ``gaps``, ``missed_seconds`` and ``last_gap`` are about gaps, ``connects``, ``last_loss``
+        and ``bytes_in`` about connections, and all others about messages that are sent.
         """
         transport = self._transport
         if transport is None:

@@ -168,7 +168,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return (self._run or self._open())("get_bulk", names)
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found by their names, in the order of ``names``.
+        """Return the versions of the records found, as a dict in the order of ``names``.
 
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
@@ -547,9 +547,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
         to that part. After ``refresh_after`` one caller loads the record anew while all others
-        still get it at once. ``keep_missing`` is how long a load's None is remembered for all
-        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
-        ``data`` is of that type, as of ``get``.
+        still get it at once; up to 32 callers of a cache do so at a time. ``keep_missing`` is how
+        long a load's None is remembered for all processes. All three are whole seconds or a
+        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
 
         Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
         TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.

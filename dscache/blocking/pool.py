@@ -438,6 +438,8 @@ class Pool:
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
         """Connect to the server, perhaps at another address; return its kind and version."""
+        if self._options.sentinels is not None:
+            address = None  # they name it
         limit = time.monotonic() + self._options.connect_timeout / 1000
         return connection.open(self._connector, min(limit, until), address)
 
