@@ -612,6 +612,33 @@ def test_help(name: str) -> None:
         assert one in done.out
 
 
+# The words without which a command would use a Redis; the others read names, or need nothing.
+INCOMPLETE = {
+    "set": (("a",), "a name needs a version and data"),
+    "edit": ((), "NAME"),
+    "diff": ((), "OTHER"),
+    "export": ((), "FILE"),
+    "import": ((), "FILE"),
+    "migrate": ((), "--to"),
+    "get": (("--watch",), "--watch needs the names as arguments"),
+}
+WITHOUT_ARGUMENTS = {"bench", "cluster", "delete", "doctor", "head", "ls", "top", "watch"}
+
+
+def test_the_arguments_of_every_command_are_tested() -> None:
+    assert {*INCOMPLETE} | WITHOUT_ARGUMENTS == set(get_group(app).commands)
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_missing_argument_is_named(name: str) -> None:
+    words, missing = INCOMPLETE[name]
+    done = invoke(name, *words, "--url", NOBODY)
+    assert (done.status, done.out) == (2, "")
+    told = " ".join(done.err.split())
+    assert f"dscache {name} " in told.partition(" Try ")[0]
+    assert missing in told.partition(" Error: ")[2]
+
+
 @pytest.mark.parametrize("columns", [60, 130])
 def test_help_on_a_terminal(columns: int) -> None:
     for words in (("--help",), ("export", "--help")):
