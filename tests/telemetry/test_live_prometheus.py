@@ -24,6 +24,7 @@ from dscache.embedded import EmbeddedServer
 from dscache.prometheus import register
 from tests.aio.test_topology import FakeCluster, cache_on, names_of, slot_of
 from tests.conftest import PATIENT, SERVERS, _server_id
+from tests.support.announcer import Announcer, FakeSlots
 from tests.support.documents import PROJECT
 from tests.support.faults import FaultProxy
 from tests.support.prometheus import Prometheus, find_prometheus, promtool
@@ -189,6 +190,7 @@ class Caches:
         await self._lose_connections()
         await self._spoil_records(redis)
         await self._move_slots(fakes)
+        await self._maintain()
 
     async def _without_a_server(self) -> None:
         proxy, cache = await self.behind_a_proxy(
@@ -235,6 +237,37 @@ class Caches:
         redis.mset({"damaged_v": "none", "damaged_d": 1})
         self.repeat(lambda: cache.get("half"))
         self.repeat(lambda: cache.get("damaged"))
+
+    async def _maintain(self) -> None:
+        """Announce maintenance of a server and of a cluster, as hosted ones do."""
+        slots = FakeSlots()
+        before, behind = (Announcer(self._server.host, self._server.port) for _ in range(2))
+        first, second = (
+            Announcer(self._server.host, self._server.port, slots=slots) for _ in range(2)
+        )
+        for one in (before, behind, first, second):
+            await self.stack.enter_async_context(one)
+        slots.divide(first, second)
+        announced = {"maint_notifications": "on", **PATIENT}
+        where = f"redis://127.0.0.1:{before.port}"
+        cache = await self.add("hosted", dscache.AsyncCache(where, **announced))
+        nodes = {"nodes": [{"host": "127.0.0.1", "port": first.port}]}
+        clustered = await self.add("hosted cluster", dscache.AsyncCache(nodes, **announced))
+        serials = itertools.count()
+
+        async def maintain() -> None:
+            serial = next(serials)
+            here, there = (before, behind) if serial % 2 == 0 else (behind, before)
+            here.push(b"MIGRATING", 2 * serial, 1)
+            here.push(b"MIGRATED", 2 * serial + 1)
+            here.push(b"MOVING", serial, 30, there.address)
+            source, target = (first, second) if serial % 2 == 0 else (second, first)
+            slots.give(0, 99, target)
+            for node in (first, second):
+                node.push(b"SMIGRATED", serial, [[source.address, target.address, b"0-99"]])
+            await asyncio.gather(cache.get("any"), clustered.get("any"))
+
+        self.repeat(maintain, 0.3)
 
     async def _move_slots(self, fakes: FakeCluster) -> None:
         cache = await self.add("unsettled", cache_on(fakes))
