@@ -21,7 +21,7 @@ from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
 from .config.sources import Source
-from .core import typed
+from .core import failures, typed
 from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
@@ -52,9 +52,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     that it borrows, out of at most ``maxConnections``, and waits for the reply. On a cluster a
     thread borrows a connection to each node it needs.
 
-    An operation raises RecordError for a bad name, version, ttl or data, or if the stored value is
-    no record, ConnectionLost if the cache is closed, ReplyError (Redis returned an error),
-    DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
+    An operation raises RecordError for a bad name, version, ttl or data, RecordDamaged if the
+    stored value is no record, UsageError if the cache is closed, ReplyError (Redis returned an
+    error), DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
     ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
     ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,
     which holds the results of the other records.
@@ -168,7 +168,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return (self._run or self._open())("get_bulk", names)
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found by their names, in the order of ``names``.
+        """Return the versions of the records found, as a dict in the order of ``names``.
 
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
@@ -669,7 +669,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
 
-        Later operations raise ConnectionLost. A second call does nothing.
+        Later operations raise UsageError. A second call does nothing.
         """
         with self._lock:
             already, self._closed = self._closed, True
@@ -718,7 +718,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Return the function that executes operations; it opens the pool at first."""
         with self._lock:
             if self._closed:
-                raise ConnectionLost("the cache is closed")
+                raise failures.closed("cache")
             if self._topology is None:
                 self._pid = os.getpid()
                 options = self._config.options

@@ -42,6 +42,7 @@ from ..net.maintenance import (
     MOVE_PAUSE_CAP,
     MOVING,
     SLOTS_MOVED,
+    Address,
     Announcements,
     Leeway,
     NewAddress,
@@ -184,6 +185,8 @@ class Mover:
         pool = self._pool()
         if notice.kind != MOVING or pool is None or self._stopping.is_set():
             return
+        if self._follows_already(notice.endpoint):
+            return
         self._notice = notice
         thread = threading.Thread(
             target=self._move, args=(pool, notice), name=f"dscache moves from {pool.address}"
@@ -198,13 +201,22 @@ class Mover:
             # The interpreter ends, or the system has no thread left: the next loss moves the pool.
             raise_foreign(error)
 
+    def _follows_already(self, endpoint: Address | None) -> bool:
+        """Whether a move to this address is under way, or done."""
+        if endpoint is not None and endpoint == self._new_address.get():
+            return True
+        thread, notice = self._thread, self._notice
+        is_alive = thread is not None and thread.is_alive()
+        return is_alive and notice is not None and notice.endpoint == endpoint
+
     def stop(self) -> None:
         """End the move under way."""
         self._stopping.set()
         connection, thread = self._connection, self._thread
         if connection is not None:
             connection.interrupt(ConnectionAbortedError("the cache was closed"))
-        if thread is not None and thread.ident is not None:
+        # A cache may be dropped in any thread.
+        if thread is not None and thread.ident and thread is not threading.current_thread():
             thread.join(_GRACE)
 
     def reset_after_fork(self) -> None:

@@ -34,7 +34,7 @@ from .._forks import after_fork_in_child
 from .._locks import make_lock
 from ..config import Options
 from ..core import stats as counters
-from ..core.failures import ErrorOf
+from ..core.failures import ErrorOf, closed
 from ..errors import (
     ConfigError,
     ConnectError,
@@ -178,7 +178,7 @@ class Pool:
     def _spare(self) -> Connection:
         """Return a connection without a place."""
         if self._closed:
-            raise ConnectionLost("the cache is closed")
+            raise closed("cache")
         with suppress(IndexError):
             while (connection := self._unplaced.pop()).gone:
                 pass
@@ -438,6 +438,8 @@ class Pool:
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
         """Connect to the server, perhaps at another address; return its kind and version."""
+        if self._options.sentinels is not None:
+            address = None  # they name it
         limit = time.monotonic() + self._options.connect_timeout / 1000
         return connection.open(self._connector, min(limit, until), address)
 

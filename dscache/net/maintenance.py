@@ -43,8 +43,9 @@ _logger = logging.getLogger("dscache")
 RELAXED: Final = 10.0
 # Maintenance of which no end is announced is over this long after it was to begin, in seconds.
 LASTS: Final = 60.0
-# A server that moves has at least this much time, in seconds.
-LEAST: Final = 1.0
+# Moving to the new address is tried for at least this many seconds, as long as the old server
+# serves.
+LEAST: Final = 5.0
 # The pause before another attempt to connect to the new address, and its longest form, in seconds.
 MOVE_PAUSE: Final = 0.05
 MOVE_PAUSE_CAP: Final = 1.0

@@ -18,10 +18,13 @@ import dscache
 from dscache.config import Options
 from dscache.core.recovery import change_timeout
 from dscache.net.maintenance import KINDS, RELAXED, Announcements, Leeway, Notice, SlotMove, parse
+from tests.conftest import SERVERS, _server_id
 from tests.support.announcer import REFUSAL, SLOTS, Announcer, FakeSlots
 from tests.support.wire import CORES
 
 pytestmark = pytest.mark.usefixtures("backend")
+# Nodes are proxies, and not the server.
+on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
 
 @pytest.fixture
@@ -330,6 +333,7 @@ def announce(
         node.push(b"SMIGRATED", serial, told)
 
 
+@on_one_server
 @pytest.mark.parametrize("near", [False, True])
 async def test_slots_move_under_load(slots: FakeSlots, redis: Any, near: bool) -> None:
     """Slots move to and fro, and last to a new node, which ends the connection to the former."""
@@ -361,6 +365,7 @@ async def test_slots_move_under_load(slots: FakeSlots, redis: Any, near: bool) -
             assert redis.get(f"{{moving/{number}}}_v") == b"%d" % version
 
 
+@on_one_server
 async def test_routes_follow_without_a_redirection(slots: FakeSlots) -> None:
     """The announcement is enough: the next operation goes to the new node."""
     first, _, third = slots.nodes
@@ -377,6 +382,7 @@ async def test_routes_follow_without_a_redirection(slots: FakeSlots) -> None:
         await until(lambda: not first.connections)
 
 
+@on_one_server
 async def test_an_old_announcement_moves_nothing(slots: FakeSlots) -> None:
     """A slot stays with its owner if the announcement names another former one."""
     first, second, third = slots.nodes
@@ -390,6 +396,7 @@ async def test_an_old_announcement_moves_nothing(slots: FakeSlots) -> None:
         assert first.redirected == second.redirected == 0
 
 
+@on_one_server
 async def test_more_time_on_a_cluster(slots: FakeSlots) -> None:
     first = slots.nodes[0]
     name = next(one for one in map(str, range(100)) if key_slot(one.encode()) < 8192)
@@ -405,6 +412,7 @@ async def test_more_time_on_a_cluster(slots: FakeSlots) -> None:
             await cache.get(name)
 
 
+@on_one_server
 async def test_slots_move_for_another_client(slots: FakeSlots) -> None:
     """The client of redis-py goes through the same script without an error."""
     first, second, third = slots.nodes
@@ -427,6 +435,7 @@ async def test_slots_move_for_another_client(slots: FakeSlots) -> None:
         assert second.requests
 
 
+@on_one_server
 async def test_a_node_without_announcements(server: Any) -> None:
     slots = FakeSlots()
     async with Announcer(server.host, server.port, REFUSAL, slots) as node:

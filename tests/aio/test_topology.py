@@ -1246,7 +1246,7 @@ async def test_close_completes_redirected_operations(backend: str) -> None:
         assert_drained(cache)
         assert own_tasks() == []
         await cache.close()
-        with pytest.raises(dscache.ConnectionLost, match="closed"):
+        with pytest.raises(dscache.UsageError, match="closed"):
             cache.get("a")
 
 

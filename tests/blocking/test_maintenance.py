@@ -14,10 +14,15 @@ from redis.crc import key_slot
 from redis.maint_notifications import MaintNotificationsConfig
 
 import dscache
+from tests.conftest import SERVERS, _server_id
 from tests.support.announcer import REFUSAL, Announcer, Stage, staged
 from tests.support.blocking import PATIENCE, in_threads, run_child, until
 
-pytestmark = pytest.mark.usefixtures("backend")
+# The proxies, and not the server, are what is tried: one kind of server is enough.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id),
+]
 
 THREADS = 16
 

@@ -116,6 +116,10 @@ def test_fastapi(fastapi_url: str, private: EmbeddedServer) -> None:
         assert (stale.status_code, stale.json()["detail"]) == (409, "room/1 has version 1 already")
         bad = http.put(record, params={"version": -1}, json={})
         assert (bad.status_code, bad.json()["detail"][:15]) == (422, "record 'room/1'")
+        with redis_py.Redis.from_url(private.url) as client:
+            client.mset({"room/2_v": "two", "room/2_d": "{}"})
+        damaged = http.get(f"{fastapi_url}/records/room/2")
+        assert (damaged.status_code, damaged.json()["detail"][:15]) == (500, "record 'room/2'")
 
         assert early.recv(PATIENCE) == '{"open":true}'
         with connect(watch) as late, dscache.Cache.from_config(private.url) as elsewhere:

@@ -211,7 +211,8 @@ class Stage:
         self._where = host, port
         self._thread = LoopThread()
         self.slots = FakeSlots()
-        self._open: list[Announcer] = []
+        self.open: list[Announcer] = []
+        """All announcers, in the order of their creation."""
 
     def server(self, answer: bytes = CONSENT) -> Announcer:
         """Return a new server."""
@@ -223,7 +224,7 @@ class Stage:
 
     def _begin(self, announcer: Announcer) -> Announcer:
         self._thread.run(announcer.__aenter__())
-        self._open.append(announcer)
+        self.open.append(announcer)
         return announcer
 
     def push(self, *words: Any, by: Announcer) -> None:
@@ -239,7 +240,7 @@ class Stage:
         self._thread.call(work)
 
     def close(self) -> None:
-        for announcer in self._open:
+        for announcer in self.open:
             self._thread.run(announcer.__aexit__())
         self._thread.close()
 

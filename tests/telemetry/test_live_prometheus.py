@@ -18,12 +18,15 @@ import pytest
 import redis as redis_py
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import dscache
 from dscache.embedded import EmbeddedServer
 from dscache.prometheus import register
 from tests.aio.test_topology import FakeCluster, cache_on, names_of, slot_of
 from tests.conftest import PATIENT, SERVERS, _server_id
+from tests.support.announcer import Announcer, FakeSlots
 from tests.support.documents import PROJECT
 from tests.support.faults import FaultProxy
 from tests.support.prometheus import Prometheus, find_prometheus, promtool
@@ -189,6 +192,7 @@ class Caches:
         await self._lose_connections()
         await self._spoil_records(redis)
         await self._move_slots(fakes)
+        await self._announce_maintenance()
 
     async def _without_a_server(self) -> None:
         proxy, cache = await self.behind_a_proxy(
@@ -251,6 +255,43 @@ class Caches:
 
         self.repeat(move)
         self.repeat(lambda: cache.get(bad))
+
+    async def _announce_maintenance(self) -> None:
+        """A server moves between two addresses, and slots between two nodes."""
+        slots = FakeSlots()
+        one, other, *nodes = [
+            await self.stack.enter_async_context(
+                Announcer(self._server.host, self._server.port, slots=of)
+            )
+            for of in (None, None, slots, slots)
+        ]
+        slots.divide(*nodes)
+        options: dict[str, Any] = {"maint_notifications": "on", **PATIENT}
+        moving = await self.add(
+            "moving", dscache.AsyncCache({"host": "127.0.0.1", "port": one.port}, **options)
+        )
+        seeds = [{"host": "127.0.0.1", "port": node.port} for node in nodes]
+        resharding = await self.add("resharding", dscache.AsyncCache({"nodes": seeds}, **options))
+        numbers = itertools.count(1)
+
+        async def move() -> None:
+            await moving.get("any")
+            here, there = (one, other) if one.connections else (other, one)
+            here.push(b"MIGRATING", next(numbers), 0, b"1")
+            here.push(b"MIGRATED", next(numbers), b"1")
+            here.push(b"MOVING", next(numbers), 10, there.address)
+
+        async def reshard() -> None:
+            await resharding.get("any")
+            source, target = nodes
+            slots.give(0, 99, target)
+            number = next(numbers)
+            for node in (source, target):
+                node.push(b"SMIGRATED", number, [[source.address, target.address, b"0-99"]])
+            nodes.reverse()
+
+        self.repeat(move)
+        self.repeat(reshard)
 
 
 @contextlib.asynccontextmanager
@@ -330,5 +371,10 @@ async def test_promtool_finds_nothing_to_improve(server: EmbeddedServer) -> None
         while b"dscache_near_reads_total{" not in generate_latest(caches.registry):
             await asyncio.sleep(0.01)
         text = generate_latest(caches.registry).decode()
+        as_openmetrics = openmetrics.generate_latest(caches.registry).decode()
     assert "dscache_node_operations_total{" in text
     assert promtool("check", "metrics", given=text) == ""
+    # This parser refuses what the standard doesn't allow.
+    families = [*text_string_to_metric_families(as_openmetrics)]
+    assert len(families) > 30
+    assert all(family.documentation.endswith(".") for family in families)

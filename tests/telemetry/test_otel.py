@@ -415,7 +415,7 @@ async def test_with_a_near_cache(
     await cache.get("a")
     assert spans() == []
     await cache.close()
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         await cache.get("a")
 
 

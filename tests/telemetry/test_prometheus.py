@@ -95,6 +95,14 @@ async def test_buckets_are_cumulative(make_cache: MakeCache, registry: Collector
     assert bounds[-2:] == ["10.0", "+Inf"]
 
 
+def test_the_build(backend: str, registry: CollectorRegistry) -> None:
+    """A process that runs the slow core by mistake is seen."""
+    registry.register(CacheCollector())
+    (one,) = samples(registry)
+    assert (one.name, one.value) == ("dscache_build_info", 1)
+    assert one.labels == {"version": dscache.__version__, "core": backend}
+
+
 async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry) -> None:
     caches = {name: await make_cache(name="memory") for name in ("one", "two")}
     for number, (name, cache) in enumerate(caches.items()):
@@ -114,7 +122,10 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
 async def test_before_opening_and_after_closing(registry: CollectorRegistry) -> None:
     cache = dscache.AsyncCache.from_config({"name": "memory"})
     register(cache, registry=registry)
-    assert [(one.name, one.value) for one in samples(registry)] == [("dscache_ready", 0)]
+    assert [(one.name, one.value) for one in samples(registry)] == [
+        ("dscache_build_info", 1),
+        ("dscache_ready", 0),
+    ]
     async with cache:
         await cache.get("a")
         assert value(registry, "dscache_ready") == 1
