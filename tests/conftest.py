@@ -93,6 +93,13 @@ BINARIES = [one for one in SERVERS if isinstance(one, ServerBinary)] or find_ser
 BY_AGE = sorted(BINARIES, key=lambda binary: binary.version)
 OLDEST_AND_NEWEST = list(dict.fromkeys((*BY_AGE[:1], *BY_AGE[-1:])))
 
+# Valkey has numbered databases in a cluster from version 9 on; Redis answers SELECT with an error.
+WITHOUT_DATABASES = [
+    binary
+    for binary in BINARIES
+    if binary.version >= (7,) and not (binary.name.startswith("valkey") and binary.version >= (9,))
+]
+
 # The passwords of ``guarded_group``.
 OWN, SHARED = "of-the-first-alone", "of-all-others"
 
@@ -124,6 +131,8 @@ def _absent() -> Iterator[str]:
         yield "a server with TLS, so proxies speak it"
     if len(OLDEST_AND_NEWEST) < 2:
         yield "a second server version, so one stands for the oldest and the newest"
+    if not WITHOUT_DATABASES:
+        yield "a server whose clusters have one database only, so a test of it is skipped"
     if sys.version_info < (3, 12):
         yield "eager tasks, which Python 3.12 brings"
 
