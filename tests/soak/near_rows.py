@@ -455,7 +455,8 @@ def write_in_children(host: str, port: int, path: str, pause: float) -> bool:
             write(host, port, path, number, pause)
             os._exit(0)
         children.append(child)
-    return not any([os.waitpid(child, 0)[1] for child in children])
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    return not any(statuses)
 
 
 async def _read(
