@@ -15,8 +15,8 @@ from . import _backend
 from ._cache import warn_of_dropped
 from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropped, running_loop
 from .config.messages import MessageConfig, load
-from .core import envelope
-from .errors import ConnectError, ConnectionLost, MessageError, shorten
+from .core import envelope, failures
+from .errors import ConnectError, MessageError, shorten
 from .pubsub.protocol import CHECKED_TOPICS, check
 from .pubsub.reach import Echoes, Receivers
 from .pubsub.subscribers import Callback, Messages, Subscriber
@@ -52,7 +52,7 @@ class MessageNode(AsyncResource):
     missed; both times are floats, in seconds since the epoch.
 
     An operation raises at the call: MessageError for a bad topic, message or server name,
-    ConnectionLost if the node is closed, UsageError on another event loop. The future of a message
+    UsageError on another event loop or if the node is closed. The future of a message
     can fail with ConnectionLost, DeadlineExceeded, ReplyError, ProtocolError, or ConnectError if
     the server can't be used; the error says whether the message may have been delivered. A message
     is never sent twice.
@@ -337,7 +337,7 @@ class MessageNode(AsyncResource):
     def _ensure_open(self) -> Transport:
         """Bind the node to the running event loop and start connecting, unless that is done."""
         if self._closed:
-            raise ConnectionLost("the message node is closed")
+            raise failures.closed("message node")
         check_process(self._pid, _OWNER)
         if self._loop is not None:
             check_loop(self._loop, _OWNER)
