@@ -209,7 +209,6 @@ bench-smoke: $(VENV)/.installed-bench $(BUILT) $(REDIS_TOOLS)
 	$(PY) -m pytest bench --benchmark-disable -m 'not large' $(ARGS)
 	$(PY) -m pytest bench --benchmark-only --benchmark-quiet --benchmark-max-time=0.05 \
 		-k 'test_hits and goals or growth and get-10-' --report=build/bench-smoke
-	$(PY) bench/stores.py 1
 
 instructions: $(VENV)/.installed-bench $(BUILT)
 	$(PY) -m pytest bench/instructions.py $(ARGS)

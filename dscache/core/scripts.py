@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-# KEYS: _v, _d of each record. ARGV: version, data of each record, and behind them the ttl in seconds
-# or 0, and the guard of all. If these differ between records, each has its own behind its data.
+# KEYS: _v, _d of each record. ARGV: version, data of each record; behind these the ttl in seconds,
+# or 0, and the guard of all. If they differ between records, each has its own behind its data.
 # Without data, the record is removed. A command has guards for all its records or for none, and no
 # name twice. The answer is 1 if all were written or removed, else that of each record.
 # A call of a command costs the script as much as all else for a record. So one MGET reads the
