@@ -88,7 +88,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: work that takes long even when it is done once.")
     if folder := config.getoption("report"):
         folder.mkdir(parents=True, exist_ok=True)
+        for chart in folder.glob("*.svg"):
+            chart.unlink()
         config.option.benchmark_json = str(folder / "results.json")
+        config.option.benchmark_histogram = [str(folder / "histogram")]
 
 
 @pytest.hookimpl(tryfirst=True)
