@@ -201,8 +201,8 @@ $(REDIS_TOOLS): $(CREATED)
 	@touch $@
 
 bench: $(VENV)/.installed-bench $(BUILT) $(REDIS_TOOLS)
-	$(PY) -m pytest bench --benchmark-only --benchmark-min-rounds=7 --benchmark-max-time=1.4 \
-		--report=bench/results $(ARGS)
+	$(PY) -m pytest bench -o faulthandler_timeout=3600 --benchmark-only --benchmark-min-rounds=7 \
+		--benchmark-max-time=1.4 --report=bench/results $(ARGS)
 
 # A few benchmarks are measured too, so that the report and the goals are made.
 bench-smoke: $(VENV)/.installed-bench $(BUILT) $(REDIS_TOOLS)
