@@ -32,7 +32,7 @@ from clients.work import (
 from processes import HERE, Process, on_core
 
 DEEPSTREAM = "deepstream"
-EXPORT, EXPORT_BY_CLI = "export", "redis-cli"
+EXPORT, EXPORT_BY_CLI, SCAN = "export", "redis-cli", "redis-cli-scan"
 # Commands that redis-benchmark keeps in flight, and records in one of them: more gain nothing.
 DEPTH = 64
 
@@ -224,6 +224,27 @@ class Export(Command):
         return {"records": found, "seconds": seconds, "cpu": cpu}
 
 
+class Scan(Command):
+    """redis-cli, which prints the keys of all versions."""
+
+    label = "redis-cli --scan"
+    needs = (("redis-cli", "valkey-cli"),)
+
+    def measure(self, work: Work, records: int) -> dict[str, float]:
+        at = ("-h", self._where["host"], "-p", str(self._where["port"]))
+        pattern = f"{KINDS[work.kind].folder}/*_v"
+        line = [program(*self.needs[0]) or "", *at, "--scan", "--pattern", pattern]
+        found = 0
+        before, began = _children(), time.perf_counter()
+        while found < records:
+            found += self.run(line, stdout=subprocess.PIPE).stdout.count(b"\n")
+        return {
+            "records": found,
+            "seconds": time.perf_counter() - began,
+            "cpu": _children() - before,
+        }
+
+
 def _children() -> float:
     """Return the processor time of all programs that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -242,6 +263,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "limit-alone": Limit(1, 1),
     "limit-single": Limit(DEPTH, 1),
     "limit-batched": Limit(DEPTH, 32),
+    SCAN: Scan(),
     EXPORT: Export(
         "dscache export",
         "{python} -m dscache export {file} --prefix {folder}/ --url {host}:{port}",
