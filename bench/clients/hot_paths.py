@@ -11,7 +11,6 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Coroutine
-from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -27,7 +26,6 @@ WRITTEN = dict.fromkeys(NAMES, (VERSION, DOCUMENT))
 FOREVER = 1e9
 # Handles every name as often as that.
 Path = Callable[[int], None]
-Operation = Callable[[str], Any]
 PATIENCE = {"commandTimeout": 600_000, "connectTimeout": 600_000}
 TTL = 600
 ENDLESS = {"maxAge": 3_600_000, "idleLimit": 3_600_000}
@@ -144,42 +142,59 @@ def served(runner: asyncio.Runner, server: Any, cluster: Any) -> dict[str, Path]
     for cache in (blocking, routed):
         cache.set_bulk(WRITTEN)
 
-    async def from_tasks(one: Operation, times: int) -> None:
+    async def get_each(times: int) -> None:
         async def task() -> None:
             for name in left:
-                await one(name)
+                await soon.get(name)
 
         left = islice(cycle(NAMES), times * len(NAMES))
         await asyncio.gather(*(task() for _ in NAMES))
 
-    async def in_turn(one: Operation, times: int) -> None:
+    async def fetch_each(times: int) -> None:
+        async def task() -> None:
+            for name in left:
+                await soon.fetch(name, load, ttl=TTL)
+
+        left = islice(cycle(NAMES), times * len(NAMES))
+        await asyncio.gather(*(task() for _ in NAMES))
+
+    async def hits(times: int) -> None:
         for _ in range(times):
             for name in NAMES:
-                await one(name)
+                await near.get(name)
 
-    def awaited(work: Callable[..., Coroutine[Any, Any, None]], one: Operation) -> Path:
-        return lambda times: runner.run(work(one, times))
+    async def fetched_hits(times: int) -> None:
+        for _ in range(times):
+            for name in NAMES:
+                await near.fetch(name, load, ttl=TTL)
 
-    def called(one: Operation) -> Path:
+    def one_by_one(cache: dscache.Cache) -> Path:
         def run() -> None:
             for name in NAMES:
-                one(name)
+                cache.get(name)
 
         return repeated(run)
 
-    def fetch_of(cache: Any) -> Operation:
-        return partial(cache.fetch, load=load, ttl=TTL)
+    def fetched_one_by_one(cache: dscache.Cache) -> Path:
+        def run() -> None:
+            for name in NAMES:
+                cache.fetch(name, load, ttl=TTL)
+
+        return repeated(run)
+
+    def soon_path(work: Callable[[int], Coroutine[Any, Any, None]]) -> Path:
+        return lambda times: runner.run(work(times))
 
     return {
-        "blocking get": called(blocking.get),
-        "blocking get, cluster": called(routed.get),
-        "blocking get, near cache hit": called(kept.get),
-        "blocking fetch": called(fetch_of(blocking)),
-        "blocking fetch, near cache hit": called(fetch_of(kept)),
-        "await get, 100 tasks": awaited(from_tasks, soon.get),
-        "await get, near cache hit": awaited(in_turn, near.get),
-        "await fetch, 100 tasks": awaited(from_tasks, fetch_of(soon)),
-        "await fetch, near cache hit": awaited(in_turn, fetch_of(near)),
+        "blocking get": one_by_one(blocking),
+        "blocking get, cluster": one_by_one(routed),
+        "blocking get, near cache hit": one_by_one(kept),
+        "blocking fetch": fetched_one_by_one(blocking),
+        "blocking fetch, near cache hit": fetched_one_by_one(kept),
+        "await get, 100 tasks": soon_path(get_each),
+        "await get, near cache hit": soon_path(hits),
+        "await fetch, 100 tasks": soon_path(fetch_each),
+        "await fetch, near cache hit": soon_path(fetched_hits),
     }
 
 

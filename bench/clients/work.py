@@ -99,7 +99,8 @@ class Work:
     a thousand records again and again), popular (tasks read them by Zipf's law), latency,
     messages, fetch (hits), read (a get in a method, as that of fetch), update, rewrite (a get and
     then a set), replace (a set whose if_version is the version that is there), scan (all names),
-    watch (changes that are written meanwhile), hear (a write, until its change is heard), export (a bulk of all records, into a file)."""
+    watch (changes that are written meanwhile), hear (a write, until its change is heard), export
+    (a bulk of all records, into a file)."""
     tasks: int = 1
     """The number of tasks at a time; each does one record, or bulk, after the other."""
     size: int = RECORDS
