@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,27 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clients.peers import PATIENCE_SECONDS, PYTHON
-from clients.work import DOCUMENT, MESSAGE, ORDINARY, RECORDS, Work, encode, keys_of, names_of
+from clients.work import PATIENCE_SECONDS, Work
 
 HERE = Path(__file__).parent
-DEEPSTREAM = "deepstream"
-OTHERS = {DEEPSTREAM: "deepstream's connector"}
-# The clusternode connector requires more than it declares.
-PACKAGES = (
-    *("@deepstream/cache-redis@2.0.9", "@deepstream/clusternode-redis@1.0.1"),
-    "@deepstream/protobuf@1.0.8",
-)
-# Commands that redis-benchmark keeps in flight, and records in one of them: more gain nothing.
-DEPTH = 64
-LIMITS = {"limit-alone": (1, 1), "limit-single": (DEPTH, 1), "limit-batched": (DEPTH, 32)}
 _START_SECONDS = 120
-# redis-benchmark measures whole milliseconds.
-_LEAST_REQUESTS = 100
-
-
-class Absent(Exception):
-    """A client can't take part; the message says why."""
 
 
 @contextlib.contextmanager
@@ -140,113 +120,3 @@ class Process:
             process.kill()
             process.wait()
         process.stdout.close()
-
-
-def start_python(name: str, where: dict[str, Any], before: Sequence[str] = ()) -> Process:
-    """Start one of the clients in Python, below a program that watches it if one is named."""
-    described = PYTHON[name]
-    program = [*before, sys.executable, "-m", "clients.python", name, json.dumps(where)]
-    return Process(described.label, program)
-
-
-def start_deepstream(where: dict[str, Any], folder: Path) -> Process:
-    """Start deepstream's own connectors, from the packages in that folder."""
-    node = shutil.which("node")
-    assert node is not None
-    told = [encode(DOCUMENT).decode(), encode(MESSAGE | {"topic": 5}).decode()]
-    at = [str(folder), where["host"], str(where["port"])]
-    program = [node, str(HERE / "clients" / "deepstream.js"), *at, *told]
-    return Process(label_of(DEEPSTREAM), program, {"NODE_ENV": "production"})
-
-
-def install_deepstream(folder: Path) -> None:
-    """Install the connectors. Raises Absent if there is no Node, or npm can't get them."""
-    if reason := absence_of(DEEPSTREAM):
-        raise Absent(reason)
-    # Otherwise npm would install into a parent folder that has one.
-    (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
-    npm = shutil.which("npm")
-    assert npm is not None
-    quiet = ["--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error"]
-    try:
-        done = subprocess.run(
-            [npm, "install", *quiet, *PACKAGES],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Absent("npm install did not end within 300 s") from None
-    if done.returncode:
-        said = [line for line in done.stdout.splitlines() if "ERR" in line or "error" in line]
-        why = " ".join(said)[:200] or f"code {done.returncode}"
-        raise Absent(f"npm install {' '.join(PACKAGES)} failed: {why}")
-
-
-class Limit:
-    """redis-benchmark: one connection, and a C program that discards the replies."""
-
-    def __init__(self, name: str, where: dict[str, Any], core: int | None) -> None:
-        self._depth, self._records = LIMITS[name]
-        self._core = core
-        at = ["-h", where["host"], "-p", str(where["port"]), "-c", "1", "-P", str(self._depth)]
-        self._command = [_limit_program() or "", *at, "--csv"]
-
-    def measure(self, work: Work, records: int) -> dict[str, float]:
-        """Ask for the same records again and again, in whole pipelines."""
-        requests = max(_LEAST_REQUESTS, round(records / (self._depth * self._records)))
-        requests *= self._depth
-        keys = keys_of(names_of(ORDINARY, RECORDS)[: self._records])
-        with on_core(self._core):
-            done = subprocess.run(
-                [*self._command, "-n", str(requests), "MGET", *keys],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                timeout=PATIENCE_SECONDS,
-            )
-        *_, values = csv.reader(done.stdout.splitlines())
-        return {"records": requests * self._records, "seconds": requests / float(values[1])}
-
-    def close(self) -> None:
-        """Do nothing: nothing is left open."""
-
-
-def _limit_program() -> str | None:
-    return shutil.which("redis-benchmark") or shutil.which("valkey-benchmark")
-
-
-def label_of(name: str) -> str:
-    """Return the name of a client in a table."""
-    if name in LIMITS:
-        depth, records = LIMITS[name]
-        each = "1 record" if records == 1 else f"{records} records"
-        how = f" -P {depth}, {each} a command" if depth > 1 else ""
-        return f"redis-benchmark -c 1{how}"
-    return PYTHON[name].label if name in PYTHON else OTHERS.get(name, name)
-
-
-def absence_of(name: str) -> str:
-    """Return the reason why a client can't take part, or an empty text."""
-    if name in LIMITS:
-        return "" if _limit_program() else "there is no redis-benchmark in PATH"
-    if name == DEEPSTREAM:
-        missing = [program for program in ("node", "npm") if shutil.which(program) is None]
-        return f"there is no {missing[0]} in PATH" if missing else ""
-    try:
-        version_of(name)
-    except importlib.metadata.PackageNotFoundError:
-        package = PYTHON[name].package
-        return f"{package} is not installed: pip install {package}"
-    return ""
-
-
-def version_of(name: str) -> str:
-    """Return the version of a client that can take part."""
-    if name in PYTHON:
-        return PYTHON[name].version
-    return PACKAGES[0].rpartition("@")[2] if name == DEEPSTREAM else ""

@@ -1,4 +1,4 @@
-"""The report of a run, made from the JSON of pytest-benchmark: Markdown and charts."""
+"""The report of a run in Markdown, of the JSON and the histograms that pytest-benchmark made."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import goals
 COSTS = {"client_us": "client µs", "server_us": "server µs", "instructions": "instructions"}
 HIDDEN = {"records_per_second", "records", "label", "version", "target", "work", *COSTS}
 PERCENTILE = re.compile(r"p[\d.]+$")
-GROWTH = re.compile(r"growth: (\w+), ([\d,]+) (records|connections)")
 
 
 def write(folder: Path, reached: Sequence[Sequence[str]], skipped: Mapping[str, str]) -> Path:
-    """Write results.md and its charts beside results.json; return the path of the report."""
+    """Write results.md beside results.json and the histograms; return the path of the report."""
     told = json.loads((folder / "results.json").read_text("utf-8"))
     by_group = {
         title: list(some)
@@ -39,8 +38,8 @@ def write(folder: Path, reached: Sequence[Sequence[str]], skipped: Mapping[str, 
     ]
     if reached:
         lines += ["## Goals", "", *table(goals.HEADER, reached), ""]
-    for path in charts(folder, by_group):
-        lines += [f"![{path.stem}]({path.name})", ""]
+    for path in sorted(folder.glob("*.svg")):
+        lines += [f"![{path.stem}](<{path.name}>)", ""]
     for title, some in by_group.items():
         lines += [f"## {title}", "", *group_table(some), ""]
     report = folder / "results.md"
@@ -73,37 +72,6 @@ def group_table(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def charts(folder: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
-    """Draw the peers as bars, and the growth as lines; return the files."""
-    import pygal
-
-    style = {"js": [], "legend_at_bottom": True, "pretty_print": True}
-    drawn = []
-    grown: dict[str, dict[str, dict[int, float]]] = {}
-    for title, some in groups.items():
-        if title.startswith("peers"):
-            chart = pygal.HorizontalBar(title=f"{title}: records/s", show_legend=False, **style)
-            chart.x_labels = [who(one) for one in some]
-            chart.add("records/s", [round(1 / median(one)) for one in some])
-            drawn.append((re.sub(r"\W+", "-", title), chart))
-        elif match := GROWTH.match(title):
-            operation, number, unit = match.groups()
-            for one in some:
-                name = re.sub(r"^(\w{3}-)?\d+-", "", who(one))
-                lines = grown.setdefault(f"{operation} by {unit}", {})
-                lines.setdefault(name, {})[int(number.replace(",", ""))] = median(one) * 1e6
-    for title, lines in grown.items():
-        chart = pygal.Line(title=f"{title}: µs a record", logarithmic=True, **style)
-        across = sorted({x for line in lines.values() for x in line})
-        chart.x_labels = [f"{x:,}" for x in across]
-        for name, line in lines.items():
-            chart.add(name, [line.get(x) for x in across])
-        drawn.append((re.sub(r"\W+", "-", f"growth {title}"), chart))
-    for name, chart in drawn:
-        chart.render_to_file(str(folder / f"{name}.svg"))
-    return [folder / f"{name}.svg" for name, _ in drawn]
 
 
 def who(benchmark: Mapping[str, Any]) -> str:

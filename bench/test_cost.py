@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 import callgrind
-from clients.peers import OURS
 from clients.work import RECORDS, Work
 from contest import Row, contest, grouped, replay, rows
+from contestants import OURS
 
 WATCHED = ("fast", "pure", "redis-py", "coredis")
 WORKS = {
@@ -48,8 +48,7 @@ def instructions(
     def count(row: Row) -> float:
         if row.client not in clients:
             folder = tmp_path_factory.mktemp("callgrind")
-            where = stage.where(row.target)
-            client = stage.fresh(row.client, where, callgrind.command(folder))
+            client = stage.fresh(row.client, row.target, callgrind.command(folder))
             clients[row.client] = client, folder
             stack.callback(client.close)
         client, folder = clients[row.client]
@@ -91,7 +90,7 @@ def test_memory(benchmark: Any, stage: Any, client: str) -> None:
     bulk = Work("get_many", size=count, decode=False)
     stage.store(bulk)
     facts: dict[str, float] = {}
-    with closing(stage.fresh(client, stage.where("server"))) as process:
+    with closing(stage.fresh(client)) as process:
         facts["peak_bytes"] = process.ask("peak", bulk)["bytes"] / count
         sample = process.measure(bulk, count)
         for name, decode in (("kept_bytes", False), ("decoded_bytes", True)):
@@ -104,7 +103,7 @@ def test_memory(benchmark: Any, stage: Any, client: str) -> None:
 
 
 def in_flight(stage: Any, client: str, count: int) -> dict[str, float]:
-    with closing(stage.fresh(client, stage.where("server"))) as process:
+    with closing(stage.fresh(client)) as process:
         process.measure(Work("get", 100, decode=False), RECORDS)
         work = Work("get", decode=False, size=count)
         stage.server.pause()

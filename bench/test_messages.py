@@ -12,7 +12,7 @@ from typing import Any
 from clients.messages import WINDOW
 from clients.work import Work
 from contest import Row, contest, rows
-from processes import DEEPSTREAM
+from contestants import DEEPSTREAM
 
 NODES = ("fast-node", "pure-node")
 TASKS = Work("messages", 100)

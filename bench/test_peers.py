@@ -11,7 +11,7 @@ from typing import Any
 
 from clients.work import RECORDS, Work
 from contest import Row, contest, rows
-from processes import DEEPSTREAM
+from contestants import DEEPSTREAM
 
 TASKS = 100
 MANY_TASKS = 1000

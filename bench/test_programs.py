@@ -2,7 +2,7 @@
 
 An ``update`` reads, decodes, changes and encodes a record, and writes it under the version read.
 No other client writes, so that each succeeds at once. Each round of ``watch`` writes 10,000
-records, and ends when their changes were heard.
+records, and ends when their changes were heard. ``redis-cli --scan`` prints the versions' keys.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from clients.work import CHANGED, WRITTEN, Work
 from contest import Row, contest, rows
+from contestants import SCAN
 
 OURS = ("fast", "pure")
 TASKS = {"one": 1, "many": 100}
@@ -67,11 +68,20 @@ def test_replace(race: Any, row: Row) -> None:
     race(row)
 
 
-@contest({"programs: scan of all names": rows((*OURS, "redis-py"), Work("scan", decode=False))})
+@contest(
+    {"programs: scan of all names": rows((*OURS, "redis-py", SCAN), Work("scan", decode=False))}
+)
 def test_scan(race: Any, row: Row) -> None:
     race(row)
 
 
-@contest({"programs: watch": rows(OURS, Work("watch", kind=WRITTEN, if_newer=True))})
+@contest(
+    {
+        "programs: watch": rows(OURS, Work("watch", kind=WRITTEN, if_newer=True)),
+        "programs: from a write to its event": rows(
+            OURS, Work("hear", kind=WRITTEN, if_newer=True), "alone"
+        ),
+    }
+)
 def test_watch(race: Any, row: Row) -> None:
     race(row)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.metadata
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import dscache
 from clients import messages
 from clients.work import (
+    DOCUMENT,
     KINDS,
     ORDINARY,
+    PATIENCE_SECONDS,
     RECORDS,
     VERSION,
     Work,
@@ -31,8 +33,6 @@ from clients.work import (
     names_of,
 )
 
-# A busy machine may stop a benchmark for a while, which is no error.
-PATIENCE_SECONDS = 600
 MOST_CONNECTIONS = 100_000
 MOST_KEPT = 100_000
 TTL_SECONDS = 3600
@@ -571,6 +571,44 @@ class Cashews(_Json):
         self.get, self.close = cache.get, cache.close
 
 
+class Store:
+    """A store of py-key-value, which keeps values of its own under the names of records."""
+
+    blocking: ClassVar[bool] = False
+
+    def __init__(self, connect: Callable[[str], Any]) -> None:
+        self._connect = connect
+
+    async def open(self, where: dict[str, Any]) -> None:
+        self._store = await self._connect(f"redis://{where['host']}:{where['port']}").__aenter__()
+        self.get, self.get_many = self._store.get, self._store.get_many
+        await self.set_many(names_of(ORDINARY))
+
+    def prepare(self, work: Work) -> None:
+        self._ttl = work.ttl
+
+    def set(self, name: str) -> Any:
+        return self._store.put(name, DOCUMENT, ttl=self._ttl)
+
+    async def set_many(self, names: Sequence[str]) -> None:
+        await self._store.put_many(names, [DOCUMENT] * len(names))
+
+    async def close(self) -> None:
+        await self._store.__aexit__(None, None, None)
+
+
+def record_store(url: str, **options: Any) -> Any:
+    from dscache.key_value import RecordStore
+
+    return RecordStore(url, **options)
+
+
+def redis_store(url: str) -> Any:
+    from key_value.aio.stores.redis import RedisStore
+
+    return RedisStore(url=url)
+
+
 # -- all of them
 
 
@@ -583,11 +621,6 @@ class Python:
     package: str = "dscache"
     """Its name for pip; without it the client is left out, and the run says so."""
     uvloop: bool = True
-
-    @property
-    def version(self) -> str:
-        """Return its version. Raises PackageNotFoundError if it isn't installed."""
-        return importlib.metadata.version(self.package)
 
 
 PYTHON: dict[str, Python] = {
@@ -607,6 +640,14 @@ PYTHON: dict[str, Python] = {
     ),
     "fast-node": Python("dscache.MessageNode", lambda: messages.Nodes("fast")),
     "pure-node": Python("dscache.MessageNode, pure core", lambda: messages.Nodes("pure")),
+    "record-store": Python("dscache's RecordStore", lambda: Store(record_store)),
+    "record-store-near": Python(
+        "dscache's RecordStore, near cache",
+        lambda: Store(partial(record_store, prefix="near/", near_cache=True)),
+    ),
+    "redis-store": Python(
+        "py-key-value's RedisStore", lambda: Store(redis_store), "py-key-value-aio"
+    ),
     "empty": Python("an empty coroutine", Empty),
     "redis-py": Python("redis-py asyncio", RedisPy, "redis"),
     "redis-py-pipelined": Python("redis-py asyncio, pipeline", RedisPyPipelined, "redis"),
@@ -646,4 +687,3 @@ PYTHON: dict[str, Python] = {
         "django-vcache, near cache, one key", VcacheOneKey, "django-vcache"
     ),
 }
-OURS = tuple(name for name, one in PYTHON.items() if one.package == "dscache")

@@ -308,6 +308,17 @@ class Worker:
                 await writing
             return sample.end(times * len(names))
 
+    async def _hear(self, peer: Any, work: Work, records: int) -> dict[str, float]:
+        async with peer.watch(f"{KINDS[work.kind].folder}/") as changes:
+            sample = Sample()
+            for name in islice(cycle(self.names(work)), records):
+                writing = asyncio.ensure_future(peer.set(name))
+                async for change in changes:
+                    if change.name == name:
+                        break
+                await writing
+            return sample.end(records)
+
     async def _latency(self, peer: Any, work: Work, records: int) -> dict[str, Any]:
         """Time operations that start at times drawn beforehand, regardless of their results."""
         if not self._highest:

@@ -32,6 +32,8 @@ MESSAGE = {
     "name": "news/europe",
     "data": {"headline": "Analytic engine", "authors": ["Ada", "Charles"], "score": 12.25},
 }
+# A busy machine may stop a benchmark for a while, which is no error.
+PATIENCE_SECONDS = 600
 VERSION = 1
 RECORDS = 1000
 CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
@@ -97,7 +99,8 @@ class Work:
     a thousand records again and again), popular (tasks read them by Zipf's law), latency,
     messages, fetch (hits), read (a get in a method, as that of fetch), update, rewrite (a get and
     then a set), replace (a set whose if_version is the version that is there), scan (all names),
-    watch (changes that are written meanwhile)."""
+    watch (changes that are written meanwhile), hear (a write, until its change is heard), export
+    (a bulk of all records, into a file)."""
     tasks: int = 1
     """The number of tasks at a time; each does one record, or bulk, after the other."""
     size: int = RECORDS
@@ -116,11 +119,11 @@ class Work:
 
     @property
     def is_bulk(self) -> bool:
-        return self.operation.endswith("_many")
+        return self.operation.endswith("_many") or self.operation == "export"
 
     @property
     def reads(self) -> bool:
-        return "set" not in self.operation and self.operation not in ("messages", "watch")
+        return "set" not in self.operation and self.operation not in ("messages", "watch", "hear")
 
     @property
     def least(self) -> int:

@@ -48,10 +48,12 @@ class Primaries:
 
         Raises ConnectionLost.
         """
+        if self._by_slot is None:
+            return await self.all[0].server.execute_many(*(command for _, command in commands))
         slot = _backend.core.slot_of_key
         by_server: dict[ControlConnection, list[int]] = {}
         for number, (key, _) in enumerate(commands):
-            owner = self._by_slot[slot(key)] if self._by_slot else self.all[0]
+            owner = self._by_slot[slot(key)]
             by_server.setdefault(owner.server, []).append(number)
         replies: dict[int, Reply] = {}
 

@@ -348,12 +348,20 @@ async def request_greeting(link: SocketProtocol, *commands: Sequence[Word]) -> l
 
 async def _answered(link: SocketProtocol, waiters: list[asyncio.Future[Any]]) -> list[Any]:
     """Return the replies, or raise the reason for which the socket was lost before the last."""
-    gathered = asyncio.gather(*waiters, return_exceptions=True)
-    either: list[asyncio.Future[Any]] = [gathered, link.lost]
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if not gathered.done():
-        raise link.lost.result()
-    replies = gathered.result()
+    try:
+        # Replies come in order, and the last one tells that all are there. An export asks for
+        # thousands at a time, of which ``gather`` would note each.
+        either: list[asyncio.Future[Any]] = [waiters[-1], link.lost]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not waiters[-1].done():
+            raise link.lost.result()
+        replies = [one.exception() or one.result() for one in waiters]
+    except BaseException:
+        for waiter in waiters:
+            # Its reply is dropped, and an error that nothing reads isn't reported as unseen.
+            if not waiter.cancel() and not waiter.cancelled():
+                waiter.exception()
+        raise
     for reply in replies:
         if isinstance(reply, BaseException) and not isinstance(reply, ReplyError):
             raise reply

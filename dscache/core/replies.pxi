@@ -49,6 +49,8 @@ cdef int answer(Pipeline pipeline, reply) except -1:
     elif batch.kind >= READ_KEY:
         answer_key(pipeline, batch, reply)
     else:
+        if type(reply) is int and reply == WRITTEN:
+            reply = [WRITTEN] * count
         answer_script(pipeline, batch, count, check_array(pipeline, reply, count, "the set script"))
     pipeline.slots.popleft()
     pipeline.settled += 1

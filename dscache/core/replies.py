@@ -281,6 +281,8 @@ def answer_set(pipeline: Pipeline, batch: Batch, count: int, done: bool, reply: 
 
 
 def answer_script(pipeline: Pipeline, batch: Batch, count: int, reply: Any) -> None:
+    if type(reply) is int and reply == c.WRITTEN:
+        reply = [c.WRITTEN] * count
     check_array(pipeline, reply, count, "the set script")
     bulk = batch.bulk
     settled = 0

@@ -288,21 +288,32 @@ cdef class _Encoder:
                 self._put_bytes((<_Command>PyList_GET_ITEM(batch.entries, i)).text)
         else:
             self._put_asking(asking)
-            self._put_script(batch, count)
-            for i in range(first, last):
-                self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
-            for i in range(first, last):
-                self._put_arguments(<_Write>PyList_GET_ITEM(batch.entries, i), i < batch.repeated)
+            self._put_script(batch, first, last)
         return count
 
-    cdef int _put_script(self, _Batch batch, Py_ssize_t count) except -1:
+    cdef int _put_script(self, _Batch batch, Py_ssize_t first, Py_ssize_t last) except -1:
+        """Append the call of the script for some records, with their keys and arguments."""
+        cdef Py_ssize_t count = last - first
+        cdef bint is_shared = have_one_guard(batch, first, last)
+        cdef Py_ssize_t words = 3 + (4 * count + 2 if is_shared else 6 * count)
+        cdef _Write write
+        cdef Py_ssize_t i
         if batch.whole_script:
-            self._put_header(3 + 6 * count, b"$4\r\nEVAL\r\n")
+            self._put_header(words, b"$4\r\nEVAL\r\n")
             self._put_text(scripts.SET_SCRIPT)
         else:
-            self._put_header(3 + 6 * count, b"$7\r\nEVALSHA\r\n")
+            self._put_header(words, b"$7\r\nEVALSHA\r\n")
             self._put_text(scripts.SET_SCRIPT_SHA)
         self._put_number(2 * count)
+        for i in range(first, last):
+            self._put_keys(<str>PyList_GET_ITEM(batch.names, i))
+        for i in range(first, last):
+            write = <_Write>PyList_GET_ITEM(batch.entries, i)
+            self._put_number(write.version)
+            self._put_text(write.text)
+            if not is_shared or i == last - 1:
+                self._put_number(write.ttl)
+                self._put_text(sent_guard(write, i < batch.repeated))
         return 0
 
     cdef int _put_record(self, str name, _Write write) except -1:
@@ -312,16 +323,6 @@ cdef class _Encoder:
         self._put_number(write.version)
         self._put_key_of_data(start, size)
         self._put_text(write.text)
-        return 0
-
-    cdef int _put_arguments(self, _Write write, bint repeated) except -1:
-        self._put_number(write.version)
-        self._put_text(write.text)
-        self._put_number(write.ttl)
-        if repeated and write.guard is not UNGUARDED:
-            self._put_text(condition.repeat_of(write.guard))
-        else:
-            self._put_text(write.guard)
         return 0
 
     cdef int _put_keys(self, str name) except -1:
@@ -410,3 +411,23 @@ cdef class _Encoder:
         self._out = out
         self._capacity = capacity
         return 0
+
+
+cdef bint have_one_guard(_Batch batch, Py_ssize_t first, Py_ssize_t last) except -1:
+    """Return whether some records of a batch have the same ttl and the same guard."""
+    cdef _Write write = <_Write>PyList_GET_ITEM(batch.entries, first)
+    cdef long long ttl = write.ttl
+    cdef bytes guard = sent_guard(write, first < batch.repeated)
+    cdef Py_ssize_t i
+    for i in range(first + 1, last):
+        write = <_Write>PyList_GET_ITEM(batch.entries, i)
+        if write.ttl != ttl or sent_guard(write, i < batch.repeated) != guard:
+            return False
+    return True
+
+
+cdef bytes sent_guard(_Write write, bint repeated):
+    """Return the guard of a record, which in a repeat is another one."""
+    if repeated and write.guard is not UNGUARDED:
+        return condition.repeat_of(write.guard)
+    return write.guard

@@ -8,7 +8,7 @@ import hiredis
 
 from . import constants as c
 from . import scripts
-from .batch import Batch
+from .batch import Batch, Write
 from .condition import repeat_of
 from .keys import KeyLayout
 
@@ -107,10 +107,20 @@ class Encoder(KeyLayout):
             if batch.whole_script
             else (b"EVALSHA", scripts.SET_SCRIPT_SHA)
         )
+        lifetimes_and_guards = [
+            (b"%d" % write.ttl, _sent_guard(write, repeated=i < batch.repeated))
+            for i, write in enumerate(entries, first)
+        ]
+        is_shared = len(set(lifetimes_and_guards)) == 1
         arguments: list[bytes] = []
-        for i, write in enumerate(entries, first):
-            guard = write.guard
-            if i < batch.repeated and guard != c.UNGUARDED:
-                guard = repeat_of(guard)
-            arguments += (b"%d" % write.version, write.text, b"%d" % write.ttl, guard)
+        for write, own in zip(entries, lifetimes_and_guards, strict=True):
+            arguments += (b"%d" % write.version, write.text)
+            if not is_shared:
+                arguments += own
+        if is_shared:
+            arguments += lifetimes_and_guards[0]
         return ask + pack((*how, count, *keys, *arguments)), last - first
+
+
+def _sent_guard(write: Write, *, repeated: bool) -> bytes:
+    return repeat_of(write.guard) if repeated and write.guard != c.UNGUARDED else write.guard

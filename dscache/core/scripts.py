@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-# KEYS: _v, _d of each record. ARGV: version, data, ttl in seconds or 0, guard. Without data, the
-# record is removed. A command has guards for all its records or for none, and no name twice.
+# KEYS: _v, _d of each record. ARGV: version, data of each record; behind these the ttl in seconds,
+# or 0, and the guard of all. If they differ between records, each has its own behind its data.
+# Without data, the record is removed. A command has guards for all its records or for none, and no
+# name twice. The answer is 1 if all were written or removed, else that of each record.
 # A call of a command costs the script as much as all else for a record. So one MGET reads the
-# versions, and one MSET writes what has no ttl: in place of five to six times the processor time of
-# MSET, a guarded write takes three, of which 2.5 are a script that does nothing but MSET. Only
-# records that aren't plainly older are looked at one by one.
+# versions, and one MSET writes what has no ttl. Each further text costs it a tenth of MSET. Only
+# records that aren't plainly older are looked at one by one; an anchored pattern finds that all are
+# digits in a third of the time of a search for something else.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
@@ -54,27 +56,30 @@ local function check(k, version, data, guard)
 end
 local keys, arguments = KEYS, ARGV
 local records = #keys / 2
+local each = #arguments == #keys + 2 and 2 or 4
+local ttl, guard = arguments[#arguments - 1], arguments[#arguments]
 local stored = {}
 local plain = false
-if arguments[4] ~= '0' then
+if guard ~= '0' then
   for i = 1, records do stored[i] = keys[2 * i - 1] end
   stored = redis.pcall('MGET', unpack(stored))
   local all, text = pcall(table.concat, stored)
-  plain = not stored.err and all and not string.find(text, '%D')
+  plain = not stored.err and all and string.find(text, '^%d+$')
 end
 local parts, n = {}, 0
 for i = 1, records do
-  local k, a = 2 * i - 1, 4 * i - 3
+  local k, a = 2 * i - 1, each * (i - 1) + 1
   local version, data = arguments[a], arguments[a + 1]
-  local ttl, guard = arguments[a + 2], arguments[a + 3]
+  if each == 4 then ttl, guard = arguments[a + 2], arguments[a + 3] end
   local answer = 1
   if guard ~= '0' then
     local old = stored[i]
     if not (
-      plain and (guard == '1' or guard == '2') and old >= '1'
+      plain and (guard == '1' or guard == '2') and old ~= ''
       and (#old < #version or (#old == #version and old < version))
     ) then
       answer = check(k, version, data, guard)
+      if answer ~= 1 then answers[i] = answer end
     end
   end
   if answer == 1 then
@@ -89,9 +94,10 @@ for i = 1, records do
       redis.call('SET', keys[k + 1], data, 'PXAT', at)
     end
   end
-  answers[i] = answer
 end
 if n > 0 then redis.call('MSET', unpack(parts)) end
+if not next(answers) then return 1 end
+for i = 1, records do answers[i] = answers[i] or 1 end
 return answers
 """
 

@@ -106,8 +106,9 @@ def packed(pipeline: Pipeline, commands: Iterable[Iterable[Word]], waiters: list
 
     def texts() -> Iterator[bytes]:
         for command in commands:
-            words = (word.reveal() if isinstance(word, Hidden) else word for word in command)
-            text, waiter = pipeline.command(*words)
+            text, waiter = pipeline.command(
+                *[word.reveal() if isinstance(word, Hidden) else word for word in command]
+            )
             waiters.append(waiter)
             yield text
 

@@ -95,6 +95,15 @@ def record(name: str, version: int, data: bytes = b"1") -> list[bytes]:
             Op("set", "a", (3, [1]), {"ttl": 60, "if_newer": True}),
             [[b"EVALSHA", scripts.SET_SCRIPT_SHA, b"2", b"a_v", b"a_d", b"3", b"[1]", b"60", b"1"]],
         ),
+        (
+            Op("set_bulk", {"a": (3, 1), "b": (4, 2)}, (), {"ttl": 60, "if_newer": True}),
+            [
+                [
+                    *(b"EVALSHA", scripts.SET_SCRIPT_SHA, b"4", b"a_v", b"a_d", b"b_v", b"b_d"),
+                    *(b"3", b"1", b"4", b"2", b"60", b"1"),
+                ],
+            ],
+        ),
         (Op("delete", "a"), [[b"DEL", b"a_v", b"a_d"]]),
         (Op("get_bulk", ["a", "b", "a"]), [[b"MGET", b"a_v", b"a_d", b"b_v", b"b_d"]]),
         (
@@ -117,6 +126,18 @@ def record(name: str, version: int, data: bytes = b"1") -> list[bytes]:
 def test_commands(exchange: Exchange, operation: Operation, sent: list[list[bytes]]) -> None:
     exchange.issue(operation)
     assert exchange.take() == sent
+
+
+def test_records_of_one_command_with_other_lifetimes_have_their_own(exchange: Exchange) -> None:
+    exchange.issue(
+        Op("set", "a", (3, 1), {"ttl": 60, "if_newer": True}),
+        Op("set", "b", (4, 2), {"ttl": 7, "if_newer": True}),
+    )
+    [command] = exchange.take()
+    assert command[2:] == [
+        *(b"4", b"a_v", b"a_d", b"b_v", b"b_d"),
+        *(b"3", b"1", b"60", b"1", b"4", b"2", b"7", b"1"),
+    ]
 
 
 def test_msetex_replaces_the_script_where_the_server_has_it(core: Any) -> None:

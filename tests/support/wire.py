@@ -342,11 +342,19 @@ class ModelServer:
     def _run_script(self, count: bytes, *rest: bytes) -> Any:
         number = int(count)
         keys, arguments = rest[:number], rest[number:]
-        assert len(arguments) == 2 * number
-        return self._refuse(*keys) or [
-            self._run_one(*keys[2 * i : 2 * i + 2], *arguments[4 * i : 4 * i + 4])
-            for i in range(number // 2)
+        if refusal := self._refuse(*keys):
+            return refusal
+        if len(arguments) == number + 2:  # the last two are of all records
+            *arguments, ttl, guard = arguments
+            writes = [(*arguments[i : i + 2], ttl, guard) for i in range(0, number, 2)]
+        else:
+            assert len(arguments) == 2 * number
+            writes = [arguments[i : i + 4] for i in range(0, 2 * number, 4)]
+            assert len({write[2:] for write in writes}) > 1
+        answers = [
+            self._run_one(*keys[2 * i : 2 * i + 2], *write) for i, write in enumerate(writes)
         ]
+        return answers if set(answers) != {c.WRITTEN} else c.WRITTEN
 
     def _run_one(
         self,
