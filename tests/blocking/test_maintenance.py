@@ -103,7 +103,8 @@ def test_move_under_load(stage: Stage, redis: Any, near: bool, named: bool) -> N
                 for _ in range(2):
                     stage.push(b"MOVING", 1, 10, behind.address, by=before)
                 until(lambda: behind.served > 20 and not before.connections)
-                assert before.accepted == accepted
+                # One for each thread, and the link of the near cache: none was made anew.
+                assert before.accepted <= THREADS + near
             else:
                 stage.push(b"MOVING", 1, 1, None, by=before)
                 until(lambda: before.accepted >= accepted + THREADS)
