@@ -70,7 +70,7 @@ build: $(VENV)/.installed-demo $(BUILT)
 demo: $(VENV)/.installed-demo $(BUILT)
 	$(PY) examples/demo.py $(ARGS)
 
-# conftest.py chooses the number of processes, three on two cores. A process that crashes isn't
+# conftest.py chooses the number of processes, two a core. A process that crashes isn't
 # restarted and fails the run. ARGS='-n 0' runs everything in one, where a debugger and -s work.
 # The tests of proxies need twemproxy. Where apt-get has it, it is unpacked, not installed; elsewhere
 # those tests are skipped, and the report's header says so.

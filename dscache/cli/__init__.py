@@ -61,13 +61,14 @@ def _print_version() -> None:
 
 def _imported_app() -> Callable[[], object]:
     try:
-        from .app import app
+        from .app import make_app
+
+        return make_app(sys.argv[1:])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:
             raise
         _fail(f"the command line needs {missing}; install it with: pip install 'dscache[cli]'")
-    return app
 
 
 class OutputError(Exception):

@@ -965,6 +965,30 @@ def test_a_killed_loader_is_replaced_once(
     assert redis.get("loads") == b"2"
 
 
+def test_a_ring_over_processes_fails_in_all_of_them(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    kinds = {"a": "async", "b": "blocking", "c": "async"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.programs.ring", kind, server.url, name, following, "3"],
+            env={**os.environ, "DSCACHE_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for (name, kind), following in zip(kinds.items(), "bca", strict=True)
+    ]
+    try:
+        causes = [json.loads(one.communicate(timeout=PATIENCE)[0]) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
+    assert all(causes), "a load in the ring has ended without an error"
+    assert "fetches a record whose load fetches this one" in str(causes)
+    assert not redis.exists("a_v", "b_v", "c_v")
+
+
 # -- many names
 
 

@@ -400,15 +400,16 @@ async def test_an_abandoned_operation_logs_nothing(
             ]
             return issued
 
+        # A machine may be so busy that an operation fails before it is abandoned.
         for ticks in range(4):
             whole = asyncio.gather(*issue())
             for _ in range(ticks):
                 await asyncio.sleep(0)
             whole.cancel()
-            with pytest.raises(asyncio.CancelledError):
+            with pytest.raises((asyncio.CancelledError, dscache.DscacheError)):
                 await whole
             for future in issue():
-                with pytest.raises(TimeoutError):
+                with pytest.raises((TimeoutError, dscache.DscacheError)):
                     await asyncio.wait_for(future, 0.001 * ticks)
         with pytest.raises(dscache.DscacheError):
             await asyncio.gather(*issue())  # the others fail later

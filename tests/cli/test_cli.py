@@ -27,7 +27,7 @@ from dscache.admin.cluster_report import ClusterReport, NodeReport
 from dscache.admin.cluster_survey import survey
 from dscache.cli import cluster as cluster_command
 from dscache.cli import settings
-from dscache.cli.app import app
+from dscache.cli.app import make_app
 from dscache.config import Config, load
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles
 from dscache.errors import DscacheError
@@ -36,6 +36,7 @@ from tests.support.commands import PATIENCE, invoke, plain, run, run_on_terminal
 from tests.support.documents import PROJECT, code, prose, section, table
 
 DOCUMENT = PROJECT / "docs" / "cli.md"
+COMMANDS = get_group(make_app()).commands
 PASSWORD = "pass@word"
 IN_URL = "pass%40word"
 # An address without a listener.
@@ -602,14 +603,41 @@ def test_the_package_names_its_command() -> None:
     assert needed == {"typer", "rich"}
 
 
-@pytest.mark.parametrize("name", ["", *sorted(get_group(app).commands)])
+@pytest.mark.parametrize("name", ["", *sorted(COMMANDS)])
 def test_help(name: str) -> None:
     done = invoke(*([name] if name else []), "--help")
     assert (done.status, done.err) == (0, "")
     assert "│" not in done.out  # no frames in a pipe
-    wanted = {"--config FILE", "--url URL", "--json"} if name else set(get_group(app).commands)
+    wanted = {"--config FILE", "--url URL", "--json"} if name else set(COMMANDS)
     for one in wanted:
         assert one in done.out
+
+
+# The words without which a command would use a Redis; the others read names, or need nothing.
+INCOMPLETE = {
+    "set": (("a",), "a name needs a version and data"),
+    "edit": ((), "NAME"),
+    "diff": ((), "OTHER"),
+    "export": ((), "FILE"),
+    "import": ((), "FILE"),
+    "migrate": ((), "--to"),
+    "get": (("--watch",), "--watch needs the names as arguments"),
+}
+WITHOUT_ARGUMENTS = {"bench", "cluster", "delete", "doctor", "head", "ls", "top", "watch"}
+
+
+def test_the_arguments_of_every_command_are_tested() -> None:
+    assert {*INCOMPLETE} | WITHOUT_ARGUMENTS == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_missing_argument_is_named(name: str) -> None:
+    words, missing = INCOMPLETE[name]
+    done = invoke(name, *words, "--url", NOBODY)
+    assert (done.status, done.out) == (2, "")
+    told = " ".join(done.err.split())
+    assert f"dscache {name} " in told.partition(" Try ")[0]
+    assert missing in told.partition(" Error: ")[2]
 
 
 @pytest.mark.parametrize("columns", [60, 130])
@@ -784,13 +812,29 @@ def test_many_ranges_are_shortened_and_control_characters_removed() -> None:
     assert report.nodes[0].slot_count == 10
 
 
+def test_a_command_is_imported_alone() -> None:
+    # The imports of all take longer than most commands run.
+    code = """
+import sys
+from dscache.cli.app import make_app
+make_app(["get", "doctor"])
+print(*sorted(name for name in sys.modules if name.startswith(("dscache.admin.doctor", "redis"))))
+make_app(["--version"])
+print("dscache.admin.doctor" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.stdout, done.stderr) == ("\nTrue\n", "")
+
+
 def test_an_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
         raise DscacheError("ERR \x1b[2J\nboo")
 
-    monkeypatch.setattr("dscache.cli.app.app", fail)
+    monkeypatch.setattr("dscache.cli.app.make_app", lambda words: fail)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == "dscache: ERR  [2J boo"
@@ -822,7 +866,7 @@ def test_every_option_is_documented() -> None:
     assert shared == set(SHARED)
     documented: dict[str, set[str]] = {}
     given: dict[str, set[str]] = {}
-    for name, command in get_group(app).commands.items():
+    for name, command in COMMANDS.items():
         options = {
             word for one in command.params if one.param_type_name == "option" for word in one.opts
         }
@@ -840,7 +884,7 @@ def test_every_command_is_documented() -> None:
     told = {
         name for row in re.findall(r"^\| \[(.+?)\]\(#", prose(DOCUMENT), re.M) for name in code(row)
     }
-    assert told == set(get_group(app).commands)
+    assert told == set(COMMANDS)
 
 
 def test_every_key_is_documented() -> None:

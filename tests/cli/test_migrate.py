@@ -373,6 +373,19 @@ def test_a_terminal(url: Url, client: redis_py.Redis) -> None:
     ]
 
 
+@pytest.mark.parametrize(("typed", "status"), [(b"n\n", 1), (b"y\n", 0)])
+def test_a_terminal_is_asked_before_keys_are_removed(
+    typed: bytes, status: int, url: Url, client: redis_py.Redis
+) -> None:
+    fill(url, DEEPSTREAM, ["a"])
+    before = sorted(client.keys())
+    done, written = run_on_terminal("migrate", "--to", "hashtag", *url, typed=typed)
+    assert done == status, written
+    question = f"Move all records at {url[1].removeprefix('redis://')} to the hashtag layout, "
+    assert f"{question}and remove their old keys? [y/N]" in plain(written)
+    assert (sorted(client.keys()) == before) == bool(status)
+
+
 @pytest.mark.parametrize("words", [(), ("--to", "sideways")])
 def test_a_wrong_command_line(words: tuple[str, ...]) -> None:
     done = invoke("migrate", *words, "--url", "127.0.0.1:1")

@@ -16,7 +16,7 @@ import redis as redis_py
 from typer.main import get_group
 
 from dscache import cli
-from dscache.cli.app import app
+from dscache.cli.app import make_app
 from dscache.embedded import EmbeddedServer
 from tests.conftest import BY_AGE, SERVERS, _server_id
 from tests.support.clusters import ClusterGroup
@@ -128,7 +128,7 @@ def result_of(name: str, stdout: int, cwd: Path, url: str) -> tuple[int, str]:
 
 def test_every_command_is_here() -> None:
     named = {words[0] for words in COMMANDS.values() if not words[0].startswith("-")}
-    assert named == set(get_group(app).commands)
+    assert named == set(get_group(make_app()).commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,7 +19,7 @@ import pytest
 import redis as redis_py
 from typer.main import get_group
 
-from dscache.cli.app import app
+from dscache.cli.app import make_app
 from dscache.embedded import EmbeddedServer
 from tests.support.commands import PATIENCE
 from tests.support.stalling import stalling
@@ -124,7 +124,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 def test_every_command_is_here() -> None:
     commands = {one.partition(" ")[0] for one in AT_WORK}
-    assert commands == set(get_group(app).commands)
+    assert commands == set(get_group(make_app()).commands)
 
 
 @pytest.mark.parametrize(("name", "number"), alternately(AT_WORK, signal.SIGTERM, signal.SIGHUP))

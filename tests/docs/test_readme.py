@@ -26,7 +26,7 @@ from typer.main import get_group
 
 import dscache
 from dscache import _backend, _fast, config
-from dscache.cli.app import app
+from dscache.cli.app import make_app
 from dscache.config import messages as message_config
 from dscache.embedded import EmbeddedServer
 from tests.support.documents import DOCUMENTS, PROJECT, Block, blocks
@@ -236,7 +236,7 @@ def check_dscache(words: list[str], folder: Path) -> None:
     if name == "--version":
         assert run(folder, sys.executable, "-m", "dscache", name).startswith("dscache ")
         return
-    get_group(app).commands[name].make_context(name, arguments)
+    get_group(make_app()).commands[name].make_context(name, arguments)
 
 
 CHECKS: dict[str, Callable[[list[str], Path], None]] = {

@@ -423,7 +423,10 @@ def test_the_workflows_name_existing_targets() -> None:
         for step in (step for job in jobs.values() for step in job["steps"]):
             assert step.keys() & {"uses", "run"}
             words = step.get("run", "").split()
-            if words[:1] == ["make"]:
+            if words == ["make", "${{", "matrix.target", "}}"]:
+                (alone,) = (job for job in jobs.values() if step in job["steps"])
+                assert set(alone["strategy"]["matrix"]["target"]) <= set(targets.split())
+            elif words[:1] == ["make"]:
                 assert words[1] in targets.split()
             elif words[:1] == [".ci/run"]:
                 assert (PROJECT / ".ci" / "run").stat().st_mode & 0o100
@@ -431,6 +434,68 @@ def test_the_workflows_name_existing_targets() -> None:
         "ci.yml",
         "release.yml",
     }
+
+
+ALONE = ("demo", "test", "docs", "lint", "bench-smoke", "instructions", "wheel")
+# The packages of tools whose names differ.
+PACKAGES = {"mypy.stubtest": "mypy"}
+
+
+def test_the_continuous_integration_runs_targets_alone() -> None:
+    """The targets of the README, each in a checkout of its own; ``test`` comes first in .ci/run."""
+    workflow = PROJECT / ".github" / "workflows" / "ci.yml"
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    alone = jobs["alone"]["strategy"]["matrix"]["target"]
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^make (\S+)", readme, re.MULTILINE)
+    assert {*named, "bench-smoke"} <= {*alone, "test"}
+    script = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"^make (\S+)", script, re.MULTILINE)[0] == "test"
+
+
+@pytest.mark.parametrize("target", ALONE)
+def test_a_target_installs_what_it_runs(target: str, tmp_path: Path) -> None:
+    """In a fresh clone: make tells its commands without running them."""
+    clone = copy_sources(tmp_path / "clone")
+    (clone / "bench").mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["make", "-n", "-f", str(PROJECT / "Makefile"), target, f"PYTHON={sys.executable}"],
+        cwd=clone,
+        env={
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VENV")
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    at = {line: number for number, line in reversed([*enumerate(lines)])}
+    (created,) = [at[line] for line in at if "-m venv --clear .venv" in line]
+    installed = {
+        extra: at[line] for line in at for extra in re.findall(r"-e '\.\[([\w,]+)\]'", line)
+    }
+    assert installed
+    assert min(installed.values()) > created
+    extras = project()["project"]["optional-dependencies"]
+
+    def packages(names: str) -> set[str]:
+        """Return the packages of some extras, with those of the extras that they name."""
+        found: set[str] = set()
+        for one in names.split(","):
+            for needed in extras[one]:
+                if own := re.fullmatch(r"dscache\[([\w,]+)\]", needed):
+                    found |= packages(own[1])
+                else:
+                    found.add(re.split(r"[\[<>=;! ]", needed)[0].lower())
+        return found
+
+    here = set().union(*(packages(names) for names in installed))
+    for line, number in at.items():
+        for tool in re.findall(r"\.venv/bin/python -m ([\w.]+)", line):
+            if tool not in ("pip", "build"):
+                assert number > max(installed.values()), line
+            if tool != "pip":
+                assert PACKAGES.get(tool, tool.split(".")[0]) in here, f"{target}: {line}"
 
 
 def test_a_commit_is_checked_by_what_make_lint_runs() -> None:

@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "storm": {"operations": 6000, "delays": (0.0, 0.02, 0.2)},
     "blackhole": {"seconds": 3.0},
     "freeze": {"seconds": 1.5},
-    "cut": {"step": 1},
+    "cut": {"step": 3},
     "fuzz": {"replies": 20_000},
     "mutations": {"cases": 5000},
     "failover": {"rounds": 1},

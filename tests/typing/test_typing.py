@@ -43,8 +43,14 @@ def pyright(settings: Path) -> subprocess.CompletedProcess[str]:
     return run("basedpyright", f"--project={settings}", f"--pythonpath={sys.executable}")
 
 
-def test_mypy_infers_the_documented_types(tmp_path: Path) -> None:
-    done = mypy(tmp_path, *STATED)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of mypy, which reads every dependency for the first test only."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_mypy_infers_the_documented_types(cache: Path) -> None:
+    done = mypy(cache, *STATED)
     assert done.returncode == 0, done.stdout
 
 
@@ -54,7 +60,7 @@ def test_pyright_infers_the_documented_types() -> None:
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_wrong_type_is_reported(checker: str, tmp_path: Path) -> None:
+def test_a_wrong_type_is_reported(checker: str, tmp_path: Path, cache: Path) -> None:
     """A checker that fails to find dscache would take every name in it for Any."""
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
@@ -65,7 +71,7 @@ def test_a_wrong_type_is_reported(checker: str, tmp_path: Path) -> None:
     )
     settings = (HERE / "pyrightconfig.json").read_text(encoding="utf-8")
     (tmp_path / "pyrightconfig.json").write_text(settings.replace("../..", str(PROJECT)))
-    done = mypy(tmp_path / "cache", wrong) if checker == "mypy" else pyright(tmp_path)
+    done = mypy(cache, wrong) if checker == "mypy" else pyright(tmp_path)
     assert done.returncode == 1, done.stdout
     assert "int | None" in done.stdout
     assert "2 errors" in done.stdout

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from contextlib import closing
 
 import pytest
 
@@ -24,18 +25,20 @@ def test_records_in_memory(dscache_memory: dscache.AsyncCache) -> None:
 
 
 def test_an_absent_server() -> None:
-    options = {"port": 1, "commandTimeout": 100}
+    options = {"port": 1, "commandTimeout": 500}
     config = {"name": "redis", "options": options}
 
     async def main() -> None:
         cache = dscache.AsyncCache.from_config(config)
-        with pytest.raises(dscache.ConnectError):
-            await cache.get("user/1")
-        await cache.close()
+        try:
+            with pytest.raises(dscache.ConnectError):
+                await cache.get("user/1")
+        finally:
+            await cache.close()
 
     asyncio.run(main())
-    with pytest.raises(dscache.ConnectError):
-        dscache.Cache.from_config(config).get("user/1")
+    with closing(dscache.Cache.from_config(config)) as cache, pytest.raises(dscache.ConnectError):
+        cache.get("user/1")
 
 
 def test_everything_public_is_documented() -> None:
