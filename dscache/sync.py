@@ -123,9 +123,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
         any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl``
         is the record's lifetime in whole seconds or as a timedelta: None for the configured
-        default, 0 for no expiry. With ``if_newer``, nothing is written and False is returned if
-        Redis holds this version or a higher one. With ``if_version``, nothing is written and False
-        is returned unless Redis holds exactly that version, or no record if it is None.
+        default, 0 for no expiry.
+
+        With ``if_newer``, the record is written only if Redis holds a lower version or none. With
+        ``if_version``, it is written only if Redis holds exactly that version; None stands for no
+        record. Returns False if it isn't written.
 
         Raises RecordError for a bad argument or for both conditions, and ConnectionLost or
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
