@@ -18,6 +18,7 @@ import msgspec
 from .config import load
 from .core import exact_json
 from .core.changes import OMITTED, Successor
+from .core.keys import common_prefix
 from .core.lifetimes import rest_of, version_for
 from .errors import ConfigError, RecordMissing, shorten
 from .sync import Cache
@@ -294,7 +295,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         Raises ImproperlyConfigured if a KEY_FUNCTION gives names that have no common beginning.
         """
         samples = [self.key_func(key, self.key_prefix, of) for key, of in (("a", "0"), ("b", "1"))]
-        prefix = os.path.commonprefix(samples)  # noqa: RUF071 # the samples are no paths
+        prefix = common_prefix(samples)
         if not prefix:
             raise ImproperlyConfigured(
                 "CACHES: clear() would remove every record, as the names of KEY_FUNCTION have no "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import AdminCache, open_cache
 from ..admin.listing import lifetimes_of
+from ..core.keys import common_prefix
 from ..errors import DscacheError, RecordError
 from ..net.watch import DAMAGED, FLUSHED, GAP, RESUMED
 from . import signals
@@ -124,7 +124,7 @@ class _Shown:
 
 async def _watch(cache: AdminCache, names: Sequence[str], shown: _Shown) -> None:
     """Print records, and each of them again when it has changed. Ends with its task."""
-    prefix = os.path.commonprefix(names)  # noqa: RUF071 # of names, which are no paths
+    prefix = common_prefix(names)
     async with cache.watch(prefix, records=True) as changes:
         shown.times = True
         await shown.report(cache, names)

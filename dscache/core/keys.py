@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from binascii import crc_hqx
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from . import constants as c
@@ -22,6 +22,17 @@ NOTE_SUFFIX: Final = "}:fetch"
 _SUFFIXES = (c.VERSION_SUFFIX, c.DATA_SUFFIX)
 # Characters of a pattern that stand for others.
 _SPECIAL = re.compile(rb"[*?\[\]^\\-]")
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return what all names begin with.
+
+    ``os.path.commonprefix`` does that too, and warns on Python 3.15 that it is deprecated.
+    """
+    first, last = min(names, default=""), max(names, default="")
+    pairs = enumerate(zip(first, last, strict=False))
+    length = next((at for at, (one, other) in pairs if one != other), None)
+    return first[:length]
 
 
 def names_with(prefix: str, names: Iterable[str | None]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dscache.core.keys import KeyLayout, is_version_key, partner, slot_of_key
+from dscache.core.keys import KeyLayout, common_prefix, is_version_key, partner, slot_of_key
 from tests.support.near_wire import NearExchange
 from tests.support.wire import CORES, commands
 
@@ -67,3 +67,11 @@ def test_both_cores_take_a_changed_key_for_that_of_the_same_name(
     key = text.encode()
     near.push(key)
     assert near.has(name) == (KeyLayout(prefix, hash_tag).name_of(key) != name)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [([], ""), (["a/b"], "a/b"), (["a/b", "a/bc", "a/c"], "a/"), (["a", "b"], ""), (["", "a"], "")],
+)
+def test_the_common_prefix_of_names(names: list[str], expected: str) -> None:
+    assert common_prefix(names) == expected

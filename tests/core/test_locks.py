@@ -18,8 +18,10 @@ class Struck(_locks._Lock):
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         if self.when == "before":
             raise KeyboardInterrupt
-        super().acquire(blocking, timeout)
-        raise KeyboardInterrupt
+        taken = super().acquire(blocking, timeout)
+        if self.when == "behind":
+            raise KeyboardInterrupt
+        return taken
 
 
 @pytest.mark.parametrize("when", ["before", "behind"])
@@ -28,6 +30,18 @@ def test_no_lock_stays_locked(when: str) -> None:
     lock.when = when
     with pytest.raises(KeyboardInterrupt), lock:
         pytest.fail("the block began")
+    assert is_free(lock)
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_outer_block_keeps_its_lock(when: str) -> None:
+    lock = Struck()
+    lock.when = "never"
+    with lock:
+        lock.when = when
+        with pytest.raises(KeyboardInterrupt), lock:
+            pytest.fail("the block began")
+        assert not is_free(lock)
     assert is_free(lock)
 
 
