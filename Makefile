@@ -81,17 +81,29 @@ $(TWEMPROXY): $(CREATED)
 		&& dpkg-deb -x nutcracker_*.deb . || echo "make: no twemproxy, so its tests are skipped"
 	@touch $@
 
-# The same for promtool, which checks the alerts and the dashboard's expressions.
-PROMTOOL := $(VENV)/.promtool
-$(PROMTOOL): $(CREATED)
-	@rm -rf $(VENV)/promtool && mkdir -p $(VENV)/promtool
-	-@cd $(VENV)/promtool && command -v apt-get >/dev/null && apt-get download -qq prometheus \
-		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool \
-		&& rm prometheus_*.deb || echo "make: no promtool, so its tests are skipped"
+# The same for Prometheus, which the tests let scrape caches, and its promtool.
+PROMETHEUS := $(VENV)/.prometheus
+$(PROMETHEUS): $(CREATED)
+	@rm -rf $(VENV)/prometheus && mkdir -p $(VENV)/prometheus
+	-@cd $(VENV)/prometheus && command -v apt-get >/dev/null && apt-get download -qq prometheus \
+		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin \
+		&& rm prometheus_*.deb || echo "make: no Prometheus, so its tests are skipped"
+	@touch $@
+
+# Django's own tests of caches are in its sdist alone.
+DJANGO_TESTS := $(VENV)/.django-tests
+$(DJANGO_TESTS): $(VENV)/.installed-test
+	@rm -rf $(VENV)/django-tests && mkdir -p $(VENV)/django-tests
+	-@version=$$($(PY) -c 'import django; print(django.__version__)') && cd $(VENV)/django-tests \
+		&& "$(abspath $(PY))" -m pip download -q --disable-pip-version-check --no-deps \
+			--no-build-isolation --no-binary django "django==$$version" \
+		&& folder=$$(basename *.tar.gz .tar.gz)/tests \
+		&& tar -xzf *.tar.gz --strip-components=2 "$$folder/cache" "$$folder/sessions_tests" \
+		&& rm *.tar.gz || echo "make: no tests of Django, so they are skipped"
 	@touch $@
 
 BESIDE := -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMTOOL)
+test: $(VENV)/.installed-test $(BUILT) $(TWEMPROXY) $(PROMETHEUS) $(DJANGO_TESTS)
 	$(PY) -m pytest -p no:benchmark $(BESIDE) $(ARGS)
 
 # In a separate environment, for which pip takes the oldest versions only.

@@ -1,18 +1,22 @@
 """Build ``dscache._fast``, the one compiled module; everything else is in pyproject.toml.
 
 ``DSCACHE_NO_EXTENSIONS=1`` builds the pure-Python package. Without it a failed build is an error,
-because silently installing the slow core would be worse.
+because silently installing the slow core would be worse. ``DSCACHE_REPOSITORY`` is the address of
+the repository, which a release names in its metadata.
 """
 
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PURE = os.environ.get("DSCACHE_NO_EXTENSIONS", "") not in ("", "0")
+REPOSITORY = os.environ.get("DSCACHE_REPOSITORY", "").rstrip("/")
 REMEDY = (
     "dscache: the compiled core (dscache._fast) could not be built: {error}\n"
     "It needs a C compiler and the headers of this Python (such as the Debian packages gcc and "
@@ -95,6 +99,38 @@ def compiled_modules():
         raise SystemExit(REMEDY.format(error=error)) from error
 
 
+def readme():
+    """Return the README; its links lead to the release's files, as a package has no others."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+    of_file = re.compile(r"(!?)(\[[^\]]*\])\(((?:docs|examples)/[^)]*|[A-Z]+(?:\.md)?)\)")
+    return of_file.sub(lambda one: f"{one[1]}{one[2]}({url_of(one[3], bool(one[1]))})", text)
+
+
+def urls():
+    """Return the project's addresses, by the names that package indexes know."""
+    if not REPOSITORY:
+        return {}
+    return {
+        "Source": REPOSITORY,
+        "Documentation": url_of("docs/"),
+        "Changelog": url_of("CHANGELOG.md"),
+        "Issues": f"{REPOSITORY}/issues",
+        "Security": url_of("SECURITY.md"),
+    }
+
+
+def url_of(path, is_image=False):
+    (version,) = re.findall('__version__ = "(.+)"', Path("dscache/_version.py").read_text())
+    shown = "raw" if is_image else "tree" if path.endswith("/") else "blob"
+    return f"{REPOSITORY}/{shown}/v{version}/{path}"
+
+
 setup(
-    ext_modules=compiled_modules(), cmdclass={"build_ext": LoudBuild, "bdist_wheel": DescribedWheel}
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=urls(),
+    ext_modules=compiled_modules(),
+    cmdclass={"build_ext": LoudBuild, "bdist_wheel": DescribedWheel},
 )

@@ -136,7 +136,8 @@ class CacheBase(Generic[NodesT]):
         call to the result. On a cluster also ``refreshes``, and ``nodes`` with the counters of
         each. With a near cache ``near_cache``: its ``hits misses joins stale invalidations
         evictions dropped_fills``, ``flushes`` by reason, and the ``records`` and ``bytes`` it
-        keeps.
+        keeps. ``maintenance`` has the ``notifications`` of hosted servers by kind, and what was
+        done: ``moves`` to another address, ``moved_slots``, and connections that were ``relaxed``.
         """
         return {} if self._topology is None else self._topology.stats()
 

@@ -67,8 +67,7 @@ from .core import typed
 from .core.stats import latency_of, stats_of
 from .core.suspects import is_restricted, restricted_window
 from .core.waiters import DISCARDED as _discarded
-from .core.waiters import Unobserved as _Unobserved
-from .core.waiters import reject_unobserved as _reject_unobserved
+from .core.waiters import reject as _reject
 from .errors import ProtocolError, ReplyError, shorten
 
 include "core/platform.pxi"

@@ -11,7 +11,9 @@ NAMESPACE: Final = "dscache"
 class Metric(NamedTuple):
     """The metric for the number that ``stats()`` has under ``key``.
 
-    ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``.
+    ``name`` is in words with underscores. Metrics of the same name differ in their ``labels``. If
+    ``stats()`` has a number for each of several things there, the label ``by`` tells which, and
+    ``things`` are exported as 0 until they are there.
     """
 
     key: str
@@ -19,6 +21,8 @@ class Metric(NamedTuple):
     unit: str
     text: str
     labels: tuple[tuple[str, str], ...] = ()
+    by: str = ""
+    things: tuple[str, ...] = ()
 
 
 _FOUND: Final = "Records read, by whether Redis had them."
@@ -55,6 +59,9 @@ GAUGES: Final = (
     Metric("waiting", "waiting_threads", "{thread}", "Threads waiting for a connection."),
 )
 _NEAR_READS: Final = "Reads of the near cache: hits, reads of Redis, and joins of a pending read."
+# Why a near cache is emptied. Each reason is exported from the start, as 0: Prometheus doesn't see
+# the increase of a series that begins with it.
+FLUSH_REASONS: Final = ("connection", "flushall", "login", "slots", "busy", "fork")
 NEAR_COUNTERS: Final = (
     Metric("hits", "near_reads", "{record}", _NEAR_READS, (("result", "hit"),)),
     Metric("misses", "near_reads", "{record}", _NEAR_READS, (("result", "miss"),)),
@@ -65,11 +72,34 @@ NEAR_COUNTERS: Final = (
     ),
     Metric("evictions", "near_evictions", "{record}", "Cached records evicted for space."),
     Metric("dropped_fills", "near_dropped_fills", "{record}", "Reads too old to be cached."),
-    Metric("flushes", "near_flushes", "{flush}", "How often the near cache was emptied."),
+    Metric(
+        "flushes",
+        "near_flushes",
+        "{flush}",
+        "How often the near cache was emptied.",
+        by="reason",
+        things=FLUSH_REASONS,
+    ),
 )
 NEAR_GAUGES: Final = (
     Metric("records", "near_records", "{record}", "Records in the near cache."),
     Metric("bytes", "near_bytes", "By", "Bytes of the near cache."),
+)
+MAINTENANCE_COUNTERS: Final = (
+    Metric(
+        "notifications",
+        "maintenance_notifications",
+        "{notification}",
+        "Announcements of maintenance, by kind.",
+        by="kind",
+    ),
+    Metric("moves", "maintenance_moves", "{move}", "Moves to the new address of a server."),
+    Metric(
+        "moved_slots", "maintenance_moved_slots", "{slot}", "Slots that were announced to move."
+    ),
+    Metric(
+        "relaxed", "maintenance_relaxed", "{connection}", "How often a connection got more time."
+    ),
 )
 # Keys that the counters of each node of a cluster have as well.
 OF_NODES: Final = frozenset(
@@ -91,7 +121,8 @@ class Sample(NamedTuple):
 
 def counters(stats: Mapping[str, Any]) -> Iterator[Sample]:
     """Return the values that only grow, as far as ``stats`` has them."""
-    return _samples(stats, COUNTERS, NEAR_COUNTERS)
+    yield from _samples(stats, COUNTERS, NEAR_COUNTERS)
+    yield from _present(MAINTENANCE_COUNTERS, stats.get("maintenance", {}))
 
 
 def gauges(stats: Mapping[str, Any]) -> Iterator[Sample]:
@@ -116,7 +147,8 @@ def _present(metrics: Iterable[Metric], stats: Mapping[str, Any]) -> Iterator[Sa
             continue
         value = stats[metric.key]
         if isinstance(value, Mapping):
-            for reason, count in value.items():
-                yield Sample(metric.name, metric.text, {"reason": reason}, count)
+            counts: dict[str, int] = dict.fromkeys(metric.things, 0) | dict(value)
+            for thing, count in counts.items():
+                yield Sample(metric.name, metric.text, {metric.by: thing}, count)
         else:
             yield Sample(metric.name, metric.text, dict(metric.labels), value)

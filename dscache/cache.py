@@ -20,7 +20,7 @@ from .aio.loading import Loads, SlowFetches
 from .aio.memory import MemoryNode
 from .config import Config
 from .config.sources import Source
-from .core import typed
+from .core import failures, typed
 from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, no_load
@@ -75,16 +75,16 @@ class _Operations(Protocol):
 class AsyncCache(CacheBase[Topology], AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
-    Every operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
+    An operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
     calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    Only ``fetch_bulk`` is a coroutine function, whose calls do nothing unawaited.
+    ``update``, ``patch`` and ``fetch_bulk`` return a coroutine, which does nothing until awaited.
     With a near cache (``nearCache``), the future of a hit is done at once.
 
-    An operation raises at the call: RecordError for a bad name, version, ttl or data,
-    ConnectionLost if the cache is closed, UsageError on another event loop. Its future can fail
+    An operation raises at the call: RecordError for a bad name, version, ttl or data, UsageError
+    on another event loop or if the cache is closed. Its future can fail
     with ReplyError (Redis returned an error), DeadlineExceeded (no reply within
     ``commandTimeout``), ConnectError (no connection), ConnectionLost (lost before the reply),
-    ProtocolError (an invalid reply), or RecordError (the stored value is no record). A bulk
+    ProtocolError (an invalid reply), or RecordDamaged (the stored value is no record). A bulk
     operation fails with BulkError, which holds the results of the other records.
     """
 
@@ -119,7 +119,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
         other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
         at the call for a bad name, and TypeError for a type that msgspec doesn't know. The future
-        fails with RecordError if the stored value isn't a record or doesn't fit the type.
+        fails with RecordDamaged if the stored value isn't a record or doesn't fit the type.
         """
         # Not keyword-only: that would cost each call some hundred instructions.
         if type is not None:
@@ -237,8 +237,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> asyncio.Future[int]:
         """Remove records; the result is the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold; the result is the number
-        of records removed then.
+        ``if_version`` maps each name to the version that Redis must hold. Records of another
+        version stay, and don't count.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
         with BulkError if some records can't be removed; it has their errors and the number of
@@ -563,9 +563,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
         to that part. After ``refresh_after`` one load runs in the background while everybody still
-        gets the record at once. ``keep_missing`` is how long a load's None is remembered for all
-        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
-        ``data`` is of that type, as of ``get``.
+        gets the record at once; a cache runs up to 32 such loads, and others wait. ``keep_missing``
+        is how long a load's None is remembered for all processes. All three are whole seconds or a
+        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
 
         Raises RecordError at the call for a bad argument, and TypeError for a ``load`` that can't
         be called. The future fails with LoadError if the load of a missing record fails, and with
@@ -667,7 +667,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises ConnectError after ``connectTimeout``, and ReplyError at once if the server refuses
         the login or the database (WRONGPASS, NOAUTH).
         """
-        await (self._topology or self._begin()).when_ready()
+        topology = None if self._closed else self._topology
+        await (topology or self._begin()).when_ready()
 
     async def close(self) -> None:
         """Close, after pending operations have finished or ``closeTimeout`` is over.
@@ -699,7 +700,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def _begin(self) -> Topology:
         """Bind the cache to the running event loop and start connecting."""
         if self._closed:
-            raise ConnectionLost("the cache is closed")
+            raise failures.closed("cache")
         self._loop = running_loop("an AsyncCache")
         self._pid = os.getpid()
         if self._config.name == "memory":
@@ -737,7 +738,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     def _open(self) -> _Operations:
         if self._closed:
-            raise ConnectionLost("the cache is closed")
+            raise failures.closed("cache")
         pipeline: _Operations = (self._topology or self._begin()).entry
         if self._quick_fetch is None:
             slow = SlowFetches(self._loop, pipeline, self._loads)

@@ -306,6 +306,11 @@ class EmbeddedServer:
             # Another process may take the port between the check and the server's bind.
             if "in use" not in self.log:
                 break
+        if "in use" in self.log:
+            raise DscacheError(
+                f"{self.binary.name} can't listen on port {self.port} of {self.host}, which is in "
+                "use; choose another port, or 0 for any that is free"
+            )
         ended = "ended at once" if self._process is None else f"is silent for {_START_SECONDS:g} s"
         tail = "\n".join(self.log.splitlines()[-_LOG_LINES:])
         raise DscacheError(
@@ -419,12 +424,25 @@ def main() -> None:
     try:
         with suppress(KeyboardInterrupt), EmbeddedServer(port=port) as server:
             ends = "Ctrl-C ends it and all that it stores"
-            print(f"{server.binary.name} at {server.url}; {ends}", flush=True)
+            _print(f"{server.binary.name} at {server.url}; {ends}")
             while server.is_running:
                 time.sleep(_LOOK_SECONDS)
             sys.exit(f"{server.binary.name} has ended")
     except DscacheError as error:
         sys.exit(f"dscache: {error}")
+
+
+def _print(line: str) -> None:
+    """Print a line at once. Raises DscacheError if standard output can't be written."""
+    if sys.stdout is None:
+        raise DscacheError("standard output can't be written: it is closed")
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # Otherwise the interpreter would write the line again when it exits.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise DscacheError(f"standard output can't be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

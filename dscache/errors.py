@@ -2,8 +2,9 @@
 
 DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
-├── UsageError         unsupported use of a cache: another event loop, a forked child
+├── UsageError         unsupported use of a cache: closed, another event loop, a forked child
 ├── RecordError        bad name, version, ttl or JSON text; names the record
+│   └── RecordDamaged  the stored value is no record, or doesn't fit the type
 ├── RecordMissing      update of a record that doesn't exist
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
@@ -11,13 +12,13 @@ DscacheError
 ├── RPCError           a remote procedure call failed; has the reason and the provider's data
 │   └── RPCTimeout     its provider has not accepted or answered it in time
 ├── ConnectError       no connection; nothing was sent
-├── ConnectionLost     connection lost before the reply, or the cache is closed
+├── ConnectionLost     connection lost, or the cache closed, before the reply
 ├── DeadlineExceeded   no reply within commandTimeout
 ├── Overloaded         a bounded queue is full; nothing was sent
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first eight are caused by the caller, the data or a provider, the next four on the way to the
+The first nine are caused by the caller, the data or a provider, the next four on the way to the
 server, the last two by the server. No text contains a password. Every error can be pickled and
 copied.
 """
@@ -99,7 +100,7 @@ class ConfigError(DscacheError):
 
 
 class UsageError(DscacheError, RuntimeError):
-    """Unsupported use of a cache or message node, such as from another event loop."""
+    """Unsupported use of a cache or message node, such as after its close."""
 
 
 class RecordError(DscacheError, ValueError):
@@ -111,6 +112,10 @@ class RecordError(DscacheError, ValueError):
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class RecordDamaged(RecordError):
+    """Stored value that is no record, or doesn't fit the type; the caller's arguments are right."""
 
 
 class RecordMissing(DscacheError, KeyError):
@@ -184,7 +189,7 @@ class ConnectError(DscacheError, ConnectionError):
 
 
 class ConnectionLost(DscacheError, ConnectionError):
-    """Connection lost before the reply, or the cache is closed."""
+    """Connection lost, or the cache closed, before the reply."""
 
 
 class DeadlineExceeded(DscacheError, TimeoutError):

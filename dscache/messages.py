@@ -15,8 +15,8 @@ from . import _backend
 from ._cache import warn_of_dropped
 from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropped, running_loop
 from .config.messages import MessageConfig, load
-from .core import envelope
-from .errors import ConnectError, ConnectionLost, MessageError, shorten
+from .core import envelope, failures
+from .errors import ConnectError, MessageError, shorten
 from .pubsub.protocol import CHECKED_TOPICS, check
 from .pubsub.reach import Echoes, Receivers
 from .pubsub.subscribers import Callback, Messages, Subscriber
@@ -52,7 +52,7 @@ class MessageNode(AsyncResource):
     missed; both times are floats, in seconds since the epoch.
 
     An operation raises at the call: MessageError for a bad topic, message or server name,
-    ConnectionLost if the node is closed, UsageError on another event loop. The future of a message
+    UsageError on another event loop or if the node is closed. The future of a message
     can fail with ConnectionLost, DeadlineExceeded, ReplyError, ProtocolError, or ConnectError if
     the server can't be used; the error says whether the message may have been delivered. A message
     is never sent twice.
@@ -226,12 +226,15 @@ class MessageNode(AsyncResource):
     def stats(self) -> dict[str, Any]:
         """Return counters since the node was opened, as a dict; empty before that.
 
-        Messages: ``received`` by subscribers here, ignored ``own`` and ``foreign`` ones (sent by
-        this server, and addressed to others), ``namesakes`` (of another server with this name),
-        ``unwanted damaged``, ``fewer`` (reached fewer servers than before a loss), ``dropped`` by
-        full queues, ``waiting`` now, and ``errors`` of callbacks. Gaps: ``gaps``,
-        ``missed_seconds`` and ``last_gap``. Sent: ``commands flushes``, and now ``queued in_flight
-        pending pending_bytes``. Connections: ``bytes_out bytes_in connects last_loss``.
+        ``received`` messages have a subscriber here, which ``dropped`` ones missed because its
+        queue was full. ``waiting`` ones are in a queue now. ``errors`` were raised by callbacks.
+
+        These messages were ignored: ``own`` ones of this server, ``namesakes`` of another server
+        with its name, ``foreign`` ones to other servers, ``unwanted`` ones without a subscriber
+        here, and ``damaged`` ones. ``fewer`` reached fewer connections than before a loss.
+
+        ``gaps``, ``missed_seconds`` and ``last_gap`` are about gaps, ``connects``, ``last_loss``
+        and ``bytes_in`` about connections, and all others about messages that are sent.
         """
         transport = self._transport
         if transport is None:
@@ -337,7 +340,7 @@ class MessageNode(AsyncResource):
     def _ensure_open(self) -> Transport:
         """Bind the node to the running event loop and start connecting, unless that is done."""
         if self._closed:
-            raise ConnectionLost("the message node is closed")
+            raise failures.closed("message node")
         check_process(self._pid, _OWNER)
         if self._loop is not None:
             check_loop(self._loop, _OWNER)

@@ -2,7 +2,7 @@
 
 Metrics are observable instruments over ``stats()``, so they cost an operation nothing. Spans are
 started for calls inside a sampled trace, so the sampling of traces covers them. Names follow the
-semantic conventions for databases (opentelemetry.io/docs/specs/semconv/database); other names
+semantic conventions for databases (opentelemetry.io/docs/specs/semconv/db); other names
 begin with ``dscache.``. Metrics and spans contain no names and no content of records.
 """
 
@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from . import _metrics
 from ._metrics import NAMESPACE, Metric, Sample
+from ._version import __version__
 from .core.constants import LATENCY_BOUNDS
 from .errors import ReplyError
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Measuring", "Tracing", "measure", "observe", "trace"]
 
+# The first version of the semantic conventions in which those for databases are stable.
+_SCHEMA: Final = "https://opentelemetry.io/schemas/1.33.0"
 _SINGLE: Final = ("get", "head", "set", "delete", "fetch", "update", "patch")
 _BULK: Final = ("get_bulk", "head_bulk", "set_bulk", "delete_bulk", "fetch_bulk")
 _READS: Final = ("get", "head", "fetch", "get_bulk", "head_bulk", "fetch_bulk")
@@ -74,7 +77,8 @@ def observe(
     provider = meter_provider or metrics_api.get_meter_provider()
     instruments = _observed.get(provider)
     if instruments is None:
-        instruments = _observed[provider] = _Instruments(provider.get_meter(NAMESPACE))
+        meter = provider.get_meter(NAMESPACE, __version__, _SCHEMA)
+        instruments = _observed[provider] = _Instruments(meter)
     instruments.add(cache, name)
 
 
@@ -85,7 +89,7 @@ class _Instruments:
         self._caches: WeakValueDictionary[str, AsyncCache | Cache] = WeakValueDictionary()
         _declare(
             meter.create_observable_counter,
-            (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS),
+            (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.MAINTENANCE_COUNTERS),
             partial(self._samples, _metrics.counters),
         )
         _declare(
@@ -153,7 +157,7 @@ def _declare(
             names.setdefault(f"node_{metric.name}", metric)
     for name, metric in names.items():
         of, _, rest = name.partition("_")
-        dotted = f"{of}.{rest}" if of in ("near", "node") else name
+        dotted = f"{of}.{rest}" if of in ("near", "node", "maintenance") else name
         text = f"Of one node: {metric.text}" if of == "node" else metric.text
         create(f"{NAMESPACE}.{dotted}", [partial(observe, name)], metric.unit, text)
 
@@ -307,7 +311,8 @@ def trace(
     if not 0 <= sample <= 1:
         raise ValueError(f"sample must be from 0 to 1, not {sample!r}")
     provider = tracer_provider or trace_api.get_tracer_provider()
-    return Tracing(cache, provider.get_tracer(NAMESPACE), sample, roots)
+    tracer = provider.get_tracer(NAMESPACE, __version__, schema_url=_SCHEMA)
+    return Tracing(cache, tracer, sample, roots)
 
 
 class Tracing(_Wrappers[Span]):
@@ -365,7 +370,7 @@ def measure(
     Measuring; its ``stop()`` ends it.
     """
     provider = meter_provider or metrics_api.get_meter_provider()
-    return Measuring(cache, provider.get_meter(NAMESPACE), name)
+    return Measuring(cache, provider.get_meter(NAMESPACE, __version__, _SCHEMA), name)
 
 
 _Measured: TypeAlias = tuple[float, dict[str, Any]]

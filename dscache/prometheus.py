@@ -11,7 +11,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from . import _backend
 from ._metrics import NAMESPACE, counters, gauges
+from ._version import __version__
 
 try:
     from prometheus_client.core import (
@@ -72,6 +74,12 @@ class CacheCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return the current metrics of all caches."""
+        build = GaugeMetricFamily(
+            f"{NAMESPACE}_build_info",
+            "The version of dscache and its core, fast or pure; always 1.",
+            labels=("version", "core"),
+        )
+        build.add_metric((__version__, _backend.BACKEND), 1)
         ready = GaugeMetricFamily(
             f"{NAMESPACE}_ready", "Whether the cache is ready to serve: 1 or 0.", labels=("cache",)
         )
@@ -96,7 +104,7 @@ class CacheCollector(Collector):
                     families[one.name].add_metric((name, *one.labels.values()), one.value)
             if "latency" in stats:
                 _add_latency(latency, name, stats["latency"])
-        yield from (ready, *families.values(), latency)
+        yield from (build, ready, *families.values(), latency)
 
 
 def _add_latency(family: HistogramMetricFamily, cache: str, latency: Mapping[str, Any]) -> None:

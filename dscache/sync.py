@@ -21,12 +21,12 @@ from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
 from .config.sources import Source
-from .core import typed
+from .core import failures, typed
 from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
 from .core.patches import patch_of
-from .errors import BulkError, ConfigError, ConnectionLost, DscacheError
+from .errors import BulkError, ConnectionLost, DscacheError
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -52,9 +52,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     that it borrows, out of at most ``maxConnections``, and waits for the reply. On a cluster a
     thread borrows a connection to each node it needs.
 
-    An operation raises RecordError for a bad name, version, ttl or data, or if the stored value is
-    no record, ConnectionLost if the cache is closed, ReplyError (Redis returned an error),
-    DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
+    An operation raises RecordError for a bad name, version, ttl or data, RecordDamaged if the
+    stored value is no record, UsageError if the cache is closed, ReplyError (Redis returned an
+    error), DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
     ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
     ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,
     which holds the results of the other records.
@@ -72,11 +72,6 @@ class Cache(CacheBase[Pool | MemoryPool]):
             from .blocking.near_host import check_host  # few programs share theirs
 
             check_host(config)
-        if config.options.maint_notifications == "on":
-            raise ConfigError(
-                f"{config.source}: maintNotifications: on is for AsyncCache; a Cache follows no "
-                "announced maintenance, so leave it out"
-            )
         self._run: _Run | None = None
         self._near: NearFront | None = None
         self._changes = Changes(config.options.command_timeout / 1000)
@@ -173,7 +168,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return (self._run or self._open())("get_bulk", names)
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found by their names, in the order of ``names``.
+        """Return the versions of the records found, as a dict in the order of ``names``.
 
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
@@ -552,9 +547,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
         to that part. After ``refresh_after`` one caller loads the record anew while all others
-        still get it at once. ``keep_missing`` is how long a load's None is remembered for all
-        processes. All three are whole seconds or a timedelta. With a ``type``, the record's
-        ``data`` is of that type, as of ``get``.
+        still get it at once; up to 32 callers of a cache do so at a time. ``keep_missing`` is how
+        long a load's None is remembered for all processes. All three are whole seconds or a
+        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
 
         Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
         TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
@@ -674,7 +669,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def close(self) -> None:
         """Close, after other threads' operations have finished or ``closeTimeout`` is over.
 
-        Later operations raise ConnectionLost. A second call does nothing.
+        Later operations raise UsageError. A second call does nothing.
         """
         with self._lock:
             already, self._closed = self._closed, True
@@ -723,7 +718,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Return the function that executes operations; it opens the pool at first."""
         with self._lock:
             if self._closed:
-                raise ConnectionLost("the cache is closed")
+                raise failures.closed("cache")
             if self._topology is None:
                 self._pid = os.getpid()
                 options = self._config.options

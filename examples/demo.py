@@ -298,14 +298,30 @@ def main() -> None:
     options = parser.parse_args()
     if options.records < TASKS or options.seconds <= 0:
         parser.error(f"--records must be at least {TASKS}, --seconds above 0")
+    if sys.stdout is None:
+        sys.exit("demo.py: standard output is closed")
+    try:
+        run(options.records, options.seconds)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("demo.py: interrupted")
+    except dscache.DscacheError as error:  # no server is installed, for example
+        sys.exit(f"demo.py: {error}")
+    except OSError as error:
+        # Otherwise Python would write the rest of the output when it exits, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_left = isinstance(error, BrokenPipeError)  # by a reader such as head
+        sys.exit(1 if is_left else f"demo.py: standard output can't be written: {error.strerror}")
+
+
+def run(records: int, seconds: float) -> None:
     loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-    run = importlib.import_module(loop).run
     with EmbeddedServer() as server:
         print(
             f"{server.binary.name}, Python {platform.python_version()}, {loop}, "
             f"dscache with its {dscache.BACKEND} core, redis-py {redis.__version__} with hiredis"
         )
-        run(demo(opened(server), server, options.records, options.seconds))
+        importlib.import_module(loop).run(demo(opened(server), server, records, seconds))
 
 
 if __name__ == "__main__":

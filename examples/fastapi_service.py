@@ -38,8 +38,12 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(dscache.DscacheError)
 async def unavailable(request: Request, error: dscache.DscacheError) -> JSONResponse:
-    is_invalid = isinstance(error, dscache.RecordError)  # the client's name or version
-    return JSONResponse({"detail": str(error)}, status_code=422 if is_invalid else 503)
+    if isinstance(error, dscache.RecordDamaged):
+        code = 500  # of whoever wrote it
+    else:
+        is_invalid = isinstance(error, dscache.RecordError)  # the client's name or version
+        code = 422 if is_invalid else 503
+    return JSONResponse({"detail": str(error)}, status_code=code)
 
 
 @app.get("/records/{name:path}")

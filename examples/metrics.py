@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import sys
 
 from prometheus_client import start_http_server
 
@@ -35,7 +36,10 @@ async def visit(cache: dscache.AsyncCache) -> None:
 async def work(url: str, port: int) -> None:
     async with dscache.AsyncCache.from_config(url) as cache:
         register(cache, "users")
-        server, _ = start_http_server(port, "127.0.0.1")
+        try:
+            server, _ = start_http_server(port, "127.0.0.1")
+        except OSError as error:
+            sys.exit(f"metrics.py: no port {port}: {error.strerror}; choose another by --port")
         print(f"curl http://127.0.0.1:{server.server_port}/metrics", flush=True)
         while True:
             await asyncio.gather(*(visit(cache) for _ in range(10)))
@@ -49,9 +53,14 @@ def main() -> None:
     )
     parser.add_argument("--url", help="URL of a Redis in place of a private server")
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
-        url = options.url or stack.enter_context(EmbeddedServer()).url
-        asyncio.run(work(url, options.port))
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, not {options.port}")
+    try:
+        with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+            url = options.url or stack.enter_context(EmbeddedServer()).url
+            asyncio.run(work(url, options.port))
+    except dscache.DscacheError as error:  # no Redis at the URL, for example
+        sys.exit(f"metrics.py: {error}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ async def main(port: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) > 65535:
         sys.exit("usage: python examples/uvloop_server.py PORT")
-    with suppress(KeyboardInterrupt):
-        uvloop.run(main(int(sys.argv[1])))
+    try:
+        with suppress(KeyboardInterrupt):
+            uvloop.run(main(int(sys.argv[1])))
+    except (dscache.DscacheError, OSError) as error:  # no Redis, or the port is in use
+        sys.exit(f"uvloop_server.py: {error}")

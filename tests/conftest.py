@@ -31,8 +31,9 @@ from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary, TLSFiles, find_server, find_servers
 from tests.soak import cluster_rows
 from tests.support.clusters import ClusterGroup
+from tests.support.django_tests import find_django_tests
 from tests.support.faults import FaultProxy
-from tests.support.promtool import find_promtool
+from tests.support.prometheus import find_prometheus
 from tests.support.twemproxy import find_twemproxy
 
 CORES = {"fast": "dscache._fast", "pure": "dscache.core.pure"}
@@ -101,6 +102,9 @@ def _server_id(server: NamedServer | ServerBinary) -> str:
     return server.name if isinstance(server, ServerBinary) else "named"
 
 
+UNFETCHED = "none, so its tests are skipped; make test fetches it"
+
+
 def pytest_report_header() -> list[str]:
     cores = (f"{name} ({_where(module)})" for name, module in CORES.items())
     versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
@@ -108,8 +112,9 @@ def pytest_report_header() -> list[str]:
         f"dscache: backends {', '.join(cores)}; {_backend.BACKEND} by default",
         f"libraries: {', '.join(versions)}",
         f"servers: {', '.join(map(_server_id, SERVERS)) or 'none'}",
-        f"twemproxy: {find_twemproxy() or 'none, so its tests are skipped; make test fetches it'}",
-        f"promtool: {find_promtool() or 'none, so its tests are skipped; make test fetches it'}",
+        f"twemproxy: {find_twemproxy() or UNFETCHED}",
+        f"prometheus: {find_prometheus() or UNFETCHED}",
+        f"Django's tests: {find_django_tests() or UNFETCHED}",
         f"absent: {'; '.join(_absent()) or 'nothing'}",
     ]
 

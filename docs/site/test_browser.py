@@ -260,6 +260,7 @@ def test_the_switch_of_the_scheme(browser: Browser, url: str) -> None:
     [
         ("expire", "records.html"),
         ("django", "frameworks.html"),
+        ("django", "django.html"),
         ("pydantic", "records.html"),
         ("if_version", "records.html"),
         ("ConnectionLost", "failures.html"),

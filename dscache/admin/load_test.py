@@ -17,12 +17,20 @@ from ..cache import AsyncCache
 from ..errors import DscacheError
 
 _PREFIX = "dscache-bench/"
-# Records in one request when they are first written, and when they are removed.
+# Records in one request when they are first written, and when they are removed, and bytes of their
+# texts.
 _BATCH = 1000
+_BATCH_BYTES = 4 * 1024 * 1024
 # Steps in each octave of a Latencies: its percentiles are off by 3 % at most.
 STEPS = 24
 FILL_SECONDS = 10.0
 """Seconds for which the records of a load may be written, if the load isn't longer itself."""
+MOST_BYTES = 1024**3
+"""The memory that the records of a load may take in a server, and those under way at a time."""
+_BYTES_BESIDE = 250
+"""Bytes that a record takes beside its JSON text, in a server or under way, about."""
+# Letters that differ; beyond that a text repeats them, farther apart than a compressor looks.
+_LETTERS = 1024 * 1024
 # Seconds that a task waits after a failed operation, to spare a server that is down.
 _AFTER_ERROR = 0.01
 # JSON text around the letters of a record.
@@ -74,8 +82,18 @@ class Plan:
     bulk: int
     """Records in one operation."""
     records: int
-    """The number of different records, unless they take too long to write."""
+    """The number of different records, unless they take too long to write, or too much memory."""
     seconds: float
+
+    @property
+    def bytes_under_way(self) -> int:
+        """The memory that the records of all tasks take at a time, about."""
+        return self.tasks * self.bulk * (self.size + _BYTES_BESIDE)
+
+    @property
+    def most_records(self) -> int:
+        """The number of records that fit into ``MOST_BYTES``, and of those in one operation."""
+        return max(MOST_BYTES // (self.size + _BYTES_BESIDE), self.bulk)
 
 
 @dataclass(slots=True)
@@ -104,18 +122,28 @@ class Result:
 async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
     """Put a load on a cache, on records of its own, which it removes afterwards.
 
-    Writes them for as long as the load takes, or ``FILL_SECONDS`` if that is longer. The load uses
-    only those written by then. Counts failed operations in the result, which also tells if the
-    records could not be removed. Raises DscacheError if they can't be written at the start.
+    Writes them for as long as the load takes, or ``FILL_SECONDS`` if that is longer, and until they
+    take ``MOST_BYTES``. The load uses only those written by then. Counts failed operations in the
+    result, which also tells if the records could not be removed. Raises DscacheError if they can't
+    be written at the start, or not as many as one operation has.
     """
     prefix = result.left = f"{_PREFIX}{secrets.token_hex(4)}/"
-    wanted = max(plan.records, plan.bulk)
+    wanted = min(max(plan.records, plan.bulk), plan.most_records)
+    batch = max(min(_BATCH, _BATCH_BYTES // plan.size), 1)
     names: list[str] = []
     data = _document(plan.size)
     try:
-        last = time.perf_counter() + max(plan.seconds, FILL_SECONDS)
-        while len(names) < wanted and (len(names) < plan.bulk or time.perf_counter() < last):
-            some = [f"{prefix}{i}" for i in range(len(names), min(len(names) + _BATCH, wanted))]
+        seconds = max(plan.seconds, FILL_SECONDS)
+        last = time.perf_counter() + seconds
+        while len(names) < wanted:
+            if names and time.perf_counter() > last:
+                if len(names) >= plan.bulk:
+                    break
+                raise DscacheError(
+                    f"{len(names):,} records could be written in {seconds:g} s, fewer than the "
+                    f"{plan.bulk:,} of one operation; choose a smaller --bulk"
+                )
+            some = [f"{prefix}{i}" for i in range(len(names), min(len(names) + batch, wanted))]
             names += some
             await cache.set_bulk(dict.fromkeys(some, (0, data)), ttl=0)
             result.written = len(names)
@@ -139,8 +167,10 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
 
 def _document(size: int) -> msgspec.Raw:
     # Random letters, as a server or a link may compress.
-    letters = "".join(random.choices(string.ascii_letters, k=max(size - len(_FRAME), 0)))
-    return msgspec.Raw(_FRAME[:-2] + letters.encode() + _FRAME[-2:])
+    count = max(size - len(_FRAME), 0)
+    letters = "".join(random.choices(string.ascii_letters, k=min(count, _LETTERS))).encode()
+    letters = (letters * (count // _LETTERS + 1))[:count]
+    return msgspec.Raw(_FRAME[:-2] + letters + _FRAME[-2:])
 
 
 async def _work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ SAVE_INTERVAL = 2.0
 """Seconds between two saves of the state."""
 MAX_NOTES = 10
 """Faults that are reported one by one."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The least commandTimeout of a job, in milliseconds.
 _COMMAND_TIMEOUT = 10_000
 
@@ -87,7 +89,13 @@ def errors_of(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, DscacheError):  # ConnectError is an OSError too
             raise
-        raise DscacheError(f"{path}: {error.strerror}") from error
+        raise DscacheError(f"{path}: {reason_of(error)}") from error
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a file or stream can't be written, and for a full disk the remedy."""
+    reason = str(error.strerror or error)
+    return f"{reason}; make room, or write elsewhere" if error.errno in _FULL else reason
 
 
 def read_state(path: Path, kind: type[StateT]) -> StateT | None:
@@ -106,5 +114,9 @@ def read_state(path: Path, kind: type[StateT]) -> StateT | None:
 def write_state(path: Path, state: msgspec.Struct) -> None:
     """Write the state of a job to its file, which is replaced atomically."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(msgspec.json.encode(state))
-    new.replace(path)
+    try:
+        new.write_bytes(msgspec.json.encode(state))
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise

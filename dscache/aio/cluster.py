@@ -16,6 +16,7 @@ from ..config import Config, Options
 from ..errors import ConnectError
 from ..net.backoff import half_jitter
 from ..net.cluster_state import ClusterState
+from ..net.maintenance import Announcements, Notice
 from ..net.slot_table import NodeInfo
 from ..net.slots import RETRY_CAP, RETRY_FIRST, Address, SlotRange
 from .background_task import BackgroundTask
@@ -63,6 +64,7 @@ class Cluster(LoopBound, NodeListener):
         self.state = ClusterState(config, due.set)
         self.nodes = ClusterNodes(self.state, self._connect)
         self.resolver = Resolver()
+        self._announcements = Announcements(options) if inbox is None else None
         self._refresher = SlotRefresher(self, due)
         self._routing = SlotRouter(self)
         self._masters = self._routing.masters  # the same list
@@ -164,6 +166,8 @@ class Cluster(LoopBound, NodeListener):
         stats = self.state.stats(nodes, leaving, self._routing.stats())
         if self._near is not None:
             stats["near_cache"] = self._near.stats()
+        if self._announcements is not None:
+            stats["maintenance"] = self._announcements.stats()
         return stats
 
     def options_at(self, address: Address) -> Options:
@@ -233,6 +237,26 @@ class Cluster(LoopBound, NodeListener):
         self._routing.resume()
         source.watched = self._routing.is_awaited(source)
 
+    def on_slots_moved(self, notice: Notice) -> None:
+        """Give slots to the nodes that have them by now, as announced.
+
+        Operations that a former owner has under way end there, or are redirected.
+        """
+        self._keeper.check()
+        if self._closed:
+            return
+        slots = self.state.record_moves(notice.moves)
+        if self._announcements is not None:
+            self._announcements.count_slots(len(slots))
+        owners = {slot: self.nodes.open(info) for slot, info in slots.items()}
+        left = dict.fromkeys(self._masters[slot] for slot in owners)
+        for slot in owners:
+            self._routing.unopened.pop(slot, None)
+        self._forget(list(owners))
+        self._routing.hand_slots(owners)
+        self._assign_readers()
+        self._routing.resume(*left)
+
     def check_timers(self) -> None:
         self._routing.check_timers()
 
@@ -281,6 +305,7 @@ class Cluster(LoopBound, NodeListener):
             near=self._near,
             inbox=self._inbox,
             resolver=self.resolver,
+            announcements=self._announcements,
         )
         self._routing.join(node)
         return node

@@ -29,7 +29,7 @@ from ..net.connect_errors import as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
-from ..net.maintenance import Announcements
+from ..net.maintenance import Announcements, Notice
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
@@ -75,6 +75,9 @@ class NodeListener:
     def on_progress(self, node: Connection) -> None:
         """A reply has arrived while the connection was ``watched``."""
 
+    def on_slots_moved(self, notice: Notice) -> None:
+        """A node announces that slots have moved, or that it moves itself."""
+
     def check_timers(self) -> None:
         """Set lost timers again; each node calls it now and then."""
 
@@ -85,7 +88,8 @@ class Connection(LoopBound):
     With a ``cluster`` it is one of several, and with ``read_only`` a replica answers reads.
     ``entry`` is where operations go: its pipeline, or a near cache before it, which on a cluster
     is ``near`` for all nodes. ``endpoint`` replaces the one server that ``options`` name, and
-    ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``.
+    ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``, and the
+    ``announcements`` of their maintenance.
     """
 
     info: NodeInfo
@@ -102,6 +106,7 @@ class Connection(LoopBound):
         endpoint: Endpoint | None = None,
         inbox: MessageDispatcher | None = None,
         resolver: Resolver | None = None,
+        announcements: Announcements | None = None,
         owner: str = "an AsyncCache",
     ) -> None:
         super().__init__(owner)
@@ -112,7 +117,10 @@ class Connection(LoopBound):
         """How many operations the node has redirected; the cluster counts them."""
         self._options = options
         self._cluster = cluster
-        announcements = Announcements(options) if cluster is None and inbox is None else None
+        self._announcements: Announcements | None = None
+        """The announcements that are this connection's alone."""
+        if cluster is None and inbox is None and endpoint is None:
+            self._announcements = announcements = Announcements(options)
         is_near = near is not None or (cluster is None and options.near_cache is not None)
         self._endpoint = endpoint or Endpoint(
             options,
@@ -151,7 +159,13 @@ class Connection(LoopBound):
         kept = options.near_cache if is_near else None
         idle_limit = None if kept is None else kept.idle_limit / 1000
         self._heartbeat = Heartbeat(self.pipeline, idle_limit, self._check)
-        self._maintenance = Maintenance(self, self._endpoint, self._heartbeat, announcements)
+        self._maintenance = Maintenance(
+            self,
+            self._endpoint,
+            self._heartbeat,
+            announcements,
+            None if cluster is None else cluster.on_slots_moved,
+        )
         self._reconnect = Reconnect(options.retry_strategy, self.pipeline)
         self.link: SocketProtocol | None = None
         """The socket of a connection that is ready."""
@@ -289,6 +303,8 @@ class Connection(LoopBound):
         }
         if self._own_near is not None:
             stats["near_cache"] = self._own_near.stats()
+        if self._announcements is not None:
+            stats["maintenance"] = self._announcements.stats()
         return stats
 
     # -- sending

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import suppress
-from contextvars import Context
+from contextvars import Context, copy_context
 from functools import partial
 from inspect import isawaitable
 from typing import Any, TypeAlias
@@ -14,14 +14,15 @@ from typing import Any, TypeAlias
 from ..core import loading, notes
 from ..core.fetch_terms import Checks, Terms
 from ..core.flights import Flight
-from ..core.loading import Do, Load, Outcome, Step
+from ..core.loading import Do, Failed, Load, LoadEach, Outcome, Pause, Step
 from ..core.notes import note_of
+from ..core.refreshes import Batch, Refresh, RefreshQueue
 from ..core.typed import TypedRead
 from ..errors import BulkError, ConnectionLost, DscacheError, shorten
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], Coroutine[Any, Any, object]]
-_Key: TypeAlias = tuple[bool, frozenset[str]]
-"""Whether it is a refresh, and the names."""
+_Key: TypeAlias = Hashable
+"""The names that are missing, or the task of a refresh."""
 
 
 class Loads:
@@ -29,6 +30,8 @@ class Loads:
 
     def __init__(self, default_ttl: int | None) -> None:
         self.checks = Checks(default_ttl)
+        self._refreshes = RefreshQueue()
+        self._starting: asyncio.Task[Outcome] | None = None
         self._tasks: dict[_Key, tuple[asyncio.Task[Outcome], Flight]] = {}
 
     async def fetch(
@@ -50,14 +53,14 @@ class Loads:
         found = {name: record} if note is None else {name: record, note_of(name): note}
         due = loading.due_names(found, [name], self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, found, terms), _single(load), entry)
+            note_version = loading.version_of(note)
+            self._refreshes.add(name, Refresh(load, terms, copy_context(), note_version))
+            self._refresh_soon(entry)
         return record
 
     async def load(self, entry: Any, name: str, load: Callable[[str], Any], terms: Terms) -> Any:
         """Return a record that was missing, once this or another caller's load has made it."""
-        begun = self._begin(
-            False, [name], loading.load_missing([name], terms), _single(load), entry
-        )
+        begun = self._begin([name], loading.load_missing([name], terms), _single(load), entry)
         outcome = await self._outcome_of(*begun)
         self.checks.keep_missing(outcome.nothing)
         if terms.refresh_after is not None:
@@ -77,14 +80,16 @@ class Loads:
         load = _many(load_many)
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
-            self._begin(True, due, loading.refresh(due, found, terms), load, entry)
+            steps = loading.refresh(due, found, terms)
+            self._refreshes.add(frozenset(due), Refresh(load, terms, copy_context(), steps=steps))
+            self._refresh_soon(entry)
         records = {name: found[name] for name in names if name in found}
         if self.checks.missing:
             await self.end_missing(entry, records.values())
         missing = [name for name in names if name not in found]
         if not missing:
             return records
-        begun = self._begin(False, missing, loading.load_missing(missing, terms), load, entry)
+        begun = self._begin(missing, loading.load_missing(missing, terms), load, entry)
         outcome = await self._outcome_of(*begun)
         self.checks.keep_missing(outcome.nothing)
         records |= {name: loading.another(one) for name, one in outcome.records.items()}
@@ -100,11 +105,10 @@ class Loads:
             await _drive(loading.end_missing(ended), _load_nothing, entry, Flight(ended))
 
     def _begin(
-        self, refresh: bool, names: Iterable[str], steps: loading.Steps, load: _Loader, entry: Any
+        self, names: list[str], steps: loading.Steps, load: _Loader, entry: Any
     ) -> tuple[asyncio.Task[Outcome], Flight]:
         """Return the task and the flight of a load, which may be under way already."""
-        names = list(names)
-        key = refresh, frozenset(names)
+        key = frozenset(names)
         begun = self._tasks.get(key)
         if begun is None or begun[0].done():
             flight = Flight(names)
@@ -113,6 +117,44 @@ class Loads:
             task.add_done_callback(partial(self._end, key))
             begun = self._tasks[key] = task, flight
         return begun
+
+    def _refresh_soon(self, entry: Any) -> None:
+        """Begin refreshes that may run, together with the ones that this tick still brings."""
+        if self._starting is not None and not self._starting.done():
+            return
+        if self._refreshes.room() <= 0:
+            return
+        # Of no caller's context: only the loads have one.
+        task = asyncio.get_running_loop().create_task(self._refresh(entry), context=Context())
+        task.add_done_callback(partial(self._end, task))
+        self._tasks[task] = task, Flight(())
+        self._starting = task
+
+    async def _refresh(self, entry: Any) -> Outcome:
+        """Do refreshes that wait, as many together as may be."""
+        batch = self._refreshes.take()
+        self._starting = None
+        self._refresh_soon(entry)  # others may have room beside them
+        loads = _LoadsApart(batch)
+        try:
+            first = next(iter(batch.left.items()), None)
+            if first is None:
+                return Outcome()
+            key, refresh = first
+            if refresh.steps is not None:
+                work = _drive(refresh.steps, _many(refresh.load), entry, Flight(key))
+                loop = asyncio.get_running_loop()
+                return await loop.create_task(work, context=refresh.context)
+            notes = {name: one.note for name, one in batch.left.items()}
+            steps = loading.refresh_each(notes, refresh.terms, loads.waits_of)
+            return await _drive(steps, loads, entry, Flight(()))
+        except asyncio.CancelledError:
+            self._refreshes.clear()  # at the end of a loop, or of the cache
+            raise
+        finally:
+            loads.cancel()
+            batch.left.clear()
+            self._refresh_soon(entry)
 
     def _end(self, key: _Key, ended: asyncio.Task[Outcome]) -> None:
         begun = self._tasks.get(key)
@@ -135,6 +177,7 @@ class Loads:
 
     async def close(self, seconds: float) -> None:
         """Cancel all loads, and wait so long for them to give up their leases."""
+        self._refreshes.clear()
         tasks = [task for task, _ in self._tasks.values()]
         for task in tasks:
             task.cancel()
@@ -217,7 +260,68 @@ def _cancel(work: asyncio.Task[Any], waiter: asyncio.Future[Any]) -> None:
         work.cancel()
 
 
-async def _drive(steps: loading.Steps, load: _Loader, entry: Any, flight: Flight) -> Outcome:
+class _LoadsApart:
+    """The loads of refreshes that run together, each for itself in the context of its caller."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._left = batch.left
+        self._flights: dict[str, Flight] = {}
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+
+    def waits_of(self, name: str) -> list[str]:
+        """Return the names that the load of a name waits for."""
+        return self._flights[name].waited_names()
+
+    async def ended(self, step: LoadEach) -> dict[str, Any]:
+        """Begin loads at the first call; return the results of the ones that have ended."""
+        for name in [name for name in self._left if name not in step.names]:
+            del self._left[name]  # another refresh may begin
+        if not self._flights:
+            done = {}
+            for name in step.names:
+                refresh = self._left[name]
+                try:
+                    done[name] = refresh.context.run(self._begin, name, refresh)
+                except Exception as error:
+                    done[name] = Failed(error)
+            if done := {name: data for name, data in done.items() if name not in self._tasks}:
+                return done
+        await asyncio.wait(
+            self._tasks.values(), timeout=step.seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        over = [name for name, task in self._tasks.items() if task.done()]
+        return {name: _result_of(self._tasks.pop(name)) for name in over}
+
+    def _begin(self, name: str, refresh: Refresh) -> Any:
+        """Call a load, and return its result unless a task awaits it."""
+        flight = self._flights[name] = Flight([name])
+        with flight.loading():
+            data = refresh.load(name)
+            if isawaitable(data):
+                self._tasks[name] = asyncio.ensure_future(_result(data))
+        return data
+
+    def cancel(self) -> None:
+        """Cancel the loads that run."""
+        for task in self._tasks.values():
+            task.cancel()
+
+
+async def _result(load: Awaitable[Any]) -> Any:
+    return await load
+
+
+def _result_of(load: asyncio.Task[Any]) -> Any:
+    """Return the data of a load that is over, or Failed."""
+    if load.cancelled():
+        return Failed(asyncio.CancelledError())
+    error = load.exception()
+    return load.result() if error is None else Failed(error)
+
+
+async def _drive(
+    steps: loading.Steps, load: _Loader | _LoadsApart, entry: Any, flight: Flight
+) -> Outcome:
     reply: Any = None
     error: BaseException | None = None
     while True:
@@ -234,9 +338,12 @@ async def _drive(steps: loading.Steps, load: _Loader, entry: Any, flight: Flight
             error, reply = raised, None
 
 
-async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any:
+async def _execute(step: Step, load: _Loader | _LoadsApart, entry: Any, flight: Flight) -> Any:
     if isinstance(step, Do):
         return await getattr(entry, step.operation)(*step.arguments)
+    if isinstance(load, _LoadsApart):
+        assert isinstance(step, LoadEach)
+        return await load.ended(step)
     if isinstance(step, Load):
         renewing: list[asyncio.Task[None]] = []
         driver = asyncio.current_task()
@@ -253,6 +360,7 @@ async def _execute(step: Step, load: _Loader, entry: Any, flight: Flight) -> Any
             timer.cancel()
             for task in renewing:
                 task.cancel()
+    assert isinstance(step, Pause)
     return await asyncio.sleep(step.seconds)
 
 

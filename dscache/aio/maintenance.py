@@ -3,12 +3,16 @@
 Before the server moves, a second socket is opened to the new address, with the whole handshake,
 by a pipeline of its own. Then operations wait for a moment, until each one under way has its
 reply over the old socket, and go on over the new one. So none is lost, and none is in doubt.
+
+On a cluster, the nodes announce which slots have moved, and ``cluster.py`` follows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +21,16 @@ from ..config.address import join_address
 from ..core.recovery import change_timeout
 from ..errors import ConnectionLost, DscacheError
 from ..net.backoff import full_jitter
-from ..net.maintenance import BEGINNINGS, LASTS, MOVING, RELAXED, Announcements, Notice
+from ..net.maintenance import (
+    LEAST,
+    MOVE_PAUSE,
+    MOVE_PAUSE_CAP,
+    MOVING,
+    SLOTS_MOVED,
+    Announcements,
+    Leeway,
+    Notice,
+)
 from .deadlines import SureTimer
 from .endpoint import Endpoint
 from .heartbeat import Heartbeat
@@ -30,11 +43,6 @@ _logger = logging.getLogger("dscache")
 
 # How often to look whether the replies that are due have come, in seconds.
 _GLANCE = 0.002
-# The pause before another attempt to connect, and its longest form, in seconds.
-_PAUSE = 0.05
-_LONGEST_PAUSE = 1.0
-# A server that moves has at least this much time, in seconds.
-_LEAST = 1.0
 
 
 class _Quiet:
@@ -48,7 +56,8 @@ class _Quiet:
 class Maintenance:
     """Follows the announcements of a server: gives operations more time, and moves with it.
 
-    Without ``announcements`` it does nothing.
+    Without ``announcements`` it does nothing. ``on_slots_moved`` is given for a node of a cluster,
+    which doesn't move: it is called with each new announcement of slots that have.
     """
 
     def __init__(
@@ -57,16 +66,17 @@ class Maintenance:
         endpoint: Endpoint,
         heartbeat: Heartbeat,
         announcements: Announcements | None,
+        on_slots_moved: Callable[[Notice], object] | None = None,
     ) -> None:
         self._node = node
         self._endpoint = endpoint
         self._heartbeat = heartbeat
         self._announcements = announcements
         self._loop = asyncio.get_running_loop()
+        self._on_slots_moved = on_slots_moved
         self._usual = node.pipeline.timeout
-        self._is_relaxed = False
-        self._over = SureTimer(self._end)
-        self._moving: Notice | None = None
+        self._leeway = Leeway(self._usual)
+        self._over = SureTimer(self._end_if_over)
         self._task: asyncio.Task[None] | None = None
         if announcements is not None:
             node.pipeline.on_push = self._on_push
@@ -93,52 +103,57 @@ class Maintenance:
             self._loop.call_soon(self._follow, notice)
 
     def _follow(self, notice: Notice) -> None:
-        if self._announcements is None:
+        announcements = self._announcements
+        if announcements is None:
             return
-        if notice.kind == MOVING:
+        is_new = announcements.is_new(notice, self._node.address)
+        now = time.monotonic()
+        seconds = self._leeway.follow(notice, now)
+        if self._leeway.until is not None:
+            self._over.start(self._leeway.until - now)
+        if seconds is not None:
+            self._change(seconds, notice.kind.decode())
+        if is_new and notice.kind == MOVING and self._on_slots_moved is None:
             self._move(notice)
-        elif notice.kind in BEGINNINGS:
-            self._begin(notice)
-        elif self._is_relaxed:
-            self._end()
+        elif is_new and notice.kind in (MOVING, SLOTS_MOVED) and self._on_slots_moved is not None:
+            self._on_slots_moved(notice)
 
     # -- more time
 
-    def _begin(self, notice: Notice) -> None:
-        self._over.start(notice.seconds + LASTS)
-        if self._is_relaxed:
-            return
-        self._is_relaxed = True
-        seconds = max(self._usual, RELAXED)
-        _logger.info(
-            "%s announces %s: operations have %.0f s until it is over",
-            self._node.address,
-            notice.kind.decode(),
-            seconds,
-        )
-        self._heartbeat.be_patient(seconds)
-        change_timeout(self._node.pipeline, seconds)
+    def _end_if_over(self) -> None:
+        """End the maintenance at its latest time; a timer may be early, and is set again then."""
+        now = time.monotonic()
+        if (seconds := self._leeway.end_if_over(now)) is not None:
+            self._change(seconds)
+        elif self._leeway.until is not None:
+            self._over.start(self._leeway.until - now)
 
-    def _end(self) -> None:
+    def _change(self, seconds: float, kind: str = "") -> None:
+        """Change the timeout of operations, after the announcement of a kind."""
+        node = self._node
+        change_timeout(node.pipeline, seconds)
+        if self._leeway.until is not None:
+            self._heartbeat.be_patient(seconds)
+            if self._announcements is not None:
+                self._announcements.count_relaxed()
+            _logger.info(
+                "%s announces %s: operations have %.0f s until it is over",
+                node.address,
+                kind,
+                seconds,
+            )
+            return
         self._over.stop()
-        self._is_relaxed = False
         self._heartbeat.be_patient(0)
-        change_timeout(self._node.pipeline, self._usual)
-        self._node.expire_soon()
-        _logger.info("the maintenance of %s is over", self._node.address)
+        node.expire_soon()
+        _logger.info("the maintenance of %s is over", node.address)
 
     # -- another address
 
     def _move(self, notice: Notice) -> None:
         link = self._node.link
-        known = self._moving
-        is_known = known is not None and (known.serial, known.endpoint) == (
-            notice.serial,
-            notice.endpoint,
-        )
-        if link is None or is_known:
+        if link is None:
             return
-        self._moving = notice
         if self._task is not None:
             self._task.cancel()
         _logger.info(
@@ -153,7 +168,7 @@ class Maintenance:
 
     async def _follow_server(self, notice: Notice, old: SocketProtocol) -> None:
         """Move to the new address in time, unless the old socket is lost before."""
-        until = self._loop.time() + max(notice.seconds, _LEAST)
+        until = self._loop.time() + max(notice.seconds, LEAST)
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
             await asyncio.sleep(notice.seconds / 2)
@@ -163,7 +178,7 @@ class Maintenance:
             if await self._try_to_move(old, until):
                 return
             failures += 1
-            await asyncio.sleep(full_jitter(_PAUSE, _LONGEST_PAUSE, failures))
+            await asyncio.sleep(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
 
     async def _try_to_move(self, old: SocketProtocol, until: float) -> bool:
         node, endpoint = self._node, self._endpoint
@@ -193,6 +208,8 @@ class Maintenance:
                 if node.link is old and not (old.is_cut or link.is_cut or pipeline.partial):
                     is_moved = True
                     node.replace(link, greeting, address, "the server has moved")
+                    if self._announcements is not None:
+                        self._announcements.count_move()
                 return is_moved
             finally:
                 old.hold(False)

@@ -28,7 +28,7 @@ class MemoryNode:
         return not self.pipeline.closed
 
     async def when_ready(self) -> None:
-        """Return at once; raises ConnectionLost if it was closed."""
+        """Return at once; raises UsageError if it was closed."""
         self.pipeline.check_open()
 
     async def close(self) -> None:

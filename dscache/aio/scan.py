@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from ..config import Options
-from ..errors import BulkError, ConnectionLost, DscacheError
+from ..core import failures
+from ..errors import BulkError, DscacheError
 from ..net.finds import Finds, Item, MemoryScan, check_arguments
 from ..net.scan import KeyScan, Names, NameScan, Pause, Reply, Request
 from .connection import Connection
@@ -77,7 +78,7 @@ class ScanDriver(LoopBound):
 
     def _check_cache(self) -> None:
         if self._is_closed():
-            raise ConnectionLost("the cache is closed")
+            raise failures.closed("cache")
 
 
 class AsyncScan(ScanDriver, AsyncIterator[Item]):

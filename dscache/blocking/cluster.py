@@ -71,6 +71,7 @@ class ClusterConnection:
         self._active: set[NodeConnection] = set()
         self._hold_until = 0.0
         self._deadline = inf
+        self._expire_at = -inf
         self._slot_refresh: SlotRefresh | None = None
 
     # -- one operation
@@ -131,7 +132,7 @@ class ClusterConnection:
         self._hold_until = 0.0
         self._deadline = limit
         checks = 0
-        expire_at = -inf
+        self._expire_at = -inf
         while True:
             if (error_of := closing()) is not None:
                 self.fail_all(error_of)
@@ -140,11 +141,11 @@ class ClusterConnection:
             self.routes.follow()
             self._hand_on(now)
             active.update(self.routes.take_pending_nodes())
-            if now >= expire_at:
+            if now >= self._expire_at:
                 # All parts of an operation have the same deadline, and ``expire`` takes time.
                 deadline = self.expire(now)
-                expire_at = inf if deadline is None else deadline
-                self._deadline = min(expire_at, self._deadline if deadline is None else limit)
+                self._expire_at = inf if deadline is None else deadline
+                self._deadline = min(self._expire_at, self._deadline if deadline is None else limit)
             done = is_done(now)
             if self._refresh_slots(now, done):
                 continue
@@ -297,6 +298,9 @@ class ClusterConnection:
                 node.step()
             elif event != OUT:
                 node.receive()
+                if node.has_new_deadline:
+                    node.has_new_deadline = False
+                    self._expire_at = -inf
         return checking
 
     def _finish(self, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from ..errors import ConnectError, DscacheError
 from ..net.cluster_state import ClusterState
 from .cluster import ClusterConnection
 from .connection import Connection
+from .maintenance import SlotFollower, follow_maintenance
 from .pool import Pool, closed_meanwhile
 from .slot_routing import SlotRouter
 from .waiter import BlockingWaiter
@@ -44,12 +46,24 @@ class ClusterPool(Pool):
         super().__init__(shared, provider)
         self.address = options.address
         self.state = ClusterState(config)
+        self._slot_follower = SlotFollower(self.state, self.announcements)
+        self.follow_maintenance = partial(
+            follow_maintenance, self.announcements, self._slot_follower.follow
+        )
         self._new_routes = partial(
-            SlotRouter, _backend.core, self.state, shared, self._connector.logins
+            SlotRouter,
+            _backend.core,
+            self.state,
+            shared,
+            self._connector.logins,
+            self.follow_maintenance,
         )
         self._departures = 0
 
     # -- differences from the pool of one server
+
+    def on_moved(self, moved: Callable[[], object]) -> None:
+        self._slot_follower.on_moved(moved)
 
     def _new_connection(self) -> Connection:
         return cast(Connection, ClusterConnection(self.state, self._new_routes()))
@@ -173,7 +187,11 @@ class ClusterPool(Pool):
         for info in infos:
             nodes[info.shown] |= {**info.connections(), "last_loss": info.last_loss}
         others = [*(one.stats() for one in routes), {"overloaded": self._overloads}]
-        return {"waiting": len(self._waiters), **self.state.stats(nodes, (), others)}
+        return {
+            "waiting": len(self._waiters),
+            **self.state.stats(nodes, (), others),
+            "maintenance": self.announcements.stats(),
+        }
 
 
 def _cluster(line: Connection) -> ClusterConnection:

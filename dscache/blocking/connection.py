@@ -14,7 +14,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from ..config.address import join_address
 from ..core import constants
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ..core.pure import Pipeline
     from ..net.credentials import Logins
     from .connector import Connector
+    from .maintenance import Follower
 
 _logger = logging.getLogger("dscache")
 
@@ -79,6 +81,11 @@ def _always(timeout: int) -> bool:
     return True
 
 
+def _behind(look: Callable[[], object], poll: Callable[[int], object], timeout: int) -> object:
+    look()
+    return poll(timeout)
+
+
 class Connection:
     """A pipeline and, most of the time, a socket.
 
@@ -87,16 +94,22 @@ class Connection:
     what the server has last said of itself, and ``identity`` tells servers apart, where there is a
     near cache. ``info`` is of the server, and ``connects`` the number of sockets so far. ``unsent``
     is output that the socket has not taken yet, and ``events`` are those of poll to wait for.
+    ``announces``: the server announces its maintenance over this socket.
     """
 
     __slots__ = (
         "__weakref__",
+        "_expire_at",
+        "_follower",
         "_holder",
         "_least_telling",
+        "_look",
         "_patience",
+        "_poll",
         "_poller",
         "_reason",
         "admitted",
+        "announces",
         "connects",
         "events",
         "gone",
@@ -116,12 +129,17 @@ class Connection:
         self.info = info
         self.sock: socket.socket | None = None
         self.admitted = False
+        self.announces = False
         self.ready = False
         self.retired = False
         self.gone = False
         self.greeting: ServerInfo | None = None
         self.identity: str | None = None
         self.is_readable: Callable[[int], object] = _always
+        self._follower: Follower | None = None
+        self._look: Callable[[], object] | None = None
+        self._poll: Callable[[int], object] = _always
+        self._expire_at = -math.inf
         self._holder: SocketConnect | None = None
         self._poller: select.poll | _SecurePoller
         self._patience = info.options.command_timeout
@@ -204,12 +222,13 @@ class Connection:
         With full buffers on both sides, a server reads no more until its replies are read.
         """
         pipeline = self.pipeline
-        deadline = -math.inf
+        self._expire_at = -math.inf
         put_offs = 0
         while True:
             now = time.monotonic()
-            if now >= deadline:
-                deadline = pipeline.expire(now) or now  # without a deadline, it is done
+            if now >= self._expire_at:
+                self._expire_at = pipeline.expire(now) or now  # without a deadline, it is done
+            deadline = self._expire_at
             if outcome.done:
                 break
             if pipeline.away not in _AWAY:
@@ -280,16 +299,18 @@ class Connection:
         if ready and ready[0][1] != OUT:
             self._take()
 
-    def _take(self) -> None:
+    def _take(self) -> bool:
+        """Take the data that has arrived; return whether there was any."""
         assert self.sock is not None
         try:
             size = self.sock.recv_into(self.pipeline.get_buffer(-1))
         except _NOT_NOW as error:
             raise_foreign(error)
-            return
+            return False
         if not size:
             raise ConnectionLost("the server closed it")
         self.pipeline.buffer_updated(size)
+        return True
 
     def _lose(self, reason: Exception) -> None:
         """End the socket; operations that may be repeated wait for the next one."""
@@ -303,8 +324,11 @@ class Connection:
     def _is_stale(self, sock: socket.socket) -> bool:
         """Whether the server has closed the socket, or sent data without a command.
 
-        Messages of TLS itself don't count. A stale socket is closed when this returns.
+        Messages of TLS itself don't count, nor do announcements, which are taken. A stale socket is
+        closed when this returns.
         """
+        if self.announces:
+            return self._is_lost()
         loss = "the server sent data that no command had asked for"
         try:
             if not sock.recv(1):
@@ -318,18 +342,33 @@ class Connection:
         self._note_loss(loss)
         return True
 
+    def _is_lost(self) -> bool:
+        """Take the announcements that have arrived; return whether the server has closed.
+
+        Anything else is a reply without a command, which ends the socket.
+        """
+        try:
+            while self.is_readable(0) and self._take():
+                pass
+        except (OSError, ProtocolError) as error:
+            self._lose(error)
+            return True
+        return False
+
     def _note_loss(self, reason: str) -> None:
         _logger.info("connection to %s lost: %s", self.pipeline.address, reason)
         self.info.last_loss = reason
 
     # -- the socket
 
-    def open(self, connector: Connector, deadline: float) -> str:
+    def open(
+        self, connector: Connector, deadline: float, address: tuple[str, int] | None = None
+    ) -> str:
         """Connect and log in; return the kind and version of the server.
 
-        Raises OSError, DscacheError or UnicodeError.
+        With an ``address`` the server is there. Raises OSError, DscacheError or UnicodeError.
         """
-        host, port = connector.locate(deadline)
+        host, port = address or connector.locate(deadline)
         steps = self._connect(host, port, connector.logins, attempt=connector.attempt())
         try:
             while True:
@@ -345,9 +384,30 @@ class Connection:
         self._note_connected(info.server)
         return info.server
 
-    def _peer(self) -> object:
+    def _peer(self) -> Any:
         assert self.sock is not None
         return self.sock.getpeername()
+
+    # -- announced maintenance
+
+    def follow(self, follower: Follower) -> None:
+        """Have the server asked to announce its maintenance, from the next socket on."""
+        self._follower = follower
+        self.pipeline.on_push = follower.take_push
+
+    @property
+    def patience(self) -> float:
+        """How long the server may be silent because of maintenance, in seconds; 0 outside it."""
+        return 0.0 if self._follower is None else self._follower.patience
+
+    def watch_time(self, look: Callable[[], object] | None) -> None:
+        """Call ``look`` before each operation from now on; None ends that."""
+        self._look = look
+        self.is_readable = self._poll if look is None else partial(_behind, look, self._poll)
+
+    def expire_soon(self) -> None:
+        """Look at the deadlines now, since they have changed."""
+        self._expire_at = -math.inf
 
     def _note_connected(self, server: str) -> None:
         self.pipeline.down = None
@@ -414,6 +474,7 @@ class Connection:
         self._attach(holder.sock)
         self.pipeline.address = address = options.path or join_address(host, port)
         login = logins.current(options)
+        follower = self._follower
         try:
             steps = handshake(
                 options,
@@ -424,8 +485,14 @@ class Connection:
                 of_cluster=of_cluster,
                 identifies=options.near_cache is not None,
                 attempt=attempt,
+                announcements=None if follower is None else follower.announcements,
+                peer="" if follower is None or options.path else str(self._peer()[0]),
             )
-            return (yield from self._greet(steps, attempt))
+            info = yield from self._greet(steps, attempt)
+            self.announces = info.announces
+            if follower is not None and info.announces:
+                follower.on_connected()
+            return info
         except DscacheError as error:
             raise_foreign(error)  # now, while the error has its frames
             failure = without(error, [*secrets_of(options, login), *logins.given])
@@ -497,14 +564,16 @@ class Connection:
         pending = getattr(sock, "pending", None)
         self._poller = poller if pending is None else _SecurePoller(poller, self.fd, pending)
         # gevent's poll sees nothing with a timeout of zero.
-        self.is_readable = self._poller.poll if genuine else _always
+        self._poll = self._poller.poll if genuine else _always
+        self.watch_time(self._look)
 
     def disconnect(self) -> None:
         """Close the socket, if there is one."""
         self.ready = False
+        self.announces = False
         self.unsent = NOTHING
         self.sock = None
-        self.is_readable = _always
+        self.is_readable = self._poll = _always
         holder = self._holder
         if holder is not None:
             holder.close()

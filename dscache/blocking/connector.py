@@ -14,6 +14,7 @@ from weakref import WeakMethod
 from ..config import Options
 from ..net.credentials import Logins
 from ..net.handshake import Attempt, ClosedHandshakes
+from ..net.maintenance import NewAddress
 from ..net.renewals import listen
 
 if TYPE_CHECKING:
@@ -23,10 +24,19 @@ if TYPE_CHECKING:
 
 
 class Connector:
-    """One server, or the primary or a replica of a group."""
+    """One server, or the primary or a replica of a group.
 
-    def __init__(self, options: Options, provider: CredentialProvider | None) -> None:
+    Several connectors of a server that may move share its ``new_address``.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        provider: CredentialProvider | None,
+        new_address: NewAddress | None = None,
+    ) -> None:
         self._options = options
+        self.new_address = new_address or NewAddress()
         self.logins = Logins(provider)
         self._sentinels: Sentinels | None = None
         self._closed: ClosedHandshakes | None = None
@@ -44,7 +54,7 @@ class Connector:
         Raises ConnectError if the Sentinels name none by the deadline.
         """
         if self._sentinels is None:
-            return self._options.host, self._options.port
+            return self.new_address.get() or (self._options.host, self._options.port)
         return self._sentinels.locate(deadline)
 
     def attempt(self) -> Attempt | None:

@@ -15,8 +15,9 @@ from ..core.changes import PLAIN
 from ..core.fetch_terms import Checks, Terms, not_plain
 from ..core.flights import Flight
 from ..core.holder import GLANCE, Holder
-from ..core.loading import Do, Load, Outcome, Step
+from ..core.loading import Do, Load, Outcome, Pause, Step
 from ..core.notes import note_of
+from ..core.refreshes import MOST_REFRESHES
 from ..errors import BulkError, DscacheError
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], object]
@@ -125,8 +126,13 @@ class Loads:
         load: _Loader,
         terms: Terms,
     ) -> Mapping[str, Any]:
-        """Return due records, loaded anew unless another thread or process does."""
+        """Return due records, loaded anew unless another thread or process does.
+
+        While many threads do so for other records, the old ones are served until the next check.
+        """
         key = True, frozenset(due)
+        if sum(refresh for refresh, _ in [*self._flights]) >= MOST_REFRESHES:
+            return due
         begun = self._flights.get(key)
         if begun is not None and not begun.is_over():
             return due
@@ -221,6 +227,7 @@ def _execute(step: Step, load: _Loader, run: _Run, flight: _Flight) -> Any:
         return run(step.operation, *step.arguments)
     if isinstance(step, Load):
         return _load(step, load, run, flight)
+    assert isinstance(step, Pause)
     # An Event, whose wait a monkey-patched program replaces as well.
     threading.Event().wait(step.seconds)
     return None

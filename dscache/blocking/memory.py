@@ -60,7 +60,7 @@ class MemoryPool:
             self._pipeline.forget(listener)
 
     def when_ready(self) -> None:
-        """Return at once; raises ConnectionLost if it was closed."""
+        """Return at once; raises UsageError if it was closed."""
         self._pipeline.check_open()
 
     def close(self) -> None:

@@ -58,6 +58,7 @@ class NearFront:
             "delete_bulk": self._delete_bulk,
         }
         on_renewal(credentials, self._renew, options.address)
+        pool.on_moved(self._follow_server)
 
     def _make_core(self) -> Any:
         """Return the entries and the rules for them."""
@@ -231,7 +232,13 @@ class NearFront:
         """Return the links to begin with."""
         node = self._node = self.core.only_node()
         return [
-            NearLink(self._options, self._credentials, node, on_connected=self._leave_strangers)
+            NearLink(
+                self._options,
+                self._credentials,
+                node,
+                on_connected=self._leave_strangers,
+                pool=self._pool,
+            )
         ]
 
     def _leave_strangers(self, connection: NearConnection) -> None:
@@ -270,6 +277,11 @@ class NearFront:
             self._started = True
         for link in self._links:
             link.wait(self._options.command_timeout / 1000 * _SHARE)
+
+    def _follow_server(self) -> None:
+        """Have the links follow the server to its new address."""
+        for link in self._links:
+            link.restart("the server has moved")
 
     def _renew(self) -> None:
         """Have the links log in anew: there are new credentials."""

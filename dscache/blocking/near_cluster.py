@@ -68,6 +68,10 @@ class NearClusterFront(NearFront):
             self._table, self._seen = table, seen
         self._wanted.set()
 
+    def _follow_server(self) -> None:
+        """Drop the entries of slots that are announced to have moved; their links follow."""
+        self._follow()
+
     def _owners(self, table: SlotTable, seen: int) -> list[NearNode | None]:
         """Return the node whose answers are kept for each slot: that of its primary, if read."""
         owners: list[NearNode | None] = [None] * c.SLOTS
@@ -120,6 +124,7 @@ class NearClusterFront(NearFront):
                 of_cluster=True,
                 on_connected=partial(self._check_identity, shown),
                 on_lost=self._cluster.state.record_stale,
+                pool=self._cluster,
             )
             self._by_address[shown] = link
             self._links = list(self._by_address.values())

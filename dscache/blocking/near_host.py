@@ -58,7 +58,7 @@ from .foreign_errors import raise_foreign
 from .near_cache import NearFront
 from .near_link import NearConnection, NearLink
 from .near_segment import Segment
-from .pool import Asked
+from .pool import Asked, Pool
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -151,8 +151,9 @@ class HostLink(NearLink):
         *,
         on_connected: Callable[[NearConnection], object],
         on_session: Callable[[str], object],
+        pool: Pool,
     ) -> None:
-        super().__init__(options, credentials, node, on_connected=on_connected)
+        super().__init__(options, credentials, node, on_connected=on_connected, pool=pool)
         self._core = node.core
         self._segment = segment
         self._on_session = on_session
@@ -232,6 +233,7 @@ class HostFront(NearFront):
                 segment,
                 on_connected=self._leave_strangers,
                 on_session=self._pool.leave_strangers,
+                pool=self._pool,
             )
         ]
 

@@ -34,6 +34,8 @@ from .waiter import BlockingWaiter
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
+    from .pool import Pool
+
 _logger = logging.getLogger("dscache")
 
 # A server is asked this many times within ``idleLimit`` whether it answers, and at least this
@@ -123,7 +125,8 @@ class NearLink:
 
     ``on_connected`` is called with the connection before anything is cached, and may raise
     DscacheError to refuse the server. ``on_lost`` is called after a loss, and after each attempt
-    in vain.
+    in vain. With the ``pool`` of the cache, the link goes with it to another address, and has it
+    follow what the server announces over the link.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class NearLink:
         of_cluster: bool = False,
         on_connected: Callable[[NearConnection], object],
         on_lost: Callable[[], object] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.refusal: ErrorOf | None = None
         """How operations fail while the server refuses the link, and it is required."""
@@ -145,7 +149,10 @@ class NearLink:
         self._of_cluster = of_cluster
         self._on_connected = on_connected
         self._on_lost = on_lost
-        self._connector = Connector(self._options, credentials)
+        self._pool = pool
+        self._connector = Connector(
+            self._options, credentials, None if pool is None else pool.new_address
+        )
         self._decided = threading.Event()
         self._stopping = threading.Event()
         self._connection: NearConnection | None = None
@@ -237,6 +244,8 @@ class NearLink:
         connection = self._connection = NearConnection(
             self._options, self.node.take_push, of_cluster=self._of_cluster
         )
+        if self._pool is not None:
+            self._pool.follow_maintenance(connection, self.node.take_push)
         try:
             if self._open(connection):
                 self._follow(connection)
@@ -260,6 +269,7 @@ class NearLink:
             connection.open(self._connector, deadline)
             self._on_connected(connection)
         except _FAILURES as error:
+            self._connector.new_address.clear()
             failure = as_connect_error(error, options.connect_timeout)
             address = connection.pipeline.address
             refusal = permanent_failure(error, failure, address)
@@ -320,9 +330,10 @@ class NearLink:
             if pong is None and now >= due:
                 (pong,) = connection.ask([["PING"]])
                 asked, due = now, now + beat
-            elif pong is not None and now >= asked + _ANSWER_WITHIN:
-                raise EndedHere(f"the server did not answer for {_ANSWER_WITHIN:.0f} s")
-            connection.take(due if pong is None else asked + _ANSWER_WITHIN)
+            within = max(_ANSWER_WITHIN, connection.patience)
+            if pong is not None and now >= asked + within:
+                raise EndedHere(f"the server did not answer for {within:.0f} s")
+            connection.take(due if pong is None else asked + within)
 
     def _follow_place(self) -> None:
         """Leave a server that the Sentinels no longer name, which may be cut off from them."""

@@ -32,6 +32,7 @@ class NodeConnection(Connection):
     ``ready``: operations may be sent. ``opening``: the attempt to connect under way, which ends at
     ``limit``; after a failure, none begins before ``not_before``. ``wanted``: connect although no
     operation waits for the node. ``node_id``: the node's id, empty if it doesn't tell it.
+    ``has_new_deadline``: the deadlines of operations have changed since it was last false.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class NodeConnection(Connection):
         super().__init__(pipeline, info)
         self.opening: Generator[int, None, ServerInfo] | None = None
         self.wanted = False
+        self.has_new_deadline = False
         self.node_id = ""
         self.limit = 0.0
         self._allowed = 0
@@ -86,6 +88,9 @@ class NodeConnection(Connection):
 
     def _pump(self, outcome: BlockingWaiter) -> None:
         """Leave the rest to the ClusterConnection, which also sends the other nodes' output."""
+
+    def expire_soon(self) -> None:
+        self.has_new_deadline = True
 
     def _note_loss(self, reason: str) -> None:
         super()._note_loss(reason)

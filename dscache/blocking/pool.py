@@ -27,14 +27,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from weakref import ref
+from weakref import WeakMethod, ref
 
 from .. import _backend
 from .._forks import after_fork_in_child
 from .._locks import make_lock
 from ..config import Options
 from ..core import stats as counters
-from ..core.failures import ErrorOf
+from ..core.failures import ErrorOf, closed
 from ..errors import (
     ConfigError,
     ConnectError,
@@ -46,9 +46,11 @@ from ..errors import (
     ReplyError,
 )
 from ..net.backoff import pause_while_waiting
+from ..net.maintenance import Announcements, NewAddress
 from ..net.slot_table import NodeInfo
 from .connection import LEAST_TO_CONNECT, Connection
 from .connector import Connector, on_renewal
+from .maintenance import Mover, follow_maintenance
 from .waiter import BlockingWaiter
 
 if TYPE_CHECKING:
@@ -95,6 +97,14 @@ class Pool:
         self._closed = False
         self._closing = False
         self._overloads = 0
+        self.announcements = Announcements(options)
+        self._mover = Mover(self, self.announcements, self._connector.new_address)
+        # Without a reference to the pool, to which its connections would refer.
+        self.follow_maintenance = partial(
+            follow_maintenance, self.announcements, self._mover.follow
+        )
+        """Has a connection follow announcements, and others take all other pushes."""
+        self._on_moved: WeakMethod[Callable[[], object]] | None = None
         self.is_near = options.near_cache is not None
         on_renewal(provider, self._renew, options.address)
         after_fork_in_child(self, lambda pool: pool.reset_after_fork())
@@ -168,7 +178,7 @@ class Pool:
     def _spare(self) -> Connection:
         """Return a connection without a place."""
         if self._closed:
-            raise ConnectionLost("the cache is closed")
+            raise closed("cache")
         with suppress(IndexError):
             while (connection := self._unplaced.pop()).gone:
                 pass
@@ -180,6 +190,7 @@ class Pool:
 
     def _prepared(self, connection: Connection) -> Connection:
         connection.pipeline.reconnects = self._options.leaves_replicas
+        self.follow_maintenance(connection)
         return connection
 
     def _admit(self, spare: Connection) -> Connection:
@@ -359,6 +370,7 @@ class Pool:
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
+                self._connector.new_address.clear()
                 refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
                 if refusal is not None:
                     return refusal
@@ -405,6 +417,43 @@ class Pool:
     def leave_strangers(self, identity: str) -> None:
         """Replace the connections to other servers than the one with this identity."""
         self._retire(lambda other: other.identity not in (None, identity))
+
+    # -- another address of the server
+
+    @property
+    def new_address(self) -> NewAddress:
+        """The address to which the server has moved."""
+        return self._connector.new_address
+
+    def on_moved(self, moved: Callable[[], object]) -> None:
+        """Have a bound method called when the server, or slots of a cluster, have moved.
+
+        The pool keeps no reference to the method's object.
+        """
+        self._on_moved = WeakMethod(moved)
+
+    def new_connection(self) -> Connection:
+        """Return a connection that no operation has, and that has no place."""
+        return self._new_connection()
+
+    def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
+        """Connect to the server, perhaps at another address; return its kind and version."""
+        if self._options.sentinels is not None:
+            address = None  # they name it
+        limit = time.monotonic() + self._options.connect_timeout / 1000
+        return connection.open(self._connector, min(limit, until), address)
+
+    def move_to(self, connection: Connection, server: str) -> None:
+        """Use this connection and later ones in place of all others: idle ones end now."""
+        self._note_success(connection, server)
+        self._retire(lambda other: True)
+        if not self._closed and self._reserve(connection):
+            self._put_back(connection)
+        else:
+            self._drop(connection)
+        moved = None if self._on_moved is None else self._on_moved()
+        if moved is not None:
+            moved()
 
     # -- the life of the pool
 
@@ -485,12 +534,14 @@ class Pool:
             "connections": sum(one.sock is not None for one in present),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
+            "maintenance": self.announcements.stats(),
         }
 
     def close(self) -> None:
         """Let operations finish within ``closeTimeout``, and end all connections."""
         deadline = time.monotonic() + self._options.close_timeout / 1000
         self._closed = True
+        self._mover.stop()
         while self._is_in_use() and time.monotonic() < deadline:
             time.sleep(_PATIENCE)
         self._closing = True
@@ -505,6 +556,8 @@ class Pool:
         """Begin anew in a forked child, and leave the parent's connections alone."""
         connections = [held() for held in self._connections]
         self._lock = make_lock()
+        self.announcements.reset_after_fork()
+        self._mover.reset_after_fork()
         self._idle = deque()
         self._unplaced.clear()
         self._waiters = deque()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .._forks import after_fork_in_child
 from ..config import Options
-from ..errors import BulkError, ConnectionLost, DscacheError, UsageError
+from ..core import failures
+from ..errors import BulkError, DscacheError, UsageError
 from ..net.finds import Finds, Item, MemoryScan, check_arguments
 from ..net.scan import Names, NameScan, Pause, Reply, Request
 from .control import ControlConnection
@@ -161,7 +162,7 @@ class Scan(Iterator[Item]):
 
     def _check_cache(self) -> None:
         if self._is_closed():
-            raise ConnectionLost("the cache is closed")
+            raise failures.closed("cache")
 
     def _read(self, names: list[str]) -> None:
         self._check_cache()

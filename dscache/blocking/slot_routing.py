@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ class SlotRouter:
 
     ``unrouted`` is a pipeline without a node. It takes operations whose node isn't known yet, or
     has no connection of this thread yet. A pipeline that gets its first operation appends its
-    node's address to ``pending_nodes``; ``unrouted`` appends an empty one.
+    node's address to ``pending_nodes``; ``unrouted`` appends an empty one. ``follow`` is called
+    with each new connection.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class SlotRouter:
         state: ClusterState,
         options: Options,
         logins: Logins,
+        follow: Callable[[NodeConnection], None],
     ) -> None:
+        self._follow = follow
         self._state = state
         self._logins = logins
         self._new_pipeline = partial(
@@ -122,6 +126,7 @@ class SlotRouter:
             )
             pipeline.down = ConnectError("still connecting")
             node = NodeConnection(pipeline, info, self._state, self._logins)
+            self._follow(node)
             self.nodes[info.shown] = node
             self._rebuild(self._table)
         return node

@@ -7,7 +7,6 @@ or SIGHUP.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
+from ..admin.progress import reason_of
 from ..errors import DscacheError
 from . import signals, versions
 
@@ -89,11 +89,7 @@ class _Output(io.FileIO):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "; make room, or write elsewhere" if full else ""
-            raise OutputError(
-                f"standard output can't be written: {error.strerror}{remedy}"
-            ) from error
+            raise OutputError(f"standard output can't be written: {reason_of(error)}") from error
 
 
 def _open_standard_files() -> None:

@@ -16,13 +16,15 @@ from rich.text import Text
 from .. import _backend
 from ..admin.cache import open_cache
 from ..admin.latency_chart import draw
-from ..admin.load_test import Latencies, Plan, Result, apply
+from ..admin.load_test import MOST_BYTES, Latencies, Plan, Result, apply
 from ..admin.progress import errors_of
-from .options import Chosen, with_all_options
+from .options import Chosen, number_option, with_all_options
 from .output import complain, interruptible, new_table, number, plain, print_json
 from .progress_bar import progress
 from .settings import run
 
+_MOST_TASKS = 100_000
+_MOST_SECONDS = 1_000_000
 _PERCENTILES = (50, 90, 99, 99.9)
 
 
@@ -31,14 +33,21 @@ def bench(
     tasks: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Concurrent tasks, each with one operation at a time."
+            min=1,
+            max=_MOST_TASKS,
+            metavar="N",
+            help="Concurrent tasks, each with one operation at a time.",
         ),
     ] = 100,
     seconds: Annotated[
-        float, typer.Option(min=0.1, metavar="S", help="Duration of the load.")
+        float,
+        number_option(
+            "--seconds", "Duration of the load.", metavar="S", min=0.1, max=_MOST_SECONDS
+        ),
     ] = 5.0,
     read_ratio: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Share of reads, 0 to 1.")
+        float,
+        number_option("--read-ratio", "Share of reads, 0 to 1.", metavar="SHARE", min=0, max=1),
     ] = 0.9,
     size: Annotated[
         int, typer.Option(min=1, metavar="BYTES", help="Size of each record's JSON text.")
@@ -62,14 +71,21 @@ def bench(
     after Ctrl-C, which shows the result so far. It slows down the server's other clients. The exit
     status is 1 if operations failed.
     """
-    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
+    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir() or plot.is_dir()):
         raise typer.BadParameter(
-            "it must end in .svg, in a folder that exists", param_hint="--plot"
+            "it must be a file that ends in .svg, in a folder that exists", param_hint="--plot"
         )
-    config = chosen.load()
     plan = Plan(
         tasks=tasks, seconds=seconds, read_ratio=read_ratio, size=size, bulk=bulk, records=records
     )
+    if plan.bytes_under_way > MOST_BYTES:
+        raise typer.BadParameter(
+            f"{number(tasks, 'task')} with {number(bulk, 'record')} of {size:,} bytes in each "
+            "operation would take more than 1 GiB at a time; choose fewer tasks, or less of the "
+            "others",
+            param_hint="--tasks, --bulk, --size",
+        )
+    config = chosen.load()
     result = Result()
     facts: dict[str, str] = {}
 
@@ -112,10 +128,12 @@ def _print_result(
     if plot is not None:
         _write_plot(plot, facts, plan, result)
     if result.written < plan.records:
-        complain(
-            f"used {result.written:,} records in place of {plan.records:,}, as no more could be "
-            "written in the time that filling may take"
+        why = (
+            "could be written in the time that filling may take"
+            if result.written < plan.most_records
+            else "fit into 1 GiB"
         )
+        complain(f"used {result.written:,} records in place of {plan.records:,}, as no more {why}")
     for error, count in result.errors.most_common(5):
         complain(f"{number(count, 'operation')} failed: {error}")
 

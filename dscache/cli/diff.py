@@ -13,12 +13,14 @@ from ..admin.cache import open_cache
 from ..admin.comparison import Difference, ExportedRecords, Records, StoredRecords, compare
 from ..admin.progress import with_long_timeouts
 from ..config import Config
+from ..config.document import SUFFIXES
 from .options import Chosen, PrefixOption, with_all_options
 from .output import complain, interruptible, number
 from .settings import load_source, run, with_layout
 from .tables import Results, line_of
 
 _EXPORTS = (".ndjson", ".ndjson.gz", ".jsonl", ".jsonl.gz")
+_OTHER = "A URL, host:port, configuration file, or an export (.ndjson, .ndjson.gz)."
 _SHOWN_AT_ONCE = 500
 
 
@@ -28,7 +30,7 @@ def diff(
         str,
         typer.Argument(
             metavar="OTHER",
-            help="A URL, host:port, configuration file, or an export (.ndjson, .ndjson.gz).",
+            help=_OTHER,
         ),
     ],
     prefix: PrefixOption = "",
@@ -41,6 +43,7 @@ def diff(
     under the same version. In a pipe, prints one JSON object a line. Reads all records of both,
     while other clients are served. The exit status is 1 if there are differences.
     """
+    file = _export(other)
     config = with_long_timeouts(chosen.load())
     results = Results(chosen.as_json, "here", "there", "")
     count = 0
@@ -57,7 +60,7 @@ def diff(
     async def work() -> None:
         async with (
             open_cache(config) as cache,
-            _opened(other, prefix, chosen, config) as there,
+            _opened(file or other, prefix, chosen, config) as there,
         ):
             async for one in compare(StoredRecords(cache, prefix), there):
                 show(one)
@@ -72,12 +75,24 @@ def diff(
         raise typer.Exit(1)
 
 
+def _export(other: str) -> Path | None:
+    """Return the file of an export, or None for another place. Raises typer.BadParameter."""
+    file = Path(other)
+    if file.is_dir():
+        raise typer.BadParameter(
+            f"{other} is a folder; give {_OTHER[0].lower()}{_OTHER[1:-1]}", param_hint="OTHER"
+        )
+    if other.endswith(_EXPORTS) or (file.is_file() and not other.lower().endswith(SUFFIXES)):
+        return file
+    return None
+
+
 @asynccontextmanager
 async def _opened(
-    other: str, prefix: str, chosen: Chosen, config: Config
+    other: str | Path, prefix: str, chosen: Chosen, config: Config
 ) -> AsyncIterator[Records]:
-    if other.endswith(_EXPORTS):
-        yield ExportedRecords(Path(other), prefix)
+    if isinstance(other, Path):
+        yield ExportedRecords(other, prefix)
         return
     loaded = with_long_timeouts(load_source(other, "OTHER"))
     if chosen.layout is not None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..admin.doctor.checkup import check_up
 from ..admin.doctor.findings import BAD, OK, UNKNOWN, WARNING, Checkup
-from .options import Chosen, with_all_options
+from .options import Chosen, number_option, with_all_options
 from .output import new_table, number, plain, print_json
 from .settings import load_messages, run
 
@@ -20,12 +20,12 @@ _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 
 HotOption = Annotated[
     float,
-    typer.Option(
+    number_option(
         "--hot",
+        "Let servers of Redis 8.6 or newer count for that long which records are used most.",
         metavar="SECONDS",
         min=0,
         max=60,
-        help="Let servers of Redis 8.6 or newer count for that long which records are used most.",
     ),
 ]
 

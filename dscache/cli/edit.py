@@ -17,7 +17,7 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.indent import indented
 from ..config import Config
-from ..errors import RecordError, RecordMissing, shorten
+from ..errors import DscacheError, RecordError, RecordMissing, shorten
 from . import signals
 from .options import Chosen, flag, with_all_options
 from .output import complain
@@ -49,10 +49,7 @@ def edit(
     if record is None and not create:
         raise RecordMissing(f"no record {shorten(name)}; --create begins one", name=name)
     version, text = (0, b"{}") if record is None else (record.version, indented(record.raw))
-    handle, path = tempfile.mkstemp(prefix="dscache-", suffix=".json")
-    file = Path(path)
-    with open(handle, "wb") as opened:
-        opened.write(text + b"\n")
+    file = _file_with(text + b"\n")
     written = False
     try:
         edited = _edited(file)
@@ -72,6 +69,24 @@ def edit(
     complain(f"{shorten(name)} written as version {version + 1}")
 
 
+def _file_with(text: bytes) -> Path:
+    """Return a new temporary file with a text. Raises DscacheError."""
+    file = None
+    try:
+        handle, path = tempfile.mkstemp(prefix="dscache-", suffix=".json")
+        file = Path(path)
+        with open(handle, "wb") as opened:
+            opened.write(text)
+    except OSError as error:
+        if file is not None:
+            file.unlink(missing_ok=True)
+        raise DscacheError(
+            f"no temporary file for the text: {error.strerror or error}; "
+            "set TMPDIR to a folder with room"
+        ) from error
+    return file
+
+
 async def _read(config: Config, name: str) -> Record | None:
     async with open_cache(config) as cache:
         return await cache.get(name)
@@ -87,7 +102,12 @@ def _edited(file: Path) -> bytes:
     """Let the user edit a file until it has JSON; return that text without space around it."""
     while True:
         _run_editor(file)
-        text = file.read_bytes().strip()
+        try:
+            text = file.read_bytes().strip()
+        except OSError as error:
+            raise DscacheError(
+                f"the editor left no text: {file}: {error.strerror}; nothing was written"
+            ) from error
         try:
             ndjson.encode("", 0, text)
         except RecordError as error:

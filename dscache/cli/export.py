@@ -70,7 +70,7 @@ def export(
                     param_hint="FILE",
                 )
             if state.cursor:
-                complain(f"resuming after {number(state.records, 'record')}")
+                complain(f"resuming: skipped {number(state.records, 'record')} already exported")
             with progress("export", job.position), target.open(state) as sink:
                 await export_run.run(sink, state, target.save)
         target.finish()
@@ -85,7 +85,7 @@ def export(
     }
     words = [
         f"{number(job.records, 'record')} exported",
-        f"{number(job.halves, 'half', 'halves')} left out" if job.halves else "",
+        f"{number(job.halves, 'half', 'halves')} of a record left out" if job.halves else "",
         f"{job.damaged:,} damaged left out" if job.damaged else "",
     ]
     conclude(summary, words, job, seconds, as_json=chosen.as_json and not to_stdout, err=to_stdout)

@@ -14,7 +14,7 @@ from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
 from ..admin.restore import Import, ImportFile, ImportState
 from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
 from .options import Chosen, IfNewerOption, flag, with_all_options
-from .output import complain, complain_of_all, number
+from .output import NOT_NEWER, complain, complain_of_all, number
 from .progress_bar import progress
 from .settings import read_input
 
@@ -65,7 +65,7 @@ def import_(
                 assert source is not None
                 state = source.state(of, restart=restart)
                 if state.line:
-                    complain(f"resuming after line {state.line:,}")
+                    complain(f"resuming: skipped {number(state.line, 'line')} already imported")
                 lines = ndjson.Lines(source.pieces(state.offset), str(file))
                 await import_run.run(lines, state, source.save, lambda: source.position)
                 source.finish()
@@ -82,7 +82,7 @@ def import_(
     }
     words = [
         f"{number(state.records - state.not_newer, 'record')} imported",
-        f"{state.not_newer:,} not newer" if state.not_newer else "",
+        f"{state.not_newer:,} {NOT_NEWER}" if state.not_newer else "",
         f"{number(state.broken, 'broken line')} skipped" if state.broken else "",
     ]
     conclude(summary, words, job, seconds, as_json=chosen.as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,18 @@ from .settings import load, with_layout
 def flag(name: str, text: str, **options: Any) -> Any:
     """Return an option without a value, whose type help would show by default."""
     return typer.Option(name, metavar="", help=text, **options)
+
+
+def number_option(name: str, text: str, **options: Any) -> Any:
+    """Return an option for a number with a fraction."""
+    return typer.Option(name, help=text, callback=_refuse_nan, **options)
+
+
+def _refuse_nan(value: float) -> float:
+    # It is neither below a least value nor above a greatest one.
+    if math.isnan(value):
+        raise typer.BadParameter("it is no number")
+    return value
 
 
 IfNewerOption = Annotated[

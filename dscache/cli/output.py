@@ -26,6 +26,10 @@ def write(line: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+NOT_NEWER = "not written: Redis holds the same or a newer version"
+"""The result of a write with ``--if-newer`` that was refused."""
+
+
 def complain(message: str) -> None:
     """Print an error or a warning as one line on standard error."""
     with suppress(OSError):  # there is no other place to report it

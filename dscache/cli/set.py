@@ -15,7 +15,7 @@ from ..cache import AsyncCache
 from ..errors import RecordError
 from .by_name import BATCH, batches_of
 from .options import Chosen, IfNewerOption, with_all_options
-from .output import complain, number
+from .output import NOT_NEWER, complain, number
 from .settings import read_input, run
 from .tables import Results, line_of
 
@@ -44,7 +44,7 @@ def set_(
 
     A line is {"name": ..., "version": ..., "data": ...}, as get and export print it, and may have
     "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
-    because Redis holds a version as new.
+    because Redis holds the same or a newer version.
     """
     if name is None:
         batches = read_input("NAME VERSION DATA").items(ndjson.decode, BATCH)
@@ -75,7 +75,7 @@ def set_(
                     raise outcome
                 refused += not outcome
                 written = line_of(name=line.name, version=line.version, written=outcome)
-                shown = Text("written", "green") if outcome else Text("not newer", "yellow")
+                shown = Text("written", "green") if outcome else Text(NOT_NEWER, "yellow")
                 results.add(line.name, written, str(line.version), shown)
         finally:
             results.show()
@@ -88,7 +88,7 @@ def set_(
     run(work())
     if refused:
         if chosen.as_json:
-            complain(f"{number(refused, 'record')} not written, as Redis holds a version as new")
+            complain(f"{number(refused, 'record')} {NOT_NEWER}")
         raise typer.Exit(1)
 
 

@@ -20,7 +20,7 @@ from ..admin.program_load import CacheLoad, ProgramLoad, WatchedProgram
 from ..admin.server_load import NodeLoad, ServerLoad, watched_servers
 from ..errors import DscacheError
 from . import signals
-from .options import Chosen, flag, with_options
+from .options import Chosen, flag, number_option, with_options
 from .output import new_table, number, plain, print_json, write
 from .settings import run
 from .tables import line_of
@@ -47,7 +47,10 @@ def top(
         ),
     ] = None,
     interval: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two looks.")
+        float,
+        number_option(
+            "--interval", "Seconds between two looks.", metavar="SECONDS", min=0.1, max=86_400
+        ),
     ] = 2.0,
     once: Annotated[bool, flag("--once", "Print one table, and end.")] = False,
     *,

@@ -113,10 +113,6 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
         raise places["proxied"].error(
             "is for a proxy that hides the nodes, which nodes names here; leave either of them out"
         )
-    if options.maint_notifications == "on":
-        raise places["maintNotifications"].error(
-            "is for one server; the nodes of a cluster aren't asked, so leave it out"
-        )
     if options.path:
         raise places["path"].error("a cluster has no socket; leave it out, or nodes")
     if options.scale_reads == "zone" and not options.zone:

@@ -15,6 +15,7 @@ from ..errors import (
     DeadlineExceeded,
     Overloaded,
     ProtocolError,
+    RecordDamaged,
     RecordError,
     ReplyError,
     UsageError,
@@ -41,6 +42,11 @@ def copy_error(error: Exception) -> Exception:
     other = copy(error)
     other.__cause__ = error.__cause__
     return other
+
+
+def closed(owner: str) -> UsageError:
+    """Return the error for the use of an object that the program has closed."""
+    return UsageError(f"the {owner} is closed; open another one")
 
 
 def bad_name(name: object) -> RecordError:
@@ -167,10 +173,10 @@ def is_across_slots(message: str) -> bool:
     return message.startswith("CROSSSLOT") or "same slot" in message.lower()
 
 
-def damaged_version(name: str, stored: bytes | None = None) -> RecordError:
+def damaged_version(name: str, stored: bytes | None = None) -> RecordDamaged:
     """Return the error for a stored version that is no integer from 0 to 2^63-1."""
     found = f", but {shorten(stored)}" if stored is not None else ""
-    return RecordError(
+    return RecordDamaged(
         f"record {shorten(name)}: its stored version is no integer from 0 to {c.MAX_VERSION}"
         f"{found}; set or delete the record to repair it",
         name=name,

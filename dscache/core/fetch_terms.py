@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any, Final
 
@@ -41,6 +41,16 @@ class Terms:
             return seconds
         spread = seconds * _random.uniform(1 - self.jitter, 1 + self.jitter)
         return min(max(1, int(spread + _random.random())), c.MAX_TTL)
+
+    def settled(self) -> Terms:
+        """Return terms whose lifetimes have had their jitter, for records that shall share them."""
+        due = self.refresh_after
+        return replace(
+            self,
+            ttl=self.lifetime(self.ttl),
+            refresh_after=None if due is None else self.lifetime(due),
+            jitter=0.0,
+        )
 
     def check_period(self) -> float:
         """Return after how many seconds a process checks again whether a record is due."""

@@ -159,7 +159,12 @@ cdef class Fetcher:
         """Return the function that programs call."""
         return PyCFunction_New(&_quick_method, self)
 
-    cdef object _fetch(self, name, load, _Call call):
+    cdef object _first(self, tuple parsed):
+        """Do a call that was not known."""
+        name, load, call = parsed
+        return self._fetch(name, load, call)
+
+    cdef inline object _fetch(self, name, load, _Call call):
         cdef bint stale = False
         cdef _Entry entry = None
         if self._near is not None and callable(load) and self._calls.is_quick(name, call):
@@ -215,8 +220,7 @@ cdef object _quick_fetch(PyObject* owner, PyObject** given, Py_ssize_t count, Py
     cdef Fetcher fetcher = <Fetcher>owner
     cdef _Call call = fetcher._calls.find(given, count, names)
     if call is None:
-        name, load, call = fetcher._calls.learn(given, count, names)
-        return fetcher._fetch(name, load, call)
+        return fetcher._first(fetcher._calls.learn(given, count, names))
     return fetcher._fetch(<object>given[0], <object>given[1], call)
 
 
@@ -267,27 +271,22 @@ cdef class BlockingFetcher:
         """Return the function that programs call."""
         return PyCFunction_New(&_quick_blocking_method, self)
 
-    cdef object _fetch(self, name, load, _Call call):
-        cdef bint stale = False
-        cdef _SharedEntry entry
+    cdef object _first(self, tuple parsed):
+        """Do a call that was not known."""
+        name, load, call = parsed
+        return self._fetch(name, load, call)
+
+    cdef inline object _fetch(self, name, load, _Call call):
         if not (
             PyFunction_Check(load)
             and PyFunction_GET_CODE(load) == dscache_load(plain_of_fetcher(self))
         ):
             fetch_terms.check_plain(load)
             self._keep_plain(getattr(load, "__code__", None))
-        if (
-            self._shared is not None
-            and self._calls.is_quick(name, call)
-            and not self._calls.is_missing(name)
-        ):
-            dscache_lock(&self._shared._mutex)
-            try:
-                entry = self._shared._look(name, &stale)
-                if entry is not None and entry.raw is not None:
-                    return _record_of(entry, stale)
-            finally:
-                dscache_unlock(&self._shared._mutex)
+        if self._shared is not None and self._calls.is_quick(name, call):
+            found = self._shared._take(name)
+            if type(found) is Record and not self._calls.is_missing(name):
+                return found
         return self._read(name, load, call)
 
     cdef void _keep_plain(self, code) noexcept:
@@ -316,8 +315,7 @@ cdef object _quick_blocking(PyObject* owner, PyObject** given, Py_ssize_t count,
     cdef BlockingFetcher fetcher = <BlockingFetcher>owner
     cdef _Call call = fetcher._calls.find(given, count, names)
     if call is None:
-        name, load, call = fetcher._calls.learn(given, count, names)
-        return fetcher._fetch(name, load, call)
+        return fetcher._first(fetcher._calls.learn(given, count, names))
     return fetcher._fetch(<object>given[0], <object>given[1], call)
 
 

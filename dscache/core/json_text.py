@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from .._interruptions import raise_interruption
-from ..errors import RecordError, shorten
+from ..errors import RecordDamaged, RecordError, shorten
 from . import constants as c
 from . import tolerant_json
 from .models import decode_model, encode_model, is_model
@@ -85,13 +85,13 @@ def encode_tolerantly(name: str, data: object) -> bytes:
 def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     """Return the value of JSON text that msgspec's decoder refused.
 
-    Raises RecordError if it isn't JSON.
+    Raises RecordDamaged if it isn't JSON.
     """
     try:
         return tolerant_json.decode(raw)
     except ValueError as error:
         raise_interruption(error)
-        raise RecordError(
+        raise RecordDamaged(
             f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
             name=name,
         ) from error
@@ -122,7 +122,7 @@ def decoder_of(type_: Any) -> Callable[[bytes], Any]:
 def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     """Return JSON text decoded into ``type_``, which msgspec knows.
 
-    Raises RecordError, with the path of the part that doesn't fit, or for invalid JSON, and
+    Raises RecordDamaged, with the path of the part that doesn't fit, or for invalid JSON, and
     TypeError if msgspec doesn't know the type.
     """
     decode = decoder_of(type_)
@@ -141,6 +141,6 @@ def decode_as(name: str, version: int, raw: bytes, type_: Any) -> Any:
     except Exception as error:
         raise_interruption(error)
         reason = error if isinstance(error, msgspec.ValidationError) else shorten(error)
-        raise RecordError(
+        raise RecordDamaged(
             f"record {shorten(name)}, version {version}: {reason}", name=name
         ) from error

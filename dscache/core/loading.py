@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from random import SystemRandom
 from typing import Any, Final, TypeAlias
 
@@ -54,6 +55,7 @@ from .notes import (
     LEASE_SECONDS,
     LOADING,
     MISSING,
+    RENEW_SECONDS,
     STALE,
     content_of,
     note_of,
@@ -107,6 +109,25 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadEach:
+    """Loads of records, each by itself; the first such step of a generator begins them.
+
+    The step's result maps the names whose loads have ended, perhaps none after ``seconds``, to data
+    or Failed.
+    """
+
+    names: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The result of a load that has raised an exception."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """A pause in seconds, without a result."""
 
@@ -129,7 +150,7 @@ class Outcome:
         return self.records.get(name)
 
 
-Step: TypeAlias = Do | Load | Pause
+Step: TypeAlias = Do | Load | LoadEach | Pause
 Steps: TypeAlias = Generator[Step, Any, Outcome]
 _Part: TypeAlias = Generator[Step, Any, Any]
 
@@ -147,7 +168,8 @@ def load_missing(names: Iterable[str], terms: Terms) -> Steps:
         vacant = yield from _look(waiting, rings, outcome)
         leases = (yield from _acquire(vacant, outcome)) if vacant else {}
         if leases:
-            yield from _load(leases, terms, outcome, refresh=False)
+            held = dict(leases)
+            yield from _release(held, _load(held, terms, outcome, refresh=False))
         for name in (*leases, *outcome.errors):
             waiting.pop(name, None)
         if waiting and not leases:
@@ -163,17 +185,40 @@ def refresh(records: Mapping[str, Any], found: Mapping[str, Any], terms: Terms) 
     ``found`` has the notes that were read with them. Only if they are unchanged is a lease taken.
     """
     outcome = Outcome(dict(records))
+    vacant = {name: version_of(found.get(note_of(name))) for name in records}
+    load = partial(_load, terms=terms, outcome=outcome, refresh=True)
+    yield from _refresh(vacant, load, outcome)
+    return outcome
+
+
+def refresh_each(
+    vacant: Mapping[str, int | None], terms: Terms, waits_of: Callable[[str], list[str]]
+) -> Steps:
+    """Load records anew as ``refresh`` does, but by a load for each; none waits for another's.
+
+    ``vacant`` has the versions of their notes. ``waits_of`` returns the names that the load of a
+    name waits for.
+    """
+    outcome = Outcome()
+    # One lifetime for all, since each needs a command of its own.
+    terms = terms.settled()
+    load = partial(_load_each, terms=terms, outcome=outcome, waits_of=waits_of)
+    yield from _refresh(vacant, load, outcome)
+    return outcome
+
+
+def _refresh(
+    vacant: Mapping[str, int | None], load: Callable[[dict[str, int]], _Part], outcome: Outcome
+) -> _Part:
     try:
-        vacant = {name: _version_of(found.get(note_of(name))) for name in records}
         leases = yield from _acquire(vacant, outcome)
         if leases:
-            yield from _load(leases, terms, outcome, refresh=True)
+            yield from _release(leases, load(leases))
     except DscacheError as error:
-        outcome.errors.setdefault(next(iter(records)), error)
+        outcome.errors.setdefault(next(iter(vacant)), error)
     for name, reason in outcome.errors.items():
         _logger.warning("record %s was not refreshed: %s", shorten(name), reason)
     outcome.errors.clear()
-    return outcome
 
 
 def end_missing(names: Iterable[str]) -> Steps:
@@ -233,12 +278,13 @@ def _look(
             outcome.errors[name] = _failed_before(name, note)
             del waiting[name]
         elif state != LOADING:
-            vacant[name] = _version_of(note)
+            vacant[name] = version_of(note)
     yield from _end_missing(written, found)
     return vacant
 
 
-def _version_of(note: Any) -> int | None:
+def version_of(note: Any) -> int | None:
+    """Return the version of a note, or None without one."""
     return None if note is None else int(note.version)
 
 
@@ -310,40 +356,94 @@ def _quietly(step: Step) -> _Part:
         yield step
 
 
-def _load(leases: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool) -> _Part:
-    """Load the names of leases, write the results, and end the leases."""
-    held = dict(leases)
+def _release(held: dict[str, int], part: _Part) -> _Part:
+    """Execute a part, and end the leases that it leaves in ``held``."""
     try:
-        found = yield from _read(leases, outcome)
-        outcome.records |= found  # perhaps written since they were read or missed
-        done = outcome.errors if refresh else {**outcome.errors, **found}
-        wanted = tuple(name for name in leases if name not in done)
-        if wanted:
-            tokens = {name: leases[name] for name in wanted}
-
-            def renewal(waits: list[str]) -> Do:
-                content = {"state": LOADING, **({"waits": waits} if waits else {})}
-                return _write_notes(content, LEASE_SECONDS, tokens)
-
-            try:
-                loaded = yield Load(wanted, renewal)
-                if not isinstance(loaded, Mapping):
-                    raise TypeError(
-                        "load_many must return a mapping of name to data, not "
-                        f"{type(loaded).__name__}"
-                    )
-            except Exception as error:
-                held = {name: held[name] for name in held if name not in tokens}
-                said = f"raised {type(error).__name__}"
-                yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
-            else:
-                yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
+        return (yield from part)
     except GeneratorExit:
-        held = {}  # its driver is gone, and executes nothing any more
+        held.clear()  # its driver is gone, and executes nothing any more
         raise
     finally:
         if held:
             yield from _quietly(_drop_notes(held))
+
+
+def _load(held: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool) -> _Part:
+    """Load the names of leases and write the results; take the leases that end from ``held``."""
+    found = yield from _read(held, outcome)
+    outcome.records |= found  # perhaps written since they were read or missed
+    done = outcome.errors if refresh else {**outcome.errors, **found}
+    tokens = {name: token for name, token in held.items() if name not in done}
+    if not tokens:
+        return
+    wanted = tuple(tokens)
+
+    def renewal(waits: list[str]) -> Do:
+        return _write_notes(_lease(waits), LEASE_SECONDS, tokens)
+
+    try:
+        loaded = yield Load(wanted, renewal)
+        if not isinstance(loaded, Mapping):
+            raise TypeError(
+                f"load_many must return a mapping of name to data, not {type(loaded).__name__}"
+            )
+    except Exception as error:
+        for name in wanted:
+            del held[name]
+        said = f"raised {type(error).__name__}"
+        yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
+    else:
+        yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
+
+
+def _lease(waits: list[str]) -> Any:
+    return {"state": LOADING, **({"waits": waits} if waits else {})}
+
+
+def _load_each(
+    held: dict[str, int], terms: Terms, outcome: Outcome, waits_of: Callable[[str], list[str]]
+) -> _Part:
+    """Load each name of leases anew, and write its result; take the lease from ``held``."""
+    found = yield from _read(held, outcome)
+    left = [name for name in held if name not in outcome.errors]
+    renewed = time.monotonic()
+    while left:
+        seconds = renewed + RENEW_SECONDS - time.monotonic()
+        ended: Mapping[str, Any] = yield LoadEach(tuple(left), max(0.0, seconds))
+        part = {name: held.pop(name) for name in ended}
+        if part:
+            yield from _release(part, _store_each(part, ended, found, terms, outcome))
+            left = [name for name in left if name not in ended]
+        if left and time.monotonic() - renewed >= RENEW_SECONDS:
+            yield from _renew({name: held[name] for name in left}, waits_of)
+            renewed = time.monotonic()
+
+
+def _store_each(
+    held: dict[str, int],
+    ended: Mapping[str, Any],
+    bases: Mapping[str, Any],
+    terms: Terms,
+    outcome: Outcome,
+) -> _Part:
+    loaded = {name: data for name, data in ended.items() if not isinstance(data, Failed)}
+    for name, failed in ended.items():
+        # A load that was cancelled has told nothing of its source.
+        if isinstance(failed, Failed) and isinstance(failed.error, Exception):
+            token = {name: held.pop(name)}
+            said = f"raised {type(failed.error).__name__}"
+            yield from _fail(token, terms, outcome, failed.error, said, refresh=True)
+    if loaded:
+        yield from _store(held, loaded, loaded, bases, terms, outcome, refresh=True)
+
+
+def _renew(tokens: Mapping[str, int], waits_of: Callable[[str], list[str]]) -> _Part:
+    """Renew leases, each of which tells the names that its load waits for."""
+    waiting = {name: waits for name in tokens if (waits := waits_of(name))}
+    for name, waits in waiting.items():
+        yield from _quietly(_write_notes(_lease(waits), LEASE_SECONDS, {name: tokens[name]}))
+    if others := {name: token for name, token in tokens.items() if name not in waiting}:
+        yield from _quietly(_write_notes(_lease([]), LEASE_SECONDS, others))
 
 
 def _fail(

@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any, Final
 
 from .. import _backend
-from ..errors import ConnectionLost
 from . import constants, failures
 from . import stats as counters
 from .condition import (
@@ -179,9 +178,9 @@ class MemoryPipeline:
         return counters.merged([{**counts, "records": records}])
 
     def check_open(self) -> None:
-        """Raise ConnectionLost if it was closed."""
+        """Raise UsageError if it was closed."""
         if self.closed:
-            raise ConnectionLost("the cache is closed")
+            raise failures.closed("cache")
 
     def close(self) -> None:
         """Forget all records."""

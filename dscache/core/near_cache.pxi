@@ -284,7 +284,7 @@ cdef class NearCache(_NearStore):
         if entry is None or stale:
             self._misses += 1
             waiter = self._create_waiter()
-            self._inner.read(check_name(name), _Unobserved(waiter), HEAD)
+            self._inner.read(check_name(name), waiter, HEAD)
             return waiter
         return self._done(None if entry.raw is None else entry.version)
 
@@ -623,7 +623,7 @@ cdef class _PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, _AWAY) else None
             if known is None:
-                _reject_unobserved(waiter, partial(failures.copy_error, error))
+                _reject(waiter, partial(failures.copy_error, error))
             else:
                 _resolve(waiter, known)
 

@@ -50,7 +50,7 @@ from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
 from .tracking import LIVE
-from .waiters import Part, Unobserved, reject_unobserved, resolve
+from .waiters import Part, reject, resolve
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -256,7 +256,7 @@ class NearCache(NearStore):
         if entry is None or stale:
             self._counts["misses"] += 1
             waiter = self._create_waiter()
-            self._inner.read(check_name(name), Unobserved(waiter), c.HEAD)
+            self._inner.read(check_name(name), waiter, c.HEAD)
             return waiter
         return self._done(None if entry.raw is None else entry.version)
 
@@ -545,7 +545,7 @@ class PendingRead:
         for waiter in self.waiters:
             known = self._near.last_known(self.name) if isinstance(error, failures.AWAY) else None
             if known is None:
-                reject_unobserved(waiter, partial(failures.copy_error, error))
+                reject(waiter, partial(failures.copy_error, error))
             else:
                 resolve(waiter, known)
 

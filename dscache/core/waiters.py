@@ -77,21 +77,6 @@ class Part:
         self._whole.take_error(self._key, error)
 
 
-class Unobserved:
-    """The waiter of a caller that may never look at it; see ``reject_unobserved``."""
-
-    __slots__ = ("_waiter",)
-
-    def __init__(self, waiter: Any) -> None:
-        self._waiter = waiter
-
-    def set_result(self, result: object, /) -> None:
-        resolve(self._waiter, result)
-
-    def set_exception(self, error: Exception, /) -> None:
-        reject_unobserved(self._waiter, lambda: error)
-
-
 def with_waiter(earlier: Any, waiter: Any) -> list[Any]:
     """Return the waiters of one record with one more added."""
     if type(earlier) is not list:
@@ -114,16 +99,3 @@ def reject(waiter: Any, make: Callable[[], Exception]) -> None:
     for one in waiter if type(waiter) is list else (waiter,):
         with suppress(InvalidStateError):
             one.set_exception(make())
-
-
-def reject_unobserved(waiter: Any, make: Callable[[], Exception]) -> None:
-    """Give an error to a waiter of which no caller may hear.
-
-    A program may drop the future of a near cache's read, whose error others may get as well. Then
-    the event loop doesn't log that the error was never retrieved.
-    """
-    with suppress(InvalidStateError):
-        waiter.set_exception(make())
-        # Only a future logs; a waiter that hands its outcome on has no such method.
-        if (observe := getattr(waiter, "exception", None)) is not None:
-            observe()

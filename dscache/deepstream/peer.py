@@ -12,7 +12,8 @@ from ..aio.lifecycle import AsyncResource
 from ..cache import AsyncCache
 from ..config.messages import split_options
 from ..config.sources import Source
-from ..errors import ConnectionLost, UsageError, shorten
+from ..core import failures
+from ..errors import UsageError, shorten
 from ..messages import MessageNode
 from . import settings as settings_
 from .cluster import ClusterMember
@@ -120,7 +121,7 @@ class Peer(AsyncResource):
         Raises the errors of ``AsyncCache.when_ready`` and ``MessageNode.when_ready``.
         """
         if self._is_closed:
-            raise ConnectionLost("the peer is closed")
+            raise failures.closed("peer")
         if self._opening is None:
             self._opening = asyncio.create_task(self._open(), name="dscache peer opens")
         try:

@@ -17,6 +17,7 @@ from ..core import stats as counters
 from ..core.failures import ErrorOf
 from ..errors import ConfigError, ConnectError, ReplyError
 from .backoff import full_jitter
+from .maintenance import SlotMove
 from .refresh_schedule import RefreshSchedule
 from .slot_table import NodeInfo, Seeds, Shard, SlotTable
 from .slots import (
@@ -321,6 +322,34 @@ class ClusterState(RefreshSchedule):
             self.record_stale()
         return code, named
 
+    def record_moves(self, moves: Iterable[SlotMove]) -> dict[int, NodeInfo]:
+        """Note that slots have moved, as announced; return the new node of each that has.
+
+        A slot stays if its known owner is another node than the former one that is named: then the
+        announcement is older than the table, or names nodes in another way than CLUSTER SLOTS. The
+        next refresh tells. A former owner without any slot leaves with the first view that agrees.
+        """
+        with self.lock:
+            owners: dict[int, NodeInfo] = {}
+            heirs = dict(self.table.moved)
+            for move in moves:
+                source = join_address(*self._options.mapped(*move.source))
+                target = self._options.mapped(*move.target)
+                moved = [
+                    slot
+                    for first, last in move.ranges
+                    for slot in range(first, last + 1)
+                    if (heirs.get(slot) or self.table.shard_owner(slot)) == source
+                ]
+                if moved:
+                    owners.update(dict.fromkeys(moved, self.node(target)))
+            self.table.moved.extend((slot, node.shown) for slot, node in owners.items())
+            for shown in {self.table.shard_owner(slot) or "" for slot in owners}:
+                if (node := self.nodes.get(shown)) is not None:
+                    node.absences = max(node.absences, VIEWS_TO_LEAVE - 1)
+        self.record_stale()
+        return owners
+
     def _located(self, address: Address | None, words: str) -> Address | None:
         """Return the address of a redirection; one without a host may have one in the view."""
         if address is None or not words.rpartition(":")[0].endswith(" ?"):
@@ -417,6 +446,7 @@ class ClusterState(RefreshSchedule):
             present.update(shard.readers, shard.reserves)
         if not any(map(is_up, present)):
             return
+        departures = self.departures
         for shown, node in list(self.nodes.items()):
             if shown in present:
                 node.absences = 0
@@ -429,6 +459,9 @@ class ClusterState(RefreshSchedule):
                 counters.add(self.past, node.connections())
             else:
                 self._is_stale = True
+        if self.departures != departures:
+            # As a new table, so that each thread sees it and ends its connections to these nodes.
+            self.table = replace(self.table, moved=self.table.moved.copy())
 
     # -- which nodes to ask
 

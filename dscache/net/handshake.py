@@ -156,8 +156,10 @@ def handshake(
             attempt.has_answer = True
         request = None
         # A server that may close connections at commands that it doesn't know gets no such one.
-        if announcements is not None and (attempt is None or not attempt.is_suspect):
-            request = announcements.request(peer)
+        if announcements is not None and (
+            attempt is None or not attempt.is_suspect or announcements.are_required
+        ):
+            request = announcements.request(options.host, peer)
         info = yield from _log_in(
             options, login, address, read_only, is_near, of_cluster, identifies, request
         )

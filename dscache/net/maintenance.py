@@ -1,22 +1,38 @@
 """Announcements of maintenance by Redis Cloud and Redis Software: the request for them, and pushes.
 
-A server that was asked by ``CLIENT MAINT_NOTIFICATIONS ON`` pushes ``MOVING`` before its address
-changes, and ``MIGRATING`` or ``FAILING_OVER`` before it may be slow for a while, which
-``MIGRATED`` or ``FAILED_OVER`` ends. This module does no I/O.
+A server that was asked by ``CLIENT MAINT_NOTIFICATIONS ON`` pushes to each connection:
+
+* ``MOVING serial seconds host:port`` before its address changes. A null in place of the address
+  means the usual one, which leads to the new server later.
+* ``MIGRATING serial seconds`` and ``FAILING_OVER serial seconds`` before it may be slow for a
+  while, which ``MIGRATED serial`` and ``FAILED_OVER serial`` end.
+* ``SMIGRATING serial slots`` before slots of a cluster move, and behind it
+  ``SMIGRATED serial [[source, target, slots], ...]``. Source and target are ``host:port``, and
+  slots are like ``1,5-10``.
+
+Source: redis-py 8.1. ``redis/_parsers/base.py`` has the shapes of the pushes;
+``redis/maint_notifications.py`` and ``redis/connection.py`` have the request and the course. There,
+too, the end of any maintenance ends the longer deadlines, an announcement that arrives over several
+connections is followed once, and MOVING moves no connection to a node of a cluster.
+
+This module does no I/O. ``aio/maintenance.py`` and ``blocking/maintenance.py`` act on it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Final
 
+from .._locks import make_lock
 from ..config import Options
 from ..config.address import is_address
-from ..core.constants import PASSING
+from ..core.constants import PASSING, SLOTS
 from ..errors import shorten
 from .credentials import Word
 from .foreign_errors import foreign
@@ -27,18 +43,43 @@ _logger = logging.getLogger("dscache")
 RELAXED: Final = 10.0
 # Maintenance of which no end is announced is over this long after it was to begin, in seconds.
 LASTS: Final = 60.0
+# Moving to the new address is tried for at least this many seconds, as long as the old server
+# serves.
+LEAST: Final = 5.0
+# The pause before another attempt to connect to the new address, and its longest form, in seconds.
+MOVE_PAUSE: Final = 0.05
+MOVE_PAUSE_CAP: Final = 1.0
 # The longest time that an announcement may state, in seconds.
 _MOST_SECONDS: Final = 3600
 # The longest number of a port, in digits.
 _PORT_DIGITS: Final = 5
 # A server that has refused the request is not asked again for this long, in seconds.
 _REFUSED_FOR: Final = 3600.0
+# An announcement that arrives again within this time, in seconds, is the same one.
+_KNOWN_FOR: Final = 120.0
 # Refusals that say nothing about the command.
 _UNTOLD: Final = (*PASSING, "NOAUTH")
+# A slot, or a range of slots.
+_SLOTS: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 MOVING: Final = b"MOVING"
-BEGINNINGS: Final = (b"MIGRATING", b"FAILING_OVER")
-ENDINGS: Final = (b"MIGRATED", b"FAILED_OVER")
+SLOTS_MOVED: Final = b"SMIGRATED"
+BEGINNINGS: Final = (b"MIGRATING", b"FAILING_OVER", b"SMIGRATING")
+ENDINGS: Final = (b"MIGRATED", b"FAILED_OVER", SLOTS_MOVED)
+KINDS: Final = (MOVING, *BEGINNINGS, *ENDINGS)
+# The kinds that all nodes of a cluster announce with the same serial number.
+_OF_ALL_NODES: Final = (b"SMIGRATING", SLOTS_MOVED)
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMove:
+    """Slots that have moved from one node to another, as ranges ``(first, last)``."""
+
+    source: Address
+    target: Address
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +87,53 @@ class Notice:
     """One announcement.
 
     ``seconds`` is the time until it happens. ``endpoint`` is the new address of a server that
-    moves; None if the configured one leads there.
+    moves; None if the configured one leads there. ``moves`` are the slots that have moved.
     """
 
     kind: bytes
     serial: int
     seconds: int = 0
-    endpoint: tuple[str, int] | None = None
+    endpoint: Address | None = None
+    moves: tuple[SlotMove, ...] = ()
 
 
 class Announcements:
-    """The request for announcements of one server, and whether the server has refused it.
+    """The request for announcements of a server or of the nodes of a cluster, and the counters.
 
     With ``maintNotifications: auto`` it is only sent where the service could be a hosted one: not
-    to this machine, not behind Sentinels, and not to a known proxy. A refusal is remembered.
+    to this machine, not behind Sentinels, and not to a known proxy. A refusal is remembered. All
+    connections of a cache share one of these, in any thread.
     """
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._refused_until = -math.inf
         self._complained = False
+        self._lock = make_lock()
+        self._known: dict[tuple[Notice, str], float] = {}
+        # Until when each server may be slow, by ``time.monotonic()``.
+        self._slow_until: dict[str, float] = {}
+        self._counts = dict.fromkeys((kind.decode() for kind in KINDS), 0)
+        self._moves = self._slots = self._relaxed = 0
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether any server is asked for announcements."""
+        return self._options.maint_notifications != "off"
 
     @property
     def are_required(self) -> bool:
         """Whether a server without announcements is refused."""
         return self._options.maint_notifications == "on"
 
-    def request(self, peer: str) -> list[Word] | None:
-        """Return the command for a connection to the IP address ``peer``; None to send none."""
+    def request(self, host: str, peer: str) -> list[Word] | None:
+        """Return the command for a connection to ``host``, at the IP address ``peer``, or None."""
         mode = self._options.maint_notifications
         if mode == "off":
             return None
         if mode == "auto" and (self._is_plain(peer) or time.monotonic() < self._refused_until):
             return None
-        kind = _endpoint_type(self._options.host, peer)
+        kind = _endpoint_type(host, peer)
         return ["CLIENT", "MAINT_NOTIFICATIONS", "ON", "moving-endpoint-type", kind]
 
     def _is_plain(self, peer: str) -> bool:
@@ -97,12 +151,12 @@ class Announcements:
     def read(self, push: list[Any], address: str) -> Notice | None:
         """Return the announcement in a push; None for any other, or one that is malformed.
 
-        The first malformed one is logged.
+        The first malformed one is logged. ``address`` is that of the server.
         """
-        if push[0] != MOVING and push[0] not in BEGINNINGS and push[0] not in ENDINGS:
+        if push[0] not in KINDS:
             return None
         try:
-            return parse(push)
+            notice = parse(push)
         except (ValueError, UnicodeDecodeError) as error:
             if foreign(error) is not None:
                 raise
@@ -113,7 +167,124 @@ class Announcements:
                     address,
                     shorten(list(push)),
                 )
-        return None
+            return None
+        if notice.kind in BEGINNINGS:
+            self._slow_until[address] = time.monotonic() + notice.seconds + LASTS
+        elif notice.kind in ENDINGS:
+            self._slow_until.pop(address, None)
+        return notice
+
+    def is_new(self, notice: Notice, address: str) -> bool:
+        """Return whether an announcement hasn't arrived before, and count it then.
+
+        The server at ``address`` sends it over each connection.
+        """
+        now = time.monotonic()
+        key = notice, "" if notice.kind in _OF_ALL_NODES else address
+        with self._lock:
+            self._known = {one: until for one, until in self._known.items() if until > now}
+            if key in self._known:
+                return False
+            self._known[key] = now + max(_KNOWN_FOR, notice.seconds)
+            self._counts[notice.kind.decode()] += 1
+            return True
+
+    def slow_until(self, address: str) -> float:
+        """Return until when a server may be slow, by ``time.monotonic()``."""
+        return self._slow_until.get(address, -math.inf)
+
+    def count_move(self) -> None:
+        """Count a server that was followed to another address."""
+        with self._lock:
+            self._moves += 1
+
+    def count_slots(self, number: int) -> None:
+        """Count slots that were given to another node."""
+        with self._lock:
+            self._slots += number
+
+    def count_relaxed(self) -> None:
+        """Count a connection whose operations were given more time."""
+        with self._lock:
+            self._relaxed += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters, for the key ``maintenance`` of ``stats()``."""
+        return {
+            "notifications": dict(self._counts),
+            "moves": self._moves,
+            "moved_slots": self._slots,
+            "relaxed": self._relaxed,
+        }
+
+    def reset_after_fork(self) -> None:
+        """Begin again in a forked child."""
+        self._lock = make_lock()
+
+
+class NewAddress:
+    """The address to which a server has moved, until the configured one leads there, for threads.
+
+    Times are those of ``time.monotonic()``.
+    """
+
+    def __init__(self) -> None:
+        self._now: tuple[Address | None, float] = None, -math.inf
+
+    def set(self, address: Address | None, until: float) -> None:
+        """Use another address until then; None for the configured one."""
+        self._now = address, until
+
+    def get(self) -> Address | None:
+        """Return the address to use now; None for the configured one."""
+        address, until = self._now
+        return address if time.monotonic() < until else None
+
+    def clear(self) -> None:
+        """Use the configured address again, since the other one couldn't be reached."""
+        self._now = None, -math.inf
+
+
+class Leeway:
+    """The time that operations over one connection have: ``usual`` seconds, or more for a while.
+
+    Its methods return the timeout in seconds if it changes, and None if it doesn't. Times are those
+    of ``time.monotonic()``.
+    """
+
+    __slots__ = ("_usual", "until")
+
+    def __init__(self, usual: float) -> None:
+        self._usual = usual
+        self.until: float | None = None
+        """When the maintenance is over at the latest; None outside it."""
+
+    @property
+    def seconds(self) -> float:
+        """The timeout during maintenance."""
+        return max(self._usual, RELAXED)
+
+    def follow(self, notice: Notice, now: float) -> float | None:
+        """Follow an announcement."""
+        if notice.kind in BEGINNINGS:
+            return self.begin(now + notice.seconds + LASTS)
+        return self.end() if notice.kind in ENDINGS else None
+
+    def begin(self, until: float) -> float | None:
+        """Give more time, until then at most."""
+        is_new, self.until = self.until is None, until
+        return self.seconds if is_new else None
+
+    def end(self) -> float | None:
+        """Give the usual time."""
+        if self.until is None:
+            return None
+        self.until = None
+        return self._usual
+
+    def end_if_over(self, now: float) -> float | None:
+        """Give the usual time if the maintenance is over without an announcement."""
+        return self.end() if self.until is not None and now >= self.until else None
 
 
 def parse(push: list[Any]) -> Notice:
@@ -121,19 +292,44 @@ def parse(push: list[Any]) -> Notice:
     kind, serial = push[0], push[1] if len(push) > 1 else None
     if type(serial) is not int:
         raise ValueError("no serial number")
-    if kind in ENDINGS:
+    if kind == SLOTS_MOVED:
+        return Notice(kind, serial, moves=_moves(push[2] if len(push) > 2 else None))
+    if kind in ENDINGS or kind == b"SMIGRATING":
         return Notice(kind, serial)
     seconds = push[2] if len(push) > 2 else None
     if type(seconds) is not int or not 0 <= seconds <= _MOST_SECONDS:
         raise ValueError("no time")
     if kind in BEGINNINGS:
         return Notice(kind, serial, seconds)
-    return Notice(kind, serial, seconds, _endpoint(push[3] if len(push) > 3 else None))
+    endpoint = push[3] if len(push) > 3 else None
+    return Notice(kind, serial, seconds, None if endpoint is None else _endpoint(endpoint))
 
 
-def _endpoint(value: Any) -> tuple[str, int] | None:
-    if value is None:
-        return None
+def _moves(value: Any) -> tuple[SlotMove, ...]:
+    if type(value) is not list or len(value) > SLOTS:
+        raise ValueError("no moves")
+    moves = []
+    for move in value:
+        if type(move) is not list or len(move) != 3:
+            raise ValueError("no move")
+        source, target, slots = move
+        moves.append(SlotMove(_endpoint(source), _endpoint(target), tuple(_ranges(slots))))
+    return tuple(moves)
+
+
+def _ranges(value: Any) -> Iterable[tuple[int, int]]:
+    texts = value.decode().split(",") if type(value) is bytes else [""]
+    if len(texts) > SLOTS:
+        raise ValueError("too many slots")
+    for text in texts:
+        found = _SLOTS.fullmatch(text.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < SLOTS:
+            raise ValueError("no slots")
+        yield first, last
+
+
+def _endpoint(value: Any) -> Address:
     host, colon, digits = value.decode().rpartition(":") if type(value) is bytes else ("", "", "")
     is_number = digits.isascii() and digits.isdigit() and len(digits) <= _PORT_DIGITS
     host = host.removeprefix("[").removesuffix("]")

@@ -154,13 +154,19 @@ class SlotTable:
         for moved, address in reversed(self.moved):
             if moved == slot:
                 return address
-        at = bisect_right(self.shards, slot, key=lambda shard: shard.first) - 1
-        if at < 0 or slot > self.shards[at].last:
-            return None
-        shard = self.shards[at]
-        if reads and shard.readers:
+        shard = self._shard(slot)
+        if shard is not None and reads and shard.readers:
             return reader_of(shard, slot)
-        return shard.primary
+        return None if shard is None else shard.primary
+
+    def shard_owner(self, slot: int) -> str | None:
+        """Return the address that serves a slot in the newest view; None if unknown."""
+        shard = self._shard(slot)
+        return None if shard is None else shard.primary
+
+    def _shard(self, slot: int) -> Shard | None:
+        at = bisect_right(self.shards, slot, key=lambda shard: shard.first) - 1
+        return None if at < 0 or slot > self.shards[at].last else self.shards[at]
 
     @property
     def primaries(self) -> dict[str, None]:

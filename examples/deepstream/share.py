@@ -20,7 +20,10 @@ CONFIG = Path(__file__).with_name("config.yml")
 async def main(name: str, json: str | None = None) -> None:
     async with dscache.AsyncCache.from_config(CONFIG) as cache:
         if json is not None:
-            data = msgspec.json.decode(json)
+            try:
+                data = msgspec.json.decode(json)
+            except msgspec.DecodeError as error:
+                sys.exit(f"{json} is not JSON: {error}")
             version = await cache.head(name)
             # if_newer keeps the version that deepstream may have written in between.
             if not await cache.set(
@@ -34,4 +37,7 @@ async def main(name: str, json: str | None = None) -> None:
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         sys.exit("usage: python share.py NAME [JSON]")
-    asyncio.run(main(*sys.argv[1:3]))
+    try:
+        asyncio.run(main(*sys.argv[1:3]))
+    except dscache.DscacheError as error:  # no Redis, or a variable of the configuration is missing
+        sys.exit(f"share.py: {error}")

@@ -12,7 +12,8 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import dscache
@@ -29,6 +30,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(dscache.DscacheError)
+async def unavailable(request: Request, error: dscache.DscacheError) -> JSONResponse:
+    """Answer within commandTimeout, even if Redis doesn't."""
+    return JSONResponse({"detail": str(error)}, status_code=503)
 
 
 @app.get("/live")

@@ -593,7 +593,7 @@ async def test_close_ends_by_its_timeout(make_cache: MakeCache, proxy: FaultProx
     await asyncio.sleep(0.05)
     closing = [asyncio.ensure_future(cache.close()) for _ in range(2)]
     await asyncio.sleep(0)
-    with pytest.raises(dscache.ConnectionLost, match="closed"):
+    with pytest.raises(dscache.UsageError, match="closed"):
         cache.get("a")
     assert await results_of(*closing) == [None, None]
     for error in await results_of(*issued):
@@ -643,7 +643,7 @@ async def test_a_cancelled_close_still_closes(make_cache: MakeCache, proxy: Faul
     assert isinstance(results[0], asyncio.CancelledError)
     assert isinstance(results[1], dscache.ConnectionLost)
     await until(lambda: cache.stats()["pending"] == 0)
-    with pytest.raises(dscache.ConnectionLost, match="closed"):
+    with pytest.raises(dscache.UsageError, match="closed"):
         cache.get("a")
     proxy.resume()
 

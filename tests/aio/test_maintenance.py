@@ -3,128 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import random
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import hiredis
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.crc import key_slot
 from redis.maint_notifications import MaintNotificationsConfig
 
 import dscache
 from dscache.config import Options
 from dscache.core.recovery import change_timeout
-from dscache.net.maintenance import Announcements, Notice, parse
-from tests.support.wire import CORES, Push, resp
+from dscache.net.maintenance import KINDS, RELAXED, Announcements, Leeway, Notice, SlotMove, parse
+from tests.conftest import SERVERS, _server_id
+from tests.support.announcer import REFUSAL, SLOTS, Announcer, FakeSlots
+from tests.support.wire import CORES
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-CONSENT = b"+OK\r\n"
-REFUSAL = b"-ERR unknown subcommand 'MAINT_NOTIFICATIONS'\r\n"
-
-
-class Announcer:
-    """A proxy that answers the request for announcements, and pushes them between replies."""
-
-    def __init__(self, host: str, port: int, answer: bytes = CONSENT) -> None:
-        self.port = 0
-        self.requests: list[list[bytes]] = []
-        self.served = 0
-        """How many commands of records it has forwarded."""
-        self.accepted = 0
-        self.slow = 0.0
-        """The pause before each command of records, in seconds."""
-        self._target = host, port
-        self._answer = answer
-        self._tasks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
-
-    async def __aenter__(self) -> Announcer:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    @property
-    def connections(self) -> int:
-        return len(self._tasks)
-
-    def push(self, *words: Any) -> None:
-        for writer in list(self._tasks):
-            writer.write(resp(Push(words)))
-
-    async def _serve(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks[writer] = task
-        self.accepted += 1
-        server, out = await asyncio.open_connection(*self._target)
-        commands, replies = hiredis.Reader(), _Replies()
-        try:
-            while data := await client.read(65536):
-                commands.feed(data)
-                while isinstance(command := commands.gets(), list):
-                    if command[:2] == [b"CLIENT", b"MAINT_NOTIFICATIONS"]:
-                        self.requests.append(command)
-                        writer.write(self._answer)
-                        continue
-                    if command[0] in (b"MGET", b"MSET"):
-                        self.served += 1
-                        await asyncio.sleep(self.slow)
-                    out.write(hiredis.pack_command(tuple(command)))
-                    # One at a time, so that a push never stands in the middle of a reply.
-                    writer.write(await replies.next(server))
-        except ConnectionError:
-            pass
-        finally:
-            del self._tasks[writer]
-            writer.close()
-            out.close()
-            with contextlib.suppress(ConnectionError):
-                await out.wait_closed()
-
-
-_INCOMPLETE = object()
-
-
-class _Replies:
-    """Cuts the bytes of a server into whole replies."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._begin()
-
-    def _begin(self) -> None:
-        self._whole = b""
-        self._reader: Any = hiredis.Reader(notEnoughData=_INCOMPLETE)
-
-    async def next(self, server: asyncio.StreamReader) -> bytes:
-        """Return the next reply, with the pushes before it."""
-        pushes = b""
-        while True:
-            piece, end, self._rest = self._rest.partition(b"\r\n")
-            if not end:
-                data = await server.read(65536)
-                if not data:
-                    raise ConnectionError
-                self._rest = piece + data
-                continue
-            self._whole += piece + end
-            self._reader.feed(piece + end)
-            if (reply := self._reader.gets()) is _INCOMPLETE:
-                continue
-            whole = self._whole
-            self._begin()
-            if type(reply) is not hiredis.PushNotification:
-                return pushes + whole
-            pushes += whole
+# Nodes are proxies, and not the server.
+on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True, ids=_server_id)
 
 
 @pytest.fixture
@@ -267,6 +167,19 @@ async def test_more_time(before: Announcer, caplog: pytest.LogCaptureFixture) ->
         (b"FAILING_OVER", 1, b"10"),
         (b"MIGRATED",),
         (b"FAILED_OVER", None),
+        (b"SMIGRATING",),
+        (b"SMIGRATED", 1),
+        (b"SMIGRATED", 1, b"1-5"),
+        (b"SMIGRATED", b"1", []),
+        (b"SMIGRATED", 1, [b"127.0.0.1:1"]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2"]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1", b"1"]]),
+        (b"SMIGRATED", 1, [[None, b"127.0.0.1:2", b"1"]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", 1]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b""]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"5-1"]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"1-16384"]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"\xff"]]),
     ],
 )
 def test_malformed(words: tuple[Any, ...], caplog: pytest.LogCaptureFixture) -> None:
@@ -282,6 +195,12 @@ def test_well_formed() -> None:
     assert parse([b"MOVING", 1, 10, None]) == Notice(b"MOVING", 1, 10)
     assert parse([b"MIGRATING", 1, 10, b"1,2"]) == Notice(b"MIGRATING", 1, 10)
     assert parse([b"FAILED_OVER", 2, b"1"]) == Notice(b"FAILED_OVER", 2)
+    assert parse([b"SMIGRATING", 3, b"1,5-10"]) == Notice(b"SMIGRATING", 3)
+    moves = [[b"a:1", b"[::1]:2", b"1,5-10"], [b"a:1", b"b:3", b"7-7"]]
+    assert parse([b"SMIGRATED", 4, moves]).moves == (
+        SlotMove(("a", 1), ("::1", 2), ((1, 1), (5, 10))),
+        SlotMove(("a", 1), ("b", 3), ((7, 7),)),
+    )
     assert Announcements(Options()).read([b"invalidate", None], "a:1") is None
 
 
@@ -301,16 +220,17 @@ def test_well_formed() -> None:
     ],
 )
 def test_request(options: dict[str, Any], peer: str, kind: str | None) -> None:
-    request = Announcements(Options(**options)).request(peer)
+    given = Options(**options)
+    request = Announcements(given).request(given.host, peer)
     assert (None if request is None else request[-1]) == kind
 
 
 def test_refusal_is_remembered() -> None:
     announcements = Announcements(Options(host="records.test"))
     announcements.note("LOADING")
-    assert announcements.request("8.8.8.8")
+    assert announcements.request("records.test", "8.8.8.8")
     announcements.note("ERR")
-    assert announcements.request("8.8.8.8") is None
+    assert announcements.request("records.test", "8.8.8.8") is None
 
 
 async def test_refusal_of_what_is_required(server: Any) -> None:
@@ -336,14 +256,195 @@ def test_change_of_timeout(core: Any) -> None:
     assert pipeline.timeout == 1.0
 
 
-def test_no_request_on_a_cluster() -> None:
-    """A cluster refuses to promise announcements that it doesn't follow."""
-    nodes = [{"host": "10.0.0.1", "port": 7000}]
-    with pytest.raises(dscache.ConfigError, match="maintNotifications: is for one server"):
-        dscache.AsyncCache.from_config({"nodes": nodes, "maintNotifications": "on"})
+# -- what both caches share
 
 
-def test_no_promise_of_a_blocking_cache() -> None:
-    with pytest.raises(dscache.ConfigError, match="maintNotifications: on is for AsyncCache"):
-        dscache.Cache({"host": "10.0.0.1", "maintNotifications": "on"})
-    dscache.Cache({"host": "10.0.0.1", "maintNotifications": "auto"}).close()
+def test_announcements_count_once() -> None:
+    """An announcement over several connections, or by all nodes of a cluster, counts once."""
+    announcements = Announcements(Options())
+    assert list(announcements.stats()["notifications"]) == [kind.decode() for kind in KINDS]
+    notice = Notice(b"MIGRATING", 1, 5)
+    assert [announcements.is_new(notice, one) for one in ("a:1", "a:1", "b:1")] == [
+        True,
+        False,
+        True,
+    ]
+    moved = Notice(b"SMIGRATED", 1)
+    assert [announcements.is_new(moved, one) for one in ("a:1", "b:1")] == [True, False]
+    counted = announcements.stats()["notifications"]
+    assert {kind: count for kind, count in counted.items() if count} == {
+        "MIGRATING": 2,
+        "SMIGRATED": 1,
+    }
+
+
+def test_leeway() -> None:
+    """More time begins once, and ends with any end or by itself."""
+    leeway = Leeway(1.0)
+    assert leeway.follow(Notice(b"MIGRATED", 1), 0.0) is None
+    assert leeway.follow(Notice(b"SMIGRATING", 2), 0.0) == RELAXED
+    assert leeway.follow(Notice(b"FAILING_OVER", 3, 100), 0.0) is None
+    assert leeway.end_if_over(100.0) is None
+    assert leeway.follow(Notice(b"MOVING", 4, 1), 0.0) is None
+    assert leeway.follow(Notice(b"FAILED_OVER", 5), 0.0) == 1.0
+    assert leeway.begin(5.0) == RELAXED
+    assert leeway.end_if_over(5.0) == 1.0
+    assert leeway.end_if_over(5.0) is None
+    assert Leeway(RELAXED + 1).begin(1.0) == RELAXED + 1
+
+
+def test_time_of_a_slow_server() -> None:
+    announcements = Announcements(Options())
+    announcements.read([b"MIGRATING", 1, 5], "a:1")
+    assert announcements.slow_until("a:1") > time.monotonic() + 5
+    assert announcements.slow_until("b:1") < time.monotonic()
+    announcements.read([b"MIGRATED", 1], "a:1")
+    assert announcements.slow_until("a:1") < time.monotonic()
+
+
+# -- clusters
+
+
+@pytest.fixture
+async def slots(server: Any) -> AsyncIterator[FakeSlots]:
+    """A cluster of two nodes, and a third without slots."""
+    slots = FakeSlots()
+    async with (
+        Announcer(server.host, server.port, slots=slots) as first,
+        Announcer(server.host, server.port, slots=slots) as second,
+        Announcer(server.host, server.port, slots=slots),
+    ):
+        slots.divide(first, second)
+        yield slots
+
+
+def open_cluster(slots: FakeSlots, **options: Any) -> dscache.AsyncCache:
+    nodes = [{"host": "127.0.0.1", "port": slots.nodes[0].port}]
+    given = {"nodes": nodes, "commandTimeout": 10_000, "maintNotifications": "on", **options}
+    return dscache.AsyncCache.from_config({"name": "redis", "options": given})
+
+
+def announce(
+    slots: FakeSlots, serial: int, moves: list[tuple[Announcer, Announcer, bytes]]
+) -> None:
+    """Have all nodes announce that slots have moved."""
+    told = [[source.address, target.address, ranges] for source, target, ranges in moves]
+    for node in slots.nodes:
+        node.push(b"SMIGRATED", serial, told)
+
+
+@on_one_server
+@pytest.mark.parametrize("near", [False, True])
+async def test_slots_move_under_load(slots: FakeSlots, redis: Any, near: bool) -> None:
+    """Slots move to and fro, and last to a new node, which ends the connection to the former."""
+    first, second, third = slots.nodes
+    async with open_cluster(slots, nearCache=near) as cache:
+        await cache.when_ready()
+        ended = asyncio.Event()
+        tasks = [asyncio.create_task(load(cache, number, ended)) for number in range(100)]
+        for serial in range(1, 9, 2):
+            source, target = (first, second) if serial % 4 == 1 else (second, first)
+            served = target.served
+            for node in slots.nodes:
+                node.push(b"SMIGRATING", serial, b"0-4095")
+            slots.give(0, 4095, target)
+            announce(slots, serial + 1, [(source, target, b"0-4095")])
+            await until(lambda n=target, served=served: n.served > served + 20)
+        slots.give(0, 8191, third)
+        announce(slots, 10, [(first, third, b"0-8191")])
+        await until(lambda: third.served > 20 and not first.connections)
+        ended.set()
+        versions = await asyncio.gather(*tasks)
+        stats = cache.stats()
+        assert stats["failed"] == 0
+        assert stats["maintenance"]["notifications"]["SMIGRATING"] == 4
+        assert stats["maintenance"]["notifications"]["SMIGRATED"] == 5
+        assert 0 < stats["maintenance"]["moved_slots"] <= 4 * 4096 + 8192
+        assert set(stats["nodes"]) == {f"127.0.0.1:{one.port}" for one in (second, third)}
+        for number, version in enumerate(versions):
+            assert redis.get(f"{{moving/{number}}}_v") == b"%d" % version
+
+
+@on_one_server
+async def test_routes_follow_without_a_redirection(slots: FakeSlots) -> None:
+    """The announcement is enough: the next operation goes to the new node."""
+    first, _, third = slots.nodes
+    async with open_cluster(slots) as cache:
+        await cache.when_ready()
+        slots.give(0, 8191, third)
+        announce(slots, 1, [(first, third, b"0-4095,4096,4097-8191")])
+        await until(lambda: cache.stats()["maintenance"]["moved_slots"])
+        assert cache.stats()["maintenance"]["moved_slots"] == 8192
+        await cache.set_bulk({f"moving/{number}": (1, number) for number in range(100)})
+        assert first.redirected == 0
+        assert third.served
+        assert cache.stats()["redirections"] == 0
+        await until(lambda: not first.connections)
+
+
+@on_one_server
+async def test_an_old_announcement_moves_nothing(slots: FakeSlots) -> None:
+    """A slot stays with its owner if the announcement names another former one."""
+    first, second, third = slots.nodes
+    async with open_cluster(slots) as cache:
+        await cache.when_ready()
+        announce(slots, 1, [(second, third, b"0-100"), (third, first, b"0-100")])
+        refreshes = cache.stats()["refreshes"]
+        await until(lambda: cache.stats()["refreshes"] > refreshes)
+        assert cache.stats()["maintenance"]["notifications"]["SMIGRATED"] == 1
+        assert cache.stats()["maintenance"]["moved_slots"] == 0
+        assert first.redirected == second.redirected == 0
+
+
+@on_one_server
+async def test_more_time_on_a_cluster(slots: FakeSlots) -> None:
+    first = slots.nodes[0]
+    name = next(one for one in map(str, range(100)) if key_slot(one.encode()) < 8192)
+    async with open_cluster(slots, commandTimeout=600) as cache:
+        await cache.when_ready()
+        first.slow = 1.2
+        first.push(b"SMIGRATING", 1, b"0-10")
+        assert await cache.set(name, 1, None)
+        assert cache.stats()["maintenance"]["relaxed"] == 1
+        announce(slots, 2, [])
+        await until(lambda: cache.stats()["maintenance"]["notifications"]["SMIGRATED"])
+        with pytest.raises(dscache.DeadlineExceeded):
+            await cache.get(name)
+
+
+@on_one_server
+async def test_slots_move_for_another_client(slots: FakeSlots) -> None:
+    """The client of redis-py goes through the same script without an error."""
+    first, second, third = slots.nodes
+    config = MaintNotificationsConfig(enabled=True)
+    client: Any = RedisCluster(
+        host="127.0.0.1", port=first.port, protocol=3, maint_notifications_config=config
+    )
+    names = [f"moving/{number}" for number in random.sample(range(1000), 50)]
+    async with client:
+        for name in names:
+            await client.set(name, 1)
+        for node in slots.nodes:
+            node.push(b"SMIGRATING", 1, b"0-8191")
+        slots.give(0, 8191, third)
+        announce(slots, 2, [(first, third, b"0-8191")])
+        for name in names:
+            await client.set(name, 2)
+            assert await client.get(name) == b"2"
+        assert third.served
+        assert second.requests
+
+
+@on_one_server
+async def test_a_node_without_announcements(server: Any) -> None:
+    slots = FakeSlots()
+    async with Announcer(server.host, server.port, REFUSAL, slots) as node:
+        slots.divide(node)
+        async with open_cluster(slots, maintNotifications="auto") as cache:
+            assert await cache.set("moving", 1, None)
+            assert not node.requests  # on this machine
+        with pytest.raises(dscache.ConnectError, match="maintNotifications"):
+            async with open_cluster(slots, connectTimeout=500) as cache:
+                await cache.when_ready()
+        assert node.requests
+        assert len(slots.owners) == SLOTS

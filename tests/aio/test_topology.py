@@ -1211,7 +1211,7 @@ async def test_statistics_of_a_cluster(backend: str) -> None:
         fakes.give(slot_of(names[0]), fakes.nodes[1])
         assert await cache.delete(names[0]) is True
         stats = cache.stats()
-        assert stats.keys() == of_all | {"refreshes", "nodes"}
+        assert stats.keys() == of_all | {"refreshes", "nodes", "maintenance"}
         assert stats["operations"] == 22
         assert (stats["reads"], stats["hits"], stats["writes"], stats["deletes"]) == (20, 20, 20, 1)
         assert (stats["connects"], stats["last_loss"], stats["redirections"]) == (2, "", 1)
@@ -1246,7 +1246,7 @@ async def test_close_completes_redirected_operations(backend: str) -> None:
         assert_drained(cache)
         assert own_tasks() == []
         await cache.close()
-        with pytest.raises(dscache.ConnectionLost, match="closed"):
+        with pytest.raises(dscache.UsageError, match="closed"):
             cache.get("a")
 
 

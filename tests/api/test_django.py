@@ -14,14 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import django
+import django.conf
+import django.test
 import msgspec
 import pytest
 import redis as redis_py
-from django.core.cache import CacheHandler
+from django.core.cache import CacheHandler, caches
 from django.core.cache.backends.base import CacheKeyWarning
 from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest, JsonResponse
+from django.urls import path
 
 import dscache
 from dscache import django as backend_module
@@ -434,6 +440,69 @@ async def test_increments_of_tasks(make: Make) -> None:
     cache = make()
     await cache.aset("key", 0)
     assert sorted(await asyncio.gather(*(cache.aincr("key") for _ in range(40)))) == [*range(1, 41)]
+
+
+class Places(backend_module.JSONSerializer):
+    """A serializer that tells in which threads it has worked."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+
+    def dumps(self, value: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        return super().dumps(value)
+
+    def loads(self, data: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        return data
+
+
+async def test_async_forms_leave_the_event_loop_alone(make: Make) -> None:
+    places = Places()
+    cache = make(OPTIONS={"SERIALIZER": places})
+    await cache.aset("key", 1)
+    await cache.aincr("key")
+    await cache.aset_many({f"key{number}": number for number in range(50)})
+    assert await cache.aget("key") == 2
+    before = cache.records.stats()["operations"]
+    assert len(await cache.aget_many([f"key{number}" for number in range(50)])) == 50
+    assert cache.records.stats()["operations"] == before + 1
+    assert places.threads
+    assert threading.get_ident() not in places.threads
+
+
+async def count_a_visit(request: HttpRequest, name: str) -> JsonResponse:
+    visits = caches["default"]
+    await visits.aadd(name, 0, timeout=None)
+    told = {"visits": await visits.aincr(name)}
+    return JsonResponse(told | await visits.aget_many([name, "missing"]))
+
+
+async def test_an_async_view(
+    server: EmbeddedServer, backend: str, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty requests at a time, through Django's handler for ASGI: no visit is lost."""
+    if not django.conf.settings.configured:
+        django.conf.settings.configure(ALLOWED_HOSTS=["*"], SECRET_KEY="-", DEBUG=False)
+        django.setup()
+    urls = ModuleType("urls_of_visits")
+    vars(urls)["urlpatterns"] = [path("visits/<name>", count_a_visit)]
+    monkeypatch.setitem(sys.modules, urls.__name__, urls)
+    settings = {
+        "BACKEND": "dscache.django.RecordCache",
+        "LOCATION": server.url,
+        "OPTIONS": {"nearCache": True, **PATIENT},
+    }
+    with django.test.override_settings(
+        ROOT_URLCONF=urls.__name__, CACHES={"default": settings}, ALLOWED_HOSTS=["*"]
+    ):
+        client = django.test.AsyncClient()
+        answers = await asyncio.gather(*(client.get("/visits/home") for _ in range(40)))
+    assert {answer.status_code for answer in answers} == {200}
+    told = [answer.json() for answer in answers]
+    assert sorted(one["visits"] for one in told) == [*range(1, 41)]
+    assert all(one["visits"] <= one["home"] <= 40 for one in told)
+    close_all()
 
 
 # -- settings

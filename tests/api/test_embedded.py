@@ -394,11 +394,28 @@ def test_on_the_command_line_at_a_taken_port() -> None:
         with command_line("--port", str(server.port)) as (process, line):
             pass
         assert process.returncode == 1
-        assert line.startswith(f"dscache: {FOUND[0].name} ")
-        assert f"could not be started at redis://127.0.0.1:{server.port}" in line
+        assert line == (
+            f"dscache: {FOUND[0].name} can't listen on port {server.port} of 127.0.0.1, which is "
+            "in use; choose another port, or 0 for any that is free\n"
+        )
     with command_line("--port", "70000") as (process, line):
         pass
     assert process.returncode == 2
+
+
+def test_on_the_command_line_without_usable_output() -> None:
+    for where in ("/dev/full", "&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" -m dscache.embedded --port 0 >{where}', sys.executable],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        reason = "No space left on device" if where == "/dev/full" else "it is closed"
+        assert done.stderr == f"dscache: standard output can't be written: {reason}\n"
+        assert done.returncode == 1
 
 
 def test_on_the_command_line_when_the_server_is_killed() -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from dscache import Loaded, LoadError, RecordError
 from dscache.core import loading, notes
 from dscache.core.fetch_terms import terms_of
 from dscache.core.notes import note_of, state_of
+from dscache.core.refreshes import MOST_REFRESHES
 from dscache.embedded import EmbeddedServer
 from tests.conftest import PATIENT, SERVERS, MakeCache, _server_id
 from tests.programs.fetching import CALLERS
@@ -40,6 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "near": {"nearCache": {"idleLimit": 30_000}},
     "hashtag": {"keyLayout": "hashtag"},
 }
+
+
+caller: ContextVar[str] = ContextVar("caller", default="none")
 
 
 class Source:
@@ -701,6 +706,187 @@ async def test_one_thread_refreshes(
         going.set()
         refreshing.join(PATIENCE)
         assert found == [2]
+
+
+@PLACES
+async def test_refreshes_are_bounded_and_hold_up_no_other_call(
+    make_cache: MakeCache, place: str
+) -> None:
+    cache = await in_place(make_cache, place)
+    names = [f"n/{number}" for number in range(3 * MOST_REFRESHES)]
+    await cache.set_bulk(dict.fromkeys(names, (1, "old")))
+    gate, begun = asyncio.Event(), []
+
+    async def load(name: str) -> Loaded:
+        begun.append(name)
+        if name != "gone":
+            await gate.wait()
+        return Loaded(2, "new")
+
+    async def fetch(name: str) -> int | None:
+        record = await cache.fetch(name, load, ttl=60, refresh_after=30)
+        return record and record.version
+
+    async with asyncio.timeout(PATIENCE):
+        assert {await fetch(name) for name in names} == {1}
+        await until(lambda: len(begun) == MOST_REFRESHES)
+        assert begun == names[:MOST_REFRESHES]
+        # What there is none of is loaded at once, also if its refresh waits.
+        assert await fetch("gone") == 2
+        assert set(await asyncio.gather(*map(fetch, names))) == {1}
+        gate.set()
+        await until(lambda: not cache._loads._tasks)
+    assert sorted(begun) == sorted(["gone", *names])
+    assert await cache.head_bulk(names) == dict.fromkeys(names, 2)
+
+
+async def test_a_record_that_ends_while_its_refresh_waits_is_loaded_at_once(
+    cache: dscache.AsyncCache,
+) -> None:
+    names = [f"n/{number}" for number in range(MOST_REFRESHES + 1)]
+    await cache.set_bulk(dict.fromkeys(names, (1, "old")))
+    gate = asyncio.Event()
+    loads: list[str] = []
+
+    async def load(name: str) -> Loaded:
+        loads.append(name)
+        if len(loads) <= MOST_REFRESHES:
+            await gate.wait()
+        return Loaded(2, "new")
+
+    async with asyncio.timeout(PATIENCE):
+        for name in names:
+            await cache.fetch(name, load, ttl=60, refresh_after=30)
+        await until(lambda: len(loads) == MOST_REFRESHES)
+        await cache.delete(names[-1])
+        record = await cache.fetch(names[-1], load, ttl=60, refresh_after=30)
+        assert record is not None
+        assert record.version == 2
+        gate.set()
+        await until(lambda: not cache._loads._tasks)
+    assert loads == names, "the refresh that waited has loaded again"
+
+
+async def test_refreshes_of_bulks_wait_for_their_turn(cache: dscache.AsyncCache) -> None:
+    names = [f"n/{number}" for number in range(MOST_REFRESHES + 3)]
+    await cache.set_bulk(dict.fromkeys(names, (1, "old")))
+    gate, begun = asyncio.Event(), []
+
+    async def load_many(names: list[str]) -> dict[str, Loaded]:
+        begun.append(names)
+        await gate.wait()
+        return dict.fromkeys(names, Loaded(2, "new"))
+
+    async with asyncio.timeout(PATIENCE):
+        for name in names:
+            await cache.fetch_bulk([name], load_many, ttl=60, refresh_after=30)
+        await until(lambda: len(begun) == MOST_REFRESHES)
+        await asyncio.sleep(0.01)
+        assert begun == [[name] for name in names[:MOST_REFRESHES]]
+        gate.set()
+        await until(lambda: not cache._loads._tasks)
+    assert await cache.head_bulk(names) == dict.fromkeys(names, 2)
+
+
+async def test_each_refresh_runs_in_the_context_of_its_caller(cache: dscache.AsyncCache) -> None:
+    await cache.set_bulk({"a": (1, "old"), "b": (1, "old"), "c": (1, "old")})
+    seen: dict[str, list[str]] = {name: [] for name in "abc"}
+
+    async def load(name: str) -> str:
+        seen[name].append(caller.get())
+        await asyncio.sleep(0)
+        seen[name].append(caller.get())
+        return "new"
+
+    def load_c(name: str) -> str:
+        seen[name] += [caller.get()] * 2
+        return "new"
+
+    async def fetch(name: str) -> None:
+        caller.set(name)
+        await cache.fetch(name, load_c if name == "c" else load, ttl=60, refresh_after=30)
+
+    await asyncio.gather(*map(fetch, "abc"))
+    await until(lambda: not cache._loads._tasks)
+    assert seen == {"a": ["a", "a"], "b": ["b", "b"], "c": ["c", "c"]}
+
+
+async def test_a_cancelled_refresh_keeps_the_record_and_no_lease(
+    cache: dscache.AsyncCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    await cache.set_bulk({"a": (1, "old"), "b": (1, "old"), "c": (1, "old")})
+
+    async def load(name: str) -> Loaded:
+        if name == "a":
+            raise asyncio.CancelledError
+        if name == "b":
+            raise ValueError
+        return Loaded(2, "new")
+
+    await asyncio.gather(
+        *(cache.fetch(name, load, ttl=60, refresh_after=30) for name in "abc"),
+    )
+    await until(lambda: not cache._loads._tasks)
+    assert await cache.head_bulk(["a", "b", "c"]) == {"a": 1, "b": 1, "c": 2}
+    states = [state_of(await cache.get(note_of(name))) for name in "abc"]
+    assert states == ["", "stale", "fresh"]
+    assert caplog.text.count("was not refreshed") == 1
+
+
+async def test_close_ends_refreshes_that_run_and_wait(make_cache: MakeCache) -> None:
+    cache = await make_cache()
+    other = await make_cache()
+    names = [f"n/{number}" for number in range(2 * MOST_REFRESHES)]
+    await cache.set_bulk(dict.fromkeys(names, (1, "old")))
+    begun = []
+
+    async def load(name: str) -> Loaded:
+        begun.append(name)
+        await asyncio.Event().wait()
+        return Loaded(2, "new")
+
+    for name in names:
+        await cache.fetch(name, load, ttl=60, refresh_after=30)
+    await until(lambda: len(begun) == MOST_REFRESHES)
+    await cache.close()
+    assert not cache._loads._tasks
+    assert len(begun) == MOST_REFRESHES
+    assert not await other.get_bulk(map(note_of, names)), "a lease is left"
+
+
+def test_so_many_threads_refresh_at_once(
+    server: EmbeddedServer,
+    backend: str,
+    redis: redis_py.Redis,  # empties the server
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dscache.blocking.loading.MOST_REFRESHES", 2)
+    gate, begun = threading.Event(), []
+
+    def load(name: str) -> Loaded:
+        begun.append(name)
+        assert name == "gone" or gate.wait(PATIENCE)
+        return Loaded(2, "new")
+
+    with opened(server) as cache:
+
+        def fetch(name: str) -> int | None:
+            record = cache.fetch(name, load, ttl=60, refresh_after=30)
+            return record and record.version
+
+        cache.set_bulk(dict.fromkeys("abc", (1, "old")))
+        refreshing = [threading.Thread(target=fetch, args=(name,)) for name in "ab"]
+        for thread in refreshing:
+            thread.start()
+        until_blocking(lambda: len(begun) == 2)
+        assert fetch("c") == 1
+        assert fetch("gone") == 2
+        gate.set()
+        for thread in refreshing:
+            thread.join(PATIENCE)
+        cache._loads.checks.recent.clear()
+        assert fetch("c") == 2
+    assert sorted(begun) == ["a", "b", "c", "gone"]
 
 
 # -- leases

@@ -186,7 +186,7 @@ async def test_a_closed_cache_refuses_the_call(make_cache: MakeCache) -> None:
     assert await kept("n", lambda name: name, ttl=60) is not None
     await cache.close()
     for fetch in (kept, cache.fetch):
-        with pytest.raises(dscache.ConnectionLost):
+        with pytest.raises(dscache.UsageError):
             await fetch("n", unwanted, ttl=60)
 
 

@@ -423,6 +423,42 @@ async def test_an_abandoned_operation_logs_nothing(
     assert [str(one.message) for one in recwarn] == []
 
 
+DROPPED: dict[str, Callable[[dscache.AsyncCache], Awaitable[Any]]] = {
+    "get": lambda cache: cache.get("a"),
+    "get with a type": lambda cache: cache.get("a", type=int),
+    "head": lambda cache: cache.head("a"),
+    "get_bulk": lambda cache: cache.get_bulk(["a", "b"]),
+    "head_bulk": lambda cache: cache.head_bulk(["a", "b"]),
+    "set": lambda cache: cache.set("a", 1, 1),
+}
+
+
+@pytest.mark.parametrize("operation", DROPPED)
+@pytest.mark.parametrize("near", [None, NEAR], ids=["plain", "near"])
+@ON_ONE_SERVER
+async def test_the_failure_of_a_dropped_future_is_logged(
+    near: dict[str, int] | None, operation: str, server: EmbeddedServer, backend: str
+) -> None:
+    """A caller that looks at its own future keeps no other caller's failure quiet."""
+    logged: list[str] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
+    options = {"nearCache": near} if near else {}
+    async with FaultProxy(server.host, server.port) as proxy:
+        config = {"url": proxy.url, "commandTimeout": 100, **options}
+        async with dscache.AsyncCache.from_config({"name": "redis", "options": config}) as cache:
+            proxy.stall("replies")
+            calls = [DROPPED[operation](cache) for _ in range(3)]
+            seen = calls.pop()
+            await asyncio.wait([*calls, seen])
+            assert isinstance(seen.exception(), dscache.DscacheError)
+            calls.clear()
+            proxy.resume()
+    gc.collect()
+    await asyncio.sleep(0)
+    assert logged == ["Future exception was never retrieved"] * 2
+
+
 async def error_of(operation: Awaitable[Any]) -> BaseException | None:
     """Return the error of an operation, once it has ended."""
     future = asyncio.ensure_future(operation)

@@ -312,9 +312,9 @@ async def test_a_closed_cache_ends_the_scan(kind: str, server: EmbeddedServer) -
     scan = cache.cache.scan(count=FEW)
     assert await cache.next(scan) is not None
     await cache.do("close")
-    with pytest.raises(ConnectionLost, match="the cache is closed"):
+    with pytest.raises(UsageError, match="the cache is closed"):
         await cache.rest(scan)
-    with pytest.raises(ConnectionLost, match="the cache is closed"):
+    with pytest.raises(UsageError, match="the cache is closed"):
         cache.cache.scan()
 
 

@@ -11,7 +11,7 @@ import pytest
 import redis as redis_py
 
 import dscache
-from dscache import BulkError, RecordError
+from dscache import BulkError, RecordDamaged
 from dscache.embedded import EmbeddedServer
 from tests.conftest import SERVERS, _server_id
 from tests.support.either import Either
@@ -60,7 +60,7 @@ async def test_fetch(cache: Either) -> None:
             )
             assert (record.data, record.version > 0) == (User("Ada"), True)
     assert await cache.do("fetch", "none", lambda _: None, ttl=60, type=User) is None
-    with pytest.raises(RecordError, match=MISFIT):
+    with pytest.raises(RecordDamaged, match=MISFIT):
         await cache.do("fetch", "x", lambda _: {"name": 5}, ttl=60, type=User)
     # It is a record, and the type is only this caller's.
     assert (await cache.do("get", "x")).data == {"name": 5}
@@ -79,7 +79,7 @@ async def test_fetch_bulk(cache: Either) -> None:
             **{"ttl": 60, "type": User},
         )
     assert caught.value.errors.keys() == {"b", "c"}
-    assert type(caught.value.errors["b"]) is RecordError
+    assert type(caught.value.errors["b"]) is RecordDamaged
     assert type(caught.value.errors["c"]) is dscache.LoadError
     assert {name: one.data for name, one in caught.value.result.items()} == {"there": User("Ada")}
 
@@ -96,7 +96,7 @@ async def test_update(cache: Either) -> None:
     kept = await cache.do("update", "n", lambda user: dscache.KEEP, type=User)
     assert (kept.version, kept.data) == (2, User("Ada", 2))
     await cache.do("set", "x", 7, {"name": 5})
-    with pytest.raises(RecordError, match=MISFIT):
+    with pytest.raises(RecordDamaged, match=MISFIT):
         await cache.do("update", "x", grow, type=User)
     assert await cache.do("head", "x") == 7
 
@@ -145,7 +145,7 @@ async def test_watch(cache: Either, records: bool) -> None:
         if records:
             assert change.kind == "damaged"
             assert "at `$.name`" in change.reason
-        with pytest.raises(RecordError, match=MISFIT):
+        with pytest.raises(RecordDamaged, match=MISFIT):
             await read(cache, change)
     finally:
         await watch.close() if cache.kind == "AsyncCache" else await asyncio.to_thread(watch.close)

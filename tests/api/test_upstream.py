@@ -441,7 +441,7 @@ async def test_operations_issued_before_close_complete(
         assert await bulk == set()
         assert tuple(await read) == (1, [1])
     assert redis.dbsize() == 2 + 2 * 5000
-    with pytest.raises(dscache.ConnectionLost, match="closed"):
+    with pytest.raises(dscache.UsageError, match="closed"):
         cache.get("a")
 
 

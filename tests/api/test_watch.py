@@ -474,7 +474,7 @@ async def test_a_closed_cache_ends_the_iteration(kind: str, server: EmbeddedServ
             await waiting
         with pytest.raises(ConnectionLost, match="the cache is closed"):
             await cache.next(watch)
-        with pytest.raises(ConnectionLost, match="the cache is closed"):
+        with pytest.raises(UsageError, match="the cache is closed"):
             cache.cache.watch()
 
 

@@ -933,9 +933,9 @@ def test_from_creation_to_close(server: EmbeddedServer, kind: str, backend: str)
     cache.close()
     empty: list[Call] = [lambda cache: cache.get_bulk([]), lambda cache: cache.when_ready()]
     for call in (*READS, *GUARDED, *PLAIN_WRITES, *empty):
-        with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+        with pytest.raises(dscache.UsageError, match="the cache is closed"):
             call(cache)
-    with pytest.raises(dscache.ConnectionLost, match="the cache is closed"), cache:
+    with pytest.raises(dscache.UsageError, match="the cache is closed"), cache:
         pytest.fail("a closed cache was entered")
 
 
@@ -950,7 +950,7 @@ def test_close_lets_other_threads_finish(open_cache: OpenCache, proxy: ProxyThre
         until(lambda: len(cache._topology._waiters) == 2)  # type: ignore[union-attr]
         closing = [threads.submit(cache.close) for _ in range(2)]
         until(lambda: closing[0].done() or closing[1].done())
-        with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+        with pytest.raises(dscache.UsageError, match="the cache is closed"):
             cache.get("a")
         assert not all(one.done() for one in closing)
         proxy.do("resume")

@@ -961,7 +961,7 @@ def test_close_does_not_wait_for_ever(group: ClusterGroup, backend: str) -> None
             queued = threads.submit(cache.get_bulk, names)
             until(lambda: cache._topology._waiters)  # type: ignore[union-attr]
             cache.close()
-            with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+            with pytest.raises(dscache.UsageError, match="the cache is closed"):
                 cache.get(name)
             with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
                 read.result(PATIENCE)
@@ -1002,7 +1002,7 @@ def test_from_creation_to_close(group: ClusterGroup, backend: str) -> None:
     assert cache.stats()["writes"] == 1
     cache.close()
     for call in (*OPERATIONS.values(), lambda cache: cache.when_ready()):
-        with pytest.raises(dscache.ConnectionLost, match="the cache is closed"):
+        with pytest.raises(dscache.UsageError, match="the cache is closed"):
             call(cache)
 
 

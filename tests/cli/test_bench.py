@@ -17,10 +17,10 @@ import redis as redis_py
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dscache import AsyncCache, ConnectionLost
+from dscache import AsyncCache, ConnectionLost, DscacheError
 from dscache.admin import load_test
 from dscache.admin.latency_chart import draw
-from dscache.admin.load_test import Latencies
+from dscache.admin.load_test import Latencies, Plan, Result, apply
 from dscache.embedded import EmbeddedServer
 from tests.support.commands import PATIENCE, failing_after, invoke, plain, run_on_terminal, running
 
@@ -160,18 +160,57 @@ def test_filling_is_bounded(
     assert f"used {used:,} records in place of 100,000,000" in done.err
 
 
+def test_the_memory_of_the_records_is_bounded(
+    loaded: EmbeddedServer, client: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_test, "MOST_BYTES", 100 * (120 + 250))
+    done = invoke("bench", "--seconds", "0.1", "--records", "1000", "--url", loaded.url)
+    assert (done.status, done.document["records"]) == (0, 100)
+    assert done.err == ("dscache: used 100 records in place of 1,000, as no more fit into 1 GiB\n")
+
+
+async def test_an_operation_of_more_records_than_there_is_time_for(
+    loaded: EmbeddedServer, client: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_test, "FILL_SECONDS", 0.0)
+    plan = Plan(tasks=1, seconds=0, read_ratio=1, size=1, bulk=10_000, records=1)
+    async with AsyncCache(loaded.url) as cache:
+        with pytest.raises(DscacheError, match="1,000 records could be written in 0 s, fewer than"):
+            await apply(cache, plan, Result())
+
+
+def test_a_signal_while_the_records_are_written(
+    loaded: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    words = ("bench", "--seconds", "60", "--records", "100000000", "--url", loaded.url)
+    reset = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    with running(*words, preexec_fn=reset) as process:
+        while client.dbsize() < 1000:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (143, b"")
+    assert err == b"dscache: interrupted; its records have been removed\n"
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
         (("--tasks", "0"), "--tasks"),
+        (("--tasks", "100000000"), "--tasks"),
+        (("--seconds", "inf"), "--seconds"),
+        (("--seconds", "nan"), "--seconds"),
+        (("--read-ratio", "nan"), "--read-ratio"),
+        (("--bulk", "100000000"), "would take more than 1 GiB at a time"),
+        (("--size", "100000000"), "would take more than 1 GiB at a time"),
         (("--read-ratio", "1.5"), "--read-ratio"),
-        (("--plot", "latency.png"), "it must end in .svg"),
+        (("--plot", "latency.png"), "it must be a file that ends in .svg"),
         (("--plot", "/nowhere/latency.svg"), "in a folder that exists"),
     ],
 )
 def test_a_wrong_command_line(words: tuple[str, ...], error: str) -> None:
     done = invoke("bench", *words, "--url", "127.0.0.1:1")
-    assert (done.status, error in done.err) == (2, True)
+    assert (done.status, error in " ".join(done.err.split())) == (2, True)
 
 
 # -- numbers

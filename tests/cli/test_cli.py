@@ -809,7 +809,7 @@ HEADINGS = {
     "ls": "ls",
     "diff": "diff",
     "doctor": "doctor",
-    "watch": "The data of changes",
+    "watch": "Options of watch",
     "export": "export and import",
     "import": "export and import",
     "bench": "bench",
@@ -846,7 +846,8 @@ def test_every_command_is_documented() -> None:
 def test_every_key_is_documented() -> None:
     report = ClusterReport((NodeReport(address="a:1", role="primary"),))
     document = cluster_command.document(report)
-    for heading, keys in (("Its JSON", document), ("A node of it", document["nodes"][0])):
+    node = document["nodes"][0]
+    for heading, keys in (("JSON of cluster", document), ("Nodes in the JSON", node)):
         assert [code(row[0])[0] for row in table(DOCUMENT, heading)] == list(keys)
-    described = table(DOCUMENT, "Its JSON")[3][1]
+    described = table(DOCUMENT, "JSON of cluster")[3][1]
     assert set(document["slots"]) <= set(code(described))

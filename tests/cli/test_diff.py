@@ -79,6 +79,10 @@ def test_an_export_that_is_none(here: EmbeddedServer, tmp_path: Path) -> None:
     done = invoke("diff", str(file), "--url", here.url)
     assert done.status == 1
     assert f"{file}, line 2: it is not JSON" in done.err
+    # export takes any name.
+    file = file.rename(tmp_path / "records")
+    done = invoke("diff", str(file), "--url", here.url)
+    assert f"{file}, line 2: it is not JSON" in done.err
     done = invoke("diff", str(tmp_path / "away.ndjson"), "--url", here.url)
     assert (done.status, "No such file" in done.err) == (1, True)
 
@@ -94,6 +98,15 @@ def test_an_export_that_is_none(here: EmbeddedServer, tmp_path: Path) -> None:
 def test_mistakes(other: str, error: str, here: EmbeddedServer) -> None:
     done = invoke("diff", other, "--url", here.url)
     assert (done.status, error in done.err) == (1, True)
+
+
+def test_a_folder(here: EmbeddedServer, tmp_path: Path) -> None:
+    done = invoke("diff", str(tmp_path), "--url", here.url)
+    assert done.status == 2
+    assert " ".join(done.err.split()).endswith(
+        f"Error: Invalid value for OTHER: {tmp_path} is a folder; give a URL, host:port, "
+        "configuration file, or an export (.ndjson, .ndjson.gz)"
+    )
 
 
 def test_a_terminal(here: EmbeddedServer, there: EmbeddedServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -130,6 +131,19 @@ def test_an_editor_that_does_not_exist(
     monkeypatch.setenv("VISUAL", "/no/such/editor")
     done = invoke("edit", "user/1", "--url", edited_server.url)
     assert (done.status, "can't be run" in done.err) == (2, True)
+
+
+def test_an_editor_that_removes_the_file(
+    cache: Cache, edited_server: EmbeddedServer, editor: Callable[[str], None], tmp_path: Path
+) -> None:
+    editor("file.unlink(); raise SystemExit")
+    done = invoke("edit", "user/1", "--url", edited_server.url)
+    assert done.status == 1
+    assert re.fullmatch(
+        rf"dscache: the editor left no text: {tmp_path}/dscache-\w+\.json: "
+        "No such file or directory; nothing was written\n",
+        done.err,
+    )
 
 
 def test_a_terminal_is_asked_to_edit_again(

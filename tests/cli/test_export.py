@@ -237,7 +237,9 @@ def test_an_export_resumes(
         partial.write(b"nonsense")
     done = invoke("export", str(file), *url)
     assert done.status == 0
-    assert done.err == f"dscache: resuming after {state['records']:,} records\n"
+    assert done.err == (
+        f"dscache: resuming: skipped {state['records']:,} records already exported\n"
+    )
     assert (done.document["records"], done.document["resumed"]) == (MANY, state["records"])
     assert sorted(names_in(file)) == sorted(f"r/{number}" for number in range(MANY))
     assert os.listdir(tmp_path) == [name]
@@ -338,7 +340,7 @@ def test_an_import_resumes(
     client.delete(*(f"{one}_v" for one in names_in(file)[: state["line"]]))
     done = invoke("import", str(file), *url)
     assert done.status == 0
-    assert done.err == f"dscache: resuming after line {state['line']:,}\n"
+    assert done.err == (f"dscache: resuming: skipped {state['line']:,} lines already imported\n")
     assert (done.document["records"], done.document["resumed"]) == (MANY, state["records"])
     assert len(contents(client)) == 2 * MANY - state["line"]
     assert os.listdir(tmp_path) == [name]
@@ -368,7 +370,8 @@ def test_a_full_disk(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
     with mock.patch.object(os, "fsync", failing_after(0, os.fsync, full)):
         done = invoke("export", str(file), *url)
     assert done.status == 1
-    assert done.err == f"dscache: {file}.partial: No space left on device\n"
+    reason = "No space left on device; make room, or write elsewhere"
+    assert done.err == f"dscache: {file}.partial: {reason}\n"
     assert invoke("export", str(file), *url).status == 0
     # An import that can't store its progress can't be resumed, and works all the same.
     with mock.patch.object(restore, "write_state", failing_after(0, print, full)):
@@ -405,7 +408,10 @@ def test_a_broken_line_ends_the_import(url: Url, client: redis_py.Redis, tmp_pat
     assert client.dbsize() == 5000
     # Run again, it ends at the same line at once; with keep-going it skips the line.
     done = invoke("import", str(file), *url)
-    assert (done.status, done.err.splitlines()[0]) == (1, "dscache: resuming after line 2,500")
+    assert (done.status, done.err.splitlines()[0]) == (
+        1,
+        "dscache: resuming: skipped 2,500 lines already imported",
+    )
     done = invoke("import", str(file), "--keep-going", *url)
     assert done.status == 1
     assert (done.document["records"], done.document["broken"]) == (3000, 1)
@@ -451,6 +457,9 @@ def test_lines_of_one_name_keep_their_order(url: Url, client: redis_py.Redis) ->
 def test_invalid_files(url: Url, tmp_path: Path) -> None:
     done = invoke("import", str(tmp_path / "none"), *url)
     assert done.err == f"dscache: {tmp_path / 'none'}: No such file or directory\n"
+    done = invoke("import", str(tmp_path), *url)
+    assert done.status == 1
+    assert done.err == f"dscache: {tmp_path} is a folder; name the file of an export\n"
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     done = invoke("import", str(tmp_path / "a.gz"), *url)
     assert (done.status, "a.gz can't be read: " in done.err) == (1, True)
@@ -494,7 +503,10 @@ def test_a_terminal_gets_a_progress_bar_and_a_summary(
     words = ("import", file, "--if-newer", *url)
     status, written = run_on_terminal(*words, columns=60)
     assert status == 0
-    assert "0 records imported, 1,000 not newer (" in plain(written).splitlines()[-1]
+    assert (
+        "0 records imported, 1,000 not written: Redis holds the same or a newer version ("
+        in " ".join(plain(written).splitlines()[-2:])
+    )
 
 
 def test_every_key_is_documented(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
+from typer.main import get_group
 
 from dscache import cli
+from dscache.cli.app import app
 from dscache.embedded import EmbeddedServer
-from tests.conftest import SERVERS, _server_id
-from tests.support.commands import PATIENCE, invoke
+from tests.conftest import BY_AGE, SERVERS, _server_id
+from tests.support.clusters import ClusterGroup
+from tests.support.commands import PATIENCE, invoke, run
 
 # These tests don't depend on the server's version.
 pytestmark = [
@@ -26,20 +29,43 @@ pytestmark = [
 ]
 
 BOM = b"\xef\xbb\xbf"
+# What each command writes on standard output. A name that begins like another is a form of it.
 COMMANDS = {
     "get": ("get", "a"),
-    "many": ("get", *(f"n{i}" for i in range(500))),
+    "get many": ("get", *(f"n{i}" for i in range(500))),
+    "get --watch": ("get", "a", "--watch"),
     "head": ("head", "a"),
     "set": ("set", "a", "2", "{}"),
     "delete": ("delete", "a"),
+    "edit": ("edit", "a"),
+    "ls": ("ls",),
+    "ls --top": ("ls", "--top", "3"),
+    "diff": ("diff", "records.ndjson"),
     "doctor": ("doctor",),
-    "export": ("export", "-"),
+    "top": ("top", "--once"),
+    "top --json": ("top", "--json", "--interval", "0.1"),
+    "export": ("export", "all.ndjson"),
+    "export -": ("export", "-"),
     "import": ("import", "records.ndjson"),
     "bench": ("bench", "--seconds", "0.2", "--json"),
+    "watch": ("watch",),
     "migrate": ("migrate", "--to", "hashtag", "--dry-run"),
+    "migrate --yes": ("migrate", "--to", "hashtag", "--yes"),
+    "cluster": ("cluster",),
     "version": ("--version",),
     "help": ("--help",),
+    "help of a command": ("bench", "--help"),
 }
+# The command that writes nothing there; its editor may.
+SILENT = "edit"
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[str]:
+    """The URL of a cluster of one node."""
+    with ClusterGroup(BY_AGE[-1], primaries=1, replicas=0) as started:
+        (primary,) = started.primaries()
+        yield f"redis://{primary.host}:{primary.port}"
 
 
 @pytest.fixture
@@ -73,39 +99,60 @@ def full_disk() -> Iterator[int]:
         os.close(descriptor)
 
 
-def result_of(
-    words: tuple[str, ...], stdout: int, cwd: Path, url: str
-) -> subprocess.CompletedProcess[str]:
-    where = () if words[0].startswith("-") else ("--url", url)
-    return subprocess.run(
+def result_of(name: str, stdout: int, cwd: Path, url: str) -> tuple[int, str]:
+    """Run a command; return its exit status and its standard error. A live one is given changes."""
+    words = COMMANDS[name]
+    where = () if {"--version", "--help"} & set(words) else ("--url", url)
+    with subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "dscache", *words, *where],
         cwd=cwd,
+        env={**os.environ, "EDITOR": "true"},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        timeout=PATIENCE,
-        check=False,
-    )
+    ) as process:
+        try:
+            begun = ""
+            if name == "watch":
+                assert process.stderr is not None
+                begun = process.stderr.readline()
+                assert begun.startswith("dscache: watching ")
+                with redis_py.Redis.from_url(url) as client:
+                    client.mset({"a_v": 2, "a_d": "{}"})
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    return process.returncode, err
+
+
+def test_every_command_is_here() -> None:
+    named = {words[0] for words in COMMANDS.values() if not words[0].startswith("-")}
+    assert named == set(get_group(app).commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk(command: str, records: Path, server: EmbeddedServer) -> None:
+def test_a_full_disk(command: str, records: Path, server: EmbeddedServer, node: str) -> None:
     with full_disk() as descriptor:
-        done = result_of(COMMANDS[command], descriptor, records, server.url)
-    assert done.stderr == (
+        done = result_of(command, descriptor, records, node if command == "cluster" else server.url)
+    if command == SILENT:
+        assert done == (0, "dscache: unchanged\n")
+        return
+    assert done == (
+        1,
         "dscache: standard output can't be written: No space left on device; make room, or "
-        "write elsewhere\n"
+        "write elsewhere\n",
     )
-    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_pipe_without_a_reader(command: str, records: Path, server: EmbeddedServer) -> None:
+def test_a_pipe_without_a_reader(
+    command: str, records: Path, server: EmbeddedServer, node: str
+) -> None:
     with no_reader() as descriptor:
-        done = result_of(COMMANDS[command], descriptor, records, server.url)
+        done = result_of(command, descriptor, records, node if command == "cluster" else server.url)
     # The reader left on purpose.
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done == ((0, "dscache: unchanged\n") if command == SILENT else (1, ""))
 
 
 def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:
@@ -145,28 +192,62 @@ def test_an_export_to_a_file_of_limited_size(
     name: str, records: Path, server: EmbeddedServer
 ) -> None:
     """The same command resumes as soon as there is space."""
+    status, err = limited(800, records, "export", name, "--url", server.url)
+    assert status == 1
+    assert err == f"dscache: {name}.partial: File too large; make room, or write elsewhere\n"
+    again = run("export", name, "--url", server.url, cwd=records)
+    assert again.returncode == 0
+    found = (records / name).read_bytes()
+    lines = gzip.decompress(found) if name.endswith(".gz") else found
+    assert len(set(lines.splitlines())) == 501
+
+
+def test_a_chart_for_which_there_is_no_room(records: Path, server: EmbeddedServer) -> None:
+    """The figures are printed, and the records removed."""
+    words = ("bench", "--seconds", "0.1", "--records", "10", "--plot", "latency.svg")
+    status, err = limited(0, records, *words, "--url", server.url)
+    assert status == 1
+    assert err == "dscache: latency.svg: File too large; make room, or write elsewhere\n"
+    with redis_py.Redis.from_url(server.url) as client:
+        assert client.keys("dscache-bench/*") == []
+
+
+def test_an_import_whose_progress_has_no_room(records: Path, server: EmbeddedServer) -> None:
+    """It only loses the progress, as in a folder that can't be written."""
+    status, err = limited(0, records, "import", "records.ndjson", "--url", server.url)
+    assert (status, err) == (0, "")
+    assert [one.name for one in records.iterdir()] == ["records.ndjson"]
+
+
+@pytest.mark.parametrize("size", [0, 50])
+def test_an_edit_without_room_for_the_text(
+    size: int, records: Path, server: EmbeddedServer
+) -> None:
+    words = ("edit", "a", "--url", server.url)
+    status, err = limited(size, records, *words, EDITOR="true", TMPDIR=str(records))
+    assert status == 1
+    assert err.startswith("dscache: no temporary file for the text: ")
+    assert err.endswith("; set TMPDIR to a folder with room\n")
+    assert [one.name for one in records.iterdir()] == ["records.ndjson"]
+
+
+def limited(size: int, folder: Path, *words: str, **environment: str) -> tuple[int, str]:
+    """Run a command whose files can't exceed a size; return its status and standard error."""
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    words = [sys.executable, "-m", "dscache", "export", name, "--url", server.url]
     done = subprocess.run(
-        words,
-        cwd=records,
+        [sys.executable, "-m", "dscache", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
         preexec_fn=limit,
         capture_output=True,
         encoding="utf-8",
         timeout=PATIENCE,
         check=False,
     )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert f"{name}.partial: " in done.stderr.splitlines()[-1]
-    again = subprocess.run(words, cwd=records, capture_output=True, timeout=PATIENCE, check=False)
-    assert again.returncode == 0
-    found = (records / name).read_bytes()
-    lines = gzip.decompress(found) if name.endswith(".gz") else found
-    assert len(set(lines.splitlines())) == 501
+    return done.returncode, done.stderr
 
 
 # -- input with a byte order mark

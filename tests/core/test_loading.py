@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from dscache.blocking.waiter import BlockingWaiter
 from dscache.core import fetch_terms, flights, loading
 from dscache.core.fetch_terms import Checks, terms_of
-from dscache.core.loading import Do, Load, Loaded, Outcome, Pause
+from dscache.core.loading import Do, Failed, Load, LoadEach, Loaded, Outcome, Pause
 from dscache.core.memory import MemoryPipeline
 from dscache.core.notes import note_of, state_of
 from dscache.errors import BulkError, ConnectionLost, LoadError, ReplyError
@@ -258,6 +259,75 @@ def test_a_chain_of_loads_is_no_ring(
     caller.until(never)
     assert caller.outcome is not None
     assert caller.outcome.of("a").data == 2
+
+
+# -- refreshes that run together
+
+
+AGED = terms_of(60, 30, 0.5, None, None)
+
+
+def refreshing(pipeline: MemoryPipeline, names: str, waits: dict[str, list[str]]) -> Stepper:
+    """Return refreshes of records that have no notes, before the loads; the records are there."""
+    for name in names:
+        pipeline.set(name, 1, "old")
+    vacant = dict.fromkeys(names)
+    steps = loading.refresh_each(vacant, AGED, lambda name: waits.get(name, []))
+    refreshing = Stepper(pipeline, steps)
+    refreshing.until(of_kind(LoadEach))
+    return refreshing
+
+
+def test_a_slow_refresh_holds_up_no_other(pipeline: MemoryPipeline) -> None:
+    caller = refreshing(pipeline, "abc", {})
+    assert caller.step.names == ("a", "b", "c")
+    caller.go_on({"b": Loaded(2, "new"), "a": Failed(ValueError("no source"))})
+    caller.until(of_kind(LoadEach))
+    assert caller.step.names == ("c",)
+    assert stored(pipeline, "b").version == 2
+    states = [state_of(stored(pipeline, note_of(name))) for name in "abc"]
+    assert states == ["stale", "fresh", "loading"]
+    caller.go_on({"c": Failed(asyncio.CancelledError())})
+    caller.until(never)
+    assert stored(pipeline, note_of("c")) is None, "the lease of a cancelled load is kept"
+    assert [stored(pipeline, name).data for name in "abc"] == ["old", "new", "old"]
+
+
+def test_refreshes_that_run_together_share_their_lifetimes(pipeline: MemoryPipeline) -> None:
+    names = "abcdefghij"
+    caller = refreshing(pipeline, names, {})
+    caller.go_on(dict.fromkeys(names, "new"))
+    caller.until(never)
+    assert caller.done == ["set_bulk", "get_bulk", "LoadEach", "set_bulk", "set_bulk"]
+
+
+def test_leases_of_refreshes_are_renewed_while_others_end(
+    pipeline: MemoryPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "RENEW_SECONDS", 0)
+    waits: dict[str, list[str]] = {}
+    caller = refreshing(pipeline, "abc", waits)
+    waits["b"] = ["z"]
+    caller.go_on({"a": 5})
+    caller.until(of_kind(LoadEach))
+    assert stored(pipeline, note_of("b")).data == {"state": "loading", "waits": ["z"]}
+    assert stored(pipeline, note_of("c")).data == {"state": "loading"}
+    token = stored(pipeline, note_of("c")).version
+    caller.go_on({})
+    caller.until(of_kind(LoadEach))
+    assert caller.step.seconds == 0
+    assert stored(pipeline, note_of("c")).version == token
+
+
+def test_refreshes_without_a_lease_load_nothing(pipeline: MemoryPipeline) -> None:
+    pipeline.set(note_of("b"), 5, {"state": "loading"}, 60)
+    caller = refreshing(pipeline, "ab", {})
+    assert caller.step.names == ("a",)
+    caller.steps.close()
+    pipeline.set(note_of("a"), 5, {"state": "loading"}, 60)
+    alone = Stepper(pipeline, loading.refresh_each({"a": None}, AGED, lambda _: []))
+    alone.until(never)
+    assert alone.done == ["set_bulk"]
 
 
 @pytest.mark.parametrize("waits", ["b", [5, ""], {"a": 1}, None])

@@ -849,7 +849,7 @@ async def test_a_peer_of_bad_configuration() -> None:
         peer.events.listen("a")
     assert not peer.is_ready
     await peer.close()
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         await peer.when_ready()
 
 

@@ -269,9 +269,9 @@ async def test_closing_ends_everything(world: World) -> None:
         with pytest.raises(StopAsyncIteration):
             await task
     await peer.close()
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         await peer.events.emit("a")
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         await peer.records.set("a", {})
     await other.close()
     await asyncio.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -57,6 +58,46 @@ def test_the_demo_runs(backend: str) -> None:
     assert len(printed) <= 60
     assert max(map(len, printed)) <= 100
     assert "Traceback" not in done.stdout
+
+
+def test_the_demo_is_interrupted() -> None:
+    with subprocess.Popen(
+        [sys.executable, str(PROJECT / "examples" / "demo.py"), "--seconds", "60"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as demo:
+        try:
+            assert demo.stdout is not None
+            assert demo.stdout.readline()
+            demo.send_signal(signal.SIGINT)
+            _, err = demo.communicate(timeout=PATIENCE)
+        finally:
+            demo.kill()
+    assert (demo.returncode, err) == (1, "demo.py: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("where", "err"),
+    [
+        (">/dev/full", "demo.py: standard output can't be written: No space left on device\n"),
+        ("| true", ""),
+        (">&-", "demo.py: standard output is closed\n"),
+    ],
+)
+def test_the_demo_without_usable_output(where: str, err: str) -> None:
+    words = f'"$0" "$1" --records 100 --seconds 0.01 {where}'
+    done = subprocess.run(
+        ["sh", "-c", words, sys.executable, PROJECT / "examples" / "demo.py"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stderr == err
 
 
 def test_the_demo_refuses_impossible_options() -> None:

@@ -116,6 +116,10 @@ def test_fastapi(fastapi_url: str, private: EmbeddedServer) -> None:
         assert (stale.status_code, stale.json()["detail"]) == (409, "room/1 has version 1 already")
         bad = http.put(record, params={"version": -1}, json={})
         assert (bad.status_code, bad.json()["detail"][:15]) == (422, "record 'room/1'")
+        with redis_py.Redis.from_url(private.url) as client:
+            client.mset({"room/2_v": "two", "room/2_d": "{}"})
+        damaged = http.get(f"{fastapi_url}/records/room/2")
+        assert (damaged.status_code, damaged.json()["detail"][:15]) == (500, "record 'room/2'")
 
         assert early.recv(PATIENCE) == '{"open":true}'
         with connect(watch) as late, dscache.Cache.from_config(private.url) as elsewhere:
@@ -213,15 +217,61 @@ def test_uvloop(private: EmbeddedServer, tmp_path: Path) -> None:
     ],
 )
 def test_an_example_without_its_argument(words: list[str], usage: str) -> None:
+    assert outcome(*words) == (1, "", usage)
+
+
+def outcome(program: str, *words: str, **environment: str) -> tuple[int, str, str]:
+    """Run an example to its end; return its exit status and its output."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / words[0], *words[1:]],
+        [sys.executable, EXAMPLES / program, *words],
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", usage)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_example_whose_port_is_in_use(private: EmbeddedServer) -> None:
+    port = str(private.port)
+    status, out, err = outcome("uvloop_server.py", port, REDIS_URL=private.url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("uvloop_server.py: ")
+    assert port in err
+    assert "address already in use" in err
+
+    words = ("metrics.py", "--url", private.url, "--port")
+    assert outcome(*words, port) == (
+        1,
+        "",
+        f"metrics.py: no port {port}: Address already in use; choose another by --port\n",
+    )
+    status, _, err = outcome(*words, "65536")
+    assert status == 2
+    assert err.endswith("error: --port must be from 0 to 65535, not 65536\n")
+
+
+@pytest.mark.parametrize(
+    "words", [("uvloop_server.py", "0"), ("metrics.py", "--url"), ("deepstream/share.py", "user/1")]
+)
+def test_an_example_without_redis(words: tuple[str, ...]) -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    given = (*words, url) if words[-1] == "--url" else words
+    host, port = url.removeprefix("redis://").split(":")
+    environment = {"REDIS_URL": url, "REDIS_HOST": host, "REDIS_PORT": port}
+    status, out, err = outcome(*given, **environment)
+    assert (status, out) == (1, "")
+    assert "Traceback" not in err
+    name = Path(words[0]).name
+    assert err.splitlines()[-1].startswith(f"{name}: no connection to {host}:{port} ")
+
+
+def test_sharing_something_that_is_not_json(private: EmbeddedServer) -> None:
+    environment = {"REDIS_HOST": private.host, "REDIS_PORT": str(private.port)}
+    status, out, err = outcome("deepstream/share.py", "user/1", "{", **environment)
+    assert (status, out, err) == (1, "", "{ is not JSON: Input data was truncated\n")
 
 
 # -- deepstream

@@ -145,4 +145,4 @@ def test_the_longest_command_has_the_documented_length() -> None:
     plain = 2 + 4 * constants.COMMAND_RECORDS + 2
     scripted = 3 + (2 + 4) * constants.SCRIPT_RECORDS
     told = (PROJECT / "docs" / "hosting.md").read_text(encoding="utf-8")
-    assert f"have at most {max(plain, scripted):,}" in " ".join(told.split())
+    assert f"sends at most {max(plain, scripted):,}" in " ".join(told.split())

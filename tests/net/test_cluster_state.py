@@ -13,6 +13,7 @@ import dscache
 from dscache.config import load
 from dscache.net import slots
 from dscache.net.cluster_state import ClusterState
+from dscache.net.maintenance import SlotMove
 from dscache.net.slot_table import SlotTable
 from dscache.net.slots import Address, SlotRange, View
 
@@ -160,6 +161,77 @@ def test_a_node_leaves_after_two_views_without_it() -> None:
     assert state.departures == 1
     assert state.past["reads"] == 3
     assert "queued" not in state.past
+
+
+def test_a_departure_alone_is_a_new_table() -> None:
+    """Threads see by the table that they have connections to end."""
+    state = state_of(C)
+    refresh(state, view_of(A, B))
+    table = state.table
+    refresh(state, view_of(A, B))
+    assert state.departures == 1
+    assert state.table is not table
+    assert state.table == table
+    table = state.table
+    refresh(state, view_of(A, B))
+    assert state.table is table
+
+
+# -- announced moves of slots
+
+
+def moved(source: Address, target: Address, *ranges: tuple[int, int]) -> SlotMove:
+    return SlotMove(source, target, ranges)
+
+
+def test_announced_slots_move_at_once() -> None:
+    state = state_of()
+    refresh(state, view_of(A, B))
+    owners = state.record_moves([moved(A, C, (0, 9), (20, 20)), moved(B, A, (HALF, HALF))])
+    assert {slot: node.address for slot, node in owners.items()} == {
+        **dict.fromkeys((*range(10), 20), C),
+        HALF: A,
+    }
+    assert state.table.find(9, reads=True) == "127.0.0.1:3"
+    assert state.table.find(10, reads=False) == "127.0.0.1:1"
+    assert state.table.find(HALF, reads=False) == "127.0.0.1:1"
+    assert state.refresh_at < time.monotonic() + slots.GAP
+    # Again, and back: the present owner counts.
+    assert state.record_moves([moved(A, C, (0, 9))]) == {}
+    assert set(state.record_moves([moved(C, A, (0, 9), (10, 10))])) == set(range(10))
+
+
+def test_announced_slots_of_another_owner_stay() -> None:
+    state = state_of()
+    assert state.record_moves([moved(A, B, (0, 16383))]) == {}
+    refresh(state, view_of(A, B))
+    assert state.record_moves([moved(B, C, (0, 9)), moved(D, C, (HALF, HALF))]) == {}
+    assert state.table.moved == []
+    assert shown(*(one.address for one in state.nodes.values())) == shown(A, B)
+
+
+def test_a_node_leaves_at_the_first_view_that_confirms_an_announcement() -> None:
+    state = state_of()
+    refresh(state, view_of(A, B))
+    state.record_moves([moved(A, C, (0, HALF - 1))])
+    refresh(state, view_of(C, B))
+    assert set(state.nodes) == shown(B, C)
+
+
+def test_a_node_that_keeps_slots_stays() -> None:
+    state = state_of()
+    refresh(state, view_of(A, B))
+    state.record_moves([moved(A, C, (0, 9))])
+    refresh(state, view_of(A, B))  # an older view
+    refresh(state, view_of(C, B))
+    assert set(state.nodes) == shown(A, B, C)
+
+
+def test_announced_addresses_are_mapped() -> None:
+    state = state_of(natMap={"10.0.0.1:7000": {"host": "127.0.0.1", "port": 3}})
+    refresh(state, view_of(A, B))
+    (node,) = state.record_moves([moved(A, ("10.0.0.1", 7000), (5, 5))]).values()
+    assert node.address == C
 
 
 def test_no_node_leaves_while_none_of_the_others_is_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
@@ -11,14 +12,18 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import dscache
 from tests.packaging import minimum
+from tests.support.schemas import check_schema
 
 PROJECT = Path(__file__).parents[2]
 # Not the whole folder: it may hold an environment and the files of an earlier build.
@@ -133,8 +138,73 @@ def test_the_wheels_say_what_they_contain(wheel: Path, pure_wheel: Path) -> None
         assert all(part["version"] and part["licenses"] for part in found["components"])
         refs = {own["bom-ref"], *(part["bom-ref"] for part in found["components"])}
         assert {one["ref"] for one in found["dependencies"]} == refs
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(found)) is None
         # It is complete: no library of others is in the wheel.
         assert {name.partition("/")[0] for name in names_in(built)} == {"dscache"}
+
+
+def test_the_schema_of_the_contents_is_checked(pure_wheel: Path) -> None:
+    found = materials_of(pure_wheel)
+    found["components"] = [{"name": "a part without a type"}]
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(found)) is not None
+
+
+GITHUB = PROJECT / ".github"
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("vendor.github-workflows", "workflows/*.yml"),
+        ("custom.github-workflows-require-timeout", "workflows/*.yml"),
+        ("vendor.dependabot", "dependabot.yml"),
+        ("vendor.github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+        ("vendor.github-issue-config", "ISSUE_TEMPLATE/config.yml"),
+    ],
+)
+def test_the_files_of_the_host_fit_their_schemas(schema: str, pattern: str) -> None:
+    files = [*GITHUB.glob(pattern)]
+    assert files
+    check_schema(schema, *files)
+
+
+def test_dependabot_keeps_the_pinned_actions_new() -> None:
+    settings = yaml.safe_load((GITHUB / "dependabot.yml").read_text(encoding="utf-8"))
+    updated = {(one["package-ecosystem"], one["directory"]) for one in settings["updates"]}
+    assert updated == {("github-actions", "/"), ("pip", "/")}
+
+
+def test_the_wheels_of_a_release_are_for_every_claimed_python() -> None:
+    built = project()["tool"]["cibuildwheel"]["build"]
+    prefix = "Programming Language :: Python :: 3."
+    minors = [
+        name.removeprefix(prefix)
+        for name in project()["project"]["classifiers"]
+        if name.startswith(prefix)
+    ]
+    wanted = [f"cp3{minor}-*" for minor in minors if minor.isdecimal()]
+    assert wanted == [f"cp3{minor}-*" for minor in (11, 12, 13, 14, 15)]
+    assert {*built} == {*wanted, "cp314t-*", "cp315t-*"}
+    text = (GITHUB / "workflows" / "release.yml").read_text(encoding="utf-8")
+    wheels = yaml.safe_load(text)["jobs"]["wheels"]
+    machines = wheels["strategy"]["matrix"]["machine"]
+    # Linux and macOS, each on both processors, without emulation.
+    assert [name.partition("-")[0] for name in machines] == ["ubuntu", "ubuntu", "macos", "macos"]
+    assert any("cibuildwheel" in step.get("run", "") for step in wheels["steps"])
+
+
+def test_a_vulnerability_has_a_way_to_be_told() -> None:
+    text = (PROJECT / "SECURITY.md").read_text(encoding="utf-8")
+    for said in ("Report a vulnerability", "within a week", "latest minor version"):
+        assert said in text
+    assert "](SECURITY.md)" in (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_name_that_goes_is_announced() -> None:
+    text = (PROJECT / "docs" / "supported-versions.md").read_text(encoding="utf-8")
+    assert "warns with a `DeprecationWarning` for at least two minor versions and six months" in (
+        " ".join(text.split())
+    )
 
 
 def test_every_action_is_pinned_to_a_commit() -> None:
@@ -171,6 +241,59 @@ def test_the_metadata_lists_the_dependencies(wheel: Path) -> None:
     assert {"hiredis", "msgspec", "PyYAML", "redis"} <= needed
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
     assert {"uvloop", "cli", "embedded"} <= extras
+
+
+def metadata_of(sources: Path, folder: Path, **environment: str) -> Message:
+    """Return the metadata of a wheel, without the wheel."""
+    prepare = (
+        "import sys; from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare;"
+        "prepare(sys.argv[1])"
+    )
+    folder.mkdir()
+    done = run("-c", prepare, str(folder), cwd=sources, DSCACHE_NO_EXTENSIONS="1", **environment)
+    assert done.returncode == 0, done.stdout
+    (path,) = folder.glob("*.dist-info/METADATA")
+    return email.message_from_string(path.read_text(encoding="utf-8"))
+
+
+def test_a_release_names_its_repository(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    address = "https://code.example/team/dscache"
+    found = metadata_of(sources, tmp_path / "release", DSCACHE_REPOSITORY=f"{address}/")
+    urls = dict(line.split(", ") for line in found.get_all("Project-URL", []))
+    at = f"{address}/%s/v{dscache.__version__}"
+    assert urls == {
+        "Source": address,
+        "Documentation": at % "tree" + "/docs/",
+        "Changelog": at % "blob" + "/CHANGELOG.md",
+        "Issues": f"{address}/issues",
+        "Security": at % "blob" + "/SECURITY.md",
+    }
+    assert found["Description-Content-Type"] == "text/markdown"
+    shown = found.get_payload()
+    assert isinstance(shown, str)
+    targets = re.findall(r"\]\(([^)]+)\)", shown)
+    # Every link of the README leads to a file of the release.
+    assert len(targets) > 30
+    for target in targets:
+        if not target.startswith(address):
+            assert target.startswith("https://"), target
+            continue
+        _, _, path = target.partition(f"/v{dscache.__version__}/")
+        assert (PROJECT / path.partition("#")[0]).exists(), target
+    assert at % "raw" + "/docs/speed.svg" in targets
+    # The workflow says where, and passes it into the containers.
+    text = (GITHUB / "workflows" / "release.yml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["env"] == {
+        "DSCACHE_REPOSITORY": "${{ github.server_url }}/${{ github.repository }}"
+    }
+    assert project()["tool"]["cibuildwheel"]["linux"]["environment-pass"] == ["DSCACHE_REPOSITORY"]
+
+
+def test_a_build_without_a_repository_names_none(tmp_path: Path) -> None:
+    found = metadata_of(copy_sources(tmp_path / "sources"), tmp_path / "own")
+    assert found.get_all("Project-URL") is None
+    assert found.get_payload() == (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_wheel_uses_the_compiled_core_and_obeys_the_variable(
@@ -257,7 +380,7 @@ def project() -> dict[str, Any]:
 
 def test_the_version_is_stated_once() -> None:
     assert "version" not in project()["project"]
-    assert project()["project"]["dynamic"] == ["version"]
+    assert "version" in project()["project"]["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+)?", dscache.__version__)
 
 

@@ -54,6 +54,8 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "reshard": {"slots": scaled(4000)},
         "cluster-kill": {"rounds": scaled(3)},
         "cluster-failover": {"rounds": scaled(3)},
+        "maintenance": {"rounds": scaled(200)},
+        "sync-maintenance": {"rounds": scaled(200)},
         "messages": {"count": scaled(1_000_000)},
         "messages-kill": {"rounds": scaled(20)},
         "messages-slow": {"seconds": 20 * scale},

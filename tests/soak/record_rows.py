@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -236,49 +237,128 @@ async def scans(figures: Figures, binary: ServerBinary, *, names: int = 1_000_00
 async def expiry(
     figures: Figures, binary: ServerBinary, *, names: int = 100_000, ttl: int = 20, tasks: int = 20
 ) -> None:
-    """Fetch records that were loaded together, past the end of their time."""
+    """Fetch records that were loaded together, past the end of their time.
+
+    Two spans are for comparison: with hits alone, and with the same number of loads and writes in
+    a second, which are spread evenly. Latencies are told in processor time of this process too,
+    as other programs lengthen the real one.
+    """
     with EmbeddedServer(binary) as server:
-        async with _cache(url=server.url) as cache:
-            every = [f"n/{number}" for number in range(names)]
-            options: dict[str, Any] = {"ttl": ttl, "refresh_after": ttl // 2, "jitter": 0.3}
-
-            async def load_many(names: list[str]) -> dict[str, int]:
-                return dict.fromkeys(names, 1)
-
-            for first in range(0, names, 5000):
-                await cache.fetch_bulk(every[first : first + 5000], load_many, **options)
-            began = time.monotonic()
-            # Before the first is due, and from then on until all are due and over.
-            spans: tuple[list[float], list[float]] = ([], [])
-            waits: list[float] = []  # of the calls that found no record, and loaded it
-            loads = 0
-
-            async def read(until: float, times: list[float]) -> None:
-                loaded = 0
-
-                async def load(name: str) -> int:
-                    nonlocal loads, loaded
-                    loads += 1
-                    loaded += name == waiting
-                    return 1
-
-                while (at := time.monotonic()) < until:
-                    waiting, before = random.choice(every), loaded
-                    record = await cache.fetch(waiting, load, **options)
-                    assert record is not None
-                    seconds = time.monotonic() - at
-                    (times if loaded == before else waits).append(seconds)
-                    waiting = ""
-
-            for until_, times in ((ttl * 0.3, spans[0]), (ttl * 1.4, spans[1])):
-                await asyncio.gather(*(read(began + until_, times) for _ in range(tasks)))
-            hits, ends = (sorted(one)[int(len(one) * 0.99)] for one in spans)
-            figures.operations = sum(map(len, (*spans, waits)))
-            figures.notes.append(
-                f"p99 of hits {hits * 1e3:.2f} ms, over the end {ends * 1e3:.2f} ms, "
-                f"{loads} loads, for {len(waits)} of which calls waited"
+        # Another cache loads them all, so that the first one knows no ages.
+        async with _cache(url=server.url) as cache, _cache(url=server.url) as other:
+            ending = _Readers(cache, "n", names, {"ttl": ttl, "refresh_after": ttl // 2})
+            lasting = _Readers(cache, "m", names, {"ttl": 100 * ttl, "refresh_after": 50 * ttl})
+            await lasting.load_all(other)
+            lasting.options |= {"refresh_after": ttl // 2}  # ages are checked as often
+            hits, again = _Span(), _Span()
+            await lasting.read(hits, ttl * 0.3, tasks)
+            await ending.load_all(other)
+            at_end, spread = _Span(), _Span()
+            await ending.read(at_end, ttl * 1.4, tasks)
+            pace = ending.loads / at_end.seconds
+            async with _spread_writes(cache, pace, names):
+                await lasting.read(spread, ttl * 0.5, tasks)
+            await lasting.read(again, ttl * 0.2, tasks)
+            figures.operations = (
+                sum(len(span.latencies[0]) for span in (hits, at_end, spread, again)) + ending.waits
             )
-            if not loads:
+            figures.notes.append(
+                f"p99 and its processor time: {hits.tell('hits')}, {again.tell('hits again')}, "
+                f"{spread.tell('beside writes')}, {at_end.tell('over the end')}; "
+                f"{ending.loads} loads, for {ending.waits} of which calls waited"
+            )
+            if not ending.loads:
                 figures.problems.append("nothing was loaded anew")
-            if ends > 3 * hits:
+            if at_end.p99() > 3 * max(hits.p99(), again.p99()):
                 figures.slow.append("p99 over the end is more than 3 x that of hits")
+
+
+class _Span:
+    """The latencies of fetches that found a record, each with its processor time."""
+
+    def __init__(self) -> None:
+        self.latencies = array("d"), array("d")
+        self.seconds = self.processor_seconds = 0.0
+
+    def p99(self, of: int = 0) -> float:
+        return sorted(self.latencies[of])[int(len(self.latencies[of]) * 0.99)]
+
+    def tell(self, what: str) -> str:
+        share = self.processor_seconds / self.seconds * 100
+        return (
+            f"{what} {self.p99() * 1e3:.2f} and {self.p99(1) * 1e3:.2f} ms at "
+            f"{len(self.latencies[0]) / self.seconds:.0f}/s with {share:.0f} % of a core"
+        )
+
+
+class _Readers:
+    """Tasks that fetch records at random, and load the missing ones."""
+
+    def __init__(
+        self, cache: dscache.AsyncCache, kind: str, names: int, options: dict[str, Any]
+    ) -> None:
+        self._cache = cache
+        self._names = [f"{kind}/{number}" for number in range(names)]
+        self.options = {**options, "jitter": 0.3}
+        self.loads = 0
+        self.waits = 0
+        """Calls that found no record."""
+
+    async def load_all(self, cache: dscache.AsyncCache) -> None:
+        async def load_many(names: list[str]) -> dict[str, int]:
+            return dict.fromkeys(names, 1)
+
+        for first in range(0, len(self._names), 5000):
+            part = self._names[first : first + 5000]
+            await cache.fetch_bulk(part, load_many, **self.options)
+
+    async def read(self, span: _Span, seconds: float, tasks: int) -> None:
+        began, processor = time.monotonic(), time.process_time()
+        await asyncio.gather(*(self._read(span, began + seconds) for _ in range(tasks)))
+        span.seconds = time.monotonic() - began
+        span.processor_seconds = time.process_time() - processor
+
+    async def _read(self, span: _Span, until: float) -> None:
+        loaded = 0
+
+        async def load(name: str) -> int:
+            nonlocal loaded
+            self.loads += 1
+            loaded += name == waiting
+            return 1
+
+        while (at := time.monotonic()) < until:
+            processor = time.process_time()
+            waiting, before = random.choice(self._names), loaded
+            record = await self._cache.fetch(waiting, load, **self.options)
+            assert record is not None
+            if loaded == before:
+                span.latencies[0].append(time.monotonic() - at)
+                span.latencies[1].append(time.process_time() - processor)
+            else:
+                self.waits += 1
+            waiting = ""
+
+
+@contextlib.asynccontextmanager
+async def _spread_writes(cache: dscache.AsyncCache, pace: float, names: int) -> AsyncIterator[None]:
+    """Load and write other records at an even pace, so many in a second."""
+
+    async def load_and_write(number: int) -> None:
+        await asyncio.sleep(0)  # as a load
+        await cache.set(f"o/{number % names}", number, 1, ttl=600)
+
+    async def go_on() -> None:
+        began, done = time.monotonic(), 0
+        while True:
+            await asyncio.sleep(0.001)
+            due = int((time.monotonic() - began) * pace)
+            await asyncio.gather(*map(load_and_write, range(done, due)))
+            done = due
+
+    writing = asyncio.ensure_future(go_on())
+    try:
+        yield
+    finally:
+        writing.cancel()
+        await asyncio.wait([writing])

@@ -30,6 +30,7 @@ from tests.programs.shortage import scan
 from tests.soak import (
     cluster_rows,
     deepstream_rows,
+    maintenance_rows,
     message_rows,
     near_fault_rows,
     near_host_rows,
@@ -830,6 +831,8 @@ ROWS: dict[str, Row] = {
     "reshard": cluster_rows.reshard,
     "cluster-kill": cluster_rows.kill,
     "cluster-failover": cluster_rows.failover,
+    "maintenance": maintenance_rows.tasks,
+    "sync-maintenance": maintenance_rows.threads,
     "messages": message_rows.everything,
     "messages-kill": message_rows.kill,
     "messages-slow": message_rows.slow,

@@ -35,6 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "messages": {"count": 9000},
     "messages-kill": {"rounds": 2},
     "messages-slow": {"seconds": 1.0, "pause": 0.01},
+    "maintenance": {"rounds": 5},
+    "sync-maintenance": {"rounds": 5},
     "sync-kill": {"rounds": 2},
     "records-updates": {"processes": 3, "times": 60},
     "records-crowd": {"callers": 50},

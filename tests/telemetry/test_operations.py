@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -25,7 +26,8 @@ from dscache.prometheus import CacheCollector, register
 from tests.aio.test_topology import FakeCluster, names_of, opened
 from tests.conftest import PATIENT, SERVERS, _server_id
 from tests.support.documents import PROJECT, table
-from tests.support.promtool import find_promtool, promtool
+from tests.support.prometheus import find_promtool, promtool
+from tests.support.schemas import check_schema
 
 FOLDER = PROJECT / "examples" / "operations"
 RULES = FOLDER / "alerts.yml"
@@ -93,8 +95,6 @@ async def test_every_metric_and_label_is_exported(server: EmbeddedServer) -> Non
                 http.server_close()
                 thread.join()
     exported = labels_of(text)
-    # Reasons are exported once there were any.
-    exported["dscache_near_flushes_total"] = {"cache", "reason"}
     expressions = [target["expr"] for _, target in TARGETS] + [rule["expr"] for rule in ALERTS]
     used = [use for expression in expressions for use in uses(expression)]
     assert len({name for name, _ in used}) > 30
@@ -303,6 +303,25 @@ def test_the_configurations_are_one_and_need_what_is_set() -> None:
         assert config.options.port == 6379
         assert config.options.password
         assert config.options.near_cache is not None
+
+
+def test_compose_fits_its_schema(tmp_path: Path) -> None:
+    check_schema("vendor.compose-spec", FOLDER / "compose.yml")
+    wrong = tmp_path / "compose.yml"
+    wrong.write_text((FOLDER / "compose.yml").read_text().replace("depends_on", "depend_on"))
+    with pytest.raises(AssertionError, match="depend_on"):
+        check_schema("vendor.compose-spec", wrong)
+
+
+def test_kubernetes_objects_fit_their_schemas() -> None:
+    for version in ("1.31", kubernetes_validate.latest_version()):
+        for one in manifests().values():
+            kubernetes_validate.validate(one, version, strict=True)
+    deployment = manifests()["Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    container["readynessProbe"] = container.pop("readinessProbe")
+    with pytest.raises(kubernetes_validate.ValidationError, match="readynessProbe"):
+        kubernetes_validate.validate(deployment, "1.31", strict=True)
 
 
 def test_compose_is_whole() -> None:

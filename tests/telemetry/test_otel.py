@@ -137,6 +137,8 @@ async def test_nodes_of_a_cluster(
             assert point.value == 1
         (point,) = points(reader, "dscache.topology_refreshes")
         assert point.value >= 1
+        found = points(reader, "dscache.maintenance.notifications", dscache_kind="SMIGRATED")
+        assert [point.value for point in found] == [0]
 
 
 async def test_a_near_cache(
@@ -413,7 +415,7 @@ async def test_with_a_near_cache(
     await cache.get("a")
     assert spans() == []
     await cache.close()
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         await cache.get("a")
 
 
@@ -525,6 +527,25 @@ def test_the_histogram_is_that_of_the_conventions(
         "db.operation.name": "get",
         "dscache.cache": "default",
     }
+
+
+def test_scopes_name_the_versions(
+    meters: MeterProvider, reader: InMemoryMetricReader, spans: Spans
+) -> None:
+    """A back end finds out what wrote them, and by which version of the conventions."""
+    with dscache.Cache({"name": "memory"}) as cache:
+        otel.observe(cache, meter_provider=meters)
+        otel.measure(cache, meter_provider=meters)
+        otel.trace(cache, roots=True, tracer_provider=spans.provider)
+        cache.get("a")
+        data = reader.get_metrics_data()
+    assert data is not None
+    scopes = [one.scope for one in data.resource_metrics[0].scope_metrics]
+    scopes += [span.instrumentation_scope for span in spans()]
+    assert len(scopes) == 2
+    for scope in scopes:
+        assert (scope.name, scope.version) == ("dscache", dscache.__version__)
+        assert scope.schema_url == "https://opentelemetry.io/schemas/1.33.0"
 
 
 @pytest.mark.parametrize("outer_first", [True, False])

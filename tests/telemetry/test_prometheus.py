@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -18,11 +20,15 @@ from prometheus_client.samples import Sample
 
 import dscache
 from dscache import _metrics
+from dscache.config import Options
 from dscache.embedded import EmbeddedServer
+from dscache.net.maintenance import Announcements
 from dscache.prometheus import CacheCollector, register
 from tests.aio.test_topology import FakeCluster, names_of, opened
 from tests.conftest import PATIENT, SERVERS, MakeCache, MakeServer, _server_id
+from tests.support.announcer import Announcer
 from tests.support.blocking import until
+from tests.support.documents import PROJECT, table
 from tests.support.near_truth import links
 
 NODES = {"node": "10.0.0.1:7000"}
@@ -89,6 +95,14 @@ async def test_buckets_are_cumulative(make_cache: MakeCache, registry: Collector
     assert bounds[-2:] == ["10.0", "+Inf"]
 
 
+def test_the_build(backend: str, registry: CollectorRegistry) -> None:
+    """A process that runs the slow core by mistake is seen."""
+    registry.register(CacheCollector())
+    (one,) = samples(registry)
+    assert (one.name, one.value) == ("dscache_build_info", 1)
+    assert one.labels == {"version": dscache.__version__, "core": backend}
+
+
 async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry) -> None:
     caches = {name: await make_cache(name="memory") for name in ("one", "two")}
     for number, (name, cache) in enumerate(caches.items()):
@@ -108,7 +122,10 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
 async def test_before_opening_and_after_closing(registry: CollectorRegistry) -> None:
     cache = dscache.AsyncCache.from_config({"name": "memory"})
     register(cache, registry=registry)
-    assert [(one.name, one.value) for one in samples(registry)] == [("dscache_ready", 0)]
+    assert [(one.name, one.value) for one in samples(registry)] == [
+        ("dscache_build_info", 1),
+        ("dscache_ready", 0),
+    ]
     async with cache:
         await cache.get("a")
         assert value(registry, "dscache_ready") == 1
@@ -199,7 +216,8 @@ def test_a_near_cache_of_threads(
         told = {
             one.labels["reason"]: one.value for one in samples(registry) if "reason" in one.labels
         }
-        assert told == near["flushes"]
+        # Reasons that there weren't are exported too, or their first time would be no increase.
+        assert told == dict.fromkeys(_metrics.FLUSH_REASONS, 0) | near["flushes"]
         # A hit is no operation that Redis has seen.
         assert value(registry, "dscache_operations_total") == cache.stats()["operations"]
         assert near["hits"] > 0
@@ -239,10 +257,50 @@ def test_every_counter_has_its_metric() -> None:
     with dscache.Cache.from_config({"name": "memory"}) as cache:
         derived = {"records", "reads", "mean_batch", "latency", "last_loss"}
         assert cache.stats().keys() - derived == told - {"refreshes"}
+    announced = {metric.key for metric in _metrics.MAINTENANCE_COUNTERS}
+    assert Announcements(Options()).stats().keys() == announced
+
+
+async def test_maintenance(server: Any, backend: str, registry: CollectorRegistry) -> None:
+    """Announcements count by kind, and the moves that they cause."""
+    async with (
+        Announcer(server.host, server.port) as before,
+        Announcer(server.host, server.port) as behind,
+    ):
+        where = {"host": "127.0.0.1", "port": before.port, "maintNotifications": "on"}
+        async with dscache.AsyncCache.from_config(where) as cache:
+            await cache.when_ready()
+            register(cache, registry=registry)
+            name = "dscache_maintenance_notifications_total"
+            assert value(registry, name, kind="SMIGRATED") == 0
+            before.push(b"MIGRATING", 1, 10)
+            before.push(b"MOVING", 2, 10, behind.address)
+            async with asyncio.timeout(20):
+                while not value(registry, "dscache_maintenance_moves_total"):
+                    await asyncio.sleep(0.01)
+            assert value(registry, name, kind="MIGRATING") == 1
+            assert value(registry, name, kind="MOVING") == 1
+            assert value(registry, "dscache_maintenance_relaxed_total") == 1
+            assert value(registry, "dscache_maintenance_moved_slots_total") == 0
+
+
+def test_every_reason_of_a_flush_is_known() -> None:
+    """A reason is the text of some calls, so that the sources and the docs have the same list."""
+    (row,) = [
+        row
+        for row in table(PROJECT / "docs" / "near-cache.md", "Counters")
+        if row[0] == "`flushes`"
+    ]
+    assert tuple(re.findall("`([a-z]+)`", row[1])) == _metrics.FLUSH_REASONS
+    call = r'\b(?:forget|disconnected|count_flush|_?flush)\((?:self, )?"([a-z]+)"'
+    package = Path(dscache.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in package.glob("**/*.py")]
+    assert {name for text in sources for name in re.findall(call, text)} < {*_metrics.FLUSH_REASONS}
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:
-    for metric in (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.GAUGES):
+    every = (*_metrics.COUNTERS, *_metrics.NEAR_COUNTERS, *_metrics.MAINTENANCE_COUNTERS)
+    for metric in (*every, *_metrics.GAUGES):
         assert metric.name.replace("_", "").isalpha()
         assert metric.name == metric.name.lower()
         assert not metric.name.endswith("_total")
