@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -28,6 +29,8 @@ _EXTRA = ("typer", "rich")
 def main() -> None:
     """Run the command that the command line names. Raises SystemExit."""
     _open_standard_files()
+    # A free-threaded Python warns when redis-py imports hiredis. A command has one busy thread.
+    warnings.filterwarnings("ignore", "The global interpreter lock", RuntimeWarning)
     try:
         with signals.handled_as_interrupt():
             # The version needs no extra.

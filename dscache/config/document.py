@@ -296,7 +296,8 @@ def _remedy(text: str, line: int, column: int, problem: str, is_json: bool) -> s
         return "it is empty"
     if is_json and (there.startswith(("//", "/*", "#"))):
         return "JSON has no comments: remove them, or name the file .yml and begin them with #"
-    if is_json and there.startswith(("}", "]")):
+    # From Python 3.13 on, the place is that of the comma.
+    if is_json and (there.startswith(("}", "]")) or "trailing comma" in problem):
         return "remove the comma before it"
     if not is_json and there.startswith("\t"):
         return "indent by spaces, not by tabs"

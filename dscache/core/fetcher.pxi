@@ -19,7 +19,6 @@ cdef extern from "Python.h":
     object PyObject_Vectorcall(object function, PyObject** given, size_t count, PyObject* names)
     Py_ssize_t PyTuple_GET_SIZE(object values) noexcept
     PyObject* PyTuple_GET_ITEM(object values, Py_ssize_t i) noexcept
-    double PyFloat_AS_DOUBLE(PyObject* number) noexcept
     Py_ssize_t PySet_GET_SIZE(object values) noexcept
     Py_UCS4 PyUnicode_READ_CHAR(object text, Py_ssize_t i) noexcept
     bint PyFunction_Check(object function) noexcept
@@ -73,7 +72,8 @@ cdef class _Calls:
         cdef _Call call
         if count != 2 or names == NULL:
             return None
-        call = <_Call>PyList_GET_ITEM(self._known, (<size_t>names >> 4) & (KNOWN_CALLS - 1))
+        # Threads of a Cache replace each other's calls.
+        call = <_Call>dscache_item_of(self._known, (<size_t>names >> 4) & (KNOWN_CALLS - 1))
         return call if call is not None and call.fits(given + 2, names) else None
 
     cdef tuple learn(self, PyObject** given, Py_ssize_t count, PyObject* names):
@@ -112,8 +112,7 @@ cdef class _Calls:
 
     cdef inline bint is_recent(self, str name) except -1:
         """Return whether the age of a record was checked a moment ago."""
-        cdef PyObject* until = PyDict_GetItem(self._recent, name)
-        return until != NULL and PyFloat_AS_DOUBLE(until) > dscache_monotonic()
+        return dscache_number_of(self._recent, name) > dscache_monotonic()
 
     cdef inline bint is_quick(self, name, _Call call) except -1:
         """Return whether a cached record of that name, if there is one, may be served as it is."""
@@ -279,15 +278,19 @@ cdef class BlockingFetcher:
 
     cdef inline object _fetch(self, name, load, _Call call):
         if not (
-            PyFunction_Check(load) and PyFunction_GET_CODE(load) == <PyObject*>self._plain
+            PyFunction_Check(load)
+            and PyFunction_GET_CODE(load) == dscache_load(plain_of_fetcher(self))
         ):
             fetch_terms.check_plain(load)
-            self._plain = getattr(load, "__code__", None)
+            self._keep_plain(getattr(load, "__code__", None))
         if self._shared is not None and self._calls.is_quick(name, call):
             found = self._shared._take(name)
             if type(found) is Record and not self._calls.is_missing(name):
                 return found
         return self._read(name, load, call)
+
+    cdef void _keep_plain(self, code) noexcept:
+        dscache_put(plain_of_fetcher(self), <PyObject*>code)
 
     cdef object _read(self, name, load, _Call call):
         cdef object record
@@ -299,6 +302,13 @@ cdef class BlockingFetcher:
             if record is None or self._calls.is_missing(key):
                 record = self._slow.go_on(key, load, call.terms, record)
         return record if call.type is None or record is None else typed.with_type(record, call.type)
+
+
+cdef extern from *:
+    """
+    #define dscache_plain_of(owner) (&(owner)->_plain)
+    """
+    PyObject** plain_of_fetcher "dscache_plain_of"(BlockingFetcher fetcher) noexcept
 
 
 cdef object _quick_blocking(PyObject* owner, PyObject** given, Py_ssize_t count, PyObject* names):

@@ -30,6 +30,7 @@ cdef extern from *:
     #define dscache_exchange(place, value) __atomic_exchange_n(place, value, __ATOMIC_ACQ_REL)
     #define dscache_increment(number) __atomic_add_fetch(&(number), 1, __ATOMIC_RELAXED)
     #define dscache_current(number) __atomic_load_n(&(number), __ATOMIC_RELAXED)
+    #define dscache_item_of(items, i) PyList_GetItemRef(items, i)
     static int dscache_replace(PyObject **place, PyObject *expected, PyObject *value) {
         return __atomic_compare_exchange_n(
             place, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
@@ -43,6 +44,7 @@ cdef extern from *:
     #define dscache_load(place) (*(place))
     #define dscache_increment(number) (++(number))
     #define dscache_current(number) (number)
+    #define dscache_item_of(items, i) Py_NewRef(PyList_GET_ITEM(items, i))
     static inline PyObject *dscache_exchange(PyObject **place, PyObject *value) {
         PyObject *before = *place;
         *place = value;
@@ -68,6 +70,33 @@ cdef extern from *:
         }
         Py_INCREF(value);
         return value;
+    }
+
+    /* Put a value into a place that any thread may read or change, and keep it there. */
+    static inline void dscache_put(PyObject **place, PyObject *value) {
+        Py_INCREF(value);
+        Py_DECREF(dscache_exchange(place, value));
+    }
+
+    /* The float of a name, or 0.0 where there is none. */
+    static inline double dscache_number_of(PyObject *numbers, PyObject *name) {
+        double number = 0.0;
+    #ifdef Py_GIL_DISABLED
+        PyObject *found;
+        if (PyDict_GetItemRef(numbers, name, &found) < 0) {
+            return -1.0;
+        }
+        if (found != NULL) {
+            number = PyFloat_AS_DOUBLE(found);
+            Py_DECREF(found);
+        }
+    #else
+        PyObject *found = PyDict_GetItem(numbers, name);
+        if (found != NULL) {
+            number = PyFloat_AS_DOUBLE(found);
+        }
+    #endif
+        return number;
     }
 
     /* A buffer for the text of data, or NULL where all are in use. Threads that run at once look
@@ -160,6 +189,9 @@ cdef extern from *:
     void dscache_lock(dscache_mutex*) noexcept
     void dscache_unlock(dscache_mutex*) noexcept
     PyObject* dscache_load(PyObject**) noexcept
+    void dscache_put(PyObject** place, PyObject* value) noexcept
+    object dscache_item_of(object items, Py_ssize_t i)
+    double dscache_number_of(object numbers, object name) except? -1.0
     object dscache_settle(PyObject** place, PyObject* none, PyObject* value)
     long long dscache_increment(long long) noexcept
     long long dscache_current(long long) noexcept

@@ -391,8 +391,12 @@ cdef class SharedNearCache(_NearStore):
 
     def stats(self):
         """Return the counters, the flushes by reason, and the size of the cache."""
-        counts = _NearStore.stats(self)
-        counts["records"] -= self._pending
+        dscache_lock(&self._mutex)
+        try:
+            counts = _NearStore.stats(self)
+            counts["records"] -= self._pending
+        finally:
+            dscache_unlock(&self._mutex)
         return counts
 
     # -- helpers

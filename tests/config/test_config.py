@@ -328,12 +328,14 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
 
 # Loads the configuration in its last argument, and prints why it can't.
 READ_SAFELY = """
-import resource, signal, sys
+import resource, signal, sys, sysconfig
 from dscache import ConfigError
 from dscache.config import load
 
 signal.alarm(20)
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+# A free-threaded Python reserves more addresses than it has memory.
+most = (4 if sysconfig.get_config_var("Py_GIL_DISABLED") else 1) << 30
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
 try:
     load(sys.argv[1])
 except ConfigError as error:

@@ -14,6 +14,7 @@ writes it. Each read is held against these rules:
 2. The thread that writes a name reads what it has written, through the cache by which it writes.
 3. No thread reads a version that is older than one that it has read by the same cache, or newer
    than the last one that was begun to be written.
+4. A fetch returns the record of its name. Some of these are loaded, and any thread removes them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from typing import Any
 import dscache
 from dscache.embedded import EmbeddedServer
 
-LOOPS, BLOCKING, PASSING = 4, 4, 2
+LOOPS, BLOCKING, FETCHING, PASSING = 4, 4, 3, 2
 NAMES = 12  # of each thread
 SHARED = 64
+LOADED = [f"loaded/{i}" for i in range(8)]
+HITS = 100_000
 MOST_PROBLEMS = 5
 OPTIONS: dict[str, Any] = {"commandTimeout": 60_000, "connectTimeout": 60_000}
 Record = dscache.Record[Any]
@@ -47,13 +50,30 @@ def data_of(name: str, version: int) -> Any:
     return {"name": name, "version": version, "list": [version] * (version % 40), "text": name * 3}
 
 
+def load(name: str) -> Any:
+    """Return the data of a record that is missing."""
+    return data_of(name, 7)
+
+
+async def async_load(name: str) -> Any:
+    return load(name)
+
+
+# The options of some calls of fetch; those of a call in a program's text have names of their own.
+FETCHES: list[dict[str, Any]] = [
+    {"ttl": 60, "jitter": 0},
+    {"ttl": 60, "refresh_after": 1},
+    {"refresh_after": 1, "ttl": 90},
+    {"ttl": 60, "keep_missing": 5},
+]
+
+
 class Board:
     """Objects that the threads share, beside the cache."""
 
     def __init__(self, url: str, ends: float) -> None:
         self.url = url
         self.ends = ends
-        self.near: dict[str, Any] = {"nearCache": {"maxRecords": 100}}
         self.records: list[Record | None] = [None] * SHARED
         self.problems: list[str] = []
         # For each name, the last version that its thread has begun to write.
@@ -69,9 +89,10 @@ class Board:
         """Whether the time is up, or enough has been found."""
         return time.monotonic() >= self.ends or len(self.problems) >= MOST_PROBLEMS
 
-    def open(self, cache: Any) -> Any:
-        """Open a cache of a class, with a near cache."""
-        options = {"url": self.url, "maxConnections": 3, **OPTIONS, **self.near}
+    def open(self, cache: Any, records: int = 100) -> Any:
+        """Open a cache of a class, with a near cache of so many records."""
+        near = {"nearCache": {"maxRecords": records}}
+        options = {"url": self.url, "maxConnections": 3, **OPTIONS, **near}
         if cache is dscache.AsyncCache:
             del options["maxConnections"]
         return cache.from_config({"name": "redis", "options": options})
@@ -122,6 +143,15 @@ class Worker:
         assert data is record.data, f"{record!r}: decoded twice"
         assert data == data_of(record.name, record.version), f"{record!r}: {data}"
 
+    def check_fetched(self, name: str, record: Record | None) -> None:
+        """Check a record that others may remove."""
+        assert record is not None, f"{name}: not loaded"
+        assert (record.name, record.data) == (name, load(name)), f"{name}: {record!r}"
+
+    def is_there(self, name: str) -> bool:
+        """Whether there is a record of the name, which nobody removes."""
+        return name in self.seen or (name in self.own and self.board.begun[name] > 0)
+
     def some(self) -> list[str]:
         return self.random.sample(self.board.names, 10)
 
@@ -150,10 +180,12 @@ async def _in_loop(board: Board, worker: Worker) -> None:
 
 
 async def _async_step(worker: Worker, cache: Any) -> None:
-    kind = worker.random.randrange(8)
+    kind = worker.random.randrange(10)
     name = worker.random.choice(worker.board.names)
     own = worker.random.choice(worker.own)
-    if kind == 0:
+    if kind == 9:
+        await _async_fetch(worker, cache, name)
+    elif kind == 0:
         assert await cache.set(own, *worker.begin(own)) is True
         worker.check(own, await cache.get(own))
     elif kind == 1:
@@ -171,6 +203,17 @@ async def _async_step(worker: Worker, cache: Any) -> None:
             several, await asyncio.gather(*map(cache.get, several)), strict=True
         ):
             worker.check(one, record)
+
+
+async def _async_fetch(worker: Worker, cache: Any, name: str) -> None:
+    if worker.is_there(name):
+        worker.check(name, await cache.fetch(name, async_load, ttl=60))
+    name = worker.random.choice(LOADED)
+    fetched = (cache.fetch(name, async_load, **options) for options in FETCHES)
+    for record in await asyncio.gather(*fetched):
+        worker.check_fetched(name, record)
+    if worker.count % 8 == 0:
+        await cache.delete(name)
 
 
 def blocking_thread(board: Board, cache: dscache.Cache, number: int) -> None:
@@ -199,10 +242,12 @@ def passing_thread(board: Board, cache: dscache.Cache) -> None:
 
 
 def _step(worker: Worker, cache: dscache.Cache) -> None:
-    kind = worker.random.randrange(8)
+    kind = worker.random.randrange(10)
     name = worker.random.choice(worker.board.names)
     own = worker.random.choice(worker.own)
-    if kind == 0:
+    if kind >= 8:
+        _fetch(worker, cache, name)
+    elif kind == 0:
         assert cache.set(own, *worker.begin(own)) is True
         worker.check(own, cache.get(own))
     elif kind == 1:
@@ -219,12 +264,71 @@ def _step(worker: Worker, cache: dscache.Cache) -> None:
             worker.check(name, cache.get(name))
 
 
+def _fetch(worker: Worker, cache: dscache.Cache, name: str) -> None:
+    if worker.is_there(name):
+        worker.check(name, cache.fetch(name, load, ttl=60))
+    name = worker.random.choice(LOADED)
+    for options in FETCHES:
+        worker.check_fetched(name, cache.fetch(name, load, **options))
+    if worker.count % 8 == 0:
+        cache.delete(name)
+
+
+def fetching_thread(board: Board, cache: dscache.Cache) -> None:
+    """Fetch from a Cache with hardly any room, by functions and options that differ each time."""
+    worker = Worker(board, None)
+
+    def work() -> None:
+        loads = [eval("lambda name: load(name)", globals()) for _ in range(4)]
+        while not board.is_over:
+            name = worker.random.choice(LOADED)
+            one = loads[worker.count % len(loads)]
+            for _ in range(20):
+                worker.check_fetched(name, cache.fetch(name, one, ttl=60))
+            for options in FETCHES:
+                worker.check_fetched(name, cache.fetch(name, one, **options))
+            worker.count += 1
+
+    worker.guarded(work)
+
+
+def counted_hits(cache: dscache.Cache) -> tuple[int, int]:
+    """Return how often threads fetched a cached record, and how many hits were counted."""
+    for name in LOADED:
+        cache.fetch(name, load, ttl=60)
+    barrier = threading.Barrier(2)
+
+    def work() -> None:
+        barrier.wait()
+        for _ in range(HITS // len(LOADED)):
+            for name in LOADED:
+                cache.fetch(name, load, ttl=60)
+
+    # Again if a record was read anew, as after a pause of the machine.
+    for _ in range(20):
+        before = cache.stats()["near_cache"]
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        after = cache.stats()["near_cache"]
+        if after["misses"] == before["misses"]:
+            break
+    return 2 * HITS, after["hits"] - before["hits"]
+
+
 def run(seconds: float) -> dict[str, Any]:
     """Return what was found in so many seconds."""
     with EmbeddedServer() as server:
-        board = Board(server.url, time.monotonic() + seconds)
+        board = Board(server.url, 0)
         with board.open(dscache.Cache) as cache:
+            fetched, counted = counted_hits(cache)
+        board.ends = time.monotonic() + seconds
+        with board.open(dscache.Cache) as cache, board.open(dscache.Cache, 5) as small:
             threads = [threading.Thread(target=loop_thread, args=(board, i)) for i in range(LOOPS)]
+            for _ in range(FETCHING):
+                threads.append(threading.Thread(target=fetching_thread, args=(board, small)))
             for i in range(LOOPS, LOOPS + BLOCKING):
                 arguments = (board, cache, i)
                 threads.append(threading.Thread(target=blocking_thread, args=arguments))
@@ -248,6 +352,8 @@ def run(seconds: float) -> dict[str, Any]:
             stats = cache.stats()
     return {
         **_interpreter(),
+        "fetched": fetched,
+        "counted": counted,
         "problems": board.problems,
         "steps": sum(board.counts),
         "passed": board.passed,
