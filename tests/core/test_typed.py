@@ -19,7 +19,7 @@ import pytest
 from dscache import _backend
 from dscache.core import typed
 from dscache.core.memory import MemoryPipeline
-from dscache.errors import BulkError, ConnectionLost, DscacheError, RecordError
+from dscache.errors import BulkError, ConnectionLost, DscacheError, RecordDamaged, RecordError
 from tests.support.near_wire import NearExchange
 from tests.support.wire import CORES, ClusterExchange, Exchange, ModelServer, Waiter
 
@@ -420,7 +420,7 @@ def test_a_bulk_fails_with_the_records_that_do_not_fit(reads: Reads) -> None:
             reads.get_bulk([*"abcdx"], User)
         errors = failure.value.errors
         assert list(errors) == ["b", "c", "d"]
-        assert all(type(error) is RecordError for error in errors.values())
+        assert all(type(error) is RecordDamaged for error in errors.values())
         assert str(errors["b"]) == "record 'b', version 1: Expected `object`, got `array`"
         assert "stored data is no JSON" in str(errors["d"])
         assert list(failure.value.result) == ["a"]

@@ -289,7 +289,7 @@ async def test_spans_of_typed_reads(make_cache: MakeCache, spans: Spans, near: b
             record = await cache.get("a", type=dict[str, float])
             assert repr(record.data) == "{'x': 1.0}"
         assert len(await cache.get_bulk(["a", "b"], type=dict[str, float])) == 1
-        with pytest.raises(dscache.RecordError):
+        with pytest.raises(dscache.RecordDamaged):
             await cache.get("a", type=list[int])
         await asyncio.sleep(0)  # when callbacks of done futures have run
         with pytest.raises(TypeError):
@@ -298,7 +298,7 @@ async def test_spans_of_typed_reads(make_cache: MakeCache, spans: Spans, near: b
     for span in spans():
         attributes = dict(span.attributes or {})
         told.append([attributes.get(key) for key in ("db.response.returned_rows", "error.type")])
-    assert told == [[1, None], [1, None], [1, None], [None, "RecordError"], [None, "TypeError"]]
+    assert told == [[1, None], [1, None], [1, None], [None, "RecordDamaged"], [None, "TypeError"]]
 
 
 async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
@@ -312,7 +312,7 @@ async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
             await cache.set(SECRET, 1, 1)
     finally:
         redis.config_set("maxmemory", 0)
-    with pytest.raises(dscache.RecordError):
+    with pytest.raises(dscache.RecordDamaged):
         await cache.get("bad")
     with pytest.raises(dscache.RecordError):
         await cache.get("")
@@ -328,7 +328,7 @@ async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
         told.append((attributes[error_attributes.ERROR_TYPE], code))
     assert told == [
         ("OOM", "OOM"),
-        ("RecordError", None),
+        ("RecordDamaged", None),
         ("RecordError", None),
         ("BulkError", None),
     ]
