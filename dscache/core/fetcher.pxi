@@ -19,11 +19,31 @@ cdef extern from "Python.h":
     object PyObject_Vectorcall(object function, PyObject** given, size_t count, PyObject* names)
     Py_ssize_t PyTuple_GET_SIZE(object values) noexcept
     PyObject* PyTuple_GET_ITEM(object values, Py_ssize_t i) noexcept
-    Py_ssize_t PySet_GET_SIZE(object values) noexcept
-    Py_UCS4 PyUnicode_READ_CHAR(object text, Py_ssize_t i) noexcept
-    bint PyFunction_Check(object function) noexcept
-    PyObject* PyFunction_GET_CODE(object function) noexcept
     object PyContext_CopyCurrent()
+    # These take pointers, as Cython would count a reference for each object that they are given.
+    Py_ssize_t PySet_GET_SIZE(PyObject* values) noexcept
+    bint PyCallable_Check(PyObject* function) noexcept
+    bint PyFunction_Check(PyObject* function) noexcept
+    PyObject* PyFunction_GET_CODE(PyObject* function) noexcept
+    bint PyMethod_Check(PyObject* method) noexcept
+    PyObject* PyMethod_GET_FUNCTION(PyObject* method) noexcept
+    bint PyUnicode_CheckExact(PyObject* value) noexcept
+
+cdef extern from *:
+    """
+    /* The last character of a text, or 0 if it is empty. */
+    static inline Py_UCS4 dscache_last_of(PyObject *text) {
+        Py_ssize_t size = PyUnicode_GET_LENGTH(text);
+        if (size == 0) {
+            return 0;
+        }
+        if (PyUnicode_IS_COMPACT_ASCII(text)) {
+            return ((const Py_UCS1 *)((PyASCIIObject *)text + 1))[size - 1];
+        }
+        return PyUnicode_READ_CHAR(text, size - 1);
+    }
+    """
+    Py_UCS4 dscache_last_of(PyObject* text) noexcept
 
 cdef enum:
     KNOWN_CALLS = 64  # a power of two
@@ -43,6 +63,7 @@ cdef class _Call:
     cdef bint ages  # whether records are refreshed
 
     cdef inline bint fits(self, PyObject** given, PyObject* names) noexcept:
+        """Return whether options, with their names, are those of this call."""
         cdef Py_ssize_t i
         if <PyObject*>self.names != names:
             return False
@@ -63,7 +84,7 @@ cdef class _Calls:
 
     def __cinit__(self, checks):
         self._checks = checks
-        self._known = [None] * KNOWN_CALLS
+        self._known = [_Call.__new__(_Call)] * KNOWN_CALLS
         self._recent = checks.recent
         self._missing = checks.missing
 
@@ -74,7 +95,7 @@ cdef class _Calls:
             return None
         # Threads of a Cache replace each other's calls.
         call = <_Call>dscache_item_of(self._known, (<size_t>names >> 4) & (KNOWN_CALLS - 1))
-        return call if call is not None and call.fits(given + 2, names) else None
+        return call if call.fits(given + 2, names) else None
 
     cdef tuple learn(self, PyObject** given, Py_ssize_t count, PyObject* names):
         """Return the name, the load and the call of arguments, which are known from then on."""
@@ -114,27 +135,40 @@ cdef class _Calls:
         """Return whether the age of a record was checked a moment ago."""
         return dscache_number_of(self._recent, name) > dscache_monotonic()
 
-    cdef inline bint is_quick(self, name, _Call call) except -1:
-        """Return whether a cached record of that name, if there is one, may be served as it is."""
-        return (
-            call.type is None
-            and type(name) is str
-            and PyUnicode_GET_LENGTH(name) > 0
-            and PyUnicode_READ_CHAR(name, PyUnicode_GET_LENGTH(name) - 1) != _NOTE_END
-            and (not call.ages or self.is_recent(<str>name))
-        )
+    cdef inline bint is_quick(
+        self, PyObject** given, Py_ssize_t count, PyObject* names
+    ) except -1:
+        """Return whether a call is known, and a cached record may be its result as it is."""
+        cdef PyObject* found
+        cdef bint plain, ages
+        if count != 2 or names == NULL or not may_be_record(given[0]):
+            return False
+        # No reference is counted with the GIL: no Python code runs up to the end of its use.
+        found = dscache_borrow(<PyObject*>self._known, (<size_t>names >> 4) & (KNOWN_CALLS - 1))
+        plain = (<_Call>found).fits(given + 2, names) and (<_Call>found).type is None
+        ages = (<_Call>found).ages
+        dscache_give_back(found)
+        return plain and (not ages or self.is_recent(<str>given[0]))
 
-    cdef inline bint is_missing(self, str name) except -1:
+    cdef inline bint is_missing(self, PyObject* name) except -1:
         """Return whether other calls remember that there is no such record."""
-        return PySet_GET_SIZE(self._missing) > 0 and name in self._missing
+        return PySet_GET_SIZE(<PyObject*>self._missing) > 0 and <object>name in self._missing
+
+
+cdef inline bint may_be_record(PyObject* name) except -1:
+    """Return whether an object is an exact str, not empty, that isn't the name of a note."""
+    cdef Py_UCS4 last
+    if not PyUnicode_CheckExact(name):
+        return False
+    last = dscache_last_of(name)
+    return last != 0 and (last != _NOTE_END or not (<str>name).endswith(_NOTE_SUFFIX))
 
 
 cdef inline str checked_record_name(name):
     """Return the name of a record that isn't one of a note, or raise RecordError."""
     cdef str key = check_name(name)
-    if PyUnicode_READ_CHAR(key, PyUnicode_GET_LENGTH(key) - 1) == _NOTE_END:
-        if key.endswith(_NOTE_SUFFIX):
-            raise fetch_terms.name_of_note("fetch", key)
+    if dscache_last_of(<PyObject*>key) == _NOTE_END and key.endswith(_NOTE_SUFFIX):
+        raise fetch_terms.name_of_note("fetch", key)
     return key
 
 
@@ -159,22 +193,25 @@ cdef class Fetcher:
         """Return the function that programs call."""
         return PyCFunction_New(&_quick_method, self)
 
-    cdef object _first(self, tuple parsed):
-        """Do a call that was not known."""
-        name, load, call = parsed
-        return self._fetch(name, load, call)
+    cdef object _fetch(
+        self,
+        PyObject** given,
+        Py_ssize_t count,
+        PyObject* names,
+        bint looked,
+        _Entry entry,
+        bint stale,
+    ):
+        """Do a call that is no plain hit; ``entry`` is what a look-up has found, if it was done."""
+        cdef _Call call = self._calls.find(given, count, names)
+        if call is None:
+            name, load, call = self._calls.learn(given, count, names)
+            return self._read(name, load, call, looked, entry, stale)
+        return self._read(<object>given[0], <object>given[1], call, looked, entry, stale)
 
-    cdef inline object _fetch(self, name, load, _Call call):
-        cdef bint stale = False
-        cdef _Entry entry = None
-        if self._near is not None and callable(load) and self._calls.is_quick(name, call):
-            self._near._stay()
-            entry = self._near._look(name, &stale)
-            if entry is not None and entry.raw is not None and not self._calls.is_missing(name):
-                return self._near._done(_record_of(entry, stale))
-        return self._read(name, load, call, entry, stale)
-
-    cdef object _read(self, name, load, _Call call, _Entry entry, bint stale):
+    cdef object _read(
+        self, name, load, _Call call, bint looked, _Entry entry, bint stale
+    ):
         """Read the record, unless it has an ``entry``, and return the waiter."""
         cdef _FetchRead read
         cdef str key
@@ -196,7 +233,7 @@ cdef class Fetcher:
             self._take(read, _record_of(entry, stale))
         elif self._pipeline is not None:
             self._pipeline._join(GET, key, read)
-        elif self._near is not None:
+        elif looked:
             self._near._read(key, read)
         else:
             self._entry.read(key, read)
@@ -205,7 +242,7 @@ cdef class Fetcher:
     cdef int _take(self, _FetchRead read, record) except -1:
         """Complete the waiter of a call with the record, or leave it to ``slow``."""
         cdef _Call call = read.call
-        if record is None or self._calls.is_missing(read.name):
+        if record is None or self._calls.is_missing(<PyObject*>read.name):
             self._slow.go_on(
                 read.waiter, read.name, read.load, call.terms, call.type, record, read.context
             )
@@ -218,10 +255,19 @@ cdef class Fetcher:
 
 cdef object _quick_fetch(PyObject* owner, PyObject** given, Py_ssize_t count, PyObject* names):
     cdef Fetcher fetcher = <Fetcher>owner
-    cdef _Call call = fetcher._calls.find(given, count, names)
-    if call is None:
-        return fetcher._first(fetcher._calls.learn(given, count, names))
-    return fetcher._fetch(<object>given[0], <object>given[1], call)
+    cdef bint stale = False
+    cdef _Entry entry
+    if (
+        fetcher._near is None
+        or not fetcher._calls.is_quick(given, count, names)
+        or not PyCallable_Check(given[1])
+    ):
+        return fetcher._fetch(given, count, names, False, None, False)
+    fetcher._near._stay()
+    entry = fetcher._near._look(<object>given[0], &stale)
+    if entry is None or entry.raw is None or fetcher._calls.is_missing(given[0]):
+        return fetcher._fetch(given, count, names, True, entry, stale)
+    return fetcher._near._done(_record_of(entry, stale))
 
 
 cdef PyMethodDef _quick_method
@@ -271,35 +317,41 @@ cdef class BlockingFetcher:
         """Return the function that programs call."""
         return PyCFunction_New(&_quick_blocking_method, self)
 
-    cdef object _first(self, tuple parsed):
-        """Do a call that was not known."""
-        name, load, call = parsed
-        return self._fetch(name, load, call)
-
-    cdef inline object _fetch(self, name, load, _Call call):
-        if not (
+    cdef inline bint _is_plain(self, PyObject* load) noexcept:
+        """Return whether a load is known as no coroutine function."""
+        if PyMethod_Check(load):
+            load = PyMethod_GET_FUNCTION(load)
+        return (
             PyFunction_Check(load)
             and PyFunction_GET_CODE(load) == dscache_load(plain_of_fetcher(self))
-        ):
-            fetch_terms.check_plain(load)
-            self._keep_plain(getattr(load, "__code__", None))
-        if self._shared is not None and self._calls.is_quick(name, call):
-            found = self._shared._take(name)
-            if type(found) is Record and not self._calls.is_missing(name):
-                return found
-        return self._read(name, load, call)
+        )
+
+    cdef int _check_plain(self, load) except -1:
+        fetch_terms.check_plain(load)
+        self._keep_plain(getattr(load, "__code__", None))
+        return 0
 
     cdef void _keep_plain(self, code) noexcept:
         dscache_put(plain_of_fetcher(self), <PyObject*>code)
 
+    cdef object _fetch(self, PyObject** given, Py_ssize_t count, PyObject* names):
+        """Do a call that is no plain hit."""
+        cdef _Call call = self._calls.find(given, count, names)
+        if call is None:
+            name, load, call = self._calls.learn(given, count, names)
+            return self._read(name, load, call)
+        return self._read(<object>given[0], <object>given[1], call)
+
     cdef object _read(self, name, load, _Call call):
         cdef object record
+        if not self._is_plain(<PyObject*>load):
+            self._check_plain(load)
         cdef str key = checked_record_name(name)
         if call.ages and not self._calls.is_recent(key):
             record = self._slow.check_age(key, load, call.terms)
         else:
             record = self._run("get", key) if self._near is None else self._near(key)
-            if record is None or self._calls.is_missing(key):
+            if record is None or self._calls.is_missing(<PyObject*>key):
                 record = self._slow.go_on(key, load, call.terms, record)
         return record if call.type is None or record is None else typed.with_type(record, call.type)
 
@@ -313,10 +365,13 @@ cdef extern from *:
 
 cdef object _quick_blocking(PyObject* owner, PyObject** given, Py_ssize_t count, PyObject* names):
     cdef BlockingFetcher fetcher = <BlockingFetcher>owner
-    cdef _Call call = fetcher._calls.find(given, count, names)
-    if call is None:
-        return fetcher._first(fetcher._calls.learn(given, count, names))
-    return fetcher._fetch(<object>given[0], <object>given[1], call)
+    if fetcher._shared is not None and fetcher._calls.is_quick(given, count, names):
+        if not fetcher._is_plain(given[1]):
+            fetcher._check_plain(<object>given[1])
+        found = fetcher._shared._take(<object>given[0])
+        if type(found) is Record and not fetcher._calls.is_missing(given[0]):
+            return found
+    return fetcher._fetch(given, count, names)
 
 
 cdef PyMethodDef _quick_blocking_method

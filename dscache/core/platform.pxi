@@ -31,6 +31,8 @@ cdef extern from *:
     #define dscache_increment(number) __atomic_add_fetch(&(number), 1, __ATOMIC_RELAXED)
     #define dscache_current(number) __atomic_load_n(&(number), __ATOMIC_RELAXED)
     #define dscache_item_of(items, i) PyList_GetItemRef(items, i)
+    #define dscache_borrow(items, i) PyList_GetItemRef(items, i)
+    #define dscache_give_back(item) Py_DECREF(item)
     static int dscache_replace(PyObject **place, PyObject *expected, PyObject *value) {
         return __atomic_compare_exchange_n(
             place, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
@@ -45,6 +47,8 @@ cdef extern from *:
     #define dscache_increment(number) (++(number))
     #define dscache_current(number) (number)
     #define dscache_item_of(items, i) Py_NewRef(PyList_GET_ITEM(items, i))
+    #define dscache_borrow(items, i) PyList_GET_ITEM(items, i)
+    #define dscache_give_back(item) ((void)(item))
     static inline PyObject *dscache_exchange(PyObject **place, PyObject *value) {
         PyObject *before = *place;
         *place = value;
@@ -191,6 +195,9 @@ cdef extern from *:
     PyObject* dscache_load(PyObject**) noexcept
     void dscache_put(PyObject** place, PyObject* value) noexcept
     object dscache_item_of(object items, Py_ssize_t i)
+    # An item of a list that lives until it is given back, or Python code runs.
+    PyObject* dscache_borrow(PyObject* items, Py_ssize_t i) noexcept
+    void dscache_give_back(PyObject* item) noexcept
     double dscache_number_of(object numbers, object name) except? -1.0
     object dscache_settle(PyObject** place, PyObject* none, PyObject* value)
     long long dscache_increment(long long) noexcept

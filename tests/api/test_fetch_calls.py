@@ -13,7 +13,7 @@ import pytest
 import dscache
 from dscache.core.notes import note_of
 from dscache.embedded import EmbeddedServer
-from tests.api.test_fetch import PLACES, Source, in_place, opened
+from tests.api.test_fetch import OPTIONS, PLACES, Source, in_place, opened
 from tests.conftest import SERVERS, MakeCache, _server_id
 from tests.support.waiting import PATIENCE, until
 
@@ -116,6 +116,70 @@ async def test_a_dropped_failure_is_logged_once_and_an_awaited_one_never(
     await asyncio.sleep(0)
     assert logged == ["Future exception was never retrieved"]
     assert source.loads == 1
+
+
+def named(name: str) -> dict[str, str]:
+    return {"name": name}
+
+
+class Loads:
+    def named(self, name: str) -> dict[str, str]:
+        return named(name)
+
+    __call__ = named
+
+
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+@pytest.mark.parametrize("load", [named, Loads().named, Loads()], ids=["def", "method", "object"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("n", {}),
+        ("n", {"type": User}),
+        ("n", {"refresh_after": 30}),
+        ("path", {}),  # ends as the name of a note does
+        ("\xfc", {}),
+        ("\u4f60h", {}),
+    ],
+)
+async def test_a_cached_record_is_served_without_a_read(
+    server: EmbeddedServer,
+    make_cache: MakeCache,
+    kind: str,
+    load: Any,
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    cache = await in_place(make_cache, "near")
+    with opened(server, **OPTIONS["near"]) as blocking:
+        chosen = cache if kind == "async" else blocking
+
+        async def fetch() -> Any:
+            found: Any = chosen.fetch(name, load, ttl=60, **options)
+            return await found if kind == "async" else found
+
+        def counted(what: str) -> int:
+            count: int = chosen.stats()["near_cache"][what]
+            return count
+
+        async def is_cached() -> bool:
+            before = counted("hits")
+            record: Any = chosen.get(name)
+            if kind == "async":
+                await record
+            return counted("hits") > before
+
+        assert (await fetch()).version > 0
+        async with asyncio.timeout(PATIENCE):
+            while not await is_cached():
+                await asyncio.sleep(0.002)
+        hits, misses = counted("hits"), counted("misses")
+        for _ in range(5):
+            record = await fetch()
+            assert record.name == name
+            assert record.data == (User(name) if "type" in options else {"name": name})
+        assert counted("hits") == hits + 5
+        assert counted("misses") == misses
 
 
 async def test_bad_arguments_are_refused_at_the_call(cache: dscache.AsyncCache) -> None:
