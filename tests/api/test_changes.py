@@ -321,7 +321,7 @@ async def test_errors_at_the_call(make_cache: MakeCache) -> None:
     with pytest.raises(dscache.RecordError):
         cache.patch("a")
     await cache.close()
-    with pytest.raises(dscache.ConnectionLost):
+    with pytest.raises(dscache.UsageError):
         cache.update("a", lambda data: data)
 
 

@@ -49,7 +49,7 @@ async def test_djangos_own_tests(server: EmbeddedServer, redis: Any) -> None:
     assert pickled["failed"] == {}
     assert pickled["ran"] > 150
     assert plain["ran"] > 120
-    rows = table(PROJECT / "docs" / "django.md", "Django's tests")
+    rows = table(PROJECT / "docs" / "django.md", "Does it pass Django's tests?")
     listed: dict[str, set[str]] = {}
     for name, which, _ in rows:
         listed.setdefault(which, set()).add(name.strip("`"))

@@ -274,7 +274,7 @@ async def test_memory_has_the_counters_of_the_others(make_cache: MakeCache) -> N
         with pytest.raises(dscache.RecordError):
             await cache.get("")
     counted, there = memory.stats(), real.stats()
-    assert counted.keys() == there.keys()
+    assert counted.keys() == there.keys() - {"maintenance"}  # of a server alone
     of_the_wire = {"batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"}
     for name in set(counters.NAMES) - of_the_wire:
         assert counted[name] == there[name], name

@@ -281,7 +281,7 @@ class Plan:
         """Yield each exception with its line; a line hit in an earlier action is skipped."""
         is_mine = self._actions % self._parts == self._part
         self._actions += 1
-        for place, site in enumerate(sites):
+        for place, site in enumerate(list(sites)):  # other threads may add to them
             if self._every:
                 if is_mine and place % self._step == self._offset:
                     for make in _EXCEPTIONS:

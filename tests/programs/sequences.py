@@ -27,7 +27,7 @@ PATIENCE = 11.0
 STRIKES = 20
 KINDS = ("update", "patch", "fetch", "refresh", "fetch_bulk", "scan", "scan-names", "watch")
 # The coroutine in which a load runs.
-LOAD = loading._drive.__qualname__
+LOADS = (loading._drive.__qualname__, loading.Loads._refresh.__qualname__)
 # Threads of one fetch or watch; a near cache has others.
 OWN_THREADS = ("dscache lease", "dscache watch")
 # A message as its caller's finding.
@@ -217,7 +217,7 @@ class AsyncSequences(Sequences):
     def _under_way(self) -> list[asyncio.Task[Any]]:
         """Return the loads that have not ended, also those that a strike has hidden."""
         own = (task for task in asyncio.all_tasks() if not task.done())
-        return [task for task in own if task.get_coro().__qualname__ == LOAD]
+        return [task for task in own if task.get_coro().__qualname__ in LOADS]
 
     async def _check_loads(self) -> None:
         """Fetch what was loaded, and once more when it is gone."""
