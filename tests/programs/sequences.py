@@ -282,6 +282,7 @@ class BlockingSequences(Sequences):
                         forget_frames(error)
         finally:
             late.cancel()
+            late.join()
             watch.close()  # perhaps again
 
     def _await_version(self, watch: Any, name: str, version: int) -> bool:
