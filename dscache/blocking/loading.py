@@ -131,7 +131,9 @@ class Loads:
         While many threads do so for other records, the old ones are served until the next check.
         """
         key = True, frozenset(due)
-        if sum(refresh for refresh, _ in [*self._flights]) >= MOST_REFRESHES:
+        # A flight that a struck thread has left here is over, and takes no place.
+        flights = self._flights.copy().items()
+        if sum(one[0] and not flight.is_over() for one, flight in flights) >= MOST_REFRESHES:
             return due
         begun = self._flights.get(key)
         if begun is not None and not begun.is_over():
