@@ -23,7 +23,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 import dscache
 from tests.packaging import minimum
-from tests.support.schemas import check_schema
+from tests.support.checkers import check_schema
 
 PROJECT = Path(__file__).parents[2]
 # Not the whole folder: it may hold an environment and the files of an earlier build.

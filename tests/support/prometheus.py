@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 
+from tests.support.checkers import checked
 from tests.support.clusters import hold_port
 
 _HOST = "127.0.0.1"
@@ -46,17 +47,7 @@ def promtool(*arguments: str | Path, given: str = "") -> str:
     """
     program = find_promtool()
     assert program is not None
-    done = subprocess.run(
-        [program, *arguments],
-        input=given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return checked(program, *arguments, given=given)
 
 
 class Prometheus:

@@ -25,9 +25,9 @@ from dscache.embedded import EmbeddedServer
 from dscache.prometheus import CacheCollector, register
 from tests.aio.test_topology import FakeCluster, names_of, opened
 from tests.conftest import PATIENT, SERVERS, _server_id
+from tests.support.checkers import check_schema
 from tests.support.documents import PROJECT, table
 from tests.support.prometheus import find_promtool, promtool
-from tests.support.schemas import check_schema
 
 FOLDER = PROJECT / "examples" / "operations"
 RULES = FOLDER / "alerts.yml"
