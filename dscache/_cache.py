@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 from . import _backend
 from .config import Config, load, load_url
@@ -104,6 +104,13 @@ class CacheBase(Generic[NodesT]):
                 shorten(found),
                 self._config.source,
             )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse copies and pickles: the connections can't be shared with them."""
+        raise TypeError(
+            f"{type(self).__name__} can't be copied or pickled; open another one by its "
+            "configuration"
+        )
 
     @property
     def config(self) -> Config:

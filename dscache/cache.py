@@ -84,7 +84,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     on another event loop or if the cache is closed. Its future can fail
     with ReplyError (Redis returned an error), DeadlineExceeded (no reply within
     ``commandTimeout``), ConnectError (no connection), ConnectionLost (lost before the reply),
-    ProtocolError (an invalid reply), or RecordDamaged (the stored value is no record). A bulk
+    ProtocolError (an invalid reply), or RecordDamaged (the stored value isn't a record). A bulk
     operation fails with BulkError, which holds the results of the other records.
     """
 

@@ -4,7 +4,7 @@ DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
 ├── UsageError         unsupported use of a cache: closed, another event loop, a forked child
 ├── RecordError        bad name, version, ttl or JSON text; names the record
-│   └── RecordDamaged  the stored value is no record, or doesn't fit the type
+│   └── RecordDamaged  stored value that isn't a record, or doesn't fit the type
 ├── RecordMissing      update of a record that doesn't exist
 ├── MessageError       bad topic, message or server name
 ├── BulkError          some records of a bulk failed; has the results of the others
@@ -115,7 +115,7 @@ class RecordError(DscacheError, ValueError):
 
 
 class RecordDamaged(RecordError):
-    """Stored value that is no record, or doesn't fit the type; the caller's arguments are right."""
+    """Stored value that isn't a record, or doesn't fit the type that the caller requests."""
 
 
 class RecordMissing(DscacheError, KeyError):

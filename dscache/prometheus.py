@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from . import _backend
+from ._cache import CacheBase
 from ._metrics import NAMESPACE, counters, gauges
 from ._version import __version__
 
@@ -60,7 +61,12 @@ class CacheCollector(Collector):
         self._caches: dict[str, AsyncCache | Cache] = dict(caches or {})
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
-        """Export another cache. Raises ValueError if a different cache has that name."""
+        """Export another cache.
+
+        Raises TypeError if it isn't one, and ValueError if a different cache has that name.
+        """
+        if not isinstance(cache, CacheBase):
+            raise TypeError(f"register needs an AsyncCache or a Cache, not {type(cache).__name__}")
         if self._caches.setdefault(name, cache) is not cache:
             raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
 

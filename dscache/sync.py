@@ -53,7 +53,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     thread borrows a connection to each node it needs.
 
     An operation raises RecordError for a bad name, version, ttl or data, RecordDamaged if the
-    stored value is no record, UsageError if the cache is closed, ReplyError (Redis returned an
+    stored value isn't a record, UsageError if the cache is closed, ReplyError (Redis returned an
     error), DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
     ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
     ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,

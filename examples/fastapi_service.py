@@ -39,7 +39,7 @@ app = FastAPI(lifespan=lifespan)
 @app.exception_handler(dscache.DscacheError)
 async def unavailable(request: Request, error: dscache.DscacheError) -> JSONResponse:
     if isinstance(error, dscache.RecordDamaged):
-        code = 500  # of whoever wrote it
+        code = 500  # another program wrote it
     else:
         is_invalid = isinstance(error, dscache.RecordError)  # the client's name or version
         code = 422 if is_invalid else 503

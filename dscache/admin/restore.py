@@ -46,11 +46,11 @@ class ImportFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            raise DscacheError(f"{path} is a folder; name the file of an export")
         self._state = path.with_name(path.name + ".imported")
         try:
             self._raw = path.open("rb")
-        except IsADirectoryError as error:
-            raise DscacheError(f"{path} is a folder; name the file of an export") from error
         except OSError as error:
             raise DscacheError(f"{path}: {error.strerror}") from error
         is_gzip = path.suffix == ".gz"

@@ -97,7 +97,10 @@ class _Output(io.FileIO):
 
 
 def _open_standard_files() -> None:
-    """Make standard output raise OutputError, and replace a closed standard error by /dev/null."""
+    """Make standard output raise OutputError, and replace other closed files by /dev/null."""
+    if sys.stdin is None:
+        # Otherwise a socket may get its number, which uvloop aborts at.
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:

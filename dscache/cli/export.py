@@ -38,13 +38,13 @@ def export(
     if records could not be exported.
     """
     to_stdout = str(file) == STDIO
-    target = None if to_stdout else Target(file)
-    if target is not None and file.exists() and not file.is_file():
+    if not to_stdout and file.exists() and not file.is_file():
         # The finished export would replace a device, such as /dev/null.
         raise typer.BadParameter(
             f"{file} is no file but a folder or a device; name a file, or - for standard output",
             param_hint="FILE",
         )
+    target = None if to_stdout else Target(file)
     if target is not None and file.exists() and not restart:
         raise typer.BadParameter(f"{file} exists already; --restart replaces it", param_hint="FILE")
     if target is not None and not file.parent.is_dir():

@@ -112,7 +112,7 @@ def read_input(argument: str) -> ndjson.Lines:
 
     Raises typer.BadParameter unless it is a pipe or a file.
     """
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin.isatty():
         raise typer.BadParameter(
             "it is missing, and nothing is piped into standard input", param_hint=argument
         )

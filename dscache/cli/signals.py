@@ -15,7 +15,8 @@ _received = signal.SIGINT
 def handled_as_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt during the block.
 
-    A signal that the parent process has ignored, as nohup does, stays ignored.
+    A signal that the parent process has ignored, as nohup does, stays ignored. So does Ctrl-C in a
+    command that a script runs in the background: shells ignore SIGINT there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -25,6 +26,11 @@ def handled_as_interrupt() -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is signal.SIG_DFL
     ]
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored:
+        # asyncio replaces the default handler alone. The signal itself doesn't arrive.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in numbers:
         signal.signal(number, _interrupt)
     try:
@@ -32,6 +38,9 @@ def handled_as_interrupt() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+        if is_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager
@@ -81,5 +90,8 @@ def have_caused(error: BaseException) -> bool:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _received
     _received = signal.Signals(number)
-    # asyncio cancels the main task at SIGINT alone.
-    signal.raise_signal(signal.SIGINT)
+    # asyncio cancels the main task at SIGINT alone. Its handler is called, since the signal may be
+    # blocked.
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(signal.SIGINT, frame)

@@ -120,10 +120,13 @@ def read_arguments(
         encoded = names.get(name, name)
         if encoded in given:
             raise ARGUMENTS.at(encoded).error("given twice, in camelCase and in snake_case")
+        if encoded in struct.consumed:
+            raise ARGUMENTS.at(encoded).error("is the source itself; pass it as the first argument")
         given[encoded] = value
     checked = read(struct, given, ARGUMENTS)
     by_name = {encoded: field for field, encoded in names.items()}
-    stated = {by_name[name] for name, value in given.items() if value is not None}
+    # Others were accepted without effect.
+    stated = {by_name[name] for name in given.keys() & by_name.keys() if given[name] is not None}
     return given, {field: getattr(checked, field) for field in stated}
 
 

@@ -1535,3 +1535,13 @@ async def test_plain_tcp_to_a_server_with_tls(tls_url: str, backend: str) -> Non
         with pytest.raises((dscache.ConnectError, dscache.ProtocolError)):
             await cache.get("a")
         await cache.close()
+
+
+@pytest.mark.parametrize("cache_class", [dscache.Cache, dscache.AsyncCache])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_is_not_copied(
+    cache_class: type[dscache.Cache | dscache.AsyncCache], duplicate: Callable[[Any], Any]
+) -> None:
+    """The end of a copy would close the connections of the original."""
+    with pytest.raises(TypeError, match="can't be copied or pickled; open another one"):
+        duplicate(cache_class({"name": "memory"}))

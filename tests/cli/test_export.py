@@ -460,6 +460,10 @@ def test_invalid_files(url: Url, tmp_path: Path) -> None:
     done = invoke("import", str(tmp_path), *url)
     assert done.status == 1
     assert done.err == f"dscache: {tmp_path} is a folder; name the file of an export\n"
+    done = invoke("import", ".", *url)
+    assert (done.status, done.err) == (1, "dscache: . is a folder; name the file of an export\n")
+    done = invoke("export", ".", *url)
+    assert (done.status, ". is no file but a folder" in done.err) == (2, True)
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     done = invoke("import", str(tmp_path / "a.gz"), *url)
     assert (done.status, "a.gz can't be read: " in done.err) == (1, True)

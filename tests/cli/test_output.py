@@ -170,6 +170,19 @@ def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:
     )
 
 
+def test_no_standard_input(records: Path, server: EmbeddedServer) -> None:
+    """No socket gets its number, which would end the process behind the write."""
+    command = '"$0" -m dscache set new 1 {} --url "$1" <&-'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, server.url],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_stream_for_errors(records: Path, server: EmbeddedServer) -> None:
     """An error text must not land among the results."""
     for where in (">&-", ">/dev/full"):

@@ -156,6 +156,39 @@ def test_a_command_whose_server_stalls(
     assert left <= {"all.ndjson.gz.partial", "all.ndjson.gz.resume"}
 
 
+@pytest.mark.parametrize(
+    ("name", "number"), alternately(("watch", "bench", "top --json"), signal.SIGTERM, signal.SIGHUP)
+)
+def test_a_command_in_the_background_of_a_script(
+    name: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    """Shells let it ignore SIGINT; it does, and still ends by other signals."""
+
+    def in_background() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
+
+    words, request = AT_WORK[name]
+    with stalling(holder.port, request) as server:
+        command = [sys.executable, "-m", "dscache", *words, "--url", f"redis://{server.address}"]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(command, cwd=tmp_path, preexec_fn=in_background, **pipes) as process:
+            try:
+                assert server.reached.wait(PATIENCE)
+                process.send_signal(signal.SIGINT)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+                process.send_signal(number)
+                process.communicate(timeout=PATIENCE)
+            finally:
+                process.kill()
+    assert process.returncode == STATUS[number]
+
+
 @pytest.mark.parametrize(("name", "number"), alternately(FROM_INPUT, *STATUS))
 def test_a_command_that_waits_for_input(
     name: str,

@@ -72,6 +72,12 @@ def test_options_override_the_source() -> None:
     assert Cache("h:1", nodes=[{"host": "n"}]).config.address == "n:6379"
 
 
+def test_an_option_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "dscache"):
+        assert Cache("h:1", serverName="here", ttl=5).config.options.ttl == 5
+    assert "serverName has no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("source", "given", "message"),
     [
@@ -83,6 +89,7 @@ def test_options_override_the_source() -> None:
             {"max_pending": 1, "maxPending": 2},
             "arguments: maxPending: given twice, in camelCase and in snake_case",
         ),
+        ("h:1", {"url": "h:2"}, "arguments: url: is the source itself; pass it as the first"),
         ({"host": "h", "prot": 1}, {}, 'mapping: prot: unknown option, did you mean "port"?'),
         ({"name": "redis", "host": "h"}, {}, "mapping: host: unknown option"),
         ({"cahce": {"name": "redis"}}, {}, "mapping: no section cache"),

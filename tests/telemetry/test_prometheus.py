@@ -112,6 +112,8 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
             await cache.get("a")
     with pytest.raises(ValueError, match='a cache "one" already'):
         register(caches["two"], "one", registry)
+    with pytest.raises(TypeError, match="needs an AsyncCache or a Cache, not NoneType"):
+        register(None, "three", registry)  # type: ignore[arg-type] # as a program may
     assert value(registry, "dscache_operations_total", cache="one") == 1
     assert value(registry, "dscache_operations_total", cache="two") == 2
     collector.remove("two")
