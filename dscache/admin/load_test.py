@@ -107,6 +107,8 @@ class Result:
     """The number of different records that the load uses."""
     left: str = ""
     """The prefix of the records, until they are removed."""
+    removed: bool = False
+    """Whether records were removed, perhaps of a write that was interrupted."""
     removal_error: DscacheError | None = None
     """The reason that they could not be removed."""
     seconds: float = 0.0
@@ -162,7 +164,7 @@ async def apply(cache: AsyncCache, plan: Plan, result: Result) -> None:
             # Raised here, it would replace an interrupt.
             result.removal_error = error
         else:
-            result.left = ""
+            result.left, result.removed = "", bool(names)
 
 
 def _document(size: int) -> msgspec.Raw:

@@ -142,7 +142,7 @@ def _whereabouts(result: Result) -> str:
     """Return what has become of the records, or nothing if that isn't known."""
     if result.left:
         return ""
-    return "its records have been removed" if result.written else "no record was written"
+    return "its records have been removed" if result.removed else "no record was written"
 
 
 def _complain_of_left(result: Result) -> None:
