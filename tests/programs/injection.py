@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import itertools
 import json
 import linecache
@@ -588,6 +589,9 @@ def main(where: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     faulthandler.dump_traceback_later(where.get("seconds", 300), exit=True)
     sys.unraisablehook = lambda _: None
+    # Each check collects garbage twice, and modules are none.
+    gc.collect()
+    gc.freeze()
     findings = Findings()
     began = time.monotonic()
     run = {"async": _run_async, "blocking": _run_blocking, "messages": _run_messages}
