@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -197,6 +198,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.path.stem not in LONG)
     if any("backend" in getattr(item, "fixturenames", ()) for item in items):
         _check_cores()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the collection has made out of every garbage collection of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _check_cores() -> None:
