@@ -74,7 +74,7 @@ class CacheBase(Generic[NodesT]):
         - a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port`` or ``localhost``
         - a Config of ``dscache.config.load``
 
-        ``options`` override those of the source. Their names are those of a file, or in snake_case:
+        ``options`` override those of the source. They are named as in a file, or in snake_case:
         ``commandTimeout=200`` or ``command_timeout=200``. ``credentials`` is a
         ``redis.CredentialProvider``, which is called before each connection. It replaces the
         configured username and password. The constructor takes the same arguments.
