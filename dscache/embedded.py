@@ -55,23 +55,28 @@ rm -rf "$2"
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """A server program that runs on this machine: its name, path, version and features."""
+    """A server program that runs on this machine."""
 
     name: str
     """Its kind and version, such as ``redis-7.0.15``."""
     path: str
+    """The path of its file."""
     version: tuple[int, ...]
+    """Its version as numbers, such as ``(7, 0, 15)``."""
     tls: bool
     """Whether it was built with TLS."""
 
 
 @dataclass(frozen=True, slots=True)
 class TLSFiles:
-    """Paths of the PEM files that a server needs to speak TLS: its own and the authority's."""
+    """Paths of the PEM files that a server needs to speak TLS."""
 
     certificate: str
+    """The server's certificate."""
     key: str
+    """The private key of the certificate."""
     authority: str
+    """The certificate of the authority that signed it."""
 
 
 def find_servers() -> list[ServerBinary]:
@@ -148,7 +153,7 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """A private server, running from ``start()`` or ``with`` until ``close()`` or the end of the block.
+    """A private server, which runs from ``start()`` or ``with`` until ``close()`` or the block ends.
 
     It also ends with the process that started it, even if that process is killed.
 
@@ -229,8 +234,8 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start the server, on its former port if it had one, and wait until it replies.
 
-        Raises UsageError if it is running already, and DscacheError if it doesn't reply within 20
-        s; the text has the end of its log.
+        Raises UsageError if it is running already, and DscacheError if its port is in use, or if it
+        doesn't reply within 20 s; the text has the end of its log.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
