@@ -153,7 +153,7 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """A private server, which runs from ``start()`` or ``with`` until ``close()`` or the block ends.
+    """A private server, from ``start()`` or ``with`` to ``close()`` or the end of the block.
 
     It also ends with the process that started it, even if that process is killed.
 

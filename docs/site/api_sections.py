@@ -141,7 +141,7 @@ OTHERS = {
     },
     "dscache.pubsub.protocol.check": {
         "message": "A mapping, a Struct, a dataclass, or `msgspec.Raw` with JSON text.",
-        "topic": "The topic of a message that doesn't state it.",
+        "topic": "The channel of the message. Without it, the topic that the message states.",
     },
     "dscache.prometheus.register": {
         "cache": _CACHE,
