@@ -81,8 +81,8 @@ _random = SystemRandom()
 class Loaded:
     """The result of a load that chooses the version of its record, beside the data.
 
-    ``version`` is an int from 0 to 2^63-1. ``data`` is any value that msgspec encodes, or None if
-    there is nothing.
+    ``version`` is an int from 0 to 2^63-1. ``data`` is any value that msgspec encodes.
+    None is stored as JSON's null.
     """
 
     version: int
