@@ -96,7 +96,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     - ConnectError: no connection; nothing was sent
     - ConnectionLost: the connection was lost, or the cache closed, before the reply
     - ProtocolError: an invalid reply
-    - ConfigError: the server doesn't fit the configuration
+    - ConfigError: ``nodes`` belong to no cluster, or the cluster doesn't have the ``db``
     - RecordDamaged: the stored value isn't a record
     - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """
@@ -710,8 +710,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """Wait until the cache is connected: on a cluster, to every primary that can be reached.
 
         Raises ConnectError after ``connectTimeout``, ReplyError at once if the server refuses the
-        login or the database (WRONGPASS, NOAUTH), and ConfigError if the server doesn't fit the
-        configuration, such as one outside of a cluster for ``nodes``.
+        login or the database (WRONGPASS, NOAUTH), and ConfigError if ``nodes`` belong to no
+        cluster, or the cluster doesn't have the ``db``.
         """
         topology = None if self._closed else self._topology
         await (topology or self._begin()).when_ready()

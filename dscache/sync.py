@@ -63,7 +63,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     - ConnectError: no connection; nothing was sent
     - ConnectionLost: the connection was lost, or the cache closed, before the reply
     - ProtocolError: an invalid reply
-    - ConfigError: the server doesn't fit the configuration
+    - ConfigError: ``nodes`` belong to no cluster, or the cluster doesn't have the ``db``
     - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """
 
@@ -690,8 +690,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Wait until the cache is connected: on a cluster, to every primary that can be reached.
 
         Raises ConnectError after ``connectTimeout``, ReplyError at once if the server refuses the
-        login or the database (WRONGPASS, NOAUTH), and ConfigError if the server doesn't fit the
-        configuration, such as one outside of a cluster for ``nodes``.
+        login or the database (WRONGPASS, NOAUTH), and ConfigError if ``nodes`` belong to no
+        cluster, or the cluster doesn't have the ``db``.
         """
         self._open()
         assert self._topology is not None

@@ -41,7 +41,7 @@ class UnsuitableServer(ConnectError):
 
 
 class UnsuitableConfig(ConfigError):
-    """The configuration asks for something that the server doesn't have."""
+    """The configuration asks for something that the server doesn't have, such as a ``db``."""
 
 
 class TurnedAway(ReplyError):
