@@ -4,13 +4,14 @@ It does no I/O: ``steps`` yields requests and pauses, and takes the replies.
 
 Theory of operation
 -------------------
-SCAN returns every key that is at its server all the time, but a slot can move in the middle. So
-the scan covers slots: a pass over one server covers those slots that the server owned, whole, at
-the pass's beginning and end, while it stayed the same server. Passes go on until every slot is
+SCAN returns every key that is at its server all the time, but a slot can move meanwhile. So the
+scan covers slots. A pass over one server covers each slot that the server owned completely at the
+beginning and at the end of the pass, if it stayed the same server. Passes go on until every slot is
 covered. A server outside a cluster owns all slots.
 
-The keys of an open slot, which is moving, are at its owner or at its target, and go one way. So
-a pass over the owner and then one over the target cover it, however long it stays open.
+A slot that is moving is open: some of its keys are at its owner, and some at its target. Keys go
+only from the owner to the target. So a pass over the owner, and then one over the target, cover the
+slot, however long it stays open.
 
 After the first pass over a server, few slots are left, and GETKEYSINSLOT reads their keys without
 the others. Where they have too many keys for that, SCAN reads them again.
@@ -118,9 +119,9 @@ class _State:
     """How far a scan has come; sets of slots are integers, with a bit for each slot.
 
     ``covered`` slots are done. ``handed`` are open slots whose owner is done, with their targets.
-    The rest is of the pass of SCAN under way: it is at the node ``node``, which said of itself
-    ``identity``, and covers the slots ``wanted``, of which ``opened`` were open when it began.
-    ``at`` is the cursor of SCAN, empty while no such pass is under way.
+    The other fields describe the pass of SCAN under way. It is at the node ``node``, whose identity
+    was ``identity``. It covers the slots ``wanted``, of which ``opened`` were open when it began.
+    ``at`` is the cursor of SCAN, empty while no pass is under way.
     """
 
     covered: int = 0
@@ -348,10 +349,10 @@ class KeyScan:
             raise ProtocolError(f"scan: bad reply to CLUSTER NODES at {node}: {error}") from None
 
     def _scan_keys(self, node: str, socket: object, at: bytes, of: Collection[int]) -> Steps:
-        """Read all keys of a server, from a cursor on, and yield the names; of some slots alone.
+        """Read a server's keys from a cursor on, and yield the names of some slots.
 
-        Raises ConnectionLost if the node has another socket by now: the caller finds out whether
-        it leads to the same server.
+        Raises ConnectionLost if the node has another socket by now. The caller then finds out
+        whether that leads to the same server.
         """
         slots = frozenset(of)
         while at != _END:
