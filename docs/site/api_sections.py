@@ -21,13 +21,11 @@ PARAMETERS = {
     "names": "The names of the records. A name that occurs twice counts once.",
     "version": "The version to write: an integer from 0 to 2^63-1.",
     "data": "Any value that msgspec encodes, a model of pydantic, or `msgspec.Raw` with JSON text.",
-    "records": "For `set_bulk`, a mapping of name to `(version, data)`. For `scan` and `watch`, "
-    "whether to read the records too.",
+    "records": "A mapping of name to `(version, data)`.",
     "ttl": "The lifetime in whole seconds, or a `timedelta`: `None` for the configured default, 0 "
     "for no expiry.",
     "if_newer": "Write only if Redis holds a lower version or no record.",
-    "if_version": "Write or remove only if Redis holds this version. For a write, `None` stands "
-    "for no record. A bulk takes a mapping of name to version.",
+    "if_version": "Write only if Redis holds this version; `None` stands for no record.",
     "type": "The type of the record's data. Without it, data is made of dicts, lists and the like.",
     "change": "A function from the data to the new data. `KEEP` leaves the record, `DELETE` "
     "removes it.",
@@ -45,7 +43,7 @@ PARAMETERS = {
     "cursor": "The `cursor` of an earlier scan, which goes on behind its last batch.",
     "max_pending": "The number of names or messages that may wait to be taken.",
     "source": "A file, a URL, `host:port` or a mapping of options.",
-    "url": "The URL of the server.",
+    "url": "A URL or `host:port`.",
     "credentials": "A `redis.CredentialProvider`, in place of the configured login.",
     "options": "Options that override those of the source, in snake_case or as in a file.",
     "topic": "The topic of the message: an integer from 0 to 2147483647.",
@@ -57,7 +55,7 @@ PARAMETERS = {
     "server_name": "The unique name of this server; overrides the configured one.",
     "on_gap": "A function called after a gap in which messages may have been missed.",
 }
-"""The parameters of ``COMPLETE``, in which one name has one meaning."""
+"""The parameters of ``COMPLETE``. ``OTHERS`` has the few that mean something else in one method."""
 COMPLETE = (
     "dscache.cache.AsyncCache",
     "dscache.sync.Cache",
@@ -190,6 +188,19 @@ OTHERS = {
     },
 }
 """The parameters of other functions, by the path of the function or its class."""
+for _owner in COMPLETE[:2]:
+    OTHERS |= {
+        f"{_owner}.delete": {"if_version": "Remove only if Redis holds this version."},
+        f"{_owner}.set_bulk": {
+            "if_version": "A mapping of name to the version that Redis must hold, or to `None` for "
+            "no record.",
+        },
+        f"{_owner}.delete_bulk": {
+            "if_version": "A mapping of name to the version that Redis must hold."
+        },
+        f"{_owner}.scan": {"records": "Whether to return Records in place of names."},
+        f"{_owner}.watch": {"records": "Whether to read the records too."},
+    }
 
 _SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`])")
 _RAISED = re.compile(r"(Raises|The future fails with) ")
@@ -245,7 +256,7 @@ def with_sections(text: str, parameters: dict[str, str]) -> str:
         first, *others = _SENTENCE.split(paragraphs[0])
         if found := _RETURNED.search(first):
             said = found[1]
-            returned = f"a mapping: {said}" if " maps " in found[0][:20] else said
+            returned = f"a mapping of {said}" if " maps " in found[0][:20] else said
             paragraphs[0] = " ".join([f"{first[: found.start()]}.", *others])
         elif first.startswith(("Return ", "Returns ")):
             returned = first.rstrip(".").partition(" ")[2]
@@ -253,7 +264,7 @@ def with_sections(text: str, parameters: dict[str, str]) -> str:
         paragraphs.append(_section("Args", parameters.items()))
     if returned:
         # A colon would end the name of a type.
-        paragraphs.append(f"Returns:\n    {_line(returned).replace(':', ',')}")
+        paragraphs.append(f"Returns:\n    {_line(returned).replace(': ', ', ')}")
     if raised:
         paragraphs.append(_section("Raises", raised))
     return "\n\n".join(paragraphs)

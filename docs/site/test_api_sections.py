@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 
 import pytest
 
@@ -74,8 +74,7 @@ def test_a_parameter_is_described_for_its_own_function() -> None:
 
 @pytest.mark.parametrize("path", OTHERS)
 def test_described_parameters_exist(path: str) -> None:
-    module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
+    found = pkgutil.resolve_name(path)
     functions = [found] if inspect.isroutine(found) else vars(found).values()
     named = {
         parameter
@@ -84,6 +83,11 @@ def test_described_parameters_exist(path: str) -> None:
         for parameter in inspect.signature(getattr(one, "__func__", one)).parameters
     }
     assert OTHERS[path].keys() <= named
+
+
+def test_a_result_may_have_a_colon_in_a_name() -> None:
+    made = with_sections("Return a cache of a URL or ``host:port``: open.", {})
+    assert "Returns:\n    A cache of a URL or ``host:port``, open." in made
 
 
 def test_lists_stay_lists() -> None:
