@@ -367,7 +367,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         nothing, unless it has a ``ttl``. The result is a coroutine, which must be awaited.
 
         Raises RecordError at the call for a bad patch or path. Raises RecordError if the data has
-        no place for the value, and the errors of ``update``.
+        no place for the value. It also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
@@ -611,8 +611,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         Cancelling the future ends the wait, and no load. Raises RecordError at the call for a bad
         argument, and TypeError for a ``load`` that can't be called. The future fails with LoadError
-        if the load of a missing record fails, or has failed a moment ago, and with all errors of
-        ``get`` and ``set``.
+        if the load of a missing record fails, or has failed a moment ago. The future also fails
+        with the errors of ``get`` and ``set``.
         """
         # An opened cache has a function of the core in this one's place.
         fetch = self._quick_fetch

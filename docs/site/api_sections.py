@@ -39,9 +39,9 @@ PARAMETERS = {
     "jitter": "The share of `ttl` by which lifetimes differ: at least 0, and less than 1.",
     "keep_missing": "Seconds for which it is remembered that there was nothing to load.",
     "prefix": "The beginning of the names. Without it, all records of the database.",
-    "count": "About how many keys a server visits at a time.",
+    "count": "About how many keys a server visits at a time, by default 1,000.",
     "cursor": "The `cursor` of an earlier scan, which goes on behind its last batch.",
-    "max_pending": "The number of names or messages that may wait to be taken.",
+    "max_pending": "The number of messages that may wait to be taken, by default `maxPending`.",
     "source": "A file, a URL, `host:port` or a mapping of options.",
     "url": "A URL or `host:port`.",
     "credentials": "A `redis.CredentialProvider`, in place of the configured login.",
@@ -105,7 +105,7 @@ OTHERS = {
         "name": "The name of the event: any text that isn't empty.",
         "data": "Any value that msgspec encodes.",
         "pattern": _PATTERN,
-        "max_pending": "The number of events that may wait to be taken.",
+        "max_pending": "The number of events that may wait to be taken, by default `maxPending`.",
         "overflow": "The fate of further events: `drop_oldest`, `drop_newest` or `disconnect`.",
     },
     "dscache.deepstream.records.Records": {
@@ -118,7 +118,7 @@ OTHERS = {
         "default": PARAMETERS["default"],
         "ttl": PARAMETERS["ttl"],
         "pattern": _PATTERN,
-        "max_pending": "The number of changes that may wait to be taken.",
+        "max_pending": "The number of changes that may wait to be taken, by default 10,000.",
     },
     "dscache.deepstream.lists.Lists": {
         "name": "The name of the list, which is that of its record.",
@@ -199,7 +199,10 @@ for _owner in COMPLETE[:2]:
             "if_version": "A mapping of name to the version that Redis must hold."
         },
         f"{_owner}.scan": {"records": "Whether to return Records in place of names."},
-        f"{_owner}.watch": {"records": "Whether to read the records too."},
+        f"{_owner}.watch": {
+            "records": "Whether to read the records too.",
+            "max_pending": "The number of names that may wait to be taken, by default 100,000.",
+        },
     }
 
 _SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`])")

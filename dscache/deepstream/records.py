@@ -124,7 +124,7 @@ class Records:
         ``record.storageHotPathPrefixes`` it is always 0. ``ttl`` is that of ``AsyncCache.set``.
 
         If the message to the servers can't be sent, the call returns normally, and the message is
-        sent later. Raises RecordError for a bad name or data, and the errors of
+        sent later. Raises RecordError for a bad name or data. It also raises the errors of
         ``AsyncCache.update``.
         """
         text = _record_text(name, data)
@@ -198,8 +198,8 @@ class Records:
         value there is removed. A patch that changes nothing writes and tells nothing, unless it has
         a ``ttl``. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
 
-        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``, and the errors of
-        ``AsyncCache.patch``.
+        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. It also raises the
+        errors of ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)
@@ -234,7 +234,7 @@ class Records:
         """Have the servers read records again, and tell their subscribers the present state.
 
         This is for records that another program has written or deleted, or that have expired.
-        Raises RecordError for a bad name, and the errors of ``MessageNode.send``.
+        Raises RecordError for a bad name. It also raises the errors of ``MessageNode.send``.
         """
         wanted = [names] if isinstance(names, str) else list(names)
         for name in wanted:
