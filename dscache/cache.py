@@ -367,7 +367,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         nothing, unless it has a ``ttl``. The result is a coroutine, which must be awaited.
 
         Raises RecordError at the call for a bad patch or path. Raises RecordError if the data has
-        no place for the value. It also raises the errors of ``update``.
+        no place for the value. The call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)

@@ -18,9 +18,9 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first nine are caused by the caller, the data or a provider, the next four on the way to the
-server, the last two by the server. No text contains a password. Every error can be pickled and
-copied.
+The errors down to RPCTimeout come from the caller, the data, a load or a provider. The next four
+come from the way to the server, and the last two from the server. No text contains a password.
+Every error can be pickled and copied.
 """
 
 from __future__ import annotations

@@ -333,7 +333,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         nothing, unless it has a ``ttl``.
 
         Raises RecordError for a bad patch or path. Raises RecordError if the data has no place for
-        the value. It also raises the errors of ``update``.
+        the value. The call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
@@ -592,7 +592,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         Raises RecordError for a bad argument, TypeError for a ``load`` that can't be called or is a
         coroutine function, and LoadError if the load of a missing record fails, or has failed a
-        moment ago. It also raises the errors of ``get`` and ``set``.
+        moment ago. The call also raises the errors of ``get`` and ``set``.
         """
         # An opened cache has a function of the core in this one's place.
         fetch = self._quick_fetch

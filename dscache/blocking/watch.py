@@ -54,7 +54,7 @@ class BlockingChange(Change[DataT]):
     def read(self) -> Record[DataT] | None:
         """Return the record as it is now, read from its primary, or None without one.
 
-        Raises the errors of ``Cache.get``.
+        The call raises the errors of ``Cache.get``.
         """
         assert self._read is not None
         found: Record[DataT] | None = self._read(self.name)

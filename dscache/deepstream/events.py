@@ -120,7 +120,7 @@ class Events:
         The servers pass it on to their clients that are subscribed to the name. The listeners of
         this peer get it too. ``data`` is any value that msgspec encodes.
 
-        Raises MessageError for a bad name or data. It also raises the errors of
+        Raises MessageError for a bad name or data. The call also raises the errors of
         ``MessageNode.send``.
         """
         if not isinstance(name, str) or not name:

@@ -21,7 +21,7 @@ class Lists:
     async def entries(self, name: str) -> list[str]:
         """Return the entries of a list, a list of texts; empty if there is no list.
 
-        Raises RecordError if the record is no list of texts. It also raises the errors of
+        Raises RecordError if the record is no list of texts. The call also raises the errors of
         ``AsyncCache.get``.
         """
         record = await self._records.get(name)
@@ -30,8 +30,8 @@ class Lists:
     async def set(self, name: str, entries: list[str]) -> Record:
         """Replace the entries of a list, and tell the subscribers; the result is the Record.
 
-        A missing list is created. Raises UsageError for an entry that is no text. It also raises
-        the errors of ``peer.records.set``.
+        A missing list is created. Raises UsageError for an entry that is no text. The call also
+        raises the errors of ``peer.records.set``.
         """
         for entry in entries:
             _check_entry("set", entry)
@@ -46,7 +46,7 @@ class Lists:
         added again, unless ``unique`` is False. A missing list is created.
 
         Raises UsageError for an entry that is no text, or an index outside of the list. Raises
-        RecordError if the record is no list of texts. It also raises the errors of
+        RecordError if the record is no list of texts. The call also raises the errors of
         ``peer.records.update``.
         """
         _check_entry("add", entry)
@@ -70,7 +70,7 @@ class Lists:
         """Remove all occurrences of an entry, and tell the subscribers; the result is all entries.
 
         Raises UsageError for an entry that is no text. Raises RecordError if the record is no list
-        of texts. It also raises the errors of ``peer.records.update``.
+        of texts. The call also raises the errors of ``peer.records.update``.
         """
         _check_entry("remove", entry)
 

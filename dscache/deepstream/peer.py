@@ -131,8 +131,8 @@ class Peer(AsyncResource):
     async def when_ready(self) -> None:
         """Open the peer, and wait until it is connected and every subscription is confirmed.
 
-        Raises the errors of ``AsyncCache.when_ready`` and ``MessageNode.when_ready``. Raises
-        UsageError if the peer is closed.
+        The call raises the errors of ``AsyncCache.when_ready`` and ``MessageNode.when_ready``.
+        Raises UsageError if the peer is closed.
         """
         if self._is_closed:
             raise failures.closed("peer")

@@ -112,7 +112,7 @@ class Records:
     def get(self, name: str) -> Awaitable[Record | None]:
         """Read a record from Redis; the result is a Record, or None if there is none.
 
-        It raises the errors of ``AsyncCache.get``.
+        The call raises the errors of ``AsyncCache.get``.
         """
         return self._cache.get(name)
 
@@ -124,7 +124,7 @@ class Records:
         ``record.storageHotPathPrefixes`` it is always 0. ``ttl`` is that of ``AsyncCache.set``.
 
         If the message to the servers can't be sent, the call returns normally, and the message is
-        sent later. Raises RecordError for a bad name or data. It also raises the errors of
+        sent later. Raises RecordError for a bad name or data. The call also raises the errors of
         ``AsyncCache.update``.
         """
         text = _record_text(name, data)
@@ -198,8 +198,8 @@ class Records:
         value there is removed. A patch that changes nothing writes and tells nothing, unless it has
         a ``ttl``. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
 
-        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. It also raises the
-        errors of ``AsyncCache.patch``.
+        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. The call also raises
+        the errors of ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)
@@ -220,7 +220,7 @@ class Records:
         """Delete a record, and tell the subscribers; the result is whether it existed.
 
         The subscribers are told in either case, as a client may hold open a record that is gone.
-        Raises the errors of ``AsyncCache.delete``.
+        The call raises the errors of ``AsyncCache.delete``.
         """
         try:
             existed = await self._cache.delete(name)
@@ -234,7 +234,7 @@ class Records:
         """Have the servers read records again, and tell their subscribers the present state.
 
         This is for records that another program has written or deleted, or that have expired.
-        Raises RecordError for a bad name. It also raises the errors of ``MessageNode.send``.
+        Raises RecordError for a bad name. The call also raises the errors of ``MessageNode.send``.
         """
         wanted = [names] if isinstance(names, str) else list(names)
         for name in wanted:
