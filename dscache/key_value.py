@@ -54,9 +54,9 @@ class RecordStore(
 ):
     """A store of py-key-value that keeps its values in records.
 
-    ``source`` is a configuration, or an AsyncCache. Of a configuration, with ``credentials`` and
-    ``options`` as for ``AsyncCache.from_config``, the store opens an AsyncCache at its first use.
-    It closes that in ``close``, or at the end of ``async with``. An AsyncCache as the ``source`` is
+    ``source`` is a configuration or an AsyncCache. With a configuration, the store opens an
+    AsyncCache at its first use, and closes it in ``close`` or at the end of ``async with``.
+    ``credentials`` and ``options`` are then as for ``AsyncCache.from_config``. An AsyncCache is
     used as it is, and stays open. All names of records begin with ``prefix``.
 
     Operations raise the errors of AsyncCache. ``put`` and ``put_many`` raise py-key-value's

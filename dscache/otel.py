@@ -303,9 +303,9 @@ def trace(
 ) -> Tracing:
     """Start spans for operations of a cache, from the call to the result; return a Tracing.
 
-    Its ``stop()`` ends the tracing. In a sampled trace, a random share ``sample`` of the operations
-    gets a span. With ``roots``, operations outside of any trace are sampled too. Any other
-    operation costs a look at the current span.
+    The Tracing's ``stop()`` ends that. In a sampled trace, a random share ``sample`` of the
+    operations gets a span. With ``roots``, operations outside of any trace are sampled too. Any
+    other operation costs a look at the current span.
 
     Raises ValueError if ``sample`` isn't from 0 to 1.
     """

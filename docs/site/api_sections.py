@@ -67,7 +67,7 @@ _TYPE = "A `msgspec.Struct`, dataclass or other type that msgspec decodes."
 _PATTERN = "The names: `*` stands for any text, `?` for one character."
 _CACHE = "An `AsyncCache` or a `Cache`."
 _LABEL = "The name of the cache in its metrics, as the label `cache`."
-_GLOBAL = "Without it, the global provider."
+_METERS = "The provider of the metrics. Without it, the global one."
 _SERIALIZED = {"value": "The value to store.", "data": "The decoded JSON of a record."}
 OTHERS = {
     "dscache.core.record.Record": {"type": _TYPE},
@@ -150,18 +150,18 @@ OTHERS = {
     "dscache.otel.observe": {
         "cache": _CACHE,
         "name": "The name of the cache, as the attribute `dscache.cache`.",
-        "meter_provider": _GLOBAL,
+        "meter_provider": _METERS,
     },
     "dscache.otel.measure": {
         "cache": _CACHE,
         "name": "The name of the cache, as the attribute `dscache.cache`.",
-        "meter_provider": _GLOBAL,
+        "meter_provider": _METERS,
     },
     "dscache.otel.trace": {
         "cache": _CACHE,
         "sample": "The share of the operations that get a span, from 0 to 1.",
         "roots": "Whether operations outside of any trace get spans too.",
-        "tracer_provider": _GLOBAL,
+        "tracer_provider": "The provider of the spans. Without it, the global one.",
     },
     "dscache.django.RecordCache": {
         "key": "The key, without Django's prefix and version.",
@@ -185,6 +185,9 @@ OTHERS = {
         "collection": "The name of a collection. Without it, the store's `default_collection`.",
         "ttl": "Seconds that the value lives. Without it, the value doesn't expire.",
         "limit": "The number of results at most. Without it, all.",
+    },
+    "dscache.key_value.RecordStore.destroy_collection": {
+        "collection": "The name of the collection.",
     },
 }
 """The parameters of other functions, by the path of the function or its class."""
