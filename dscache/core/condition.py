@@ -11,7 +11,7 @@ from . import constants as c
 
 
 class AnyVersion(Enum):
-    """The type of ``ANY``."""
+    """The type of ``ANY``, the default of ``if_version``: no condition."""
 
     ANY = "ANY"
 
