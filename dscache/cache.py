@@ -776,8 +776,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         assert self._topology is not None
         if self._hot_paths:
             self._warn_of_hot_paths((name,))
-        # A near cache may be behind, and what depends on the data read isn't always checked by a
-        # write.
+        # A near cache may be behind. A write doesn't check all that depends on the data read.
         reader = self._topology.pipeline
         return self._changes.apply(
             self._loop, reader, writer, operation, name, change, default, ttl, if_changed, type

@@ -40,8 +40,8 @@ _logger = logging.getLogger("dscache")
 # A lost replica isn't read for this long, in seconds, and for twice as long each further time.
 _AVOID_FIRST: Final = 0.5
 _AVOID_CAP: Final = 8.0
-# A cluster that announces more nodes than this has each one connected to on its first use:
-# connecting to sixteen thousand takes seconds, and a faulty node may announce as many.
+# If a cluster announces more nodes than this, each is connected to on its first use. Connecting to
+# sixteen thousand takes seconds, and a faulty node may announce as many.
 _AT_ONCE: Final = 256
 
 
@@ -463,7 +463,8 @@ class ClusterState(RefreshSchedule):
             else:
                 self._is_stale = True
         if self.departures != departures:
-            # As a new table, so that each thread sees it and ends its connections to these nodes.
+            # It becomes a new table, so that each thread sees the change, and ends its connections
+            # to these nodes.
             self.table = replace(self.table, moved=self.table.moved.copy())
 
     # -- which nodes to ask
@@ -476,7 +477,8 @@ class ClusterState(RefreshSchedule):
         random.shuffle(others)
         # Nodes without a recorded failure first.
         others.sort(key=lambda one: one.trouble is not None)
-        # A name lookup may take long: at most one, and none where another node can be asked.
+        # A name lookup may take long. So at most one is done, and none if another node can be
+        # asked.
         alone = not chosen and all(one.is_named for one in others)
         look_ups = 1 if alone or self._failures else 0
         for one in others:

@@ -31,7 +31,7 @@ _FINAL: Final = (*constants.PASSING, "WRONGPASS", "MASTERDOWN", "DENIED")
 # Errors to later commands of a server that serves no operation.
 _NOT_SERVING: Final = (*constants.PASSING, "NOAUTH")
 _RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
-# Seconds for which a server that closes connections at HELLO is not sent it again.
+# Seconds for which HELLO isn't sent again to a server that closes connections at it.
 _BARE_SECONDS: Final = 60.0
 
 
@@ -157,7 +157,7 @@ def handshake(
                 yield [["PING"]]
             attempt.has_answer = True
         request = None
-        # A server that may close connections at commands that it doesn't know gets no such one.
+        # A server that may close connections at unknown commands isn't sent this one.
         if announcements is not None and (
             attempt is None or not attempt.is_suspect or announcements.are_required
         ):
@@ -225,8 +225,8 @@ def _log_in(
     if of_cluster:
         _check_database(options.db, selected)
     _check_consent(selected)
-    # A user without the right to load scripts may do all the rest; a server that is still loading
-    # its data, or busy with a script, serves nothing and says nothing of itself.
+    # A user without the right to load scripts may do all the rest. But a server that is loading its
+    # data, or is busy with a script, serves nothing and says nothing of itself.
     for reply in (loaded, known):
         if isinstance(reply, ReplyError) and reply.code in _NOT_SERVING:
             raise reply

@@ -55,15 +55,15 @@ _logger = logging.getLogger("dscache")
 # Seconds without any progress after which a scan fails, beside connectTimeout.
 _PATIENCE: Final = 10.0
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
-# A request that has met the end of so many connections in a row, as at a proxy, is not repeated:
-# with the connection it cuts off the operations of the cache.
+# A request isn't repeated if so many connections in a row have ended during it, as at a proxy. With
+# each connection, it cuts off the operations of the cache.
 _MOST_CUTS: Final = 5
 # Error replies that end by themselves.
 _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
 _LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
-# The most keys that one GETKEYSINSLOT returns, and all of one request together; and the most
-# slots of a pass of them.
+# The most keys that one GETKEYSINSLOT returns, and that all of one request return together.
 _MOST_KEYS: Final = 10_000
+# The most slots of a pass of GETKEYSINSLOT.
 _MOST_SLOTS: Final = 256
 _SUFFIX: Final = len(VERSION_SUFFIX)
 # A slot may get some more keys between its count and its read.
@@ -427,7 +427,7 @@ class NameScan(KeyScan):
         names: list[str] | None = None
         if is_matched and not self._layout.hash_tag:
             first = len(self._layout.prefix)
-            # A third of the time of the other way. Other clients' keys may be no UTF-8.
+            # A third of the time of decoding key by key. Other clients' keys may be no UTF-8.
             with suppress(UnicodeDecodeError):
                 names = [key[first:-_SUFFIX].decode() for key in keys]
         if names is None:

@@ -22,13 +22,14 @@ ASKED: Final = 3
 VIEWS_TO_LEAVE: Final = 2
 # A cluster without any known node for this long, in seconds, may have been replaced by another one.
 GONE_AFTER: Final = 1.0
-# The shortest time between two refreshes, in seconds, as are all times below. While a node is down,
-# refreshes go on, each a little later: a replica may take over at any moment, and no event says so.
+# The shortest time between two refreshes. This and all times below are in seconds. While a node is
+# down, refreshes go on, at growing intervals: a replica may take over at any moment, and no event
+# says so.
 GAP: Final = 0.1
 GAP_GROWTH: Final = 1.3
 GAP_CAP: Final = 0.5
-# The pause before an operation is sent again that a node can't serve yet; it doubles each time. The
-# keys of a slot take milliseconds to move, and a failover takes a second.
+# The pause before an operation is sent again because a node can't serve it yet. It doubles each
+# time. The keys of a slot take milliseconds to move, and a failover takes a second.
 RETRY_FIRST: Final = 0.01
 RETRY_CAP: Final = 0.25
 # How long the result of a name lookup is used.

@@ -217,8 +217,8 @@ class Changes:
 
     # -- to the caller
 
-    # An exception may strike anywhere in between. So nothing is removed here before it has been
-    # added where it goes, and an event or a name is rather given twice.
+    # An exception may strike anywhere. So each event or name is added to its new place before it is
+    # removed from the old one: it may be given twice, and is never lost.
 
     def move_events(self, found: deque[Any]) -> None:
         """Move the waiting events behind the changes that were read before them."""
