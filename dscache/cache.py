@@ -169,12 +169,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
-        no record.
+        no record. A write with ``if_newer`` is safe to repeat.
 
-        Raises RecordError at the call for a bad argument, or for both conditions. The future fails
-        with ConnectionLost or DeadlineExceeded if the write may have happened; the text says so.
-        The future fails with RecordDamaged if a condition meets a stored version that isn't one. A
-        write with ``if_newer`` is safe to repeat.
+        Raises RecordError at the call for a bad argument, for both conditions, or for a condition
+        on a record whose keys lie on two nodes. The future fails with ConnectionLost or
+        DeadlineExceeded if the write may have happened; the text says so. The future fails with
+        RecordDamaged if a condition meets a stored version that isn't one.
         """
         if if_newer and self._hot_paths:
             self._warn_of_hot_paths((name,))
@@ -185,11 +185,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> asyncio.Future[bool]:
-        """Remove a record, even a half or damaged one; the result is whether it existed.
+        """Remove a record; the result is whether it existed.
 
-        With ``if_version``, the record is removed only if Redis holds exactly that version.
-        Otherwise the result is False. Raises RecordError at the call for a bad name or version. The
-        future fails with RecordDamaged if ``if_version`` meets a stored version that isn't one.
+        A half or damaged record is removed too. A half one counts as none. With ``if_version``, the
+        record is removed only if Redis holds exactly that version. Otherwise the result is False.
+
+        Raises RecordError at the call for a bad name or version. The future fails with
+        RecordDamaged if ``if_version`` meets a stored version that isn't one.
         """
         done = (self._pipeline or self._open()).delete(name, if_version)
         if self._loads.checks.keeps_missing:
@@ -256,10 +258,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def delete_bulk(
         self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY
     ) -> asyncio.Future[int]:
-        """Remove records; the result is the number of records that were removed.
+        """Remove records; the result is the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold. Records of another
-        version stay, and don't count.
+        Half and damaged records are removed too. Half ones don't count. ``if_version`` maps each
+        name to the version that Redis must hold. Records of another version stay, and don't count
+        either.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
         with BulkError if some records can't be removed; it has their errors and the number of the

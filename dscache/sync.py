@@ -137,12 +137,12 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
-        no record.
+        no record. A write with ``if_newer`` is safe to repeat.
 
-        Raises RecordError for a bad argument, or for both conditions. Raises ConnectionLost or
-        DeadlineExceeded if the write may have happened; the text says so. Raises RecordDamaged if a
-        condition meets a stored version that isn't one. A write with ``if_newer`` is safe to
-        repeat.
+        Raises RecordError for a bad argument, for both conditions, or for a condition on a record
+        whose keys lie on two nodes. Raises ConnectionLost or DeadlineExceeded if the write may have
+        happened; the text says so. Raises RecordDamaged if a condition meets a stored version that
+        isn't one.
         """
         if if_newer and self._hot_paths:
             self._warn_of_hot_paths((name,))
@@ -153,11 +153,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
-        """Remove a record, even a half or damaged one; return whether it existed.
+        """Remove a record; return whether it existed.
 
-        With ``if_version``, the record is removed only if Redis holds exactly that version.
-        Otherwise False is returned. Raises RecordError for a bad name or version, and RecordDamaged
-        if ``if_version`` meets a stored version that isn't one.
+        A half or damaged record is removed too. A half one counts as none. With ``if_version``, the
+        record is removed only if Redis holds exactly that version. Otherwise False is returned.
+
+        Raises RecordError for a bad name or version, and RecordDamaged if ``if_version`` meets a
+        stored version that isn't one.
         """
         existed: bool = (self._run or self._open())("delete", name, if_version)
         if self._loads.checks.keeps_missing:
@@ -219,10 +221,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return refused
 
     def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
-        """Remove records; return the number of records that were removed.
+        """Remove records; return the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold. Records of another
-        version stay, and don't count.
+        Half and damaged records are removed too. Half ones don't count. ``if_version`` maps each
+        name to the version that Redis must hold. Records of another version stay, and don't count
+        either.
 
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
