@@ -93,10 +93,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     - ReplyError: Redis returned an error
     - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
-    - ConnectError: no connection; nothing was sent
+    - ConnectError: no connection, or a server that can't be used; nothing was sent
     - ConnectionLost: the connection was lost, or the cache closed, before the reply
     - ProtocolError: an invalid reply
-    - ConfigError: ``nodes`` belong to no cluster, or the cluster doesn't have the ``db``
     - RecordDamaged: the stored value isn't a record
     - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """

@@ -62,7 +62,7 @@ class MessageNode(AsyncResource):
     - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
     - ReplyError: Redis returned an error
     - ProtocolError: an invalid reply
-    - ConnectError, ConfigError: the server can't be used as configured
+    - ConnectError: the server can't be used; nothing was sent
     """
 
     def __init__(

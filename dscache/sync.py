@@ -60,10 +60,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     - Overloaded: all connections are in use, and ``whenFull`` is error
     - ReplyError: Redis returned an error
     - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
-    - ConnectError: no connection; nothing was sent
+    - ConnectError: no connection, or a server that can't be used; nothing was sent
     - ConnectionLost: the connection was lost, or the cache closed, before the reply
     - ProtocolError: an invalid reply
-    - ConfigError: ``nodes`` belong to no cluster, or the cluster doesn't have the ``db``
     - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """
 
