@@ -44,7 +44,7 @@ class Topic(IntEnum):
 
 
 class Registry(IntEnum):
-    """A registry: names, and the servers that have each. ``registryTopic`` of a message.
+    """A registry: names, and the servers that have each. A message has it as ``registryTopic``.
 
     ``RECORD_LISTENING`` and ``EVENT_LISTENING`` are topics of messages too.
     """
