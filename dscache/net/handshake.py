@@ -140,7 +140,7 @@ def handshake(
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
-    it lacks a command that the options require.
+    it lacks a feature that the options require.
 
     Source: the Redis pages of HELLO, AUTH, READONLY and CLIENT TRACKING.
     """

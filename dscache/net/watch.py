@@ -4,9 +4,10 @@ Servers report changed keys by client tracking in broadcast mode, without their 
 of a watch reads the versions when it asks for the next change. So several changes of one name that
 came while it was busy are one. This module does no I/O, and any thread may use it.
 
-Theory of operation ------------------- A change is read behind the report of it, and reports of
-later changes make the name pending again. So the last change of a name that the caller gets has the
-last version, unless reports were lost.
+Theory of operation
+-------------------
+A change is read behind the report of it, and reports of later changes make the name pending again.
+So the last change of a name that the caller gets has the last version, unless reports were lost.
 
 A loss of reports is an event, and so is their return. An event is given behind the changes that
 were read before it, and before the changes that are read after it. So a caller that reads all names
