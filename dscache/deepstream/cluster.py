@@ -7,6 +7,8 @@ hears nothing of another for ``nodeInactiveTimeout`` removes it, with its names.
 
 Servers elect the one with the highest ``leaderScore`` above 0 leader, and the leader grants locks.
 A peer has the score -1, so no server ever elects it.
+
+Source: ``@deepstream/server`` 7.0.2, ``services/cluster-state`` and ``services/cluster-registry``.
 """
 
 from __future__ import annotations

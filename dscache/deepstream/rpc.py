@@ -5,6 +5,8 @@ another server that has the RPC's name in the registry RPC_SUBSCRIPTIONS. It sen
 REQUEST. It waits for ACCEPT until ``rpc.ackTimeout``, and for RESPONSE or REQUEST_ERROR until
 ``rpc.responseTimeout``. After REJECT or NO_RPC_PROVIDER it chooses another provider. A peer plays
 both parts.
+
+Source: ``@deepstream/server`` 7.0.2, ``handlers/rpc``.
 """
 
 from __future__ import annotations
