@@ -316,8 +316,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """Change a record's data; the result is the Record as it is then, or None without one.
 
         ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
-        leave the record as it is, or ``dscache.DELETE`` to remove it. It may be a coroutine
-        function.
+        leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
+        becomes null. It may be a coroutine function.
 
         The new data is written with the next version, and only if no other writer was first.
         Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``

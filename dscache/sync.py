@@ -278,7 +278,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Change a record's data; return the Record as it is then, or None without one.
 
         ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
-        leave the record as it is, or ``dscache.DELETE`` to remove it.
+        leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
+        becomes null.
 
         The new data is written with the next version, and only if no other writer was first.
         Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``
