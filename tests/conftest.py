@@ -52,12 +52,12 @@ PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 
 # The slowest files, the slowest first: none may be left for the end, when the other processes idle.
 LONG = (
-    *("test_resilience", "test_near_processes", "test_sync", "test_sync_cluster", "test_cluster"),
-    *("test_packaging", "test_near", "test_injection", "test_topology", "test_sentinel"),
-    *("test_cli", "test_near_live", "test_scan", "test_signals", "test_convergence"),
-    *("test_interruptions", "test_peer", "test_cache", "test_clusters", "test_peer_failures"),
-    *("test_pipeline", "test_messages_apart", "test_twins", "test_connection", "test_near_faults"),
-    *("test_near_model", "test_model", "test_shared_near_model", "test_output", "test_typing"),
+    *("test_injection", "test_resilience", "test_near_faults", "test_near_processes", "test_sync"),
+    *("test_sync_cluster", "test_cluster", "test_packaging", "test_near", "test_topology"),
+    *("test_sentinel", "test_cli", "test_near_live", "test_scan", "test_signals"),
+    *("test_convergence", "test_interruptions", "test_peer", "test_cache", "test_clusters"),
+    *("test_peer_failures", "test_pipeline", "test_messages_apart", "test_twins", "test_output"),
+    *("test_connection", "test_near_model", "test_model", "test_shared_near_model", "test_typing"),
 )
 
 # Durations prove nothing here, since machines differ. The examples of one test share its fixtures.
@@ -177,8 +177,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes run at once: twice as many as the cores, since tests often wait.
 
-    The 25 slowest files take seven minutes of processor time, their servers included, and wait for
-    timers and servers as long. A named server gets a single process, as each test empties it.
+    The 36 slowest files take eleven minutes of processor time, their servers included, and wait for
+    timers and servers about as long. A named server gets a single process, as each test empties it.
     """
     if os.environ.get("DSCACHE_TEST_URL"):
         return 1
