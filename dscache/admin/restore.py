@@ -76,9 +76,17 @@ class ImportFile:
         return found if is_same else new
 
     def save(self, state: ImportState) -> None:
-        """Save the state, if the folder is writable."""
+        """Save the state, if the folder is writable; without any progress, remove it."""
         with suppress(OSError):
-            write_state(self._state, state)
+            if state.line:
+                write_state(self._state, state)
+            else:
+                self._state.unlink(missing_ok=True)
+
+    @property
+    def saved(self) -> Path | None:
+        """The file of the state, if there is one."""
+        return self._state if self._state.exists() else None
 
     def finish(self) -> None:
         """Remove the state of a complete import."""
@@ -180,7 +188,7 @@ class Import:
                     message = f"{lines.place(number)}: {error}"
                     if not self.keep_going:
                         yield chunk
-                        raise DscacheError(message) from error
+                        raise DscacheError(f"{message}; --keep-going skips it") from error
                     chunk.broken += 1
                     self.job.note_damaged(message)
                 if line is not None:

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from ..admin.progress import reason_of
-from ..errors import DscacheError
-from . import signals, versions
+from ..errors import DscacheError, reason_of
+from . import signals
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -59,6 +58,8 @@ def main() -> None:
 
 
 def _print_version() -> None:
+    from . import versions
+
     print(versions.described())
 
 

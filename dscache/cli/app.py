@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
-from . import versions
 from .options import flag
 
-# The module and the function of each command.
+_NEGATIVE = re.compile(r"-\d+(\.\d+)?([eE][+-]?\d+)?")
+# The words with which the validator of typer begins its errors.
+_VALIDATOR = "Value error, "
+# The module of each command, and the function in it. A final underscore sets it apart from a word of
+# Python's own, and is no part of the command.
 _COMMANDS = {
-    "get": ("get", "get"),
-    "set": ("set", "set_"),
-    "head": ("head", "head"),
-    "delete": ("delete", "delete"),
-    "edit": ("edit", "edit"),
-    "ls": ("ls", "ls"),
-    "diff": ("diff", "diff"),
-    "doctor": ("doctor", "doctor"),
-    "top": ("top", "top"),
-    "export": ("export", "export"),
-    "import": ("import_", "import_"),
-    "bench": ("bench", "bench"),
-    "watch": ("watch", "watch"),
-    "migrate": ("migrate", "migrate"),
-    "cluster": ("cluster", "cluster"),
+    name.rstrip("_"): name
+    for name in (
+        *("get", "set_", "head", "delete", "edit", "ls", "diff", "doctor", "top", "export"),
+        *("import_", "bench", "watch", "migrate", "cluster"),
+    )
 }
+
+
+class _Command(TyperCommand):
+    """A command with plain errors. The arguments of ``set`` may be negative numbers."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Return the words that are left. Raises an error of typer."""
+        if self.name == "set":
+            # The data may be such a number, and no option begins with a digit.
+            ctx.ignore_unknown_options = any(map(_NEGATIVE.fullmatch, args))
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix(_VALIDATOR)
+            raise
+        except Exception as error:
+            # typer exports no class for a wrong option.
+            option = getattr(error, "option_name", None)
+            if option is not None and not option.startswith("--"):
+                error.message += "; a name or data that begins with - goes behind --"  # type: ignore[attr-defined]
+            raise
 
 
 def _show_version(requested: bool) -> None:
     if requested:
+        from . import versions
+
         typer.echo(versions.described())
         raise typer.Exit
 
@@ -54,8 +72,8 @@ def make_app(words: Sequence[str] = ()) -> typer.Typer:
     )
     app.callback()(_dscache)
     for name in words[:1] if words and words[0] in _COMMANDS else _COMMANDS:
-        module, function = _COMMANDS[name]
-        app.command(name)(getattr(import_module(f".{module}", __package__), function))
+        own = _COMMANDS[name]
+        app.command(name, cls=_Command)(getattr(import_module(f".{own}", __package__), own))
     return app
 
 

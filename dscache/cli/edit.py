@@ -53,8 +53,8 @@ def edit(
     written = False
     try:
         edited = _edited(file)
-        if edited == text.strip() and record is not None:
-            complain("unchanged")
+        if edited == text.strip():
+            complain("unchanged; nothing was written")
             return
         written = run(_write(config, name, version, edited, existed=record is not None))
         if not written:

@@ -10,7 +10,7 @@ import typer
 from ..admin.cache import open_cache
 from ..admin.listing import Order, Row, list_records, sorted_records
 from ..admin.primaries import open_primaries
-from .options import Chosen, PrefixArgument, with_all_options
+from .options import Chosen, PrefixArgument, number_option, with_all_options
 from .output import complain, interruptible
 from .settings import run
 from .tables import Results, line_of
@@ -29,10 +29,11 @@ def ls(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(
-            min=1,
+        number_option(
+            int,
+            "Only the first N records, by bytes unless --sort names another column.",
             metavar="N",
-            help="Only the first N records, by bytes unless --sort names another column.",
+            least=1,
             show_default=False,
         ),
     ] = None,

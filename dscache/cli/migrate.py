@@ -19,7 +19,7 @@ from .job_summary import RESUMES, run_timed
 from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
 from .progress_bar import progress
-from .settings import with_layout
+from .settings import shown, with_layout
 
 
 class _To(StrEnum):
@@ -82,7 +82,7 @@ def migrate(
         prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
         destination = f"the {to.value} layout" if to else "two keys each"
         typer.confirm(
-            f"Move all records{prefixed} at {config.address} to {destination}, and remove "
+            f"Move all records{prefixed} at {shown(config)} to {destination}, and remove "
             "their old keys?",
             abort=True,
             err=True,

@@ -54,8 +54,14 @@ def load(file: Path | None, url: str | None) -> Config:
         loaded = _load_url(DEFAULT_ADDRESS, "default")
         others = ("--url", "--config", OWN_VARIABLE, COMMON_VARIABLE, *DEFAULT_FILES)
         reason = f"without {', '.join(others[:-1])} or {others[-1]}"
-    print(f"dscache: using {loaded.address}, {reason}", file=sys.stderr)
+    print(f"dscache: using {shown(loaded)}, {reason}", file=sys.stderr)
     return loaded
+
+
+def shown(given: Config) -> str:
+    """Return the servers of a configuration, and the database unless it is 0; no password."""
+    database = given.options.db
+    return f"{given.address}, database {database}" if database else given.address
 
 
 def load_messages(file: Path | None, url: str | None) -> tuple[MessageConfig, bool] | None:

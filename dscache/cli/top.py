@@ -49,7 +49,7 @@ def top(
     interval: Annotated[
         float,
         number_option(
-            "--interval", "Seconds between two looks.", metavar="SECONDS", min=0.1, max=86_400
+            float, "Seconds between two looks.", metavar="SECONDS", least=0.1, most=86_400
         ),
     ] = 2.0,
     once: Annotated[bool, flag("--once", "Print one table, and end.")] = False,

@@ -471,6 +471,8 @@ def without_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [
         ((), {}, "localhost:6379", "without --url, --config, DSCACHE_URL, REDIS_URL, config.yml"),
         ((), {"REDIS_URL": "redis://:secret@r:1"}, "r:1", "as REDIS_URL says"),
+        ((), {"REDIS_URL": "redis://:secret@r/3"}, "r:6379", "database 3, as REDIS_URL says"),
+        ((), {"REDIS_URL": "redis://r:1/0"}, "r:1", "as REDIS_URL says"),
         ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": "d:2"}, "d:2", "as DSCACHE_URL says"),
         ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": ""}, "r:1", "as REDIS_URL says"),
         (("conf/config.yml",), {"REDIS_URL": "redis://r:1"}, "conf.config.yml:6", ""),

@@ -12,9 +12,10 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
+from ..core.constants import MAX_TTL, MAX_VERSION
 from ..errors import RecordError
 from .by_name import BATCH, batches_of
-from .options import Chosen, IfNewerOption, with_all_options
+from .options import Chosen, IfNewerOption, number_option, number_parser, with_all_options
 from .output import NOT_NEWER, complain, number
 from .settings import read_input, run
 from .tables import Results, line_of
@@ -24,7 +25,10 @@ from .tables import Results, line_of
 def set_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the record.")] = None,
     version: Annotated[
-        int | None, typer.Argument(metavar="VERSION", help="From 0 to 2^63-1.")
+        int | None,
+        typer.Argument(
+            metavar="VERSION", help="From 0 to 2^63-1.", parser=number_parser(int, 0, MAX_VERSION)
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -32,8 +36,13 @@ def set_(
     ] = None,
     ttl: Annotated[
         int | None,
-        typer.Option(
-            metavar="SECONDS", help="Lifetime of the records, 0 for none.", show_default=False
+        number_option(
+            int,
+            "Lifetime of the records, 0 for none.",
+            metavar="SECONDS",
+            least=0,
+            most=MAX_TTL,
+            show_default=False,
         ),
     ] = None,
     if_newer: IfNewerOption = False,
