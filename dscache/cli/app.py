@@ -16,8 +16,8 @@ from .options import flag
 _NEGATIVE = re.compile(r"-\d+(\.\d+)?([eE][+-]?\d+)?")
 # The words with which the validator of typer begins its errors.
 _VALIDATOR = "Value error, "
-# The module of each command, and the function in it. A final underscore sets it apart from a word of
-# Python's own, and is no part of the command.
+# The module of each command, and the function in it. A final underscore is no part of the command:
+# it sets the name apart from a word of Python's own.
 _COMMANDS = {
     name.rstrip("_"): name
     for name in (
