@@ -37,12 +37,12 @@ def edit(
     *,
     chosen: Chosen,
 ) -> None:
-    """Change the data of a record in $VISUAL or $EDITOR, and write it as the next version.
+    """Change the data of a record in $VISUAL, $EDITOR or vi.
 
-    Nothing is written if the text stays the same, or if another client has written the record in
-    the meantime. Edited text that was not written, for whatever reason, stays in a file that the
-    command names. A lifetime ends with the write, as with set. The exit status is 1 if an edited
-    record was not written.
+    The edited data becomes the next version. Nothing is written if the text stays the same, or if
+    another client has written the record in the meantime. Edited text that was not written, for
+    whatever reason, stays in a file that the command names. A lifetime ends with the write, as
+    with set. The exit status is 1 if an edited record was not written.
     """
     config = chosen.load()
     record = run(_read(config, name))

@@ -63,7 +63,7 @@ def migrate(
     *,
     chosen: Chosen,
 ) -> None:
-    """Move records from one key layout to the other, while the servers stay in use.
+    """Move records to another key layout, while servers stay in use.
 
     With --from deepstream3, it moves the records of deepstream 1 to 3 to the two keys of newer
     versions; their versions stay.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from typing import Annotated
 
 import msgspec
@@ -49,7 +50,7 @@ def set_(
     *,
     chosen: Chosen,
 ) -> None:
-    """Write a record, or the records in lines of JSON on standard input.
+    """Write a record, or records in lines of JSON on standard input.
 
     A line is {"name": ..., "version": ..., "data": ...}, as get and export print it, and may have
     "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
@@ -109,12 +110,12 @@ def _from_words(name: str, version: int, data: str) -> ndjson.Line:
     try:
         ndjson.encode(name, version, text)
     except RecordError as error:
-        why = str(error.__cause__ or error)
+        hint = ""
+        if data and data[0] not in "[{\"'":
+            quoted = shlex.quote(msgspec.json.encode(data[:20]).decode())
+            hint = f" (a string needs quotes: {quoted})"
         raise typer.BadParameter(
-            f"it is not JSON: {why} (a string needs quotes: '\"{data[:20]}\"')"
-            if data.isalnum()
-            else f"it is not JSON: {why}",
-            param_hint="DATA",
+            f"it is not JSON: {error.__cause__ or error}{hint}", param_hint="DATA"
         ) from None
     except UnicodeEncodeError:
         raise typer.BadParameter("it is not UTF-8", param_hint="NAME") from None

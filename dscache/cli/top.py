@@ -56,11 +56,12 @@ def top(
     *,
     chosen: Chosen,
 ) -> None:
-    """Show the load of all servers, live: operations, hits, times, memory, clients and slow nodes.
+    """Show the load of all servers, or of a program's caches, live.
 
-    With --metrics, shows the load of a program's caches instead, as dscache.prometheus exports it.
-    In a pipe, prints one table; with --json, one JSON object for each interval, until Ctrl-C. With
-    --once, the exit status is 1 if a server is down.
+    Shows operations, hits, times, memory, clients and slow nodes. With --metrics, shows the load of
+    a program's caches instead, as dscache.prometheus exports it. In a pipe, prints one table; with
+    --json, one JSON object for each interval, until Ctrl-C. With --once, the exit status is 1 if a
+    server is down.
     """
     is_live = sys.stdout.isatty() and not once and not chosen.json
     title = ""

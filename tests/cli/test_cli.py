@@ -617,6 +617,13 @@ def test_help(name: str) -> None:
         assert one in done.out
 
 
+def test_a_whole_sentence_describes_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("--help").out.partition("\nCommands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 # The words without which a command would use a Redis; the others read names, or need nothing.
 INCOMPLETE = {
     "set": (("a",), "a name needs a version and data"),

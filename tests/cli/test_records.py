@@ -415,6 +415,7 @@ def test_stored_data_is_shown_without_control_characters(url: Url, client: redis
         (("ls", "--sort", "size"), "'--sort': 'size' is not one of 'name', "),
         (("set", "a", "1", "text"), "it is not JSON"),
         (("set", "a", "1", "{'a': 1}"), "it is not JSON"),
+        (("set", "a", "1", "Ada L."), "(a string needs quotes: '\"Ada L.\"')"),
         (("get", "a", "--layout", "hash"), "'deepstream', 'hashtag'"),
     ],
 )
