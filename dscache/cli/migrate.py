@@ -74,7 +74,9 @@ def migrate(
     again at any time. The exit status is 1 if records remain in the old layout.
     """
     if to is None and source_layout is None:
-        raise typer.BadParameter("give the new layout, or --from deepstream3", param_hint="--to")
+        raise typer.BadParameter(
+            "give the new layout, hashtag or deepstream, or --from deepstream3", param_hint="--to"
+        )
     config = with_long_timeouts(chosen.load())
     count = Count()
     target_layout = ""

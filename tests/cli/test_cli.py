@@ -413,13 +413,14 @@ def test_no_node_is_reachable(folder: Path) -> None:
     ("words", "error"),
     [
         (("--url", "h"), "--url: must begin with redis://, rediss:// or unix://, or be host:port"),
-        (("--url", "h.yml"), "--url: must begin with redis://, rediss:// or unix://, or be"),
-        (("--url", "http://h:1"), "URL: must begin with redis://, rediss:// or unix://, not http"),
+        (
+            ("--url", "http://h:1"),
+            "--url: must begin with redis://, rediss:// or unix://, not http",
+        ),
         (("--url", f"{NOBODY}?"), "--url: must begin with redis://, rediss:// or unix://"),
         (("--url", f"redis://{NOBODY}/3"), f"redis://{NOBODY}/3: a cluster has database 0 alone"),
         (("--url", "unix:///s"), "unix:///s: a cluster has no socket; name one of its nodes"),
         (("--config", "none.yml"), "none.yml: there is no file none.yml"),
-        (("--config", "redis://:secret@h"), "h: a configuration is a file ending in"),
     ],
 )
 def test_mistakes_in_the_configuration(
@@ -440,6 +441,12 @@ def test_mistakes_in_the_configuration(
     [
         (("cluster", "--url", NOBODY, "--config", "c.yml"), "give only one of them"),
         (("cluster", "--ulr", NOBODY), "No such option: --ulr"),
+        (("cluster", "--url", "c.yml"), "--url: a file is the value of --config"),
+        (
+            ("cluster", "--config", "redis://:secret@h"),
+            "; a URL or host:port is the value of --url",
+        ),
+        (("cluster", "--config", "all.ndjson"), "a file ending in .yml, .yaml or .json;"),
         (("clutser",), "No such command 'clutser'"),
     ],
 )
@@ -448,6 +455,7 @@ def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) ->
     assert (done.returncode, done.stdout) == (2, "")
     assert error in done.stderr
     assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_a_wrong_command_line_on_a_terminal() -> None:
@@ -509,6 +517,9 @@ def test_a_variable_that_is_no_url_is_named(
 ) -> None:
     without_variables.setenv("DSCACHE_URL", "redis//h")
     with pytest.raises(ConfigError, match=r"^DSCACHE_URL: must begin with redis://"):
+        settings.load(None, None)
+    without_variables.setenv("DSCACHE_URL", "redis://h/three")
+    with pytest.raises(ConfigError, match=r"^DSCACHE_URL: the path must be the number of a data"):
         settings.load(None, None)
 
 
