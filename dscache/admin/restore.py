@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import stat
 import time
 import zlib
 from collections import deque
@@ -26,6 +27,8 @@ from .progress import BYTES, RECORDS, JobProgress, cancel_all, read_state, write
 
 # Chunks in flight.
 _CHUNKS = 4
+# The first bytes of compressed text, whatever the name of its file.
+_GZIP = b"\x1f\x8b"
 
 
 class ImportState(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,9 +56,11 @@ class ImportFile:
             self._raw = path.open("rb")
         except OSError as error:
             raise DscacheError(f"{path}: {error.strerror}") from error
-        is_gzip = path.suffix == ".gz"
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw) if is_gzip else self._raw)
         status = os.fstat(self._raw.fileno())
+        is_gzip = path.suffix == ".gz" or (
+            stat.S_ISREG(status.st_mode) and self._raw.peek(2).startswith(_GZIP)
+        )
+        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw) if is_gzip else self._raw)
         self.length, self._changed = status.st_size, status.st_mtime_ns
 
     @property

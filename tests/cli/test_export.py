@@ -422,6 +422,16 @@ def test_a_broken_line_ends_the_import(url: Url, client: redis_py.Redis, tmp_pat
     assert client.dbsize() == 6000
 
 
+def test_a_compressed_file_may_have_any_name(
+    url: Url, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    file = tmp_path / "backup"
+    file.write_bytes(gzip.compress(b'{"name":"a","version":1,"data":[]}\n'))
+    assert invoke("import", str(file), *url).document["records"] == 1
+    assert client.get("a_d") == b"[]"
+    assert invoke("diff", str(file), *url).err == "dscache: equal\n"
+
+
 def test_an_import_that_has_written_nothing_leaves_no_file(url: Url, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("Dear diary\n")
