@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -30,7 +30,7 @@ _COMMANDS = {
 class _Command(TyperCommand):
     """A command with plain errors. The arguments of ``set`` may be negative numbers."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Return the words that are left. Raises an error of typer."""
         if self.name == "set":
             # The data may be such a number, and no option begins with a digit.

@@ -40,7 +40,7 @@ def number_option(
 
 def number_parser(
     kind: type[int] | type[float], least: float, most: float | None
-) -> Callable[[object], float]:
+) -> Callable[[str | float], float]:
     """Return a function that reads a number, or raises typer.BadParameter in plain words.
 
     The words of typer are those of its validator, and differ from version to version.
@@ -48,15 +48,15 @@ def number_parser(
     bounds = f"of {least:,} or more" if most is None else f"from {least:,} to {most:,}"
     expected = f"a whole number {bounds}" if kind is int else f"a number {bounds}"
 
-    def read(given: object) -> float:
+    def read(given: str | float) -> float:
         try:
-            value = kind(given)  # type: ignore[call-overload] # a string, or the default
+            value: float = kind(given)
         except ValueError:
             value = math.nan
         # NaN is neither below the least value nor above the greatest one.
         if not (least <= value and (most is None or value <= most)):
             raise typer.BadParameter(f"it must be {expected}, not {shorten(given)}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     return read
 
