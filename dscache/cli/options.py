@@ -33,9 +33,7 @@ def number_option(
     **options: Any,
 ) -> Any:
     """Return an option for a number, whole or with a fraction, from ``least`` to ``most``."""
-    return typer.Option(
-        help=text, min=least, max=most, parser=number_parser(kind, least, most), **options
-    )
+    return typer.Option(help=text, parser=number_parser(kind, least, most), **options)
 
 
 def number_parser(
